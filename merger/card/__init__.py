@@ -1,0 +1,1 @@
+"""Saying what was made: the model card and the lock file."""

@@ -1,0 +1,143 @@
+"""The model card: what was merged, how, from which commits, under which licences, and how to use it.
+
+Templates run in Jinja's sandbox, and an unknown name in them is an error. Metadata is built as data, never as text.
+Not here: the lock file (lineage), and which licence it is (licences).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import BaseLoader, ChoiceLoader, DictLoader, FileSystemLoader, StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from merger.card.licences import licence, licence_note
+from merger.card.lineage import shown
+from merger.errors import Problem, RecipeError
+from merger.methods.registry import Method
+from merger.plan.plan import Plan
+from merger.recipe.model import Publish
+
+CARD = "card.md.j2"
+_HERE = Path(__file__).resolve().parent
+_TEMPLATES = next((f for f in (_HERE.parent / "templates", _HERE.parents[1] / "templates") if f.is_dir()), _HERE)
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A row of the card's table of parents."""
+
+    name: str
+    commit: str | None
+    licence: str | None
+    role: str
+
+
+def render(planned: Plan, table: Mapping[str, Method], name: str) -> str:
+    """The text of README.md.
+
+    Args:
+        planned: what was made.
+        table: the merge methods by name.
+        name: ``owner/name``, or the folder's last part.
+
+    Raises:
+        RecipeError: the recipe's own template cannot be rendered.
+    """
+    publish = planned.locked.recipe.publish
+    environment = SandboxedEnvironment(
+        loader=_loader(publish), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"md": escaped, "fenced": fenced}
+    try:
+        return environment.get_template(CARD).render(_content(planned, table, name))
+    except TemplateError as error:
+        what = f"the card's template cannot be rendered: {type(error).__name__}: {error.message}"
+        raise RecipeError(Problem(what, publish.template_at, "publish.template")) from None
+
+
+def _loader(publish: Publish) -> BaseLoader:
+    """Our templates, and before them the recipe's own: a folder, or a file in place of the card."""
+    if publish.template is None:
+        return FileSystemLoader(_TEMPLATES)
+    own = Path(publish.template)
+    try:
+        first = FileSystemLoader(own) if own.is_dir() else DictLoader({CARD: own.read_text(encoding="utf-8")})
+    except (OSError, UnicodeDecodeError):
+        what = f"there is no template {publish.template!r}"
+        hint = "name a file, or a folder that holds card.md.j2, relative to the working directory"
+        raise RecipeError(Problem(what, publish.template_at, "publish.template", hint)) from None
+    return ChoiceLoader([first, FileSystemLoader(_TEMPLATES)])
+
+
+def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str, Any]:
+    used = [table[name] for name in dict.fromkeys(piece.method for piece in planned.locked.recipe.slices)]
+    return {
+        "metadata": _metadata(planned, used),
+        "name": name,
+        "title": name.split("/")[-1],
+        "parents": [_parent(planned, number) for number in range(len(planned.locked.models))],
+        "methods": used,
+        "recipe": planned.locked.recipe.text,
+        "licence": licence(planned),
+        "licence_note": licence_note(planned),
+        "plan": planned,
+        "auto_class": _auto_class(planned.config),
+        "local": all(model.located.commit is None for model in planned.locked.models),
+    }
+
+
+def _metadata(planned: Plan, used: list[Method]) -> str:
+    donor = planned.locked.donor
+    parents = [model.located.where for model in planned.locked.models if model.located.commit is not None]
+    stated = licence(planned)
+    data: dict[str, Any] = {}
+    if stated is not None:
+        data["license"] = stated
+    data["library_name"] = "transformers"
+    task = donor.card.get("pipeline_tag") or _TASKS.get(_auto_class(planned.config))
+    if isinstance(task, str):
+        data["pipeline_tag"] = task
+    data["tags"] = ["merge", "merger", *(method.name for method in used)]
+    if parents:
+        data["base_model"] = parents
+        data["base_model_relation"] = "merge"
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+_TASKS = {"AutoModelForCausalLM": "text-generation"}
+
+
+def _auto_class(config: Mapping[str, Any]) -> str:
+    """The transformers class that loads the result, as its config tells."""
+    architectures = config.get("architectures") or [""]
+    for ending in ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification"):
+        if str(architectures[0]).endswith(ending):
+            return f"AutoModel{ending}"
+    return "AutoModel"
+
+
+def _parent(planned: Plan, number: int) -> Parent:
+    model = planned.locked.models[number]
+    bases = {planned.locked.index(piece.base_model) for piece in planned.locked.recipe.slices if piece.base_model}
+    giving = any(entry.model == number for job in planned.jobs for entry in job.reads)
+    role = "base model" if number in bases else "model"
+    return Parent(shown(model), model.located.commit, model.licence, role if giving else "config and tokenizer only")
+
+
+def escaped(text: object) -> str:
+    """Text that stands for itself in Markdown, whatever it holds, on one line."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Text as a code block that nothing inside can end."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

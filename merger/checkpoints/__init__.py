@@ -1,0 +1,1 @@
+"""What a model holds: names, shapes, dtypes and places of its tensors. Never their bytes."""

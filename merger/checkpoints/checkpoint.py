@@ -1,0 +1,187 @@
+"""Names, shapes, dtypes and places of a model's tensors, read from safetensors headers and their index.
+
+Follows the safetensors format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors.
+Not here: fetching those bytes (stores), and what a tensor's name means (architecture).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merger.errors import ModelError, Problem
+
+ITEM_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1, "C64": 8,
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes that are merged; all others are copied or refused."""
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100_000_000
+_PICKLED = re.compile(r"(^|/)(pytorch_model.*\.bin|.*\.(pt|pth|ckpt))$")
+_UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f]|^[/\\~]|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z]:[/\\]")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint and the bytes of its file that hold it, ``[start, stop)``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def entries(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes in its file."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's tensors by name, in the order of files and places, and its config.json."""
+
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its tensors take."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def weight_files(files: Iterable[str], index: str | None) -> tuple[str, ...]:
+    """The safetensors files of a model, given its files' names and the text of its index, if it has one.
+
+    Raises:
+        ModelError: no safetensors, a damaged index, or one that names files which the model does not have.
+    """
+    present = tuple(files)
+    if index is None:
+        if SINGLE in present:
+            return (SINGLE,)
+        raise ModelError(_without_safetensors(present))
+    shards = tuple(sorted(set(_weight_map(index).values())))
+    for shard in shards:
+        if _UNSAFE_NAME.search(shard):
+            raise ModelError(Problem(f"{INDEX} points outside the model's folder: {shard!r}", hint=_DAMAGED))
+        if shard not in present:
+            raise ModelError(Problem(f"{INDEX} names {shard!r}, which is not there", hint=_DAMAGED))
+    return shards
+
+
+_DAMAGED = "the model is incomplete or damaged: download it again, or ask its author"
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    try:
+        found = json.loads(index)["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(Problem(f"{INDEX} holds no weight_map", hint=_DAMAGED)) from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ModelError(Problem(f"{INDEX}: the weight_map is no map of names to files", hint=_DAMAGED))
+    return found
+
+
+def _without_safetensors(files: Iterable[str]) -> Problem:
+    pickled = [name for name in files if _PICKLED.search(name)]
+    if pickled:
+        return Problem(
+            f"has no safetensors, only {pickled[0]}",
+            hint="such files can run code when they are read: convert the model with transformers' save_pretrained",
+        )
+    return Problem(f"has neither {SINGLE} nor {INDEX}", hint="is this a model that transformers can load?")
+
+
+def header_length(first: bytes, file: str, size: int) -> int:
+    """The length of a safetensors file's header, from the file's first 8 bytes and its size.
+
+    Raises:
+        ModelError: the file is too short for it.
+    """
+    length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+    if 8 + length > size or length > MAX_HEADER:
+        raise ModelError(Problem(f"{file}: the safetensors header is cut short ({size:,} bytes in all)", hint=_DAMAGED))
+    return int(length)
+
+
+def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
+    """The tensors that a header promises, in the order of their places.
+
+    Args:
+        raw: the header's bytes, without the 8 bytes of its length.
+        file: the file's name.
+        size: the whole file's size in bytes.
+
+    Raises:
+        ModelError: the header is damaged, or does not fit the file's size.
+    """
+    try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+        first = 8 + len(raw)
+        tensors = [_tensor(name, entry, file, first) for name, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(Problem(f"{file}: the safetensors header is damaged ({error})", hint=_DAMAGED)) from None
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    _check_places(tensors, file, first, size)
+    return tuple(tensors)
+
+
+def _tensor(name: str, entry: Mapping[str, Any], file: str, first: int) -> TensorInfo:
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if _UNSAFE_NAME.search(name):
+        raise ValueError(f"a tensor's name points outside the model: {name!r}")
+    if entry["dtype"] not in ITEM_BYTES:
+        raise ValueError(f"{name} has dtype {entry['dtype']}, which is not read here")
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError(f"{name} has a shape or place that is no whole number")
+    if math.prod(shape) * ITEM_BYTES[entry["dtype"]] != stop - start:
+        raise ValueError(f"{name}: {list(shape)} of {entry['dtype']} does not take {stop - start:,} bytes")
+    return TensorInfo(name, entry["dtype"], shape, file, first + start, first + stop)
+
+
+def _check_places(tensors: list[TensorInfo], file: str, first: int, size: int) -> None:
+    """Tensors must follow each other without gap or overlap up to the file's end, as the format demands."""
+    end = first
+    for tensor in tensors:
+        if tensor.start != end:
+            raise ModelError(Problem(f"{file}: {tensor.name} does not start where the one before ends", hint=_DAMAGED))
+        end = tensor.stop
+    if end != size:
+        raise ModelError(Problem(f"{file}: has {size:,} bytes, its header promises {end:,}", hint=_DAMAGED))
+
+
+def gather(headers: Iterable[tuple[TensorInfo, ...]], index: str | None) -> dict[str, TensorInfo]:
+    """All files' tensors by name; where two files hold one name, the index decides.
+
+    Raises:
+        ModelError: the index names a tensor that its file does not hold, or a name stands twice without an index.
+    """
+    chosen = _weight_map(index) if index is not None else {}
+    tensors: dict[str, TensorInfo] = {}
+    for tensor in (tensor for header in headers for tensor in header):
+        if tensor.name in tensors and chosen.get(tensor.name) != tensor.file:
+            continue
+        tensors[tensor.name] = tensor
+    for name, file in chosen.items():
+        if name not in tensors or tensors[name].file != file:
+            raise ModelError(Problem(f"{INDEX} places {name} in {file}, which does not hold it", hint=_DAMAGED))
+    return tensors

@@ -1,0 +1,28 @@
+"""The small files beside the tensors that a model needs to be used: tokenizer, chat template, processor, generation.
+
+Not here: config.json, which is edited (architecture), and the card, which is written anew (card).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_SIDE_FILE = re.compile(
+    r"""^( tokenizer(_config)?\.json | tokenizer\.model(\.v\d+)? | [^/]*\.tiktoken | tekken\.json
+        | vocab\.(json|txt) | merges\.txt | special_tokens_map\.json | added_tokens\.json
+        | spiece\.model | source\.spm | target\.spm | sentencepiece\.bpe\.model
+        | chat_template\.(jinja|json) | additional_chat_templates/[^/]+\.jinja
+        | generation_config\.json | (image_|video_|audio_)?(pre)?processor(_config)?\.json
+        | feature_extractor_config\.json
+    )$""",
+    re.VERBOSE,
+)
+_CODE = re.compile(r"^[^/]+\.py$")
+
+
+def side_files(files: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of a model's files that its merge takes over; code files only where the config refers to some."""
+    wanted = [name for name in files if _SIDE_FILE.match(name) or ("auto_map" in config and _CODE.match(name))]
+    return tuple(sorted(wanted))

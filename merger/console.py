@@ -1,0 +1,194 @@
+"""Problems, plans and events as text for a terminal or a log. Not here: what they mean, and reading arguments (cli)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TextIO
+
+from merger.card.licences import licence_note
+from merger.card.lineage import shown
+from merger.errors import MergerError, Problem
+from merger.methods.registry import Method, Param
+from merger.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_LOG_SECONDS = 15.0
+_NAMES_SHOWN = 3
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit a person would choose, powers of 1000.
+
+    >>> size(5_484_880)
+    '5.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def problems(error: MergerError) -> str:
+    """A refusal as the user sees it."""
+    return "\n".join(str(problem) for problem in error.problems)
+
+
+def warning(problem: Problem) -> str:
+    """A warning, told from a refusal by its first word."""
+    return f"warning: {problem}"
+
+
+def plan_text(planned: Plan) -> str:
+    """What will be made of what, what it takes, and what is left out."""
+    return "\n".join([*_models(planned), "", *_making(planned), "", *_costs(planned), *_accounting(planned)])
+
+
+def _models(planned: Plan) -> list[str]:
+    lines = ["models"]
+    width = max(len(shown(model)) for model in planned.locked.models)
+    for model in planned.locked.models:
+        commit = model.located.commit[:12] if model.located.commit else "local folder"
+        held = f"{len(model.checkpoint.tensors)} tensors, {size(model.checkpoint.nbytes)}"
+        lines.append(f"  {shown(model):{width}}  {commit}  {model.licence or 'licence not stated'}  {held}")
+    return lines
+
+
+def _making(planned: Plan) -> list[str]:
+    used = Counter("copy" if job.is_copy else job.method for job in planned.jobs)
+    methods = ", ".join(f"{name} {count}" for name, count in used.items())
+    dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
+    lines = [
+        f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
+        f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
+        f"{len(planned.side_files)} side files from {shown(planned.locked.donor)}",
+        f"plan    {planned.hash[:16]}, seed {planned.seed}",
+    ]
+    return lines
+
+
+def _costs(planned: Plan) -> list[str]:
+    return [
+        f"reads   {size(planned.read_bytes)}",
+        f"memory  {size(planned.peak_memory)} at most, with {planned.threads} threads",
+        f"disk    {size(planned.disk(staged=False))} for a folder, {size(planned.disk(staged=True))} to publish on the Hub",
+    ]
+
+
+def _accounting(planned: Plan) -> list[str]:
+    """Copied and left-out tensors by reason, so that nothing is lost in silence."""
+    copied = [(job.why, job.name) for job in planned.jobs if job.why is not None]
+    models = planned.locked.models
+    left = [(f"{shown(models[item.model])}: {item.why}", item.tensor) for item in planned.left_out]
+    lines = [*_by_reason("copied", copied), *_by_reason("left out", left)]
+    note = licence_note(planned)
+    return [*lines, *([f"\nlicence  {note}"] if note else [])]
+
+
+def _by_reason(title: str, items: Iterable[tuple[str, str]]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for why, name in items:
+        groups.setdefault(why, []).append(name)
+    lines = [f"\n{title}"] if groups else []
+    for why, names in groups.items():
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        lines.append(f"  {', '.join(names[:_NAMES_SHOWN])}{more}: {why}")
+    return lines
+
+
+# ---- methods --------------------------------------------------------------------------------------------------------
+
+
+def methods_text(table: Iterable[Method]) -> str:
+    """A line for each method."""
+    rows = list(table)
+    width = max(len(method.name) for method in rows)
+    return "\n".join(f"{method.name:{width}}  {method.summary}" for method in rows)
+
+
+def method_text(method: Method) -> str:
+    """All about one method: what it computes, its parameters, its paper."""
+    lines = [f"{method.title} ({method.name})", "", method.description, "", f"models: {_count(method)}", "", "parameters:"]
+    lines += [_param(param) for param in method.params] or ["  none"]
+    if method.paper:
+        paper = method.paper
+        lines += ["", f"{paper.authors} ({paper.year}), {paper.title}", paper.url]
+    return "\n".join(lines)
+
+
+def _count(method: Method) -> str:
+    least, most = method.models
+    count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+    base = {"unused": "", "first": ", one of them the base_model", "subtracted": " and a base_model"}[method.base]
+    return count + base
+
+
+def _param(param: Param) -> str:
+    default = "required" if param.required else f"default {str(param.default).lower()}"
+    scope = "a number for each model" if param.per_model else param.kind
+    bounds = f", {param.bounds}" if param.bounds else ""
+    return f"  {param.name} ({scope}{bounds}, {default}): {param.description}"
+
+
+# ---- progress -------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """How far a run is: a bar with bytes and time left on a terminal, a line now and then in a log.
+
+    Args:
+        total: the bytes that will be made.
+        stream: where it is shown.
+    """
+
+    def __init__(self, total: int, stream: TextIO = sys.stderr) -> None:
+        self._total, self._stream = total, stream
+        self._made = 0
+        self._start = self._told = time.monotonic()
+        self._bar: tqdm[None] | None = None
+        if stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=stream, dynamic_ncols=True)
+
+    def add(self, nbytes: int) -> None:
+        """Some more bytes are made."""
+        self._made += nbytes
+        if self._bar is not None:
+            self._bar.update(nbytes)
+        elif time.monotonic() - self._told >= _LOG_SECONDS:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        passed = self._told - self._start
+        left = passed * (self._total - self._made) / max(1, self._made)
+        share = self._made / max(1, self._total)
+        print(f"merging: {size(self._made)} of {size(self._total)} ({share:.0%}), {left:.0f} s left", file=self._stream, flush=True)
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def show(event: object, progress: Progress) -> None:
+    """Tell of one event of a run."""
+    from merger.engine.execute import Made, ShardDone
+
+    if isinstance(event, Made):
+        progress.add(event.nbytes)
+    elif isinstance(event, ShardDone):
+        progress.say(f"made {event.shard.name} ({size(event.shard.size)}, sha256 {event.shard.sha256[:12]})")

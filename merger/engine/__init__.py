@@ -1,0 +1,1 @@
+"""Making it: read blocks, call the method, round once, write."""

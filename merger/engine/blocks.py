@@ -1,0 +1,190 @@
+"""One job's blocks: read into kept buffers, brought to float32, merged, rounded once to the output's dtype.
+
+Not here: the order of jobs and what happens to finished blocks (execute).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merger.errors import MismatchError, Problem
+from merger.methods._ops import Rng
+from merger.methods.registry import Method, declared
+from merger.plan.jobs import Job, arguments
+from merger.plan.plan import BLOCK_ENTRIES
+from merger.stores.ports import Reader
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_COPY_BYTES = 4 * BLOCK_ENTRIES
+_SPOOL_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Block:
+    """Entries ``[start, stop)`` of a job's output tensor; of a copy, bytes."""
+
+    start: int
+    stop: int
+
+
+def blocks(job: Job) -> list[Block]:
+    """The blocks of a job, in order. Their size never depends on a budget: so neither does the result."""
+    size, step = (job.nbytes, _COPY_BYTES) if job.is_copy else (job.entries, BLOCK_ENTRIES)
+    return [Block(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+class _Kept(threading.local):
+    """This thread's buffers: new memory would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.raw: list[Tensor] = []
+        self.floats: list[Tensor] = []
+
+    def at_least(self, count: int) -> None:
+        for _ in range(count - len(self.raw)):
+            self.raw.append(torch.empty(8 * BLOCK_ENTRIES, dtype=torch.uint8))
+            self.floats.append(torch.empty(BLOCK_ENTRIES, dtype=torch.float32))
+
+
+_kept = _Kept()
+
+
+class Spool:
+    """A job's inputs in one temporary file without a name: for a method that reads them twice from afar."""
+
+    def __init__(self, job: Job, first: int, reader: Reader) -> None:
+        self._file = tempfile.TemporaryFile(prefix="merger-spool-")
+        self._starts: list[int] = []
+        end = 0
+        room = memoryview(bytearray(_SPOOL_BYTES))
+        for number, entry in enumerate(job.reads):
+            self._starts.append(end)
+            for offset in range(0, entry.tensor.nbytes, _SPOOL_BYTES):
+                part = room[: min(_SPOOL_BYTES, entry.tensor.nbytes - offset)]
+                reader.read(first + number, offset, part)
+                self._file.write(part)
+            end += entry.tensor.nbytes
+        self._file.flush()
+
+    def read(self, number: int, offset: int, out: memoryview) -> None:
+        """Fill `out` from input `number`."""
+        os.preadv(self._file.fileno(), [out], self._starts[number] + offset)
+
+    def close(self) -> None:
+        """Give the disk back."""
+        self._file.close()
+
+
+@dataclass
+class Work:
+    """A job under way.
+
+    Args:
+        job: what is made.
+        method: by which method.
+        first: the number of the reader's ticket for the job's first input; the others follow.
+        reader: where bytes come from.
+        seed: for a method that draws random numbers.
+        device: where the arithmetic is done.
+        measured: what the method measured of the whole tensor, once it is known.
+    """
+
+    job: Job
+    method: Method
+    first: int
+    reader: Reader
+    seed: int
+    device: torch.device
+    measured: Future[Any] | None = None
+    _spool: Spool | None = field(default=None, repr=False)
+
+    def measure(self) -> Any:
+        """Let the method see the whole tensor, block by block, before it is asked for the first one."""
+        assert self.method.measure is not None
+        reads = range(self.first, self.first + len(self.job.reads))
+        if not all(self.reader.repeatable(ticket) for ticket in reads):
+            self._spool = Spool(self.job, self.first, self.reader)
+        given = {**arguments(self.method, self.job), "rng": Rng(self.seed, self.job.name)}
+        return self.method.measure(_Blocks(self), **declared(self.method.measure, given))
+
+    def make(self, block: Block, out: Tensor) -> memoryview:
+        """Make one block in the buffer `out` (bytes), and return the part of it that holds the result."""
+        if self.job.is_copy:
+            copied = memoryview(out.numpy())[: block.stop - block.start]
+            self.reader.read(self.first, block.start, copied)
+            return copied
+        dtype = TORCH_DTYPES[self.job.dtype]
+        result = out[: (block.stop - block.start) * dtype.itemsize]
+        rounded = result.view(dtype).copy_(self._merged(block))
+        # A sum is finite only if all its terms are; in float64 it cannot overflow by itself.
+        if not torch.isfinite(rounded.sum(dtype=torch.float64)):
+            raise _not_finite(self.job, rounded)
+        return memoryview(result.numpy())
+
+    def _merged(self, block: Block) -> Tensor:
+        inputs, base = self.load(block)
+        given = arguments(self.method, self.job)
+        if self.method.random:
+            given["rng"] = Rng(self.seed, self.job.name, block.start)
+        if self.measured is not None:
+            given["measured"] = self.measured.result()
+        merged: Tensor = self.method.function(inputs, **given)
+        return merged if base is None else merged.add_(base)
+
+    def load(self, block: Block) -> tuple[list[Tensor], Tensor | None]:
+        """The inputs' entries in float32, the base subtracted if the job has one; and the base."""
+        count = len(self.job.reads)
+        _kept.at_least(count)
+        loaded = [self._entries(number, block) for number in range(count)]
+        if self.job.base is None:
+            return loaded, None
+        return [tensor.sub_(loaded[-1]) for tensor in loaded[:-1]], loaded[-1]
+
+    def _entries(self, number: int, block: Block) -> Tensor:
+        dtype = TORCH_DTYPES[self.job.reads[number].tensor.dtype]
+        size = block.stop - block.start
+        raw = _kept.raw[number][: size * dtype.itemsize]
+        source = self.reader.read if self._spool is None else self._spool.read
+        first = self.first if self._spool is None else 0
+        source(first + number, block.start * dtype.itemsize, memoryview(raw.numpy()))
+        return _kept.floats[number][:size].copy_(raw.view(dtype)).to(self.device)
+
+    def close(self) -> None:
+        """The last block is made."""
+        if self._spool is not None:
+            self._spool.close()
+
+
+class _Blocks:
+    """The blocks of a whole tensor as a method's `measure` walks them, as often as it likes."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for block in blocks(self._work.job):
+            yield self._work.load(block)[0]
+
+
+def _not_finite(job: Job, rounded: Tensor) -> MismatchError:
+    """Which entry it is, and whether the output's dtype is to blame."""
+    entry = int(torch.nonzero(~torch.isfinite(rounded))[0])
+    what = f"{job.name}: entry {entry} of a block comes out as {rounded[entry].item()} in {job.dtype}"
+    hint = "a parent holds infinities or NaN, or a weight is huge"
+    if job.dtype == "F16":
+        hint = "float16 ends at 65,504: write dtype: bfloat16 or float32, or a parent holds infinities or NaN"
+    return MismatchError(Problem(what, where=f"tensor {job.name}", hint=hint))

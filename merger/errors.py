@@ -1,0 +1,104 @@
+"""Every way to fail: a position, a sentence and a next step, and an exit code for each kind.
+
+Not here: how a problem is shown (console) and the finding of problems (each room finds its own).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """Where a piece of text stands: file name as the user gave it, line and column from 1."""
+
+    path: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and what to do about it.
+
+    Args:
+        what: the sentence, without a position.
+        at: the key or value in the recipe that causes it, if one does.
+        where: the identity of that place, such as ``models[org/a].parameters.density``.
+        hint: the next step.
+    """
+
+    what: str
+    at: Span | None = None
+    where: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        head = ": ".join(str(part) for part in (self.at, self.where, self.what) if part)
+        return head if self.hint is None else f"{head}\n    {self.hint}"
+
+
+class MergerError(Exception):
+    """A refusal that the user can act on; a subclass says which kind, `exit_code` tells a shell.
+
+    Problems without a position come last; the others in the file's order.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        found = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        last = Span("\U0010ffff", 0, 0)
+        self.problems = tuple(sorted(found, key=lambda problem: problem.at or last))
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class RecipeError(MergerError):
+    """The recipe says something that cannot be meant."""
+
+    exit_code = 2
+
+
+class ModelError(MergerError):
+    """A model cannot be read: missing, gated, not safetensors, damaged."""
+
+    exit_code = 3
+
+
+class MismatchError(MergerError):
+    """The models do not fit each other."""
+
+    exit_code = 4
+
+
+class BudgetError(MergerError):
+    """Not enough memory or disk."""
+
+    exit_code = 5
+
+
+class UploadError(MergerError):
+    """The destination refuses: it holds something else, or we may not write there."""
+
+    exit_code = 6
+
+
+class VerificationError(MergerError):
+    """What was written is not what was promised."""
+
+    exit_code = 7
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """The hint for a word that nothing is called: the nearest known one, else the list of them."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"known here: {', '.join(names)}" if names else None

@@ -1,0 +1,1 @@
+"""The mathematics: pure functions of blocks. Importing nothing here imports torch."""

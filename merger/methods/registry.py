@@ -1,0 +1,270 @@
+"""What a merge method is, read off one decorated function, and the table of them.
+
+Signature, hints and docstring are the single source: recipe schema, bounds errors, menus, cards and laws are made
+from what stands here. Not here: any arithmetic. This file and the method files can be imported without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, TypeVar, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors = NewType("Tensors", Sequence["Tensor"])
+"""One float32 block of each model, all of one shape, in the recipe's order."""
+Deltas = NewType("Deltas", Sequence["Tensor"])
+"""The same, with the base model's block already subtracted from each; the base itself is not among them."""
+
+
+class _PerModelMark:
+    """Marks an argument that takes one number a model."""
+
+
+PerModel = Annotated[float | Sequence[float], _PerModelMark()]
+"""One number for each model, or one number for all of them."""
+
+Base = Literal["unused", "first", "subtracted"]
+"""What the base model is to a method: no input | one of the models, handed over first | subtracted from the others."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The closed interval an argument must lie in; an end that is None is open to infinity."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies inside."""
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"{self.low:g} or more"
+        return f"at most {self.high:g}" if self.low is None else f"{self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    authors: str
+    year: int
+    title: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Law:
+    """A sentence that tests hold for every method that claims it (tests/methods/test_laws.py says each in words)."""
+
+    name: str
+    settings: Mapping[str, float] = field(default_factory=dict, hash=False)
+    like: str | None = None
+
+
+def endpoints(parameter: str) -> Law:
+    """At `parameter` 0 the result is the first tensor, at 1 the second."""
+    return Law("endpoints", {parameter: 0.0})
+
+
+def full(like: str, **settings: float) -> Law:
+    """With these settings nothing is left out, and the method equals the method `like`."""
+    return Law("full", settings, like)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of a method, as recipes write it."""
+
+    name: str
+    argument: str
+    kind: Literal["float", "int", "bool"]
+    per_model: bool
+    required: bool
+    default: float | int | bool | None
+    bounds: Range | None
+    description: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: its function, and all that others need to know about it.
+
+    `models` counts the tensors that the function is handed, least and most (None: any number). `measure`, if there is
+    one, reads the blocks of the whole tensor before the function sees the first of them. `check`, if there is one,
+    raises ValueError, with a sentence, for arguments that are each in bounds but cannot be meant together.
+    """
+
+    name: str
+    title: str
+    function: Callable[..., Any]
+    measure: Callable[..., Any] | None
+    params: tuple[Param, ...]
+    takes: Literal["tensors", "deltas"]
+    base: Base
+    models: tuple[int, int | None]
+    laws: tuple[Law, ...]
+    random: bool
+    paper: Paper | None
+    summary: str
+    description: str
+    check: Callable[..., None] | None = None
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a recipe that uses this method must name a base_model."""
+        return self.base != "unused"
+
+    def param(self, name: str) -> Param | None:
+        """The parameter that recipes call `name`, or None."""
+        return next((param for param in self.params if param.name == name), None)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_METHODS: dict[str, Method] = {}
+
+
+def merge_method(
+    name: str,
+    *,
+    title: str,
+    models: tuple[int, int | None],
+    paper: Paper | None = None,
+    base: Base | None = None,
+    measure: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
+    laws: Iterable[str | Law] = (),
+) -> Callable[[F], F]:
+    """Register a function as the merge method `name`; the function comes back unchanged.
+
+    Args:
+        name: the word that recipes write in ``merge_method``.
+        title: the name people write.
+        models: how many tensors the function takes, least and most (None: any number).
+        paper: where the method comes from.
+        base: what the base model is to it; by default subtracted for `Deltas`, unused for `Tensors`.
+        measure: a function of the whole tensor's blocks (an iterable that may be walked several times) and any of the
+            method's own arguments, by name; what it returns reaches the method as its argument ``measured``.
+        check: a function of any of the method's own arguments, by name (a list where it takes one number a model), that
+            raises ValueError for a combination that cannot be meant.
+        laws: what tests may hold about it.
+
+    Raises:
+        TypeError: at import, when an argument has no hint the table can read, or no description.
+    """
+
+    def register(function: F) -> F:
+        if name in _METHODS:
+            raise TypeError(f"two merge methods are called {name!r}")
+        takes = _takes(function)
+        summary, description, arguments = _docstring(function)
+        _METHODS[name] = Method(
+            name=name,
+            title=title,
+            function=function,
+            measure=measure,
+            params=_params(function, arguments),
+            takes=takes,
+            base=base or ("subtracted" if takes == "deltas" else "unused"),
+            models=models,
+            laws=tuple(Law(law) if isinstance(law, str) else law for law in laws),
+            random="rng" in inspect.signature(function).parameters,
+            paper=paper,
+            summary=summary,
+            description=description,
+            check=check,
+        )
+        return function
+
+    return register
+
+
+@cache
+def methods() -> Mapping[str, Method]:
+    """Every merge method by name: those in this folder, and those other packages offer as ``merger.methods``.
+
+    A file whose name starts with an underscore holds shared pieces, no method, and may import what it likes.
+    """
+    package = importlib.import_module("merger.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"merger.methods.{module.name}")
+    for entry in entry_points(group="merger.methods"):
+        entry.load()
+    return dict(sorted(_METHODS.items()))
+
+
+def declared(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that `function` declares: what its `measure` or `check` is called with."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The evaluated hints; `Tensor` stands for itself, so that torch need not be imported to read them."""
+    return get_type_hints(function, localns={"Tensor": Any}, include_extras=True)
+
+
+def _takes(function: Callable[..., Any]) -> Literal["tensors", "deltas"]:
+    first = next(iter(inspect.signature(function).parameters))
+    hint = _hints(function)[first]
+    if hint not in (Tensors, Deltas):
+        raise TypeError(f"{function.__name__}: the first argument must be Tensors or Deltas, not {hint}")
+    return "deltas" if hint is Deltas else "tensors"
+
+
+_GIVEN_BY_THE_ENGINE = ("measured", "rng")
+
+
+def _params(function: Callable[..., Any], described: Mapping[str, str]) -> tuple[Param, ...]:
+    hints = _hints(function)
+    arguments = list(inspect.signature(function).parameters.values())[1:]
+    return tuple(
+        _param(function, argument, hints[argument.name], described)
+        for argument in arguments
+        if argument.name not in _GIVEN_BY_THE_ENGINE
+    )
+
+
+def _param(function: Callable[..., Any], argument: inspect.Parameter, hint: Any, described: Mapping[str, str]) -> Param:
+    base, extras = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+    per_model = any(isinstance(extra, _PerModelMark) for extra in extras)
+    kind: Any = "float" if per_model else getattr(base, "__name__", str(base))
+    if kind not in ("float", "int", "bool"):
+        raise TypeError(f"{function.__name__}: argument {argument.name!r} has a hint no recipe can fill: {hint}")
+    if argument.name not in described:
+        raise TypeError(f"{function.__name__}: argument {argument.name!r} is not described under Args:")
+    required = argument.default is inspect.Parameter.empty
+    return Param(
+        name=argument.name.rstrip("_"),
+        argument=argument.name,
+        kind=kind,
+        per_model=per_model,
+        required=required,
+        default=None if required else argument.default,
+        bounds=next((extra for extra in extras if isinstance(extra, Range)), None),
+        description=described[argument.name],
+    )
+
+
+def _docstring(function: Callable[..., Any]) -> tuple[str, str, dict[str, str]]:
+    """The summary, the text before ``Args:``, and what stands under each argument."""
+    text = inspect.cleandoc(function.__doc__ or "")
+    if not text:
+        raise TypeError(f"{function.__name__}: a merge method needs a docstring")
+    body, _, rest = text.partition("\nArgs:\n")
+    block = re.split(r"\n(?=\S)", rest, maxsplit=1)[0]
+    found = re.findall(r"^    (\w+): ((?:.|\n {8,})*)", block, flags=re.MULTILINE)
+    arguments = {name: " ".join(words.split()) for name, words in found}
+    summary = " ".join(body.split("\n\n")[0].split())
+    return summary, body.strip(), arguments

@@ -1,0 +1,1 @@
+"""What will be made, in integers: no torch, no bytes."""

@@ -1,0 +1,174 @@
+"""Recipe + Store -> LockedRecipe: every model pinned to a commit, its headers and config read, no tensor byte.
+
+Not here: what is made of them (jobs).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import yaml
+
+from merger.checkpoints.architecture import Architecture, is_quantised
+from merger.checkpoints.checkpoint import (
+    INDEX,
+    Checkpoint,
+    TensorInfo,
+    gather,
+    header_length,
+    read_header,
+    weight_files,
+)
+from merger.errors import ModelError, Problem
+from merger.recipe.model import ModelRef, Recipe
+from merger.stores.ports import Located, Store
+
+_CARD_BYTES = 1 << 20
+_REQUESTS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class LockedModel:
+    """A model of the recipe as it was found.
+
+    Args:
+        ref: what the recipe says.
+        located: where it is, at which commit, with which files.
+        checkpoint: its tensors' names, shapes, dtypes and places, and its config.json.
+        card: the metadata of its own model card, empty where there is none.
+    """
+
+    ref: ModelRef
+    located: Located
+    checkpoint: Checkpoint = field(repr=False)
+    card: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What the tensors' names tell."""
+        return Architecture(self.checkpoint.tensors)
+
+    @cached_property
+    def by_layer(self) -> Mapping[tuple[str | None, int | None], list[TensorInfo]]:
+        """The tensors of each layer of each stack, and under (None, None) those outside; in the order of their places."""
+        found: dict[tuple[str | None, int | None], list[TensorInfo]] = {}
+        for tensor in self.checkpoint.tensors.values():
+            place = self.architecture.place(tensor.name)
+            found.setdefault((place.stack, place.layer), []).append(tensor)
+        return found
+
+    @property
+    def name(self) -> str:
+        """The name for readers: repo id, or the folder's last part."""
+        return self.located.name
+
+    @property
+    def licence(self) -> str | None:
+        """The licence that its card states."""
+        stated = self.card.get("license")
+        return stated if isinstance(stated, str) else None
+
+
+@dataclass(frozen=True)
+class LockedRecipe:
+    """A recipe and its models, in the order of ``recipe.models``."""
+
+    recipe: Recipe
+    models: tuple[LockedModel, ...]
+
+    def index(self, ref: ModelRef) -> int:
+        """The number of a model among `models`."""
+        return next(number for number, model in enumerate(self.models) if model.ref == ref)
+
+    def model(self, ref: ModelRef) -> LockedModel:
+        """The model that a reference means."""
+        return self.models[self.index(ref)]
+
+    @property
+    def donor(self) -> LockedModel:
+        """The model whose config and side files the result takes."""
+        return self.model(self.recipe.donor)
+
+
+def lock(recipe: Recipe, store: Store) -> LockedRecipe:
+    """Find and read every model of the recipe.
+
+    Raises:
+        ModelError: with every model that cannot be read.
+    """
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        attempts = [_attempt(lambda ref=ref: _lock_model(ref, store, pool), ref) for ref in recipe.models]
+    problems = [problem for _, found in attempts for problem in found]
+    if problems:
+        raise ModelError(problems)
+    return LockedRecipe(recipe, tuple(model for model, _ in attempts if model is not None))
+
+
+T = TypeVar("T")
+
+
+def _attempt(work: Callable[[], T], ref: ModelRef) -> tuple[T | None, tuple[Problem, ...]]:
+    """The result, or its problems at the place where the recipe names the model."""
+    try:
+        return work(), ()
+    except ModelError as error:
+        return None, tuple(_at(problem, ref) for problem in error.problems)
+
+
+def _at(problem: Problem, ref: ModelRef) -> Problem:
+    return replace(problem, at=problem.at or ref.at, where=problem.where or f"models[{ref}]")
+
+
+def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor) -> LockedModel:
+    located = store.locate(ref.path, ref.revision)
+    config = _config(located, store)
+    checkpoint = Checkpoint(_tensors(located, store, pool), config)
+    return LockedModel(ref, located, checkpoint, _card(located, store))
+
+
+def _config(located: Located, store: Store) -> Mapping[str, Any]:
+    if "config.json" not in located.files:
+        raise ModelError(Problem("has no config.json", hint="is this a model that transformers can load?"))
+    try:
+        config = json.loads(store.fetch(located, "config.json"))
+    except ValueError as error:
+        raise ModelError(Problem(f"config.json is no JSON ({error})", hint="download the model again")) from None
+    if not isinstance(config, dict):
+        raise ModelError(Problem("config.json is no JSON object", hint="download the model again"))
+    if is_quantised(config):
+        what = "is quantised; its stored numbers must not be merged as they are"
+        raise ModelError(Problem(what, hint="use the unquantised model: dequantising is not built yet"))
+    return config
+
+
+def _tensors(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+    index = store.fetch(located, INDEX).decode("utf-8", "replace") if INDEX in located.files else None
+    files = weight_files(located.files, index)
+    return gather(pool.map(lambda file: _header(located, store, file), files), index)
+
+
+def _header(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+    size = located.files[file].size
+    length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
+    return read_header(store.fetch(located, file, 8, 8 + length), file, size)
+
+
+def _card(located: Located, store: Store) -> Mapping[str, Any]:
+    """The front matter of README.md; a card that cannot be read counts as none: it is no reason to refuse a model."""
+    info = located.files.get("README.md")
+    if info is None or info.size > _CARD_BYTES:
+        return {}
+    text = store.fetch(located, "README.md").decode("utf-8", "replace")
+    parts = text.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        metadata = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return metadata if isinstance(metadata, dict) else {}

@@ -1,0 +1,230 @@
+"""LockedRecipe -> Plan: shards and their jobs, peak memory, disk, bytes to read; all in integers.
+
+Not here: how a tensor is made (jobs), and making it (engine).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from merger.checkpoints.checkpoint import ITEM_BYTES
+from merger.checkpoints.shard import header, shard_name
+from merger.checkpoints.sidefiles import side_files
+from merger.errors import BudgetError, Problem
+from merger.methods.registry import Method
+from merger.plan.jobs import Job, LeftOut, make
+from merger.plan.lock import LockedRecipe
+
+FORMAT = 1
+"""Counts up whenever the same plan would give other bytes than before: part of every plan's hash."""
+
+BLOCK_ENTRIES = 1 << 18
+"""How many entries of a tensor are worked on at once; fixed, so that no budget changes a bit of the result."""
+
+SHARD_BYTES = 5_000_000_000
+BLOCKS_IN_FLIGHT = 4
+READ_AHEAD_BYTES = 256 << 20
+_LEAST_READ_AHEAD = 64 << 20
+_BASELINE_BYTES = 420 << 20
+_SCRATCH_BLOCKS = 10
+_MEASURE_BYTES = 40 << 20
+_BYTES_A_JOB = 6_000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may use.
+
+    Args:
+        memory: bytes of memory; None: whatever is needed.
+        threads: how many threads compute.
+        shard_bytes: the largest size of a shard's tensors.
+    """
+
+    memory: int | None = None
+    threads: int = 1
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name and the jobs that fill it, in the order of their places."""
+
+    name: str
+    jobs: tuple[Job, ...]
+
+    @property
+    def size(self) -> int:
+        """The file's size in bytes, header included."""
+        return len(header(self.jobs)) + sum(job.nbytes for job in self.jobs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that will be made, before a tensor's byte is read.
+
+    Args:
+        locked: the recipe and its models.
+        shards: the output files.
+        left_out: the tensors of the models that nothing is made of.
+        config: the output's config.json.
+        side_files: the donor's files that are taken over.
+        seed: for methods that draw random numbers.
+        threads: how many threads compute.
+        read_ahead: bytes that may be held of what is read from the Hub ahead of need.
+        peak_memory: the most bytes of memory that the run will use.
+        read_bytes: how many bytes of tensors are read.
+        spool: the most bytes of temporary disk for tensors that are read twice.
+        hash: names what is made: equal for equal results.
+    """
+
+    locked: LockedRecipe = field(repr=False)
+    shards: tuple[Shard, ...] = field(repr=False)
+    left_out: tuple[LeftOut, ...] = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)
+    side_files: tuple[str, ...]
+    seed: int
+    threads: int
+    read_ahead: int
+    peak_memory: int
+    read_bytes: int
+    spool: int
+    hash: str
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Every job in the order of the output."""
+        return tuple(job for shard in self.shards for job in shard.jobs)
+
+    @property
+    def size(self) -> int:
+        """How many bytes all shards take."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def entries(self) -> int:
+        """How many numbers the result holds."""
+        return sum(job.entries for job in self.jobs)
+
+    def disk(self, staged: bool) -> int:
+        """The most bytes of disk that are in use at once; `staged`: a shard is gone once it is uploaded."""
+        shards = 2 * max((shard.size for shard in self.shards), default=0) if staged else self.size
+        return min(shards, self.size) + self.spool
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "hash": self.hash,
+            "models": [
+                {"model": str(model.ref), "commit": model.located.commit, "licence": model.licence}
+                for model in self.locked.models
+            ],
+            "seed": self.seed,
+            "threads": self.threads,
+            "peak_memory": self.peak_memory,
+            "disk": {"folder": self.disk(staged=False), "hub": self.disk(staged=True)},
+            "read_bytes": self.read_bytes,
+            "size": self.size,
+            "config": self.config,
+            "side_files": self.side_files,
+            "shards": [
+                {"name": shard.name, "size": shard.size, "jobs": [dataclasses.asdict(job) for job in shard.jobs]}
+                for shard in self.shards
+            ],
+            "left_out": [dataclasses.asdict(item) for item in self.left_out],
+        }
+
+
+def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed: int | None = None) -> Plan:
+    """Decide what will be made and what it takes.
+
+    Args:
+        locked: the recipe and its models.
+        table: the merge methods by name.
+        budget: what the run may use.
+        seed: in place of the recipe's own.
+
+    Raises:
+        RecipeError, MismatchError: from `jobs.make`.
+        BudgetError: it cannot fit into the memory.
+    """
+    making = make(locked, table)
+    seed = locked.recipe.seed if seed is None else seed
+    shards = tuple(_shards(making.jobs, budget.shard_bytes))
+    remote = [number for number, model in enumerate(locked.models) if model.located.commit is not None]
+    twice = [_remote_bytes(job, remote) for job in making.jobs if table[job.method].measure]
+    draft = Plan(
+        locked=locked,
+        shards=shards,
+        left_out=making.left_out,
+        config=making.config,
+        side_files=side_files(locked.donor.located.files, locked.donor.checkpoint.config),
+        seed=seed,
+        threads=budget.threads,
+        read_ahead=READ_AHEAD_BYTES if remote else 0,
+        peak_memory=0,
+        read_bytes=sum(entry.tensor.nbytes for job in making.jobs for entry in job.reads),
+        spool=2 * max(twice, default=0),
+        hash=_hash(locked, shards, making.config, seed),
+    )
+    return _fitted(draft, table, budget.memory)
+
+
+def _remote_bytes(job: Job, remote: Iterable[int]) -> int:
+    return sum(entry.tensor.nbytes for entry in job.reads if entry.model in remote)
+
+
+def _shards(jobs: tuple[Job, ...], limit: int) -> list[Shard]:
+    """Cut the jobs into files of at most `limit` bytes; a tensor larger than that has a file of its own."""
+    groups: list[list[Job]] = [[]]
+    for job in jobs:
+        if groups[-1] and sum(j.nbytes for j in groups[-1]) + job.nbytes > limit:
+            groups.append([])
+        groups[-1].append(job)
+    # Loaders want each tensor aligned to its own item size; larger items first keep them so.
+    ordered = [tuple(sorted(group, key=lambda job: -ITEM_BYTES[job.dtype])) for group in groups]
+    return [Shard(shard_name(number, len(ordered)), group) for number, group in enumerate(ordered, 1)]
+
+
+def _fitted(draft: Plan, table: Mapping[str, Method], memory: int | None) -> Plan:
+    """The plan with as many threads and as much read-ahead as fit into the memory."""
+    least = _LEAST_READ_AHEAD if draft.read_ahead else 0
+    choices = [(threads, ahead) for ahead in (draft.read_ahead, least) for threads in range(draft.threads, 0, -1)]
+    for threads, ahead in choices:
+        candidate = replace(draft, threads=threads, read_ahead=ahead)
+        candidate = replace(candidate, peak_memory=_peak_memory(candidate, table))
+        if memory is None or candidate.peak_memory <= memory:
+            return candidate
+    what = f"this merge needs {candidate.peak_memory:,} bytes of memory, and {memory:,} are allowed"
+    raise BudgetError(Problem(what, hint="raise --max-memory: this is the least, with one thread and small buffers"))
+
+
+def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
+    """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead."""
+    inputs = max((len(job.reads) for job in plan.jobs), default=1)
+    block = 4 * BLOCK_ENTRIES
+    measured = any(table[job.method].measure for job in plan.jobs)
+    thread = (2 * inputs + _SCRATCH_BLOCKS) * block + (inputs * _MEASURE_BYTES if measured else 0)
+    waiting = BLOCKS_IN_FLIGHT * plan.threads * 2 * block
+    jobs = _BYTES_A_JOB * (len(plan.jobs) + len(plan.left_out))
+    return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs
+
+
+def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, Any], seed: int) -> str:
+    """Of all that decides the result's bytes: the inputs' identity, the jobs, the layout, the seed."""
+    models = [
+        {"where": model.located.commit or model.located.name, "files": _files(model.located.files)}
+        for model in locked.models
+    ]
+    work = [[shard.name, [dataclasses.asdict(job) for job in shard.jobs]] for shard in shards]
+    content = {"format": FORMAT, "models": models, "shards": work, "config": config, "seed": seed}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _files(files: Mapping[str, Any]) -> list[tuple[str, int, str | None]]:
+    return [(name, info.size, info.sha256) for name, info in sorted(files.items()) if name.endswith(".safetensors")]

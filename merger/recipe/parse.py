@@ -1,0 +1,324 @@
+"""The recipe language: the keys of each level and what stands behind them. Text -> Recipe, or every problem at once.
+
+It reads like a grammar: one table of keys and one function for each level. Not here: YAML itself (spans), how a model
+is named and a parameter given (values), and whether methods, models and parameters fit (checks).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from merger.errors import Problem, RecipeError, Span, did_you_mean
+from merger.recipe import checks, spans
+from merger.recipe.checks import Choice, Found
+from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
+from merger.recipe.places import Fields, Hints, Notes, Place
+from merger.recipe.settings import Parameters
+from merger.recipe.spans import number
+from merger.recipe.values import UNREADABLE, Block, identity, parameters, reference
+
+if TYPE_CHECKING:
+    from merger.methods.registry import Method
+
+FORMS = ("models", "slices", "modules")
+TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", "publish")
+MODEL = ("model", "parameters")
+SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
+SOURCE = ("model", "layer_range", "parameters")
+MODULE = ("slices", "models", "parameters")
+PUBLISH = ("repo", "private", "license", "create_pr", "template")
+
+NOT_BUILT = {
+    "tokenizer": "leave it out: the result takes the base model's tokenizer, else the first model's",
+    "tokenizer_source": "leave it out: the result takes the base model's tokenizer, else the first model's",
+    "chat_template": "leave it out: the result takes the base model's chat template, else the first model's",
+}
+MIXTURE = ("experts", "gate_mode", "shared_experts", "experts_per_token", "architecture")
+DTYPES = ("float32", "float16", "bfloat16")
+MAX_SEED = 2**63 - 1
+
+_MEANT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+REPO = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9._-]{1,96}$"
+_RANGE = "a pair [start, end]"
+_RANGE_HINT = "write [start, end]: the layers from start up to, but not including, end, counted from 0"
+_UNDER_PARAMETERS: Hints = {name: f"move {name} into parameters: here" for name in checks.FIELD_PARAMETERS}
+_PINNED: Hints = {"revision": "write the revision into the model's name: org/name@revision"}
+_TOP_HINTS = _UNDER_PARAMETERS | {key: f"move {key} into publish:" for key in PUBLISH}
+_MODEL_HINTS = _UNDER_PARAMETERS | _PINNED | {"layer_range": "layer ranges belong to the sources of slices:"}
+_SOURCE_HINTS = _UNDER_PARAMETERS | _PINNED
+
+
+def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
+    """The recipe that `text` holds.
+
+    Args:
+        text: what the file holds.
+        path: the file's name as the user gave it; positions in errors begin with it.
+        table: the merge methods by name.
+
+    Raises:
+        RecipeError: with every problem of the file.
+    """
+    documents = spans.read(text, path)
+    notes = Notes()
+    recipes = [_Reader(Place(root, "", notes), table).recipe(path, text) for root in documents.roots]
+    whole = Place(documents.roots[0], "", notes) if documents.roots else None
+    if whole is None:
+        hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
+        raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
+    if len(recipes) > 1:
+        hint = "run each document as a recipe of its own, and name the folder it made in the next"
+        whole.error("several documents are not built yet", hint, documents.roots[1].at)
+    problems = [*documents.problems, *notes.errors.values()]
+    if problems:
+        raise RecipeError(problems)
+    return replace(recipes[0], warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What holds at a level unless a level below says otherwise; `levels`: the settings so far, the nearest first."""
+
+    method: Choice | None
+    base_model: ModelRef | None
+    levels: tuple[Parameters, ...]
+
+    def below(self, fields: Fields, block: Block, table: Mapping[str, Method]) -> _Scope:
+        """The scope inside a level that may name its own method and base model."""
+        method, base_model = fields.get("merge_method"), fields.get("base_model")
+        return _Scope(
+            checks.choice(method, table) if method else self.method,
+            reference(base_model) if base_model else self.base_model,
+            (block.settings, *self.levels),
+        )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """One reading of one document, level by level."""
+
+    top: Place
+    table: Mapping[str, Method]
+
+    def recipe(self, path: str, text: str) -> Recipe:
+        mixture = self._is_mixture()
+        known = (*TOP, *MIXTURE) if mixture else TOP
+        fields = self.top.fields("a map with the key merge_method", known, _TOP_HINTS, NOT_BUILT)
+        if fields is None:
+            return Recipe(path, text, ())
+        block = parameters(fields)
+        scope = _Scope(None, None, ()).below(fields, block, self.table)
+        modules = () if mixture else self._modules(fields, scope)
+        if scope.method is None and not mixture:
+            self._without_method(modules)
+        self._block(block, [piece for module in modules for piece in module.slices])
+        dtype, out_dtype = _dtype(fields, "dtype"), _dtype(fields, "out_dtype")
+        return Recipe(
+            path=path,
+            text=text,
+            modules=modules,
+            base_model=scope.base_model,
+            parameters=block.settings,
+            dtype=out_dtype or dtype,
+            seed=_seed(fields),
+            publish=_publish(fields),
+        )
+
+    def _is_mixture(self) -> bool:
+        entries = self.top.node.entries if isinstance(self.top.node, spans.Mapping) else ()
+        sign = next((entry for entry in entries if entry.key in MIXTURE[:2]), None)
+        if sign is not None:
+            hint = "a recipe here names a merge_method and models, slices or modules"
+            self.top.error("mixtures of experts are not built yet", hint, sign.at)
+        return sign is not None
+
+    def _without_method(self, modules: tuple[Module, ...]) -> None:
+        """A recipe may leave out merge_method if every slice names one."""
+        pieces = [piece for module in modules for piece in module.slices]
+        if not pieces or any(not piece.method for piece in pieces):
+            self.top.error("missing merge_method", f"built so far: {', '.join(self.table)}")
+
+    def _modules(self, fields: Fields, scope: _Scope) -> tuple[Module, ...]:
+        return tuple(module for key in _form(fields, FORMS) for module in self._read_form(key, fields, scope))
+
+    def _read_form(self, key: str, fields: Fields, scope: _Scope) -> list[Module]:
+        place = fields.places[key]
+        if key != "modules":
+            return [Module(None, self._slices(key, place, scope), at=place.key)]
+        entries = place.entries("a map from the names of modules to what they are made of")
+        if entries == {}:
+            place.error("an empty map", "name the modules, or write slices: or models: instead", place.key)
+        return [self._module(name, module, scope) for name, module in (entries or {}).items()]
+
+    def _module(self, name: str, place: Place, scope: _Scope) -> Module:
+        fields = place.fields("a map with the key slices or models", MODULE, _UNDER_PARAMETERS)
+        if fields is None:
+            return Module(name, (), at=place.key)
+        block = parameters(fields)
+        scope = replace(scope, levels=(block.settings, *scope.levels))
+        given = [(key, fields.places[key]) for key in _form(fields, ("models", "slices"))]
+        pieces = tuple(piece for key, form in given for piece in self._slices(key, form, scope))
+        self._block(block, pieces)
+        return Module(name, pieces, block.settings, place.key)
+
+    def _slices(self, key: str, place: Place, scope: _Scope) -> tuple[Slice, ...]:
+        if key == "models":
+            return (self._all_layers(place, scope),)
+        return tuple(self._slice(item, scope) for item in place.items("a list of slices, each with - sources:"))
+
+    def _all_layers(self, place: Place, scope: _Scope) -> Slice:
+        """The one slice of the `models:` form; a base model that is not listed joins its sources."""
+        places = place.items("a list of models, each - model: org/name", identity)
+        sources = [self._source(item, scope, MODEL) for item in places]
+        _warn_twice(sources, places)
+        base = scope.base_model
+        if base is not None and base not in (UNREADABLE, *(source.model for source in sources)):
+            sources.append(Source(base, added=True, at=base.at))
+        return self._piece(scope, Block({}, {}, None), sources, place, places)
+
+    def _slice(self, place: Place, scope: _Scope) -> Slice:
+        fields = place.fields("a map with the key sources", SLICE, _UNDER_PARAMETERS)
+        if fields is None:
+            return Slice((), UNREADABLE.path, at=place.at)
+        block = parameters(fields)
+        scope = scope.below(fields, block, self.table)
+        unused = fields.get("residual_weight")
+        if unused:
+            unused.warn("residual_weight has no effect", "take it out", unused.key)
+        listed = fields.need("sources", "list the models of this slice, each with its layer_range")
+        places = listed.items("a list of sources, each with model and layer_range", identity) if listed else []
+        sources = [self._source(item, scope, SOURCE) for item in places]
+        piece = self._piece(scope, block, sources, listed or place, places)
+        self._block(block, [piece])
+        return piece
+
+    def _piece(self, scope: _Scope, own: Block, sources: list[Source], listed: Place, places: list[Place]) -> Slice:
+        """The slice of these sources, looked at as a whole; `listed` is their list, `places` they themselves."""
+        method = scope.method
+        piece = Slice(tuple(sources), method.name if method else "", scope.base_model, own.settings, listed.key)
+        if method and places:
+            checks.fit(Found(piece, method, listed, places, scope.levels))
+        return piece
+
+    def _source(self, place: Place, scope: _Scope, keys: tuple[str, ...]) -> Source:
+        name = place.node.value if isinstance(place.node, spans.Scalar) else None
+        if isinstance(name, str):
+            place.expected("a map with the key model", f"write - model: {name}")
+            return Source(UNREADABLE, at=place.at)
+        fields = place.fields("a map with the key model", keys, _SOURCE_HINTS if keys == SOURCE else _MODEL_HINTS)
+        if fields is None:
+            return Source(UNREADABLE, at=place.at)
+        block = parameters(fields)
+        method = scope.method.method if scope.method else None
+        checks.block(block, [method], self.table, per_model=True)
+        model = fields.need("model", "write model: org/name, or model: ./folder")
+        ranged = fields.need("layer_range", _RANGE_HINT) if "layer_range" in keys else None
+        return Source(
+            model=reference(model) if model else UNREADABLE,
+            layer_range=_layer_range(ranged) if ranged else None,
+            parameters=block.settings,
+            at=place.at,
+            range_at=ranged.at if ranged else None,
+        )
+
+    def _block(self, block: Block, pieces: Sequence[Slice]) -> None:
+        """Look at a level's parameters with the methods in force anywhere below it."""
+        checks.block(block, [self.table.get(piece.method) for piece in pieces], self.table)
+
+
+def _form(fields: Fields, forms: tuple[str, ...]) -> list[str]:
+    """Those of `forms` that are there: one, or it is an error."""
+    given = [form for form in forms if form in fields.places]
+    if not given:
+        hint = "list what is merged: models: with - model: org/name"
+        fields.place.error(f"one of {', '.join(forms)} is missing", hint)
+    for form in given[1:]:
+        what = f"{given[0]} and {form} exclude each other"
+        fields.place.error(what, "keep one of them", fields.places[form].key)
+    return given
+
+
+def _warn_twice(sources: list[Source], places: list[Place]) -> None:
+    for index, source in enumerate(sources):
+        if source.model != UNREADABLE and source.model in [earlier.model for earlier in sources[:index]]:
+            places[index].warn(f"{source.model} is listed twice", "take one of them out")
+
+
+def _layer_range(place: Place) -> tuple[int, int] | None:
+    if not isinstance(place.node, spans.Sequence):
+        place.expected(_RANGE, _RANGE_HINT)
+        return None
+    ends = [_layer(item) for item in place.items(_RANGE)]
+    if len(ends) > 2 or len(ends) == 1:
+        place.error(f"expected {_RANGE}, found a list of {len(ends)}", _RANGE_HINT)
+    if len(ends) != 2 or ends[0] is None or ends[1] is None:
+        return None
+    start, end = ends[0], ends[1]
+    if start >= end:
+        place.error(f"[{number(start)}, {number(end)}] holds no layer", _RANGE_HINT)
+        return None
+    return start, end
+
+
+def _layer(place: Place) -> int | None:
+    found = place.whole("a whole number", _RANGE_HINT)
+    if found is not None and found < 0:
+        place.error(f"there is no layer {number(found)}", _RANGE_HINT)
+        return None
+    return found
+
+
+def _dtype(fields: Fields, key: str) -> str | None:
+    place = fields.get(key)
+    text = place.text(f"one of {', '.join(DTYPES)}") if place else None
+    if place is None or text is None:
+        return None
+    name = text.removeprefix("torch.")
+    if name in DTYPES:
+        return name
+    hint: str | None
+    if name == "auto":
+        hint = f"leave {key} out: the result then has the base model's dtype, else the first model's"
+    else:
+        meant = _MEANT_DTYPES.get(name)
+        hint = f"write {meant}" if meant else did_you_mean(name, DTYPES)
+    place.error(f"{text!r} is no dtype that a result can have", hint)
+    return None
+
+
+def _seed(fields: Fields) -> int:
+    place = fields.get("seed")
+    seed = place.whole("a whole number, 0 or more") if place else 0
+    if place and seed is not None and not 0 <= seed <= MAX_SEED:
+        place.error(f"{number(seed)} is outside 0 to {MAX_SEED}", "any number will do, such as seed: 42")
+    return seed or 0
+
+
+def _publish(fields: Fields) -> Publish:
+    place = fields.get("publish")
+    keys = place.fields("a map with the key repo", PUBLISH) if place else None
+    if place is None or keys is None:
+        return Publish()
+    repo, private, create_pr = keys.get("repo"), keys.get("private"), keys.get("create_pr")
+    license, template = keys.get("license"), keys.get("template")
+    return Publish(
+        repo=_repo(repo) if repo else None,
+        private=bool(private.flag()) if private else False,
+        license=license.text("a licence such as apache-2.0") if license else None,
+        create_pr=bool(create_pr.flag()) if create_pr else False,
+        template=template.text("a file or folder") if template else None,
+        at=place.key,
+        license_at=license.at if license else None,
+        template_at=template.at if template else None,
+    )
+
+
+def _repo(place: Place) -> str | None:
+    text = place.text("owner/name")
+    if text is None or re.fullmatch(REPO, text):
+        return text
+    place.error(f"{text!r} is not owner/name", "write the repo as its address on the Hub ends: repo: owner/name")
+    return None

@@ -1,0 +1,179 @@
+"""A place in a recipe: a value, the words for where it stands, and readers that note what is wrong with it.
+
+A reader returns None for what it cannot read and has then said why, so that reading goes on and every problem is found
+at once. Not here: the keys of the language (parse) and what they mean (checks).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from merger.errors import Problem, Span, did_you_mean
+from merger.recipe import spans
+from merger.recipe.spans import Node, Scalar
+
+Hints = dict[str, str]
+"""Next steps for keys that are unknown in one place and known in another."""
+
+
+@dataclass
+class Notes:
+    """Everything found in one reading; a thing said twice about one place (by way of an alias) is noted once."""
+
+    errors: dict[tuple[Span, str], Problem] = field(default_factory=dict)
+    warnings: dict[tuple[Span, str], Problem] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value in the recipe.
+
+    Args:
+        node: the value.
+        where: its identity, such as ``models[org/a].parameters.density``; empty for the whole document.
+        notes: where problems go.
+        key_at: where its key stands, if it has one.
+    """
+
+    node: Node
+    where: str
+    notes: Notes
+    key_at: Span | None = None
+
+    @property
+    def at(self) -> Span:
+        return self.node.at
+
+    @property
+    def key(self) -> Span:
+        """Where its key stands; where it has none, the value."""
+        return self.key_at or self.node.at
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing behind the key."""
+        return isinstance(self.node, Scalar) and self.node.value is None
+
+    def error(self, what: str, hint: str | None = None, at: Span | None = None) -> None:
+        at = at or self.at
+        self.notes.errors.setdefault((at, what), Problem(what, at, self.where or None, hint))
+
+    def warn(self, what: str, hint: str | None = None, at: Span | None = None) -> None:
+        at = at or self.at
+        self.notes.warnings.setdefault((at, what), Problem(what, at, self.where or None, hint))
+
+    def expected(self, what: str, hint: str | None = None) -> None:
+        self.error(f"expected {what}, found {spans.kind(self.node)}", hint)
+
+    def text(self, what: str = "text", hint: str | None = "put it in quotes if it is text") -> str | None:
+        """The value, if it is text that holds anything."""
+        if isinstance(self.node, Scalar) and isinstance(self.node.value, str) and self.node.value.strip():
+            return self.node.value
+        self.expected(what, hint)
+        return None
+
+    def flag(self) -> bool | None:
+        if isinstance(self.node, Scalar) and isinstance(self.node.value, bool):
+            return self.node.value
+        self.expected("true or false")
+        return None
+
+    def whole(self, what: str = "a whole number", hint: str | None = None) -> int | None:
+        """The value, if it is an integer; 2.0 is one, true is not."""
+        value = self.node.value if isinstance(self.node, Scalar) else None
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        self.expected(what, hint)
+        return None
+
+    def number(self, hint: str | None = None) -> float | None:
+        """The value as a number: booleans count as 1 and 0, and 1e-10, which YAML 1.1 takes for text, as itself."""
+        value = self.node.value if isinstance(self.node, Scalar) else None
+        if not isinstance(value, str | int | float):
+            self.expected("a number", hint)
+            return None
+        try:
+            found = float(value)
+        except ValueError:
+            self.expected("a number", hint)
+            return None
+        except OverflowError:
+            found = math.inf
+        if not math.isfinite(found):
+            self.expected("a finite number", hint)
+            return None
+        return found
+
+    def items(self, what: str, name: Callable[[Node], str | None] = lambda node: None) -> list[Place]:
+        """The places of a list's items; `name` gives an item's identity, in want of which its number serves."""
+        if not isinstance(self.node, spans.Sequence):
+            self.expected(what)
+            return []
+        if not self.node.items:
+            self.error("an empty list", f"expected {what}", self.key)
+        names = [name(node) or str(index) for index, node in enumerate(self.node.items)]
+        return [Place(node, f"{self.where}[{of}]", self.notes) for node, of in zip(self.node.items, names, strict=True)]
+
+    def entries(self, what: str) -> dict[str, Place] | None:
+        """The places of a map's values, whatever its keys."""
+        if not isinstance(self.node, spans.Mapping):
+            self.expected(what)
+            return None
+        return {e.key: Place(e.value, f"{self._stem}{e.key}", self.notes, e.at) for e in self.node.entries}
+
+    @property
+    def _stem(self) -> str:
+        return f"{self.where}." if self.where else ""
+
+    def fields(
+        self, what: str, known: tuple[str, ...], hints: Hints | None = None, unbuilt: Hints | None = None
+    ) -> Fields | None:
+        """A map of which all keys are known. A misspelt key is an error, and then read as what it resembles."""
+        found = self.entries(what)
+        if found is None:
+            return None
+        for key in [key for key in found if key not in known]:
+            place = found.pop(key)
+            if unbuilt and key in unbuilt:
+                self._unbuilt(key, unbuilt[key], place)
+                continue
+            self.error(f"unknown key {key!r}", (hints or {}).get(key) or did_you_mean(key, known), place.key)
+            meant = nearest(key, known)
+            if meant and meant not in found:
+                found[meant] = replace(place, where=f"{self._stem}{meant}")
+        return Fields(self, found)
+
+    def _unbuilt(self, key: str, hint: str, place: Place) -> None:
+        if not place.empty:
+            self.error(f"{key} is not built yet", hint, place.key)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The known keys of a map."""
+
+    place: Place
+    places: dict[str, Place]
+
+    def get(self, key: str) -> Place | None:
+        """What stands behind `key`, unless there is no such key or nothing behind it."""
+        place = self.places.get(key)
+        return None if place is None or place.empty else place
+
+    def need(self, key: str, hint: str) -> Place | None:
+        """The same for a key that must be there."""
+        if self.get(key) is None:
+            empty = self.places.get(key)
+            self.place.error(f"missing {key}", hint, empty.key if empty else None)
+        return self.get(key)
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
+    """The known word that `word` is most likely a misspelling of."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=cutoff)
+    return near[0] if near else None

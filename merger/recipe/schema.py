@@ -1,0 +1,215 @@
+"""The recipe language as JSON Schema 2020-12, for editors: completion, hover texts and red lines while typing.
+
+Made from what is there already: the keys (parse, values), the dataclasses' docs (model) and the table of methods. It is
+wider than the language: what takes more than one key to tell, and every sentence of help, only parse has.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from merger.recipe import parse, values
+from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
+from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
+
+if TYPE_CHECKING:
+    from merger.methods.registry import Method, Param
+
+Json = dict[str, Any]
+
+_NOT_BUILT = "(not built yet)"
+# a number may stand in quotes, and YAML 1.1 takes 1e-10 for text
+_NUMERIC = r"^\s*[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$"
+_PART = r"[^@+]+(@[^@+]+)?"
+
+_WORDS = {
+    "name": "The recipe's name; nothing depends on it.",
+    "merge_method": "How the models become one.",
+    "models": "The models to merge, all of their layers each.",
+    "slices": "The runs of layers that the result is made of, from the first layer to the last.",
+    "modules": "The parts of the model by name, each with its own models or slices.",
+    "out_dtype": "The dtype of the result; counts before dtype.",
+    "residual_weight": "Has no effect.",
+    "lora": f"A LoRA adapter to be added to the model {_NOT_BUILT}.",
+    "filter": "A part of the tensors' names that this value is for, case and all; without it: every tensor.",
+    "value": "A number, or a gradient: numbers from the slice's first layer to its last.",
+}
+
+
+def schema(table: Mapping[str, Method]) -> Json:
+    """The JSON Schema of a recipe.
+
+    Args:
+        table: the merge methods by name.
+    """
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "merger recipe",
+        "description": "Which models are merged, and how.",
+        **_top(),
+        "$defs": {
+            "reference": _reference(),
+            "path": _or_null(_map(values.PATH, _described(ModelRef), {key: _text() for key in values.PATH}, ["path"])),
+            "method": {"anyOf": [*_methods(table), {"type": "null"}]},
+            "parameters": _parameters(table),
+            "models": _list(_source(parse.MODEL)),
+            "slices": _list(_slice()),
+            "module": _module(),
+            "publish": _publish(),
+        },
+    }
+
+
+def _top() -> Json:
+    described = _WORDS | _described(Recipe) | {key: f"{key} {_NOT_BUILT}" for key in parse.NOT_BUILT}
+    dtypes = {"enum": [*parse.DTYPES, *(f"torch.{name}" for name in parse.DTYPES), None]}
+    shapes = {
+        "name": {},
+        "merge_method": _ref("method"),
+        "models": _ref("models"),
+        "slices": _ref("slices"),
+        "modules": {"type": "object", "minProperties": 1, "additionalProperties": _ref("module")},
+        "base_model": _ref("reference"),
+        "parameters": _ref("parameters"),
+        "dtype": dtypes,
+        "out_dtype": dtypes,
+        "seed": {"type": ["integer", "null"], "minimum": 0, "maximum": parse.MAX_SEED},
+        "publish": _ref("publish"),
+        **{key: {} for key in parse.NOT_BUILT},
+    }
+    return _map((*parse.TOP, *parse.NOT_BUILT), described, shapes) | {
+        "oneOf": [{"required": [form]} for form in parse.FORMS],
+        "anyOf": [{"required": [key]} for key in ("merge_method", "slices", "modules")],
+    }
+
+
+def _reference() -> Json:
+    hover = "org/name, org/name@revision, or a folder such as ./name"
+    described = _WORDS | _described(ModelRef) | {key: f"{key} {_NOT_BUILT}" for key in values.REFERENCE_NOT_BUILT}
+    path = {"anyOf": [_text(pattern=f"^{_PART}$"), _ref("path")]}
+    shapes = {"model": path, "lora": path, **{key: {} for key in values.REFERENCE_NOT_BUILT}}
+    keys = (*values.REFERENCE, *values.REFERENCE_NOT_BUILT)
+    as_map = _map(keys, described | {"model": "The model."}, shapes, ["model"])
+    return {"description": hover, "anyOf": [_text(pattern=rf"^{_PART}(\+{_PART})?$"), as_map, {"type": "null"}]}
+
+
+def _source(keys: tuple[str, ...]) -> Json:
+    layer = {"type": "integer", "minimum": 0}
+    shapes = {
+        "model": _ref("reference"),
+        "layer_range": {"type": "array", "items": layer, "minItems": 2, "maxItems": 2},
+        "parameters": _ref("parameters"),
+    }
+    return _map(keys, _described(Source), shapes, [key for key in keys if key != "parameters"])
+
+
+def _slice() -> Json:
+    shapes = {
+        "sources": _list(_source(parse.SOURCE)),
+        "merge_method": _ref("method"),
+        "base_model": _ref("reference"),
+        "parameters": _ref("parameters"),
+        "residual_weight": {},
+    }
+    return _map(parse.SLICE, _WORDS | _described(Slice), shapes, ["sources"])
+
+
+def _module() -> Json:
+    shapes = {"slices": _ref("slices"), "models": _ref("models"), "parameters": _ref("parameters")}
+    described = _WORDS | _described(Module)
+    return _map(parse.MODULE, described, shapes) | {"oneOf": [{"required": ["slices"]}, {"required": ["models"]}]}
+
+
+def _publish() -> Json:
+    flag = {"type": ["boolean", "null"]}
+    shapes = {
+        "repo": _or_null(_text(pattern=parse.REPO)),
+        "private": flag,
+        "license": _or_null(_text()),
+        "create_pr": flag,
+        "template": _or_null(_text()),
+    }
+    return _or_null(_map(parse.PUBLISH, _described(Publish), shapes))
+
+
+def _methods(table: Mapping[str, Method]) -> list[Json]:
+    built = [{"const": method.name, "description": method.summary} for method in table.values()]
+    missing = [name for name in FIELD_METHODS if name not in table]
+    return built + [{"const": name, "description": f"{name} {_NOT_BUILT}"} for name in missing]
+
+
+def _parameters(table: Mapping[str, Method]) -> Json:
+    """A block of settings, of whichever method: which methods are in force may stand elsewhere in the recipe."""
+    owners: dict[str, list[tuple[Method, Param]]] = {}
+    for method in table.values():
+        for param in method.params:
+            owners.setdefault(param.name, []).append((method, param))
+    known = {name: _setting(_hover(pairs), [param for _, param in pairs]) for name, pairs in owners.items()}
+    others = [name for name in FIELD_PARAMETERS if name not in known]
+    return _or_null(_open_map(known | {name: _setting(f"{name}: of methods {_NOT_BUILT}", []) for name in others}))
+
+
+def _hover(pairs: list[tuple[Method, Param]]) -> str:
+    """What a parameter means: said once where the methods agree."""
+    said: dict[str, list[str]] = {}
+    for method, param in pairs:
+        said.setdefault(param.description, []).append(method.name)
+    return "\n\n".join(f"{', '.join(names)}: {text}" for text, names in said.items())
+
+
+def _setting(hover: str, params: list[Param]) -> Json:
+    number = {"type": ["number", "boolean", "string"], "pattern": _NUMERIC, **_bounds(params)}
+    value = {"anyOf": [number, _list(number)]}
+    filters = {"value": value, "filter": {"type": ["string", "null"]}}
+    rule = _map(values.RULE, _WORDS, filters, ["value"])
+    return {"description": hover, "anyOf": [number, _list(number), _list(rule), rule]}
+
+
+def _bounds(params: list[Param]) -> Json:
+    """The widest of the methods' bounds: which of them is in force, a schema cannot tell."""
+    bounds = [param.bounds for param in params]
+    lows = [None if bound is None else bound.low for bound in bounds]
+    highs = [None if bound is None else bound.high for bound in bounds]
+    found = {}
+    if lows and None not in lows:
+        found["minimum"] = min(low for low in lows if low is not None)
+    if highs and None not in highs:
+        found["maximum"] = max(high for high in highs if high is not None)
+    return found
+
+
+def _described(of: type) -> dict[str, str]:
+    """What stands under ``Args:`` in a dataclass's docstring, by key."""
+    block = inspect.getdoc(of).partition("\nArgs:\n")[2]  # type: ignore[union-attr]  # every dataclass of model has one
+    found = re.findall(r"^    (\w+): ((?:.|\n {8,})*)", block, flags=re.MULTILINE)
+    return {key: " ".join(words.split()).replace("``", "`") for key, words in found}
+
+
+def _map(keys: Iterable[str], described: Mapping[str, str], shapes: Json, required: Iterable[str] = ()) -> Json:
+    """A map with these keys and no others."""
+    properties = {key: {"description": described[key], **shapes[key]} for key in keys}
+    return _open_map(properties) | ({"required": list(required)} if required else {})
+
+
+def _open_map(properties: Json) -> Json:
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _list(items: Json) -> Json:
+    return {"type": "array", "items": items, "minItems": 1}
+
+
+def _text(**more: str) -> Json:
+    return {"type": "string", "minLength": 1, **more}
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _or_null(shape: Json) -> Json:
+    """YAML's `key:` with nothing behind it says as much as no key."""
+    return {**shape, "type": [shape["type"], "null"]}

@@ -1,0 +1,1 @@
+"""Where models come from and where shards go: local folders and the Hub, behind the same two ports."""

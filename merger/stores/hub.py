@@ -1,0 +1,94 @@
+"""Models on the Hub, read by byte ranges at one commit. Not here: writing to the Hub (staging)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx
+
+from merger.errors import ModelError, Problem
+from merger.stores.ports import FileInfo, Located, Ticket
+from merger.stores.ranges import RangeClient, RangeReader
+
+
+class HubStore:
+    """Models by repo id.
+
+    Args:
+        token: the reader's token; None takes the environment's.
+    """
+
+    def __init__(self, token: str | None = None) -> None:
+        self._api = HfApi(token=token)
+        self._ranges = RangeClient(token)
+
+    def has(self, path: str) -> bool:
+        """Whatever is written like ``owner/name`` may be on the Hub."""
+        return path.count("/") == 1
+
+    def locate(self, path: str, revision: str | None) -> Located:
+        """Ask the Hub for the model's commit and files."""
+        with _refusals(path, revision):
+            info = self._api.model_info(path, revision=revision, files_metadata=True)
+        files = {
+            item.rfilename: FileInfo(item.size or 0, item.lfs.sha256 if item.lfs else None)
+            for item in info.siblings or ()
+        }
+        return Located(path, path, info.sha, files)
+
+    def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Ask for a part of a file; for all of it when no end is given."""
+        size = (model.files[file].size if stop is None else stop) - start
+        data = bytearray(size)
+        with _refusals(model.where, model.commit):
+            self._ranges.fill(model, file, start, memoryview(data))
+        return bytes(data)
+
+    def reader(self, tickets: Sequence[Ticket], budget: int) -> RangeReader:
+        """A reader that fetches ahead of need."""
+
+        def fill(model: Located, file: str, start: int, out: memoryview) -> None:
+            with _refusals(model.where, model.commit):
+                self._ranges.fill(model, file, start, out)
+
+        return RangeReader(tickets, budget, fill)
+
+
+@contextmanager
+def _refusals(path: str, revision: str | None) -> Iterator[None]:
+    """Turn the client's errors into a sentence and a next step."""
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, httpx.TransportError) as error:
+        raise ModelError(_in_words(error, path, revision)) from None
+
+
+def _in_words(error: Exception, path: str, revision: str | None) -> Problem:
+    page = f"{constants.ENDPOINT}/{path}"
+    match error:
+        case GatedRepoError():
+            hint = f"accept its terms at {page} and give a token of that account as HF_TOKEN"
+            return Problem(f"{path} is gated and this account has no access", hint=hint)
+        case RepositoryNotFoundError():
+            hint = "check the spelling; a private model needs HF_TOKEN; a folder starts with ./"
+            return Problem(f"there is no model {path} on the Hub that we may read", hint=hint)
+        case RevisionNotFoundError():
+            return Problem(f"{path} has no revision {revision!r}", hint=f"see {page}/commits/main")
+        case EntryNotFoundError():
+            return Problem(f"{path}: a file of it is gone", hint=f"see {page}/tree/main")
+        case HFValidationError():
+            return Problem(f"{path!r} is no model's name", hint="write owner/name, or ./folder")
+        case HfHubHTTPError():
+            status = error.response.status_code if error.response is not None else "no answer"
+            return Problem(f"the Hub does not answer for {path} (HTTP {status})", hint="try again later")
+    return Problem(f"the Hub cannot be reached for {path} ({type(error).__name__})", hint="check the network, then HF_ENDPOINT")

@@ -1,0 +1,195 @@
+"""Results published to the Hub: shard by shard onto a staging branch, then one commit on main.
+
+Never deletes a repo and never touches main before the last step. Not here: reading models (hub).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import httpx
+
+from merger.checkpoints.shard import Written
+from merger.errors import BudgetError, Problem, UploadError, VerificationError
+from merger.stores.ports import Published
+
+_MODEL_FILES = (".safetensors", ".bin", ".gguf", "config.json", ".safetensors.index.json")
+
+
+class HubSink:
+    """A repo on the Hub.
+
+    Args:
+        repo: ``owner/name``.
+        private: whether it is private if it has to be created.
+        force: replace another model that is there.
+        create_pr: open a pull request in place of the commit on main.
+        token: the writer's token; None takes the environment's.
+    """
+
+    def __init__(
+        self, repo: str, private: bool = False, force: bool = False, create_pr: bool = False, token: str | None = None
+    ) -> None:
+        self.name = repo
+        self._private, self._force, self._create_pr = private, force, create_pr
+        self._api = HfApi(token=token)
+        self._folder = Path(tempfile.mkdtemp(prefix="merger-"))
+        self._upload = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._pending: Future[None] | None = None
+        self._shards: list[Written] = []
+        self._branch = self._identity = self._head = ""
+        self._old_files: tuple[str, ...] = ()
+
+    def prepare(self, identity: str, needed: int) -> None:
+        """Create the repo if there is none, see what is in it, and open the staging branch."""
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            what = f"{needed:,} bytes of disk are needed for the work, {free:,} are free in {self._folder}"
+            raise BudgetError(Problem(what, hint="set TMPDIR to a larger disk, or use a smaller --shard-size"))
+        self._identity, self._branch = identity, f"merge-staging/{identity[:16]}"
+        with self._refusals():
+            self._api.create_repo(self.name, private=self._private, exist_ok=True)
+            info = self._api.model_info(self.name)
+            self._head = info.sha or ""
+            self._old_files = tuple(item.rfilename for item in info.siblings or ())
+            self._refuse_loss()
+            self._api.create_branch(self.name, branch=self._branch, revision=self._head, exist_ok=True)
+
+    def _refuse_loss(self) -> None:
+        models = [name for name in self._old_files if name.endswith(_MODEL_FILES)]
+        if models and not self._force:
+            what = f"{self.name} already holds a model ({models[0]})"
+            raise UploadError(Problem(what, hint="publish to another name, or replace it in one commit with --force"))
+
+    def workspace(self) -> Path:
+        """A temporary folder: a shard stays there until it is uploaded."""
+        return self._folder
+
+    def take(self, shard: Written) -> None:
+        """Upload the shard while the next one is made; at most one upload is under way."""
+        self._settle()
+        self._shards.append(shard)
+        self._pending = self._upload.submit(self._stage, shard)
+
+    def _stage(self, shard: Written) -> None:
+        addition = CommitOperationAdd(shard.name, str(shard.path))
+        self._commit([addition], f"Stage {shard.name}", self._branch)
+        shard.path.unlink()
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            with self._refusals():
+                self._pending.result()
+
+    def finish(self, files: Mapping[str, bytes], message: str) -> Published:
+        """One commit on main (or one pull request), checked; then the staging branch is removed."""
+        self._settle()
+        with self._refusals():
+            commit = self._publish(files, message)
+            if not self._create_pr:
+                self._check(commit.oid)
+            self._api.delete_branch(self.name, branch=self._branch)
+        self._clean()
+        return Published(commit.pr_url or f"{constants.ENDPOINT}/{self.name}", commit.oid)
+
+    def _publish(self, files: Mapping[str, bytes], message: str) -> CommitInfo:
+        shards = [shard.name for shard in self._shards]
+        stale = [name for name in self._old_files if name.endswith(_MODEL_FILES) and name not in {*shards, *files}]
+        operations = [
+            *(CommitOperationDelete(name) for name in stale),
+            *(CommitOperationCopy(name, name, src_revision=self._branch) for name in shards),
+            *(CommitOperationAdd(name, content) for name, content in files.items()),
+        ]
+        return self._commit(operations, message, "main")
+
+    def _commit(
+        self,
+        operations: Iterable[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete],
+        message: str,
+        branch: str,
+    ) -> CommitInfo:
+        """Commit once: when the answer is lost, the branch's history tells whether it was done."""
+        title = f"{message} [{self._identity[:16]}]"
+        on_main = branch == "main"
+        try:
+            return self._api.create_commit(
+                self.name,
+                list(operations),
+                commit_message=title,
+                revision=branch,
+                parent_commit=self._head if on_main else None,
+                create_pr=on_main and self._create_pr,
+            )
+        except (HfHubHTTPError, httpx.TransportError) as error:
+            done = self._found(title, branch) if _is_lost(error) else None
+            if done is None:
+                raise
+            return done
+
+    def _found(self, title: str, branch: str) -> CommitInfo | None:
+        """The newest commit of the branch, if it is the one that we made."""
+        newest = self._api.list_repo_commits(self.name, revision=branch)[0]
+        if newest.title != title:
+            return None
+        url = f"{constants.ENDPOINT}/{self.name}/commit/{newest.commit_id}"
+        return CommitInfo(commit_url=url, commit_message=title, commit_description="", oid=newest.commit_id)
+
+    def _check(self, commit: str) -> None:
+        """What stands on main must be what was made."""
+        info = self._api.model_info(self.name, revision=commit, files_metadata=True)
+        there = {item.rfilename: item.lfs.sha256 if item.lfs else None for item in info.siblings or ()}
+        for shard in self._shards:
+            if there.get(shard.name) != shard.sha256:
+                what = f"{self.name}: {shard.name} on main is not the file that was made"
+                raise VerificationError(Problem(what, hint=f"the shards are still on the branch {self._branch}"))
+
+    def abandon(self) -> None:
+        """Leave main as it was; the staging branch stays, for a later run."""
+        self._clean()
+
+    def _clean(self) -> None:
+        self._upload.shutdown(wait=True, cancel_futures=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except (HfHubHTTPError, HFValidationError, httpx.TransportError) as error:
+            raise UploadError(_in_words(error, self.name)) from None
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether the server may have done the work although we saw no good answer."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+    return status == 0 or status >= 500
+
+
+def _in_words(error: Exception, repo: str) -> Problem:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    match status:
+        case 401:
+            return Problem(f"the Hub does not know our token, so {repo} cannot be written", hint="set HF_TOKEN")
+        case 403 | 404:
+            hint = "the token needs the right to write there (a fine-grained token: write access to this repo)"
+            return Problem(f"we may not write to {repo}", hint=hint)
+        case 412:
+            hint = "run it again, or set publish.create_pr: true to open a pull request"
+            return Problem(f"main of {repo} moved while the merge was made", hint=hint)
+        case None:
+            return Problem(f"{repo} cannot be written ({type(error).__name__})", hint="check the name and the network")
+    return Problem(f"the Hub refuses to write {repo} (HTTP {status})", hint="try again later")

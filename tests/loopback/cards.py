@@ -1,0 +1,113 @@
+"""What the Hub reads out of a repo's files: the card's metadata and its faults, tags, parameter counts.
+
+Not the Hub's full validator: only the keys that a model card of ours carries are checked. PyYAML (which huggingface_hub
+itself requires) is the one thing here from outside the standard library.
+"""
+
+import json
+import re
+import struct
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RELATIONS = ("adapter", "merge", "quantized", "finetune")
+FRONT_MATTER = re.compile(r"^\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+# key -> may it be one string, may it be a list of strings
+KINDS = {
+    "base_model": (True, True),
+    "base_model_relation": (True, False),
+    "datasets": (True, True),
+    "language": (True, True),
+    "library_name": (True, False),
+    "license": (True, True),
+    "license_link": (True, False),
+    "license_name": (True, False),
+    "pipeline_tag": (True, False),
+    "tags": (False, True),
+}
+
+
+def front_matter(text: str) -> Any:
+    """The YAML between the dashes, parsed; None when there is none. Raises yaml.YAMLError."""
+    found = FRONT_MATTER.match(text)
+    return yaml.safe_load(found.group(1)) if found else None
+
+
+def card_data(text: str) -> dict[str, Any]:
+    """The metadata, or nothing when it is faulty: a card in a repo does not break its listing."""
+    try:
+        data = front_matter(text)
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def problems(text: str) -> tuple[list[str], list[str]]:
+    """Errors and warnings about a card, in the Hub's words where we know them."""
+    try:
+        data = front_matter(text)
+    except yaml.YAMLError as error:
+        return [f"bad YAML in metadata: {str(error).splitlines()[0]}"], []
+    if data is None:
+        return [], ["empty or missing yaml metadata in repo card"]
+    if not isinstance(data, dict):
+        return ["metadata must be a mapping"], []
+    return [fault for key, kind in KINDS.items() if key in data for fault in _faults(key, data[key], *kind)], []
+
+
+def _faults(key: str, value: Any, one: bool, many: bool) -> list[str]:
+    if isinstance(value, list) and many:
+        return [f'"{key}[{i}]" must be a string' for i, item in enumerate(value) if not isinstance(item, str)]
+    if not (isinstance(value, str) and one):
+        return [f'"{key}" must be {"a string" if one else "an array"}']
+    if key == "base_model_relation" and value not in RELATIONS:
+        return [f'"{key}" must be one of [{", ".join(RELATIONS)}]']
+    return []
+
+
+def base_models(data: dict[str, Any]) -> dict[str, Any] | None:
+    """The Hub's answer for `expand=baseModels`; two or more models are taken for a merge."""
+    ids = _many(data.get("base_model"))
+    if not ids:
+        return None
+    relation = data.get("base_model_relation") or ("merge" if len(ids) > 1 else "finetune")
+    return {"relation": relation, "models": [{"_id": name, "id": name} for name in ids]}
+
+
+def tags(data: dict[str, Any]) -> list[str]:
+    """The repo's tags: those of the card and those the Hub makes from its other keys."""
+    found = [str(data["library_name"])] if "library_name" in data else []
+    found += _many(data.get("tags")) + _many(data.get("language"))
+    found += [f"license:{name}" for name in _many(data.get("license"))]
+    if bases := base_models(data):
+        for model in bases["models"]:
+            found += [f"base_model:{model['id']}", f"base_model:{bases['relation']}:{model['id']}"]
+    return found
+
+
+def parameters(paths: list[Path]) -> dict[str, Any] | None:
+    """How many numbers of each dtype these safetensors files hold; None when there are none or one is no such file."""
+    counts: Counter[str] = Counter()
+    try:
+        for path in paths:
+            for name, tensor in _header(path).items():
+                if name != "__metadata__":
+                    counts[tensor["dtype"]] += prod(tensor["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return None
+    return {"parameters": dict(counts), "total": sum(counts.values())} if paths else None
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(min(length, 25_000_000)))
+    return header
+
+
+def _many(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)] if value else []

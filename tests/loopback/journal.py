@@ -1,0 +1,116 @@
+"""What the server saw (the log) and what it was told to do wrong (the faults). It does not touch sockets or state."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+QUIET = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request and its answer. `path` is as it came (still %-quoted); `user` is a name, never a token.
+
+    `status` is None when the connection was dropped; `sent` and `received` count bytes of the bodies.
+    """
+
+    method: str
+    path: str
+    query: str = ""
+    range: str | None = None
+    authorization: bool = False
+    host: str = "hub"
+    status: int | None = None
+    sent: int = 0
+    received: int = 0
+    user: str | None = None
+
+
+class Journal:
+    """The finished requests, in the order in which they finished."""
+
+    def __init__(self) -> None:
+        self._entries: list[Request] = []
+        self._active = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Mark a request as begun until its entry is in."""
+        with self._changed:
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._active -= 1
+                self._changed.notify_all()
+
+    def add(self, request: Request) -> None:
+        """File a finished request."""
+        with self._changed:
+            self._entries.append(request)
+
+    def read(self) -> list[Request]:
+        """The log. A client holds its answer a moment before the entry is written: wait for those, but not for long."""
+        with self._changed:
+            self._settle()
+            return list(self._entries)
+
+    def clear(self) -> None:
+        """Forget all of it, stragglers included."""
+        with self._changed:
+            self._settle()
+            self._entries.clear()
+
+    def _settle(self) -> None:
+        end = time.monotonic() + QUIET
+        while self._active and (left := end - time.monotonic()) > 0:
+            self._changed.wait(left)
+
+
+@dataclass
+class Fault:
+    """One scripted fault. `left` counts down; a test may look at it to see that the fault did happen."""
+
+    match: Callable[[Request], bool]
+    status: int | None = 503
+    left: int = 1
+    headers: Mapping[str, str] = field(default_factory=dict)
+    after_handling: bool = False
+    cut_body_at: int | None = None
+
+    @property
+    def handles(self) -> bool:
+        """Whether the request is still carried out."""
+        return self.after_handling or self.cut_body_at is not None
+
+
+class Faults:
+    """The faults still to come, first scripted first taken."""
+
+    def __init__(self) -> None:
+        self._faults: list[Fault] = []
+        self._lock = threading.Lock()
+
+    def add(self, fault: Fault) -> Fault:
+        """Script one."""
+        with self._lock:
+            self._faults.append(fault)
+        return fault
+
+    def clear(self) -> None:
+        """Forget those not used up."""
+        with self._lock:
+            self._faults.clear()
+
+    def take(self, request: Request) -> Fault | None:
+        """The fault for this request, counted; None for nearly all of them."""
+        with self._lock:
+            for fault in self._faults:
+                if fault.left > 0 and fault.match(request):
+                    fault.left -= 1
+                    return fault
+        return None

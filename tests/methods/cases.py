@@ -1,0 +1,139 @@
+"""Drawn cases of any registered method: how many models, what tensors, which parameters, cut into which blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from merger.methods._ops import Rng
+from merger.methods.registry import Method, Param, Range, declared
+
+KINDS = ("normal", "heavy", "sparse", "few values", "zeros")
+STEP = 16  # drawn numbers are whole sixteenths: sums of weights are then exact in float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method and what to call it with."""
+
+    method: Method
+    tensors: tuple[torch.Tensor, ...]
+    arguments: dict[str, Any]
+    rng: Rng
+
+    def run(self, **others: Any) -> torch.Tensor:
+        """The method on whole tensors."""
+        given = {**self.arguments, **others}
+        if self.method.random:
+            given = {"rng": self.rng, **given}
+        result: torch.Tensor = self.method.function(list(self.tensors), **given)
+        return result
+
+    def run_in_blocks(self, cuts: Sequence[int]) -> torch.Tensor:
+        """The method as the engine calls it: measure over all blocks, then each block by itself."""
+        edges = [0, *cuts, self.tensors[0].numel()]
+        blocks = Blocks(self.tensors, edges)
+        found = {}
+        if self.method.measure:
+            offered = {**self.arguments, "rng": self.rng}
+            found = {"measured": self.method.measure(blocks, **declared(self.method.measure, offered))}
+        pieces = []
+        for start, block in zip(edges, blocks, strict=False):
+            rng = {"rng": self.rng.at(start)} if self.method.random else {}
+            pieces.append(self.method.function(block, **self.arguments, **rng, **found))
+        return torch.cat(pieces).view(self.tensors[0].shape)
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Case:
+        """The same case on other tensors."""
+        return replace(self, tensors=tuple(tensors))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tensors cut at `edges`, as an iterable that may be walked several times."""
+
+    tensors: Sequence[torch.Tensor]
+    edges: Sequence[int]
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        for start, end in zip(self.edges, self.edges[1:], strict=False):
+            yield [tensor.reshape(-1)[start:end].clone() for tensor in self.tensors]
+
+
+def tensor(kind: str, seed: int, shape: Sequence[int]) -> torch.Tensor:
+    """Float32 entries of a kind, none of them so small or large that float32 rounds differently."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    normal = draw.standard_normal(shape)
+    entries = {
+        "normal": normal * 1e-3,
+        "heavy": np.sign(normal) * np.exp(3 * draw.standard_normal(shape)),
+        "sparse": normal * (draw.random(shape) < 0.3),
+        "few values": np.round(normal),
+        "zeros": np.zeros(shape),
+    }[kind]
+    return torch.from_numpy(np.asarray(entries, np.float32))
+
+
+def shapes() -> st.SearchStrategy[tuple[int, ...]]:
+    """Mostly small; one entry; now and then longer than a chunk of a reduction."""
+    small = st.tuples(st.integers(1, 40))
+    return st.one_of(
+        st.just((1,)),
+        small,
+        st.tuples(st.integers(1, 12), st.integers(1, 12)),
+        st.tuples(st.integers(1000, 5000)),
+        small,
+        st.sampled_from([(65_537,), (3, 50_000)]),
+    )
+
+
+def numbers(bounds: Range | None) -> st.SearchStrategy[float]:
+    """Sixteenths inside the bounds, ends included."""
+    low = bounds.low if bounds and bounds.low is not None else -3
+    high = bounds.high if bounds and bounds.high is not None else 3
+    return st.integers(int(low * STEP), int(high * STEP)).map(lambda number: number / STEP)
+
+
+def values(param: Param, models: int) -> st.SearchStrategy[Any]:
+    """What a recipe may say for `param`, as the engine hands it over."""
+    one: st.SearchStrategy[Any] = st.booleans() if param.kind == "bool" else numbers(param.bounds)
+    return st.lists(one, min_size=models, max_size=models) if param.per_model else one
+
+
+def accepted(method: Method, arguments: dict[str, Any]) -> bool:
+    """Whether the method's own check lets the combination pass."""
+    try:
+        if method.check:
+            method.check(**declared(method.check, arguments))
+    except ValueError:
+        return False
+    return True
+
+
+@st.composite
+def cases(draw: st.DrawFn, method: Method, only_required: bool = False) -> Case:
+    """A case of `method`, with every parameter drawn, or only those that have no default."""
+    least, most = method.models
+    models = draw(st.integers(least, least + 3 if most is None else most))
+    shape = draw(shapes())
+    params = [param for param in method.params if param.required or not only_required]
+    arguments = {param.argument: draw(values(param, models)) for param in params}
+    assume(only_required or accepted(method, arguments))
+    seed = draw(st.integers(0, 2**20))
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=models, max_size=models))
+    tensors = [tensor(kind, seed + place, shape) for place, kind in enumerate(kinds)]
+    return Case(method, tuple(tensors), arguments, Rng(seed, "model.norm.weight"))
+
+
+@st.composite
+def cut_points(draw: st.DrawFn, entries: int) -> list[int]:
+    """Where to cut a tensor into blocks; at no place or at several."""
+    if entries == 1:
+        return []
+    return sorted(draw(st.sets(st.integers(1, entries - 1), max_size=4)))

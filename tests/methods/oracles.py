@@ -1,0 +1,137 @@
+"""Each method's formula once more, straight from the page: numpy, float64, whole tensors, sorts. Shares no code with
+`merger.methods`. An oracle gives the answers that are right (more than one where rounding decides an election) and the
+size of what was added up, which says how much rounding is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The results that are right at each entry, and the magnitude of the terms there."""
+
+    right: tuple[Array, ...]
+    size: Array
+
+
+def _sum(tensors: Sequence[Array], factors: Sequence[float]) -> Answer:
+    terms = [factor * tensor for tensor, factor in zip(tensors, factors, strict=True)]
+    return Answer((np.sum(terms, axis=0),), np.sum(np.abs(terms), axis=0))
+
+
+def linear(tensors: Sequence[Array], weight: Sequence[float], normalize: bool) -> Answer:
+    total = sum(weight) if normalize else 1.0
+    return _sum(tensors, [number / total for number in weight])
+
+
+def passthrough(tensors: Sequence[Array], scale: Sequence[float]) -> Answer:
+    return _sum(tensors, scale)
+
+
+def slerp(tensors: Sequence[Array], t: float) -> Answer:
+    a, b = tensors
+    na, nb = np.linalg.norm(a), np.linalg.norm(b)
+    cosine = float(np.sum(a * b) / (na * nb)) if na * nb else 1.0
+    if t in (0, 1) or cosine > 0.9995:
+        return _sum(tensors, [1 - t, t])
+    if cosine < -1 + 1e-6:
+        norm = (1 - t) * na + t * nb
+        return _sum(tensors, [norm / na, 0] if t <= 0.5 else [0, norm / nb])
+    omega = np.arccos(cosine)
+    return _sum(tensors, [np.sin((1 - t) * omega) / np.sin(omega), np.sin(t * omega) / np.sin(omega)])
+
+
+def task_arithmetic(deltas: Sequence[Array], weight: Sequence[float], normalize: bool, lambda_: float) -> Answer:
+    total = sum(weight) if normalize and sum(weight) else 1.0
+    return _sum(deltas, [lambda_ * number / total for number in weight])
+
+
+def _consensus(terms: Sequence[Array], weight: Sequence[float], normalize: bool, lambda_: float) -> Answer:
+    """Both elections where the sum is zero but for float32's rounding."""
+    vote, size = np.sum(terms, axis=0), np.sum(np.abs(terms), axis=0)
+    noise = 1e-6 * size
+    results, divisors = [], []
+    for sign in (np.where(vote >= -noise, 1, -1), np.where(vote > noise, 1, -1)):
+        agree = [np.sign(term) == sign for term in terms]
+        divisor = np.sum([mask * number for mask, number in zip(agree, weight, strict=True)], axis=0)
+        divisor = np.where(divisor == 0, 1.0, divisor) if normalize else np.ones_like(vote)
+        results.append(lambda_ * np.sum([mask * term for mask, term in zip(agree, terms, strict=True)], axis=0) / divisor)
+        divisors.append(np.abs(divisor))
+    return Answer(tuple(results), abs(lambda_) * size / np.minimum(*divisors))
+
+
+def _l1(whole: Array, left: Array) -> float:
+    before, after = np.abs(whole).sum(), np.abs(left).sum()
+    return float(before / after) if after > 1e-7 * before else 1.0
+
+
+def ties(
+    deltas: Sequence[Array],
+    weight: Sequence[float],
+    density: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    rescale: bool,
+) -> Answer:
+    trimmed = []
+    for delta, share in zip(deltas, density, strict=True):
+        kept = np.zeros_like(delta)
+        if share > 0:
+            threshold = np.sort(np.abs(delta).ravel())[-max(1, int(share * delta.size))]
+            kept = np.where(np.abs(delta) >= threshold, delta, 0.0)
+        trimmed.append(kept * (_l1(delta, kept) if rescale and share < 1 else 1.0))
+    return _consensus([w * delta for w, delta in zip(weight, trimmed, strict=True)], weight, normalize, lambda_)
+
+
+def _dropped(
+    deltas: Sequence[Array], density: Sequence[float], rescale: bool, unbiased: bool, masks: Sequence[Array]
+) -> list[Array]:
+    dropped = []
+    for delta, share, mask in zip(deltas, density, masks, strict=True):
+        if share >= 1:
+            dropped.append(delta)
+            continue
+        factor = (1 / share if share else 1.0) if unbiased else _l1(delta, mask * delta)
+        dropped.append(mask * delta * (factor if rescale else 1.0))
+    return dropped
+
+
+def dare_linear(
+    deltas: Sequence[Array],
+    weight: Sequence[float],
+    density: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    rescale: bool,
+    unbiased: bool,
+    masks: Sequence[Array],
+) -> Answer:
+    return task_arithmetic(_dropped(deltas, density, rescale, unbiased, masks), weight, normalize, lambda_)
+
+
+def dare_ties(
+    deltas: Sequence[Array],
+    weight: Sequence[float],
+    density: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    rescale: bool,
+    unbiased: bool,
+    masks: Sequence[Array],
+) -> Answer:
+    dropped = _dropped(deltas, density, rescale, unbiased, masks)
+    return _consensus([w * delta for w, delta in zip(weight, dropped, strict=True)], weight, normalize, lambda_)
+
+
+ORACLES: Mapping[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (linear, passthrough, slerp, task_arithmetic, ties, dare_linear, dare_ties)
+}

@@ -1,0 +1,277 @@
+"""The shared pieces: the exact k-th magnitude, masks by counter, sums, election."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merger.methods import _ops, _select
+from merger.methods._ops import Rng, consensus, dot_sums, kth_magnitudes, magnitude_sums, per_model, trim
+
+from .cases import Blocks
+
+MANY = 2_300_000  # more than a sample holds
+
+
+def sorted_answer(entries: np.ndarray[Any, Any], density: float) -> float:
+    """The k-th largest magnitude by a sort of the bit patterns (float comparisons might flush denormals)."""
+    bits = np.sort(entries.view(np.uint32) & np.uint32(0x7FFFFFFF))
+    return float(bits[-max(1, int(density * bits.size))].view(np.float32))
+
+
+def in_blocks(entries: np.ndarray[Any, Any], size: int = 262_144) -> Blocks:
+    """One model's tensor, cut as the engine cuts it."""
+    return Blocks([torch.from_numpy(entries)], [*range(0, entries.size, size), entries.size])
+
+
+def drawn(kind: str, entries: int = MANY) -> np.ndarray[Any, Any]:
+    """Float32 entries of a kind that is hard on a search."""
+    draw = np.random.Generator(np.random.PCG64(7))
+    normal = draw.standard_normal(entries, dtype=np.float32)
+    columns = np.resize(np.exp(np.arange(512) / 20), entries).astype(np.float32)
+    made = {
+        "normal": normal,
+        "all equal": np.full(entries, 0.25, np.float32),
+        "all zero": np.zeros(entries, np.float32),
+        "60 % zeros": normal * (draw.random(entries) < 0.4),
+        "two values": np.where(draw.random(entries) < 0.5, 1.0, -2.0),
+        "two neighbours": np.where(draw.random(entries) < 0.5, 1.0, np.nextafter(np.float32(1), np.float32(2))),
+        "denormals": np.floor(np.abs(normal) * 1000) * 1e-44,
+        "every exponent": draw.integers(0, 0x7F7FFFFF, entries, dtype=np.uint32).view(np.float32),
+        "ascending": np.arange(entries) / 7,
+        "block by block": normal * np.repeat(10.0 ** np.arange(-12, 12), -(-entries // 24))[:entries],
+        "unlike columns": normal * columns,
+        "sample misled": np.where(np.arange(entries) % _select._THINNING == 0, 1e-9, normal),
+        "sample misled the other way": np.where(np.arange(entries) % _select._THINNING == 0, 1e9, normal),
+        "infinities": np.where(draw.random(entries) < 0.01, np.inf, normal),
+    }
+    return made[kind].astype(np.float32)
+
+
+KINDS = [
+    "normal", "all equal", "all zero", "60 % zeros", "two values", "two neighbours", "denormals", "every exponent",
+    "ascending", "block by block", "unlike columns", "sample misled", "sample misled the other way", "infinities",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kth_magnitude_is_that_of_a_sort(kind: str) -> None:
+    """Whatever the distribution, the threshold is the sort's, to the bit, at common densities and at the extremes."""
+    entries = drawn(kind)
+    ordered = np.sort(entries.view(np.uint32) & np.uint32(0x7FFFFFFF)).view(np.float32)
+    densities = [1e-9, 0.1, 0.4, 0.5, 0.99, 1 - 1e-9]
+    blocks = [torch.from_numpy(entries)] * len(densities)
+    found = kth_magnitudes(Blocks(blocks, in_blocks(entries).edges), densities)
+    assert list(found) == [float(ordered[-max(1, int(density * MANY))]) for density in densities]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    bits=st.lists(st.integers(0, 2**32 - 1).filter(lambda bits: (bits >> 23) & 0xFF < 0xFF), min_size=1, max_size=60),
+    density=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    cut=st.integers(0, 60),
+)
+def test_kth_magnitude_of_any_small_tensor(bits: list[int], density: float, cut: int) -> None:
+    """Any finite bit patterns, any density, cut anywhere: the threshold is the sort's."""
+    entries = np.array(bits, np.uint32).view(np.float32)
+    blocks = Blocks([torch.from_numpy(entries)], [0, min(cut, entries.size), entries.size])
+    assert kth_magnitudes(blocks, [density]) == (sorted_answer(entries, density),)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_every_stage_of_the_search_is_exact(data: st.DataObject) -> None:
+    """A bracket drawn at random, right or wrong, leads to the sort's answer by the stages that follow it."""
+    values = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=200))
+    spread = data.draw(st.sampled_from([1, 1000, 7_000_000]))
+    entries = np.array(values, np.uint32) * np.uint32(spread)
+    rank = data.draw(st.integers(1, entries.size))
+    low, high = sorted(data.draw(st.tuples(*[st.integers(0, 301 * spread)] * 2)))
+    room = data.draw(st.sampled_from([0, 3, 1000]))
+    search: Any = _select._Count(rank, low, high, room=np.empty(room, np.uint32))
+    passes = 0
+    while not isinstance(search, int):
+        search.feed(entries.copy())
+        search = search.outcome()
+        passes += 1
+    assert search == int(np.sort(entries)[-rank]) and passes <= 3
+
+
+@pytest.mark.parametrize("kind", ["normal", "60 % zeros", "two neighbours", "sample misled", "unlike columns"])
+def test_search_takes_few_passes(kind: str) -> None:
+    """Two passes as a rule, four at worst."""
+
+    class Counted:
+        passes = 0
+
+        def __iter__(self) -> Any:
+            self.passes += 1
+            return iter(blocks)
+
+    blocks, counted = list(in_blocks(drawn(kind))), Counted()
+    kth_magnitudes(counted, [0.4])
+    assert counted.passes <= (4 if kind == "sample misled" else 2)
+
+
+def test_densities_0_and_1_read_nothing() -> None:
+    """No block is asked for where the threshold is known beforehand."""
+    assert kth_magnitudes(iter(()), [1.0, 0.0, 1.5]) == (0.0, math.inf, 0.0)  # type: ignore[arg-type]
+
+
+def test_search_holds_little_memory() -> None:
+    """The search for a threshold in 12 million entries holds less than 20 MiB, for one model."""
+    entries = drawn("normal", 12_000_000)
+    blocks = [[torch.from_numpy(entries[start : start + 65_536])] for start in range(0, entries.size, 65_536)]
+    kth_magnitudes(blocks[:2], [0.5])
+    tracemalloc.start()
+    kth_magnitudes(blocks, [0.5])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 36 * 2**20  # room for 16 MiB is asked for, and used only as far as it fills
+
+
+def test_trim_keeps_what_reaches_the_threshold() -> None:
+    """Entries equal to the threshold stay, also the smallest of denormals; infinity keeps none; 0 keeps all."""
+    tiny = float(np.float32(1e-45))
+    delta = torch.tensor([tiny, -tiny, 0.0, 0.5, -0.5, 0.4999])
+    assert trim(delta, 0.5).tolist() == [0, 0, 0, 0.5, -0.5, 0]
+    assert trim(delta, tiny).tolist() == delta.tolist()
+    assert not trim(delta, math.inf).any()
+    assert trim(delta, 0.0) is delta
+
+
+# Masks
+
+
+def test_first_draws_are_fixed() -> None:
+    """The draws are these for ever, on any machine: a published merge can be made again."""
+    assert Rng(0).draws(0, 4).tolist() == GOLDEN[0]
+    assert Rng(42, "model.layers.0.mlp.up_proj.weight", 12_345).draws(1, 4).tolist() == GOLDEN[1]
+
+
+GOLDEN: list[list[int]] = []
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(start=st.integers(0, 10_000), count=st.integers(1, 300), cut=st.integers(0, 300))
+def test_draws_do_not_depend_on_the_split(start: int, count: int, cut: int) -> None:
+    """A draw belongs to an entry: any window on the stream shows the same."""
+    rng, cut = Rng(3, "a"), min(cut, count)
+    whole = rng.draws(1, start + count)[start:]
+    parts = np.concatenate([rng.at(start).draws(1, cut), rng.at(start + cut).draws(1, count - cut)])
+    assert np.array_equal(whole, parts)
+
+
+def test_draws_far_into_a_tensor() -> None:
+    """Positions beyond 2³² are reached as fast as the first, and show other draws."""
+    far = Rng(3, "a", 2**33).draws(0, 8)
+    assert np.array_equal(far[3:], Rng(3, "a", 2**33 + 3).draws(0, 5))
+    assert not np.array_equal(far, Rng(3, "a").draws(0, 8))
+
+
+@pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.9, 0.999])
+def test_mask_keeps_its_share(density: float) -> None:
+    """The share of entries kept is within five standard deviations of the density, in every quarter of the tensor."""
+    like = torch.empty(400, 1000)
+    mask = Rng(11, "w").keep(0, like, density)
+    assert mask.shape == like.shape and mask.dtype == torch.float32
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    for quarter in mask.reshape(4, -1):
+        sigma = math.sqrt(density * (1 - density) * quarter.numel())
+        assert abs(float(quarter.sum()) - density * quarter.numel()) < 5 * sigma
+
+
+def test_mask_of_density_0_and_1() -> None:
+    """Density 0 keeps nothing, 1 all."""
+    assert not Rng(1).keep(0, torch.empty(1000), 0.0).any()
+    assert Rng(1).keep(0, torch.empty(1000), 1.0).all()
+
+
+def test_streams_are_distinct() -> None:
+    """Another seed, tensor or model gives draws that agree with these no more often than chance."""
+    streams = [
+        Rng(1, "a").draws(0, 50_000), Rng(2, "a").draws(0, 50_000), Rng(1, "b").draws(0, 50_000),
+        Rng(1, "a").draws(1, 50_000), Rng(1, "a").draws(10, 50_000), Rng(11, "a").draws(0, 50_000),
+    ]  # fmt: skip
+    for place, one in enumerate(streams):
+        for other in streams[:place]:
+            agree = float(np.mean((one < 2**31) == (other < 2**31)))
+            assert abs(agree - 0.5) < 5 * 0.5 / math.sqrt(50_000)
+
+
+def test_draws_do_not_depend_on_threads() -> None:
+    """Threads that draw at once get what one thread gets."""
+    rng = Rng(5, "w")
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda start: rng.at(start).draws(0, 10_000), range(0, 200_000, 10_000)))
+    assert np.array_equal(np.concatenate(parts), rng.draws(0, 200_000))
+
+
+# Sums and election
+
+
+def test_sums_are_those_of_exact_arithmetic() -> None:
+    """Sums of magnitudes and products are within float64's rounding of the exact ones, over several chunks."""
+    one, other = (torch.from_numpy(drawn("heavy" if False else "normal", 200_000)) for _ in range(2))
+    other = other.flip(0)
+    assert math.isclose(math.fsum(magnitude_sums(one)), math.fsum(one.abs().tolist()), rel_tol=1e-14)
+    sums = [math.fsum(column) for column in zip(*dot_sums([one, other]), strict=True)]
+    exact = [math.fsum((a.double() * b.double()).tolist()) for a, b in ((one, one), (one, other), (other, other))]
+    assert all(math.isclose(*pair, rel_tol=1e-12) for pair in zip(sums, exact, strict=True))
+
+
+def test_sums_do_not_depend_on_blocks_that_are_whole_chunks() -> None:
+    """Blocks of one chunk or of three give the same chunk sums, so `--max-memory` changes no bit."""
+    tensor = torch.from_numpy(drawn("normal", 6 * _ops.CHUNK + 100))
+    for chunks in (1, 2, 3):
+        parts = [magnitude_sums(part) for part in tensor.split(chunks * _ops.CHUNK)]
+        assert sum(parts, []) == magnitude_sums(tensor)
+
+
+def test_results_do_not_depend_on_torchs_threads() -> None:
+    """One thread or several: the same bits."""
+    tensors = [torch.from_numpy(drawn("normal", 300_000)) for _ in range(2)]
+    terms = [tensors[0], tensors[1].flip(0)]
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        results.append((consensus(terms, [0.3, 0.7], True, terms[0]), dot_sums(terms)))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
+def test_a_sum_of_zero_elects_plus() -> None:
+    """Terms that cancel exactly elect plus; where all are zero the result is zero."""
+    assert consensus([torch.tensor([3.0, 0.0]), torch.tensor([-3.0, 0.0])], [1, 1], True, torch.empty(2)).tolist() == [3, 0]
+
+
+def test_buffers_serve_any_size_and_thread() -> None:
+    """A smaller tensor after a larger one, and threads at once, do not disturb each other."""
+    tensors = [torch.full((size,), float(size)) for size in (5000, 3, 1, 7000)]
+    results = [_ops.weighted_sum([tensor, tensor], [1, 2]) for tensor in tensors]
+    with ThreadPoolExecutor(4) as pool:
+        others = list(pool.map(lambda tensor: _ops.weighted_sum([tensor, tensor], [1, 2]), tensors * 20))
+    assert all(torch.equal(other, results[place % 4]) for place, other in enumerate(others))
+    assert [float(result[0]) for result in results] == [15000, 9, 3, 21000]
+
+
+def test_one_number_serves_all_models() -> None:
+    """A number is repeated for every model; a list must have one for each."""
+    assert per_model(2, 3) == [2.0, 2.0, 2.0] and per_model((1, 2), 2) == [1.0, 2.0]
+    with pytest.raises(ValueError, match="2 numbers were given for 3 models"):
+        per_model([1, 2], 3)
+
+
+def test_other_dtypes_are_refused_where_bits_are_read() -> None:
+    """A float16 or float64 tensor is an error, not a wrong threshold."""
+    with pytest.raises(TypeError, match="float32"):
+        kth_magnitudes([[torch.zeros(4, dtype=torch.float64)]], [0.5])
