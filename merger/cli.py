@@ -17,6 +17,8 @@ from merger.errors import MergerError, Problem, RecipeError, did_you_mean
 if TYPE_CHECKING:
     from merger.run import Done, Options
 
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _INTERRUPTED = 130
 
@@ -48,7 +50,7 @@ def _report(error: MergerError, as_json: bool) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="merger",
-        description="Merge models from a YAML recipe: tensor by tensor, in bounded memory, into a folder or onto the Hub.",
+        description="Merge models from a YAML recipe, tensor by tensor in bounded memory, into a folder or onto the Hub.",
         epilog="Exit codes: 2 recipe, 3 a model cannot be read, 4 models do not fit each other, 5 not enough memory or "
         "disk, 6 upload refused, 7 verification failed. Environment: HF_TOKEN, HF_ENDPOINT, HF_HOME.",
     )
@@ -61,9 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="print the JSON Schema of recipes, for editors")
     schema.set_defaults(command=_schema)
     return parser
-
-
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_check(commands: Commands) -> None:
@@ -90,10 +89,16 @@ def _add_run(commands: Commands) -> None:
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
     parser.add_argument("--to", metavar="DEST", help="a folder, or hf://owner/name; default: the recipe's publish.repo")
-    parser.add_argument("--max-memory", type=_bytes, metavar="SIZE", help="the most memory the run may take, such as 4GB")
+    parser.add_argument(
+        "--max-memory", type=_bytes, metavar="SIZE", help="the most memory the run may take, such as 4GB"
+    )
     parser.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads that compute (default: one for each core)")
-    parser.add_argument("--seed", type=int, metavar="N", help="for methods that draw random numbers; the recipe's otherwise")
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads that compute (default: one for each core)"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="for methods that draw random numbers; the recipe's otherwise"
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from merger.card.licences import licence_note
 from merger.card.lineage import shown
@@ -63,20 +63,19 @@ def _making(planned: Plan) -> list[str]:
     used = Counter("copy" if job.is_copy else job.method for job in planned.jobs)
     methods = ", ".join(f"{name} {count}" for name, count in used.items())
     dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
-    lines = [
+    return [
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
         f"{len(planned.side_files)} side files from {shown(planned.locked.donor)}",
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
     ]
-    return lines
 
 
 def _costs(planned: Plan) -> list[str]:
     return [
         f"reads   {size(planned.read_bytes)}",
         f"memory  {size(planned.peak_memory)} at most, with {planned.threads} threads",
-        f"disk    {size(planned.disk(staged=False))} for a folder, {size(planned.disk(staged=True))} to publish on the Hub",
+        f"disk    {size(planned.disk(staged=False))} for a folder, {size(planned.disk(staged=True))} for the Hub",
     ]
 
 
@@ -113,7 +112,15 @@ def methods_text(table: Iterable[Method]) -> str:
 
 def method_text(method: Method) -> str:
     """All about one method: what it computes, its parameters, its paper."""
-    lines = [f"{method.title} ({method.name})", "", method.description, "", f"models: {_count(method)}", "", "parameters:"]
+    lines = [
+        f"{method.title} ({method.name})",
+        "",
+        method.description,
+        "",
+        f"models: {_count(method)}",
+        "",
+        "parameters:",
+    ]
     lines += [_param(param) for param in method.params] or ["  none"]
     if method.paper:
         paper = method.paper
@@ -150,7 +157,7 @@ class Progress:
         self._total, self._stream = total, stream
         self._made = 0
         self._start = self._told = time.monotonic()
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         if stream.isatty():
             from tqdm import tqdm
 
@@ -169,7 +176,11 @@ class Progress:
         passed = self._told - self._start
         left = passed * (self._total - self._made) / max(1, self._made)
         share = self._made / max(1, self._total)
-        print(f"merging: {size(self._made)} of {size(self._total)} ({share:.0%}), {left:.0f} s left", file=self._stream, flush=True)
+        print(
+            f"merging: {size(self._made)} of {size(self._total)} ({share:.0%}), {left:.0f} s left",
+            file=self._stream,
+            flush=True,
+        )
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar if there is one."""

@@ -63,11 +63,16 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
+def _bytes(buffer: Tensor) -> memoryview:
+    """A uint8 tensor's memory."""
+    return memoryview(buffer.numpy())  # type: ignore[arg-type]  # a numpy array is a buffer; its stub does not say so
+
+
 class Spool:
     """A job's inputs in one temporary file without a name: for a method that reads them twice from afar."""
 
     def __init__(self, job: Job, first: int, reader: Reader) -> None:
-        self._file = tempfile.TemporaryFile(prefix="merger-spool-")
+        self._file = tempfile.TemporaryFile(prefix="merger-spool-")  # noqa: SIM115  closed by `close`, at the last block
         self._starts: list[int] = []
         end = 0
         room = memoryview(bytearray(_SPOOL_BYTES))
@@ -89,7 +94,7 @@ class Spool:
         self._file.close()
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """A job under way.
 
@@ -124,7 +129,7 @@ class Work:
     def make(self, block: Block, out: Tensor) -> memoryview:
         """Make one block in the buffer `out` (bytes), and return the part of it that holds the result."""
         if self.job.is_copy:
-            copied = memoryview(out.numpy())[: block.stop - block.start]
+            copied = _bytes(out)[: block.stop - block.start]
             self.reader.read(self.first, block.start, copied)
             return copied
         dtype = TORCH_DTYPES[self.job.dtype]
@@ -133,15 +138,15 @@ class Work:
         # A sum is finite only if all its terms are; in float64 it cannot overflow by itself.
         if not torch.isfinite(rounded.sum(dtype=torch.float64)):
             raise _not_finite(self.job, rounded)
-        return memoryview(result.numpy())
+        return _bytes(result)
 
     def _merged(self, block: Block) -> Tensor:
-        inputs, base = self.load(block)
         given = arguments(self.method, self.job)
         if self.method.random:
             given["rng"] = Rng(self.seed, self.job.name, block.start)
         if self.measured is not None:
-            given["measured"] = self.measured.result()
+            given["measured"] = self.measured.result()  # before loading: measuring fills the spool
+        inputs, base = self.load(block)
         merged: Tensor = self.method.function(inputs, **given)
         return merged if base is None else merged.add_(base)
 
@@ -160,11 +165,11 @@ class Work:
         raw = _kept.raw[number][: size * dtype.itemsize]
         source = self.reader.read if self._spool is None else self._spool.read
         first = self.first if self._spool is None else 0
-        source(first + number, block.start * dtype.itemsize, memoryview(raw.numpy()))
+        source(first + number, block.start * dtype.itemsize, _bytes(raw))
         return _kept.floats[number][:size].copy_(raw.view(dtype)).to(self.device)
 
     def close(self) -> None:
-        """The last block is made."""
+        """No more blocks will be asked for."""
         if self._spool is not None:
             self._spool.close()
 

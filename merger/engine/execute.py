@@ -110,12 +110,15 @@ class _Pool:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="merge")
         count = threads * BLOCKS_IN_FLIGHT
         self._free = deque(torch.empty(8 * BLOCK_ENTRIES, dtype=torch.uint8) for _ in range(count))
+        self._open: list[Work] = []
 
     def __enter__(self) -> _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
+        for work in self._open:
+            work.close()
 
     def in_order(self, works: Iterator[Work]) -> Iterator[memoryview]:
         """Each block of each job in turn, made a few ahead; a block is good until the next one is asked for."""
@@ -130,10 +133,12 @@ class _Pool:
 
     def _first(self, waiting: deque[tuple[Future[memoryview], Tensor, Work | None]]) -> Iterator[memoryview]:
         future, buffer, ended = waiting.popleft()
-        yield future.result()
-        self._free.append(buffer)
-        if ended is not None:
+        data = future.result()
+        if ended in self._open:
+            self._open.remove(ended)
             ended.close()
+        yield data
+        self._free.append(buffer)
 
     def _measured_early(self, works: Iterator[Work]) -> Iterator[tuple[Work, Block, bool]]:
         """The blocks of each job; the next job's measuring starts before this one's blocks, not after them."""
@@ -148,4 +153,5 @@ class _Pool:
 
     def _start_measuring(self, work: Work | None) -> None:
         if work is not None and work.method.measure is not None and not work.job.is_copy:
+            self._open.append(work)
             work.measured = self._threads.submit(work.measure)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
-from merger.checkpoints.architecture import Architecture, is_quantised
+from merger.checkpoints.architecture import Architecture, is_embedding, is_head, is_quantised, is_tied
 from merger.checkpoints.checkpoint import (
     INDEX,
     Checkpoint,
@@ -55,12 +55,35 @@ class LockedModel:
 
     @cached_property
     def by_layer(self) -> Mapping[tuple[str | None, int | None], list[TensorInfo]]:
-        """The tensors of each layer of each stack, and under (None, None) those outside; in the order of their places."""
+        """The tensors of each layer of each stack, under (None, None) those outside; in the order of their places."""
         found: dict[tuple[str | None, int | None], list[TensorInfo]] = {}
         for tensor in self.checkpoint.tensors.values():
             place = self.architecture.place(tensor.name)
             found.setdefault((place.stack, place.layer), []).append(tensor)
         return found
+
+    def layer(self, stack: str | None, layer: int | None) -> list[TensorInfo]:
+        """The tensors of a layer, or with (None, None) those outside all stacks."""
+        return self.by_layer.get((stack, layer), [])
+
+    @cached_property
+    def head(self) -> TensorInfo | None:
+        """The tensor that makes logits over the vocabulary, where the checkpoint holds exactly one."""
+        return self._only(is_head)
+
+    @cached_property
+    def embedding(self) -> TensorInfo | None:
+        """The tensor with a row for each token, where the checkpoint holds exactly one."""
+        return self._only(is_embedding)
+
+    def _only(self, wanted: Callable[[str], bool]) -> TensorInfo | None:
+        found = [tensor for tensor in self.layer(None, None) if wanted(tensor.name)]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether its config says that the head is the embedding."""
+        return is_tied(self.checkpoint.config)
 
     @property
     def name(self) -> str:
@@ -102,20 +125,17 @@ def lock(recipe: Recipe, store: Store) -> LockedRecipe:
         ModelError: with every model that cannot be read.
     """
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        attempts = [_attempt(lambda ref=ref: _lock_model(ref, store, pool), ref) for ref in recipe.models]
+        attempts = [_attempt(ref, store, pool) for ref in recipe.models]
     problems = [problem for _, found in attempts for problem in found]
     if problems:
         raise ModelError(problems)
     return LockedRecipe(recipe, tuple(model for model, _ in attempts if model is not None))
 
 
-T = TypeVar("T")
-
-
-def _attempt(work: Callable[[], T], ref: ModelRef) -> tuple[T | None, tuple[Problem, ...]]:
-    """The result, or its problems at the place where the recipe names the model."""
+def _attempt(ref: ModelRef, store: Store, pool: ThreadPoolExecutor) -> tuple[LockedModel | None, tuple[Problem, ...]]:
+    """The model, or its problems at the place where the recipe names it."""
     try:
-        return work(), ()
+        return _lock_model(ref, store, pool), ()
     except ModelError as error:
         return None, tuple(_at(problem, ref) for problem in error.problems)
 

@@ -17,7 +17,8 @@ from merger.checkpoints.shard import header, shard_name
 from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
-from merger.plan.jobs import Job, LeftOut, make
+from merger.plan.jobs import Job, make
+from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
 
 FORMAT = 1
@@ -154,6 +155,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         BudgetError: it cannot fit into the memory.
     """
     making = make(locked, table)
+    edited = config(locked, making)
     seed = locked.recipe.seed if seed is None else seed
     shards = tuple(_shards(making.jobs, budget.shard_bytes))
     remote = [number for number, model in enumerate(locked.models) if model.located.commit is not None]
@@ -161,8 +163,8 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
     draft = Plan(
         locked=locked,
         shards=shards,
-        left_out=making.left_out,
-        config=making.config,
+        left_out=tuple(left_out(locked, making)),
+        config=edited,
         side_files=side_files(locked.donor.located.files, locked.donor.checkpoint.config),
         seed=seed,
         threads=budget.threads,
@@ -170,7 +172,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         peak_memory=0,
         read_bytes=sum(entry.tensor.nbytes for job in making.jobs for entry in job.reads),
         spool=2 * max(twice, default=0),
-        hash=_hash(locked, shards, making.config, seed),
+        hash=_hash(locked, shards, edited, seed),
     )
     return _fitted(draft, table, budget.memory)
 
@@ -182,10 +184,13 @@ def _remote_bytes(job: Job, remote: Iterable[int]) -> int:
 def _shards(jobs: tuple[Job, ...], limit: int) -> list[Shard]:
     """Cut the jobs into files of at most `limit` bytes; a tensor larger than that has a file of its own."""
     groups: list[list[Job]] = [[]]
+    held = 0
     for job in jobs:
-        if groups[-1] and sum(j.nbytes for j in groups[-1]) + job.nbytes > limit:
+        if groups[-1] and held + job.nbytes > limit:
             groups.append([])
+            held = 0
         groups[-1].append(job)
+        held += job.nbytes
     # Loaders want each tensor aligned to its own item size; larger items first keep them so.
     ordered = [tuple(sorted(group, key=lambda job: -ITEM_BYTES[job.dtype])) for group in groups]
     return [Shard(shard_name(number, len(ordered)), group) for number, group in enumerate(ordered, 1)]

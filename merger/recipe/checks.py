@@ -198,7 +198,7 @@ def block(found: Block, methods: list[Method | None], table: Mapping[str, Method
         table: the merge methods by name.
         per_model: whether the block belongs to one model.
     """
-    known = list(dict.fromkeys(method for method in methods if method is not None))
+    known = list({method.name: method for method in methods if method is not None}.values())
     for name, written in found.written.items():
         params = [param for method in known if (param := method.param(name)) is not None]
         if params and per_model and not any(param.per_model for param in params):

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from merger.errors import Problem, RecipeError, Span, did_you_mean
+from merger.errors import Problem, RecipeError, Span
 from merger.recipe import checks, spans
 from merger.recipe.checks import Choice, Found
 from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
-from merger.recipe.places import Fields, Hints, Notes, Place
+from merger.recipe.places import Fields, Hints, Notes, Place, nearest
 from merger.recipe.settings import Parameters
 from merger.recipe.spans import number
 from merger.recipe.values import UNREADABLE, Block, identity, parameters, reference
@@ -40,8 +40,9 @@ MIXTURE = ("experts", "gate_mode", "shared_experts", "experts_per_token", "archi
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
 
-_MEANT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 REPO = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9._-]{1,96}$"
+
+_MEANT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _RANGE = "a pair [start, end]"
 _RANGE_HINT = "write [start, end]: the layers from start up to, but not including, end, counted from 0"
 _UNDER_PARAMETERS: Hints = {name: f"move {name} into parameters: here" for name in checks.FIELD_PARAMETERS}
@@ -64,14 +65,14 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
     """
     documents = spans.read(text, path)
     notes = Notes()
-    recipes = [_Reader(Place(root, "", notes), table).recipe(path, text) for root in documents.roots]
-    whole = Place(documents.roots[0], "", notes) if documents.roots else None
-    if whole is None:
+    tops = [Place(root, "", notes) for root in documents.roots]
+    if not tops:
         hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
         raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
-    if len(recipes) > 1:
+    recipes = [_Reader(top, table).recipe(path, text) for top in tops]
+    if len(tops) > 1:
         hint = "run each document as a recipe of its own, and name the folder it made in the next"
-        whole.error("several documents are not built yet", hint, documents.roots[1].at)
+        tops[1].error("several documents are not built yet", hint)
     problems = [*documents.problems, *notes.errors.values()]
     if problems:
         raise RecipeError(problems)
@@ -193,7 +194,7 @@ class _Reader:
         sources = [self._source(item, scope, SOURCE) for item in places]
         piece = self._piece(scope, block, sources, listed or place, places)
         self._block(block, [piece])
-        return piece
+        return replace(piece, at=place.at)
 
     def _piece(self, scope: _Scope, own: Block, sources: list[Source], listed: Place, places: list[Place]) -> Slice:
         """The slice of these sources, looked at as a whole; `listed` is their list, `places` they themselves."""
@@ -242,9 +243,12 @@ def _form(fields: Fields, forms: tuple[str, ...]) -> list[str]:
 
 
 def _warn_twice(sources: list[Source], places: list[Place]) -> None:
-    for index, source in enumerate(sources):
-        if source.model != UNREADABLE and source.model in [earlier.model for earlier in sources[:index]]:
-            places[index].warn(f"{source.model} is listed twice", "take one of them out")
+    seen: set[ModelRef] = set()
+    for source, place in zip(sources, places, strict=True):
+        if source.model in seen:
+            place.warn(f"{source.model} is listed twice", "take one of them out")
+        if source.model != UNREADABLE:
+            seen.add(source.model)
 
 
 def _layer_range(place: Place) -> tuple[int, int] | None:
@@ -279,21 +283,20 @@ def _dtype(fields: Fields, key: str) -> str | None:
     name = text.removeprefix("torch.")
     if name in DTYPES:
         return name
-    hint: str | None
     if name == "auto":
         hint = f"leave {key} out: the result then has the base model's dtype, else the first model's"
     else:
-        meant = _MEANT_DTYPES.get(name)
-        hint = f"write {meant}" if meant else did_you_mean(name, DTYPES)
+        hint = f"write {_MEANT_DTYPES.get(name) or nearest(name, DTYPES) or 'one of ' + ', '.join(DTYPES)}"
     place.error(f"{text!r} is no dtype that a result can have", hint)
     return None
 
 
 def _seed(fields: Fields) -> int:
     place = fields.get("seed")
-    seed = place.whole("a whole number, 0 or more") if place else 0
+    hint = "any whole number will do, such as seed: 42"
+    seed = place.whole("a whole number, 0 or more", hint) if place else 0
     if place and seed is not None and not 0 <= seed <= MAX_SEED:
-        place.error(f"{number(seed)} is outside 0 to {MAX_SEED}", "any number will do, such as seed: 42")
+        place.error(f"{number(seed)} is outside 0 to {MAX_SEED}", hint)
     return seed or 0
 
 

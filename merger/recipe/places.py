@@ -65,23 +65,24 @@ class Place:
         at = at or self.at
         self.notes.warnings.setdefault((at, what), Problem(what, at, self.where or None, hint))
 
-    def expected(self, what: str, hint: str | None = None) -> None:
+    def expected(self, what: str, hint: str) -> None:
         self.error(f"expected {what}, found {spans.kind(self.node)}", hint)
 
-    def text(self, what: str = "text", hint: str | None = "put it in quotes if it is text") -> str | None:
+    def text(self, what: str = "text") -> str | None:
         """The value, if it is text that holds anything."""
         if isinstance(self.node, Scalar) and isinstance(self.node.value, str) and self.node.value.strip():
             return self.node.value
-        self.expected(what, hint)
+        single = isinstance(self.node, Scalar) and not isinstance(self.node.value, str) and not self.empty
+        self.expected(what, "put it in quotes if it is text" if single else f"write {what}")
         return None
 
     def flag(self) -> bool | None:
         if isinstance(self.node, Scalar) and isinstance(self.node.value, bool):
             return self.node.value
-        self.expected("true or false")
+        self.expected("true or false", "write true or false, without quotes")
         return None
 
-    def whole(self, what: str = "a whole number", hint: str | None = None) -> int | None:
+    def whole(self, what: str, hint: str) -> int | None:
         """The value, if it is an integer; 2.0 is one, true is not."""
         value = self.node.value if isinstance(self.node, Scalar) else None
         if isinstance(value, int) and not isinstance(value, bool):
@@ -91,7 +92,7 @@ class Place:
         self.expected(what, hint)
         return None
 
-    def number(self, hint: str | None = None) -> float | None:
+    def number(self, hint: str = "write a number such as 0.5") -> float | None:
         """The value as a number: booleans count as 1 and 0, and 1e-10, which YAML 1.1 takes for text, as itself."""
         value = self.node.value if isinstance(self.node, Scalar) else None
         if not isinstance(value, str | int | float):
@@ -109,20 +110,20 @@ class Place:
             return None
         return found
 
-    def items(self, what: str, name: Callable[[Node], str | None] = lambda node: None) -> list[Place]:
+    def items(self, what: str, name: Callable[[Node], str | None] | None = None) -> list[Place]:
         """The places of a list's items; `name` gives an item's identity, in want of which its number serves."""
         if not isinstance(self.node, spans.Sequence):
-            self.expected(what)
+            self.expected(what, "write its items below it, each behind a dash")
             return []
         if not self.node.items:
-            self.error("an empty list", f"expected {what}", self.key)
-        names = [name(node) or str(index) for index, node in enumerate(self.node.items)]
+            self.error("an empty list", f"write {what}", self.key)
+        names = [(name(node) if name else None) or str(index) for index, node in enumerate(self.node.items)]
         return [Place(node, f"{self.where}[{of}]", self.notes) for node, of in zip(self.node.items, names, strict=True)]
 
     def entries(self, what: str) -> dict[str, Place] | None:
         """The places of a map's values, whatever its keys."""
         if not isinstance(self.node, spans.Mapping):
-            self.expected(what)
+            self.expected(what, "write one line a key, such as key: value")
             return None
         return {e.key: Place(e.value, f"{self._stem}{e.key}", self.notes, e.at) for e in self.node.entries}
 
@@ -142,8 +143,9 @@ class Place:
             if unbuilt and key in unbuilt:
                 self._unbuilt(key, unbuilt[key], place)
                 continue
-            self.error(f"unknown key {key!r}", (hints or {}).get(key) or did_you_mean(key, known), place.key)
             meant = nearest(key, known)
+            elsewhere = (hints or {}).get(nearest(key, hints or {}) or "") if meant is None else None
+            self.error(f"unknown key {key!r}", elsewhere or did_you_mean(key, known), place.key)
             if meant and meant not in found:
                 found[meant] = replace(place, where=f"{self._stem}{meant}")
         return Fields(self, found)

@@ -5,7 +5,7 @@ Not here: reading YAML (parse) and which levels there are (model).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merger.errors import Span
@@ -54,7 +54,7 @@ Parameters = Mapping[str, Setting]
 """A `parameters:` block: settings by the parameter's name."""
 
 
-def first_value(levels: tuple[Parameters, ...], name: str, tensor: str, position: float) -> float | None:
+def first_value(levels: Sequence[Parameters], name: str, tensor: str, position: float) -> float | None:
     """The value of parameter `name` from the first of `levels` whose setting speaks about this tensor."""
     for level in levels:
         value = level[name].value_at(tensor, position) if name in level else None

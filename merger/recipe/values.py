@@ -56,6 +56,7 @@ def _of_text(place: Place, text: str) -> ModelRef:
     model, *adapters = text.split("+")
     if len(adapters) > 1:
         place.error(f"{text!r} holds more than one +", "one adapter a model: org/name+adapter")
+        return UNREADABLE
     found = _pinned(place, model)
     return replace(found, adapter=_adapter(place, _pinned(place, adapters[0]))) if adapters else found
 
@@ -184,11 +185,11 @@ def _rule(place: Place) -> tuple[tuple[Number, ...], str | None]:
 
 def _gradient(place: Place) -> tuple[Number, ...]:
     if isinstance(place.node, Scalar):
-        return _numbers([place], _GRADIENT)
-    return _numbers(place.items(_GRADIENT), None)
+        return _numbers([place], f"write {_GRADIENT}")
+    return _numbers(place.items(_GRADIENT), "write a number such as 0.5")
 
 
-def _numbers(places: list[Place], hint: str | None) -> tuple[Number, ...]:
+def _numbers(places: list[Place], hint: str) -> tuple[Number, ...]:
     read = [(place.number(hint), place) for place in places]
     return tuple(Number(value, place) for value, place in read if value is not None)
 

@@ -1,0 +1,7 @@
+"""`python -m merger` is the command `merger`."""
+
+import sys
+
+from merger.cli import main
+
+sys.exit(main())

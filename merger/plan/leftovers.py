@@ -1,0 +1,65 @@
+"""What follows from the jobs: the tensors that no job takes, each with its reason, and the output's config.json.
+
+Nothing a model holds is lost in silence. Not here: the jobs themselves (jobs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merger.checkpoints.architecture import Place, is_buffer, untied, with_dtype, with_layers
+from merger.plan.jobs import Making
+from merger.plan.lock import LockedModel, LockedRecipe
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A tensor of a model that no output tensor is made of; `model` is its number in the locked recipe."""
+
+    model: int
+    tensor: str
+    why: str
+
+
+def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
+    """Every tensor that is no job's input."""
+    used: dict[int, set[str]] = {number: set() for number in range(len(locked.models))}
+    for job in making.jobs:
+        for entry in job.reads:
+            used[entry.model].add(entry.tensor.name)
+    for number, model in enumerate(locked.models):
+        places = [model.architecture.place(name) for name in used[number]]
+        layers = {(place.stack, place.layer) for place in places}
+        for name in model.checkpoint.tensors:
+            if name not in used[number]:
+                yield LeftOut(number, name, _why(locked.donor, model, name, layers))
+
+
+def _why(donor: LockedModel, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
+    place: Place = model.architecture.place(name)
+    if not layers:
+        return "the method takes no base model, so this one gives no tensors"
+    if place.stack is not None and (place.stack, place.layer) not in layers:
+        return "its layer is in no layer_range"
+    if is_buffer(name):
+        return "a constant, not a trained tensor"
+    if model.head is not None and name == model.head.name and model.is_tied:
+        return "the head is the embedding, as the model's config says"
+    if name in donor.checkpoint.tensors:
+        return "the recipe takes this tensor from another model"
+    return f"{donor.name}, whose tensors name the output's, has no such tensor"
+
+
+def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
+    """The donor's config.json with the dtype, the layers and the head that the output has."""
+    donor = locked.donor
+    edited: Mapping[str, Any] = donor.checkpoint.config
+    stacks = list(donor.architecture.stacks.values())
+    if len(stacks) == 1 and list(making.layers) != [(donor, layer) for layer in range(stacks[0])]:
+        edited = with_layers(edited, stacks[0], [(model.checkpoint.config, layer) for model, layer in making.layers])
+    if making.has_head and donor.is_tied:
+        edited = untied(edited)
+    dtype = locked.recipe.dtype
+    return with_dtype(edited, dtype) if dtype else edited

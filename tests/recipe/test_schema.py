@@ -1,0 +1,146 @@
+"""The JSON Schema agrees with the language, as far as a schema can."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from merger.methods.registry import Method, methods
+from merger.recipe import parse
+from merger.recipe.schema import schema
+
+from .conftest import WILD
+
+RECIPE = """
+merge_method: ties
+base_model: org/base
+models:
+  - model: org/a
+    parameters: {density: [0.5, 1], weight: 1e-3}
+  - model: {model: {path: org/b, revision: main}}
+    parameters:
+      weight:
+        - {value: yes, filter: mlp}
+        - value: [0, 1]
+dtype: torch.bfloat16
+seed: 42
+publish: {repo: org/merged, private: true, license: mit, create_pr: no, template: }
+"""
+
+Spoil = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def validator(table: Mapping[str, Method]) -> Draft202012Validator:
+    found = schema(table)
+    Draft202012Validator.check_schema(found)
+    return Draft202012Validator(found)
+
+
+def test_it_is_json(table: Mapping[str, Method]) -> None:
+    """The schema goes through JSON unchanged."""
+    assert json.loads(json.dumps(schema(table))) == schema(table)
+
+
+@pytest.mark.parametrize("file", WILD, ids=lambda file: file.stem)
+def test_recipes_of_the_field_are_valid(validator: Draft202012Validator, file: Path) -> None:
+    """Every published recipe is valid, method built or not; several documents and mixtures are no single recipe."""
+    documents = list(yaml.safe_load_all(file.read_text()))
+    for document in documents:
+        assert validator.is_valid(document) is ("experts" not in document)
+
+
+def test_the_language_is_valid(validator: Draft202012Validator) -> None:
+    """References, gradients, filters, booleans, numbers as text and empty keys are all valid."""
+    validator.validate(yaml.safe_load(RECIPE))
+
+
+def _set(path: str, value: Any) -> Spoil:
+    def spoil(recipe: dict[str, Any]) -> None:
+        *parents, last = path.split("/")
+        level: Any = recipe
+        for step in parents:
+            level = level[int(step) if step.isdigit() else step]
+        level[last] = value
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _set("modles", []),
+        _set("models/0/parameters/densty", 0.5),
+        _set("models/0/parameters/density", 1.5),
+        _set("models/0/parameters/density", [0.5, 1.5]),
+        _set("models/0/parameters/density", [{"value": 1.5}]),
+        _set("models/0/parameters/density", []),
+        _set("models/0/parameters/weight", "heavy"),
+        _set("models/0/weight", 1),
+        _set("models/0/model", "org/a@x@y"),
+        _set("models", []),
+        _set("slices", [{"sources": [{"model": "org/a", "layer_range": [0, 4]}]}]),
+        _set("merge_method", "tise"),
+        _set("dtype", "bf16"),
+        _set("seed", -1),
+        _set("publish/repo", "merged"),
+        _set("publish/licence", "mit"),
+    ],
+)
+def test_mistakes_are_invalid(validator: Draft202012Validator, spoil: Spoil) -> None:
+    """A misspelt key, a number out of bounds or a wrong shape is underlined by an editor."""
+    recipe = copy.deepcopy(yaml.safe_load(RECIPE))
+    spoil(recipe)
+    assert not validator.is_valid(recipe)
+
+
+def test_every_key_of_the_language_is_there(table: Mapping[str, Method]) -> None:
+    """The schema's keys are the parser's keys, and each is described."""
+    found = schema(table)
+    assert set(found["properties"]) == {*parse.TOP, *parse.NOT_BUILT}
+    slices = found["$defs"]["slices"]["items"]
+    assert set(slices["properties"]) == set(parse.SLICE)
+    assert set(slices["properties"]["sources"]["items"]["properties"]) == set(parse.SOURCE)
+    assert all(shape["description"] for shape in found["properties"].values())
+
+
+def test_methods_are_named_with_their_summaries(table: Mapping[str, Method]) -> None:
+    """An editor offers every method with its first sentence, and says which are not built."""
+    offered = {shape.get("const"): shape.get("description") for shape in schema(table)["$defs"]["method"]["anyOf"]}
+    assert offered["ties"] == "Trim, elect, merge."
+    assert offered["della"] == "della (not built yet)"
+
+
+def test_parameters_have_their_descriptions(table: Mapping[str, Method]) -> None:
+    """Hovering over a parameter tells what it does, for each method that tells it differently."""
+    density = schema(table)["$defs"]["parameters"]["properties"]["density"]
+    assert density["description"] == (
+        "ties: share of entries kept in each task vector, by magnitude.\n\n"
+        "dare_ties: share of entries kept in each task vector, at random."
+    )
+
+
+def test_the_real_table_makes_a_schema() -> None:
+    """The schema of the methods that are built is valid and accepts the recipes that use them."""
+    found = schema(methods())
+    Draft202012Validator.check_schema(found)
+    Draft202012Validator(found).validate(yaml.safe_load(RECIPE))
+
+
+def test_the_language_needs_neither_torch_nor_the_hub() -> None:
+    """Importing the whole wing loads no torch, no huggingface_hub and no method."""
+    code = (
+        "import sys; from merger.recipe import checks, model, parse, places, schema, settings, spans, values; "
+        "sys.exit(', '.join({'torch', 'huggingface_hub', 'merger.methods'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
