@@ -20,9 +20,7 @@ _PAPER = Paper("Ilharco et al.", 2023, "Editing models with task arithmetic", "h
     models=(1, None),
     laws=("zero", "permutation", "scale"),
 )
-def task_arithmetic(
-    deltas: Deltas, weight: PerModel = 1.0, normalize: bool = False, lambda_: float = 1.0
-) -> Tensor:
+def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = False, lambda_: float = 1.0) -> Tensor:
     """The base plus a weighted sum of the models' task vectors.
 
     With τᵢ = θᵢ − θ₀ the result is θ₀ + λ Σ wᵢ τᵢ, the sum divided by Σ wᵢ if normalize. A negative weight takes a task

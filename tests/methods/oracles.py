@@ -38,7 +38,7 @@ def passthrough(tensors: Sequence[Array], scale: Sequence[float]) -> Answer:
 
 def slerp(tensors: Sequence[Array], t: float) -> Answer:
     a, b = tensors
-    na, nb = np.linalg.norm(a), np.linalg.norm(b)
+    na, nb = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     cosine = float(np.sum(a * b) / (na * nb)) if na * nb else 1.0
     if t in (0, 1) or cosine > 0.9995:
         return _sum(tensors, [1 - t, t])
@@ -63,7 +63,8 @@ def _consensus(terms: Sequence[Array], weight: Sequence[float], normalize: bool,
         agree = [np.sign(term) == sign for term in terms]
         divisor = np.sum([mask * number for mask, number in zip(agree, weight, strict=True)], axis=0)
         divisor = np.where(divisor == 0, 1.0, divisor) if normalize else np.ones_like(vote)
-        results.append(lambda_ * np.sum([mask * term for mask, term in zip(agree, terms, strict=True)], axis=0) / divisor)
+        total = np.sum([mask * term for mask, term in zip(agree, terms, strict=True)], axis=0)
+        results.append(lambda_ * total / divisor)
         divisors.append(np.abs(divisor))
     return Answer(tuple(results), abs(lambda_) * size / np.minimum(*divisors))
 

@@ -22,9 +22,7 @@ from .oracles import ORACLES
 METHODS = {name: method for name, method in methods().items() if method.function.__module__.startswith("merger.")}
 CLAIMS = [(name, law) for name, method in METHODS.items() for law in method.laws]
 every_method = pytest.mark.parametrize("name", METHODS)
-lawful = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much]
-)
+lawful = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
 
 
 def sizes(case: Case) -> torch.Tensor:
@@ -49,7 +47,8 @@ def test_result_has_the_inputs_shape_is_finite_and_new(name: str, data: st.DataO
     case = data.draw(cases(METHODS[name]))
     before = [tensor.clone() for tensor in case.tensors]
     result = case.run()
-    assert result.shape == case.tensors[0].shape and result.dtype == torch.float32
+    assert result.shape == case.tensors[0].shape
+    assert result.dtype == torch.float32
     assert torch.isfinite(result).all()
     assert all(torch.equal(*pair) for pair in zip(case.tensors, before, strict=True))
     result.add_(1)
@@ -118,7 +117,8 @@ def test_docstring_opens_with_one_sentence(name: str) -> None:
     """The line for menus and cards is one sentence on one line, and a paper has a link."""
     method = METHODS[name]
     assert inspect.cleandoc(method.function.__doc__ or "").splitlines()[0] == method.summary
-    assert method.summary.endswith(".") and ". " not in method.summary
+    assert method.summary.endswith(".")
+    assert ". " not in method.summary
     assert method.paper is None or method.paper.url.startswith("https://")
 
 

@@ -102,7 +102,8 @@ def test_every_stage_of_the_search_is_exact(data: st.DataObject) -> None:
         search.feed(entries.copy())
         search = search.outcome()
         passes += 1
-    assert search == int(np.sort(entries)[-rank]) and passes <= 3
+    assert search == int(np.sort(entries)[-rank])
+    assert passes <= 3
 
 
 @pytest.mark.parametrize("kind", ["normal", "60 % zeros", "two neighbours", "sample misled", "unlike columns"])
@@ -123,11 +124,11 @@ def test_search_takes_few_passes(kind: str) -> None:
 
 def test_densities_0_and_1_read_nothing() -> None:
     """No block is asked for where the threshold is known beforehand."""
-    assert kth_magnitudes(iter(()), [1.0, 0.0, 1.5]) == (0.0, math.inf, 0.0)  # type: ignore[arg-type]
+    assert kth_magnitudes(iter(()), [1.0, 0.0, 1.5]) == (0.0, math.inf, 0.0)
 
 
 def test_search_holds_little_memory() -> None:
-    """The search for a threshold in 12 million entries holds less than 20 MiB, for one model."""
+    """The search in 12 million entries (46 MiB) holds less than 20 MiB, the most it ever asks for a model."""
     entries = drawn("normal", 12_000_000)
     blocks = [[torch.from_numpy(entries[start : start + 65_536])] for start in range(0, entries.size, 65_536)]
     kth_magnitudes(blocks[:2], [0.5])
@@ -135,7 +136,7 @@ def test_search_holds_little_memory() -> None:
     kth_magnitudes(blocks, [0.5])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 36 * 2**20  # room for 16 MiB is asked for, and used only as far as it fills
+    assert peak < 20 * 2**20
 
 
 def test_trim_keeps_what_reaches_the_threshold() -> None:
@@ -153,11 +154,9 @@ def test_trim_keeps_what_reaches_the_threshold() -> None:
 
 def test_first_draws_are_fixed() -> None:
     """The draws are these for ever, on any machine: a published merge can be made again."""
-    assert Rng(0).draws(0, 4).tolist() == GOLDEN[0]
-    assert Rng(42, "model.layers.0.mlp.up_proj.weight", 12_345).draws(1, 4).tolist() == GOLDEN[1]
-
-
-GOLDEN: list[list[int]] = []
+    assert Rng(0).draws(0, 4).tolist() == [1056118742, 883583879, 1848312216, 2814278076]
+    far = Rng(42, "model.layers.0.mlp.up_proj.weight", 12_345)
+    assert far.draws(1, 4).tolist() == [2592309309, 1104447123, 3700296718, 3657064365]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -182,7 +181,8 @@ def test_mask_keeps_its_share(density: float) -> None:
     """The share of entries kept is within five standard deviations of the density, in every quarter of the tensor."""
     like = torch.empty(400, 1000)
     mask = Rng(11, "w").keep(0, like, density)
-    assert mask.shape == like.shape and mask.dtype == torch.float32
+    assert mask.shape == like.shape
+    assert mask.dtype == torch.float32
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     for quarter in mask.reshape(4, -1):
         sigma = math.sqrt(density * (1 - density) * quarter.numel())
@@ -220,8 +220,8 @@ def test_draws_do_not_depend_on_threads() -> None:
 
 def test_sums_are_those_of_exact_arithmetic() -> None:
     """Sums of magnitudes and products are within float64's rounding of the exact ones, over several chunks."""
-    one, other = (torch.from_numpy(drawn("heavy" if False else "normal", 200_000)) for _ in range(2))
-    other = other.flip(0)
+    one = torch.from_numpy(drawn("normal", 200_000))
+    other = one.flip(0) + 1
     assert math.isclose(math.fsum(magnitude_sums(one)), math.fsum(one.abs().tolist()), rel_tol=1e-14)
     sums = [math.fsum(column) for column in zip(*dot_sums([one, other]), strict=True)]
     exact = [math.fsum((a.double() * b.double()).tolist()) for a, b in ((one, one), (one, other), (other, other))]
@@ -233,25 +233,27 @@ def test_sums_do_not_depend_on_blocks_that_are_whole_chunks() -> None:
     tensor = torch.from_numpy(drawn("normal", 6 * _ops.CHUNK + 100))
     for chunks in (1, 2, 3):
         parts = [magnitude_sums(part) for part in tensor.split(chunks * _ops.CHUNK)]
-        assert sum(parts, []) == magnitude_sums(tensor)
+        assert [number for part in parts for number in part] == magnitude_sums(tensor)
 
 
 def test_results_do_not_depend_on_torchs_threads() -> None:
     """One thread or several: the same bits."""
-    tensors = [torch.from_numpy(drawn("normal", 300_000)) for _ in range(2)]
-    terms = [tensors[0], tensors[1].flip(0)]
+    tensor = torch.from_numpy(drawn("normal", 300_000))
+    terms = [tensor, tensor.flip(0)]
     before = torch.get_num_threads()
     results = []
     for threads in (1, 4):
         torch.set_num_threads(threads)
         results.append((consensus(terms, [0.3, 0.7], True, terms[0]), dot_sums(terms)))
     torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
 
 
 def test_a_sum_of_zero_elects_plus() -> None:
     """Terms that cancel exactly elect plus; where all are zero the result is zero."""
-    assert consensus([torch.tensor([3.0, 0.0]), torch.tensor([-3.0, 0.0])], [1, 1], True, torch.empty(2)).tolist() == [3, 0]
+    terms = [torch.tensor([3.0, 0.0]), torch.tensor([-3.0, 0.0])]
+    assert consensus(terms, [1, 1], True, like=terms[0]).tolist() == [3, 0]
 
 
 def test_buffers_serve_any_size_and_thread() -> None:
@@ -266,7 +268,8 @@ def test_buffers_serve_any_size_and_thread() -> None:
 
 def test_one_number_serves_all_models() -> None:
     """A number is repeated for every model; a list must have one for each."""
-    assert per_model(2, 3) == [2.0, 2.0, 2.0] and per_model((1, 2), 2) == [1.0, 2.0]
+    assert per_model(2, 3) == [2.0, 2.0, 2.0]
+    assert per_model((1, 2), 2) == [1.0, 2.0]
     with pytest.raises(ValueError, match="2 numbers were given for 3 models"):
         per_model([1, 2], 3)
 

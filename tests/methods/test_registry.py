@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import pytest
@@ -14,11 +15,10 @@ from merger.methods.registry import Deltas, Paper, PerModel, Range, Tensors, dec
 
 
 @pytest.fixture(autouse=True)
-def _table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods that a test registers are gone after it."""
     methods()
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    yield
 
 
 def registered(function: Callable[..., Any], **facts: Any) -> registry.Method:
@@ -59,9 +59,11 @@ def test_parameters_are_read_off_the_signature() -> None:
     ]
     assert [param.default for param in method.params] == [None, 3, 1.0, False]
     assert [str(param.bounds) for param in method.params] == ["0 to 1", "1 or more", "None", "None"]
-    assert [param.description for param in method.params][0] == "the share of outliers that goes."
-    assert method.summary == "A line for menus, on two lines." and method.description.endswith("More about it.")
-    assert method.param("lambda") is method.params[2] and method.param("lambda_") is None
+    assert method.params[0].description == "the share of outliers that goes."
+    assert method.summary == "A line for menus, on two lines."
+    assert method.description.endswith("More about it.")
+    assert method.param("lambda") is method.params[2]
+    assert method.param("lambda_") is None
 
 
 def test_what_the_first_argument_says() -> None:
@@ -130,9 +132,7 @@ def test_measure_and_check_take_only_the_methods_own_arguments() -> None:
         own = {param.argument for param in method.params} | {"rng"}
         for function, first in ((method.measure, 1), (method.check, 0)):
             if function:
-                offered = dict.fromkeys(own)
-                names = list(registry.inspect.signature(function).parameters)[first:]
-                assert set(names) <= set(offered), method.name
+                assert set(list(inspect.signature(function).parameters)[first:]) <= own, method.name
 
 
 def test_the_table_is_read_without_torch_and_numpy() -> None:

@@ -1,0 +1,69 @@
+"""Peak memory is planned, kept, and does not grow with the model: measured from the process itself (VmHWM)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+METHODS = {"linear": "{}", "slerp": "{t: 0.5}", "ties": "{density: 0.5}", "dare_ties": "{density: 0.5}"}
+RUN = """
+import json, sys
+from merger.cli import main
+from merger.run import Options, plan, read
+from pathlib import Path
+recipe, to, memory = sys.argv[1:]
+planned, _ = plan(read(Path(recipe)), Options(threads=2, max_memory=int(memory) or None))
+code = main(["run", recipe, "--to", to, "--quiet", "--threads", "2", *(["--max-memory", memory] if int(memory) else [])])
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"code": code, "peak": peak, "planned": planned.peak_memory, "threads": planned.threads}))
+"""
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """Three models of 24 MB each and three of 120 MB."""
+    root = tmp_path_factory.mktemp("memory")
+    shapes = {"small": {"layers": 2, "vocab": 8000}, "large": {"layers": 12, "vocab": 32000}}
+    return {
+        size: [tiny.model(root / f"{size}{seed}", seed, hidden=512, middle=1408, **shape) for seed in range(3)]
+        for size, shape in shapes.items()
+    }
+
+
+def measured(method: str, models: list[Path], folder: Path, memory: int = 0) -> dict[str, int]:
+    """Run a merge in a process of its own; its peak memory and what was planned."""
+    listed = ", ".join(f"{{model: {model}}}" for model in (models[1:2] if method == "slerp" else models[1:]))
+    folder.mkdir()
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"merge_method: {method}\nbase_model: {models[0]}\nmodels: [{listed}]\nparameters: {METHODS[method]}\n"
+    )
+    command = [sys.executable, "-c", RUN, str(recipe), str(folder / "out"), str(memory)]
+    answer: dict[str, int] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return answer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_is_planned_and_does_not_grow(method: str, parents: dict[str, list[Path]], tmp_path: Path) -> None:
+    """A model five times as large takes the same memory, which is no more than the plan says, nor much less."""
+    small = measured(method, parents["small"], tmp_path / "small")
+    large = measured(method, parents["large"], tmp_path / "large")
+    for found in (small, large):
+        assert found["code"] == 0
+        assert found["peak"] <= found["planned"] < 2.5 * found["peak"]
+    assert large["peak"] < 1.15 * small["peak"]
+    assert large["planned"] < 1.02 * small["planned"]
+
+
+def test_a_smaller_allowance_is_kept(parents: dict[str, list[Path]], tmp_path: Path) -> None:
+    """--max-memory below what two threads would take is met with fewer threads."""
+    free = measured("ties", parents["small"], tmp_path / "free")
+    kept = measured("ties", parents["small"], tmp_path / "kept", memory=free["planned"] - 1)
+    assert kept["code"] == 0
+    assert kept["threads"] < free["threads"]
+    assert kept["peak"] <= kept["planned"] < free["planned"]
