@@ -131,8 +131,16 @@ def method_text(method: Method) -> str:
 def _count(method: Method) -> str:
     least, most = method.models
     count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
-    base = {"unused": "", "first": ", one of them the base_model", "subtracted": " and a base_model"}[method.base]
-    return count + base
+    return count + _BASES[method.base]
+
+
+_BASES = {
+    "unused": "",
+    "first": ", one of them the base_model",
+    "subtracted": " and a base_model",
+    "optional": ", and a base_model if wanted",
+    "included": ", the base_model being one more",
+}
 
 
 def _param(param: Param) -> str:

@@ -32,8 +32,13 @@ class _PerModelMark:
 PerModel = Annotated[float | Sequence[float], _PerModelMark()]
 """One number for each model, or one number for all of them."""
 
-Base = Literal["unused", "first", "subtracted"]
-"""What the base model is to a method: no input | one of the models, handed over first | subtracted from the others."""
+Base = Literal["unused", "first", "subtracted", "optional", "included"]
+"""What the base model is to a method: no input | one of the models, handed over first | subtracted from the others |
+subtracted where the recipe names one | one more model where the recipe names one."""
+
+Unit = Literal["entries", "rows", "matrix"]
+"""What a block must hold: any run of entries (1-D) | whole rows (2-D: the last dimension; a 1-D tensor is one row) |
+the whole tensor, in its own shape."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ class Method:
 
     `models` counts the tensors that the function is handed, least and most (None: any number). `measure`, if there is
     one, reads the blocks of the whole tensor before the function sees the first of them. `check`, if there is one,
-    raises ValueError, with a sentence, for arguments that are each in bounds but cannot be meant together.
+    raises ValueError, with a sentence, for arguments that are each in bounds but cannot be meant together. `scratch` is
+    how many float32 blocks the method may hold at once besides its inputs.
     """
 
     name: str
@@ -115,6 +121,8 @@ class Method:
     models: tuple[int, int | None]
     laws: tuple[Law, ...]
     random: bool
+    unit: Unit
+    scratch: int
     paper: Paper | None
     summary: str
     description: str
@@ -123,7 +131,17 @@ class Method:
     @property
     def needs_base(self) -> bool:
         """Whether a recipe that uses this method must name a base_model."""
+        return self.base in ("first", "subtracted")
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether a base_model, where the recipe names one, is read."""
         return self.base != "unused"
+
+    @property
+    def subtracts_base(self) -> bool:
+        """Whether a base_model, where there is one, is subtracted from the others, and not handed over itself."""
+        return self.base in ("subtracted", "optional")
 
     def param(self, name: str) -> Param | None:
         """The parameter that recipes call `name`, or None."""
@@ -143,6 +161,8 @@ def merge_method(
     base: Base | None = None,
     measure: Callable[..., Any] | None = None,
     check: Callable[..., None] | None = None,
+    unit: Unit = "entries",
+    scratch: int = 10,
     laws: Iterable[str | Law] = (),
 ) -> Callable[[F], F]:
     """Register a function as the merge method `name`; the function comes back unchanged.
@@ -157,6 +177,8 @@ def merge_method(
             method's own arguments, by name; what it returns reaches the method as its argument ``measured``.
         check: a function of any of the method's own arguments, by name (a list where it takes one number a model), that
             raises ValueError for a combination that cannot be meant.
+        unit: what a block must hold.
+        scratch: how many float32 blocks it may hold at once besides its inputs.
         laws: what tests may hold about it.
 
     Raises:
@@ -179,6 +201,8 @@ def merge_method(
             models=models,
             laws=tuple(Law(law) if isinstance(law, str) else law for law in laws),
             random="rng" in inspect.signature(function).parameters,
+            unit=unit,
+            scratch=scratch,
             paper=paper,
             summary=summary,
             description=description,
