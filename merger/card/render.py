@@ -52,7 +52,11 @@ def render(planned: Plan, table: Mapping[str, Method], name: str) -> str:
     """
     publish = planned.locked.recipe.publish
     environment = SandboxedEnvironment(
-        loader=_loader(publish), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=_loader(publish),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"md": escaped, "fenced": fenced}
     try:

@@ -1,0 +1,40 @@
+# make demo and make test are all that a newcomer needs: both set up .venv first if it is not there.
+# Another Python than python3: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint tables clean
+
+demo: .venv/set-up
+	$(BIN)/python examples/demo.py
+
+test: .venv/set-up
+	$(BIN)/pytest -n auto --maxprocesses 4
+
+lint: .venv/set-up-lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/tables.py --check
+
+tables: .venv/set-up
+	$(BIN)/python docs/tables.py
+
+# .venv stays: it takes a while to make. Remove it by hand.
+clean:
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# A Python's own pip may be too old to install a dependency group, so the newer one comes first.
+.venv/set-up: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group test -e .
+	@touch $@
+
+.venv/set-up-lint: .venv/set-up
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group lint
+	@touch $@

@@ -1,0 +1,87 @@
+"""Every method's recipe in templates/recipes/ parses, plans and runs on small models, and README's recipes parse.
+
+Not here: what a method computes (methods), and recipes for the zoo (test_demo).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from merger.methods.registry import methods
+from merger.recipe.model import Recipe
+from merger.run import Done, Options, plan, read, run
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "templates" / "recipes"
+README = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+PLACEHOLDERS = ("org/base", "org/model-a", "org/model-b")
+LAYERS = 32
+every_method = pytest.mark.parametrize("method", methods())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model for each placeholder, as deep as the recipes for slices of layers expect."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        placeholder: tiny.model(root / placeholder.replace("/", "-"), seed, layers=LAYERS)
+        for seed, placeholder in enumerate(PLACEHOLDERS)
+    }
+
+
+def placed(method: str, models: dict[str, Path], folder: Path) -> Recipe:
+    """A method's recipe with folders in place of the placeholders."""
+    text = (RECIPES / f"{method}.yaml").read_text("utf-8")
+    for placeholder, model in models.items():
+        text = text.replace(placeholder, str(model))
+    path = folder / "recipe.yaml"
+    path.write_text(text, "utf-8")
+    return read(path)
+
+
+def test_no_recipe_without_its_method() -> None:
+    """The folder holds one recipe for each method, named like it, and no other file."""
+    assert sorted(path.name for path in RECIPES.iterdir()) == sorted(f"{method}.yaml" for method in methods())
+
+
+@every_method
+def test_a_template_reads_as_it_stands(method: str) -> None:
+    """Untouched, the recipe is well formed, names its own method and only the placeholders, and warns of nothing."""
+    recipe = read(RECIPES / f"{method}.yaml")
+    assert {piece.method for piece in recipe.slices} == {method}
+    assert {str(model) for model in recipe.models} <= set(PLACEHOLDERS)
+    assert recipe.warnings == ()
+
+
+@every_method
+def test_a_template_makes_a_model(method: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """With models in the placeholders' place it runs, and what comes out are finite tensors in the dtype it says."""
+    options = Options(to=str(tmp_path / "out"))
+    planned, store = plan(placed(method, models, tmp_path), options)
+    *_, last = run(planned, store, options)
+    assert isinstance(last, Done)
+    made = tiny.read(tmp_path / "out")
+    assert {name: list(tensor.shape) for name, tensor in made.items()} == {
+        job.name: list(job.shape) for job in planned.jobs
+    }
+    assert all(tensor.dtype == torch.bfloat16 and tensor.isfinite().all() for tensor in made.values())
+
+
+def test_the_stack_is_deeper(models: dict[str, Path], tmp_path: Path) -> None:
+    """The passthrough recipe makes the 48 layers that its comment promises."""
+    planned, _ = plan(placed("passthrough", models, tmp_path), Options())
+    assert planned.config["num_hidden_layers"] == 48
+
+
+@pytest.mark.parametrize("text", README, ids=lambda text: text.splitlines()[0])
+def test_readmes_recipes_read(text: str, tmp_path: Path) -> None:
+    """A recipe that README shows is well formed; its piece of one is, once there are models."""
+    models = "merge_method: linear\nmodels: [{model: org/a}, {model: org/b}]\n"
+    whole = text if "merge_method" in text else models + text
+    (tmp_path / "recipe.yaml").write_text(whole, "utf-8")
+    assert read(tmp_path / "recipe.yaml").warnings == ()
