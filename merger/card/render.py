@@ -24,6 +24,7 @@ from merger.plan.plan import Plan
 from merger.recipe.model import Publish
 
 CARD = "card.md.j2"
+GIVES, BASE, CONFIG_ONLY = "model", "base model", "config and tokenizer only"
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = next((f for f in (_HERE.parent / "templates", _HERE.parents[1] / "templates") if f.is_dir()), _HERE)
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
@@ -34,6 +35,7 @@ class Parent:
     """A row of the card's table of parents."""
 
     name: str
+    url: str
     commit: str | None
     licence: str | None
     role: str
@@ -82,18 +84,25 @@ def _loader(publish: Publish) -> BaseLoader:
 
 def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str, Any]:
     used = [table[name] for name in dict.fromkeys(piece.method for piece in planned.locked.recipe.slices)]
+    parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
+    hub_name = "/" in name
     return {
         "metadata": _metadata(planned, used),
         "name": name,
         "title": name.split("/")[-1],
-        "parents": [_parent(planned, number) for number in range(len(planned.locked.models))],
+        "address": name if hub_name else f"./{name}",
+        "parents": parents,
+        "givers": [parent.name for parent in parents if parent.role == GIVES],
+        "bases": [parent.name for parent in parents if parent.role == BASE],
         "methods": used,
         "recipe": planned.locked.recipe.text,
         "licence": licence(planned),
         "licence_note": licence_note(planned),
         "plan": planned,
         "auto_class": _auto_class(planned.config),
-        "local": all(model.located.commit is None for model in planned.locked.models),
+        "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
+        "local": all(parent.commit is None for parent in parents),
+        "any_local": any(parent.commit is None for parent in parents),
     }
 
 
@@ -131,8 +140,9 @@ def _parent(planned: Plan, number: int) -> Parent:
     model = planned.locked.models[number]
     bases = {planned.locked.index(piece.base_model) for piece in planned.locked.recipe.slices if piece.base_model}
     giving = any(entry.model == number for job in planned.jobs for entry in job.reads)
-    role = "base model" if number in bases else "model"
-    return Parent(shown(model), model.located.commit, model.licence, role if giving else "config and tokenizer only")
+    role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
+    url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on
+    return Parent(shown(model), url, model.located.commit, model.licence, role)
 
 
 def escaped(text: object) -> str:

@@ -129,6 +129,11 @@ class Method:
     check: Callable[..., None] | None = None
 
     @property
+    def explanation(self) -> str:
+        """The description for readers of a card: without what other tools do otherwise."""
+        return "\n\n".join(part for part in self.description.split("\n\n") if not part.startswith("Departs from"))
+
+    @property
     def needs_base(self) -> bool:
         """Whether a recipe that uses this method must name a base_model."""
         return self.base in ("first", "subtracted")

@@ -32,8 +32,7 @@ BLOCKS_IN_FLIGHT = 4
 READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
 _BASELINE_BYTES = 420 << 20
-_SCRATCH_BLOCKS = 10
-_MEASURE_BYTES = 40 << 20
+_MEASURE_BYTES = 24 << 20
 _BYTES_A_JOB = 6_000
 
 
@@ -211,13 +210,30 @@ def _fitted(draft: Plan, table: Mapping[str, Method], memory: int | None) -> Pla
 
 def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
     """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead."""
-    inputs = max((len(job.reads) for job in plan.jobs), default=1)
-    block = 4 * BLOCK_ENTRIES
-    measured = any(table[job.method].measure for job in plan.jobs)
-    thread = (2 * inputs + _SCRATCH_BLOCKS) * block + (inputs * _MEASURE_BYTES if measured else 0)
-    waiting = BLOCKS_IN_FLIGHT * plan.threads * 2 * block
+    thread = max((_thread_memory(job, table[job.method]) for job in plan.jobs), default=0)
+    waiting = (
+        BLOCKS_IN_FLIGHT
+        * plan.threads
+        * 8
+        * max((block_entries(job, table[job.method]) for job in plan.jobs), default=0)
+    )
     jobs = _BYTES_A_JOB * (len(plan.jobs) + len(plan.left_out))
     return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs
+
+
+def _thread_memory(job: Job, method: Method) -> int:
+    """One thread's buffers: inputs as stored and in float32, what the method holds besides, and its measuring."""
+    block = 4 * block_entries(job, method)
+    return (3 * len(job.reads) + method.scratch) * block + (len(job.reads) * _MEASURE_BYTES if method.measure else 0)
+
+
+def block_entries(job: Job, method: Method) -> int:
+    """How many entries of a job's output tensor are made at once."""
+    if method.unit == "entries" or job.is_copy:
+        return BLOCK_ENTRIES
+    row = job.shape[-1] if len(job.shape) > 1 else job.entries
+    whole = method.unit == "matrix" or row == 0
+    return max(1, job.entries) if whole else max(1, BLOCK_ENTRIES // row) * row
 
 
 def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, Any], seed: int) -> str:

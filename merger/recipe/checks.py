@@ -73,7 +73,8 @@ class Found:
 
 
 def choice(place: Place, table: Mapping[str, Method]) -> Choice:
-    """The merge method named at `place`, with a problem if it cannot be used."""
+    """The merge method named at `place`, with a problem if it cannot be used; a misspelt one is read as it was meant, so
+    that what else is wrong is found too."""
     name = place.text("the name of a merge method")
     method = None if name is None else table.get(name)
     built = f"built so far: {', '.join(table)}"
@@ -82,6 +83,7 @@ def choice(place: Place, table: Mapping[str, Method]) -> Choice:
     elif name is not None and method is None:
         near = nearest(name, [*table, *FIELD_METHODS], cutoff=0.6)
         place.error(f"there is no merge method {name!r}", f"did you mean {near!r}?" if near else built)
+        name, method = near or name, table.get(near or "")
     return Choice(UNREADABLE.path if name is None else name, place, method)
 
 
@@ -109,7 +111,7 @@ def _readable(piece: Slice) -> bool:
 
 def _base_among_sources(found: Found, method: Method) -> None:
     base = found.piece.base_model
-    if method.needs_base and base not in [source.model for source in found.piece.sources]:
+    if method.takes_base and base is not None and base not in [source.model for source in found.piece.sources]:
         what = f"{method.name} needs the base model among the sources of each slice; {base} is not here"
         hint = f"add {base} with a layer_range, or name one of the sources as base_model"
         found.listed.error(what, hint, found.listed.key)
@@ -118,7 +120,7 @@ def _base_among_sources(found: Found, method: Method) -> None:
 def _warn_of_base(found: Found, method: Method) -> None:
     """A base model that is subtracted has no weight, density or the like of its own."""
     for source, place in zip(found.piece.sources, found.places, strict=False):
-        if method.base == "subtracted" and source.model == found.piece.base_model and source.parameters:
+        if method.subtracts_base and source.model == found.piece.base_model and source.parameters:
             names = ", ".join(source.parameters)
             place.warn(f"{source.model} is the base model; here {names} has no effect", "take its parameters: out")
 
@@ -128,16 +130,16 @@ def _count(found: Found, method: Method) -> None:
     counted = [source for source in found.piece.sources if _handed(source, found.piece, method)]
     if least <= len(counted) and (most is None or len(counted) <= most):
         return
-    besides = " besides the base model" if method.base == "subtracted" else ""
+    besides = " besides the base model" if method.subtracts_base else ""
     what = f"{method.name} merges {_amount(least, most)}{besides}, found {_named(counted)}"
     found.listed.error(what, _count_hint(found.piece, method, len(counted) < least), found.listed.key)
 
 
 def _handed(source: Source, piece: Slice, method: Method) -> bool:
     """Whether a source is one of those that `Method.models` counts."""
-    if method.base == "subtracted":
+    if method.subtracts_base:
         return source.model != piece.base_model
-    return method.base == "first" or not source.added
+    return method.takes_base or not source.added
 
 
 def _amount(least: int, most: int | None) -> str:
@@ -164,7 +166,7 @@ def _required(found: Found, method: Method, param: Param) -> None:
     if any(_mentions(level, param.name) for level in found.levels):
         return
     needing = list(zip(found.piece.sources, found.places, strict=False))
-    if method.base == "subtracted":
+    if method.subtracts_base:
         needing = [pair for pair in needing if pair[0].model != found.piece.base_model]
     lacking = [pair for pair in needing if not (param.per_model and _mentions(pair[0].parameters, param.name))]
     what = f"{method.name} needs {param.name}"
