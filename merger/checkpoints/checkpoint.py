@@ -28,7 +28,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000
 _PICKLED = re.compile(r"(^|/)(pytorch_model.*\.bin|.*\.(pt|pth|ckpt))$")
-_UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f]|^[/\\~]|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z]:[/\\]")
+_UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|^[/\\~]|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z]:[/\\]")
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ _DAMAGED = "the model is incomplete or damaged: download it again, or ask its au
 def _weight_map(index: str) -> dict[str, str]:
     try:
         found = json.loads(index)["weight_map"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ModelError(Problem(f"{INDEX} holds no weight_map", hint=_DAMAGED)) from None
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+    if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise ModelError(Problem(f"{INDEX}: the weight_map is no map of names to files", hint=_DAMAGED))
     return found
 
@@ -133,11 +133,11 @@ def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
         ModelError: the header is damaged, or does not fit the file's size.
     """
     try:
-        entries = json.loads(raw)
+        entries = json.loads(raw.decode(), object_pairs_hook=_once_each)
         entries.pop("__metadata__", None)
         first = 8 + len(raw)
         tensors = [_tensor(name, entry, file, first) for name, entry in entries.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(Problem(f"{file}: the safetensors header is damaged ({error})", hint=_DAMAGED)) from None
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_places(tensors, file, first, size)
@@ -146,16 +146,24 @@ def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
 
 def _tensor(name: str, entry: Mapping[str, Any], file: str, first: int) -> TensorInfo:
     start, stop = entry["data_offsets"]
-    shape = tuple(entry["shape"])
+    shape = entry["shape"]
     if _UNSAFE_NAME.search(name):
         raise ValueError(f"a tensor's name points outside the model: {name!r}")
     if entry["dtype"] not in ITEM_BYTES:
-        raise ValueError(f"{name} has dtype {entry['dtype']}, which is not read here")
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError(f"{name} has dtype {entry['dtype']!r}, which is not read here")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"{name} has a shape or place that is no whole number")
     if math.prod(shape) * ITEM_BYTES[entry["dtype"]] != stop - start:
-        raise ValueError(f"{name}: {list(shape)} of {entry['dtype']} does not take {stop - start:,} bytes")
-    return TensorInfo(name, entry["dtype"], shape, file, first + start, first + stop)
+        raise ValueError(f"{name}: {shape} of {entry['dtype']} does not take {stop - start:,} bytes")
+    return TensorInfo(name, entry["dtype"], tuple(shape), file, first + start, first + stop)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; the format forbids a key that stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
 
 
 def _check_places(tensors: list[TensorInfo], file: str, first: int, size: int) -> None:
@@ -173,15 +181,17 @@ def gather(headers: Iterable[tuple[TensorInfo, ...]], index: str | None) -> dict
     """All files' tensors by name; where two files hold one name, the index decides.
 
     Raises:
-        ModelError: the index names a tensor that its file does not hold, or a name stands twice without an index.
+        ModelError: the index names a tensor that its file does not hold, or does not decide.
     """
     chosen = _weight_map(index) if index is not None else {}
     tensors: dict[str, TensorInfo] = {}
     for tensor in (tensor for header in headers for tensor in header):
-        if tensor.name in tensors and chosen.get(tensor.name) != tensor.file:
-            continue
-        tensors[tensor.name] = tensor
+        if tensor.name in tensors and tensor.name not in chosen:
+            what = f"{tensor.file} and {tensors[tensor.name].file} both hold {tensor.name}, and {INDEX} names neither"
+            raise ModelError(Problem(what, hint=_DAMAGED))
+        if chosen.get(tensor.name, tensor.file) == tensor.file or tensor.name not in tensors:
+            tensors[tensor.name] = tensor
     for name, file in chosen.items():
         if name not in tensors or tensors[name].file != file:
-            raise ModelError(Problem(f"{INDEX} places {name} in {file}, which does not hold it", hint=_DAMAGED))
+            raise ModelError(Problem(f"{INDEX} places {name!r} in {file}, which does not hold it", hint=_DAMAGED))
     return tensors

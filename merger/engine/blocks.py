@@ -20,7 +20,7 @@ from merger.errors import MismatchError, Problem
 from merger.methods._ops import Rng
 from merger.methods.registry import Method, declared
 from merger.plan.jobs import Job, arguments
-from merger.plan.plan import BLOCK_ENTRIES
+from merger.plan.plan import BLOCK_ENTRIES, block_entries
 from merger.stores.ports import Reader
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -41,9 +41,9 @@ class Block:
     stop: int
 
 
-def blocks(job: Job) -> list[Block]:
+def blocks(job: Job, method: Method) -> list[Block]:
     """The blocks of a job, in order. Their size never depends on a budget: so neither does the result."""
-    size, step = (job.nbytes, _COPY_BYTES) if job.is_copy else (job.entries, BLOCK_ENTRIES)
+    size, step = (job.nbytes, _COPY_BYTES) if job.is_copy else (job.entries, block_entries(job, method))
     return [Block(start, min(start + step, size)) for start in range(0, size, step)]
 
 
@@ -54,10 +54,12 @@ class _Kept(threading.local):
         self.raw: list[Tensor] = []
         self.floats: list[Tensor] = []
 
-    def at_least(self, count: int) -> None:
+    def at_least(self, count: int, entries: int) -> None:
+        if self.floats and self.floats[0].numel() < entries:
+            self.raw, self.floats = [], []
         for _ in range(count - len(self.raw)):
-            self.raw.append(torch.empty(8 * BLOCK_ENTRIES, dtype=torch.uint8))
-            self.floats.append(torch.empty(BLOCK_ENTRIES, dtype=torch.float32))
+            self.raw.append(torch.empty(8 * entries, dtype=torch.uint8))
+            self.floats.append(torch.empty(entries, dtype=torch.float32))
 
 
 _kept = _Kept()
@@ -134,7 +136,7 @@ class Work:
             return copied
         dtype = TORCH_DTYPES[self.job.dtype]
         result = out[: (block.stop - block.start) * dtype.itemsize]
-        rounded = result.view(dtype).copy_(self._merged(block))
+        rounded = result.view(dtype).copy_(self._merged(block).view(-1))
         # A sum is finite only if all its terms are; in float64 it cannot overflow by itself.
         if not torch.isfinite(rounded.sum(dtype=torch.float64)):
             raise _not_finite(self.job, rounded)
@@ -153,11 +155,17 @@ class Work:
     def load(self, block: Block) -> tuple[list[Tensor], Tensor | None]:
         """The inputs' entries in float32, the base subtracted if the job has one; and the base."""
         count = len(self.job.reads)
-        _kept.at_least(count)
-        loaded = [self._entries(number, block) for number in range(count)]
+        _kept.at_least(count, max(BLOCK_ENTRIES, block.stop - block.start))
+        loaded = [self._shaped(self._entries(number, block)) for number in range(count)]
         if self.job.base is None:
             return loaded, None
         return [tensor.sub_(loaded[-1]) for tensor in loaded[:-1]], loaded[-1]
+
+    def _shaped(self, entries: Tensor) -> Tensor:
+        """As the method wants its blocks: a run of entries, whole rows, or the tensor."""
+        if self.method.unit == "matrix":
+            return entries.view(self.job.shape)
+        return entries.view(-1, self.job.shape[-1] if self.job.shape else 1) if self.method.unit == "rows" else entries
 
     def _entries(self, number: int, block: Block) -> Tensor:
         dtype = TORCH_DTYPES[self.job.reads[number].tensor.dtype]
@@ -181,7 +189,7 @@ class _Blocks:
         self._work = work
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        for block in blocks(self._work.job):
+        for block in blocks(self._work.job, self._work.method):
             yield self._work.load(block)[0]
 
 

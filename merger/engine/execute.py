@@ -20,7 +20,7 @@ from merger.engine.blocks import Block, Work, blocks
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.plan.jobs import Job
-from merger.plan.plan import BLOCK_ENTRIES, BLOCKS_IN_FLIGHT, Plan
+from merger.plan.plan import BLOCK_ENTRIES, BLOCKS_IN_FLIGHT, Plan, Shard
 from merger.stores.ports import Reader, Sink, Store, Ticket
 
 
@@ -72,7 +72,7 @@ def execute(plan: Plan, table: Mapping[str, Method], store: Store, sink: Sink, d
     with closing(store.reader(tickets(plan), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
         made = pool.in_order(_work(plan, table, reader, place))
         for shard in plan.shards:
-            yield from _shard(sink, shard.name, shard.jobs, made)
+            yield from _shard(sink, shard, table, made)
 
 
 def _device(name: str) -> torch.device:
@@ -88,19 +88,21 @@ def _work(plan: Plan, table: Mapping[str, Method], reader: Reader, device: torch
         first += len(job.reads)
 
 
-def _shard(sink: Sink, name: str, jobs: tuple[Job, ...], made: Iterator[memoryview]) -> Iterator[Event]:
+def _shard(sink: Sink, shard: Shard, table: Mapping[str, Method], made: Iterator[memoryview]) -> Iterator[Event]:
     try:
-        with ShardWriter(sink.workspace() / name, jobs) as writer:
-            for job in jobs:
-                for _ in blocks(job):
+        with ShardWriter(sink.workspace() / shard.name, shard.jobs) as writer:
+            for job in shard.jobs:
+                for _ in blocks(job, table[job.method]):
                     data = next(made)
                     writer.write(data)
                     yield Made(len(data), job)
-            shard = writer.close()
+            written = writer.close()
     except OSError as error:
-        raise BudgetError(Problem(f"{name} cannot be written ({error.strerror})", hint="free some disk")) from None
-    sink.take(shard)
-    yield ShardDone(shard)
+        raise BudgetError(
+            Problem(f"{shard.name} cannot be written ({error.strerror})", hint="free some disk")
+        ) from None
+    sink.take(written)
+    yield ShardDone(written)
 
 
 class _Pool:
@@ -127,6 +129,8 @@ class _Pool:
             if not self._free:
                 yield from self._first(waiting)
             buffer = self._free.popleft()
+            if buffer.numel() < 8 * (block.stop - block.start):
+                buffer = torch.empty(8 * (block.stop - block.start), dtype=torch.uint8)
             waiting.append((self._threads.submit(work.make, block, buffer), buffer, work if last else None))
         while waiting:
             yield from self._first(waiting)
@@ -147,7 +151,7 @@ class _Pool:
         while (work := ahead) is not None:
             ahead = next(works, None)
             self._start_measuring(ahead)
-            parts = blocks(work.job)
+            parts = blocks(work.job, work.method)
             for number, block in enumerate(parts, 1):
                 yield work, block, number == len(parts)
 

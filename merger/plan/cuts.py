@@ -87,7 +87,7 @@ def parts(locked: LockedRecipe, piece: Slice, method: Method) -> tuple[Part, ...
     found = [
         Part(source, locked.index(source.model), locked.model(source.model), source.model == piece.base_model)
         for source in piece.sources
-        if method.needs_base or not source.added
+        if method.takes_base or not source.added
     ]
     return tuple(sorted(found, key=lambda part: not part.is_base) if method.base == "first" else found)
 
@@ -158,6 +158,8 @@ def _range(part: Part, stack: str | None, findings: Findings) -> tuple[int, int]
         return start, stop
     what = f"[{start}, {stop}] ends beyond {part.model.name}, which has {count} layers"
     hint = f"its last layer is {count - 1}: end at {count} or before"
+    if stack is None:
+        what, hint = f"the module {DEFAULT} has no layers of its own", "write models: in place of slices: there"
     findings.about_recipe(what, part.source.range_at, f"sources[{part.source.model}].layer_range", hint)
     return None
 

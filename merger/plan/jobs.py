@@ -137,6 +137,7 @@ class _Maker:
         self._locked, self._table, self._findings = locked, table, findings
         taken = [part.model for piece in locked.recipe.slices for part in parts(locked, piece, table[piece.method])]
         self._head = next((model.head for model in taken if _is_untied(model)), None)
+        self._dtype = _DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
         self._shown: Counter[tuple[int, int]] = Counter()
         self.layers: list[tuple[LockedModel, int]] = []
 
@@ -159,16 +160,23 @@ class _Maker:
 
     def _copied(self, name: str) -> Iterator[Job]:
         donor = self._locked.donor
-        number = self._locked.models.index(donor)
+        number = self._locked.index(donor.ref)
         for tensor in donor.checkpoint.tensors.values():
             if donor.architecture.module(tensor.name) == name:
-                yield _copy(tensor.name, Input(number, tensor), f"the recipe does not name the module {name}")
+                yield self._copy(tensor.name, number, tensor, f"the recipe does not name the module {name}")
+
+    def _copy(self, out: str, number: int, tensor: TensorInfo, why: str) -> Job:
+        """A job that takes a tensor as it is; a trained one in the recipe's dtype, if it names one."""
+        cast = self._dtype is not None and tensor.dtype in FLOATS and not is_buffer(tensor.name)
+        dtype = self._dtype if cast and self._dtype else tensor.dtype
+        return Job(out, dtype, tensor.shape, PASSTHROUGH, (Input(number, tensor, {"scale": 1.0}),), why=why)
 
     def _stack(self, stack: str, cuts: Sequence[Cut]) -> Iterator[Job]:
+        first = len(self.layers)
         for piece in cuts:
             for step in range(piece.layers):
                 leader, layer = piece.parts[piece.leader].model, piece.starts[piece.leader] + step
-                out = len(self.layers)
+                out = len(self.layers) - first
                 self.layers.append((leader, layer))
                 position = 1.0 if piece.layers == 1 else step / (piece.layers - 1)
                 for tensor in leader.layer(stack, layer):
@@ -179,20 +187,20 @@ class _Maker:
     def _loose(self, piece: Cut, before: bool) -> Iterator[Job]:
         """The tensors outside all stacks; as in mergekit they take a gradient's first value, the head too."""
         leader = piece.parts[piece.leader].model
+        head = None if self._head is None else self._head.name
         for tensor in leader.layer(None, None):
-            if is_before_layers(tensor.name) == before and tensor is not leader.head:
+            if is_before_layers(tensor.name) == before and tensor is not leader.head and tensor.name != head:
                 yield from self._job(piece, tensor.name, [tensor.name] * len(piece.parts), 0.0)
-        if self._head is not None and not before:
-            heads = [part.model.head if _is_untied(part.model) else part.model.embedding for part in piece.parts]
-            names = [self._head.name if tensor is None else tensor.name for tensor in heads]
-            yield from self._job(piece, self._head.name, names, 0.0)
+        if head is not None and not before:
+            names = [_head(part.model, head) for part in piece.parts]
+            yield from self._job(piece, head, names, 0.0)
 
     def _job(self, piece: Cut, out: str, names: Sequence[str], position: float) -> Iterator[Job]:
         """The job that makes tensor `out` of the tensors `names`, one a part; or a problem, if they do not fit."""
         found = [part.model.checkpoint.tensors.get(name) for part, name in zip(piece.parts, names, strict=True)]
         leading = found[piece.leader]
         if leading is not None and (why := _why_copied(piece, leading, found)):
-            yield _copy(out, Input(piece.parts[piece.leader].number, leading), why)
+            yield self._copy(out, piece.parts[piece.leader].number, leading, why)
             return
         tensors = [tensor for tensor in found if tensor is not None]
         if len(tensors) < len(found):
@@ -206,17 +214,23 @@ class _Maker:
         inputs: list[Input] = []
         base: Input | None = None
         for part, tensor in zip(piece.parts, tensors, strict=True):
-            if part.is_base and method.base == "subtracted":
+            if part.is_base and method.subtracts_base:
                 base = Input(part.number, tensor)
                 continue
             own = self._numbers(piece, method, (part.source.parameters, *levels), tensor.name, position, per_model=True)
             inputs.append(Input(part.number, tensor, own))
         settings = self._numbers(piece, method, levels, out, position, per_model=False)
         leading = tensors[piece.leader]
-        dtype = _DTYPES[self._locked.recipe.dtype] if self._locked.recipe.dtype else leading.dtype
+        dtype = self._dtype or self._donors_dtype(piece.parts[piece.leader].model, leading)
         job = Job(out, dtype, leading.shape, method.name, tuple(inputs), base, settings)
         self._ask(piece, method, job)
         return job
+
+    def _donors_dtype(self, leader: LockedModel, leading: TensorInfo) -> str:
+        """The dtype that the config's donor has in this place, in any of its layers: one model, one dtype."""
+        place = leader.architecture.place(leading.name)
+        followed = self._locked.donor.dtypes.get((place.stack, place.role), leading.dtype)
+        return followed if followed in FLOATS else leading.dtype
 
     def _numbers(
         self, piece: Cut, method: Method, levels: Sequence[Parameters], tensor: str, position: float, per_model: bool
@@ -277,10 +291,6 @@ class _Maker:
         return self._shown[one, other] <= _MISMATCHES_SHOWN
 
 
-def _copy(out: str, source: Input, why: str) -> Job:
-    return Job(out, source.tensor.dtype, source.tensor.shape, PASSTHROUGH, (source,), why=why)
-
-
 def _why_copied(piece: Cut, leading: TensorInfo, found: Sequence[TensorInfo | None]) -> str | None:
     """Why a tensor is copied from the part that names it, whatever the method; None where it is merged."""
     if is_buffer(leading.name):
@@ -292,6 +302,13 @@ def _why_copied(piece: Cut, leading: TensorInfo, found: Sequence[TensorInfo | No
     if alone and leader.architecture.place(leading.name).stack is None and leading is not leader.embedding:
         return f"only {leader.name} has it"
     return None
+
+
+def _head(model: LockedModel, name: str) -> str:
+    """The name of the tensor that is the model's head, where the output's is called `name`."""
+    own = model.checkpoint.tensors.get(name)
+    tensor = model.embedding if own is None or model.is_tied else own
+    return name if tensor is None else tensor.name
 
 
 def _is_untied(model: LockedModel) -> bool:

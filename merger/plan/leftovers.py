@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merger.checkpoints.architecture import Place, is_buffer, untied, with_dtype, with_layers
+from merger.checkpoints.architecture import Place, is_buffer
+from merger.checkpoints.config import Kind, Layer, untied, with_dtype, with_layers
+from merger.errors import Problem, RecipeError
 from merger.plan.jobs import Making
 from merger.plan.lock import LockedModel, LockedRecipe
 
@@ -53,13 +55,33 @@ def _why(donor: LockedModel, model: LockedModel, name: str, layers: set[tuple[st
 
 
 def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
-    """The donor's config.json with the dtype, the layers and the head that the output has."""
+    """The donor's config.json with the dtype, the layers and the head that the output has.
+
+    Raises:
+        RecipeError: no config could describe the layers in this order.
+    """
     donor = locked.donor
     edited: Mapping[str, Any] = donor.checkpoint.config
-    stacks = list(donor.architecture.stacks.values())
-    if len(stacks) == 1 and list(making.layers) != [(donor, layer) for layer in range(stacks[0])]:
-        edited = with_layers(edited, stacks[0], [(model.checkpoint.config, layer) for model, layer in making.layers])
-    if making.has_head and donor.is_tied:
+    stacks = list(donor.architecture.stacks.items())
+    if len(stacks) == 1 and list(making.layers) != [(donor, layer) for layer in range(stacks[0][1])]:
+        edited = _layered(locked, making, *stacks[0])
+    if making.has_head and (donor.is_tied or donor.head is None):
         edited = untied(edited)
     dtype = locked.recipe.dtype
     return with_dtype(edited, dtype) if dtype else edited
+
+
+def _layered(locked: LockedRecipe, making: Making, stack: str, count: int) -> Mapping[str, Any]:
+    """The donor's config with the output's layers."""
+    donor = locked.donor
+    kinds = [_kind(donor, stack, layer) for layer in range(count)]
+    taken = [Layer(model.checkpoint.config, layer, _kind(model, stack, layer)) for model, layer in making.layers]
+    try:
+        return with_layers(donor.checkpoint.config, kinds, taken)
+    except ValueError as error:
+        hint = f"{donor.name} would load with other layers than these: take them in the order in which it has them"
+        raise RecipeError(Problem(f"{donor.name}: {error}", locked.recipe.slices[0].at, "slices", hint)) from None
+
+
+def _kind(model: LockedModel, stack: str, layer: int) -> Kind:
+    return frozenset(model.architecture.place(tensor.name).role for tensor in model.layer(stack, layer))

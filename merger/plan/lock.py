@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from merger.checkpoints.architecture import Architecture, is_embedding, is_head, is_quantised, is_tied
+from merger.checkpoints.architecture import Architecture, is_embedding, is_head
 from merger.checkpoints.checkpoint import (
     INDEX,
     Checkpoint,
@@ -24,6 +24,7 @@ from merger.checkpoints.checkpoint import (
     read_header,
     weight_files,
 )
+from merger.checkpoints.config import is_quantised, is_tied
 from merger.errors import ModelError, Problem
 from merger.recipe.model import ModelRef, Recipe
 from merger.stores.ports import Located, Store
@@ -67,6 +68,12 @@ class LockedModel:
         return self.by_layer.get((stack, layer), [])
 
     @cached_property
+    def dtypes(self) -> Mapping[tuple[str | None, str], str]:
+        """The dtype of each role in each stack, under None of the tensors outside."""
+        places = [(tensor, self.architecture.place(tensor.name)) for tensor in self.checkpoint.tensors.values()]
+        return {(place.stack, place.role): tensor.dtype for tensor, place in places}
+
+    @cached_property
     def head(self) -> TensorInfo | None:
         """The tensor that makes logits over the vocabulary, where the checkpoint holds exactly one."""
         return self._only(is_head)
@@ -82,8 +89,8 @@ class LockedModel:
 
     @property
     def is_tied(self) -> bool:
-        """Whether its config says that the head is the embedding."""
-        return is_tied(self.checkpoint.config)
+        """Whether the head is the embedding: its config says so, and the embedding is what its files hold."""
+        return is_tied(self.checkpoint.config) and any(is_embedding(tensor.name) for tensor in self.layer(None, None))
 
     @property
     def name(self) -> str:
@@ -156,7 +163,7 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
         raise ModelError(Problem("has no config.json", hint="is this a model that transformers can load?"))
     try:
         config = json.loads(store.fetch(located, "config.json"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(Problem(f"config.json is no JSON ({error})", hint="download the model again")) from None
     if not isinstance(config, dict):
         raise ModelError(Problem("config.json is no JSON object", hint="download the model again"))
@@ -183,12 +190,12 @@ def _card(located: Located, store: Store) -> Mapping[str, Any]:
     info = located.files.get("README.md")
     if info is None or info.size > _CARD_BYTES:
         return {}
-    text = store.fetch(located, "README.md").decode("utf-8", "replace")
+    text = store.fetch(located, "README.md").decode("utf-8", "replace").replace("\r\n", "\n")
     parts = text.split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
         metadata = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+    except Exception:  # on strange input the YAML library raises whatever it comes across, not only its own errors
         return {}
     return metadata if isinstance(metadata, dict) else {}

@@ -1,0 +1,200 @@
+"""A model's config.json: what it says of the tensors, and its edits when layers, head or dtype change.
+
+Layers are known to it by their number alone, so each of its per-layer lists must follow them; and an order of layers
+that no edit could express is refused. Not here: what the tensors' names tell (architecture).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Config = Mapping[str, Any]
+Kind = frozenset[str]
+"""The roles of a layer's tensors: layers of one kind are built alike."""
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers",
+                 "encoder_layers", "depth")  # fmt: skip
+_NOT_PER_LAYER = re.compile(
+    r"(^architectures|token_ids?|_ids|languages?|labels?|(?<!intermediate)_sizes?|image_mean|image_std)$"
+)
+_INDEX_LIST = re.compile(r"layers?($|_)|idxs?$|indices$|indexes$")
+_LEADING = re.compile(r"^(first_k_|n(um)?_dense_layers$)")
+_EVERY = re.compile(r"(window|att(entio)?n|rope).*_(pattern|period|interval|every_n_layers)$")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that a new model takes: its old model's config, its number there, its kind."""
+
+    config: Config
+    number: int
+    kind: Kind
+
+
+def is_tied(config: Config) -> bool:
+    """Whether the config says that the head is the embedding; where it says nothing, it is taken not to be."""
+    return bool(config.get("tie_word_embeddings", _text(config).get("tie_word_embeddings", False)))
+
+
+def is_quantised(config: Config) -> bool:
+    """Whether the tensors are stored in a form that must not be merged as numbers."""
+    return any("quantization_config" in part for part in _parts(config))
+
+
+def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
+    """The config with its dtype set, under the name that it already uses, in nested configs too."""
+    edited = copy.deepcopy(dict(config))
+    parts = [edited, *(part for part in edited.values() if isinstance(part, dict))]
+    found = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
+    for part, key in found or [(edited, "dtype")]:
+        part[key] = dtype
+    return edited
+
+
+def untied(config: Config) -> dict[str, Any]:
+    """The config with the statement that head and embedding are two tensors."""
+    edited = copy.deepcopy(dict(config))
+    stated = [part for part in _parts(edited) if "tie_word_embeddings" in part]
+    for part in stated or _parts(edited):
+        part["tie_word_embeddings"] = False
+    return edited
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def with_layers(config: Config, donor: Sequence[Kind], layers: Sequence[Layer]) -> dict[str, Any]:
+    """The config of a model whose layers were taken from others: the count and all per-layer lists follow.
+
+    Args:
+        config: the donor's config.
+        donor: the kinds of the donor's layers.
+        layers: the output's layers.
+
+    Raises:
+        ValueError: no edit of the config would describe such a model; why, in a sentence.
+    """
+    _check(config, donor, layers)
+    before, after = _leading(donor[0], donor), _leading(donor[0], [layer.kind for layer in layers])
+    edited = copy.deepcopy(dict(config))
+    for part in _parts(edited):
+        for key, value in part.items():
+            counts_leading = _LEADING.search(key) and value == before and after is not None
+            part[key] = after if counts_leading else _follow(key, value, len(donor), layers)
+    return edited
+
+
+def _follow(key: str, value: Any, count: int, layers: Sequence[Layer]) -> Any:
+    """A config value as it must be when the layers are those of `layers`."""
+    if key in (*_LAYER_COUNTS, "max_window_layers") and value == count:
+        return len(layers)
+    if _is_index_list(key, value, count):
+        return [new for new, layer in enumerate(layers) if layer.number in _theirs(key, value, layer)]
+    if _is_per_layer(key, value, count):
+        return [_entry(key, _theirs(key, value, layer), layer) for layer in layers]
+    return value
+
+
+def _entry(key: str, of: list[Any], layer: Layer) -> Any:
+    if layer.number >= len(of):
+        raise ValueError(f"config.json's {key} has {len(of)} entries, none of them for layer {layer.number}")
+    return of[layer.number]
+
+
+def _theirs(key: str, ours: list[Any], layer: Layer) -> list[Any]:
+    """The list of the model that the layer comes from; the donor's, where that model has none."""
+    found = layer.config.get(key, _text(layer.config).get(key))
+    return found if isinstance(found, list) else ours
+
+
+def _is_index_list(key: str, value: Any, count: int) -> bool:
+    """A list such as ``mlp_only_layers: [0, 3]``: rising layer numbers, not one entry for each layer."""
+    if not isinstance(value, list) or not value or not _INDEX_LIST.search(key):
+        return False
+    numbers = all(type(n) is int and 0 <= n < count for n in value)
+    return numbers and value == sorted(set(value)) and (len(value) != count or count > 2)
+
+
+def _is_per_layer(key: str, value: Any, count: int) -> bool:
+    """A list such as ``layer_types``: one entry for each layer."""
+    return isinstance(value, list) and len(value) == count and not _NOT_PER_LAYER.search(key)
+
+
+def _check(config: Config, donor: Sequence[Kind], layers: Sequence[Layer]) -> None:
+    """Whether a config can say that its layers are these: a loader builds what the config says, and nothing else."""
+    count = len(donor)
+    counts = [value for key, value in _stated(config) if key in _LAYER_COUNTS]
+    as_stated = [layer.number for layer in layers] == list(range(len(layers))) and len(layers) in counts
+    if len(layers) != count and count not in counts and not as_stated:
+        raise ValueError(f"config.json does not say that there are {count} layers, so it cannot be told {len(layers)}")
+    said = _said(config, count)
+    for key, every in _stated(config):
+        counted = _EVERY.search(key) is not None and type(every) is int and every > 1 and not any(said)
+        if counted and any(layer.number % every != new % every for new, layer in enumerate(layers)):
+            raise ValueError(f"config.json counts layers by {key}: {every}, which this order of layers would break")
+    listed = _tells_apart(said, donor) or _counts_leading(config, donor, layers)
+    if not listed and any(layer.kind != _expected(donor, new) for new, layer in enumerate(layers)):
+        raise ValueError("its layers are not all alike, and config.json cannot say that they come in this order")
+
+
+def _said(config: Config, count: int) -> list[list[Any]]:
+    """For each layer, what the config's lists say of it."""
+    indexes = [value for key, value in _stated(config) if _is_index_list(key, value, count)]
+    entries = [value for key, value in _stated(config) if _is_per_layer(key, value, count)]
+    return [[*(of[layer] for of in entries), *(layer in of for of in indexes)] for layer in range(count)]
+
+
+def _tells_apart(said: Sequence[list[Any]], donor: Sequence[Kind]) -> bool:
+    """Whether layers of different kinds are different ones in the config's lists too."""
+    known: dict[str, Kind] = {}
+    return all(known.setdefault(str(entries), kind) == kind for entries, kind in zip(said, donor, strict=True))
+
+
+def _counts_leading(config: Config, donor: Sequence[Kind], layers: Sequence[Layer]) -> bool:
+    """Whether the config counts the first few layers, and only those differ, in the donor and in the output."""
+    before, after = _leading(donor[0], donor), _leading(donor[0], [layer.kind for layer in layers])
+    counted = any(_LEADING.search(key) and value == before for key, value in _stated(config))
+    return counted and after is not None and len({*donor, *(layer.kind for layer in layers)}) <= 2
+
+
+def _leading(first: Kind, kinds: Sequence[Kind]) -> int | None:
+    """How many layers at the beginning are of the kind `first`; None if one of that kind comes later again."""
+    count = next((number for number, kind in enumerate(kinds) if kind != first), len(kinds))
+    return None if first in kinds[count:] else count
+
+
+def _expected(donor: Sequence[Kind], position: int) -> Kind | None:
+    """The kind that a rule by position would put there, if the donor shows such a rule.
+
+    Either its kinds repeat with a period, or they stay the same from somewhere in the first half on.
+    """
+    count = len(donor)
+    for period in range(1, count // 2 + 1):
+        if all(donor[layer] == donor[layer - period] for layer in range(period, count)):
+            return donor[position % period]
+    if position < count:
+        return donor[position]
+    return donor[-1] if len(set(donor[count // 2 :])) == 1 else None
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _text(config: Config) -> dict[str, Any]:
+    """The part of the config that describes the language model; the config itself where there is but one part."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config  # type: ignore[return-value]
+
+
+def _parts(config: Config) -> tuple[dict[str, Any], ...]:
+    """The config, and its language model's part if that is a part of its own."""
+    text = _text(config)
+    return (text,) if text is config else (config, text)  # type: ignore[return-value]
+
+
+def _stated(config: Config) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for part in _parts(config) for key, value in part.items())

@@ -1,0 +1,244 @@
+"""The engine makes the same bytes whatever it may use, refuses what is not finite, and leaves nothing half made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from merger.engine.execute import ShardDone, execute
+from merger.errors import MismatchError, ModelError
+from merger.methods.registry import methods
+from merger.run import Done, Options, plan, read, run
+from merger.stores.folder import FolderReader, FolderSink, FolderStore
+from merger.stores.ports import Ticket
+
+RECIPES = {
+    "linear": "{weight: 0.6}",
+    "slerp": "{t: 0.3}",
+    "task_arithmetic": "{weight: 0.7, lambda: 0.9}",
+    "ties": "{weight: 0.7, density: 0.4}",
+    "dare_ties": "{weight: 0.7, density: 0.4}",
+    "dare_linear": "{weight: 0.7, density: 0.4}",
+}
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three models whose embedding takes three blocks, the last of them a short one."""
+    root = tmp_path_factory.mktemp("parents")
+    return [tiny.model(root / f"p{seed}", seed, hidden=512, middle=64, vocab=1100) for seed in range(3)]
+
+
+def recipe(folder: Path, method: str, parents: Sequence[Path], extra: str = "") -> Path:
+    """A recipe for `method` over the parents, the first of them the base."""
+    others = parents[1:2] if method == "slerp" else parents[1:]
+    listed = "".join(f"  - model: {parent}\n" for parent in others)
+    text = f"merge_method: {method}\nbase_model: {parents[0]}\nparameters: {RECIPES[method]}\nmodels:\n{listed}{extra}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(text)
+    return folder / "recipe.yaml"
+
+
+def merge(path: Path, to: Path, **options: object) -> dict[str, str]:
+    """Run the recipe; the checksum of each tensor's bytes."""
+    chosen = replace(Options(to=str(to), force=True), **options)  # type: ignore[arg-type]
+    planned, store = plan(read(path), chosen)
+    *_, last = run(planned, store, chosen)
+    assert isinstance(last, Done)
+    return checksums(to)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The checksum of each tensor's bytes in a model folder."""
+    held = tiny.read(folder)
+    return {name: hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest() for name, t in held.items()}
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_same_bytes_whatever_the_budget(method: str, parents: list[Path], tmp_path: Path) -> None:
+    """Threads, memory and shard size change no byte of any tensor."""
+    path = recipe(tmp_path, method, parents)
+    first = merge(path, tmp_path / "one", threads=1)
+    assert merge(path, tmp_path / "two", threads=2, max_memory=1_000_000_000) == first
+    assert merge(path, tmp_path / "many", threads=3, shard_size=300_000) == first
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+
+
+def test_same_bytes_whatever_the_hash_seed(parents: list[Path], tmp_path: Path) -> None:
+    """Two processes with different PYTHONHASHSEED write the same files: shards, index, config, card and lock."""
+    path = recipe(tmp_path, "dare_ties", parents)
+    found = []
+    for seed in ("1", "2"):
+        to = tmp_path / seed / "out"
+        command = [
+            sys.executable,
+            "-m",
+            "merger",
+            "run",
+            str(path),
+            "--to",
+            str(to),
+            "--quiet",
+            "--shard-size",
+            "500kB",
+        ]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        found.append({file.name: file.read_bytes() for file in to.iterdir()})
+    assert found[0] == found[1]
+
+
+def test_the_seed_decides_random_methods(parents: list[Path], tmp_path: Path) -> None:
+    """Another seed gives other bytes; the recipe's own seed and the option of the same number give the same."""
+    path = recipe(tmp_path / "a", "dare_linear", parents)
+    seeded = recipe(tmp_path / "b", "dare_linear", parents, "seed: 7\n")
+    default = merge(path, tmp_path / "0")
+    assert merge(path, tmp_path / "7", seed=7) == merge(seeded, tmp_path / "own") != default
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_rounded_once(dtype: str, parents: list[Path], tmp_path: Path) -> None:
+    """Task arithmetic equals the float64 result rounded to the output's dtype, in all but a few entries in a million."""
+    merge(recipe(tmp_path, "task_arithmetic", parents, f"dtype: {dtype}\n"), tmp_path / "out")
+    base, one, other = (tiny.read(parent) for parent in parents)
+    wrong = total = 0
+    for name, tensor in tiny.read(tmp_path / "out").items():
+        deltas = (one[name].double() - base[name].double()) + (other[name].double() - base[name].double())
+        expected = (base[name].double() + 0.9 * 0.7 * deltas).to(getattr(torch, dtype))
+        assert tensor.dtype == expected.dtype
+        torch.testing.assert_close(tensor, expected, rtol=0.01 if dtype != "float32" else 1e-6, atol=1e-6)
+        wrong, total = wrong + int((tensor != expected).sum()), total + tensor.numel()
+    assert dtype == "float32" or wrong / total < 1e-3
+
+
+def test_an_unchanged_input_is_copied_bit_by_bit(parents: list[Path], tmp_path: Path) -> None:
+    """Passthrough writes the parents' own bytes, NaN payloads included."""
+    held = tiny.tensors(5)
+    held["model.norm.weight"].view(torch.int16)[:2] = torch.tensor([0x7FC1, 0x7F80], dtype=torch.int16)
+    parent = tiny.write(tmp_path / "parent", held)
+    path = tmp_path / "r.yaml"
+    path.write_text(f"merge_method: passthrough\nmodels: [{{model: {parent}}}]\n")
+    assert merge(path, tmp_path / "out") == checksums(parent)
+
+
+def test_what_is_not_finite_is_refused(parents: list[Path], tmp_path: Path) -> None:
+    """A result beyond float16 names its tensor and the way out, and leaves no folder."""
+    held = tiny.tensors(5, dtype=torch.float32)
+    held["model.norm.weight"][3] = 70_000.0
+    parent = tiny.write(tmp_path / "parent", held)
+    path = tmp_path / "r.yaml"
+    path.write_text(f"merge_method: linear\ndtype: float16\nmodels: [{{model: {parent}}}]\n")
+    with pytest.raises(MismatchError, match=r"model\.norm\.weight: entry 3 .* inf in F16[\s\S]*bfloat16"):
+        merge(path, tmp_path / "out")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["parent", "r.yaml"]
+
+
+class Once(FolderReader):
+    """A reader from afar: each byte may be asked for once, as when it comes over the network."""
+
+    def __init__(self, tickets: Sequence[Ticket]) -> None:
+        super().__init__(tickets)
+        self.read_bytes = 0
+
+    def read(self, ticket: int, offset: int, out: memoryview) -> None:
+        self.read_bytes += len(out)
+        super().read(ticket, offset, out)
+
+    def repeatable(self, ticket: int) -> bool:
+        return False
+
+
+class Afar(FolderStore):
+    """A store whose reader counts, and must not be read twice."""
+
+    def reader(self, tickets: Sequence[Ticket], budget: int) -> Once:
+        self.opened = Once(tickets)
+        return self.opened
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties"])
+def test_each_byte_is_transferred_once(method: str, parents: list[Path], tmp_path: Path) -> None:
+    """A method that reads a tensor several times is given it from a spool: the store is asked once for each byte."""
+    path = recipe(tmp_path, method, parents)
+    expected = merge(path, tmp_path / "near")
+    planned, _ = plan(read(path), Options(threads=2))
+    store, sink = Afar(), FolderSink(tmp_path / "far")
+    sink.prepare(planned.hash, 0)
+    shards = [event.shard for event in execute(planned, methods(), store, sink) if isinstance(event, ShardDone)]
+    assert len(shards) == len(planned.shards)
+    assert store.opened.read_bytes == planned.read_bytes
+    assert checksums(sink.workspace()) == expected
+
+
+def test_a_file_that_shrinks_meanwhile_is_refused(parents: list[Path], tmp_path: Path) -> None:
+    """A parent that is overwritten during the run ends it with a sentence, and leaves no folder."""
+    parent = tiny.model(tmp_path / "parent", 9)
+    path = tmp_path / "r.yaml"
+    path.write_text(f"merge_method: linear\nmodels: [{{model: {parent}}}, {{model: {parents[0]}}}]\n".replace(
+        str(parents[0]), str(tiny.model(tmp_path / "second", 10))))  # fmt: skip
+    options = Options(to=str(tmp_path / "out"))
+    planned, store = plan(read(path), options)
+    os.truncate(parent / "model.safetensors", 2_000)
+    with pytest.raises(ModelError, match="became shorter while it was read"):
+        list(run(planned, store, options))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.merging").exists()
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from merger.checkpoints.shard import ShardWriter
+from merger.cli import main
+from merger.stores.folder import FolderSink
+
+recipe, to = sys.argv[1:]
+
+def at_call(owner, name, wanted):
+    counted, real = [0], getattr(owner, name)
+    def dying(*args, **kwargs):
+        if counted[0] == wanted:
+            os.kill(os.getpid(), signal.SIGKILL)
+        counted[0] += 1
+        return real(*args, **kwargs)
+    setattr(owner, name, dying)
+
+points = [(ShardWriter, "write", n) for n in (0, 1, 5, 12, 25)] + [(ShardWriter, "close", n) for n in (0, 1)]
+points += [(FolderSink, name, 0) for name in ("prepare", "finish", "_rename")]
+points += [(Path, "write_bytes", n) for n in range(8)] + [(Path, "rename", n) for n in range(2)]
+points += [(Path, "unlink", 0)]
+for owner, name, wanted in points:
+    child = os.fork()
+    if child == 0:
+        at_call(owner, name, wanted)
+        os._exit(main(["run", recipe, "--to", to, "--quiet", "--force", "--threads", "1", "--shard-size", "300kB"]))
+    _, status = os.waitpid(child, 0)
+    there = sorted(item.name for item in Path(to).iterdir()) if Path(to).exists() else None
+    print(json.dumps([f"{owner.__name__}.{name} {wanted}", os.WIFSIGNALED(status), there]), flush=True)
+"""
+
+
+def test_a_kill_at_any_point_leaves_no_half_model(parents: list[Path], tmp_path: Path) -> None:
+    """SIGKILL at every stage: the destination is absent or the whole model, and the next run goes through."""
+    path = recipe(tmp_path, "linear", parents)
+    whole = merge(path, tmp_path / "whole", shard_size=300_000)
+    names = sorted(item.name for item in (tmp_path / "whole").iterdir())
+    to = tmp_path / "out"
+    answer = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), str(to)], check=True, capture_output=True, text=True
+    )
+    points = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert sum(killed for _, killed, _ in points) >= len(points) - 2, "a point was never reached"
+    for point, _, there in points:
+        assert there in (None, names), point
+    assert merge(path, to, shard_size=300_000) == whole
+    assert sorted(item.name for item in tmp_path.iterdir() if item.name.startswith("out")) == ["out"]

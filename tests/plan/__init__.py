@@ -1,0 +1,1 @@
+"""Tests of the plan: what will be made, before any tensor is read."""
