@@ -50,7 +50,7 @@ def _report(error: MergerError, as_json: bool) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="merger",
-        description="Merge models from a YAML recipe, tensor by tensor in bounded memory, into a folder or onto the Hub.",
+        description="Merge models from a YAML recipe, tensor by tensor in bounded memory, to a folder or the Hub.",
         epilog="Exit codes: 2 recipe, 3 a model cannot be read, 4 models do not fit each other, 5 not enough memory or "
         "disk, 6 upload refused, 7 verification failed. Environment: HF_TOKEN, HF_ENDPOINT, HF_HOME.",
     )

@@ -317,7 +317,7 @@ def test_stale_parent_is_412(hub: LoopbackHub, client: Client, repo: str) -> Non
     """A commit on a parent that is no longer the head is refused in the Hub's words; a short head will do."""
     old = hub.add_model(repo, {"a.txt": b"1"})
     head = hub.commit(repo, {"a.txt": b"2"})
-    with pytest.raises(ClientError, match="A commit has happened since. Please refresh and try again.") as error:
+    with pytest.raises(ClientError, match=r"A commit has happened since\. Please refresh and try again\.") as error:
         client(upload_with, repo, {"b.txt": b"x"}, {"parent_commit": old})
     assert error.value.status == 412
     client(upload_with, repo, {"b.txt": b"x"}, {"parent_commit": head[:7]})
@@ -399,7 +399,8 @@ def test_downloads(hub: LoopbackHub, client: Client, repo: str) -> None:
     assert client(download, repo, "config.json", hub.head(repo)) == FILES["config.json"]
     assert client(snapshot, repo) == FILES
     cdn = [r for r in hub.log if r.host == "cdn"]
-    assert cdn and not any(r.authorization for r in cdn)
+    assert cdn
+    assert not any(r.authorization for r in cdn)
     assert {r.user for r in hub.log if r.host == "hub" and r.authorization} == {"alice"}
 
 

@@ -18,7 +18,8 @@ from merger.run import Options, plan, read
 from pathlib import Path
 recipe, to, memory = sys.argv[1:]
 planned, _ = plan(read(Path(recipe)), Options(threads=2, max_memory=int(memory) or None))
-code = main(["run", recipe, "--to", to, "--quiet", "--threads", "2", *(["--max-memory", memory] if int(memory) else [])])
+allowed = ["--max-memory", memory] if int(memory) else []
+code = main(["run", recipe, "--to", to, "--quiet", "--threads", "2", *allowed])
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"code": code, "peak": peak, "planned": planned.peak_memory, "threads": planned.threads}))
 """

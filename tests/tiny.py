@@ -32,7 +32,12 @@ CONFIG: Mapping[str, Any] = {
 
 
 def tensors(
-    seed: int = 0, layers: int = 2, hidden: int = 16, middle: int = 24, vocab: int = 40, dtype: torch.dtype = torch.bfloat16
+    seed: int = 0,
+    layers: int = 2,
+    hidden: int = 16,
+    middle: int = 24,
+    vocab: int = 40,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Tensor]:
     """The tensors of a small Mistral, drawn from `seed`; models of other seeds differ everywhere."""
     draw = torch.Generator().manual_seed(seed)

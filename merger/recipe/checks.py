@@ -73,8 +73,10 @@ class Found:
 
 
 def choice(place: Place, table: Mapping[str, Method]) -> Choice:
-    """The merge method named at `place`, with a problem if it cannot be used; a misspelt one is read as it was meant, so
-    that what else is wrong is found too."""
+    """The merge method named at `place`, with a problem if it cannot be used.
+
+    A misspelt one is read as it was meant, so that what else is wrong is found too.
+    """
     name = place.text("the name of a merge method")
     method = None if name is None else table.get(name)
     built = f"built so far: {', '.join(table)}"

@@ -107,7 +107,7 @@ def test_the_seed_decides_random_methods(parents: list[Path], tmp_path: Path) ->
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_rounded_once(dtype: str, parents: list[Path], tmp_path: Path) -> None:
-    """Task arithmetic equals the float64 result rounded to the output's dtype, in all but a few entries in a million."""
+    """Task arithmetic equals the float64 result rounded to the output's dtype, but for a few entries in a million."""
     merge(recipe(tmp_path, "task_arithmetic", parents, f"dtype: {dtype}\n"), tmp_path / "out")
     base, one, other = (tiny.read(parent) for parent in parents)
     wrong = total = 0

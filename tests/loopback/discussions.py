@@ -99,7 +99,7 @@ def comment(context: Context, x: Exchange) -> Answer:
 
 def status(context: Context, x: Exchange) -> Answer:
     """Open or close; to open a draft is to publish it."""
-    repo, item = _owned(context, x)
+    _, item = _owned(context, x)
     asked = x.json()
     if item.status == "merged":
         raise HubError(400, "This pull request is merged")

@@ -1,0 +1,206 @@
+"""Time and memory of whole merges, side by side with mergekit, beside the floor of reading and writing the same bytes.
+
+`python benchmarks/speed.py` makes bfloat16 checkpoints of 0.5 and 1.2 billion parameters (a base and three fine-tunes),
+merges them by each method with both programs in turn, and writes docs/speed.md. Not here: whether they agree (parity).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mergekit_env
+import models
+import yaml
+
+from merger.methods.registry import methods
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "speed.md"
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "linear": {"weight": 0.4},
+    "slerp": {"t": 0.4},
+    "nuslerp": {"weight": 0.5},
+    "multislerp": {"weight": 0.4},
+    "karcher": {},
+    "task_arithmetic": {"weight": 0.4},
+    "ties": {"weight": 0.4, "density": 0.4},
+    "dare_ties": {"weight": 0.4, "density": 0.4},
+    "dare_linear": {"weight": 0.4, "density": 0.4},
+    "breadcrumbs": {"weight": 0.4, "density": 0.8, "gamma": 0.01},
+    "breadcrumbs_ties": {"weight": 0.4, "density": 0.8, "gamma": 0.01},
+    "della": {"weight": 0.4, "density": 0.5, "epsilon": 0.1},
+    "della_linear": {"weight": 0.4, "density": 0.5, "epsilon": 0.1},
+    "sce": {"select_topk": 0.5},
+    "ram": {},
+    "ramplus_tl": {},
+    "model_stock": {},
+    "nearswap": {"t": 0.001},
+    "arcee_fusion": {},
+    "passthrough": {},
+}
+WITHOUT_BASE = ("linear", "nuslerp", "multislerp", "karcher", "passthrough")
+ONE_MODEL = ("slerp", "nearswap", "arcee_fusion", "passthrough")
+TWO_MODELS = ("nuslerp",)
+_LOOP = """
+import json, sys, time
+from pathlib import Path
+from merger.run import Options, plan, read, run
+options = Options(to=sys.argv[2], threads=int(sys.argv[3]), force=True)
+planned, store = plan(read(Path(sys.argv[1])), options)
+import torch, merger.engine.execute
+start = time.perf_counter()
+for _ in run(planned, store, options): pass
+print(json.dumps({"loop": time.perf_counter() - start}))
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One whole process: wall seconds, peak resident bytes, what it printed."""
+
+    wall: float
+    peak: int
+    printed: str
+
+
+def timed(command: Sequence[str]) -> Run:
+    """Run a command and take the system's own account of it."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    printed = process.stdout.read() if process.stdout else ""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+    return Run(time.perf_counter() - start, usage.ru_maxrss * 1024, printed)
+
+
+def recipe(method: str, parents: Sequence[Path], path: Path) -> list[Path]:
+    """Write the recipe that both programs are given; the models it reads."""
+    count = 1 if method in ONE_MODEL else 2 if method in TWO_MODELS else 3
+    base = [] if method in WITHOUT_BASE else [parents[0]]
+    made: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": str(parent)} for parent in parents[1 : 1 + count]],
+        "dtype": "bfloat16",
+    }
+    if base:
+        made["base_model"] = str(base[0])
+    if SETTINGS[method]:
+        made["parameters"] = dict(SETTINGS[method])
+    path.write_text(yaml.safe_dump(made, sort_keys=False))
+    return [*base, *parents[1 : 1 + count]]
+
+
+def floor(read: Sequence[Path], out: Path) -> float:
+    """Seconds to read all files of the models once, and to write a file as large as one of them."""
+    start = time.perf_counter()
+    buffer = memoryview(bytearray(8 << 20))
+    sizes = []
+    for folder in read:
+        sizes.append(0)
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb", buffering=0) as source:
+                while got := source.readinto(buffer):
+                    sizes[-1] += got
+    with out.open("wb", buffering=0) as target:
+        for _ in range(sizes[0] // len(buffer)):
+            target.write(buffer)
+    out.unlink()
+    return time.perf_counter() - start
+
+
+def measure(method: str, size: str, parents: Sequence[Path], work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One method at one size: medians over the runs of floor, our loop, our process, and mergekit's process."""
+    path, ours, theirs = work / "recipe.yaml", work / "ours", work / "theirs"
+    read = recipe(method, parents, path)
+    command = [sys.executable, "-m", "merger", "run", str(path), "--to", str(ours), "--force", "--quiet"]
+    found: dict[str, list[float]] = {
+        name: [] for name in ("floor", "loop", "one", "wall", "peak", "mk_wall", "mk_peak")
+    }
+    for _ in range(options.runs):
+        found["floor"].append(floor(read, work / "floor"))
+        for name, threads in (("loop", os.cpu_count() or 1), ("one", 1)):
+            run = timed([sys.executable, "-c", _LOOP, str(path), str(ours), str(threads)])
+            found[name].append(json.loads(run.printed)["loop"])
+        whole = timed(command)
+        found["wall"].append(whole.wall)
+        found["peak"].append(whole.peak)
+    if options.mergekit:
+        run = timed(mergekit_env.arguments(path, theirs))
+        found["mk_wall"].append(run.wall)
+        found["mk_peak"].append(run.peak)
+        shutil.rmtree(theirs)
+    row = {"method": method, "size": size, **{name: median(values) for name, values in found.items() if values}}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table for people."""
+    lines = [
+        "| method | size | floor | loop | loop, 1 thread | whole process | memory | mergekit | its memory | faster |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        theirs, memory, ratio = "", "", ""
+        if "mk_wall" in row:
+            theirs, memory = f"{row['mk_wall']:.1f} s", f"{row['mk_peak'] / 1e9:.2f} GB"
+            ratio = f"{row['mk_wall'] / row['wall']:.1f}x"
+        lines.append(
+            f"| {row['method']} | {row['size']} | {row['floor']:.1f} s | {row['loop']:.1f} s | {row['one']:.1f} s "
+            f"| {row['wall']:.1f} s | {row['peak'] / 1e9:.2f} GB | {theirs} | {memory} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / ".work", help="where checkpoints are kept")
+    parser.add_argument("--sizes", nargs="*", default=list(models.BILLIONS), choices=models.BILLIONS)
+    parser.add_argument("--only", nargs="*", help="methods to measure; the page is then not written")
+    parser.add_argument("--runs", type=int, default=3, help="runs of ours, of which the median counts")
+    parser.add_argument("--no-mergekit", dest="mergekit", action="store_false", help="leave mergekit out")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    built = [name for name in SETTINGS if name in methods() and (not options.only or name in options.only)]
+    rows = []
+    for size in options.sizes:
+        parents = models.family(options.work, size, 3)
+        rows += [measure(method, size, parents, options.work, options) for method in built]
+    print(table(rows))
+    if not options.only:
+        PAGE.write_text(f"{HEAD.format(machine=_machine(), runs=options.runs)}\n{table(rows)}\n", encoding="utf-8")
+    return 0
+
+
+def _machine() -> str:
+    with open("/proc/meminfo", encoding="utf-8") as memory:
+        total = int(memory.readline().split()[1]) / 1e6
+    return f"{os.cpu_count()} cores ({platform.machine()}), {total:.0f} GB of memory"
+
+
+HEAD = f"""# Speed and memory, side by side
+
+Generated by `python benchmarks/speed.py` on a machine with {{machine}}, no GPU. The median of {{runs}} runs of ours and
+one run of mergekit {mergekit_env.VERSION}, on the same recipe and the same bfloat16 checkpoints, whose files are in the
+page cache. *floor*: reading all inputs once and writing a file as large as the output. *loop*: from the first byte read
+to the finished folder, with a thread for each core. *whole process*: the command, with its imports. *memory*: the
+process's peak resident size.
+"""
+
+if __name__ == "__main__":
+    raise SystemExit(main())
