@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from merger.checkpoints.shard import Written
@@ -19,13 +21,15 @@ class FolderStore:
 
     def has(self, path: str) -> bool:
         """A path is a folder's when it exists or is written as one; a name such as ``org/model`` is not."""
-        return Path(path).expanduser().is_dir() or path.startswith(("./", "../", "/", "~", ".\\")) or path[1:2] == ":"
+        written_as_one = path.startswith(("./", "../", "/", "~", ".\\")) or path[1:2] == ":"
+        return written_as_one or os.path.isdir(os.path.expanduser(path))
 
     def locate(self, path: str, revision: str | None) -> Located:
         """Find the folder's files; a folder has no revisions."""
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise ModelError(Problem(f"there is no folder {path!r}", hint="paths are relative to the working directory"))
+        folder = Path(os.path.expanduser(path))
+        if not os.path.isdir(folder):
+            hint = "paths are relative to the working directory"
+            raise ModelError(Problem(f"there is no folder {path!r}", hint=hint))
         if revision is not None:
             raise ModelError(Problem(f"{path!r} is a folder, which has no revision {revision!r}", hint="drop the '@…'"))
         files = {item.relative_to(folder).as_posix(): FileInfo(item.stat().st_size) for item in _files(folder)}
@@ -33,12 +37,9 @@ class FolderStore:
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read a file or a part of it."""
-        try:
-            with (Path(model.where) / file).open("rb") as source:
-                source.seek(start)
-                return source.read(-1 if stop is None else stop - start)
-        except OSError as error:
-            raise _unreadable(file, error) from None
+        with _readable(model, file), (Path(model.where) / file).open("rb") as source:
+            source.seek(start)
+            return source.read(-1 if stop is None else stop - start)
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> FolderReader:
         """A reader that asks the disk each time: the system's page cache is the read-ahead."""
@@ -50,8 +51,14 @@ def _files(folder: Path) -> list[Path]:
     return sorted(item for pattern in ("*", "*/*") for item in folder.glob(pattern) if item.is_file())
 
 
-def _unreadable(file: str, error: OSError) -> ModelError:
-    return ModelError(Problem(f"{file}: cannot be read ({error.strerror})"))
+@contextmanager
+def _readable(model: Located, file: str) -> Iterator[None]:
+    """Turn the disk's errors into a sentence and a next step."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{model.name}: {file} cannot be read ({error.strerror})"
+        raise ModelError(Problem(what, hint=f"look at its rights and its disk: {model.where}")) from None
 
 
 class FolderReader:
@@ -66,14 +73,13 @@ class FolderReader:
         wanted = self._tickets[ticket]
         path = Path(wanted.model.where) / wanted.file
         done = 0
-        try:
+        with _readable(wanted.model, wanted.file):
             while done < len(out):
                 got = os.preadv(self._descriptor(path), [out[done:]], wanted.start + offset + done)
                 if got == 0:
-                    raise ModelError(Problem(f"{wanted.file} became shorter while it was read"))
+                    what = f"{wanted.model.name}: {wanted.file} became shorter while it was read"
+                    raise ModelError(Problem(what, hint="let nothing write to the models, and run it again"))
                 done += got
-        except OSError as error:
-            raise _unreadable(wanted.file, error) from None
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._open:
@@ -97,7 +103,9 @@ class FolderReader:
 class FolderSink:
     """A folder that appears, complete, when the run is finished.
 
-    The model is made in ``<folder>.merging`` beside it, without config.json until the end, and renamed.
+    The model is made in ``<folder>.merging/new`` beside it, without config.json until the end, and renamed; an old
+    model waits in ``<folder>.merging/old`` meanwhile. A file in there marks it as ours and is locked while its run
+    lives, so that the leftover of a killed run is told from another run.
 
     Args:
         folder: where the result shall lie.
@@ -106,78 +114,134 @@ class FolderSink:
     """
 
     def __init__(self, folder: Path, force: bool = False, parents: Sequence[Path] = ()) -> None:
-        self.folder = folder.expanduser().absolute()
+        self.folder = Path(os.path.realpath(os.path.expanduser(folder)))
         self.name = self.folder.name
-        self._work = self.folder.with_name(f"{self.name}.merging")
+        self._work = self.folder.parent / f"{self.name}.merging"
+        self._mark, self._new, self._old = self._work / _MARK, self._work / "new", self._work / "old"
         self._force = force
         self._parents = [parent.resolve() for parent in parents]
+        self._lock: int | None = None
 
     def prepare(self, identity: str, needed: int) -> None:
         """Refuse a destination that would lose something; clear away what a killed run left."""
-        self._refuse_loss()
-        if self._work.exists():
-            self._clear_leftover()
-        try:
-            self._work.mkdir(parents=True)
-            (self._work / _MARK).write_text(identity)
-        except OSError as error:
-            raise UploadError(Problem(f"cannot write to {self._work} ({error.strerror})")) from None
+        with self._refusals():
+            self._refuse_loss()
+            self._lock = self._locked()
+            try:
+                self._put_back()
+                self._refuse_loss()
+                self._empty()
+                self._mark.write_text(identity)
+                self._new.mkdir()
+                self._refuse_disk(needed)
+            except BaseException:
+                self.abandon()
+                raise
+
+    def _refuse_loss(self) -> None:
+        another = "choose another destination"
+        if any(self.folder in (parent, *parent.parents) for parent in self._parents):
+            what = f"the destination {self.name!r} is or holds one of the models that are merged"
+            raise UploadError(Problem(what, hint=another))
+        if _is_free(self.folder):
+            return
+        if not self.folder.is_dir():
+            raise UploadError(Problem(f"the destination {self.name!r} is a file", hint=another))
+        if not self._force:
+            what = f"the destination {self.name!r} exists and is not empty"
+            raise UploadError(Problem(what, hint=f"{another}, or replace it with --force"))
+        if not (self.folder / "config.json").is_file():
+            what = f"the destination {self.name!r} holds something that is no model"
+            raise UploadError(Problem(what, hint=f"--force replaces models only: {another}"))
+
+    def _refuse_disk(self, needed: int) -> None:
         free = shutil.disk_usage(self._work).free
         if free < needed:
-            self.abandon()
             what = f"the result needs {needed:,} bytes of disk, {free:,} are free where {self.name!r} shall lie"
             raise BudgetError(Problem(what, hint="choose a destination on another disk, or publish to hf://owner/name"))
 
-    def _refuse_loss(self) -> None:
-        if self.folder.resolve() in self._parents:
-            what = f"the destination {self.name!r} is one of the models that are merged"
-            raise UploadError(Problem(what, hint="choose another destination"))
-        if self.folder.is_file():
-            raise UploadError(Problem(f"the destination {self.name!r} is a file", hint="choose another destination"))
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            if not self._force:
-                what = f"the destination {self.name!r} exists and is not empty"
-                raise UploadError(Problem(what, hint="choose another destination, or replace it with --force"))
-            if not (self.folder / "config.json").is_file():
-                what = f"the destination {self.name!r} holds something that is no model"
-                raise UploadError(Problem(what, hint="--force replaces models only: choose another destination"))
-
-    def _clear_leftover(self) -> None:
-        if not (self._work / _MARK).is_file():
+    def _locked(self) -> int:
+        """The mark, open, with a lock that the system takes back when this process ends, however it ends."""
+        if not _is_free(self._work) and not self._mark.is_file():
             what = f"{self._work.name!r} beside the destination is needed for the work, but something else is there"
             raise UploadError(Problem(what, hint="move it away, or choose another destination"))
-        shutil.rmtree(self._work)
+        self._work.mkdir(parents=True, exist_ok=True)
+        opened = os.open(self._mark, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(opened)
+            what = f"another run is writing to {self.name!r}"
+            raise UploadError(Problem(what, hint="wait for it, or choose another destination")) from None
+        except OSError:
+            pass  # a file system without locks
+        return opened
+
+    def _put_back(self) -> None:
+        """Undo the first half of a replacement whose second half did not come about."""
+        if self._old.exists() and not self.folder.exists():
+            self._old.rename(self.folder)
+
+    def _empty(self) -> None:
+        for leftover in self._work.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover != self._mark:
+                leftover.unlink()
 
     def workspace(self) -> Path:
         """The folder beside the destination."""
-        return self._work
+        return self._new
 
     def take(self, shard: Written) -> None:
         """Keep it where it was made."""
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Write the small files and give the folder its name."""
-        try:
+        with self._refusals():
+            self._refuse_loss()  # the destination may have been filled in the meantime
             for name, content in files.items():
-                target = self._work / name
+                target = self._new / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
-            (self._work / _MARK).unlink()
             self._rename()
-        except OSError as error:
-            raise UploadError(Problem(f"cannot write {self.name!r} ({error.strerror})")) from None
+            self._leave()
         return Published(str(self.folder))
 
     def _rename(self) -> None:
         """The old folder, if any, is moved aside first and removed only once the new one stands."""
-        aside = self.folder.with_name(f"{self.name}.replaced")
-        if self.folder.exists():
-            self.folder.rename(aside)
-        self._work.rename(self.folder)
-        if aside.exists():
-            shutil.rmtree(aside)
+        if not _is_free(self.folder):
+            self.folder.rename(self._old)
+        self._new.rename(self.folder)
 
     def abandon(self) -> None:
         """Remove what was made."""
-        if (self._work / _MARK).is_file():
-            shutil.rmtree(self._work)
+        if self._lock is not None:
+            with suppress(OSError):
+                self._put_back()
+                self._leave()
+
+    def _leave(self) -> None:
+        """Remove the work; the mark goes last, so that a leftover is always ours."""
+        try:
+            self._empty()
+            self._mark.unlink()
+            self._work.rmdir()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+            self._lock = None
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Turn the disk's errors into a sentence and a next step."""
+        try:
+            yield
+        except OSError as error:
+            what = f"cannot write to the destination {str(self.folder)!r} ({error.strerror})"
+            raise UploadError(Problem(what, hint="look at its rights and its disk, or choose another")) from None
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is there, or an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))

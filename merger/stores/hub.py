@@ -11,12 +11,14 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx
 
 from merger.errors import ModelError, Problem
+from merger.stores.patience import patiently, status_of
 from merger.stores.ports import FileInfo, Located, Ticket
 from merger.stores.ranges import RangeClient, RangeReader
 
@@ -39,7 +41,7 @@ class HubStore:
     def locate(self, path: str, revision: str | None) -> Located:
         """Ask the Hub for the model's commit and files."""
         with _refusals(path, revision):
-            info = self._api.model_info(path, revision=revision, files_metadata=True)
+            info = patiently(lambda: self._api.model_info(path, revision=revision, files_metadata=True))
         files = {
             item.rfilename: FileInfo(item.size or 0, item.lfs.sha256 if item.lfs else None)
             for item in info.siblings or ()
@@ -69,7 +71,7 @@ def _refusals(path: str, revision: str | None) -> Iterator[None]:
     """Turn the client's errors into a sentence and a next step."""
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, httpx.TransportError) as error:
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError) as error:
         raise ModelError(_in_words(error, path, revision)) from None
 
 
@@ -88,7 +90,13 @@ def _in_words(error: Exception, path: str, revision: str | None) -> Problem:
             return Problem(f"{path}: a file of it is gone", hint=f"see {page}/tree/main")
         case HFValidationError():
             return Problem(f"{path!r} is no model's name", hint="write owner/name, or ./folder")
-        case HfHubHTTPError():
-            status = error.response.status_code if error.response is not None else "no answer"
+        case OfflineModeIsEnabled():
+            return Problem(f"{path} is on the Hub, and HF_HUB_OFFLINE forbids to ask it", hint="unset HF_HUB_OFFLINE")
+    match status_of(error):
+        case None:
+            what = f"the Hub cannot be reached for {path} ({type(error).__name__})"
+            return Problem(what, hint="check the network, then HF_ENDPOINT")
+        case 401:
+            return Problem(f"the Hub does not accept our token for {path}", hint="set HF_TOKEN anew, or unset it")
+        case status:
             return Problem(f"the Hub does not answer for {path} (HTTP {status})", hint="try again later")
-    return Problem(f"the Hub cannot be reached for {path} ({type(error).__name__})", hint="check the network, then HF_ENDPOINT")

@@ -6,7 +6,6 @@ without the token. Not here: what the Hub knows about a model (hub), and what th
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 
 from merger.errors import ModelError, Problem
+from merger.stores.patience import PASSING, asked_pause, pause
 from merger.stores.ports import Located, Ticket
 
 TIMEOUT_SECONDS = 30.0
@@ -26,7 +26,6 @@ CONNECTIONS = 8
 PIECE_BYTES = 16 << 20
 _GAP_BYTES = 64 << 10
 _NEAR_TICKETS = 64
-_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 
 
 class RangeClient:
@@ -58,7 +57,7 @@ class RangeClient:
                 if tries == TRIES:
                     what = f"{model.name}: {file} could not be read after {TRIES} tries ({_in_words(error)})"
                     raise ModelError(Problem(what, hint="the Hub or the network is in trouble: run it again")) from None
-                time.sleep(_pause(tries, error))
+                time.sleep(pause(tries, error.seconds if isinstance(error, _TryAgain) else 0.0))
 
     def _stream(self, model: Located, file: str, start: int, stop: int) -> Iterator[bytes]:
         """The answer to one request, in chunks; anything but exactly the range asked for is an error."""
@@ -82,15 +81,16 @@ class RangeClient:
     def _address(self, model: Located, file: str) -> tuple[str, bool]:
         """Where the file's bytes are, and whether that is another host, which must not see the token."""
         key = (model.where, model.commit, file)
-        if key not in self._addresses:
+        known = self._addresses.get(key)  # once: another thread may forget it at any moment
+        if known is None:
             url = hf_hub_url(model.where, file, revision=model.commit, endpoint=constants.ENDPOINT)
             answer = get_session().request(
                 "HEAD", url, headers=self._headers, timeout=TIMEOUT_SECONDS, follow_redirects=False
             )
             _raise_for(answer)
             location = answer.headers.get("Location")
-            self._addresses[key] = (url, False) if location is None else _beside(url, location)
-        return self._addresses[key]
+            known = self._addresses[key] = (url, False) if location is None else _beside(url, location)
+        return known
 
 
 def _beside(url: str, location: str) -> tuple[str, bool]:
@@ -107,13 +107,15 @@ class _TryAgain(Exception):
 
 
 def _raise_for(answer: httpx.Response) -> None:
-    if answer.status_code in _AGAIN:
-        after = answer.headers.get("Retry-After", "")
-        raise _TryAgain(f"HTTP {answer.status_code}", float(after) if after.isdigit() else 0.0)
+    if answer.status_code in PASSING:
+        raise _TryAgain(f"HTTP {answer.status_code}", asked_pause(answer))
     hf_raise_for_status(answer)
 
 
 def _check(answer: httpx.Response, start: int, stop: int) -> None:
+    whole = start == 0 and answer.headers.get("Content-Length") == str(stop)
+    if answer.status_code == HTTPStatus.OK and whole:
+        return  # a server may ignore a range; here that is the same bytes
     if answer.status_code != HTTPStatus.PARTIAL_CONTENT:
         if answer.status_code >= 400:
             answer.read()
@@ -126,12 +128,6 @@ def _check(answer: httpx.Response, start: int, stop: int) -> None:
 def _in_words(error: Exception) -> str:
     """What went wrong, without the address: a signed address is as good as a token."""
     return str(error) if isinstance(error, _TryAgain) else type(error).__name__
-
-
-def _pause(tries: int, error: Exception) -> float:
-    """Twice as long each time, spread so that many workers do not come back at once."""
-    asked = error.seconds if isinstance(error, _TryAgain) else 0.0
-    return max(asked, min(30.0, 0.25 * 2.0**tries) * random.uniform(0.5, 1.0))
 
 
 # ---- reading ahead --------------------------------------------------------------------------------------------------
@@ -242,14 +238,15 @@ def _pieces(tickets: Sequence[Ticket]) -> tuple[list[_Piece], list[int]]:
     """The pieces in the order of their first need, and for each ticket the number of its first piece."""
     pieces: list[_Piece] = []
     first: list[int] = []
-    last: dict[tuple[str, str], int] = {}
+    last: dict[tuple[Located, str], int] = {}
     for number, ticket in enumerate(tickets):
-        key = (ticket.model.where, ticket.file)
-        joined = key in last and _join(pieces[last[key]], ticket, number)
-        if joined:
+        key = (ticket.model, ticket.file)
+        if key in last and _join(pieces[last[key]], ticket, number):
             first.append(last[key])
             continue
         first.append(len(pieces))
+        if ticket.start == ticket.stop:
+            continue  # a tensor without entries
         for start in range(ticket.start, ticket.stop, PIECE_BYTES):
             stop = min(start + PIECE_BYTES, ticket.stop)
             pieces.append(_Piece(ticket.model, ticket.file, start, stop, number, left=stop - start))
@@ -261,7 +258,7 @@ def _join(piece: _Piece, ticket: Ticket, number: int) -> bool:
     """Lengthen a piece by a ticket that follows closely in file and time: one request instead of two."""
     gap = ticket.start - piece.stop
     near = 0 <= gap <= _GAP_BYTES and number - piece.last_ticket <= _NEAR_TICKETS
-    if not near or piece.model != ticket.model or ticket.stop - piece.start > PIECE_BYTES:
+    if not near or ticket.stop - piece.start > PIECE_BYTES:
         return False
     piece.stop, piece.last_ticket = ticket.stop, number
     piece.left += ticket.stop - ticket.start

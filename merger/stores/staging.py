@@ -5,11 +5,14 @@ Never deletes a repo and never touches main before the last step. Not here: read
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import (
@@ -20,14 +23,17 @@ from huggingface_hub import (
     HfApi,
     constants,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
 from merger.checkpoints.shard import Written
+from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, Problem, UploadError, VerificationError
+from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
 from merger.stores.ports import Published
 
-_MODEL_FILES = (".safetensors", ".bin", ".gguf", "config.json", ".safetensors.index.json")
+_MODEL_FILE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|index\.json)$|^(adapter_)?config\.json$")
+_REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
 
 class HubSink:
@@ -56,21 +62,28 @@ class HubSink:
 
     def prepare(self, identity: str, needed: int) -> None:
         """Create the repo if there is none, see what is in it, and open the staging branch."""
+        if not _REPO.match(self.name):
+            raise UploadError(Problem(f"{self.name!r} is no repo's name", hint="write hf://owner/name"))
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             what = f"{needed:,} bytes of disk are needed for the work, {free:,} are free in {self._folder}"
             raise BudgetError(Problem(what, hint="set TMPDIR to a larger disk, or use a smaller --shard-size"))
         self._identity, self._branch = identity, f"merge-staging/{identity[:16]}"
         with self._refusals():
-            self._api.create_repo(self.name, private=self._private, exist_ok=True)
-            info = self._api.model_info(self.name)
+            patiently(lambda: self._api.create_repo(self.name, private=self._private, exist_ok=True))
+            info = patiently(lambda: self._api.model_info(self.name))
             self._head = info.sha or ""
             self._old_files = tuple(item.rfilename for item in info.siblings or ())
-            self._refuse_loss()
-            self._api.create_branch(self.name, branch=self._branch, revision=self._head, exist_ok=True)
+            self._refuse_loss(is_private=bool(info.private))
+            patiently(
+                lambda: self._api.create_branch(self.name, branch=self._branch, revision=self._head, exist_ok=True)
+            )
 
-    def _refuse_loss(self) -> None:
-        models = [name for name in self._old_files if name.endswith(_MODEL_FILES)]
+    def _refuse_loss(self, is_private: bool) -> None:
+        if self._private and not is_private:
+            what = f"{self.name} is there already and public, but the recipe says private"
+            raise UploadError(Problem(what, hint="make it private on the Hub, or publish to another name"))
+        models = [name for name in self._old_files if _MODEL_FILE.search(name)]
         if models and not self._force:
             what = f"{self.name} already holds a model ({models[0]})"
             raise UploadError(Problem(what, hint="publish to another name, or replace it in one commit with --force"))
@@ -100,17 +113,20 @@ class HubSink:
         self._settle()
         with self._refusals():
             commit = self._publish(files, message)
+        where = commit.pr_url or f"{constants.ENDPOINT}/{self.name}"
+        with self._refusals(f"{where} is made (commit {commit.oid}), but what follows went wrong: "):
             if not self._create_pr:
                 self._check(commit.oid)
-            self._api.delete_branch(self.name, branch=self._branch)
+            patiently(lambda: self._api.delete_branch(self.name, branch=self._branch))
         self._clean()
-        return Published(commit.pr_url or f"{constants.ENDPOINT}/{self.name}", commit.oid)
+        return Published(where, commit.oid)
 
     def _publish(self, files: Mapping[str, bytes], message: str) -> CommitInfo:
         shards = [shard.name for shard in self._shards]
-        stale = [name for name in self._old_files if name.endswith(_MODEL_FILES) and name not in {*shards, *files}]
-        operations = [
-            *(CommitOperationDelete(name) for name in stale),
+        # An old tokenizer or template beside the new model would be taken for its own.
+        old = {*side_files(self._old_files, {}), *(name for name in self._old_files if _MODEL_FILE.search(name))}
+        operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+            *(CommitOperationDelete(name) for name in sorted(old - {*shards, *files})),
             *(CommitOperationCopy(name, name, src_revision=self._branch) for name in shards),
             *(CommitOperationAdd(name, content) for name, content in files.items()),
         ]
@@ -122,35 +138,53 @@ class HubSink:
         message: str,
         branch: str,
     ) -> CommitInfo:
-        """Commit once: when the answer is lost, the branch's history tells whether it was done."""
+        """Commit once: when the answer is lost, the history tells whether it was done before it is tried again."""
         title = f"{message} [{self._identity[:16]}]"
         on_main = branch == "main"
-        try:
-            return self._api.create_commit(
-                self.name,
-                list(operations),
-                commit_message=title,
-                revision=branch,
-                parent_commit=self._head if on_main else None,
-                create_pr=on_main and self._create_pr,
-            )
-        except (HfHubHTTPError, httpx.TransportError) as error:
-            done = self._found(title, branch) if _is_lost(error) else None
-            if done is None:
-                raise
-            return done
+        tries = 0
+        while True:
+            try:
+                return self._api.create_commit(
+                    self.name,
+                    list(operations),
+                    commit_message=title,
+                    revision=branch,
+                    parent_commit=self._head if on_main else None,
+                    create_pr=on_main and self._create_pr,
+                )
+            except (HfHubHTTPError, httpx.TransportError) as error:
+                tries += 1
+                if not is_passing(error):
+                    raise
+                if done := patiently(lambda: self._found(title, branch)):
+                    return done
+                if tries == TRIES:
+                    raise
+                time.sleep(pause(tries, asked(error)))
 
     def _found(self, title: str, branch: str) -> CommitInfo | None:
-        """The newest commit of the branch, if it is the one that we made."""
+        """The commit that we made, if it is the branch's newest; or the pull request, if it was to be one."""
+        page, pull = f"{constants.ENDPOINT}/{self.name}", None
+        if branch == "main" and self._create_pr:
+            pulls = self._api.get_repo_discussions(self.name, discussion_type="pull_request", discussion_status="open")
+            pull = next((item.num for item in pulls if item.title == title), None)
+            if pull is None:
+                return None
+            branch = f"refs/pr/{pull}"
         newest = self._api.list_repo_commits(self.name, revision=branch)[0]
         if newest.title != title:
             return None
-        url = f"{constants.ENDPOINT}/{self.name}/commit/{newest.commit_id}"
-        return CommitInfo(commit_url=url, commit_message=title, commit_description="", oid=newest.commit_id)
+        return CommitInfo(
+            commit_url=f"{page}/commit/{newest.commit_id}",
+            commit_message=title,
+            commit_description="",
+            oid=newest.commit_id,
+            pr_url=None if pull is None else f"{page}/discussions/{pull}",
+        )
 
     def _check(self, commit: str) -> None:
         """What stands on main must be what was made."""
-        info = self._api.model_info(self.name, revision=commit, files_metadata=True)
+        info = patiently(lambda: self._api.model_info(self.name, revision=commit, files_metadata=True))
         there = {item.rfilename: item.lfs.sha256 if item.lfs else None for item in info.siblings or ()}
         for shard in self._shards:
             if there.get(shard.name) != shard.sha256:
@@ -166,22 +200,25 @@ class HubSink:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def _refusals(self, so_far: str = "") -> Iterator[None]:
+        """Turn errors of the client and of its uploads (RuntimeError, OSError) into a sentence and a next step."""
         try:
             yield
-        except (HfHubHTTPError, HFValidationError, httpx.TransportError) as error:
-            raise UploadError(_in_words(error, self.name)) from None
+        except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+            problem = _in_words(_cause(error), self.name)
+            raise UploadError(replace(problem, what=so_far + problem.what)) from None
 
 
-def _is_lost(error: Exception) -> bool:
-    """Whether the server may have done the work although we saw no good answer."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-    return status == 0 or status >= 500
+def _cause(error: Exception) -> Exception:
+    """The client wraps the Hub's answer to an upload in a RuntimeError."""
+    cause = error.__cause__
+    return cause if isinstance(error, RuntimeError) and isinstance(cause, HfHubHTTPError) else error
 
 
 def _in_words(error: Exception, repo: str) -> Problem:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    match status:
+    if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+        return Problem(f"{repo}: the Hub's client refuses: {error}", hint="change the recipe's publish: block, or --to")
+    match status_of(error):
         case 401:
             return Problem(f"the Hub does not know our token, so {repo} cannot be written", hint="set HF_TOKEN")
         case 403 | 404:
@@ -192,4 +229,8 @@ def _in_words(error: Exception, repo: str) -> Problem:
             return Problem(f"main of {repo} moved while the merge was made", hint=hint)
         case None:
             return Problem(f"{repo} cannot be written ({type(error).__name__})", hint="check the name and the network")
-    return Problem(f"the Hub refuses to write {repo} (HTTP {status})", hint="try again later")
+        case status:
+            words = error.server_message if isinstance(error, HfHubHTTPError) else None
+            said = f": {words[:300]}" if words else ""
+            hint = "try again later" if is_passing(error) else "change what it objects to, and run it again"
+            return Problem(f"the Hub refuses to write {repo} (HTTP {status}{said})", hint=hint)

@@ -1,0 +1,55 @@
+"""A loopback Hub for each file of tests, with two users, and a child process that runs the real client against it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from loopback import Client, LoopbackHub
+
+WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[LoopbackHub]:
+    """A Hub with the user alice of the organisation org: one token that may write, one that may only read."""
+    with LoopbackHub() as hub:
+        hub.add_user("alice", token=WRITER, orgs=("org",))
+        hub.add_user("alice", token=READER, role="read", orgs=("org",))
+        yield hub
+
+
+@pytest.fixture
+def hub(served: LoopbackHub) -> Iterator[LoopbackHub]:
+    """The file's Hub with an empty log and, afterwards, no faults left over."""
+    served.clear_log()
+    yield served
+    served.clear_faults()
+    served.url_lifetime(3600)
+
+
+@pytest.fixture(scope="module")
+def client(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A child with the writer's token in its environment."""
+    with Client(served.env(tmp_path_factory.mktemp("home"), WRITER)) as child:
+        yield child
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """The real command in a process of its own: `command("plan", "recipe.yaml", cwd=..., hub=...)`."""
+
+    def run(
+        *arguments: str, cwd: Path, hub: LoopbackHub, token: str = WRITER, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        home = tmp_path_factory.mktemp("home")
+        environment = {**os.environ, **hub.env(home, token), "TMPDIR": str(home), **(env or {})}
+        line = [sys.executable, "-m", "merger", *arguments]
+        return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    return run

@@ -1,0 +1,373 @@
+"""Folders as the place that models come from and go to: nothing is lost, nothing half made looks like a model."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from merger.checkpoints.shard import Written
+from merger.errors import BudgetError, MergerError, ModelError, UploadError
+from merger.stores.folder import FolderReader, FolderSink, FolderStore
+from merger.stores.ports import Located, Ticket
+
+FILES = {"README.md": b"a card", "templates/chat.jinja": b"{{ x }}", "config.json": b"{}"}
+MARK = ".merger-in-work"
+
+
+def a_model(folder: Path, **files: bytes) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(b'{"old": true}')
+    (folder / "old.safetensors").write_bytes(b"old")
+    return folder
+
+
+def fill(sink: FolderSink, identity: str = "a" * 64) -> None:
+    """Prepare, and make one shard."""
+    sink.prepare(identity, needed=1)
+    path = sink.workspace() / "model.safetensors"
+    path.write_bytes(b"tensors")
+    sink.take(Written(path.name, path, 7, "0" * 64))
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {item.relative_to(folder).as_posix(): item.read_bytes() for item in folder.rglob("*") if item.is_file()}
+
+
+def hint(error: MergerError) -> str:
+    (problem,) = error.problems
+    assert problem.hint, problem
+    return str(problem)
+
+
+# ---- the store ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["./no", "../no", "/no", "~/no", "~nobody-of-this-name/no", "C:/no"])
+def test_a_path_written_as_a_folder_never_means_the_hub(path: str) -> None:
+    """What is written as a folder is one, whether it exists or not."""
+    assert FolderStore().has(path)
+
+
+def test_a_name_means_a_folder_only_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`org/model` is a folder if it lies in the working directory, else it is left to the Hub."""
+    monkeypatch.chdir(tmp_path)
+    a_model(tmp_path / "org/here")
+    assert FolderStore().has("org/here")
+    assert not FolderStore().has("org/elsewhere")
+    assert not FolderStore().has("x" * 5000)
+
+
+def test_a_folder_is_listed_with_its_sizes_one_level_deep(tmp_path: Path) -> None:
+    """All that a merge may want of a model: its files, those of its folders, links as what they point to."""
+    folder = a_model(tmp_path / "model")
+    (folder / "templates").mkdir()
+    (folder / "templates/a.jinja").write_bytes(b"12345")
+    (folder / "tokenizer.json").symlink_to(folder / "templates/a.jinja")
+    found = FolderStore().locate(str(folder), None)
+    assert (found.name, found.commit) == ("model", None)
+    assert {name: info.size for name, info in found.files.items()} == {
+        "config.json": 13, "old.safetensors": 3, "templates/a.jinja": 5, "tokenizer.json": 5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "revision", "words"),
+    [
+        ("./missing", None, "there is no folder './missing'"),
+        ("~nobody-of-this-name/x", None, "there is no folder '~nobody-of-this-name/x'"),
+        ("./model", "main", "'./model' is a folder, which has no revision 'main'"),
+    ],
+)
+def test_a_folder_that_is_not_there_or_pinned_is_refused(
+    path: str, revision: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal says what is wrong with the path and what to do."""
+    monkeypatch.chdir(tmp_path)
+    a_model(tmp_path / "model")
+    with pytest.raises(ModelError) as refusal:
+        FolderStore().locate(path, revision)
+    assert words in hint(refusal.value)
+
+
+def located(folder: Path) -> Located:
+    return FolderStore().locate(str(folder), None)
+
+
+def test_parts_of_files_are_fetched(tmp_path: Path) -> None:
+    """A file, or a run of its bytes."""
+    model, store = located(a_model(tmp_path / "model")), FolderStore()
+    assert store.fetch(model, "config.json") == b'{"old": true}'
+    assert store.fetch(model, "config.json", 2, 5) == b"old"
+
+
+def test_a_file_that_cannot_be_read_names_its_model(tmp_path: Path) -> None:
+    """Several models have files of the same name, so the model is said too."""
+    model = located(a_model(tmp_path / "model"))
+    (tmp_path / "model/config.json").unlink()
+    with pytest.raises(ModelError) as refusal:
+        FolderStore().fetch(model, "config.json")
+    assert "model: config.json cannot be read (No such file or directory)" in hint(refusal.value)
+
+
+def test_a_reader_hands_out_tickets_at_any_offset_as_often_as_asked(tmp_path: Path) -> None:
+    """A disk can be read again, in any order, and the reader says so."""
+    folder = a_model(tmp_path / "model")
+    (folder / "old.safetensors").write_bytes(bytes(range(200)))
+    tickets = [Ticket(located(folder), "old.safetensors", 10, 20), Ticket(located(folder), "old.safetensors", 100, 200)]
+    reader = FolderStore().reader(tickets, 0)
+    out = bytearray(5)
+    for ticket, offset, first in [(1, 50, 150), (0, 0, 10), (0, 5, 15), (0, 5, 15)]:
+        reader.read(ticket, offset, memoryview(out))
+        assert bytes(out) == bytes(range(first, first + 5))
+    assert reader.repeatable(0)
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda file: os.truncate(file, 15), "model: old.safetensors became shorter while it was read"),
+        (lambda file: file.unlink(), "model: old.safetensors cannot be read"),
+    ],
+)
+def test_a_file_that_changes_under_a_run_is_noticed(spoil: Callable[[Path], None], words: str, tmp_path: Path) -> None:
+    """A file cut short or gone is a refusal that names model and file, never a short or zeroed tensor."""
+    folder = a_model(tmp_path / "model")
+    (folder / "old.safetensors").write_bytes(bytes(range(200)))
+    reader = FolderReader([Ticket(located(folder), "old.safetensors", 10, 20)])
+    spoil(folder / "old.safetensors")
+    with pytest.raises(ModelError) as refusal:
+        reader.read(0, 0, memoryview(bytearray(10)))
+    assert words in hint(refusal.value)
+
+
+# ---- the sink -------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_leaves_the_folder_and_nothing_else(tmp_path: Path) -> None:
+    """The folder holds shards and small files, and there is no work left beside it."""
+    sink = FolderSink(tmp_path / "deep/out")
+    fill(sink)
+    assert sink.finish(FILES, "").where == str(tmp_path / "deep/out")
+    assert sink.name == "out"
+    assert listing(tmp_path / "deep/out") == {**FILES, "model.safetensors": b"tensors"}
+    assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+def test_nothing_looks_like_a_model_before_the_end(tmp_path: Path) -> None:
+    """While a run lasts there is no destination, and what is being made has no config.json."""
+    sink = FolderSink(tmp_path / "out")
+    fill(sink)
+    assert not (tmp_path / "out").exists()
+    assert listing(tmp_path).keys() == {f"out.merging/{MARK}", "out.merging/new/model.safetensors"}
+
+
+def test_an_abandoned_run_leaves_nothing(tmp_path: Path) -> None:
+    """What was made of a failed run is removed; a second call does no harm."""
+    sink = FolderSink(tmp_path / "out")
+    fill(sink)
+    sink.abandon()
+    sink.abandon()
+    assert os.listdir(tmp_path) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from merger.stores.folder import FolderSink
+sink = FolderSink(Path(sys.argv[1]))
+sink.prepare("a" * 64, 1)
+(sink.workspace() / "model.safetensors").write_bytes(b"half a shard")
+(sink.workspace() / "templates").mkdir()
+(sink.workspace() / "templates/left.jinja").write_bytes(b"left")
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+REPLACING = """
+import os, signal
+from pathlib import Path
+from merger.stores.folder import FolderSink
+sink = FolderSink(Path({out!r}), force=True)
+sink.prepare("a" * 64, 1)
+rename, done = Path.rename, []
+def dying(self, target):
+    if done:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(rename(self, target))
+Path.rename = dying
+sink.finish({{"config.json": b"new"}}, "")
+"""
+
+
+def test_another_run_is_left_alone_while_it_lives_and_cleared_away_once_it_is_killed(tmp_path: Path) -> None:
+    """Two runs never write to one folder; the leftover of a killed one is no obstacle and does not get in."""
+    out = tmp_path / "out"
+    other = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    try:
+        assert other.stdout.readline() == "ready\n"
+        second = FolderSink(out)
+        with pytest.raises(UploadError, match="another run is writing to 'out'"):
+            second.prepare("a" * 64, 1)
+        second.abandon()
+        assert (tmp_path / "out.merging/new/model.safetensors").read_bytes() == b"half a shard"
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        other.stdout.close()
+    sink = FolderSink(out)
+    sink.prepare("b" * 64, 1)
+    assert os.listdir(sink.workspace()) == []
+    sink.finish(FILES, "")
+    assert listing(out) == FILES
+
+
+def test_a_folder_of_the_works_name_that_is_not_ours_is_kept(tmp_path: Path) -> None:
+    """Only what carries our mark is cleared away."""
+    a_model(tmp_path / "out.merging")
+    sink = FolderSink(tmp_path / "out", force=True)
+    with pytest.raises(UploadError, match=r"'out\.merging' .* something else is there"):
+        sink.prepare("a" * 64, 1)
+    sink.abandon()
+    assert (tmp_path / "out.merging/old.safetensors").exists()
+
+
+def test_an_empty_folder_is_a_free_destination(tmp_path: Path) -> None:
+    """A folder made beforehand by mkdir or mktemp can be filled."""
+    (tmp_path / "out").mkdir()
+    sink = FolderSink(tmp_path / "out")
+    fill(sink)
+    sink.finish(FILES, "")
+    assert listing(tmp_path / "out") == {**FILES, "model.safetensors": b"tensors"}
+
+
+def test_a_model_is_replaced_only_by_force_and_only_at_the_end(tmp_path: Path) -> None:
+    """Without --force it is refused; with it the old model stands, whole, until the new one does."""
+    out = a_model(tmp_path / "out")
+    before = listing(out)
+    with pytest.raises(UploadError) as refusal:
+        FolderSink(out).prepare("a" * 64, 1)
+    assert "--force" in hint(refusal.value)
+    sink = FolderSink(out, force=True)
+    fill(sink)
+    assert listing(out) == before
+    sink.finish(FILES, "")
+    assert listing(out) == {**FILES, "model.safetensors": b"tensors"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_force_replaces_models_only(tmp_path: Path) -> None:
+    """A folder of anything else survives --force, and so does a file."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter1.tex").write_text("years of work")
+    (tmp_path / "note").write_text("a file")
+    for name, words in [("thesis", "holds something that is no model"), ("note", "is a file")]:
+        with pytest.raises(UploadError, match=words):
+            FolderSink(tmp_path / name, force=True).prepare("a" * 64, 1)
+    assert listing(tmp_path).keys() == {"thesis/chapter1.tex", "note"}
+
+
+@pytest.mark.parametrize("parent", ["out", "out/checkpoint-100", "link"])
+def test_a_parent_is_never_replaced(parent: str, tmp_path: Path) -> None:
+    """Not by force, not as a folder inside the destination, not by another name."""
+    a_model(tmp_path / "out")
+    a_model(tmp_path / "out/checkpoint-100")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    before = listing(tmp_path)
+    with pytest.raises(UploadError, match="is or holds one of the models that are merged"):
+        FolderSink(tmp_path / "out", True, [tmp_path / parent]).prepare("a" * 64, 1)
+    assert listing(tmp_path) == before
+
+
+def test_a_link_is_followed_to_the_folder_it_means(tmp_path: Path) -> None:
+    """The folder behind a link is replaced, and the link still leads there."""
+    a_model(tmp_path / "disk/real")
+    (tmp_path / "out").symlink_to(tmp_path / "disk/real")
+    sink = FolderSink(tmp_path / "out", force=True)
+    fill(sink)
+    sink.finish(FILES, "")
+    assert (tmp_path / "out").is_symlink()
+    assert listing(tmp_path / "disk/real") == {**FILES, "model.safetensors": b"tensors"}
+
+
+def test_a_destination_that_fills_up_in_the_meantime_is_not_overwritten(tmp_path: Path) -> None:
+    """Whoever was first keeps what they wrote."""
+    sink = FolderSink(tmp_path / "out")
+    fill(sink)
+    a_model(tmp_path / "out")
+    with pytest.raises(UploadError, match="exists and is not empty"):
+        sink.finish(FILES, "")
+    sink.abandon()
+    assert (tmp_path / "out/old.safetensors").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_run_killed_in_the_middle_of_a_replacement_loses_nothing(force: bool, tmp_path: Path) -> None:
+    """The old model was moved aside and the new one had not come: the next run puts the old one back first."""
+    out = a_model(tmp_path / "out")
+    before = listing(out)
+    killed = REPLACING.format(out=str(out))
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
+    assert not out.exists()
+    sink = FolderSink(out, force=force)
+    if force:
+        fill(sink)
+        assert listing(out) == before
+        sink.finish(FILES, "")
+        assert listing(out) == {**FILES, "model.safetensors": b"tensors"}
+    else:
+        with pytest.raises(UploadError, match="exists and is not empty"):
+            sink.prepare("a" * 64, 1)
+        assert listing(out) == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_too_little_disk_is_told_in_numbers_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is refused before it writes, and what it had made for itself is gone."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=999))
+    with pytest.raises(BudgetError) as refusal:
+        FolderSink(tmp_path / "out").prepare("a" * 64, 1000)
+    assert "needs 1,000 bytes of disk, 999 are free" in hint(refusal.value)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/out", "/", "/proc/out"])
+def test_a_destination_that_cannot_be_is_a_refusal(name: str, tmp_path: Path) -> None:
+    """Names too long, files in the way and folders closed to us end in a sentence and a next step."""
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(UploadError) as refusal:
+        FolderSink(tmp_path / name).prepare("a" * 64, 1)
+    assert hint(refusal.value)
+
+
+def test_a_disk_that_fails_at_the_end_puts_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the new folder cannot take the name, the old one has it again."""
+    out = a_model(tmp_path / "out")
+    before = listing(out)
+    sink = FolderSink(out, force=True)
+    fill(sink)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UploadError) as refusal:
+        sink.finish(FILES, "")
+    assert "No space left on device" in hint(refusal.value)
+    sink.abandon()
+    assert listing(out) == before
+    assert os.listdir(tmp_path) == ["out"]

@@ -1,0 +1,162 @@
+"""Models on the Hub as a store sees them: pinned to a commit, read in parts, refused in sentences."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+from loopback import Client, ClientError, LoopbackHub
+
+from merger.stores.ports import Located, Ticket
+
+WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
+BYTES = bytes(n % 251 for n in range(10_000))
+FILES = {
+    "config.json": b'{"model_type": "x"}',
+    "model.safetensors": BYTES,
+    "templates/a.jinja": b"{{ a }}",
+    "e.txt": b"",
+}
+REPO = "org/model"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def commit(served: LoopbackHub) -> str:
+    """A public model, a private one and two that ask for consent."""
+    served.add_model("org/hidden", FILES, private=True)
+    served.add_model("other/gated", FILES, gated="manual")
+    served.add_model("other/granted", FILES, gated="auto")
+    served.grant("other/granted", "alice")
+    return served.add_model(REPO, FILES)
+
+
+# What the child runs
+
+
+def locate(repo: str, revision: str | None = None, token: str | None = None) -> Located:
+    from merger.stores import patience
+    from merger.stores.hub import HubStore
+
+    with patch.object(patience, "time", SimpleNamespace(sleep=lambda seconds: None)):
+        return HubStore(token).locate(repo, revision)
+
+
+def fetch(repo: str, file: str, start: int = 0, stop: int | None = None, token: str | None = None) -> bytes:
+    from merger.stores.hub import HubStore
+
+    store = HubStore(token)
+    return store.fetch(store.locate(repo, None), file, start, stop)
+
+
+def read(repo: str, parts: list[tuple[int, int]]) -> list[bytes]:
+    from merger.stores.hub import HubStore
+
+    store = HubStore()
+    model = store.locate(repo, None)
+    reader = store.reader([Ticket(model, "model.safetensors", *part) for part in parts], 1 << 20)
+    found = []
+    for number, (start, stop) in enumerate(parts):
+        found.append(bytearray(stop - start))
+        reader.read(number, 0, memoryview(found[-1]))
+    reader.close()
+    return [bytes(data) for data in found]
+
+
+def locate_at(endpoint: str, repo: str) -> Located:
+    """With an endpoint of its own: the child is already bound to its Hub."""
+    from huggingface_hub import HfApi, constants
+
+    from merger.stores import patience
+    from merger.stores.hub import HubStore
+
+    store = HubStore()
+    store._api = HfApi(endpoint=endpoint)
+    with (
+        patch.object(patience, "time", SimpleNamespace(sleep=lambda seconds: None)),
+        patch.object(constants, "ENDPOINT", endpoint),
+    ):
+        return store.locate(repo, None)
+
+
+def locate_offline(repo: str) -> Located:
+    from huggingface_hub import close_session, constants
+
+    close_session()
+    with patch.object(constants, "HF_HUB_OFFLINE", True):
+        try:
+            return locate(repo)
+        finally:
+            close_session()
+
+
+# The tests
+
+
+def test_a_model_is_pinned_to_the_commit_that_its_name_means_now(hub: LoopbackHub, client: Client, commit: str) -> None:
+    """Branch, tag or nothing: what comes back is the commit, with each file's size and, where known, SHA-256."""
+    later = hub.commit(REPO, {"config.json": b"{}"}, revision="main")
+    hub.branch(REPO, "old", start=commit)
+    now, then = client(locate, REPO), client(locate, REPO, "old")
+    assert (now.name, now.where, now.commit, then.commit) == (REPO, REPO, later, commit)
+    assert {name: info.size for name, info in then.files.items()} == {name: len(data) for name, data in FILES.items()}
+    sha256 = {name: info.sha256 for name, info in then.files.items() if info.sha256}
+    assert sha256 == {"model.safetensors": hub.tree(REPO, commit)["model.safetensors"].sha256}
+
+
+def test_files_and_parts_of_files_are_fetched(client: Client) -> None:
+    """Small files whole, large ones in part, an empty one without asking."""
+    assert client(fetch, REPO, "templates/a.jinja") == FILES["templates/a.jinja"]
+    assert client(fetch, REPO, "model.safetensors", 100, 5000) == BYTES[100:5000]
+    assert client(fetch, REPO, "e.txt") == b""
+
+
+def test_a_reader_hands_out_the_bytes_of_its_tickets(client: Client) -> None:
+    """In any order of places."""
+    parts = [(9000, 10_000), (0, 8), (8, 4000)]
+    assert client(read, REPO, parts) == [BYTES[start:stop] for start, stop in parts]
+
+
+def test_a_passing_trouble_of_the_hub_does_not_stop_a_run(hub: LoopbackHub, client: Client) -> None:
+    """A 503 before the first answer is waited out."""
+    fault = hub.fail(lambda r: r.path.startswith("/api/models/"), status=503, times=3)
+    assert client(locate, REPO).where == REPO
+    assert fault.left == 0
+
+
+@pytest.mark.parametrize(
+    ("ask", "words", "step"),
+    [
+        ((locate, "org/no-such"), "there is no model org/no-such on the Hub that we may read", "spelling"),
+        ((locate, "org/hidden", None, "hf_nobody"), "the Hub does not accept our token for org/hidden", "HF_TOKEN"),
+        ((locate, REPO, "v9"), f"{REPO} has no revision 'v9'", f"/{REPO}/commits/main"),
+        ((locate, "no such/name"), "'no such/name' is no model's name", "owner/name"),
+        ((fetch, "other/gated", "config.json"), "other/gated is gated and this account has no access", "accept its"),
+        ((locate_at, "http://127.0.0.1:9", REPO), f"the Hub cannot be reached for {REPO} (ConnectError)", "network"),
+        ((locate_offline, REPO), f"{REPO} is on the Hub, and HF_HUB_OFFLINE forbids to ask it", "unset"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_said_in_a_sentence_with_a_next_step(
+    ask: tuple[object, ...], words: str, step: str, client: Client
+) -> None:
+    """Missing, private, gated, misnamed, out of reach: each is its own sentence, and none holds a token."""
+    with pytest.raises(ClientError) as refusal:
+        client(*ask)
+    assert "ModelError" in refusal.value.kinds
+    said, hint = str(refusal.value).split("\n    ")
+    assert said == words
+    assert step in hint
+    assert "hf_" not in str(refusal.value)
+
+
+def test_who_has_access_reads_gated_and_private_models(client: Client) -> None:
+    """The token of the environment is used for both."""
+    assert client(fetch, "other/granted", "config.json") == FILES["config.json"]
+    assert client(fetch, "org/hidden", "model.safetensors", 1, 4) == BYTES[1:4]
+
+
+def test_a_trouble_that_stays_is_a_refusal(hub: LoopbackHub, client: Client) -> None:
+    """After a few tries the status is named."""
+    hub.fail(lambda r: r.path.startswith("/api/models/"), status=502, times=100)
+    with pytest.raises(ClientError, match=r"does not answer for org/model \(HTTP 502\)\n    try again later"):
+        client(locate, REPO)

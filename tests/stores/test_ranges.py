@@ -1,0 +1,392 @@
+"""Bytes of remote files by range: what is asked for and when (a fake `fill`), and how (the loopback Hub)."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from loopback import Client, ClientError, LoopbackHub, Request
+
+from merger.stores import ranges
+from merger.stores.ports import Located, Ticket
+from merger.stores.ranges import RangeClient, RangeReader
+
+MODELS = [Located(f"org/{name}", f"org/{name}", "c" * 40, {}) for name in "ab"]
+TIMEOUT = 20
+
+
+# ---- reading ahead: pure logic --------------------------------------------------------------------------------------
+
+
+def content(model: Located, file: str, start: int, stop: int) -> bytes:
+    """What stands in a file; every place and file differs from its neighbours."""
+    salt = sum(f"{model.where}/{file}".encode())
+    return bytes((salt + 7 * place + place // 251) % 256 for place in range(start, stop))
+
+
+class Source:
+    """A `fill` that remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Located, str, int, int]] = []
+
+    def fill(self, model: Located, file: str, start: int, out: memoryview) -> None:
+        self.asked.append((model, file, start, start + len(out)))
+        out[:] = content(model, file, start, start + len(out))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    """Pieces of 64 bytes, gaps of 8: the logic is the same, the examples are small."""
+    with patch.multiple(ranges, PIECE_BYTES=64, _GAP_BYTES=8, _NEAR_TICKETS=4):
+        yield
+
+
+def ticket(model: int = 0, file: str = "x", start: int = 0, size: int = 10) -> Ticket:
+    return Ticket(MODELS[model], file, start, start + size)
+
+
+def read_all(reader: RangeReader, tickets: Sequence[Ticket], numbers: Sequence[int], step: int) -> dict[int, bytes]:
+    """Read some tickets front to back, `step` bytes at a time."""
+    found = {}
+    for number in numbers:
+        data = bytearray(tickets[number].stop - tickets[number].start)
+        for offset in range(0, len(data), step):
+            reader.read(number, offset, memoryview(data)[offset : offset + step])
+        found[number] = bytes(data)
+    return found
+
+
+TICKETS = st.lists(
+    st.builds(
+        ticket, st.integers(0, 1), st.sampled_from("xy"), st.integers(0, 300), st.integers(0, 20) | st.integers(0, 300)
+    ),
+    max_size=12,
+)
+
+
+@given(TICKETS, st.integers(0, 500), st.integers(1, 4), st.integers(1, 80), st.integers(1, 3))
+@example([ticket(size=0), ticket(), ticket(1, size=0), ticket(start=12), ticket(1, start=20)], 100, 1, 10, 1)
+@settings(deadline=None, max_examples=150)
+def test_any_tickets_any_budget_any_threads_give_the_right_bytes(
+    tickets: list[Ticket], budget: int, threads: int, step: int, connections: int
+) -> None:
+    """Overlapping, repeated, empty, tiny or huge; read by several at once; nobody waits for ever."""
+    source = Source()
+    reader = RangeReader(tickets, budget, source.fill, connections)
+    shares = [range(first, len(tickets), threads) for first in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(read_all, reader, tickets, share, step) for share in shares]
+        found = {number: data for job in jobs for number, data in job.result(TIMEOUT).items()}
+    reader.close()
+    assert found == {n: content(t.model, t.file, t.start, t.stop) for n, t in enumerate(tickets)}
+    for wanted in tickets:
+        places = {p for m, f, a, z in source.asked if (m, f) == (wanted.model, wanted.file) for p in range(a, z)}
+        assert places >= set(range(wanted.start, wanted.stop))
+
+
+def in_a_row(sizes: Sequence[int], gaps: Sequence[int] = ()) -> list[Ticket]:
+    """Tickets that follow each other in two files by turns; none overlaps another."""
+    ends, tickets = [0, 0], []
+    for number, size in enumerate(sizes):
+        start = ends[number % 2] + (gaps[number % len(gaps)] if gaps else 0)
+        tickets.append(ticket(number % 2, "x", start, size))
+        ends[number % 2] = start + size
+    return tickets
+
+
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=12), st.integers(0, 400), st.lists(st.integers(0, 12)))
+@settings(deadline=None, max_examples=100)
+def test_no_more_is_held_than_the_budget_and_what_is_being_read(sizes: list[int], budget: int, gaps: list[int]) -> None:
+    """A piece counts from when it is asked for until its last wanted byte is taken; the budget bounds the others."""
+    tickets, lock = in_a_row(sizes, gaps), threading.Lock()
+    taken: list[Ticket] = []
+    current: list[Ticket] = []
+    pieces: list[tuple[Located, int, int]] = []
+    most: list[str] = []
+
+    def within(piece: tuple[Located, int, int], some: Sequence[Ticket]) -> list[Ticket]:
+        return [t for t in some if t.model == piece[0] and t.start < piece[2] and piece[1] < t.stop]
+
+    def fill(model: Located, file: str, start: int, out: memoryview) -> None:
+        with lock:
+            pieces.append((model, start, start + len(out)))
+            held = [piece for piece in pieces if len(within(piece, taken)) < len(within(piece, tickets))]
+            ahead = sum(piece[2] - piece[1] for piece in held if not within(piece, [*taken, *current]))
+            if ahead > budget:
+                most.append(f"{ahead} bytes held ahead of {budget}")
+
+    reader = RangeReader(tickets, budget, fill, connections=2)
+    for number, wanted in enumerate(tickets):
+        with lock:
+            current[:] = [wanted]
+        reader.read(number, 0, memoryview(bytearray(wanted.stop - wanted.start)))
+        with lock:
+            taken.append(wanted)
+    reader.close()
+    assert not most
+    assert len(pieces) == len(set(pieces))  # nothing is transferred twice
+    assert sum(stop - start for _, start, stop in pieces) >= sum(sizes)
+
+
+def test_neighbours_are_fetched_by_one_request() -> None:
+    """Small tensors that follow each other closely cost one request, also when two models are read by turns."""
+    tickets, source = in_a_row([10] * 12, [0, 2]), Source()
+    reader = RangeReader(tickets, 1000, source.fill, connections=1)
+    read_all(reader, tickets, range(12), 10)
+    reader.close()
+    parts = {model.name: [asked[2:] for asked in source.asked if asked[0] == model] for model in MODELS}
+    assert parts == {"org/a": [(0, 60)], "org/b": [(2, 60), (62, 72)]}
+
+
+def test_a_wide_gap_is_not_fetched_along() -> None:
+    """What lies between two tensors is skipped if it is more than a request is worth."""
+    tickets, source = [ticket(start=0), ticket(start=18), ticket(start=37)], Source()
+    reader = RangeReader(tickets, 1000, source.fill, connections=1)
+    read_all(reader, tickets, range(3), 10)
+    reader.close()
+    assert [asked[2:] for asked in source.asked] == [(0, 28), (37, 47)]
+
+
+def test_a_neighbour_that_is_needed_much_later_is_not_fetched_along() -> None:
+    """A piece is held until its last byte is taken, so what is wanted late would fill the budget early."""
+    tickets = [ticket(), *(ticket(1, "y", 100 * n) for n in range(6)), ticket(start=10)]
+    source = Source()
+    reader = RangeReader(tickets, 1000, source.fill, connections=1)
+    read_all(reader, tickets, range(len(tickets)), 10)
+    reader.close()
+    assert [asked[2:] for asked in source.asked if asked[1] == "x"] == [(0, 10), (10, 20)]
+
+
+def test_large_tensors_are_fetched_in_pieces() -> None:
+    """No request is larger than a piece."""
+    tickets, source = [ticket(size=200)], Source()
+    reader = RangeReader(tickets, 1000, source.fill, connections=1)
+    read_all(reader, tickets, [0], 200)
+    reader.close()
+    assert [asked[2:] for asked in source.asked] == [(0, 64), (64, 128), (128, 192), (192, 200)]
+
+
+@pytest.mark.parametrize(("budget", "ahead"), [(0, 0), (64, 1), (200, 3), (10_000, 10)])
+def test_as_much_is_read_ahead_as_the_budget_allows(budget: int, ahead: int) -> None:
+    """Requests go out before anybody asks, in the tickets' order, up to the budget and no further."""
+    source = Source()
+    reader = RangeReader([ticket(start=100 * n, size=64) for n in range(10)], budget, source.fill, connections=1)
+    reader._pool.shutdown(wait=True)
+    assert [asked[2] for asked in source.asked] == [100 * n for n in range(ahead)]
+
+
+def test_what_is_taken_makes_room_for_what_comes_next() -> None:
+    """Read-ahead goes on while the tickets are read: after each the next request goes out by itself."""
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()
+    tickets = [ticket(start=100 * n, size=64) for n in range(6)]
+    reader = RangeReader(tickets, 128, lambda model, file, start, out: asked.put(start), connections=1)
+    assert [asked.get(timeout=TIMEOUT) for _ in range(2)] == [0, 100]
+    for number in range(4):
+        reader.read(number, 0, memoryview(bytearray(64)))
+        assert asked.get(timeout=TIMEOUT) == 100 * (number + 2)
+    reader.close()
+
+
+def test_a_failed_request_reaches_whoever_waits_for_its_bytes() -> None:
+    """And nobody else."""
+
+    def fill(model: Located, file: str, start: int, out: memoryview) -> None:
+        if start == 100:
+            raise ConnectionError("no such luck")
+
+    tickets = [ticket(start=100 * n) for n in range(3)]
+    reader = RangeReader(tickets, 1000, fill)
+    read_all(reader, tickets, [0, 2], 10)
+    with pytest.raises(ConnectionError, match="no such luck"):
+        reader.read(1, 0, memoryview(bytearray(10)))
+    reader.close()
+
+
+def test_a_closed_reader_asks_for_nothing_more() -> None:
+    """What waits for a connection is given up."""
+    begun, go = threading.Event(), threading.Event()
+    asked: list[int] = []
+
+    def fill(model: Located, file: str, start: int, out: memoryview) -> None:
+        asked.append(start)
+        begun.set()
+        assert go.wait(TIMEOUT)
+
+    reader = RangeReader([ticket(start=100 * n) for n in range(5)], 1000, fill, connections=1)
+    assert begun.wait(TIMEOUT)
+    reader.close()
+    go.set()
+    reader._pool.shutdown(wait=True)
+    assert asked == [0]
+
+
+def test_reading_twice_would_transfer_twice() -> None:
+    """So the engine is told to keep what it needs again."""
+    reader = RangeReader([ticket()], 0, Source().fill)
+    assert not reader.repeatable(0)
+    reader.close()
+
+
+# ---- asking: the real client against the loopback Hub ----------------------------------------------------------------
+
+REPO, FILE = "org/remote", "model.safetensors"
+BYTES = bytes(n * 7 % 256 for n in range(100_000))
+CARD = b"---\nlicense: mit\n---\n# a card\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remote(served: LoopbackHub) -> str:
+    """A model with one large file and one small one."""
+    return served.add_model(REPO, {FILE: BYTES, "README.md": CARD}, private=True)
+
+
+# What the child runs; it keeps its client, as a store does.
+
+_CLIENT: list[RangeClient] = []
+
+
+def fill(commit: str, start: int, size: int, file: str = FILE, fresh: bool = False) -> tuple[bytes, list[float]]:
+    """The bytes, and how long the client would have waited between its tries."""
+    if fresh or not _CLIENT:
+        _CLIENT[:] = [RangeClient()]
+    model, out, pauses = Located(REPO, REPO, commit, {}), bytearray(size), list[float]()
+    with patch.object(ranges, "time", SimpleNamespace(sleep=pauses.append)):
+        _CLIENT[0].fill(model, file, start, memoryview(out))
+    return bytes(out), pauses
+
+
+def fill_side_by_side(commit: str, count: int) -> bool:
+    """Many ranges of one file by eight threads at once."""
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: fill(commit, 100 * number, 100)[0], range(count)))
+    return b"".join(found) == BYTES[: 100 * count]
+
+
+def on_cdn(request: Request) -> bool:
+    return request.host == "cdn" and request.method == "GET"
+
+
+def on_resolve(request: Request) -> bool:
+    return "/resolve/" in request.path
+
+
+@pytest.fixture
+def ask(hub: LoopbackHub, client: Client, remote: str) -> Callable[..., tuple[bytes, list[float]]]:
+    """Ask for bytes 1000 to 51000 with a client that has not asked before."""
+
+    def call(start: int = 1000, size: int = 50_000, fresh: bool = True, **options: Any) -> tuple[bytes, list[float]]:
+        return client(fill, remote, start, size, options.get("file", FILE), fresh)
+
+    return call
+
+
+Ask = Callable[..., tuple[bytes, list[float]]]
+
+
+def test_one_look_up_then_ranges_from_the_second_origin_without_the_token(hub: LoopbackHub, ask: Ask) -> None:
+    """The Hub is asked once where a file's bytes are; the place where they are never sees who asks."""
+    assert ask() == (BYTES[1000:51_000], [])
+    assert ask(start=7, size=3, fresh=False) == (BYTES[7:10], [])
+    asked = [r for r in hub.log if on_resolve(r) or r.host == "cdn"]
+    assert [(r.method, r.host, r.range, r.status, r.sent) for r in asked] == [
+        ("HEAD", "hub", None, 302, 0),
+        ("GET", "cdn", "bytes=1000-50999", 206, 50_000),
+        ("GET", "cdn", "bytes=7-9", 206, 3),
+    ]
+    assert [r.authorization for r in asked] == [True, False, False]
+
+
+def test_a_small_file_comes_from_the_hub_itself(hub: LoopbackHub, ask: Ask) -> None:
+    """Files that are not LFS are not redirected: there the token is needed and sent."""
+    assert ask(start=4, size=12, file="README.md")[0] == CARD[4:16]
+    assert [(r.method, r.host, r.authorization) for r in hub.log] == [("HEAD", "hub", True), ("GET", "hub", True)]
+
+
+def test_a_cut_answer_is_taken_up_where_it_ended(hub: LoopbackHub, ask: Ask) -> None:
+    """What arrived is kept: together the two answers hold each byte once."""
+    hub.fail(on_cdn, cut_body_at=20_000)
+    assert ask()[0] == BYTES[1000:51_000]
+    parts = [(r.range, r.sent) for r in hub.log if on_cdn(r)]
+    assert parts == [("bytes=1000-50999", 20_000), ("bytes=21000-50999", 30_000)]
+
+
+@pytest.mark.parametrize("spoilt", [{}, {"Content-Range": "bytes 0-49999/100000"}], ids=["200", "another range"])
+def test_an_answer_that_is_not_the_range_asked_for_is_not_taken(
+    hub: LoopbackHub, ask: Ask, spoilt: dict[str, str]
+) -> None:
+    """A whole file, or the wrong part of it, never ends up in a tensor: it is asked for again."""
+    fault = hub.fail(on_cdn, status=206 if spoilt else 200, headers=spoilt)
+    data, pauses = ask()
+    assert (data == BYTES[1000:51_000], len(pauses), fault.left) == (True, 1, 0)
+
+
+def test_an_expired_address_is_asked_for_again(hub: LoopbackHub, ask: Ask) -> None:
+    """A run that lasts longer than a signed address goes on with a new one."""
+    ask()
+    hub.expire_urls()
+    hub.clear_log()
+    assert ask(fresh=False)[0] == BYTES[1000:51_000]
+    assert [(r.method, r.host, r.status) for r in hub.log] == [
+        ("GET", "cdn", 403), ("HEAD", "hub", 302), ("GET", "cdn", 206),
+    ]  # fmt: skip
+
+
+def test_many_threads_survive_addresses_that_expire_again_and_again(
+    hub: LoopbackHub, client: Client, remote: str
+) -> None:
+    """One thread forgets an address while another looks it up: all get their bytes."""
+    hub.fail(on_cdn, status=403, times=5)
+    assert client(fill_side_by_side, remote, 200)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("where", [on_cdn, on_resolve])
+def test_trouble_is_waited_out_as_long_as_the_server_asks(
+    hub: LoopbackHub, ask: Ask, status: int, where: Callable[[Request], bool]
+) -> None:
+    """Each answer that speaks of passing trouble is followed by a pause of at least Retry-After."""
+    hub.fail(where, status=status, times=2, headers={"Retry-After": "17"})
+    data, pauses = ask()
+    assert (data == BYTES[1000:51_000], pauses) == (True, [17.0, 17.0])
+
+
+def test_a_rate_limit_is_waited_out_and_no_server_can_stop_us_for_hours(hub: LoopbackHub, ask: Ask) -> None:
+    """The Hub's own header for limits is understood; a pause ends after five minutes at most."""
+    hub.fail(on_resolve, status=429, headers={"RateLimit": '"resolvers";r=0;t=55'})
+    assert ask()[1] == [55.0]
+    hub.fail(on_cdn, status=503, headers={"Retry-After": "86400"})
+    assert ask()[1] == [300.0]
+
+
+def test_pauses_grow(hub: LoopbackHub, ask: Ask) -> None:
+    """Without a word from the server each pause is about twice as long as the one before."""
+    hub.fail(on_cdn, status=None, times=5)
+    data, pauses = ask()
+    assert data == BYTES[1000:51_000]
+    assert len(pauses) == 5
+    assert all(0.125 * 2**n <= pause <= 0.25 * 2**n for n, pause in enumerate(pauses, 1))
+    assert all(later > earlier / 2 for earlier, later in pairwise(pauses))
+
+
+@pytest.mark.parametrize("status", [None, 503, 403, 200], ids=["dropped", "503", "expired", "whole file"])
+def test_it_gives_up_in_a_sentence_without_secrets(hub: LoopbackHub, ask: Ask, status: int | None) -> None:
+    """After six tries the model, the file and the trouble are named, and neither token nor signed address is."""
+    hub.fail(on_cdn, status=status, times=6)
+    with pytest.raises(ClientError) as refusal:
+        ask()
+    words = str(refusal.value)
+    assert "ModelError" in refusal.value.kinds
+    assert f"{REPO}: {FILE} could not be read after 6 tries" in words
+    assert "run it again" in words
+    assert not any(secret in words for secret in ("hf_", "Signature", "http://", hub.cdn_url))
+    assert len([r for r in hub.log if on_cdn(r)]) == 6

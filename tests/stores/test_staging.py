@@ -1,0 +1,340 @@
+"""Publishing on the Hub: shards by a staging branch, one commit on main, and main untouched whatever goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from loopback import Client, ClientError, LoopbackHub, Request
+
+from merger.checkpoints.shard import Written
+
+WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
+IDENTITY = "0123456789abcdef" * 4
+BRANCH, TITLE = "merge-staging/0123456789abcdef", "Merge of a, b [0123456789abcdef]"
+SHARDS = {"model-00001-of-00002.safetensors": b"first" * 400, "model-00002-of-00002.safetensors": b"second" * 400}
+CARD = b"---\nlicense: mit\n---\n# merged\n"
+FILES = {"README.md": CARD, "model.safetensors.index.json": b'{"weight_map": {}}', "config.json": b'{"new": true}'}
+NAMES = count()
+
+
+@pytest.fixture
+def repo() -> str:
+    """A name that no other test uses."""
+    return f"org/merge-{next(NAMES)}"
+
+
+# What the child runs
+
+
+def publish(repo: str, files: dict[str, bytes] | None = None, upto: str = "finish", **options: Any) -> tuple[str, Any]:
+    """The line's calls up to one of them; what failed is abandoned, as in a run."""
+    from merger.stores import staging
+    from merger.stores.staging import HubSink
+
+    pauses: list[float] = []
+    quick = SimpleNamespace(sleep=pauses.append)
+    sink = HubSink(repo, **options)
+    with patch.object(staging, "time", quick), patch("merger.stores.patience.time", quick):
+        try:
+            sink.prepare(IDENTITY, needed=1)
+            for name, data in SHARDS.items() if upto != "prepare" else ():
+                path = sink.workspace() / name
+                path.write_bytes(data)
+                sink.take(Written(name, path, len(data), hashlib.sha256(data).hexdigest()))
+            if upto != "finish":
+                sink._settle()
+                return "", sorted(path.name for path in sink.workspace().iterdir())
+            done = sink.finish(FILES if files is None else files, "Merge of a, b")
+            return done.where, done.commit
+        finally:
+            sink.abandon()
+            assert not sink.workspace().exists()
+
+
+def publish_with(repo: str, options: dict[str, Any]) -> tuple[str, Any]:
+    return publish(repo, **options)
+
+
+def publish_on_a_full_disk(repo: str) -> None:
+    usage = SimpleNamespace(free=0)
+    with patch("merger.stores.staging.shutil.disk_usage", lambda path: usage):
+        publish(repo)
+
+
+@pytest.fixture
+def refused(client: Client) -> Callable[..., str]:
+    """Publish, and return the sentence of the refusal that must follow."""
+
+    def call(*arguments: Any, kind: str = "UploadError") -> str:
+        with pytest.raises(ClientError) as refusal:
+            client(*arguments)
+        assert kind in refusal.value.kinds, str(refusal.value)
+        assert "hf_" not in str(refusal.value)
+        assert "\n    " in str(refusal.value)  # there is a next step
+        return str(refusal.value)
+
+    return call
+
+
+Refused = Callable[..., str]
+
+
+def commits_to(branch: str) -> Callable[[Request], bool]:
+    return lambda r: r.method == "POST" and r.path.endswith(f"/commit/{branch.replace('/', '%2F')}")
+
+
+def uploads(hub: LoopbackHub) -> list[Request]:
+    return [r for r in hub.log if r.method == "PUT"]
+
+
+def deletes_of_branches(request: Request) -> bool:
+    return request.method == "DELETE" and "/branch/" in request.path
+
+
+# How it goes
+
+
+def test_one_commit_on_main_made_of_copies(hub: LoopbackHub, client: Client, repo: str) -> None:
+    """The shards go up once, to the branch; main sees one commit that copies them, and the branch is gone."""
+    where, commit = client(publish, repo)
+    assert (where, commit) == (f"{hub.url}/{repo}", hub.head(repo))
+    assert [found.title for found in hub.commits(repo)] == [TITLE, "initial commit"]
+    assert set(hub.commits(repo)[0].files) == {*SHARDS, *FILES}
+    assert hub.files(repo) == {**SHARDS, **FILES, ".gitattributes": hub.read(repo, ".gitattributes")}
+    assert sorted(r.received for r in uploads(hub)) == sorted(map(len, SHARDS.values()))
+    assert list(hub.branches(repo)) == ["main"]
+
+
+def test_a_shard_is_off_this_disk_once_it_is_on_the_branch(hub: LoopbackHub, client: Client, repo: str) -> None:
+    """What is published in the end never needs to lie here all at once."""
+    assert client(publish, repo, None, "take") == ("", [])
+    staged = hub.files(repo, BRANCH)
+    assert {name: staged[name] for name in SHARDS} == SHARDS
+    assert hub.files(repo).keys() == {".gitattributes"}
+
+
+def test_what_is_staged_already_is_not_sent_again(hub: LoopbackHub, client: Client, repo: str) -> None:
+    """A run that was killed left its shards on the branch: the next one commits them without an upload."""
+    client(publish, repo, None, "take")
+    hub.clear_log()
+    client(publish, repo)
+    assert uploads(hub) == []
+    assert [found.title for found in hub.commits(repo)] == [TITLE, "initial commit"]
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_new_repo_is_as_private_as_the_recipe_says(
+    hub: LoopbackHub, client: Client, repo: str, private: bool
+) -> None:
+    """From its first moment."""
+    client(publish_with, repo, {"private": private})
+    assert hub.world.repos[repo].private is private
+
+
+def test_a_pull_request_in_place_of_a_commit(hub: LoopbackHub, client: Client, repo: str) -> None:
+    """With create_pr main stays as it is and the whole model stands in one pull request."""
+    hub.add_model(repo, {"README.md": b"# mine\n"})
+    before = hub.head(repo)
+    where, _ = client(publish_with, repo, {"create_pr": True})
+    (pull,) = hub.discussions(repo)
+    assert (where, pull.title, hub.head(repo)) == (f"{hub.url}/{repo}/discussions/{pull.num}", TITLE, before)
+    assert hub.files(repo, f"refs/pr/{pull.num}") == {**SHARDS, **FILES}
+    assert list(hub.branches(repo)) == ["main"]
+
+
+# What is refused before anything is sent
+
+
+def test_a_token_that_may_not_write_is_refused_before_any_tensor(hub: LoopbackHub, refused: Refused, repo: str) -> None:
+    """A read token for a repo that is there, and for one that is not."""
+    hub.add_model(repo, {"README.md": b"# mine\n"})
+    for name in (repo, "org/brand-new"):
+        said = refused(publish_with, name, {"token": READER, "upto": "prepare"})
+        assert f"we may not write to {name}" in said
+        assert "write access" in said
+    assert not hub.exists("org/brand-new")
+    assert list(hub.branches(repo)) == ["main"]
+
+
+def test_an_unknown_token_is_refused(refused: Refused, repo: str) -> None:
+    """The next step is HF_TOKEN."""
+    said = refused(publish_with, repo, {"token": "hf_nobody", "upto": "prepare"})
+    assert "the Hub does not know our token" in said
+    assert "set HF_TOKEN" in said
+
+
+OLD = {
+    "config.json": b'{"old": true}', "model-00001-of-00003.safetensors": b"o" * 99, "pytorch_model.bin": b"pickled",
+    "tokenizer.json": b'{"old": true}', "chat_template.jinja": b"old", "README.md": b"# old\n", "eval.md": b"a table",
+}  # fmt: skip
+
+
+def test_another_model_is_replaced_only_by_force_and_in_the_one_commit(
+    hub: LoopbackHub, client: Client, refused: Refused, repo: str
+) -> None:
+    """Its shards, index and tokenizer go in the commit that brings ours; what is no part of a model stays."""
+    hub.add_model(repo, OLD)
+    before = hub.head(repo)
+    said = refused(publish_with, repo, {"upto": "prepare"})
+    assert f"{repo} already holds a model (config.json)" in said
+    assert "--force" in said
+    assert (hub.head(repo), list(hub.branches(repo))) == (before, ["main"])
+    client(publish_with, repo, {"force": True})
+    assert [found.title for found in hub.commits(repo)] == [TITLE, "initial commit"]
+    assert hub.files(repo) == {**SHARDS, **FILES, "eval.md": b"a table"}
+
+
+def test_a_repo_with_a_card_only_is_free(hub: LoopbackHub, client: Client, repo: str) -> None:
+    """A repo made by hand on the web, with a card and a picture, can be filled."""
+    hub.add_model(repo, {"README.md": b"# mine\n", "tokenizer_config.json": b"{}", "logo.png": b"png"})
+    client(publish, repo)
+    assert hub.files(repo) == {**SHARDS, **FILES, "logo.png": b"png"}
+
+
+def test_what_shall_be_private_is_not_put_into_a_public_repo(hub: LoopbackHub, refused: Refused, repo: str) -> None:
+    """A repo that is there already keeps its own visibility, so the recipe's wish would be lost in silence."""
+    hub.add_model(repo, {"README.md": b"# mine\n"})
+    assert "is there already and public" in refused(publish_with, repo, {"private": True, "upto": "prepare"})
+
+
+@pytest.mark.parametrize("name", ["alone", "a/b/c", "org/", "org/na me", "datasets/org/name"])
+def test_what_is_no_repos_name_is_refused_before_the_hub_is_asked(
+    hub: LoopbackHub, refused: Refused, name: str
+) -> None:
+    """Else a repo of another name would be made."""
+    assert "is no repo's name\n    write hf://owner/name" in refused(publish_with, name, {"upto": "prepare"})
+    assert [r for r in hub.log if r.path.startswith("/api/repos")] == []
+
+
+def test_too_little_disk_is_refused_before_a_repo_is_made(hub: LoopbackHub, refused: Refused, repo: str) -> None:
+    """With the numbers, and where to find more."""
+    said = refused(publish_on_a_full_disk, repo, kind="BudgetError")
+    assert "1 bytes of disk are needed for the work, 0 are free" in said
+    assert "TMPDIR" in said
+    assert not hub.exists(repo)
+
+
+# What goes wrong on the way
+
+
+@pytest.mark.parametrize("status", [None, 500, 504], ids=["dropped", "500", "504"])
+@pytest.mark.parametrize("pull", [False, True], ids=["commit", "pull request"])
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(
+    hub: LoopbackHub, client: Client, repo: str, status: int | None, pull: bool
+) -> None:
+    """The history is looked at before anything is tried again, and what is found there is taken as the answer."""
+    fault = hub.fail(commits_to("main"), status=status, after_handling=True)
+    where, commit = client(publish_with, repo, {"create_pr": pull})
+    assert fault.left == 0
+    assert len([r for r in hub.log if commits_to("main")(r)]) == 1
+    revision = "refs/pr/1" if pull else "main"
+    assert [found.title for found in hub.commits(repo, revision)] == [TITLE, "initial commit"]
+    assert (where, commit) == (f"{hub.url}/{repo}" + "/discussions/1" * pull, hub.head(repo, revision))
+    assert len(hub.discussions(repo)) == int(pull)
+
+
+@pytest.mark.parametrize("status", [None, 429, 503], ids=["dropped", "429", "503"])
+@pytest.mark.parametrize("branch", ["main", BRANCH])
+def test_a_commit_that_was_not_made_is_tried_again(
+    hub: LoopbackHub, client: Client, repo: str, status: int | None, branch: str
+) -> None:
+    """One dropped connection does not throw away hours of work."""
+    fault = hub.fail(commits_to(branch), status=status, times=2)
+    client(publish, repo)
+    assert fault.left == 0
+    assert [found.title for found in hub.commits(repo)] == [TITLE, "initial commit"]
+    assert hub.files(repo).items() >= {**SHARDS, **FILES}.items()
+
+
+def test_an_upload_that_fails_leaves_main_untouched(hub: LoopbackHub, refused: Refused, repo: str) -> None:
+    """The refusal names the repo and the status; main has the commit it had."""
+    hub.add_model(repo, OLD)
+    before = hub.head(repo)
+    hub.fail(lambda r: r.method == "PUT", status=400, times=100)
+    said = refused(publish_with, repo, {"force": True})
+    assert f"the Hub refuses to write {repo} (HTTP 400" in said
+    assert "try again later" not in said
+    assert hub.head(repo) == before
+
+
+def test_a_run_that_is_killed_leaves_main_untouched_and_the_next_one_finishes(
+    hub: LoopbackHub, client: Client, repo: str, tmp_path: Path
+) -> None:
+    """Killed while its second shard is on its way: nothing shows on main, and the branch is no obstacle."""
+    hub.add_model(repo, {"README.md": b"# mine\n"})
+    before, seen = hub.head(repo), count()
+    line = [sys.executable, "-c", f"import test_staging; test_staging.publish({repo!r})"]
+    path = os.pathsep.join(sys.path)
+    env = {**os.environ, **hub.env(tmp_path, WRITER), "PYTHONPATH": path, "TMPDIR": str(tmp_path)}
+    fault = hub.fail(lambda r: commits_to(BRANCH)(r) and next(seen) == 1 and other.kill() is None)
+    other = subprocess.Popen(line, env=env, stderr=subprocess.PIPE)
+    try:
+        assert other.wait(30) == -signal.SIGKILL, other.stderr.read() if other.stderr else ""
+    finally:
+        other.kill()
+        other.communicate()
+    assert (fault.left, hub.head(repo)) == (0, before)
+    assert BRANCH in hub.branches(repo)
+    client(publish, repo)
+    assert [found.title for found in hub.commits(repo)] == [TITLE, "initial commit"]
+    assert hub.files(repo) == {**SHARDS, **FILES}
+
+
+def test_a_main_that_moved_is_not_overwritten(hub: LoopbackHub, refused: Refused, client: Client, repo: str) -> None:
+    """Somebody committed while the merge was made: that is said, and their commit stands."""
+    hub.add_model(repo, {"README.md": b"# mine\n"})
+
+    def meanwhile(request: Request) -> bool:
+        if commits_to(BRANCH)(request) and len(hub.commits(repo)) == 1:
+            hub.commit(repo, {"notes.md": b"mine"}, "meanwhile")
+        return False
+
+    hub.fail(meanwhile)
+    said = refused(publish, repo)
+    assert f"main of {repo} moved while the merge was made" in said
+    assert "create_pr" in said
+    assert [found.title for found in hub.commits(repo)] == ["meanwhile", "initial commit"]
+    assert BRANCH in hub.branches(repo)
+
+
+def test_a_card_that_the_hub_refuses_is_no_traceback(hub: LoopbackHub, refused: Refused, repo: str) -> None:
+    """The Hub's own words are passed on."""
+    said = refused(publish, repo, {**FILES, "README.md": b"---\nbase_model_relation: cousin\n---\n"})
+    assert "Invalid metadata in README.md" in said
+    assert [found.title for found in hub.commits(repo)] == ["initial commit"]
+
+
+def test_what_stands_on_main_must_be_what_was_made(hub: LoopbackHub, refused: Refused, repo: str) -> None:
+    """If a shard on main has another SHA-256, that is said, and the staging branch is kept."""
+    name = next(iter(SHARDS))
+
+    def tamper(request: Request) -> bool:
+        if request.path.endswith("/preupload/main") and name in hub.tree(repo, BRANCH):
+            hub.commit(repo, {name: b"other"}, "tampered with", revision=BRANCH)
+        return False
+
+    hub.fail(tamper)
+    said = refused(publish, repo, kind="VerificationError")
+    assert f"{name} on main is not the file that was made" in said
+    assert BRANCH in hub.branches(repo)
+
+
+def test_a_staging_branch_that_cannot_be_removed_is_told_after_the_model_stands(
+    hub: LoopbackHub, refused: Refused, repo: str
+) -> None:
+    """The sentence says first that the model is published."""
+    hub.fail(deletes_of_branches, status=403)
+    said = refused(publish, repo)
+    assert f"{hub.url}/{repo} is made (commit {hub.head(repo)}), but what follows went wrong" in said
+    assert hub.files(repo).items() >= {**SHARDS, **FILES}.items()
