@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import tiny
+from loopback import LoopbackHub
 
 METHODS = {"linear": "{}", "slerp": "{t: 0.5}", "ties": "{density: 0.5}", "dare_ties": "{density: 0.5}"}
 RUN = """
@@ -36,7 +39,14 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     }
 
 
-def measured(method: str, models: list[Path], folder: Path, memory: int = 0) -> dict[str, int]:
+def measured(
+    method: str,
+    models: Sequence[Path | str],
+    folder: Path,
+    memory: int = 0,
+    to: str = "",
+    env: Mapping[str, str] = os.environ,
+) -> dict[str, int]:
     """Run a merge in a process of its own; its peak memory and what was planned."""
     listed = ", ".join(f"{{model: {model}}}" for model in (models[1:2] if method == "slerp" else models[1:]))
     folder.mkdir()
@@ -44,8 +54,9 @@ def measured(method: str, models: list[Path], folder: Path, memory: int = 0) -> 
     recipe.write_text(
         f"merge_method: {method}\nbase_model: {models[0]}\nmodels: [{listed}]\nparameters: {METHODS[method]}\n"
     )
-    command = [sys.executable, "-c", RUN, str(recipe), str(folder / "out"), str(memory)]
-    answer: dict[str, int] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command = [sys.executable, "-c", RUN, str(recipe), to or str(folder / "out"), str(memory)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    answer: dict[str, int] = json.loads(done.stdout)
     return answer
 
 
@@ -68,3 +79,17 @@ def test_a_smaller_allowance_is_kept(parents: dict[str, list[Path]], tmp_path: P
     assert kept["code"] == 0
     assert kept["threads"] < free["threads"]
     assert kept["peak"] <= kept["planned"] < free["planned"]
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_memory_is_kept_from_hub_to_hub(
+    method: str, served: LoopbackHub, parents: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """Read ahead and upload are in the plan too: models read from the Hub and the merge published there."""
+    models = [f"org/{method}-{number}" for number in range(3)]
+    for name, folder in zip(models, parents["large"], strict=True):
+        served.add_model(name, folder)
+    env = {**os.environ, **served.env(tmp_path / "home", "hf_writer_of_org")}
+    found = measured(method, models, tmp_path / "hub", to=f"hf://org/{method}", env=env)
+    assert found["code"] == 0
+    assert found["peak"] <= found["planned"] < 2.5 * found["peak"]

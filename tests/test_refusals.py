@@ -156,7 +156,7 @@ RECIPES = {
     ),
     "shapes that do not fit": (
         ties(model="  - ▸model: ./wide"), 4,
-        "model.embed_tokens.weight is 40x16 in one, but 40x32 in wide", "vocabularies",
+        "model.embed_tokens.weight is 40x16 in one, but 40x32 in wide", "only tensors of one shape",
     ),
     "other number of layers": (ties(base="base_model: ▸./one", model="  - model: ./deep"), 4,
         "different numbers of layers in model.layers: deep has 3, one has 2", "layer_range",

@@ -42,7 +42,7 @@ def is_tied(config: Config) -> bool:
 
 def is_quantised(config: Config) -> bool:
     """Whether the tensors are stored in a form that must not be merged as numbers."""
-    return any("quantization_config" in part for part in _parts(config))
+    return any(part.get("quantization_config") is not None for part in _parts(config))
 
 
 def with_dtype(config: Config, dtype: str) -> dict[str, Any]:

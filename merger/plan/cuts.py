@@ -137,15 +137,17 @@ def _module(
 def _cuts(
     locked: LockedRecipe, table: Mapping[str, Method], findings: Findings, module: Module, stack: str | None
 ) -> Iterator[Cut]:
-    for piece in module.slices:
+    inside = "" if module.name is None else f"modules.{module.name}."
+    for number, piece in enumerate(module.slices):
         taken = parts(locked, piece, table[piece.method])
-        ranges = [_range(part, stack, findings) for part in taken]
+        where = f"{inside}slices[{number}]"
+        ranges = [_range(part, stack, where, findings) for part in taken]
         sound = [found for found in ranges if found is not None]
         if len(sound) == len(taken) and _equally_long(piece, taken, sound, stack, findings):
             yield Cut(piece, module, taken, tuple(start for start, _ in sound), sound[0][1] - sound[0][0])
 
 
-def _range(part: Part, stack: str | None, findings: Findings) -> tuple[int, int] | None:
+def _range(part: Part, stack: str | None, where: str, findings: Findings) -> tuple[int, int] | None:
     """The part's layers; None, and a problem, where its model does not have them."""
     count = part.model.architecture.stacks.get(stack or "", 0)
     if stack is not None and count == 0:
@@ -160,7 +162,7 @@ def _range(part: Part, stack: str | None, findings: Findings) -> tuple[int, int]
     hint = f"its last layer is {count - 1}: end at {count} or before"
     if stack is None:
         what, hint = f"the module {DEFAULT} has no layers of its own", "write models: in place of slices: there"
-    findings.about_recipe(what, part.source.range_at, f"sources[{part.source.model}].layer_range", hint)
+    findings.about_recipe(what, part.source.range_at, f"{where}.sources[{part.source.model}].layer_range", hint)
     return None
 
 

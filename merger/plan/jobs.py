@@ -280,7 +280,7 @@ class _Maker:
         part = next(part for part in piece.parts if part.number == number)
         mine = f"{_shape(leading)} in {piece.parts[piece.leader].model.name}"
         hint = "only tensors of one shape can be merged"
-        if is_embedding(tensor.name) or is_head(tensor.name):
+        if (is_embedding(tensor.name) or is_head(tensor.name)) and tensor.shape[1:] == leading.shape[1:]:
             hint = "their vocabularies differ; tokenizer: is not built yet, so give both models one vocabulary first"
         what = f"{tensor.name} is {mine}, but {_shape(tensor)} in {part.model.name}"
         self._findings.about_part(what, part, hint)

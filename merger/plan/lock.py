@@ -176,7 +176,10 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
 def _tensors(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
     index = store.fetch(located, INDEX).decode("utf-8", "replace") if INDEX in located.files else None
     files = weight_files(located.files, index)
-    return gather(pool.map(lambda file: _header(located, store, file), files), index)
+    tensors = gather(pool.map(lambda file: _header(located, store, file), files), index)
+    if not tensors:
+        raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
+    return tensors
 
 
 def _header(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
