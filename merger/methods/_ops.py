@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Blocks: TypeAlias = "Iterable[Sequence[Tensor]]"
 """The blocks of a whole tensor, each a list with one block a model; it may be walked several times."""
+
+Pair = TypeVar("Pair")
 
 CHUNK = 65_536
 """Entries that a reduction takes at a time; the engine's blocks are a multiple of it."""
@@ -65,14 +67,14 @@ def scratch(slot: str, like: Tensor) -> Tensor:
     return kept[:entries].view(like.shape)
 
 
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """The tensor times `factor`, in a buffer that the next call reuses."""
+def scaled(tensor: Tensor, factor: float | Tensor) -> Tensor:
+    """The tensor times `factor` (a number, or one for each row or column), in a buffer that the next call reuses."""
     import torch
 
     return torch.mul(tensor, factor, out=scratch("scaled", tensor))
 
 
-def weighted_sum(tensors: Iterable[Tensor], factors: Sequence[float]) -> Tensor:
+def weighted_sum(tensors: Iterable[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
     """The sum of each tensor times its factor, as a new tensor."""
     pairs = zip(tensors, factors, strict=True)
     first, factor = next(pairs)
@@ -219,11 +221,42 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[NDArray[np.float64]]]:
         yield chunks
 
 
+def gram(blocks: Blocks) -> list[list[float]]:
+    """The dot products of whole tensors: a square table, each tensor with each, itself included."""
+    chunks = [dots for block in blocks for dots in dot_sums(block)]
+    return square([math.fsum(column) for column in zip(*chunks, strict=True)])
+
+
+def square(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """A symmetric table, from what stands on and above its diagonal, row by row."""
+    size = math.isqrt(2 * len(pairs))
+    places = list(combinations_with_replacement(range(size), 2))
+    found = dict(zip(places, pairs, strict=True))
+    return [[found[min(row, column), max(row, column)] for column in range(size)] for row in range(size)]
+
+
+# Order
+
+
 def kth_magnitudes(blocks: Blocks, density: Sequence[float]) -> tuple[float, ...]:
     """For each model the least magnitude among the ``int(density * entries)`` largest of its tensor; see `_select`."""
     from merger.methods import _select
 
     return _select.kth_magnitudes(blocks, density)
+
+
+def quartiles(blocks: Blocks) -> tuple[float, float, float]:
+    """Of the one tensor that comes in these blocks, its entries at a quarter, half and three quarters of their order.
+
+    Exactly, and without a mean of two: the entry of rank ⌊q (N−1)⌋ from zero. They must not be negative.
+    """
+    from merger.methods import _select
+
+    def rank(quarters: int) -> Callable[[int], int]:
+        return lambda count: count - quarters * (count - 1) // 4
+
+    low, middle, high = _select.ranked(blocks, [rank(1), rank(2), rank(3)])
+    return low, middle, high
 
 
 def l1_factors(

@@ -11,8 +11,9 @@ exactly, denormals included. Not here: what a method does with the threshold (`_
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from merger.methods._ops import CHUNK, array
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from merger.methods._ops import Blocks
 
 Bits = NDArray[np.uint32]
@@ -45,14 +48,40 @@ def kth_magnitudes(blocks: Blocks, density: Sequence[float]) -> tuple[float, ...
 
     Density 1 gives 0 (all entries reach it), density 0 gives infinity (none does); neither reads anything.
     """
-    found = {model: np.inf if share <= 0 else 0.0 for model, share in enumerate(density)}
-    searches: dict[int, Search] = {model: _Sample(share) for model, share in enumerate(density) if 0 < share < 1}
+    known = {model: np.inf if share <= 0 else 0.0 for model, share in enumerate(density)}
+    searches = {model: _Sample(partial(_count, share)) for model, share in enumerate(density) if 0 < share < 1}
+    return tuple((known | _found(blocks, searches)).values())
+
+
+def ranked(blocks: Blocks, ranks: Sequence[Callable[[int], int]]) -> tuple[float, ...]:
+    """Of one tensor, the magnitudes of several ranks; each a function of how many entries there are, 1 the largest."""
+    found = _found(_Repeated(blocks, len(ranks)), {place: _Sample(rank) for place, rank in enumerate(ranks)})
+    return tuple(found[place] for place in range(len(ranks)))
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """One tensor's blocks, as if it were several models'."""
+
+    blocks: Blocks
+    times: int
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        return ([block] * self.times for (block,) in self.blocks)
+
+
+def _count(density: float, entries: int) -> int:
+    return max(1, int(density * entries))
+
+
+def _found(blocks: Blocks, searches: Mapping[int, Search]) -> dict[int, float]:
+    found: dict[int, float] = {}
     while searches:
         _read(blocks, searches)
         outcomes = {model: search.outcome() for model, search in searches.items()}
         found |= {model: _magnitude(bits) for model, bits in outcomes.items() if isinstance(bits, int)}
         searches = {model: search for model, search in outcomes.items() if not isinstance(search, int)}
-    return tuple(found.values())
+    return found
 
 
 def _read(blocks: Blocks, searches: Mapping[int, Search]) -> None:
@@ -92,7 +121,7 @@ def _nth_largest_of_many(entries: Bits, rank: int) -> int:
 class _Sample:
     """Every `stride`-th entry; the stride grows with the tensor, so that a small one is held entirely."""
 
-    density: float
+    rank: Callable[[int], int]
     stride: int = 1
     seen: int = 0
     held: int = 0
@@ -114,7 +143,7 @@ class _Sample:
     def outcome(self) -> int | Search:
         if not self.seen:
             return 0
-        rank = max(1, int(self.density * self.seen))
+        rank = self.rank(self.seen)
         sample = np.concatenate(self.pieces)
         if self.stride == 1:
             return _nth_largest_of_many(sample, rank) if sample.size > CHUNK else _nth_largest(sample, rank)

@@ -73,11 +73,11 @@ def slerp(tensors: Tensors, t: float, *, measured: Angle | None = None) -> Tenso
     return weighted_sum(tensors, coefficients(t, angle))
 
 
-def coefficients(t: float, angle: Angle) -> tuple[float, float]:
-    """What the first and the second tensor are multiplied by."""
+def coefficients(t: float, angle: Angle, parallel: float = _PARALLEL) -> tuple[float, float]:
+    """What the first and the second tensor are multiplied by; above the cosine `parallel`, linearly."""
     norms = angle.first * angle.second
     cosine = angle.dot / norms if norms else 1.0
-    if cosine > _PARALLEL:
+    if cosine > parallel:
         return 1 - t, t
     if cosine < _OPPOSITE:
         return _nearer(t, angle)

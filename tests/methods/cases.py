@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from merger.methods._ops import Rng
 from merger.methods.registry import Method, Param, Range, declared
 
 KINDS = ("normal", "heavy", "sparse", "few values", "zeros")
+TOLERANCES = (0.0, 1e-8, 1e-5, 1e-2)
 STEP = 16  # drawn numbers are whole sixteenths: sums of weights are then exact in float32
 
 
@@ -37,8 +39,9 @@ class Case:
 
     def run_in_blocks(self, cuts: Sequence[int]) -> torch.Tensor:
         """The method as the engine calls it: measure over all blocks, then each block by itself."""
-        edges = [0, *cuts, self.tensors[0].numel()]
-        blocks = Blocks(self.tensors, edges)
+        step = self.step
+        edges = sorted({0, *(cut // step * step for cut in cuts), self.tensors[0].numel()})
+        blocks = Blocks(self.tensors, edges, self.method.unit)
         found = {}
         if self.method.measure:
             offered = {**self.arguments, "rng": self.rng}
@@ -47,7 +50,15 @@ class Case:
         for start, block in zip(edges, blocks, strict=False):
             rng = {"rng": self.rng.at(start)} if self.method.random else {}
             pieces.append(self.method.function(block, **self.arguments, **rng, **found))
-        return torch.cat(pieces).view(self.tensors[0].shape)
+            assert pieces[-1].shape == block[0].shape
+        return torch.cat([piece.view(-1) for piece in pieces]).view(self.tensors[0].shape)
+
+    @property
+    def step(self) -> int:
+        """The fewest entries that a block of this method may hold."""
+        tensor = self.tensors[0]
+        row = tensor.shape[-1] if tensor.ndim > 1 else tensor.numel()
+        return {"entries": 1, "rows": row, "matrix": tensor.numel()}[self.method.unit]
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Case:
         """The same case on other tensors."""
@@ -60,10 +71,13 @@ class Blocks:
 
     tensors: Sequence[torch.Tensor]
     edges: Sequence[int]
+    unit: str = "entries"
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        whole = self.tensors[0].shape
+        shape = {"entries": (-1,), "rows": (-1, whole[-1]), "matrix": whole}[self.unit]
         for start, end in zip(self.edges, self.edges[1:], strict=False):
-            yield [tensor.reshape(-1)[start:end].clone() for tensor in self.tensors]
+            yield [tensor.reshape(-1)[start:end].clone().view(shape) for tensor in self.tensors]
 
 
 def tensor(kind: str, seed: int, shape: Sequence[int]) -> torch.Tensor:
@@ -87,6 +101,7 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
         st.just((1,)),
         small,
         st.tuples(st.integers(1, 12), st.integers(1, 12)),
+        st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)),
         st.tuples(st.integers(1000, 5000)),
         small,
         st.sampled_from([(65_537,), (3, 50_000)]),
@@ -100,9 +115,20 @@ def numbers(bounds: Range | None) -> st.SearchStrategy[float]:
     return st.integers(int(low * STEP), int(high * STEP)).map(lambda number: number / STEP)
 
 
+def wholes(bounds: Range | None) -> st.SearchStrategy[int]:
+    """Whole numbers inside the bounds."""
+    low = bounds.low if bounds and bounds.low is not None else 0
+    high = bounds.high if bounds and bounds.high is not None else low + 20
+    return st.integers(math.ceil(low), math.floor(high))
+
+
 def values(param: Param, models: int) -> st.SearchStrategy[Any]:
     """What a recipe may say for `param`, as the engine hands it over."""
-    one: st.SearchStrategy[Any] = st.booleans() if param.kind == "bool" else numbers(param.bounds)
+    one: st.SearchStrategy[Any] = {
+        "bool": st.booleans(),
+        "int": wholes(param.bounds),
+        "float": st.sampled_from(TOLERANCES) if param.name in ("eps", "tol") else numbers(param.bounds),
+    }[param.kind]
     return st.lists(one, min_size=models, max_size=models) if param.per_model else one
 
 

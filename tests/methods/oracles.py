@@ -1,30 +1,16 @@
 """Each method's formula once more, straight from the page: numpy, float64, whole tensors, sorts. Shares no code with
-`merger.methods`. An oracle gives the answers that are right (more than one where rounding decides an election) and the
-size of what was added up, which says how much rounding is allowed."""
+`merger.methods`. What an oracle gives is told in `answer`; the methods of angles are in `oracles_geometry`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The results that are right at each entry, and the magnitude of the terms there."""
-
-    right: tuple[Array, ...]
-    size: Array
-
-
-def _sum(tensors: Sequence[Array], factors: Sequence[float]) -> Answer:
-    terms = [factor * tensor for tensor, factor in zip(tensors, factors, strict=True)]
-    return Answer((np.sum(terms, axis=0),), np.sum(np.abs(terms), axis=0))
+from .answer import Answer, Array
+from .answer import summed as _sum
+from .oracles_geometry import arcee_fusion, karcher, model_stock, multislerp, nearswap, nuslerp
 
 
 def linear(tensors: Sequence[Array], weight: Sequence[float], normalize: bool) -> Answer:
@@ -134,5 +120,8 @@ def dare_ties(
 
 ORACLES: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (linear, passthrough, slerp, task_arithmetic, ties, dare_linear, dare_ties)
+    for function in (
+        *(linear, passthrough, slerp, task_arithmetic, ties, dare_linear, dare_ties),
+        *(nuslerp, multislerp, karcher, nearswap, arcee_fusion, model_stock),
+    )
 }

@@ -1,0 +1,81 @@
+"""Model Stock: the mean of fine-tunes, drawn towards the base as far as they disagree. Not here: weights (linear)."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from merger.methods._ops import Blocks, square
+from merger.methods._rows import as_rows, row_dots, whole_dots
+from merger.methods.registry import Deltas, Paper, merge_method
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+_PAPER = Paper(
+    "Jang et al.", 2024, "Model Stock: All we need is just a few fine-tuned models", "https://arxiv.org/abs/2403.19522"
+)
+
+
+def measure(blocks: Blocks, filter_wise: bool = False) -> float | None:
+    """How far the whole tensor goes from the base to the mean; nothing is read where each row has its own."""
+    return None if filter_wise else float(_ratios(whole_dots(blocks))[0])
+
+
+@merge_method(
+    "model_stock",
+    title="Model Stock",
+    paper=_PAPER,
+    models=(2, None),
+    unit="rows",
+    measure=measure,
+    laws=("zero", "idempotent", "permutation", "scale"),
+)
+def model_stock(deltas: Deltas, filter_wise: bool = False, *, measured: float | None = None) -> Tensor:
+    """The mean of the fine-tunes, drawn towards the base the more they point in different directions.
+
+    With τᵢ = θᵢ − θ₀, N of them, and cos the mean of τᵢ·τⱼ / (‖τᵢ‖ ‖τⱼ‖) over all pairs, the result is
+    θ₀ + t · mean(τᵢ), t = N cos / (1 + (N−1) cos): one cos for the whole tensor, or with filter_wise one for each row
+    (along the last dimension). A pair with a zero delta counts with cosine 0. The mean over pairs is mergekit's, for
+    more than two models; the paper takes all angles as equal.
+
+    Departs from mergekit: a negative cos counts as 0, which gives the base, where there t is negative and grows
+    without bound as cos nears −1 / (N−1); norms have no floor, where there a product of norms below 1e-6 counts as
+    1e-6, which draws small deltas to the base. Cosines are float64.
+
+    Args:
+        filter_wise: a cosine for each row, not one for the whole tensor.
+
+    >>> import torch
+    >>> one, other = torch.tensor([3.0, 4.0, 0.0, 0.0]), torch.tensor([3.0, 0.0, 4.0, 0.0])
+    >>> model_stock([one, other])
+    tensor([1.5882, 1.0588, 1.0588, 0.0000])
+    """
+    rows = [as_rows(delta) for delta in deltas]
+    if filter_wise:
+        ratio: float | Tensor = rows[0].new_tensor(_ratios(row_dots(rows)) / len(rows)).view(-1, 1)
+    else:
+        found = measure([rows]) if measured is None else measured
+        assert found is not None
+        ratio = found / len(rows)
+    total = rows[0] + rows[1]
+    for delta in rows[2:]:
+        total.add_(delta)
+    return total.mul_(ratio).view(deltas[0].shape)
+
+
+def _ratios(dots: NDArray[np.float64]) -> NDArray[np.float64]:
+    """t of each column of dot products."""
+    import numpy as np
+
+    table = square(list(dots))
+    models = len(table)
+    norms = [np.sqrt(row[place]) for place, row in enumerate(table)]
+    cosine = np.zeros(dots.shape[1])
+    for one, other in combinations(range(models), 2):
+        product = norms[one] * norms[other]
+        cosine += np.divide(table[one][other], product, out=np.zeros_like(product), where=product > 0)
+    mean = np.clip(cosine / (models * (models - 1) / 2), 0, 1)
+    return models * mean / (1 + (models - 1) * mean)

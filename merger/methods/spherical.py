@@ -1,0 +1,221 @@
+"""Means on the sphere of directions, of any number of models: Multi-SLERP and the Karcher mean.
+
+Either mean is a sum of the tensors times one number each, and those numbers follow from the dot products of the
+tensors with each other: one pass measures these, and what iterates does so on a handful of numbers. Not here: the arc
+between two (slerp, nuslerp).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from merger.methods._ops import Blocks, gram, per_model, weighted_sum
+from merger.methods.registry import Paper, PerModel, Range, Tensors, merge_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The name is that of a paper from 1990; the centre of mass is Grove's and Karcher's, and the method best told here.
+_KARCHER = Paper(
+    "Karcher", 1977, "Riemannian center of mass and mollifier smoothing", "https://doi.org/10.1002/cpa.3160300502"
+)
+
+_OPPOSITE = -1 + 1e-6  # as in slerp: closer than that, the direction between two is float32's rounding
+_CANCELLED = 1e-4  # a sum of unit vectors shorter than that share of its terms: its direction is rounding too
+_NEAREST = 1e-7  # angles below are noise: a cosine in float64 tells no smaller ones apart
+_SPECK = 1e-30  # of the largest norm; float32 could not hold the factor that would bring a smaller tensor to its size
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The tensors' norms, and the dot products of their directions; a zero tensor has none, and products of 0."""
+
+    norms: tuple[float, ...]
+    cosines: tuple[tuple[float, ...], ...]
+
+    def along(self, vector: Sequence[float]) -> list[float]:
+        """The dot products of each direction with a sum of directions, which is given by its coefficients."""
+        return [math.fsum(cosine * part for cosine, part in zip(row, vector, strict=True)) for row in self.cosines]
+
+    def length(self, vector: Sequence[float]) -> float:
+        """The norm of a sum of directions."""
+        products = (part * dot for part, dot in zip(vector, self.along(vector), strict=True))
+        return math.sqrt(max(0.0, math.fsum(products)))
+
+    def factors(self, vector: Sequence[float], norm: float) -> tuple[float, ...]:
+        """What each tensor is multiplied by to make `norm` times a sum of their directions."""
+        return tuple(norm * part / own if own else 0.0 for part, own in zip(vector, self.norms, strict=True))
+
+
+def directions(blocks: Blocks) -> Directions:
+    """The norms and the angles of whole tensors, in one pass."""
+    dots = gram(blocks)
+    norms = [math.sqrt(row[place]) for place, row in enumerate(dots)]
+    norms = [norm if norm > _SPECK * max(norms) else 0.0 for norm in norms]
+    cosines = [
+        [dot / (own * other) if own and other else 0.0 for dot, other in zip(row, norms, strict=True)]
+        for row, own in zip(dots, norms, strict=True)
+    ]
+    return Directions(tuple(norms), tuple(map(tuple, cosines)))
+
+
+# Multi-SLERP
+
+
+def _check(weight: Sequence[float], normalize_weights: bool) -> None:
+    if normalize_weights and abs(math.fsum(weight)) < 1e-8:
+        listed = ", ".join(f"{number:g}" for number in weight)
+        raise ValueError(
+            f"the weights {listed} sum to zero, and normalize_weights divides by their sum; "
+            "set normalize_weights: false"
+        )
+
+
+def measure_multislerp(
+    blocks: Blocks, weight: Sequence[float], normalize_weights: bool = True, eps: float = 1e-8
+) -> tuple[float, ...]:
+    """What each tensor is multiplied by."""
+    found = directions(blocks)
+    total = math.fsum(weight) if normalize_weights else 1.0
+    weights = [number / total for number in weight]
+    length = found.length(weights)
+    terms = math.fsum(abs(number) for number, norm in zip(weights, found.norms, strict=True) if norm)
+    if length < max(eps, _CANCELLED * terms) or not length:
+        return tuple(weights)
+    norm = math.fsum(number * own for number, own in zip(weights, found.norms, strict=True))
+    return found.factors(weights, norm / length)
+
+
+@merge_method(
+    "multislerp",
+    title="Multi-SLERP",
+    models=(2, None),
+    base="optional",
+    measure=measure_multislerp,
+    check=_check,
+    laws=("zero", "idempotent", "permutation", "scale"),
+)
+def multislerp(
+    tensors: Tensors,
+    weight: PerModel = 1.0,
+    normalize_weights: bool = True,
+    eps: Annotated[float, Range(0)] = 1e-8,
+    *,
+    measured: tuple[float, ...] | None = None,
+) -> Tensor:
+    """The weighted mean of the models' directions, with the weighted mean of their norms.
+
+    With uᵢ = θᵢ / ‖θᵢ‖ and the weights divided by their sum if normalize_weights, the result is
+    Σ wᵢ ‖θᵢ‖ · m / ‖m‖, m = Σ wᵢ uᵢ. With a base, τᵢ = θᵢ − θ₀ stand in for θᵢ, and θ₀ is added. Where ‖m‖ < eps no
+    direction is left, and the result is Σ wᵢ θᵢ.
+
+    Departs from mergekit: its step in the tangent space at m̂ = m / ‖m‖, Σ wᵢ (uᵢ − (uᵢ·m̂) m̂), is not taken, for it
+    is m − (m·m̂) m̂ = 0; three models or more that cancel fall back to Σ wᵢ θᵢ as two do, where there the merge ends
+    in an error, also for a tensor that no model has changed; ‖m‖ below 1e-4 Σ |wᵢ| counts as cancelled, its direction
+    being rounding; eps is not added to norms, so that small task vectors keep their size; weights that sum to zero are
+    an error under normalize_weights; and weight may be left out. Norms and angles are float64.
+
+    Args:
+        weight: how much each model counts, in the direction and in the norm.
+        normalize_weights: divide by the sum of the weights, so that only their ratios count.
+        eps: the length below which the mean of the directions is none.
+
+    >>> import torch
+    >>> multislerp([torch.tensor([4.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 0.0])])
+    tensor([2.1213, 2.1213, 0.0000, 0.0000])
+    """
+    weights = per_model(weight, len(tensors))
+    _check(weights, normalize_weights)
+    return weighted_sum(tensors, measured or measure_multislerp([tensors], weights, normalize_weights, eps))
+
+
+# Karcher mean
+
+
+def measure_karcher(blocks: Blocks, max_iter: int = 10, tol: float = 1e-5) -> tuple[float, ...]:
+    """What each tensor is multiplied by."""
+    found = directions(blocks)
+    if not any(found.norms):
+        return found.norms
+    return found.factors(_centre(found, max_iter, max(tol, _NEAREST)), math.fsum(found.norms) / len(found.norms))
+
+
+def _centre(found: Directions, max_iter: int, tol: float) -> list[float]:
+    """The centre of the directions, as the coefficients of a sum of them."""
+    centre = _start(found, tol)
+    for _ in range(max_iter):
+        step = _step(found, centre, tol)
+        length = found.length(step)
+        if length < tol:
+            break
+        ahead = math.sin(length) / length
+        moved = [math.cos(length) * here + ahead * there for here, there in zip(centre, step, strict=True)]
+        norm = found.length(moved)
+        centre = [part / norm for part in moved]
+    return centre
+
+
+def _start(found: Directions, tol: float) -> list[float]:
+    """The mean of the directions, normalised; the first of them where they cancel."""
+    used = [1.0 if norm else 0.0 for norm in found.norms]
+    length = found.length(used)
+    if length >= tol * sum(used):
+        return [part / length for part in used]
+    return [1.0 if place == used.index(1) else 0.0 for place in range(len(used))]
+
+
+def _step(found: Directions, centre: Sequence[float], tol: float) -> list[float]:
+    """The mean of the arcs from the centre to each direction, in the tangent space there."""
+    dots = found.along(centre)
+    used = sum(map(bool, found.norms))
+    pulls = [_pull(dot, tol) / used if norm else 0.0 for dot, norm in zip(dots, found.norms, strict=True)]
+    back = math.fsum(pull * dot for pull, dot in zip(pulls, dots, strict=True))
+    return [pull - back * here for pull, here in zip(pulls, centre, strict=True)]
+
+
+def _pull(cosine: float, tol: float) -> float:
+    """ω / sin ω; 0 for a direction that is reached already, and for one so opposite that no way to it is shorter."""
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    return 0.0 if angle < tol or cosine < _OPPOSITE else angle / math.sin(angle)
+
+
+@merge_method(
+    "karcher",
+    title="Karcher mean",
+    paper=_KARCHER,
+    models=(2, None),
+    base="included",
+    measure=measure_karcher,
+    laws=("zero", "idempotent", "permutation", "scale"),
+)
+def karcher(
+    tensors: Tensors,
+    max_iter: Annotated[int, Range(0)] = 10,
+    tol: Annotated[float, Range(0)] = 1e-5,
+    *,
+    measured: tuple[float, ...] | None = None,
+) -> Tensor:
+    """The centre of mass of the models' directions on the sphere, with the mean of their norms.
+
+    With uᵢ = θᵢ / ‖θᵢ‖ and c the mean of the uᵢ normalised (the first of them where that mean is shorter than tol),
+    repeated at most max_iter times: T = mean of ωᵢ / sin ωᵢ · (uᵢ − cos ωᵢ c) over the models, ωᵢ being the angle
+    between c and uᵢ, without those of ωᵢ < tol; stop where ‖T‖ < tol; c ← cos ‖T‖ c + sin ‖T‖ T / ‖T‖, normalised. The
+    result is the mean of the ‖θᵢ‖ times c. Zero tensors have no direction, but count in the mean of the norms. A base
+    model that the recipe names is one more model. For two models it is their slerp at 0.5, but for the norm.
+
+    Departs from mergekit: a small tensor has a direction, where there norms of tol and less count as zero; a uᵢ that
+    is opposite to c (cos ωᵢ < −1 + 1e-6) draws it nowhere, where there it is thrown to a point made of rounding; a tol
+    below 1e-7 counts as 1e-7. All but the final sum is float64, whatever the dtype.
+
+    Args:
+        max_iter: how many steps at most.
+        tol: the angle, in radians, that counts as none; a step shorter than that is the last.
+
+    >>> import torch
+    >>> karcher([torch.tensor([3.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])])
+    tensor([1.4142, 1.4142, 0.0000, 0.0000])
+    """
+    return weighted_sum(tensors, measured or measure_karcher([tensors], max_iter, tol))
