@@ -12,7 +12,7 @@ def licence(planned: Plan) -> str | None:
     """The identifier for the card's metadata; None where the parents' licences differ or one is unknown."""
     stated = planned.locked.recipe.publish.license
     if stated is not None:
-        return stated
+        return " ".join(stated.split())  # a line break could end the card's front matter
     theirs = {model.licence for model in planned.locked.models}
     return theirs.pop() if len(theirs) == 1 else None
 

@@ -115,7 +115,7 @@ def _metadata(planned: Plan, used: list[Method]) -> str:
         data["license"] = stated
     data["library_name"] = "transformers"
     task = donor.card.get("pipeline_tag") or _TASKS.get(_auto_class(planned.config))
-    if isinstance(task, str):
+    if isinstance(task, str) and _TASK.fullmatch(task):
         data["pipeline_tag"] = task
     data["tags"] = ["merge", "merger", *(method.name for method in used)]
     if parents:
@@ -124,6 +124,7 @@ def _metadata(planned: Plan, used: list[Method]) -> str:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
+_TASK = re.compile(r"[a-z0-9-]+")
 _TASKS = {"AutoModelForCausalLM": "text-generation"}
 
 

@@ -101,7 +101,7 @@ class LockedModel:
     def licence(self) -> str | None:
         """The licence that its card states."""
         stated = self.card.get("license")
-        return stated if isinstance(stated, str) else None
+        return " ".join(stated.split()) if isinstance(stated, str) else None
 
 
 @dataclass(frozen=True)
