@@ -1,4 +1,4 @@
-"""README's tables, made from the code they tell of: `python docs/tables.py` writes them, `--check` only compares.
+"""README's tables and docs/methods.md, made from the code they tell of: `python docs/tables.py` writes, `--check` compares.
 
 A table stands between the lines `<!-- NAME:start -->` and `<!-- NAME:end -->`. Not here: any other word of README.
 """
@@ -10,22 +10,27 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from merger.console import needs
 from merger.errors import MergerError
-from merger.methods.registry import Method, methods
+from merger.methods.registry import Method, Param, methods
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+METHODS = ROOT / "docs" / "methods.md"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write or check the tables; 1 if the check finds a difference."""
-    found = README.read_text("utf-8")
-    wanted = filled(found, {"methods": methods_table(methods().values()), "exit-codes": exit_codes_table()})
-    if found == wanted:
-        return 0
+    """Write or check what is generated; 1 if the check finds a difference."""
+    built = methods().values()
+    tables = {"methods": methods_table(built), "exit-codes": exit_codes_table()}
+    wanted = {README: filled(README.read_text("utf-8"), tables), METHODS: methods_page(built)}
+    stale = [page for page, text in wanted.items() if not page.exists() or page.read_text("utf-8") != text]
     if "--check" in arguments:
-        print("README.md: its tables are not those of the code; run make tables", file=sys.stderr)
-        return 1
-    README.write_text(wanted, "utf-8")
+        for page in stale:
+            print(f"{page.name}: not what the code says; run make tables", file=sys.stderr)
+        return int(bool(stale))
+    for page in stale:
+        page.write_text(wanted[page], "utf-8")
     return 0
 
 
@@ -43,6 +48,31 @@ def methods_table(built: Iterable[Method]) -> str:
     """A row for each merge method."""
     rows = [(f"`{method.name}`", method.summary, parameters(method), source(method)) for method in built]
     return table(("method", "what comes out", "parameters", "from"), rows)
+
+
+def methods_page(built: Iterable[Method]) -> str:
+    """All about each method: what it computes, where it departs from mergekit, its parameters."""
+    head = "# Methods\n\nGenerated from the code by `make tables`; `merger methods NAME` says the same.\n"
+    return "\n".join([head, *(method_section(method) for method in built)])
+
+
+def method_section(method: Method) -> str:
+    """A method's part of the page."""
+    lines = [f"## `{method.name}`: {method.title}", "", method.description, "", f"Models: {needs(method)}.", ""]
+    if method.params:
+        head = ("parameter", "kind", "default", "what it is")
+        lines += [table(head, [parameter(param) for param in method.params]), ""]
+    if method.paper:
+        lines += [f"From {source(method)}, *{method.paper.title}*.", ""]
+    return "\n".join(lines)
+
+
+def parameter(param: Param) -> tuple[str, str, str, str]:
+    """A row of a method's table."""
+    kind = "a number for each model" if param.per_model else param.kind
+    bounds = f", {param.bounds}" if param.bounds else ""
+    default = "required" if param.required else str(param.default).lower()
+    return f"`{param.name}`", kind + bounds, default, param.description
 
 
 def parameters(method: Method) -> str:

@@ -117,7 +117,7 @@ def method_text(method: Method) -> str:
         "",
         method.description,
         "",
-        f"models: {_count(method)}",
+        f"models: {needs(method)}",
         "",
         "parameters:",
     ]
