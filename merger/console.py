@@ -128,7 +128,8 @@ def method_text(method: Method) -> str:
     return "\n".join(lines)
 
 
-def _count(method: Method) -> str:
+def needs(method: Method) -> str:
+    """How many models a method takes, and what the base model is to it."""
     least, most = method.models
     count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
     return count + _BASES[method.base]
