@@ -1,4 +1,4 @@
-"""README's tables and docs/methods.md, made from the code they tell of: `python docs/tables.py` writes, `--check` compares.
+"""README's tables and docs/methods.md, made from the code: `python docs/tables.py` writes them, `--check` compares.
 
 A table stands between the lines `<!-- NAME:start -->` and `<!-- NAME:end -->`. Not here: any other word of README.
 """

@@ -292,6 +292,7 @@ def _docstring(function: Callable[..., Any]) -> tuple[str, str, dict[str, str]]:
     if not text:
         raise TypeError(f"{function.__name__}: a merge method needs a docstring")
     body, _, rest = text.partition("\nArgs:\n")
+    body = re.split(r"\n(?=>>> )", body)[0]  # an example without Args: before it
     block = re.split(r"\n(?=\S)", rest, maxsplit=1)[0]
     found = re.findall(r"^    (\w+): ((?:.|\n {8,})*)", block, flags=re.MULTILINE)
     arguments = {name: " ".join(words.split()) for name, words in found}
