@@ -1,6 +1,7 @@
 """The largest positive and the least negative entry among several tensors, and the choice between the two.
 
-What methods share that keep one model's entry in place of a sum (emr, magmax). Not here: sums and their election (`_ops`).
+What methods share that keep one model's entry in place of a sum (emr, magmax). Not here: sums and their election
+(`_ops`).
 """
 
 from __future__ import annotations

@@ -49,12 +49,13 @@ def matrix_sum(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
 
 
 def spectrum(matrix: Tensor, top: int | None = None, noise: float = 0.0) -> Spectrum:
-    """The `top` singular triples (None: all), without those whose value is at most `noise`, or `TINY` of the largest."""
+    """The `top` singular triples (None: all) whose values are above `noise` and above `TINY` of the largest."""
     if matrix.shape[0] > matrix.shape[1]:
         turned = spectrum(matrix.T, top, noise)
         return Spectrum(turned.right.T, turned.values, turned.left.T)
     values, vectors = eigen(matrix @ matrix.T)
-    left = vectors[:, (values > max(noise, TINY * float(values[0]))).nonzero()[:top, 0]]
+    kept = (values > max(noise, TINY * float(values[-1]))).nonzero()[:, 0].flip(0)[:top]
+    left = vectors[:, kept]
     right = left.T @ matrix
     norms = right.norm(dim=1)  # nearer the truth than the eigenvalue's root: wrong by the square of the vector's error
     return Spectrum(left, norms, right.div_(norms[:, None]))
@@ -66,14 +67,23 @@ def isometry(matrix: Tensor) -> tuple[Tensor, Tensor]:
         turned, values = isometry(matrix.T)
         return turned.T, values
     values, vectors = eigen(matrix.T @ matrix)
-    vectors = vectors[:, values > TINY * values[:1]]
-    inverse = values[: vectors.shape[1]].reciprocal()
-    return matrix @ (vectors * inverse) @ vectors.T, values
+    inverse = values.reciprocal().masked_fill_(values <= TINY * values[-1:], 0.0)
+    return (matrix @ vectors).mul_(inverse) @ vectors.T, values
+
+
+def side_by_side(parts: list[Spectrum]) -> tuple[Tensor, Tensor, Tensor]:
+    """The left vectors, values and right vectors of all parts, the vectors made orthonormal; the list is emptied."""
+    import torch
+
+    values = torch.cat([part.values for part in parts])
+    left, right = torch.cat([part.left for part in parts], 1), torch.cat([part.right for part in parts], 0)
+    parts.clear()  # as large as the matrix
+    return isometry(left)[0], values, isometry(right)[0]
 
 
 def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The roots of a Gram matrix's eigenvalues, from large to small, and its eigenvectors as columns in that order."""
+    """The roots of a Gram matrix's eigenvalues, from small to large, and its eigenvectors as columns in that order."""
     import torch
 
     values, vectors = torch.linalg.eigh(gram)
-    return values.clamp_(min=0).sqrt_().flip(0), vectors.flip(1)
+    return values.clamp_(min=0).sqrt_(), vectors

@@ -25,7 +25,7 @@ _PAPER = Paper("Skorobogat et al.", 2025, "Subspace-Boosted Model Merging", "htt
     paper=_PAPER,
     models=(1, None),
     unit="matrix",
-    scratch=14,
+    scratch=16,
     laws=("zero", "permutation", "scale", full("task_arithmetic", beta=1)),
 )
 def subspace_boosting(
@@ -47,9 +47,8 @@ def subspace_boosting(
     matrix of its first dimension against the others. The released code boosts the attention's and the MLP's matrices
     of a language model and not its embeddings: set spectral to false for them.
 
-    Follows section 4 of the paper and its released code, β = 0.01 as there (the paper tries 0 to 0.02). Departs:
-    directions whose singular value is zero but for rounding stay zero, where there LAPACK's arbitrary vectors are
-    raised too.
+    Follows the paper and its released code, β = 0.01 as there. Departs: directions whose singular value is zero but for
+    rounding stay zero, where there LAPACK's arbitrary vectors are raised too.
 
     Args:
         weight: how much of each task vector goes in.

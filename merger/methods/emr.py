@@ -36,7 +36,7 @@ def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tensor:
     it for each task by a mask and a rescaler, which belong to running the model for a known task and are not made here.
     As one model for all tasks a lambda below 1 is worth a try.
 
-    Follows section 3 of the paper. Departs: a sum of exactly 0 elects plus, as in ties here, where the released code
+    Follows the paper. Departs: a sum of exactly 0 elects plus, as in ties here, where the released code
     elects minus; weights are not in the paper.
 
     Args:

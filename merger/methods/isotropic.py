@@ -1,4 +1,4 @@
-"""Iso-C and Iso-CTS: a merged matrix whose singular values are all the same. Not here: the decomposition (`_spectral`)."""
+"""Iso-C and Iso-CTS: a merged matrix whose singular values are all equal. Not here: the decomposition (`_spectral`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from merger.methods._ops import per_model, weighted_sum
-from merger.methods._spectral import TINY, Spectrum, as_matrix, is_matrix, isometry, matrix_sum, spectrum
+from merger.methods._spectral import TINY, Spectrum, as_matrix, is_matrix, isometry, matrix_sum, side_by_side, spectrum
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _PAPER = Paper(
     paper=_PAPER,
     models=(1, None),
     unit="matrix",
-    scratch=14,
+    scratch=12,
     laws=("zero", "permutation", "scale"),
 )
 def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Tensor:
@@ -39,9 +39,9 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
     of more than two dimensions is a matrix of its first dimension against the others. The released code takes
     embeddings as matrices; those who use it on language models leave embeddings and head out (spectral: false).
 
-    Follows section 4 of the paper and its released code: the matrices are summed, everything else averaged. The paper
-    chooses λ (its α) on validation data. Departs: weights; directions whose singular value is zero but for rounding stay zero (they count in r), where there LAPACK's arbitrary vectors
-    get the mean too.
+    Follows section 4 of the paper and its released code: the matrices are summed, everything else averaged; the paper
+    chooses λ (its α) on validation data. Departs: weights; directions whose singular value is zero but for rounding
+    stay zero (they count in r), where there LAPACK's arbitrary vectors get the mean too.
 
     Args:
         weight: what each task vector is multiplied by.
@@ -68,7 +68,7 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
     paper=_PAPER,
     models=(1, None),
     unit="matrix",
-    scratch=20,
+    scratch=22,
     laws=("zero", "permutation", "scale", full("iso_c", common=1)),
 )
 def iso_cts(
@@ -87,9 +87,9 @@ def iso_cts(
 
     Other tensors, and embeddings, as in iso_c.
 
-    Follows algorithm 2 of the paper and its released code, common 0.8 as there; the rest to an even number in a tie of
-    round. Departs as iso_c; what is left of a task after the common part is zero where it is rounding; and N s is at
-    most r, which the rounding exceeds for small matrices.
+    Follows section 4 of the paper and its released code, common 0.8 as there; round takes a half to the even number.
+    Departs as iso_c; what is left of a task after the common part is zero where it is rounding; and N s is at most r,
+    which the rounding exceeds for small matrices.
 
     Args:
         weight: what each task vector is multiplied by.
@@ -104,8 +104,6 @@ def iso_cts(
             [0.0000, 3.6667, 0.0000],
             [0.0000, 0.0000, 3.6667]])
     """
-    import torch
-
     like, weights = deltas[0], per_model(weight, len(deltas))
     rank = min(as_matrix(like).shape) if is_matrix(like, spectral) else 0
     own = _directions_a_task(rank, common, len(deltas))
@@ -113,10 +111,8 @@ def iso_cts(
         return iso_c(deltas, weight, lambda_, spectral)
     shared = spectrum(matrix_sum(deltas, weights), rank - own * len(deltas))
     parts = [shared, *(_rest(as_matrix(*pair), shared, own) for pair in zip(deltas, weights, strict=True))]
-    left, _ = isometry(torch.cat([part.left for part in parts], 1))
-    right, _ = isometry(torch.cat([part.right for part in parts], 0))
-    strength = torch.cat([part.values for part in parts]).sum() * (lambda_ / rank)
-    return ((left * strength) @ right).to(like.dtype).view(like.shape)
+    left, values, right = side_by_side(parts)
+    return (left.mul_(values.sum() * (lambda_ / rank)) @ right).to(like.dtype).view(like.shape)
 
 
 def _directions_a_task(rank: int, common: float, models: int) -> int:
@@ -127,7 +123,6 @@ def _rest(matrix: Tensor, shared: Spectrum, top: int) -> Spectrum:
     """The leading triples of what the common directions leave of a task; rounding of the matrix is no direction."""
     noise = TINY * float(matrix.norm())
     return spectrum(matrix.sub_(shared.left @ (shared.left.T @ matrix)), top, noise)
-
 
 
 def _mean(deltas: Sequence[Tensor], weights: Sequence[float], factor: float) -> Tensor:

@@ -13,9 +13,7 @@ from merger.methods.ties import ties
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PAPER = Paper(
-    "Stoica et al.", 2025, "Model merging with SVD to tie the Knots", "https://arxiv.org/abs/2410.19735"
-)
+_PAPER = Paper("Stoica et al.", 2025, "Model merging with SVD to tie the Knots", "https://arxiv.org/abs/2410.19735")
 
 
 @merge_method(
@@ -24,7 +22,7 @@ _PAPER = Paper(
     paper=_PAPER,
     models=(1, None),
     unit="matrix",
-    scratch=18,
+    scratch=20,
     laws=("zero", "permutation", "scale"),
 )
 def knots(
@@ -46,11 +44,12 @@ def knots(
     than two dimensions is a matrix of its first dimension against the others. The paper merges adapters of attention
     matrices and no embeddings; set spectral to false for them.
 
-    Follows section 4 of the paper and its released code (Σ on V, all entries kept in the language models' settings).
-    Departs: a matrix of more rows than columns is taken on its side, the basis being that of its inputs (the code's
+    Follows the paper and its released code (Σ on V, all entries kept in the language models' settings). Departs: a
+    matrix of more rows than columns is taken on its side, the basis being that of its inputs (the code's
     concat_across_output: false), for else the basis of a 14336 x 4096 matrix would have 12288 directions at three
-    models; an entry of Cᵢ below 1e-6 of its column's length is zero; directions are dropped below 1e-6 of the largest singular value, not below 1e-5; trimmed for each tensor,
-    not over the model as a whole; a bias is no column of its matrix.
+    models; an entry of Cᵢ below 1e-6 of its column's length is zero; directions are dropped below 1e-6 of the largest
+    singular value, not below 1e-5; trimmed for each tensor, not over the model as a whole; a bias is no column of its
+    matrix.
 
     Args:
         weight: how much each task vector counts, in the vote and in the mean.
@@ -95,11 +94,19 @@ def _upright(matrix: Tensor, like: Tensor) -> Tensor:
 
 def _basis(deltas: Sequence[Tensor]) -> Tensor:
     """The left singular vectors of all matrices side by side, as columns, each with its largest entry positive."""
-    gram = sum(matrix @ matrix.T for matrix in map(_lying, deltas))
-    values, vectors = eigen(gram)
-    vectors = vectors[:, values > TINY * values[:1]]
+    values, vectors = eigen(_gram(deltas))
+    vectors = vectors[:, values > TINY * values[-1]]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) if vectors.numel() else vectors
     return vectors.mul_(largest.sign())
+
+
+def _gram(deltas: Sequence[Tensor]) -> Tensor:
+    first = _lying(deltas[0])
+    total = first @ first.T
+    for delta in deltas[1:]:
+        matrix = _lying(delta)
+        total.addmm_(matrix, matrix.T)
+    return total
 
 
 def _trimmed(matrix: Tensor, basis: Tensor, density: float) -> Tensor:

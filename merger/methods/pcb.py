@@ -18,7 +18,9 @@ from merger.methods.registry import Deltas, Paper, PerModel, Range, merge_method
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PAPER = Paper("Du et al.", 2024, "Parameter Competition Balancing for Model Merging", "https://arxiv.org/abs/2410.02396")
+_PAPER = Paper(
+    "Du et al.", 2024, "Parameter Competition Balancing for Model Merging", "https://arxiv.org/abs/2410.02396"
+)
 
 _TERMS = 11  # of e's series for 0 to 1: the next is 1/12!, a fiftieth of float32's last bit
 
@@ -45,7 +47,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Balance:
-    """What the scores need from the whole tensor: the pairs' spans, the softmaxes' means, and each model's threshold."""
+    """What the scores need from the whole tensor: the pairs' spans, the softmaxes' means, the models' thresholds."""
 
     spans: Mapping[Pair, Span]
     intra: tuple[float, ...]
@@ -97,7 +99,7 @@ def measure(blocks: Blocks, density: Sequence[float]) -> Balance:
 def _spans(blocks: Blocks, models: int) -> Mapping[Pair, Span]:
     import torch
 
-    bounds = {pair: (math.inf, -math.inf) for pair in combinations_with_replacement(range(models), 2)}
+    bounds = dict.fromkeys(combinations_with_replacement(range(models), 2), (math.inf, -math.inf))
     for block in blocks:
         for (one, other), (least, most) in bounds.items():
             low, high = torch.aminmax(torch.mul(block[one], block[other]))
@@ -148,7 +150,7 @@ def pcb(
     θ₀ + λ Σ ŝᵢ wᵢ τᵢ / Σ ŝᵢ, the products entry by entry; θ₀ where no model's entry stays. The wᵢ are the paper's
     λᵢ: they are in the sum, not in the scores.
 
-    Follows section 3 of the paper, where norm is not spelled out; the released code's is the one above. That code
+    Follows the paper, where norm is not spelled out; the released code's is the one above. That code
     departs from the paper (e^(N norm(|τ|)²) tanh(τᵢ Στ) for the score, its threshold subtracted, outliers clamped) and
     is not followed. Departs from both: scores are those of a tensor, not of the model as one vector; entries equal to
     the threshold stay together; where all products are equal norm is 0, not 0/0. Products are float32's, so task

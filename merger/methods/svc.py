@@ -27,7 +27,7 @@ _PAPER = Paper(
 
 def _check(weight: Sequence[float], merged_first: bool) -> None:
     if merged_first and len(weight) < 2:
-        raise ValueError("merged_first says that the first model is a merge, but its parents are missing; name them too")
+        raise ValueError("merged_first says that the first model is a merge; name its parents after it")
 
 
 @merge_method(
@@ -51,21 +51,22 @@ def svc(
 ) -> Tensor:
     """Task arithmetic, or any merge, without counting what its tasks share several times.
 
-    τ is task arithmetic's: λ Σ wᵢ τᵢ with τᵢ = θᵢ − θ₀, divided by Σ wᵢ if normalize; with merged_first it is λ w₁ τ₁ of
-    the first model alone, and the tasks are the others. With τ = Σ σᵣ uᵣ vᵣᵀ and K tasks: aᵣ = uᵣᵀ τ is what the merge
-    does along uᵣ, aᵣⁱ = uᵣᵀ τᵢ what task i does, and sᵣⁱ = ⟨aᵣ, aᵣⁱ⟩ / ‖aᵣⁱ‖² how many times the merge holds it. The
-    result is θ₀ + Σ γᵣ σᵣ uᵣ vᵣᵀ with γᵣ = K / Σᵢ max(α, sᵣⁱ). At α = 1 directions only shrink; below, those that the
-    merge weakened grow again, at most by 1 / α.
+    τ is task arithmetic's: λ Σ wᵢ τᵢ with τᵢ = θᵢ − θ₀, divided by Σ wᵢ if normalize; with merged_first it is λ w₁ τ₁
+    of the first model alone, and the tasks are the others. With τ = Σ σᵣ uᵣ vᵣᵀ and K tasks: aᵣ = uᵣᵀ τ is what the
+    merge does along uᵣ, aᵣⁱ = uᵣᵀ τᵢ what task i does, and sᵣⁱ = ⟨aᵣ, aᵣⁱ⟩ / ‖aᵣⁱ‖² how many times the merge holds it.
+    The result is θ₀ + Σ γᵣ σᵣ uᵣ vᵣᵀ with γᵣ = K / Σᵢ max(α, sᵣⁱ). At α = 1 directions only shrink; below, those that
+    the merge weakened grow again, at most by 1 / α.
 
     After another method: make that merge first, then name it here first, its parents after it, with the same
     base_model. Tensors of one dimension, and those for which spectral is false, stay as merged. A tensor of more than
     two dimensions is a matrix of its first dimension against the others. The released code leaves embeddings out: set
     spectral to false for them.
 
-    Follows section 4 of the paper (equations 4 and 8, algorithm 1). Its released code differs and is not followed: it
-    divides by max(α, mean of sᵣⁱ) where all are positive, else by 1. That code takes α = 1 / K after task arithmetic with
-    λ = 0.3, and 1 after TSV-M. A task whose part along uᵣ is 1e-6 of the merge's or less has sᵣⁱ = 0; where the sum is 0
-    (only at α = 0) γᵣ is 1; directions whose singular value is zero but for rounding stay zero.
+    Follows the paper (its equations 4 and 8 and algorithm 1). Its released code differs and is not followed: it divides
+    by max(α, mean of sᵣⁱ) where all of them are positive, else by 1. That code takes α = 1 / K after task arithmetic
+    with λ = 0.3, and 1 after TSV-M. A task whose part along uᵣ is 1e-6 of the merge's or less has sᵣⁱ = 0; where the
+    sum is 0 (only at α = 0) γᵣ is 1; directions whose singular value is zero but for rounding stay zero. Equal singular
+    values leave uᵣ, and with it the result, open.
 
     Args:
         weight: how much of each task vector goes into the merge.

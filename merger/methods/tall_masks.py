@@ -60,7 +60,7 @@ def consensus_ta(
     what no task needs and what only one needs; k = 1 only the former; k = 0 nothing (task_arithmetic); k above the
     number of models everything.
 
-    Follows sections 3 and 5 of the paper (its released code has > for ≥, which differs only where the result is 0 or
+    Follows the paper (its released code has > for ≥, which differs only where the result is 0 or
     two numbers are equal). The paper picks each λᵢ among 0.2, 0.3, ..., 0.6 on the task's validation data; without data
     the default is the middle. Weights are not in the paper.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merger.methods._ops import per_model, weighted_sum
-from merger.methods._spectral import as_matrix, is_matrix, isometry, spectrum
+from merger.methods._spectral import as_matrix, is_matrix, side_by_side, spectrum
 from merger.methods.registry import Deltas, Paper, PerModel, merge_method
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _PAPER = Paper(
     paper=_PAPER,
     models=(1, None),
     unit="matrix",
-    scratch=18,
+    scratch=22,
     laws=("zero", "permutation", "scale"),
 )
 def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Tensor:
@@ -43,7 +43,7 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
     Embeddings and heads are matrices like all others in the paper, whose models are image encoders; with a vocabulary
     of rows they are slow, and most who use the method on language models set spectral to false for them.
 
-    Follows algorithm 1 of the paper and its released code, λ = 1 as there. Departs: weights; directions whose singular
+    Follows the paper and its released code, λ = 1 as there. Departs: weights; directions whose singular
     value is zero but for rounding take no part in the orthogonalisation, where there LAPACK's arbitrary choice does;
     likewise a direction that tasks share exactly is not completed by an arbitrary one; a matrix with r < N, of which
     there nothing is left, is averaged.
@@ -62,15 +62,11 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
     tensor([[3., 0.],
             [0., 2.]])
     """
-    import torch
-
     weights = per_model(weight, len(deltas))
     like = deltas[0]
     kept = min(as_matrix(like).shape) // len(deltas) if is_matrix(like, spectral) else 0
     if not kept:
         return weighted_sum(deltas, [number * lambda_ / len(deltas) for number in weights])
     parts = [spectrum(as_matrix(*pair), kept) for pair in zip(deltas, weights, strict=True)]
-    left, _ = isometry(torch.cat([part.left for part in parts], 1))
-    right, _ = isometry(torch.cat([part.right for part in parts], 0))
-    values = torch.cat([part.values for part in parts]).mul_(lambda_)
-    return ((left * values) @ right).to(like.dtype).view(like.shape)
+    left, values, right = side_by_side(parts)
+    return ((left * (values * lambda_)) @ right).to(like.dtype).view(like.shape)

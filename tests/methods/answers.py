@@ -20,7 +20,7 @@ class Answer:
 
 
 def trimmed(delta: Array, share: float) -> Array:
-    """The delta's ``int(share * entries)`` largest entries, at least one, and all that are equal to the least of them."""
+    """The delta's ``int(share * entries)`` largest entries, at least one, and those equal to the least of them."""
     if share <= 0:
         return np.zeros_like(delta)
     threshold = np.sort(np.abs(delta).ravel())[-max(1, int(share * delta.size))]

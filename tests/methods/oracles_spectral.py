@@ -101,9 +101,7 @@ def _growth(terms: Sequence[Array], total: Array) -> float:
     return sum(float(np.linalg.norm(term)) for term in terms) / norm if norm else 1.0
 
 
-def iso_cts(
-    deltas: Sequence[Array], weight: Sequence[float], common: float, lambda_: float, spectral: bool
-) -> Answer:
+def iso_cts(deltas: Sequence[Array], weight: Sequence[float], common: float, lambda_: float, spectral: bool) -> Answer:
     models, matrices = len(deltas), _matrices(deltas, weight)
     rank = min(matrices[0].shape)
     own = min(round((rank - int(rank * common)) / models), rank // models)
@@ -147,7 +145,7 @@ def knots(
     doubtful |= ((np.abs(np.sum(terms, axis=0)) < 1e-5 * size) & (size > 0)).any(0)
     error = parts.error + (EPS / _gap(parts.values) if len(deltas) > 1 or min(density) < 1 else 0.0)
     unit = np.where(doubtful, np.inf, merged.size.sum(0) * (1 + 1e8 * error)) if size.any() else 0.0 * size.sum(0)
-    result, sizes = basis @ merged.right[0], np.broadcast_to(unit, matrices[0].shape)
+    result, sizes = basis @ merged.right[0], np.broadcast_to(unit, matrices[0].shape).copy()
     turned = (result.T, sizes.T) if tall else (result, sizes)
     return Answer((turned[0].reshape(deltas[0].shape),), turned[1].reshape(deltas[0].shape))
 
