@@ -136,7 +136,7 @@ class Work:
             return copied
         dtype = TORCH_DTYPES[self.job.dtype]
         result = out[: (block.stop - block.start) * dtype.itemsize]
-        rounded = result.view(dtype).copy_(self._merged(block).view(-1))
+        rounded = result.view(dtype).copy_(self._merged(block).reshape(-1))
         # A sum is finite only if all its terms are; in float64 it cannot overflow by itself.
         if not torch.isfinite(rounded.sum(dtype=torch.float64)):
             raise _not_finite(self.job, rounded)

@@ -51,7 +51,7 @@ class Case:
             rng = {"rng": self.rng.at(start)} if self.method.random else {}
             pieces.append(self.method.function(block, **self.arguments, **rng, **found))
             assert pieces[-1].shape == block[0].shape
-        return torch.cat([piece.view(-1) for piece in pieces]).view(self.tensors[0].shape)
+        return torch.cat([piece.reshape(-1) for piece in pieces]).view(self.tensors[0].shape)
 
     @property
     def step(self) -> int:
@@ -94,9 +94,13 @@ def tensor(kind: str, seed: int, shape: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.asarray(entries, np.float32))
 
 
-def shapes() -> st.SearchStrategy[tuple[int, ...]]:
-    """Mostly small; one entry; now and then longer than a chunk of a reduction."""
+def shapes(unit: str) -> st.SearchStrategy[tuple[int, ...]]:
+    """Mostly small; one entry; now and then longer than a chunk of a reduction. Mostly matrices for who needs them."""
     small = st.tuples(st.integers(1, 40))
+    if unit == "matrix":
+        matrices = st.tuples(st.integers(1, 30), st.integers(1, 30))
+        blocks = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
+        return st.one_of(st.just((1,)), small, matrices, matrices, matrices, blocks, st.just((3, 5_000)))
     return st.one_of(
         st.just((1,)),
         small,
@@ -147,7 +151,7 @@ def cases(draw: st.DrawFn, method: Method, only_required: bool = False) -> Case:
     """A case of `method`, with every parameter drawn, or only those that have no default."""
     least, most = method.models
     models = draw(st.integers(least, least + 3 if most is None else most))
-    shape = draw(shapes())
+    shape = draw(shapes(method.unit))
     params = [param for param in method.params if param.required or not only_required]
     arguments = {param.argument: draw(values(param, models)) for param in params}
     assume(only_required or accepted(method, arguments))

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .answer import Answer, Array
+from .answer import Answer, Array, consensus, trimmed
 from .answer import summed as _sum
 from .oracles_geometry import arcee_fusion, karcher, model_stock, multislerp, nearswap, nuslerp
+from .oracles_masks import MASKS
+from .oracles_spectral import SPECTRAL
 
 
 def linear(tensors: Sequence[Array], weight: Sequence[float], normalize: bool) -> Answer:
@@ -40,21 +42,6 @@ def task_arithmetic(deltas: Sequence[Array], weight: Sequence[float], normalize:
     return _sum(deltas, [lambda_ * number / total for number in weight])
 
 
-def _consensus(terms: Sequence[Array], weight: Sequence[float], normalize: bool, lambda_: float) -> Answer:
-    """Both elections where the sum is zero but for float32's rounding."""
-    vote, size = np.sum(terms, axis=0), np.sum(np.abs(terms), axis=0)
-    noise = 1e-6 * size
-    results, divisors = [], []
-    for sign in (np.where(vote >= -noise, 1, -1), np.where(vote > noise, 1, -1)):
-        agree = [np.sign(term) == sign for term in terms]
-        divisor = np.sum([mask * number for mask, number in zip(agree, weight, strict=True)], axis=0)
-        divisor = np.where(divisor == 0, 1.0, divisor) if normalize else np.ones_like(vote)
-        total = np.sum([mask * term for mask, term in zip(agree, terms, strict=True)], axis=0)
-        results.append(lambda_ * total / divisor)
-        divisors.append(np.abs(divisor))
-    return Answer(tuple(results), abs(lambda_) * size / np.minimum(*divisors))
-
-
 def _l1(whole: Array, left: Array) -> float:
     before, after = np.abs(whole).sum(), np.abs(left).sum()
     return float(before / after) if after > 1e-7 * before else 1.0
@@ -68,14 +55,11 @@ def ties(
     lambda_: float,
     rescale: bool,
 ) -> Answer:
-    trimmed = []
+    terms = []
     for delta, share in zip(deltas, density, strict=True):
-        kept = np.zeros_like(delta)
-        if share > 0:
-            threshold = np.sort(np.abs(delta).ravel())[-max(1, int(share * delta.size))]
-            kept = np.where(np.abs(delta) >= threshold, delta, 0.0)
-        trimmed.append(kept * (_l1(delta, kept) if rescale and share < 1 else 1.0))
-    return _consensus([w * delta for w, delta in zip(weight, trimmed, strict=True)], weight, normalize, lambda_)
+        kept = trimmed(delta, share)
+        terms.append(kept * (_l1(delta, kept) if rescale and share < 1 else 1.0))
+    return consensus([w * delta for w, delta in zip(weight, terms, strict=True)], weight, normalize, lambda_)
 
 
 def _dropped(
@@ -115,7 +99,7 @@ def dare_ties(
     masks: Sequence[Array],
 ) -> Answer:
     dropped = _dropped(deltas, density, rescale, unbiased, masks)
-    return _consensus([w * delta for w, delta in zip(weight, dropped, strict=True)], weight, normalize, lambda_)
+    return consensus([w * delta for w, delta in zip(weight, dropped, strict=True)], weight, normalize, lambda_)
 
 
 ORACLES: Mapping[str, Callable[..., Any]] = {
@@ -124,4 +108,4 @@ ORACLES: Mapping[str, Callable[..., Any]] = {
         *(linear, passthrough, slerp, task_arithmetic, ties, dare_linear, dare_ties),
         *(nuslerp, multislerp, karcher, nearswap, arcee_fusion, model_stock),
     )
-}
+} | {**MASKS, **SPECTRAL}

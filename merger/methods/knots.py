@@ -1,0 +1,117 @@
+"""KnOTS: TIES in the basis that the task vectors' matrices share. Not here: TIES itself, and the decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from merger.methods._ops import consensus, kth_magnitudes, per_model, scaled, trim
+from merger.methods._spectral import TINY, as_matrix, eigen, is_matrix
+from merger.methods.registry import Deltas, Paper, PerModel, Range, merge_method
+from merger.methods.ties import ties
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PAPER = Paper("Stoica et al.", 2025, "Model merging with SVD to tie the Knots", "https://arxiv.org/abs/2410.19735")
+
+
+@merge_method(
+    "knots",
+    title="KnOTS-TIES",
+    paper=_PAPER,
+    models=(1, None),
+    unit="matrix",
+    scratch=20,
+    laws=("zero", "permutation", "scale"),
+)
+def knots(
+    deltas: Deltas,
+    weight: PerModel = 1.0,
+    density: Annotated[PerModel, Range(0, 1)] = 1.0,
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    spectral: bool = True,
+) -> Tensor:
+    """The task vectors' matrices, turned into a basis they share, merged there as by TIES, and turned back.
+
+    With τᵢ = θᵢ − θ₀ and the SVD [τ₁ … τₙ] = U Σ [V₁ … Vₙ], task i is Cᵢ = Σ Vᵢ = Uᵀ τᵢ in the basis U. C is what ties
+    makes of the Cᵢ: the density of entries of largest magnitude stays in each, a sign is elected by Σ wᵢ Cᵢ, and those
+    that agree are summed, divided by Σ wᵢ over the same i if normalize. The result is θ₀ + λ U C. U are the
+    eigenvectors of Σ τᵢ τᵢᵀ, each with its largest entry positive, so that a vote of exactly 0 has one outcome.
+
+    Tensors of one dimension, and those for which spectral is false, are merged by ties as they are. A tensor of more
+    than two dimensions is a matrix of its first dimension against the others. The paper merges adapters of attention
+    matrices and no embeddings; set spectral to false for them.
+
+    Follows the paper and its released code (Σ on V, all entries kept in the language models' settings). Departs: a
+    matrix of more rows than columns is taken on its side, the basis being that of its inputs (the code's
+    concat_across_output: false), for else the basis of a 14336 x 4096 matrix would have 12288 directions at three
+    models; an entry of Cᵢ below 1e-6 of its column's length is zero; directions are dropped below 1e-6 of the largest
+    singular value, not below 1e-5; trimmed for each tensor, not over the model as a whole; a bias is no column of its
+    matrix.
+
+    Args:
+        weight: how much each task vector counts, in the vote and in the mean.
+        density: share of entries kept in each task vector, by magnitude in the shared basis.
+        normalize: divide by the sum of the weights of the models that agree.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+        spectral: treat tensors of two or more dimensions as matrices; false merges them by ties.
+
+    >>> import torch
+    >>> one, other = torch.tensor([[2.0, 2.0], [2.0, 2.0]]), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    >>> knots([one, other])
+    tensor([[3., 1.],
+            [1., 3.]])
+    >>> knots([one, other], density=0.25)
+    tensor([[3., 1.],
+            [1., 3.]])
+    """
+    if not is_matrix(deltas[0], spectral):
+        return ties(deltas, weight, density, normalize, lambda_)
+    weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
+    basis = _basis(deltas)
+    parts = (_trimmed(_lying(delta), basis, share) for delta, share in zip(deltas, densities, strict=True))
+    terms = (scaled(part, number) for part, number in zip(parts, weights, strict=True))
+    merged = consensus(terms, weights, normalize, like=deltas[0].new_empty(basis.shape[1], max(_shape(deltas[0]))))
+    return _upright(basis @ merged.double(), deltas[0]).mul_(lambda_)
+
+
+def _shape(tensor: Tensor) -> tuple[int, int]:
+    return tensor.shape[0], tensor[0].numel()
+
+
+def _lying(tensor: Tensor) -> Tensor:
+    """The tensor as a matrix with no more rows than columns."""
+    matrix = as_matrix(tensor)
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _upright(matrix: Tensor, like: Tensor) -> Tensor:
+    rows, columns = _shape(like)
+    return (matrix.T if rows > columns else matrix).to(like.dtype).reshape(like.shape)
+
+
+def _basis(deltas: Sequence[Tensor]) -> Tensor:
+    """The left singular vectors of all matrices side by side, as columns, each with its largest entry positive."""
+    values, vectors = eigen(_gram(deltas))
+    vectors = vectors[:, values > TINY * values[-1]]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) if vectors.numel() else vectors
+    return vectors.mul_(largest.sign())
+
+
+def _gram(deltas: Sequence[Tensor]) -> Tensor:
+    first = _lying(deltas[0])
+    total = first @ first.T
+    for delta in deltas[1:]:
+        matrix = _lying(delta)
+        total.addmm_(matrix, matrix.T)
+    return total
+
+
+def _trimmed(matrix: Tensor, basis: Tensor, density: float) -> Tensor:
+    part = basis.T @ matrix
+    part.masked_fill_(part.abs() <= TINY * matrix.norm(dim=0), 0.0)  # a zero but for rounding would vote and be counted
+    part = part.float()
+    (threshold,) = kth_magnitudes([[part]], [density]) if part.numel() else (0.0,)
+    return trim(part, threshold)

@@ -1,0 +1,177 @@
+"""PCB: weigh every entry of every task vector by how it competes within its task and with the other tasks.
+
+Not here: the search of the top entries (`_select`), and the evolutionary search for coefficients that the paper adds
+for those who have data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from typing import TYPE_CHECKING, Annotated
+
+from merger.methods._ops import Blocks, kth_magnitudes, magnitude_sums, per_model, scaled, trim
+from merger.methods.registry import Deltas, Paper, PerModel, Range, merge_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PAPER = Paper(
+    "Du et al.", 2024, "Parameter Competition Balancing for Model Merging", "https://arxiv.org/abs/2410.02396"
+)
+
+_TERMS = 11  # of e's series for 0 to 1: the next is 1/12!, a fiftieth of float32's last bit
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The least product of a pair of deltas over the whole tensor, and 1 over the way to the largest (0: no way)."""
+
+    least: float
+    inverse: float
+
+    def exp(self, one: Tensor, other: Tensor) -> Tensor:
+        """e to the pair's products, scaled to 0 to 1: by sums and products, for a library's exp is its machine's."""
+        import torch
+
+        power = torch.mul(one, other).sub_(self.least).mul_(self.inverse)
+        total = torch.full_like(power, 1 / math.factorial(_TERMS))
+        for term in reversed(range(_TERMS)):
+            total.mul_(power).add_(1 / math.factorial(term))
+        return total
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What the scores need from the whole tensor: the pairs' spans, the softmaxes' means, the models' thresholds."""
+
+    spans: Mapping[Pair, Span]
+    intra: tuple[float, ...]
+    inter: Mapping[Pair, float]
+    thresholds: tuple[float, ...] = ()
+
+    def score(self, block: Sequence[Tensor], model: int) -> Tensor:
+        """The model's intra-balancing times its inter-balancing, times the square of the number of entries."""
+        others = range(len(block))
+        exps = {other: self.spans[_pair(model, other)].exp(block[model], block[other]) for other in others}
+        own = _power(exps[model], len(block)).mul_(1 / self.intra[model])
+        total = exps[0].mul_(1 / self.inter[_pair(model, 0)])
+        for other in others[1:]:
+            total.add_(exps[other].mul_(1 / self.inter[_pair(model, other)]))
+        return total.mul_(own)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The scores of all models, block by block, in place of the deltas."""
+
+    blocks: Blocks
+    balance: Balance
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for block in self.blocks:
+            yield [self.balance.score(block, model) for model in range(len(block))]
+
+
+def _pair(one: int, other: int) -> Pair:
+    return (one, other) if one <= other else (other, one)
+
+
+def _power(base: Tensor, exponent: int) -> Tensor:
+    total = base.clone()
+    for _ in range(exponent - 1):
+        total.mul_(base)
+    return total
+
+
+def measure(blocks: Blocks, density: Sequence[float]) -> Balance:
+    """The spans, then the softmaxes' means, then each model's threshold: three passes or more."""
+    spans = _spans(blocks, len(density))
+    balance = Balance(spans, *_means(blocks, spans, len(density)))
+    thresholds = kth_magnitudes(_Scores(blocks, balance), density)
+    return Balance(balance.spans, balance.intra, balance.inter, thresholds)
+
+
+def _spans(blocks: Blocks, models: int) -> Mapping[Pair, Span]:
+    import torch
+
+    bounds = dict.fromkeys(combinations_with_replacement(range(models), 2), (math.inf, -math.inf))
+    for block in blocks:
+        for (one, other), (least, most) in bounds.items():
+            low, high = torch.aminmax(torch.mul(block[one], block[other]))
+            bounds[one, other] = min(least, float(low)), max(most, float(high))
+    return {pair: Span(least, 1 / (most - least) if most > least else 0.0) for pair, (least, most) in bounds.items()}
+
+
+def _means(blocks: Blocks, spans: Mapping[Pair, Span], models: int) -> tuple[tuple[float, ...], Mapping[Pair, float]]:
+    """The means of e^(N norm) for each model, and of e^norm for each pair."""
+    intra: list[list[float]] = [[] for _ in range(models)]
+    inter: dict[Pair, list[float]] = {pair: [] for pair in spans}
+    entries = 0
+    for block in blocks:
+        entries += block[0].numel()
+        for (one, other), span in spans.items():
+            exp = span.exp(block[one], block[other])
+            inter[one, other] += magnitude_sums(exp)
+            if one == other:
+                intra[one] += magnitude_sums(_power(exp, models))
+    return (
+        tuple(math.fsum(sums) / entries for sums in intra),
+        {pair: math.fsum(sums) / entries for pair, sums in inter.items()},
+    )
+
+
+@merge_method(
+    "pcb",
+    title="PCB",
+    paper=_PAPER,
+    models=(1, None),
+    measure=measure,
+    scratch=24,
+    laws=("zero", "permutation", "scale"),
+)
+def pcb(
+    deltas: Deltas,
+    weight: PerModel = 1.0,
+    density: Annotated[PerModel, Range(0, 1)] = 0.1,
+    lambda_: float = 1.0,
+    *,
+    measured: Balance | None = None,
+) -> Tensor:
+    """The mean of the task vectors, each entry weighed by how it stands in its task and among the tasks.
+
+    With τᵢ = θᵢ − θ₀, N models, and softmax and norm over a tensor's entries, norm(x) = (x − min) / (max − min):
+    intra-balancing βᵢ = softmax(N norm(τᵢ τᵢ)), inter-balancing βᵢ' = Σⱼ softmax(norm(τᵢ τⱼ)), score sᵢ = βᵢ βᵢ'. In
+    each task vector the density of entries of largest score stays, at least one; ŝᵢ is 0 elsewhere. The result is
+    θ₀ + λ Σ ŝᵢ wᵢ τᵢ / Σ ŝᵢ, the products entry by entry; θ₀ where no model's entry stays. The wᵢ are the paper's
+    λᵢ: they are in the sum, not in the scores.
+
+    Follows the paper, where norm is not spelled out; the released code's is the one above. That code
+    departs from the paper (e^(N norm(|τ|)²) tanh(τᵢ Στ) for the score, its threshold subtracted, outliers clamped) and
+    is not followed. Departs from both: scores are those of a tensor, not of the model as one vector; entries equal to
+    the threshold stay together; where all products are equal norm is 0, not 0/0. Products are float32's, so task
+    vectors below 1e-19 count as zero.
+
+    Args:
+        weight: what each task vector is multiplied by in the mean.
+        density: share of entries kept in each task vector, by score.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+
+    >>> import torch
+    >>> one, other = torch.tensor([4.0, 1.0, 2.0, 0.5]), torch.tensor([2.0, 1.0, -5.0, 0.1])
+    >>> pcb([one, other], density=0.5)
+    tensor([ 3.7667,  0.0000, -4.2267,  0.0000])
+    """
+    weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
+    balance = measured or measure([deltas], densities)
+    total = deltas[0].new_zeros(deltas[0].shape)
+    scores = deltas[0].new_zeros(deltas[0].shape)
+    for model, (delta, number) in enumerate(zip(deltas, weights, strict=True)):
+        kept = trim(balance.score(deltas, model), balance.thresholds[model])
+        scores.add_(kept)
+        total.add_(scaled(delta, number).mul_(kept))
+    return total.div_(scores.add_(scores.eq(0))).mul_(lambda_)
