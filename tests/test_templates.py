@@ -19,9 +19,10 @@ from merger.run import Done, Options, plan, read, run
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "templates" / "recipes"
 README = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
-PLACEHOLDERS = ("org/base", "org/model-a", "org/model-b")
+PLACEHOLDERS = ("org/base", "org/model-a", "org/model-b", "org/model-c")
+BESIDES = {"lines": "task_arithmetic"}  # recipes of what is no method of its own, and the method they use
 LAYERS = 32
-every_method = pytest.mark.parametrize("method", methods())
+every_recipe = pytest.mark.parametrize("name", [*methods(), *BESIDES])
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def placed(method: str, models: dict[str, Path], folder: Path) -> Recipe:
-    """A method's recipe with folders in place of the placeholders."""
-    text = (RECIPES / f"{method}.yaml").read_text("utf-8")
+def placed(name: str, models: dict[str, Path], folder: Path) -> Recipe:
+    """A recipe with folders in place of the placeholders."""
+    text = (RECIPES / f"{name}.yaml").read_text("utf-8")
     for placeholder, model in models.items():
         text = text.replace(placeholder, str(model))
     path = folder / "recipe.yaml"
@@ -45,24 +46,25 @@ def placed(method: str, models: dict[str, Path], folder: Path) -> Recipe:
 
 
 def test_no_recipe_without_its_method() -> None:
-    """The folder holds one recipe for each method, named like it, and no other file."""
-    assert sorted(path.name for path in RECIPES.iterdir()) == sorted(f"{method}.yaml" for method in methods())
+    """The folder holds one recipe for each method, named like it, and those of what is no method; no other file."""
+    names = [*methods(), *BESIDES]
+    assert sorted(path.name for path in RECIPES.iterdir()) == sorted(f"{name}.yaml" for name in names)
 
 
-@every_method
-def test_a_template_reads_as_it_stands(method: str) -> None:
+@every_recipe
+def test_a_template_reads_as_it_stands(name: str) -> None:
     """Untouched, the recipe is well formed, names its own method and only the placeholders, and warns of nothing."""
-    recipe = read(RECIPES / f"{method}.yaml")
-    assert {piece.method for piece in recipe.slices} == {method}
+    recipe = read(RECIPES / f"{name}.yaml")
+    assert {piece.method for piece in recipe.slices} == {BESIDES.get(name, name)}
     assert {str(model) for model in recipe.models} <= set(PLACEHOLDERS)
     assert recipe.warnings == ()
 
 
-@every_method
-def test_a_template_makes_a_model(method: str, models: dict[str, Path], tmp_path: Path) -> None:
+@every_recipe
+def test_a_template_makes_a_model(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     """With models in the placeholders' place it runs, and what comes out are finite tensors in the dtype it says."""
     options = Options(to=str(tmp_path / "out"))
-    planned, store = plan(placed(method, models, tmp_path), options)
+    planned, store = plan(placed(name, models, tmp_path), options)
     *_, last = run(planned, store, options)
     assert isinstance(last, Done)
     made = tiny.read(tmp_path / "out")
