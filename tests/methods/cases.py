@@ -32,13 +32,22 @@ class Case:
         given = {**self.arguments, **others}
         if self.method.random:
             given = {"rng": self.rng, **given}
-        result: torch.Tensor = self.method.function(list(self.tensors), **given)
-        return result
+        result: torch.Tensor = self.method.function([self.shaped(tensor) for tensor in self.tensors], **given)
+        return result.view(self.tensors[0].shape)
+
+    def shaped(self, entries: torch.Tensor) -> torch.Tensor:
+        """A tensor, or a run of its entries that holds whole rows, in the shape that the method's blocks have."""
+        return entries.reshape(-1, self.row) if self.method.unit == "rows" else entries
+
+    @property
+    def row(self) -> int:
+        """How many entries a block must hold a multiple of."""
+        return self.tensors[0].shape[-1] if self.method.unit == "rows" else 1
 
     def run_in_blocks(self, cuts: Sequence[int]) -> torch.Tensor:
         """The method as the engine calls it: measure over all blocks, then each block by itself."""
-        edges = [0, *cuts, self.tensors[0].numel()]
-        blocks = Blocks(self.tensors, edges)
+        edges = sorted({0, *(cut // self.row * self.row for cut in cuts), self.tensors[0].numel()})
+        blocks = [[self.shaped(part) for part in block] for block in Blocks(self.tensors, edges)]
         found = {}
         if self.method.measure:
             offered = {**self.arguments, "rng": self.rng}
@@ -47,7 +56,7 @@ class Case:
         for start, block in zip(edges, blocks, strict=False):
             rng = {"rng": self.rng.at(start)} if self.method.random else {}
             pieces.append(self.method.function(block, **self.arguments, **rng, **found))
-        return torch.cat(pieces).view(self.tensors[0].shape)
+        return torch.cat([piece.view(-1) for piece in pieces]).view(self.tensors[0].shape)
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Case:
         """The same case on other tensors."""

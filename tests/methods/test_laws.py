@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from merger.methods.della import keep_by_rank
 from merger.methods.registry import Law, Method, methods
 
 from .cases import Case, cases, cut_points
@@ -74,7 +75,7 @@ def test_blocked_is_whole(name: str, data: st.DataObject) -> None:
     case = data.draw(cases(METHODS[name]))
     whole = case.run()
     blocked = case.run_in_blocks(data.draw(cut_points(case.tensors[0].numel())))
-    if name == "slerp" or case.arguments.get("rescale"):
+    if name in ("slerp", "sce") or case.arguments.get("rescale"):
         assert torch.allclose(blocked, whole, rtol=1e-6, atol=1e-6 * float(whole.abs().max()))
     else:
         assert torch.equal(blocked, whole)
@@ -89,14 +90,20 @@ def test_float32_is_float64_but_for_rounding(name: str, data: st.DataObject) -> 
     defaults = {param.argument: param.default for param in case.method.params}
     arguments: dict[str, Any] = {**defaults, **case.arguments}
     if case.method.random:
-        shares = zip(case.tensors, arguments["density"], strict=True)
-        arguments["masks"] = [
-            case.rng.keep(model, tensor, share).double().numpy() for model, (tensor, share) in enumerate(shares)
-        ]
+        arguments["masks"] = [mask(case, model, arguments) for model in range(len(case.tensors))]
     answer = ORACLES[name]([tensor.double().numpy() for tensor in case.tensors], **arguments)
     result = case.run().double().numpy()
     wrong = np.min([np.abs(result - right) for right in answer.right], axis=0)
     assert (wrong <= 1.2e-6 * answer.size).all()
+
+
+def mask(case: Case, model: int, arguments: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """Which entries of a model a random method keeps, as 1 and 0."""
+    tensor, density = case.tensors[model], arguments["density"][model]
+    if "epsilon" not in arguments:
+        return case.rng.keep(model, tensor, density).double().numpy()
+    kept = keep_by_rank(tensor, model, density, arguments["epsilon"][model], case.rng)
+    return kept.reshape(tensor.shape).astype(np.float64)
 
 
 @every_method
