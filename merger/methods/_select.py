@@ -1,4 +1,4 @@
-"""The exact k-th largest magnitude of tensors that come block by block, in bounded memory and few passes.
+"""The exact magnitude at a rank, in tensors that come block by block, in bounded memory and few passes.
 
 A first pass draws a strided sample and from it a bracket around the wanted rank; a second counts what lies above the
 bracket and collects what lies inside. A small tensor ends after the first. What defeats the bracket (the sample misled,
@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +21,11 @@ from numpy.typing import NDArray
 from merger.methods._ops import CHUNK, array
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from merger.methods._ops import Blocks
 
 Bits = NDArray[np.uint32]
+Ranks: TypeAlias = Callable[[int], Sequence[int]]
+"""From a tensor's number of entries to the ranks wanted in it; the largest magnitude has rank 1."""
 
 _MAGNITUDE = 0x7FFFFFFF
 _SAMPLE = 1 << 20  # 4 MiB a model: at a billion entries the bracket then holds about 4 million of them
@@ -36,7 +35,7 @@ _BINS_LOG2 = 16
 
 
 class Search(Protocol):
-    """One pass of one model's search; `outcome` is the bit pattern found, or the next pass."""
+    """One pass of the search for one rank; `outcome` is the bit pattern found, or the next pass."""
 
     def feed(self, chunk: Bits) -> None: ...
 
@@ -48,52 +47,51 @@ def kth_magnitudes(blocks: Blocks, density: Sequence[float]) -> tuple[float, ...
 
     Density 1 gives 0 (all entries reach it), density 0 gives infinity (none does); neither reads anything.
     """
-    known = {model: np.inf if share <= 0 else 0.0 for model, share in enumerate(density)}
-    searches = {model: _Sample(partial(_count, share)) for model, share in enumerate(density) if 0 < share < 1}
-    return tuple((known | _found(blocks, searches)).values())
+
+    def rank(share: float) -> Ranks:
+        return lambda entries: [max(1, int(share * entries))]
+
+    found = magnitudes_at(blocks, {model: rank(share) for model, share in enumerate(density) if 0 < share < 1})
+    known = (np.inf if share <= 0 else 0.0 for share in density)
+    return tuple(found[model][0] if model in found else value for model, value in enumerate(known))
 
 
-def ranked(blocks: Blocks, ranks: Sequence[Callable[[int], int]]) -> tuple[float, ...]:
-    """Of one tensor, the magnitudes of several ranks; each a function of how many entries there are, 1 the largest."""
-    found = _found(_Repeated(blocks, len(ranks)), {place: _Sample(rank) for place, rank in enumerate(ranks)})
-    return tuple(found[place] for place in range(len(ranks)))
+def magnitudes_at(blocks: Blocks, ranks: Mapping[int, Ranks]) -> dict[int, tuple[float, ...]]:
+    """The magnitudes at some ranks of some models' tensors, all found in the same passes.
 
-
-@dataclass(frozen=True)
-class _Repeated:
-    """One tensor's blocks, as if it were several models'."""
-
-    blocks: Blocks
-    times: int
-
-    def __iter__(self) -> Iterator[Sequence[Tensor]]:
-        return ([block] * self.times for (block,) in self.blocks)
-
-
-def _count(density: float, entries: int) -> int:
-    return max(1, int(density * entries))
-
-
-def _found(blocks: Blocks, searches: Mapping[int, Search]) -> dict[int, float]:
-    found: dict[int, float] = {}
-    while searches:
+    Args:
+        blocks: the blocks of the tensors; walked twice as a rule, not at all if nothing is asked for.
+        ranks: what is wanted of which model.
+    """
+    samples = {model: _Sample() for model in ranks}
+    for block in blocks if samples else ():
+        for model, sample in samples.items():
+            sample.take(array(block[model]).view(np.uint32))
+    found: dict[tuple[int, int], int | Search] = {
+        (model, rank): sample.search(rank) for model, sample in samples.items() for rank in ranks[model](sample.seen)
+    }
+    while searches := {key: search for key, search in found.items() if not isinstance(search, int)}:
         _read(blocks, searches)
-        outcomes = {model: search.outcome() for model, search in searches.items()}
-        found |= {model: _magnitude(bits) for model, bits in outcomes.items() if isinstance(bits, int)}
-        searches = {model: search for model, search in outcomes.items() if not isinstance(search, int)}
-    return found
+        found |= {key: search.outcome() for key, search in searches.items()}
+    bits = {key: outcome for key, outcome in found.items() if isinstance(outcome, int)}
+    return {
+        model: tuple(_magnitude(bits[model, rank]) for rank in ranks[model](sample.seen))
+        for model, sample in samples.items()
+    }
 
 
-def _read(blocks: Blocks, searches: Mapping[int, Search]) -> None:
+def _read(blocks: Blocks, searches: Mapping[tuple[int, int], Search]) -> None:
     buffer = np.empty(CHUNK, np.uint32)
+    by_model = {model: [search for (of, _), search in searches.items() if of == model] for model, _ in searches}
     for block in blocks:
-        for model, search in searches.items():
+        for model, its_searches in by_model.items():
             for chunk in _magnitudes(array(block[model]), buffer):
-                search.feed(chunk)
+                for search in its_searches:
+                    search.feed(chunk)
 
 
 def _magnitudes(entries: NDArray[np.float32], buffer: Bits) -> Iterator[Bits]:
-    """The entries' magnitudes as bit patterns, chunk by chunk, each in `buffer`: the reader may overwrite it."""
+    """The entries' magnitudes as bit patterns, chunk by chunk, each in `buffer`."""
     bits = entries.view(np.uint32)
     for start in range(0, bits.size, buffer.size):
         part = bits[start : start + buffer.size]
@@ -112,7 +110,7 @@ def _nth_largest(entries: Bits, rank: int) -> int:
 def _nth_largest_of_many(entries: Bits, rank: int) -> int:
     """By a bracket here too, if it holds: partition takes ten times as long an entry as counting does."""
     search = _bracketed(entries, rank, entries.size)
-    search.feed(entries.copy())
+    search.feed(entries)
     found = search.outcome()
     return found if isinstance(found, int) else _nth_largest(entries, rank)
 
@@ -121,17 +119,17 @@ def _nth_largest_of_many(entries: Bits, rank: int) -> int:
 class _Sample:
     """Every `stride`-th entry; the stride grows with the tensor, so that a small one is held entirely."""
 
-    rank: Callable[[int], int]
     stride: int = 1
     seen: int = 0
     held: int = 0
     pieces: list[Bits] = field(default_factory=list)
 
-    def feed(self, chunk: Bits) -> None:
-        piece = chunk[-self.seen % self.stride :: self.stride].copy()
+    def take(self, bits: Bits) -> None:
+        """Look at the next entries, signs and all: they are taken off the sample, not off every entry."""
+        piece = bits[-self.seen % self.stride :: self.stride] & np.uint32(_MAGNITUDE)
         self.pieces.append(piece)
         self.held += piece.size
-        self.seen += chunk.size
+        self.seen += bits.size
         if self.held > _SAMPLE:
             self._thin()
 
@@ -140,10 +138,9 @@ class _Sample:
         self.held = self.pieces[0].size
         self.stride *= _THINNING
 
-    def outcome(self) -> int | Search:
+    def search(self, rank: int) -> int | Search:
         if not self.seen:
             return 0
-        rank = self.rank(self.seen)
         sample = np.concatenate(self.pieces)
         if self.stride == 1:
             return _nth_largest_of_many(sample, rank) if sample.size > CHUNK else _nth_largest(sample, rank)
@@ -243,7 +240,7 @@ class _Histogram:
 
 
 def _shifted_inside(chunk: Bits, low: int, high: int) -> Bits:
-    """The entries of [low, high] less `low`; the chunk is overwritten. Below `low` wraps round to far above."""
-    chunk -= np.uint32(low)
-    kept: Bits = chunk[chunk <= np.uint32(high - low)]
+    """The entries of [low, high] less `low`. Below `low` wraps round to far above."""
+    shifted = chunk - np.uint32(low)
+    kept: Bits = shifted[shifted <= np.uint32(high - low)]
     return kept

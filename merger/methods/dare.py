@@ -5,10 +5,10 @@ Not here: the draws themselves (`_ops.Rng`), which the engine hands over placed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from merger.methods._ops import Blocks, Rng, consensus, divisor, l1_factors, per_model, scaled, weighted_sum
+from merger.methods._ops import Blocks, Rng, divisor, elect_and_merge, l1_factors, masked, per_model, weighted_sum
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def measure(
     return l1_factors(
         blocks,
         density,
-        lambda model, delta, offset: _drop(delta, model, density[model], rng.at(rng.start + offset)),
+        lambda model, delta, offset: drop(delta, model, density[model], rng.at(rng.start + offset)),
     )
 
 
@@ -42,12 +42,12 @@ def _check(rescale: bool, unbiased: bool) -> None:
         raise ValueError("unbiased says how to rescale, but rescale is false; leave one of them out")
 
 
-def _drop(delta: Tensor, model: int, density: float, rng: Rng) -> Tensor:
-    return delta if density >= 1 else rng.keep(model, delta, density).mul_(delta)
-
-
-def _dropped(deltas: Sequence[Tensor], density: Sequence[float], rng: Rng) -> Iterator[Tensor]:
-    return (_drop(delta, model, density[model], rng) for model, delta in enumerate(deltas))
+def drop(delta: Tensor, model: int, density: float, rng: Rng, slot: str = "trimmed") -> Tensor:
+    """The delta with a random share of its entries left; the result may be a buffer or `delta`."""
+    if density >= 1:
+        return delta
+    (kept,) = rng.below(model, delta.numel(), density)
+    return masked(delta, kept, slot)
 
 
 @merge_method(
@@ -102,7 +102,8 @@ def dare_linear(
     factors = measured or measure([deltas], densities, rng, rescale, unbiased)
     share = lambda_ / divisor(weights, normalize)
     total = [number * share * factor for number, factor in zip(weights, factors, strict=True)]
-    return weighted_sum(_dropped(deltas, densities, rng), total)
+    dropped = (drop(delta, model, densities[model], rng) for model, delta in enumerate(deltas))
+    return weighted_sum(dropped, total)
 
 
 @merge_method(
@@ -152,6 +153,5 @@ def dare_ties(
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     _check(rescale, unbiased)
     factors = measured or measure([deltas], densities, rng, rescale, unbiased)
-    parts = zip(_dropped(deltas, densities, rng), weights, factors, strict=True)
-    terms = (scaled(delta, number * factor) for delta, number, factor in parts)
-    return consensus(terms, weights, normalize, like=deltas[0]).mul_(lambda_)
+    kept = [drop(delta, model, densities[model], rng, f"term {model}") for model, delta in enumerate(deltas)]
+    return elect_and_merge(kept, weights, factors, normalize, lambda_)

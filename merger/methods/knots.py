@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from merger.methods._ops import consensus, kth_magnitudes, per_model, scaled, trim
+from merger.methods._ops import elect_and_merge, kth_magnitudes, per_model, trim
 from merger.methods._spectral import TINY, as_matrix, eigen, is_matrix
 from merger.methods.registry import Deltas, Paper, PerModel, Range, merge_method
 from merger.methods.ties import ties
@@ -71,9 +71,8 @@ def knots(
         return ties(deltas, weight, density, normalize, lambda_)
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     basis = _basis(deltas)
-    parts = (_trimmed(_lying(delta), basis, share) for delta, share in zip(deltas, densities, strict=True))
-    terms = (scaled(part, number) for part, number in zip(parts, weights, strict=True))
-    merged = consensus(terms, weights, normalize, like=deltas[0].new_empty(basis.shape[1], max(_shape(deltas[0]))))
+    parts = [_trimmed(_lying(delta), basis, share) for delta, share in zip(deltas, densities, strict=True)]
+    merged = elect_and_merge(parts, weights, [1.0] * len(weights), normalize, 1.0)
     return _upright(basis @ merged.double(), deltas[0]).mul_(lambda_)
 
 
@@ -114,4 +113,4 @@ def _trimmed(matrix: Tensor, basis: Tensor, density: float) -> Tensor:
     part.masked_fill_(part.abs() <= TINY * matrix.norm(dim=0), 0.0)  # a zero but for rounding would vote and be counted
     part = part.float()
     (threshold,) = kth_magnitudes([[part]], [density]) if part.numel() else (0.0,)
-    return trim(part, threshold)
+    return trim(part, threshold).clone()  # each part is kept until all of them vote

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from merger.methods._ops import Blocks, consensus, per_model, scaled, scratch, trim, weighted_sum
+from merger.methods._ops import Blocks, elect_and_merge, per_model, scaled, scratch, trim, weighted_sum
 from merger.methods._ops import kth_magnitudes as measure_thresholds
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
 
@@ -129,8 +129,7 @@ def consensus_ties(
     """
     weights = per_model(weight, len(deltas))
     thresholds = measured or measure([deltas], per_model(density, len(deltas)))
-    parts = zip(deltas, thresholds, weights, strict=True)
-    trimmed = (scaled(trim(delta, threshold), number) for delta, threshold, number in parts)
-    merged = consensus(trimmed, weights, normalize, like=deltas[0])
+    trimmed = [trim(*pair, f"term {model}") for model, pair in enumerate(zip(deltas, thresholds, strict=True))]
+    merged = elect_and_merge(trimmed, weights, [1.0] * len(weights), normalize, 1.0)
     terms = (scaled(delta, number) for delta, number in zip(deltas, weights, strict=True))
     return merged.mul_(_agreed(terms, merged, per_model(mask_lambda, len(deltas)), k)).mul_(lambda_)

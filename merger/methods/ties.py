@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from merger.methods._ops import Blocks, consensus, kth_magnitudes, l1_factors, per_model, scaled, trim
+from merger.methods._ops import Blocks, elect_and_merge, kth_magnitudes, l1_factors, per_model, trim
 from merger.methods.registry import Deltas, Paper, PerModel, Range, merge_method
 
 if TYPE_CHECKING:
@@ -82,6 +82,5 @@ def ties(
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     found = measured or measure([deltas], densities, rescale)
-    parts = zip(deltas, weights, found.thresholds, found.factors, strict=True)
-    terms = (scaled(trim(delta, threshold), number * factor) for delta, number, threshold, factor in parts)
-    return consensus(terms, weights, normalize, like=deltas[0]).mul_(lambda_)
+    kept = [trim(*pair, f"term {model}") for model, pair in enumerate(zip(deltas, found.thresholds, strict=True))]
+    return elect_and_merge(kept, weights, found.factors, normalize, lambda_)

@@ -41,10 +41,17 @@ def trimmed(delta: Array, share: float) -> Array:
     return np.where(np.abs(delta) >= threshold, delta, 0.0)
 
 
-def consensus(terms: Sequence[Array], weight: Sequence[float], normalize: bool, lambda_: float) -> Answer:
-    """Both elections where the sum is zero but for float32's rounding."""
-    vote, size = np.sum(terms, axis=0), np.sum(np.abs(terms), axis=0)
-    noise = 1e-6 * size
+def consensus(
+    terms: Sequence[Array],
+    weight: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    votes: Sequence[Array] | None = None,
+) -> Answer:
+    """Both elections where the sum of the votes (the terms, if not given) is zero but for float32's rounding."""
+    votes = terms if votes is None else votes
+    vote, size = np.sum(votes, axis=0), np.sum(np.abs(terms), axis=0)
+    noise = 1e-6 * np.sum(np.abs(votes), axis=0)
     results, divisors = [], []
     for sign in (np.where(vote >= -noise, 1, -1), np.where(vote > noise, 1, -1)):
         agree = [np.sign(term) == sign for term in terms]

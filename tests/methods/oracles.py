@@ -102,10 +102,125 @@ def dare_ties(
     return consensus([w * delta for w, delta in zip(weight, dropped, strict=True)], weight, normalize, lambda_)
 
 
+def _in_band(delta: Array, density: float, gamma: float, rescale: bool) -> Array:
+    if density >= 1:
+        return delta
+    if density <= 0:
+        return np.zeros_like(delta)
+    descending = np.sort(np.abs(delta).ravel())[::-1]
+    kept = max(1, int(density * delta.size))
+    outliers = min(int(gamma * delta.size), delta.size - kept)
+    high, low = descending[outliers], descending[outliers + kept - 1]
+    left = np.where((np.abs(delta) >= low) & (np.abs(delta) <= high), delta, 0.0)
+    return left * (_l1(delta, left) if rescale else 1.0)
+
+
+def breadcrumbs(
+    deltas: Sequence[Array],
+    weight: Sequence[float],
+    density: Sequence[float],
+    gamma: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    rescale: bool,
+) -> Answer:
+    left = [_in_band(*given, rescale) for given in zip(deltas, density, gamma, strict=True)]
+    return task_arithmetic(left, weight, normalize, lambda_)
+
+
+def breadcrumbs_ties(
+    deltas: Sequence[Array],
+    weight: Sequence[float],
+    density: Sequence[float],
+    gamma: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    rescale: bool,
+) -> Answer:
+    left = [_in_band(*given, rescale) for given in zip(deltas, density, gamma, strict=True)]
+    return consensus([w * delta for w, delta in zip(weight, left, strict=True)], weight, normalize, lambda_)
+
+
+def della_linear(
+    deltas: Sequence[Array],
+    weight: Sequence[float],
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    rescale: bool,
+    masks: Sequence[Array],
+) -> Answer:
+    return dare_linear(deltas, weight, density, normalize, lambda_, rescale, False, masks)
+
+
+def della(
+    deltas: Sequence[Array],
+    weight: Sequence[float],
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    rescale: bool,
+    masks: Sequence[Array],
+) -> Answer:
+    return dare_ties(deltas, weight, density, normalize, lambda_, rescale, False, masks)
+
+
+def della_probability(delta: Array, density: float, epsilon: float) -> Array:
+    """The probability with which DELLA keeps each entry: by its rank in its row, equals sharing their mean rank."""
+    epsilon = min(epsilon, density, 1 - density)
+    rows = np.abs(delta).reshape(-1, delta.shape[-1])
+    below = (rows[:, None, :] < rows[:, :, None]).sum(-1)
+    equal = (rows[:, None, :] == rows[:, :, None]).sum(-1) - 1
+    others = rows.shape[1] - 1
+    share = (below + equal / 2) / others if others else np.full(rows.shape, 0.5)
+    probability: Array = (density - epsilon + 2 * epsilon * share).reshape(delta.shape)
+    return probability
+
+
+def sce(deltas: Sequence[Array], select_topk: float) -> Answer:
+    """With the entries that reach the threshold, and with those that reach it but for float32's rounding."""
+    varying = np.ptp(deltas, axis=0) > 0
+    variance = np.where(varying, np.var(deltas, axis=0), 0.0)
+    count = int(varying.sum())
+    answers = []
+    for tolerance in (0.0, 2e-6):
+        mask = np.ones_like(variance)
+        if select_topk < 1:
+            wanted = max(1, int(select_topk * count))
+            threshold = np.sort(variance.ravel())[-wanted] if count and select_topk > 0 else np.inf
+            mask = np.asarray(variance >= threshold * (1 - tolerance), np.float64)
+        votes = [mask * delta for delta in deltas]
+        energy = [float(np.sum(vote**2)) for vote in votes]
+        whole = sum(energy)
+        weights = [number / whole if whole else 1 / len(votes) for number in energy]
+        terms = [weight * vote for weight, vote in zip(weights, votes, strict=True)]
+        answers.append(consensus(terms, weights, True, 1.0, votes))
+    right = tuple(array for answer in answers for array in answer.right)
+    return Answer(right, np.maximum(answers[0].size, answers[1].size))
+
+
+def ram(deltas: Sequence[Array], epsilon: float) -> Answer:
+    return ramplus_tl(deltas, 0.0, 0.0, epsilon)
+
+
+def ramplus_tl(deltas: Sequence[Array], r: float, alpha: float, epsilon: float) -> Answer:
+    changed = np.array([np.abs(delta) > np.float32(epsilon) for delta in deltas])
+    count = changed.sum(0)
+    terms = []
+    for delta, mask in zip(deltas, changed, strict=True):
+        alone, shared = (mask & (count == 1)).sum(), (mask & (count > 1)).sum()
+        factor = 1 + r * min(alpha, shared / alone if alone else np.inf)
+        terms.append(delta * mask * np.where(count == 1, factor, 1 / np.maximum(count, 1)))
+    return Answer((np.sum(terms, axis=0),), np.sum(np.abs(terms), axis=0) + np.sum(np.abs(deltas), axis=0))
+
+
 ORACLES: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         *(linear, passthrough, slerp, task_arithmetic, ties, dare_linear, dare_ties),
+        *(breadcrumbs, breadcrumbs_ties, della, della_linear, sce, ram, ramplus_tl),
         *(nuslerp, multislerp, karcher, nearswap, arcee_fusion, model_stock),
     )
 } | {**MASKS, **SPECTRAL}

@@ -9,15 +9,23 @@ import pytest
 import torch
 
 from merger.methods._ops import Rng
+from merger.methods.breadcrumbs import breadcrumbs, breadcrumbs_ties
 from merger.methods.dare import dare_linear, dare_ties
+from merger.methods.della import della, della_linear, keep_by_rank
 from merger.methods.linear import linear
 from merger.methods.passthrough import passthrough
+from merger.methods.ram import measure as measure_ram
+from merger.methods.ram import ram, ramplus_tl
 from merger.methods.registry import declared, methods
+from merger.methods.sce import measure as measure_sce
+from merger.methods.sce import sce
 from merger.methods.slerp import measure as measure_angle
 from merger.methods.slerp import slerp
 from merger.methods.task_arithmetic import task_arithmetic
 from merger.methods.ties import measure as measure_trim
 from merger.methods.ties import ties
+
+from .oracles import della_probability
 
 
 def entries(*numbers: float) -> torch.Tensor:
@@ -282,6 +290,225 @@ def test_dare_ties_elects_after_dropping() -> None:
     one, other = torch.full((1000,), 2.0), torch.full((1000,), -1.0)
     result = dare_ties([one, other], density=0.5, rescale=False, rng=Rng(1))
     assert set(result.tolist()) == {2.0, -1.0, 0.0}
+
+
+# breadcrumbs
+
+
+def test_breadcrumbs_of_gamma_0_drops_no_outlier() -> None:
+    """gamma 0 keeps the largest of all, as ties does, where mergekit erases the whole task vector."""
+    delta = normal(5, 1000)
+    result = breadcrumbs([delta], density=0.25, gamma=0.0)
+    assert torch.equal(result, ties([delta], density=0.25))
+    assert int(result.count_nonzero()) == 250
+
+
+def test_breadcrumbs_of_a_small_tensor_drops_no_outlier() -> None:
+    """With fewer than 1 / gamma entries none is an outlier, and the rest is as it should be."""
+    assert breadcrumbs([entries(4, -3, 2, 1)], density=0.5).tolist() == [4, -3, 0, 0]
+
+
+def test_breadcrumbs_keeps_exactly_the_middle() -> None:
+    """Of distinct magnitudes int(gamma · N) go at the top and int(density · N) stay below them."""
+    delta = normal(5, 1000)
+    order = delta.abs().argsort(descending=True)
+    expected = torch.zeros(1000)
+    expected[order[30:264]] = delta[order[30:264]]
+    assert torch.equal(breadcrumbs([delta], density=0.2345, gamma=0.03), expected)
+
+
+def test_breadcrumbs_drops_fewer_outliers_for_the_density() -> None:
+    """Where gamma and density do not fit together, the density is kept."""
+    assert breadcrumbs([entries(5, 4, 3, 2, 1)], density=0.6, gamma=0.8).tolist() == [0, 0, 3, 2, 1]
+    assert breadcrumbs([entries(5, 4, 3, 2, 1)], density=0.9, gamma=0.8).tolist() == [0, 4, 3, 2, 1]
+
+
+def test_breadcrumbs_treats_equal_magnitudes_alike() -> None:
+    """Entries equal to the largest or the least that stays stay with it, whatever their place."""
+    assert breadcrumbs([entries(5, -5, 3, 2, -2, 1)], density=0.5, gamma=0.2).tolist() == [5, -5, 3, 2, -2, 0]
+    assert breadcrumbs([entries(9, 5, 3, 2, -2, 1)], density=0.5, gamma=0.2).tolist() == [0, 5, 3, 2, -2, 0]
+    assert breadcrumbs([entries(2, -2, 2, 2, 2)], density=0.4, gamma=0.2).tolist() == [2, -2, 2, 2, 2]
+
+
+def test_breadcrumbs_keeps_at_least_one_entry() -> None:
+    """A small density keeps one entry, density 0 none, one of density 1 is untouched."""
+    assert breadcrumbs([entries(1, -3, 2)], density=0.1).tolist() == [0, -3, 0]
+    assert breadcrumbs([entries(7)], density=0.1, gamma=1.0).tolist() == [7]
+    result = breadcrumbs([entries(1, -3), entries(1, 9)], density=[0.0, 1.0], gamma=0.5)
+    assert result.tolist() == [1, 9]
+
+
+def test_breadcrumbs_has_one_gamma_a_model() -> None:
+    """gamma is a number of each model, as density and weight are."""
+    result = breadcrumbs([entries(9, 3, 2, 1)] * 2, density=0.5, gamma=[0.25, 0], weight=[1, 10])
+    assert result.tolist() == [90, 33, 2, 0]
+
+
+def test_breadcrumbs_rescales_by_l1_norms() -> None:
+    """With rescale what stays has the L1 norm of the whole task vector."""
+    delta = normal(6, 1000) * 1e-9
+    result = breadcrumbs([delta], density=0.1, gamma=0.1, rescale=True)
+    assert math.isclose(float(result.double().abs().sum()), float(delta.double().abs().sum()), rel_tol=1e-6)
+
+
+def test_breadcrumbs_ties_elects_among_what_stays() -> None:
+    """An outlier does not vote."""
+    result = breadcrumbs_ties([entries(-9, 3, 2, 1), entries(2, 4, 9, -3)], density=0.5, gamma=0.25, normalize=True)
+    assert result.tolist() == [0, 3.5, 2, -3]
+
+
+# della
+
+
+@pytest.mark.parametrize("density", [0.5, 0.9, 0.05])
+@pytest.mark.parametrize("kind", ["distinct", "equals", "zeros", "rows of one", "one row"])
+def test_della_keeps_by_rank(density: float, kind: str) -> None:
+    """Over seeds each entry stays as often as its rank in its row says, within five standard deviations."""
+    delta = {
+        "distinct": normal(3, 3, 8),
+        "equals": entries(1, -2, 2, 2, 0, 1, 5, 1).view(1, 8),
+        "zeros": torch.zeros(2, 3),
+        "rows of one": normal(3, 12, 1),
+        "one row": normal(3, 12),
+    }[kind]
+    seeds = 4000
+    kept = np.sum([keep_by_rank(delta, 0, density, 0.15, Rng(seed)) for seed in range(seeds)], axis=0)
+    share = della_probability(delta.double().numpy(), density, 0.15).reshape(-1)
+    assert (abs(kept - seeds * share) <= 5 * np.sqrt(seeds * share * (1 - share)) + 1e-9).all()
+
+
+def test_della_keeps_entries_apart_from_each_other() -> None:
+    """The number kept of a row varies as that of independent draws does: an entry's duel says nothing of another's."""
+    delta = normal(4, 1, 64)
+    counts = np.array([keep_by_rank(delta, 0, 0.5, 0.5, Rng(seed)).sum() for seed in range(4000)])
+    share = della_probability(delta.double().numpy(), 0.5, 0.5)
+    variance = float((share * (1 - share)).sum())
+    assert abs(counts.var() / variance - 1) < 5 * math.sqrt(2 / 4000)
+    assert abs(counts.mean() - 32) < 5 * math.sqrt(variance / 4000)
+
+
+def test_della_keeps_its_density() -> None:
+    """The share kept of a large tensor is the density, also where epsilon does not fit beside it."""
+    delta = normal(5, 400, 500)
+    for density in (0.1, 0.5, 0.95):
+        kept = keep_by_rank(delta, 1, density, 0.15, Rng(2))
+        assert abs(int(kept.sum()) - density * kept.size) < 5 * math.sqrt(density * (1 - density) * kept.size)
+
+
+def test_della_prefers_the_large() -> None:
+    """At density ± epsilon of 1 and 0 the largest entry of a row always stays, and the smallest never."""
+    delta = entries(4, 1, -3, 2).view(1, 4)
+    kept = np.array([keep_by_rank(delta, 0, 0.5, 0.5, Rng(seed)) for seed in range(300)])
+    assert kept[:, 0].all()
+    assert not kept[:, 1].any()
+    assert 0 < kept[:, 3].sum() < kept[:, 2].sum() < 300
+
+
+def test_della_ranks_along_the_last_dimension() -> None:
+    """Rows are ranked each for itself: the entries of a row of small ones stay as often as those of large ones."""
+    delta = torch.stack([normal(1, 500) * 1e-6, normal(1, 500)])
+    kept = [keep_by_rank(delta, 0, 0.5, 0.5, Rng(seed)).reshape(2, 500).sum(1) for seed in range(40)]
+    assert abs(np.mean(kept, axis=0) - 250).max() < 5 * math.sqrt(500 / 6 / 40)
+
+
+def test_della_of_a_narrow_epsilon_is_dare() -> None:
+    """With epsilon 0 every entry stays with the density, and by the same draws as in dare."""
+    delta = normal(7, 20, 50)
+    for density in (0.0, 0.3, 1.0):
+        one = della_linear([delta], density=density, epsilon=0.0, rng=Rng(3, "w"))
+        assert torch.equal(one, dare_linear([delta], density=density, rng=Rng(3, "w")))
+
+
+def test_della_rescales_by_l1_norms() -> None:
+    """What is kept has the L1 norm of the whole delta; also when the deltas are small."""
+    delta = normal(7, 10, 100)
+    for unit in (1.0, 1e-12):
+        result = della([delta * unit], density=0.3, rng=Rng(1))
+        whole = float((delta * unit).double().abs().sum())
+        assert math.isclose(float(result.double().abs().sum()), whole, rel_tol=1e-6)
+
+
+def test_della_normalises_and_della_linear_does_not() -> None:
+    """The defaults are mergekit's."""
+    deltas = [entries(2), entries(4)]
+    assert della(deltas, rng=Rng(1)).tolist() == [3]
+    assert della_linear(deltas, rng=Rng(1)).tolist() == [6]
+
+
+def test_della_of_a_speck_of_a_tensor() -> None:
+    """One entry, in one dimension or none, is a row of one: it stays with the density."""
+    for delta in (entries(3.0), torch.tensor(3.0)):
+        results = [della([delta], density=0.5, rescale=False, rng=Rng(seed)).item() for seed in range(60)]
+        assert set(results) == {0.0, 3.0}
+
+
+# sce
+
+
+def test_sce_weighs_small_deltas_as_large_ones() -> None:
+    """Deltas of 3e-4 and 6e-4 count 0.2 and 0.8, where mergekit counts them alike; so do deltas of 1e-12."""
+    for unit in (1.0, 3e-4, 1e-12):
+        one, other = torch.full((100,), unit), torch.full((100,), 2 * unit)
+        weights = measure_sce([[one, other]], select_topk=1.0).weights
+        assert weights == pytest.approx((0.2, 0.8), rel=1e-6)
+        assert sce([one, other]).tolist() == pytest.approx([1.8 * unit] * 100, rel=1e-6)
+
+
+def test_sce_elects_by_unweighted_deltas() -> None:
+    """The sign is that of Σ τ, not of Σ c τ: the heavier model is outvoted here."""
+    one, two, three = entries(-3, 9), entries(2, 0), entries(2, 0)
+    assert sce([one, two, three]).tolist() == [2, 9]
+
+
+def test_sce_selects_by_variance() -> None:
+    """Of the entries that differ, int(topk · their number) of largest variance stay, ties together."""
+    one, other = entries(1, 5, 0, 3, -3, 2), entries(1, 1, 0, 2, 2, 2)
+    assert measure_sce([[one, other]], select_topk=0.7).threshold == 16
+    assert sce([one, other], select_topk=0.4).tolist()[:4] == [0, 0, 0, 0]
+    kept = [bool(number) for number in sce([one, other], select_topk=0.7).tolist()]
+    assert kept == [False, True, False, False, True, False]
+    one, other = entries(1, 4, -3), entries(0, 2, -5)
+    assert [bool(number) for number in sce([one, other], select_topk=0.4).tolist()] == [False, True, True]
+
+
+def test_sce_selects_at_least_one_entry() -> None:
+    """A small share selects one; 0 selects none; where the models do not differ there is none to select."""
+    one, other = entries(1, 5, 0), entries(1, 1, 0)
+    assert [bool(number) for number in sce([one, other], select_topk=0.01).tolist()] == [False, True, False]
+    assert sce([one, other], select_topk=0.0).tolist() == [0, 0, 0]
+    assert sce([one, one], select_topk=0.5).tolist() == [0, 0, 0]
+    assert sce([one, one]).tolist() == one.tolist()
+
+
+def test_sce_does_not_select_equal_entries_of_three_models() -> None:
+    """Three equal entries have a variance of exactly 0, whatever their mean rounds to."""
+    same = normal(3, 999)
+    deltas = [torch.cat([same, entries(number)]) for number in (1, 2, 3)]
+    assert int(sce(deltas, select_topk=0.99).count_nonzero()) == 1
+
+
+def test_sce_of_zeros_is_the_base() -> None:
+    """Nothing to weigh gives equal weights, and zeros."""
+    assert measure_sce([[torch.zeros(3), torch.zeros(3)]], select_topk=1.0).weights == (0.5, 0.5)
+    assert not sce([torch.zeros(3), torch.zeros(3)]).any()
+
+
+# ram
+
+
+def test_ram_keeps_what_one_model_changed() -> None:
+    """A change of one model alone goes in whole, one of two models as their mean, one up to epsilon not at all."""
+    result = ram([entries(1, 4, 0.5, 0, -3), entries(0, 2, 0.5, 0, 1), entries(0, 0, 0.5, 0, 0)], epsilon=0.5)
+    assert result.tolist() == [1, 3, 0, 0, -1]
+
+
+def test_ramplus_enlarges_by_counts_of_the_whole_tensor() -> None:
+    """λ = 1 + r · min(α, shared / own) of each model: here 2 shared of 1 own, and 2 of 0."""
+    one, other = entries(1, 4, 2, 0), entries(0, 2, 2, 0)
+    assert ramplus_tl([one, other], r=1, alpha=5).tolist() == [3, 3, 2, 0]
+    assert ramplus_tl([one, other], r=0.5, alpha=0.5).tolist() == [1.25, 3, 2, 0]
+    blocks = [[part.narrow(0, start, 1) for part in (one, other)] for start in range(4)]
+    assert measure_ram(blocks, r=1, alpha=5, epsilon=1e-5) == (3.0, 6.0)
 
 
 # passthrough

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from merger.methods.della import keep_by_rank
 from merger.methods.registry import Law, Method, methods
 
 from .cases import Case, cases, cut_points
@@ -21,7 +22,13 @@ from .oracles import ORACLES
 
 METHODS = {name: method for name, method in methods().items() if method.function.__module__.startswith("merger.")}
 CLAIMS = [(name, law) for name, method in METHODS.items() for law in method.laws]
-SUMMED_BY_BLOCK = ("slerp", "multislerp", "karcher")  # by chunks, which whole blocks of the engine's size do not cut
+SUMMED_BY_BLOCK = (
+    "slerp",
+    "sce",
+    "pcb",
+    "multislerp",
+    "karcher",
+)  # by chunks, which whole blocks of the engine's size do not cut
 every_method = pytest.mark.parametrize("name", METHODS)
 lawful = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
 
@@ -90,14 +97,20 @@ def test_float32_is_float64_but_for_rounding(name: str, data: st.DataObject) -> 
     defaults = {param.argument: param.default for param in case.method.params}
     arguments: dict[str, Any] = {**defaults, **case.arguments}
     if case.method.random:
-        shares = zip(case.tensors, arguments["density"], strict=True)
-        arguments["masks"] = [
-            case.rng.keep(model, tensor, share).double().numpy() for model, (tensor, share) in enumerate(shares)
-        ]
+        arguments["masks"] = [mask(case, model, arguments) for model in range(len(case.tensors))]
     answer = ORACLES[name]([tensor.double().numpy() for tensor in case.tensors], **arguments)
     result = case.run().double().numpy()
     wrong = np.min([np.abs(result - right) for right in answer.right], axis=0)
     assert (wrong <= 1.2e-6 * answer.size).all()
+
+
+def mask(case: Case, model: int, arguments: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """Which entries of a model a random method keeps, as 1 and 0."""
+    tensor, density = case.tensors[model], arguments["density"][model]
+    if "epsilon" not in arguments:
+        return case.rng.keep(model, tensor, density).double().numpy()
+    kept = keep_by_rank(tensor, model, density, arguments["epsilon"][model], case.rng)
+    return kept.reshape(tensor.shape).astype(np.float64)
 
 
 @every_method
