@@ -29,35 +29,32 @@ class Request:
 
 
 class Journal:
-    """The finished requests, in the order in which they finished."""
+    """The finished requests, in the order in which they began: a client may ask again before an answer is filed."""
 
     def __init__(self) -> None:
-        self._entries: list[Request] = []
+        self._entries: list[list[Request]] = []
         self._active = 0
         self._changed = threading.Condition()
 
     @contextmanager
-    def in_flight(self) -> Iterator[None]:
-        """Mark a request as begun until its entry is in."""
+    def in_flight(self) -> Iterator[list[Request]]:
+        """Mark a request as begun; it is filed in the list that this gives, which keeps its place in the log."""
+        place: list[Request] = []
         with self._changed:
             self._active += 1
+            self._entries.append(place)
         try:
-            yield
+            yield place
         finally:
             with self._changed:
                 self._active -= 1
                 self._changed.notify_all()
 
-    def add(self, request: Request) -> None:
-        """File a finished request."""
-        with self._changed:
-            self._entries.append(request)
-
     def read(self) -> list[Request]:
         """The log. A client holds its answer a moment before the entry is written: wait for those, but not for long."""
         with self._changed:
             self._settle()
-            return list(self._entries)
+            return [request for place in self._entries for request in place]
 
     def clear(self) -> None:
         """Forget all of it, stragglers included."""

@@ -34,10 +34,10 @@ class Handler(BaseHTTPRequestHandler):
         context = self.server.context
         body = Body(self.rfile, self.headers)  # type: ignore[arg-type]
         x = Exchange(self.command, self.path, self.headers, body, self.server.side)  # type: ignore[arg-type]
-        with context.journal.in_flight():
+        with context.journal.in_flight() as place:
             time.sleep(context.latency)
             status, sent = self._exchange(x)
-            context.journal.add(x.request(status, sent))
+            place.append(x.request(status, sent))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_any
 
