@@ -50,13 +50,13 @@ def family(root: Path, size: str, count: int) -> list[Path]:
     return [_member(root / f"{size}-{n}", n, torch.bfloat16, **BILLIONS[size]) for n in range(count + 1)]
 
 
-def tiny(root: Path) -> list[Path]:
-    """A base and two fine-tunes of four layers in float32."""
+def tiny(root: Path, dtype: torch.dtype = torch.float32, unit: float = 1.0) -> list[Path]:
+    """A base and two fine-tunes of four layers, all entries multiplied by `unit`."""
     shape = {"layers": 4, "hidden": 64, "middle": 160, "vocab": 256, "heads": 4}
-    return [_member(root / f"tiny-{n}", n, torch.float32, **shape) for n in range(3)]
+    return [_member(root / f"tiny-{n}", n, dtype, unit=unit, **shape) for n in range(3)]
 
 
-def _member(folder: Path, number: int, dtype: torch.dtype, heads: int, **shape: int) -> Path:
+def _member(folder: Path, number: int, dtype: torch.dtype, heads: int, unit: float = 1.0, **shape: int) -> Path:
     """The base (0) is drawn with deviation 0.02; a fine-tune adds a delta of a twentieth of that, heavy-tailed."""
     if (folder / "config.json").exists():
         return folder
@@ -64,7 +64,7 @@ def _member(folder: Path, number: int, dtype: torch.dtype, heads: int, **shape: 
     weight_map: dict[str, str] = {}
     held: dict[str, Tensor] = {}
     for index, (name, size) in enumerate(shapes(**shape)):
-        held[name] = _drawn(index, number, size).to(dtype)
+        held[name] = _drawn(index, number, size).mul_(unit).to(dtype)
         if sum(tensor.nbytes for tensor in held.values()) >= _FILE_BYTES:
             _save(folder, held, weight_map)
     _save(folder, held, weight_map)

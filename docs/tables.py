@@ -1,6 +1,7 @@
-"""README's tables and docs/methods.md, made from the code: `python docs/tables.py` writes them, `--check` compares.
+"""What README and docs/mergekit.md say of the code in tables, and docs/methods.md: `python docs/tables.py` writes them,
+`--check` compares.
 
-A table stands between the lines `<!-- NAME:start -->` and `<!-- NAME:end -->`. Not here: any other word of README.
+A table stands between the lines `<!-- NAME:start -->` and `<!-- NAME:end -->`. Not here: any other word of those pages.
 """
 
 from __future__ import annotations
@@ -13,17 +14,23 @@ from pathlib import Path
 from merger.console import needs
 from merger.errors import MergerError
 from merger.methods.registry import Method, Param, methods
+from merger.recipe.checks import FIELD_METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 METHODS = ROOT / "docs" / "methods.md"
+MERGEKIT = ROOT / "docs" / "mergekit.md"
+DEPARTS = "Departs from mergekit: "
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write or check what is generated; 1 if the check finds a difference."""
     built = methods().values()
-    tables = {"methods": methods_table(built), "exit-codes": exit_codes_table()}
-    wanted = {README: filled(README.read_text("utf-8"), tables), METHODS: methods_page(built)}
+    wanted = {
+        README: filled(README, {"methods": methods_table(built), "exit-codes": exit_codes_table()}),
+        METHODS: methods_page(built),
+        MERGEKIT: filled(MERGEKIT, {"departures": departures(built)}),
+    }
     stale = [page for page, text in wanted.items() if not page.exists() or page.read_text("utf-8") != text]
     if "--check" in arguments:
         for page in stale:
@@ -34,12 +41,13 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def filled(text: str, tables: dict[str, str]) -> str:
-    """The text with each table in its place."""
+def filled(page: Path, tables: dict[str, str]) -> str:
+    """The page's text with each table in its place."""
+    text = page.read_text("utf-8")
     for name, table in tables.items():
         place = re.compile(rf"(<!-- {name}:start -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if len(place.findall(text)) != 1:
-            raise SystemExit(f"README.md: there must be one place for the table {name!r}")
+            raise SystemExit(f"{page.name}: there must be one place for the table {name!r}")
         text = place.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)  # type: ignore[misc]
     return text
 
@@ -48,6 +56,21 @@ def methods_table(built: Iterable[Method]) -> str:
     """A row for each merge method."""
     rows = [(f"`{method.name}`", method.summary, parameters(method), source(method)) for method in built]
     return table(("method", "what comes out", "parameters", "from"), rows)
+
+
+def departures(built: Iterable[Method]) -> str:
+    """What each of mergekit's methods does otherwise here, from its own words; and which methods it does not have."""
+    shared = [method for method in built if method.name in FIELD_METHODS]
+    rows = [(f"`{method.name}`", departure(method) or "nothing") for method in shared]
+    newer = ", ".join(f"`{method.name}`" for method in built if method not in shared)
+    return f"{table(('method', 'what it does otherwise here'), rows)}\n\nMethods that mergekit does not have: {newer}."
+
+
+def departure(method: Method) -> str:
+    """Where a method departs from mergekit, as a sentence or more."""
+    said = [part for part in method.description.split("\n\n") if part.startswith(DEPARTS)]
+    text = " ".join(" ".join(said).removeprefix(DEPARTS).split())
+    return text[:1].upper() + text[1:]
 
 
 def methods_page(built: Iterable[Method]) -> str:

@@ -15,6 +15,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Blocks: TypeAlias = "Iterable[Sequence[Tensor]]"
-"""The blocks of a whole tensor, each a list with one block a model; it may be walked several times."""
+"""The blocks of a whole tensor, each a list with one block a model; it may be walked several times.
+
+They may know how many `entries` they hold, and how to read every n-th of them faster than all: see `strided`.
+"""
 
 Pair = TypeVar("Pair")
 
-CHUNK = 65_536
+CHUNK = 1 << 18
 """Entries that a reduction takes at a time; the engine's blocks are a multiple of it."""
 
 _SCRATCH_LIMIT = 1 << 20  # entries; 4 MiB a slot and thread. What is larger is a direct call, and is not kept.
@@ -145,14 +149,35 @@ def consensus(
     buffer, but not one called "part", "sign", "total" or "divisor".
     """
     sign = _elected(votes)
-    total, divisor = scratch("total", sign).zero_(), scratch("divisor", sign).zero_()
-    for vote, weight, gain in zip(votes, weights, gains or [1.0] * len(votes), strict=True):
-        agreeing = _flipped(vote, sign, scratch("part", sign)).clamp_min_(0)
-        total.add_(agreeing if gain == 1 else scaled(agreeing, gain))
-        if normalize:
-            divisor.add_(_times(agreeing.gt_(0), weight))
+    total = _agreeing(votes[0], sign, "total")
+    divisor = _shares(total, weights[0], "divisor") if normalize else None
+    _gained(total, gains, 0)
+    for place, vote in enumerate(votes[1:], 1):
+        agreeing = _agreeing(vote, sign, "part")
+        if divisor is None:
+            total.add_(_gained(agreeing, gains, place))
+        else:
+            shares = _shares(agreeing, weights[place], "scaled")
+            total.add_(_gained(agreeing, gains, place))
+            divisor.add_(shares)
     _flipped(total, sign, total)
-    return total.div(_without_zeros(divisor, weights)) if normalize else total.clone()
+    return total.clone() if divisor is None else total.div(_without_zeros(divisor, weights))
+
+
+def _agreeing(vote: Tensor, sign: Tensor, slot: str) -> Tensor:
+    """The vote's magnitude where it has the sign, else 0."""
+    return _flipped(vote, sign, scratch(slot, sign)).clamp_min_(0)
+
+
+def _shares(agreeing: Tensor, weight: float, slot: str) -> Tensor:
+    """The weight where the vote agrees, else 0."""
+    import torch
+
+    return _times(torch.gt(agreeing, 0, out=scratch(slot, agreeing)), weight)
+
+
+def _gained(agreeing: Tensor, gains: Sequence[float] | None, place: int) -> Tensor:
+    return _times(agreeing, 1 if gains is None else gains[place])
 
 
 def _elected(votes: Sequence[Tensor]) -> Tensor:
@@ -182,13 +207,67 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
 
 
 def _without_zeros(divisor: Tensor, weights: Sequence[float]) -> Tensor:
-    """The divisor with 1 where no vote agrees, or where the weights of those that do cancel (but for rounding)."""
+    """The divisor with another where no vote agrees, or where the weights of those that do cancel (but for rounding).
+
+    There the sum is 0, or is not divided: so where all weights are positive, any other will do.
+    """
     import torch
 
+    if min(weights) > 0:
+        return divisor.clamp_min_(min(weights))
     if min(weights) < 0 < max(weights):
         noise = 1e-6 * math.fsum(abs(weight) for weight in weights)
         divisor = torch.hardshrink(divisor, lambd=noise, out=scratch("scaled", divisor))
     return divisor.add_(torch.eq(divisor, 0, out=scratch("part", divisor)))
+
+
+# Blocks
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Blocks made of other blocks, each of one.
+
+    Args:
+        blocks: what they are made of.
+        make: a block from a block of as many entries, which it may overwrite.
+        entrywise: whether an entry needs none but those at its own place.
+    """
+
+    blocks: Blocks
+    make: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    entrywise: bool = True
+
+    @property
+    def entries(self) -> int:
+        """How many entries a tensor has."""
+        return entries_of(self.blocks)
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        return map(self.make, self.blocks)
+
+    def strided(self, step: int) -> Iterator[Sequence[Tensor]]:
+        """Every `step`-th entry."""
+        return map(self.make, strided(self.blocks, step)) if self.entrywise else _slices(self, step)
+
+
+def entries_of(blocks: Blocks) -> int:
+    """How many entries a tensor has that comes in these blocks."""
+    known: int | None = getattr(blocks, "entries", None)
+    return sum(block[0].numel() for block in blocks) if known is None else known
+
+
+def strided(blocks: Blocks, step: int) -> Iterator[Sequence[Tensor]]:
+    """Every `step`-th entry of each tensor, block by block, in one row."""
+    known: Callable[[int], Iterator[Sequence[Tensor]]] = getattr(blocks, "strided", partial(_slices, blocks))
+    return known(step)
+
+
+def _slices(blocks: Blocks, step: int) -> Iterator[Sequence[Tensor]]:
+    seen = 0
+    for block in blocks:
+        yield [tensor.reshape(-1)[-seen % step :: step] for tensor in block]
+        seen += block[0].numel()
 
 
 # Norms
@@ -203,30 +282,14 @@ def array(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def magnitude_sums(tensor: Tensor) -> list[float]:
-    """The sums of the magnitudes of each chunk's entries; `math.fsum` of them all is the L1 norm.
-
-    A chunk is folded in half four times in float32, then added in float64: each fold rounds once, so the sum is within
-    2.4e-7 of itself at worst (1e-10 on normal entries), in half the time.
-    """
+    """The sums of the magnitudes of each chunk's entries; `math.fsum` of them all is the L1 norm."""
     import numpy as np
 
-    row, buffer = array(tensor), np.empty(CHUNK, np.float32)
+    row, buffer = array(tensor), np.empty(min(CHUNK, tensor.numel()), np.float32)
     return [
-        float(np.add.reduce(_folded(np.absolute(part, buffer[: part.size])), dtype=np.float64))
+        float(np.add.reduce(np.absolute(part, buffer[: part.size]), dtype=np.float64))
         for part in (row[start : start + CHUNK] for start in range(0, max(1, row.size), CHUNK))
     ]
-
-
-def _folded(entries: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sums of 16 entries each, by halves: in one order on every machine; all entries where 16 does not divide them."""
-    import numpy as np
-
-    if entries.size % 16:
-        return entries
-    for _ in range(4):
-        half = entries.size // 2
-        entries = np.add(entries[:half], entries[half:], entries[:half])
-    return entries
 
 
 def square_sums(tensor: Tensor) -> list[float]:
@@ -343,14 +406,21 @@ def masked(delta: Tensor, kept: NDArray[np.bool_], slot: str = "trimmed") -> Ten
     return scratch(slot, delta).copy_(mask).mul_(delta)
 
 
+_DRAWS = 65_536
+
+
+def likely(share: float) -> float:
+    """The probability nearest to `share` that a draw has; only 0 is never and only 1 is always."""
+    return share if share <= 0 or share >= 1 else min(max(round(share * _DRAWS), 1), _DRAWS - 1) / _DRAWS
+
+
 @dataclass(frozen=True)
 class Rng:
     """Randomness by position: entry e of model m of a tensor always gets the same draw, whoever asks for it and when.
 
-    A draw u is a number of 40 bits in [0, 1). Its first 8 are a byte of Philox-4x64, keyed by a digest of (seed,
-    tensor, model), the position being the counter; the others matter to one entry in 256, those whose byte is the
-    threshold's, and are computed for these alone, by SplitMix64 of the position. So a draw depends neither on the order
-    of tensors or blocks, nor on threads or the machine.
+    A draw is one of 65,536 equally likely numbers: the entry's quarter of a word of PCG64 (O'Neill, 2014), keyed by a
+    digest of (seed, tensor, model) and advanced to the entry's place. So a draw depends neither on the order of tensors
+    or blocks, nor on threads or the machine; and a probability is one of the 65,535 between 0 and 1, the nearest.
 
     Args:
         seed: the recipe's seed.
@@ -375,31 +445,23 @@ class Rng:
 
     def below(self, model: int, count: int, *shares: float) -> list[NDArray[np.bool_]]:
         """For each share whether the draws of `count` entries from `start` are below it: so with that probability."""
-        draws = self.draws(model, count) if any(0 < share < 1 for share in shares) else None
-        return [self._below(model, count, share, draws) for share in shares]
-
-    def _below(self, model: int, count: int, share: float, draws: NDArray[np.uint8] | None) -> NDArray[np.bool_]:
         import numpy as np
 
-        if draws is None or not 0 < share < 1:
-            return np.full(count, share >= 1)
-        whole, rest = divmod(int(share * 2**40), 2**32)
-        found: NDArray[np.bool_] = draws < np.uint8(whole)
-        if rest:
-            equal = np.flatnonzero(draws == np.uint8(whole))
-            found[equal] = self.bits(model, equal, "rest") >> np.uint64(32) < np.uint64(rest)
-        return found
+        draws = self.draws(model, count) if any(0 < share < 1 for share in shares) else np.zeros(count, np.uint16)
+        return [
+            draws < np.uint16(likely(share) * _DRAWS) if 0 < share < 1 else np.full(count, share >= 1)
+            for share in shares
+        ]
 
-    def draws(self, model: int, count: int) -> NDArray[np.uint8]:
-        """The first 8 bits of the draws of `count` entries from `start`."""
+    def draws(self, model: int, count: int) -> NDArray[np.uint16]:
+        """The draws of `count` entries from `start`."""
         import numpy as np
 
-        step, skip = divmod(
-            self.start, 32
-        )  # a step of the counter gives four words, a word eight draws, low byte first
-        key = np.frombuffer(self._digest(model), "<u8").astype(np.uint64)
-        words = np.random.Philox(key=key, counter=step).random_raw(-(-(skip + count) // 8))
-        draws: NDArray[np.uint8] = words.astype("<u8", copy=False).view(np.uint8)[skip : skip + count]
+        step, skip = divmod(self.start, 4)
+        words = np.random.PCG64(int.from_bytes(self._digest(model), "little")).advance(step)
+        # The raw words, as random_raw gives them, but without holding up the other threads meanwhile.
+        drawn = np.random.Generator(words).integers(0, 2**64 - 1, -(-(skip + count) // 4), np.uint64, endpoint=True)
+        draws: NDArray[np.uint16] = drawn.astype("<u8", copy=False).view("<u2")[skip : skip + count]
         return draws
 
     def bits(self, model: int, places: NDArray[np.intp], use: str) -> NDArray[np.uint64]:

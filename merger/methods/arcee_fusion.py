@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from merger.methods._ops import Blocks, quartiles, scratch
+from merger.methods._ops import Blocks, entries_of, quartiles, scratch
 from merger.methods._rows import as_rows, row_chunks
 from merger.methods.registry import Tensors, merge_method
 
@@ -44,8 +44,8 @@ def arcee_fusion(tensors: Tensors, *, measured: float | None = None) -> Tensor:
     median + 1.5 (Q₃ − Q₁) of the importances of the whole tensor, the entry is b's, else a's. Quartiles are entries of
     the tensor, the lower one of two. There is no paper.
 
-    Departs from mergekit: the quartiles are those of all entries, where there a tensor of more than a million is
-    sampled at random, and no two runs agree; softmax and KL are float64, for in float32 the KL of two rows that are
+    Departs from mergekit: the quartiles are those of all entries, where there those of a tensor of more than a
+    million are estimated from a random sample; softmax and KL are float64, for in float32 the KL of two rows that are
     close is mostly rounding, and a negative one counts as 0.
 
     >>> import torch
@@ -67,6 +67,11 @@ class _Importances:
 
     blocks: Blocks
     divergences: list[NDArray[np.float32]] = field(default_factory=list)  # kept: they cost more than all the rest
+
+    @property
+    def entries(self) -> int:
+        """How many entries the tensor has."""
+        return entries_of(self.blocks)
 
     def __iter__(self) -> Iterator[Sequence[Tensor]]:
         for place, block in enumerate(self.blocks):

@@ -94,10 +94,11 @@ def breadcrumbs(
     largest stay, at least one; where the tensor has not so many, fewer of the largest go. The result is θ₀ + λ Σ wᵢ τ̂ᵢ,
     the sum divided by Σ wᵢ if normalize (undivided where that is zero). Density 1 leaves a task vector as it is.
 
-    Departs from mergekit: a gamma so small that no entry is an outlier (gamma 0, or a tensor of fewer than 1/γ entries)
-    drops none, where there it erases the whole task vector; entries of one magnitude stay or go together, and those
-    equal to the largest or to the least that stays stay; a small tensor keeps one entry. The rescaling is left out only
-    where less than 1e-7 of the delta's norm is left. All in float32, whatever the dtype.
+    Departs from mergekit: entries of one magnitude stay or go together, and those equal to the largest or to the least
+    that stays stay; a tensor of fewer than 1 / density entries keeps one, where there it loses its whole task vector.
+    The rescaling is left out only where less than 1e-7 of the delta's norm is left. All in float32, whatever the dtype.
+    Until mergekit 0.1.4 a gamma so small that no entry is an outlier (gamma 0, or a tensor of fewer than 1 / γ entries)
+    erases the whole task vector there.
 
     Args:
         weight: how much of each task vector goes in.

@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from merger.methods._ops import Blocks, Rng, divisor, elect_and_merge, l1_factors, masked, per_model, weighted_sum
+from merger.methods._ops import (
+    Blocks,
+    Rng,
+    divisor,
+    elect_and_merge,
+    l1_factors,
+    likely,
+    masked,
+    per_model,
+    weighted_sum,
+)
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
 
 if TYPE_CHECKING:
@@ -29,7 +39,7 @@ def measure(
     if not rescale:
         return (1.0,) * len(density)
     if unbiased:
-        return tuple(1 / share if 0 < share < 1 else 1.0 for share in density)
+        return tuple(1 / likely(share) if 0 < share < 1 else 1.0 for share in density)
     return l1_factors(
         blocks,
         density,
@@ -93,9 +103,9 @@ def dare_linear(
     >>> import torch
     >>> delta = torch.tensor([1.0, 2.0, 3.0, 4.0])
     >>> dare_linear([delta], density=0.5, rescale=False, rng=Rng(seed=1))
-    tensor([0., 2., 3., 0.])
+    tensor([1., 0., 0., 4.])
     >>> dare_linear([delta], density=0.5, unbiased=True, rng=Rng(seed=1))
-    tensor([0., 4., 6., 0.])
+    tensor([2., 0., 0., 8.])
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     _check(rescale, unbiased)
@@ -148,7 +158,7 @@ def dare_ties(
     >>> dare_ties([one, other], rng=Rng(seed=1))
     tensor([ 2., -3.,  3.,  5.])
     >>> dare_ties([one, other], density=[0.5, 1.0], rescale=False, rng=Rng(seed=1))
-    tensor([ 1., -3.,  3.,  1.])
+    tensor([ 2., -3., -1.,  5.])
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     _check(rescale, unbiased)

@@ -73,8 +73,8 @@ def _wins(
     import numpy as np
 
     starts = places // row * row
-    steps = ((bits >> np.uint64(11)).astype(np.float64) * (2.0**-53 * (row - 1))).astype(np.intp) + 1
-    others = places + steps
+    steps = (bits >> np.uint64(32)) * np.uint64(row - 1) >> np.uint64(32)
+    others = places + 1 + steps.view(np.intp)
     others -= row * (others >= starts + row)
     magnitudes = np.abs(entries[places]).view(np.uint32)
     coins = (bits & np.uint64(1)).astype(np.uint32)

@@ -40,8 +40,8 @@ def linear(tensors: Tensors, weight: PerModel = 1.0, normalize: bool = True) -> 
     The result is Σ wᵢ θᵢ, divided by Σ wᵢ if normalize. With equal weights it is the uniform soup of the paper; weights
     may be negative, which moves away from a model.
 
-    Departs from mergekit: weights that sum to zero are an error under normalize, where there they give NaN; and
-    weight may be left out.
+    Departs from mergekit: weights that sum to zero are an error under normalize, where there nothing finite comes
+    out; and weight may be left out.
 
     Args:
         weight: how much of each model goes in.

@@ -41,8 +41,8 @@ def model_stock(deltas: Deltas, filter_wise: bool = False, *, measured: float | 
     (along the last dimension). A pair with a zero delta counts with cosine 0. The mean over pairs is mergekit's, for
     more than two models; the paper takes all angles as equal.
 
-    Departs from mergekit: a negative cos counts as 0, which gives the base, where there t is negative and grows
-    without bound as cos nears −1 / (N−1); norms have no floor, where there a product of norms below 1e-6 counts as
+    Departs from mergekit: a negative cos counts as 0, which gives the base, where there t is negative, and
+    huge as cos nears −1 / (N−1); norms have no floor, where there a product of norms below 1e-6 counts as
     1e-6, which draws small deltas to the base. Cosines are float64.
 
     Args:

@@ -7,12 +7,12 @@ for those who have data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Annotated
 
-from merger.methods._ops import Blocks, kth_magnitudes, magnitude_sums, per_model, scaled, trim
+from merger.methods._ops import Blocks, Mapped, kth_magnitudes, magnitude_sums, per_model, scaled, trim
 from merger.methods.registry import Deltas, Paper, PerModel, Range, merge_method
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class Balance:
     inter: Mapping[Pair, float]
     thresholds: tuple[float, ...] = ()
 
+    def scores(self, block: Sequence[Tensor]) -> list[Tensor]:
+        """The scores of all models."""
+        return [self.score(block, model) for model in range(len(block))]
+
     def score(self, block: Sequence[Tensor], model: int) -> Tensor:
         """The model's intra-balancing times its inter-balancing, times the square of the number of entries."""
         others = range(len(block))
@@ -63,18 +67,6 @@ class Balance:
         for other in others[1:]:
             total.add_(exps[other].mul_(1 / self.inter[_pair(model, other)]))
         return total.mul_(own)
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """The scores of all models, block by block, in place of the deltas."""
-
-    blocks: Blocks
-    balance: Balance
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        for block in self.blocks:
-            yield [self.balance.score(block, model) for model in range(len(block))]
 
 
 def _pair(one: int, other: int) -> Pair:
@@ -92,7 +84,7 @@ def measure(blocks: Blocks, density: Sequence[float]) -> Balance:
     """The spans, then the softmaxes' means, then each model's threshold: three passes or more."""
     spans = _spans(blocks, len(density))
     balance = Balance(spans, *_means(blocks, spans, len(density)))
-    thresholds = kth_magnitudes(_Scores(blocks, balance), density)
+    thresholds = kth_magnitudes(Mapped(blocks, balance.scores), density)
     return Balance(balance.spans, balance.intra, balance.inter, thresholds)
 
 
@@ -150,11 +142,12 @@ def pcb(
     θ₀ + λ Σ ŝᵢ wᵢ τᵢ / Σ ŝᵢ, the products entry by entry; θ₀ where no model's entry stays. The wᵢ are the paper's
     λᵢ: they are in the sum, not in the scores.
 
-    Follows the paper, where norm is not spelled out; the released code's is the one above. That code
-    departs from the paper (e^(N norm(|τ|)²) tanh(τᵢ Στ) for the score, its threshold subtracted, outliers clamped) and
-    is not followed. Departs from both: scores are those of a tensor, not of the model as one vector; entries equal to
-    the threshold stay together; where all products are equal norm is 0, not 0/0. Products are float32's, so task
-    vectors below 1e-19 count as zero.
+    Follows the paper's equations of the two balancings, the mask and the mean; density is its r, 0.1 as there. It does
+    not spell out norm: that is the released code's. For the rest that code departs from the paper
+    (e^(N norm(|τ|)²) tanh(τᵢ Στ) for the score, its threshold subtracted, outliers clamped) and is not followed; nor
+    is the search for the λᵢ, which needs data. Departs from both: scores are those of a tensor, not of the model as one
+    vector; entries equal to the threshold stay together; where all products are equal norm is 0, not 0/0. Products are
+    float32's, so task vectors below 1e-19 count as zero.
 
     Args:
         weight: what each task vector is multiplied by in the mean.

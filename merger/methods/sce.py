@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated
 
-from merger.methods._ops import Blocks, array, consensus, magnitudes_at, scratch, square_sums
+from merger.methods._ops import Blocks, array, consensus, entries_of, magnitudes_at, scratch, square_sums
 from merger.methods.registry import Deltas, Paper, Range, merge_method
 
 if TYPE_CHECKING:
@@ -40,11 +40,31 @@ def measure(blocks: Blocks, select_topk: float) -> Selection:
 def _threshold(blocks: Blocks, select_topk: float) -> float:
     if select_topk >= 1:
         return 0.0
-    varying = sum(_count(variance) for (variance,) in _Variances(blocks)) if select_topk > 0 else 0
-    if not varying:
+    if select_topk <= 0:
         return math.inf
-    rank = max(1, int(select_topk * varying))
-    return magnitudes_at(_Variances(blocks), {0: lambda _: [rank]})[0][0]
+    variances = _Variances(blocks, [])
+    found = magnitudes_at(variances, {0: lambda _: [max(1, int(select_topk * sum(variances.varying)))]})
+    return found[0][0] or math.inf
+
+
+@dataclass(frozen=True)
+class _Variances:
+    """The blocks of the variance over the models, made from the models' blocks; of each it counts what is not zero."""
+
+    blocks: Blocks
+    varying: list[int]
+
+    @property
+    def entries(self) -> int:
+        """How many entries a tensor has."""
+        return entries_of(self.blocks)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for place, block in enumerate(self.blocks):
+            variance = _variance(block)
+            if place == len(self.varying):
+                self.varying.append(_count(variance))
+            yield [variance]
 
 
 def _count(variance: Tensor) -> int:
@@ -53,25 +73,21 @@ def _count(variance: Tensor) -> int:
     return int(np.count_nonzero(array(variance)))
 
 
-@dataclass(frozen=True)
-class _Variances:
-    """The blocks of the variance over the models, made from the models' blocks."""
-
-    blocks: Blocks
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        return ([_variance(block)] for block in self.blocks)
-
-
 def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    """The variance over the models, times their number squared: Σ over pairs of (τᵢ − τⱼ)²; 0 where all are equal."""
+    """The variance over the models, times their number squared: Σ over pairs of (τᵢ − τⱼ)²; 0 where all are equal.
+
+    In float64, then rounded: in float32, sums of the same squares in another order would come out as different numbers,
+    and the threshold would fall between entries of equal variance.
+    """
     import torch
 
-    total = scratch("variance", deltas[0]).zero_()
-    for one, other in combinations(deltas, 2):
-        difference = torch.sub(one, other, out=scratch("part", one))
+    like = torch.empty_like(deltas[0], dtype=torch.float64)  # never filled: what the buffers are shaped like
+    total = scratch("wide total", like).zero_()
+    wide = [scratch(f"wide {place}", like).copy_(delta) for place, delta in enumerate(deltas)]
+    for one, other in combinations(wide, 2):
+        difference = torch.sub(one, other, out=scratch("wide part", like))
         total.add_(difference.mul_(difference))
-    return total
+    return scratch("variance", deltas[0]).copy_(total)
 
 
 def _selected(deltas: Sequence[Tensor], threshold: float) -> Sequence[Tensor]:
@@ -90,6 +106,7 @@ def _selected(deltas: Sequence[Tensor], threshold: float) -> Sequence[Tensor]:
     paper=_PAPER,
     models=(1, None),
     measure=measure,
+    scratch=24,  # the variance is made in float64
     laws=("zero", "idempotent", "permutation", "scale"),
 )
 def sce(
@@ -105,8 +122,8 @@ def sce(
 
     Departs from mergekit: the weights are those of the formula for small deltas too, where there a sum of mean squares
     below 1e-6, so most fine-tunes', makes them all equal, and a divisor below 1e-6 is raised to that; entries of equal
-    variance are selected or left together; a select_topk that selects less than one entry selects one. Squares are
-    summed in float64.
+    variance are selected or left together, equal being what is one number in float32; a select_topk that selects less
+    than one entry selects one. Squares are summed in float64.
 
     Args:
         select_topk: share of entries selected, of those in which the models differ, by their variance.

@@ -54,10 +54,11 @@ def slerp(tensors: Tensors, t: float, *, measured: Angle | None = None) -> Tenso
     sin((1−t) ω) / sin ω · a + sin(t ω) / sin ω · b: the endpoints keep their own norms. Where cos ω > 0.9995 or a
     tensor is zero, (1−t) a + t b. A t outside 0 to 1 goes on along the arc.
 
-    Departs from mergekit: where cos ω < −0.9995 it interpolates linearly, so that opposite tensors cancel at t = 0.5;
-    here the arc is followed as long as a and b define it, and for opposite tensors (cos ω < −1 + 1e-6) the result has
-    the direction of the nearer one and the norm (1−t) ‖a‖ + t ‖b‖. A zero tensor there is taken as orthogonal, which
-    gives 0.707 of the other at t = 0.5. Norms, dot product and angle are float64; t = 0 and 1 give a and b exactly.
+    Departs from mergekit: the arc is followed as long as a and b define it, and for opposite tensors
+    (cos ω < −1 + 1e-6) the result has the direction of the nearer one and the norm (1−t) ‖a‖ + t ‖b‖; there, where
+    cos ω < −0.9995, the interpolation is linear, so that opposite tensors cancel at t = 0.5. A zero tensor there is
+    taken as orthogonal, which gives 0.707 of the other at t = 0.5. Norms, dot product and angle are float64; t = 0 and
+    1 give a and b exactly.
 
     Args:
         t: how far to go: 0 is the base, 1 the other model.

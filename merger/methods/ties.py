@@ -61,10 +61,10 @@ def ties(
     Merge: Δ = Σ wᵢ τ̂ᵢ over the i whose wᵢ τ̂ᵢ has sign s, divided if normalize by Σ wᵢ over the same i (1 where that is
     zero). The result is θ₀ + λ Δ. Follows mergekit in weighting the votes and the mean; the paper has no weights.
 
-    Departs from mergekit: entries equal to the threshold stand together (a sort keeps some of them, by chance); a
-    small tensor keeps one entry, and density 0 keeps none, where there both end in an error; the rescaling is left out
-    only where less than 1e-7 of the delta's norm is left, not for every small delta; with weights of both signs, a
-    divisor that is zero but for rounding counts as zero. All in float32, whatever the dtype.
+    Departs from mergekit: entries equal to the threshold stand together (a sort keeps some of them, by chance); the
+    rescaling is left out only where less than 1e-7 of the delta's norm is left, not for every small delta; with weights
+    of both signs, a divisor that is zero but for rounding counts as zero. All in float32, whatever the dtype. Until
+    mergekit 0.1.4 density 0 ends in an error there, and so does a tensor of fewer than 1 / density entries.
 
     Args:
         weight: how much each task vector counts, in the vote and in the mean.

@@ -156,9 +156,7 @@ def cases(draw: st.DrawFn, method: Method, only_required: bool = False) -> Case:
     arguments = {param.argument: draw(values(param, models)) for param in params}
     assume(only_required or accepted(method, arguments))
     seed = draw(st.integers(0, 2**20))
-    # Of many equal variances float32's rounding puts some above SCE's threshold and some below it.
-    drawn = [kind for kind in KINDS if method.name != "sce" or kind != "few values"]
-    kinds = draw(st.lists(st.sampled_from(drawn), min_size=models, max_size=models))
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=models, max_size=models))
     tensors = [tensor(kind, seed + place, shape) for place, kind in enumerate(kinds)]
     return Case(method, tuple(tensors), arguments, Rng(seed, "model.norm.weight"))
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -180,25 +181,21 @@ def della_probability(delta: Array, density: float, epsilon: float) -> Array:
 
 
 def sce(deltas: Sequence[Array], select_topk: float) -> Answer:
-    """With the entries that reach the threshold, and with those that reach it but for float32's rounding."""
-    varying = np.ptp(deltas, axis=0) > 0
-    variance = np.where(varying, np.var(deltas, axis=0), 0.0)
-    count = int(varying.sum())
-    answers = []
-    for tolerance in (0.0, 2e-6):
-        mask = np.ones_like(variance)
-        if select_topk < 1:
-            wanted = max(1, int(select_topk * count))
-            threshold = np.sort(variance.ravel())[-wanted] if count and select_topk > 0 else np.inf
-            mask = np.asarray(variance >= threshold * (1 - tolerance), np.float64)
-        votes = [mask * delta for delta in deltas]
-        energy = [float(np.sum(vote**2)) for vote in votes]
-        whole = sum(energy)
-        weights = [number / whole if whole else 1 / len(votes) for number in energy]
-        terms = [weight * vote for weight, vote in zip(weights, votes, strict=True)]
-        answers.append(consensus(terms, weights, True, 1.0, votes))
-    right = tuple(array for answer in answers for array in answer.right)
-    return Answer(right, np.maximum(answers[0].size, answers[1].size))
+    """Variances that are one number in float32 are equal: the rule for what stands at the threshold."""
+    pairs = [(one - other) ** 2 for one, other in combinations(deltas, 2)]
+    variance = np.sum([np.zeros_like(deltas[0]), *pairs], axis=0).astype(np.float32)
+    count = np.count_nonzero(variance)
+    mask = np.ones_like(deltas[0])
+    if select_topk < 1:
+        wanted = max(1, int(select_topk * count))
+        threshold = np.sort(variance.ravel())[-wanted] if count and select_topk > 0 else np.inf
+        mask = np.asarray(variance >= threshold, np.float64)
+    votes = [mask * delta for delta in deltas]
+    energy = [float(np.sum(vote**2)) for vote in votes]
+    whole = sum(energy)
+    weights = [number / whole if whole else 1 / len(votes) for number in energy]
+    terms = [weight * vote for weight, vote in zip(weights, votes, strict=True)]
+    return consensus(terms, weights, True, 1.0, votes)
 
 
 def ram(deltas: Sequence[Array], epsilon: float) -> Answer:

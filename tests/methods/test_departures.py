@@ -158,7 +158,7 @@ def test_ties_keeps_exactly_k() -> None:
 
 
 def test_ties_keeps_at_least_one_entry() -> None:
-    """A small tensor and a small density leave the largest entry, where mergekit fails."""
+    """A small tensor and a small density leave the largest entry, where mergekit 0.1.4 fails."""
     assert ties([entries(1, -3, 2)], density=0.1).tolist() == [0, -3, 0]
 
 
@@ -296,7 +296,7 @@ def test_dare_ties_elects_after_dropping() -> None:
 
 
 def test_breadcrumbs_of_gamma_0_drops_no_outlier() -> None:
-    """gamma 0 keeps the largest of all, as ties does, where mergekit erases the whole task vector."""
+    """gamma 0 keeps the largest of all, as ties does, where mergekit 0.1.4 erases the whole task vector."""
     delta = normal(5, 1000)
     result = breadcrumbs([delta], density=0.25, gamma=0.0)
     assert torch.equal(result, ties([delta], density=0.25))
@@ -485,6 +485,14 @@ def test_sce_does_not_select_equal_entries_of_three_models() -> None:
     same = normal(3, 999)
     deltas = [torch.cat([same, entries(number)]) for number in (1, 2, 3)]
     assert int(sce(deltas, select_topk=0.99).count_nonzero()) == 1
+
+
+def test_sce_selects_entries_of_equal_variance_together() -> None:
+    """Three numbers have one variance in whatever order the models hold them, where float32 would tell them apart."""
+    numbers, draw = np.array([0.61, 0.73, 0.54], np.float32), np.random.Generator(np.random.PCG64(1))
+    larger = np.stack([draw.permutation(numbers) for _ in range(60)], axis=1)
+    deltas = list(torch.from_numpy(np.concatenate([larger, larger / 2], axis=1)))
+    assert [bool(number) for number in sce(deltas, select_topk=0.01).tolist()] == [True] * 60 + [False] * 60
 
 
 def test_sce_of_zeros_is_the_base() -> None:

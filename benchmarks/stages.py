@@ -1,0 +1,70 @@
+"""What each stage of one merge takes, added up over its threads: whether reading, computing and writing overlap.
+
+`python benchmarks/stages.py METHOD THREADS` on the checkpoints of speed.py (`--work`). The time of a stage includes its
+waits for a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import models
+import speed
+
+from merger.checkpoints.shard import ShardWriter
+from merger.engine import blocks
+from merger.run import Options, plan, read, run
+from merger.stores.folder import FolderReader
+
+SECONDS: defaultdict[str, float] = defaultdict(float)
+
+
+def timed(owner: Any, name: str, stage: str) -> None:
+    """Add the time of each call to its stage."""
+    real: Callable[..., Any] = getattr(owner, name)
+
+    def call(*arguments: Any, **others: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return real(*arguments, **others)
+        finally:
+            SECONDS[stage] += time.perf_counter() - start
+
+    setattr(owner, name, call)
+
+
+def main() -> int:
+    """Merge once and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("method", choices=speed.SETTINGS)
+    parser.add_argument("threads", type=int)
+    parser.add_argument("--work", type=Path, default=speed.ROOT / "benchmarks" / ".work")
+    parser.add_argument("--size", default="0.5B", choices=models.BILLIONS)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    recipe = given.work / "recipe.yaml"
+    speed.recipe(given.method, models.family(given.work, given.size, 3), recipe)
+    options = Options(to=str(given.work / "ours"), threads=given.threads, force=True)
+    planned, store = plan(read(recipe), options)
+    timed(FolderReader, "read", "reading")
+    timed(blocks.Work, "measure", "measuring, with its reading")
+    timed(blocks.Work, "make", "making blocks, with their reading")
+    timed(ShardWriter, "write", "hashing and writing")
+    timed(Future, "result", "waiting")
+    start = time.perf_counter()
+    for _ in run(planned, store, options):
+        pass
+    print(f"{given.method}, {given.threads} threads: {time.perf_counter() - start:.2f} s")
+    for stage, seconds in SECONDS.items():
+        print(f"{stage:35} {seconds:6.2f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
