@@ -5,17 +5,22 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 from merger.card.licences import licence_note
 from merger.card.lineage import shown
+from merger.card.relations import Relation, Relations, same_models
 from merger.errors import MergerError, Problem
 from merger.methods.registry import Method, Param
 from merger.plan.plan import Plan
+from merger.run import Done, PartDone, Resumed
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from merger.stores.ports import Leftover
 
 _LOG_SECONDS = 15.0
 _NAMES_SHOWN = 3
@@ -86,7 +91,20 @@ def _accounting(planned: Plan) -> list[str]:
     left = [(f"{shown(models[item.model])}: {item.why}", item.tensor) for item in planned.left_out]
     lines = [*_by_reason("copied", copied), *_by_reason("left out", left)]
     note = licence_note(planned)
-    return [*lines, *([f"\nlicence  {note}"] if note else [])]
+    doubts = [f"\nwarning: {doubt}" for doubt in same_models(planned)]
+    return [*lines, *([f"\nlicence  {note}"] if note else []), *doubts]
+
+
+def relations_text(related: Relations) -> str:
+    """How the parents relate, and what speaks against merging them."""
+    lines = ["", "parents", *(_relation_text(row) for row in (*related.overall, *related.layers))]
+    return "\n".join([*lines, *(f"warning: {doubt}" for doubt in related.doubts)])
+
+
+def _relation_text(row: Relation) -> str:
+    cosine = "none" if row.cosine is None else f"{row.cosine:.2f}"
+    sizes = ", ".join(f"{norm:.2f}" for norm in row.norms)
+    return f"  {row.where}: cosine {cosine}, opposite signs {row.opposition:.0%}, sizes {sizes}"
 
 
 def _by_reason(title: str, items: Iterable[tuple[str, str]]) -> list[str]:
@@ -210,5 +228,42 @@ def show(event: object, progress: Progress) -> None:
 
     if isinstance(event, Made):
         progress.add(event.nbytes)
+    elif isinstance(event, Resumed):
+        progress.say(f"{event.shards} of {event.of} files are there from an earlier run or another part")
     elif isinstance(event, ShardDone):
         progress.say(f"made {event.shard.name} ({size(event.shard.size)}, sha256 {event.shard.sha256[:12]})")
+
+
+# ---- the end --------------------------------------------------------------------------------------------------------
+
+
+def ended(event: Done | PartDone) -> str:
+    """What has become of it."""
+    if isinstance(event, PartDone):
+        return f"part {event.part} is there: {event.shards} of {event.of} files; after all parts: merger publish"
+    doubts = "".join(f"warning: {doubt}\n" for doubt in event.doubts)
+    commit = f" at commit {event.published.commit[:12]}" if event.published.commit else ""
+    return (
+        doubts + f"{'merged into' if event.is_new else 'nothing to do: it is already'} {event.published.where}{commit}"
+    )
+
+
+def as_json(event: Done | PartDone) -> dict[str, Any]:
+    """The same for machines."""
+    if isinstance(event, PartDone):
+        return {"part": str(event.part), "shards": event.shards, "of": event.of}
+    return {
+        "new": event.is_new,
+        "shards": [asdict(shard) for shard in event.shards],
+        "doubts": event.doubts,
+        **asdict(event.published),
+    }
+
+
+def leftovers_text(to: str, found: Sequence[Leftover]) -> str:
+    """What is there of unfinished runs."""
+    lines = [
+        f"{item.where}: {item.shards} finished files, {size(item.nbytes)}{', a run is at work' if item.busy else ''}"
+        for item in found
+    ]
+    return "\n".join(lines) or f"{to}: no unfinished run"

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merger.card.lineage import LOCK_NAME, lock_file
+from merger import machine
+from merger.card.lineage import lock_file
+from merger.card.relations import Relations, relations
 from merger.card.render import render
 from merger.checkpoints.shard import Written, index
-from merger.errors import Problem, RecipeError
-from merger.methods.registry import Method, methods
+from merger.checkpoints.sidefiles import LOCK_NAME
+from merger.errors import BudgetError, MergerError, Problem, RecipeError, UploadError
+from merger.methods.registry import methods
+from merger.plan.geometry import Geometry
 from merger.plan.lock import LockedRecipe, lock
-from merger.plan.plan import SHARD_BYTES, Budget, Plan
+from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
+from merger.plan.parts import share
+from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.plan.plan import plan as make_plan
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderSink, FolderStore
 from merger.stores.library import Library
-from merger.stores.ports import Published, Sink, Store
+from merger.stores.ports import Leftover, Published, Sink, Store
 
 if TYPE_CHECKING:
     from merger.engine.execute import Event
 
 HUB = "hf://"
+_HEADER_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -36,28 +43,60 @@ class Options:
     Args:
         to: a folder, or ``hf://owner/name``; None: the recipe's publish.repo.
         max_memory: the most memory the run may take.
+        max_disk: the most disk that it may take at once, at the destination or for the work.
         shard_size: the largest size of a shard's tensors.
         threads: how many threads compute; None: one for each core.
         device: ``cpu`` or ``cuda``.
         seed: in place of the recipe's.
         force: replace a model at the destination.
+        part: make this share of the shards, and leave the end to `publish_only`.
+        publish_only: make no shard; all must be there.
     """
 
     to: str | None = None
     max_memory: int | None = None
+    max_disk: int | None = None
     shard_size: int | None = None
     threads: int | None = None
     device: str = "cpu"
     seed: int | None = None
     force: bool = False
+    part: Part | None = None
+    publish_only: bool = False
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Some of the shards are there already, from an earlier run or another part."""
+
+    shards: int
+    of: int
+
+
+@dataclass(frozen=True)
+class PartDone:
+    """A part's shards are where all parts put them; `merger publish` makes a model of them once all are there."""
+
+    part: Part
+    shards: int
+    of: int
 
 
 @dataclass(frozen=True)
 class Done:
-    """The merge lies at its destination."""
+    """The merge lies at its destination; without shards where it lay there before this run.
+
+    `doubts` are sentences that say why it may mean little.
+    """
 
     published: Published
     shards: tuple[Written, ...]
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether this run put it there."""
+        return bool(self.shards)
 
 
 def read(path: Path) -> Recipe:
@@ -84,10 +123,41 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
     locked = lock(recipe, store)
     budget = Budget(
         memory=options.max_memory,
-        threads=options.threads or os.cpu_count() or 1,
+        threads=options.threads or machine.cores(),
         shard_bytes=options.shard_size or SHARD_BYTES,
     )
     return make_plan(locked, methods(), budget, options.seed), store
+
+
+def fitted(options: Options) -> Options:
+    """The options with this machine's memory where none is given: for what is to run here."""
+    return options if options.max_memory is not None else replace(options, max_memory=machine.memory())
+
+
+def needed_disk(planned: Plan, options: Options, shards: Sequence[Shard]) -> int:
+    """The bytes of disk it takes to make these shards and bring them to the destination.
+
+    Raises:
+        BudgetError: more than the options allow.
+    """
+    staged = destination(planned.locked.recipe, options).startswith(HUB)
+    needed = planned.disk(staged, shards)
+    if options.max_disk is not None and needed > options.max_disk:
+        what = f"this merge needs {needed:,} bytes of disk at once, and {options.max_disk:,} are allowed"
+        raise BudgetError(Problem(what, hint=_smaller(planned, options.max_disk, staged)))
+    return needed
+
+
+def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
+    """The option that makes it fit, if there is one."""
+    if not staged:
+        return "raise --max-disk, or publish to hf://owner/name: there a file is gone once it is uploaded"
+    largest = max(job.nbytes for job in planned.jobs)
+    fitting = (allowed - planned.spool) // 2 - _HEADER_BYTES
+    if fitting < largest:
+        least = 2 * (largest + _HEADER_BYTES) + planned.spool
+        return f"raise --max-disk to {least:,} at least: the largest tensor has {largest:,} bytes"
+    return f"--shard-size {fitting} makes it fit"
 
 
 def _stores(recipe: Recipe) -> list[Store]:
@@ -98,6 +168,17 @@ def _stores(recipe: Recipe) -> list[Store]:
     from merger.stores.hub import HubStore
 
     return [folders, HubStore()]
+
+
+def looked(planned: Plan, store: Store) -> Relations:
+    """How the parents relate, by a sample of their tensors that is read now.
+
+    Raises:
+        ModelError: bytes of a model cannot be read.
+    """
+    from merger.engine.look import look  # imports torch
+
+    return relations(planned, dict(look(planned, store)))
 
 
 def destination(recipe: Recipe, options: Options) -> str:
@@ -124,39 +205,108 @@ def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
     return HubSink(to.removeprefix(HUB), recipe.publish.private, options.force, recipe.publish.create_pr)
 
 
-def run(planned: Plan, store: Store, options: Options) -> Iterator[Event | Done]:
-    """Make what was planned and put it where it belongs; the last event is `Done`.
+def run(planned: Plan, store: Store, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
+    """Make what was planned and put it where it belongs; the last event is `Done`, of a part `PartDone`.
+
+    Shards that an earlier run finished are not made again, and a model that is there already is not published again.
 
     Raises:
-        MergerError: any kind; the destination is then as it was before.
+        MergerError: any kind; the destination is then as it was before, and finished shards wait for another run.
     """
-    from merger.engine.execute import ShardDone, execute  # imports torch, which checking and planning do without
-
     sink = _sink(planned.locked.recipe, options, planned.locked)
-    done = False
     try:
-        sink.prepare(planned.hash, planned.disk(staged=destination(planned.locked.recipe, options).startswith(HUB)))
-        shards: list[Written] = []
-        for event in execute(planned, methods(), store, sink, options.device):
-            if isinstance(event, ShardDone):
-                shards.append(event.shard)
-            yield event
-        files = _small_files(planned, store, sink.name, methods(), tuple(shards))
-        published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
-        done = True
-    finally:
-        if not done:
-            sink.abandon()
-    yield Done(published, tuple(shards))
+        found = sink.prepare(planned.identity, shared=options.part is not None)
+        if found is None:
+            yield from _made(planned, store, sink, options)
+        else:
+            yield Done(found, ())
+    except BaseException:
+        with suppress(MergerError):  # what went wrong first is what is told
+            sink.leave()
+        raise
+    sink.leave()
+
+
+def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
+    """The shards that are missing, and the end: of a part, or of the whole."""
+    held, seen = dict(sink.held()), dict[str, Geometry]()
+    mine = share(planned.shards, options.part)
+    missing = [shard for shard in mine if shard.name not in held]
+    if held:
+        yield Resumed(len(planned.shards) - len(missing), len(planned.shards))
+    if missing and options.publish_only:
+        raise _unfinished(missing, planned)
+    sink.reserve(needed_disk(planned, options, missing))
+    if missing:
+        yield from _shards_made(planned, missing, store, sink, options, held, seen)
+    if options.part is not None:
+        yield PartDone(options.part, len(mine), len(planned.shards))
+        return
+    shards = tuple(held[shard.name] for shard in planned.shards)
+    related = relations(planned, seen)
+    files = _small_files(planned, store, sink.name, related, shards)
+    published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
+    yield Done(published, shards, related.doubts)
+
+
+def _shards_made(
+    planned: Plan,
+    missing: Sequence[Shard],
+    store: Store,
+    sink: Sink,
+    options: Options,
+    held: dict[str, Written],
+    seen: dict[str, Geometry],
+) -> Iterator[Event]:
+    from merger.engine.execute import Observed, ShardDone, execute  # imports torch, which all else does without
+
+    for event in execute(planned, missing, methods(), store, sink, options.device):
+        if isinstance(event, ShardDone):
+            held[event.shard.name] = event.shard
+        elif isinstance(event, Observed):
+            seen[event.job.name] = event.geometry
+        yield event
+
+
+def _unfinished(missing: Sequence[Shard], planned: Plan) -> UploadError:
+    names = ", ".join(shard.name for shard in missing[:3]) + (", ..." if len(missing) > 3 else "")
+    what = f"{len(missing)} of {len(planned.shards)} shards are not there yet: {names}"
+    return UploadError(Problem(what, hint="run the parts that make them, with the same recipe, seed and --shard-size"))
+
+
+def leftovers(to: str) -> list[Leftover]:
+    """What runs that did not finish left at a destination.
+
+    Raises:
+        UploadError: the destination cannot be asked.
+    """
+    return _destination_sink(to).leftovers()
+
+
+def clean(to: str, leftover: Leftover) -> None:
+    """Remove one of them, and nothing else.
+
+    Raises:
+        UploadError: a run is at work there, or we may not write.
+    """
+    _destination_sink(to).clean(leftover)
+
+
+def _destination_sink(to: str) -> Sink:
+    if not to.startswith(HUB):
+        return FolderSink(Path(to))
+    from merger.stores.staging import HubSink
+
+    return HubSink(to.removeprefix(HUB))
 
 
 def _small_files(
-    planned: Plan, store: Store, name: str, table: Mapping[str, Method], shards: tuple[Written, ...]
+    planned: Plan, store: Store, name: str, related: Relations, shards: tuple[Written, ...]
 ) -> dict[str, bytes]:
     """All that stands beside the shards; index and config come last, for they make it look like a model."""
     donor = planned.locked.donor
     files = {side: store.fetch(donor.located, side) for side in planned.side_files}
-    files["README.md"] = render(planned, table, name).encode()
+    files["README.md"] = render(planned, methods(), name, related).encode()
     files["recipe.yaml"] = planned.locked.recipe.text.encode()
     files[LOCK_NAME] = lock_file(planned, shards).encode()
     if len(planned.shards) > 1:

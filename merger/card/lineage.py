@@ -14,7 +14,6 @@ from merger.checkpoints.shard import Written
 from merger.plan.lock import LockedModel
 from merger.plan.plan import FORMAT, Plan
 
-LOCK_NAME = "merger.lock.yaml"
 _MADE_WITH = ("hub-merger", "torch", "numpy")
 
 
@@ -28,6 +27,7 @@ def lock_file(planned: Plan, shards: tuple[Written, ...]) -> str:
     content: dict[str, Any] = {
         "format": FORMAT,
         "plan": planned.hash,
+        "identity": planned.identity,
         "seed": planned.seed,
         "made_with": {package: version(package) for package in _MADE_WITH},
         "models": [_model(model) for model in planned.locked.models],

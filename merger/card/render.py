@@ -18,6 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from merger.card.licences import licence, licence_note
 from merger.card.lineage import shown
+from merger.card.relations import Relations
 from merger.errors import Problem, RecipeError
 from merger.methods.registry import Method
 from merger.plan.plan import Plan
@@ -41,13 +42,14 @@ class Parent:
     role: str
 
 
-def render(planned: Plan, table: Mapping[str, Method], name: str) -> str:
+def render(planned: Plan, table: Mapping[str, Method], name: str, related: Relations) -> str:
     """The text of README.md.
 
     Args:
         planned: what was made.
         table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
+        related: how the parents relate, as far as this run has seen it.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
@@ -62,7 +64,7 @@ def render(planned: Plan, table: Mapping[str, Method], name: str) -> str:
     )
     environment.filters |= {"md": escaped, "fenced": fenced}
     try:
-        return environment.get_template(CARD).render(_content(planned, table, name))
+        return environment.get_template(CARD).render(_content(planned, table, name) | {"related": related})
     except TemplateError as error:
         what = f"the card's template cannot be rendered: {type(error).__name__}: {error.message}"
         raise RecipeError(Problem(what, publish.template_at, "publish.template")) from None

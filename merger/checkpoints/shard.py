@@ -31,10 +31,9 @@ class Outgoing(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """A finished shard on this disk."""
+    """A finished shard: what is known of its file, wherever it lies."""
 
     name: str
-    path: Path
     size: int
     sha256: str
 
@@ -61,6 +60,12 @@ def index(weight_map: dict[str, str], total_size: int) -> bytes:
     """The text of model.safetensors.index.json; `total_size` counts the tensors' bytes."""
     content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file on this disk."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:
@@ -92,7 +97,7 @@ class ShardWriter:
         if self._size != self._expected:
             raise AssertionError(f"{self.path.name}: wrote {self._size} bytes, promised {self._expected}")
         self._file.close()
-        return Written(self.path.name, self.path, self._size, self._hash.hexdigest())
+        return Written(self.path.name, self._size, self._hash.hexdigest())
 
     def __enter__(self) -> ShardWriter:
         return self

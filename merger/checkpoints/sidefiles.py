@@ -19,6 +19,9 @@ _SIDE_FILE = re.compile(
     )$""",
     re.VERBOSE,
 )
+LOCK_NAME = "merger.lock.yaml"
+"""What a merge was made of, beside its result."""
+
 _CODE = re.compile(r"^[^/]+\.py$")
 
 

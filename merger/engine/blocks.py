@@ -5,6 +5,7 @@ Not here: the order of jobs and what happens to finished blocks (execute).
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import threading
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merger.engine.observe import observe
 from merger.errors import MismatchError, Problem
 from merger.methods._ops import Rng
 from merger.methods.registry import Method, declared
+from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job, arguments
 from merger.plan.plan import BLOCK_ENTRIES, block_entries
 from merger.stores.ports import Reader
@@ -29,6 +32,12 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INFINITY = {
+    dtype: int(torch.tensor(math.inf, dtype=dtype).view(_BITS[dtype.itemsize])) for dtype in TORCH_DTYPES.values()
+}
+"""The bit pattern of infinity: those of finite numbers are smaller, those of NaN larger, the sign left aside."""
+
 _COPY_BYTES = 4 * BLOCK_ENTRIES
 _SPOOL_BYTES = 8 << 20
 
@@ -51,14 +60,14 @@ class _Kept(threading.local):
     """This thread's buffers: new memory would cost more than the arithmetic."""
 
     def __init__(self) -> None:
-        self.raw: list[Tensor] = []
+        self.raw = torch.empty(0, dtype=torch.uint8)
         self.floats: list[Tensor] = []
 
     def at_least(self, count: int, entries: int) -> None:
-        if self.floats and self.floats[0].numel() < entries:
-            self.raw, self.floats = [], []
-        for _ in range(count - len(self.raw)):
-            self.raw.append(torch.empty(8 * entries, dtype=torch.uint8))
+        if self.raw.numel() < 8 * entries:
+            self.raw = torch.empty(8 * entries, dtype=torch.uint8)
+            self.floats = []
+        for _ in range(count - len(self.floats)):
             self.floats.append(torch.empty(entries, dtype=torch.float32))
 
 
@@ -117,6 +126,7 @@ class Work:
     seed: int
     device: torch.device
     measured: Future[Any] | None = None
+    _seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
     _spool: Spool | None = field(default=None, repr=False)
 
     def measure(self) -> Any:
@@ -137,8 +147,7 @@ class Work:
         dtype = TORCH_DTYPES[self.job.dtype]
         result = out[: (block.stop - block.start) * dtype.itemsize]
         rounded = result.view(dtype).copy_(self._merged(block).reshape(-1))
-        # A sum is finite only if all its terms are; in float64 it cannot overflow by itself.
-        if not torch.isfinite(rounded.sum(dtype=torch.float64)):
+        if not _finite(rounded):
             raise _not_finite(self.job, rounded)
         return _bytes(result)
 
@@ -150,13 +159,23 @@ class Work:
             given["measured"] = self.measured.result()  # before loading: measuring fills the spool
         inputs, base = self.load(block)
         merged: Tensor = self.method.function(inputs, **given)
+        self._seen[block.start] = observe(inputs, merged, block.start, self.job.entries)
         return merged if base is None else merged.add_(base)
 
-    def load(self, block: Block) -> tuple[list[Tensor], Tensor | None]:
-        """The inputs' entries in float32, the base subtracted if the job has one; and the base."""
+    def seen(self) -> Geometry:
+        """How inputs and result lie to each other, by the blocks made so far."""
+        return total(self._seen[start] for start in sorted(self._seen))
+
+    def load(self, block: Block, step: int = 1) -> tuple[list[Tensor], Tensor | None]:
+        """The inputs' entries in float32, the base subtracted if the job has one; and the base.
+
+        Of the tensor's entries every `step`-th; in one row, if these are not all.
+        """
         count = len(self.job.reads)
         _kept.at_least(count, max(BLOCK_ENTRIES, block.stop - block.start))
-        loaded = [self._shaped(self._entries(number, block)) for number in range(count)]
+        loaded = [self._entries(number, block, step) for number in range(count)]
+        if step == 1:
+            loaded = [self._shaped(entries) for entries in loaded]
         if self.job.base is None:
             return loaded, None
         return [tensor.sub_(loaded[-1]) for tensor in loaded[:-1]], loaded[-1]
@@ -167,14 +186,15 @@ class Work:
             return entries.view(self.job.shape)
         return entries.view(-1, self.job.shape[-1] if self.job.shape else 1) if self.method.unit == "rows" else entries
 
-    def _entries(self, number: int, block: Block) -> Tensor:
+    def _entries(self, number: int, block: Block, step: int) -> Tensor:
         dtype = TORCH_DTYPES[self.job.reads[number].tensor.dtype]
         size = block.stop - block.start
-        raw = _kept.raw[number][: size * dtype.itemsize]
+        raw = _kept.raw[: size * dtype.itemsize]
         source = self.reader.read if self._spool is None else self._spool.read
         first = self.first if self._spool is None else 0
         source(first + number, block.start * dtype.itemsize, _bytes(raw))
-        return _kept.floats[number][:size].copy_(raw.view(dtype)).to(self.device)
+        entries = raw.view(dtype)[-block.start % step :: step]
+        return _kept.floats[number][: len(entries)].copy_(entries).to(self.device)
 
     def close(self) -> None:
         """No more blocks will be asked for."""
@@ -191,6 +211,22 @@ class _Blocks:
     def __iter__(self) -> Iterator[list[Tensor]]:
         for block in blocks(self._work.job, self._work.method):
             yield self._work.load(block)[0]
+
+    @property
+    def entries(self) -> int:
+        return self._work.job.entries
+
+    def strided(self, step: int) -> Iterator[list[Tensor]]:
+        """Every `step`-th entry of each input, in one row: only these are brought to float32."""
+        for block in blocks(self._work.job, self._work.method):
+            yield self._work.load(block, step)[0]
+
+
+def _finite(entries: Tensor) -> bool:
+    """Whether no entry is infinite or NaN, at the speed of reading: by the largest bit pattern of either sign."""
+    size, infinity = entries.itemsize, _INFINITY[entries.dtype]
+    bits = entries.view(_BITS[size]).numpy()
+    return bool(bits.max() < infinity and bits.view(f"u{size}").max() < infinity + (1 << (8 * size - 1)))
 
 
 def _not_finite(job: Job, rounded: Tensor) -> MismatchError:

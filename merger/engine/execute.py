@@ -6,8 +6,9 @@ Not here: what a block is made of (blocks).
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from merger.checkpoints.shard import ShardWriter, Written
 from merger.engine.blocks import Block, Work, blocks
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
+from merger.plan.geometry import Geometry
 from merger.plan.jobs import Job
-from merger.plan.plan import BLOCK_ENTRIES, BLOCKS_IN_FLIGHT, Plan, Shard
+from merger.plan.plan import BLOCK_ENTRIES, BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
 from merger.stores.ports import Reader, Sink, Store, Ticket
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -39,23 +43,35 @@ class ShardDone:
     shard: Written
 
 
-Event = Made | ShardDone
+@dataclass(frozen=True)
+class Observed:
+    """A tensor is merged: how its parents and the result lie to each other."""
+
+    job: Job
+    geometry: Geometry
 
 
-def tickets(plan: Plan) -> list[Ticket]:
-    """All that a run reads, in its order: each job's inputs, then its base."""
+Event = Made | Observed | ShardDone
+
+
+def tickets(plan: Plan, shards: Sequence[Shard]) -> list[Ticket]:
+    """All that is read to make these shards, in that order: each job's inputs, then its base."""
     return [
         Ticket(plan.locked.models[entry.model].located, entry.tensor.file, entry.tensor.start, entry.tensor.stop)
-        for job in plan.jobs
+        for shard in shards
+        for job in shard.jobs
         for entry in job.reads
     ]
 
 
-def execute(plan: Plan, table: Mapping[str, Method], store: Store, sink: Sink, device: str = "cpu") -> Iterator[Event]:
-    """Make the plan's shards, one after the other.
+def execute(
+    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Sink, device: str = "cpu"
+) -> Iterator[Event]:
+    """Make some of the plan's shards, one after the other.
 
     Args:
-        plan: what is made.
+        plan: what they are part of.
+        shards: what is made.
         table: the merge methods by name.
         store: where the models' bytes come from.
         sink: what takes the shards.
@@ -69,9 +85,10 @@ def execute(plan: Plan, table: Mapping[str, Method], store: Store, sink: Sink, d
     """
     place = _device(device)
     torch.set_num_threads(1)  # one thread a block: torch's own threads cost more than they give on small blocks
-    with closing(store.reader(tickets(plan), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
-        made = pool.in_order(_work(plan, table, reader, place))
-        for shard in plan.shards:
+    _keep_freed_memory()
+    with closing(store.reader(tickets(plan, shards), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
+        made = pool.in_order(_work(plan.seed, shards, table, reader, place))
+        for shard in shards:
             yield from _shard(sink, shard, table, made)
 
 
@@ -81,21 +98,34 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _work(plan: Plan, table: Mapping[str, Method], reader: Reader, device: torch.device) -> Iterator[Work]:
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc keep what a block's temporaries gave back: as new memory they took a third of some merges."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _work(
+    seed: int, shards: Sequence[Shard], table: Mapping[str, Method], reader: Reader, device: torch.device
+) -> Iterator[Work]:
     first = 0
-    for job in plan.jobs:
-        yield Work(job, table[job.method], first, reader, plan.seed, device)
+    for job in (job for shard in shards for job in shard.jobs):
+        yield Work(job, table[job.method], first, reader, seed, device)
         first += len(job.reads)
 
 
-def _shard(sink: Sink, shard: Shard, table: Mapping[str, Method], made: Iterator[memoryview]) -> Iterator[Event]:
+def _shard(
+    sink: Sink, shard: Shard, table: Mapping[str, Method], made: Iterator[tuple[memoryview, Work]]
+) -> Iterator[Event]:
     try:
         with ShardWriter(sink.workspace() / shard.name, shard.jobs) as writer:
             for job in shard.jobs:
                 for _ in blocks(job, table[job.method]):
-                    data = next(made)
+                    data, work = next(made)
                     writer.write(data)
                     yield Made(len(data), job)
+                if job.entries and not job.is_copy:
+                    yield Observed(job, work.seen())
             written = writer.close()
     except OSError as error:
         raise BudgetError(
@@ -105,13 +135,17 @@ def _shard(sink: Sink, shard: Shard, table: Mapping[str, Method], made: Iterator
     yield ShardDone(written)
 
 
+_Waiting = tuple[Future[memoryview], Tensor, Work, bool]
+"""A block under way, its buffer, its job, and whether it is the job's last."""
+
+
 class _Pool:
-    """Threads that make blocks, and the ring of buffers the blocks are made in."""
+    """Threads that measure tensors and make blocks, and the ring of buffers the blocks are made in."""
 
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="merge")
-        count = threads * BLOCKS_IN_FLIGHT
-        self._free = deque(torch.empty(8 * BLOCK_ENTRIES, dtype=torch.uint8) for _ in range(count))
+        self._free = deque(torch.empty(8 * BLOCK_ENTRIES, dtype=torch.uint8) for _ in range(threads * BLOCKS_IN_FLIGHT))
+        self._ahead = threads * JOBS_AHEAD
         self._open: list[Work] = []
 
     def __enter__(self) -> _Pool:
@@ -122,40 +156,49 @@ class _Pool:
         for work in self._open:
             work.close()
 
-    def in_order(self, works: Iterator[Work]) -> Iterator[memoryview]:
+    def in_order(self, works: Iterator[Work]) -> Iterator[tuple[memoryview, Work]]:
         """Each block of each job in turn, made a few ahead; a block is good until the next one is asked for."""
-        waiting: deque[tuple[Future[memoryview], Tensor, Work | None]] = deque()
+        waiting: deque[_Waiting] = deque()
         for work, block, last in self._measured_early(works):
             if not self._free:
                 yield from self._first(waiting)
             buffer = self._free.popleft()
             if buffer.numel() < 8 * (block.stop - block.start):
                 buffer = torch.empty(8 * (block.stop - block.start), dtype=torch.uint8)
-            waiting.append((self._threads.submit(work.make, block, buffer), buffer, work if last else None))
+            waiting.append((self._threads.submit(work.make, block, buffer), buffer, work, last))
         while waiting:
             yield from self._first(waiting)
 
-    def _first(self, waiting: deque[tuple[Future[memoryview], Tensor, Work | None]]) -> Iterator[memoryview]:
-        future, buffer, ended = waiting.popleft()
+    def _first(self, waiting: deque[_Waiting]) -> Iterator[tuple[memoryview, Work]]:
+        future, buffer, work, last = waiting.popleft()
         data = future.result()
-        if ended in self._open:
-            self._open.remove(ended)
-            ended.close()
-        yield data
+        if last and work in self._open:
+            self._open.remove(work)
+            work.close()
+        yield data, work
         self._free.append(buffer)
 
     def _measured_early(self, works: Iterator[Work]) -> Iterator[tuple[Work, Block, bool]]:
-        """The blocks of each job; the next job's measuring starts before this one's blocks, not after them."""
-        ahead = next(works, None)
-        self._start_measuring(ahead)
-        while (work := ahead) is not None:
-            ahead = next(works, None)
-            self._start_measuring(ahead)
-            parts = blocks(work.job, work.method)
-            for number, block in enumerate(parts, 1):
-                yield work, block, number == len(parts)
+        """The blocks of each job whose measuring is over; that of the next jobs runs meanwhile, one job a thread."""
+        ahead: deque[Work] = deque()
+        for work in works:
+            self._start_measuring(work)
+            ahead.append(work)
+            if len(ahead) > self._ahead:
+                yield from _blocks_of(ahead.popleft())
+        while ahead:
+            yield from _blocks_of(ahead.popleft())
 
-    def _start_measuring(self, work: Work | None) -> None:
-        if work is not None and work.method.measure is not None and not work.job.is_copy:
+    def _start_measuring(self, work: Work) -> None:
+        if work.method.measure is not None and not work.job.is_copy:
             self._open.append(work)
             work.measured = self._threads.submit(work.measure)
+
+
+def _blocks_of(work: Work) -> Iterator[tuple[Work, Block, bool]]:
+    """The blocks of a job and whether each is the last; waits here, not on a thread, until its measuring is over."""
+    if work.measured is not None:
+        work.measured.result()
+    parts = blocks(work.job, work.method)
+    for number, block in enumerate(parts, 1):
+        yield work, block, number == len(parts)

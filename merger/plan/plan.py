@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from merger.checkpoints.checkpoint import ITEM_BYTES
@@ -24,11 +25,16 @@ from merger.plan.lock import LockedRecipe
 FORMAT = 1
 """Counts up whenever the same plan would give other bytes than before: part of every plan's hash."""
 
-BLOCK_ENTRIES = 1 << 18
+BLOCK_ENTRIES = 1 << 19
 """How many entries of a tensor are worked on at once; fixed, so that no budget changes a bit of the result."""
 
 SHARD_BYTES = 5_000_000_000
 BLOCKS_IN_FLIGHT = 4
+"""How many finished or half-made blocks a thread may be ahead of the writing."""
+
+JOBS_AHEAD = 2
+"""How many tensors a thread may have measured before their blocks are made: more would only hold more disk."""
+
 READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
 _BASELINE_BYTES = 420 << 20
@@ -111,10 +117,25 @@ class Plan:
         """How many numbers the result holds."""
         return sum(job.entries for job in self.jobs)
 
-    def disk(self, staged: bool) -> int:
-        """The most bytes of disk that are in use at once; `staged`: a shard is gone once it is uploaded."""
-        shards = 2 * max((shard.size for shard in self.shards), default=0) if staged else self.size
-        return min(shards, self.size) + self.spool
+    def disk(self, staged: bool, shards: Sequence[Shard] | None = None) -> int:
+        """The most bytes of disk that are in use at once, to make some of the shards or all.
+
+        Args:
+            staged: a shard is gone once it is uploaded.
+            shards: those that are made; None: all.
+        """
+        sizes = [shard.size for shard in (self.shards if shards is None else shards)]
+        return (min(2 * max(sizes, default=0), sum(sizes)) if staged else sum(sizes)) + self.spool
+
+    @property
+    def identity(self) -> str:
+        """Names what is made also where parents are folders, whose files may change without a trace in the hash."""
+        stamps = [
+            [(name, info.changed) for name, info in sorted(model.located.files.items())]
+            for model in self.locked.models
+            if model.located.commit is None
+        ]
+        return hashlib.sha256(json.dumps([self.hash, stamps]).encode()).hexdigest() if stamps else self.hash
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -158,7 +179,6 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
     seed = locked.recipe.seed if seed is None else seed
     shards = tuple(_shards(making.jobs, budget.shard_bytes))
     remote = [number for number, model in enumerate(locked.models) if model.located.commit is not None]
-    twice = [_remote_bytes(job, remote) for job in making.jobs if table[job.method].measure]
     draft = Plan(
         locked=locked,
         shards=shards,
@@ -170,13 +190,20 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         read_ahead=READ_AHEAD_BYTES if remote else 0,
         peak_memory=0,
         read_bytes=sum(entry.tensor.nbytes for job in making.jobs for entry in job.reads),
-        spool=2 * max(twice, default=0),
+        spool=_spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
         hash=_hash(locked, shards, edited, seed),
     )
     return _fitted(draft, table, budget.memory)
 
 
-def _remote_bytes(job: Job, remote: Iterable[int]) -> int:
+def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: Collection[int], ahead: int) -> int:
+    """The most bytes that a job and those measured ahead of it hold on disk, because they are read twice."""
+    held = [_remote_bytes(job, remote) if table[job.method].measure else 0 for job in jobs]
+    sums = [0, *accumulate(held)]
+    return max(sums[min(start + ahead + 1, len(held))] - sums[start] for start in range(len(sums)))
+
+
+def _remote_bytes(job: Job, remote: Collection[int]) -> int:
     return sum(entry.tensor.nbytes for entry in job.reads if entry.model in remote)
 
 
@@ -222,9 +249,9 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
 
 
 def _thread_memory(job: Job, method: Method) -> int:
-    """One thread's buffers: inputs as stored and in float32, what the method holds besides, and its measuring."""
+    """One thread's buffers: an input as stored, all in float32, what the method holds besides, and its measuring."""
     block = 4 * block_entries(job, method)
-    return (3 * len(job.reads) + method.scratch) * block + (len(job.reads) * _MEASURE_BYTES if method.measure else 0)
+    return (2 + len(job.reads) + method.scratch) * block + (len(job.reads) * _MEASURE_BYTES if method.measure else 0)
 
 
 def block_entries(job: Job, method: Method) -> int:

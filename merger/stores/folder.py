@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
-from merger.checkpoints.shard import Written
-from merger.errors import BudgetError, ModelError, Problem, UploadError
-from merger.stores.ports import FileInfo, Located, Published, Ticket
+import yaml
 
-_MARK = ".merger-in-work"
+from merger.checkpoints.shard import Written, file_sha256
+from merger.checkpoints.sidefiles import LOCK_NAME
+from merger.errors import BudgetError, ModelError, Problem, UploadError
+from merger.stores.ports import FileInfo, Leftover, Located, Published, Ticket
+
+_MARK, _WORK = ".merger-in-work", ".merging"
 
 
 class FolderStore:
@@ -32,7 +37,7 @@ class FolderStore:
             raise ModelError(Problem(f"there is no folder {path!r}", hint=hint))
         if revision is not None:
             raise ModelError(Problem(f"{path!r} is a folder, which has no revision {revision!r}", hint="drop the '@…'"))
-        files = {item.relative_to(folder).as_posix(): FileInfo(item.stat().st_size) for item in _files(folder)}
+        files = {item.relative_to(folder).as_posix(): _info(item) for item in _files(folder)}
         return Located(folder.resolve().name, str(folder), None, files)
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -44,6 +49,11 @@ class FolderStore:
     def reader(self, tickets: Sequence[Ticket], budget: int) -> FolderReader:
         """A reader that asks the disk each time: the system's page cache is the read-ahead."""
         return FolderReader(tickets)
+
+
+def _info(file: Path) -> FileInfo:
+    stat = file.stat()
+    return FileInfo(stat.st_size, changed=stat.st_mtime_ns)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -104,8 +114,9 @@ class FolderSink:
     """A folder that appears, complete, when the run is finished.
 
     The model is made in ``<folder>.merging/new`` beside it, without config.json until the end, and renamed; an old
-    model waits in ``<folder>.merging/old`` meanwhile. A file in there marks it as ours and is locked while its run
-    lives, so that the leftover of a killed run is told from another run.
+    model waits in ``<folder>.merging/old`` meanwhile. What is written in ``done`` of a finished shard lets another run
+    go on from it. A file in there marks it as ours, names the run and is locked while it lives, so that the leftover of
+    a killed run is told from another run.
 
     Args:
         folder: where the result shall lie.
@@ -116,27 +127,35 @@ class FolderSink:
     def __init__(self, folder: Path, force: bool = False, parents: Sequence[Path] = ()) -> None:
         self.folder = Path(os.path.realpath(os.path.expanduser(folder)))
         self.name = self.folder.name
-        self._work = self.folder.parent / f"{self.name}.merging"
-        self._mark, self._new, self._old = self._work / _MARK, self._work / "new", self._work / "old"
+        self._work = self.folder.parent / f"{self.name}{_WORK}"
+        self._mark = self._work / _MARK
+        self._new, self._old, self._done = self._work / "new", self._work / "old", self._work / "done"
         self._force = force
         self._parents = [parent.resolve() for parent in parents]
         self._lock: int | None = None
+        self._alone = False
 
-    def prepare(self, identity: str, needed: int) -> None:
-        """Refuse a destination that would lose something; clear away what a killed run left."""
+    def prepare(self, identity: str, shared: bool = False) -> Published | None:
+        """Refuse a destination that would lose something; clear away what another run left."""
         with self._refusals():
-            self._refuse_loss()
-            self._lock = self._locked()
+            if not self._is_done(identity):
+                self._refuse_loss()
+            self._lock = self._locked(shared)
             try:
                 self._put_back()
+                if self._is_done(identity):
+                    self._remove_work()
+                    return Published(str(self.folder))
                 self._refuse_loss()
-                self._empty()
-                self._mark.write_text(identity)
-                self._new.mkdir()
-                self._refuse_disk(needed)
+                self._take_up(identity)
+                self._share(shared)
             except BaseException:
-                self.abandon()
+                self.leave()
                 raise
+        return None
+
+    def _is_done(self, identity: str) -> bool:
+        return not self._force and _holds(self.folder, identity)
 
     def _refuse_loss(self) -> None:
         another = "choose another destination"
@@ -154,47 +173,82 @@ class FolderSink:
             what = f"the destination {self.name!r} holds something that is no model"
             raise UploadError(Problem(what, hint=f"--force replaces models only: {another}"))
 
-    def _refuse_disk(self, needed: int) -> None:
+    def reserve(self, needed: int) -> None:
+        """Look at the disk on which the result shall lie."""
         free = shutil.disk_usage(self._work).free
         if free < needed:
             what = f"the result needs {needed:,} bytes of disk, {free:,} are free where {self.name!r} shall lie"
             raise BudgetError(Problem(what, hint="choose a destination on another disk, or publish to hf://owner/name"))
 
-    def _locked(self) -> int:
+    def _locked(self, shared: bool) -> int:
         """The mark, open, with a lock that the system takes back when this process ends, however it ends."""
         if not _is_free(self._work) and not self._mark.is_file():
             what = f"{self._work.name!r} beside the destination is needed for the work, but something else is there"
             raise UploadError(Problem(what, hint="move it away, or choose another destination"))
         self._work.mkdir(parents=True, exist_ok=True)
         opened = os.open(self._mark, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        self._alone = _flock(opened, fcntl.LOCK_EX)
+        if not self._alone and not (shared and _flock(opened, fcntl.LOCK_SH)):
             os.close(opened)
-            what = f"another run is writing to {self.name!r}"
-            raise UploadError(Problem(what, hint="wait for it, or choose another destination")) from None
-        except OSError:
-            pass  # a file system without locks
+            raise self._busy()
         return opened
+
+    def _busy(self) -> UploadError:
+        what = f"another run is writing to {self.name!r}"
+        return UploadError(Problem(what, hint="wait for it, or choose another destination"))
 
     def _put_back(self) -> None:
         """Undo the first half of a replacement whose second half did not come about."""
-        if self._old.exists() and not self.folder.exists():
+        if self._alone and self._old.exists() and not self.folder.exists():
             self._old.rename(self.folder)
+
+    def _take_up(self, identity: str) -> None:
+        """Keep the finished shards of a run of the same identity, and clear away all else if nobody is at work."""
+        if self._mark.read_text() != identity:
+            if not self._alone:
+                raise self._busy()
+            self._empty()
+            self._mark.write_text(identity)
+        for folder in (self._new, self._done):
+            folder.mkdir(exist_ok=True)
+        if self._alone:
+            self._forget_damaged()
+            self._remove_unfinished()
+
+    def _share(self, shared: bool) -> None:
+        """From here on parts of the same run may come in."""
+        if shared and self._alone and self._lock is not None:
+            self._alone = not _flock(self._lock, fcntl.LOCK_SH)
+
+    def _forget_damaged(self) -> None:
+        """A shard counts as finished only if its file is, to the byte, what was written down of it."""
+        for name, shard in self.held().items():
+            path = self._new / name
+            if not path.is_file() or path.stat().st_size != shard.size or file_sha256(path) != shard.sha256:
+                (self._done / name).unlink()
+
+    def _remove_unfinished(self) -> None:
+        for leftover in set(os.listdir(self._new)) - self.held().keys():
+            _remove(self._new / leftover)
 
     def _empty(self) -> None:
         for leftover in self._work.iterdir():
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            elif leftover != self._mark:
-                leftover.unlink()
+            if leftover != self._mark:
+                _remove(leftover)
+
+    def held(self) -> Mapping[str, Written]:
+        """The finished shards in the work folder."""
+        return _written_down(self._done)
 
     def workspace(self) -> Path:
         """The folder beside the destination."""
         return self._new
 
     def take(self, shard: Written) -> None:
-        """Keep it where it was made."""
+        """Keep it where it was made, and write down that it is whole."""
+        note = self._done / f"{shard.name}.unfinished"
+        note.write_text(json.dumps(asdict(shard)))
+        note.rename(self._done / shard.name)
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Write the small files and give the folder its name."""
@@ -205,7 +259,7 @@ class FolderSink:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
             self._rename()
-            self._leave()
+            self._remove_work()
         return Published(str(self.folder))
 
     def _rename(self) -> None:
@@ -214,23 +268,51 @@ class FolderSink:
             self.folder.rename(self._old)
         self._new.rename(self.folder)
 
-    def abandon(self) -> None:
-        """Remove what was made."""
-        if self._lock is not None:
-            with suppress(OSError):
-                self._put_back()
-                self._leave()
+    def leave(self) -> None:
+        """Remove the unfinished shard, and all of the work if no shard is finished."""
+        if self._lock is None:
+            return
+        with suppress(OSError):
+            self._put_back()
+            if self._alone and not self.held():
+                self._remove_work()
+            elif self._alone:
+                self._remove_unfinished()
+        self._release()
 
-    def _leave(self) -> None:
-        """Remove the work; the mark goes last, so that a leftover is always ours."""
+    def _remove_work(self) -> None:
+        """The mark goes last, so that a leftover is always ours."""
         try:
             self._empty()
             self._mark.unlink()
             self._work.rmdir()
         finally:
-            if self._lock is not None:
-                os.close(self._lock)
-            self._lock = None
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
+
+    def leftovers(self) -> list[Leftover]:
+        """The work of a run that is not finished."""
+        if not self._mark.is_file():
+            return []
+        with self._refusals():
+            shards = self.held().values()
+            opened = os.open(self._mark, os.O_RDWR)
+            try:
+                busy = not _flock(opened, fcntl.LOCK_EX)
+            finally:
+                os.close(opened)
+        return [Leftover(str(self._work), len(shards), sum(shard.size for shard in shards), busy)]
+
+    def clean(self, leftover: Leftover) -> None:
+        """Remove it, unless a run is at work there."""
+        with self._refusals():
+            self._lock = self._locked(shared=False)
+            self._put_back()
+            self._remove_work()
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -245,3 +327,37 @@ class FolderSink:
 def _is_free(path: Path) -> bool:
     """Whether nothing is there, or an empty folder."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def _holds(folder: Path, identity: str) -> bool:
+    """Whether the finished result of this very run lies there, as its lock file says."""
+    try:
+        content = yaml.safe_load((folder / LOCK_NAME).read_text(encoding="utf-8"))
+        shards = {item["file"]: item["size"] for item in content["output"]}
+        sizes = {name: (folder / name).stat().st_size for name in shards}
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return False
+    return bool(content.get("identity") == identity and sizes == shards)
+
+
+def _written_down(notes: Path) -> dict[str, Written]:
+    found = (Written(**json.loads(note.read_text())) for note in sorted(notes.glob("*.safetensors")))
+    return {shard.name: shard for shard in found}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _flock(opened: int, kind: int) -> bool:
+    """Whether the lock was to be had; a file system without locks gives it to everybody."""
+    try:
+        fcntl.flock(opened, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -15,10 +15,14 @@ from merger.checkpoints.shard import Written
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file of a model: its size in bytes, and its SHA-256 where the store knows it without reading."""
+    """A file of a model: its size in bytes, and its SHA-256 where the store knows it without reading.
+
+    In a folder, where nothing pins a file, also when it was last changed (nanoseconds since 1970).
+    """
 
     size: int
     sha256: str | None = None
+    changed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,29 +101,58 @@ class Published:
     commit: str | None = None
 
 
+@dataclass(frozen=True)
+class Leftover:
+    """The work of a run that is not finished, at its destination.
+
+    Args:
+        where: a branch, or a folder.
+        shards: how many shards are finished.
+        nbytes: how many bytes they have.
+        busy: whether a run is at work there right now, as far as can be known.
+    """
+
+    where: str
+    shards: int
+    nbytes: int
+    busy: bool = False
+
+
 class Sink(Protocol):
-    """Where shards go. Nothing that looks like a model exists there before `finish`."""
+    """Where shards go. Nothing that looks like a model exists there before `finish`.
+
+    What was taken outlives the run: another one of the same identity goes on from there.
+    """
 
     name: str
     """What the card calls the result: ``owner/name``, or the folder's last part."""
 
-    def prepare(self, identity: str, needed: int) -> None:
-        """Make sure, before any tensor is read, that the result can be taken.
+    def prepare(self, identity: str, shared: bool = False) -> Published | None:
+        """Make sure, before any tensor is read, that the result can be taken; where it lies if it is there already.
 
         Args:
-            identity: the plan's hash.
-            needed: the bytes of disk that will be used.
+            identity: the plan's hash, and whatever else decides the bytes.
+            shared: whether other runs of the same identity may be at work there at the same time.
 
         Raises:
             UploadError: something else is there, or we may not write.
-            BudgetError: not enough disk.
+        """
+
+    def held(self) -> Mapping[str, Written]:
+        """The shards by name that a run of this identity finished before."""
+
+    def reserve(self, needed: int) -> None:
+        """Make sure that so many bytes of disk are free for the work.
+
+        Raises:
+            BudgetError: they are not.
         """
 
     def workspace(self) -> Path:
         """The folder in which shards are made."""
 
     def take(self, shard: Written) -> None:
-        """Take over a finished shard's file."""
+        """Take over a finished shard's file, which lies in the workspace under its name."""
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Put the small files beside the shards and make the whole visible at once.
@@ -128,5 +161,23 @@ class Sink(Protocol):
             UploadError: the destination refuses.
         """
 
-    def abandon(self) -> None:
-        """The run failed: leave nothing that looks like a model."""
+    def leave(self) -> None:
+        """End without `finish`: keep what was taken, and nothing else; once finished, do nothing.
+
+        Raises:
+            UploadError: a shard under way could not be taken.
+        """
+
+    def leftovers(self) -> list[Leftover]:
+        """What unfinished runs left here.
+
+        Raises:
+            UploadError: the destination cannot be asked.
+        """
+
+    def clean(self, leftover: Leftover) -> None:
+        """Remove one of them.
+
+        Raises:
+            UploadError: a run is at work there, or we may not write.
+        """

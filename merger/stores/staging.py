@@ -20,7 +20,9 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationCopy,
     CommitOperationDelete,
+    Discussion,
     HfApi,
+    ModelInfo,
     constants,
 )
 from huggingface_hub.errors import HfHubHTTPError
@@ -30,9 +32,11 @@ from merger.checkpoints.shard import Written
 from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, Problem, UploadError, VerificationError
 from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
-from merger.stores.ports import Published
+from merger.stores.ports import Leftover, Published
 
 _MODEL_FILE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|index\.json)$|^(adapter_)?config\.json$")
+_STAGING = "merge-staging/"
+_CROSSED = (409, 412)
 _REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
 
@@ -53,31 +57,71 @@ class HubSink:
         self.name = repo
         self._private, self._force, self._create_pr = private, force, create_pr
         self._api = HfApi(token=token)
-        self._folder = Path(tempfile.mkdtemp(prefix="merger-"))
+        self._folder: Path | None = None
         self._upload = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._pending: Future[None] | None = None
-        self._shards: list[Written] = []
+        self._shards: dict[str, Written] = {}
         self._branch = self._identity = self._head = ""
         self._old_files: tuple[str, ...] = ()
 
-    def prepare(self, identity: str, needed: int) -> None:
-        """Create the repo if there is none, see what is in it, and open the staging branch."""
+    def prepare(self, identity: str, shared: bool = False) -> Published | None:
+        """Create the repo if there is none, see what is in it, and open the staging branch or find it again."""
         if not _REPO.match(self.name):
             raise UploadError(Problem(f"{self.name!r} is no repo's name", hint="write hf://owner/name"))
-        free = shutil.disk_usage(self._folder).free
-        if free < needed:
-            what = f"{needed:,} bytes of disk are needed for the work, {free:,} are free in {self._folder}"
-            raise BudgetError(Problem(what, hint="set TMPDIR to a larger disk, or use a smaller --shard-size"))
-        self._identity, self._branch = identity, f"merge-staging/{identity[:16]}"
+        self._identity, self._branch = identity, f"{_STAGING}{identity[:16]}"
         with self._refusals():
             patiently(lambda: self._api.create_repo(self.name, private=self._private, exist_ok=True))
-            info = patiently(lambda: self._api.model_info(self.name))
+            info = patiently(lambda: self._api.model_info(self.name, files_metadata=True))
             self._head = info.sha or ""
+            if not self._force and (done := patiently(lambda: self._published(info))):
+                return done
             self._old_files = tuple(item.rfilename for item in info.siblings or ())
             self._refuse_loss(is_private=bool(info.private))
             patiently(
                 lambda: self._api.create_branch(self.name, branch=self._branch, revision=self._head, exist_ok=True)
             )
+            self._shards = patiently(self._staged)
+        return None
+
+    def _published(self, info: ModelInfo) -> Published | None:
+        """The commit on main or the open pull request of this very plan; on main its shards must still stand."""
+        page = f"{constants.ENDPOINT}/{self.name}"
+        if self._create_pr:
+            pull = next((item for item in self._pulls() if item.title.endswith(self._ending)), None)
+            return None if pull is None else Published(f"{page}/discussions/{pull.num}")
+        titles = {item.commit_id: item.title for item in self._api.list_repo_commits(self.name)}
+        made = next((commit for commit, title in titles.items() if title.endswith(self._ending)), None)
+        if made is None:
+            return None
+        then = _shards_of(self._api.model_info(self.name, revision=made, files_metadata=True))
+        return Published(page, made) if then and then.items() <= _shards_of(info).items() else None
+
+    def _pulls(self) -> Iterator[Discussion]:
+        return self._api.get_repo_discussions(self.name, discussion_type="pull_request", discussion_status="open")
+
+    @property
+    def _ending(self) -> str:
+        return f"[{self._identity[:16]}]"
+
+    def _staged(self) -> dict[str, Written]:
+        """The shards that commits of ours put on the branch; it also has the files that main had when it was made."""
+        titles = {item.title for item in self._api.list_repo_commits(self.name, revision=self._branch)}
+        there = _shards_of(self._api.model_info(self.name, revision=self._branch, files_metadata=True))
+        return {name: shard for name, shard in there.items() if self._title(f"Stage {name}") in titles}
+
+    def _title(self, message: str) -> str:
+        return f"{message} {self._ending}"
+
+    def held(self) -> Mapping[str, Written]:
+        """The shards on the staging branch."""
+        return dict(self._shards)
+
+    def reserve(self, needed: int) -> None:
+        """Look at the disk of temporary files."""
+        free = shutil.disk_usage(self.workspace()).free
+        if free < needed:
+            what = f"{needed:,} bytes of disk are needed for the work, {free:,} are free in {self._folder}"
+            raise BudgetError(Problem(what, hint="set TMPDIR to a larger disk, or use a smaller --shard-size"))
 
     def _refuse_loss(self, is_private: bool) -> None:
         if self._private and not is_private:
@@ -90,18 +134,21 @@ class HubSink:
 
     def workspace(self) -> Path:
         """A temporary folder: a shard stays there until it is uploaded."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="merger-"))
         return self._folder
 
     def take(self, shard: Written) -> None:
         """Upload the shard while the next one is made; at most one upload is under way."""
         self._settle()
-        self._shards.append(shard)
+        self._shards[shard.name] = shard
         self._pending = self._upload.submit(self._stage, shard)
 
     def _stage(self, shard: Written) -> None:
-        addition = CommitOperationAdd(shard.name, str(shard.path))
+        path = self.workspace() / shard.name
+        addition = CommitOperationAdd(shard.name, str(path))
         self._commit([addition], f"Stage {shard.name}", self._branch)
-        shard.path.unlink()
+        path.unlink()
 
     def _settle(self) -> None:
         if self._pending is not None:
@@ -122,7 +169,7 @@ class HubSink:
         return Published(where, commit.oid)
 
     def _publish(self, files: Mapping[str, bytes], message: str) -> CommitInfo:
-        shards = [shard.name for shard in self._shards]
+        shards = list(self._shards)
         # An old tokenizer or template beside the new model would be taken for its own.
         old = {*side_files(self._old_files, {}), *(name for name in self._old_files if _MODEL_FILE.search(name))}
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
@@ -139,7 +186,7 @@ class HubSink:
         branch: str,
     ) -> CommitInfo:
         """Commit once: when the answer is lost, the history tells whether it was done before it is tried again."""
-        title = f"{message} [{self._identity[:16]}]"
+        title = self._title(message)
         on_main = branch == "main"
         tries = 0
         while True:
@@ -154,7 +201,8 @@ class HubSink:
                 )
             except (HfHubHTTPError, httpx.TransportError) as error:
                 tries += 1
-                if not is_passing(error):
+                # Parts commit to the staging branch at the same time, and the Hub lets only one through.
+                if not is_passing(error) and (on_main or status_of(error) not in _CROSSED):
                     raise
                 if done := patiently(lambda: self._found(title, branch)):
                     return done
@@ -163,22 +211,24 @@ class HubSink:
                 time.sleep(pause(tries, asked(error)))
 
     def _found(self, title: str, branch: str) -> CommitInfo | None:
-        """The commit that we made, if it is the branch's newest; or the pull request, if it was to be one."""
+        """The commit that we made, or the pull request; on main the newest: an older one is an earlier merge's."""
         page, pull = f"{constants.ENDPOINT}/{self.name}", None
         if branch == "main" and self._create_pr:
-            pulls = self._api.get_repo_discussions(self.name, discussion_type="pull_request", discussion_status="open")
-            pull = next((item.num for item in pulls if item.title == title), None)
+            pull = next((item.num for item in self._pulls() if item.title == title), None)
             if pull is None:
                 return None
             branch = f"refs/pr/{pull}"
-        newest = self._api.list_repo_commits(self.name, revision=branch)[0]
-        if newest.title != title:
+        commits = self._api.list_repo_commits(self.name, revision=branch)
+        ours = next(
+            (item.commit_id for item in (commits[:1] if branch == "main" else commits) if item.title == title), None
+        )
+        if ours is None:
             return None
         return CommitInfo(
-            commit_url=f"{page}/commit/{newest.commit_id}",
+            commit_url=f"{page}/commit/{ours}",
             commit_message=title,
             commit_description="",
-            oid=newest.commit_id,
+            oid=ours,
             pr_url=None if pull is None else f"{page}/discussions/{pull}",
         )
 
@@ -186,18 +236,39 @@ class HubSink:
         """What stands on main must be what was made."""
         info = patiently(lambda: self._api.model_info(self.name, revision=commit, files_metadata=True))
         there = {item.rfilename: item.lfs.sha256 if item.lfs else None for item in info.siblings or ()}
-        for shard in self._shards:
+        for shard in self._shards.values():
             if there.get(shard.name) != shard.sha256:
                 what = f"{self.name}: {shard.name} on main is not the file that was made"
                 raise VerificationError(Problem(what, hint=f"the shards are still on the branch {self._branch}"))
 
-    def abandon(self) -> None:
-        """Leave main as it was; the staging branch stays, for a later run."""
-        self._clean()
+    def leave(self) -> None:
+        """Leave main as it was; the staging branch stays, for another run."""
+        try:
+            self._settle()
+        finally:
+            self._clean()
+
+    def leftovers(self) -> list[Leftover]:
+        """The staging branches of the repo."""
+        with self._refusals():
+            branches = patiently(lambda: self._api.list_repo_refs(self.name)).branches
+            return [self._leftover(item.name) for item in branches if item.name.startswith(_STAGING)]
+
+    def _leftover(self, branch: str) -> Leftover:
+        self._branch, self._identity = branch, branch.removeprefix(_STAGING)
+        staged = patiently(self._staged).values()
+        return Leftover(branch, len(staged), sum(shard.size for shard in staged))
+
+    def clean(self, leftover: Leftover) -> None:
+        """Remove one of them: never another branch, never a repo."""
+        assert leftover.where.startswith(_STAGING)
+        with self._refusals():
+            patiently(lambda: self._api.delete_branch(self.name, branch=leftover.where))
 
     def _clean(self) -> None:
         self._upload.shutdown(wait=True, cancel_futures=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     @contextmanager
     def _refusals(self, so_far: str = "") -> Iterator[None]:
@@ -207,6 +278,12 @@ class HubSink:
         except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
             problem = _in_words(_cause(error), self.name)
             raise UploadError(replace(problem, what=so_far + problem.what)) from None
+
+
+def _shards_of(info: ModelInfo) -> dict[str, Written]:
+    """The files of tensors at a commit."""
+    files = ((item.rfilename, item.size or 0, item.lfs) for item in info.siblings or ())
+    return {name: Written(name, size, lfs.sha256) for name, size, lfs in files if lfs and name.endswith(".safetensors")}
 
 
 def _cause(error: Exception) -> Exception:

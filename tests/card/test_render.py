@@ -10,6 +10,7 @@ import tiny
 import yaml
 
 from merger.card.lineage import lock_file
+from merger.card.relations import Relations
 from merger.card.render import escaped, fenced, render
 from merger.checkpoints.shard import Written
 from merger.errors import RecipeError
@@ -17,6 +18,7 @@ from merger.methods.registry import methods
 from merger.plan.plan import Plan
 from merger.run import Options, plan, read
 
+UNSEEN = Relations((), (), ())
 RECIPE = """\
 merge_method: ties
 base_model: ./base
@@ -47,14 +49,14 @@ def planned(text: str) -> Plan:
 
 def card(text: str, name: str = "org/merged") -> tuple[dict[str, Any], str]:
     """A recipe's card: its metadata as data, and its body."""
-    _, front, body = render(planned(text), methods(), name).split("---\n", 2)
+    _, front, body = render(planned(text), methods(), name, UNSEEN).split("---\n", 2)
     return yaml.safe_load(front), body
 
 
 def test_golden_card(folder: Path) -> None:
     """The whole card of a small merge, word for word."""
     golden = Path(__file__).with_name("golden.md")
-    found = render(planned(RECIPE + "publish: {license: apache-2.0}\n"), methods(), "org/merged")
+    found = render(planned(RECIPE + "publish: {license: apache-2.0}\n"), methods(), "org/merged", UNSEEN)
     assert found.replace(planned(RECIPE).hash[:16], "PLAN") == golden.read_text()
 
 
@@ -97,10 +99,10 @@ def test_metadata_survives_any_licence(folder: Path) -> None:
 def test_a_template_of_ones_own(folder: Path) -> None:
     """publish.template may be a file in place of the card, or a folder whose parts come before ours."""
     (folder / "own.md").write_text("# {{ title | md }} of {{ parents | length }}\n")
-    own = render(planned(RECIPE + "publish: {template: own.md}\n"), methods(), "org/a_b")
+    own = render(planned(RECIPE + "publish: {template: own.md}\n"), methods(), "org/a_b", UNSEEN)
     assert own == "# a\\_b of 3\n"
     (folder / "parts").mkdir()
-    assert "## Parents" in render(planned(RECIPE + "publish: {template: parts}\n"), methods(), "org/a")
+    assert "## Parents" in render(planned(RECIPE + "publish: {template: parts}\n"), methods(), "org/a", UNSEEN)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_a_template_that_cannot_be_rendered(template: str, said: str, folder: Pa
     """What leaves the sandbox, names nothing, or is no template is refused at its place in the recipe."""
     (folder / "own.md").write_text(template)
     with pytest.raises(RecipeError, match=said) as refused:
-        render(planned(RECIPE + "publish:\n  template: own.md\n"), methods(), "org/a")
+        render(planned(RECIPE + "publish:\n  template: own.md\n"), methods(), "org/a", UNSEEN)
     (problem,) = refused.value.problems
     assert str(problem.at) == "mine.yaml:9:13"
 
@@ -123,12 +125,12 @@ def test_a_template_that_cannot_be_rendered(template: str, said: str, folder: Pa
 def test_a_missing_template(folder: Path) -> None:
     """A template that is not there is said, with what may stand there."""
     with pytest.raises(RecipeError, match=r"there is no template 'none\.md'"):
-        render(planned(RECIPE + "publish: {template: none.md}\n"), methods(), "org/a")
+        render(planned(RECIPE + "publish: {template: none.md}\n"), methods(), "org/a", UNSEEN)
 
 
 def test_lock_names_inputs_and_outputs(folder: Path) -> None:
     """The lock holds each parent's files and the checksum of each file written, and no path."""
-    written = Written("model.safetensors", folder / "somewhere", 123, "ab" * 32)
+    written = Written("model.safetensors", 123, "ab" * 32)
     lock = yaml.safe_load(lock_file(planned(RECIPE + "seed: 5\n"), (written,)))
     assert lock["seed"] == 5
     assert [model["model"] for model in lock["models"]] == ["one", "two", "base"]

@@ -1,5 +1,6 @@
 """Folders as the place that models come from and go to: nothing is lost, nothing half made looks like a model."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from merger.checkpoints.shard import Written
 from merger.errors import BudgetError, MergerError, ModelError, UploadError
 from merger.stores.folder import FolderReader, FolderSink, FolderStore
-from merger.stores.ports import Located, Ticket
+from merger.stores.ports import Leftover, Located, Published, Ticket
 
 FILES = {"README.md": b"a card", "templates/chat.jinja": b"{{ x }}", "config.json": b"{}"}
 MARK = ".merger-in-work"
@@ -28,10 +29,15 @@ def a_model(folder: Path, **files: bytes) -> Path:
 
 def fill(sink: FolderSink, identity: str = "a" * 64) -> None:
     """Prepare, and make one shard."""
-    sink.prepare(identity, needed=1)
+    sink.prepare(identity)
+    fill_only(sink)
+
+
+def fill_only(sink: FolderSink) -> None:
+    """Make one shard."""
     path = sink.workspace() / "model.safetensors"
     path.write_bytes(b"tensors")
-    sink.take(Written(path.name, path, 7, "0" * 64))
+    sink.take(Written(path.name, 7, hashlib.sha256(path.read_bytes()).hexdigest()))
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -164,16 +170,91 @@ def test_nothing_looks_like_a_model_before_the_end(tmp_path: Path) -> None:
     sink = FolderSink(tmp_path / "out")
     fill(sink)
     assert not (tmp_path / "out").exists()
-    assert listing(tmp_path).keys() == {f"out.merging/{MARK}", "out.merging/new/model.safetensors"}
+    work = {MARK, "new/model.safetensors", "done/model.safetensors"}
+    assert listing(tmp_path).keys() == {f"out.merging/{name}" for name in work}
 
 
-def test_an_abandoned_run_leaves_nothing(tmp_path: Path) -> None:
-    """What was made of a failed run is removed; a second call does no harm."""
+def test_a_run_that_fails_before_its_first_shard_leaves_nothing(tmp_path: Path) -> None:
+    """What was half made is removed; a second call does no harm."""
+    sink = FolderSink(tmp_path / "out")
+    sink.prepare("a" * 64)
+    (sink.workspace() / "model.safetensors").write_bytes(b"half a shard")
+    sink.leave()
+    sink.leave()
+    assert os.listdir(tmp_path) == []
+
+
+def test_finished_shards_wait_for_a_run_of_the_same_identity(tmp_path: Path) -> None:
+    """The next such run finds them, another one does not; half a shard is gone in any case."""
+    first = FolderSink(tmp_path / "out")
+    fill(first)
+    (first.workspace() / "half.safetensors").write_bytes(b"half a shard")
+    first.leave()
+    assert not (tmp_path / "out").exists()
+    second = FolderSink(tmp_path / "out")
+    second.prepare("a" * 64)
+    assert [(shard.name, shard.size) for shard in second.held().values()] == [("model.safetensors", 7)]
+    assert os.listdir(second.workspace()) == ["model.safetensors"]
+    second.leave()
+    other = FolderSink(tmp_path / "out")
+    other.prepare("b" * 64)
+    assert not other.held()
+    assert os.listdir(other.workspace()) == []
+
+
+def test_a_finished_shard_that_changed_is_made_again(tmp_path: Path) -> None:
+    """Its checksum is looked at, not only its size."""
     sink = FolderSink(tmp_path / "out")
     fill(sink)
-    sink.abandon()
-    sink.abandon()
+    (sink.workspace() / "model.safetensors").write_bytes(b"tensorz")
+    sink.leave()
+    sink.prepare("a" * 64)
+    assert not sink.held()
+
+
+def test_parts_work_beside_each_other_and_nobody_else_does(tmp_path: Path) -> None:
+    """Runs that share an identity share the work folder; a whole run and another identity are kept out."""
+    one, two, whole, other = (FolderSink(tmp_path / "out") for _ in range(4))
+    one.prepare("a" * 64, shared=True)
+    two.prepare("a" * 64, shared=True)
+    for sink, identity, shared in ((whole, "a" * 64, False), (other, "b" * 64, True)):
+        with pytest.raises(UploadError, match="another run is writing to 'out'"):
+            sink.prepare(identity, shared=shared)
+    fill_only(one)
+    assert two.held().keys() == {"model.safetensors"}
+    one.leave()
+    two.leave()
+    whole.prepare("a" * 64)
+    assert whole.held().keys() == {"model.safetensors"}
+
+
+def test_leftovers_are_listed_and_removed_unless_a_run_is_at_work(tmp_path: Path) -> None:
+    """The list says how much is there; removing takes the work folder and nothing beside it."""
+    sink = FolderSink(tmp_path / "out")
+    assert FolderSink(tmp_path / "out").leftovers() == []
+    fill(sink)
+    (leftover,) = FolderSink(tmp_path / "out").leftovers()
+    assert leftover == Leftover(str(tmp_path / "out.merging"), 1, 7, busy=True)
+    with pytest.raises(UploadError, match="another run is writing"):
+        FolderSink(tmp_path / "out").clean(leftover)
+    sink.leave()
+    (leftover,) = FolderSink(tmp_path / "out").leftovers()
+    assert not leftover.busy
+    FolderSink(tmp_path / "out").clean(leftover)
     assert os.listdir(tmp_path) == []
+
+
+def test_the_same_result_is_not_made_twice(tmp_path: Path) -> None:
+    """A finished folder of the same identity is the answer, as long as its files have their sizes."""
+    lock = f"identity: {'a' * 64}\noutput:\n- {{file: model.safetensors, size: 7}}\n".encode()
+    sink = FolderSink(tmp_path / "out")
+    fill(sink)
+    sink.finish({**FILES, "merger.lock.yaml": lock}, "")
+    assert FolderSink(tmp_path / "out").prepare("a" * 64) == Published(str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["out"]
+    (tmp_path / "out/model.safetensors").write_bytes(b"short")
+    with pytest.raises(UploadError, match="exists and is not empty"):
+        FolderSink(tmp_path / "out").prepare("a" * 64)
 
 
 KILLED = """
@@ -181,7 +262,7 @@ import sys, time
 from pathlib import Path
 from merger.stores.folder import FolderSink
 sink = FolderSink(Path(sys.argv[1]))
-sink.prepare("a" * 64, 1)
+sink.prepare("a" * 64)
 (sink.workspace() / "model.safetensors").write_bytes(b"half a shard")
 (sink.workspace() / "templates").mkdir()
 (sink.workspace() / "templates/left.jinja").write_bytes(b"left")
@@ -195,7 +276,7 @@ import os, signal
 from pathlib import Path
 from merger.stores.folder import FolderSink
 sink = FolderSink(Path({out!r}), force=True)
-sink.prepare("a" * 64, 1)
+sink.prepare("a" * 64)
 rename, done = Path.rename, []
 def dying(self, target):
     if done:
@@ -215,15 +296,15 @@ def test_another_run_is_left_alone_while_it_lives_and_cleared_away_once_it_is_ki
         assert other.stdout.readline() == "ready\n"
         second = FolderSink(out)
         with pytest.raises(UploadError, match="another run is writing to 'out'"):
-            second.prepare("a" * 64, 1)
-        second.abandon()
+            second.prepare("a" * 64)
+        second.leave()
         assert (tmp_path / "out.merging/new/model.safetensors").read_bytes() == b"half a shard"
     finally:
         other.send_signal(signal.SIGKILL)
         other.wait()
         other.stdout.close()
     sink = FolderSink(out)
-    sink.prepare("b" * 64, 1)
+    sink.prepare("b" * 64)
     assert os.listdir(sink.workspace()) == []
     sink.finish(FILES, "")
     assert listing(out) == FILES
@@ -234,8 +315,8 @@ def test_a_folder_of_the_works_name_that_is_not_ours_is_kept(tmp_path: Path) -> 
     a_model(tmp_path / "out.merging")
     sink = FolderSink(tmp_path / "out", force=True)
     with pytest.raises(UploadError, match=r"'out\.merging' .* something else is there"):
-        sink.prepare("a" * 64, 1)
-    sink.abandon()
+        sink.prepare("a" * 64)
+    sink.leave()
     assert (tmp_path / "out.merging/old.safetensors").exists()
 
 
@@ -253,7 +334,7 @@ def test_a_model_is_replaced_only_by_force_and_only_at_the_end(tmp_path: Path) -
     out = a_model(tmp_path / "out")
     before = listing(out)
     with pytest.raises(UploadError) as refusal:
-        FolderSink(out).prepare("a" * 64, 1)
+        FolderSink(out).prepare("a" * 64)
     assert "--force" in hint(refusal.value)
     sink = FolderSink(out, force=True)
     fill(sink)
@@ -270,7 +351,7 @@ def test_force_replaces_models_only(tmp_path: Path) -> None:
     (tmp_path / "note").write_text("a file")
     for name, words in [("thesis", "holds something that is no model"), ("note", "is a file")]:
         with pytest.raises(UploadError, match=words):
-            FolderSink(tmp_path / name, force=True).prepare("a" * 64, 1)
+            FolderSink(tmp_path / name, force=True).prepare("a" * 64)
     assert listing(tmp_path).keys() == {"thesis/chapter1.tex", "note"}
 
 
@@ -282,7 +363,7 @@ def test_a_parent_is_never_replaced(parent: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "out")
     before = listing(tmp_path)
     with pytest.raises(UploadError, match="is or holds one of the models that are merged"):
-        FolderSink(tmp_path / "out", True, [tmp_path / parent]).prepare("a" * 64, 1)
+        FolderSink(tmp_path / "out", True, [tmp_path / parent]).prepare("a" * 64)
     assert listing(tmp_path) == before
 
 
@@ -304,9 +385,9 @@ def test_a_destination_that_fills_up_in_the_meantime_is_not_overwritten(tmp_path
     a_model(tmp_path / "out")
     with pytest.raises(UploadError, match="exists and is not empty"):
         sink.finish(FILES, "")
-    sink.abandon()
+    sink.leave()
     assert (tmp_path / "out/old.safetensors").exists()
-    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.merging"]  # the finished shard waits
 
 
 @pytest.mark.parametrize("force", [True, False])
@@ -325,7 +406,7 @@ def test_a_run_killed_in_the_middle_of_a_replacement_loses_nothing(force: bool, 
         assert listing(out) == {**FILES, "model.safetensors": b"tensors"}
     else:
         with pytest.raises(UploadError, match="exists and is not empty"):
-            sink.prepare("a" * 64, 1)
+            sink.prepare("a" * 64)
         assert listing(out) == before
     assert os.listdir(tmp_path) == ["out"]
 
@@ -336,8 +417,11 @@ def test_too_little_disk_is_told_in_numbers_and_nothing_is_left(
     """The run is refused before it writes, and what it had made for itself is gone."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=999))
+    sink = FolderSink(tmp_path / "out")
+    sink.prepare("a" * 64)
     with pytest.raises(BudgetError) as refusal:
-        FolderSink(tmp_path / "out").prepare("a" * 64, 1000)
+        sink.reserve(1000)
+    sink.leave()
     assert "needs 1,000 bytes of disk, 999 are free" in hint(refusal.value)
     assert os.listdir(tmp_path) == []
 
@@ -347,7 +431,7 @@ def test_a_destination_that_cannot_be_is_a_refusal(name: str, tmp_path: Path) ->
     """Names too long, files in the way and folders closed to us end in a sentence and a next step."""
     (tmp_path / "file").write_text("a file")
     with pytest.raises(UploadError) as refusal:
-        FolderSink(tmp_path / name).prepare("a" * 64, 1)
+        FolderSink(tmp_path / name).prepare("a" * 64)
     assert hint(refusal.value)
 
 
@@ -368,6 +452,6 @@ def test_a_disk_that_fails_at_the_end_puts_the_old_model_back(tmp_path: Path, mo
     with pytest.raises(UploadError) as refusal:
         sink.finish(FILES, "")
     assert "No space left on device" in hint(refusal.value)
-    sink.abandon()
+    sink.leave()
     assert listing(out) == before
-    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.merging"]  # the finished shard waits

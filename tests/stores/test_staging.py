@@ -47,19 +47,22 @@ def publish(repo: str, files: dict[str, bytes] | None = None, upto: str = "finis
     sink = HubSink(repo, **options)
     with patch.object(staging, "time", quick), patch("merger.stores.patience.time", quick):
         try:
-            sink.prepare(IDENTITY, needed=1)
+            if there := sink.prepare(IDENTITY):
+                return there.where, there.commit
+            sink.reserve(1)
             for name, data in SHARDS.items() if upto != "prepare" else ():
                 path = sink.workspace() / name
                 path.write_bytes(data)
-                sink.take(Written(name, path, len(data), hashlib.sha256(data).hexdigest()))
+                sink.take(Written(name, len(data), hashlib.sha256(data).hexdigest()))
             if upto != "finish":
                 sink._settle()
                 return "", sorted(path.name for path in sink.workspace().iterdir())
             done = sink.finish(FILES if files is None else files, "Merge of a, b")
             return done.where, done.commit
         finally:
-            sink.abandon()
-            assert not sink.workspace().exists()
+            folder = sink._folder
+            sink.leave()
+            assert folder is None or not folder.exists()
 
 
 def publish_with(repo: str, options: dict[str, Any]) -> tuple[str, Any]:
@@ -217,12 +220,12 @@ def test_what_is_no_repos_name_is_refused_before_the_hub_is_asked(
     assert [r for r in hub.log if r.path.startswith("/api/repos")] == []
 
 
-def test_too_little_disk_is_refused_before_a_repo_is_made(hub: LoopbackHub, refused: Refused, repo: str) -> None:
+def test_too_little_disk_is_refused_before_a_tensor_is_made(hub: LoopbackHub, refused: Refused, repo: str) -> None:
     """With the numbers, and where to find more."""
     said = refused(publish_on_a_full_disk, repo, kind="BudgetError")
     assert "1 bytes of disk are needed for the work, 0 are free" in said
     assert "TMPDIR" in said
-    assert not hub.exists(repo)
+    assert not uploads(hub)
 
 
 # What goes wrong on the way

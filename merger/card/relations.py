@@ -1,0 +1,120 @@
+"""How the parents relate, layer by layer, and when a merge of them means little. Not here: measuring it (engine)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from merger.checkpoints.architecture import Architecture
+from merger.plan.geometry import Geometry, total
+from merger.plan.jobs import Job
+from merger.plan.plan import Plan
+
+_ALIKE, _OPPOSED, _STRANGERS = 0.9999, -0.3, 0.2
+"""Cosines: of parents that are the same; of deltas that undo each other; of whole tensors without a common ancestor.
+
+Fine-tunes of one base have tensors of a cosine above 0.9, and deltas of 0 to 0.6; tensors that were initialised apart
+are orthogonal.
+"""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A row of the card's table: a layer, or all that lies outside of the layers.
+
+    Args:
+        where: ``layer 3``, or what the tensors outside have in common.
+        cosine: the mean cosine over the pairs of inputs; None where there are no two that are not zero.
+        opposition: the share of entries in which the inputs have both signs.
+        norms: the inputs' norms, each as a share of the largest.
+        kept: the result's norm as a share of the largest of the inputs.
+    """
+
+    where: str
+    cosine: float | None
+    opposition: float
+    norms: tuple[float, ...]
+    kept: float
+
+
+@dataclass(frozen=True)
+class Relations:
+    """What was seen of the parents: in all, by layer, and what speaks against merging them."""
+
+    overall: tuple[Relation, ...]
+    layers: tuple[Relation, ...]
+    doubts: tuple[str, ...]
+
+
+def relations(planned: Plan, seen: Mapping[str, Geometry]) -> Relations:
+    """The rows and doubts of what was measured, from each output tensor's geometry by name.
+
+    Tensors with other parents than the rest (by a filter or a slice) are counted apart.
+    """
+    jobs = [job for job in planned.jobs if job.name in seen and len(job.inputs) > 1]
+    architecture = Architecture([job.name for job in planned.jobs])
+    overall, layers, doubts = [], [], []
+    for parents in sorted({_parents(job) for job in jobs}):
+        numbers, subtracted = parents
+        names = [planned.locked.models[number].name for number in numbers]
+        mine = [job for job in jobs if _parents(job) == parents]
+        whole = total(seen[job.name] for job in mine)
+        overall.append(_relation(" and ".join(names), whole))
+        doubts += _doubts(names, whole, subtracted)
+        by_layer: dict[int, list[Geometry]] = {}
+        for job in mine:
+            by_layer.setdefault(_layer(architecture, job.name), []).append(seen[job.name])
+        for layer, parts in sorted(by_layer.items()):
+            layers.append(_relation(f"layer {layer}" if layer >= 0 else "outside of the layers", total(parts)))
+    return Relations(tuple(overall), tuple(layers), tuple(dict.fromkeys(doubts)))
+
+
+def _parents(job: Job) -> tuple[tuple[int, ...], bool]:
+    """The models that a method was given, and whether as what they differ from a base."""
+    return tuple(entry.model for entry in job.inputs), job.base is not None
+
+
+def _layer(architecture: Architecture, name: str) -> int:
+    layer = architecture.place(name).layer
+    return -1 if layer is None else layer
+
+
+def _relation(where: str, seen: Geometry) -> Relation:
+    cosines, norms = seen.cosines(), [seen.norm(place) for place in range(seen.inputs)]
+    largest = max(norms) or 1.0
+    mean = sum(cosines) / len(cosines) if cosines else None
+    return Relation(where, mean, seen.opposition(), tuple(norm / largest for norm in norms), seen.norm(-1) / largest)
+
+
+def _doubts(names: Sequence[str], seen: Geometry, subtracted: bool) -> list[str]:
+    """Sentences; none for ordinary fine-tunes of one base."""
+    still = [name for place, name in enumerate(names) if seen.norm(place) == 0]
+    found = [f"{name} is the base model, bit for bit: it adds nothing" for name in still if subtracted]
+    for one in range(len(names)):
+        for other in range(one):
+            cosine, pair = seen.cosine(one, other), f"{names[other]} and {names[one]}"
+            if cosine is None:
+                continue
+            if cosine > _ALIKE:
+                found.append(f"{pair} are as good as the same (cosine {cosine:.4f}): their merge is either of them")
+            elif subtracted and cosine < _OPPOSED:
+                found.append(f"{pair} moved away from the base in opposite directions (cosine {cosine:.2f}): "
+                             "their merge undoes both")  # fmt: skip
+            elif not subtracted and cosine < _STRANGERS:
+                found.append(f"{pair} have no ancestor in common (cosine {cosine:.2f} of their tensors): "
+                             "their mean is neither of them")  # fmt: skip
+    return found
+
+
+def same_models(planned: Plan) -> list[str]:
+    """What can be doubted before a tensor is read: models of the recipe that are one and the same."""
+    found: dict[object, str] = {}
+    doubts = []
+    for model in planned.locked.models:
+        files = {tensor.file: model.located.files[tensor.file].sha256 for tensor in model.checkpoint.tensors.values()}
+        known = None not in files.values()
+        identity = frozenset(files.values()) if known else (model.located.where, model.located.commit)
+        if identity in found:
+            doubts.append(f"{found[identity]} and {model.name} are the same model")
+        found.setdefault(identity, model.name)
+    return doubts

@@ -1,0 +1,58 @@
+"""How the inputs of a merge and its result lie to each other, in numbers measured on a sample of their entries.
+
+Not here: the sampling, which needs the tensors (engine), and what is told of it (card).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Table = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Inner products of what a method was given (deltas, or tensors where no base is subtracted) and of its result.
+
+    Args:
+        products: a square table, each input with each, the result last.
+        opposed: how many of the sampled entries have inputs of both signs.
+        sampled: how many have inputs that are not zero.
+    """
+
+    products: Table
+    opposed: int
+    sampled: int
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs there are."""
+        return len(self.products) - 1
+
+    def norm(self, place: int) -> float:
+        """The Euclidean norm of an input, or with -1 of the result."""
+        return math.sqrt(max(0.0, self.products[place][place]))
+
+    def cosine(self, one: int, other: int) -> float | None:
+        """The cosine of the angle between two of them; None where one is zero."""
+        norms = self.norm(one) * self.norm(other)
+        return max(-1.0, min(1.0, self.products[one][other] / norms)) if norms > 0 else None
+
+    def cosines(self) -> list[float]:
+        """Those of all pairs of inputs."""
+        pairs = ((one, other) for one in range(self.inputs) for other in range(one))
+        return [cosine for pair in pairs if (cosine := self.cosine(*pair)) is not None]
+
+    def opposition(self) -> float:
+        """The share of entries in which the inputs pull apart."""
+        return self.opposed / self.sampled if self.sampled else 0.0
+
+
+def total(parts: Iterable[Geometry]) -> Geometry:
+    """That of several tensors, or blocks, seen as one; they have as many inputs."""
+    found = list(parts)
+    rows = zip(*(part.products for part in found), strict=True)
+    products = tuple(tuple(math.fsum(column) for column in zip(*row, strict=True)) for row in rows)
+    return Geometry(products, sum(part.opposed for part in found), sum(part.sampled for part in found))
