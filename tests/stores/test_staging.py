@@ -51,16 +51,16 @@ def publish(repo: str, files: dict[str, bytes] | None = None, upto: str = "finis
                 return there.where, there.commit
             sink.reserve(1)
             for name, data in SHARDS.items() if upto != "prepare" else ():
-                path = sink.workspace() / name
-                path.write_bytes(data)
+                with sink.open(name) as file:
+                    file.write(data)
                 sink.take(Written(name, len(data), hashlib.sha256(data).hexdigest()))
             if upto != "finish":
                 sink._settle()
-                return "", sorted(path.name for path in sink.workspace().iterdir())
+                return "", sorted(path.name for path in sink._scratch.folder().glob("*.safetensors"))
             done = sink.finish(FILES if files is None else files, "Merge of a, b")
             return done.where, done.commit
         finally:
-            folder = sink._folder
+            folder = sink._scratch._folder
             sink.leave()
             assert folder is None or not folder.exists()
 
