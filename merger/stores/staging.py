@@ -5,13 +5,14 @@ Never deletes a repo and never touches main before the last step. Not here: read
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import yaml
@@ -157,7 +158,7 @@ class HubSink:
         except (HfHubHTTPError, httpx.HTTPError):
             pass
         except (ValueError, TypeError, yaml.YAMLError) as error:
-            what = f"the Hub refuses the card of {self.name}: {' '.join(str(error).split())[:300]}"
+            what = f"the Hub refuses the card of {self.name}: {_plain(str(error))[:300]}"
             raise UploadError(Problem(what, hint="change publish: in the recipe, or its template")) from None
 
     def open(self, name: str) -> Outlet:
@@ -316,6 +317,13 @@ def _shards_of(info: ModelInfo) -> dict[str, Written]:
     """The files of tensors at a commit."""
     files = ((item.rfilename, item.size or 0, item.lfs) for item in info.siblings or ())
     return {name: Written(name, size, lfs.sha256) for name, size, lfs in files if lfs and name.endswith(".safetensors")}
+
+
+def _plain(words: str) -> str:
+    """What is said about a card, on one line: the Hub's answer is JSON."""
+    with suppress(ValueError, KeyError, TypeError):
+        words = "; ".join(str(item["message"]) for item in json.loads(words)["errors"])
+    return " ".join(words.split())
 
 
 def _cause(error: Exception) -> Exception:
