@@ -11,20 +11,13 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.lfs import UploadInfo
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-from huggingface_hub.utils._runtime import is_xet_available
-from huggingface_hub.utils._xet import (
-    XetTokenType,
-    get_xet_session,
-    xet_connection_info_refresh_url,
-    xet_headers_without_auth,
-)
 
 from merger.checkpoints.shard import Outlet, Written
 from merger.errors import Problem, UploadError, VerificationError
@@ -72,15 +65,10 @@ class Destination:
         """With the token, so only for the Hub itself."""
         return build_hf_headers(token=self.api.token)
 
-    def xet_token_url(self, revision: str) -> str:
+    @property
+    def xet_token_url(self) -> str:
         """Where the Hub gives out the right to write to its Xet storage."""
-        return xet_connection_info_refresh_url(
-            token_type=XetTokenType.WRITE,
-            repo_id=self.repo,
-            repo_type="model",
-            revision=revision,
-            endpoint=self.api.endpoint,
-        )
+        return f"{self.api.endpoint}/api/models/{self.repo}/xet-write-token/main"
 
     def has_xet(self) -> bool:
         """Whether this client and this Hub both speak Xet. The client itself never asks, and fails where it is wrong.
@@ -88,9 +76,9 @@ class Destination:
         Raises:
             HfHubHTTPError: the Hub refuses to answer.
         """
-        if not is_xet_available():
+        if not _client_has_xet():
             return False
-        answer = get_session().get(self.xet_token_url("main"), headers=self.headers, timeout=_SECONDS)
+        answer = get_session().get(self.xet_token_url, headers=self.headers, timeout=_SECONDS)
         if answer.status_code in _UNKNOWN_ROUTE:
             return False
         hf_raise_for_status(answer)
@@ -153,19 +141,26 @@ class Streams:
     def __init__(self, to: Destination, refusals: Refusals) -> None:
         self._to, self._refusals = to, refusals
         self._open: dict[str, Stream] = {}
+        self._xet: Any = None
 
     def open(self, name: str) -> Outlet:
         """A stream, with a token of its own: they last an hour."""
         with self._refusals():
             headers = self._to.headers
-            session: Any = get_xet_session()  # type: ignore[no-untyped-call]
-            commit = session.new_upload_commit(
-                token_refresh_url=self._to.xet_token_url("main"),
+            commit = self._session().new_upload_commit(
+                token_refresh_url=self._to.xet_token_url,
                 token_refresh_headers=headers,
-                custom_headers=xet_headers_without_auth(headers),
+                custom_headers={key: value for key, value in headers.items() if key.lower() != "authorization"},
             )
             self._open[name] = Stream(commit, commit.start_upload_stream(name=name), self._refusals)
         return self._open[name]
+
+    def _session(self) -> Any:
+        if self._xet is None:
+            from hf_xet import XetSession  # type: ignore[import-untyped]
+
+            self._xet = XetSession()
+        return self._xet
 
     def shard(self, shard: Written) -> CommitOperationAdd:
         """End its stream, and describe what was sent as the client describes what it has uploaded itself."""
@@ -174,7 +169,8 @@ class Streams:
             what = f"{shard.name}: what arrived on the Hub is not what was sent"
             raise VerificationError(Problem(what, hint="run it again: finished files are not made again"))
         addition = CommitOperationAdd(shard.name, b"\0")
-        addition.upload_info = UploadInfo(shard.size, stream.sample, sha256=bytes.fromhex(shard.sha256))
+        sha256 = bytes.fromhex(shard.sha256)
+        addition.upload_info = type(addition.upload_info)(shard.size, stream.sample, sha256=sha256)
         addition._upload_mode, addition._should_ignore, addition._is_uploaded = "lfs", False, True
         addition.path_or_fileobj = b""
         return addition
@@ -241,7 +237,11 @@ def streams(to: Destination, refusals: Refusals) -> Streams:
 
 def files(to: Destination, scratch: Scratch) -> Files:
     """The way that every Hub has."""
-    return Files(scratch, by_lfs=is_xet_available() and not to.has_xet())
+    return Files(scratch, by_lfs=_client_has_xet() and not to.has_xet())
+
+
+def _client_has_xet() -> bool:
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
 
 def refuse_no_streams() -> None:
@@ -250,7 +250,7 @@ def refuse_no_streams() -> None:
     Raises:
         UploadError: it has no client for it.
     """
-    if not is_xet_available():
+    if not _client_has_xet():
         raise _no_streams("Xet is switched off or not installed", "unset HF_HUB_DISABLE_XET, or leave out --stream")
     if missing := _SET_BY_US - {field.name for field in fields(CommitOperationAdd)}:
         version = huggingface_hub.__version__
