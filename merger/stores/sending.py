@@ -215,23 +215,21 @@ class Stream:
 
     def abort(self) -> None:
         """Let go of it; after `finish` there is nothing to let go."""
-        with suppress(Exception):
-            self._stream.abort()
-            self._commit.abort()
+        for under_way in (self._stream, self._commit):
+            with suppress(Exception):
+                under_way.abort()
 
 
 def streams(to: Destination, refusals: Refusals) -> Streams:
-    """The way without files, if this client and this Hub have one.
+    """The way without files, if the Hub has one.
 
     Raises:
-        UploadError: they have not.
+        UploadError: it has not.
         HfHubHTTPError: the Hub refuses to answer.
     """
-    refuse_no_streams()
     if not to.has_xet():
-        raise _no_streams(
-            "this Hub has no Xet storage", "leave out --stream: each file is then on disk until it is sent"
-        )
+        hint = "leave out --stream: each file is then on disk until it is sent"
+        raise _no_streams("this Hub has no Xet storage", hint)
     return Streams(to, refusals)
 
 
