@@ -25,7 +25,6 @@ from merger.stores.ports import Sink
 
 WRITER = "hf_writer_of_org"
 IDENTITY = "fedcba9876543210" * 4
-BRANCH = f"merge-staging/{IDENTITY[:16]}"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FILES = {
     "README.md": b"---\nlicense: mit\n---\n# merged\n",
