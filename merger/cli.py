@@ -98,6 +98,9 @@ def _add_run(commands: Commands) -> None:
     run.add_argument(
         "--part", type=_part, metavar="I/N", help="make the I-th of N shares of the files; `merger publish` ends it"
     )
+    run.add_argument(
+        "--stream", action="store_true", help="send files to the Hub as they are made, without any on this disk"
+    )
     _add_end(run)
     run.set_defaults(command=_run)
 
@@ -210,6 +213,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         force=getattr(arguments, "force", False),
         part=getattr(arguments, "part", None),
         publish_only=getattr(arguments, "publish_only", False),
+        stream=getattr(arguments, "stream", False),
     )
 
 

@@ -21,7 +21,7 @@ from merger.plan.geometry import Geometry
 from merger.plan.lock import LockedRecipe, lock
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.parts import share
-from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
+from merger.plan.plan import SENDING_BYTES, SHARD_BYTES, Budget, Plan, Shard
 from merger.plan.plan import plan as make_plan
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
@@ -51,6 +51,7 @@ class Options:
         force: replace a model at the destination.
         part: make this share of the shards, and leave the end to `publish_only`.
         publish_only: make no shard; all must be there.
+        stream: send shards to the Hub as they are made, without a file on disk.
     """
 
     to: str | None = None
@@ -63,6 +64,7 @@ class Options:
     force: bool = False
     part: Part | None = None
     publish_only: bool = False
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
         memory=options.max_memory,
         threads=options.threads or machine.cores(),
         shard_bytes=options.shard_size or SHARD_BYTES,
+        sending=SENDING_BYTES if _to(recipe, options).startswith(HUB) else 0,
     )
     return make_plan(locked, methods(), budget, options.seed), store
 
@@ -141,10 +144,11 @@ def needed_disk(planned: Plan, options: Options, shards: Sequence[Shard]) -> int
         BudgetError: more than the options allow.
     """
     staged = destination(planned.locked.recipe, options).startswith(HUB)
-    needed = planned.disk(staged, shards)
+    needed = planned.spool if options.stream else planned.disk(staged, shards)
     if options.max_disk is not None and needed > options.max_disk:
         what = f"this merge needs {needed:,} bytes of disk at once, and {options.max_disk:,} are allowed"
-        raise BudgetError(Problem(what, hint=_smaller(planned, options.max_disk, staged)))
+        hint = f"raise --max-disk to {needed:,}" if options.stream else _smaller(planned, options.max_disk, staged)
+        raise BudgetError(Problem(what, hint=hint))
     return needed
 
 
@@ -156,7 +160,7 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
     fitting = (allowed - planned.spool) // 2 - _HEADER_BYTES
     if fitting < largest:
         least = 2 * (largest + _HEADER_BYTES) + planned.spool
-        return f"raise --max-disk to {least:,} at least: the largest tensor has {largest:,} bytes"
+        return f"raise --max-disk to {least:,} at least: the largest tensor has {largest:,} bytes; or use --stream"
     return f"--shard-size {fitting} makes it fit"
 
 
@@ -185,14 +189,22 @@ def destination(recipe: Recipe, options: Options) -> str:
     """Where the result goes: as the options say, else as the recipe does.
 
     Raises:
-        RecipeError: neither says it.
+        RecipeError: neither says it, or a folder shall take a stream.
     """
+    to = _to(recipe, options)
+    if not to:
+        hint = "give --to FOLDER or --to hf://owner/name, or write publish: {repo: owner/name} into the recipe"
+        raise RecipeError(Problem(f"{recipe.path}: where shall the result go?", hint=hint))
+    if options.stream and not to.startswith(HUB):
+        raise RecipeError(Problem(f"--stream is for the Hub, and {to!r} is a folder", hint="leave out --stream"))
+    return to
+
+
+def _to(recipe: Recipe, options: Options) -> str:
+    """Where the result goes, if anything says it."""
     if options.to is not None:
         return options.to
-    if recipe.publish.repo is not None:
-        return HUB + recipe.publish.repo
-    hint = "give --to FOLDER or --to hf://owner/name, or write publish: {repo: owner/name} into the recipe"
-    raise RecipeError(Problem(f"{recipe.path}: where shall the result go?", hint=hint))
+    return "" if recipe.publish.repo is None else HUB + recipe.publish.repo
 
 
 def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
@@ -202,7 +214,8 @@ def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
         return FolderSink(Path(to), options.force, parents)
     from merger.stores.staging import HubSink
 
-    return HubSink(to.removeprefix(HUB), recipe.publish.private, options.force, recipe.publish.create_pr)
+    publish = recipe.publish
+    return HubSink(to.removeprefix(HUB), publish.private, options.force, publish.create_pr, options.stream)
 
 
 def run(planned: Plan, store: Store, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
@@ -238,13 +251,14 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
         raise _unfinished(missing, planned)
     sink.reserve(needed_disk(planned, options, missing))
     if missing:
+        sink.check_card(_card(planned, sink, relations(planned, seen)))
         yield from _shards_made(planned, missing, store, sink, options, held, seen)
     if options.part is not None:
         yield PartDone(options.part, len(mine), len(planned.shards))
         return
     shards = tuple(held[shard.name] for shard in planned.shards)
     related = relations(planned, seen)
-    files = _small_files(planned, store, sink.name, related, shards)
+    files = _small_files(planned, store, _card(planned, sink, related), shards)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
     yield Done(published, shards, related.doubts)
 
@@ -300,13 +314,15 @@ def _destination_sink(to: str) -> Sink:
     return HubSink(to.removeprefix(HUB))
 
 
-def _small_files(
-    planned: Plan, store: Store, name: str, related: Relations, shards: tuple[Written, ...]
-) -> dict[str, bytes]:
+def _card(planned: Plan, sink: Sink, related: Relations) -> str:
+    return render(planned, methods(), sink.name, related)
+
+
+def _small_files(planned: Plan, store: Store, card: str, shards: tuple[Written, ...]) -> dict[str, bytes]:
     """All that stands beside the shards; index and config come last, for they make it look like a model."""
     donor = planned.locked.donor
     files = {side: store.fetch(donor.located, side) for side in planned.side_files}
-    files["README.md"] = render(planned, methods(), name, related).encode()
+    files["README.md"] = card.encode()
     files["recipe.yaml"] = planned.locked.recipe.text.encode()
     files[LOCK_NAME] = lock_file(planned, shards).encode()
     if len(planned.shards) > 1:

@@ -186,6 +186,34 @@ def test_each_tensor_of_the_published_merge_is_exact_to_one_rounding(published: 
         assert not ((steps(tensor, wanted[name]) > 1) & off).any(), name
 
 
+@pytest.mark.parametrize(
+    ("template", "code", "words"),
+    [
+        (
+            "---\nbase_model_relation: cousin\n---\n",
+            6,
+            'the Hub refuses the card of org/carded: "base_model_relation" must be one of',
+        ),
+        ("{{ nobody }}", 2, "the card's template cannot be rendered"),
+    ],
+    ids=["metadata", "template"],
+)
+def test_a_card_that_will_not_do_is_told_before_a_tensor_is_read(
+    template: str, code: int, words: str, served: LoopbackHub, published: Run, command: Command, tmp_path: Path
+) -> None:
+    """Not after hours of work: the Hub is asked about it first, and our own templates are filled in."""
+    (tmp_path / "card.md.j2").write_text(template)
+    recipe = TASK_ARITHMETIC.replace("org/both", "org/carded").replace("licens", "template: card.md.j2, licens")
+    (tmp_path / "mine.yaml").write_text(recipe)
+    served.clear_log()
+    done = command("run", "mine.yaml", cwd=tmp_path, hub=served)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    headers = sum(8 + int.from_bytes(served.read(f"zoo/{name}", "model.safetensors")[:8], "little")
+                  for name in ("base", "kjv", "python"))  # fmt: skip
+    assert sum(r.sent for r in served.log if r.host == "cdn") == headers
+
+
 # Line 4: a recipe of the field, exactly as it stands
 
 NEURAL_HERMES = """\

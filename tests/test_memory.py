@@ -19,10 +19,10 @@ import json, sys
 from merger.cli import main
 from merger.run import Options, plan, read
 from pathlib import Path
-recipe, to, memory = sys.argv[1:]
-planned, _ = plan(read(Path(recipe)), Options(threads=2, max_memory=int(memory) or None))
+recipe, to, memory, *more = sys.argv[1:]
+planned, _ = plan(read(Path(recipe)), Options(to=to, threads=2, max_memory=int(memory) or None))
 allowed = ["--max-memory", memory] if int(memory) else []
-code = main(["run", recipe, "--to", to, "--quiet", "--threads", "2", *allowed])
+code = main(["run", recipe, "--to", to, "--quiet", "--threads", "2", *allowed, *more])
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"code": code, "peak": peak, "planned": planned.peak_memory, "threads": planned.threads}))
 """
@@ -46,6 +46,7 @@ def measured(
     memory: int = 0,
     to: str = "",
     env: Mapping[str, str] = os.environ,
+    more: Sequence[str] = (),
 ) -> dict[str, int]:
     """Run a merge in a process of its own; its peak memory and what was planned."""
     listed = ", ".join(f"{{model: {model}}}" for model in (models[1:2] if method == "slerp" else models[1:]))
@@ -54,7 +55,7 @@ def measured(
     recipe.write_text(
         f"merge_method: {method}\nbase_model: {models[0]}\nmodels: [{listed}]\nparameters: {METHODS[method]}\n"
     )
-    command = [sys.executable, "-c", RUN, str(recipe), to or str(folder / "out"), str(memory)]
+    command = [sys.executable, "-c", RUN, str(recipe), to or str(folder / "out"), str(memory), *more]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
     answer: dict[str, int] = json.loads(done.stdout)
     return answer
@@ -91,5 +92,19 @@ def test_memory_is_kept_from_hub_to_hub(
         served.add_model(name, folder)
     env = {**os.environ, **served.env(tmp_path / "home", "hf_writer_of_org")}
     found = measured(method, models, tmp_path / "hub", to=f"hf://org/{method}", env=env)
+    assert found["code"] == 0
+    assert found["peak"] <= found["planned"] < 3 * found["peak"]
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--stream"])
+def test_memory_is_kept_when_xet_sends(
+    option: str, served: LoopbackHub, parents: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """Xet holds much more of a file than LFS does, from a file or a stream."""
+    served.xet(tmp_path)
+    env = {**os.environ, **served.env(tmp_path / "home", "hf_writer_of_org"), "HF_HUB_DISABLE_XET": "0"}
+    to = f"hf://org/xet{option.strip('-')}"
+    found = measured("linear", parents["large"], tmp_path / "xet", to=to, env=env, more=[option])
+    served.xet(None)
     assert found["code"] == 0
     assert found["peak"] <= found["planned"] < 2.5 * found["peak"]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from merger.checkpoints.checkpoint import SINGLE
 
@@ -68,17 +68,26 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Outlet(Protocol):
+    """Where a shard's bytes go, front to back; a file opened without a buffer is one."""
+
+    def write(self, data: memoryview, /) -> int:
+        """Take the first bytes of these, and say how many; they may change afterwards."""
+
+    def close(self) -> None:
+        """No more bytes will come; whether the shard is whole is not said by this."""
+
+
 class ShardWriter:
     """Writes one shard front to back and hashes it on the way; use it as a context manager.
 
-    `close` refuses a file that is shorter or longer than its header promises.
+    `close` refuses a shard that is shorter or longer than its header promises.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[Outgoing]) -> None:
+    def __init__(self, name: str, outlet: Outlet, tensors: Iterable[Outgoing]) -> None:
         outgoing = tuple(tensors)
-        self.path = path
+        self._name, self._outlet = name, outlet
         self._hash = hashlib.sha256()
-        self._file: BinaryIO = path.open("wb", buffering=0)
         start = header(outgoing)
         self._expected = len(start) + sum(tensor.nbytes for tensor in outgoing)
         self._size = 0
@@ -88,16 +97,16 @@ class ShardWriter:
         """Append the next bytes."""
         rest = data
         while len(rest):
-            rest = rest[self._file.write(rest) :]
+            rest = rest[self._outlet.write(rest) :]
         self._hash.update(data)
         self._size += len(data)
 
     def close(self) -> Written:
-        """Close the file and say what was written."""
+        """Close the outlet and say what was written."""
         if self._size != self._expected:
-            raise AssertionError(f"{self.path.name}: wrote {self._size} bytes, promised {self._expected}")
-        self._file.close()
-        return Written(self.path.name, self._size, self._hash.hexdigest())
+            raise AssertionError(f"{self._name}: wrote {self._size} bytes, promised {self._expected}")
+        self._outlet.close()
+        return Written(self._name, self._size, self._hash.hexdigest())
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -105,4 +114,4 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._outlet.close()

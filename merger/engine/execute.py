@@ -118,7 +118,7 @@ def _shard(
     sink: Sink, shard: Shard, table: Mapping[str, Method], made: Iterator[tuple[memoryview, Work]]
 ) -> Iterator[Event]:
     try:
-        with ShardWriter(sink.workspace() / shard.name, shard.jobs) as writer:
+        with ShardWriter(shard.name, sink.open(shard.name), shard.jobs) as writer:
             for job in shard.jobs:
                 for _ in blocks(job, table[job.method]):
                     data, work = next(made)

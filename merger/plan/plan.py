@@ -37,6 +37,9 @@ JOBS_AHEAD = 2
 
 READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
+SENDING_BYTES = 512 << 20
+"""What the Hub's client may hold of a shard that it uploads: with Xet, up to 425 MB more were seen."""
+
 _BASELINE_BYTES = 420 << 20
 _MEASURE_BYTES = 24 << 20
 _BYTES_A_JOB = 6_000
@@ -50,11 +53,13 @@ class Budget:
         memory: bytes of memory; None: whatever is needed.
         threads: how many threads compute.
         shard_bytes: the largest size of a shard's tensors.
+        sending: bytes of memory that sending shards away takes.
     """
 
     memory: int | None = None
     threads: int = 1
     shard_bytes: int = SHARD_BYTES
+    sending: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         spool=_spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
         hash=_hash(locked, shards, edited, seed),
     )
-    return _fitted(draft, table, budget.memory)
+    return _fitted(draft, table, budget)
 
 
 def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: Collection[int], ahead: int) -> int:
@@ -222,16 +227,16 @@ def _shards(jobs: tuple[Job, ...], limit: int) -> list[Shard]:
     return [Shard(shard_name(number, len(ordered)), group) for number, group in enumerate(ordered, 1)]
 
 
-def _fitted(draft: Plan, table: Mapping[str, Method], memory: int | None) -> Plan:
+def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:
     """The plan with as many threads and as much read-ahead as fit into the memory."""
     least = _LEAST_READ_AHEAD if draft.read_ahead else 0
     choices = [(threads, ahead) for ahead in (draft.read_ahead, least) for threads in range(draft.threads, 0, -1)]
     for threads, ahead in choices:
         candidate = replace(draft, threads=threads, read_ahead=ahead)
-        candidate = replace(candidate, peak_memory=_peak_memory(candidate, table))
-        if memory is None or candidate.peak_memory <= memory:
+        candidate = replace(candidate, peak_memory=_peak_memory(candidate, table) + budget.sending)
+        if budget.memory is None or candidate.peak_memory <= budget.memory:
             return candidate
-    what = f"this merge needs {candidate.peak_memory:,} bytes of memory, and {memory:,} are allowed"
+    what = f"this merge needs {candidate.peak_memory:,} bytes of memory, and {budget.memory:,} are allowed"
     raise BudgetError(Problem(what, hint="raise --max-memory: this is the least, with one thread and small buffers"))
 
 

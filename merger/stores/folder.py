@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from merger.checkpoints.shard import Written, file_sha256
+from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import BudgetError, ModelError, Problem, UploadError
 from merger.stores.ports import FileInfo, Leftover, Located, Published, Ticket
@@ -240,15 +240,23 @@ class FolderSink:
         """The finished shards in the work folder."""
         return _written_down(self._done)
 
+    def check_card(self, text: str) -> None:
+        """A folder takes any."""
+
     def workspace(self) -> Path:
-        """The folder beside the destination."""
+        """The folder beside the destination, in which the model is made."""
         return self._new
+
+    def open(self, name: str) -> Outlet:
+        """A file where it shall stay."""
+        return (self._new / name).open("wb", buffering=0)
 
     def take(self, shard: Written) -> None:
         """Keep it where it was made, and write down that it is whole."""
         note = self._done / f"{shard.name}.unfinished"
-        note.write_text(json.dumps(asdict(shard)))
-        note.rename(self._done / shard.name)
+        with self._refusals():
+            note.write_text(json.dumps(asdict(shard)))
+            note.rename(self._done / shard.name)
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Write the small files and give the folder its name."""

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
-from merger.checkpoints.shard import Written
+from merger.checkpoints.shard import Outlet, Written
 
 
 @dataclass(frozen=True)
@@ -148,11 +147,26 @@ class Sink(Protocol):
             BudgetError: they are not.
         """
 
-    def workspace(self) -> Path:
-        """The folder in which shards are made."""
+    def check_card(self, text: str) -> None:
+        """Make sure, before any tensor is read, that the destination will accept a card with this front matter.
+
+        Raises:
+            UploadError: it will not.
+        """
+
+    def open(self, name: str) -> Outlet:
+        """A place for the bytes of a shard, which count for nothing until it is taken.
+
+        Raises:
+            UploadError: the destination refuses.
+        """
 
     def take(self, shard: Written) -> None:
-        """Take over a finished shard's file, which lies in the workspace under its name."""
+        """Take over a finished shard, whose bytes went into the place that was opened under its name.
+
+        Raises:
+            UploadError: an earlier one could not be taken.
+        """
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Put the small files beside the shards and make the whole visible at once.

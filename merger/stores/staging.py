@@ -5,16 +5,17 @@ Never deletes a repo and never touches main before the last step. Not here: read
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 
+import yaml
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -22,21 +23,25 @@ from huggingface_hub import (
     CommitOperationDelete,
     Discussion,
     HfApi,
+    ModelCard,
     ModelInfo,
     constants,
 )
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
-from merger.checkpoints.shard import Written
+from merger.checkpoints.shard import Outlet, Written
 from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, Problem, UploadError, VerificationError
 from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
 from merger.stores.ports import Leftover, Published
+from merger.stores.scratch import Scratch, sweep
+from merger.stores.sending import Destination, Files, Sending, files, refuse_no_streams, streams
 
 _MODEL_FILE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|index\.json)$|^(adapter_)?config\.json$")
 _STAGING = "merge-staging/"
 _CROSSED = (409, 412)
+_GONE = 404
 _REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
 
@@ -48,16 +53,24 @@ class HubSink:
         private: whether it is private if it has to be created.
         force: replace another model that is there.
         create_pr: open a pull request in place of the commit on main.
+        stream: send shards as they are made, without a file on disk.
         token: the writer's token; None takes the environment's.
     """
 
     def __init__(
-        self, repo: str, private: bool = False, force: bool = False, create_pr: bool = False, token: str | None = None
+        self,
+        repo: str,
+        private: bool = False,
+        force: bool = False,
+        create_pr: bool = False,
+        stream: bool = False,
+        token: str | None = None,
     ) -> None:
         self.name = repo
-        self._private, self._force, self._create_pr = private, force, create_pr
+        self._private, self._force, self._create_pr, self._stream = private, force, create_pr, stream
         self._api = HfApi(token=token)
-        self._folder: Path | None = None
+        self._scratch = Scratch()
+        self._sending: Sending = Files(self._scratch)
         self._upload = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._pending: Future[None] | None = None
         self._shards: dict[str, Written] = {}
@@ -68,6 +81,8 @@ class HubSink:
         """Create the repo if there is none, see what is in it, and open the staging branch or find it again."""
         if not _REPO.match(self.name):
             raise UploadError(Problem(f"{self.name!r} is no repo's name", hint="write hf://owner/name"))
+        if self._stream:
+            refuse_no_streams()
         self._identity, self._branch = identity, f"{_STAGING}{identity[:16]}"
         with self._refusals():
             patiently(lambda: self._api.create_repo(self.name, private=self._private, exist_ok=True))
@@ -77,6 +92,8 @@ class HubSink:
                 return done
             self._old_files = tuple(item.rfilename for item in info.siblings or ())
             self._refuse_loss(is_private=bool(info.private))
+            to = Destination(self._api, self.name)
+            self._sending = patiently(lambda: streams(to, self._refusals) if self._stream else files(to, self._scratch))
             patiently(
                 lambda: self._api.create_branch(self.name, branch=self._branch, revision=self._head, exist_ok=True)
             )
@@ -117,10 +134,12 @@ class HubSink:
         return dict(self._shards)
 
     def reserve(self, needed: int) -> None:
-        """Look at the disk of temporary files."""
-        free = shutil.disk_usage(self.workspace()).free
+        """Look at the disk of temporary files, once what killed runs left there is gone."""
+        sweep()
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
         if free < needed:
-            what = f"{needed:,} bytes of disk are needed for the work, {free:,} are free in {self._folder}"
+            what = f"{needed:,} bytes of disk are needed for the work, {free:,} are free in {folder}"
             raise BudgetError(Problem(what, hint="set TMPDIR to a larger disk, or use a smaller --shard-size"))
 
     def _refuse_loss(self, is_private: bool) -> None:
@@ -132,11 +151,19 @@ class HubSink:
             what = f"{self.name} already holds a model ({models[0]})"
             raise UploadError(Problem(what, hint="publish to another name, or replace it in one commit with --force"))
 
-    def workspace(self) -> Path:
-        """A temporary folder: a shard stays there until it is uploaded."""
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="merger-"))
-        return self._folder
+    def check_card(self, text: str) -> None:
+        """Ask the Hub; where it gives no answer, the commit will ask again."""
+        try:
+            ModelCard(text).validate()
+        except (HfHubHTTPError, httpx.HTTPError):
+            pass
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            what = f"the Hub refuses the card of {self.name}: {_plain(str(error))[:300]}"
+            raise UploadError(Problem(what, hint="change publish: in the recipe, or its template")) from None
+
+    def open(self, name: str) -> Outlet:
+        """A file in a temporary folder, or a stream."""
+        return self._sending.open(name)
 
     def take(self, shard: Written) -> None:
         """Upload the shard while the next one is made; at most one upload is under way."""
@@ -145,10 +172,8 @@ class HubSink:
         self._pending = self._upload.submit(self._stage, shard)
 
     def _stage(self, shard: Written) -> None:
-        path = self.workspace() / shard.name
-        addition = CommitOperationAdd(shard.name, str(path))
-        self._commit([addition], f"Stage {shard.name}", self._branch)
-        path.unlink()
+        self._commit([self._sending.shard(shard)], f"Stage {shard.name}", self._branch)
+        self._sending.committed(shard.name)
 
     def _settle(self) -> None:
         if self._pending is not None:
@@ -164,9 +189,17 @@ class HubSink:
         with self._refusals(f"{where} is made (commit {commit.oid}), but what follows went wrong: "):
             if not self._create_pr:
                 self._check(commit.oid)
-            patiently(lambda: self._api.delete_branch(self.name, branch=self._branch))
+            patiently(self._unstage)
         self._clean()
         return Published(where, commit.oid)
+
+    def _unstage(self) -> None:
+        """Remove the staging branch; if it is gone, an earlier try did it and the answer was lost."""
+        try:
+            self._api.delete_branch(self.name, branch=self._branch)
+        except HfHubHTTPError as error:
+            if status_of(error) != _GONE:
+                raise
 
     def _publish(self, files: Mapping[str, bytes], message: str) -> CommitInfo:
         shards = list(self._shards)
@@ -175,7 +208,7 @@ class HubSink:
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
             *(CommitOperationDelete(name) for name in sorted(old - {*shards, *files})),
             *(CommitOperationCopy(name, name, src_revision=self._branch) for name in shards),
-            *(CommitOperationAdd(name, content) for name, content in files.items()),
+            *(self._sending.small(name, content) for name, content in files.items()),
         ]
         return self._commit(operations, message, "main")
 
@@ -267,8 +300,8 @@ class HubSink:
 
     def _clean(self) -> None:
         self._upload.shutdown(wait=True, cancel_futures=True)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._sending.close()
+        self._scratch.close()
 
     @contextmanager
     def _refusals(self, so_far: str = "") -> Iterator[None]:
@@ -284,6 +317,13 @@ def _shards_of(info: ModelInfo) -> dict[str, Written]:
     """The files of tensors at a commit."""
     files = ((item.rfilename, item.size or 0, item.lfs) for item in info.siblings or ())
     return {name: Written(name, size, lfs.sha256) for name, size, lfs in files if lfs and name.endswith(".safetensors")}
+
+
+def _plain(words: str) -> str:
+    """What is said about a card, on one line: the Hub's answer is JSON."""
+    with suppress(ValueError, KeyError, TypeError):
+        words = "; ".join(str(item["message"]) for item in json.loads(words)["errors"])
+    return " ".join(words.split())
 
 
 def _cause(error: Exception) -> Exception:

@@ -45,7 +45,7 @@ class Out:
 
 
 def write(path: Path, tensors: list[Out], data: list[bytes] | None = None) -> Written:
-    with ShardWriter(path, tensors) as writer:
+    with path.open("wb", buffering=0) as file, ShardWriter(path.name, file, tensors) as writer:
         for part in [tensor.data for tensor in tensors] if data is None else data:
             writer.write(memoryview(part))
         return writer.close()

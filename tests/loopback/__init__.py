@@ -1,6 +1,7 @@
 """A Hugging Face Hub on 127.0.0.1: a real HTTP server with real state, for the real client.
 
-It is a test double of the Hub's wire protocol, not a mock of the client and not a Hub: no xet, no OAuth, no web pages.
+It is a test double of the Hub's wire protocol, not a mock of the client and not a Hub: no OAuth, no web pages, and
+Xet only for uploads, where a test turns it on.
 """
 
 from .client import Client, ClientError

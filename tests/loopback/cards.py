@@ -90,14 +90,14 @@ def tags(data: dict[str, Any]) -> list[str]:
 
 
 def parameters(paths: list[Path]) -> dict[str, Any] | None:
-    """How many numbers of each dtype these safetensors files hold; None when there are none or one is no such file."""
+    """How many numbers of each dtype these safetensors files hold; None where one cannot be read so."""
     counts: Counter[str] = Counter()
     try:
         for path in paths:
             for name, tensor in _header(path).items():
                 if name != "__metadata__":
                     counts[tensor["dtype"]] += prod(tensor["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None
     return {"parameters": dict(counts), "total": sum(counts.values())} if paths else None
 

@@ -109,8 +109,10 @@ def _large(context: Context, repo: Repo, value: dict[str, Any]) -> Entry:
     """An object that this repo has: just uploaded, or in another commit (then it is a copy, and no bytes travel)."""
     oid = value["oid"]
     if oid not in repo.lfs:
-        raise HubError(400, f"{NO_OBJECT} Missing: {value['path']} ({oid})")
-    return lfs_entry(Blob(oid, context.world.blobs.path(oid).stat().st_size))
+        if context.xet is None:
+            raise HubError(400, f"{NO_OBJECT} Missing: {value['path']} ({oid})")
+        repo.xet[oid] = value["size"]
+    return lfs_entry(Blob(oid, repo.xet.get(oid) or context.world.blobs.path(oid).stat().st_size))
 
 
 def _delete(tree: dict[str, Entry], paths: list[str], kind: str) -> None:

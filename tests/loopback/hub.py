@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import api, commits, discussions, lfs
+from . import api, commits, discussions, lfs, xet
 from .journal import Fault, Request
 from .repos import Commit, Discussion, Entry, HubError, Repo, User, World
 from .server import Origin
@@ -30,7 +30,7 @@ class LoopbackHub:
         self.root = Path(tempfile.mkdtemp(prefix="loopback-hub-")) if root is None else Path(root)
         self.world = World(self.root)
         self.context = Context(self.world, self.root)
-        tables = [*api.routes(), *commits.routes(), *discussions.routes(), *lfs.routes()]
+        tables = [*api.routes(), *commits.routes(), *discussions.routes(), *lfs.routes(), *xet.routes()]
         self._hub = Origin(self.context, "hub", tables)
         self._cdn = Origin(self.context, "cdn", lfs.cdn_routes())
         self.context.url, self.context.cdn = self._hub.url, self._cdn.url
@@ -225,6 +225,10 @@ class LoopbackHub:
     def multipart(self, part_size: int | None) -> None:
         """Ask for uploads above this size in parts of it; None asks for one PUT each."""
         self.context.part_size = part_size
+
+    def xet(self, storage: Path | None) -> None:
+        """Take uploads by Xet into this folder, whose bytes the Hub cannot give out; None: have no Xet, as at first."""
+        self.context.xet = storage
 
     def _repo(self, key: str) -> Repo:
         if key not in self.world.repos:

@@ -112,6 +112,7 @@ class Repo:
     history: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     lfs: set[str] = field(default_factory=set)  # LFS objects are the repo's own: another repo's do not count
+    xet: dict[str, int] = field(default_factory=dict)  # objects in Xet's storage, and the size they are said to have
     discussions: dict[int, Discussion] = field(default_factory=dict)
 
     @property

@@ -31,6 +31,7 @@ class Context:
     url_lifetime: float = 3600.0
     latency: float = 0.0
     secret: bytes = b"loopback"
+    xet: Path | None = None
     journal: Journal = field(default_factory=Journal)
     faults: Faults = field(default_factory=Faults)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,35 +35,52 @@ def repo() -> str:
     return f"org/merge-{next(NAMES)}"
 
 
+@pytest.fixture(scope="module")
+def client(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A child whose client has Xet, though the Hub has none."""
+    with Client({**served.env(tmp_path_factory.mktemp("home"), WRITER), "HF_HUB_DISABLE_XET": "0"}) as child:
+        yield child
+
+
 # What the child runs
 
 
 def publish(repo: str, files: dict[str, bytes] | None = None, upto: str = "finish", **options: Any) -> tuple[str, Any]:
-    """The line's calls up to one of them; what failed is abandoned, as in a run."""
-    from merger.stores import staging
+    """The line's calls up to one of them, without a pause; what failed is abandoned, as in a run."""
+    return paused(repo, files, upto, **options)[0]
+
+
+def paused(
+    repo: str, files: dict[str, bytes] | None = None, upto: str = "finish", **options: Any
+) -> tuple[tuple[str, Any], list[float]]:
+    """The same, and the pauses that it would have made."""
+    pauses: list[float] = []
+    with patch("time.sleep", pauses.append):
+        return _published(repo, files, upto, **options), pauses
+
+
+def _published(repo: str, files: dict[str, bytes] | None, upto: str, **options: Any) -> tuple[str, Any]:
     from merger.stores.staging import HubSink
 
-    pauses: list[float] = []
-    quick = SimpleNamespace(sleep=pauses.append)
-    sink = HubSink(repo, **options)
-    with patch.object(staging, "time", quick), patch("merger.stores.patience.time", quick):
-        try:
-            if there := sink.prepare(IDENTITY):
-                return there.where, there.commit
-            sink.reserve(1)
-            for name, data in SHARDS.items() if upto != "prepare" else ():
-                path = sink.workspace() / name
-                path.write_bytes(data)
-                sink.take(Written(name, len(data), hashlib.sha256(data).hexdigest()))
-            if upto != "finish":
-                sink._settle()
-                return "", sorted(path.name for path in sink.workspace().iterdir())
-            done = sink.finish(FILES if files is None else files, "Merge of a, b")
-            return done.where, done.commit
-        finally:
-            folder = sink._folder
-            sink.leave()
-            assert folder is None or not folder.exists()
+    sink, wanted = HubSink(repo, **options), FILES if files is None else files
+    try:
+        if there := sink.prepare(IDENTITY):
+            return there.where, there.commit
+        sink.check_card(wanted["README.md"].decode())
+        sink.reserve(1)
+        for name, data in SHARDS.items() if upto != "prepare" else ():
+            with sink.open(name) as file:
+                file.write(data)
+            sink.take(Written(name, len(data), hashlib.sha256(data).hexdigest()))
+        if upto != "finish":
+            sink._settle()
+            return "", sorted(path.name for path in sink._scratch.folder().glob("*.safetensors"))
+        done = sink.finish(wanted, "Merge of a, b")
+        return done.where, done.commit
+    finally:
+        folder = sink._scratch._folder
+        sink.leave()
+        assert folder is None or not folder.exists()
 
 
 def publish_with(repo: str, options: dict[str, Any]) -> tuple[str, Any]:
@@ -260,6 +278,96 @@ def test_a_commit_that_was_not_made_is_tried_again(
     assert hub.files(repo).items() >= {**SHARDS, **FILES}.items()
 
 
+ENDPOINTS = {
+    "create the repo": ("POST", r"/api/repos/create"),
+    "look at the repo": ("GET", r"/api/models/[^/]+/[^/]+"),
+    "look at a revision": ("GET", r"/api/models/.+/revision/.+"),
+    "look at the history": ("GET", r"/api/models/.+/commits/.+"),
+    "ask for Xet": ("GET", r"/api/models/.+/xet-write-token/.+"),
+    "make the branch": ("POST", r"/api/models/.+/branch/.+"),
+    "check the card": ("POST", r"/api/validate-yaml"),
+    "preupload": ("POST", r"/api/models/.+/preupload/.+"),
+    "ask where to upload": ("POST", r"/.+\.git/info/lfs/objects/batch"),
+    "upload": ("PUT", r"/uploads/.+"),
+    "verify the upload": ("POST", r"/.+\.git/info/lfs/objects/verify"),
+    "look at the staged files": ("POST", r"/api/models/.+/paths-info/.+"),
+    "commit": ("POST", r"/api/models/.+/commit/.+"),
+    "remove the branch": ("DELETE", r"/api/models/.+/branch/.+"),
+}
+"""All that a run asks a Hub without Xet for."""
+
+
+def at(endpoint: str) -> Callable[[Request], bool]:
+    method, path = ENDPOINTS[endpoint]
+    return lambda request: request.method == method and re.fullmatch(path, request.path) is not None
+
+
+def test_no_endpoint_that_a_run_uses_is_missing_above(hub: LoopbackHub, client: Client, repo: str) -> None:
+    """Else the faults below would leave it out."""
+    client(publish, repo)
+    seen = [request for request in hub.log if request.path != "/api/agent-harnesses"]
+    assert [request for request in seen if not any(at(name)(request) for name in ENDPOINTS)] == []
+    assert [name for name in ENDPOINTS if not any(map(at(name), seen))] == []
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["refused", "lost"])
+@pytest.mark.parametrize("status", [500, None], ids=["500", "dropped"])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_trouble_at_any_endpoint_passes(
+    endpoint: str, status: int | None, is_lost: bool, hub: LoopbackHub, client: Client, repo: str
+) -> None:
+    """An answer of 500, or none, whether the work was done or not: the model is published, once."""
+    fault = hub.fail(at(endpoint), status=status, after_handling=is_lost)
+    client(publish, repo)
+    assert fault.left == 0
+    assert [found.title for found in hub.commits(repo)] == [TITLE, "initial commit"]
+    assert hub.files(repo).items() >= {**SHARDS, **FILES}.items()
+    assert list(hub.branches(repo)) == ["main"]
+
+
+@pytest.mark.parametrize("endpoint", [name for name in ENDPOINTS if name != "check the card"])
+def test_a_hub_that_asks_for_patience_is_given_it(endpoint: str, hub: LoopbackHub, client: Client, repo: str) -> None:
+    """429 with Retry-After: the next try comes no sooner than that."""
+    fault = hub.fail(at(endpoint), status=429, headers={"Retry-After": "17"})
+    _, pauses = client(paused, repo)
+    assert fault.left == 0
+    assert any(17 <= pause < 20 for pause in pauses), pauses
+
+
+@pytest.mark.parametrize("endpoint", [name for name in ENDPOINTS if name != "remove the branch"])
+def test_trouble_that_stays_is_a_sentence_and_main_is_as_it_was(
+    endpoint: str, hub: LoopbackHub, refused: Refused, repo: str
+) -> None:
+    """503 for ever: the refusal says to try again later."""
+    hub.add_model(repo, {"notes.md": b"mine"})
+    before = hub.head(repo)
+    hub.fail(at(endpoint), status=503, times=10**6)
+    said = refused(publish, repo)
+    assert f"the Hub refuses to write {repo} (HTTP 503" in said
+    assert "try again later" in said
+    assert hub.head(repo) == before
+
+
+@pytest.mark.parametrize("holds_a_model", [False, True], ids=["empty", "with a model"])
+def test_a_repo_that_somebody_makes_meanwhile_is_treated_as_one_that_was_there(
+    holds_a_model: bool, hub: LoopbackHub, client: Client, refused: Refused, repo: str
+) -> None:
+    """Between our look and our creating it: an empty one is filled, another's model is not replaced."""
+
+    def meanwhile(request: Request) -> bool:
+        if request.path == "/api/repos/create" and not hub.exists(repo):
+            hub.add_model(repo, OLD if holds_a_model else {"README.md": b"# theirs\n"})
+        return False
+
+    hub.fail(meanwhile)
+    if holds_a_model:
+        assert "already holds a model" in refused(publish, repo)
+        assert hub.files(repo) == OLD
+    else:
+        client(publish, repo)
+        assert hub.files(repo) == {**SHARDS, **FILES}
+
+
 def test_an_upload_that_fails_leaves_main_untouched(hub: LoopbackHub, refused: Refused, repo: str) -> None:
     """The refusal names the repo and the status; main has the commit it had."""
     hub.add_model(repo, OLD)
@@ -272,9 +380,9 @@ def test_an_upload_that_fails_leaves_main_untouched(hub: LoopbackHub, refused: R
 
 
 def test_a_run_that_is_killed_leaves_main_untouched_and_the_next_one_finishes(
-    hub: LoopbackHub, client: Client, repo: str, tmp_path: Path
+    hub: LoopbackHub, repo: str, tmp_path: Path
 ) -> None:
-    """Killed while its second shard is on its way: nothing shows on main, and the branch is no obstacle."""
+    """Killed while its second shard is on its way: nothing shows on main, and neither branch nor folder is left."""
     hub.add_model(repo, {"README.md": b"# mine\n"})
     before, seen = hub.head(repo), count()
     line = [sys.executable, "-c", f"import test_staging; test_staging.publish({repo!r})"]
@@ -289,9 +397,12 @@ def test_a_run_that_is_killed_leaves_main_untouched_and_the_next_one_finishes(
         other.communicate()
     assert (fault.left, hub.head(repo)) == (0, before)
     assert BRANCH in hub.branches(repo)
-    client(publish, repo)
+    assert len(list(tmp_path.glob("merger-*/*.safetensors"))) == 1
+    subprocess.run(line, env=env, check=True)
+    assert list(tmp_path.glob("merger-*")) == []
     assert [found.title for found in hub.commits(repo)] == [TITLE, "initial commit"]
     assert hub.files(repo) == {**SHARDS, **FILES}
+    assert list(hub.branches(repo)) == ["main"]
 
 
 def test_a_main_that_moved_is_not_overwritten(hub: LoopbackHub, refused: Refused, client: Client, repo: str) -> None:
@@ -312,10 +423,26 @@ def test_a_main_that_moved_is_not_overwritten(hub: LoopbackHub, refused: Refused
 
 
 def test_a_card_that_the_hub_refuses_is_no_traceback(hub: LoopbackHub, refused: Refused, repo: str) -> None:
-    """The Hub's own words are passed on."""
+    """The Hub's own words are passed on, before a shard is made."""
     said = refused(publish, repo, {**FILES, "README.md": b"---\nbase_model_relation: cousin\n---\n"})
-    assert "Invalid metadata in README.md" in said
+    assert "base_model_relation" in said
+    assert "must be one of" in said
+    assert not uploads(hub)
     assert [found.title for found in hub.commits(repo)] == ["initial commit"]
+
+
+@pytest.mark.parametrize("card", [b"---\n- a list\n---\n", b"---\n1: number\n---\n", b"---\na: [\n---\n"])
+def test_a_card_that_is_no_card_is_no_traceback(card: bytes, hub: LoopbackHub, refused: Refused, repo: str) -> None:
+    """A template of the recipe's own may make anything."""
+    assert f"the Hub refuses the card of {repo}: " in refused(publish, repo, {**FILES, "README.md": card})
+    assert not uploads(hub)
+
+
+def test_a_hub_that_cannot_check_the_card_is_no_obstacle(hub: LoopbackHub, client: Client, repo: str) -> None:
+    """The commit asks again."""
+    fault = hub.fail(at("check the card"), status=503)
+    client(publish, repo, None, "prepare")
+    assert fault.left == 0
 
 
 def test_what_stands_on_main_must_be_what_was_made(hub: LoopbackHub, refused: Refused, repo: str) -> None:

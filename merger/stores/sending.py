@@ -1,0 +1,260 @@
+"""How the bytes of shards travel to the Hub: from files, by Xet or by LFS, or by Xet as they are made, without a file.
+
+Not here: what is committed, and where (staging).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from merger.checkpoints.shard import Outlet, Written
+from merger.errors import Problem, UploadError, VerificationError
+from merger.stores.scratch import Scratch
+
+_SECONDS = 60.0
+_UNKNOWN_ROUTE = (404, 405, 501)
+_SAMPLE = 512
+_SET_BY_US = frozenset({"path_or_fileobj", "upload_info", "_upload_mode", "_should_ignore", "_is_uploaded"})
+
+# Each upload under way holds 64 MB: with hf_xet's own limit of 64 of them no plan of the memory could be kept.
+os.environ.setdefault("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "4")
+# We hand over open files on purpose where the Hub has no Xet: the client's advice against it is not for the user.
+logging.getLogger("huggingface_hub._commit_api").addFilter(lambda record: "binary IO buffer" not in record.getMessage())
+
+
+class Sending(Protocol):
+    """One way for shards and small files to travel."""
+
+    def open(self, name: str) -> Outlet:
+        """A place for the bytes of a shard."""
+
+    def shard(self, shard: Written) -> CommitOperationAdd:
+        """What a commit takes to add the shard that was written there."""
+
+    def small(self, name: str, content: bytes) -> CommitOperationAdd:
+        """What a commit takes to add a small file."""
+
+    def committed(self, name: str) -> None:
+        """The shard is on the Hub: keep nothing of it."""
+
+    def close(self) -> None:
+        """Give up whatever is not committed."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The repo that things are sent to."""
+
+    api: HfApi
+    repo: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """With the token, so only for the Hub itself."""
+        return build_hf_headers(token=self.api.token)
+
+    @property
+    def xet_token_url(self) -> str:
+        """Where the Hub gives out the right to write to its Xet storage."""
+        return f"{self.api.endpoint}/api/models/{self.repo}/xet-write-token/main"
+
+    def has_xet(self) -> bool:
+        """Whether this client and this Hub both speak Xet. The client itself never asks, and fails where it is wrong.
+
+        Raises:
+            HfHubHTTPError: the Hub refuses to answer.
+        """
+        if not _client_has_xet():
+            return False
+        answer = get_session().get(self.xet_token_url, headers=self.headers, timeout=_SECONDS)
+        if answer.status_code in _UNKNOWN_ROUTE:
+            return False
+        hf_raise_for_status(answer)
+        return "X-Xet-Cas-Url" in answer.headers
+
+
+class Files:
+    """Shards lie in a temporary folder until they are uploaded.
+
+    Args:
+        scratch: that folder.
+        by_lfs: keep a client that would use Xet from it.
+    """
+
+    def __init__(self, scratch: Scratch, by_lfs: bool = False) -> None:
+        self._scratch, self._by_lfs = scratch, by_lfs
+        self._reading: dict[str, io.BufferedReader] = {}
+
+    def open(self, name: str) -> Outlet:
+        """A file."""
+        return self._path(name).open("wb", buffering=0)
+
+    def _path(self, name: str) -> Path:
+        return self._scratch.folder() / name
+
+    def shard(self, shard: Written) -> CommitOperationAdd:
+        """Its file by name, or open: what is open the client sends by LFS."""
+        if not self._by_lfs:
+            return CommitOperationAdd(shard.name, str(self._path(shard.name)))
+        self._reading[shard.name] = self._path(shard.name).open("rb")
+        return CommitOperationAdd(shard.name, self._reading[shard.name])
+
+    def small(self, name: str, content: bytes) -> CommitOperationAdd:
+        """A large tokenizer counts as a large file too."""
+        return CommitOperationAdd(name, io.BytesIO(content) if self._by_lfs else content)
+
+    def committed(self, name: str) -> None:
+        """Free the disk."""
+        if name in self._reading:
+            self._reading.pop(name).close()
+        self._path(name).unlink()
+
+    def close(self) -> None:
+        """The folder is the sink's to remove."""
+        for file in self._reading.values():
+            file.close()
+
+
+Refusals = Callable[[], AbstractContextManager[None]]
+
+
+class Streams:
+    """Shards go to Xet's storage as they are made; no file of theirs is ever on this disk.
+
+    Args:
+        to: the repo.
+        refusals: turns what goes wrong into a sentence.
+    """
+
+    def __init__(self, to: Destination, refusals: Refusals) -> None:
+        self._to, self._refusals = to, refusals
+        self._open: dict[str, Stream] = {}
+        self._xet: Any = None
+
+    def open(self, name: str) -> Outlet:
+        """A stream, with a token of its own: they last an hour."""
+        with self._refusals():
+            headers = self._to.headers
+            commit = self._session().new_upload_commit(
+                token_refresh_url=self._to.xet_token_url,
+                token_refresh_headers=headers,
+                custom_headers={key: value for key, value in headers.items() if key.lower() != "authorization"},
+            )
+            self._open[name] = Stream(commit, commit.start_upload_stream(name=name), self._refusals)
+        return self._open[name]
+
+    def _session(self) -> Any:
+        if self._xet is None:
+            from hf_xet import XetSession  # type: ignore[import-untyped]
+
+            self._xet = XetSession()
+        return self._xet
+
+    def shard(self, shard: Written) -> CommitOperationAdd:
+        """End its stream, and describe what was sent as the client describes what it has uploaded itself."""
+        stream = self._open[shard.name]
+        if stream.finish() != (shard.size, shard.sha256):
+            what = f"{shard.name}: what arrived on the Hub is not what was sent"
+            raise VerificationError(Problem(what, hint="run it again: finished files are not made again"))
+        addition = CommitOperationAdd(shard.name, b"\0")
+        sha256 = bytes.fromhex(shard.sha256)
+        addition.upload_info = type(addition.upload_info)(shard.size, stream.sample, sha256=sha256)
+        addition._upload_mode, addition._should_ignore, addition._is_uploaded = "lfs", False, True
+        addition.path_or_fileobj = b""
+        return addition
+
+    def small(self, name: str, content: bytes) -> CommitOperationAdd:
+        """As it is."""
+        return CommitOperationAdd(name, content)
+
+    def committed(self, name: str) -> None:
+        """Forget it."""
+        del self._open[name]
+
+    def close(self) -> None:
+        """Break off what is under way."""
+        for stream in self._open.values():
+            stream.abort()
+        self._open.clear()
+
+
+class Stream:
+    """A shard under way to Xet's storage."""
+
+    def __init__(self, commit: Any, stream: Any, refusals: Refusals) -> None:
+        self._commit, self._stream, self._refusals = commit, stream, refusals
+        self.sample = b""
+
+    def write(self, data: memoryview, /) -> int:
+        """Send them; waits while too many are under way."""
+        with self._refusals():
+            self._stream.write(bytes(data))
+        self.sample += bytes(data[: _SAMPLE - len(self.sample)])
+        return len(data)
+
+    def close(self) -> None:
+        """Whether it is whole, `finish` says: until then it is nothing on the Hub."""
+
+    def finish(self) -> tuple[int, str]:
+        """Wait until all of it has arrived: its size and SHA-256 as Xet has counted them."""
+        info = self._stream.finish().xet_info
+        self._commit.wait_to_finish()
+        return info.file_size, info.sha256
+
+    def abort(self) -> None:
+        """Let go of it; after `finish` there is nothing to let go."""
+        for under_way in (self._stream, self._commit):
+            with suppress(Exception):
+                under_way.abort()
+
+
+def streams(to: Destination, refusals: Refusals) -> Streams:
+    """The way without files, if the Hub has one.
+
+    Raises:
+        UploadError: it has not.
+        HfHubHTTPError: the Hub refuses to answer.
+    """
+    if not to.has_xet():
+        hint = "leave out --stream: each file is then on disk until it is sent"
+        raise _no_streams("this Hub has no Xet storage", hint)
+    return Streams(to, refusals)
+
+
+def files(to: Destination, scratch: Scratch) -> Files:
+    """The way that every Hub has."""
+    return Files(scratch, by_lfs=_client_has_xet() and not to.has_xet())
+
+
+def _client_has_xet() -> bool:
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+
+
+def refuse_no_streams() -> None:
+    """What this machine alone can know: an addition that is uploaded already is nothing the client offers to make.
+
+    Raises:
+        UploadError: it has no client for it.
+    """
+    if not _client_has_xet():
+        raise _no_streams("Xet is switched off or not installed", "unset HF_HUB_DISABLE_XET, or leave out --stream")
+    if missing := _SET_BY_US - {field.name for field in fields(CommitOperationAdd)}:
+        version = huggingface_hub.__version__
+        what = f"huggingface_hub {version} knows nothing of {', '.join(sorted(missing))}"
+        raise _no_streams(what, "leave out --stream, or install huggingface_hub 2.4")
+
+
+def _no_streams(why: str, hint: str) -> UploadError:
+    return UploadError(Problem(f"--stream cannot be kept: {why}", hint=hint))
