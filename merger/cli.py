@@ -143,6 +143,12 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, metavar="N", help="for methods that draw random numbers; the recipe's otherwise"
     )
+    parser.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="download also what lies in Hugging Face's cache on this disk",
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
@@ -210,6 +216,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         force=getattr(arguments, "force", False),
         part=getattr(arguments, "part", None),
         publish_only=getattr(arguments, "publish_only", False),
+        cache=arguments.cache,
     )
 
 

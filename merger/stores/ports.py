@@ -154,6 +154,13 @@ class Sink(Protocol):
     def take(self, shard: Written) -> None:
         """Take over a finished shard's file, which lies in the workspace under its name."""
 
+    def forget(self, names: Sequence[str]) -> None:
+        """Take back shards that were taken: their bytes are not to be trusted.
+
+        Raises:
+            UploadError: that failed, and another run would go on from them.
+        """
+
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Put the small files beside the shards and make the whole visible at once.
 
