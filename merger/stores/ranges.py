@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -277,10 +278,11 @@ def _pieces(tickets: Sequence[Ticket]) -> tuple[list[_Piece], list[int]]:
     """The pieces in the order of their first need, and for each ticket the number of its first piece."""
     pieces: list[_Piece] = []
     first: list[int] = []
-    last: dict[tuple[Located, str], int] = {}
+    last: dict[File, int] = {}
+    starts = _starts(tickets)
     for number, ticket in enumerate(tickets):
         key = (ticket.model, ticket.file)
-        if key in last and _join(pieces[last[key]], ticket, number):
+        if key in last and _join(pieces[last[key]], ticket, number, starts[key]):
             first.append(last[key])
             continue
         first.append(len(pieces))
@@ -293,12 +295,22 @@ def _pieces(tickets: Sequence[Ticket]) -> tuple[list[_Piece], list[int]]:
     return pieces, first
 
 
-def _join(piece: _Piece, ticket: Ticket, number: int) -> bool:
+def _starts(tickets: Sequence[Ticket]) -> dict[File, list[int]]:
+    """Where in each file tickets begin, sorted."""
+    starts: dict[File, list[int]] = {}
+    for ticket in tickets:
+        starts.setdefault((ticket.model, ticket.file), []).append(ticket.start)
+    return {key: sorted(found) for key, found in starts.items()}
+
+
+def _join(piece: _Piece, ticket: Ticket, number: int, starts: Sequence[int]) -> bool:
     """Lengthen a piece by a ticket that follows closely in file and time: one request instead of two."""
     gap = ticket.start - piece.stop
     near = 0 <= gap <= _GAP_BYTES and number - piece.last_ticket <= _NEAR_TICKETS
     if not near or ticket.stop - piece.start > PIECE_BYTES:
         return False
+    if bisect_left(starts, piece.stop) < bisect_left(starts, ticket.start):
+        return False  # another ticket lies in the gap: those bytes would be fetched twice
     piece.stop, piece.last_ticket = ticket.stop, number
     piece.left += ticket.stop - ticket.start
     return True

@@ -13,9 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from huggingface_hub.utils import httpx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from huggingface_hub.utils import httpx
 from loopback import Client, ClientError, LoopbackHub, Request
 
 from merger.stores import ranges
@@ -157,6 +157,15 @@ def test_a_wide_gap_is_not_fetched_along() -> None:
     read_all(reader, tickets, range(3), 10)
     reader.close()
     assert [asked[2:] for asked in source.asked] == [(0, 28), (37, 47)]
+
+
+def test_a_gap_that_another_ticket_fills_is_not_fetched_along() -> None:
+    """Else its bytes would be transferred twice."""
+    tickets, source = [ticket(start=0), ticket(start=13), ticket(start=10, size=3)], Source()
+    reader = RangeReader(tickets, 1000, source.fill, connections=1)
+    read_all(reader, tickets, range(3), 10)
+    reader.close()
+    assert [asked[2:] for asked in source.asked] == [(0, 10), (13, 23), (10, 13)]
 
 
 def test_a_neighbour_that_is_needed_much_later_is_not_fetched_along() -> None:
