@@ -79,7 +79,7 @@ def test_one_damaged_byte_anywhere_in_a_file_read_whole_is_found(
 ) -> None:
     """Whatever the order, the pieces and the threads; and a sound file passes, with all that was held let go."""
     assert read(spans, threads=threads)._held == 0
-    with pytest.raises(DamagedError, match="org/a: x came damaged: its SHA-256 is [0-9a-f]{64}, that of the locked"):
+    with pytest.raises(DamagedError, match=r"org/a: x came damaged: its SHA-256 is [0-9a-f]{64}, that of the locked"):
         read(spans, bad, threads=threads)
 
 
