@@ -29,7 +29,6 @@ from loopback import LoopbackHub  # noqa: E402  a room of the tests
 from merger.stores.ranges import CONNECTIONS  # noqa: E402
 
 TOKEN = "hf_benchmark"
-LINKS = {"loopback": (0.0, None), "50 ms, 100 MB/s a connection": (0.05, 100e6)}
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,12 @@ def measure(
     afar = recipe(work / f"{method}-hub.yaml", method, [f"someone/{parent.name}" for parent in parents])
     folders = []
     for _ in range(given.runs):
+        shutil.rmtree(work / "merged", ignore_errors=True)
         folders.append(merge(local, str(work / "merged"), given.shard, {}))
-        shutil.rmtree(work / "merged")
     print(f"| {method} | folders | {median(folders):.1f} s | | | | | |", flush=True)
-    for number, (name, (latency, rate)) in enumerate(LINKS.items()):
+    link_name = f"{given.latency:g} ms, {given.rate:g} MB/s a connection"
+    links = {"loopback": (0.0, None), link_name: (given.latency / 1e3, given.rate * 1e6)}
+    for number, (name, (latency, rate)) in enumerate(links.items()):
         seconds = []
         for run in range(given.runs):
             link.send((latency, rate))
@@ -127,6 +128,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / ".work", help="where checkpoints are kept")
     parser.add_argument("--methods", nargs="*", default=["linear", "ties"])
     parser.add_argument("--shard", default="250MB", help="the size of a file of the result")
+    parser.add_argument("--latency", type=float, default=50, help="of the slower link, in milliseconds")
+    parser.add_argument("--rate", type=float, default=100, help="of each of its connections, in MB a second")
     parser.add_argument("--runs", type=int, default=3, help="of which the median counts")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
