@@ -146,6 +146,12 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, metavar="N", help="for methods that draw random numbers; the recipe's otherwise"
     )
+    parser.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="download also what lies in Hugging Face's cache on this disk",
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
@@ -214,6 +220,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         part=getattr(arguments, "part", None),
         publish_only=getattr(arguments, "publish_only", False),
         stream=getattr(arguments, "stream", False),
+        cache=arguments.cache,
     )
 
 

@@ -71,6 +71,10 @@ class ModelError(MergerError):
     exit_code = 3
 
 
+class DamagedError(ModelError):
+    """A file is not the one that was locked: nothing that was made of it can be trusted."""
+
+
 class MismatchError(MergerError):
     """The models do not fit each other."""
 

@@ -15,7 +15,7 @@ from merger.card.relations import Relations, relations
 from merger.card.render import render
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import LOCK_NAME
-from merger.errors import BudgetError, MergerError, Problem, RecipeError, UploadError
+from merger.errors import BudgetError, DamagedError, MergerError, Problem, RecipeError, UploadError
 from merger.methods.registry import methods
 from merger.plan.geometry import Geometry
 from merger.plan.lock import LockedRecipe, lock
@@ -52,6 +52,7 @@ class Options:
         part: make this share of the shards, and leave the end to `publish_only`.
         publish_only: make no shard; all must be there.
         stream: send shards to the Hub as they are made, without a file on disk.
+        cache: read files of models where Hugging Face's cache on this disk has them.
     """
 
     to: str | None = None
@@ -65,6 +66,7 @@ class Options:
     part: Part | None = None
     publish_only: bool = False
     stream: bool = False
+    cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError: as the steps do.
     """
-    store = Library(_stores(recipe))
+    store = Library(_stores(recipe, options.cache))
     locked = lock(recipe, store)
     budget = Budget(
         memory=options.max_memory,
@@ -164,14 +166,15 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
     return f"--shard-size {fitting} makes it fit"
 
 
-def _stores(recipe: Recipe) -> list[Store]:
+def _stores(recipe: Recipe, cache: bool) -> list[Store]:
     """Folders first. The Hub's client takes a while to import: not for recipes that need no Hub."""
     folders = FolderStore()
     if all(folders.has(ref.path) for ref in recipe.models):
         return [folders]
+    from merger.stores.cache import CachedStore
     from merger.stores.hub import HubStore
 
-    return [folders, HubStore()]
+    return [folders, CachedStore(HubStore()) if cache else HubStore()]
 
 
 def looked(planned: Plan, store: Store) -> Relations:
@@ -274,12 +277,26 @@ def _shards_made(
 ) -> Iterator[Event]:
     from merger.engine.execute import Observed, ShardDone, execute  # imports torch, which all else does without
 
-    for event in execute(planned, missing, methods(), store, sink, options.device):
-        if isinstance(event, ShardDone):
-            held[event.shard.name] = event.shard
-        elif isinstance(event, Observed):
-            seen[event.job.name] = event.geometry
-        yield event
+    made: list[str] = []
+    try:
+        for event in execute(planned, missing, methods(), store, sink, options.device):
+            if isinstance(event, ShardDone):
+                held[event.shard.name] = event.shard
+                made.append(event.shard.name)
+            elif isinstance(event, Observed):
+                seen[event.job.name] = event.geometry
+            yield event
+    except DamagedError as error:
+        _forget(sink, made, error)
+        raise
+
+
+def _forget(sink: Sink, made: Sequence[str], why: DamagedError) -> None:
+    """What was made of damaged bytes must not be what another run goes on from."""
+    try:
+        sink.forget(made)
+    except MergerError as error:
+        raise DamagedError([*why.problems, *error.problems]) from None
 
 
 def _unfinished(missing: Sequence[Shard], planned: Plan) -> UploadError:

@@ -131,8 +131,9 @@ def lock(recipe: Recipe, store: Store) -> LockedRecipe:
     Raises:
         ModelError: with every model that cannot be read.
     """
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        attempts = [_attempt(ref, store, pool) for ref in recipe.models]
+    # Two pools: a model waits for its headers, which wait for nobody.
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
+        attempts = list(models.map(lambda ref: _attempt(ref, store, headers), recipe.models))
     problems = [problem for _, found in attempts for problem in found]
     if problems:
         raise ModelError(problems)

@@ -258,6 +258,13 @@ class FolderSink:
             note.write_text(json.dumps(asdict(shard)))
             note.rename(self._done / shard.name)
 
+    def forget(self, names: Sequence[str]) -> None:
+        """Remove the notes first, then the files."""
+        with self._refusals():
+            for name in names:
+                (self._done / name).unlink()
+                (self._new / name).unlink()
+
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Write the small files and give the folder its name."""
         with self._refusals():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx
 
 from merger.errors import ModelError, Problem
+from merger.stores.digests import Beginnings, confirm
 from merger.stores.patience import patiently, status_of
 from merger.stores.ports import FileInfo, Located, Ticket
 from merger.stores.ranges import RangeClient, RangeReader
@@ -33,6 +35,7 @@ class HubStore:
     def __init__(self, token: str | None = None) -> None:
         self._api = HfApi(token=token)
         self._ranges = RangeClient(token)
+        self._beginnings = Beginnings()
 
     def has(self, path: str) -> bool:
         """Whatever is written like ``owner/name`` may be on the Hub."""
@@ -50,20 +53,23 @@ class HubStore:
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Ask for a part of a file; for all of it when no end is given."""
-        size = (model.files[file].size if stop is None else stop) - start
-        data = bytearray(size)
+        whole = model.files[file].size
+        data = bytearray((whole if stop is None else stop) - start)
         with _refusals(model.where, model.commit):
             self._ranges.fill(model, file, start, memoryview(data))
+        if len(data) == whole:
+            confirm((model, file), hashlib.sha256(data).hexdigest())
+        self._beginnings.add((model, file), start, data)
         return bytes(data)
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> RangeReader:
-        """A reader that fetches ahead of need."""
+        """A reader that fetches ahead of need and checks the files that it reads whole."""
 
         def fill(model: Located, file: str, start: int, out: memoryview) -> None:
             with _refusals(model.where, model.commit):
                 self._ranges.fill(model, file, start, out)
 
-        return RangeReader(tickets, budget, fill)
+        return RangeReader(tickets, budget, fill, beginnings=self._beginnings)
 
 
 @contextmanager

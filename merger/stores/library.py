@@ -30,29 +30,33 @@ class Library:
         return self._of[model].fetch(model, file, start, stop)
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> Reader:
-        """One reader over the readers of all stores that the tickets need, which share the budget."""
-        stores = list(dict.fromkeys(self._of[ticket.model] for ticket in tickets))
-        return _Readers(self._of, stores, tickets, budget // max(1, len(stores)))
+        """One reader over the readers of all stores that the tickets need."""
+        return readers([(self._of[ticket.model], ticket) for ticket in tickets], budget)
+
+
+def readers(placed: Sequence[tuple[Store, Ticket]], budget: int) -> Reader:
+    """One reader of tickets that each have their own store; the stores share the budget."""
+    shares: dict[Store, list[Ticket]] = {store: [] for store, _ in placed}
+    places: list[tuple[Store, int]] = []
+    for store, ticket in placed:
+        places.append((store, len(shares[store])))
+        shares[store].append(ticket)
+    share = budget // max(1, len(shares))
+    return _Readers({store: store.reader(tickets, share) for store, tickets in shares.items()}, places)
 
 
 class _Readers:
     """Sends each ticket to its own store's reader."""
 
-    def __init__(self, of: dict[Located, Store], stores: list[Store], tickets: Sequence[Ticket], budget: int) -> None:
-        shares: dict[Store, list[Ticket]] = {store: [] for store in stores}
-        self._place: list[tuple[Store, int]] = []
-        for ticket in tickets:
-            share = shares[of[ticket.model]]
-            self._place.append((of[ticket.model], len(share)))
-            share.append(ticket)
-        self._readers = {store: store.reader(share, budget) for store, share in shares.items()}
+    def __init__(self, readers: dict[Store, Reader], places: Sequence[tuple[Store, int]]) -> None:
+        self._readers, self._places = readers, places
 
     def read(self, ticket: int, offset: int, out: memoryview) -> None:
-        store, number = self._place[ticket]
+        store, number = self._places[ticket]
         self._readers[store].read(number, offset, out)
 
     def repeatable(self, ticket: int) -> bool:
-        store, number = self._place[ticket]
+        store, number = self._places[ticket]
         return self._readers[store].repeatable(number)
 
     def close(self) -> None:

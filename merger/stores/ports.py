@@ -168,6 +168,13 @@ class Sink(Protocol):
             UploadError: an earlier one could not be taken.
         """
 
+    def forget(self, names: Sequence[str]) -> None:
+        """Take back shards that were taken: their bytes are not to be trusted.
+
+        Raises:
+            UploadError: that failed, and another run would go on from them.
+        """
+
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Put the small files beside the shards and make the whole visible at once.
 

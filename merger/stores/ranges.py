@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -17,6 +18,7 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 
 from merger.errors import ModelError, Problem
+from merger.stores.digests import Beginnings, Digest, File
 from merger.stores.patience import PASSING, asked_pause, pause
 from merger.stores.ports import Located, Ticket
 
@@ -26,6 +28,8 @@ CONNECTIONS = 8
 PIECE_BYTES = 16 << 20
 _GAP_BYTES = 64 << 10
 _NEAR_TICKETS = 64
+_SHARE_KEPT = 8
+"""One part in so many of the budget may be bytes of a file that wait to be hashed in their turn."""
 
 
 class RangeClient:
@@ -68,7 +72,7 @@ class RangeClient:
             if foreign and answer.status_code in (401, 403):
                 self._addresses.pop((model.where, model.commit, file), None)
                 raise _TryAgain("the signed address expired")
-            _check(answer, start, stop)
+            _check(answer, start, stop, model.files[file].size)
             got = 0
             for chunk in answer.iter_raw():
                 got += len(chunk)
@@ -88,6 +92,7 @@ class RangeClient:
                 "HEAD", url, headers=self._headers, timeout=TIMEOUT_SECONDS, follow_redirects=False
             )
             _raise_for(answer)
+            _check_identity(answer, model.files[file].sha256)
             location = answer.headers.get("Location")
             known = self._addresses[key] = (url, False) if location is None else _beside(url, location)
         return known
@@ -95,7 +100,7 @@ class RangeClient:
 
 def _beside(url: str, location: str) -> tuple[str, bool]:
     there = httpx.URL(url).join(location)
-    return str(there), there.netloc != httpx.URL(url).netloc
+    return str(there), (there.scheme, there.netloc) != (httpx.URL(url).scheme, httpx.URL(url).netloc)
 
 
 class _TryAgain(Exception):
@@ -112,8 +117,17 @@ def _raise_for(answer: httpx.Response) -> None:
     hf_raise_for_status(answer)
 
 
-def _check(answer: httpx.Response, start: int, stop: int) -> None:
-    whole = start == 0 and answer.headers.get("Content-Length") == str(stop)
+def _check_identity(answer: httpx.Response, sha256: str | None) -> None:
+    """The Hub tells a large file's SHA-256 with its address; it must be the locked one."""
+    told = answer.headers.get("X-Linked-Etag", "").removeprefix("W/").strip('"')
+    if sha256 and told and told != sha256:
+        raise _TryAgain("the Hub offers another file than the locked one")
+
+
+def _check(answer: httpx.Response, start: int, stop: int, size: int) -> None:
+    whole = (start, stop) == (0, size) and answer.headers.get("Content-Length") == str(size)
+    if answer.status_code < 300 and answer.headers.get("Content-Encoding", "identity") != "identity":
+        raise _TryAgain("the answer is compressed")
     if answer.status_code == HTTPStatus.OK and whole:
         return  # a server may ignore a range; here that is the same bytes
     if answer.status_code != HTTPStatus.PARTIAL_CONTENT:
@@ -121,8 +135,11 @@ def _check(answer: httpx.Response, start: int, stop: int) -> None:
             answer.read()
             _raise_for(answer)
         raise _TryAgain(f"HTTP {answer.status_code} in place of a part of the file")
-    if not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-{stop - 1}/"):
+    told, _, total = answer.headers.get("Content-Range", "").partition("/")
+    if told != f"bytes {start}-{stop - 1}":
         raise _TryAgain("another range than the one asked for")
+    if total != str(size):
+        raise _TryAgain(f"the file has {total or 'an unknown number of'} bytes there, the locked one {size}")
 
 
 def _in_words(error: Exception) -> str:
@@ -135,7 +152,7 @@ def _in_words(error: Exception) -> str:
 
 @dataclass
 class _Piece:
-    """A run of bytes fetched by one request; `left` counts those that tickets still want."""
+    """A run of bytes fetched by one request; `left` counts those that tickets still want, `digest` may wait for it."""
 
     model: Located
     file: str
@@ -144,6 +161,7 @@ class _Piece:
     last_ticket: int
     left: int = 0
     data: Future[bytearray] | None = field(default=None, repr=False)
+    digest: Digest[_Piece] | None = field(default=None, repr=False)
 
     @property
     def size(self) -> int:
@@ -159,6 +177,8 @@ class RangeReader:
         tickets: everything that will be read, in about the order it will be read in.
         budget: how many bytes may be held.
         fill: how to get bytes.
+        connections: how many requests may be under way at once.
+        beginnings: what was read before of the same files; such a file's SHA-256 is checked if it is read whole.
     """
 
     def __init__(
@@ -167,13 +187,20 @@ class RangeReader:
         budget: int,
         fill: Callable[[Located, str, int, memoryview], None],
         connections: int = CONNECTIONS,
+        beginnings: Beginnings | None = None,
     ) -> None:
         self._tickets = tickets
         self._budget = budget
         self._fill = fill
         self._pieces, self._first = _pieces(tickets)
+        if beginnings is not None:
+            spans = (((piece.model, piece.file), (piece.start, piece.stop)) for piece in self._pieces)
+            digests: Mapping[File, Digest[_Piece]] = beginnings.whole(spans, budget // _SHARE_KEPT)
+            for piece in self._pieces:
+                piece.digest = digests.get((piece.model, piece.file))
         self._next = 0
         self._held = 0
+        self._closed = False
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(connections, thread_name_prefix="range")
         self._advance()
@@ -205,19 +232,30 @@ class RangeReader:
     def _get(self, piece: _Piece) -> bytearray:
         data = bytearray(piece.size)
         self._fill(piece.model, piece.file, piece.start, memoryview(data))
+        if (digest := piece.digest) is not None:
+            for hashed in digest.add(piece.start, data, piece):
+                self._hashed(hashed)
         return data
+
+    def _hashed(self, piece: _Piece) -> None:
+        with self._lock:
+            piece.digest = None
+            if piece.left == 0:
+                self._held -= piece.size
+        self._advance()
 
     def _taken(self, piece: _Piece, size: int) -> None:
         with self._lock:
             piece.left -= size
             if piece.left == 0:
                 piece.data = None
-                self._held -= piece.size
+                if piece.digest is None:
+                    self._held -= piece.size
         self._advance()
 
     def _advance(self) -> None:
         with self._lock:
-            while self._next < len(self._pieces):
+            while self._next < len(self._pieces) and not self._closed:
                 piece = self._pieces[self._next]
                 if piece.left and piece.data is None:
                     if self._held + piece.size > self._budget:
@@ -231,6 +269,8 @@ class RangeReader:
 
     def close(self) -> None:
         """Stop fetching; what is under way is given up."""
+        with self._lock:
+            self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -238,10 +278,11 @@ def _pieces(tickets: Sequence[Ticket]) -> tuple[list[_Piece], list[int]]:
     """The pieces in the order of their first need, and for each ticket the number of its first piece."""
     pieces: list[_Piece] = []
     first: list[int] = []
-    last: dict[tuple[Located, str], int] = {}
+    last: dict[File, int] = {}
+    starts = _starts(tickets)
     for number, ticket in enumerate(tickets):
         key = (ticket.model, ticket.file)
-        if key in last and _join(pieces[last[key]], ticket, number):
+        if key in last and _join(pieces[last[key]], ticket, number, starts[key]):
             first.append(last[key])
             continue
         first.append(len(pieces))
@@ -254,12 +295,22 @@ def _pieces(tickets: Sequence[Ticket]) -> tuple[list[_Piece], list[int]]:
     return pieces, first
 
 
-def _join(piece: _Piece, ticket: Ticket, number: int) -> bool:
+def _starts(tickets: Sequence[Ticket]) -> dict[File, list[int]]:
+    """Where in each file tickets begin, sorted."""
+    starts: dict[File, list[int]] = {}
+    for ticket in tickets:
+        starts.setdefault((ticket.model, ticket.file), []).append(ticket.start)
+    return {key: sorted(found) for key, found in starts.items()}
+
+
+def _join(piece: _Piece, ticket: Ticket, number: int, starts: Sequence[int]) -> bool:
     """Lengthen a piece by a ticket that follows closely in file and time: one request instead of two."""
     gap = ticket.start - piece.stop
     near = 0 <= gap <= _GAP_BYTES and number - piece.last_ticket <= _NEAR_TICKETS
     if not near or ticket.stop - piece.start > PIECE_BYTES:
         return False
+    if bisect_left(starts, piece.stop) < bisect_left(starts, ticket.start):
+        return False  # another ticket lies in the gap: those bytes would be fetched twice
     piece.stop, piece.last_ticket = ticket.stop, number
     piece.left += ticket.stop - ticket.start
     return True

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -179,6 +179,13 @@ class HubSink:
         if self._pending is not None:
             with self._refusals():
                 self._pending.result()
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Remove them from the staging branch."""
+        self._settle()
+        if names:
+            with self._refusals():
+                self._commit([CommitOperationDelete(name) for name in names], "Take back shards", self._branch)
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """One commit on main (or one pull request), checked; then the staging branch is removed."""

@@ -210,6 +210,10 @@ class LoopbackHub:
         """Wait so long before each request is looked at."""
         self.context.latency = seconds
 
+    def rate(self, bytes_a_second: float | None) -> None:
+        """How fast each connection carries the bodies of large files, either way; None: as fast as it can."""
+        self.context.rate = bytes_a_second
+
     def url_lifetime(self, seconds: float) -> None:
         """How long the signed URLs of the second origin work from now on; 3600 at first, as on the Hub."""
         self.context.url_lifetime = seconds

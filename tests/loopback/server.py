@@ -16,10 +16,11 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from .blobs import CHUNK
 from .journal import Fault
 from .repos import HubError
 from .rights import authenticate
-from .wire import Answer, Body, Context, Exchange, FilePart, Loaded, Route, refusal
+from .wire import Answer, Body, Context, Exchange, FilePart, Loaded, Pace, Route, refusal
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -32,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_any(self) -> None:
         """Take one request from its headers to its entry in the log."""
         context = self.server.context
-        body = Body(self.rfile, self.headers)  # type: ignore[arg-type]
+        body = Body(self.rfile, self.headers, context.rate if self.server.side == "cdn" else None)  # type: ignore[arg-type]
         x = Exchange(self.command, self.path, self.headers, body, self.server.side)  # type: ignore[arg-type]
         with context.journal.in_flight() as place:
             time.sleep(context.latency)
@@ -70,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(_head(answer) + answer.body[:length])  # one packet for most answers
                 return length
             self.wfile.write(_head(answer))
-            return _send_file(self.connection, answer.body, length)
+            return _send_file(self.connection, answer.body, length, self.server.context.rate)
         except OSError:
             self.close_connection = True
             return 0
@@ -97,12 +98,16 @@ def _phrase(status: int) -> str:
     return HTTPStatus(status).phrase if status in HTTPStatus.__members__.values() else "Scripted"
 
 
-def _send_file(connection: socket.socket, part: FilePart, length: int) -> int:
+def _send_file(connection: socket.socket, part: FilePart, length: int, rate: float | None) -> int:
     if not length:
         return 0
+    pace, step = Pace(rate), length if rate is None else CHUNK
     with part.path.open("rb") as file:
         with suppress(OSError):  # the client has had enough; where the file stands says how much it took
-            connection.sendfile(file, part.start, length)
+            for start in range(0, length, step):
+                size = min(step, length - start)
+                connection.sendfile(file, part.start + start, size)
+                pace.passed(size)
         return max(file.tell() - part.start, 0)
 
 

@@ -5,6 +5,7 @@ What the answers say is decided in api.py, commits.py, lfs.py and discussions.py
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,7 @@ class Context:
     part_size: int | None = None
     url_lifetime: float = 3600.0
     latency: float = 0.0
+    rate: float | None = None
     secret: bytes = b"loopback"
     xet: Path | None = None
     journal: Journal = field(default_factory=Journal)
@@ -143,16 +145,31 @@ class Exchange:
         return Request(self.method, self.path, self.query, wanted, seen, self.host, status, sent, received, name)
 
 
+class Pace:
+    """Waits so that bytes pass no faster than at a rate, from the first one on."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate, self._passed, self._start = rate, 0, time.monotonic()
+
+    def passed(self, size: int) -> None:
+        """Wait until so many more bytes may have passed."""
+        if self._rate is not None:
+            self._passed += size
+            time.sleep(max(0.0, self._start + self._passed / self._rate - time.monotonic()))
+
+
 class Body:
     """A request's body, read once, in pieces; it may come with a length or in chunks."""
 
-    def __init__(self, file: BinaryIO, headers: Mapping[str, str]) -> None:
+    def __init__(self, file: BinaryIO, headers: Mapping[str, str], rate: float | None = None) -> None:
         self._chunks = self._read(file, headers)
+        self._pace = Pace(rate)
         self.received = 0
 
     def __iter__(self) -> Iterator[bytes]:
         for chunk in self._chunks:
             self.received += len(chunk)
+            self._pace.passed(len(chunk))
             yield chunk
 
     def read(self) -> bytes:
@@ -189,7 +206,7 @@ class Loaded(Body):
 
     def __init__(self, body: Body) -> None:
         data = body.read()
-        self._chunks = iter([data])
+        self._chunks, self._pace = iter([data]), Pace(None)
         self.received = body.received - len(data)  # __iter__ counts it again
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +13,13 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from huggingface_hub.utils import httpx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loopback import Client, ClientError, LoopbackHub, Request
 
 from merger.stores import ranges
-from merger.stores.ports import Located, Ticket
+from merger.stores.ports import FileInfo, Located, Ticket
 from merger.stores.ranges import RangeClient, RangeReader
 
 MODELS = [Located(f"org/{name}", f"org/{name}", "c" * 40, {}) for name in "ab"]
@@ -157,6 +159,15 @@ def test_a_wide_gap_is_not_fetched_along() -> None:
     assert [asked[2:] for asked in source.asked] == [(0, 28), (37, 47)]
 
 
+def test_a_gap_that_another_ticket_fills_is_not_fetched_along() -> None:
+    """Else its bytes would be transferred twice."""
+    tickets, source = [ticket(start=0), ticket(start=13), ticket(start=10, size=3)], Source()
+    reader = RangeReader(tickets, 1000, source.fill, connections=1)
+    read_all(reader, tickets, range(3), 10)
+    reader.close()
+    assert [asked[2:] for asked in source.asked] == [(0, 10), (13, 23), (10, 13)]
+
+
 def test_a_neighbour_that_is_needed_much_later_is_not_fetched_along() -> None:
     """A piece is held until its last byte is taken, so what is wanted late would fill the budget early."""
     tickets = [ticket(), *(ticket(1, "y", 100 * n) for n in range(6)), ticket(start=10)]
@@ -242,6 +253,7 @@ def test_reading_twice_would_transfer_twice() -> None:
 REPO, FILE = "org/remote", "model.safetensors"
 BYTES = bytes(n * 7 % 256 for n in range(100_000))
 CARD = b"---\nlicense: mit\n---\n# a card\n"
+FILES = {FILE: FileInfo(len(BYTES), hashlib.sha256(BYTES).hexdigest()), "README.md": FileInfo(len(CARD))}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -259,10 +271,16 @@ def fill(commit: str, start: int, size: int, file: str = FILE, fresh: bool = Fal
     """The bytes, and how long the client would have waited between its tries."""
     if fresh or not _CLIENT:
         _CLIENT[:] = [RangeClient()]
-    model, out, pauses = Located(REPO, REPO, commit, {}), bytearray(size), list[float]()
+    model, out, pauses = Located(REPO, REPO, commit, FILES), bytearray(size), list[float]()
     with patch.object(ranges, "time", SimpleNamespace(sleep=pauses.append)):
         _CLIENT[0].fill(model, file, start, memoryview(out))
     return bytes(out), pauses
+
+
+def fill_of(repo: str, commit: str) -> None:
+    """Ask another repo for what is locked here."""
+    with patch.object(ranges, "time", SimpleNamespace(sleep=lambda seconds: None)):
+        RangeClient().fill(Located(repo, repo, commit, FILES), FILE, 0, memoryview(bytearray(10)))
 
 
 def fill_side_by_side(commit: str, count: int) -> bool:
@@ -328,6 +346,44 @@ def test_an_answer_that_is_not_the_range_asked_for_is_not_taken(
     fault = hub.fail(on_cdn, status=206 if spoilt else 200, headers=spoilt)
     data, pauses = ask()
     assert (data == BYTES[1000:51_000], len(pauses), fault.left) == (True, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "why"),
+    [
+        (206, {"Content-Range": "bytes 0-9/21"}, "the file has 21 bytes there, the locked one 20"),
+        (206, {"Content-Range": "bytes 0-9/*"}, "the file has * bytes there, the locked one 20"),
+        (206, {"Content-Range": "bytes 0-9"}, "the file has an unknown number of bytes there, the locked one 20"),
+        (206, {"Content-Range": "bytes 0-99/20"}, "another range than the one asked for"),
+        (206, {"Content-Range": "bytes 0-9/20", "Content-Encoding": "gzip"}, "the answer is compressed"),
+        (200, {"Content-Length": "10"}, "HTTP 200 in place of a part of the file"),
+        (204, {"Content-Range": "bytes 0-9/20"}, "HTTP 204 in place of a part of the file"),
+    ],
+)
+def test_an_answer_must_be_the_range_of_the_locked_file(status: int, headers: dict[str, str], why: str) -> None:
+    """Status, range, the file's size and the encoding are looked at before a byte is taken."""
+    with pytest.raises(ranges._TryAgain) as refusal:
+        ranges._check(httpx.Response(status, headers=headers), 0, 10, 20)
+    assert str(refusal.value) == why
+
+
+def test_a_file_of_another_size_than_the_locked_one_is_refused(hub: LoopbackHub, ask: Ask, remote: str) -> None:
+    """Although the bytes that were asked for are all there."""
+    blob = hub.blob_path(REPO, FILE)
+    blob.write_bytes(BYTES + b"!")
+    try:
+        with pytest.raises(ClientError, match=r"\(the file has 100001 bytes there, the locked one 100000\)"):
+            ask()
+    finally:
+        blob.write_bytes(BYTES)
+
+
+def test_a_file_that_the_hub_gives_another_name_is_refused(hub: LoopbackHub, client: Client, remote: str) -> None:
+    """The SHA-256 that comes with the address must be the locked one, also where the size is the same."""
+    hub.add_model("org/other", {FILE: bytes(len(BYTES))})
+    with pytest.raises(ClientError, match=r"\(the Hub offers another file than the locked one\)"):
+        client(fill_of, "org/other", hub.head("org/other"))
+    assert not [r for r in hub.log if on_cdn(r)]
 
 
 def test_an_expired_address_is_asked_for_again(hub: LoopbackHub, ask: Ask) -> None:
