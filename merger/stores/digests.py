@@ -41,13 +41,15 @@ class Beginnings:
 
     def __init__(self) -> None:
         self._read: dict[File, tuple[hashlib._Hash, int]] = {}
+        self._lock = threading.Lock()  # a recipe may name one model in two ways, and both are locked at once
 
     def add(self, file: File, start: int, data: bytes | bytearray) -> None:
         """Take note of bytes that were read, if they follow on those known so far."""
-        begun, place = self._read.get(file, (hashlib.sha256(), 0))
-        if start == place and file[0].files[file[1]].sha256 is not None:
-            begun.update(data)
-            self._read[file] = begun, place + len(data)
+        with self._lock:
+            begun, place = self._read.get(file, (hashlib.sha256(), 0))
+            if start == place and file[0].files[file[1]].sha256 is not None:
+                begun.update(data)
+                self._read[file] = begun, place + len(data)
 
     def whole(self, spans: Iterable[tuple[File, Span]], most: int) -> Mapping[File, Digest[Piece]]:
         """A digest for each file that is read whole.
