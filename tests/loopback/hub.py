@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from . import api, commits, discussions, lfs
+from .jobs import Jobs
 from .journal import Fault, Request
 from .repos import Commit, Discussion, Entry, HubError, Repo, User, World
 from .server import Origin
@@ -30,7 +31,8 @@ class LoopbackHub:
         self.root = Path(tempfile.mkdtemp(prefix="loopback-hub-")) if root is None else Path(root)
         self.world = World(self.root)
         self.context = Context(self.world, self.root)
-        tables = [*api.routes(), *commits.routes(), *discussions.routes(), *lfs.routes()]
+        self.jobs = Jobs()
+        tables = [*api.routes(), *commits.routes(), *discussions.routes(), *lfs.routes(), *self.jobs.routes()]
         self._hub = Origin(self.context, "hub", tables)
         self._cdn = Origin(self.context, "cdn", lfs.cdn_routes())
         self.context.url, self.context.cdn = self._hub.url, self._cdn.url
@@ -45,6 +47,7 @@ class LoopbackHub:
 
     def close(self) -> None:
         """Stop both servers; a folder that the Hub made itself goes with it."""
+        self.jobs.close()
         self._hub.stop()
         self._cdn.stop()
         if self._own_root:
