@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,8 +161,8 @@ def test_a_hub_job_that_is_not_started_is_asked_for_once(
 
 def test_an_interrupted_run_cancels_its_hub_jobs(at: Path, hub: LoopbackHub, tmp_path: Path) -> None:
     """Ctrl-C ends what costs money, through a network that fails now and then."""
-    hub.latency(0.1)
-    hub.fail(lambda request: request.path.startswith("/api/jobs/alice/") and request.method == "GET", None, times=3)
+    hub.fail(lambda request: "/commit/merge-staging" in request.path, times=99)  # the jobs try again for a while
+    down = hub.fail(lambda request: request.method == "GET" and "/api/jobs/" in request.path, None, times=3)
     line = [sys.executable, "-m", "merger", "run", "mine.yaml", "--to", "hf://org/stopped", *SHARD]
     process = subprocess.Popen(
         [*line, "--engine", "jobs", "--parts", "2"], cwd=at, env={**os.environ, **hub.env(tmp_path, WRITER)},
@@ -171,9 +172,10 @@ def test_an_interrupted_run_cancels_its_hub_jobs(at: Path, hub: LoopbackHub, tmp
     for text in process.stderr:
         if "part 2/2 is started" in text:
             break
+    while down.left and process.poll() is None:
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    hub.latency(0)
     assert process.returncode == 130, said
     assert [job.stage for job in started(hub, "org/stopped")] == ["CANCELED", "CANCELED"]
 
@@ -198,6 +200,18 @@ def test_engines_and_parts_are_given_together(
     done = command("run", "mine.yaml", "--to", "hf://org/never", *arguments, cwd=at, hub=hub)
     assert (done.returncode, len(hub.log)) == (2, 0)
     assert words in done.stderr
+
+
+def test_without_ray_it_is_said_how_to_get_it(at: Path, hub: LoopbackHub, tmp_path: Path) -> None:
+    """No traceback of an import."""
+    hidden = "import sys; sys.modules['ray'] = None; from merger.cli import main; sys.exit(main(sys.argv[1:]))"
+    line = ("run", "mine.yaml", "--to", "hf://org/none", "--engine", "ray", "--parts", "2", "--quiet")
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, *line], cwd=at, env={**os.environ, **hub.env(tmp_path, WRITER)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    said = "Ray is not installed here\n    pip install 'hub-merger[ray]'\n"
+    assert (done.returncode, done.stderr) == (8, said)
 
 
 @pytest.mark.parametrize("engine", ["ray", "jobs"])

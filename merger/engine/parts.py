@@ -53,14 +53,19 @@ def on_ray(
 
 @contextmanager
 def _cluster() -> Iterator[Any]:
-    """Ray, connected: to the cluster that RAY_ADDRESS or this node names, else to one of this machine alone."""
+    """Ray, connected to the cluster that RAY_ADDRESS names or this machine is a node of; we start none."""
     try:
         ray = import_module("ray")
     except ImportError:
         raise PartError(Problem("Ray is not installed here", hint="pip install 'hub-merger[ray]'")) from None
     ours = not ray.is_initialized()
-    if ours:
-        ray.init(include_dashboard=False, logging_level="warning")
+    try:
+        if ours:
+            ray.init(address="auto", logging_level="warning")
+    except ConnectionError:
+        raise PartError(
+            Problem("there is no Ray cluster here", hint="set RAY_ADDRESS, or start one: ray start --head")
+        ) from None
     try:
         yield ray
     finally:
