@@ -122,7 +122,7 @@ def _by_ray(planned: Plan, options: Options, engine: Engine, parts: Sequence[Par
     from merger.engine.parts import on_ray
 
     recipe = planned.locked.recipe
-    # No token goes along: Ray shows a task's environment on its dashboard and in its logs. Each node has its own.
+    # No token goes along, each node has its own: Ray writes a task's environment into its logs, as they are.
     make = partial(make_part, recipe.text, recipe.path, options, planned.identity)
     cuda = {"num_gpus": 1} if options.device == "cuda" else {}
     resources = {"num_cpus": planned.threads, "memory": planned.peak_memory, **cuda}

@@ -76,63 +76,57 @@ def started(hub: LoopbackHub, to: str) -> list[Job]:
     return [job for job in hub.jobs.all.values() if f"--to=hf://{to}" in job.asked["command"]]
 
 
+def part_of(job: Job) -> str:
+    return next(word.removeprefix("--part=") for word in job.asked["command"] if word.startswith("--part="))
+
+
+def is_as_asked(job: Job, part: str, to: str) -> None:
+    """Image, command, hardware, time and token stand where they belong, and nothing else does."""
+    asked = dict(job.asked)
+    assert asked.pop("labels")["name"].endswith(f"-part-{part.replace('/', '-of-')}")
+    shell, flag, script, *arguments = asked.pop("command")
+    environment = asked.pop("environment")
+    assert asked == {
+        "arguments": [], "dockerImage": "python:3.12-slim", "flavor": "cpu-upgrade", "timeoutSeconds": 5400,
+        "secrets": {"HF_TOKEN": WRITER},
+    }  # fmt: skip
+    assert (shell, flag) == ("sh", "-c")
+    assert 'pip install --quiet --root-user-action=ignore "hub-merger==$MERGER_VERSION"' in script
+    options = [f"--to=hf://{to}", f"--part={part}", "--seed=-5", "--shard-size=4000", "--device=cpu"]
+    assert arguments == ["merger", *options]
+    assert base64.b64decode(environment.pop("MERGER_RECIPE")).decode() == RECIPE
+    assert environment.keys() == {"HF_ENDPOINT", "MERGER_VERSION"}
+
+
 def test_hub_jobs_make_the_model_of_a_single_run(
     at: Path, whole: dict[str, str], command: Command, hub: LoopbackHub
 ) -> None:
-    """Each job gets image, command, hardware, time and token where they belong; then one commit stands on main."""
-    line = ("--engine", "jobs", "--parts", "2", "--flavor", "cpu-upgrade", "--timeout", "90m", "--seed=-5")
-    done = command("run", "mine.yaml", "--to", "hf://org/jobs", *line, *SHARD, cwd=at, hub=hub)
-    assert done.returncode == 0, done.stderr
-    assert digests(hub.files("org/jobs")) == whole
-    assert len(hub.commits("org/jobs")) == 2
-    jobs = started(hub, "org/jobs")
-    assert len(jobs) == 2
-    for number, job in enumerate(jobs, 1):
-        asked = dict(job.asked)
-        name = asked.pop("labels")["name"]
-        assert name.endswith(f"-part-{number}-of-2")
-        shell, flag, script, *arguments = asked.pop("command")
-        environment = asked.pop("environment")
-        assert asked == {
-            "arguments": [], "dockerImage": "python:3.12-slim", "flavor": "cpu-upgrade", "timeoutSeconds": 5400,
-            "secrets": {"HF_TOKEN": WRITER},
-        }  # fmt: skip
-        assert (shell, flag) == ("sh", "-c")
-        assert 'pip install --quiet --root-user-action=ignore "hub-merger==$MERGER_VERSION"' in script
-        assert arguments == [
-            "merger", "--to=hf://org/jobs", f"--part={number}/2", "--seed=-5", "--shard-size=4000", "--device=cpu",
-        ]  # fmt: skip
-        assert base64.b64decode(environment.pop("MERGER_RECIPE")).decode() == RECIPE
-        assert environment.keys() == {"HF_ENDPOINT", "MERGER_VERSION"}
-        assert f"part {number}/2 is started: {hub.url}/jobs/alice/{job.number}" in done.stderr
-        assert f"part {number}/2 is made: " in done.stderr
-        told = [done.stdout, done.stderr, job.log.read_text(), str(job.asked["command"]), str(job.asked["environment"])]
-        assert not [text for text in told if WRITER in text]
-    again = command("run", "mine.yaml", "--to", "hf://org/jobs", *line, *SHARD, cwd=at, hub=hub)
-    assert "nothing to do" in again.stdout
-    assert len(started(hub, "org/jobs")) == 2
-
-
-def test_a_hub_job_that_fails_is_named_with_its_page(
-    at: Path, whole: dict[str, str], command: Command, hub: LoopbackHub
-) -> None:
-    """The other parts are made and kept; nothing is published; the same command starts the one that is missing."""
-    line = ("run", "mine.yaml", "--to", "hf://org/fails", "--engine", "jobs", "--parts", "2", *SHARD)
+    """One fails and is named with its page; the same command starts only that one, and publishes in one commit."""
+    line = ("run", "mine.yaml", "--to", "hf://org/jobs", *SHARD, "--engine", "jobs", "--parts", "2")
+    line += ("--flavor", "cpu-upgrade", "--timeout", "90m", "--seed=-5")
     hub.fail(lambda request: "/commit/merge-staging" in request.path, status=403)
     done = command(*line, cwd=at, hub=hub)
-    failed = next(job for job in started(hub, "org/fails") if job.stage == "ERROR")
-    part = next(word.removeprefix("--part=") for word in failed.asked["command"] if word.startswith("--part="))
-    assert done.returncode == PartError.exit_code == 8
-    assert (
-        f"part {part}: its Hub job ended as ERROR\n    {hub.url}/jobs/alice/{failed.number} has its log" in done.stderr
-    )
-    assert "Traceback" not in done.stderr
-    assert not digests(hub.files("org/fails"))
+    first, second = started(hub, "org/jobs")
+    is_as_asked(first, "1/2", "org/jobs")
+    is_as_asked(second, "2/2", "org/jobs")
+    failed, other = (first, second) if first.stage == "ERROR" else (second, first)
+    assert (failed.stage, other.stage, done.returncode) == ("ERROR", "COMPLETED", PartError.exit_code)
+    page = f"{hub.url}/jobs/alice/{failed.number}"
+    assert f"part {part_of(failed)}: its Hub job ended as ERROR\n    {page} has its log" in done.stderr
+    assert f"part {part_of(failed)} is started: {page}" in done.stderr
+    assert f"part {part_of(other)} is made: " in done.stderr
+    assert not digests(hub.files("org/jobs"))
     again = command(*line, cwd=at, hub=hub)
     assert again.returncode == 0, again.stderr
-    assert len(started(hub, "org/fails")) == 3
-    assert f"--part={part}" in started(hub, "org/fails")[2].asked["command"]
-    assert digests(hub.files("org/fails")) == whole
+    assert [part_of(job) for job in started(hub, "org/jobs")] == ["1/2", "2/2", part_of(failed)]
+    assert digests(hub.files("org/jobs")) == whole
+    assert len(hub.commits("org/jobs")) == 2
+    third = command(*line, cwd=at, hub=hub)
+    assert "nothing to do" in third.stdout
+    assert len(started(hub, "org/jobs")) == 3
+    told = [text for run in (done, again, third) for text in (run.stdout, run.stderr)]
+    told += [job.log.read_text() for job in started(hub, "org/jobs")]
+    assert not [text for text in told if WRITER in text or "Traceback" in text]
 
 
 @pytest.mark.parametrize(
@@ -161,23 +155,23 @@ def test_a_hub_job_that_is_not_started_is_asked_for_once(
 
 def test_an_interrupted_run_cancels_its_hub_jobs(at: Path, hub: LoopbackHub, tmp_path: Path) -> None:
     """Ctrl-C ends what costs money, through a network that fails now and then."""
-    hub.fail(lambda request: "/commit/merge-staging" in request.path, times=99)  # the jobs try again for a while
+    hub.fail(lambda request: "/commit/merge-staging" in request.path, times=99)  # the job tries again for a while
     down = hub.fail(lambda request: request.method == "GET" and "/api/jobs/" in request.path, None, times=3)
     line = [sys.executable, "-m", "merger", "run", "mine.yaml", "--to", "hf://org/stopped", *SHARD]
     process = subprocess.Popen(
-        [*line, "--engine", "jobs", "--parts", "2"], cwd=at, env={**os.environ, **hub.env(tmp_path, WRITER)},
+        [*line, "--engine", "jobs", "--parts", "1"], cwd=at, env={**os.environ, **hub.env(tmp_path, WRITER)},
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
     for text in process.stderr:
-        if "part 2/2 is started" in text:
+        if "part 1/1 is started" in text:
             break
     while down.left and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert [job.stage for job in started(hub, "org/stopped")] == ["CANCELED", "CANCELED"]
+    assert [job.stage for job in started(hub, "org/stopped")] == ["CANCELED"]
 
 
 # Either engine

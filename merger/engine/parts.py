@@ -12,10 +12,11 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-from merger.errors import MergerError, PartError, Problem
+from merger.errors import BudgetError, MergerError, PartError, Problem
 from merger.plan.parts import Part
 
 RESTARTS = 3
+_OF_A_NODE = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
 
 
 def on_ray(
@@ -28,14 +29,16 @@ def on_ray(
     Args:
         make: makes one part; a function that can be pickled, of a package that every node has.
         parts: those to make.
-        resources: what a task takes of its node, in Ray's words.
+        resources: what a task takes of its node: num_cpus, num_gpus, memory.
 
     Raises:
+        BudgetError: no node has that much.
         MergerError: what the parts refused, all at once.
         PartError: a part's process died again and again; or there is no Ray.
     """
     failed: list[MergerError] = []
     with _cluster() as ray:
+        _refuse_too_much([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
         task = ray.remote(_made_here).options(max_retries=RESTARTS, **resources)
         waiting = {task.remote(make, part): part for part in parts}
         while waiting:
@@ -71,6 +74,14 @@ def _cluster() -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _refuse_too_much(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> None:
+    """Ray would wait for such a node for ever, without a word."""
+    if not any(all(node.get(_OF_A_NODE[name], 0) >= much for name, much in resources.items()) for node in nodes):
+        wanted = ", ".join(f"{much:,} {_OF_A_NODE[name]}" for name, much in resources.items())
+        hint = "fewer --threads, a smaller --max-memory, or add a larger node"
+        raise BudgetError(Problem(f"no node of the Ray cluster has room for a part ({wanted})", hint=hint))
 
 
 def _made_here(make: Callable[[Part], object], part: Part) -> str:

@@ -77,22 +77,21 @@ class Driver:
         shutil.rmtree(self.folder)
 
 
-@pytest.fixture(scope="module")
-def ray(served: LoopbackHub, at: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+@pytest.fixture
+def ray(hub: LoopbackHub, at: Path, tmp_path: Path) -> Iterator[Driver]:
     """Ray with four CPUs, on 127.0.0.1 alone; the token is in its environment, as docs/parts.md says."""
-    driver = Driver(served.env(tmp_path_factory.mktemp("home"), WRITER), at)
+    driver = Driver(hub.env(tmp_path / "home", WRITER), at)
     yield driver
     driver.close()
 
 
-@pytest.fixture(scope="module")
-def at(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def at(hub: LoopbackHub, tmp_path: Path) -> Path:
     """A folder with a recipe whose models are on the Hub."""
-    root = tmp_path_factory.mktemp("ray")
     for seed, name in enumerate(("base", "one")):
-        served.add_model(f"org/{name}", tiny.model(root / name, seed, layers=6))
-    (root / "mine.yaml").write_text(RECIPE)
-    return root
+        hub.add_model(f"org/{name}", tiny.model(tmp_path / name, seed, layers=6))
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    return tmp_path
 
 
 def shards(files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -123,9 +122,17 @@ def kill_one_at_work(above: int) -> bool:
     return False
 
 
-def test_a_part_whose_worker_is_killed_is_made_anew_by_ray(
-    ray: Driver, at: Path, command: Command, hub: LoopbackHub
-) -> None:
+def test_a_merge_on_ray(ray: Driver, at: Path, command: Command, hub: LoopbackHub) -> None:
+    """It survives a killed worker, refuses here what a part refuses there, and does not wait for a node there is not.
+
+    One test, for Ray takes seconds to start, and tests of one file may run in several processes.
+    """
+    a_part_whose_worker_is_killed_is_made_anew(ray, at, command, hub)
+    what_a_part_refuses_on_another_node_is_told_here(ray, hub)
+    a_part_that_fits_no_node_is_refused(ray)
+
+
+def a_part_whose_worker_is_killed_is_made_anew(ray: Driver, at: Path, command: Command, hub: LoopbackHub) -> None:
     """Four parts at once make the bytes of a single run, and the token is in none of Ray's files."""
     line = ("run", "mine.yaml", "--shard-size", "2kB", "--to")
     assert command(*line, "whole", cwd=at, hub=hub).returncode == 0
@@ -151,7 +158,7 @@ def test_a_part_whose_worker_is_killed_is_made_anew_by_ray(
     assert not [item for item in logs if WRITER.encode() in item.read_bytes()]
 
 
-def test_what_a_part_refuses_on_another_node_is_told_here(ray: Driver, hub: LoopbackHub) -> None:
+def what_a_part_refuses_on_another_node_is_told_here(ray: Driver, hub: LoopbackHub) -> None:
     """As the command on that node would tell it, with the part's number and the same exit code."""
     hub.fail(lambda request: "/commit/merge-staging" in request.path, status=403, times=99)
     ray.start("run", "mine.yaml", "--shard-size", "9kB", "--to", "hf://org/refused", "--engine", "ray", "--parts", "2")
@@ -160,3 +167,11 @@ def test_what_a_part_refuses_on_another_node_is_told_here(ray: Driver, hub: Loop
     for part in ("1/2", "2/2"):
         assert f"part {part}: we may not write to org/refused\n    the token needs the right" in said
     assert "Traceback" not in said
+
+
+def a_part_that_fits_no_node_is_refused(ray: Driver) -> None:
+    """Ray would wait for a larger node for ever."""
+    ray.start("run", "mine.yaml", "--to", "hf://org/large", "--engine", "ray", "--parts", "2", "--threads", "64")
+    code, said = ray.ended()
+    assert code == 5
+    assert "no node of the Ray cluster has room for a part (64 CPU, " in said
