@@ -21,6 +21,7 @@ from merger.errors import MergerError, Problem, RecipeError, did_you_mean
 if TYPE_CHECKING:
     from merger.plan.plan import Plan
     from merger.run import Options, Part
+    from merger.spread import Engine
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -61,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="merger",
         description="Merge models from a YAML recipe, tensor by tensor in bounded memory, to a folder or the Hub.",
         epilog="Exit codes: 2 recipe, 3 a model cannot be read, 4 models do not fit each other, 5 not enough memory or "
-        "disk, 6 upload refused, 7 verification failed. Environment: HF_TOKEN, HF_ENDPOINT, HF_HOME.",
+        "disk, 6 upload refused, 7 verification failed, 8 a part is not made. "
+        "Environment: HF_TOKEN, HF_ENDPOINT, HF_HOME.",
     )
     parser.add_argument("--version", action="version", version=f"merger {version('hub-merger')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -95,12 +97,19 @@ def _add_run(commands: Commands) -> None:
     run = commands.add_parser("run", help="make the merge")
     _add_budget(run)
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic is done")
-    run.add_argument(
+    spread = run.add_mutually_exclusive_group()
+    spread.add_argument(
         "--part", type=_part, metavar="I/N", help="make the I-th of N shares of the files; `merger publish` ends it"
     )
     run.add_argument(
         "--stream", action="store_true", help="send files to the Hub as they are made, without any on this disk"
     )
+    spread.add_argument(
+        "--engine", choices=("ray", "jobs"), help="have --parts made on a Ray cluster, or by Hugging Face Jobs (paid)"
+    )
+    run.add_argument("--parts", type=_positive, metavar="N", help="how many parts the engine makes at the same time")
+    run.add_argument("--flavor", default="cpu-basic", help="hardware of a Hub job (default cpu-basic)")
+    run.add_argument("--timeout", type=_duration, default="6h", help="how long a Hub job may run (default 6h)")
     _add_end(run)
     run.set_defaults(command=_run)
 
@@ -179,8 +188,14 @@ def _part(text: str) -> Part:
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of threads")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
     return int(text)
+
+
+def _duration(text: str) -> str:
+    if re.fullmatch(r"[1-9]\d*[smhd]", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write for example 90m or 6h")
+    return text
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
@@ -241,11 +256,23 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _engine(arguments: argparse.Namespace) -> Engine | None:
+    from merger.spread import Engine
+
+    kind, parts = getattr(arguments, "engine", None), getattr(arguments, "parts", None)
+    if (kind is None) != (parts is None):
+        hint = "write for example --engine ray --parts 4; a single part is made with --part 1/4"
+        raise RecipeError(Problem("--engine and --parts go together", hint=hint))
+    return None if kind is None or parts is None else Engine(kind, parts, arguments.flavor, arguments.timeout)
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from merger import console
     from merger.run import destination, fitted, plan, read, run
+    from merger.spread import spread, suited
 
-    recipe, options = read(arguments.recipe), fitted(_options(arguments))
+    recipe, options, engine = read(arguments.recipe), _options(arguments), _engine(arguments)
+    options = fitted(options) if engine is None else suited(options, engine)
     destination(recipe, options)  # a missing destination is said before the models are asked for
     planned, store = plan(recipe, options)
     quiet = arguments.quiet
@@ -255,7 +282,8 @@ def _run(arguments: argparse.Namespace) -> int:
     progress = None if quiet else console.Progress(sum(job.nbytes for job in planned.jobs))
     event: object = None
     try:
-        for event in run(planned, store, options):
+        events = run(planned, store, options) if engine is None else spread(planned, store, options, engine)
+        for event in events:
             if progress is not None:
                 console.show(event, progress)
     finally:

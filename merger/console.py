@@ -16,6 +16,7 @@ from merger.errors import MergerError, Problem
 from merger.methods.registry import Method, Param
 from merger.plan.plan import Plan
 from merger.run import Done, PartDone, Resumed
+from merger.spread import PartMade, PartStarted
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -228,6 +229,11 @@ def show(event: object, progress: Progress) -> None:
 
     if isinstance(event, Made):
         progress.add(event.nbytes)
+    elif isinstance(event, PartStarted):
+        progress.say(f"part {event.part} is started: {event.where}")
+    elif isinstance(event, PartMade):
+        progress.add(event.nbytes)
+        progress.say(f"part {event.part} is made: {size(event.nbytes)} by {event.where}")
     elif isinstance(event, Resumed):
         progress.say(f"{event.shards} of {event.of} files are there from an earlier run or another part")
     elif isinstance(event, ShardDone):

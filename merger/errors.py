@@ -58,6 +58,10 @@ class MergerError(Exception):
         self.problems = tuple(sorted(found, key=lambda problem: problem.at or last))
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type[MergerError], tuple[tuple[Problem, ...]]]:
+        """From one process to another with its problems: an exception's own way would send the text alone."""
+        return type(self), (self.problems,)
+
 
 class RecipeError(MergerError):
     """The recipe says something that cannot be meant."""
@@ -97,6 +101,12 @@ class VerificationError(MergerError):
     """What was written is not what was promised."""
 
     exit_code = 7
+
+
+class PartError(MergerError):
+    """A part that another machine was to make is not made."""
+
+    exit_code = 8
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

@@ -221,6 +221,24 @@ def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
     return HubSink(to.removeprefix(HUB), publish.private, options.force, publish.create_pr, options.stream)
 
 
+def unmade(planned: Plan, options: Options, count: int) -> Done | tuple[Part, ...]:
+    """Those of `count` parts of which a shard is still to be made; `Done` where the model itself is there already.
+
+    Raises:
+        UploadError: the destination refuses what would be made.
+    """
+    sink = _sink(planned.locked.recipe, options, planned.locked)
+    try:
+        found = sink.prepare(planned.identity, shared=True)
+        held = sink.held()
+    finally:
+        sink.leave()
+    if found is not None:
+        return Done(found, ())
+    parts = (Part(number, count) for number in range(1, count + 1))
+    return tuple(part for part in parts if any(shard.name not in held for shard in share(planned.shards, part)))
+
+
 def run(planned: Plan, store: Store, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
     """Make what was planned and put it where it belongs; the last event is `Done`, of a part `PartDone`.
 

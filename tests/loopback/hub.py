@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from . import api, commits, discussions, lfs, xet
+from .jobs import Jobs
 from .journal import Fault, Request
 from .repos import Commit, Discussion, Entry, HubError, Repo, User, World
 from .server import Origin
@@ -30,7 +31,9 @@ class LoopbackHub:
         self.root = Path(tempfile.mkdtemp(prefix="loopback-hub-")) if root is None else Path(root)
         self.world = World(self.root)
         self.context = Context(self.world, self.root)
-        tables = [*api.routes(), *commits.routes(), *discussions.routes(), *lfs.routes(), *xet.routes()]
+        self.jobs = Jobs()
+        plain = [*api.routes(), *commits.routes(), *discussions.routes(), *lfs.routes()]
+        tables = [*plain, *xet.routes(), *self.jobs.routes()]
         self._hub = Origin(self.context, "hub", tables)
         self._cdn = Origin(self.context, "cdn", lfs.cdn_routes())
         self.context.url, self.context.cdn = self._hub.url, self._cdn.url
@@ -45,6 +48,7 @@ class LoopbackHub:
 
     def close(self) -> None:
         """Stop both servers; a folder that the Hub made itself goes with it."""
+        self.jobs.close()
         self._hub.stop()
         self._cdn.stop()
         if self._own_root:
