@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -244,11 +245,15 @@ class FolderSink:
         """The folder beside the destination."""
         return self._new
 
-    def take(self, shard: Written) -> None:
+    def take(self, shard: Written, note: str = "") -> None:
         """Keep it where it was made, and write down that it is whole."""
-        note = self._done / f"{shard.name}.unfinished"
-        note.write_text(json.dumps(asdict(shard)))
-        note.rename(self._done / shard.name)
+        entry = self._done / f"{shard.name}.unfinished"
+        entry.write_text(json.dumps({**asdict(shard), "note": note}))
+        entry.rename(self._done / shard.name)
+
+    def notes(self) -> Iterator[str]:
+        """They stand in the entries of the finished shards."""
+        return (entry["note"] for entry in _entries(self._done) if entry.get("note"))
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Write the small files and give the folder its name."""
@@ -340,9 +345,13 @@ def _holds(folder: Path, identity: str) -> bool:
     return bool(content.get("identity") == identity and sizes == shards)
 
 
-def _written_down(notes: Path) -> dict[str, Written]:
-    found = (Written(**json.loads(note.read_text())) for note in sorted(notes.glob("*.safetensors")))
+def _written_down(done: Path) -> dict[str, Written]:
+    found = (Written(entry["name"], entry["size"], entry["sha256"]) for entry in _entries(done))
     return {shard.name: shard for shard in found}
+
+
+def _entries(done: Path) -> Iterator[dict[str, Any]]:
+    return (json.loads(entry.read_text()) for entry in sorted(done.glob("*.safetensors")))
 
 
 def _remove(path: Path) -> None:

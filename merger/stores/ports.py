@@ -5,7 +5,7 @@ A run reads tensors through a Reader, which is told beforehand what will be read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -151,8 +151,20 @@ class Sink(Protocol):
     def workspace(self) -> Path:
         """The folder in which shards are made."""
 
-    def take(self, shard: Written) -> None:
-        """Take over a finished shard's file, which lies in the workspace under its name."""
+    def take(self, shard: Written, note: str = "") -> None:
+        """Take over a finished shard's file, which lies in the workspace under its name.
+
+        Args:
+            shard: what is known of it.
+            note: what another run that goes on from it shall know besides.
+        """
+
+    def notes(self) -> Iterator[str]:
+        """What earlier runs of this identity noted of the shards that they finished.
+
+        Raises:
+            MergerError: the notes cannot be read.
+        """
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Put the small files beside the shards and make the whole visible at once.

@@ -60,7 +60,7 @@ def publish(repo: str, files: dict[str, bytes] | None = None, upto: str = "finis
             done = sink.finish(FILES if files is None else files, "Merge of a, b")
             return done.where, done.commit
         finally:
-            folder = sink._folder
+            folder = sink._scratch._folder
             sink.leave()
             assert folder is None or not folder.exists()
 
