@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -199,9 +200,13 @@ class FolderSink:
         return UploadError(Problem(what, hint="wait for it, or choose another destination"))
 
     def _put_back(self) -> None:
-        """Undo the first half of a replacement whose second half did not come about."""
-        if self._alone and self._old.exists() and not self.folder.exists():
+        """Undo the first half of a replacement whose second half did not come about; else end it."""
+        if not self._alone or not self._old.exists():
+            return
+        if not self.folder.exists():
             self._old.rename(self.folder)
+        elif not self._new.exists():
+            _remove(self._old)
 
     def _take_up(self, identity: str) -> None:
         """Keep the finished shards of a run of the same identity, and clear away all else if nobody is at work."""
@@ -248,8 +253,9 @@ class FolderSink:
     def take(self, shard: Written, note: str = "") -> None:
         """Keep it where it was made, and write down that it is whole."""
         entry = self._done / f"{shard.name}.unfinished"
-        entry.write_text(json.dumps({**asdict(shard), "note": note}))
-        entry.rename(self._done / shard.name)
+        with self._refusals():
+            entry.write_text(json.dumps({**asdict(shard), "note": note}))
+            entry.rename(self._done / shard.name)
 
     def notes(self) -> Iterator[str]:
         """They stand in the entries of the finished shards."""
@@ -326,6 +332,8 @@ class FolderSink:
             yield
         except OSError as error:
             what = f"cannot write to the destination {str(self.folder)!r} ({error.strerror})"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise BudgetError(Problem(what, hint="free some disk, and run it again")) from None
             raise UploadError(Problem(what, hint="look at its rights and its disk, or choose another")) from None
 
 

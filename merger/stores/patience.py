@@ -81,8 +81,14 @@ def pause(tries: int, asked: float) -> float:
 
 def _client() -> httpx.Client:
     client = default_client_factory()
-    client.timeout = httpx.Timeout(TIMEOUT_SECONDS, read=ANSWER_SECONDS, pool=None)
+    client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], _bounded]}
     return client
+
+
+def _bounded(request: httpx.Request) -> None:
+    """Some calls ask to wait for ever in so many words, so that a client's own timeout would not do."""
+    if request.extensions.get("timeout", {}).get("read") is None:
+        request.extensions["timeout"] = httpx.Timeout(TIMEOUT_SECONDS, read=ANSWER_SECONDS).as_dict()
 
 
 def _unsigned(record: logging.LogRecord) -> bool:
