@@ -4,13 +4,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint tables clean
+.PHONY: demo test reliability lint tables clean
 
 demo: .venv/set-up
 	$(BIN)/python examples/demo.py
 
 test: .venv/set-up
 	$(BIN)/pytest -n auto --maxprocesses 4
+
+# Every case of docs/reliability.md, where make test tries some.
+reliability: .venv/set-up
+	RELIABILITY=all $(BIN)/pytest tests/test_reliability.py
 
 lint: .venv/set-up-lint
 	$(BIN)/ruff check
@@ -21,6 +25,7 @@ lint: .venv/set-up-lint
 
 tables: .venv/set-up
 	$(BIN)/python docs/tables.py
+	$(BIN)/python tests/reliability/page.py
 
 # .venv stays: it takes a while to make. Remove it by hand.
 clean:

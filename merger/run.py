@@ -17,7 +17,7 @@ from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import BudgetError, DamagedError, MergerError, Problem, RecipeError, UploadError
 from merger.methods.registry import methods
-from merger.plan.geometry import Geometry
+from merger.plan.geometry import Geometry, recalled
 from merger.plan.lock import LockedRecipe, lock
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.parts import share
@@ -278,6 +278,8 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
         yield PartDone(options.part, len(mine), len(planned.shards))
         return
     shards = tuple(held[shard.name] for shard in planned.shards)
+    for note in sink.notes() if len(missing) < len(planned.shards) else ():
+        seen |= recalled(note)
     related = relations(planned, seen)
     files = _small_files(planned, store, _card(planned, sink, related), shards)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")

@@ -20,7 +20,7 @@ from merger.checkpoints.shard import ShardWriter, Written
 from merger.engine.blocks import Block, Work, blocks
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
-from merger.plan.geometry import Geometry
+from merger.plan.geometry import Geometry, noted
 from merger.plan.jobs import Job
 from merger.plan.plan import BLOCK_ENTRIES, BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
 from merger.stores.ports import Reader, Sink, Store, Ticket
@@ -117,6 +117,7 @@ def _work(
 def _shard(
     sink: Sink, shard: Shard, table: Mapping[str, Method], made: Iterator[tuple[memoryview, Work]]
 ) -> Iterator[Event]:
+    seen: dict[str, Geometry] = {}
     try:
         with ShardWriter(shard.name, sink.open(shard.name), shard.jobs) as writer:
             for job in shard.jobs:
@@ -125,13 +126,14 @@ def _shard(
                     writer.write(data)
                     yield Made(len(data), job)
                 if job.entries and not job.is_copy:
-                    yield Observed(job, work.seen())
+                    seen[job.name] = work.seen()
+                    yield Observed(job, seen[job.name])
             written = writer.close()
     except OSError as error:
         raise BudgetError(
             Problem(f"{shard.name} cannot be written ({error.strerror})", hint="free some disk")
         ) from None
-    sink.take(written)
+    sink.take(written, noted(seen))
     yield ShardDone(written)
 
 

@@ -5,8 +5,9 @@ Not here: the sampling, which needs the tensors (engine), and what is told of it
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 Table = tuple[tuple[float, ...], ...]
@@ -56,3 +57,16 @@ def total(parts: Iterable[Geometry]) -> Geometry:
     rows = zip(*(part.products for part in found), strict=True)
     products = tuple(tuple(math.fsum(column) for column in zip(*row, strict=True)) for row in rows)
     return Geometry(products, sum(part.opposed for part in found), sum(part.sampled for part in found))
+
+
+def noted(seen: Mapping[str, Geometry]) -> str:
+    """What was measured of some tensors, by name, as text that gives the very same numbers back."""
+    return json.dumps({name: [found.products, found.opposed, found.sampled] for name, found in seen.items()})
+
+
+def recalled(text: str) -> dict[str, Geometry]:
+    """What such a text says."""
+    return {
+        name: Geometry(tuple(tuple(row) for row in products), opposed, sampled)
+        for name, (products, opposed, sampled) in json.loads(text).items()
+    }

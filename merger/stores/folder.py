@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -198,9 +200,13 @@ class FolderSink:
         return UploadError(Problem(what, hint="wait for it, or choose another destination"))
 
     def _put_back(self) -> None:
-        """Undo the first half of a replacement whose second half did not come about."""
-        if self._alone and self._old.exists() and not self.folder.exists():
+        """Undo the first half of a replacement whose second half did not come about; else end it."""
+        if not self._alone or not self._old.exists():
+            return
+        if not self.folder.exists():
             self._old.rename(self.folder)
+        elif not self._new.exists():
+            _remove(self._old)
 
     def _take_up(self, identity: str) -> None:
         """Keep the finished shards of a run of the same identity, and clear away all else if nobody is at work."""
@@ -251,12 +257,16 @@ class FolderSink:
         """A file where it shall stay."""
         return (self._new / name).open("wb", buffering=0)
 
-    def take(self, shard: Written) -> None:
+    def take(self, shard: Written, note: str = "") -> None:
         """Keep it where it was made, and write down that it is whole."""
-        note = self._done / f"{shard.name}.unfinished"
+        entry = self._done / f"{shard.name}.unfinished"
         with self._refusals():
-            note.write_text(json.dumps(asdict(shard)))
-            note.rename(self._done / shard.name)
+            entry.write_text(json.dumps({**asdict(shard), "note": note}))
+            entry.rename(self._done / shard.name)
+
+    def notes(self) -> Iterator[str]:
+        """They stand in the entries of the finished shards."""
+        return (entry["note"] for entry in _entries(self._done) if entry.get("note"))
 
     def forget(self, names: Sequence[str]) -> None:
         """Remove the notes first, then the files."""
@@ -336,6 +346,8 @@ class FolderSink:
             yield
         except OSError as error:
             what = f"cannot write to the destination {str(self.folder)!r} ({error.strerror})"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise BudgetError(Problem(what, hint="free some disk, and run it again")) from None
             raise UploadError(Problem(what, hint="look at its rights and its disk, or choose another")) from None
 
 
@@ -355,9 +367,13 @@ def _holds(folder: Path, identity: str) -> bool:
     return bool(content.get("identity") == identity and sizes == shards)
 
 
-def _written_down(notes: Path) -> dict[str, Written]:
-    found = (Written(**json.loads(note.read_text())) for note in sorted(notes.glob("*.safetensors")))
+def _written_down(done: Path) -> dict[str, Written]:
+    found = (Written(entry["name"], entry["size"], entry["sha256"]) for entry in _entries(done))
     return {shard.name: shard for shard in found}
+
+
+def _entries(done: Path) -> Iterator[dict[str, Any]]:
+    return (json.loads(entry.read_text()) for entry in sorted(done.glob("*.safetensors")))
 
 
 def _remove(path: Path) -> None:

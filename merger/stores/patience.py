@@ -1,14 +1,28 @@
-"""When to ask the Hub again, and after how long. Not here: what is asked."""
+"""How long to wait for the Hub's answer, when to ask again, and after how long. Not here: what is asked.
+
+The client by itself waits for ever, and its words about a second try show addresses whose signature is as good as a
+token: from here on, for the whole process, it does neither.
+"""
 
 from __future__ import annotations
 
+import logging
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from huggingface_hub import set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx, parse_ratelimit_headers
+from huggingface_hub.utils._http import default_client_factory
+
+TIMEOUT_SECONDS = 30.0
+"""How long a connection may stand still while bytes travel."""
+
+ANSWER_SECONDS = 150.0
+"""How long an answer may take to begin: the Hub gives a commit a minute, the end of a large upload may take longer."""
 
 TRIES = 4
 LONGEST_PAUSE_SECONDS = 300.0
@@ -63,3 +77,26 @@ def asked_pause(answer: httpx.Response) -> float:
 def pause(tries: int, asked: float) -> float:
     """Seconds until the next try: twice as long each time, spread so that many workers do not come back at once."""
     return max(min(asked, LONGEST_PAUSE_SECONDS), min(30.0, 0.25 * 2.0**tries) * random.uniform(0.5, 1.0))
+
+
+def _client() -> httpx.Client:
+    client = default_client_factory()
+    client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], _bounded]}
+    return client
+
+
+def _bounded(request: httpx.Request) -> None:
+    """Some calls ask to wait for ever in so many words, so that a client's own timeout would not do."""
+    if request.extensions.get("timeout", {}).get("read") is None:
+        request.extensions["timeout"] = httpx.Timeout(TIMEOUT_SECONDS, read=ANSWER_SECONDS).as_dict()
+
+
+def _unsigned(record: logging.LogRecord) -> bool:
+    """Take the query from the addresses in a line of the client's log."""
+    record.msg, record.args = re.sub(r"\?\S+", "", record.getMessage()), ()
+    return True
+
+
+set_client_factory(_client)
+for _handler in logging.getLogger("huggingface_hub").handlers:
+    _handler.addFilter(_unsigned)

@@ -5,7 +5,7 @@ A run reads tensors through a Reader, which is told beforehand what will be read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -161,11 +161,22 @@ class Sink(Protocol):
             UploadError: the destination refuses.
         """
 
-    def take(self, shard: Written) -> None:
+    def take(self, shard: Written, note: str = "") -> None:
         """Take over a finished shard, whose bytes went into the place that was opened under its name.
+
+        Args:
+            shard: what is known of it.
+            note: what another run that goes on from it shall know besides.
 
         Raises:
             UploadError: an earlier one could not be taken.
+        """
+
+    def notes(self) -> Iterator[str]:
+        """What earlier runs of this identity noted of the shards that they finished.
+
+        Raises:
+            MergerError: the notes cannot be read.
         """
 
     def forget(self, names: Sequence[str]) -> None:

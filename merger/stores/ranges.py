@@ -18,11 +18,11 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 
 from merger.errors import ModelError, Problem
+from merger.stores import patience
 from merger.stores.digests import Beginnings, Digest, File
 from merger.stores.patience import PASSING, asked_pause, pause
 from merger.stores.ports import Located, Ticket
 
-TIMEOUT_SECONDS = 30.0
 TRIES = 6
 CONNECTIONS = 8
 PIECE_BYTES = 16 << 20
@@ -68,7 +68,7 @@ class RangeClient:
         address, foreign = self._address(model, file)
         headers = {"Accept-Encoding": "identity"} if foreign else dict(self._headers)
         headers["Range"] = f"bytes={start}-{stop - 1}"
-        with get_session().stream("GET", address, headers=headers, timeout=TIMEOUT_SECONDS) as answer:
+        with get_session().stream("GET", address, headers=headers, timeout=patience.TIMEOUT_SECONDS) as answer:
             if foreign and answer.status_code in (401, 403):
                 self._addresses.pop((model.where, model.commit, file), None)
                 raise _TryAgain("the signed address expired")
@@ -89,7 +89,7 @@ class RangeClient:
         if known is None:
             url = hf_hub_url(model.where, file, revision=model.commit, endpoint=constants.ENDPOINT)
             answer = get_session().request(
-                "HEAD", url, headers=self._headers, timeout=TIMEOUT_SECONDS, follow_redirects=False
+                "HEAD", url, headers=self._headers, timeout=patience.TIMEOUT_SECONDS, follow_redirects=False
             )
             _raise_for(answer)
             _check_identity(answer, model.files[file].sha256)

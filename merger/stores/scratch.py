@@ -6,17 +6,16 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-_PREFIX, _MARK = "merger-", ".merger-in-work"
+_PREFIX, _SUFFIX = "merger-", ".scratch"
 
 
 class Scratch:
     """A folder that is made when it is first asked for, and gone after `close`.
 
-    A file in it is locked while this process lives, however it ends: so `sweep` tells a leftover from another run's.
+    It is locked while this process lives, however it ends: so `sweep` tells a leftover from another run's.
     """
 
     def __init__(self) -> None:
@@ -25,9 +24,11 @@ class Scratch:
 
     def folder(self) -> Path:
         """Where it is."""
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-            self._lock = _marked(self._folder)
+        while self._folder is None:
+            made = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX))
+            with suppress(FileNotFoundError, BlockingIOError):  # another run swept it before it was locked
+                self._lock = _locked(made)
+                self._folder = made
         return self._folder
 
     def close(self) -> None:
@@ -38,31 +39,37 @@ class Scratch:
         self._folder = self._lock = None
 
 
-def _marked(folder: Path) -> int:
-    """The mark, open and locked before it has its name; without locks on this disk it never gets it: nobody sweeps."""
-    unnamed = folder / f"{_MARK}.unlocked"
-    opened = os.open(unnamed, os.O_RDWR | os.O_CREAT)
-    with suppress(OSError):
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        unnamed.rename(folder / _MARK)
-    return opened
-
-
 def sweep() -> None:
     """Remove the folders of this user's runs that are no longer alive."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError), _taken(folder):  # no mark, another user's, a run that lives, or gone meanwhile
-            shutil.rmtree(folder)
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*{_SUFFIX}"):
+        with suppress(OSError):  # another user's, a run that lives, or gone meanwhile
+            _remove_dead(folder)
 
 
-@contextmanager
-def _taken(folder: Path) -> Iterator[None]:
-    """Hold a dead run's mark; an OSError if there is none to be had."""
+def _remove_dead(folder: Path) -> None:
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise PermissionError
-    opened = os.open(folder / _MARK, os.O_RDWR | os.O_NOFOLLOW)
+        return
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        shutil.rmtree(folder)
     finally:
         os.close(opened)
+
+
+def _locked(folder: Path) -> int:
+    """The folder, open and locked; where this disk has no locks it is only open, and nobody can sweep it either.
+
+    Raises:
+        FileNotFoundError, BlockingIOError: another run takes it for a dead one's.
+    """
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(folder)  # it may have been removed between the opening and the lock
+    except (BlockingIOError, FileNotFoundError):
+        os.close(opened)
+        raise
+    except OSError:
+        pass
+    return opened

@@ -34,13 +34,15 @@ from merger.checkpoints.shard import Outlet, Written
 from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, Problem, UploadError, VerificationError
 from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
-from merger.stores.ports import Leftover, Published
+from merger.stores.ports import FileInfo, Leftover, Located, Published
+from merger.stores.ranges import RangeClient
 from merger.stores.scratch import Scratch, sweep
 from merger.stores.sending import Destination, Files, Sending, files, refuse_no_streams, streams
 
 _MODEL_FILE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|index\.json)$|^(adapter_)?config\.json$")
-_STAGING = "merge-staging/"
+_STAGING, _NOTES = "merge-staging/", "merge-notes/"
 _CROSSED = (409, 412)
+_EXPIRED = (401, 403)
 _GONE = 404
 _REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
@@ -69,11 +71,13 @@ class HubSink:
         self.name = repo
         self._private, self._force, self._create_pr, self._stream = private, force, create_pr, stream
         self._api = HfApi(token=token)
+        self._ranges = RangeClient(token)
         self._scratch = Scratch()
         self._sending: Sending = Files(self._scratch)
         self._upload = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._pending: Future[None] | None = None
         self._shards: dict[str, Written] = {}
+        self._noted: Located | None = None
         self._branch = self._identity = self._head = ""
         self._old_files: tuple[str, ...] = ()
 
@@ -81,6 +85,7 @@ class HubSink:
         """Create the repo if there is none, see what is in it, and open the staging branch or find it again."""
         if not _REPO.match(self.name):
             raise UploadError(Problem(f"{self.name!r} is no repo's name", hint="write hf://owner/name"))
+        sweep()  # what killed runs left takes the room of what is to come
         if self._stream:
             refuse_no_streams()
         self._identity, self._branch = identity, f"{_STAGING}{identity[:16]}"
@@ -89,6 +94,7 @@ class HubSink:
             info = patiently(lambda: self._api.model_info(self.name, files_metadata=True))
             self._head = info.sha or ""
             if not self._force and (done := patiently(lambda: self._published(info))):
+                self._remove_left()
                 return done
             self._old_files = tuple(item.rfilename for item in info.siblings or ())
             self._refuse_loss(is_private=bool(info.private))
@@ -113,6 +119,11 @@ class HubSink:
         then = _shards_of(self._api.model_info(self.name, revision=made, files_metadata=True))
         return Published(page, made) if then and then.items() <= _shards_of(info).items() else None
 
+    def _remove_left(self) -> None:
+        """The staging branch of a run that was killed when all else was done."""
+        if any(item.name == self._branch for item in patiently(lambda: self._api.list_repo_refs(self.name)).branches):
+            patiently(self._unstage)
+
     def _pulls(self) -> Iterator[Discussion]:
         return self._api.get_repo_discussions(self.name, discussion_type="pull_request", discussion_status="open")
 
@@ -123,8 +134,10 @@ class HubSink:
     def _staged(self) -> dict[str, Written]:
         """The shards that commits of ours put on the branch; it also has the files that main had when it was made."""
         titles = {item.title for item in self._api.list_repo_commits(self.name, revision=self._branch)}
-        there = _shards_of(self._api.model_info(self.name, revision=self._branch, files_metadata=True))
-        return {name: shard for name, shard in there.items() if self._title(f"Stage {name}") in titles}
+        info = self._api.model_info(self.name, revision=self._branch, files_metadata=True)
+        files = {item.rfilename: FileInfo(item.size or 0) for item in info.siblings or ()}
+        self._noted = Located(self.name, self.name, info.sha, files)
+        return {name: shard for name, shard in _shards_of(info).items() if self._title(f"Stage {name}") in titles}
 
     def _title(self, message: str) -> str:
         return f"{message} {self._ending}"
@@ -134,8 +147,7 @@ class HubSink:
         return dict(self._shards)
 
     def reserve(self, needed: int) -> None:
-        """Look at the disk of temporary files, once what killed runs left there is gone."""
-        sweep()
+        """Look at the disk of temporary files."""
         folder = tempfile.gettempdir()
         free = shutil.disk_usage(folder).free
         if free < needed:
@@ -165,15 +177,28 @@ class HubSink:
         """A file in a temporary folder, or a stream."""
         return self._sending.open(name)
 
-    def take(self, shard: Written) -> None:
+    def take(self, shard: Written, note: str = "") -> None:
         """Upload the shard while the next one is made; at most one upload is under way."""
         self._settle()
         self._shards[shard.name] = shard
-        self._pending = self._upload.submit(self._stage, shard)
+        self._pending = self._upload.submit(self._stage, shard, note)
 
-    def _stage(self, shard: Written) -> None:
-        self._commit([self._sending.shard(shard)], f"Stage {shard.name}", self._branch)
+    def _stage(self, shard: Written, note: str) -> None:
+        """The note goes into the same commit, so that there is none without the other; it never reaches main."""
+        additions = [self._sending.shard(shard)]
+        if note:
+            additions.append(self._sending.small(_note(shard.name), note.encode()))
+        self._commit(additions, f"Stage {shard.name}", self._branch)
         self._sending.committed(shard.name)
+
+    def notes(self) -> Iterator[str]:
+        """Those that lay beside the shards on the staging branch when it was found again."""
+        for name in self._shards:
+            if self._noted is not None and (file := self._noted.files.get(_note(name))) is not None:
+                content = bytearray(file.size)
+                with self._refusals():
+                    self._ranges.fill(self._noted, _note(name), 0, memoryview(content))
+                yield content.decode()
 
     def _settle(self) -> None:
         if self._pending is not None:
@@ -239,10 +264,13 @@ class HubSink:
                     parent_commit=self._head if on_main else None,
                     create_pr=on_main and self._create_pr,
                 )
-            except (HfHubHTTPError, httpx.TransportError) as error:
+            except (HfHubHTTPError, httpx.TransportError, RuntimeError) as failed:
                 tries += 1
-                # Parts commit to the staging branch at the same time, and the Hub lets only one through.
-                if not is_passing(error) and (on_main or status_of(error) not in _CROSSED):
+                error = _cause(failed)
+                # An address to upload to that has expired is asked for anew. Parts commit to the staging branch at the
+                # same time, and the Hub lets only one through.
+                mended = _EXPIRED if error is not failed else () if on_main else _CROSSED
+                if not is_passing(error) and status_of(error) not in mended:
                     raise
                 if done := patiently(lambda: self._found(title, branch)):
                     return done
@@ -333,10 +361,16 @@ def _plain(words: str) -> str:
     return " ".join(words.split())
 
 
+def _note(shard: str) -> str:
+    """Where on the staging branch the note of a shard lies."""
+    return f"{_NOTES}{shard}.json"
+
+
 def _cause(error: Exception) -> Exception:
-    """The client wraps the Hub's answer to an upload in a RuntimeError."""
+    """The client wraps what went wrong with an upload in a RuntimeError."""
     cause = error.__cause__
-    return cause if isinstance(error, RuntimeError) and isinstance(cause, HfHubHTTPError) else error
+    wrapped = isinstance(error, RuntimeError) and isinstance(cause, (HfHubHTTPError, httpx.HTTPError))
+    return cause if wrapped and isinstance(cause, Exception) else error
 
 
 def _in_words(error: Exception, repo: str) -> Problem:

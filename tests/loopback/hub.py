@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from .jobs import Jobs
 from .journal import Fault, Request
 from .repos import Commit, Discussion, Entry, HubError, Repo, User, World
 from .server import Origin
-from .wire import Context
+from .wire import Answer, Context
 
 Files = Mapping[str, bytes | Path]
 
@@ -196,14 +197,17 @@ class LoopbackHub:
         headers: Mapping[str, str] | None = None,
         after_handling: bool = False,
         cut_body_at: int | None = None,
+        spoil: Callable[[Answer], Answer | None] | None = None,
+        stall: threading.Event | None = None,
     ) -> Fault:
         """Script a fault for the next `times` requests that match, before `status`, `sent` and `received` are known.
 
         Without more, the request is refused unhandled with `status`, or the connection is dropped when that is None.
         `after_handling` does the work first and then loses the answer; `cut_body_at` sends the true headers and only
-        so many bytes of the body.
+        so many bytes of the body; `spoil` does the work and sends what it makes of the answer, or nothing. Where the
+        connection is dropped, it first stands still until `stall` is set.
         """
-        fault = Fault(match, status, times, dict(headers or {}), after_handling, cut_body_at)
+        fault = Fault(match, status, times, dict(headers or {}), after_handling, cut_body_at, spoil, stall)
         return self.context.faults.add(fault)
 
     def clear_faults(self) -> None:

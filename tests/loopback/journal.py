@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 QUIET = 1.0
+LONGEST_STALL = 20.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ class Journal:
 
 @dataclass
 class Fault:
-    """One scripted fault. `left` counts down; a test may look at it to see that the fault did happen."""
+    """One scripted fault. `left` counts down; a test may look at it to see that the fault did happen.
+
+    `spoil` makes another answer of the true one, or none; `stall` is waited for before the connection is dropped.
+    """
 
     match: Callable[[Request], bool]
     status: int | None = 503
@@ -78,11 +83,18 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
     after_handling: bool = False
     cut_body_at: int | None = None
+    spoil: Callable[[Any], Any] | None = None
+    stall: threading.Event | None = None
 
     @property
     def handles(self) -> bool:
         """Whether the request is still carried out."""
-        return self.after_handling or self.cut_body_at is not None
+        return self.after_handling or self.cut_body_at is not None or self.spoil is not None
+
+    def wait(self) -> None:
+        """Say nothing until the test has seen enough."""
+        if self.stall is not None:
+            self.stall.wait(LONGEST_STALL)
 
 
 class Faults:

@@ -47,24 +47,28 @@ class Handler(BaseHTTPRequestHandler):
         try:
             answer = self._answer(x, fault)
             if answer is None:
-                self._hang_up()
+                self._hang_up(fault)
                 return None, 0
             x.body.drain()
         except ConnectionError:
             self.close_connection = True
             return None, 0
-        return answer.status, self._send(x, answer, fault.cut_body_at if fault else None)
+        return answer.status, self._send(x, answer, fault)
 
     def _answer(self, x: Exchange, fault: Fault | None) -> Answer | None:
         answer = self.server.dispatch(x) if fault is None or fault.handles else None
         if fault is None or fault.cut_body_at is not None:
             return answer
+        if fault.spoil is not None:
+            spoilt: Answer | None = fault.spoil(answer)
+            return spoilt
         if fault.status is None:
             return None
         scripted = refusal(HubError(fault.status, _phrase(fault.status)))
         return Answer(scripted.status, {**scripted.headers, **fault.headers}, scripted.body)
 
-    def _send(self, x: Exchange, answer: Answer, cut: int | None) -> int:
+    def _send(self, x: Exchange, answer: Answer, fault: Fault | None) -> int:
+        cut = fault.cut_body_at if fault else None
         length = 0 if x.method == "HEAD" else answer.length if cut is None else min(cut, answer.length)
         try:
             if isinstance(answer.body, bytes):
@@ -77,9 +81,11 @@ class Handler(BaseHTTPRequestHandler):
             return 0
         finally:
             if cut is not None:
-                self._hang_up()
+                self._hang_up(fault)
 
-    def _hang_up(self) -> None:
+    def _hang_up(self, fault: Fault | None) -> None:
+        if fault is not None:
+            fault.wait()
         self.close_connection = True
         _shut(self.connection)
 

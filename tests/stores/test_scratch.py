@@ -76,16 +76,16 @@ def test_what_a_killed_run_left_is_removed(start: Start) -> None:
 
 
 def test_what_is_not_ours_stays(temporary: Path, start: Start) -> None:
-    """Somebody's own folder or file of such a name, and one that a link of such a name points at."""
+    """Somebody's own folder of nearly such a name, a file of such a name, and what a link of such a name points at."""
     killed, folder = start()
     killed.kill()
     killed.wait()
     elsewhere = folder.rename(temporary / "elsewhere")
-    (temporary / "merger-link").symlink_to(elsewhere)
+    (temporary / "merger-link.scratch").symlink_to(elsewhere)
     (temporary / "merger-notes").mkdir()
-    (temporary / "merger-notes.txt").write_text("mine")
+    (temporary / "merger-notes.scratch").write_text("mine")
     sweep()
-    assert sorted(os.listdir(temporary)) == ["elsewhere", "merger-link", "merger-notes", "merger-notes.txt"]
+    assert sorted(os.listdir(temporary)) == ["elsewhere", "merger-link.scratch", "merger-notes", "merger-notes.scratch"]
     assert (elsewhere / "model.safetensors").is_file()
 
 
@@ -98,5 +98,23 @@ def test_where_nothing_can_be_locked_nothing_is_swept(monkeypatch: pytest.Monkey
     with monkeypatch.context() as patched:
         patched.setattr(scratch.fcntl, "flock", unsupported)
         folder = Scratch().folder()
-    sweep()
+        sweep()
     assert folder.is_dir()
+
+
+def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may see it in that moment and take it for a dead one's."""
+    made: list[str] = []
+
+    def swept(**names: str) -> str:
+        made.append(real(**names))
+        if len(made) == 1:
+            sweep()
+        return made[-1]
+
+    real = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", swept)
+    own = Scratch()
+    assert str(own.folder()) == made[1]
+    assert [os.path.exists(folder) for folder in made] == [False, True]
+    own.close()
