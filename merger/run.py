@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import BudgetError, MergerError, Problem, RecipeError, UploadError
 from merger.methods.registry import methods
 from merger.plan.geometry import Geometry
-from merger.plan.lock import LockedRecipe, lock
+from merger.plan.lock import LockedRecipe, lock, pins
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.parts import share
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from merger.engine.execute import Event
 
 HUB = "hf://"
+LOCK_SUFFIX = ".lock.yaml"
 _HEADER_BYTES = 1_000_000
 
 
@@ -51,6 +52,8 @@ class Options:
         force: replace a model at the destination.
         part: make this share of the shards, and leave the end to `publish_only`.
         publish_only: make no shard; all must be there.
+        read_token: for the models; None: the environment's, False: none.
+        write_token: for the destination; None: the environment's.
     """
 
     to: str | None = None
@@ -63,6 +66,8 @@ class Options:
     force: bool = False
     part: Part | None = None
     publish_only: bool = False
+    read_token: str | bool | None = field(default=None, repr=False)
+    write_token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,13 @@ class PartDone:
 class Done:
     """The merge lies at its destination; without shards where it lay there before this run.
 
-    `doubts` are sentences that say why it may mean little.
+    `doubts` are sentences that say why it may mean little; `card` is its card where this run wrote one.
     """
 
     published: Published
     shards: tuple[Written, ...]
     doubts: tuple[str, ...] = ()
+    card: str = field(default="", repr=False)
 
     @property
     def is_new(self) -> bool:
@@ -116,17 +122,44 @@ def read(path: Path) -> Recipe:
 def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
     """Pin the recipe's models and decide what will be made; no tensor's byte is read.
 
+    A lock file beside the recipe, of mine.yaml mine.lock.yaml, says at which commits.
+
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError: as the steps do.
     """
-    store = Library(_stores(recipe))
-    locked = lock(recipe, store)
+    store = Library(_stores(recipe, options.read_token))
+    locked = lock(recipe, store, _pins(lock_path(Path(recipe.path))))
     budget = Budget(
         memory=options.max_memory,
         threads=options.threads or machine.cores(),
         shard_bytes=options.shard_size or SHARD_BYTES,
     )
     return make_plan(locked, methods(), budget, options.seed), store
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where the lock file of a recipe lies, if it has one."""
+    return recipe.with_suffix(LOCK_SUFFIX)
+
+
+def _pins(path: Path) -> dict[str, str]:
+    return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+
+
+def lock_text(planned: Plan, done: Done) -> str:
+    """What a lock file beside the recipe has to hold to make this result again."""
+    return lock_file(planned, done.shards)
+
+
+def trusted_publishing(repo: str) -> str:
+    """Let the Hub's client write to one repo as this CI job, without a secret; returns the token it got for that.
+
+    Raises:
+        UploadError: the Hub does not trust this job with that repo.
+    """
+    from merger.stores.hub import trusted_publisher
+
+    return trusted_publisher(repo)
 
 
 def fitted(options: Options) -> Options:
@@ -160,14 +193,14 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
     return f"--shard-size {fitting} makes it fit"
 
 
-def _stores(recipe: Recipe) -> list[Store]:
+def _stores(recipe: Recipe, token: str | bool | None) -> list[Store]:
     """Folders first. The Hub's client takes a while to import: not for recipes that need no Hub."""
     folders = FolderStore()
     if all(folders.has(ref.path) for ref in recipe.models):
         return [folders]
     from merger.stores.hub import HubStore
 
-    return [folders, HubStore()]
+    return [folders, HubStore(token)]
 
 
 def looked(planned: Plan, store: Store) -> Relations:
@@ -202,7 +235,8 @@ def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
         return FolderSink(Path(to), options.force, parents)
     from merger.stores.staging import HubSink
 
-    return HubSink(to.removeprefix(HUB), recipe.publish.private, options.force, recipe.publish.create_pr)
+    publish = recipe.publish
+    return HubSink(to.removeprefix(HUB), publish.private, options.force, publish.create_pr, token=options.write_token)
 
 
 def run(planned: Plan, store: Store, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
@@ -246,7 +280,7 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
     related = relations(planned, seen)
     files = _small_files(planned, store, sink.name, related, shards)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
-    yield Done(published, shards, related.doubts)
+    yield Done(published, shards, related.doubts, files["README.md"].decode())
 
 
 def _shards_made(
