@@ -140,14 +140,14 @@ def runner(clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, tmp_pat
         settings = {
             **served.env(tmp_path / "home"),
             "GITHUB_API_URL": github.url,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             **(env or {}),
         }
         settings.pop("HF_TOKEN")
         for name, value in settings.items():
             line += ["--env", f"{name}={value}"]
         path = os.pathsep.join([str(stand_in), os.environ["PATH"]])
-        outside = {"PATH": path, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        outside = {"PATH": path, "HOME": str(tmp_path / "home"), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
         done = subprocess.run(
             line, cwd=clone.root, env=outside, capture_output=True, text=True, timeout=120, check=False
         )
