@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
-from actions import NOTHING, Checkout, pull_request, push
+from actions import NOTHING, Checkout, environment, pull_request, push
 from loopback import LoopbackGitHub, LoopbackHub
 from loopback.github import IDENTITY, READ_ONLY, TOKEN
 
@@ -249,9 +249,71 @@ def test_a_job_that_the_hub_trusts_publishes_without_a_secret(
     assert len(served.commits("org/trusting")) == 1
 
     served.trust("org/trusting", github.repository)
+    served.clear_log()
     ran = runner("push", push(NOTHING, after), env=identity)
     assert ran.code == 0, ran.log
     assert ran.outputs["commit"] == served.head("org/trusting")
     assert len(merges(served, "org/trusting")) == 1
     assert served.commits("org/trusting")[0].author == "publisher of org/trusting"
     assert "hf_jwt_" not in ran.log
+    assert not [request for request in served.log if "/org/one" in request.path and request.authorization]
+
+
+# The same program without the runner, for what takes time or tokens of several users
+
+STOPPING = """
+import sys
+from merger import action
+
+action.Watch.is_time = lambda watch, event: action.console.file_done(event)
+sys.exit(action.main())
+"""
+
+
+def step(hub: LoopbackHub, clone: Checkout, place: Path, *line: str, **given: str) -> subprocess.CompletedProcess[str]:
+    """The step of action.yml for a workflow_dispatch."""
+    settings = environment(place, clone.root, "workflow_dispatch", {})
+    inputs = {f"INPUT_{name.upper()}": text for name, text in ({"recipe": "merges/*.yaml"} | given).items()}
+    settings |= {**hub.env(place / "home"), **inputs, "TMPDIR": str(place)}
+    line = (sys.executable, "-P", *(line or ("-m", "merger.action")))
+    return subprocess.run(
+        line, cwd=clone.root, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_what_a_stopped_run_has_uploaded_is_kept_for_the_next(
+    clone: Checkout, served: LoopbackHub, tmp_path: Path
+) -> None:
+    """The file under way to the Hub when it stops included; main is touched only by the run that ends it."""
+    clone.commit({"merges/mine.yaml": RECIPE.replace("org/merged", "org/slow")})
+    given = {"hf_token": WRITER, "shard_size": "4kB"}
+    stopped = step(served, clone, tmp_path / "runner", "-c", STOPPING, **given)
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    (branch,) = set(served.branches("org/slow")) - {"main"}
+    assert len([name for name in served.files("org/slow", branch) if name.endswith(".safetensors")]) == 1
+    assert merges(served, "org/slow") == []
+    ended = step(served, clone, tmp_path / "runner", **given)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    files = len([name for name in served.files("org/slow") if name.endswith(".safetensors")])
+    assert (stopped.stdout.count("made model-"), ended.stdout.count("made model-")) == (1, files - 1)
+    assert len(merges(served, "org/slow")) == 1
+
+
+def test_the_readers_token_reads_and_the_writers_writes(clone: Checkout, served: LoopbackHub, tmp_path: Path) -> None:
+    """A model that only the reader may see is published by one who may not see it; without a reader it is missing."""
+    served.add_user("bob", token="hf_reader_bob", role="read")
+    served.add_model("bob/hidden", tiny.model(tmp_path / "hidden", 3), private=True)
+    recipe = RECIPE.replace("org/two", "bob/hidden").replace("org/merged", "org/apart")
+    clone.commit({"merges/mine.yaml": recipe})
+    alone = step(served, clone, tmp_path / "runner", hf_token=WRITER, mode="plan")
+    assert alone.returncode == 3
+    assert (
+        "::error file=merges/mine.yaml,line=4,col=12,title=Merger::models[bob/hidden]: there is no model"
+        in alone.stdout
+    )
+    served.clear_log()
+    done = step(served, clone, tmp_path / "runner", hf_token=WRITER, hf_read_token="hf_reader_bob")
+    assert done.returncode == 0, done.stdout + done.stderr
+    reads = {request.user for request in served.log if "/bob/hidden" in request.path and request.host == "hub"}
+    writes = {request.user for request in served.log if "/org/apart" in request.path and request.host == "hub"}
+    assert (reads, writes) == ({"bob"}, {"alice"})

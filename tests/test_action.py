@@ -384,6 +384,26 @@ def test_a_watch_leaves_time_for_the_last_file_and_never_stops_before_the_end(mo
     assert told(None, 3) == [False, False, False]
 
 
+def test_parts_make_the_model_of_a_single_run(clone: Checkout, step: Step, recipe: str) -> None:
+    """Each makes its share, mode publish the whole of them, byte for byte; before that there is no model."""
+    event = push(NOTHING, clone.commit({"merges/mine.yaml": recipe}))
+    given = {"to": "./out", "shard_size": "2kB"}
+    early = step("push", event, mode="publish", **given)
+    assert (early.code, early.outputs["state"]) == (6, "failed")
+    for part in ("1/2", "2/2"):
+        told = step("push", event, mode="run", part=part, **given)
+        assert (told.code, told.outputs["state"], told.outputs["commit"]) == (0, "part", ""), told.log
+        assert f"Part {part} is made" in told.summary
+    assert not (clone.root / "out").exists()
+    last = step("push", event, mode="publish", **given)
+    assert (last.code, last.outputs["state"]) == (0, "published"), last.log
+    assert "made model-" not in last.log
+    assert step("push", event, mode="run", **(given | {"to": "./whole"})).code == 0
+    found = {path.name: path.read_bytes() for path in (clone.root / "out").glob("*.safetensors")}
+    assert found == {path.name: path.read_bytes() for path in (clone.root / "whole").glob("*.safetensors")}
+    assert len(found) > 2
+
+
 # Comments
 
 
