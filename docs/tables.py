@@ -31,11 +31,11 @@ def main(arguments: Sequence[str]) -> int:
     """Write or check what is generated; 1 if the check finds a difference."""
     built = methods().values()
     action = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
-    workflow = f"```yaml\n{(ROOT / 'examples' / 'workflow.yml').read_text('utf-8')}```"
-    in_readme = {"methods": methods_table(built), "exit-codes": exit_codes_table(), "workflow": workflow}
+    in_readme = {"methods": methods_table(built), "exit-codes": exit_codes_table(), "workflow": example("workflow")}
+    in_action = {"inputs": inputs_table(action["inputs"]), "outputs": outputs_table(action["outputs"])}
     wanted = {
         README: filled(README, in_readme),
-        ACTION: filled(ACTION, {"inputs": inputs_table(action["inputs"]), "outputs": outputs_table(action["outputs"])}),
+        ACTION: filled(ACTION, in_action | {"workflow-parts": example("workflow-parts")}),
         METHODS: methods_page(built),
         MERGEKIT: filled(MERGEKIT, {"departures": departures(built)}),
     }
@@ -126,6 +126,11 @@ def exit_codes_table() -> str:
 def first_line(kind: type) -> str:
     """What a class's docstring opens with."""
     return (kind.__doc__ or "").splitlines()[0]
+
+
+def example(name: str) -> str:
+    """A workflow of examples/, to be copied."""
+    return f"```yaml\n{(ROOT / 'examples' / f'{name}.yml').read_text('utf-8')}```"
 
 
 def inputs_table(inputs: Mapping[str, Mapping[str, Any]]) -> str:

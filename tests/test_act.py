@@ -130,7 +130,9 @@ def runner(clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, tmp_pat
         told = tmp_path / "told"
         (tmp_path / "event.json").write_text(json.dumps(payload))
         line = [str(ACT), event, "-P", "ubuntu-latest=-self-hosted", "--no-cache-server", "--action-offline-mode"]
-        line += ["--eventpath", str(tmp_path / "event.json"), "--local-repository", f"org/merger@v1={ROOT}"]
+        line += ["--eventpath", str(tmp_path / "event.json"), "--concurrent-jobs", "2"]
+        for owner in ("org", "OWNER"):
+            line += ["--local-repository", f"{owner}/merger@v1={ROOT}"]
         for used in others():
             line += ["--local-repository", f"{used}={stand_in}"]
         for name, value in {"HF_TOKEN": hf_token, "GITHUB_TOKEN": token}.items():
@@ -234,6 +236,28 @@ def test_a_forks_pull_request_is_planned_without_a_secret_and_its_names_run_noth
     assert github.comments == {}
     assert not list(tmp_path.rglob("pwned"))
     assert not (tmp_path / "trapped").exists()
+
+
+def test_a_matrix_of_parts_makes_the_model_of_a_single_job(
+    clone: Checkout, served: LoopbackHub, runner: Runner, tmp_path: Path
+) -> None:
+    """The workflow of docs/action.md, word for word but for the sizes: planned, made in two jobs, published in one."""
+    example = (ROOT / "examples" / "workflow-parts.yml").read_text()
+    here = '          install: "false"\n          shard-size: 4kB\n          part-size: 20kB\n          recipe:'
+    example = example.replace("          recipe:", here)
+    recipe = RECIPE.replace("org/merged", "org/parts")
+    clone.commit({".github/workflows/parts.yaml": example, "merges/big.yaml": recipe})
+    ran = runner("workflow_dispatch", {"inputs": {"recipe": "merges/big.yaml"}}, hf_token=WRITER)
+    assert ran.code == 0, ran.log
+    assert all(f"part {number}/2 is there" in ran.log for number in (1, 2))
+    assert len(merges(served, "org/parts")) == 1
+    single = step(served, clone, tmp_path / "single", hf_token=WRITER, shard_size="4kB", to="hf://org/single")
+    assert single.returncode == 0, single.stdout
+    made, whole = (served.files(repo) for repo in ("org/parts", "org/single"))
+    shards = {name for name in whole if name.endswith(".safetensors")}
+    assert len(shards) > 2
+    assert {name: made.get(name) for name in shards} == {name: whole[name] for name in shards}
+    assert made.keys() == whole.keys()
 
 
 def test_a_job_that_the_hub_trusts_publishes_without_a_secret(

@@ -21,7 +21,7 @@ from merger.recipe.parse import parse
 ROOT = Path(__file__).resolve().parents[1]
 ACTION = ROOT / "action.yml"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-FILES = [ACTION, *WORKFLOWS, ROOT / "examples" / "workflow.yml"]
+FILES = [ACTION, *WORKFLOWS, *sorted((ROOT / "examples").glob("*.yml"))]
 
 
 def steps(node: Any) -> Iterator[dict[str, Any]]:
