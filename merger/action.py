@@ -28,6 +28,7 @@ from merger.run import (
     Done,
     Options,
     PartDone,
+    Resumed,
     destination,
     fitted,
     lock_path,
@@ -108,7 +109,7 @@ def _named(inputs: Inputs, top: Path) -> list[Path]:
 
 def _files(pattern: str, folder: Path) -> list[str]:
     """The file of that name, else what fits the pattern: YAML, but no lock files."""
-    if (folder / pattern).is_file():
+    if os.path.isfile(folder / pattern):  # unlike Path's, it takes a name of any length
         return [pattern]
     fitting = sorted(glob.glob(pattern, root_dir=folder, recursive=True))
     return [name for name in fitting if name.endswith(_SUFFIXES) and not name.endswith(LOCK_SUFFIX)]
@@ -225,7 +226,7 @@ class Job:
     def _until_deadline(self, planned: Plan, store: Store, options: Options) -> Done | PartDone | None:
         """The end of the run; None where it was left after a file because the next might not be done in time."""
         progress = console.Progress(sum(job.nbytes for job in planned.jobs), sys.stdout)
-        watch = Watch(self.deadline, len(planned.shards))
+        watch = Watch(self.deadline)
         event: object = None
         with closing(run(planned, store, options)) as events:  # type: ignore[type-var]
             for event in events:
@@ -243,6 +244,9 @@ class Job:
                 place = {"line": at.line, "col": at.column} if at else {}
                 words = str(replace(problem, at=None))
                 self.log.command(kind, words, file=result.recipe, **place, title="Merger")
+        if isinstance(result.done, Done):
+            told = f"{result.state}: {result.done.published.where}"
+            self.log.command("notice", told, file=result.recipe, title="Merger")
         if result.state == "stopped":
             what = f"{result.recipe}: stopped before the time limit; the finished files are kept, run the job again"
             self.log.command("warning", what, file=result.recipe, title="Merger")
@@ -280,20 +284,22 @@ class Job:
 class Watch:
     """Whether a run should be left: after a file, when two more of the slowest kind would not fit into the time.
 
-    Two, since the last file may still be on its way to the Hub.
+    Two, since the last file may still be on its way to the Hub. It is told when another file is begun after that, so
+    that a run whose files are all made is left to end.
     """
 
-    def __init__(self, deadline: float | None, files: int) -> None:
-        self._deadline, self._left = deadline, files
-        self._last, self._slowest = time.monotonic(), 0.0
+    def __init__(self, deadline: float | None) -> None:
+        self._deadline, self._slowest, self._last = deadline, 0.0, time.monotonic()
+        self._is_late = deadline is not None and self._last > deadline
 
     def is_time(self, event: object) -> bool:
         """To be asked after each event."""
-        if self._deadline is None or not console.file_done(event):
+        if self._deadline is not None and console.file_done(event):
+            now = time.monotonic()
+            self._slowest, self._last = max(self._slowest, now - self._last), now
+            self._is_late = now + 2 * self._slowest > self._deadline
             return False
-        now = time.monotonic()
-        self._left, self._slowest, self._last = self._left - 1, max(self._slowest, now - self._last), now
-        return self._left > 0 and now + 2 * self._slowest > self._deadline
+        return self._is_late and not isinstance(event, (Done, PartDone, Resumed))
 
 
 def _reading(options: Options) -> Options:

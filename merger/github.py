@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from requests import Response
 
 _NO_COMMIT = re.compile(r"^0*$")
-_COMMIT = re.compile(r"^[0-9a-f]{40,64}$")
+_ENDS = re.compile(r"^([0-9a-f]{40,64}|refs/[^\0]+)\.{2,3}[0-9a-f]{40,64}$")
 _SECONDS = 30
 _MOST_FILES = 300
 """A comparison by GitHub names no more files than these."""
@@ -81,35 +81,37 @@ class Event:
             GitHubError: neither git nor GitHub can tell.
         """
         if self.pull is not None:
-            pull = self.payload["pull_request"]
-            return _compared(root, api, pull["base"]["sha"], pull["head"]["sha"], since_parting=True)
+            number, pull = self.pull, self.payload["pull_request"]
+            found = _by_git(root, f"{pull['base']['sha']}...{pull['head']['sha']}")
+            return found if found is not None else _asked(lambda: api.files_of(number))
         before, after = str(self.payload.get("before", "")), str(self.payload.get("after", ""))
         if self.payload.get("deleted"):
             return set()
         if not _NO_COMMIT.match(before):
-            return _compared(root, api, before, after, since_parting=False)
+            found = _by_git(root, f"{before}..{after}")
+            return found if found is not None else _asked(lambda: api.compared(before, after))
         main = str(self.payload.get("repository", {}).get("default_branch", ""))
         if not main or self.payload.get("ref") == f"refs/heads/{main}":
             return None
-        return _compared(root, api, f"refs/heads/{main}", after, since_parting=True)
+        found = _by_git(root, f"refs/remotes/origin/{main}...{after}")
+        return found if found is not None else _asked(lambda: api.compared(main, after))
 
 
-def _compared(root: Path, api: Api, base: str, head: str, since_parting: bool) -> set[str] | None:
-    """By git where the clone holds both ends, else by GitHub: a clone of actions/checkout holds one commit only."""
-    found = _by_git(root, base.replace("refs/heads/", "refs/remotes/origin/"), head, since_parting)
+def _asked(ask: Callable[[], set[str] | None]) -> set[str] | None:
+    """What GitHub says: a clone of actions/checkout holds one commit only."""
     try:
-        return found if found is not None else api.compared(base.removeprefix("refs/heads/"), head)
+        return ask()
     except GitHubError as error:
         hint = "let actions/checkout fetch the history (fetch-depth: 0), or give a github-token that may read"
         why = error.problems[0].what
         raise GitHubError(Problem(f"neither git nor GitHub can tell which files changed: {why}", hint=hint)) from None
 
 
-def _by_git(root: Path, base: str, head: str, since_parting: bool) -> set[str] | None:
-    if not _COMMIT.match(head) or not (_COMMIT.match(base) or base.startswith("refs/")):
+def _by_git(root: Path, ends: str) -> set[str] | None:
+    """What differs between two commits (``..``), or since they parted (``...``); None where the clone lacks one."""
+    if not _ENDS.match(ends):
         return None
-    ends = [f"{base}...{head}"] if since_parting else [base, head]
-    line = ["git", "-C", str(root), "diff", "--name-only", "-z", "--no-renames", "--diff-filter=d", *ends, "--"]
+    line = ["git", "-C", str(root), "diff", "--name-only", "-z", "--no-renames", "--diff-filter=d", ends, "--"]
     try:
         done = subprocess.run(line, capture_output=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -215,7 +217,11 @@ class Api:
         files = answer.json().get("files") or []
         if len(files) >= _MOST_FILES:
             return None
-        return {str(item["filename"]) for item in files if item.get("status") != "removed"}
+        return _still_there(files)
+
+    def files_of(self, pull: int) -> set[str]:
+        """The files that a pull request adds or changes."""
+        return _still_there(self._pages(f"pulls/{pull}/files"))
 
     def keep_comment(self, pull: int, marker: str, body: str, only_update: bool = False) -> None:
         """Write the pull request's comment that begins with the marker, or write it anew where it is.
@@ -227,14 +233,15 @@ class Api:
             only_update: leave it be if there is none yet.
         """
         content = {"body": shortened(f"{marker}\n{body}", _COMMENT_CHARACTERS)}
-        known = next((item["id"] for item in self._comments(pull) if str(item.get("body")).startswith(marker)), None)
+        there = self._pages(f"issues/{pull}/comments")
+        known = next((item["id"] for item in there if str(item.get("body")).startswith(marker)), None)
         if known is not None:
             self._ask("PATCH", f"issues/comments/{known}", content)
         elif not only_update:
             self._ask("POST", f"issues/{pull}/comments", content)
 
-    def _comments(self, pull: int) -> Iterator[Mapping[str, Any]]:
-        page: str | None = f"issues/{pull}/comments?per_page=100"
+    def _pages(self, path: str) -> Iterator[Mapping[str, Any]]:
+        page: str | None = f"{path}?per_page=100"
         while page:
             answer = self._ask("GET", page)
             yield from answer.json()
@@ -265,6 +272,10 @@ class Api:
         if not answer.ok and answer.status_code != allowed:
             raise GitHubError(Problem(f"GitHub refuses {method} {path.split('?')[0]} (HTTP {answer.status_code})"))
         return answer
+
+
+def _still_there(files: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {str(item["filename"]) for item in files if item.get("status") != "removed"}
 
 
 _AGAIN = "run the job again"

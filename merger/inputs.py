@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ class Inputs:
     recipe: str
     mode: str
     folder: Path
-    github_token: str
+    github_token: str = field(repr=False)
     options: Options
     part_size: int
     time_limit: float | None
@@ -109,7 +110,7 @@ class _Given:
         """A folder of the repository."""
         root = top(self._environment)
         folder = (root / self.text(name)).resolve()
-        if not folder.is_dir() or not folder.is_relative_to(root):
+        if not os.path.isdir(folder) or not folder.is_relative_to(root):
             self._wrong(name, f"{self.text(name)!r} is no folder of this repository", "is it checked out?")
         return folder
 

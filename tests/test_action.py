@@ -23,6 +23,7 @@ from merger import action, github, markdown
 from merger.errors import RecipeError
 from merger.github import Api, Event, GitHubError
 from merger.inputs import Inputs
+from merger.stores.ports import Published
 
 LINEAR = "merge_method: linear\nmodels:\n  - model: {one}\n  - model: {two}\nparameters: {{weight: 0.5}}\n"
 WRONG = "merge_method: linear\nmodels:\n  - modl: ./one\n  - model: ./two\n    parameters: {weight: big}\n"
@@ -183,6 +184,16 @@ def test_a_clone_of_one_commit_asks_github_what_changed(clone: Checkout, hosted:
     assert about(clone, event, hosted.url) == ["merges/a.yaml"]
     hosted.compared[f"{'1' * 40}...{after}"] = changes * 150
     assert about(clone, event, hosted.url) == ["merges/a.yaml", "merges/b.yaml"], "300 files are all that GitHub names"
+
+
+def test_a_pull_request_in_a_clone_of_one_commit_is_asked_of_github(clone: Checkout, hosted: LoopbackGitHub) -> None:
+    """Page by page; a fork's commit may be in no clone at all."""
+    clone.commit({"merges/a.yaml": "a", "merges/b.yaml": "b", "merges/c.yaml": "c"})
+    changes = [("a.yaml", "modified"), ("x.yaml", "removed"), ("c.yaml", "renamed")]
+    hosted.compared["pull 7"] = [{"filename": f"merges/{name}", "status": status} for name, status in changes]
+    hosted.page = 2
+    event = Event("pull_request", pull_request("1" * 40, "2" * 40, "stranger/recipes"))
+    assert about(clone, event, hosted.url) == ["merges/a.yaml", "merges/c.yaml"]
 
 
 def test_where_nobody_knows_what_changed_the_next_step_is_said(clone: Checkout, hosted: LoopbackGitHub) -> None:
@@ -353,35 +364,37 @@ def test_a_run_that_nears_the_time_limit_stops_after_a_file_and_goes_on_when_run
 
 
 def _hurried(real: Callable[..., None]) -> Callable[..., None]:
-    """A watch whose time is up."""
+    """A watch that has no time for a second file."""
 
-    def begin(self: action.Watch, deadline: float | None, files: int) -> None:
+    def begin(self: action.Watch, deadline: float | None) -> None:
         assert deadline is not None
         assert 0 < deadline - time.monotonic() <= 60
-        real(self, time.monotonic(), files)
+        real(self, time.monotonic() + 1e-3)
 
     return begin
 
 
-def test_a_watch_leaves_time_for_the_last_file_and_never_stops_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After files of 10 and 20 seconds it wants 40 more, but not once all files are made."""
+def test_a_watch_leaves_time_for_the_last_file_and_lets_a_run_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After files of 10 and 20 seconds it wants 40 more, once a third is begun; what is late already stops at once."""
     now = [0.0]
     monkeypatch.setattr(action.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(action.console, "file_done", lambda event: event == "file")
+    end = action.Done(Published("there"), ())
 
-    def told(deadline: float | None, files: int) -> list[bool]:
+    def told(deadline: float | None, *events: tuple[object, float]) -> list[bool]:
         now[0] = 0.0
-        watch, found = action.Watch(deadline, files), []
-        for event, at in (("bytes", 5.0), ("file", 10.0), ("file", 30.0)):
-            now[0] = at
+        watch, found = action.Watch(deadline), []
+        for event, now[0] in events:
             found.append(watch.is_time(event))
         return found
 
-    assert told(70.0, 3) == [False, False, False]
-    assert told(69.0, 3) == [False, False, True]
-    assert told(29.0, 3) == [False, True, True]
-    assert told(69.0, 2) == [False, False, False]
-    assert told(None, 3) == [False, False, False]
+    files: list[tuple[object, float]] = [("bytes", 5), ("file", 10), ("bytes", 15), ("file", 30)]
+    assert told(70, *files, ("bytes", 31)) == [False] * 5
+    assert told(69, *files, ("bytes", 31)) == [False] * 4 + [True]
+    assert told(69, *files, (end, 31)) == [False] * 5
+    assert told(29, *files[:3]) == [False, False, True]
+    assert told(-1, (action.Resumed(1, 2), 1), ("bytes", 2)) == [False, True]
+    assert told(None, *files, ("bytes", 10**6)) == [False] * 5
 
 
 def test_parts_make_the_model_of_a_single_run(clone: Checkout, step: Step, recipe: str) -> None:
@@ -503,6 +516,7 @@ def test_a_recipes_name_and_words_run_nothing_and_command_nothing(
         ("refs/heads/x';touch pwned;'", {"to": "hf://../../pwned"}),
         ("refs/heads/x", {"to": "hf://org/a\n::set-output name=commit::pwned"}),
         ("refs/heads/x", {"recipe": "merges/a.yaml\n$(touch pwned)\n`touch pwned`\n--help"}),
+        ("refs/heads/x", {"recipe": "$(touch pwned)" * 500}),
         ("refs/heads/x", {"mode": "run\n::error::pwned"}),
         ("refs/heads/x", {"max_memory": "1GB; touch pwned"}),
         ("refs/heads/x", {"working_directory": "../../$(touch pwned)"}),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from merger import inputs
+from merger import action, inputs
 from merger.inputs import Inputs
 from merger.methods.registry import methods
 from merger.recipe.parse import parse
@@ -51,14 +51,22 @@ def test_no_expression_stands_in_a_command(file: Path) -> None:
 
 def test_every_input_reaches_the_program_and_is_described() -> None:
     """Under the name that the program reads; only what sets up Python is used before."""
-    action = yaml.safe_load(ACTION.read_text())
-    (merge,) = [step for step in action["runs"]["steps"] if step.get("id") == "merge"]
+    declared = yaml.safe_load(ACTION.read_text())
+    (merge,) = [step for step in declared["runs"]["steps"] if step.get("id") == "merge"]
     before = {"python-version", "torch-index", "install"}
-    wired = {inputs.variable(name): f"${{{{ inputs.{name} }}}}" for name in action["inputs"] if name not in before}
+    wired = {inputs.variable(name): f"${{{{ inputs.{name} }}}}" for name in declared["inputs"] if name not in before}
     assert merge["env"] == wired
-    assert set(inputs.SECRETS) <= set(action["inputs"])
-    for about in (*action["inputs"].values(), *action["outputs"].values()):
+    assert set(inputs.SECRETS) <= set(declared["inputs"])
+    for about in (*declared["inputs"].values(), *declared["outputs"].values()):
         assert about["description"].endswith(".")
+
+
+def test_torch_is_installed_for_the_modes_and_events_that_run() -> None:
+    """The condition of action.yml is the program's."""
+    condition = ACTION.read_text().partition("WITH_TORCH: ")[2].splitlines()[0]
+    modes = re.findall(r"inputs\.mode == '(\w+)'", condition)
+    events = re.findall(r'"(\w+)"', condition)
+    assert (modes, tuple(events)) == ([*action.RUNNING, "auto"], action.STARTED_TO_RUN)
 
 
 def test_the_defaults_of_the_action_are_understood(tmp_path: Path) -> None:

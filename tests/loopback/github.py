@@ -21,6 +21,8 @@ Answer = tuple[int, Any]
 class LoopbackGitHub:
     """One repository's side of the REST API; `comments` by pull request, `files` by path, `log` of all that was asked.
 
+    `compared` holds the changed files by what is compared, ``base...head`` or ``pull 7``.
+
     Args:
         repository: ``owner/name``.
     """
@@ -69,6 +71,7 @@ class LoopbackGitHub:
             "{repo}/issues/([0-9]+)/comments": self._issue,
             "{repo}/issues/comments/([0-9]+)": self._comment,
             "{repo}/compare/([^/]+)": self._compare,
+            "{repo}/pulls/([0-9]+)/files": self._changed,
             "{repo}/contents/(.+)": self._file,
         }
 
@@ -81,8 +84,7 @@ class LoopbackGitHub:
         if content is not None:
             there.append({"id": 1000 * int(number) + len(there), "body": content["body"]})
             return 201, there[-1]
-        start = self.page * (int(asked.get("page", "1")) - 1)
-        return 200, there[start : start + self.page]
+        return 200, self._paged(there, asked)
 
     def _comment(self, number: str, content: Any, asked: dict[str, str]) -> Answer:
         for comment in (each for there in self.comments.values() for each in there if each["id"] == int(number)):
@@ -92,6 +94,13 @@ class LoopbackGitHub:
 
     def _compare(self, ends: str, content: Any, asked: dict[str, str]) -> Answer:
         return (200, {"files": self.compared[ends]}) if ends in self.compared else (404, {})
+
+    def _changed(self, number: str, content: Any, asked: dict[str, str]) -> Answer:
+        return 200, self._paged(self.compared.get(f"pull {number}", []), asked)
+
+    def _paged(self, items: list[Any], asked: dict[str, str]) -> list[Any]:
+        start = self.page * (int(asked.get("page", "1")) - 1)
+        return items[start : start + self.page]
 
     def _file(self, path: str, content: Any, asked: dict[str, str]) -> Answer:
         there = self.files.get(path)
