@@ -255,7 +255,7 @@ class Job:
         """Keep the pull request's comment up to date; where we may not, the summary has to do."""
         if self.event.pull is None or not self.inputs.comment:
             return
-        if self.event.is_foreign or not self.inputs.github_token:
+        if not self.inputs.github_token:
             self.log.command("notice", "this job may not comment: the plan is in the job's summary", title="Merger")
             return
         told = "\n\n".join(map(section, results)) or "This pull request adds or changes no recipe any more."

@@ -111,7 +111,7 @@ def _by_git(root: Path, ends: str) -> set[str] | None:
     """What differs between two commits (``..``), or since they parted (``...``); None where the clone lacks one."""
     if not _ENDS.match(ends):
         return None
-    line = ["git", "-C", str(root), "diff", "--name-only", "-z", "--no-renames", "--diff-filter=d", ends, "--"]
+    line = ["git", "-C", str(root), "diff", "--name-only", "-z", "--diff-filter=d", ends, "--"]
     try:
         done = subprocess.run(line, capture_output=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):

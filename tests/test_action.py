@@ -462,7 +462,7 @@ def test_a_pull_request_without_recipes_gets_no_comment(clone: Checkout, step: S
     assert (told.code, comments(hosted)) == (0, [])
 
 
-@pytest.mark.parametrize(("head_repo", "token"), [("stranger/recipes", READ_ONLY), ("org/recipes", READ_ONLY)])
+@pytest.mark.parametrize(("head_repo", "token"), [("stranger/recipes", READ_ONLY), ("org/recipes", "")])
 def test_where_the_job_may_not_comment_the_summary_has_the_plan(
     head_repo: str, token: str, clone: Checkout, step: Step, recipe: str, hosted: LoopbackGitHub
 ) -> None:

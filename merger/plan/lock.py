@@ -134,7 +134,7 @@ def pins(text: str, path: str) -> dict[str, str]:
     try:
         models = yaml.safe_load(text)["models"]
         return {str(item["model"]): str(item["commit"]) for item in models if item["commit"]}
-    except (yaml.YAMLError, LookupError, TypeError, ValueError):
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
         hint = "take the merger.lock.yaml of a result, or remove it"
         raise RecipeError(Problem(f"{path} is no lock file", hint=hint)) from None
 

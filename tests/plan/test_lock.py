@@ -120,7 +120,9 @@ def test_a_lock_file_names_the_commits_of_models_on_the_hub() -> None:
     assert pins(models, "mine.lock.yaml") == {"org/a@main": "1f"}
 
 
-@pytest.mark.parametrize("text", ["", "models:", "- 1", "models: [{model: a}]", "models: {a: b}", "a: [", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "models:", "- 1", "models: [{model: a}]", "models: {a: b}", "a: [", "\x00", "[" * 100_000]
+)
 def test_what_is_no_lock_file_is_refused(text: str) -> None:
     """It might have pinned something."""
     with pytest.raises(RecipeError, match=r"^mine\.lock\.yaml is no lock file\n    take the merger\.lock\.yaml"):
