@@ -22,6 +22,10 @@ lint: .venv/set-up-lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/tables.py --check
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-actions action.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml examples/*.yml
+	$(BIN)/actionlint .github/workflows/*.yml examples/*.yml
+	$(BIN)/zizmor --offline --quiet .
 
 tables: .venv/set-up
 	$(BIN)/python docs/tables.py

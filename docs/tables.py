@@ -1,5 +1,5 @@
-"""What README and docs/mergekit.md say of the code in tables, and docs/methods.md: `python docs/tables.py` writes them,
-`--check` compares.
+"""What README, docs/mergekit.md and docs/action.md say of the code in tables, and docs/methods.md: `python
+docs/tables.py` writes them, `--check` compares.
 
 A table stands between the lines `<!-- NAME:start -->` and `<!-- NAME:end -->`. Not here: any other word of those pages.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from merger.console import needs
 from merger.errors import MergerError
@@ -20,14 +23,19 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 METHODS = ROOT / "docs" / "methods.md"
 MERGEKIT = ROOT / "docs" / "mergekit.md"
+ACTION = ROOT / "docs" / "action.md"
 DEPARTS = "Departs from mergekit: "
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write or check what is generated; 1 if the check finds a difference."""
     built = methods().values()
+    action = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
+    in_readme = {"methods": methods_table(built), "exit-codes": exit_codes_table(), "workflow": example("workflow")}
+    in_action = {"inputs": inputs_table(action["inputs"]), "outputs": outputs_table(action["outputs"])}
     wanted = {
-        README: filled(README, {"methods": methods_table(built), "exit-codes": exit_codes_table()}),
+        README: filled(README, in_readme),
+        ACTION: filled(ACTION, in_action | {"workflow-parts": example("workflow-parts")}),
         METHODS: methods_page(built),
         MERGEKIT: filled(MERGEKIT, {"departures": departures(built)}),
     }
@@ -118,6 +126,27 @@ def exit_codes_table() -> str:
 def first_line(kind: type) -> str:
     """What a class's docstring opens with."""
     return (kind.__doc__ or "").splitlines()[0]
+
+
+def example(name: str) -> str:
+    """A workflow of examples/, to be copied."""
+    return f"```yaml\n{(ROOT / 'examples' / f'{name}.yml').read_text('utf-8')}```"
+
+
+def inputs_table(inputs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each of the Action's inputs."""
+    rows = [(f"`{name}`", about["description"], value(str(about["default"]))) for name, about in inputs.items()]
+    return table(("input", "what it is", "default"), rows)
+
+
+def value(text: str) -> str:
+    """A default as it is written; nothing for none."""
+    return f"`{text}`" if text else ""
+
+
+def outputs_table(outputs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each of the Action's outputs."""
+    return table(("output", "what it is"), [(f"`{name}`", about["description"]) for name, about in outputs.items()])
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

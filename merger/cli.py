@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _INTERRUPTED = 130
 
 
@@ -171,10 +170,12 @@ def _add_methods(commands: Commands) -> None:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
-    if match is None or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 500MB, 4GB or 4GiB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    from merger import console
+
+    try:
+        return console.nbytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _part(text: str) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from merger.stores.ports import Leftover
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _LOG_SECONDS = 15.0
 _NAMES_SHOWN = 3
 
@@ -38,6 +40,21 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.1f} TB"
+
+
+def nbytes(text: str) -> int:
+    """The bytes that a user means.
+
+    >>> nbytes("4GB"), nbytes("1.5 KiB")
+    (4000000000, 1536)
+
+    Raises:
+        ValueError: it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is no size; write for example 500MB, 4GB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def problems(error: MergerError) -> str:
@@ -238,6 +255,13 @@ def show(event: object, progress: Progress) -> None:
         progress.say(f"{event.shards} of {event.of} files are there from an earlier run or another part")
     elif isinstance(event, ShardDone):
         progress.say(f"made {event.shard.name} ({size(event.shard.size)}, sha256 {event.shard.sha256[:12]})")
+
+
+def file_done(event: object) -> bool:
+    """Whether a file of the result has just been finished: a run may be left here, and nothing is lost."""
+    from merger.engine.execute import ShardDone
+
+    return isinstance(event, ShardDone)
 
 
 # ---- the end --------------------------------------------------------------------------------------------------------

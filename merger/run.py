@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import BudgetError, DamagedError, MergerError, Problem, RecipeError, UploadError
 from merger.methods.registry import methods
 from merger.plan.geometry import Geometry, recalled
-from merger.plan.lock import LockedRecipe, lock
+from merger.plan.lock import LockedRecipe, lock, pins
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.parts import share
 from merger.plan.plan import SENDING_BYTES, SHARD_BYTES, Budget, Plan, Shard
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from merger.engine.execute import Event
 
 HUB = "hf://"
+LOCK_SUFFIX = ".lock.yaml"
 _HEADER_BYTES = 1_000_000
 
 
@@ -53,6 +54,8 @@ class Options:
         publish_only: make no shard; all must be there.
         stream: send shards to the Hub as they are made, without a file on disk.
         cache: read files of models where Hugging Face's cache on this disk has them.
+        read_token: for the models; None: the environment's, False: none.
+        write_token: for the destination; None: the environment's.
     """
 
     to: str | None = None
@@ -67,6 +70,8 @@ class Options:
     publish_only: bool = False
     stream: bool = False
     cache: bool = True
+    read_token: str | bool | None = field(default=None, repr=False)
+    write_token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,13 @@ class PartDone:
 class Done:
     """The merge lies at its destination; without shards where it lay there before this run.
 
-    `doubts` are sentences that say why it may mean little.
+    `doubts` are sentences that say why it may mean little; `card` is its card where this run wrote one.
     """
 
     published: Published
     shards: tuple[Written, ...]
     doubts: tuple[str, ...] = ()
+    card: str = field(default="", repr=False)
 
     @property
     def is_new(self) -> bool:
@@ -120,11 +126,13 @@ def read(path: Path) -> Recipe:
 def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
     """Pin the recipe's models and decide what will be made; no tensor's byte is read.
 
+    A lock file beside the recipe, of mine.yaml mine.lock.yaml, says at which commits.
+
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError: as the steps do.
     """
-    store = Library(_stores(recipe, options.cache))
-    locked = lock(recipe, store)
+    store = Library(_stores(recipe, options))
+    locked = lock(recipe, store, _pins(lock_path(Path(recipe.path))))
     budget = Budget(
         memory=options.max_memory,
         threads=options.threads or machine.cores(),
@@ -132,6 +140,31 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
         sending=SENDING_BYTES if _to(recipe, options).startswith(HUB) else 0,
     )
     return make_plan(locked, methods(), budget, options.seed), store
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where the lock file of a recipe lies, if it has one."""
+    return recipe.with_suffix(LOCK_SUFFIX)
+
+
+def _pins(path: Path) -> dict[str, str]:
+    return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+
+
+def lock_text(planned: Plan, done: Done) -> str:
+    """What a lock file beside the recipe has to hold to make this result again."""
+    return lock_file(planned, done.shards)
+
+
+def trusted_publishing(repo: str) -> str:
+    """Let the Hub's client write to one repo as this CI job, without a secret; returns the token it got for that.
+
+    Raises:
+        UploadError: the Hub does not trust this job with that repo.
+    """
+    from merger.stores.hub import trusted_publisher
+
+    return trusted_publisher(repo)
 
 
 def fitted(options: Options) -> Options:
@@ -166,7 +199,7 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
     return f"--shard-size {fitting} makes it fit"
 
 
-def _stores(recipe: Recipe, cache: bool) -> list[Store]:
+def _stores(recipe: Recipe, options: Options) -> list[Store]:
     """Folders first. The Hub's client takes a while to import: not for recipes that need no Hub."""
     folders = FolderStore()
     if all(folders.has(ref.path) for ref in recipe.models):
@@ -174,7 +207,8 @@ def _stores(recipe: Recipe, cache: bool) -> list[Store]:
     from merger.stores.cache import CachedStore
     from merger.stores.hub import HubStore
 
-    return [folders, CachedStore(HubStore()) if cache else HubStore()]
+    hub = HubStore(options.read_token)
+    return [folders, CachedStore(hub) if options.cache else hub]
 
 
 def looked(planned: Plan, store: Store) -> Relations:
@@ -218,7 +252,14 @@ def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
     from merger.stores.staging import HubSink
 
     publish = recipe.publish
-    return HubSink(to.removeprefix(HUB), publish.private, options.force, publish.create_pr, options.stream)
+    return HubSink(
+        to.removeprefix(HUB),
+        publish.private,
+        options.force,
+        publish.create_pr,
+        options.stream,
+        options.write_token,
+    )
 
 
 def unmade(planned: Plan, options: Options, count: int) -> Done | tuple[Part, ...]:
@@ -283,7 +324,7 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
     related = relations(planned, seen)
     files = _small_files(planned, store, _card(planned, sink, related), shards)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
-    yield Done(published, shards, related.doubts)
+    yield Done(published, shards, related.doubts, files["README.md"].decode())
 
 
 def _shards_made(

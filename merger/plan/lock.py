@@ -25,7 +25,7 @@ from merger.checkpoints.checkpoint import (
     weight_files,
 )
 from merger.checkpoints.config import is_quantised, is_tied
-from merger.errors import ModelError, Problem
+from merger.errors import ModelError, Problem, RecipeError
 from merger.recipe.model import ModelRef, Recipe
 from merger.stores.ports import Located, Store
 
@@ -125,25 +125,47 @@ class LockedRecipe:
         return self.model(self.recipe.donor)
 
 
-def lock(recipe: Recipe, store: Store) -> LockedRecipe:
+def pins(text: str, path: str) -> dict[str, str]:
+    """The commits by model that a lock file names, such as lies beside every result.
+
+    Raises:
+        RecipeError: it is no lock file.
+    """
+    try:
+        models = yaml.safe_load(text)["models"]
+        return {str(item["model"]): str(item["commit"]) for item in models if item["commit"]}
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
+        hint = "take the merger.lock.yaml of a result, or remove it"
+        raise RecipeError(Problem(f"{path} is no lock file", hint=hint)) from None
+
+
+def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) -> LockedRecipe:
     """Find and read every model of the recipe.
+
+    Args:
+        recipe: the recipe.
+        store: where its models are.
+        pinned: the commits to take, by model as the recipe writes it; the others are taken as they are now.
 
     Raises:
         ModelError: with every model that cannot be read.
     """
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
-        attempts = list(models.map(lambda ref: _attempt(ref, store, headers), recipe.models))
+        commits = [(pinned or {}).get(str(ref)) for ref in recipe.models]
+        attempts = list(models.map(lambda ref, pin: _attempt(ref, store, headers, pin), recipe.models, commits))
     problems = [problem for _, found in attempts for problem in found]
     if problems:
         raise ModelError(problems)
     return LockedRecipe(recipe, tuple(model for model, _ in attempts if model is not None))
 
 
-def _attempt(ref: ModelRef, store: Store, pool: ThreadPoolExecutor) -> tuple[LockedModel | None, tuple[Problem, ...]]:
+def _attempt(
+    ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None
+) -> tuple[LockedModel | None, tuple[Problem, ...]]:
     """The model, or its problems at the place where the recipe names it."""
     try:
-        return _lock_model(ref, store, pool), ()
+        return _lock_model(ref, store, pool, commit), ()
     except ModelError as error:
         return None, tuple(_at(problem, ref) for problem in error.problems)
 
@@ -152,8 +174,8 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
     return replace(problem, at=problem.at or ref.at, where=problem.where or f"models[{ref}]")
 
 
-def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor) -> LockedModel:
-    located = store.locate(ref.path, ref.revision)
+def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None) -> LockedModel:
+    located = store.locate(ref.path, commit or ref.revision)
     config = _config(located, store)
     checkpoint = Checkpoint(_tensors(located, store, pool), config)
     return LockedModel(ref, located, checkpoint, _card(located, store))

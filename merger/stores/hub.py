@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
+    OIDCError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx
 
-from merger.errors import ModelError, Problem
+from merger.errors import ModelError, Problem, UploadError
 from merger.stores.digests import Beginnings, confirm
 from merger.stores.patience import patiently, status_of
 from merger.stores.ports import FileInfo, Located, Ticket
@@ -29,10 +31,10 @@ class HubStore:
     """Models by repo id.
 
     Args:
-        token: the reader's token; None takes the environment's.
+        token: the reader's token; None takes the environment's, False none.
     """
 
-    def __init__(self, token: str | None = None) -> None:
+    def __init__(self, token: str | bool | None = None) -> None:
         self._api = HfApi(token=token)
         self._ranges = RangeClient(token)
         self._beginnings = Beginnings()
@@ -70,6 +72,23 @@ class HubStore:
                 self._ranges.fill(model, file, start, out)
 
         return RangeReader(tickets, budget, fill, beginnings=self._beginnings)
+
+
+def trusted_publisher(repo: str) -> str:
+    """The token that the Hub gives to this CI job for one repo; from now on its client takes it, and renews it.
+
+    Raises:
+        UploadError: the Hub does not trust this job with that repo.
+    """
+    os.environ["HF_OIDC_RESOURCE"] = repo
+    try:
+        return get_token() or ""
+    except (OIDCError, httpx.HTTPError) as error:
+        status = status_of(error)
+        why = f"HTTP {status}" if status else type(error).__name__
+        page = f"{constants.ENDPOINT}/{repo}/settings"
+        hint = f"the repo has to exist, and to name this workflow as a trusted publisher in {page}"
+        raise UploadError(Problem(f"the Hub gives this job no token for {repo} ({why})", hint=hint)) from None
 
 
 @contextmanager

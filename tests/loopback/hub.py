@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import api, commits, discussions, lfs, xet
+from . import api, commits, discussions, lfs, publishers, xet
 from .jobs import Jobs
 from .journal import Fault, Request
 from .repos import Commit, Discussion, Entry, HubError, Repo, User, World
@@ -34,7 +34,7 @@ class LoopbackHub:
         self.context = Context(self.world, self.root)
         self.jobs = Jobs()
         plain = [*api.routes(), *commits.routes(), *discussions.routes(), *lfs.routes()]
-        tables = [*plain, *xet.routes(), *self.jobs.routes()]
+        tables = [*plain, *xet.routes(), *publishers.routes(), *self.jobs.routes()]
         self._hub = Origin(self.context, "hub", tables)
         self._cdn = Origin(self.context, "cdn", lfs.cdn_routes())
         self.context.url, self.context.cdn = self._hub.url, self._cdn.url
@@ -121,6 +121,11 @@ class LoopbackHub:
         """Let a user see the files of a gated repo."""
         with self.world.lock:
             self._repo(repo).granted.add(user)
+
+    def trust(self, repo: str, repository: str) -> None:
+        """Let the jobs of a repository of GitHub's write to a repo."""
+        with self.world.lock:
+            self.world.publishers[repo] = repository
 
     def collect_garbage(self, repo: str) -> None:
         """Forget the uploads that no commit names, as the Hub does within a day or so."""

@@ -37,12 +37,13 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class User:
-    """Who a token belongs to."""
+    """Who a token belongs to; `repo`: the one repo that a trusted publisher's token is good for."""
 
     name: str
     token: str = field(repr=False)
     role: str = "write"
     orgs: tuple[str, ...] = ()
+    repo: str = ""
 
     @property
     def namespaces(self) -> tuple[str, ...]:
@@ -200,6 +201,7 @@ class World:
         self.blobs = Blobs(root / "blobs")
         self.users: dict[str, User] = {}
         self.repos: dict[str, Repo] = {}
+        self.publishers: dict[str, str] = {}  # by repo, the repository of GitHub's whose jobs may write to it
 
     def create(self, repo: Repo) -> Repo:
         """Add a repo that has no commit yet."""

@@ -32,7 +32,9 @@ def open_repo(world: World, key: str, user: User | None, right: str) -> Repo:
 
 def is_member(repo: Repo, user: User | None) -> bool:
     """Whether the repo is the user's own, or their organisation's."""
-    return user is not None and bool({repo.owner, repo.id.split("/")[0]} & set(user.namespaces))
+    if user is None:
+        return False
+    return user.repo == repo.id or bool({repo.owner, repo.id.split("/")[0]} & set(user.namespaces))
 
 
 def need_write_token(user: User | None) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from merger.errors import ModelError
+from merger.errors import ModelError, RecipeError
+from merger.plan.lock import pins
 
 from .models import llama, locked, model, write
 
@@ -111,3 +112,18 @@ def test_the_licence_is_read_from_the_card_if_it_can_be(tmp_path: Path, card: st
     (tmp_path / "one" / "README.md").write_bytes(card.encode())
     (found,) = locked(linear(one)).models
     assert found.licence == licence
+
+
+def test_a_lock_file_names_the_commits_of_models_on_the_hub() -> None:
+    """Folders have none."""
+    models = "models:\n- {model: org/a@main, commit: 1f}\n- {model: folder, commit: null}\n"
+    assert pins(models, "mine.lock.yaml") == {"org/a@main": "1f"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "models:", "- 1", "models: [{model: a}]", "models: {a: b}", "a: [", "\x00", "[" * 100_000]
+)
+def test_what_is_no_lock_file_is_refused(text: str) -> None:
+    """It might have pinned something."""
+    with pytest.raises(RecipeError, match=r"^mine\.lock\.yaml is no lock file\n    take the merger\.lock\.yaml"):
+        pins(text, "mine.lock.yaml")

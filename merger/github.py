@@ -1,0 +1,281 @@
+"""GitHub's side of a job: its event and the files that changed, the log's commands, outputs and summary, the REST API.
+
+Not here: what is merged (action), and how a plan reads (markdown).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import secrets
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import quote
+
+from merger.errors import MergerError, Problem
+
+if TYPE_CHECKING:
+    from requests import Response
+
+_NO_COMMIT = re.compile(r"^0*$")
+_ENDS = re.compile(r"^([0-9a-f]{40,64}|refs/[^\0]+)\.{2,3}[0-9a-f]{40,64}$")
+_SECONDS = 30
+_MOST_FILES = 300
+"""A comparison by GitHub names no more files than these."""
+
+_COMMENT_CHARACTERS = 65_000
+_SUMMARY_BYTES = 1_000_000
+
+
+class GitHubError(MergerError):
+    """GitHub does not let us do it; exit code 1, since no kind of merge is at fault."""
+
+
+# ---- the event ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event:
+    """What started the job.
+
+    Args:
+        name: such as ``push``.
+        payload: what GitHub tells of it.
+    """
+
+    name: str
+    payload: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Event:
+        """The event of this job; outside GitHub one without a name."""
+        path = environment.get("GITHUB_EVENT_PATH")
+        payload = json.loads(Path(path).read_text("utf-8")) if path and os.path.isfile(path) else {}
+        return cls(environment.get("GITHUB_EVENT_NAME", ""), payload)
+
+    @property
+    def pull(self) -> int | None:
+        """The pull request's number."""
+        pull = self.payload.get("pull_request") if self.name.startswith("pull_request") else None
+        return int(pull["number"]) if pull else None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is a pull request from another repository, whose files nobody here has looked at."""
+        if self.pull is None:
+            return False
+        pull = self.payload["pull_request"]
+        own, head = pull["base"]["repo"]["full_name"], pull["head"].get("repo")
+        return head is None or head["full_name"] != own
+
+    def changed(self, root: Path, api: Api) -> set[str] | None:
+        """The files that a push or a pull request added or changed, from the top of the repository; None: all count.
+
+        Raises:
+            GitHubError: neither git nor GitHub can tell.
+        """
+        if self.pull is not None:
+            number, pull = self.pull, self.payload["pull_request"]
+            found = _by_git(root, f"{pull['base']['sha']}...{pull['head']['sha']}")
+            return found if found is not None else _asked(lambda: api.files_of(number))
+        before, after = str(self.payload.get("before", "")), str(self.payload.get("after", ""))
+        if self.payload.get("deleted"):
+            return set()
+        if not _NO_COMMIT.match(before):
+            found = _by_git(root, f"{before}..{after}")
+            return found if found is not None else _asked(lambda: api.compared(before, after))
+        main = str(self.payload.get("repository", {}).get("default_branch", ""))
+        if not main or self.payload.get("ref") == f"refs/heads/{main}":
+            return None
+        found = _by_git(root, f"refs/remotes/origin/{main}...{after}")
+        return found if found is not None else _asked(lambda: api.compared(main, after))
+
+
+def _asked(ask: Callable[[], set[str] | None]) -> set[str] | None:
+    """What GitHub says: a clone of actions/checkout holds one commit only."""
+    try:
+        return ask()
+    except GitHubError as error:
+        hint = "let actions/checkout fetch the history (fetch-depth: 0), or give a github-token that may read"
+        why = error.problems[0].what
+        raise GitHubError(Problem(f"neither git nor GitHub can tell which files changed: {why}", hint=hint)) from None
+
+
+def _by_git(root: Path, ends: str) -> set[str] | None:
+    """What differs between two commits (``..``), or since they parted (``...``); None where the clone lacks one."""
+    if not _ENDS.match(ends):
+        return None
+    line = ["git", "-C", str(root), "diff", "--name-only", "-z", "--diff-filter=d", ends, "--"]
+    try:
+        done = subprocess.run(line, capture_output=True, timeout=_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {os.fsdecode(name) for name in done.stdout.split(b"\0") if name}
+
+
+# ---- the log, the outputs, the summary ------------------------------------------------------------------------------
+
+
+class Log:
+    """The job's log. Commands are what goes through `command`; what is printed inside `text` is taken for none."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._word = ""
+
+    def command(self, name: str, message: str = "", **properties: object) -> None:
+        """Tell GitHub something, such as an error at a line of a file."""
+        told = ",".join(f"{key}={_property(str(value))}" for key, value in properties.items() if value is not None)
+        line = f"::{name}{' ' + told if told else ''}::{_data(message)}"
+        if self._word:
+            line = f"::{self._word}::\n{line}\n::stop-commands::{self._word}"
+        print(line, file=self._stream, flush=True)
+
+    def mask(self, token: str) -> None:
+        """Let GitHub blot this out of the log wherever it stands."""
+        if token:
+            self.command("add-mask", token)
+
+    @contextmanager
+    def group(self, title: str) -> Iterator[None]:
+        """What is printed inside folds away under the title."""
+        self.command("group", title)
+        yield
+        self.command("endgroup")
+
+    @contextmanager
+    def text(self) -> Iterator[None]:
+        """Inside, a line is a line whatever it says; after an exception, for good: a traceback may say anything."""
+        word = secrets.token_hex(16)
+        self.command("stop-commands", word)
+        self._word = word
+        yield
+        self._word = ""
+        self.command(word)
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def write_outputs(path: str | None, values: Mapping[str, str]) -> None:
+    """Set the step's outputs; no value can end its own and begin another."""
+    lines = []
+    for name, value in values.items():
+        end = f"end-{secrets.token_hex(16)}"
+        lines += [f"{name}<<{end}", value, end]
+    _append(path, "\n".join(lines) + "\n")
+
+
+def write_summary(path: str | None, text: str) -> None:
+    """Add to the job's summary, as much as GitHub takes."""
+    _append(path, shortened(text, _SUMMARY_BYTES // 4) + "\n")
+
+
+def _append(path: str | None, text: str) -> None:
+    if path:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, cut at a line where it is too long, and saying so."""
+    if len(text) <= most:
+        return text
+    whole_lines = text[:most].rpartition("\n")[0] or text[:most]
+    return whole_lines + "\n\n(the rest is in the job's log)"
+
+
+# ---- the REST API ---------------------------------------------------------------------------------------------------
+
+
+class Api:
+    """GitHub's REST API for one repository.
+
+    Args:
+        url: where the API is.
+        repository: ``owner/name``.
+        token: the job's token, empty for none.
+    """
+
+    def __init__(self, url: str, repository: str, token: str) -> None:
+        self._url, self._repository, self._token = url.rstrip("/"), repository, token
+
+    def compared(self, base: str, head: str) -> set[str] | None:
+        """The files that changed from where two revisions parted to the second; None if they are too many to tell."""
+        answer = self._ask("GET", f"compare/{quote(base, safe='')}...{quote(head, safe='')}?per_page=1")
+        files = answer.json().get("files") or []
+        if len(files) >= _MOST_FILES:
+            return None
+        return _still_there(files)
+
+    def files_of(self, pull: int) -> set[str]:
+        """The files that a pull request adds or changes."""
+        return _still_there(self._pages(f"pulls/{pull}/files"))
+
+    def keep_comment(self, pull: int, marker: str, body: str, only_update: bool = False) -> None:
+        """Write the pull request's comment that begins with the marker, or write it anew where it is.
+
+        Args:
+            pull: the pull request's number.
+            marker: a line that readers do not see.
+            body: what the comment says.
+            only_update: leave it be if there is none yet.
+        """
+        content = {"body": shortened(f"{marker}\n{body}", _COMMENT_CHARACTERS)}
+        there = self._pages(f"issues/{pull}/comments")
+        known = next((item["id"] for item in there if str(item.get("body")).startswith(marker)), None)
+        if known is not None:
+            self._ask("PATCH", f"issues/comments/{known}", content)
+        elif not only_update:
+            self._ask("POST", f"issues/{pull}/comments", content)
+
+    def _pages(self, path: str) -> Iterator[Mapping[str, Any]]:
+        page: str | None = f"{path}?per_page=100"
+        while page:
+            answer = self._ask("GET", page)
+            yield from answer.json()
+            page = answer.links.get("next", {}).get("url")
+
+    def commit_file(self, path: str, text: str, message: str, branch: str) -> None:
+        """Commit one file to a branch, unless it stands there already."""
+        place, content = f"contents/{quote(path)}", text.encode()
+        there = self._ask("GET", f"{place}?ref={quote(branch, safe='')}", allowed=404)
+        told: dict[str, Any] = {"message": message, "branch": branch, "content": base64.b64encode(content).decode()}
+        if there.status_code != 404:
+            if base64.b64decode(there.json().get("content", "")) == content:
+                return
+            told["sha"] = there.json()["sha"]
+        self._ask("PUT", place, told)
+
+    def _ask(self, method: str, path: str, content: object = None, allowed: int = 200) -> Response:
+        import requests  # only where GitHub is asked at all
+
+        address = path if path.startswith(f"{self._url}/") else f"{self._url}/repos/{self._repository}/{path}"
+        headers = {"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        try:
+            answer = requests.request(method, address, json=content, headers=headers, timeout=_SECONDS)
+        except requests.RequestException as error:
+            raise GitHubError(Problem(f"GitHub cannot be reached ({type(error).__name__})", hint=_AGAIN)) from None
+        if not answer.ok and answer.status_code != allowed:
+            raise GitHubError(Problem(f"GitHub refuses {method} {path.split('?')[0]} (HTTP {answer.status_code})"))
+        return answer
+
+
+def _still_there(files: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {str(item["filename"]) for item in files if item.get("status") != "removed"}
+
+
+_AGAIN = "run the job again"

@@ -1,0 +1,567 @@
+"""The Action's side of the line, in this process: which recipes an event is about, what is done, and what is told.
+
+Git, files and GitHub's API over HTTP are real; models are folders. Not here: action.yml and its runner (test_act).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from actions import NOTHING, Checkout, commands, environment, outputs, pull_request, push
+from loopback import LoopbackGitHub
+from loopback.github import READ_ONLY, TOKEN
+
+from merger import action, github, markdown
+from merger.errors import RecipeError
+from merger.github import Api, Event, GitHubError
+from merger.inputs import Inputs
+from merger.stores.ports import Published
+
+LINEAR = "merge_method: linear\nmodels:\n  - model: {one}\n  - model: {two}\nparameters: {{weight: 0.5}}\n"
+WRONG = "merge_method: linear\nmodels:\n  - modl: ./one\n  - model: ./two\n    parameters: {weight: big}\n"
+
+
+@dataclass(frozen=True)
+class Told:
+    """A step that has ended."""
+
+    code: int
+    log: str
+    outputs: Mapping[str, str]
+    summary: str
+
+    @property
+    def commands(self) -> list[str]:
+        """What GitHub would do at a word of the log."""
+        return commands(self.log)
+
+
+Step = Callable[..., Told]
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two models."""
+    root = tmp_path_factory.mktemp("parents")
+    return {name: tiny.model(root / name, seed) for seed, name in enumerate(("one", "two"))}
+
+
+@pytest.fixture
+def recipe(parents: dict[str, Path]) -> str:
+    """A recipe of the two."""
+    return LINEAR.format(**parents)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Checkout:
+    """A clone with one commit."""
+    made = Checkout(tmp_path / "clone")
+    made.commit({"README.md": "recipes"})
+    return made
+
+
+@pytest.fixture
+def hosted() -> Iterator[LoopbackGitHub]:
+    """GitHub."""
+    with LoopbackGitHub() as server:
+        yield server
+
+
+@pytest.fixture
+def step(clone: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Step:
+    """The step `python -m merger.action` for an event, with the inputs by their names in action.yml."""
+
+    def run(event: str, payload: Mapping[str, Any], api: str = "", **given: str) -> Told:
+        place = tmp_path / "runner"
+        shutil.rmtree(place, ignore_errors=True)
+        with monkeypatch.context() as patch:
+            patch.chdir(clone.root)
+            inputs = {"recipe": "merges/*.yaml", "github_token": TOKEN, **given}
+            settings = {f"INPUT_{name.upper()}": text for name, text in inputs.items()}
+            for name, value in (environment(place, clone.root, event, payload, api) | settings).items():
+                patch.setenv(name, value)
+            capsys.readouterr()
+            code = action.main()
+        files = {name: (place / name).read_text() if (place / name).exists() else "" for name in ("output", "summary")}
+        return Told(code, capsys.readouterr().out, outputs(files["output"]), files["summary"])
+
+    return run
+
+
+def inputs(clone: Checkout, **given: str) -> Inputs:
+    """The inputs of a job in this clone."""
+    settings = {f"INPUT_{name.upper()}": text for name, text in ({"recipe": "merges/*.yaml"} | given).items()}
+    return Inputs.take({"GITHUB_WORKSPACE": str(clone.root), **settings})
+
+
+def about(clone: Checkout, event: Event, api: str = "http://127.0.0.1:9", **given: str) -> list[str]:
+    """The recipes that an event is about; without an address of GitHub, git has to know."""
+    found = action.recipes(inputs(clone, **given), event, clone.root, Api(api, "org/recipes", TOKEN))
+    return [path.as_posix() for path in found]
+
+
+# Which recipes
+
+
+CHANGES: list[tuple[str, dict[str, str | None], list[str]]] = [
+    ("added", {"merges/new.yaml": "new"}, ["merges/new.yaml"]),
+    ("changed", {"merges/old.yaml": "changed"}, ["merges/old.yaml"]),
+    ("several", {"merges/old.yaml": "changed", "merges/new.yaml": "new"}, ["merges/new.yaml", "merges/old.yaml"]),
+    ("deleted", {"merges/old.yaml": None}, []),
+    ("renamed", {"merges/old.yaml": None, "merges/name.yaml": "old"}, ["merges/name.yaml"]),
+    ("elsewhere", {"other/new.yaml": "new", "merges/new.txt": "new"}, []),
+    ("its lock", {"merges/old.lock.yaml": "lock"}, ["merges/old.yaml"]),
+    ("a lock alone", {"merges/alone.lock.yaml": "lock"}, []),
+    ("a name with a newline", {"merges/a\nb.yaml": "new"}, ["merges/a\nb.yaml"]),
+]
+
+
+@pytest.mark.parametrize(("files", "found"), [case[1:] for case in CHANGES], ids=[case[0] for case in CHANGES])
+def test_a_push_is_about_the_recipes_it_added_or_changed(
+    files: dict[str, str | None], found: list[str], clone: Checkout
+) -> None:
+    """Renamed ones under their new name, deleted ones not at all, a lock file for its recipe."""
+    before = clone.commit({"merges/old.yaml": "old", "merges/quiet.yaml": "quiet"})
+    after = clone.commit(files)
+    assert about(clone, Event("push", push(before, after))) == found
+
+
+def test_a_push_of_several_commits_is_one_change(clone: Checkout) -> None:
+    """What a later commit took back is not changed."""
+    before = clone.commit({"merges/old.yaml": "old"})
+    clone.commit({"merges/old.yaml": "changed", "merges/new.yaml": "new"})
+    after = clone.commit({"merges/old.yaml": "old"})
+    assert about(clone, Event("push", push(before, after))) == ["merges/new.yaml"]
+
+
+def test_a_forced_push_is_compared_with_what_was_there(clone: Checkout) -> None:
+    """Even though the old commit is no ancestor of the new one."""
+    start = clone.commit({"merges/both.yaml": "both"})
+    before = clone.commit({"merges/both.yaml": "first try"})
+    clone.git("reset", "-q", "--hard", start)
+    after = clone.commit({"merges/both.yaml": "second try", "merges/new.yaml": "new"})
+    assert about(clone, Event("push", push(before, after, forced=True))) == ["merges/both.yaml", "merges/new.yaml"]
+
+
+def test_the_first_push_to_main_is_about_all_recipes(clone: Checkout) -> None:
+    """There is nothing that it could be compared with."""
+    after = clone.commit({"merges/a.yaml": "a", "merges/b.yaml": "b"})
+    assert about(clone, Event("push", push(NOTHING, after))) == ["merges/a.yaml", "merges/b.yaml"]
+
+
+def test_the_first_push_of_a_branch_is_compared_with_main(clone: Checkout, hosted: LoopbackGitHub) -> None:
+    """By git where the clone knows main, else by GitHub."""
+    clone.commit({"merges/old.yaml": "old"})
+    clone.git("update-ref", "refs/remotes/origin/main", "HEAD")
+    after = clone.commit({"merges/new.yaml": "new"})
+    event = Event("push", push(NOTHING, after, ref="refs/heads/a/b"))
+    assert about(clone, event) == ["merges/new.yaml"]
+    clone.git("update-ref", "-d", "refs/remotes/origin/main")
+    hosted.compared[f"main...{after}"] = [{"filename": "merges/new.yaml", "status": "added"}]
+    assert about(clone, event, hosted.url) == ["merges/new.yaml"]
+
+
+def test_a_branch_that_was_deleted_is_about_nothing(clone: Checkout) -> None:
+    """Though all its recipes are gone."""
+    before = clone.commit({"merges/a.yaml": "a"})
+    assert about(clone, Event("push", push(before, NOTHING, deleted=True))) == []
+
+
+def test_a_clone_of_one_commit_asks_github_what_changed(clone: Checkout, hosted: LoopbackGitHub) -> None:
+    """What actions/checkout makes: the commit before is not there."""
+    after = clone.commit({"merges/a.yaml": "a", "merges/b.yaml": "b"})
+    event = Event("push", push("1" * 40, after))
+    changes = [{"filename": "merges/a.yaml", "status": "renamed"}, {"filename": "merges/b.yaml", "status": "removed"}]
+    hosted.compared[f"{'1' * 40}...{after}"] = changes
+    assert about(clone, event, hosted.url) == ["merges/a.yaml"]
+    hosted.compared[f"{'1' * 40}...{after}"] = changes * 150
+    assert about(clone, event, hosted.url) == ["merges/a.yaml", "merges/b.yaml"], "300 files are all that GitHub names"
+
+
+def test_a_pull_request_in_a_clone_of_one_commit_is_asked_of_github(clone: Checkout, hosted: LoopbackGitHub) -> None:
+    """Page by page; a fork's commit may be in no clone at all."""
+    clone.commit({"merges/a.yaml": "a", "merges/b.yaml": "b", "merges/c.yaml": "c"})
+    changes = [("a.yaml", "modified"), ("x.yaml", "removed"), ("c.yaml", "renamed")]
+    hosted.compared["pull 7"] = [{"filename": f"merges/{name}", "status": status} for name, status in changes]
+    hosted.page = 2
+    event = Event("pull_request", pull_request("1" * 40, "2" * 40, "stranger/recipes"))
+    assert about(clone, event, hosted.url) == ["merges/a.yaml", "merges/c.yaml"]
+
+
+def test_where_nobody_knows_what_changed_the_next_step_is_said(clone: Checkout, hosted: LoopbackGitHub) -> None:
+    """Nothing is guessed."""
+    after = clone.commit({"merges/a.yaml": "a"})
+    with pytest.raises(GitHubError, match="fetch-depth: 0"):
+        about(clone, Event("push", push("1" * 40, after)), hosted.url)
+
+
+def test_a_pull_request_is_about_what_it_changed_since_it_parted(clone: Checkout) -> None:
+    """Not about what main has changed meanwhile."""
+    start = clone.commit({"merges/old.yaml": "old", "merges/ours.yaml": "ours"})
+    base = clone.commit({"merges/ours.yaml": "moved on"})
+    clone.git("reset", "-q", "--hard", start)
+    head = clone.commit({"merges/old.yaml": "theirs"})
+    assert about(clone, Event("pull_request", pull_request(base, head))) == ["merges/old.yaml"]
+
+
+def test_any_mode_but_auto_is_about_all_that_is_named(clone: Checkout) -> None:
+    """Several names, one a line; a job of a matrix must not depend on what changed."""
+    before = clone.commit({"merges/a.yaml": "a", "merges/b.yaml": "b", "c.txt": "c", "merges/a.lock.yaml": "lock"})
+    event = Event("push", push(before, clone.commit({})))
+    assert about(clone, event, mode="plan") == ["merges/a.yaml", "merges/b.yaml"]
+    assert about(clone, event, mode="run", recipe="c.txt\n ./merges/b.yaml\nmerges/b.yaml") == [
+        "c.txt",
+        "merges/b.yaml",
+    ]
+    assert about(clone, Event("workflow_dispatch", {}), recipe="**/a.yaml") == ["merges/a.yaml"]
+    with pytest.raises(RecipeError, match=r"there is no file 'merges/c\.yaml'"):
+        about(clone, event, mode="run", recipe="merges/c.yaml")
+
+
+def test_recipes_are_relative_to_the_working_directory(clone: Checkout) -> None:
+    """A change elsewhere of the same name is not theirs."""
+    before = clone.commit({"deep/merges/a.yaml": "a", "deep/merges/b.yaml": "b"})
+    after = clone.commit({"deep/merges/a.yaml": "changed", "merges/b.yaml": "changed"})
+    assert about(clone, Event("push", push(before, after)), working_directory="deep") == ["merges/a.yaml"]
+
+
+@pytest.mark.parametrize("name", ["../outside.yaml", "/etc/passwd", "../*.yaml", "merges/link.yaml"])
+def test_no_name_leads_out_of_the_repository(name: str, clone: Checkout, tmp_path: Path) -> None:
+    """Neither a path nor a link: what is wrong with a recipe is told with its words."""
+    (tmp_path / "outside.yaml").write_text("secret: 1")
+    (clone.root / "merges").mkdir()
+    (clone.root / "merges" / "link.yaml").symlink_to(tmp_path / "outside.yaml")
+    with pytest.raises(RecipeError, match="outside of this repository"):
+        about(clone, Event("workflow_dispatch", {}), recipe=name)
+
+
+# What is done with them
+
+
+@pytest.mark.parametrize(
+    ("event", "mode"),
+    [("push", "run"), ("workflow_dispatch", "run"), ("schedule", "run"), ("issue_comment", "plan"), ("", "plan")],
+)
+def test_an_event_decides_between_plan_and_run(event: str, mode: str, clone: Checkout) -> None:
+    """What only those who may write can start is run."""
+    assert action.mode_of(inputs(clone), Event(event, {})) == mode
+
+
+@pytest.mark.parametrize("head", ["stranger/recipes", None, "org/recipes"])
+def test_a_pull_request_is_planned_and_a_strangers_never_run(head: str | None, clone: Checkout) -> None:
+    """Whatever the workflow says; with pull_request_target, that has secrets, nobody's is."""
+    event = Event("pull_request", pull_request("1" * 40, "2" * 40, head))
+    assert action.mode_of(inputs(clone), event) == "plan"
+    assert action.mode_of(inputs(clone, mode="check"), event) == "check"
+    for name in ["pull_request_target", *([] if head == "org/recipes" else ["pull_request"])]:
+        with pytest.raises(RecipeError, match="not for pull_request_target, nor"):
+            action.mode_of(inputs(clone, mode="run"), replace(event, name=name))
+
+
+def test_a_push_is_merged_and_a_job_run_again_makes_nothing_new(clone: Checkout, step: Step, recipe: str) -> None:
+    """Outputs, summary and report say where the model is, both times."""
+    after = clone.commit({"merges/mine.yaml": recipe})
+    first = step("push", push(NOTHING, after), to="./out")
+    assert (first.code, first.outputs["state"]) == (0, "published"), first.log
+    made = (clone.root / "out" / "model.safetensors").stat()
+    again = step("push", push(NOTHING, after), to="./out")
+    assert (again.code, again.outputs["state"]) == (0, "unchanged"), again.log
+    assert (clone.root / "out" / "model.safetensors").stat() == made
+    for told in (first, again):
+        assert told.outputs["repo-url"] == str(clone.root / "out")
+        assert told.outputs["plan-hash"] == first.outputs["plan-hash"]
+        assert len(told.outputs["plan-hash"]) == 64
+        assert str(clone.root / "out") in told.summary
+        assert "| `one` | local folder |" in told.summary
+        (reported,) = json.loads(Path(told.outputs["report"]).read_text()) if told is again else [{"recipe": ""}]
+    assert (reported["recipe"], reported["state"], reported["plan"]["seed"]) == ("merges/mine.yaml", "unchanged", 0)
+    assert "> # out\n" in first.summary
+    assert "> ## Parents" in first.summary
+    assert "::group::run merges/mine.yaml" in first.commands
+
+
+def test_one_destination_is_not_for_several_recipes(clone: Checkout, step: Step, recipe: str) -> None:
+    """The second would replace the first."""
+    after = clone.commit({"merges/a.yaml": recipe, "merges/b.yaml": recipe})
+    told = step("push", push(NOTHING, after), to="./out")
+    assert (told.code, told.outputs) == (2, {"state": "failed"})
+    assert "several recipes: merges/a.yaml, merges/b.yaml" in told.log
+
+
+def test_what_is_wrong_is_said_at_its_lines_and_keeps_no_other_waiting(
+    clone: Checkout, step: Step, recipe: str
+) -> None:
+    """All problems of a recipe are annotations; the other recipe is planned; the step fails as the command does."""
+    after = clone.commit({"deep/merges/a.yaml": WRONG, "deep/merges/b.yaml": recipe})
+    told = step("push", push(NOTHING, after), mode="plan", working_directory="deep")
+    assert told.code == 2
+    errors = [line for line in told.commands if line.startswith("::error ")]
+    assert [line.split("::")[1].split(",title")[0] for line in errors] == [
+        "error file=deep/merges/a.yaml,line=3,col=5",
+        "error file=deep/merges/a.yaml,line=5,col=26",
+    ]
+    assert "unknown key 'modl'%0A    did you mean 'model'?" in errors[0]
+    assert told.outputs["state"] == "planned", "that of the last recipe"
+    assert "### `deep/merges/a.yaml`: failed" in told.summary
+    assert "### `deep/merges/b.yaml`: planned" in told.summary
+
+
+def test_all_that_is_wrong_with_the_inputs_is_said_at_once(step: Step) -> None:
+    """With the names that the workflow gave them."""
+    told = step(
+        "push", {}, mode="pln", max_memory="much", part="3/2", time_limit="0", force="maybe", working_directory="../x"
+    )
+    assert (told.code, told.outputs) == (2, {"state": "failed"})
+    wrong = [line.split("::input ")[1].split(":")[0] for line in told.commands if line.startswith("::error")]
+    assert wrong == ["mode", "working-directory", "max-memory", "force", "part", "time-limit"]
+
+
+def test_a_push_that_changes_no_recipe_says_so(clone: Checkout, step: Step) -> None:
+    """And is no failure."""
+    before = clone.commit({"merges/a.yaml": WRONG})
+    told = step("push", push(before, clone.commit({"other": "change"})))
+    assert (told.code, told.outputs["state"], told.outputs["matrix"]) == (0, "none", "[]")
+    assert any("no recipe was added or changed" in line for line in told.commands)
+
+
+def test_publishing_without_any_token_is_refused_before_a_model_is_looked_at(
+    clone: Checkout, step: Step, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With both ways to give one."""
+    for name in ("HF_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_URL"):
+        monkeypatch.delenv(name, raising=False)
+    after = clone.commit({"merges/a.yaml": recipe})
+    told = step("push", push(NOTHING, after), to="hf://org/out")
+    assert told.code == 6
+    assert "no token to publish hf://org/out with%0A    give hf-token, or let the job" in told.log
+
+
+def test_a_run_that_nears_the_time_limit_stops_after_a_file_and_goes_on_when_run_again(
+    clone: Checkout, step: Step, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails with a code of its own, since there is no model yet; the next run makes only what is missing."""
+    after = clone.commit({"merges/mine.yaml": recipe})
+    given = {"to": "./out", "shard_size": "2kB"}
+    with monkeypatch.context() as patch:
+        patch.setattr(action.Watch, "__init__", _hurried(action.Watch.__init__))
+        stopped = step("push", push(NOTHING, after), time_limit="1", **given)
+    assert (stopped.code, stopped.outputs["state"], stopped.outputs["repo-url"]) == (75, "stopped", "")
+    assert any(line.startswith("::warning") and "run the job again" in line for line in stopped.commands)
+    assert not (clone.root / "out").exists()
+    again = step("push", push(NOTHING, after), time_limit="60", **given)
+    assert (again.code, again.outputs["state"]) == (0, "published")
+    files = len(list((clone.root / "out").glob("*.safetensors")))
+    assert (stopped.log.count("made model-"), again.log.count("made model-")) == (1, files - 1)
+    assert f"1 of {files} files are there from an earlier run" in again.log
+
+
+def _hurried(real: Callable[..., None]) -> Callable[..., None]:
+    """A watch that has no time for a second file."""
+
+    def begin(self: action.Watch, deadline: float | None) -> None:
+        assert deadline is not None
+        assert 0 < deadline - time.monotonic() <= 60
+        real(self, time.monotonic() + 1e-3)
+
+    return begin
+
+
+def test_a_watch_leaves_time_for_the_last_file_and_lets_a_run_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After files of 10 and 20 seconds it wants 40 more, once a third is begun; what is late already stops at once."""
+    now = [0.0]
+    monkeypatch.setattr(action.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(action.console, "file_done", lambda event: event == "file")
+    end = action.Done(Published("there"), ())
+
+    def told(deadline: float | None, *events: tuple[object, float]) -> list[bool]:
+        now[0] = 0.0
+        watch, found = action.Watch(deadline), []
+        for event, now[0] in events:
+            found.append(watch.is_time(event))
+        return found
+
+    files: list[tuple[object, float]] = [("bytes", 5), ("file", 10), ("bytes", 15), ("file", 30)]
+    assert told(70, *files, ("bytes", 31)) == [False] * 5
+    assert told(69, *files, ("bytes", 31)) == [False] * 4 + [True]
+    assert told(69, *files, (end, 31)) == [False] * 5
+    assert told(29, *files[:3]) == [False, False, True]
+    assert told(-1, (action.Resumed(1, 2), 1), ("bytes", 2)) == [False, True]
+    assert told(None, *files, ("bytes", 10**6)) == [False] * 5
+
+
+def test_parts_make_the_model_of_a_single_run(clone: Checkout, step: Step, recipe: str) -> None:
+    """Each makes its share, mode publish the whole of them, byte for byte; before that there is no model."""
+    event = push(NOTHING, clone.commit({"merges/mine.yaml": recipe}))
+    given = {"to": "./out", "shard_size": "2kB"}
+    early = step("push", event, mode="publish", **given)
+    assert (early.code, early.outputs["state"]) == (6, "failed")
+    for part in ("1/2", "2/2"):
+        told = step("push", event, mode="run", part=part, **given)
+        assert (told.code, told.outputs["state"], told.outputs["commit"]) == (0, "part", ""), told.log
+        assert f"Part {part} is made" in told.summary
+    assert not (clone.root / "out").exists()
+    last = step("push", event, mode="publish", **given)
+    assert (last.code, last.outputs["state"]) == (0, "published"), last.log
+    assert "made model-" not in last.log
+    assert step("push", event, mode="run", **(given | {"to": "./whole"})).code == 0
+    found = {path.name: path.read_bytes() for path in (clone.root / "out").glob("*.safetensors")}
+    assert found == {path.name: path.read_bytes() for path in (clone.root / "whole").glob("*.safetensors")}
+    assert len(found) > 2
+
+
+# Comments
+
+
+def comments(hosted: LoopbackGitHub) -> list[str]:
+    return [str(comment["body"]) for comment in hosted.comments.get(7, [])]
+
+
+def test_a_pull_requests_plan_is_one_comment_kept_up_to_date(
+    clone: Checkout, step: Step, recipe: str, hosted: LoopbackGitHub
+) -> None:
+    """Found again among those of others, on a later page too; a mended recipe's error goes, the comment stays."""
+    base = clone.commit({})
+    hosted.comments[7], hosted.page = [{"id": number, "body": f"comment {number}"} for number in (1, 2, 3)], 2
+    head = clone.commit({"merges/mine.yaml": WRONG})
+    first = step("pull_request", pull_request(base, head), hosted.url)
+    assert first.code == 2
+    assert len(comments(hosted)) == 4
+    assert "unknown key 'modl'" in comments(hosted)[-1]
+    head = clone.commit({"merges/mine.yaml": recipe})
+    second = step("pull_request", pull_request(base, head), hosted.url)
+    assert (second.code, second.outputs["state"]) == (0, "planned")
+    assert comments(hosted)[:3] == ["comment 1", "comment 2", "comment 3"]
+    (body,) = comments(hosted)[3:]
+    assert body.startswith("<!-- merger ")
+    assert "unknown key" not in body
+    for word in (
+        "| `one` | local folder | not stated |",
+        "`linear` (21 tensors)",
+        "| memory |",
+        "| time | about 1 min",
+    ):
+        assert word in body
+    head = clone.commit({"merges/mine.yaml": None})
+    assert step("pull_request", pull_request(base, head), hosted.url).code == 0
+    assert "changes no recipe any more" in comments(hosted)[3]
+    assert len(comments(hosted)) == 4
+
+
+def test_a_pull_request_without_recipes_gets_no_comment(clone: Checkout, step: Step, hosted: LoopbackGitHub) -> None:
+    """It is about something else."""
+    base = clone.commit({})
+    told = step("pull_request", pull_request(base, clone.commit({"code.py": "1"})), hosted.url)
+    assert (told.code, comments(hosted)) == (0, [])
+
+
+@pytest.mark.parametrize(("head_repo", "token"), [("stranger/recipes", READ_ONLY), ("org/recipes", "")])
+def test_where_the_job_may_not_comment_the_summary_has_the_plan(
+    head_repo: str, token: str, clone: Checkout, step: Step, recipe: str, hosted: LoopbackGitHub
+) -> None:
+    """A notice, not a failure: a fork's token may only read, and a workflow may give no more."""
+    base = clone.commit({})
+    head = clone.commit({"merges/mine.yaml": recipe})
+    told = step("pull_request", pull_request(base, head, head_repo), hosted.url, github_token=token)
+    assert (told.code, comments(hosted)) == (0, [])
+    assert any(line.startswith("::notice") and "job's summary" in line for line in told.commands)
+    assert "| `one` | local folder |" in told.summary
+
+
+# What others wrote
+
+
+EVIL = [
+    "merges/$(touch pwned).yaml",
+    "merges/`touch pwned`'\";touch pwned;.yaml",
+    "merges/a\n::set-output name=commit::pwned\n::error::x.yaml",
+    "merges/a\n##[set-output name=x]pwned.yaml",
+    "merges/--output=pwned.yaml",
+    "merges/%0A::warning::pwned|@everyone<!-- -->`.yaml",
+]
+
+
+@pytest.mark.parametrize("name", EVIL)
+@pytest.mark.parametrize("text", [WRONG, "::add-mask::pwned\n##[error]pwned", None])
+def test_a_recipes_name_and_words_run_nothing_and_command_nothing(
+    name: str, text: str | None, clone: Checkout, step: Step, recipe: str, hosted: LoopbackGitHub
+) -> None:
+    """Neither the shell's, nor the log's, nor those of outputs, Markdown and mentions."""
+    base = clone.commit({})
+    head = clone.commit({name: text or recipe})
+    told = step("pull_request", pull_request(base, head, number=7), hosted.url)
+    assert told.code == (0 if text is None else 2), told.log
+    assert not list(clone.root.rglob("pwned"))
+    assert not Path("pwned").exists()
+    allowed = ("::add-mask::ghs_", "::group::", "::endgroup::", "::error file=merges/", "::stop-commands::")
+    assert [line for line in told.commands if not line.startswith(allowed)] == []
+    assert set(told.outputs) == {"state", "repo-url", "repo-id", "commit", "plan-hash", "matrix", "report"}
+    assert told.outputs["commit"] == ""
+    (body,) = comments(hosted)
+    titles = [line for line in body.splitlines() if line.startswith("### ")]
+    assert titles == [f"### {markdown.code(name)}: {told.outputs['state']}"]
+
+
+@pytest.mark.parametrize(
+    ("ref", "given"),
+    [
+        ("refs/heads/$(touch pwned)", {"to": "$(touch pwned)"}),
+        ("refs/heads/x';touch pwned;'", {"to": "hf://../../pwned"}),
+        ("refs/heads/x", {"to": "hf://org/a\n::set-output name=commit::pwned"}),
+        ("refs/heads/x", {"recipe": "merges/a.yaml\n$(touch pwned)\n`touch pwned`\n--help"}),
+        ("refs/heads/x", {"recipe": "$(touch pwned)" * 500}),
+        ("refs/heads/x", {"mode": "run\n::error::pwned"}),
+        ("refs/heads/x", {"max_memory": "1GB; touch pwned"}),
+        ("refs/heads/x", {"working_directory": "../../$(touch pwned)"}),
+    ],
+)
+def test_an_input_or_a_branch_is_a_word_and_nothing_more(
+    ref: str, given: dict[str, str], clone: Checkout, step: Step, recipe: str
+) -> None:
+    """Whatever it says is refused in a sentence, or is a name."""
+    after = clone.commit({"merges/a.yaml": recipe})
+    told = step("push", push(NOTHING, after, ref=ref), **({"mode": "plan"} | given))
+    assert not list(clone.root.rglob("pwned"))
+    assert not [line for line in told.commands if line.startswith(("::set-output", "::error::pwned"))]
+    assert told.outputs.get("commit", "") == ""
+    assert "Traceback" not in told.log
+
+
+def test_tokens_are_masked_and_stand_nowhere_else(
+    clone: Checkout, step: Step, recipe: str, hosted: LoopbackGitHub
+) -> None:
+    """Not in log, summary, outputs, comment or report."""
+    base = clone.commit({})
+    head = clone.commit({"merges/mine.yaml": recipe})
+    tokens = {"hf_token": "hf_secret_writer", "hf_read_token": "hf_secret_reader", "github_token": TOKEN}
+    told = step("pull_request", pull_request(base, head), hosted.url, **tokens)
+    assert [line for line in told.commands if "add-mask" in line] == [f"::add-mask::{each}" for each in tokens.values()]
+    unmasked = [line for line in told.log.splitlines() if not line.startswith("::add-mask::")]
+    texts = [*unmasked, told.summary, *told.outputs.values(), *comments(hosted)]
+    texts.append(Path(told.outputs["report"]).read_text())
+    assert not [text for text in texts for token in tokens.values() if token in text]
+
+
+def test_a_long_text_is_cut_at_a_line_and_says_so() -> None:
+    """GitHub refuses longer ones."""
+    assert github.shortened("one\ntwo\nthree", 8) == "one\ntwo\n\n(the rest is in the job's log)"
+    assert github.shortened("one\ntwo", 7) == "one\ntwo"
+
+
+def test_a_matrix_has_as_many_parts_as_bytes_ask_for_but_no_more_than_files(
+    clone: Checkout, step: Step, recipe: str
+) -> None:
+    """For the jobs of a big merge."""
+    after = clone.commit({"merges/mine.yaml": recipe})
+    event = push(NOTHING, after)
+    whole = step("push", event, mode="plan").outputs["matrix"]
+    three = step("push", event, mode="plan", shard_size="2kB", part_size="13kB").outputs["matrix"]
+    many = step("push", event, mode="plan", shard_size="6kB", part_size="1kB").outputs["matrix"]
+    assert (whole, three, many) == ('["1/1"]', '["1/3", "2/3", "3/3"]', '["1/2", "2/2"]')
