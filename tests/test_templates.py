@@ -18,7 +18,8 @@ from merger.run import Done, Options, plan, read, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "templates" / "recipes"
-README = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+_BLOCKS = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+README = [text for text in _BLOCKS if "\njobs:\n" not in text]  # a workflow is no recipe
 PLACEHOLDERS = ("org/base", "org/model-a", "org/model-b", "org/model-c")
 BESIDES = {"lines": "task_arithmetic"}  # recipes of what is no method of its own, and the method they use
 LAYERS = 32

@@ -1,4 +1,4 @@
-"""action.yml, the workflows and what README shows of them: pinned, wired to the program, and free of spliced inputs."""
+"""action.yml and the workflows: pinned, wired to the program, and free of spliced inputs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import yaml
 
 from merger import action, inputs
 from merger.inputs import Inputs
-from merger.methods.registry import methods
-from merger.recipe.parse import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTION = ROOT / "action.yml"
@@ -108,10 +106,3 @@ def test_check_and_plan_are_installed_without_torch_and_a_run_with_that_of_the_i
     assert ("torch" in told) == (with_torch == "true")
     for need in ("huggingface_hub", "jinja2", "numpy", "pyyaml", "requests"):
         assert re.search(rf"^{need}[><=]", told, re.MULTILINE)
-
-
-def test_the_recipe_that_readme_starts_with_is_well_formed() -> None:
-    """It names a destination too."""
-    section = (ROOT / "README.md").read_text().partition("## The GitHub Action\n")[2]
-    (text,) = re.findall(r"```yaml\n(merge_method.*?)```", section.partition("\n## ")[0], re.DOTALL)
-    assert parse(text, "merges/first.yaml", methods()).publish.repo == "your-name/smollm2-halfway"

@@ -80,11 +80,11 @@ class LoopbackGitHub:
         return f"e30.{base64.urlsafe_b64encode(claims).decode().rstrip('=')}.unsigned"
 
     def _issue(self, number: str, content: Any, asked: dict[str, str]) -> Answer:
+        if content is None:
+            return 200, self._paged(self.comments.get(int(number), []), asked)
         there = self.comments.setdefault(int(number), [])
-        if content is not None:
-            there.append({"id": 1000 * int(number) + len(there), "body": content["body"]})
-            return 201, there[-1]
-        return 200, self._paged(there, asked)
+        there.append({"id": 1000 * int(number) + len(there), "body": content["body"]})
+        return 201, there[-1]
 
     def _comment(self, number: str, content: Any, asked: dict[str, str]) -> Answer:
         for comment in (each for there in self.comments.values() for each in there if each["id"] == int(number)):
