@@ -1,7 +1,7 @@
 """Whatever goes wrong in a run, the destination stays whole, and the same command finishes what is left to do.
 
-Here some cases of each row of docs/reliability.md are tried; all of them, which takes some minutes, with RELIABILITY=all
-in the environment (`make reliability`).
+Here some cases of each row of docs/reliability.md are tried; all of them, which takes some minutes, with
+RELIABILITY=all in the environment (`make reliability`).
 """
 
 from __future__ import annotations

@@ -449,7 +449,7 @@ def test_a_disk_that_fails_at_the_end_puts_the_old_model_back(tmp_path: Path, mo
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(UploadError) as refusal:
+    with pytest.raises(BudgetError) as refusal:
         sink.finish(FILES, "")
     assert "No space left on device" in hint(refusal.value)
     sink.leave()
