@@ -151,7 +151,7 @@ def runner(clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, tmp_pat
         path = os.pathsep.join([str(stand_in), os.environ["PATH"]])
         outside = {"PATH": path, "HOME": str(tmp_path / "home"), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
         done = subprocess.run(
-            line, cwd=clone.root, env=outside, capture_output=True, text=True, timeout=120, check=False
+            line, cwd=clone.root, env=outside, capture_output=True, text=True, timeout=300, check=False
         )
         outputs = json.loads(told.read_text()) if told.exists() else {}
         return Ran(done.returncode, done.stdout + done.stderr, outputs, summary.read_text() if summary.exists() else "")
@@ -302,7 +302,7 @@ def step(hub: LoopbackHub, clone: Checkout, place: Path, *line: str, **given: st
     settings |= {**hub.env(place / "home"), **inputs, "TMPDIR": str(place)}
     line = (sys.executable, "-P", *(line or ("-m", "merger.action")))
     return subprocess.run(
-        line, cwd=clone.root, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False
+        line, cwd=clone.root, env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from merger.cli import main
 from merger.engine.execute import Observed
 from merger.engine.observe import observe
-from merger.plan.geometry import Geometry, total
+from merger.plan.geometry import Geometry, noted, recalled, total
 from merger.run import Options, plan, read, run
 
 ZOO = Path(__file__).parents[1] / "examples/zoo"
@@ -35,6 +35,14 @@ def test_geometry_is_that_of_the_vectors() -> None:
 def test_a_zero_vector_has_no_angle() -> None:
     """It is neither like nor unlike any other."""
     assert Geometry(((0.0, 0.0), (0.0, 1.0)), 0, 1).cosine(0, 1) is None
+
+
+def test_what_is_noted_gives_the_very_same_numbers_back() -> None:
+    """So that the card of a resumed run is that of an undisturbed one, to the last digit."""
+    draw = torch.Generator().manual_seed(4)
+    seen = {name: observe([torch.randn(50, generator=draw)], torch.ones(50), 0, 50) for name in ("b", "a")}
+    assert recalled(noted(seen)) == seen
+    assert list(recalled(noted(seen))) == ["b", "a"]
 
 
 def test_the_sample_of_a_large_tensor_does_not_depend_on_its_blocks() -> None:

@@ -100,6 +100,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {item.name: hashlib.sha256(item.read_bytes()).hexdigest() for item in folder.glob("*.safetensors")}
 
 
+def tables(folder: Path) -> list[str]:
+    """The card's tables, in which stands what was seen of the parents."""
+    return [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| layer")]
+
+
 def published(hub: LoopbackHub, repo: str) -> dict[str, str]:
     files = hub.files(repo)
     return {name: hashlib.sha256(raw).hexdigest() for name, raw in files.items() if name.endswith(".safetensors")}
@@ -162,7 +167,7 @@ def test_a_finished_run_is_not_made_again(local: Path, command: Command, served:
 
 
 def test_parts_in_a_folder_make_the_model_of_a_single_run(local: Path, command: Command, served: LoopbackHub) -> None:
-    """Three parts, one after the other, then publish: the same files; before the last part it is refused."""
+    """Three parts, one after the other, then publish: the same files and card; before the last part it is refused."""
     command("run", "mine.yaml", "--to", "whole", *SHARD, cwd=local, hub=served)
     for part in ("3/3", "1/3"):
         assert not command("run", "mine.yaml", "--to", "out", "--part", part, *SHARD, cwd=local, hub=served).returncode
@@ -174,6 +179,7 @@ def test_parts_in_a_folder_make_the_model_of_a_single_run(local: Path, command: 
     done = command("publish", "mine.yaml", "--to", "out", *SHARD, cwd=local, hub=served)
     assert (done.returncode, made(done)) == (0, 0)
     assert digests(local / "out") == digests(local / "whole")
+    assert tables(local / "out") == tables(local / "whole") != []
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "1", "a/b", "1/0"])

@@ -1,4 +1,4 @@
-"""What may go wrong, and where: the steps of a run as the Hub sees them, ways to spoil one or to kill the run there.
+"""What may go wrong, and where: the steps of a run as the Hub sees them, and ways to spoil one or to kill a run there.
 
 Not here: what is expected of a run then (rows).
 """

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from reliability.rows import ALL, PUBLISHES, TEMPORARY, THERE, Case, Row
-from reliability.scene import HUB, REPLACE, Ran, Scene, State
+from reliability.scene import HUB, REPLACE, TOKEN, Ran, Scene, State
 
 NO_DISK = "this process may not mount a small disk"
 
@@ -30,7 +30,9 @@ def tried(scene: Scene, row: Row, case: Case) -> list[str]:
         between = scene.state(case.to)
         (place / "filler").unlink(missing_ok=True)
         second = None if case.once else scene.run(case.to)
-        complaints = [*_first(row, case, first), *_between(row, case, before, between, good)]
+        printed = "".join(ran.out + ran.err for ran in (first, second) if ran)
+        complaints = [f"{words} is printed" for words in ("Traceback", "Signature", TOKEN) if words in printed]
+        complaints += [*_first(row, case, first), *_between(row, case, before, between, good)]
         complaints += _end(case, between, second or first, second is not None, scene.state(case.to), good)
         return [f"{case.name}: {complaint}" for complaint in complaints]
     finally:
@@ -44,8 +46,6 @@ def _first(row: Row, case: Case, first: Ran) -> Iterator[str]:
         yield f"it ended with {first.code}, not {code}: {first.err[-400:]}"
     if not case.once and row.says and not any(re.search(_pattern(words), first.err) for words in row.says):
         yield f"it does not say {' or '.join(row.says)}: {first.err[-400:]}"
-    if "Traceback" in first.err or "Signature" in first.err or "hf_" in first.err:
-        yield f"it prints a traceback, a signed address or a token: {first.err[-400:]}"
 
 
 def _pattern(words: str) -> str:
