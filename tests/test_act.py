@@ -91,6 +91,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
         yield hub
 
 
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What GitHub would have of this repository: act reads all that lies in the folder into memory, .venv as well."""
+    place = tmp_path_factory.mktemp("repository")
+    line = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place / name)
+    return place
+
+
 @pytest.fixture
 def github() -> Iterator[LoopbackGitHub]:
     """GitHub."""
@@ -109,7 +122,7 @@ def clone(tmp_path: Path) -> Checkout:
 
 
 @pytest.fixture
-def runner(clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, tmp_path: Path) -> Runner:
+def runner(clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, repository: Path, tmp_path: Path) -> Runner:
     """Run the workflow for an event: `runner("push", payload, env={...}, secrets={...})`."""
     stand_in = tmp_path / "stand-in"
     stand_in.mkdir()
@@ -132,7 +145,7 @@ def runner(clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, tmp_pat
         line = [str(ACT), event, "-P", "ubuntu-latest=-self-hosted", "--no-cache-server", "--action-offline-mode"]
         line += ["--eventpath", str(tmp_path / "event.json"), "--concurrent-jobs", "2"]
         for owner in ("org", "OWNER"):
-            line += ["--local-repository", f"{owner}/merger@v1={ROOT}"]
+            line += ["--local-repository", f"{owner}/merger@v1={repository}"]
         for used in others():
             line += ["--local-repository", f"{used}={stand_in}"]
         for name, value in {"HF_TOKEN": hf_token, "GITHUB_TOKEN": token}.items():
@@ -151,7 +164,7 @@ def runner(clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, tmp_pat
         path = os.pathsep.join([str(stand_in), os.environ["PATH"]])
         outside = {"PATH": path, "HOME": str(tmp_path / "home"), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
         done = subprocess.run(
-            line, cwd=clone.root, env=outside, capture_output=True, text=True, timeout=300, check=False
+            line, cwd=clone.root, env=outside, capture_output=True, text=True, timeout=120, check=False
         )
         outputs = json.loads(told.read_text()) if told.exists() else {}
         return Ran(done.returncode, done.stdout + done.stderr, outputs, summary.read_text() if summary.exists() else "")
@@ -302,7 +315,7 @@ def step(hub: LoopbackHub, clone: Checkout, place: Path, *line: str, **given: st
     settings |= {**hub.env(place / "home"), **inputs, "TMPDIR": str(place)}
     line = (sys.executable, "-P", *(line or ("-m", "merger.action")))
     return subprocess.run(
-        line, cwd=clone.root, env=os.environ | settings, capture_output=True, text=True, timeout=300, check=False
+        line, cwd=clone.root, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False
     )
 
 
