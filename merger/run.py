@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -137,7 +138,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
         memory=options.max_memory,
         threads=options.threads or machine.cores(),
         shard_bytes=options.shard_size or SHARD_BYTES,
-        sending=SENDING_BYTES if _to(recipe, options).startswith(HUB) else 0,
+        sending=_sending(_to(recipe, options)),
     )
     return make_plan(locked, methods(), budget, options.seed), store
 
@@ -165,6 +166,12 @@ def trusted_publishing(repo: str) -> str:
     from merger.stores.hub import trusted_publisher
 
     return trusted_publisher(repo)
+
+
+def _sending(to: str) -> int:
+    """Bytes of memory that Xet may take; LFS sends a file in small pieces."""
+    without_xet = os.environ.get("HF_HUB_DISABLE_XET", "").upper() in ("1", "ON", "YES", "TRUE")
+    return SENDING_BYTES if to.startswith(HUB) and not without_xet else 0
 
 
 def fitted(options: Options) -> Options:

@@ -155,7 +155,8 @@ def test_a_hub_job_that_is_not_started_is_asked_for_once(
 
 def test_an_interrupted_run_cancels_its_hub_jobs(at: Path, hub: LoopbackHub, tmp_path: Path) -> None:
     """Ctrl-C ends what costs money, through a network that fails now and then."""
-    hub.fail(lambda request: "/commit/merge-staging" in request.path, times=99)  # the job tries again for a while
+    asked = {"Retry-After": "60"}  # so the job is there for a while
+    hub.fail(lambda request: "/commit/merge-staging" in request.path, times=99, headers=asked)
     down = hub.fail(lambda request: request.method == "GET" and "/api/jobs/" in request.path, None, times=3)
     line = [sys.executable, "-m", "merger", "run", "mine.yaml", "--to", "hf://org/stopped", *SHARD]
     process = subprocess.Popen(
