@@ -242,8 +242,9 @@ _TOO_LITTLE = 8192
 def rows_disk() -> Iterator[Row]:
     """A disk of a megabyte that somebody else fills; the second run has room again."""
 
-    def row(what: str, says: str, again: str, to: str, disk: str, step: str, left: int = 0) -> Row:
-        return Row(DISK, what, "", 5, (says,), again, partial(_full, to, disk, step, left))
+    def row(what: str, says: str | tuple[str, ...], again: str, to: str, disk: str, step: str, left: int = 0) -> Row:
+        words = (says,) if isinstance(says, str) else says
+        return Row(DISK, what, "", 5, words, again, partial(_full, to, disk, step, left))
 
     full, whole = "… cannot be written (No space left on device)", "cannot write to the destination … (No space left on"
     yield row("temporary files, from the start", "… bytes of disk are needed for the work, … are free in …", ALL,
@@ -251,7 +252,10 @@ def rows_disk() -> Iterator[Row]:
     yield row("temporary files, while tensors are read", full, ALL, HUB, TEMPORARY, faults.READ)
     yield row("the destination, from the start", "the result needs … bytes of disk, … are free where 'out' shall lie",
               ALL, ACROSS, DESTINATION, faults.LOOKED_UP, _TOO_LITTLE)  # fmt: skip
-    yield row("the destination, while tensors are read", f"{whole} device)", ALL, ACROSS, DESTINATION, faults.READ)
+    # Whether a shard or the note of the one before it meets the full disk first is a matter of moments.
+    yield row(
+        "the destination, while tensors are read", (f"{whole} device)", full), ALL, ACROSS, DESTINATION, faults.READ
+    )
     yield row("the destination, when config, card and tokenizer are written", f"{whole} device)", PUBLISHES,
               ACROSS, DESTINATION, faults.SIDE)  # fmt: skip
 
