@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from merger.plan.geometry import Geometry, recalled
 from merger.plan.lock import LockedRecipe, lock, pins
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.parts import share
-from merger.plan.plan import SENDING_BYTES, SHARD_BYTES, Budget, Plan, Shard
+from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.plan.plan import plan as make_plan
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
@@ -169,9 +168,12 @@ def trusted_publishing(repo: str) -> str:
 
 
 def _sending(to: str) -> int:
-    """Bytes of memory that Xet may take; LFS sends a file in small pieces."""
-    without_xet = os.environ.get("HF_HUB_DISABLE_XET", "").upper() in ("1", "ON", "YES", "TRUE")
-    return SENDING_BYTES if to.startswith(HUB) and not without_xet else 0
+    """Bytes of memory that it may take to send shards there."""
+    if not to.startswith(HUB):
+        return 0
+    from merger.stores.sending import memory
+
+    return memory()
 
 
 def fitted(options: Options) -> Options:

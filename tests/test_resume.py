@@ -22,16 +22,6 @@ WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "2kB")
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
-RECIPE = """\
-merge_method: ties
-base_model: {base}
-models:
-  - model: {one}
-    parameters: {{weight: 0.6, density: 0.5}}
-  - model: {two}
-    parameters: {{weight: 0.5, density: 0.7}}
-publish: {{license: apache-2.0}}
-"""
 KILLED_AFTER = """
 import os, signal, sys
 from merger.cli import main
@@ -62,7 +52,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def local(parents: dict[str, Path], tmp_path: Path) -> Path:
     """A recipe of folders."""
-    (tmp_path / "mine.yaml").write_text(RECIPE.format(**parents))
+    (tmp_path / "mine.yaml").write_text(tiny.TIES_RECIPE.format(**parents))
     return tmp_path
 
 
@@ -72,7 +62,7 @@ def afar(parents: dict[str, Path], served: LoopbackHub, tmp_path: Path) -> Path:
     for name, folder in parents.items():
         if not served.exists(f"org/{name}"):
             served.add_model(f"org/{name}", folder)
-    (tmp_path / "mine.yaml").write_text(RECIPE.format(**{name: f"org/{name}" for name in parents}))
+    (tmp_path / "mine.yaml").write_text(tiny.TIES_RECIPE.format(**{name: f"org/{name}" for name in parents}))
     return tmp_path
 
 
@@ -147,7 +137,7 @@ def test_a_parent_that_changed_starts_the_run_anew(
     moving = {name: tmp_path / name for name in parents}
     for seed, folder in enumerate(moving.values()):
         tiny.model(folder, seed)
-    (tmp_path / "mine.yaml").write_text(RECIPE.format(**moving))
+    (tmp_path / "mine.yaml").write_text(tiny.TIES_RECIPE.format(**moving))
     assert start("run", "mine.yaml", "--to", "out", *SHARD, cwd=tmp_path, after=3).wait() == -signal.SIGKILL
     tiny.model(moving["two"], seed=7)
     again = command("run", "mine.yaml", "--to", "out", *SHARD, cwd=tmp_path, hub=served)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 from loopback import LoopbackHub
-from test_resume import KILLED_AFTER, RECIPE
+from test_resume import KILLED_AFTER
 
 WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "2kB")
@@ -27,7 +27,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of folders, and its merge in a folder beside it."""
     root = tmp_path_factory.mktemp("recipe")
     parents = {name: tiny.model(root / name, seed) for seed, name in enumerate(("base", "one", "two"))}
-    (root / "mine.yaml").write_text(RECIPE.format(**parents))
+    (root / "mine.yaml").write_text(tiny.TIES_RECIPE.format(**parents))
     return root
 
 

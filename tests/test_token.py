@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tiny
 from loopback import LoopbackHub, Request
-from test_resume import RECIPE
 
 WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "20kB")
@@ -28,7 +27,7 @@ def work(hub: LoopbackHub, tmp_path: Path) -> Path:
             hub.add_model(f"org/{name}", tiny.model(tmp_path / "parents" / name, seed))
     folder = tmp_path / "work"
     folder.mkdir()
-    (folder / "mine.yaml").write_text(RECIPE.format(base="org/base", one="org/one", two="org/two"))
+    (folder / "mine.yaml").write_text(tiny.TIES_RECIPE.format(base="org/base", one="org/one", two="org/two"))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Small checkpoints for tests, written by the safetensors library, not by ours. Not here: models that were trained."""
+"""Small checkpoints for tests, written by the safetensors library, not by ours. Not here: trained models."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ CONFIG: Mapping[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+TIES_RECIPE = """\
+merge_method: ties
+base_model: {base}
+models:
+  - model: {one}
+    parameters: {{weight: 0.6, density: 0.5}}
+  - model: {two}
+    parameters: {{weight: 0.5, density: 0.7}}
+publish: {{license: apache-2.0}}
+"""
+"""A recipe that reads each tensor more than once, of the models `base`, `one` and `two`."""
 
 
 def tensors(

@@ -37,9 +37,6 @@ JOBS_AHEAD = 2
 
 READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
-SENDING_BYTES = 512 << 20
-"""What the Hub's client may hold of a shard that it uploads: with Xet, up to 425 MB more were seen."""
-
 _BASELINE_BYTES = 420 << 20
 _MEASURE_BYTES = 24 << 20
 _BYTES_A_JOB = 6_000

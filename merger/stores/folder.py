@@ -249,10 +249,6 @@ class FolderSink:
     def check_card(self, text: str) -> None:
         """A folder takes any."""
 
-    def workspace(self) -> Path:
-        """The folder beside the destination, in which the model is made."""
-        return self._new
-
     def open(self, name: str) -> Outlet:
         """A file where it shall stay."""
         return (self._new / name).open("wb", buffering=0)

@@ -24,6 +24,7 @@ from merger.errors import Problem, UploadError, VerificationError
 from merger.stores.scratch import Scratch
 
 _SECONDS = 60.0
+_XET_BYTES = 512 << 20  # up to 425 MB more than without were seen
 _UNKNOWN_ROUTE = (404, 405, 501)
 _SAMPLE = 512
 _SET_BY_US = frozenset({"path_or_fileobj", "upload_info", "_upload_mode", "_should_ignore", "_is_uploaded"})
@@ -236,6 +237,11 @@ def streams(to: Destination, refusals: Refusals) -> Streams:
 def files(to: Destination, scratch: Scratch) -> Files:
     """The way that every Hub has."""
     return Files(scratch, by_lfs=_client_has_xet() and not to.has_xet())
+
+
+def memory() -> int:
+    """The bytes that the client may hold of what it sends: much with Xet; LFS sends a file in small pieces."""
+    return _XET_BYTES if _client_has_xet() else 0
 
 
 def _client_has_xet() -> bool:

@@ -180,7 +180,7 @@ def test_each_byte_is_transferred_once(method: str, parents: list[Path], tmp_pat
     ]
     assert len(shards) == len(planned.shards)
     assert store.opened.read_bytes == planned.read_bytes
-    assert checksums(sink.workspace()) == expected
+    assert checksums(sink._new) == expected
 
 
 def test_a_file_that_shrinks_meanwhile_is_refused(parents: list[Path], tmp_path: Path) -> None:

@@ -28,16 +28,6 @@ from loopback import LoopbackHub, Request
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_writer_of_org"
 REPO = "org/merged"
-RECIPE = """\
-merge_method: ties
-base_model: {base}
-models:
-  - model: {one}
-    parameters: {{weight: 0.6, density: 0.5}}
-  - model: {two}
-    parameters: {{weight: 0.5, density: 0.7}}
-publish: {{license: apache-2.0}}
-"""
 PARENTS = ("base", "one", "two")
 SHARDS = ("--shard-size", "2100", "--threads", "1")
 SMALL_DISK = 1 << 20
@@ -128,8 +118,8 @@ class Scene:
             place.mkdir()
         for seed, name in enumerate(PARENTS):
             self.hub.add_model(f"org/{name}", tiny.model(root / "parents" / name, seed, layers=1))
-        (root / "afar.yaml").write_text(RECIPE.format(**{name: f"org/{name}" for name in PARENTS}))
-        (root / "near.yaml").write_text(RECIPE.format(**{name: root / "parents" / name for name in PARENTS}))
+        (root / "afar.yaml").write_text(tiny.TIES_RECIPE.format(**{name: f"org/{name}" for name in PARENTS}))
+        (root / "near.yaml").write_text(tiny.TIES_RECIPE.format(**{name: root / "parents" / name for name in PARENTS}))
         self._root = root
         first = ["run", str(root / "near.yaml"), "--to", str(root / "first"), "--quiet"]
         self.nursery = Nursery(self.hub, root / "home", first)

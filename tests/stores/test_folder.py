@@ -35,7 +35,7 @@ def fill(sink: FolderSink, identity: str = "a" * 64) -> None:
 
 def fill_only(sink: FolderSink) -> None:
     """Make one shard."""
-    path = sink.workspace() / "model.safetensors"
+    path = sink._new / "model.safetensors"
     path.write_bytes(b"tensors")
     sink.take(Written(path.name, 7, hashlib.sha256(path.read_bytes()).hexdigest()))
 
@@ -178,7 +178,7 @@ def test_a_run_that_fails_before_its_first_shard_leaves_nothing(tmp_path: Path) 
     """What was half made is removed; a second call does no harm."""
     sink = FolderSink(tmp_path / "out")
     sink.prepare("a" * 64)
-    (sink.workspace() / "model.safetensors").write_bytes(b"half a shard")
+    (sink._new / "model.safetensors").write_bytes(b"half a shard")
     sink.leave()
     sink.leave()
     assert os.listdir(tmp_path) == []
@@ -188,25 +188,25 @@ def test_finished_shards_wait_for_a_run_of_the_same_identity(tmp_path: Path) -> 
     """The next such run finds them, another one does not; half a shard is gone in any case."""
     first = FolderSink(tmp_path / "out")
     fill(first)
-    (first.workspace() / "half.safetensors").write_bytes(b"half a shard")
+    (first._new / "half.safetensors").write_bytes(b"half a shard")
     first.leave()
     assert not (tmp_path / "out").exists()
     second = FolderSink(tmp_path / "out")
     second.prepare("a" * 64)
     assert [(shard.name, shard.size) for shard in second.held().values()] == [("model.safetensors", 7)]
-    assert os.listdir(second.workspace()) == ["model.safetensors"]
+    assert os.listdir(second._new) == ["model.safetensors"]
     second.leave()
     other = FolderSink(tmp_path / "out")
     other.prepare("b" * 64)
     assert not other.held()
-    assert os.listdir(other.workspace()) == []
+    assert os.listdir(other._new) == []
 
 
 def test_a_finished_shard_that_changed_is_made_again(tmp_path: Path) -> None:
     """Its checksum is looked at, not only its size."""
     sink = FolderSink(tmp_path / "out")
     fill(sink)
-    (sink.workspace() / "model.safetensors").write_bytes(b"tensorz")
+    (sink._new / "model.safetensors").write_bytes(b"tensorz")
     sink.leave()
     sink.prepare("a" * 64)
     assert not sink.held()
@@ -263,9 +263,9 @@ from pathlib import Path
 from merger.stores.folder import FolderSink
 sink = FolderSink(Path(sys.argv[1]))
 sink.prepare("a" * 64)
-(sink.workspace() / "model.safetensors").write_bytes(b"half a shard")
-(sink.workspace() / "templates").mkdir()
-(sink.workspace() / "templates/left.jinja").write_bytes(b"left")
+(sink._new / "model.safetensors").write_bytes(b"half a shard")
+(sink._new / "templates").mkdir()
+(sink._new / "templates/left.jinja").write_bytes(b"left")
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -305,7 +305,7 @@ def test_another_run_is_left_alone_while_it_lives_and_cleared_away_once_it_is_ki
         other.stdout.close()
     sink = FolderSink(out)
     sink.prepare("b" * 64)
-    assert os.listdir(sink.workspace()) == []
+    assert os.listdir(sink._new) == []
     sink.finish(FILES, "")
     assert listing(out) == FILES
 
