@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from merger.checkpoints.spelling import BYTES, PLAIN, respelled, spelling
+
 TOKENIZER, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 WORDS = ("vocab.json", "vocab.txt")
 FILES = (TOKENIZER, SETTINGS, ADDED, *WORDS)
@@ -36,12 +38,12 @@ class Vocabulary:
     Args:
         ids: every token's id.
         added: of the tokens that stand beside the model's own, what tokenizer.json says of each, in its order.
-        own: how many tokens are the model's own.
+        spelling: how the text of tokens is written that are the model's own.
     """
 
     ids: Mapping[str, int]
     added: Mapping[str, Json] = field(default_factory=dict)
-    own: int = 0
+    spelling: str = PLAIN
 
     @cached_property
     def size(self) -> int:
@@ -66,6 +68,15 @@ class Vocabulary:
         found = np.fromiter(map(self.ids.get, tokens, repeat(-1)), dtype=np.int64)  # type: ignore[arg-type]  # None too
         return np.where(found < limit, found, -1)
 
+    def spelled(self, wanted: str) -> Vocabulary:
+        """The same vocabulary in another spelling; of two tokens that are then alike the first."""
+        if PLAIN in (self.spelling, wanted) or self.spelling == wanted:
+            return self
+        ids: dict[str, int] = {}
+        for token, number in self.ids.items():
+            ids.setdefault(token if token in self.added else respelled(token, self.spelling, wanted), number)
+        return Vocabulary(ids, self.added, wanted)
+
     def agrees(self, other: Vocabulary, limit: int) -> bool:
         """Whether both know the same tokens under the same ids, as far as the ids have rows."""
         if self.ids == other.ids:
@@ -87,12 +98,13 @@ def read(files: Mapping[str, bytes]) -> Vocabulary | None:
         ValueError: a file is damaged; how, in a sentence.
     """
     if TOKENIZER in files:
-        return _numbered(*_of_tokenizer(_object(files, TOKENIZER)), _further(files))
+        return _numbered(_object(files, TOKENIZER), _further(files))
     own = _words(files)
     if own is None:
         return None
     given = {token: number for token, number in _further(files).items() if token not in own}
-    return _distinct(Vocabulary({**own, **given}, {token: _record(token, number) for token, number in given.items()}))
+    records = {token: _record(token, number) for token, number in given.items()}
+    return _distinct(Vocabulary({**own, **given}, records, BYTES if WORDS[0] in files else PLAIN))
 
 
 def _object(files: Mapping[str, bytes], name: str) -> Json:
@@ -147,8 +159,9 @@ def _further(files: Mapping[str, bytes]) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
-def _numbered(own: Mapping[str, int], listed: Sequence[Json], further: Mapping[str, int]) -> Vocabulary:
+def _numbered(content: Json, further: Mapping[str, int]) -> Vocabulary:
     """The vocabulary as the library numbers it: an added token that is new takes the next free id."""
+    own, listed = _of_tokenizer(content)
     ids, added = dict(own), {}
     following = len(own)
     records = {item["content"]: item for item in listed}
@@ -160,7 +173,7 @@ def _numbered(own: Mapping[str, int], listed: Sequence[Json], further: Mapping[s
             continue
         following = max(following, ids[token] + 1)
         added[token] = records.get(token) or _record(token, ids[token])
-    return _distinct(Vocabulary(ids, added, len(own)))
+    return _distinct(Vocabulary(ids, added, spelling(content)))
 
 
 def _words(files: Mapping[str, bytes]) -> dict[str, int] | None:
@@ -214,7 +227,7 @@ def extended(base: Vocabulary, others: Sequence[tuple[Vocabulary, int]], extra: 
             added[token] = _record(token, ids[token])
     if len(ids) > len(base.ids) and base.size != len(base.ids):
         raise ValueError(f"its {len(base.ids):,} tokens have ids up to {base.size - 1:,}, so none can be added to them")
-    return Vocabulary(ids, added, base.own)
+    return Vocabulary(ids, added, base.spelling)
 
 
 def _record(token: str, number: int) -> Json:
@@ -222,21 +235,16 @@ def _record(token: str, number: int) -> Json:
     return {"id": number, "content": token, **_FLAGS}
 
 
-def rewritten(files: Mapping[str, bytes], whole: Vocabulary) -> dict[str, bytes]:
-    """Those of a tokenizer's files that must be written anew so that it knows the tokens added to its vocabulary.
+def rewritten(files: Mapping[str, bytes], added: Iterable[Json]) -> dict[str, bytes]:
+    """Those of a tokenizer's files that must be written anew so that it knows more tokens.
 
     Args:
-        files: those of `FILES` that it has.
-        whole: its vocabulary, as `extended` gives it.
-
-    Raises:
-        ValueError: it has no tokenizer.json.
+        files: those of `FILES` that it has, tokenizer.json among them.
+        added: what tokenizer.json is to say of each added token, as `extended` gives it.
     """
-    if TOKENIZER not in files:
-        raise ValueError(f"it has no {TOKENIZER}, so no tokens can be added to it")
     content = _object(files, TOKENIZER)
     known = {item["content"] for item in content.get("added_tokens") or []}
-    new = [record for token, record in whole.added.items() if token not in known]
+    new = [record for record in added if record["content"] not in known]
     content["added_tokens"] = [*(content.get("added_tokens") or []), *new]
     made = {TOKENIZER: json.dumps(content, ensure_ascii=False).encode()}  # indented it takes four times as long
     settings = _object(files, SETTINGS) if SETTINGS in files else {}

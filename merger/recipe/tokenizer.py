@@ -1,6 +1,6 @@
 """The language's part about tokens: the `tokenizer:` block, `tokenizer_source` and `chat_template`.
 
-    tokenizer     := {source: union | base | reference, tokens: {TOKEN: row}, pad_to_multiple_of: 8, missing: mean, k: 64}
+    tokenizer     := {source: union | base | reference, tokens: {TOKEN: row}, pad_to_multiple_of: 8, missing: omp, k: 9}
     row           := {source: reference | {kind: zero} | {kind: model_token, model: reference, token | token_id}, force}
     chat_template := auto | NAME | Jinja text
 
