@@ -13,12 +13,13 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from merger.engine.leaves import TORCH_DTYPES, T
 from merger.engine.observe import observe
 from merger.engine.sources import load
 from merger.errors import MismatchError, Problem
@@ -30,13 +31,6 @@ from merger.plan.plan import BLOCK_ENTRIES, block_entries, kept
 from merger.plan.sources import Numbers, Stored
 from merger.stores.ports import Reader
 
-T = TypeVar("T")
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INFINITY = {
     dtype: int(torch.tensor(math.inf, dtype=dtype).view(_BITS[dtype.itemsize])) for dtype in TORCH_DTYPES.values()
@@ -145,8 +139,8 @@ class Work:
     prepared: Future[Any] | None = None
     _seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
     _spool: Spool | None = field(default=None, repr=False)
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-    _making: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    _made: dict[Hashable, Future[Any]] = field(default_factory=dict, repr=False)
+    _making: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @cached_property
     def tickets(self) -> Mapping[Stored, int]:
@@ -249,10 +243,15 @@ class Work:
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once for all blocks."""
         with self._making:
-            if key not in self._made:
-                self._made[key] = make()
-            found: T = self._made[key]
-            return found
+            mine = key not in self._made
+            found = self._made.setdefault(key, Future())
+        if mine:
+            try:
+                found.set_result(make())
+            except BaseException as error:
+                found.set_exception(error)
+        made: T = found.result()
+        return made
 
     def close(self) -> None:
         """No more blocks will be asked for."""

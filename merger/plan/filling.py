@@ -15,10 +15,11 @@ from functools import cached_property
 
 import numpy as np
 
-from merger.checkpoints.vocab import Vocabulary
-from merger.errors import Problem, RecipeError
+from merger.checkpoints.pieces import pieces
+from merger.checkpoints.vocab import TOKENIZER, Vocabulary
+from merger.errors import ModelError, Problem, RecipeError
 from merger.plan.lock import LockedRecipe
-from merger.plan.sources import ALL_ROWS, Numbers, RowMap
+from merger.plan.sources import ALL_ROWS, Numbers, RowMap, RowPairs
 from merger.recipe.model import Tokenizer, TokenOf, TokenRow
 
 _SEVERAL, _ZEROS, _NOBODY = -1, -2, -3
@@ -126,22 +127,73 @@ class Filling:
 
     def map(self, number: int) -> RowMap:
         """The rows that make the result's, as this model sees them; leaves are numbers of models."""
+        leaves, rows = self._single(number)
+        nobody = np.flatnonzero(leaves == _NOBODY)
+        tokens = nobody[nobody < self.whole.size]
+        split = self._subwords(number, tokens if self.block.missing == "subword" else tokens[:0])
+        given = {"zero": tokens, "subword": split.places, "omp": self._pursued(tokens)}
+        averaged = np.setdiff1d(nobody, given.get(self.block.missing, tokens[:0]))
+        leaves[averaged], rows[averaged] = number, ALL_ROWS
+        return _row_map(leaves, rows, [self._several(np.flatnonzero(leaves == _SEVERAL)), split])
+
+    def _single(self, number: int) -> tuple[Numbers, Numbers]:
+        """For each row the model and its row, where it is a single one."""
         mine = self.own[self.merged.index(number)]
         leaves, rows = (part.copy() for part in self._lent)
         leaves[mine >= 0], rows[mine >= 0] = number, mine[mine >= 0]
         for place, (model, row, forced) in self._named.items():
             if forced or mine[place] < 0:
                 leaves[place], rows[place] = model, row
-        nobody = np.flatnonzero(leaves == _NOBODY)
-        averaged = nobody if self.block.missing == "mean" else nobody[nobody >= self.whole.size]
-        leaves[averaged], rows[averaged] = number, ALL_ROWS
-        return _row_map(leaves, rows, [self._several(np.flatnonzero(leaves == _SEVERAL))])
+        return leaves, rows
 
     def _several(self, places: Numbers) -> _Means:
         """The means of all models that have the token."""
         has = self.own[:, places] >= 0
         token, model = np.nonzero(has.T)
         return _Means(places, has.sum(axis=0), np.array(self.merged)[model], self.own[model, places[token]])
+
+    def _subwords(self, number: int, places: Numbers) -> _Means:
+        """The means of the pieces that the model's own tokenizer splits the tokens into."""
+        model = self.locked.models[number]
+        text = model.texts.get(TOKENIZER)
+        if not len(places):
+            return _Means(places, places, places, places)
+        if text is None:
+            what = f"{model.name} has no {TOKENIZER} to split tokens by"
+            raise ModelError(Problem(what, self.block.at, "tokenizer.missing", "write missing: mean"))
+        try:
+            found = pieces(text, [self.whole.tokens[place] or "" for place in places], self.whole.spelling)
+        except ValueError as error:
+            what = f"{model.name}: {error}"
+            raise ModelError(Problem(what, self.block.at, "tokenizer.missing", "write missing: mean")) from None
+        kept = [[row for row in of if row < (model.token_rows or 0)] for of in found]
+        counts = np.array([len(of) for of in kept])
+        rows = np.array([row for of in kept for row in of], dtype=np.int64)
+        return _Means(places[counts > 0], counts[counts > 0], np.full(len(rows), number), rows)
+
+    def _pursued(self, tokens: Numbers) -> Numbers:
+        """Those tokens that the tokenizer's own model has a row for."""
+        return tokens[self._theirs[tokens] >= 0]
+
+    @cached_property
+    def _theirs(self) -> Numbers:
+        """For each of the result's tokens the row in the tokenizer's own model, -1 where it has none."""
+        return self.known[self.source].rows(self.whole.tokens, self.locked.models[self.source].token_rows or 0)
+
+    def pairs(self, number: int) -> RowPairs | None:
+        """For `missing: omp`, what this model and the tokenizer's have in common, and what it lacks; None: nothing."""
+        leaves, _ = self._single(number)
+        wanted = self._pursued(np.flatnonzero(leaves[: self.whole.size] == _NOBODY))
+        if self.block.missing != "omp" or not len(wanted):
+            return None
+        mine = self.own[self.merged.index(number), : self.whole.size]
+        both = np.flatnonzero((mine >= 0) & (self._theirs >= 0))
+        if not len(both):
+            one, other = (self.locked.models[each].name for each in (number, self.source))
+            what = f"{one} and {other} have no token in common, so omp has nothing to go by"
+            hint = "write missing: subword or mean, or take another tokenizer"
+            raise RecipeError(Problem(what, self.block.at, "tokenizer.missing", hint))
+        return RowPairs(mine[both], self._theirs[both], wanted, self._theirs[wanted])
 
 
 def _row_map(leaves: Numbers, rows: Numbers, means: Sequence[_Means]) -> RowMap:

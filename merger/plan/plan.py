@@ -19,7 +19,7 @@ from merger.methods.registry import Method
 from merger.plan.jobs import Job, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
-from merger.plan.sources import RowMap, Stored, held
+from merger.plan.sources import RowMap, RowPairs, Stored, held
 from merger.plan.texts import Texts, texts
 
 FORMAT = 1
@@ -308,7 +308,7 @@ def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, 
 
 def _plain(value: object) -> Any:
     """A dataclass as JSON: `vars` is what `asdict` copies at eight times the price."""
-    return str(value) if isinstance(value, RowMap) else vars(value)
+    return str(value) if isinstance(value, RowMap | RowPairs) else vars(value)
 
 
 def _files(files: Mapping[str, Any]) -> list[tuple[str, int, str | None]]:

@@ -18,7 +18,7 @@ from merger.checkpoints.vocab import Json, Vocabulary
 from merger.errors import MismatchError, ModelError, Problem, RecipeError
 from merger.plan.filling import Filling
 from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import RowMap, Rows, Source, Stored
+from merger.plan.sources import Pursuit, RowMap, RowPairs, Rows, Source, Stored
 from merger.recipe.model import ModelRef, Tokenizer
 from merger.recipe.tokenizer import UNION
 
@@ -34,14 +34,18 @@ class Tokens:
         source: the number of the model whose tokenizer the result takes.
         added: what its tokenizer.json must say of each added token; None: its files stay as they are.
         rows: how many rows embedding and head have.
+        k: how many rows a pursued one is put together from, at most.
         maps: for each merged model, by its number, the rows that make the result's; leaves are numbers of models.
+        pairs: for the models of which rows are pursued, what they and the tokenizer's own model have in common.
         follow: for each id of the config's donor the result's, -1 for none; None: they are the same.
     """
 
     source: int
     added: tuple[Json, ...] | None
     rows: int
+    k: int
     maps: Mapping[int, RowMap] = field(repr=False)
+    pairs: Mapping[int, RowPairs] = field(repr=False)
     follow: tuple[int, ...] | None = field(repr=False)
 
     def rows_of(self, locked: LockedRecipe, number: int, tensor: TensorInfo, as_head: bool) -> Source:
@@ -65,7 +69,11 @@ class Tokens:
             return Stored(number, tensor)
         others = [int(other) for other in np.unique(seen.leaves) if other != number]
         lent = [Stored(other, _like(locked.models[other], model, tensor, as_head)) for other in others]
-        return Rows((Stored(number, tensor), *lent), seen.among([number, *others]))
+        known = Rows((Stored(number, tensor), *lent), seen.among([number, *others]))
+        if number not in self.pairs or len(tensor.shape) == 1:
+            return known
+        donor = _in_place_of(model, tensor, locked.models[self.source], as_head)
+        return known if donor is None else Pursuit(known, Stored(self.source, donor), self.pairs[number], self.k)
 
 
 def _must_fit(model: LockedModel, tensor: TensorInfo) -> None:
@@ -78,15 +86,19 @@ def _must_fit(model: LockedModel, tensor: TensorInfo) -> None:
 
 def _like(lender: LockedModel, model: LockedModel, tensor: TensorInfo, as_head: bool) -> TensorInfo:
     """The tensor of one model that is in the place of another's."""
-    if as_head:
-        found = lender.embedding if lender.head is None or lender.is_tied else lender.head
-    else:
-        found = lender.embedding if tensor is model.embedding else lender.checkpoint.tensors.get(tensor.name)
+    found = _in_place_of(model, tensor, lender, as_head)
     if found is None or found.shape[1:] != tensor.shape[1:]:
         has = f"none like {tensor.name}" if found is None else f"rows of {found.shape[-1]:,}, not {tensor.shape[-1]:,}"
         what = f"{model.name} is to take rows of tokens from {lender.name}, which has {has}"
         raise MismatchError(_about(lender, what, "only models of one architecture can lend each other rows"))
     return found
+
+
+def _in_place_of(model: LockedModel, tensor: TensorInfo, other: LockedModel, as_head: bool) -> TensorInfo | None:
+    """What a model has in the place of another one's tensor."""
+    if as_head:
+        return other.embedding if other.head is None or other.is_tied else other.head
+    return other.embedding if tensor is model.embedding else other.checkpoint.tensors.get(tensor.name)
 
 
 def _about(model: LockedModel, what: str, hint: str) -> Problem:
@@ -118,7 +130,9 @@ def tokens(locked: LockedRecipe) -> Tokens | None:
         source=source,
         added=tuple(whole.added.values()) if longer else None,
         rows=filling.rows,
+        k=block.k,
         maps={number: filling.map(number) for number in filling.merged},
+        pairs={number: found for number in filling.merged if (found := filling.pairs(number)) is not None},
         follow=None if source == donor else tuple(whole.rows(spelled[donor].tokens, whole.size).tolist()),
     )
 
