@@ -18,10 +18,12 @@ MESSAGES = [
     {"role": "user", "content": "Bye"},
 ]
 RENDERED = {
-    "alpaca": "Be kind.\n\n### Instruction:\nHello\n\n### Response:\nHi</s>\n\n### Instruction:\nBye\n\n### Response:\n",
+    "alpaca": "Be kind.\n\n### Instruction:\nHello\n\n"
+    "### Response:\nHi</s>\n\n### Instruction:\nBye\n\n### Response:\n",
     "chatml": "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     "Hi<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
-    "exaone": "[|system|]Be kind.[|endofturn|]\n[|user|]Hello\n[|assistant|]Hi[|endofturn|]\n[|user|]Bye\n[|assistant|]",
+    "exaone": "[|system|]Be kind.[|endofturn|]\n[|user|]Hello\n"
+    "[|assistant|]Hi[|endofturn|]\n[|user|]Bye\n[|assistant|]",
     "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nHi<|eot_id|>"
@@ -63,7 +65,7 @@ def test_where_a_model_keeps_its_template(files: dict[str, bytes], found: str | 
 
 
 def test_a_template_is_replaced_where_it_stood() -> None:
-    """In every file that has one, other named ones and other settings stay; where there was none it has its own file."""
+    """In every file that has one, other named ones and other settings stay; else in a file of its own."""
     named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "old"}]
     files = {"tokenizer_config.json": text({"bos_token": "<s>", "chat_template": named}), "chat_template.jinja": b"old"}
     made = with_template(files, "new")

@@ -82,28 +82,31 @@ def test_the_kinds_of_files(files: dict[str, Any], ids: dict[str, int] | None, w
     assert (None if found is None else (found.ids, found.spelling)) == (None if ids is None else (ids, written))
 
 
+NO_MAP = "tokenizer.json: model.vocab is no map from tokens to ids"
+GOOD = '{"model": {"vocab": {"a": 0}}}'
 DAMAGED = [
     ({"tokenizer.json": "{"}, "tokenizer.json is no JSON ("),
     ({"tokenizer.json": "[]"}, "tokenizer.json is no JSON object"),
-    ({"tokenizer.json": "{}"}, "tokenizer.json: model.vocab is no map from tokens to ids"),
-    ({"tokenizer.json": '{"model": {"vocab": {"a": "0"}}}'}, "tokenizer.json: model.vocab is no map from tokens to ids"),
-    ({"tokenizer.json": '{"model": {"vocab": ["a", "b"]}}'}, "tokenizer.json: model.vocab is no list of pieces and scores"),
+    ({"tokenizer.json": "{}"}, NO_MAP),
+    ({"tokenizer.json": '{"model": {"vocab": {"a": "0"}}}'}, NO_MAP),
+    ({"tokenizer.json": '{"model": {"vocab": ["a"]}}'}, "tokenizer.json: model.vocab is no list of pieces and scores"),
     ({"tokenizer.json": '{"model": {"vocab": {"a": 1, "b": 1}}}'}, "its tokens 'a' and 'b' have one id, 1"),
     (
         {"tokenizer.json": '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}'},
         "tokenizer.json: added_tokens is no list of tokens, each with its content",
     ),
     (
-        {"tokenizer.json": '{"model": {"vocab": {"a": 0}}}', "tokenizer_config.json": '{"added_tokens_decoder": {"x": {}}}'},
+        {"tokenizer.json": GOOD, "tokenizer_config.json": '{"added_tokens_decoder": {"x": {}}}'},
         "tokenizer_config.json: added_tokens_decoder is no map from ids to tokens",
     ),
+    ({"tokenizer.json": GOOD, "tokenizer_config.json": "7"}, "tokenizer_config.json is no JSON object"),
     ({"vocab.json": '{"a": 0}', "added_tokens.json": '{"b": -1}'}, "added_tokens.json is no map from tokens to ids"),
     ({"vocab.json": '{"a": null}'}, "vocab.json is no map from tokens to ids"),
     ({"vocab.txt": b"\xff"}, "vocab.txt is no UTF-8 text"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("files", "what"), DAMAGED, ids=[what for _, what in DAMAGED])
+@pytest.mark.parametrize(("files", "what"), DAMAGED, ids=[str(number) for number in range(len(DAMAGED))])
 def test_damaged_files_are_named(files: dict[str, Any], what: str) -> None:
     """Each says which file it is and what it lacks."""
     with pytest.raises(ValueError, match=f"^{re.escape(what)}"):
@@ -135,7 +138,7 @@ def test_tokens_are_not_put_into_gaps() -> None:
 @given(st.lists(st.sampled_from(["<a>", "<b>", "</s>", "the", "new", "Ġnew"]), max_size=4, unique=True))
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_the_library_gives_the_promised_ids(extra: list[str]) -> None:
-    """The files written for more tokens are read by the library as they were meant, and it finds the new tokens in text."""
+    """The files written for more tokens are read by the library as they were meant, and the tokens found in a text."""
     files = {
         "tokenizer.json": tokenizer(["<a>"]).to_str().encode(),
         "tokenizer_config.json": text(
