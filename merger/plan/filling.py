@@ -121,8 +121,9 @@ class Filling:
             return number, found
         named = f"token {token!r}" if source.id is None else f"row {source.id}"
         what = f"{model.name} has no {named}" + ("" if found < 0 else f": its embedding has {model.token_rows:,} rows")
-        shown = ", ".join(list(held.added)[:_TOKENS_SHOWN])
-        problems.append(Problem(what, row.at, f"tokenizer.tokens.{row.token}", f"its added tokens: {shown or 'none'}"))
+        added = ", ".join(list(held.added)[:_TOKENS_SHOWN]) or "none"
+        hint = f"its added tokens: {added}" if found < 0 else "name a token by its text: token: TOKEN"
+        problems.append(Problem(what, row.at, f"tokenizer.tokens.{row.token}", hint))
         return _ZEROS, 0
 
     def map(self, number: int) -> RowMap:

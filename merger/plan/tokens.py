@@ -146,7 +146,9 @@ def _known(locked: LockedRecipe) -> list[Vocabulary]:
     rowless = [model for model in locked.models if model.token_rows is None]
     if rowless:
         hint = "leave out tokenizer: for such models"
-        raise MismatchError(_about(model, f"{model.name} has no one embedding of tokens", hint) for model in rowless)
+        raise MismatchError(
+            _about(model, f"{model.name} has no embedding that has a row for each token", hint) for model in rowless
+        )
     return [held for held in found if held is not None]
 
 
