@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger import console, markdown
+from merger.card.text import code
 from merger.errors import MergerError, Problem, RecipeError, UploadError
 from merger.github import Api, Event, GitHubError, Log, write_outputs, write_summary
 from merger.inputs import SECRETS, Inputs, top, variable
@@ -319,7 +320,7 @@ def _destination(recipe: Recipe, options: Options) -> str | None:
 
 def section(result: Result) -> str:
     """A recipe's part of comment and summary."""
-    parts = [f"### {markdown.code(result.recipe)}: {result.state}"]
+    parts = [f"### {code(result.recipe)}: {result.state}"]
     if result.problems:
         parts.append(markdown.problems_section("What is wrong", result.problems))
     if result.warnings:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from merger.card.licences import licence_note
 from merger.card.lineage import shown
 from merger.card.relations import same_models
-from merger.card.render import escaped, fenced
+from merger.card.text import code, escaped, fenced
 from merger.console import size
 from merger.errors import Problem
 from merger.plan.plan import Plan
@@ -19,22 +19,12 @@ IN_BYTES_A_SECOND, OUT_BYTES_A_SECOND = 100_000_000, 50_000_000
 """What the estimate of time takes the Hub to send and to accept: a guess at a runner's luck, and told as one."""
 
 _FRONT_MATTER = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)
-
-
-def code(text: str) -> str:
-    """Words of others in a cell or a line: no Markdown, no mention, no HTML comes of them.
-
-    >>> code("a`b|c")
-    '`` a`b\\\\|c ``'
-    """
-    flat = " ".join(text.split()).replace("|", "\\|")
-    fence = "`" * (max((len(run) for run in re.findall(r"`+", flat)), default=0) + 1)
-    return f"{fence} {flat} {fence}" if "`" in flat else f"`{flat}`"
+_END_OF_HEAD = re.compile(r"\n## (?:Lineage|Method)\n")
 
 
 def _told(text: str) -> str:
     """A sentence of ours with others' names in it; an @ in them calls nobody."""
-    return escaped(text).replace("@", "@\u200b")
+    return escaped(text.replace("@", "@\u200b"))
 
 
 def plan_section(planned: Plan, destination: str | None) -> str:
@@ -102,8 +92,8 @@ def result_section(done: Done | PartDone) -> str:
 
 
 def _head(card: str) -> str:
-    """The card from its title to its second section."""
-    return _FRONT_MATTER.sub("", card).partition("\n## Method")[0].strip()
+    """The card from its title to where the lineage or the method begins."""
+    return _END_OF_HEAD.split(_FRONT_MATTER.sub("", card))[0].strip()
 
 
 def _quoted(text: str) -> str:

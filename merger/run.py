@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from merger import machine
 from merger.card.lineage import lock_file
 from merger.card.relations import Relations, relations
-from merger.card.render import render
+from merger.card.render import rehearse, render
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import BudgetError, DamagedError, MergerError, Problem, RecipeError, UploadError
@@ -139,7 +139,9 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
         shard_bytes=options.shard_size or SHARD_BYTES,
         sending=_sending(_to(recipe, options)),
     )
-    return make_plan(locked, methods(), budget, options.seed), store
+    planned = make_plan(locked, methods(), budget, options.seed)
+    rehearse(planned, methods())
+    return planned, store
 
 
 def lock_path(recipe: Path) -> Path:
@@ -211,7 +213,7 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
 def _stores(recipe: Recipe, options: Options) -> list[Store]:
     """Folders first. The Hub's client takes a while to import: not for recipes that need no Hub."""
     folders = FolderStore()
-    if all(folders.has(ref.path) for ref in recipe.models):
+    if all(folders.has(ref.path) for ref in recipe.models) and not (recipe.publish.template or "").startswith(HUB):
         return [folders]
     from merger.stores.cache import CachedStore
     from merger.stores.hub import HubStore

@@ -1,34 +1,32 @@
 """The model card: what was merged, how, from which commits, under which licences, and how to use it.
 
-Templates run in Jinja's sandbox, and an unknown name in them is an error. Metadata is built as data, never as text.
-Not here: the lock file (lineage), and which licence it is (licences).
+What templates may name is made here, all of it plain data without a path of this machine. Not here: metadata
+(metadata), how templates are filled in (templates), the lock file (lineage), and which licence it is (licences).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-from jinja2 import BaseLoader, ChoiceLoader, DictLoader, FileSystemLoader, StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
+from markupsafe import Markup
 
 from merger.card.licences import licence, licence_note
 from merger.card.lineage import shown
-from merger.card.relations import Relations
-from merger.errors import Problem, RecipeError
-from merger.methods.registry import Method
+from merger.card.metadata import ending, front_matter, metadata
+from merger.card.relations import Relation, Relations
+from merger.card.templates import fill, refuse_unused
+from merger.card.text import address
+from merger.methods.registry import Method, Paper
 from merger.plan.plan import Plan
-from merger.recipe.model import Publish
 
-CARD = "card.md.j2"
 GIVES, BASE, CONFIG_ONLY = "model", "base model", "config and tokenizer only"
-_HERE = Path(__file__).resolve().parent
-_TEMPLATES = next((f for f in (_HERE.parent / "templates", _HERE.parents[1] / "templates") if f.is_dir()), _HERE)
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
+
+NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "evaluation": None, "metadata": {}}
+"""The parts of the card that are known only at the end, as they are before: the family as a tree of text; pictures by
+name, each with its `alt` and its `place` beside the card; a table with its `columns`, `rows` and a `note`; and more
+keys for the front matter."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,15 @@ class Parent:
     """A row of the card's table of parents."""
 
     name: str
-    url: str
+    url: Markup
     commit: str | None
     licence: str | None
     role: str
 
 
-def render(planned: Plan, table: Mapping[str, Method], name: str, related: Relations) -> str:
+def render(
+    planned: Plan, table: Mapping[str, Method], name: str, related: Relations, parts: Mapping[str, Any] = NO_PARTS
+) -> str:
     """The text of README.md.
 
     Args:
@@ -50,93 +50,86 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, related: Relat
         table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
         related: how the parents relate, as far as this run has seen it.
+        parts: what else the card shows; each name of `NO_PARTS` that is not there is as there.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
     """
+    recipe, more = planned.locked.recipe, {**NO_PARTS, **parts}
+    used = [table[name] for name in dict.fromkeys(piece.method for piece in recipe.slices)]
+    stated = licence(planned)
+    data = metadata(planned, used, {"license": stated} if stated else {}, more.pop("metadata"))
+    content = {**_content(planned, used, name), **more, "related": related}
+    body = fill(planned.locked.templates, recipe.publish, content)
+    return f"{front_matter(data)}{body.strip()}\n"
+
+
+def rehearse(planned: Plan, table: Mapping[str, Method]) -> None:
+    """Fill the recipe's own templates in before anything is made: with none of what is known at the end, and with all.
+
+    Raises:
+        RecipeError: one of them breaks, or stands for nothing.
+    """
     publish = planned.locked.recipe.publish
-    environment = SandboxedEnvironment(
-        loader=_loader(publish),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"md": escaped, "fenced": fenced}
-    try:
-        return environment.get_template(CARD).render(_content(planned, table, name) | {"related": related})
-    except TemplateError as error:
-        what = f"the card's template cannot be rendered: {type(error).__name__}: {error.message}"
-        raise RecipeError(Problem(what, publish.template_at, "publish.template")) from None
+    if planned.locked.templates:
+        refuse_unused(planned.locked.templates, publish)
+        render(planned, table, publish.repo or "merged", Relations((), (), ()))
+        render(planned, table, publish.repo or "merged", _SOME_RELATIONS, _SOME_PARTS)
 
 
-def _loader(publish: Publish) -> BaseLoader:
-    """Our templates, and before them the recipe's own: a folder, or a file in place of the card."""
-    if publish.template is None:
-        return FileSystemLoader(_TEMPLATES)
-    own = Path(publish.template)
-    try:
-        first = FileSystemLoader(own) if own.is_dir() else DictLoader({CARD: own.read_text(encoding="utf-8")})
-    except (OSError, UnicodeDecodeError):
-        what = f"there is no template {publish.template!r}"
-        hint = "name a file, or a folder that holds card.md.j2, relative to the working directory"
-        raise RecipeError(Problem(what, publish.template_at, "publish.template", hint)) from None
-    return ChoiceLoader([first, FileSystemLoader(_TEMPLATES)])
+_A_RELATION = Relation("layer 0", 0.5, 0.25, (1.0, 0.5), 0.75)
+_SOME_RELATIONS = Relations((_A_RELATION,), (_A_RELATION,), ("a sentence",))
+_SOME_PARTS: Mapping[str, Any] = {
+    "lineage": "a tree",
+    "pictures": {name: {"alt": "words", "place": "a.png"} for name in ("lineage", "settings", "movement")},
+    "evaluation": {"columns": ["model", "task"], "rows": [["one", "0.5"]], "note": "a sentence"},
+}
 
 
-def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str, Any]:
-    used = [table[name] for name in dict.fromkeys(piece.method for piece in planned.locked.recipe.slices)]
+def _content(planned: Plan, used: Sequence[Method], name: str) -> dict[str, Any]:
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
-    hub_name = "/" in name
     return {
-        "metadata": _metadata(planned, used),
         "name": name,
         "title": name.split("/")[-1],
-        "address": name if hub_name else f"./{name}",
+        "address": name if "/" in name else f"./{name}",
         "parents": parents,
         "givers": [parent.name for parent in parents if parent.role == GIVES],
         "bases": [parent.name for parent in parents if parent.role == BASE],
-        "methods": used,
+        "all_local": all(parent.commit is None for parent in parents),
+        "any_local": any(parent.commit is None for parent in parents),
+        "methods": [_method(method) for method in used],
         "recipe": planned.locked.recipe.text,
         "licence": licence(planned),
         "licence_note": licence_note(planned),
-        "plan": planned,
-        "auto_class": _auto_class(planned.config),
-        "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
-        "local": all(parent.commit is None for parent in parents),
-        "any_local": any(parent.commit is None for parent in parents),
+        "plan": _plan(planned),
+        "auto_class": f"AutoModel{ending(planned.config) or ''}",
     }
 
 
-def _metadata(planned: Plan, used: list[Method]) -> str:
-    donor = planned.locked.donor
-    parents = [model.located.where for model in planned.locked.models if model.located.commit is not None]
-    stated = licence(planned)
-    data: dict[str, Any] = {}
-    if stated is not None:
-        data["license"] = stated
-    data["library_name"] = "transformers"
-    task = donor.card.get("pipeline_tag") or _TASKS.get(_auto_class(planned.config))
-    if isinstance(task, str) and _TASK.fullmatch(task):
-        data["pipeline_tag"] = task
-    data["tags"] = ["merge", "merger", *(method.name for method in used)]
-    if parents:
-        data["base_model"] = parents
-        data["base_model_relation"] = "merge"
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+def _plan(planned: Plan) -> dict[str, Any]:
+    return {
+        "hash": planned.hash,
+        "seed": planned.seed,
+        "other_seed": planned.seed != planned.locked.recipe.seed,
+        "entries": planned.entries,
+        "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
+        "files": len(planned.shards),
+    }
 
 
-_TASK = re.compile(r"[a-z0-9-]+")
-_TASKS = {"AutoModelForCausalLM": "text-generation"}
+def _method(method: Method) -> dict[str, Any]:
+    """What stands in its registration is Markdown of ours, or of the package that brings the method."""
+    return {
+        "name": method.name,
+        "title": method.title,
+        "summary": method.summary,
+        "explanation": Markup(method.explanation),
+        "paper": _paper(method.paper) if method.paper else None,
+    }
 
 
-def _auto_class(config: Mapping[str, Any]) -> str:
-    """The transformers class that loads the result, as its config tells."""
-    architectures = config.get("architectures") or [""]
-    for ending in ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification"):
-        if str(architectures[0]).endswith(ending):
-            return f"AutoModel{ending}"
-    return "AutoModel"
+def _paper(paper: Paper) -> dict[str, Any]:
+    return {"title": paper.title, "url": address(paper.url), "authors": paper.authors, "year": paper.year}
 
 
 def _parent(planned: Plan, number: int) -> Parent:
@@ -145,16 +138,4 @@ def _parent(planned: Plan, number: int) -> Parent:
     giving = any(entry.model == number for job in planned.jobs for entry in job.reads)
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
     url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on
-    return Parent(shown(model), url, model.located.commit, model.licence, role)
-
-
-def escaped(text: object) -> str:
-    """Text that stands for itself in Markdown, whatever it holds, on one line."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
-
-
-def fenced(text: str, language: str = "") -> str:
-    """Text as a code block that nothing inside can end."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+    return Parent(shown(model), address(url if model.located.commit else ""), model.located.commit, model.licence, role)

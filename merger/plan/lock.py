@@ -27,6 +27,7 @@ from merger.checkpoints.checkpoint import (
 )
 from merger.checkpoints.config import is_quantised, is_tied
 from merger.errors import ModelError, Problem, RecipeError
+from merger.plan.templates import own_templates
 from merger.recipe.model import ModelRef, Recipe
 from merger.recipe.tokenizer import AUTO
 from merger.stores.ports import FileInfo, Located, Store
@@ -127,10 +128,17 @@ class LockedModel:
 
 @dataclass(frozen=True)
 class LockedRecipe:
-    """A recipe and its models, in the order of ``recipe.models``."""
+    """A recipe and its models, in the order of ``recipe.models``.
+
+    Args:
+        recipe: the recipe.
+        models: its models.
+        templates: the recipe's own templates for the card, by name.
+    """
 
     recipe: Recipe
     models: tuple[LockedModel, ...]
+    templates: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def index(self, ref: ModelRef) -> int:
         """The number of a model among `models`."""
@@ -170,6 +178,7 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
 
     Raises:
         ModelError: with every model that cannot be read.
+        RecipeError: its template for the card cannot be.
     """
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
@@ -179,7 +188,7 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
     if problems:
         raise ModelError(problems)
     found = tuple(model for model, _ in attempts if model is not None)
-    return LockedRecipe(recipe, _with_texts(recipe, found, store))
+    return LockedRecipe(recipe, _with_texts(recipe, found, store), own_templates(recipe.publish, store))
 
 
 def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -> tuple[LockedModel, ...]:

@@ -11,9 +11,8 @@ import yaml
 
 from merger.card.lineage import lock_file
 from merger.card.relations import Relations
-from merger.card.render import escaped, fenced, render
+from merger.card.render import render
 from merger.checkpoints.shard import Written
-from merger.errors import RecipeError
 from merger.methods.registry import methods
 from merger.plan.plan import Plan
 from merger.run import Options, plan, read
@@ -96,38 +95,6 @@ def test_metadata_survives_any_licence(folder: Path) -> None:
     assert metadata["tags"] == ["merge", "merger", "ties"]
 
 
-def test_a_template_of_ones_own(folder: Path) -> None:
-    """publish.template may be a file in place of the card, or a folder whose parts come before ours."""
-    (folder / "own.md").write_text("# {{ title | md }} of {{ parents | length }}\n")
-    own = render(planned(RECIPE + "publish: {template: own.md}\n"), methods(), "org/a_b", UNSEEN)
-    assert own == "# a\\_b of 3\n"
-    (folder / "parts").mkdir()
-    assert "## Parents" in render(planned(RECIPE + "publish: {template: parts}\n"), methods(), "org/a", UNSEEN)
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
-        ("{{ nothing_like_that }}", "UndefinedError"),
-        ("{% for %}", "TemplateSyntaxError"),
-    ],
-)
-def test_a_template_that_cannot_be_rendered(template: str, said: str, folder: Path) -> None:
-    """What leaves the sandbox, names nothing, or is no template is refused at its place in the recipe."""
-    (folder / "own.md").write_text(template)
-    with pytest.raises(RecipeError, match=said) as refused:
-        render(planned(RECIPE + "publish:\n  template: own.md\n"), methods(), "org/a", UNSEEN)
-    (problem,) = refused.value.problems
-    assert str(problem.at) == "mine.yaml:9:13"
-
-
-def test_a_missing_template(folder: Path) -> None:
-    """A template that is not there is said, with what may stand there."""
-    with pytest.raises(RecipeError, match=r"there is no template 'none\.md'"):
-        render(planned(RECIPE + "publish: {template: none.md}\n"), methods(), "org/a", UNSEEN)
-
-
 def test_lock_names_inputs_and_outputs(folder: Path) -> None:
     """The lock holds each parent's files and the checksum of each file written, and no path."""
     written = Written("model.safetensors", 123, "ab" * 32)
@@ -137,9 +104,3 @@ def test_lock_names_inputs_and_outputs(folder: Path) -> None:
     assert [file["file"] for file in lock["models"][0]["files"]] == ["config.json", "model.safetensors"]
     assert lock["output"] == [{"file": "model.safetensors", "size": 123, "sha256": "ab" * 32}]
     assert str(folder) not in str(lock)
-
-
-def test_escaping() -> None:
-    """Text for a table cell is one line without live Markdown; a code block's fence is longer than any inside."""
-    assert escaped("a|b\n*c*") == "a\\|b \\*c\\*"
-    assert fenced("````\nx", "yaml") == "`````yaml\n````\nx\n`````"
