@@ -300,7 +300,10 @@ def _header(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]
 
 
 def _card(located: Located, store: Store) -> Mapping[str, Any]:
-    """The front matter of README.md; a card that cannot be read counts as none: it is no reason to refuse a model."""
+    """The front matter of README.md; a card that cannot be read counts as none: it is no reason to refuse a model.
+
+    All that is no list and no map is text: YAML 1.1 would take the language no for false, and the licence 1.10 for 1.1.
+    """
     info = located.files.get("README.md")
     if info is None or info.size > _CARD_BYTES:
         return {}
@@ -309,7 +312,7 @@ def _card(located: Located, store: Store) -> Mapping[str, Any]:
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        metadata = yaml.safe_load(parts[1])
+        metadata = yaml.load(parts[1], yaml.BaseLoader)
     except Exception:  # on strange input the YAML library raises whatever it comes across, not only its own errors
         return {}
     return metadata if isinstance(metadata, dict) else {}
