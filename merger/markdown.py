@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from merger.card.licences import licence_note
+from merger.card.licences import judge
 from merger.card.lineage import shown
 from merger.card.relations import same_models
 from merger.card.text import code, escaped, fenced
@@ -51,6 +51,7 @@ def _costs(planned: Plan, destination: str | None) -> list[str]:
     rows = [
         ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in used.items())),
         ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {len(planned.shards)} files"),
+        ("licence", _licence(planned)),
         ("goes to", code(destination) if destination else "not said yet"),
         ("reads", size(planned.read_bytes)),
         ("memory", f"{size(planned.peak_memory)} at most"),
@@ -61,14 +62,26 @@ def _costs(planned: Plan, destination: str | None) -> list[str]:
     return _table(("", ""), rows)
 
 
+def _licence(planned: Plan) -> str:
+    """The result's, and what the parents' ask."""
+    found = judge(planned)
+    asks = dict.fromkeys(kind.value for terms in found.duties for kind in terms.asks)
+    told = "stated" if found.stated else "proposed, as the strictest that fits"
+    return (f"{code(found.name)} ({told})" if found.name else "not settled") + (
+        f"; the parents' licences ask: {', '.join(asks)}" if asks else ""
+    )
+
+
 def _minutes(planned: Plan) -> int:
     return 1 + int((planned.read_bytes / IN_BYTES_A_SECOND + planned.size / OUT_BYTES_A_SECOND) / 60)
 
 
 def _notes(planned: Plan) -> list[str]:
     notes = [f"**Warning:** {_told(doubt)}" for doubt in same_models(planned)]
-    if note := licence_note(planned):
-        notes.append(f"**Licence:** {_told(note)}")
+    found = judge(planned)
+    notes += [f"**Licence:** {_told(what)}" for what in (*(each.what for each in found.conflicts), *found.notes)]
+    if found.override is not None and found.conflicts:
+        notes.append(f"**Published all the same:** {_told(found.override)}")
     if planned.left_out:
         why = Counter(item.why for item in planned.left_out)
         told = "; ".join(f"{count} tensors: {_told(reason)}" for reason, count in why.items())

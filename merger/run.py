@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger import machine
+from merger.card.licences import refuse
 from merger.card.lineage import lock_file
 from merger.card.relations import Relations, relations
 from merger.card.render import rehearse, render
@@ -140,6 +141,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
         sending=_sending(_to(recipe, options)),
     )
     planned = make_plan(locked, methods(), budget, options.seed)
+    refuse(planned, published=_to(recipe, options).startswith(HUB))
     rehearse(planned, methods())
     return planned, store
 

@@ -28,7 +28,7 @@ _ENDINGS = {
 
 
 def metadata(
-    planned: Plan, used: Sequence[Method], licence: Mapping[str, str], extra: Mapping[str, Any]
+    planned: Plan, used: Sequence[Method], licence: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the front matter says, in the order in which it says it; a key without a value is left out.
 

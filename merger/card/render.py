@@ -12,11 +12,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from merger.card.licences import licence, licence_note
+from merger.card.licences import Judgement, judge, keys, licence_of
 from merger.card.lineage import shown
 from merger.card.metadata import ending, front_matter, metadata
 from merger.card.relations import Relation, Relations
 from merger.card.templates import fill, refuse_unused
+from merger.card.terms import KINDS, Terms
 from merger.card.text import address
 from merger.methods.registry import Method, Paper
 from merger.plan.plan import Plan
@@ -57,9 +58,9 @@ def render(
     """
     recipe, more = planned.locked.recipe, {**NO_PARTS, **parts}
     used = [table[name] for name in dict.fromkeys(piece.method for piece in recipe.slices)]
-    stated = licence(planned)
-    data = metadata(planned, used, {"license": stated} if stated else {}, more.pop("metadata"))
-    content = {**_content(planned, used, name), **more, "related": related}
+    found = judge(planned, name if "/" in name else None)
+    data = metadata(planned, used, keys(found.licences), more.pop("metadata"))
+    content = {**_content(planned, used, name), **more, "licence": _licence(planned, found), "related": related}
     body = fill(planned.locked.templates, recipe.publish, content)
     return f"{front_matter(data)}{body.strip()}\n"
 
@@ -99,11 +100,30 @@ def _content(planned: Plan, used: Sequence[Method], name: str) -> dict[str, Any]
         "any_local": any(parent.commit is None for parent in parents),
         "methods": [_method(method) for method in used],
         "recipe": planned.locked.recipe.text,
-        "licence": licence(planned),
-        "licence_note": licence_note(planned),
         "plan": _plan(planned),
         "auto_class": f"AutoModel{ending(planned.config) or ''}",
     }
+
+
+def _licence(planned: Plan, found: Judgement) -> dict[str, Any]:
+    """What the card says of licences, in words and rows."""
+    return {
+        "name": found.name,
+        "stated": found.stated,
+        "conflicts": [conflict.what for conflict in found.conflicts],
+        "override": found.override,
+        "notes": found.notes,
+        "duties": [_duty(planned, terms) for terms in found.duties],
+        "built_with": list(dict.fromkeys(terms.built_with for terms in found.duties if terms.built_with)),
+        "notices": [terms.notice for terms in found.duties if terms.notice],
+    }
+
+
+def _duty(planned: Plan, terms: Terms) -> dict[str, Any]:
+    """A licence of some parents: its name, its text, what it asks, and of which models it is."""
+    parents = [shown(model) for model in planned.locked.models if terms in licence_of(model).terms]
+    return {"title": terms.title, "url": address(terms.url), "asks": [KINDS[kind] for kind in terms.asks],
+            "parents": parents}  # fmt: skip
 
 
 def _plan(planned: Plan) -> dict[str, Any]:

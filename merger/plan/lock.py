@@ -26,6 +26,7 @@ from merger.checkpoints.checkpoint import (
     weight_files,
 )
 from merger.checkpoints.config import is_quantised, is_tied
+from merger.checkpoints.licence_file import MOST_BYTES, licence_text, recognised
 from merger.errors import ModelError, Problem, RecipeError
 from merger.plan.templates import own_templates
 from merger.recipe.model import ModelRef, Recipe
@@ -47,6 +48,7 @@ class LockedModel:
         located: where it is, at which commit, with which files.
         checkpoint: its tensors' names, shapes, dtypes and places, and its config.json.
         card: the metadata of its own model card, empty where there is none.
+        licence_file: which licence the file beside it is, where its card names none.
         texts: of its tokenizer's files those that the plan needs, by name.
     """
 
@@ -54,6 +56,7 @@ class LockedModel:
     located: Located
     checkpoint: Checkpoint = field(repr=False)
     card: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    licence_file: str | None = None
     texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -121,9 +124,8 @@ class LockedModel:
 
     @property
     def licence(self) -> str | None:
-        """The licence that its card states."""
-        stated = self.card.get("license")
-        return " ".join(stated.split()) if isinstance(stated, str) else None
+        """The licence by the name that its card gives it, else as the file LICENSE beside it is known."""
+        return stated_licence(self.card) or self.licence_file
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,25 @@ def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: s
     located = store.locate(ref.path, commit or ref.revision)
     config = _config(located, store)
     checkpoint = Checkpoint(_tensors(located, store, pool), config)
-    return LockedModel(ref, located, checkpoint, _card(located, store))
+    card = _card(located, store)
+    licence = None if stated_licence(card) else _licence_file(located, store)
+    return LockedModel(ref, located, checkpoint, card, licence)
+
+
+def stated_licence(card: Mapping[str, Any]) -> str | None:
+    """The name that a card gives to the licence; of several, all. None: it gives none."""
+    stated = card.get("license")
+    names = [name for name in (stated if isinstance(stated, list) else [stated]) if isinstance(name, str)]
+    if [name.strip().lower() for name in names] == ["other"] and isinstance(card.get("license_name"), str):
+        names = [card["license_name"]]
+    return " AND ".join(" ".join(name.split()) for name in names) or None
+
+
+def _licence_file(located: Located, store: Store) -> str | None:
+    file = licence_text(located.files)
+    if file is None or located.files[file].size > MOST_BYTES:
+        return None
+    return recognised(store.fetch(located, file).decode("utf-8", "replace"))
 
 
 def _config(located: Located, store: Store) -> Mapping[str, Any]:
