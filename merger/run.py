@@ -54,6 +54,7 @@ class Options:
         publish_only: make no shard; all must be there.
         stream: send shards to the Hub as they are made, without a file on disk.
         cache: read files of models where Hugging Face's cache on this disk has them.
+        hub_only: a model is a repo on the Hub, even where this machine has a folder of its name.
         read_token: for the models; None: the environment's, False: none.
         write_token: for the destination; None: the environment's.
     """
@@ -70,6 +71,7 @@ class Options:
     publish_only: bool = False
     stream: bool = False
     cache: bool = True
+    hub_only: bool = False
     read_token: str | bool | None = field(default=None, repr=False)
     write_token: str | None = field(default=None, repr=False)
 
@@ -120,7 +122,16 @@ def read(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
-    return parse(text, str(path), methods())
+    return read_text(text, str(path))
+
+
+def read_text(text: str, name: str) -> Recipe:
+    """The same for a recipe that stands in no file; positions in errors begin with `name`.
+
+    Raises:
+        RecipeError: with every problem of the text.
+    """
+    return parse(text, name, methods())
 
 
 def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
@@ -149,6 +160,11 @@ def lock_path(recipe: Path) -> Path:
 
 def _pins(path: Path) -> dict[str, str]:
     return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+
+
+def card_text(planned: Plan, name: str) -> str:
+    """The card as far as it is known before anything is made, for a repo or folder of this name."""
+    return render(planned, methods(), name, relations(planned, {}))
 
 
 def lock_text(planned: Plan, done: Done) -> str:
@@ -211,13 +227,14 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
 def _stores(recipe: Recipe, options: Options) -> list[Store]:
     """Folders first. The Hub's client takes a while to import: not for recipes that need no Hub."""
     folders = FolderStore()
-    if all(folders.has(ref.path) for ref in recipe.models):
+    if not options.hub_only and all(folders.has(ref.path) for ref in recipe.models):
         return [folders]
     from merger.stores.cache import CachedStore
     from merger.stores.hub import HubStore
 
     hub = HubStore(options.read_token)
-    return [folders, CachedStore(hub) if options.cache else hub]
+    remote: Store = CachedStore(hub) if options.cache else hub
+    return [remote] if options.hub_only else [folders, remote]
 
 
 def looked(planned: Plan, store: Store) -> Relations:
