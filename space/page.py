@@ -66,32 +66,34 @@ class Page:
     def _lay_out(self, with_login: bool) -> None:
         with gr.Row(elem_id="top", equal_height=True):
             gr.Markdown("# Merger\nMerge models of the Hub, tensor by tensor, and publish the result in one commit.")
-            with gr.Column(scale=0, min_width=220):
+            with gr.Column(scale=0, min_width=270):
                 if with_login:
                     gr.LoginButton(size="md")
                 else:
                     gr.Markdown("Signing in works in a Space on the Hub. Here you can plan.")
         with gr.Row(elem_id="bench"):
-            with gr.Column(scale=5, min_width=340):
+            with gr.Column(scale=5, min_width=300):
                 self._lay_out_form()
-            with gr.Column(scale=6, min_width=340):
+            with gr.Column(scale=6, min_width=300):
                 self._lay_out_recipe()
-        with gr.Row(elem_id="buttons"):
-            self.plan = gr.Button("Plan", variant="secondary", elem_id="plan")
-            self.merge = gr.Button("Merge and publish", variant="primary", elem_id="merge")
-        self.refused = gr.HTML(elem_id="refused", visible=False)
-        self._lay_out_plan()
-        self._lay_out_jobs()
+                with gr.Row(elem_id="buttons"):
+                    self.plan = gr.Button("Plan", variant="secondary", elem_id="plan")
+                    self.merge = gr.Button("Merge and publish", variant="primary", elem_id="merge")
+                self.refused = gr.HTML(elem_id="refused", visible=False)
+                self._lay_out_jobs()
+                self._lay_out_plan()
 
     def _lay_out_form(self) -> None:
         text = examples()[FIRST]
         shown = form.read(text) or Form()
         self.shown = gr.State(shown)
-        titles = [(f"{method.title}: {method.summary}", name) for name, method in methods().items()]
+        titles = [(method.title, name) for name, method in methods().items()]
         self.example = gr.Dropdown(
             list(examples()), value=FIRST, label="Start from", info="A recipe to begin with.", elem_id="example"
         )
-        self.method = gr.Dropdown(titles, value=shown.method, label="Method", elem_id="method")
+        self.method = gr.Dropdown(
+            titles, value=shown.method, label="Method", info=_summary(shown.method), elem_id="method"
+        )
         self.models = gr.Dropdown(
             shown.models,
             value=shown.models,
@@ -112,7 +114,7 @@ class Page:
         gr.render(inputs=[self.shown])(self._parameters)
         with gr.Group():
             self.repo = gr.Textbox(
-                shown.repo, label="Publish to", info="owner/name of a new repo on the Hub.", elem_id="repo"
+                shown.repo, label="Publish to", info="owner/name of a new repo on the Hub.", max_lines=1, elem_id="repo"
             )
             self.private = gr.Checkbox(shown.private, label="Private", elem_id="private")
 
@@ -122,7 +124,7 @@ class Page:
             language="yaml",
             label="Recipe",
             elem_id="recipe",
-            lines=18,
+            lines=12,
             max_lines=32,
             interactive=True,
             wrap_lines=True,
@@ -140,12 +142,12 @@ class Page:
             gr.Code(elsewhere.workflow(), language="yaml", label=".github/workflows/merge.yml", max_lines=16)
 
     def _lay_out_jobs(self) -> None:
-        gr.Markdown("## Merges", elem_id="merges")
-        self.jobs = gr.Radio([], label="Your merges", visible=False, elem_id="jobs")
+        gr.Markdown("## Your merges", elem_id="merges")
+        self.jobs = gr.Radio([], label="Which one to look at", visible=False, elem_id="jobs")
         self.job = gr.HTML(views.jobs_hint(signed_in=False), elem_id="job")
         with gr.Row(visible=False) as self.job_buttons:
+            self.again = gr.Button("Show its recipe", size="sm", elem_id="again")
             self.cancel = gr.Button("Cancel this merge", size="sm", variant="stop", elem_id="cancel")
-            self.again = gr.Button("Take its recipe", size="sm", elem_id="again")
         self.timer = gr.Timer(_SECONDS, active=False)
 
     def _parameters(self, shown: Form) -> None:
@@ -171,16 +173,17 @@ class Page:
         """A slider or a box, and the curve where the value is one over the layers."""
         value = setting or Setting({"": (float(form.starting(param)),)})
         name = f"{param.name} of {model}" if model else param.name
-        if not value.is_simple:
-            gr.HTML(f"<p><b>{param.name}</b> is given by filters, in the text.</p>{views.curves(value, name)}")
-        elif len(value.numbers) > 1:
-            self._gradient(param, value, row, name)
-        else:
-            self._number(param, value.numbers[0], row)
+        with gr.Group(elem_classes=["control"]):
+            if not value.is_simple:
+                gr.HTML(f"<p><b>{param.name}</b> is given by filters, in the text.</p>{views.curves(value, name)}")
+            elif len(value.numbers) > 1:
+                self._gradient(param, value, row, name)
+            else:
+                self._number(param, value.numbers[0], row)
 
     def _number(self, param: Param, value: float, row: int | None) -> None:
         turned = partial(self._turned, param=param, row=row)
-        about: dict[str, Any] = {"label": param.name, "info": param.description}
+        about: dict[str, Any] = {"label": param.name, "info": param.description, "interactive": True}
         control: gr.Checkbox | gr.Number | gr.Slider
         if param.kind == "bool":
             control = gr.Checkbox(bool(value), **about)
@@ -191,20 +194,18 @@ class Page:
             control = gr.Slider(low, high, value, step=1 if param.kind == "int" else _STEP, **about)
         _on(control.input, turned, [self.text, control], [self.text, self.problems])
         if param.kind == "float":
-            vary = gr.Button("Vary by layer", size="sm", elem_classes=["vary"])
-            again = partial(self._turned_over, param=param, row=row, numbers=(value, value))
-            _on(vary.click, again, [self.text], self._all)
+            vary = gr.Button(f"Vary {param.name} by layer", size="sm", elem_classes=["vary"])
+            _on(vary.click, partial(self._varied, param=param, row=row), [self.text, control], self._all)
 
     def _gradient(self, param: Param, value: Setting, row: int | None, name: str) -> None:
         words = ", ".join(f"{number:g}" for number in value.numbers)
         info = f"{param.description} Numbers from the first layer to the last, as many as you like."
-        line = gr.Textbox(words, label=param.name, info=info)
+        line = gr.Textbox(words, label=param.name, info=info, max_lines=1, interactive=True)
         curve = gr.HTML(views.curves(value, name))
         bent = partial(self._bent, param=param, row=row, name=name)
         _on(line.input, bent, [self.text, line], [self.text, self.problems, curve])
         same = gr.Button("The same for all layers", size="sm", elem_classes=["vary"])
-        again = partial(self._turned_over, param=param, row=row, numbers=value.numbers[:1])
-        _on(same.click, again, [self.text], self._all)
+        _on(same.click, partial(self._evened, param=param, row=row), [self.text, line], self._all)
 
     # ---- the form and the text ---------------------------------------------------------------------------------------
 
@@ -244,14 +245,14 @@ class Page:
         text = form.with_value(text, row, param, [value])
         return [text, views.problems(rules.look(text))]
 
-    def _turned_over(self, text: str, param: Param, row: int | None, numbers: Sequence[float]) -> list[Any]:
-        return _shown(form.with_value(text, row, param, numbers))
+    def _varied(self, text: str, value: float, param: Param, row: int | None) -> list[Any]:
+        return _shown(form.with_value(text, row, param, [value, value]))
+
+    def _evened(self, text: str, words: str, param: Param, row: int | None) -> list[Any]:
+        return _shown(form.with_value(text, row, param, _numbers(words)[:1] or [float(form.starting(param))]))
 
     def _bent(self, text: str, words: str, param: Param, row: int | None, name: str) -> list[Any]:
-        try:
-            numbers = form.numbers_of(words)
-        except ValueError:
-            numbers = []
+        numbers = _numbers(words)
         if not numbers:
             told = "<p class='fine'>Write numbers with commas between them, such as 0, 0.5, 1.</p>"
             return [gr.skip(), gr.skip(), told]
@@ -271,7 +272,7 @@ class Page:
     def _bind_buttons(self) -> None:
         shown = [self.refused, self.planned, self.table, self.card, self.elsewhere]
         _on(self.plan.click, self._plan, [self.text], shown, concurrency_id="hub", concurrency_limit=_AT_ONCE)
-        merged = [*shown, self.jobs, self.job, self.job_buttons, self.timer]
+        merged = [*shown, *self._of_jobs]
         _on(self.merge.click, self._merge, [self.text], merged, concurrency_id="hub", concurrency_limit=_AT_ONCE)
 
     def _plan(self, text: str, session: Session) -> list[Any]:
@@ -283,18 +284,18 @@ class Page:
     def _merge(self, text: str, profile: Profile, session: Session) -> list[Any]:
         if profile is None or session is None:
             problem = Problem("nobody is signed in, so there is nobody to publish for", hint=_SIGN_IN)
-            return [*_refused(MergerError(problem)), *_nothing(4)]
+            return [*_refused(MergerError(problem)), *_nothing(5)]
         try:
             job = self.desk.submit(profile.username, Token(session.token, session.expires_at), text)
         except MergerError as error:
-            return [*_refused(error), *_nothing(4)]
+            return [*_refused(error), *_nothing(5)]
         gone = [gr.update(visible=False), *_nothing(3), gr.update(visible=False)]
         return [*gone, *self._listed(profile.username, job.id)]
 
     # ---- jobs --------------------------------------------------------------------------------------------------------
 
     def _bind_jobs(self) -> None:
-        parts = [self.jobs, self.job, self.job_buttons, self.timer]
+        parts = self._of_jobs
         here = gr.context.Context.root_block
         assert here is not None
         _on(here.load, self._arrived, [self.text], [*self._all, *parts])
@@ -303,21 +304,26 @@ class Page:
         _on(self.cancel.click, self._cancelled, [self.jobs], parts)
         _on(self.again.click, self._taken, [self.jobs, self.text], self._all)
 
+    @property
+    def _of_jobs(self) -> list[Any]:
+        """Whatever a change of a job may show in."""
+        return [self.jobs, self.job, self.job_buttons, self.cancel, self.timer]
+
     def _arrived(self, text: str, profile: Profile, session: Session) -> list[Any]:
         if profile is None or session is None:
-            return _nothing(len(self._all) + 4)
+            return _nothing(len(self._all) + 5)
         self.desk.keeper.welcome(profile.username, Token(session.token, session.expires_at))
         return [*_shown(_with_destination(text, profile)), *self._listed(profile.username, None)]
 
     def _ticked(self, chosen: str | None, profile: Profile, session: Session) -> list[Any]:
         if profile is None or session is None:
-            return [*_nothing(1), views.jobs_hint(signed_in=False), gr.update(visible=False), gr.Timer(active=False)]
+            return [gr.update(visible=False), views.jobs_hint(signed_in=False), *[gr.update(visible=False)] * 2, gr.Timer(active=False)]
         self.desk.keeper.welcome(profile.username, Token(session.token, session.expires_at))
         return self._listed(profile.username, chosen)
 
     def _cancelled(self, chosen: str | None, profile: Profile) -> list[Any]:
         if profile is None:
-            return _nothing(4)
+            return _nothing(5)
         try:
             self.desk.keeper.cancel(profile.username, chosen or "")
         except MergerError as error:
@@ -332,12 +338,13 @@ class Page:
         """Somebody's jobs, the newest first, and one of them in full."""
         mine = list(reversed(self.desk.keeper.store.of(owner)))
         if not mine:
-            return [gr.update(visible=False), views.jobs_hint(signed_in=True), gr.update(visible=False), gr.skip()]
+            return [gr.skip(), views.jobs_hint(signed_in=True), *_nothing(3)]
         shown = next((job for job in mine if job.id == chosen), mine[0])
         return [
             gr.update(choices=[(views.label(job), job.id) for job in mine], value=shown.id, visible=True),
             views.job(shown, self.desk.keeper.ahead(shown)),
             gr.update(visible=True),
+            gr.update(visible=not shown.is_over),
             gr.Timer(active=any(not job.is_over for job in mine)),
         ]
 
@@ -346,6 +353,13 @@ def _on(event: Any, function: Callable[..., Any], inputs: Sequence[Any], outputs
     """What happens at an event of the page; no program may call it, and of several in a row the last one counts."""
     how = {"show_progress": "minimal", "trigger_mode": "always_last", "queue": True, **how}
     event(function, list(inputs), list(outputs), api_visibility=_PRIVATE, **how)
+
+
+def _numbers(words: str) -> list[float]:
+    try:
+        return form.numbers_of(words)
+    except ValueError:
+        return []
 
 
 def _nothing(count: int) -> list[Any]:
@@ -362,12 +376,17 @@ def _shown(text: str) -> list[Any]:
     return [
         *told,
         shown,
-        shown.method if shown.method in methods() else None,
+        gr.update(value=shown.method if shown.method in methods() else None, info=_summary(shown.method)),
         gr.update(choices=names, value=shown.models),
         gr.update(choices=names, value=shown.base),
         shown.repo,
         shown.private,
     ]
+
+
+def _summary(name: str) -> str:
+    method = methods().get(name)
+    return method.summary if method else "None of the methods is named in the recipe."
 
 
 def _with_destination(text: str, profile: Profile) -> str:

@@ -41,10 +41,9 @@ class ServedSpace:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = (self.folder / "log.txt").open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "space"], cwd=ROOT, env=self._environment(), stdout=log, stderr=log
-        )
+        with (self.folder / "log.txt").open("ab") as log:
+            line = [sys.executable, "-m", "space"]
+            self.process = subprocess.Popen(line, cwd=ROOT, env=self._environment(), stdout=log, stderr=log)
         end = time.monotonic() + 60
         while not _answers(self.url):
             assert self.process.poll() is None, self.log()
