@@ -6,7 +6,7 @@ Not here: the look of lists and figures (views), and what programs may call (api
 
 from __future__ import annotations
 
-import time
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ class Page:
 
     def __init__(self, desk: Desk, with_login: bool) -> None:
         self.desk = desk
+        self._typed_last: dict[str, str] = {}
         self._lay_out(with_login)
         self._bind_form()
         self._bind_buttons()
@@ -184,6 +185,7 @@ class Page:
     def _number(self, param: Param, value: float, row: int | None) -> None:
         turned = partial(self._turned, param=param, row=row)
         about: dict[str, Any] = {"label": param.name, "info": param.description, "interactive": True}
+        about |= _kept("number", param, row)
         control: gr.Checkbox | gr.Number | gr.Slider
         if param.kind == "bool":
             control = gr.Checkbox(bool(value), **about)
@@ -192,20 +194,25 @@ class Page:
         else:
             low, high = _range(param, value)
             control = gr.Slider(low, high, value, step=1 if param.kind == "int" else _STEP, **about)
-        _on(control.input, turned, [self.text, control], [self.text, self.problems])
+        key = _kept("turned", param, row)["key"]
+        _on(control.input, turned, [self.text, control], [self.text, self.problems], key=key)
         if param.kind == "float":
-            vary = gr.Button(f"Vary {param.name} by layer", size="sm", elem_classes=["vary"])
-            _on(vary.click, partial(self._varied, param=param, row=row), [self.text, control], self._all)
+            kept = _kept("vary", param, row)
+            vary = gr.Button(f"Vary {param.name} by layer", size="sm", elem_classes=["vary"], **kept)
+            varied = partial(self._varied, param=param, row=row)
+            _on(vary.click, varied, [self.text, control], self._all, key=(*kept["key"], "click"))
 
     def _gradient(self, param: Param, value: Setting, row: int | None, name: str) -> None:
         words = ", ".join(f"{number:g}" for number in value.numbers)
         info = f"{param.description} Numbers from the first layer to the last, as many as you like."
-        line = gr.Textbox(words, label=param.name, info=info, max_lines=1, interactive=True)
-        curve = gr.HTML(views.curves(value, name))
+        kept = partial(_kept, param=param, row=row)
+        line = gr.Textbox(words, label=param.name, info=info, max_lines=1, interactive=True, **kept("line"))
+        curve = gr.HTML(views.curves(value, name), **kept("curve"))
         bent = partial(self._bent, param=param, row=row, name=name)
-        _on(line.input, bent, [self.text, line], [self.text, self.problems, curve])
-        same = gr.Button("The same for all layers", size="sm", elem_classes=["vary"])
-        _on(same.click, partial(self._evened, param=param, row=row), [self.text, line], self._all)
+        _on(line.input, bent, [self.text, line], [self.text, self.problems, curve], key=kept("bent")["key"])
+        same = gr.Button("The same for all layers", size="sm", elem_classes=["vary"], **kept("same"))
+        evened = partial(self._evened, param=param, row=row)
+        _on(same.click, evened, [self.text, line], self._all, key=kept("evened")["key"])
 
     # ---- the form and the text ---------------------------------------------------------------------------------------
 
@@ -222,8 +229,9 @@ class Page:
         _on(self.method.input, self._with_method, [self.text, self.method], self._all)
         _on(self.models.input, lambda text, names: _shown(form.with_models(text, names)), [self.text, self.models], self._all)
         _on(self.base.input, lambda text, name: _shown(form.with_text(text, "base_model", name or "")), [self.text, self.base], self._all)
-        _on(self.models.key_up, self._search, [self.models], [self.models])
-        _on(self.base.key_up, self._search, [self.base], [self.base])
+        for box in (self.models, self.base):  # of "always_last" the page sends the first words typed again
+            how = {"trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
+            _on(box.key_up, self._search, [box], [box], **how)
         for key, control in (("repo", self.repo), ("private", self.private)):
             changed = partial(self._to, key=key)
             _on(control.input, changed, [self.text, control], [self.text, self.problems])
@@ -260,10 +268,17 @@ class Page:
         drawn = views.curves(Setting({"": tuple(numbers)}), name)
         return [text, views.problems(rules.look(text)), drawn]
 
-    def _search(self, key: gr.KeyUpData, chosen: list[str] | str, session: Session) -> Any:
-        """Models whose names hold what is being typed; asked for when the typing pauses."""
-        time.sleep(_PAUSE)
-        found = hub.search(key.input_value, session.token if session else None)
+    async def _search(
+        self, key: gr.KeyUpData, chosen: list[str] | str, session: Session, request: gr.Request
+    ) -> Any:
+        """Models whose names hold what is being typed; asked for once the typing pauses."""
+        typist, words = f"{request.session_hash}", key.input_value
+        self._typed_last[typist] = words
+        await asyncio.sleep(_PAUSE)
+        if self._typed_last.get(typist) != words:
+            return gr.skip()
+        self._typed_last.pop(typist)
+        found = await asyncio.to_thread(hub.search, words, session.token if session else None)
         kept = chosen if isinstance(chosen, list) else [chosen or ""]
         return gr.update(choices=list(dict.fromkeys([*kept, *found])))
 
@@ -360,6 +375,11 @@ def _numbers(words: str) -> list[float]:
         return form.numbers_of(words)
     except ValueError:
         return []
+
+
+def _kept(part: str, param: Param, row: int | None) -> dict[str, Any]:
+    """What makes a control the same one when all are made anew, so that a click on the way is not lost; not its value."""
+    return {"key": (part, param.name, row), "preserved_by_key": []}
 
 
 def _nothing(count: int) -> list[Any]:

@@ -91,13 +91,13 @@ class Visitor:
         self.page.keyboard.press("Control+a")
         self.page.keyboard.insert_text(text)
 
-    def choose(self, field: str, words: str, option: str) -> None:
+    def choose(self, field: str, words: str, option: str, exact: bool = False) -> None:
         """Type into a field and take what it offers."""
         box = self.page.locator(f"#{field} input").first
         box.click()
         box.press("Control+a")
         box.press_sequentially(words, delay=20)
-        self.page.get_by_role("option", name=option).first.click()
+        self.page.get_by_role("option", name=option, exact=exact).first.click()
 
     def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
         """Wait for something that is about to be."""

@@ -58,7 +58,7 @@ def test_a_first_visit(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> No
 def test_a_recipe_by_the_form(visit: Visit) -> None:
     """Models found on the Hub, a method and its numbers become a recipe, whose plan tells models, sizes and card."""
     visitor = visit()
-    visitor.choose("method", "TIES", "TIES")
+    visitor.choose("method", "TIES", "TIES", exact=True)
     visitor.until(lambda: "merge_method: ties" in visitor.recipe())
     density = visitor.page.get_by_label("number input for density").first
     density.fill("0.4")
@@ -98,6 +98,9 @@ def test_an_error_at_its_line(visit: Visit) -> None:
     curve = visitor.page.get_by_role("img", name="weight of maker/merger-zoo-kjv from the first layer to the last")
     curve.wait_for()
     assert "all: 0, 0.5, 1" in str(curve.get_attribute("aria-label"))
+    visitor.write(good.replace("weight: 0.85", "weight: 0.3", 1))
+    number = visitor.page.get_by_label("number input for weight").first
+    visitor.until(lambda: number.input_value() == "0.3")
 
 
 def test_nobody_is_signed_in(visit: Visit) -> None:
