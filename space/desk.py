@@ -55,7 +55,7 @@ class Desk:
         recipe = rules.read(text)
         return Planned(recipe, rules.planned(recipe, token, self.keeper.limits))
 
-    def submit(self, owner: str, token: Token, text: str, to: str | None = None) -> Job:
+    def submit(self, owner: str, token: Token, text: str, to: str | None = None, **how: bool) -> Job:
         """Queue a merge.
 
         Args:
@@ -63,14 +63,15 @@ class Desk:
             token: what it reads the models and writes the result with; held in memory while the job is not over.
             text: the recipe.
             to: ``owner/name``; None: the recipe's publish.repo.
+            how: is_public, create_pr and force of the job.
 
         Raises:
             MergerError: any kind; nothing is queued then.
         """
-        found = self.plan(text, token.value)
+        found = self.plan(text, None if how.get("is_public") else token.value)
         to = to or found.recipe.publish.repo
         if to is None or rules.REPO.fullmatch(to) is None:
             what = "where shall the result go?" if to is None else f"{to!r} is no repo's name"
             raise RecipeError(Problem(what, hint=f"write for example {owner}/my-merge"))
         total = sum(job.nbytes for job in found.plan.jobs)
-        return self.keeper.submit(owner, token, text, HUB + to, rules.pins(found.plan), total)
+        return self.keeper.submit(owner, token, text, HUB + to, rules.pins(found.plan), total, **how)

@@ -49,6 +49,9 @@ class Job:
         problems: why it failed.
         where, commit: the result.
         is_new: whether this job put it there.
+        is_public: the models are read without a token.
+        create_pr: a pull request is opened, whatever the recipe says.
+        force: a model at the destination is replaced.
     """
 
     id: str
@@ -69,6 +72,9 @@ class Job:
     where: str = ""
     commit: str = ""
     is_new: bool = False
+    is_public: bool = False
+    create_pr: bool = False
+    force: bool = False
 
     @property
     def is_over(self) -> bool:

@@ -29,7 +29,17 @@ from space.jobs import Job, JobError, Store, new_id, not_yours
 from space.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "NO_PROXY", "no_proxy", "OMP_NUM_THREADS")
+_PASSED_ON = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "NO_PROXY",
+    "no_proxy",
+    "OMP_NUM_THREADS",
+)
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
 _SPARE_SECONDS = 120
 _BUG = "the work ended without a word, which is a bug of ours: please report it; submitted again, it goes on from there"
@@ -71,6 +81,7 @@ class Keeper:
         self._huey = SqliteHuey("space", filename=str(folder / "jobs.db"), fsync=True)
         self._huey.storage.flush_queue()
         self._turn = self._huey.task(name="turn")(self._take_turn)
+        self.storage = self._huey.storage
         self.store = Store(self._huey)
         self._tokens: dict[str, Token] = {}
         self._children: dict[str, subprocess.Popen[str]] = {}
@@ -83,7 +94,9 @@ class Keeper:
 
     # ---- what others ask ---------------------------------------------------------------------------------------------
 
-    def submit(self, owner: str, token: Token, recipe: str, to: str, pins: Mapping[str, str], total: int) -> Job:
+    def submit(
+        self, owner: str, token: Token, recipe: str, to: str, pins: Mapping[str, str], total: int, **how: bool
+    ) -> Job:
         """Queue a merge.
 
         Args:
@@ -93,6 +106,7 @@ class Keeper:
             to: ``hf://owner/name``.
             pins: the commits that the plan saw.
             total: bytes that will be made.
+            how: is_public, create_pr and force of the job.
 
         Raises:
             JobError: the owner has too many jobs that are not over, or the queue is full.
@@ -106,7 +120,7 @@ class Keeper:
                 raise JobError(Problem(f"a merge into {to} is not over yet", hint="wait for it, or cancel it"))
             if sum(not job.is_over for job in self.store.all()) >= self.limits.jobs:
                 raise JobError(Problem("the queue of this Space is full", hint="try again in a while"))
-            job = Job(new_id(), owner, recipe, to, dict(pins), total, created=time.time())
+            job = Job(new_id(), owner, recipe, to, dict(pins), total, created=time.time(), **how)
             self.store.put(job)
             self._tokens[owner] = token
             return self._enqueue(job)
@@ -211,7 +225,8 @@ class Keeper:
         with self._begin(job, folder) as child:
             assert child.stdin is not None
             assert child.stdout is not None
-            asked = {"to": job.to, "token": token.value, **self.limits.for_a_job()}
+            how = {"is_public": job.is_public, "create_pr": job.create_pr, "force": job.force}
+            asked = {"to": job.to, "token": token.value, **how, **self.limits.for_a_job()}
             told: dict[str, Any] = {}
             with suppress(BrokenPipeError):  # it is gone already: it was cancelled
                 child.stdin.write(json.dumps(asked) + "\n")
