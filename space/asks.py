@@ -1,6 +1,6 @@
 """What was asked of the bot: one record for each event of the Hub, kept in the queue's file until it is answered.
 
-An event that comes twice is one record: that is what a replayed webhook comes to. Not here: reading and answering (bot).
+An event that comes twice is one record: that is what a replayed webhook comes to. Not here: answering (bot).
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from huggingface_hub.utils import httpx
 from pydantic import ValidationError
 
 from merger import console, markdown
+from merger.card.render import fenced
 from merger.errors import MergerError, Problem, RecipeError
 from merger.stores.patience import patiently
 from space import rules
@@ -167,7 +168,8 @@ class Bot:
     def _comment(self, ask: Ask) -> DiscussionComment | None:
         """The comment as the Hub has it now; None if it is gone, or somebody else had a hand in it, or it is ours."""
         assert ask.num is not None
-        events = patiently(lambda: self._api.get_discussion_details(ask.repo, ask.num)).events
+        num = ask.num
+        events = patiently(lambda: self._api.get_discussion_details(ask.repo, num)).events
         found = next((event for event in events if event.id == ask.comment), None)
         if not isinstance(found, DiscussionComment) or found.hidden or found.author == self.name:
             return None
@@ -318,6 +320,6 @@ def result_words(job: Job | None) -> str:
     if job.state == "done":
         told = "Published" if job.is_new else "Nothing to do: it is already there"
         return f"{told}: {job.where}" + (f" at commit `{job.commit}`" if job.commit else "")
-    return f"**The merge has {job.state}**\n\n" + markdown.fenced(
+    return f"**The merge has {job.state}**\n\n" + fenced(
         "\n".join(job.problems) or "no reason was given", "text"
     )

@@ -135,9 +135,7 @@ def _state(found: Job, ahead: int) -> str:
         case "failed":
             return f"<b>{repo}</b> was not made."
         case _:
-            return (
-                f"<b>{repo}</b> was cancelled. Its finished files wait on the Hub: submitted again, it goes on there."
-            )
+            return f"<b>{repo}</b> was cancelled. Its finished files wait on the Hub: submitted again, it goes on there."
 
 
 def _before(ahead: int) -> str:
@@ -158,7 +156,5 @@ def _figures(found: Job, share: float) -> str:
 
 def jobs_hint(signed_in: bool) -> str:
     """What stands where no job is."""
-    told = (
-        "You have no merges here yet." if signed_in else "Sign in to publish a merge, and to see those you have here."
-    )
+    told = "You have no merges here yet." if signed_in else "Sign in to publish a merge, and to see those you have here."
     return f'<p class="fine">{told}</p>'
