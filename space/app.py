@@ -15,7 +15,6 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from space.api import offer
 from space.desk import Desk
 from space.keeper import Keeper
 from space.limits import Limits
@@ -38,7 +37,6 @@ def folder() -> Path:
 def served(desk: Desk) -> FastAPI:
     """Page and API as one web application, to which others may add routes of their own before it is run."""
     blocks = build(desk, with_login="OAUTH_CLIENT_ID" in os.environ)
-    offer(blocks, desk)
     blocks.queue(max_size=_MOST_WAITING, default_concurrency_limit=_AT_ONCE)
     blocks.space_id = None  # else the page loads the Space's header, and its fonts, from two other servers
     return gr.mount_gradio_app(

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
 
 MOST_POINTS = 64
+MOST_BRACKETS = 200
+"""Of brackets in brackets the reading takes a time that grows with the square of their number."""
+
 MOST_CHARACTERS = 16_000
 """A longer recipe is for the text alone: reading it with its comments takes a second for every 50,000 of them."""
 
@@ -104,7 +107,7 @@ def read(text: str) -> Form | None:
 
 
 def _tree(text: str) -> CommentedMap | None:
-    if len(text) > MOST_CHARACTERS:
+    if len(text) > MOST_CHARACTERS or text.count("[") + text.count("{") > MOST_BRACKETS:
         return None
     try:
         documents = list(_yaml().load_all(text))

@@ -18,6 +18,7 @@ from merger import markdown
 from merger.errors import MergerError, Problem
 from merger.methods.registry import Param, methods
 from space import elsewhere, form, hub, rules, views
+from space.api import offer
 from space.desk import Desk, Planned
 from space.examples import FIRST, examples
 from space.form import Form, Setting
@@ -37,7 +38,7 @@ Session = gr.OAuthToken | None
 
 
 def build(desk: Desk, with_login: bool) -> gr.Blocks:
-    """The page.
+    """The page, and with it what programs may call.
 
     Args:
         desk: who does the work.
@@ -45,6 +46,7 @@ def build(desk: Desk, with_login: bool) -> gr.Blocks:
     """
     with gr.Blocks(title="Merger", analytics_enabled=False, fill_width=True) as blocks:
         Page(desk, with_login)
+        offer(desk)  # here: who opens the blocks a second time has their events twice
     for event in blocks.fns.values():  # the button's own question would be offered as a tool
         if event.api_name == "_check_login_status":
             event.api_visibility = _PRIVATE
