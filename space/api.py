@@ -25,7 +25,7 @@ def offer(desk: Desk) -> None:
     """Add the functions to the page that is being made."""
     api = Api(desk)
     for function in (api.methods, api.check, api.plan, api.merge, api.job, api.cancel):
-        gr.api(function, api_name=function.__name__)
+        gr.api(function, api_name=function.__name__)  # type: ignore[attr-defined]
 
 
 class Api:

@@ -39,7 +39,7 @@ def served(desk: Desk) -> FastAPI:
     blocks = build(desk, with_login="OAUTH_CLIENT_ID" in os.environ)
     blocks.queue(max_size=_MOST_WAITING, default_concurrency_limit=_AT_ONCE)
     blocks.space_id = None  # else the page loads the Space's header, and its fonts, from two other servers
-    return gr.mount_gradio_app(
+    return gr.mount_gradio_app(  # type: ignore[no-any-return]
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
         path="/",

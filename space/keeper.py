@@ -29,7 +29,17 @@ from space.jobs import Job, JobError, Store, new_id, not_yours
 from space.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "NO_PROXY", "no_proxy", "OMP_NUM_THREADS")
+_PASSED_ON = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "NO_PROXY",
+    "no_proxy",
+    "OMP_NUM_THREADS",
+)
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
 _SPARE_SECONDS = 120
 _BUG = "the work ended without a word, which is a bug of ours: please report it; submitted again, it goes on from there"

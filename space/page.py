@@ -50,7 +50,7 @@ def build(desk: Desk, with_login: bool) -> gr.Blocks:
     for event in blocks.fns.values():  # the button's own question would be offered as a tool
         if event.api_name == "_check_login_status":
             event.api_visibility = _PRIVATE
-    return blocks
+    return blocks  # type: ignore[no-any-return]
 
 
 class Page:
@@ -229,8 +229,18 @@ class Page:
         _on(self.text.input, self._typed, [self.text], self._all)
         _on(self.example.input, self._begun, [self.example, self.text], self._all)
         _on(self.method.input, self._with_method, [self.text, self.method], self._all)
-        _on(self.models.input, lambda text, names: _shown(form.with_models(text, names)), [self.text, self.models], self._all)
-        _on(self.base.input, lambda text, name: _shown(form.with_text(text, "base_model", name or "")), [self.text, self.base], self._all)
+        _on(
+            self.models.input,
+            lambda text, names: _shown(form.with_models(text, names)),
+            [self.text, self.models],
+            self._all,
+        )
+        _on(
+            self.base.input,
+            lambda text, name: _shown(form.with_text(text, "base_model", name or "")),
+            [self.text, self.base],
+            self._all,
+        )
         for box in (self.models, self.base):  # of "always_last" the page sends the first words typed again
             how = {"trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
             _on(box.key_up, self._search, [box], [box], **how)
@@ -270,9 +280,7 @@ class Page:
         drawn = views.curves(Setting({"": tuple(numbers)}), name)
         return [text, views.problems(rules.look(text)), drawn]
 
-    async def _search(
-        self, key: gr.KeyUpData, chosen: list[str] | str, session: Session, request: gr.Request
-    ) -> Any:
+    async def _search(self, key: gr.KeyUpData, chosen: list[str] | str, session: Session, request: gr.Request) -> Any:
         """Models whose names hold what is being typed; asked for once the typing pauses."""
         typist, words = f"{request.session_hash}", key.input_value
         self._typed_last[typist] = words
@@ -334,7 +342,12 @@ class Page:
 
     def _ticked(self, chosen: str | None, profile: Profile, session: Session) -> list[Any]:
         if profile is None or session is None:
-            return [gr.update(visible=False), views.jobs_hint(signed_in=False), *[gr.update(visible=False)] * 2, gr.Timer(active=False)]
+            return [
+                gr.update(visible=False),
+                views.jobs_hint(signed_in=False),
+                *[gr.update(visible=False)] * 2,
+                gr.Timer(active=False),
+            ]
         self.desk.keeper.welcome(profile.username, Token(session.token, session.expires_at))
         return self._listed(profile.username, chosen)
 
@@ -380,7 +393,7 @@ def _numbers(words: str) -> list[float]:
 
 
 def _kept(part: str, param: Param, row: int | None) -> dict[str, Any]:
-    """What makes a control the same one when all are made anew, so that a click on the way is not lost; not its value."""
+    """What makes a control the same one when all are made anew, but for its value: else a click on the way is lost."""
     return {"key": (part, param.name, row), "preserved_by_key": []}
 
 

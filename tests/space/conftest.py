@@ -66,7 +66,9 @@ class Visitor:
     def ready(self) -> None:
         """Wait until the form is there."""
         self.page.get_by_role("button", name="Merge and publish").wait_for()
-        self.page.get_by_label("number input for lambda").or_(self.page.get_by_text("stand in the text")).first.wait_for()
+        self.page.get_by_label("number input for lambda").or_(
+            self.page.get_by_text("stand in the text")
+        ).first.wait_for()
 
     def click(self, role: Any, name: str) -> None:
         """One click."""

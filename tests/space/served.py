@@ -78,7 +78,13 @@ class ServedSpace:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
-        return {**kept, **self._hub.env(self.folder / "home", "hf_of_the_space_itself"), **signing_in, **here, **self._settings}
+        return {
+            **kept,
+            **self._hub.env(self.folder / "home", "hf_of_the_space_itself"),
+            **signing_in,
+            **here,
+            **self._settings,
+        }
 
 
 def _free_port() -> int:

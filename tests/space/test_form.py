@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 
 from merger.methods.registry import methods
@@ -72,7 +71,9 @@ def test_the_destination() -> None:
     assert form.with_publish(form.with_publish(text, "private", False), "repo", "") == TEXT
 
 
-@pytest.mark.parametrize("text", ["a: [", "- a", "x", "a: 1\n---\nb: 2\n", "a: &a {<<: *a}\n", "# " + "x" * 20_000, "[" * 9_000])
+@pytest.mark.parametrize(
+    "text", ["a: [", "- a", "x", "a: 1\n---\nb: 2\n", "a: &a {<<: *a}\n", "# " + "x" * 20_000, "[" * 9_000]
+)
 def test_what_is_no_map_is_left_alone(text: str) -> None:
     """A text that the form cannot read is not touched by it."""
     assert form.read(text) is None
@@ -81,7 +82,8 @@ def test_what_is_no_map_is_left_alone(text: str) -> None:
 
 def test_strange_values_are_for_the_text() -> None:
     """Lists of filters are shown as curves and not turned; what is no number is not shown."""
-    text = "parameters:\n  t: [{filter: mlp, value: [0, 1]}, {value: 0.5}]\n  x: many\n  y: [1, a]\nmodels: [1, {model: 2}]\n"
+    text = "parameters:\n  t: [{filter: mlp, value: [0, 1]}, {value: 0.5}]\n  x: many\n  y: [1, a]\n"
+    text += "models: [1, {model: 2}]\n"
     shown = form.read(text)
     assert shown is not None
     assert list(shown.settings) == ["t"]
@@ -134,5 +136,3 @@ def test_numbers_that_are_typed() -> None:
     assert form.numbers_of("[0, 0.5,1]") == [0.0, 0.5, 1.0]
     with pytest.raises(ValueError, match="could not convert"):
         form.numbers_of("0, a")
-
-

@@ -38,9 +38,7 @@ def parents(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture
-def keep(
-    parents: dict[str, Path], hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Keep]:
+def keep(parents: dict[str, Path], hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keep]:
     """Makes a keeper in the test's folder, with its workers at work."""
     for name, value in hub.env(tmp_path / "home").items():
         monkeypatch.setenv(name, value)
@@ -77,7 +75,9 @@ def staged(request: Request) -> bool:
     return request.method == "POST" and "/commit/merge-staging" in request.path
 
 
-def test_a_job_publishes_what_a_run_makes(keep: Keep, hub: LoopbackHub, parents: dict[str, Path], tmp_path: Path) -> None:
+def test_a_job_publishes_what_a_run_makes(
+    keep: Keep, hub: LoopbackHub, parents: dict[str, Path], tmp_path: Path
+) -> None:
     """The published bytes are those of a run of the same recipe on folders, and the job tells of it."""
     keeper = keep(Limits())
     job = until(keeper, submit(keeper, "alice", "whole"), "done")
@@ -110,7 +110,7 @@ def test_users_take_turns(keep: Keep) -> None:
     """Who asks for three merges waits for those who ask for one, and everybody is told how many come before."""
     keeper = keep(start=False)
     jobs = [submit(keeper, "alice", f"turn{number}") for number in range(3)] + [submit(keeper, "bob", "turn")]
-    assert [keeper.ahead(job) for job in map(lambda job: keeper.job(job.owner, job.id), jobs)] == [0, 2, 3, 1]
+    assert [keeper.ahead(keeper.job(job.owner, job.id)) for job in jobs] == [0, 2, 3, 1]
     keeper.start()
     ended = [until(keeper, job, "done") for job in jobs]
     assert [job.to for job in sorted(ended, key=lambda job: job.started)] == [
@@ -133,7 +133,9 @@ def test_a_stopped_space_goes_on_once_the_owner_is_back(keep: Keep, hub: Loopbac
     assert reached.wait(30)
     first.stop()
     go.set()
-    kept = [name for branch in hub.branches("alice/later") if branch != "main" for name in hub.tree("alice/later", branch)]
+    kept = [
+        name for branch in hub.branches("alice/later") if branch != "main" for name in hub.tree("alice/later", branch)
+    ]
     assert any(name.endswith(".safetensors") for name in kept)
     hub.clear_log()
     second = keep()
@@ -169,9 +171,10 @@ def test_another_users_job(keep: Keep) -> None:
     """Another user's job can be neither seen nor cancelled, in the words for a job that is not there."""
     keeper = keep(start=False)
     job = submit(keeper, "alice", "mine")
-    told = [str(pytest.raises(JobError, ask, "bob", id).value) for ask in (keeper.job, keeper.cancel) for id in (job.id, "x")]
-    assert len({text.replace(job.id, "x") for text in told}) == 1
-    assert "you have no job 'x'" in told[1]
+    for ask in (keeper.job, keeper.cancel):
+        for id in (job.id, "x"):
+            with pytest.raises(JobError, match=f"you have no job '{id}'\n    your jobs are listed"):
+                ask("bob", id)
     assert keeper.job("alice", job.id).state == "queued"
 
 
@@ -251,5 +254,3 @@ def test_a_child_ends_with_its_worker(keep: Keep, hub: LoopbackHub) -> None:
     child.stdin.close()
     assert child.wait(5) == 1
     go.set()
-
-

@@ -187,7 +187,7 @@ async id => {
 
 
 def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
-    """Killed in the middle of a merge and started again, the Space goes on when its owner is back, to the same bytes."""
+    """Killed in the middle of a merge and started again, it goes on when the owner is back, to the same bytes."""
     reached, go, seen = threading.Event(), threading.Event(), []
 
     def second(request: Request) -> bool:
@@ -212,7 +212,9 @@ def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> N
     assert published(hub, "alice/killed") == published(hub, f"alice/{FIRST}") != {}
 
 
-def test_too_big_for_here(browser: object, served: LoopbackHub, space: ServedSpace, visit: Visit, tmp_path: Path) -> None:
+def test_too_big_for_here(
+    browser: object, served: LoopbackHub, space: ServedSpace, visit: Visit, tmp_path: Path
+) -> None:
     """What is too big is refused by its plan, with a workflow for the Action to copy."""
     small = ServedSpace(served, tmp_path, {"MERGER_SPACE_MEMORY": "1200MB"})
     small.start()
