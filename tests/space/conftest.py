@@ -21,9 +21,13 @@ Visit = Callable[..., "Visitor"]
 
 @pytest.fixture(scope="module")
 def space(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedSpace]:
-    """A Space in a process of its own that makes files of a megabyte, so that a merge of the zoo has three."""
+    """A Space in a process of its own that makes files of a megabyte, so that a merge of the zoo has three.
+
+    It moves 20 MB a merge at most; one of the zoo reads and writes 11.
+    """
     zoo(served)
-    found = ServedSpace(served, tmp_path_factory.mktemp("space"), {"MERGER_SPACE_SHARD_SIZE": "1MB"})
+    settings = {"MERGER_SPACE_SHARD_SIZE": "1MB", "MERGER_SPACE_TRAFFIC": "20MB"}
+    found = ServedSpace(served, tmp_path_factory.mktemp("space"), settings)
     found.start()
     yield found
     found.kill()
