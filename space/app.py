@@ -24,6 +24,8 @@ _FONTS = ["system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "monospace"]
 _MOST_WAITING = 200
 _AT_ONCE = 8
+_UPLOAD_BYTES = 1
+"""Nothing here takes a file, and gradio's way to send one is open to everybody."""
 
 
 def folder() -> Path:
@@ -48,6 +50,7 @@ def served(desk: Desk) -> FastAPI:
         run_history=False,
         enable_monitoring=False,
         show_error=False,
+        max_file_size=_UPLOAD_BYTES,
         footer_links=["api", "settings"],
         theme=gr.themes.Base(primary_hue="blue", font=_FONTS, font_mono=_MONO),
         css=CSS,

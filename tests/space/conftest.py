@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +14,7 @@ from served import ServedSpace, zoo
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ALONE = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 Visit = Callable[..., "Visitor"]
 
@@ -35,12 +35,12 @@ def space(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium."""
+    """The Chromium of this machine, such as Debian's."""
     playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested where playwright is installed")
-    if not CHROMIUM.exists():
+    if CHROMIUM is None:
         pytest.skip("the page is tested where there is Chromium: apt-get install chromium")
     with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=str(CHROMIUM), args=ALONE)
+        started = running.chromium.launch(executable_path=CHROMIUM, args=ALONE)
         yield started
         started.close()
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tiny
 from gradio_client import Client
@@ -127,6 +128,25 @@ def test_mcp(space: ServedSpace, hub: LoopbackHub) -> None:
     assert merged["state"] in ("queued", "running")
     assert ended(client(space, "user1"), merged)["state"] == "done"
     assert hub.commits("user1/mcp")[0].author == "user1"
+
+
+@pytest.mark.parametrize("path", ["space/app.py", "/etc/passwd", "data/jobs.db", "../merger/run.py"])
+def test_no_file_is_given_out(space: ServedSpace, path: str) -> None:
+    """The server gives out none of the machine's files."""
+    place = str(space.folder / path) if path.startswith("data") else path
+    assert httpx.get(f"{space.url}/gradio_api/file={place}").status_code in (403, 404)
+
+
+def test_no_file_is_taken(space: ServedSpace) -> None:
+    """Nobody can fill the disk with uploads."""
+    sent = httpx.post(f"{space.url}/gradio_api/upload", files={"files": ("big.bin", b"x" * 100_000)})
+    assert sent.status_code == 413
+
+
+def test_a_strange_site_may_not_ask(space: ServedSpace) -> None:
+    """Another site's page gets no leave to read what this one answers."""
+    found = httpx.get(f"{space.url}/config", headers={"Origin": "https://example.org", "Cookie": "session=x"})
+    assert "https://example.org" not in found.headers.get("access-control-allow-origin", "")
 
 
 def tree(pid: int) -> list[int]:
