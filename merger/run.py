@@ -111,6 +111,12 @@ class Done:
         return bool(self.shards)
 
 
+def warm() -> None:
+    """Import all that a run to the Hub needs: for a process that forks others, each of which then has it at once."""
+    import merger.engine.execute
+    import merger.stores.staging  # noqa: F401
+
+
 def read(path: Path) -> Recipe:
     """Read a recipe's file and check all that can be known without its models.
 

@@ -152,7 +152,8 @@ def test_a_strange_site_may_not_ask(space: ServedSpace) -> None:
 def tree(pid: int) -> list[int]:
     """A process and those below it."""
     try:
-        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        below = [child for task in tasks for child in (task / "children").read_text().split()]
     except OSError:
         return []
     return [pid, *(found for child in below for found in tree(int(child)))]

@@ -5,6 +5,9 @@ Not here: the page (test_page), and twenty users and a killed app at once (test_
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +72,21 @@ def until(keeper: Keeper, job: Job, *states: str, seconds: float = 40) -> Job:
         assert time.monotonic() < end, now
         time.sleep(0.02)
     return now
+
+
+def only_child(keeper: Keeper) -> int:
+    """The one process that is at work."""
+    pid = keeper._nursery.pid
+    (found,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(found)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within a moment."""
+    end = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not Path(f"/proc/{pid}").exists()
 
 
 def staged(request: Request) -> bool:
@@ -158,9 +176,9 @@ def test_cancelling(keep: Keep, hub: LoopbackHub) -> None:
     queued = submit(keeper, "alice", "never")
     assert reached.wait(30)
     assert keeper.cancel("alice", queued.id).state == "cancelled"
-    child = keeper._children[running.id]
+    child = only_child(keeper)
     assert keeper.cancel("alice", running.id).state == "cancelled"
-    assert child.wait(5) != 0
+    assert is_gone(child)
     go.set()
     assert [commit.title for commit in hub.commits("alice/stopped")] == ["initial commit"]
     assert not hub.exists("alice/never")
@@ -211,7 +229,7 @@ def test_no_token_is_kept(keep: Keep, hub: LoopbackHub, tmp_path: Path) -> None:
     keeper = keep()
     job = submit(keeper, "alice", "secret")
     assert reached.wait(30)
-    process = Path(f"/proc/{keeper._children[job.id].pid}")
+    process = Path(f"/proc/{only_child(keeper)}")
     told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
     files = [path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()]
     assert ALICE.value in keeper._tokens["alice"].value
@@ -222,6 +240,27 @@ def test_no_token_is_kept(keep: Keep, hub: LoopbackHub, tmp_path: Path) -> None:
     time.sleep(0.2)
     assert keeper._tokens == {}
     assert "hf_alice" not in repr(ALICE)
+
+
+def test_a_nursery_that_is_killed(keep: Keep) -> None:
+    """When the process that forks the children is killed, the next job has a new one."""
+    keeper = keep()
+    until(keeper, submit(keeper, "alice", "before"), "done")
+    assert keeper._nursery.pid is not None
+    os.kill(keeper._nursery.pid, signal.SIGKILL)
+    until(keeper, submit(keeper, "alice", "after"), "done")
+
+
+def test_a_child_that_is_killed(keep: Keep, hub: LoopbackHub) -> None:
+    """A child that ends without a word, for want of memory say, leaves a job that has failed and says so."""
+    reached, go = threading.Event(), threading.Event()
+    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    keeper = keep()
+    job = submit(keeper, "alice", "starved")
+    assert reached.wait(30)
+    os.kill(only_child(keeper), signal.SIGKILL)
+    go.set()
+    assert "ended without a word" in until(keeper, job, "failed").problems[0]
 
 
 def test_a_token_that_ends(keep: Keep) -> None:
@@ -243,14 +282,13 @@ def test_old_jobs_go(keep: Keep) -> None:
 
 
 def test_a_child_ends_with_its_worker(keep: Keep, hub: LoopbackHub) -> None:
-    """When the other end of its input is gone, a child is gone."""
+    """When the worker's end of its socket is gone, by a kill say, a child is gone."""
     reached, go = threading.Event(), threading.Event()
     hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
     keeper = keep()
     job = submit(keeper, "alice", "orphan")
     assert reached.wait(30)
-    child = keeper._children[job.id]
-    assert child.stdin is not None
-    child.stdin.close()
-    assert child.wait(5) == 1
+    child = only_child(keeper)
+    keeper._children[job.id].shutdown(socket.SHUT_WR)
+    assert is_gone(child)
     go.set()
