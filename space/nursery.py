@@ -75,7 +75,9 @@ class Nursery:
             self._desk, theirs = socket.socketpair()
             with theirs:
                 line = [sys.executable, "-P", "-m", "space.nursery"]
-                self._process = subprocess.Popen(line, cwd=self._folder, env=_environment(self._folder), stdin=theirs)
+                self._process = subprocess.Popen(
+                    line, cwd=self._folder, env=_environment(self._folder), stdin=theirs.fileno()
+                )
         return self._desk
 
     def _closed(self) -> None:

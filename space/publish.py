@@ -63,11 +63,11 @@ def _upload(api: HfApi, repo: str, kind: str, files: Mapping[str, Path | bytes])
     """One commit after which the repo holds these files and no others."""
     api.create_repo(repo, repo_type=kind, space_sdk="gradio" if kind == "space" else None, exist_ok=True)
     old = set(api.list_repo_files(repo, repo_type=kind)) - {*files, _HUBS_OWN}
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(place, content) for place, content in files.items()),
         *(CommitOperationDelete(place) for place in sorted(old)),
     ]
-    made = api.create_commit(repo, operations, repo_type=kind, commit_message="Publish Merger")
+    made = api.create_commit(repo, list(operations), repo_type=kind, commit_message="Publish Merger")
     print(f"{kind} {repo}: {made.commit_url}")
 
 
