@@ -21,12 +21,11 @@ from space.keeper import Token
 _HEADERS = ("authorization", "x-hf-authorization")
 
 
-def offer(blocks: gr.Blocks, desk: Desk) -> None:
-    """Add the functions to the server of a page."""
+def offer(desk: Desk) -> None:
+    """Add the functions to the page that is being made."""
     api = Api(desk)
-    with blocks:
-        for function in (api.methods, api.check, api.plan, api.merge, api.job, api.cancel):
-            gr.api(function, api_name=function.__name__, concurrency_id="hub")
+    for function in (api.methods, api.check, api.plan, api.merge, api.job, api.cancel):
+        gr.api(function, api_name=function.__name__)  # type: ignore[attr-defined]
 
 
 class Api:
@@ -53,8 +52,8 @@ class Api:
             recipe: the recipe's YAML text.
         """
         looked = rules.look(recipe)
-        problems, warnings = map(list, (map(asdict, looked.problems), map(asdict, looked.warnings)))
-        return {"ok": not problems, "problems": problems, "warnings": warnings}
+        warnings = [_plain(warning) for warning in looked.warnings]
+        return {"ok": not looked.problems, "problems": list(map(_plain, looked.problems)), "warnings": warnings}
 
     def plan(self, recipe: str, request: gr.Request) -> dict[str, Any]:
         """Tell what a recipe makes and what that takes, without reading any tensor.
@@ -127,7 +126,13 @@ def _caller(request: gr.Request) -> tuple[str, str]:
 
 
 def _told(error: MergerError) -> dict[str, Any]:
-    return {"ok": False, "exit_code": error.exit_code, "problems": [asdict(problem) for problem in error.problems]}
+    return {"ok": False, "exit_code": error.exit_code, "problems": list(map(_plain, error.problems))}
+
+
+def _plain(problem: Problem) -> dict[str, Any]:
+    """A problem as data; without the recipe's name, for a map with a path is a file to the client."""
+    place = {"line": problem.at.line, "column": problem.at.column} if problem.at else {}
+    return {"what": problem.what, "where": problem.where, "hint": problem.hint, **place}
 
 
 def _refusal(what: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from space.api import offer
 from space.bot import Bot
 from space.desk import Desk
 from space.keeper import Keeper
@@ -26,6 +25,8 @@ _FONTS = ["system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "monospace"]
 _MOST_WAITING = 200
 _AT_ONCE = 8
+_UPLOAD_BYTES = 1
+"""Nothing here takes a file, and gradio's way to send one is open to everybody."""
 
 
 def folder() -> Path:
@@ -42,10 +43,9 @@ def served(desk: Desk, bot: Bot | None = None) -> FastAPI:
     if bot is not None:
         bot.offer(app)  # before the page, which takes all other addresses
     blocks = build(desk, with_login="OAUTH_CLIENT_ID" in os.environ)
-    offer(blocks, desk)
     blocks.queue(max_size=_MOST_WAITING, default_concurrency_limit=_AT_ONCE)
     blocks.space_id = None  # else the page loads the Space's header, and its fonts, from two other servers
-    return gr.mount_gradio_app(
+    return gr.mount_gradio_app(  # type: ignore[no-any-return]
         app,
         blocks,
         path="/",
@@ -54,6 +54,7 @@ def served(desk: Desk, bot: Bot | None = None) -> FastAPI:
         run_history=False,
         enable_monitoring=False,
         show_error=False,
+        max_file_size=_UPLOAD_BYTES,
         footer_links=["api", "settings"],
         theme=gr.themes.Base(primary_hue="blue", font=_FONTS, font_mono=_MONO),
         css=CSS,

@@ -30,7 +30,7 @@ from merger.errors import MergerError, Problem, RecipeError
 from merger.stores.patience import patiently
 from space import rules
 from space.asks import Ask, Asks
-from space.jobs import Job
+from space.jobs import How, Job
 from space.keeper import Token
 
 if TYPE_CHECKING:
@@ -233,9 +233,8 @@ class Bot:
     def _queue(
         self, ask: Ask, author: str, text: str, planned: Planned, create_pr: bool = False, force: bool = False
     ) -> None:
-        job = self._desk.submit(
-            MARK + author, self._token, text, ask.repo, is_public=True, create_pr=create_pr, force=force
-        )
+        how = How(is_public=True, create_pr=create_pr, force=force)
+        job = self._desk.submit(MARK + author, self._token, text, ask.repo, how)
         ask = self._asks.change(ask, state="job", job=job.id)
         words = f"{plan_words(planned, ask.repo)}\n\n{place_words(self._desk.keeper.ahead(job))} {_FOLLOWS}"
         if ask.num is None:

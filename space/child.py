@@ -1,20 +1,22 @@
-"""The child process in which one job's merge is made: reads what to do from its input, tells of it line by line.
+"""The child process in which one job's merge is made: hears what to do by a socket, and tells of it line by line.
 
-It works in a folder of its own that holds recipe.yaml and its lock file. The token comes by the input alone. The input
+It works in a folder of its own that holds recipe.yaml and its lock file. The token comes by the socket alone, which
 stays open for as long as the worker lives: when that ends, by whatever cause, so does the child, and what it had
-finished waits on the Hub. Not here: when to begin (keeper).
+finished waits on the Hub. Not here: when to begin (keeper), and being born (nursery).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import tempfile
 import threading
 import time
-from contextlib import redirect_stdout
+import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from merger import console
 from merger.errors import MergerError
@@ -45,24 +47,42 @@ class _Teller(console.Progress):
         print(json.dumps(what), file=self._out, flush=True)
 
 
-def main() -> int:
-    """Make the merge that the input describes."""
-    asked = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_worker, daemon=True).start()
-    out = os.fdopen(os.dup(1), "w")
-    with redirect_stdout(sys.stderr):
-        try:
-            _make(asked, out)
-        except MergerError as error:
-            told = {"failed": [str(problem) for problem in error.problems]}
-            print(json.dumps(told), file=out, flush=True)
-            return error.exit_code
-    return 0
+def live(worker: socket.socket, folder: Path) -> NoReturn:
+    """Make the merge that the worker describes, and end the process, whatever happens.
+
+    Args:
+        worker: where the description comes from, and where the telling goes.
+        folder: the child's own; the recipe and its lock file are in it.
+    """
+    code = 1
+    try:
+        os.chdir(folder)
+        tempfile.tempdir = str(folder)
+        os.environ |= {"TMPDIR": str(folder), "HF_XET_CACHE": str(folder / "xet")}
+        hears, out = worker.makefile("r"), worker.makefile("w")
+        asked = json.loads(hears.readline())
+        threading.Thread(target=_end_with_the_worker, args=(hears,), daemon=True).start()
+        code = _told(asked, out)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
-def _end_with_the_worker() -> None:
-    sys.stdin.read()
+def _end_with_the_worker(hears: TextIO) -> None:
+    hears.read()
     os._exit(1)
+
+
+def _told(asked: dict[str, Any], out: TextIO) -> int:
+    """The exit code; a refusal is told to the worker."""
+    try:
+        _make(asked, out)
+    except MergerError as error:
+        print(json.dumps({"failed": [str(problem) for problem in error.problems]}), file=out, flush=True)
+        return error.exit_code
+    return 0
 
 
 def _make(asked: dict[str, Any], out: TextIO) -> None:
@@ -88,7 +108,3 @@ def _make(asked: dict[str, Any], out: TextIO) -> None:
         if isinstance(event, Done):
             where, commit = event.published.where, event.published.commit or ""
             teller.tell(where=where, commit=commit, is_new=event.is_new, doubts=event.doubts)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,6 @@ lenient, for what is wrong is told beside the text (rules). Not here: the contro
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
 
 MOST_POINTS = 64
+MOST_BRACKETS = 200
+"""Of brackets in brackets the reading takes a time that grows with the square of their number."""
+
 MOST_CHARACTERS = 16_000
 """A longer recipe is for the text alone: reading it with its comments takes a second for every 50,000 of them."""
 
@@ -104,7 +106,7 @@ def read(text: str) -> Form | None:
 
 
 def _tree(text: str) -> CommentedMap | None:
-    if len(text) > MOST_CHARACTERS:
+    if len(text) > MOST_CHARACTERS or text.count("[") + text.count("{") > MOST_BRACKETS:
         return None
     try:
         documents = list(_yaml().load_all(text))
@@ -301,7 +303,8 @@ def numbers_of(words: str) -> list[float]:
 def suggested(form: Form, user: str) -> str:
     """A repo's name for a result, of what it is made of."""
     parts = [name.split("@")[0].split("/")[-1] for name in form.models if name != form.base][:3]
-    shared = len(os.path.commonprefix(parts).rpartition("-")[0]) + 1 if len(parts) > 1 else 0
-    parts = [part if number == 0 else part[shared if shared > 1 else 0 :] for number, part in enumerate(parts)]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([*parts, form.method or "merge"]).replace("_", "-"))
+    words = [part.split("-") for part in parts]
+    shared = next((at for at, same in enumerate(zip(*words, strict=False)) if len(set(same)) > 1), 0)
+    told = words[0] + [word for each in words[1:] for word in each[shared:]] if words else []
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([*told, form.method or "merge"]).replace("_", "-"))
     return f"{user}/{name.strip('-.')[:90] or 'merge'}"

@@ -1,17 +1,15 @@
 """The keeper of the queue: whose turn it is, the tokens of those who are here, and the children that do the work.
 
 The queue is Huey's, on SQLite. A job goes through it by its name alone; what is known of it is in the store. Tokens
-are held in memory while their owners have jobs that are not over, and reach a child by its input. After a restart
+are held in memory while their owners have jobs that are not over, and reach a child by its socket. After a restart
 there are none: every job that was not over waits until its owner is back. Not here: what a job makes (child).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,22 +23,10 @@ from huey.consumer import Consumer
 
 from merger.errors import Problem
 from space.child import RECIPE
-from space.jobs import Job, JobError, Store, new_id, not_yours
+from space.jobs import AS_SAID, How, Job, JobError, Store, new_id, not_yours
 from space.limits import Limits
+from space.nursery import Nursery
 
-ROOT = Path(__file__).resolve().parents[1]
-_PASSED_ON = (
-    "PATH",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-    "NO_PROXY",
-    "no_proxy",
-    "OMP_NUM_THREADS",
-)
-_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
 _SPARE_SECONDS = 120
 _BUG = "the work ended without a word, which is a bug of ours: please report it; submitted again, it goes on from there"
 
@@ -84,7 +70,8 @@ class Keeper:
         self.storage = self._huey.storage
         self.store = Store(self._huey)
         self._tokens: dict[str, Token] = {}
-        self._children: dict[str, subprocess.Popen[str]] = {}
+        self._nursery = Nursery(self._work)
+        self._children: dict[str, socket.socket] = {}
         self._round = 0
         self._workers: _Workers | None = None
         self._is_stopping = False
@@ -95,7 +82,7 @@ class Keeper:
     # ---- what others ask ---------------------------------------------------------------------------------------------
 
     def submit(
-        self, owner: str, token: Token, recipe: str, to: str, pins: Mapping[str, str], total: int, **how: bool
+        self, owner: str, token: Token, recipe: str, to: str, pins: Mapping[str, str], total: int, how: How = AS_SAID
     ) -> Job:
         """Queue a merge.
 
@@ -106,7 +93,7 @@ class Keeper:
             to: ``hf://owner/name``.
             pins: the commits that the plan saw.
             total: bytes that will be made.
-            how: is_public, create_pr and force of the job.
+            how: how it is made besides.
 
         Raises:
             JobError: the owner has too many jobs that are not over, or the queue is full.
@@ -120,7 +107,7 @@ class Keeper:
                 raise JobError(Problem(f"a merge into {to} is not over yet", hint="wait for it, or cancel it"))
             if sum(not job.is_over for job in self.store.all()) >= self.limits.jobs:
                 raise JobError(Problem("the queue of this Space is full", hint="try again in a while"))
-            job = Job(new_id(), owner, recipe, to, dict(pins), total, created=time.time(), **how)
+            job = Job(new_id(), owner, recipe, to, dict(pins), total, created=time.time(), how=how)
             self.store.put(job)
             self._tokens[owner] = token
             return self._enqueue(job)
@@ -164,11 +151,12 @@ class Keeper:
             job = self.store.change(id, state="cancelled", ended=time.time())
             self._forget_token(owner)
             if (child := self._children.get(id)) is not None:
-                child.terminate()
+                _end(child)
             return job
 
     def start(self) -> None:
         """Let the workers begin."""
+        self._nursery.open()
         workers = self.limits.workers
         self._workers = _Workers(self._huey, workers=workers, periodic=False, initial_delay=0.05, max_delay=0.2)
         self._workers.start()
@@ -180,9 +168,10 @@ class Keeper:
             self._workers.stop(graceful=False)
             with self.store.lock:
                 for child in self._children.values():
-                    child.kill()
+                    _end(child)
             for _, thread in self._workers.worker_threads:
                 thread.join()
+        self._nursery.close()
 
     # ---- turns -------------------------------------------------------------------------------------------------------
 
@@ -222,33 +211,21 @@ class Keeper:
         (folder / RECIPE).write_text(job.recipe, "utf-8")
         pins = {"models": [{"model": model, "commit": commit} for model, commit in job.pins.items()]}
         (folder / RECIPE).with_suffix(".lock.yaml").write_text(yaml.safe_dump(pins), "utf-8")
-        with self._begin(job, folder) as child:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            how = {"is_public": job.is_public, "create_pr": job.create_pr, "force": job.force}
-            asked = {"to": job.to, "token": token.value, **how, **self.limits.for_a_job()}
-            told: dict[str, Any] = {}
-            with suppress(BrokenPipeError):  # it is gone already: it was cancelled
-                child.stdin.write(json.dumps(asked) + "\n")
-                child.stdin.flush()
-                for line in child.stdout:
-                    told |= self._heard(job.id, json.loads(line))
+        asked = {"to": job.to, "token": token.value, **vars(job.how), **self.limits.for_a_job()}
+        told: dict[str, Any] = {}
+        with self._begin(job, folder) as child, suppress(ConnectionError):  # it is gone already: it was cancelled
+            child.sendall(json.dumps(asked).encode() + b"\n")
+            for line in child.makefile("r"):
+                told |= self._heard(job.id, json.loads(line)) if line.endswith("\n") else {}
         self._settle(job.id, token, told)
 
-    def _begin(self, job: Job, folder: Path) -> subprocess.Popen[str]:
+    def _begin(self, job: Job, folder: Path) -> socket.socket:
+        child = self._nursery.child(folder)
         with self.store.lock:
-            child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "space.child"],
-                cwd=folder,
-                env=_environment(folder),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
             self._children[job.id] = child
             if self._is_stopping or self.store.get(job.id) != job:  # it was cancelled a moment ago
-                child.terminate()
-            return child
+                _end(child)
+        return child
 
     def _heard(self, id: str, line: dict[str, Any]) -> dict[str, Any]:
         """Note a line of the child's; what is left of it is about the end."""
@@ -285,9 +262,7 @@ def _order(job: Job) -> tuple[int, float]:
     return job.turn, job.created
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """What a child is told of this process's environment: no secret, and no place outside its own folder."""
-    hub = {name: value for name, value in os.environ.items() if name.startswith("HF_") and "TOKEN" not in name}
-    named = {name: os.environ[name] for name in (*_PASSED_ON, *_PROXIES) if name in os.environ}
-    own = {"HF_HOME": str(folder), "TMPDIR": str(folder), "HOME": str(folder), "PYTHONPATH": str(ROOT)}
-    return {**hub, **named, **own}
+def _end(child: socket.socket) -> None:
+    """The child's end, and that of whoever listens to it."""
+    with suppress(OSError):  # it may have ended by itself
+        child.shutdown(socket.SHUT_RDWR)

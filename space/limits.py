@@ -12,7 +12,7 @@ from typing import Any
 from merger import console, machine
 
 _PAGE_BYTES = 1_000_000_000
-"""What the page's own process may come to, with plans of many users at once."""
+"""What the page with plans of many users at once, and the nursery, may come to."""
 
 _LEAST_A_WORKER = 6_000_000_000
 _MOST_WORKERS = 2

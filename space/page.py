@@ -18,6 +18,7 @@ from merger import markdown
 from merger.errors import MergerError, Problem
 from merger.methods.registry import Param, methods
 from space import elsewhere, form, hub, rules, views
+from space.api import offer
 from space.desk import Desk, Planned
 from space.examples import FIRST, examples
 from space.form import Form, Setting
@@ -37,7 +38,7 @@ Session = gr.OAuthToken | None
 
 
 def build(desk: Desk, with_login: bool) -> gr.Blocks:
-    """The page.
+    """The page, and with it what programs may call.
 
     Args:
         desk: who does the work.
@@ -45,10 +46,11 @@ def build(desk: Desk, with_login: bool) -> gr.Blocks:
     """
     with gr.Blocks(title="Merger", analytics_enabled=False, fill_width=True) as blocks:
         Page(desk, with_login)
+        offer(desk)  # here: who opens the blocks a second time has their events twice
     for event in blocks.fns.values():  # the button's own question would be offered as a tool
         if event.api_name == "_check_login_status":
             event.api_visibility = _PRIVATE
-    return blocks
+    return blocks  # type: ignore[no-any-return]
 
 
 class Page:
@@ -227,8 +229,18 @@ class Page:
         _on(self.text.input, self._typed, [self.text], self._all)
         _on(self.example.input, self._begun, [self.example, self.text], self._all)
         _on(self.method.input, self._with_method, [self.text, self.method], self._all)
-        _on(self.models.input, lambda text, names: _shown(form.with_models(text, names)), [self.text, self.models], self._all)
-        _on(self.base.input, lambda text, name: _shown(form.with_text(text, "base_model", name or "")), [self.text, self.base], self._all)
+        _on(
+            self.models.input,
+            lambda text, names: _shown(form.with_models(text, names)),
+            [self.text, self.models],
+            self._all,
+        )
+        _on(
+            self.base.input,
+            lambda text, name: _shown(form.with_text(text, "base_model", name or "")),
+            [self.text, self.base],
+            self._all,
+        )
         for box in (self.models, self.base):  # of "always_last" the page sends the first words typed again
             how = {"trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
             _on(box.key_up, self._search, [box], [box], **how)
@@ -268,9 +280,7 @@ class Page:
         drawn = views.curves(Setting({"": tuple(numbers)}), name)
         return [text, views.problems(rules.look(text)), drawn]
 
-    async def _search(
-        self, key: gr.KeyUpData, chosen: list[str] | str, session: Session, request: gr.Request
-    ) -> Any:
+    async def _search(self, key: gr.KeyUpData, chosen: list[str] | str, session: Session, request: gr.Request) -> Any:
         """Models whose names hold what is being typed; asked for once the typing pauses."""
         typist, words = f"{request.session_hash}", key.input_value
         self._typed_last[typist] = words
@@ -332,7 +342,12 @@ class Page:
 
     def _ticked(self, chosen: str | None, profile: Profile, session: Session) -> list[Any]:
         if profile is None or session is None:
-            return [gr.update(visible=False), views.jobs_hint(signed_in=False), *[gr.update(visible=False)] * 2, gr.Timer(active=False)]
+            return [
+                gr.update(visible=False),
+                views.jobs_hint(signed_in=False),
+                *[gr.update(visible=False)] * 2,
+                gr.Timer(active=False),
+            ]
         self.desk.keeper.welcome(profile.username, Token(session.token, session.expires_at))
         return self._listed(profile.username, chosen)
 
@@ -378,7 +393,7 @@ def _numbers(words: str) -> list[float]:
 
 
 def _kept(part: str, param: Param, row: int | None) -> dict[str, Any]:
-    """What makes a control the same one when all are made anew, so that a click on the way is not lost; not its value."""
+    """What makes a control the same one when all are made anew, but for its value: else a click on the way is lost."""
     return {"key": (part, param.name, row), "preserved_by_key": []}
 
 

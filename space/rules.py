@@ -131,7 +131,9 @@ def planned(recipe: Recipe, token: str | None, limits: Limits) -> Plan:
         raise TooBigError(what) from None
     traffic = found.read_bytes + found.size
     if traffic > limits.traffic:
-        told = f"this merge reads and writes {console.size(traffic)}, and this Space moves {console.size(limits.traffic)}"
+        told = (
+            f"this merge reads and writes {console.size(traffic)}, and this Space moves {console.size(limits.traffic)}"
+        )
         raise TooBigError(Problem(f"{told} a merge at most", hint=_ELSEWHERE))
     return found
 

@@ -71,8 +71,9 @@ def curves(setting: Setting, name: str) -> str:
     low, high = min(0.0, *values), max(1.0, *values)
     lines = "".join(_line(line, low, high, number) for number, (_, line) in enumerate(drawn))
     told = "; ".join(f"{label or 'all'}: {', '.join(f'{y:g}' for y in line)}" for label, line in drawn)
+    rest = "the rest" if len(drawn) > 1 else "all tensors"
     key = "".join(
-        f'<span class="curve c{number % 4}">{html.escape(label or ("the rest" if len(drawn) > 1 else "all tensors"))}</span>'
+        f'<span class="curve c{number % 4}">{html.escape(label or rest)}</span>'
         for number, (label, _) in enumerate(drawn)
     )
     return (
@@ -135,7 +136,9 @@ def _state(found: Job, ahead: int) -> str:
         case "failed":
             return f"<b>{repo}</b> was not made."
         case _:
-            return f"<b>{repo}</b> was cancelled. Its finished files wait on the Hub: submitted again, it goes on there."
+            return (
+                f"<b>{repo}</b> was cancelled. Its finished files wait on the Hub: submitted again, it goes on there."
+            )
 
 
 def _before(ahead: int) -> str:
@@ -156,5 +159,7 @@ def _figures(found: Job, share: float) -> str:
 
 def jobs_hint(signed_in: bool) -> str:
     """What stands where no job is."""
-    told = "You have no merges here yet." if signed_in else "Sign in to publish a merge, and to see those you have here."
+    told = (
+        "You have no merges here yet." if signed_in else "Sign in to publish a merge, and to see those you have here."
+    )
     return f'<p class="fine">{told}</p>'

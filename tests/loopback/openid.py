@@ -82,7 +82,13 @@ class OpenId:
         is_wide = any(scope in scopes for scope in REPO_SCOPES)
         role = "write" if is_wide or "contribute-repos" in scopes else "read"
         context.world.users[token] = User(name, token, role, orgs, only_made=not is_wide)
-        about = {"sub": name, "name": name, "preferred_username": name, "profile": f"{context.url}/{name}", "picture": ""}
+        about = {
+            "sub": name,
+            "name": name,
+            "preferred_username": name,
+            "profile": f"{context.url}/{name}",
+            "picture": "",
+        }
         now = int(time.time())
         claims = {"iss": context.url, "aud": grant["client_id"], "iat": now, "exp": now + LIFETIME, **about}
         if "nonce" in grant:

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loopback import LoopbackHub
@@ -32,8 +32,16 @@ def zoo(hub: LoopbackHub) -> None:
 class ServedSpace:
     """The process, and its address."""
 
-    def __init__(self, hub: LoopbackHub, folder: Path, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        hub: LoopbackHub,
+        folder: Path,
+        settings: Mapping[str, str] | None = None,
+        root: Path = ROOT,
+        line: Sequence[str] = ("-m", "space"),
+    ) -> None:
         self._hub, self.folder, self._settings = hub, folder, dict(settings or {})
+        self._root, self._line = root, line
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -42,8 +50,8 @@ class ServedSpace:
         """Start it, and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("ab") as log:
-            line = [sys.executable, "-m", "space"]
-            self.process = subprocess.Popen(line, cwd=ROOT, env=self._environment(), stdout=log, stderr=log)
+            line = [sys.executable, *self._line]
+            self.process = subprocess.Popen(line, cwd=self._root, env=self._environment(), stdout=log, stderr=log)
         end = time.monotonic() + 60
         while not _answers(self.url):
             assert self.process.poll() is None, self.log()
@@ -78,7 +86,13 @@ class ServedSpace:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
-        return {**kept, **self._hub.env(self.folder / "home", "hf_of_the_space_itself"), **signing_in, **here, **self._settings}
+        return {
+            **kept,
+            **self._hub.env(self.folder / "home", "hf_of_the_space_itself"),
+            **signing_in,
+            **here,
+            **self._settings,
+        }
 
 
 def _free_port() -> int:

@@ -187,7 +187,7 @@ async id => {
 
 
 def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
-    """Killed in the middle of a merge and started again, the Space goes on when its owner is back, to the same bytes."""
+    """Killed in the middle of a merge and started again, it goes on when the owner is back, to the same bytes."""
     reached, go, seen = threading.Event(), threading.Event(), []
 
     def second(request: Request) -> bool:
@@ -212,19 +212,14 @@ def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> N
     assert published(hub, "alice/killed") == published(hub, f"alice/{FIRST}") != {}
 
 
-def test_too_big_for_here(browser: object, served: LoopbackHub, space: ServedSpace, visit: Visit, tmp_path: Path) -> None:
+def test_too_big_for_here(visit: Visit) -> None:
     """What is too big is refused by its plan, with a workflow for the Action to copy."""
-    small = ServedSpace(served, tmp_path, {"MERGER_SPACE_MEMORY": "1200MB"})
-    small.start()
-    try:
-        visitor = visit()
-        visitor.url = small.url
-        visitor.open()
-        visitor.page.get_by_role("button", name="Plan").click()
-        visitor.page.locator("#refused").get_by_text("too big for this Space").wait_for()
-        assert "uses: OWNER/merger@v1" in visitor.page.locator("#elsewhere .cm-content").inner_text()
-    finally:
-        small.kill()
+    visitor = visit()
+    layers = "  - sources: [{model: maker/merger-zoo-kjv, layer_range: [0, 6]}]\n"
+    visitor.write("merge_method: passthrough\nslices:\n" + 12 * layers)
+    visitor.page.get_by_role("button", name="Plan").click()
+    visitor.page.locator("#refused").get_by_text("too big for this Space").wait_for()
+    assert "uses: OWNER/merger@v1" in visitor.page.locator("#elsewhere .cm-content").inner_text()
 
 
 UNNAMED = """
@@ -244,9 +239,27 @@ def test_the_looks(visit: Visit, width: int, dark: bool) -> None:
     visitor.page.get_by_role("button", name="Plan").click()
     visitor.page.locator("#table").get_by_text("about 1 min").wait_for()
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= width
+    right = visitor.page.evaluate("document.querySelector('#buttons').getBoundingClientRect().right")
+    assert width - 40 <= right <= width - 16
     assert visitor.page.evaluate(UNNAMED) == []
     assert visitor.page.evaluate("document.documentElement.lang") == "en"
     if os.environ.get("SCREENSHOTS"):
-        IMAGES.mkdir(exist_ok=True)
-        name = f"space-{width}-{'dark' if dark else 'light'}.png"
-        visitor.page.screenshot(path=IMAGES / name, full_page=True)
+        _picture(visitor, f"space-{width}-{'dark' if dark else 'light'}")
+
+
+def _picture(visitor: Visitor, name: str) -> None:
+    """A picture for the documents: a merge by layers, published, and its plan; in few colours, so that it is small."""
+    from PIL import Image
+
+    visitor.sign_in("alice")
+    visitor.choose("example", "SLERP, by layer", "SLERP, by layer")
+    visitor.until(lambda: "filter: mlp" in visitor.recipe())
+    named(visitor, f"alice/{name}")
+    visitor.click("button", "Merge and publish")
+    visitor.page.locator("#job .state.done").get_by_text(f"alice/{name}").wait_for(timeout=40_000)
+    visitor.page.get_by_role("button", name="Plan").click()
+    visitor.page.locator("#table").get_by_text(f"alice/{name}").wait_for()
+    visitor.page.mouse.move(0, 0)
+    path = IMAGES / f"{name}.png"
+    visitor.page.screenshot(path=path, full_page=True)
+    Image.open(path).convert("RGB").quantize(200).save(path, optimize=True)

@@ -78,7 +78,9 @@ def test_as_many_models_as_there_is_room_for() -> None:
     assert "names 17 models, and this Space merges 16 at most" in refused(text + "".join(names) + "  - model: org/z\n")
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "x: &a [*a]\n", "models: !!python/object/apply:os.system ['true']\n", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "a: [", "x: &a [*a]\n", "models: !!python/object/apply:os.system ['true']\n", "\x00"]
+)
 def test_what_is_no_recipe(text: str) -> None:
     """Whatever is typed, there is a sentence for it and no exception."""
     assert rules.look(text).recipe is None
