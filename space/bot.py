@@ -319,6 +319,4 @@ def result_words(job: Job | None) -> str:
     if job.state == "done":
         told = "Published" if job.is_new else "Nothing to do: it is already there"
         return f"{told}: {job.where}" + (f" at commit `{job.commit}`" if job.commit else "")
-    return f"**The merge has {job.state}**\n\n" + fenced(
-        "\n".join(job.problems) or "no reason was given", "text"
-    )
+    return f"**The merge has {job.state}**\n\n" + fenced("\n".join(job.problems) or "no reason was given", "text")
