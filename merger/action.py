@@ -22,8 +22,8 @@ from merger import console, markdown
 from merger.errors import MergerError, Problem, RecipeError, UploadError
 from merger.github import Api, Event, GitHubError, Log, write_outputs, write_summary
 from merger.inputs import SECRETS, Inputs, top, variable
+from merger.locate import HUB
 from merger.run import (
-    HUB,
     LOCK_SUFFIX,
     Done,
     Options,

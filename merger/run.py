@@ -27,6 +27,7 @@ from merger.errors import (
     UploadError,
     VerificationError,
 )
+from merger.locate import HUB, stores
 from merger.methods.registry import methods
 from merger.plan.geometry import Geometry, noted, recalled
 from merger.plan.lock import LockedRecipe, lock, pins
@@ -37,14 +38,13 @@ from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.plan.plan import plan as make_plan
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
-from merger.stores.folder import FolderSink, FolderStore
+from merger.stores.folder import FolderSink
 from merger.stores.library import Library
 from merger.stores.ports import FileInfo, Leftover, Published, Sink, Store
 
 if TYPE_CHECKING:
     from merger.engine.execute import Event
 
-HUB = "hf://"
 LOCK_SUFFIX = ".lock.yaml"
 _HEADER_BYTES = 1_000_000
 
@@ -164,36 +164,36 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
-    store = Library(_stores(recipe, options))
+    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token)
     path = Path(recipe.path)
     if _is_lock(path) and path.is_file():
-        held = read_lock(_text(path), recipe.path)
-        planned, problems = planned_again(held, recipe, store, options)
-        if problems:
-            raise VerificationError(problems)
-        return planned, store
+        return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
     locked = lock(recipe, store, _pins(lock_path(path)))
     return make_plan(locked, methods(), _budget(recipe, options), options.seed), store
 
 
-def planned_again(held: Lock, recipe: Recipe, store: Library, options: Options) -> tuple[Plan, list[Problem]]:
-    """The plan of the lock's recipe at its commits, with its seed and shard size; and whether it is another than then.
-
-    Raises:
-        RecipeError: the options say another seed or shard size.
-        ModelError: a model cannot be read at its commit, or is not the one that it was.
-        MismatchError, BudgetError: as the steps do.
-    """
+def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:
     for word, said, was in (("seed", options.seed, held.seed), ("shard-size", options.shard_size, held.shard_bytes)):
         if said not in (None, was):
             what = f"--{word} {said} makes another merge than the lock's, which has {was}"
             raise RecipeError(Problem(what, hint=f"leave out --{word}, or run the recipe in place of its lock"))
-    options = replace(options, seed=held.seed, shard_size=held.shard_bytes)
     locked = lock(recipe, store, held.pins)
     if changed := changed_models(locked, held, store.checksum):
         raise ModelError(changed)
-    planned = make_plan(locked, methods(), _budget(recipe, options), options.seed)
-    return planned, other_plan(planned, held)
+    planned = planned_again(held, locked, options)
+    if other := other_plan(planned, held):
+        raise VerificationError(other)
+    return planned
+
+
+def planned_again(held: Lock, locked: LockedRecipe, options: Options) -> Plan:
+    """The plan of a lock's recipe, with the lock's seed and shard size.
+
+    Raises:
+        RecipeError, MismatchError, BudgetError: as the plan does.
+    """
+    budget = replace(_budget(locked.recipe, options), shard_bytes=held.shard_bytes)
+    return make_plan(locked, methods(), budget, held.seed)
 
 
 def _budget(recipe: Recipe, options: Options) -> Budget:
@@ -269,18 +269,6 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
         least = 2 * (largest + _HEADER_BYTES) + planned.spool
         return f"raise --max-disk to {least:,} at least: the largest tensor has {largest:,} bytes; or use --stream"
     return f"--shard-size {fitting} makes it fit"
-
-
-def _stores(recipe: Recipe, options: Options) -> list[Store]:
-    """Folders first. The Hub's client takes a while to import: not for recipes that need no Hub."""
-    folders = FolderStore()
-    if all(folders.has(ref.path) for ref in recipe.models):
-        return [folders]
-    from merger.stores.cache import CachedStore
-    from merger.stores.hub import HubStore
-
-    hub = HubStore(options.read_token)
-    return [folders, CachedStore(hub) if options.cache else hub]
 
 
 def looked(planned: Plan, store: Store) -> Relations:

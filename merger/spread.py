@@ -15,11 +15,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
 from merger.errors import PartError, Problem, RecipeError
+from merger.locate import HUB
 from merger.methods.registry import methods
 from merger.plan.parts import Part, share
 from merger.plan.plan import Plan
 from merger.recipe.parse import parse
-from merger.run import HUB, Done, Options, PartDone, Resumed, destination, fitted, plan, run, unmade
+from merger.run import Done, Options, PartDone, Resumed, destination, fitted, plan, run, unmade
 from merger.stores.library import Library
 
 if TYPE_CHECKING:

@@ -179,13 +179,16 @@ def _matching(pattern: re.Pattern[str], value: Any) -> str:
 # ---- is it still the same? ------------------------------------------------------------------------------------------
 
 
-def changed_models(locked: LockedRecipe, held: Lock, checksum: Callable[[Located, str], str]) -> list[Problem]:
+Checksum = Callable[[Located, str], str] | None
+
+
+def changed_models(locked: LockedRecipe, held: Lock, checksum: Checksum) -> list[Problem]:
     """What is no longer as the lock says it was when the merge was made.
 
     Args:
         locked: the lock's recipe, its models at the lock's commits.
         held: the lock.
-        checksum: finds out the SHA-256 of a file, if need be by reading it.
+        checksum: finds out the SHA-256 of a file in a folder by reading it; None: only sizes are compared there.
     """
     if len(locked.models) != len(held.models):
         hint = "somebody changed the lock after the merge was made: take the one that was published with it"
@@ -197,7 +200,7 @@ def changed_models(locked: LockedRecipe, held: Lock, checksum: Callable[[Located
     ]
 
 
-def _changed(model: LockedModel, parent: Parent, checksum: Callable[[Located, str], str]) -> list[Problem]:
+def _changed(model: LockedModel, parent: Parent, checksum: Checksum) -> list[Problem]:
     """A commit of the Hub pins its files, so there only what the Hub tells without being asked is compared."""
     located, at = model.located, model.ref.at
     if (located.commit is None) != (parent.commit is None):
@@ -213,17 +216,17 @@ def _changed(model: LockedModel, parent: Parent, checksum: Callable[[Located, st
     ]
 
 
-def _other(located: Located, name: str, info: FileInfo, checksum: Callable[[Located, str], str]) -> str | None:
+def _other(located: Located, name: str, info: FileInfo, checksum: Checksum) -> str | None:
     """In what a file is another one than the locked."""
     found = located.files.get(name)
     if found is None:
         return "is not there"
     if found.size != info.size:
         return f"has {found.size:,} bytes, the lock says {info.size:,}"
-    if info.sha256 is None or (found.sha256 is None and located.commit is not None):
-        return None
-    sha256 = checksum(located, name)
-    return None if sha256 == info.sha256 else f"is another file: its SHA-256 is {sha256}, the lock says {info.sha256}"
+    is_read = info.sha256 is not None and located.commit is None
+    sha256 = checksum(located, name) if checksum and is_read else found.sha256
+    same = None in (sha256, info.sha256) or sha256 == info.sha256
+    return None if same else f"is another file: its SHA-256 is {sha256}, the lock says {info.sha256}"
 
 
 def other_plan(planned: Plan, held: Lock) -> list[Problem]:
