@@ -141,7 +141,7 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument("model", metavar="MODEL", help="hf://owner/name[@revision], owner/name or a folder")
     much = verify.add_mutually_exclusive_group()
     much.add_argument(
-        "--tensors", type=_positive, metavar="N", help="compare N tensors in full (default: 2%% of all bytes)"
+        "--tensors", type=_positive, metavar="N", help="compare N tensors in full (default: a little of each)"
     )
     much.add_argument("--all", action="store_true", help="compare every tensor, and the SHA-256 of every file")
     verify.add_argument("--seed", type=int, metavar="N", help="what the sample is drawn from (default: chance)")

@@ -14,10 +14,11 @@ from merger.verify import Report
 def report_text(report: Report) -> str:
     """What of a merge was compared, and what is not as promised."""
     at = f" at commit {report.commit[:12]}" if report.commit else ""
+    share = report.read / max(1, report.of)
     lines = [
         f"{report.model}{at}: made with merger {report.made_with.get(OURS, '(unknown)')}, plan {report.plan[:16]}",
         f"compared  {_compared(report)}",
-        f"read      {size(report.read)} of models and result, {report.read / max(1, report.of):.1%} of what --all reads",
+        f"read      {size(report.read)} of models and result, {share:.1%} of what --all reads",
     ]
     if report.left_out:
         lines.append(f"left out  {few(report.left_out)}: too many bytes for a sample (see --tensors and --all)")
