@@ -89,7 +89,7 @@ def _making(planned: Plan) -> list[str]:
     return [
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
-        f"{len(planned.side_files)} side files from {shown(planned.locked.donor)}",
+        f"{len(planned.texts.taken)} side files from {shown(planned.locked.donor)}",
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
     ]
 

@@ -9,15 +9,17 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from merger.engine.leaves import TORCH_DTYPES, T
 from merger.engine.observe import observe
 from merger.engine.sources import load
 from merger.errors import MismatchError, Problem
@@ -26,15 +28,9 @@ from merger.methods.registry import Method, declared
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job, arguments
 from merger.plan.plan import BLOCK_ENTRIES, block_entries, kept
-from merger.plan.sources import Stored
+from merger.plan.sources import Numbers, Stored
 from merger.stores.ports import Reader
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INFINITY = {
     dtype: int(torch.tensor(math.inf, dtype=dtype).view(_BITS[dtype.itemsize])) for dtype in TORCH_DTYPES.values()
@@ -143,6 +139,8 @@ class Work:
     prepared: Future[Any] | None = None
     _seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
     _spool: Spool | None = field(default=None, repr=False)
+    _made: dict[Hashable, Future[Any]] = field(default_factory=dict, repr=False)
+    _making: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @cached_property
     def tickets(self) -> Mapping[Stored, int]:
@@ -222,12 +220,38 @@ class Work:
         dtype = TORCH_DTYPES[leaf.dtype]
         _kept.raw_of((stop - start) * dtype.itemsize)
         raw = _kept.raw[: (stop - start) * dtype.itemsize]
-        if self._spool is not None and leaf in self._spool:
-            self._spool.read(leaf, start * dtype.itemsize, _bytes(raw))
-        else:
-            self.reader.read(self.tickets[leaf], start * dtype.itemsize, _bytes(raw))
+        self._read(leaf, start * dtype.itemsize, _bytes(raw))
         entries = raw.view(dtype)[-start % step :: step]
         return out[: len(entries)].copy_(entries)
+
+    def _read(self, leaf: Stored, offset: int, out: memoryview) -> None:
+        if self._spool is not None and leaf in self._spool:
+            self._spool.read(leaf, offset, out)
+        else:
+            self.reader.read(self.tickets[leaf], offset, out)
+
+    def rows(self, leaf: Stored, numbers: Numbers, out: Tensor) -> None:
+        """The rows of a stored tensor of these numbers in float32, by one read for each run of consecutive ones."""
+        dtype = TORCH_DTYPES[leaf.dtype]
+        nbytes = out.shape[-1] * dtype.itemsize
+        raw = torch.empty(len(numbers) * nbytes, dtype=torch.uint8)
+        view, starts = _bytes(raw), np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=False):
+            self._read(leaf, int(numbers[start]) * nbytes, view[start * nbytes : stop * nbytes])
+        out.copy_(raw.view(dtype).view(out.shape))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once for all blocks."""
+        with self._making:
+            mine = key not in self._made
+            found = self._made.setdefault(key, Future())
+        if mine:
+            try:
+                found.set_result(make())
+            except BaseException as error:
+                found.set_exception(error)
+        made: T = found.result()
+        return made
 
     def close(self) -> None:
         """No more blocks will be asked for."""
@@ -252,6 +276,12 @@ class _Leaves:
         if leaf not in self._loaded:
             self._loaded[leaf] = self._work.entries(leaf, start, stop, self._shared[leaf], step)
         return out[: len(self._loaded[leaf])].copy_(self._loaded[leaf])
+
+    def rows(self, leaf: Stored, numbers: Numbers, out: Tensor) -> None:
+        self._work.rows(leaf, numbers, out)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        return self._work.once(key, make)
 
 
 class _Blocks:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merger.checkpoints.checkpoint import ITEM_BYTES, TensorInfo
-from merger.engine.blocks import TORCH_DTYPES
+from merger.engine.leaves import TORCH_DTYPES
 from merger.plan.plan import BLOCK_ENTRIES
 from merger.stores.ports import Reader
 

@@ -15,8 +15,9 @@ import torch
 
 from merger.checkpoints.checkpoint import ITEM_BYTES, TensorInfo
 from merger.checkpoints.shard import Outlet, Written, header
-from merger.engine.blocks import TORCH_DTYPES, Block, Work, blocks
+from merger.engine.blocks import Block, Work, blocks
 from merger.engine.execute import Made, execute
+from merger.engine.leaves import TORCH_DTYPES
 from merger.methods.registry import Method
 from merger.plan.jobs import Job
 from merger.plan.plan import BLOCK_ENTRIES, Plan, Shard

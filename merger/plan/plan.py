@@ -5,7 +5,6 @@ Not here: how a tensor is made (jobs), and making it (engine).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -15,13 +14,13 @@ from typing import Any
 
 from merger.checkpoints.checkpoint import ITEM_BYTES
 from merger.checkpoints.shard import header, shard_name
-from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.plan.jobs import Job, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
-from merger.plan.sources import Stored
+from merger.plan.sources import RowMap, RowPairs, Stored, held
+from merger.plan.texts import Texts, texts
 
 FORMAT = 1
 """Counts up whenever the same plan would give other bytes than before: part of every plan's hash."""
@@ -41,6 +40,8 @@ _LEAST_READ_AHEAD = 64 << 20
 _BASELINE_BYTES = 420 << 20
 _MEASURE_BYTES = 24 << 20
 _BYTES_A_JOB = 6_000
+_TIMES_PARSED = 8
+"""How many times its size a tokenizer.json takes in memory while it is read or written: 6.4 to 6.8 were measured."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Plan:
         shards: the output files.
         left_out: the tensors of the models that nothing is made of.
         config: the output's config.json.
-        side_files: the donor's files that are taken over.
+        texts: the small files beside the tensors.
         seed: for methods that draw random numbers.
         shard_bytes: the largest size of a shard's tensors.
         threads: how many threads compute.
@@ -97,7 +98,7 @@ class Plan:
     shards: tuple[Shard, ...] = field(repr=False)
     left_out: tuple[LeftOut, ...] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
-    side_files: tuple[str, ...]
+    texts: Texts = field(repr=False)
     seed: int
     shard_bytes: int
     threads: int
@@ -144,7 +145,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return {
+        content = {
             "hash": self.hash,
             "models": [
                 {"model": str(model.ref), "commit": model.located.commit, "licence": model.licence}
@@ -157,13 +158,12 @@ class Plan:
             "read_bytes": self.read_bytes,
             "size": self.size,
             "config": self.config,
-            "side_files": self.side_files,
-            "shards": [
-                {"name": shard.name, "size": shard.size, "jobs": [dataclasses.asdict(job) for job in shard.jobs]}
-                for shard in self.shards
-            ],
-            "left_out": [dataclasses.asdict(item) for item in self.left_out],
+            "side_files": list(self.texts.taken),
+            "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
+            "left_out": self.left_out,
         }
+        plain: dict[str, Any] = json.loads(json.dumps(content, default=_plain))
+        return plain
 
 
 def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed: int | None = None) -> Plan:
@@ -181,6 +181,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
     """
     making = make(locked, table)
     edited = config(locked, making)
+    small = texts(locked, making.tokens)
     seed = locked.recipe.seed if seed is None else seed
     shards = tuple(_shards(_in_file_order(making.jobs, locked.index(locked.donor.ref)), budget.shard_bytes))
     remote = [number for number, model in enumerate(locked.models) if model.located.commit is not None]
@@ -189,7 +190,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         shards=shards,
         left_out=tuple(left_out(locked, making)),
         config=edited,
-        side_files=side_files(locked.donor.located.files, locked.donor.checkpoint.config),
+        texts=small,
         seed=seed,
         shard_bytes=budget.shard_bytes,
         threads=budget.threads,
@@ -197,16 +198,16 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         peak_memory=0,
         read_bytes=sum(entry.tensor.nbytes for job in making.jobs for entry in job.reads),
         spool=_spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
-        hash=_hash(locked, shards, edited, seed),
+        hash=_hash(locked, shards, edited, seed, small),
     )
     return _fitted(draft, table, budget)
 
 
 def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: Collection[int], ahead: int) -> int:
     """The most bytes that a job and those prepared ahead of it hold on disk, because they are read twice."""
-    held = [sum(leaf.tensor.nbytes for leaf in kept(job, table[job.method]) if leaf.model in remote) for job in jobs]
-    sums = [0, *accumulate(held)]
-    return max(sums[min(start + ahead + 1, len(held))] - sums[start] for start in range(len(sums)))
+    nbytes = [sum(leaf.tensor.nbytes for leaf in kept(job, table[job.method]) if leaf.model in remote) for job in jobs]
+    sums = [0, *accumulate(nbytes)]
+    return max(sums[min(start + ahead + 1, len(nbytes))] - sums[start] for start in range(len(sums)))
 
 
 def kept(job: Job, method: Method) -> tuple[Stored, ...]:
@@ -268,7 +269,14 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
         * max((block_entries(job, table[job.method]) for job in plan.jobs), default=0)
     )
     jobs = _BYTES_A_JOB * (len(plan.jobs) + len(plan.left_out))
-    return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs
+    tokens = _tokenizer_memory(plan) + sum(held(source) for job in plan.jobs for source in job.sources)
+    return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs + tokens
+
+
+def _tokenizer_memory(plan: Plan) -> int:
+    """The models' tokenizers, and the largest of them taken apart to be read or written anew."""
+    sizes = [sum(map(len, model.texts.values())) for model in plan.locked.models]
+    return sum(sizes) + _TIMES_PARSED * max(sizes)
 
 
 def _thread_memory(job: Job, method: Method) -> int:
@@ -288,7 +296,7 @@ def block_entries(job: Job, method: Method) -> int:
     return max(1, job.entries) if whole else max(1, BLOCK_ENTRIES // row) * row
 
 
-def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, Any], seed: int) -> str:
+def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, Any], seed: int, small: Texts) -> str:
     """Of all that decides the result's bytes: the inputs' identity, the jobs, the layout, the seed."""
     models = [
         {"where": model.located.commit or model.located.name, "files": _files(model.located.files)}
@@ -296,8 +304,14 @@ def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, 
     ]
     work = [[shard.name, shard.jobs] for shard in shards]
     content = {"format": FORMAT, "models": models, "shards": work, "config": config, "seed": seed}
-    # `vars` of a dataclass is what `asdict` copies at eight times the price.
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=vars).encode()).hexdigest()
+    if written := {key: value for key, value in vars(small).items() if key != "taken" and value is not None}:
+        content["texts"] = written
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: object) -> Any:
+    """A dataclass as JSON: `vars` is what `asdict` copies at eight times the price."""
+    return str(value) if isinstance(value, RowMap | RowPairs) else vars(value)
 
 
 def _files(files: Mapping[str, Any]) -> list[tuple[str, int, str | None]]:

@@ -1,0 +1,98 @@
+"""The small files beside the tensors: which model each is taken from, and what is written into them anew.
+
+Not here: config.json (leftovers), the card and the lock file (card).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from merger.checkpoints import chat, vocab
+from merger.checkpoints.config import renumbered
+from merger.checkpoints.sidefiles import side_files, tokenizer_files
+from merger.checkpoints.vocab import Json
+from merger.errors import ModelError, Problem
+from merger.plan.lock import GENERATION, LockedRecipe
+from merger.plan.tokens import Tokens
+from merger.recipe.tokenizer import AUTO, CHAT_TEMPLATES
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The small files of the result.
+
+    Args:
+        taken: for each file that is taken over the number of the model that has it.
+        added: what tokenizer.json must say of each added token; None: what it says.
+        template: the chat template; None: the one that is there.
+        generation: generation_config.json; None: the one that is there.
+    """
+
+    taken: Mapping[str, int]
+    added: tuple[Json, ...] | None = field(default=None, repr=False)
+    template: str | None = None
+    generation: str | None = None
+
+    def edited(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The files that were taken over, with all that is to be written into them."""
+        made = dict(files)
+        if self.added is not None:
+            made |= vocab.rewritten(made, self.added)
+        if self.template is not None:
+            made |= chat.with_template(made, self.template)
+        if self.generation is not None:
+            made[GENERATION] = self.generation.encode()
+        return made
+
+
+def texts(locked: LockedRecipe, tokens: Tokens | None) -> Texts:
+    """Which small files the result has.
+
+    Raises:
+        ModelError: a file cannot be read that has to be changed.
+    """
+    donor = locked.index(locked.donor.ref)
+    taken = dict.fromkeys(side_files(locked.donor.located.files, locked.donor.checkpoint.config), donor)
+    added, generation = None, None
+    if tokens is not None:
+        added = tokens.added
+        generation = _generation(locked, tokens)
+        kept = {name: number for name, number in taken.items() if name not in tokenizer_files(taken)}
+        theirs = locked.models[tokens.source].located.files
+        taken = kept | dict.fromkeys(tokenizer_files(theirs), tokens.source)
+    return Texts(dict(sorted(taken.items())), added, _template(locked), generation)
+
+
+def _template(locked: LockedRecipe) -> str | None:
+    """The chat template that the recipe asks for; "auto" is the one that most models have, first the donor's."""
+    asked = locked.recipe.chat_template
+    if asked is None:
+        return None
+    if asked.text in CHAT_TEMPLATES:
+        return chat.built_in(asked.text)
+    if asked.text != AUTO:
+        return asked.text
+    models = [locked.donor, *(model for model in locked.models if model is not locked.donor)]
+    held = [chat.template(model.texts) for model in models if model.ref in locked.recipe.merged]
+    most = Counter(text for text in held if text is not None).most_common(1)
+    return most[0][0] if most else None
+
+
+def _generation(locked: LockedRecipe, tokens: Tokens) -> str | None:
+    """The donor's generation_config.json with the result's ids, if it has one and they are other ones."""
+    text = locked.donor.texts.get(GENERATION)
+    if text is None or tokens.follow is None:
+        return None
+    source = locked.models[tokens.source]
+    try:
+        own = json.loads(text)
+        theirs = json.loads(source.texts.get(GENERATION, b"{}"))
+        found, _ = renumbered(own, tokens.follow, {**source.checkpoint.config, **theirs})
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        what = f"{GENERATION} of {locked.donor.name} or {source.name} is damaged"
+        hint = "download the model again, or take the file out"
+        raise ModelError(Problem(what, locked.donor.ref.at, f"models[{locked.donor.ref}]", hint)) from None
+    return json.dumps(found, indent=2) + "\n"
