@@ -460,9 +460,7 @@ def _small_files(
     planned: Plan, store: Library, card: str, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
 ) -> dict[str, bytes]:
     """All that stands beside the shards; index and config come last, for they make it look like a model."""
-    models = planned.locked.models
-    taken = {name: store.fetch(models[number].located, name) for name, number in planned.texts.taken.items()}
-    proven = planned.texts.edited(taken)
+    proven = taken_files(planned, store)
     proven["recipe.yaml"] = planned.locked.recipe.text.encode()
     proven[MEASURED_NAME] = noted(seen).encode()
     proven |= model_files(planned)
@@ -470,6 +468,17 @@ def _small_files(
     written |= {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in proven.items()}
     lock = lock_file(planned, written, store.checksum)
     return {"README.md": card.encode(), LOCK_NAME: lock.encode(), **proven}
+
+
+def taken_files(planned: Plan, store: Store) -> dict[str, bytes]:
+    """The models' small files that the result has, with all that is written into them anew.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    models = planned.locked.models
+    taken = {name: store.fetch(models[number].located, name) for name, number in planned.texts.taken.items()}
+    return planned.texts.edited(taken)
 
 
 def model_files(planned: Plan) -> dict[str, bytes]:
