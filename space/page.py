@@ -46,7 +46,7 @@ def build(desk: Desk, with_login: bool) -> gr.Blocks:
         with_login: whether there is somebody to sign in with: in a Space.
     """
     with gr.Blocks(title="Merger", analytics_enabled=False, fill_width=True) as blocks:
-        Page(desk, with_login)
+        Page(blocks, desk, with_login)
         offer(desk)  # here: who opens the blocks a second time has their events twice
     for event in blocks.fns.values():  # the button's own question would be offered as a tool
         if event.api_name == "_check_login_status":
@@ -57,8 +57,8 @@ def build(desk: Desk, with_login: bool) -> gr.Blocks:
 class Page:
     """Its parts, and what they do."""
 
-    def __init__(self, desk: Desk, with_login: bool) -> None:
-        self.desk = desk
+    def __init__(self, blocks: gr.Blocks, desk: Desk, with_login: bool) -> None:
+        self.blocks, self.desk = blocks, desk
         self._typed_last: dict[str, str] = {}
         self._lay_out(with_login)
         self._bind_form()
@@ -324,10 +324,8 @@ class Page:
 
     def _bind_jobs(self) -> None:
         parts = self._of_jobs
-        here = gr.context.Context.root_block
-        assert here is not None
-        _on(here.load, self._arrived, [self.text], [*self._all, *parts])
-        here.load(None, js=_LIVE)
+        _on(self.blocks.load, self._arrived, [self.text], [*self._all, *parts])
+        self.blocks.load(None, js=_LIVE)
         _on(self.timer.tick, self._ticked, [self.jobs], parts, show_progress="hidden")
         _on(self.jobs.input, self._ticked, [self.jobs], parts, show_progress="hidden")
         _on(self.cancel.click, self._cancelled, [self.jobs], parts)
