@@ -138,12 +138,9 @@ def read(path: Path) -> Recipe:
     Raises:
         RecipeError: with every problem of the file.
     """
-<<<<<<< HEAD
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
+    text = _text(path)
+    if _is_lock(path):
+        return recipe_of(read_lock(text, str(path)), str(path))
     return read_text(text, str(path))
 
 
@@ -154,12 +151,6 @@ def read_text(text: str, name: str) -> Recipe:
         RecipeError: with every problem of the text.
     """
     return parse(text, name, methods())
-=======
-    text = _text(path)
-    if _is_lock(path):
-        return recipe_of(read_lock(text, str(path)), str(path))
-    return parse(text, str(path), methods())
->>>>>>> main
 
 
 def _text(path: Path) -> str:
@@ -192,7 +183,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
-    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token)
+    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token, options.hub_only)
     path = Path(recipe.path)
     if _is_lock(path) and path.is_file():
         return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
@@ -304,22 +295,6 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
     return f"--shard-size {fitting} makes it fit"
 
 
-<<<<<<< HEAD
-def _stores(recipe: Recipe, options: Options) -> list[Store]:
-    """Folders first. The Hub's client takes a while to import: not for recipes that need no Hub."""
-    folders = FolderStore()
-    if not options.hub_only and all(folders.has(ref.path) for ref in recipe.models):
-        return [folders]
-    from merger.stores.cache import CachedStore
-    from merger.stores.hub import HubStore
-
-    hub = HubStore(options.read_token)
-    remote: Store = CachedStore(hub) if options.cache else hub
-    return [remote] if options.hub_only else [folders, remote]
-
-
-=======
->>>>>>> main
 def looked(planned: Plan, store: Store) -> Relations:
     """How the parents relate, by a sample of their tensors that is read now.
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merger.errors import Problem, RecipeError
-from merger.run import HUB, card_text
+from merger.locate import HUB
+from merger.run import card_text
 from space import rules
 from space.jobs import AS_SAID, How, Job
 from space.keeper import Keeper, Token

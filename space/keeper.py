@@ -28,7 +28,10 @@ from space.limits import Limits
 from space.nursery import Nursery
 
 _SPARE_SECONDS = 120
-_BUG = "the work ended without a word, which is a bug of ours: please report it; submitted again, it goes on from there"
+_NO_WORD = (
+    "the work ended without a word, for want of memory perhaps\n"
+    "    submit it again, and it goes on from its finished files; please report it if it ends like this each time"
+)
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ class Keeper:
         try:
             self._make(job, token, folder)
         except Exception:
-            self.store.change(id, state="failed", problems=(_BUG,), ended=time.time())
+            self._settle(id, token, {})
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -250,7 +253,7 @@ class Keeper:
             elif time.time() > token.expires:
                 self.store.change(id, state="waiting")
             else:
-                problems = tuple(told.get("failed") or [_BUG])
+                problems = tuple(told.get("failed") or [_NO_WORD])
                 self.store.change(id, state="failed", problems=problems, ended=time.time())
 
     def _forget_token(self, owner: str) -> None:

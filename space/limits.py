@@ -54,7 +54,7 @@ class Limits:
         room = _size(given("MEMORY")) or machine.memory()
         free = _size(given("DISK")) or shutil.disk_usage(folder).free * 9 // 10
         most = 1 if room is None else max(1, min(_MOST_WORKERS, (room - _PAGE_BYTES) // _LEAST_A_WORKER))
-        workers = int(given("WORKERS") or most)
+        workers = max(1, int(given("WORKERS") or most))
         return cls(
             memory=None if room is None else max(0, room - _PAGE_BYTES) // workers,
             disk=free // workers,

@@ -31,6 +31,7 @@ _SECONDS = 1.0
 _PAUSE = 0.3
 _AT_ONCE = 4
 _STEP = 0.01
+_LIVE = "() => document.getElementById('problems').setAttribute('aria-live', 'polite')"
 _SIGN_IN = "sign in with the button at the top: the Space can then make repos for you, and touches no other"
 
 Profile = gr.OAuthProfile | None
@@ -45,7 +46,7 @@ def build(desk: Desk, with_login: bool) -> gr.Blocks:
         with_login: whether there is somebody to sign in with: in a Space.
     """
     with gr.Blocks(title="Merger", analytics_enabled=False, fill_width=True) as blocks:
-        Page(desk, with_login)
+        Page(blocks, desk, with_login)
         offer(desk)  # here: who opens the blocks a second time has their events twice
     for event in blocks.fns.values():  # the button's own question would be offered as a tool
         if event.api_name == "_check_login_status":
@@ -56,8 +57,8 @@ def build(desk: Desk, with_login: bool) -> gr.Blocks:
 class Page:
     """Its parts, and what they do."""
 
-    def __init__(self, desk: Desk, with_login: bool) -> None:
-        self.desk = desk
+    def __init__(self, blocks: gr.Blocks, desk: Desk, with_login: bool) -> None:
+        self.blocks, self.desk = blocks, desk
         self._typed_last: dict[str, str] = {}
         self._lay_out(with_login)
         self._bind_form()
@@ -148,6 +149,8 @@ class Page:
         gr.Markdown("## Your merges", elem_id="merges")
         self.jobs = gr.Radio([], label="Which one to look at", visible=False, elem_id="jobs")
         self.job = gr.HTML(views.jobs_hint(signed_in=False), elem_id="job")
+        with gr.Accordion("Log", visible=False, elem_id="log") as self.log_box:
+            self.log = gr.HTML()
         with gr.Row(visible=False) as self.job_buttons:
             self.again = gr.Button("Show its recipe", size="sm", elem_id="again")
             self.cancel = gr.Button("Cancel this merge", size="sm", variant="stop", elem_id="cancel")
@@ -309,11 +312,11 @@ class Page:
     def _merge(self, text: str, profile: Profile, session: Session) -> list[Any]:
         if profile is None or session is None:
             problem = Problem("nobody is signed in, so there is nobody to publish for", hint=_SIGN_IN)
-            return [*_refused(MergerError(problem)), *_nothing(5)]
+            return [*_refused(MergerError(problem)), *_nothing(7)]
         try:
             job = self.desk.submit(profile.username, Token(session.token, session.expires_at), text)
         except MergerError as error:
-            return [*_refused(error), *_nothing(5)]
+            return [*_refused(error), *_nothing(7)]
         gone = [gr.update(visible=False), *_nothing(3), gr.update(visible=False)]
         return [*gone, *self._listed(profile.username, job.id)]
 
@@ -321,9 +324,8 @@ class Page:
 
     def _bind_jobs(self) -> None:
         parts = self._of_jobs
-        here = gr.context.Context.root_block
-        assert here is not None
-        _on(here.load, self._arrived, [self.text], [*self._all, *parts])
+        _on(self.blocks.load, self._arrived, [self.text], [*self._all, *parts])
+        self.blocks.load(None, js=_LIVE)
         _on(self.timer.tick, self._ticked, [self.jobs], parts, show_progress="hidden")
         _on(self.jobs.input, self._ticked, [self.jobs], parts, show_progress="hidden")
         _on(self.cancel.click, self._cancelled, [self.jobs], parts)
@@ -332,11 +334,11 @@ class Page:
     @property
     def _of_jobs(self) -> list[Any]:
         """Whatever a change of a job may show in."""
-        return [self.jobs, self.job, self.job_buttons, self.cancel, self.timer]
+        return [self.jobs, self.job, self.log_box, self.log, self.job_buttons, self.cancel, self.timer]
 
     def _arrived(self, text: str, profile: Profile, session: Session) -> list[Any]:
         if profile is None or session is None:
-            return _nothing(len(self._all) + 5)
+            return _nothing(len(self._all) + 7)
         self.desk.keeper.welcome(profile.username, Token(session.token, session.expires_at))
         return [*_shown(_with_destination(text, profile)), *self._listed(profile.username, None)]
 
@@ -345,6 +347,8 @@ class Page:
             return [
                 gr.update(visible=False),
                 views.jobs_hint(signed_in=False),
+                gr.update(visible=False),
+                gr.skip(),
                 *[gr.update(visible=False)] * 2,
                 gr.Timer(active=False),
             ]
@@ -353,7 +357,7 @@ class Page:
 
     def _cancelled(self, chosen: str | None, profile: Profile) -> list[Any]:
         if profile is None:
-            return _nothing(5)
+            return _nothing(7)
         try:
             self.desk.keeper.cancel(profile.username, chosen or "")
         except MergerError as error:
@@ -368,11 +372,13 @@ class Page:
         """Somebody's jobs, the newest first, and one of them in full."""
         mine = list(reversed(self.desk.keeper.store.of(owner)))
         if not mine:
-            return [gr.skip(), views.jobs_hint(signed_in=True), *_nothing(3)]
+            return [gr.skip(), views.jobs_hint(signed_in=True), *_nothing(5)]
         shown = next((job for job in mine if job.id == chosen), mine[0])
         return [
             gr.update(choices=[(views.label(job), job.id) for job in mine], value=shown.id, visible=True),
             views.job(shown, self.desk.keeper.ahead(shown)),
+            gr.update(visible=bool(shown.log)),
+            views.log(shown),
             gr.update(visible=True),
             gr.update(visible=not shown.is_over),
             gr.Timer(active=any(not job.is_over for job in mine)),

@@ -44,7 +44,7 @@ def problems(looked: Looked) -> str:
 
 def refusal(found: Sequence[Problem]) -> str:
     """Why something was not done."""
-    return _list([("error", problem) for problem in found])
+    return f'<div role="alert">{_list([("error", problem) for problem in found])}</div>'
 
 
 def _list(found: Sequence[tuple[str, Problem]]) -> str:
@@ -114,10 +114,13 @@ def job(found: Job, ahead: int) -> str:
         )
     if found.problems:
         parts.append("".join(f'<pre class="failure">{html.escape(problem)}</pre>' for problem in found.problems))
-    if found.log:
-        lines = html.escape("\n".join(found.log))
-        parts.append(f'<details open><summary>Log</summary><pre class="log" tabindex="0">{lines}</pre></details>')
-    return f'<article class="job" aria-live="polite">{"".join(parts)}</article>'
+    return f'<article class="job">{"".join(parts)}</article>'
+
+
+def log(found: Job) -> str:
+    """What a job has said."""
+    lines = html.escape("\n".join(found.log))
+    return f'<pre class="log" tabindex="0">{lines}</pre>'
 
 
 def _state(found: Job, ahead: int) -> str:
@@ -151,7 +154,7 @@ def _figures(found: Job, share: float) -> str:
     if found.state == "running" and found.made > found.kept:
         told.append(f"{size(found.speed(now))}/s")
     if (left := found.seconds_left(now)) is not None:
-        told.append(f"{math.ceil(left)} s left" if left < 90 else f"{math.ceil(left / 60)} min left")
+        told.append(f"{left:.0f} s left" if left < 90 else f"{math.ceil(left / 60)} min left")
     if found.ended and found.started:
         told.append(f"took {found.ended - found.started:.0f} s")
     return " · ".join(told)

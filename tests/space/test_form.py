@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from merger.methods.registry import methods
-from space import form, rules, views
+from space import form, rules
 from space.examples import examples, zoo_repo
 
 TEXT = """\
@@ -120,15 +120,6 @@ def test_names_for_results() -> None:
     shown = form.read(TEXT.replace("org/a", "org/tiny-kjv").replace("org/b@main", "org/tiny-python"))
     assert shown is not None
     assert form.suggested(shown, "me") == "me/tiny-kjv-python-ties"
-
-
-def test_words_of_others_are_escaped() -> None:
-    """Markup in a recipe is shown, not obeyed."""
-    looked = rules.look("merge_method: <img src=x onerror=alert(1)>\nmodels: [{model: a/b}]\n")
-    told = views.problems(looked)
-    assert "<img" not in told
-    assert "&lt;img" in told
-    assert "<script" not in views.curves(form.Setting({"<script>": (0.0, float("nan"), 1.0)}), "<script>")
 
 
 def test_numbers_that_are_typed() -> None:

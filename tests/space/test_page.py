@@ -82,6 +82,23 @@ def test_a_recipe_by_the_form(visit: Visit) -> None:
     visitor.page.locator("#card").get_by_text("TIES", exact=False).first.wait_for()
 
 
+def test_by_keyboard(visit: Visit) -> None:
+    """Every step can be made without a mouse: from the first field by Tab to the buttons, which answer to Enter."""
+    visitor = visit()
+    visitor.page.locator("#private input").focus()
+    reached: list[str] = []
+    for _ in range(12):
+        visitor.page.keyboard.press("Escape")  # in the editor a Tab indents, unless Escape is pressed before
+        visitor.page.keyboard.press("Tab")
+        reached.append(str(visitor.page.evaluate("document.activeElement.id")))
+        if reached[-1] == "plan":
+            break
+    assert reached[-1] == "plan", reached
+    visitor.page.keyboard.press("Enter")
+    visitor.page.locator("#table").get_by_text("about 1 min").wait_for()
+    assert visitor.page.locator("#problems").get_attribute("aria-live") == "polite"
+
+
 def test_an_error_at_its_line(visit: Visit) -> None:
     """What is typed wrong is told at once, with its line, its next step and a mark; what is mended is quiet again."""
     visitor = visit()
@@ -207,7 +224,7 @@ def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> N
     space.start()
     alice.open()
     alice.job("done")
-    assert "from an earlier run" in alice.page.locator("#job .log").inner_text()
+    assert "from an earlier run" in alice.page.locator("#log .log").inner_text()
     assert len([request for request in hub.log if staged(request)]) == 2
     assert published(hub, "alice/killed") == published(hub, f"alice/{FIRST}") != {}
 
