@@ -22,6 +22,9 @@ _SIDE_FILE = re.compile(
 LOCK_NAME = "merger.lock.yaml"
 """What a merge was made of, beside its result."""
 
+PICTURES = "pictures/"
+"""The folder beside a card that holds its pictures."""
+
 _CODE = re.compile(r"^[^/]+\.py$")
 
 
