@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from merger import machine
 from merger.card.ancestors import family
 from merger.card.canvas import Picture
+from merger.card.layers import parameters, tracks
 from merger.card.lineage import lock_file
+from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
 from merger.card.render import NO_PARTS, render
@@ -334,7 +336,7 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
     related = relations(planned, seen)
-    parts, pictures = _parts(planned, store, sink, options)
+    parts, pictures = _parts(planned, seen, store, sink, options)
     files = _pictured(pictures) | _small_files(planned, store, _card(planned, sink, related, parts), shards)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
     yield Done(published, shards, related.doubts, files["README.md"].decode())
@@ -405,11 +407,16 @@ def _destination_sink(to: str) -> Sink:
     return HubSink(to.removeprefix(HUB))
 
 
-def _parts(planned: Plan, store: Store, sink: Sink, options: Options) -> tuple[dict[str, Any], list[Picture]]:
+def _parts(
+    planned: Plan, seen: Mapping[str, Geometry], store: Store, sink: Sink, options: Options
+) -> tuple[dict[str, Any], list[Picture]]:
     """What the card says beyond the plan, and the pictures that it shows."""
     elders = family(planned, sink.name, methods(), store, _elders(planned, options))
-    pictures = [portrait(elders)]
-    return {"lineage": elders.tree(), "pictures": {picture.name: picture for picture in pictures}}, pictures
+    inforce = parameters(planned, methods())
+    drawn = [portrait(elders), settings_plot(inforce), movement_plot(tracks(planned, seen))]
+    pictures = [picture for picture in drawn if picture is not None]
+    by_name = {picture.name: picture for picture in pictures}
+    return {"lineage": elders.tree(), "pictures": by_name, "parameters": inforce}, pictures
 
 
 def _elders(planned: Plan, options: Options) -> Store | None:

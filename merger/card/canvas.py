@@ -30,10 +30,10 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0,
 WIDTH = 8.0
 """Inches of a chart, which cards show at about a hundred dots each."""
 
-_DOTS, _LARGE = 150, 60.0
-"""Dots an inch; of a picture of more square inches than that, two in three."""
+_DOTS, _BYTES = (150, 100, 75), 60_000
+"""Dots an inch: the most that keep the file as small as that."""
 
-_COLOURS = 64
+_COLOURS = 32
 _FONTS = ["DejaVu Sans", "Verdana", "sans-serif"]
 _STYLE: Any = {
     "font.family": _FONTS,
@@ -103,10 +103,12 @@ def _saved(figure: Figure, kind: str) -> bytes:
     if kind == "svg":
         figure.savefig(held, format=kind, transparent=True, metadata={"Date": None, "Creator": None})
         return held.getvalue()
-    width, height = figure.get_size_inches()
-    dots = _DOTS if width * height <= _LARGE else _DOTS * 2 / 3
-    figure.savefig(held, format=kind, dpi=dots, transparent=True)
-    return _few_colours(held)
+    for dots in _DOTS:
+        held = io.BytesIO()
+        figure.savefig(held, format=kind, dpi=dots, transparent=True)
+        if len(small := _few_colours(held)) <= _BYTES:
+            break
+    return small
 
 
 def _few_colours(png: io.BytesIO) -> bytes:
@@ -129,3 +131,8 @@ def shortened(text: str, length: int) -> str:
         return text
     head = length // 2
     return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
+
+
+def legible(label: str) -> str:
+    """A label that a legend shows: matplotlib takes one that begins with an underscore for none."""
+    return f"\u200b{label}" if label.startswith("_") else label

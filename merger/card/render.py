@@ -42,7 +42,7 @@ class Parent:
     role: str
 
 
-NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}}
+NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "parameters": ()}
 """The parts of the card that are known only at the end, as they are before."""
 
 
@@ -56,7 +56,7 @@ def render(
         table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
         related: how the parents relate, as far as this run has seen it.
-        parts: lineage as text, pictures by name; each name of `NO_PARTS`.
+        parts: lineage as text, pictures by name, parameters; each name of `NO_PARTS`.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.

@@ -49,7 +49,7 @@ def observe(inputs: Sequence[Tensor], result: Tensor, start: int, entries: int, 
     )
 
 
-def _count(entries: NDArray[np.bool_]) -> int:
+def _count(entries: NDArray[np.bool_] | np.bool_) -> int:
     return int(np.count_nonzero(entries))
 
 
