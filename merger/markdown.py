@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from merger.card.licences import judge
 from merger.card.lineage import shown
 from merger.card.relations import same_models
-from merger.card.text import code, escaped, fenced
+from merger.card.text import code as code  # shells show names with it
+from merger.card.text import escaped, fenced
 from merger.console import size
 from merger.errors import Problem
 from merger.plan.plan import Plan

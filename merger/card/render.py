@@ -24,10 +24,10 @@ from merger.plan.plan import Plan
 
 GIVES, BASE, CONFIG_ONLY = "model", "base model", "config and tokenizer only"
 
-NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "evaluation": None, "metadata": {}}
+NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "parameters": (), "evaluation": None, "metadata": {}}
 """The parts of the card that are known only at the end, as they are before: the family as a tree of text; pictures by
-name, each with its `alt` and its `place` beside the card; a table with its `columns`, `rows` and a `note`; and more
-keys for the front matter."""
+name, each with its `alt` and its `place` beside the card; the parameters in force, each with `name` and `words`; a
+table with its `columns`, `rows` and a `note`; and more keys for the front matter."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ _A_RELATION = Relation("layer 0", 0.5, 0.25, (1.0, 0.5), 0.75)
 _SOME_RELATIONS = Relations((_A_RELATION,), (_A_RELATION,), ("a sentence",))
 _SOME_PARTS: Mapping[str, Any] = {
     "lineage": "a tree",
+    "parameters": ({"name": "weight", "words": "0.5"},),
     "pictures": {name: {"alt": "words", "place": "a.png"} for name in ("lineage", "settings", "movement")},
     "evaluation": {"columns": ["model", "task"], "rows": [["one", "0.5"]], "note": "a sentence"},
 }

@@ -28,7 +28,6 @@ from merger.checkpoints.checkpoint import (
 from merger.checkpoints.config import is_quantised, is_tied
 from merger.checkpoints.licence_file import MOST_BYTES, licence_text, recognised
 from merger.errors import ModelError, Problem, RecipeError
-from merger.plan.templates import own_templates
 from merger.recipe.model import ModelRef, Recipe
 from merger.recipe.tokenizer import AUTO
 from merger.stores.ports import FileInfo, Located, Store
@@ -135,7 +134,7 @@ class LockedRecipe:
     Args:
         recipe: the recipe.
         models: its models.
-        templates: the recipe's own templates for the card, by name.
+        templates: the recipe's own templates for the card, by name, once they are read (templates).
     """
 
     recipe: Recipe
@@ -180,7 +179,6 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
 
     Raises:
         ModelError: with every model that cannot be read.
-        RecipeError: its template for the card cannot be.
     """
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
@@ -190,7 +188,7 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
     if problems:
         raise ModelError(problems)
     found = tuple(model for model, _ in attempts if model is not None)
-    return LockedRecipe(recipe, _with_texts(recipe, found, store), own_templates(recipe.publish, store))
+    return LockedRecipe(recipe, _with_texts(recipe, found, store))
 
 
 def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -> tuple[LockedModel, ...]:
@@ -267,7 +265,7 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
 def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None) -> LockedModel:
     located = store.locate(ref.path, commit or ref.revision)
     config = _config(located, store)
-    checkpoint = Checkpoint(_tensors(located, store, pool), config)
+    checkpoint = Checkpoint(tensors_of(located, store, pool), config)
     card = _card(located, store)
     licence = None if stated_licence(card) else _licence_file(located, store)
     return LockedModel(ref, located, checkpoint, card, licence)
@@ -304,16 +302,26 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
     return config
 
 
-def _tensors(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+    """A model's tensors by name, by the headers of its files.
+
+    Raises:
+        ModelError: it has no safetensors that can be read.
+    """
     index = store.fetch(located, INDEX).decode("utf-8", "replace") if INDEX in located.files else None
     files = weight_files(located.files, index)
-    tensors = gather(pool.map(lambda file: _header(located, store, file), files), index)
+    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index)
     if not tensors:
         raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
 
 
-def _header(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+def tensors_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+    """The tensors of one safetensors file, by its header, in the order of their places.
+
+    Raises:
+        ModelError: it cannot be read, or is damaged.
+    """
     size = located.files[file].size
     length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
     return read_header(store.fetch(located, file, 8, 8 + length), file, size)
