@@ -16,7 +16,7 @@ from merger.card.relations import Relations, relations
 from merger.card.render import render
 from merger.checkpoints.checkpoint import INDEX
 from merger.checkpoints.shard import Written, index
-from merger.checkpoints.sidefiles import LOCK_NAME, MEASURED_NAME
+from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
 from merger.errors import (
     BudgetError,
     DamagedError,
@@ -373,7 +373,7 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
         raise _unfinished(missing, planned)
     sink.reserve(needed_disk(planned, options, missing))
     if missing:
-        sink.check_card(_card(planned, sink, relations(planned, seen)))
+        sink.check_card(render(planned, methods(), sink.name, relations(planned, seen)))
         yield from _shards_made(planned, missing, store, sink, options, held, seen)
     if options.part is not None:
         yield PartDone(options.part, len(mine), len(planned.shards))
@@ -382,9 +382,9 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
     related = relations(planned, seen)
-    files = _small_files(planned, store, _card(planned, sink, related), shards, seen)
+    files = card_files(planned, sink.name, related) | _small_files(planned, store, shards, seen)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
-    yield Done(published, shards, related.doubts, files["README.md"].decode(), files[LOCK_NAME].decode())
+    yield Done(published, shards, related.doubts, files[CARD_NAME].decode(), files[LOCK_NAME].decode())
 
 
 def _shards_made(
@@ -432,7 +432,7 @@ def leftovers(to: str) -> list[Leftover]:
     Raises:
         UploadError: the destination cannot be asked.
     """
-    return _destination_sink(to).leftovers()
+    return destination_sink(to).leftovers()
 
 
 def clean(to: str, leftover: Leftover) -> None:
@@ -441,25 +441,31 @@ def clean(to: str, leftover: Leftover) -> None:
     Raises:
         UploadError: a run is at work there, or we may not write.
     """
-    _destination_sink(to).clean(leftover)
+    destination_sink(to).clean(leftover)
 
 
-def _destination_sink(to: str) -> Sink:
+def destination_sink(to: str, token: str | None = None) -> Sink:
+    """What is at a destination, for all but making a merge there."""
     if not to.startswith(HUB):
         return FolderSink(Path(to))
     from merger.stores.staging import HubSink
 
-    return HubSink(to.removeprefix(HUB))
+    return HubSink(to.removeprefix(HUB), token=token)
 
 
-def _card(planned: Plan, sink: Sink, related: Relations) -> str:
-    return render(planned, methods(), sink.name, related)
+def card_files(planned: Plan, name: str, related: Relations) -> dict[str, bytes]:
+    """The card: what can be rendered anew, so that the lock says nothing of it.
+
+    Raises:
+        RecipeError: the recipe's own template cannot be rendered.
+    """
+    return {CARD_NAME: render(planned, methods(), name, related).encode()}
 
 
 def _small_files(
-    planned: Plan, store: Library, card: str, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
+    planned: Plan, store: Library, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
 ) -> dict[str, bytes]:
-    """All that stands beside the shards; index and config come last, for they make it look like a model."""
+    """All that stands beside shards and card; index and config come last, for they make it look like a model."""
     proven = taken_files(planned, store)
     proven["recipe.yaml"] = planned.locked.recipe.text.encode()
     proven[MEASURED_NAME] = noted(seen).encode()
@@ -467,7 +473,7 @@ def _small_files(
     written = {shard.name: FileInfo(shard.size, shard.sha256) for shard in shards}
     written |= {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in proven.items()}
     lock = lock_file(planned, written, store.checksum)
-    return {"README.md": card.encode(), LOCK_NAME: lock.encode(), **proven}
+    return {LOCK_NAME: lock.encode(), **proven}
 
 
 def taken_files(planned: Plan, store: Store) -> dict[str, bytes]:
