@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from calls import Said, called
 from loopback import Client, LoopbackHub
-from test_verify import Said, called
 
 from merger.errors import RecipeError, VerificationError
 from merger.recard import keep, recard
 from merger.run import Done, Options, plan, read, run
 
 ZOO = Path(__file__).parent.parent / "examples/zoo"
-Command = Callable[..., subprocess.CompletedProcess[str]]
 RECIPE = """\
 merge_method: linear
 models:
