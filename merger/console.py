@@ -22,7 +22,8 @@ from merger.spread import PartMade, PartStarted
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from merger.stores.ports import Leftover
+    from merger.recard import Recarded
+    from merger.stores.ports import Leftover, Published
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _LOG_SECONDS = 15.0
@@ -294,6 +295,13 @@ def as_json(event: Done | PartDone) -> dict[str, Any]:
         "doubts": event.doubts,
         **asdict(event.published),
     }
+
+
+def carded(made: Recarded, kept: Published | None) -> str:
+    """What has become of a card."""
+    if kept is None:
+        return f"nothing to do: the card of {made.merge.located.name} is the same"
+    return f"wrote the card of {kept.where}{f' at commit {kept.commit[:12]}' if kept.commit else ''}"
 
 
 def leftovers_text(to: str, found: Sequence[Leftover]) -> str:

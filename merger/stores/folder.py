@@ -283,6 +283,17 @@ class FolderSink:
             self._remove_work()
         return Published(str(self.folder))
 
+    def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
+        """Write each file beside the old one, then give it its name."""
+        with self._refusals():
+            for name, content in small.items():
+                target = self.folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = target.with_name(f".{target.name}.unfinished")
+                unfinished.write_bytes(content)
+                unfinished.replace(target)
+        return Published(str(self.folder))
+
     def _rename(self) -> None:
         """The old folder, if any, is moved aside first and removed only once the new one stands."""
         if not _is_free(self.folder):
