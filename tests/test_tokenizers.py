@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +282,34 @@ def test_models_on_the_hub_are_united_like_folders(
     plan = json.loads(command("plan", "recipe.yaml", "--json", cwd=tmp_path, hub=hub).stdout)
     tables = sum(tiny.read(folder)[name].nbytes for folder in pair for name in (EMBEDDING, HEAD))
     assert plan["disk"]["folder"] == local.size + tables
+
+
+def test_a_published_recipe_with_a_union_and_a_chat_template(tmp_path: Path) -> None:
+    """The recipe of the field on four small models, of which two know ChatML: the result loads and chats."""
+    text = (Path(__file__).parent / "recipe/wild/13-della-linear-filters-union-chatml.yaml").read_text()
+    chatml = ["<|im_start|>", "<|im_end|>"]
+    for seed, name in enumerate(re.findall(r"model: (\S+)", text)):
+        model(tmp_path / name, seed, chatml if seed % 2 else [])
+    merge(re.sub(r"(model: )(\S+)", rf"\1{tmp_path}/\2", text), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], add_generation_prompt=True).input_ids
+    assert [tokenizer.convert_ids_to_tokens(ids).count(token) for token in chatml] == [2, 1]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.isfinite(loaded(torch.tensor([ids])).logits).all()
+
+
+def test_tokenizers_that_the_hub_knows_to_be_equal_are_not_fetched(
+    pair: tuple[Path, Path], tmp_path: Path, hub: LoopbackHub, command: Command
+) -> None:
+    """The Hub tells the names of contents: a plan of fine-tunes with one tokenizer asks for no file of it."""
+    for name, seed in (("same", 1), ("equal", 2)):
+        folder = model(tmp_path / name, seed, ["<a>"])
+        hub.add_model(f"org/{name}", {file.name: file.read_bytes() for file in folder.iterdir()})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("merge_method: linear\nmodels: [{model: org/same}, {model: org/equal}]\n")
+    assert command("plan", "recipe.yaml", cwd=tmp_path, hub=hub).returncode == 0
+    assert not [entry for entry in hub.log if "tokenizer" in entry.path]
+    recipe.write_text(recipe.read_text() + "tokenizer: {}\n")
+    assert command("plan", "recipe.yaml", cwd=tmp_path, hub=hub).returncode == 0
+    assert len([entry for entry in hub.log if "tokenizer.json" in entry.path and entry.method == "GET"]) == 1
