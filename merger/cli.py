@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merger.errors import MergerError, Problem, RecipeError, did_you_mean
+from merger.errors import MergerError, Problem, RecipeError, VerificationError, did_you_mean
 
 if TYPE_CHECKING:
     from merger.plan.plan import Plan
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_publish(commands)
     _add_status(commands)
+    _add_verify(commands)
     _add_methods(commands)
     schema = commands.add_parser("schema", help="print the JSON Schema of recipes, for editors")
     schema.set_defaults(command=_schema)
@@ -135,9 +136,34 @@ def _add_status(commands: Commands) -> None:
     clean.set_defaults(command=_clean)
 
 
+def _add_verify(commands: Commands) -> None:
+    verify = commands.add_parser("verify", help="make a sample of a merge again from its parents, and compare")
+    verify.add_argument("model", metavar="MODEL", help="hf://owner/name[@revision], owner/name or a folder")
+    much = verify.add_mutually_exclusive_group()
+    much.add_argument(
+        "--tensors", type=_positive, metavar="N", help="compare N tensors in full (default: a little of each)"
+    )
+    much.add_argument("--all", action="store_true", help="compare every tensor, and the SHA-256 of every file")
+    verify.add_argument("--seed", type=int, metavar="N", help="what the sample is drawn from (default: chance)")
+    _add_means(verify)
+    verify.set_defaults(command=_verify)
+
+
 def _add_budget(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, or the lock file of a merge")
     parser.add_argument("--to", metavar="DEST", help="a folder, or hf://owner/name; default: the recipe's publish.repo")
+    parser.add_argument(
+        "--max-disk", type=_bytes, metavar="SIZE", help="the most disk the run may take at once, such as 10GB"
+    )
+    parser.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB)")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="for methods that draw random numbers; the recipe's otherwise"
+    )
+    _add_means(parser)
+
+
+def _add_means(parser: argparse.ArgumentParser) -> None:
+    """What a command may use, and how it tells what came of it."""
     parser.add_argument(
         "--max-memory",
         type=_bytes,
@@ -145,14 +171,7 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         help="the most memory to take, such as 4GB (default: all that is free)",
     )
     parser.add_argument(
-        "--max-disk", type=_bytes, metavar="SIZE", help="the most disk the run may take at once, such as 10GB"
-    )
-    parser.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB)")
-    parser.add_argument(
         "--threads", type=_positive, metavar="N", help="threads that compute (default: one for each core)"
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="for methods that draw random numbers; the recipe's otherwise"
     )
     parser.add_argument(
         "--no-cache",
@@ -323,6 +342,29 @@ def _clean(arguments: argparse.Namespace) -> int:
         clean(arguments.to, leftover)
         print(f"removed {leftover.where}")
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from merger import console, reports
+    from merger.run import Options, fitted
+    from merger.verify import Begun, Extent, Report, verify
+
+    means = Options(max_memory=arguments.max_memory, threads=arguments.threads, cache=arguments.cache)
+    extent = Extent(arguments.all, arguments.tensors, arguments.seed)
+    progress: console.Progress | None = None
+    event: object = None
+    try:
+        for event in verify(arguments.model, fitted(means), extent):
+            if isinstance(event, Begun):
+                progress = console.Progress(event.nbytes, doing="comparing")
+            elif progress is not None:
+                console.show(event, progress)
+    finally:
+        if progress is not None:
+            progress.close()
+    assert isinstance(event, Report)
+    print(json.dumps(reports.report_json(event)) if arguments.json else reports.report_text(event))
+    return 0 if event.passed else VerificationError.exit_code
 
 
 def _methods(arguments: argparse.Namespace) -> int:

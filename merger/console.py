@@ -140,9 +140,14 @@ def _by_reason(title: str, items: Iterable[tuple[str, str]]) -> list[str]:
         groups.setdefault(why, []).append(name)
     lines = [f"\n{title}"] if groups else []
     for why, names in groups.items():
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        lines.append(f"  {', '.join(names[:_NAMES_SHOWN])}{more}: {why}")
+        lines.append(f"  {few(names)}: {why}")
     return lines
+
+
+def few(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 # ---- methods --------------------------------------------------------------------------------------------------------
@@ -205,17 +210,18 @@ class Progress:
     Args:
         total: the bytes that will be made.
         stream: where it is shown.
+        doing: what is done with them, in a word.
     """
 
-    def __init__(self, total: int, stream: TextIO = sys.stderr) -> None:
-        self._total, self._stream = total, stream
+    def __init__(self, total: int, stream: TextIO = sys.stderr, doing: str = "merging") -> None:
+        self._total, self._stream, self._doing = total, stream, doing
         self._made = 0
         self._start = self._told = time.monotonic()
         self._bar: tqdm[Any] | None = None
         if stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=stream, dynamic_ncols=True)
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=doing, file=stream, dynamic_ncols=True)
 
     def add(self, nbytes: int) -> None:
         """Some more bytes are made."""
@@ -231,7 +237,7 @@ class Progress:
         left = passed * (self._total - self._made) / max(1, self._made)
         share = self._made / max(1, self._total)
         print(
-            f"merging: {size(self._made)} of {size(self._total)} ({share:.0%}), {left:.0f} s left",
+            f"{self._doing}: {size(self._made)} of {size(self._total)} ({share:.0%}), {left:.0f} s left",
             file=self._stream,
             flush=True,
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,26 +14,37 @@ from merger import machine
 from merger.card.lineage import lock_file
 from merger.card.relations import Relations, relations
 from merger.card.render import render
+from merger.checkpoints.checkpoint import INDEX
 from merger.checkpoints.shard import Written, index
-from merger.checkpoints.sidefiles import LOCK_NAME
-from merger.errors import BudgetError, DamagedError, MergerError, Problem, RecipeError, UploadError
+from merger.checkpoints.sidefiles import LOCK_NAME, MEASURED_NAME
+from merger.errors import (
+    BudgetError,
+    DamagedError,
+    MergerError,
+    ModelError,
+    Problem,
+    RecipeError,
+    UploadError,
+    VerificationError,
+)
+from merger.locate import HUB, stores
 from merger.methods.registry import methods
-from merger.plan.geometry import Geometry, recalled
+from merger.plan.geometry import Geometry, noted, recalled
 from merger.plan.lock import LockedRecipe, lock, pins
+from merger.plan.lockfile import Lock, changed_models, other_plan, read_lock
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.parts import share
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.plan.plan import plan as make_plan
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
-from merger.stores.folder import FolderSink, FolderStore
+from merger.stores.folder import FolderSink
 from merger.stores.library import Library
-from merger.stores.ports import Leftover, Published, Sink, Store
+from merger.stores.ports import FileInfo, Leftover, Published, Sink, Store
 
 if TYPE_CHECKING:
     from merger.engine.execute import Event
 
-HUB = "hf://"
 LOCK_SUFFIX = ".lock.yaml"
 _HEADER_BYTES = 1_000_000
 
@@ -95,13 +107,14 @@ class PartDone:
 class Done:
     """The merge lies at its destination; without shards where it lay there before this run.
 
-    `doubts` are sentences that say why it may mean little; `card` is its card where this run wrote one.
+    `doubts` are sentences that say why it may mean little; `card` and `lock` are those files where this run wrote them.
     """
 
     published: Published
     shards: tuple[Written, ...]
     doubts: tuple[str, ...] = ()
     card: str = field(default="", repr=False)
+    lock: str = field(default="", repr=False)
 
     @property
     def is_new(self) -> bool:
@@ -110,36 +123,86 @@ class Done:
 
 
 def read(path: Path) -> Recipe:
-    """Read a recipe's file and check all that can be known without its models.
+    """Read a recipe's file, or the recipe in a lock file, and check all that can be known without its models.
 
     Raises:
         RecipeError: with every problem of the file.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
+    text = _text(path)
+    if _is_lock(path):
+        return recipe_of(read_lock(text, str(path)), str(path))
     return parse(text, str(path), methods())
 
 
-def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
-    """Pin the recipe's models and decide what will be made; no tensor's byte is read.
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
 
-    A lock file beside the recipe, of mine.yaml mine.lock.yaml, says at which commits.
+
+def _is_lock(path: Path) -> bool:
+    return path.name.endswith(LOCK_SUFFIX)
+
+
+def recipe_of(held: Lock, path: str) -> Recipe:
+    """The recipe that stands in a lock file; its positions count from the recipe's own first line.
 
     Raises:
-        ModelError, RecipeError, MismatchError, BudgetError: as the steps do.
+        RecipeError: with every problem of the recipe.
     """
-    store = Library(_stores(recipe, options))
-    locked = lock(recipe, store, _pins(lock_path(Path(recipe.path))))
-    budget = Budget(
+    return replace(parse(held.recipe, f"{path} (recipe)", methods()), path=path)
+
+
+def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
+    """Pin the recipe's models and decide what will be made; no tensor's byte is read.
+
+    A lock file beside the recipe, of mine.yaml mine.lock.yaml, says at which commits. A recipe that was read from a
+    lock file is planned as it was then, or refused.
+
+    Raises:
+        ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
+    """
+    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token)
+    path = Path(recipe.path)
+    if _is_lock(path) and path.is_file():
+        return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
+    locked = lock(recipe, store, _pins(lock_path(path)))
+    return make_plan(locked, methods(), _budget(recipe, options), options.seed), store
+
+
+def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:
+    for word, said, was in (("seed", options.seed, held.seed), ("shard-size", options.shard_size, held.shard_bytes)):
+        if said not in (None, was):
+            what = f"--{word} {said} makes another merge than the lock's, which has {was}"
+            raise RecipeError(Problem(what, hint=f"leave out --{word}, or run the recipe in place of its lock"))
+    locked = lock(recipe, store, held.pins)
+    if changed := changed_models(locked, held, store.checksum):
+        raise ModelError(changed)
+    planned = planned_again(held, locked, options)
+    if other := other_plan(planned, held):
+        raise VerificationError(other)
+    return planned
+
+
+def planned_again(held: Lock, locked: LockedRecipe, options: Options) -> Plan:
+    """The plan of a lock's recipe, with the lock's seed and shard size.
+
+    Raises:
+        RecipeError, MismatchError, BudgetError: as the plan does.
+    """
+    budget = replace(_budget(locked.recipe, options), shard_bytes=held.shard_bytes)
+    return make_plan(locked, methods(), budget, held.seed)
+
+
+def _budget(recipe: Recipe, options: Options) -> Budget:
+    return Budget(
         memory=options.max_memory,
         threads=options.threads or machine.cores(),
         shard_bytes=options.shard_size or SHARD_BYTES,
         sending=_sending(_to(recipe, options)),
     )
-    return make_plan(locked, methods(), budget, options.seed), store
 
 
 def lock_path(recipe: Path) -> Path:
@@ -153,7 +216,7 @@ def _pins(path: Path) -> dict[str, str]:
 
 def lock_text(planned: Plan, done: Done) -> str:
     """What a lock file beside the recipe has to hold to make this result again."""
-    return lock_file(planned, done.shards)
+    return done.lock or lock_file(planned, {}, lambda model, file: model.files[file].sha256)
 
 
 def trusted_publishing(repo: str) -> str:
@@ -206,18 +269,6 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
         least = 2 * (largest + _HEADER_BYTES) + planned.spool
         return f"raise --max-disk to {least:,} at least: the largest tensor has {largest:,} bytes; or use --stream"
     return f"--shard-size {fitting} makes it fit"
-
-
-def _stores(recipe: Recipe, options: Options) -> list[Store]:
-    """Folders first. The Hub's client takes a while to import: not for recipes that need no Hub."""
-    folders = FolderStore()
-    if all(folders.has(ref.path) for ref in recipe.models):
-        return [folders]
-    from merger.stores.cache import CachedStore
-    from merger.stores.hub import HubStore
-
-    hub = HubStore(options.read_token)
-    return [folders, CachedStore(hub) if options.cache else hub]
 
 
 def looked(planned: Plan, store: Store) -> Relations:
@@ -289,7 +340,7 @@ def unmade(planned: Plan, options: Options, count: int) -> Done | tuple[Part, ..
     return tuple(part for part in parts if any(shard.name not in held for shard in share(planned.shards, part)))
 
 
-def run(planned: Plan, store: Store, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
+def run(planned: Plan, store: Library, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
     """Make what was planned and put it where it belongs; the last event is `Done`, of a part `PartDone`.
 
     Shards that an earlier run finished are not made again, and a model that is there already is not published again.
@@ -311,7 +362,7 @@ def run(planned: Plan, store: Store, options: Options) -> Iterator[Event | Resum
     sink.leave()
 
 
-def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
+def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
     """The shards that are missing, and the end: of a part, or of the whole."""
     held, seen = dict(sink.held()), dict[str, Geometry]()
     mine = share(planned.shards, options.part)
@@ -331,9 +382,9 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
     related = relations(planned, seen)
-    files = _small_files(planned, store, _card(planned, sink, related), shards)
+    files = _small_files(planned, store, _card(planned, sink, related), shards, seen)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
-    yield Done(published, shards, related.doubts, files["README.md"].decode())
+    yield Done(published, shards, related.doubts, files["README.md"].decode(), files[LOCK_NAME].decode())
 
 
 def _shards_made(
@@ -405,17 +456,28 @@ def _card(planned: Plan, sink: Sink, related: Relations) -> str:
     return render(planned, methods(), sink.name, related)
 
 
-def _small_files(planned: Plan, store: Store, card: str, shards: tuple[Written, ...]) -> dict[str, bytes]:
+def _small_files(
+    planned: Plan, store: Library, card: str, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
+) -> dict[str, bytes]:
     """All that stands beside the shards; index and config come last, for they make it look like a model."""
     models = planned.locked.models
     taken = {name: store.fetch(models[number].located, name) for name, number in planned.texts.taken.items()}
-    files = planned.texts.edited(taken)
-    files["README.md"] = card.encode()
-    files["recipe.yaml"] = planned.locked.recipe.text.encode()
-    files[LOCK_NAME] = lock_file(planned, shards).encode()
+    proven = planned.texts.edited(taken)
+    proven["recipe.yaml"] = planned.locked.recipe.text.encode()
+    proven[MEASURED_NAME] = noted(seen).encode()
+    proven |= model_files(planned)
+    written = {shard.name: FileInfo(shard.size, shard.sha256) for shard in shards}
+    written |= {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in proven.items()}
+    lock = lock_file(planned, written, store.checksum)
+    return {"README.md": card.encode(), LOCK_NAME: lock.encode(), **proven}
+
+
+def model_files(planned: Plan) -> dict[str, bytes]:
+    """The index, where there are several shards, and config.json: all that the plan says of them."""
+    files = {}
     if len(planned.shards) > 1:
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
         total = sum(job.nbytes for job in planned.jobs)
-        files["model.safetensors.index.json"] = index(dict(sorted(weight_map.items())), total)
+        files[INDEX] = index(dict(sorted(weight_map.items())), total)
     files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files

@@ -26,6 +26,9 @@ _OF_A_TOKENIZER = re.compile(
 LOCK_NAME = "merger.lock.yaml"
 """What a merge was made of, beside its result."""
 
+MEASURED_NAME = "merger.measured.json"
+"""How parents and result lie to each other, as it was measured on the way: what a card is rendered from again."""
+
 _CODE = re.compile(r"^[^/]+\.py$")
 
 

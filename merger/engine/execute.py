@@ -23,7 +23,7 @@ from merger.methods.registry import Method
 from merger.plan.geometry import Geometry, noted
 from merger.plan.jobs import Job
 from merger.plan.plan import BLOCK_ENTRIES, BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
-from merger.stores.ports import Reader, Sink, Store, Ticket
+from merger.stores.ports import Reader, Store, Taker, Ticket
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -65,7 +65,7 @@ def tickets(plan: Plan, shards: Sequence[Shard]) -> list[Ticket]:
 
 
 def execute(
-    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Sink, device: str = "cpu"
+    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Taker, device: str = "cpu"
 ) -> Iterator[Event]:
     """Make some of the plan's shards, one after the other.
 
@@ -115,7 +115,7 @@ def _work(
 
 
 def _shard(
-    sink: Sink, shard: Shard, table: Mapping[str, Method], made: Iterator[tuple[memoryview, Work]]
+    sink: Taker, shard: Shard, table: Mapping[str, Method], made: Iterator[tuple[memoryview, Work]]
 ) -> Iterator[Event]:
     seen: dict[str, Geometry] = {}
     try:

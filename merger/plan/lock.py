@@ -256,7 +256,7 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
 def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None) -> LockedModel:
     located = store.locate(ref.path, commit or ref.revision)
     config = _config(located, store)
-    checkpoint = Checkpoint(_tensors(located, store, pool), config)
+    checkpoint = Checkpoint(tensors_of(located, store, pool), config)
     return LockedModel(ref, located, checkpoint, _card(located, store))
 
 
@@ -275,16 +275,26 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
     return config
 
 
-def _tensors(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+    """A model's tensors by name, by the headers of its files.
+
+    Raises:
+        ModelError: it has no safetensors that can be read.
+    """
     index = store.fetch(located, INDEX).decode("utf-8", "replace") if INDEX in located.files else None
     files = weight_files(located.files, index)
-    tensors = gather(pool.map(lambda file: _header(located, store, file), files), index)
+    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index)
     if not tensors:
         raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
 
 
-def _header(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+def tensors_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+    """The tensors of one safetensors file, by its header, in the order of their places.
+
+    Raises:
+        ModelError: it cannot be read, or is damaged.
+    """
     size = located.files[file].size
     length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
     return read_header(store.fetch(located, file, 8, 8 + length), file, size)

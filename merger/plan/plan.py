@@ -87,6 +87,7 @@ class Plan:
         tokens: the result's vocabulary, where the recipe has a tokenizer block.
         texts: the small files beside the tensors.
         seed: for methods that draw random numbers.
+        shard_bytes: the largest size of a shard's tensors.
         threads: how many threads compute.
         read_ahead: bytes that may be held of what is read from the Hub ahead of need.
         peak_memory: the most bytes of memory that the run will use.
@@ -102,6 +103,7 @@ class Plan:
     tokens: Tokens | None = field(repr=False)
     texts: Texts = field(repr=False)
     seed: int
+    shard_bytes: int
     threads: int
     read_ahead: int
     peak_memory: int
@@ -195,6 +197,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         tokens=making.tokens,
         texts=small,
         seed=seed,
+        shard_bytes=budget.shard_bytes,
         threads=budget.threads,
         read_ahead=READ_AHEAD_BYTES if remote else 0,
         peak_memory=0,

@@ -119,7 +119,29 @@ class Leftover:
     busy: bool = False
 
 
-class Sink(Protocol):
+class Taker(Protocol):
+    """Takes shards as they are made."""
+
+    def open(self, name: str) -> Outlet:
+        """A place for the bytes of a shard, which count for nothing until it is taken.
+
+        Raises:
+            UploadError: the destination refuses.
+        """
+
+    def take(self, shard: Written, note: str = "") -> None:
+        """Take over a finished shard, whose bytes went into the place that was opened under its name.
+
+        Args:
+            shard: what is known of it.
+            note: what another run that goes on from it shall know besides.
+
+        Raises:
+            UploadError: an earlier one could not be taken.
+        """
+
+
+class Sink(Taker, Protocol):
     """Where shards go. Nothing that looks like a model exists there before `finish`.
 
     What was taken outlives the run: another one of the same identity goes on from there.
@@ -154,24 +176,6 @@ class Sink(Protocol):
 
         Raises:
             UploadError: it will not.
-        """
-
-    def open(self, name: str) -> Outlet:
-        """A place for the bytes of a shard, which count for nothing until it is taken.
-
-        Raises:
-            UploadError: the destination refuses.
-        """
-
-    def take(self, shard: Written, note: str = "") -> None:
-        """Take over a finished shard, whose bytes went into the place that was opened under its name.
-
-        Args:
-            shard: what is known of it.
-            note: what another run that goes on from it shall know besides.
-
-        Raises:
-            UploadError: an earlier one could not be taken.
         """
 
     def notes(self) -> Iterator[str]:

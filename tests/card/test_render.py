@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import yaml
 from merger.card.lineage import lock_file
 from merger.card.relations import Relations
 from merger.card.render import escaped, fenced, render
-from merger.checkpoints.shard import Written
 from merger.errors import RecipeError
 from merger.methods.registry import methods
 from merger.plan.plan import Plan
 from merger.run import Options, plan, read
+from merger.stores.library import Library
+from merger.stores.ports import FileInfo
 
 UNSEEN = Relations((), (), ())
 RECIPE = """\
@@ -41,10 +43,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(text: str) -> Plan:
-    """The plan of a recipe in the working directory."""
+def planned_with_store(text: str) -> tuple[Plan, Library]:
+    """The plan of a recipe in the working directory, and where its models are."""
     Path("mine.yaml").write_text(text)
-    return plan(read(Path("mine.yaml")), Options())[0]
+    return plan(read(Path("mine.yaml")), Options())
+
+
+def planned(text: str) -> Plan:
+    """The plan alone."""
+    return planned_with_store(text)[0]
 
 
 def card(text: str, name: str = "org/merged") -> tuple[dict[str, Any], str]:
@@ -129,14 +136,34 @@ def test_a_missing_template(folder: Path) -> None:
 
 
 def test_lock_names_inputs_and_outputs(folder: Path) -> None:
-    """The lock holds each parent's files and the checksum of each file written, and no path."""
-    written = Written("model.safetensors", 123, "ab" * 32)
-    lock = yaml.safe_load(lock_file(planned(RECIPE + "seed: 5\n"), (written,)))
-    assert lock["seed"] == 5
+    """The lock holds each file that is read and each that is written with its checksum, the recipe, and no path."""
+    made, store = planned_with_store(RECIPE + "seed: 5\n")
+    written = {"model.safetensors": FileInfo(123, "ab" * 32), "config.json": FileInfo(7, "cd" * 32)}
+    lock = yaml.safe_load(lock_file(made, written, store.checksum))
+    assert (lock["seed"], lock["recipe"]) == (5, RECIPE + "seed: 5\n")
+    side = ["tokenizer_config.json"]  # of all, for they are not the same
+    for model in lock["models"]:
+        files = {file["file"]: (file["size"], file["sha256"]) for file in model["files"]}
+        held = {path.name: path.read_bytes() for path in (folder / model["model"]).iterdir()}
+        wanted = {name for name in held if name in ("README.md", "config.json", "model.safetensors", *side)}
+        assert files == {name: (len(held[name]), hashlib.sha256(held[name]).hexdigest()) for name in sorted(wanted)}
     assert [model["model"] for model in lock["models"]] == ["one", "two", "base"]
-    assert [file["file"] for file in lock["models"][0]["files"]] == ["config.json", "model.safetensors"]
-    assert lock["output"] == [{"file": "model.safetensors", "size": 123, "sha256": "ab" * 32}]
+    assert lock["output"] == [
+        {"file": "model.safetensors", "size": 123, "sha256": "ab" * 32},
+        {"file": "config.json", "size": 7, "sha256": "cd" * 32},
+    ]
+    assert {"python", "hub-merger", "torch", "huggingface_hub"} <= lock["made_with"].keys()
     assert str(folder) not in str(lock)
+
+
+def test_checksums_that_would_take_long_are_said_to_be_unknown(folder: Path) -> None:
+    """Folders larger than a gigabyte are not read once more for them: their files' sizes stand there, and null."""
+    with (folder / "one/tokenizer.model").open("wb") as file:
+        file.truncate(1_000_000_000)
+    made, store = planned_with_store(RECIPE.replace("./base", "./one"))
+    (one, _) = yaml.safe_load(lock_file(made, {}, store.checksum))["models"]
+    assert {file["sha256"] for file in one["files"]} == {None}
+    assert {file["file"]: file["size"] for file in one["files"]}["tokenizer.model"] == 1_000_000_000
 
 
 def test_escaping() -> None:
