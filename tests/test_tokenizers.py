@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from conftest import Command
 from loopback import LoopbackHub
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -313,3 +314,37 @@ def test_tokenizers_that_the_hub_knows_to_be_equal_are_not_fetched(
     recipe.write_text(recipe.read_text() + "tokenizer: {}\n")
     assert command("plan", "recipe.yaml", cwd=tmp_path, hub=hub).returncode == 0
     assert len([entry for entry in hub.log if "tokenizer.json" in entry.path and entry.method == "GET"]) == 1
+
+
+CLASSES = {
+    "BertForMaskedLM": ({"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+                         "model_type": "bert"}, "cls.predictions.bias"),
+    "GPT2LMHeadModel": ({"n_embd": 16, "n_layer": 2, "n_head": 4, "model_type": "gpt2"}, "transformer.wte.weight"),
+    "T5ForConditionalGeneration": ({"d_model": 16, "d_ff": 24, "d_kv": 4, "num_layers": 2, "num_heads": 4,
+                                    "model_type": "t5"}, "shared.weight"),
+}  # fmt: skip
+"""Classes of transformers, their shapes, and a tensor of theirs that has a row for each token."""
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_other_classes_follow_their_tokens_too(name: str, tmp_path: Path) -> None:
+    """An embedding that several parts share, and a bias with a number a token: all loaded, and each in its place."""
+    shape, tensor = CLASSES[name]
+    for seed, (folder, added) in enumerate((("one", ["<a>"]), ("other", ["<b>", "<c>"]))):
+        model(tmp_path / folder, seed, added)
+        (tmp_path / folder / "model.safetensors").unlink()
+        torch.manual_seed(seed)
+        its = transformers.AutoConfig.for_model(**shape, vocab_size=len(BASE) + len(added))
+        made = getattr(transformers, name)(its)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        made.save_pretrained(tmp_path / folder)
+    merge(linear(tmp_path / "one", tmp_path / "other", more="tokenizer: {}"), tmp_path / "out")
+    loaded, told = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert {what: names for what, names in told.items() if names} == {}
+    assert loaded.get_input_embeddings().weight.shape == (len(BASE) + 3, 16)
+    first, second, found = (rows(tmp_path / folder, tensor) for folder in ("one", "other", "out"))
+    torch.testing.assert_close(found["<a>"], first["<a>"])
+    torch.testing.assert_close(found["<c>"], second["<c>"])
+    torch.testing.assert_close(found["the"], (first["the"] + second["the"]) / 2)
