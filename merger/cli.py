@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="merger",
         description="Merge models from a YAML recipe, tensor by tensor in bounded memory, to a folder or the Hub.",
         epilog="Exit codes: 2 recipe, 3 a model cannot be read, 4 models do not fit each other, 5 not enough memory or "
-        "disk, 6 upload refused, 7 verification failed, 8 a part is not made. "
+        "disk, 6 upload refused, 7 verification failed or models differ, 8 a part is not made. "
         "Environment: HF_TOKEN, HF_ENDPOINT, HF_HOME.",
     )
     parser.add_argument("--version", action="version", version=f"merger {version('hub-merger')}")
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_publish(commands)
     _add_status(commands)
     _add_verify(commands)
+    _add_diff(commands)
     _add_methods(commands)
     schema = commands.add_parser("schema", help="print the JSON Schema of recipes, for editors")
     schema.set_defaults(command=_schema)
@@ -147,6 +148,17 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument("--seed", type=int, metavar="N", help="what the sample is drawn from (default: chance)")
     _add_means(verify)
     verify.set_defaults(command=_verify)
+
+
+def _add_diff(commands: Commands) -> None:
+    diff = commands.add_parser("diff", help="compare two checkpoints tensor by tensor; exit code 7 where they differ")
+    for name in ("A", "B"):
+        diff.add_argument(name.lower(), metavar=name, help="hf://owner/name[@revision], owner/name or a folder")
+    diff.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads that compute (default: one for each core)"
+    )
+    diff.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    diff.set_defaults(command=_diff)
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
@@ -365,6 +377,24 @@ def _verify(arguments: argparse.Namespace) -> int:
     assert isinstance(event, Report)
     print(json.dumps(reports.report_json(event)) if arguments.json else reports.report_text(event))
     return 0 if event.passed else VerificationError.exit_code
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from merger import console, machine, reports
+    from merger.diff import Contrast, contrast, pair
+
+    both = pair(arguments.a, arguments.b)
+    progress = console.Progress(both.nbytes, doing="comparing")
+    found: object = None
+    try:
+        for found in contrast(both, arguments.threads or machine.cores()):
+            if isinstance(found, int):
+                progress.add(found)
+    finally:
+        progress.close()
+    assert isinstance(found, Contrast)
+    print(json.dumps(reports.contrast_json(found)) if arguments.json else reports.contrast_text(found))
+    return 0 if found.same else VerificationError.exit_code
 
 
 def _methods(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ Not here: the comparison of tensors (verify), and models that are no merges of o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -95,18 +95,25 @@ def _wrong(merge: Merge, name: str, info: FileInfo, everything: bool) -> str | N
     return f"is another file: its SHA-256 is {sha256}, the lock says {info.sha256}"
 
 
-def other_contents(merge: Merge, planned: Plan) -> Iterator[Problem]:
-    """Files that the plan makes and the lock does not list, files of tensors beside those, and small files changed."""
+def other_contents(
+    merge: Merge, planned: Plan, side: Mapping[str, bytes], others: Collection[str]
+) -> Iterator[Problem]:
+    """Files that the plan makes and the lock does not list, files of tensors beside those, and small files changed.
+
+    Args:
+        merge: the merge.
+        planned: its plan.
+        side: what the files taken from its models have to be, as far as they are compared.
+        others: files that are known not to be the lock's.
+    """
     located, shards = merge.located, [shard.name for shard in planned.shards]
-    made = {**model_files(planned), "recipe.yaml": merge.held.recipe.encode()}
+    made = {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
     if unlocked := [name for name in (*shards, *made) if name not in merge.held.output]:
-        yield Problem(
-            f"the lock says nothing of {_some(unlocked)}", hint="the lock was changed after the merge was made"
-        )
+        yield Problem(f"the lock says nothing of {_some(unlocked)}", hint="was it changed after the merge was made?")
     if stray := [name for name in located.files if name.endswith(".safetensors") and name not in shards]:
         yield Problem(f"{_some(stray)} is no file of this merge", hint="loaders may take its tensors for the merge's")
     for name, content in made.items():
-        info = located.files.get(name)
+        info = None if name in others else located.files.get(name)
         if info is not None and (info.size != len(content) or merge.store.fetch(located, name) != content):
             yield Problem(f"{name} is not what the lock's recipe makes", hint=_CHANGED)
 

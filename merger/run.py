@@ -62,10 +62,12 @@ class Options:
         device: ``cpu`` or ``cuda``.
         seed: in place of the recipe's.
         force: replace a model at the destination.
+        create_pr: open a pull request on it, whatever the recipe says.
         part: make this share of the shards, and leave the end to `publish_only`.
         publish_only: make no shard; all must be there.
         stream: send shards to the Hub as they are made, without a file on disk.
         cache: read files of models where Hugging Face's cache on this disk has them.
+        hub_only: a model is a repo on the Hub, even where this machine has a folder of its name.
         read_token: for the models; None: the environment's, False: none.
         write_token: for the destination; None: the environment's.
     """
@@ -78,10 +80,12 @@ class Options:
     device: str = "cpu"
     seed: int | None = None
     force: bool = False
+    create_pr: bool = False
     part: Part | None = None
     publish_only: bool = False
     stream: bool = False
     cache: bool = True
+    hub_only: bool = False
     read_token: str | bool | None = field(default=None, repr=False)
     write_token: str | None = field(default=None, repr=False)
 
@@ -122,6 +126,12 @@ class Done:
         return bool(self.shards)
 
 
+def warm() -> None:
+    """Import all that a run to the Hub needs: for a process that forks others, each of which then has it at once."""
+    import merger.engine.execute
+    import merger.stores.staging  # noqa: F401
+
+
 def read(path: Path) -> Recipe:
     """Read a recipe's file, or the recipe in a lock file, and check all that can be known without its models.
 
@@ -131,7 +141,16 @@ def read(path: Path) -> Recipe:
     text = _text(path)
     if _is_lock(path):
         return recipe_of(read_lock(text, str(path)), str(path))
-    return parse(text, str(path), methods())
+    return read_text(text, str(path))
+
+
+def read_text(text: str, name: str) -> Recipe:
+    """The same for a recipe that stands in no file; positions in errors begin with `name`.
+
+    Raises:
+        RecipeError: with every problem of the text.
+    """
+    return parse(text, name, methods())
 
 
 def _text(path: Path) -> str:
@@ -164,7 +183,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
-    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token)
+    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token, options.hub_only)
     path = Path(recipe.path)
     if _is_lock(path) and path.is_file():
         return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
@@ -212,6 +231,11 @@ def lock_path(recipe: Path) -> Path:
 
 def _pins(path: Path) -> dict[str, str]:
     return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+
+
+def card_text(planned: Plan, name: str) -> str:
+    """The card as far as it is known before anything is made, for a repo or folder of this name."""
+    return render(planned, methods(), name, relations(planned, {}))
 
 
 def lock_text(planned: Plan, done: Done) -> str:
@@ -316,7 +340,7 @@ def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
         to.removeprefix(HUB),
         publish.private,
         options.force,
-        publish.create_pr,
+        publish.create_pr or options.create_pr,
         options.stream,
         options.write_token,
     )
@@ -460,9 +484,7 @@ def _small_files(
     planned: Plan, store: Library, card: str, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
 ) -> dict[str, bytes]:
     """All that stands beside the shards; index and config come last, for they make it look like a model."""
-    models = planned.locked.models
-    taken = {name: store.fetch(models[number].located, name) for name, number in planned.texts.taken.items()}
-    proven = planned.texts.edited(taken)
+    proven = taken_files(planned, store)
     proven["recipe.yaml"] = planned.locked.recipe.text.encode()
     proven[MEASURED_NAME] = noted(seen).encode()
     proven |= model_files(planned)
@@ -470,6 +492,17 @@ def _small_files(
     written |= {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in proven.items()}
     lock = lock_file(planned, written, store.checksum)
     return {"README.md": card.encode(), LOCK_NAME: lock.encode(), **proven}
+
+
+def taken_files(planned: Plan, store: Store) -> dict[str, bytes]:
+    """The models' small files that the result has, with all that is written into them anew.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    models = planned.locked.models
+    taken = {name: store.fetch(models[number].located, name) for name, number in planned.texts.taken.items()}
+    return planned.texts.edited(taken)
 
 
 def model_files(planned: Plan) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from merger.plan.lockfile import OURS, Lock, changed_models, other_plan
 from merger.plan.plan import Plan, Shard
 from merger.plan.proof import Difference, Piece, Sample, draw, whole
 from merger.published import Merge, comparable, open_merge, other_contents, other_files
-from merger.run import Options, planned_again
+from merger.run import Options, planned_again, taken_files
 from merger.stores.library import Library
 
 if TYPE_CHECKING:
@@ -117,7 +117,9 @@ def verify(target: str, options: Options, extent: Extent) -> Iterator[Begun | Ma
     planned = _planned(merge.held, locked, options, problems)
     others = other_files(merge, extent.everything)
     tensors, misplaced = comparable(merge, planned)
-    problems += [*other_plan(planned, merge.held), *others.values(), *other_contents(merge, planned), *misplaced]
+    taken = taken_files(planned, parents) if extent.everything else {}
+    contents = other_contents(merge, planned, taken, others)
+    problems += [*other_plan(planned, merge.held), *others.values(), *contents, *misplaced]
     whole_shards = [shard for shard in planned.shards if extent.everything or shard.name in others]
     check = _Check(merge, planned, parents, tensors, whole_shards)
     yield from check.run(extent)

@@ -340,19 +340,23 @@ def test_a_header_that_is_not_the_plans_is_told(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "change", "said"),
     [
-        ("config.json", b"{}", "config.json has 2 bytes, the lock says 716"),
-        ("config.json", None, "config.json is missing"),
-        ("recipe.yaml", b"merge_method: linear\n", "recipe.yaml is not what the lock's recipe makes"),
-        ("extra.safetensors", b"", "extra.safetensors is no file of this merge"),
+        ("config.json", lambda raw: b"{}", "config.json has 2 bytes, the lock says 716"),
+        ("config.json", lambda raw: None, "config.json is missing"),
+        ("config.json", lambda raw: raw.replace(b"6", b"7"), "config.json is not what the lock's recipe makes"),
+        ("recipe.yaml", lambda raw: raw.replace(b"0.6", b"0.7"), "recipe.yaml is not what the lock's recipe makes"),
+        ("extra.safetensors", lambda raw: b"", "extra.safetensors is no file of this merge"),
     ],
 )
-def test_other_files_are_compared_too(name: str, content: bytes | None, said: str, tmp_path: Path) -> None:
+def test_other_files_are_compared_too(
+    name: str, change: Callable[[bytes], bytes | None], said: str, tmp_path: Path
+) -> None:
     """Those that the plan makes, without being asked; whatever else the lock lists, with --all."""
     out = merged(tmp_path, RECIPE.format(method="linear"))
+    content = change((out / name).read_bytes() if (out / name).exists() else b"")
     (out / name).unlink() if content is None else (out / name).write_bytes(content)
-    assert said in [problem.what for problem in report(out, seed=1).problems]
+    assert [problem.what for problem in report(out, seed=1).problems] == [said]
 
 
 def test_a_changed_tokenizer_is_seen_with_all(tmp_path: Path) -> None:

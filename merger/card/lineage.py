@@ -58,10 +58,10 @@ def _unknown(model: Located, file: str) -> None:
 def _read(planned: Plan, model: LockedModel) -> list[str]:
     """The files of a model that are read for the merge."""
     tensors = {tensor.file for tensor in model.checkpoint.tensors.values()}
-    number = planned.locked.index(model.ref)
-    side = {name for name, giver in planned.texts.taken.items() if giver == number} | model.texts.keys()
+    taken = [name for name, number in planned.texts.taken.items() if planned.locked.models[number] is model]
     index = (INDEX,) if len(tensors) > 1 else ()
-    return sorted({*tensors, *side, *index, "config.json", "README.md"} & model.located.files.keys())
+    wanted = {*tensors, *model.texts, *taken, *index, "config.json", "README.md"}
+    return sorted(wanted & model.located.files.keys())
 
 
 def _parent(planned: Plan, model: LockedModel, checksum: Checksum) -> Parent:

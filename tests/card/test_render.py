@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from plan.models import model
 
 from merger.card.lineage import lock_file
 from merger.card.relations import Relations
@@ -141,13 +142,12 @@ def test_lock_names_inputs_and_outputs(folder: Path) -> None:
     written = {"model.safetensors": FileInfo(123, "ab" * 32), "config.json": FileInfo(7, "cd" * 32)}
     lock = yaml.safe_load(lock_file(made, written, store.checksum))
     assert (lock["seed"], lock["recipe"]) == (5, RECIPE + "seed: 5\n")
-    side = ["tokenizer_config.json"]  # of all, for they are not the same
-    for model in lock["models"]:
-        files = {file["file"]: (file["size"], file["sha256"]) for file in model["files"]}
-        held = {path.name: path.read_bytes() for path in (folder / model["model"]).iterdir()}
-        wanted = {name for name in held if name in ("README.md", "config.json", "model.safetensors", *side)}
-        assert files == {name: (len(held[name]), hashlib.sha256(held[name]).hexdigest()) for name in sorted(wanted)}
-    assert [model["model"] for model in lock["models"]] == ["one", "two", "base"]
+    for parent in lock["models"]:
+        files = {file["file"]: (file["size"], file["sha256"]) for file in parent["files"]}
+        held = {path.name: path.read_bytes() for path in (folder / parent["model"]).iterdir()}
+        assert held.keys() - {"README.md"} == {"config.json", "model.safetensors", "tokenizer_config.json"}
+        assert files == {name: (len(held[name]), hashlib.sha256(held[name]).hexdigest()) for name in held}
+    assert [parent["model"] for parent in lock["models"]] == ["one", "two", "base"]
     assert lock["output"] == [
         {"file": "model.safetensors", "size": 123, "sha256": "ab" * 32},
         {"file": "config.json", "size": 7, "sha256": "cd" * 32},
@@ -158,12 +158,14 @@ def test_lock_names_inputs_and_outputs(folder: Path) -> None:
 
 def test_checksums_that_would_take_long_are_said_to_be_unknown(folder: Path) -> None:
     """Folders larger than a gigabyte are not read once more for them: their files' sizes stand there, and null."""
-    with (folder / "one/tokenizer.model").open("wb") as file:
-        file.truncate(1_000_000_000)
-    made, store = planned_with_store(RECIPE.replace("./base", "./one"))
-    (one, _) = yaml.safe_load(lock_file(made, {}, store.checksum))["models"]
-    assert {file["sha256"] for file in one["files"]} == {None}
-    assert {file["file"]: file["size"] for file in one["files"]}["tokenizer.model"] == 1_000_000_000
+    for name in ("large", "larger"):
+        model(folder / name, layers=1, hidden=2048, vocab=60_000)
+    made, store = planned_with_store("merge_method: linear\nmodels: [{model: ./large}, {model: ./larger}]\n")
+    for parent in yaml.safe_load(lock_file(made, {}, store.checksum))["models"]:
+        sizes = {path.name: path.stat().st_size for path in (folder / parent["model"]).iterdir()}
+        assert {file["file"]: (file["size"], file["sha256"]) for file in parent["files"]} == {
+            name: (size, None) for name, size in sizes.items()
+        }
 
 
 def test_escaping() -> None:
