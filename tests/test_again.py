@@ -52,7 +52,7 @@ def shards(hub: LoopbackHub, repo: str) -> dict[str, str]:
 def test_a_lock_makes_the_same_bytes_with_other_threads_and_memory(
     first: Path, served: LoopbackHub, command: Command
 ) -> None:
-    """Its seed and shard size are taken from it; all files are the same but the card and its tree, where a name stands."""
+    """Its seed and shard size are taken from it; all files are the same but the card, which names it."""
     done = command(
         "run", "merger.lock.yaml", "--to", "hf://org/second", "--threads", "3", "--max-memory", "900MB", "--no-cache",
         cwd=first, hub=served,
