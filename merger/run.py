@@ -62,6 +62,7 @@ class Options:
         device: ``cpu`` or ``cuda``.
         seed: in place of the recipe's.
         force: replace a model at the destination.
+        create_pr: open a pull request on it, whatever the recipe says.
         part: make this share of the shards, and leave the end to `publish_only`.
         publish_only: make no shard; all must be there.
         stream: send shards to the Hub as they are made, without a file on disk.
@@ -79,6 +80,7 @@ class Options:
     device: str = "cpu"
     seed: int | None = None
     force: bool = False
+    create_pr: bool = False
     part: Part | None = None
     publish_only: bool = False
     stream: bool = False
@@ -338,7 +340,7 @@ def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
         to.removeprefix(HUB),
         publish.private,
         options.force,
-        publish.create_pr,
+        publish.create_pr or options.create_pr,
         options.stream,
         options.write_token,
     )

@@ -15,6 +15,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
+from space.bot import Bot
 from space.desk import Desk
 from space.keeper import Keeper
 from space.limits import Limits
@@ -36,13 +37,16 @@ def folder() -> Path:
     return Path(given) if given else storage / "merger" if has_storage else Path("data")
 
 
-def served(desk: Desk) -> FastAPI:
-    """Page and API as one web application, to which others may add routes of their own before it is run."""
+def served(desk: Desk, bot: Bot | None = None) -> FastAPI:
+    """Page, API and the bot's webhook as one web application."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if bot is not None:
+        bot.offer(app)  # before the page, which takes all other addresses
     blocks = build(desk, with_login="OAUTH_CLIENT_ID" in os.environ)
     blocks.queue(max_size=_MOST_WAITING, default_concurrency_limit=_AT_ONCE)
     blocks.space_id = None  # else the page loads the Space's header, and its fonts, from two other servers
     return gr.mount_gradio_app(  # type: ignore[no-any-return]
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        app,
         blocks,
         path="/",
         ssr_mode=False,
@@ -62,11 +66,15 @@ def main() -> None:
     at = folder().resolve()
     at.mkdir(parents=True, exist_ok=True)
     keeper = Keeper(at, Limits.here(at))
+    desk = Desk(keeper)
+    bot = Bot.of(desk, os.environ)
     host = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
     keeper.start()
+    if bot is not None:
+        bot.start()
     try:
         uvicorn.run(
-            served(Desk(keeper)),
+            served(desk, bot),
             host=os.environ.get("GRADIO_SERVER_NAME", host),
             port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
             log_level="warning",
@@ -74,4 +82,6 @@ def main() -> None:
             forwarded_allow_ips="*",
         )
     finally:
+        if bot is not None:
+            bot.stop()
         keeper.stop()

@@ -94,7 +94,9 @@ def _make(asked: dict[str, Any], out: TextIO) -> None:
         shard_size=asked["shard_size"],
         cache=False,
         hub_only=True,
-        read_token=asked["token"],
+        force=asked["force"],
+        create_pr=asked["create_pr"],
+        read_token=False if asked["is_public"] else asked["token"],
         write_token=asked["token"],
     )
     planned, store = plan(read(Path(RECIPE)), options)

@@ -12,7 +12,7 @@ from merger.errors import Problem, RecipeError
 from merger.locate import HUB
 from merger.run import card_text
 from space import rules
-from space.jobs import Job
+from space.jobs import AS_SAID, How, Job
 from space.keeper import Keeper, Token
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Desk:
         recipe = rules.read(text)
         return Planned(recipe, rules.planned(recipe, token, self.keeper.limits))
 
-    def submit(self, owner: str, token: Token, text: str, to: str | None = None) -> Job:
+    def submit(self, owner: str, token: Token, text: str, to: str | None = None, how: How = AS_SAID) -> Job:
         """Queue a merge.
 
         Args:
@@ -64,14 +64,15 @@ class Desk:
             token: what it reads the models and writes the result with; held in memory while the job is not over.
             text: the recipe.
             to: ``owner/name``; None: the recipe's publish.repo.
+            how: how it is made besides.
 
         Raises:
             MergerError: any kind; nothing is queued then.
         """
-        found = self.plan(text, token.value)
+        found = self.plan(text, None if how.is_public else token.value)
         to = to or found.recipe.publish.repo
         if to is None or rules.REPO.fullmatch(to) is None:
             what = "where shall the result go?" if to is None else f"{to!r} is no repo's name"
             raise RecipeError(Problem(what, hint=f"write for example {owner}/my-merge"))
         total = sum(job.nbytes for job in found.plan.jobs)
-        return self.keeper.submit(owner, token, text, HUB + to, rules.pins(found.plan), total)
+        return self.keeper.submit(owner, token, text, HUB + to, rules.pins(found.plan), total, how)

@@ -30,6 +30,24 @@ class JobError(MergerError):
 
 
 @dataclass(frozen=True)
+class How:
+    """How a merge is made besides what its recipe says.
+
+    Args:
+        is_public: the models are read without a token.
+        create_pr: a pull request is opened, whatever the recipe says.
+        force: a model at the destination is replaced.
+    """
+
+    is_public: bool = False
+    create_pr: bool = False
+    force: bool = False
+
+
+AS_SAID = How()
+
+
+@dataclass(frozen=True)
 class Job:
     """One merge that somebody asked for.
 
@@ -49,6 +67,7 @@ class Job:
         problems: why it failed.
         where, commit: the result.
         is_new: whether this job put it there.
+        how: how it is made besides.
     """
 
     id: str
@@ -69,6 +88,7 @@ class Job:
     where: str = ""
     commit: str = ""
     is_new: bool = False
+    how: How = AS_SAID
 
     @property
     def is_over(self) -> bool:
@@ -147,7 +167,8 @@ class Store:
 
 def _read(data: bytes) -> Job:
     known: dict[str, Any] = json.loads(data)
-    return Job(**{**known, "log": tuple(known["log"]), "problems": tuple(known["problems"])})
+    plain = {"log": tuple(known["log"]), "problems": tuple(known["problems"]), "how": How(**known["how"])}
+    return Job(**{**known, **plain})
 
 
 def not_yours(id: str) -> JobError:

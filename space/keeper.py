@@ -23,7 +23,7 @@ from huey.consumer import Consumer
 
 from merger.errors import Problem
 from space.child import RECIPE
-from space.jobs import Job, JobError, Store, new_id, not_yours
+from space.jobs import AS_SAID, How, Job, JobError, Store, new_id, not_yours
 from space.limits import Limits
 from space.nursery import Nursery
 
@@ -70,6 +70,7 @@ class Keeper:
         self._huey = SqliteHuey("space", filename=str(folder / "jobs.db"), fsync=True)
         self._huey.storage.flush_queue()
         self._turn = self._huey.task(name="turn")(self._take_turn)
+        self.storage = self._huey.storage
         self.store = Store(self._huey)
         self._tokens: dict[str, Token] = {}
         self._nursery = Nursery(self._work)
@@ -83,7 +84,9 @@ class Keeper:
 
     # ---- what others ask ---------------------------------------------------------------------------------------------
 
-    def submit(self, owner: str, token: Token, recipe: str, to: str, pins: Mapping[str, str], total: int) -> Job:
+    def submit(
+        self, owner: str, token: Token, recipe: str, to: str, pins: Mapping[str, str], total: int, how: How = AS_SAID
+    ) -> Job:
         """Queue a merge.
 
         Args:
@@ -93,6 +96,7 @@ class Keeper:
             to: ``hf://owner/name``.
             pins: the commits that the plan saw.
             total: bytes that will be made.
+            how: how it is made besides.
 
         Raises:
             JobError: the owner has too many jobs that are not over, or the queue is full.
@@ -106,7 +110,7 @@ class Keeper:
                 raise JobError(Problem(f"a merge into {to} is not over yet", hint="wait for it, or cancel it"))
             if sum(not job.is_over for job in self.store.all()) >= self.limits.jobs:
                 raise JobError(Problem("the queue of this Space is full", hint="try again in a while"))
-            job = Job(new_id(), owner, recipe, to, dict(pins), total, created=time.time())
+            job = Job(new_id(), owner, recipe, to, dict(pins), total, created=time.time(), how=how)
             self.store.put(job)
             self._tokens[owner] = token
             return self._enqueue(job)
@@ -210,7 +214,7 @@ class Keeper:
         (folder / RECIPE).write_text(job.recipe, "utf-8")
         pins = {"models": [{"model": model, "commit": commit} for model, commit in job.pins.items()]}
         (folder / RECIPE).with_suffix(".lock.yaml").write_text(yaml.safe_dump(pins), "utf-8")
-        asked = {"to": job.to, "token": token.value, **self.limits.for_a_job()}
+        asked = {"to": job.to, "token": token.value, **vars(job.how), **self.limits.for_a_job()}
         told: dict[str, Any] = {}
         with self._begin(job, folder) as child, suppress(ConnectionError):  # it is gone already: it was cancelled
             child.sendall(json.dumps(asked).encode() + b"\n")

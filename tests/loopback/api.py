@@ -28,6 +28,14 @@ def whoami(context: Context, x: Exchange) -> Answer:
     return reply({"type": "user", "id": x.user.name, **name, "orgs": orgs, "auth": {"accessToken": token}})
 
 
+def members(context: Context, x: Exchange) -> Answer:
+    """The users of an organisation."""
+    found = sorted({user.name for user in context.world.users.values() if x.args["org"] in user.orgs})
+    if not found:
+        raise HubError(404, "Organization not found")
+    return reply([{"user": name, "fullname": name, "avatarUrl": ""} for name in found])
+
+
 def _named(x: Exchange) -> tuple[str, str, dict[str, Any]]:
     asked = x.json()
     owner = asked.get("organization") or (x.user.name if x.user else "")
@@ -269,6 +277,7 @@ def routes() -> Iterable[Route]:
     """This room's part of the table."""
     yield Route("GET", "/api/agent-harnesses", harnesses)
     yield Route("GET", "/api/whoami-v2", whoami)
+    yield Route("GET", "/api/organizations/{org}/members", members)
     yield Route("POST", "/api/repos/create", create_repo)
     yield Route("DELETE", "/api/repos/delete", delete_repo)
     yield Route("POST", "/api/validate-yaml", validate_yaml)
