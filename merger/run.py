@@ -8,12 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merger import machine
+from merger.card.ancestors import family
+from merger.card.canvas import Picture
+from merger.card.layers import parameters, tracks
 from merger.card.lineage import lock_file
+from merger.card.plots import movement_plot, settings_plot
+from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
-from merger.card.render import render
+from merger.card.render import NO_PARTS, render
 from merger.checkpoints.checkpoint import INDEX
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import LOCK_NAME, MEASURED_NAME
@@ -397,7 +402,7 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
         raise _unfinished(missing, planned)
     sink.reserve(needed_disk(planned, options, missing))
     if missing:
-        sink.check_card(_card(planned, sink, relations(planned, seen)))
+        sink.check_card(_card(planned, sink, relations(planned, seen), NO_PARTS))
         yield from _shards_made(planned, missing, store, sink, options, held, seen)
     if options.part is not None:
         yield PartDone(options.part, len(mine), len(planned.shards))
@@ -406,7 +411,9 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
     related = relations(planned, seen)
-    files = _small_files(planned, store, _card(planned, sink, related), shards, seen)
+    parts, pictures = _parts(planned, seen, store, sink, options)
+    card = _card(planned, sink, related, parts)
+    files = _pictured(pictures) | _small_files(planned, store, card, shards, seen)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
     yield Done(published, shards, related.doubts, files["README.md"].decode(), files[LOCK_NAME].decode())
 
@@ -476,8 +483,34 @@ def _destination_sink(to: str) -> Sink:
     return HubSink(to.removeprefix(HUB))
 
 
-def _card(planned: Plan, sink: Sink, related: Relations) -> str:
-    return render(planned, methods(), sink.name, related)
+def _parts(
+    planned: Plan, seen: Mapping[str, Geometry], store: Store, sink: Sink, options: Options
+) -> tuple[dict[str, Any], list[Picture]]:
+    """What the card says beyond the plan, and the pictures that it shows."""
+    elders = family(planned, sink.name, methods(), store, _elders(planned, options))
+    inforce = parameters(planned, methods())
+    drawn = [portrait(elders), settings_plot(inforce), movement_plot(tracks(planned, seen))]
+    pictures = [picture for picture in drawn if picture is not None]
+    by_name = {picture.name: picture for picture in pictures}
+    return {"lineage": elders.tree(), "pictures": by_name, "parameters": inforce}, pictures
+
+
+def _elders(planned: Plan, options: Options) -> Store | None:
+    """Where the parents' own parents are looked up; nowhere, for a run that has nothing to do with the Hub."""
+    to_hub = destination(planned.locked.recipe, options).startswith(HUB)
+    if not to_hub and all(model.located.commit is None for model in planned.locked.models):
+        return None
+    from merger.stores.hub import HubStore
+
+    return HubStore(options.read_token)
+
+
+def _pictured(pictures: Sequence[Picture]) -> dict[str, bytes]:
+    return {name: content for picture in pictures for name, content in picture.files.items()}
+
+
+def _card(planned: Plan, sink: Sink, related: Relations, parts: Mapping[str, Any]) -> str:
+    return render(planned, methods(), sink.name, related, parts)
 
 
 def _small_files(

@@ -31,6 +31,7 @@ class Ask:
         state: new, job (a merge is under way), or over.
         job: the job's id.
         is_begun: whether it was said that the merge has begun.
+        tries: how many times the Hub failed us.
         at: seconds since 1970.
     """
 
@@ -43,6 +44,7 @@ class Ask:
     state: Literal["new", "job", "over"] = "new"
     job: str = ""
     is_begun: bool = False
+    tries: int = 0
     at: float = field(default_factory=time.time)
 
 
@@ -59,6 +61,10 @@ class Asks:
     def add(self, ask: Ask) -> bool:
         """Note an event; False if it is known already."""
         return bool(self._disk.put_if_empty(_KEY + ask.key, _written(ask)))
+
+    def get(self, key: str) -> Ask:
+        """One that is known."""
+        return Ask(**json.loads(self._disk.peek_data(_KEY + key)))
 
     def change(self, ask: Ask, **changes: Any) -> Ask:
         """Change what is known of one."""

@@ -25,9 +25,7 @@ from huggingface_hub.utils import httpx
 from pydantic import ValidationError
 
 from merger import console, markdown
-from merger.card.render import fenced
 from merger.errors import MergerError, Problem, RecipeError
-from merger.stores.patience import patiently
 from space import rules
 from space.asks import Ask, Asks
 from space.jobs import How, Job
@@ -43,6 +41,7 @@ MARK = "@"
 
 _MOST_BYTES = 1 << 20
 _PAUSE = 1.0
+_TRIES = 10
 _BLOCK = re.compile(r"^```ya?ml[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _FOLLOWS = "What becomes of it will be said here."
 
@@ -129,15 +128,16 @@ class Bot:
             self._wake.wait(_PAUSE)
 
     def _step_safely(self, ask: Ask) -> None:
-        """A step that fails for the Hub's sake ends the matter: who asked can ask again."""
+        """A step that fails for the Hub's sake is taken again, some times; then who asked can ask again."""
         try:
             self._step(ask)
         except (HfHubHTTPError, httpx.HTTPError) as error:
             log.warning("%s: the Hub refused (%s)", ask.repo, type(error).__name__)
-            self._asks.change(ask, state="over")
+            now = self._asks.get(ask.key)
+            self._asks.change(now, tries=now.tries + 1, state="over" if now.tries == _TRIES else now.state)
         except Exception:
             log.exception("%s: a bug of ours", ask.repo)
-            self._asks.change(ask, state="over")
+            self._asks.change(self._asks.get(ask.key), state="over")
 
     def _step(self, ask: Ask) -> None:
         if ask.state == "job":
@@ -158,18 +158,20 @@ class Bot:
             text = block(comment.content)
             planned = self._plan(text, ask.repo)
             if verb == "plan":
-                self._say(self._asks.change(ask, state="over"), plan_words(planned, ask.repo))
+                self._say(ask, plan_words(planned, ask.repo))
+                self._asks.change(ask, state="over")
                 return
             create_pr = not self._may_write(comment.author, ask.repo)
             self._queue(ask, comment.author, text, planned, create_pr=create_pr)
         except MergerError as error:
-            self._say(self._asks.change(ask, state="over"), markdown.problems_section("Not merged", error.problems))
+            self._say(ask, markdown.problems_section("Not merged", error.problems))
+            self._asks.change(ask, state="over")
 
     def _comment(self, ask: Ask) -> DiscussionComment | None:
         """The comment as the Hub has it now; None if it is gone, or somebody else had a hand in it, or it is ours."""
         assert ask.num is not None
         num = ask.num
-        events = patiently(lambda: self._api.get_discussion_details(ask.repo, num)).events
+        events = self._api.get_discussion_details(ask.repo, num).events
         found = next((event for event in events if event.id == ask.comment), None)
         if not isinstance(found, DiscussionComment) or found.hidden or found.author == self.name:
             return None
@@ -178,7 +180,7 @@ class Bot:
     def _merge_file(self, ask: Ask) -> None:
         """A commit to main that changed merge.yaml: it is merged into its repo, or the problems become a discussion."""
         text = self._file(ask.repo, ask.new)
-        made = patiently(lambda: self._api.list_repo_commits(ask.repo, revision=ask.new))[0]
+        made = self._api.list_repo_commits(ask.repo, revision=ask.new)[0]
         if text is None or self.name in made.authors or text == self._file(ask.repo, ask.old):
             self._asks.change(ask, state="over")
             return
@@ -187,19 +189,20 @@ class Bot:
             self._queue(ask, made.authors[0], text, planned, force=True)
         except MergerError as error:
             words = markdown.problems_section(f"{FILE} of {ask.new[:12]} is not merged", error.problems)
-            self._open(self._asks.change(ask, state="over"), words)
+            self._open(ask, words)
+            self._asks.change(self._asks.get(ask.key), state="over")
 
     def _file(self, repo: str, commit: str) -> str | None:
         """The text of merge.yaml at a commit; None where there is none."""
         if not commit:
             return None
-        found = patiently(lambda: self._api.get_paths_info(repo, [FILE], revision=commit))
+        found = self._api.get_paths_info(repo, [FILE], revision=commit)
         if not found:
             return None
         if getattr(found[0], "size", 0) > rules.MOST_BYTES:
             return " " * (rules.MOST_BYTES + 1)  # refused by its size, like any other text
         with tempfile.TemporaryDirectory() as folder:
-            path = patiently(lambda: self._api.hf_hub_download(repo, FILE, revision=commit, local_dir=folder))
+            path = self._api.hf_hub_download(repo, FILE, revision=commit, local_dir=folder)
             return Path(path).read_text("utf-8", "replace")
 
     def _plan(self, text: str, repo: str) -> Planned:
@@ -246,18 +249,20 @@ class Bot:
         """Say what has become of a merge, where there is news."""
         job = self._desk.keeper.store.get(ask.job)
         if job is None or job.is_over:
-            self._say(self._asks.change(ask, state="over"), result_words(job))
+            self._say(ask, result_words(job))
+            self._asks.change(ask, state="over")
         elif job.state == "running" and not ask.is_begun:
-            self._say(self._asks.change(ask, is_begun=True), f"The merge has begun: {console.size(job.total)} to make.")
+            self._say(ask, f"The merge has begun: {console.size(job.total)} to make.")
+            self._asks.change(ask, is_begun=True)
 
     def _say(self, ask: Ask, words: str) -> None:
         if ask.num is not None:
             num = ask.num
-            patiently(lambda: self._api.comment_discussion(ask.repo, num, words))
+            self._api.comment_discussion(ask.repo, num, words)
 
     def _open(self, ask: Ask, words: str) -> None:
         title = f"{FILE} at {ask.new[:12]}"
-        made = patiently(lambda: self._api.create_discussion(ask.repo, title, description=words))
+        made = self._api.create_discussion(ask.repo, title, description=words)
         self._asks.change(ask, num=made.num)
 
 
@@ -319,4 +324,4 @@ def result_words(job: Job | None) -> str:
     if job.state == "done":
         told = "Published" if job.is_new else "Nothing to do: it is already there"
         return f"{told}: {job.where}" + (f" at commit `{job.commit}`" if job.commit else "")
-    return f"**The merge has {job.state}**\n\n" + fenced("\n".join(job.problems) or "no reason was given", "text")
+    return markdown.problems_section(f"The merge has {job.state}", [Problem(said) for said in job.problems])

@@ -132,6 +132,19 @@ def test_a_comment_is_answered_with_its_plan(hooks: Hooks, served: LoopbackHub) 
     assert len(served.commits("alice/asked")) == 1
 
 
+def test_an_answer_that_the_hub_refuses_is_given_again(hooks: Hooks, served: LoopbackHub) -> None:
+    """Trouble at the Hub that passes costs some seconds and nothing else."""
+    served.add_model("alice/troubled", {"README.md": b"mine\n"})
+    num = hooks.api("eve").create_discussion("alice/troubled", "a question", description="hello").num
+    made = hooks.api("eve").comment_discussion("alice/troubled", num, asking("plan"))
+    trouble = served.fail(lambda request: "alice/troubled/discussions" in request.path, times=3)
+    assert hooks.send(commented("alice/troubled", num, made.id, ""))[0] == 200
+    while trouble.left:
+        time.sleep(0.2)
+    assert "maker/merger-zoo-kjv" in hooks.until("alice/troubled", num, "| method |")
+    assert len(hooks.said("alice/troubled", num)) == 1
+
+
 def test_the_owner_has_it_merged_into_their_repo(hooks: Hooks, served: LoopbackHub) -> None:
     """Plan, beginning and result are comments; the result is one commit on main."""
     served.add_model("alice/wanted", {"README.md": b"mine\n"})
