@@ -90,12 +90,13 @@ class Making:
 
     Args:
         jobs: how each output tensor is made.
-        layers: for each layer of the output's one stack, the model that names its tensors, and its layer there.
+        layers: for each stack that the recipe speaks about and each of its layers in the output, the model that names
+            the layer's tensors, and its number there.
         has_head: whether the output's head is a tensor of its own, not the embedding.
     """
 
     jobs: tuple[Job, ...]
-    layers: tuple[tuple[LockedModel, int], ...]
+    layers: Mapping[str, tuple[tuple[LockedModel, int], ...]]
     has_head: bool
 
 
@@ -111,7 +112,7 @@ def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
     maker = _Maker(locked, table, findings)
     jobs = tuple(job for module in modules for job in maker.module(module))
     findings.settle()
-    return Making(jobs, tuple(maker.layers), maker.has_head)
+    return Making(jobs, {stack: tuple(taken) for stack, taken in maker.layers.items()}, maker.has_head)
 
 
 def arguments(method: Method, job: Job) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class _Maker:
         self._head = next((model.head for model in taken if _is_untied(model)), None)
         self._dtype = _DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
         self._shown: Counter[tuple[int, int]] = Counter()
-        self.layers: list[tuple[LockedModel, int]] = []
+        self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
 
     @property
     def has_head(self) -> bool:
@@ -172,12 +173,12 @@ class _Maker:
         return Job(out, dtype, tensor.shape, PASSTHROUGH, (Input(number, tensor, {"scale": 1.0}),), why=why)
 
     def _stack(self, stack: str, cuts: Sequence[Cut]) -> Iterator[Job]:
-        first = len(self.layers)
+        taken = self.layers.setdefault(stack, [])
         for piece in cuts:
             for step in range(piece.layers):
                 leader, layer = piece.parts[piece.leader].model, piece.starts[piece.leader] + step
-                out = len(self.layers) - first
-                self.layers.append((leader, layer))
+                out = len(taken)
+                taken.append((leader, layer))
                 position = 1.0 if piece.layers == 1 else step / (piece.layers - 1)
                 for tensor in leader.layer(stack, layer):
                     place = leader.architecture.place(tensor.name)

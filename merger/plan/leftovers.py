@@ -5,13 +5,13 @@ Nothing a model holds is lost in silence. Not here: the jobs themselves (jobs).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merger.checkpoints.architecture import Place, is_buffer
-from merger.checkpoints.config import Kind, Layer, untied, with_dtype, with_layers
-from merger.errors import Problem, RecipeError
+from merger.checkpoints.config import Kind, Layer, section, untied, with_dtype, with_layers
+from merger.errors import Problem, RecipeError, Span
 from merger.plan.jobs import Making
 from merger.plan.lock import LockedModel, LockedRecipe
 
@@ -62,26 +62,37 @@ def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
     """
     donor = locked.donor
     edited: Mapping[str, Any] = donor.checkpoint.config
-    stacks = list(donor.architecture.stacks.items())
-    if len(stacks) == 1 and list(making.layers) != [(donor, layer) for layer in range(stacks[0][1])]:
-        edited = _layered(locked, making, *stacks[0])
+    for stack, taken in making.layers.items():
+        if list(taken) != [(donor, layer) for layer in range(donor.architecture.stacks[stack])]:
+            edited = _layered(locked, edited, stack, taken)
     if making.has_head and (donor.is_tied or donor.head is None):
         edited = untied(edited)
     dtype = locked.recipe.dtype
     return with_dtype(edited, dtype) if dtype else edited
 
 
-def _layered(locked: LockedRecipe, making: Making, stack: str, count: int) -> Mapping[str, Any]:
-    """The donor's config with the output's layers."""
-    donor = locked.donor
-    kinds = [_kind(donor, stack, layer) for layer in range(count)]
-    taken = [Layer(model.checkpoint.config, layer, _kind(model, stack, layer)) for model, layer in making.layers]
+def _layered(
+    locked: LockedRecipe, edited: Mapping[str, Any], stack: str, taken: Sequence[tuple[LockedModel, int]]
+) -> Mapping[str, Any]:
+    """The config with the output's layers of a stack."""
+    donor, stacks = locked.donor, locked.donor.architecture.stacks
+    kinds = [_kind(donor, stack, layer) for layer in range(stacks[stack])]
+    layers = [Layer(model.checkpoint.config, layer, _kind(model, stack, layer)) for model, layer in taken]
     try:
-        return with_layers(donor.checkpoint.config, kinds, taken)
+        return with_layers(edited, kinds, layers, section(edited, stack, stacks))
     except ValueError as error:
         hint = f"{donor.name} would load with other layers than these: take them in the order in which it has them"
-        raise RecipeError(Problem(f"{donor.name}: {error}", locked.recipe.slices[0].at, "slices", hint)) from None
+        raise RecipeError(Problem(f"{donor.name}: {error}", *_place(locked, stack), hint)) from None
+
+
+def _place(locked: LockedRecipe, stack: str) -> tuple[Span | None, str]:
+    """Where the recipe says what the stack is made of."""
+    named = next((module for module in locked.recipe.modules if module.name == stack), None)
+    return (locked.recipe.slices[0].at, "slices") if named is None else (named.at, f"modules.{stack}")
 
 
 def _kind(model: LockedModel, stack: str, layer: int) -> Kind:
-    return frozenset(model.architecture.place(tensor.name).role for tensor in model.layer(stack, layer))
+    """The roles and shapes of a layer's tensors."""
+    return frozenset(
+        f"{model.architecture.place(tensor.name).role} {tensor.shape}" for tensor in model.layer(stack, layer)
+    )
