@@ -12,18 +12,21 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merger.engine.observe import observe
+from merger.engine.sources import load
 from merger.errors import MismatchError, Problem
 from merger.methods._ops import Rng
 from merger.methods.registry import Method, declared
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job, arguments
-from merger.plan.plan import BLOCK_ENTRIES, block_entries
+from merger.plan.plan import BLOCK_ENTRIES, block_entries, kept
+from merger.plan.sources import Stored
 from merger.stores.ports import Reader
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -63,9 +66,13 @@ class _Kept(threading.local):
         self.raw = torch.empty(0, dtype=torch.uint8)
         self.floats: list[Tensor] = []
 
+    def raw_of(self, nbytes: int) -> None:
+        if self.raw.numel() < nbytes:
+            self.raw = torch.empty(nbytes, dtype=torch.uint8)
+
     def at_least(self, count: int, entries: int) -> None:
-        if self.raw.numel() < 8 * entries:
-            self.raw = torch.empty(8 * entries, dtype=torch.uint8)
+        self.raw_of(8 * entries)
+        if self.floats and self.floats[0].numel() < entries:
             self.floats = []
         for _ in range(count - len(self.floats)):
             self.floats.append(torch.empty(entries, dtype=torch.float32))
@@ -80,25 +87,33 @@ def _bytes(buffer: Tensor) -> memoryview:
 
 
 class Spool:
-    """A job's inputs in one temporary file without a name: for a method that reads them twice from afar."""
+    """Stored tensors in one temporary file without a name: for what is read more than once from afar.
 
-    def __init__(self, job: Job, first: int, reader: Reader) -> None:
+    Args:
+        tickets: the number of each one's ticket.
+        reader: where bytes come from.
+    """
+
+    def __init__(self, tickets: Mapping[Stored, int], reader: Reader) -> None:
         self._file = tempfile.TemporaryFile(prefix="merger-spool-")  # noqa: SIM115  closed by `close`, at the last block
-        self._starts: list[int] = []
+        self._starts: dict[Stored, int] = {}
         end = 0
         room = memoryview(bytearray(_SPOOL_BYTES))
-        for number, entry in enumerate(job.reads):
-            self._starts.append(end)
-            for offset in range(0, entry.tensor.nbytes, _SPOOL_BYTES):
-                part = room[: min(_SPOOL_BYTES, entry.tensor.nbytes - offset)]
-                reader.read(first + number, offset, part)
+        for leaf, ticket in tickets.items():
+            self._starts[leaf] = end
+            for offset in range(0, leaf.tensor.nbytes, _SPOOL_BYTES):
+                part = room[: min(_SPOOL_BYTES, leaf.tensor.nbytes - offset)]
+                reader.read(ticket, offset, part)
                 self._file.write(part)
-            end += entry.tensor.nbytes
+            end += leaf.tensor.nbytes
         self._file.flush()
 
-    def read(self, number: int, offset: int, out: memoryview) -> None:
-        """Fill `out` from input `number`."""
-        os.preadv(self._file.fileno(), [out], self._starts[number] + offset)
+    def __contains__(self, leaf: Stored) -> bool:
+        return leaf in self._starts
+
+    def read(self, leaf: Stored, offset: int, out: memoryview) -> None:
+        """Fill `out` with a tensor's bytes from `offset` on."""
+        os.preadv(self._file.fileno(), [out], self._starts[leaf] + offset)
 
     def close(self) -> None:
         """Give the disk back."""
@@ -116,7 +131,7 @@ class Work:
         reader: where bytes come from.
         seed: for a method that draws random numbers.
         device: where the arithmetic is done.
-        measured: what the method measured of the whole tensor, once it is known.
+        prepared: what the method measured of the whole tensor, once it is known; None: nothing is to be prepared.
     """
 
     job: Job
@@ -125,16 +140,28 @@ class Work:
     reader: Reader
     seed: int
     device: torch.device
-    measured: Future[Any] | None = None
+    prepared: Future[Any] | None = None
     _seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
     _spool: Spool | None = field(default=None, repr=False)
 
-    def measure(self) -> Any:
-        """Let the method see the whole tensor, block by block, before it is asked for the first one."""
-        assert self.method.measure is not None
-        reads = range(self.first, self.first + len(self.job.reads))
-        if not all(self.reader.repeatable(ticket) for ticket in reads):
-            self._spool = Spool(self.job, self.first, self.reader)
+    @cached_property
+    def tickets(self) -> Mapping[Stored, int]:
+        """The number of the ticket of each stored tensor."""
+        return {leaf: self.first + place for place, leaf in enumerate(self.job.reads)}
+
+    @property
+    def wants_preparing(self) -> bool:
+        """Whether `prepare` has to be called, and to be over, before the first block is made."""
+        return bool(kept(self.job, self.method))
+
+    def prepare(self) -> Any:
+        """Keep what is read more than once, and let the method see the whole tensor, block by block."""
+        far = {leaf: self.tickets[leaf] for leaf in kept(self.job, self.method)}
+        far = {leaf: ticket for leaf, ticket in far.items() if not self.reader.repeatable(ticket)}
+        if far:
+            self._spool = Spool(far, self.reader)
+        if self.method.measure is None:
+            return None
         given = {**arguments(self.method, self.job), "rng": Rng(self.seed, self.job.name)}
         return self.method.measure(_Blocks(self), **declared(self.method.measure, given))
 
@@ -155,8 +182,8 @@ class Work:
         given = arguments(self.method, self.job)
         if self.method.random:
             given["rng"] = Rng(self.seed, self.job.name, block.start)
-        if self.measured is not None:
-            given["measured"] = self.measured.result()  # before loading: measuring fills the spool
+        if self.method.measure is not None and self.prepared is not None:
+            given["measured"] = self.prepared.result()
         inputs, base = self.load(block)
         merged: Tensor = self.method.function(inputs, **given)
         self._seen[block.start] = observe(inputs, merged, block.start, self.job.entries)
@@ -171,9 +198,13 @@ class Work:
 
         Of the tensor's entries every `step`-th; in one row, if these are not all.
         """
-        count = len(self.job.reads)
-        _kept.at_least(count, max(BLOCK_ENTRIES, block.stop - block.start))
-        loaded = [self._entries(number, block, step) for number in range(count)]
+        sources, shared = self.job.sources, self.job.shared
+        _kept.at_least(len(sources) + len(shared), max(BLOCK_ENTRIES, block.stop - block.start))
+        leaves = _Leaves(self, block, step, dict(zip(shared, _kept.floats[len(sources) :], strict=False)))
+        loaded = [
+            load(source, block.start, block.stop, _kept.floats[number], leaves, step).to(self.device)
+            for number, source in enumerate(sources)
+        ]
         if step == 1:
             loaded = [self._shaped(entries) for entries in loaded]
         if self.job.base is None:
@@ -186,20 +217,41 @@ class Work:
             return entries.view(self.job.shape)
         return entries.view(-1, self.job.shape[-1] if self.job.shape else 1) if self.method.unit == "rows" else entries
 
-    def _entries(self, number: int, block: Block, step: int) -> Tensor:
-        dtype = TORCH_DTYPES[self.job.reads[number].tensor.dtype]
-        size = block.stop - block.start
-        raw = _kept.raw[: size * dtype.itemsize]
-        source = self.reader.read if self._spool is None else self._spool.read
-        first = self.first if self._spool is None else 0
-        source(first + number, block.start * dtype.itemsize, _bytes(raw))
-        entries = raw.view(dtype)[-block.start % step :: step]
-        return _kept.floats[number][: len(entries)].copy_(entries).to(self.device)
+    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int) -> Tensor:
+        """The entries of a stored tensor in float32, in the front of `out`."""
+        dtype = TORCH_DTYPES[leaf.dtype]
+        _kept.raw_of((stop - start) * dtype.itemsize)
+        raw = _kept.raw[: (stop - start) * dtype.itemsize]
+        if self._spool is not None and leaf in self._spool:
+            self._spool.read(leaf, start * dtype.itemsize, _bytes(raw))
+        else:
+            self.reader.read(self.tickets[leaf], start * dtype.itemsize, _bytes(raw))
+        entries = raw.view(dtype)[-start % step :: step]
+        return out[: len(entries)].copy_(entries)
 
     def close(self) -> None:
         """No more blocks will be asked for."""
         if self._spool is not None:
             self._spool.close()
+
+
+class _Leaves:
+    """A job's stored tensors while one block of it is loaded; what several sources read is read once.
+
+    Args:
+        shared: a buffer for each of those that several sources read.
+    """
+
+    def __init__(self, work: Work, block: Block, step: int, shared: Mapping[Stored, Tensor]) -> None:
+        self._work, self._shared = work, shared
+        self._block, self._loaded = (block.start, block.stop, step), dict[Stored, Tensor]()
+
+    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
+        if leaf not in self._shared or (start, stop, step) != self._block:
+            return self._work.entries(leaf, start, stop, out, step)
+        if leaf not in self._loaded:
+            self._loaded[leaf] = self._work.entries(leaf, start, stop, self._shared[leaf], step)
+        return out[: len(self._loaded[leaf])].copy_(self._loaded[leaf])
 
 
 class _Blocks:

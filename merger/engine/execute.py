@@ -161,7 +161,7 @@ class _Pool:
     def in_order(self, works: Iterator[Work]) -> Iterator[tuple[memoryview, Work]]:
         """Each block of each job in turn, made a few ahead; a block is good until the next one is asked for."""
         waiting: deque[_Waiting] = deque()
-        for work, block, last in self._measured_early(works):
+        for work, block, last in self._prepared_early(works):
             if not self._free:
                 yield from self._first(waiting)
             buffer = self._free.popleft()
@@ -180,27 +180,27 @@ class _Pool:
         yield data, work
         self._free.append(buffer)
 
-    def _measured_early(self, works: Iterator[Work]) -> Iterator[tuple[Work, Block, bool]]:
-        """The blocks of each job whose measuring is over; that of the next jobs runs meanwhile, one job a thread."""
+    def _prepared_early(self, works: Iterator[Work]) -> Iterator[tuple[Work, Block, bool]]:
+        """The blocks of each job whose preparing is over; that of the next jobs runs meanwhile, one job a thread."""
         ahead: deque[Work] = deque()
         for work in works:
-            self._start_measuring(work)
+            self._start_preparing(work)
             ahead.append(work)
             if len(ahead) > self._ahead:
                 yield from _blocks_of(ahead.popleft())
         while ahead:
             yield from _blocks_of(ahead.popleft())
 
-    def _start_measuring(self, work: Work) -> None:
-        if work.method.measure is not None and not work.job.is_copy:
+    def _start_preparing(self, work: Work) -> None:
+        if work.wants_preparing:
             self._open.append(work)
-            work.measured = self._threads.submit(work.measure)
+            work.prepared = self._threads.submit(work.prepare)
 
 
 def _blocks_of(work: Work) -> Iterator[tuple[Work, Block, bool]]:
-    """The blocks of a job and whether each is the last; waits here, not on a thread, until its measuring is over."""
-    if work.measured is not None:
-        work.measured.result()
+    """The blocks of a job and whether each is the last; waits here, not on a thread, until it is prepared."""
+    if work.prepared is not None:
+        work.prepared.result()
     parts = blocks(work.job, work.method)
     for number, block in enumerate(parts, 1):
         yield work, block, number == len(parts)

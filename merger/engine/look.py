@@ -14,8 +14,9 @@ from torch import Tensor
 from merger.engine.blocks import TORCH_DTYPES
 from merger.engine.observe import observe
 from merger.plan.geometry import Geometry
-from merger.plan.jobs import Input, Job
+from merger.plan.jobs import Job
 from merger.plan.plan import Plan
+from merger.plan.sources import Stored
 from merger.stores.ports import Reader, Store, Ticket
 
 _JOBS = 32
@@ -26,10 +27,12 @@ _READ_AHEAD_BYTES = 8 << 20
 def look(plan: Plan, store: Store) -> Iterator[tuple[str, Geometry]]:
     """The geometry of the inputs of some tensors, spread over the model; the result counts as zero.
 
+    Only of tensors that are merged as they are stored.
+
     Raises:
         ModelError: bytes of a model cannot be read.
     """
-    merged = [job for job in plan.jobs if len(job.inputs) > 1 and job.entries]
+    merged = [job for job in plan.jobs if len(job.inputs) > 1 and job.entries and job.sources == job.reads]
     chosen = merged[:: max(1, len(merged) // _JOBS)]
     tickets = [_ticket(plan, entry) for job in chosen for entry in job.reads]
     with closing(store.reader(tickets, _READ_AHEAD_BYTES)) as reader:
@@ -39,7 +42,7 @@ def look(plan: Plan, store: Store) -> Iterator[tuple[str, Geometry]]:
             first += len(job.reads)
 
 
-def _ticket(plan: Plan, entry: Input) -> Ticket:
+def _ticket(plan: Plan, entry: Stored) -> Ticket:
     """A run of entries from the tensor's middle, the same in all of a job's inputs."""
     tensor = entry.tensor
     size = TORCH_DTYPES[tensor.dtype].itemsize
@@ -54,7 +57,7 @@ def _seen(job: Job, reader: Reader, tickets: list[Ticket], first: int) -> Geomet
     return observe(inputs, torch.zeros_like(inputs[0]), 0, _ENTRIES)
 
 
-def _read(reader: Reader, tickets: list[Ticket], number: int, entry: Input) -> Tensor:
+def _read(reader: Reader, tickets: list[Ticket], number: int, entry: Stored) -> Tensor:
     raw = bytearray(tickets[number].stop - tickets[number].start)
     reader.read(number, 0, memoryview(raw))
     return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.tensor.dtype]).float()

@@ -16,6 +16,7 @@ from merger.checkpoints.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.methods.registry import Method, Param, declared
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
 from merger.plan.lock import LockedModel, LockedRecipe
+from merger.plan.sources import Source, Stored
 from merger.recipe.settings import Parameters, first_value
 
 PASSTHROUGH = "passthrough"
@@ -25,17 +26,20 @@ _MISMATCHES_SHOWN = 3
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor of a model that goes into a job.
+    """What goes into a job.
 
     Args:
-        model: the model's number in the locked recipe.
-        tensor: the tensor and its place.
+        source: where its entries come from.
         settings: the per-model numbers by the parameter's name.
     """
 
-    model: int
-    tensor: TensorInfo
+    source: Source
     settings: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def model(self) -> int:
+        """The number of the model that it stands for in the locked recipe."""
+        return self.source.leaves[0].model
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,27 @@ class Job:
         return self.entries * ITEM_BYTES[self.dtype]
 
     @property
-    def reads(self) -> tuple[Input, ...]:
-        """All that is read for it, the base last."""
-        return self.inputs if self.base is None else (*self.inputs, self.base)
+    def sources(self) -> tuple[Source, ...]:
+        """What is loaded for each block, the base last."""
+        return tuple(entry.source for entry in (self.inputs if self.base is None else (*self.inputs, self.base)))
+
+    @property
+    def reads(self) -> tuple[Stored, ...]:
+        """The stored tensors that are read for it, each once, those of the base last."""
+        return tuple(dict.fromkeys(leaf for source in self.sources for leaf in source.leaves))
+
+    @property
+    def shared(self) -> tuple[Stored, ...]:
+        """Those that several of its sources read."""
+        uses = Counter(leaf for source in self.sources for leaf in source.leaves)
+        return tuple(leaf for leaf, count in uses.items() if count > 1)
 
     @property
     def is_copy(self) -> bool:
         """Whether the output's bytes are the input's bytes."""
         scale = self.inputs[0].settings.get("scale", 1.0)
-        return self.method == PASSTHROUGH and scale == 1.0 and self.inputs[0].tensor.dtype == self.dtype
+        source = self.inputs[0].source
+        return self.method == PASSTHROUGH and scale == 1.0 and isinstance(source, Stored) and source.dtype == self.dtype
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,12 @@ class _Maker:
         """A job that takes a tensor as it is; a trained one in the recipe's dtype, if it names one."""
         cast = self._dtype is not None and tensor.dtype in FLOATS and not is_buffer(tensor.name)
         dtype = self._dtype if cast and self._dtype else tensor.dtype
-        return Job(out, dtype, tensor.shape, PASSTHROUGH, (Input(number, tensor, {"scale": 1.0}),), why=why)
+        source = self._source(number, tensor)
+        return Job(out, dtype, source.shape, PASSTHROUGH, (Input(source, {"scale": 1.0}),), why=why)
+
+    def _source(self, number: int, tensor: TensorInfo) -> Source:
+        """Where the entries of a model's tensor come from."""
+        return Stored(number, tensor)
 
     def _stack(self, stack: str, cuts: Sequence[Cut]) -> Iterator[Job]:
         taken = self.layers.setdefault(stack, [])
@@ -216,10 +237,10 @@ class _Maker:
         base: Input | None = None
         for part, tensor in zip(piece.parts, tensors, strict=True):
             if part.is_base and method.subtracts_base:
-                base = Input(part.number, tensor)
+                base = Input(self._source(part.number, tensor))
                 continue
             own = self._numbers(piece, method, (part.source.parameters, *levels), tensor.name, position, per_model=True)
-            inputs.append(Input(part.number, tensor, own))
+            inputs.append(Input(self._source(part.number, tensor), own))
         settings = self._numbers(piece, method, levels, out, position, per_model=False)
         leading = tensors[piece.leader]
         dtype = self._dtype or self._donors_dtype(piece.parts[piece.leader].model, leading)

@@ -21,6 +21,7 @@ from merger.methods.registry import Method
 from merger.plan.jobs import Job, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
+from merger.plan.sources import Stored
 
 FORMAT = 1
 """Counts up whenever the same plan would give other bytes than before: part of every plan's hash."""
@@ -199,14 +200,17 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
 
 
 def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: Collection[int], ahead: int) -> int:
-    """The most bytes that a job and those measured ahead of it hold on disk, because they are read twice."""
-    held = [_remote_bytes(job, remote) if table[job.method].measure else 0 for job in jobs]
+    """The most bytes that a job and those prepared ahead of it hold on disk, because they are read twice."""
+    held = [sum(leaf.tensor.nbytes for leaf in kept(job, table[job.method]) if leaf.model in remote) for job in jobs]
     sums = [0, *accumulate(held)]
     return max(sums[min(start + ahead + 1, len(held))] - sums[start] for start in range(len(sums)))
 
 
-def _remote_bytes(job: Job, remote: Collection[int]) -> int:
-    return sum(entry.tensor.nbytes for entry in job.reads if entry.model in remote)
+def kept(job: Job, method: Method) -> tuple[Stored, ...]:
+    """The stored tensors of a job that are read more than once: a copy of them is kept, if that costs a transfer."""
+    if method.measure is not None and not job.is_copy:
+        return job.reads
+    return tuple(dict.fromkeys(leaf for source in job.sources for leaf in source.again))
 
 
 def _in_file_order(jobs: tuple[Job, ...], donor: int) -> tuple[Job, ...]:
@@ -266,8 +270,10 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
 
 def _thread_memory(job: Job, method: Method) -> int:
     """One thread's buffers: an input as stored, all in float32, what the method holds besides, and its measuring."""
-    block = 4 * block_entries(job, method)
-    return (2 + len(job.reads) + method.scratch) * block + (len(job.reads) * _MEASURE_BYTES if method.measure else 0)
+    sources = job.sources
+    buffers = 2 + len(sources) + len(job.shared) + method.scratch
+    measuring = len(sources) * _MEASURE_BYTES if method.measure else 0
+    return buffers * 4 * block_entries(job, method) + max(source.scratch for source in sources) + measuring
 
 
 def block_entries(job: Job, method: Method) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Self
@@ -44,11 +45,14 @@ class HubJobs:
         self._api = HfApi()
         self._flavor, self._timeout = flavor, timeout
         self._open: list[HubJob] = []
+        # An interrupt in the middle of a request would leave the client's connections locked, for the cancelling too.
+        self._looking = ThreadPoolExecutor(1, thread_name_prefix="hub-jobs")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._looking.shutdown()
         for job in self._open:
             with suppress(HfHubHTTPError, httpx.HTTPError):  # what went wrong first is what is told
                 self._api.cancel_job(job_id=job.number, namespace=job.owner)
@@ -86,7 +90,7 @@ class HubJobs:
         pause = _FIRST_PAUSE
         while self._open:
             for job in tuple(self._open):
-                info = self._look(job)
+                info = self._looking.submit(self._look, job).result()
                 if info is not None and info.status.stage in _ENDS:
                     self._open.remove(job)
                     yield job, _trouble(info)

@@ -60,7 +60,7 @@ def test_a_layer_may_be_taken_again_and_again(tmp_path: Path) -> None:
     slices = "".join(f"  - sources: [{{model: {one}, layer_range: [{a}, {b}]}}]\n" for a, b in ranges)
     found = planned(f"merge_method: passthrough\nslices:\n{slices}")
     norm = "model.layers.{}.input_layernorm.weight"
-    origin = {job.name: job.inputs[0].tensor.name for job in found.jobs}
+    origin = {job.name: job.reads[0].tensor.name for job in found.jobs}
     assert [origin[norm.format(layer)] for layer in range(8)] == [norm.format(n) for n in (0, 1, 2, 1, 2, 3, 0, 0)]
     assert found.config["num_hidden_layers"] == 8
 

@@ -11,6 +11,7 @@ from merger.checkpoints.checkpoint import TensorInfo
 from merger.plan.jobs import Input, Job
 from merger.plan.parts import Part, share
 from merger.plan.plan import Shard
+from merger.plan.sources import Stored
 
 SIZES = st.lists(st.tuples(st.integers(0, 5_000), st.integers(1, 4)), max_size=24)
 """For each shard the entries of its one tensor, and how many models it is made of."""
@@ -21,7 +22,7 @@ def shards(sizes: Sequence[tuple[int, int]]) -> tuple[Shard, ...]:
     made = []
     for number, (entries, models) in enumerate(sizes):
         tensor = TensorInfo("t", "F32", (entries,), "f", 0, 4 * entries)
-        inputs = tuple(Input(model, tensor) for model in range(models))
+        inputs = tuple(Input(Stored(model, tensor)) for model in range(models))
         made.append(Shard(f"model-{number:05d}", (Job("t", "F32", (entries,), "linear", inputs),)))
     return tuple(made)
 

@@ -206,7 +206,7 @@ def test_a_plan_is_plain_data(pair: str) -> None:
     assert [shard["name"] for shard in data["shards"]] == [shard.name for shard in found.shards]
     first = data["shards"][0]["jobs"][0]
     assert (first["name"], first["dtype"], first["shape"]) == ("model.embed_tokens.weight", "BF16", [20, 8])
-    assert [entry["tensor"]["file"] for entry in first["inputs"]] == ["model.safetensors"] * 2
+    assert [entry["source"]["tensor"]["file"] for entry in first["inputs"]] == ["model.safetensors"] * 2
     assert data["config"]["num_hidden_layers"] == 3
 
 
