@@ -18,7 +18,7 @@ _MADE_WITH = ("hub-merger", "torch", "numpy")
 
 
 def shown(model: LockedModel) -> str:
-    """A model's name for readers: as the recipe writes it on the Hub, of a folder its last part."""
+    """A model's name for readers: as the recipe writes it on the Hub, of a folder its last part, of a stage its own."""
     return str(model.ref) if model.located.commit else model.name
 
 

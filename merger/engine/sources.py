@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from merger.plan.sources import Source, Stored
+from merger.plan.sources import Made, Source, Stored
 
 
 class Leaves(Protocol):
-    """The stored tensors of a job."""
+    """The stored tensors of a job, and what stages make for it."""
 
     def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
         """The leaf's entries ``[start, stop)`` as float32, in the front of `out`.
@@ -23,6 +23,14 @@ class Leaves(Protocol):
 
         Raises:
             ModelError: the bytes cannot be had.
+        """
+
+    def made(self, made: Made, start: int, stop: int, out: Tensor) -> Tensor:
+        """The entries ``[start, stop)`` of what a stage makes as float32, in the front of `out`.
+
+        Raises:
+            ModelError: bytes of a model cannot be had.
+            MismatchError: one of the entries is not finite.
         """
 
 
@@ -34,5 +42,9 @@ def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, ste
     return full[-start % step :: step]
 
 
-_READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {}
+def _made(source: Made, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return leaves.made(source, start, stop, out)
+
+
+_READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {Made: _made}
 """How each kind of source but the plain one fills the front of `out` with its entries ``[start, stop)``."""

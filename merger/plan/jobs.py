@@ -15,8 +15,8 @@ from merger.checkpoints.architecture import is_before_layers, is_buffer, is_embe
 from merger.checkpoints.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.methods.registry import Method, Param, declared
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
-from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Source, Stored
+from merger.plan.lock import LockedModel, LockedRecipe, StageModel
+from merger.plan.sources import Made, Source, Stored, ends
 from merger.recipe.settings import Parameters, first_value
 
 PASSTHROUGH = "passthrough"
@@ -38,8 +38,8 @@ class Input:
 
     @property
     def model(self) -> int:
-        """The number of the model that it stands for in the locked recipe."""
-        return self.source.leaves[0].model
+        """The number of the model or stage that it stands for in the locked recipe."""
+        return self.source.stage if isinstance(self.source, Made) else self.source.leaves[0].model
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,20 @@ class Job:
     @property
     def shared(self) -> tuple[Stored, ...]:
         """Those that several of its sources read."""
-        uses = Counter(leaf for source in self.sources for leaf in source.leaves)
+        uses = Counter(end for source in self.sources for end in ends(source) if isinstance(end, Stored))
         return tuple(leaf for leaf, count in uses.items() if count > 1)
 
     @property
     def is_copy(self) -> bool:
-        """Whether the output's bytes are the input's bytes."""
+        """Whether the output's bytes are those of a stored tensor."""
+        return isinstance(self.passed, Stored)
+
+    @property
+    def passed(self) -> Source | None:
+        """The source that the job hands on as it is, if that is all it does."""
         scale = self.inputs[0].settings.get("scale", 1.0)
         source = self.inputs[0].source
-        return self.method == PASSTHROUGH and scale == 1.0 and isinstance(source, Stored) and source.dtype == self.dtype
+        return source if self.method == PASSTHROUGH and scale == 1.0 and source.dtype == self.dtype else None
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,11 @@ class _Maker:
 
     def _source(self, number: int, tensor: TensorInfo) -> Source:
         """Where the entries of a model's tensor come from."""
-        return Stored(number, tensor)
+        model = self._locked.numbered(number)
+        if not isinstance(model, StageModel):
+            return Stored(number, tensor)
+        job = model.jobs[tensor.name]
+        return job.passed or Made(number, tensor.name, model.seed, job)
 
     def _stack(self, stack: str, cuts: Sequence[Cut]) -> Iterator[Job]:
         taken = self.layers.setdefault(stack, [])

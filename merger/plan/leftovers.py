@@ -26,17 +26,27 @@ class LeftOut:
 
 
 def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
-    """Every tensor that is no job's input."""
-    used: dict[int, set[str]] = {number: set() for number in range(len(locked.models))}
-    for job in making.jobs:
-        for entry in job.reads:
-            used[entry.model].add(entry.tensor.name)
+    """Every stored tensor that is read for no tensor of the output; the first document that has its model says why."""
+    read = _read(making)
+    documents = [*((stage.locked, stage.making) for stage in locked.stages), (locked, making)]
     for number, model in enumerate(locked.models):
-        places = [model.architecture.place(name) for name in used[number]]
+        document, its = next(pair for pair in documents if model.ref in pair[0].recipe.parents)
+        used = _read(its).get(number, set())
+        places = [model.architecture.place(name) for name in used]
         layers = {(place.stack, place.layer) for place in places}
         for name in model.checkpoint.tensors:
-            if name not in used[number]:
-                yield LeftOut(number, name, _why(locked.donor, model, name, layers))
+            if name not in read.get(number, set()):
+                made = f"nothing is made of what the stage {document.recipe.name} makes of it"
+                yield LeftOut(number, name, made if name in used else _why(document.donor, model, name, layers))
+
+
+def _read(making: Making) -> dict[int, set[str]]:
+    """The names of the stored tensors that are read, by their model's number."""
+    found: dict[int, set[str]] = {}
+    for job in making.jobs:
+        for leaf in job.reads:
+            found.setdefault(leaf.model, set()).add(leaf.tensor.name)
+    return found
 
 
 def _why(donor: LockedModel, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:

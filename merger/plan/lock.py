@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -28,6 +28,9 @@ from merger.checkpoints.config import is_quantised, is_tied
 from merger.errors import ModelError, Problem, RecipeError
 from merger.recipe.model import ModelRef, Recipe
 from merger.stores.ports import Located, Store
+
+if TYPE_CHECKING:
+    from merger.plan.jobs import Job, Making
 
 _CARD_BYTES = 1 << 20
 _REQUESTS_AT_ONCE = 8
@@ -105,24 +108,62 @@ class LockedModel:
 
 
 @dataclass(frozen=True)
+class StageModel(LockedModel):
+    """What a stage of the recipe makes, as a model of the documents after it: its tensors are in no file.
+
+    `located` is where the files come from that are taken over: those of its own donor.
+
+    Args:
+        locked: the stage's document.
+        making: how its tensors are made.
+        seed: for methods that draw random numbers.
+    """
+
+    locked: LockedRecipe = field(kw_only=True, repr=False)
+    making: Making = field(kw_only=True, repr=False)
+    seed: int = field(kw_only=True)
+
+    @cached_property
+    def jobs(self) -> Mapping[str, Job]:
+        """How each tensor is made."""
+        return {job.name: job for job in self.making.jobs}
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.ref.path
+
+
+@dataclass(frozen=True)
 class LockedRecipe:
-    """A recipe and its models, in the order of ``recipe.models``."""
+    """A recipe and its models, in the order of ``recipe.models``; then its stages, once it is known what they make."""
 
     recipe: Recipe
     models: tuple[LockedModel, ...]
+    stages: tuple[StageModel, ...] = ()
 
     def index(self, ref: ModelRef) -> int:
-        """The number of a model among `models`."""
-        return next(number for number, model in enumerate(self.models) if model.ref == ref)
+        """The number of a model, or, counted on, of a stage."""
+        return next(number for number, model in enumerate((*self.models, *self.stages)) if model.ref == ref)
+
+    def numbered(self, number: int) -> LockedModel:
+        """The model or stage of that number."""
+        return (*self.models, *self.stages)[number]
 
     def model(self, ref: ModelRef) -> LockedModel:
-        """The model that a reference means."""
-        return self.models[self.index(ref)]
+        """The model or stage that a reference means."""
+        return self.numbered(self.index(ref))
 
     @property
     def donor(self) -> LockedModel:
-        """The model whose config and side files the result takes."""
+        """The model or stage whose config the result takes."""
         return self.model(self.recipe.donor)
+
+    @property
+    def holder(self) -> LockedModel:
+        """The model in whose files that config lies: the donor, or the donor of the stage that is the donor."""
+        donor = self.donor
+        return donor.locked.holder if isinstance(donor, StageModel) else donor
 
 
 def pins(text: str, path: str) -> dict[str, str]:

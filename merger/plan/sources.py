@@ -6,10 +6,15 @@ engine.sources. Not here: reading bytes (engine), and which source an input has 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 from merger.checkpoints.checkpoint import TensorInfo
+
+if TYPE_CHECKING:
+    from merger.plan.jobs import Job
 
 
 class Source(Protocol):
@@ -75,3 +80,57 @@ class Stored:
     def scratch(self) -> int:
         """None: the bytes as stored are counted for every job."""
         return 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage of the recipe makes, rounded to the stage's dtype; it is never stored as a model.
+
+    Args:
+        stage: the stage's number in the locked recipe.
+        name: the tensor's name there.
+        seed: the stage's, for methods that draw random numbers.
+        job: how it is made; the plan's hash has it once, however often it is used.
+    """
+
+    stage: int
+    name: str
+    seed: int
+    job: Job = field(compare=False, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what the stage makes."""
+        return self.job.shape
+
+    @property
+    def dtype(self) -> str:
+        """The dtype to which the stage rounds."""
+        return self.job.dtype
+
+    @cached_property
+    def leaves(self) -> tuple[Stored, ...]:
+        """All that is read for it."""
+        return self.job.reads
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """None of its own: plan.work finds what is read more than once."""
+        return ()
+
+    @property
+    def scratch(self) -> int:
+        """None of its own: plan.work counts the memory of its job."""
+        return 0
+
+
+def ends(source: Source) -> Iterator[Stored | Made]:
+    """The stored tensors and the stages that a source reads itself; not those that a stage of it reads."""
+    if isinstance(source, Stored | Made):
+        yield source
+        return
+    for value in vars(source).values():
+        parts = value if isinstance(value, tuple) else (value,)
+        if parts and hasattr(parts[0], "leaves"):
+            for part in parts:
+                yield from ends(part)

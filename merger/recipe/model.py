@@ -2,6 +2,7 @@
 
 The three forms become one: a recipe is a tuple of modules, a module a tuple of slices, a slice a tuple of sources. The
 `models:` form is one nameless module with one slice whose sources span all layers; `slices:` one nameless module.
+Several documents are one recipe, the result's, with the others as its stages.
 Not here: reading text (parse) and what the models hold (plan).
 """
 
@@ -121,23 +122,35 @@ class Recipe:
         path: the file's name as the user gave it.
         text: the file's text, as it was.
         modules: what is made of what.
+        name: the name under which other documents of the file take what this one makes.
+        stages: the documents that make what this one is made of, each after those that it is made of itself.
         base_model: the recipe's own base_model, or None.
         parameters: the settings at the top level.
         dtype: ``float32``, ``float16``, ``bfloat16``, or None: follow the base model, else the first model.
         seed: for methods that draw random numbers.
         publish: where the result goes.
         warnings: what is allowed but has no effect, or is likely not meant.
+        at: where the document begins; `name_at`: where its name stands.
     """
 
     path: str
     text: str
     modules: tuple[Module, ...]
+    name: str | None = None
+    stages: tuple[Recipe, ...] = ()
     base_model: ModelRef | None = None
     parameters: Parameters = field(default_factory=dict)
     dtype: str | None = None
     seed: int = 0
     publish: Publish = field(default_factory=Publish)
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
+    at: Span | None = field(default=None, compare=False)
+    name_at: Span | None = field(default=None, compare=False)
+
+    @property
+    def documents(self) -> tuple[Recipe, ...]:
+        """The stages, and the recipe itself."""
+        return (*self.stages, self)
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -146,7 +159,13 @@ class Recipe:
 
     @property
     def models(self) -> tuple[ModelRef, ...]:
-        """Every model once, in the order of its first mention: the sources of each slice, then its base model."""
+        """Every model once that is read, of all documents, in the order of its first mention."""
+        made = {ModelRef(stage.name or "") for stage in self.stages}
+        return tuple(dict.fromkeys(ref for recipe in self.documents for ref in recipe.parents if ref not in made))
+
+    @property
+    def parents(self) -> tuple[ModelRef, ...]:
+        """Every model and stage once that this document names: the sources of each slice, then its base model."""
         sources = [source.model for piece in self.slices for source in piece.sources]
         bases = [piece.base_model for piece in self.slices if piece.base_model is not None]
         own = [self.base_model] if self.base_model is not None else []
@@ -156,4 +175,4 @@ class Recipe:
     def donor(self) -> ModelRef:
         """The model whose config and side files the result takes: the base model, else the recipe's first model."""
         base = self.base_model or self.slices[0].base_model
-        return base or self.models[0]
+        return base or self.parents[0]
