@@ -91,7 +91,7 @@ def _making(planned: Plan) -> list[str]:
         *([f"by way  of {stages}, none of which is stored"] if stages else []),
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
-        f"{len(planned.side_files)} side files from {shown(planned.locked.donor)}",
+        f"{len(planned.texts.taken)} side files from {shown(planned.locked.donor)}",
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
     ]
 

@@ -407,8 +407,9 @@ def _card(planned: Plan, sink: Sink, related: Relations) -> str:
 
 def _small_files(planned: Plan, store: Store, card: str, shards: tuple[Written, ...]) -> dict[str, bytes]:
     """All that stands beside the shards; index and config come last, for they make it look like a model."""
-    donor = planned.locked.donor
-    files = {side: store.fetch(donor.located, side) for side in planned.side_files}
+    models = planned.locked.models
+    taken = {name: store.fetch(models[number].located, name) for name, number in planned.texts.taken.items()}
+    files = planned.texts.edited(taken)
     files["README.md"] = card.encode()
     files["recipe.yaml"] = planned.locked.recipe.text.encode()
     files[LOCK_NAME] = lock_file(planned, shards).encode()

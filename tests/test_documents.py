@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import vocabularies
 from loopback import LoopbackHub
 from test_hub_line import Command
 
@@ -177,6 +178,28 @@ def test_what_a_stage_gives_and_the_result_does_not_take_is_said(models: dict[st
         (number, "nothing is made of what the stage first makes of it") for number in (0, 1)
     }
     assert len(planned.left_out) == 18
+
+
+@pytest.mark.parametrize("block", [
+    "tokenizer: {source: union}", "tokenizer: {source: %lender, missing: omp}", "tokenizer: {source: base}",
+    "tokenizer: {source: union, pad_to_multiple_of: 32}\nchat_template: chatml",
+])  # fmt: skip
+@pytest.mark.parametrize("result", ["linear", "ties", "copied"])
+def test_tokens_of_stages_are_those_of_separate_runs(block: str, result: str, tmp_path: Path) -> None:
+    """A stage that unites two vocabularies, and a result that unites them with a third: every file is the same."""
+    added = {"a": ["<a>", "<both>"], "b": ["<b>", "<both>"], "c": ["<c>", "<a>"]}
+    made = {name: vocabularies.model(tmp_path / name, seed, added[name]) for seed, name in enumerate(added)}
+    stage, last = filled(STAGES["linear"], made, ""), RESULTS[result]
+    stage, last = stage + "tokenizer: {source: union}\n", last + block.replace("%lender", "%b") + "\n"
+    merged(stage, tmp_path / "stage")
+    merged(filled(last, made, str(tmp_path / "stage")), tmp_path / "twice")
+    merged(f"name: first\n{stage}---\n{filled(last, made, 'first')}", tmp_path / "once")
+    assert same(tmp_path / "once", tmp_path / "twice")
+    own = {"README.md", "recipe.yaml", "merger.lock.yaml"}
+    files = {path.name for path in (tmp_path / "twice").iterdir()} - own
+    assert files == {path.name for path in (tmp_path / "once").iterdir()} - own >= {"tokenizer.json"}
+    for name in files:
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes(), name
 
 
 def test_from_the_hub_each_byte_is_read_once(

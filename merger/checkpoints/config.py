@@ -1,4 +1,4 @@
-"""A model's config.json: what it says of the tensors, and its edits when layers, head or dtype change.
+"""A model's config.json: what it says of the tensors, and its edits when layers, tokens, head or dtype change.
 
 Layers are known to it by their number alone, so each of its per-layer lists must follow them; and an order of layers
 that no edit could express is refused. Not here: what the tensors' names tell (architecture).
@@ -25,6 +25,9 @@ _INDEX_LIST = re.compile(r"layers?($|_)|idxs?$|indices$|indexes$")
 _ONE_MODULE_EACH = re.compile(r"^deepstack_")
 """Lists of layers each of which has a module of its own outside of the stack: their number must not change."""
 
+_ROW_COUNT = re.compile(r"(^|_)vocab_size(_|$)")
+_TOKEN_ID = re.compile(r"token_(id|ids|index|indices)$|suppress_tokens$")
+_ROLE = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_[be]os)_token_id$")
 _LEADING = re.compile(r"^(first_k_|n(um)?_dense_layers$)")
 _EVERY = re.compile(r"(window|att(entio)?n|rope).*_(pattern|period|interval|every_n_layers)$")
 
@@ -65,6 +68,60 @@ def untied(config: Config) -> dict[str, Any]:
     for part in stated or _parts(edited):
         part["tie_word_embeddings"] = False
     return edited
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def with_vocabulary(config: Config, before: int, rows: int) -> dict[str, Any]:
+    """The config of a model whose embedding has another number of rows.
+
+    Args:
+        config: the config.
+        before: how many rows the embedding had.
+        rows: how many it has.
+    """
+    edited = copy.deepcopy(dict(config))
+    for part in _parts(edited):
+        for key in part:
+            if key == "vocab_size" or (_ROW_COUNT.search(key) and part[key] == before):
+                part[key] = rows
+    return edited
+
+
+def renumbered(config: Config, follow: Sequence[int], source: Config) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+    """The config with the ids that its tokens have in another tokenizer, and what it names that is not there.
+
+    Which tokens begin, end and pad a text is the tokenizer's own affair: those come from its model's config.
+
+    Args:
+        config: a config.json, or a generation_config.json.
+        follow: for each id the new one, -1 for none.
+        source: the config of the model that the tokenizer comes from.
+    """
+    edited, lost = copy.deepcopy(dict(config)), list[tuple[str, int]]()
+    theirs = {key: value for part in _parts(source) for key, value in part.items()}
+    for part in _parts(edited):
+        for key in [key for key in part if _TOKEN_ID.search(key)]:
+            role = _ROLE.search(key) is not None
+            if role and key in theirs:
+                part[key] = theirs[key]
+                continue
+            part[key], missing = _followed(part[key], follow)
+            lost += [] if role else [(key, number) for number in missing]
+    return edited, lost
+
+
+def _followed(value: Any, follow: Sequence[int]) -> tuple[Any, list[int]]:
+    """One id or a list of them in new numbers, and those that have none."""
+    listed = value if isinstance(value, list) else [value]
+    ids = [number for number in listed if type(number) is int]
+    new = {number: int(follow[number]) if 0 <= number < len(follow) else -1 for number in ids}
+    missing = [number for number in ids if new[number] < 0]
+    kept = [new.get(number, number) for number in listed if new.get(number, 0) >= 0]
+    if isinstance(value, list):
+        return kept, missing
+    return (kept[0] if kept else None), missing
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------

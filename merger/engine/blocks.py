@@ -9,14 +9,16 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from merger.engine.leaves import TORCH_DTYPES, Leaves, T
 from merger.engine.observe import observe
 from merger.engine.sources import load
 from merger.errors import MismatchError, Problem
@@ -24,16 +26,10 @@ from merger.methods._ops import Rng
 from merger.methods.registry import Method, declared
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job, arguments
-from merger.plan.sources import Made, Stored
+from merger.plan.sources import Made, Numbers, Stored
 from merger.plan.work import BLOCK_ENTRIES, block_entries, needs
 from merger.stores.ports import Reader
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INFINITY = {
     dtype: int(torch.tensor(math.inf, dtype=dtype).view(_BITS[dtype.itemsize])) for dtype in TORCH_DTYPES.values()
@@ -115,16 +111,6 @@ class Spool:
         self._file.close()
 
 
-class _Origin(Protocol):
-    """Where jobs' entries come from."""
-
-    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int) -> Tensor:
-        """Those of a stored tensor in float32, in the front of `out`; with `step` every so many."""
-
-    def made(self, made: Made, start: int, stop: int, out: Tensor) -> Tensor:
-        """Those of what a stage makes."""
-
-
 @dataclass(eq=False)
 class Making:
     """The arithmetic of one job, whether its result is the output's or only a stage's.
@@ -143,7 +129,7 @@ class Making:
     method: Method
     seed: int
     device: torch.device
-    origin: _Origin
+    origin: Leaves
     first: int = 0
     measured: Any = None
     seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
@@ -236,6 +222,8 @@ class Work:
             made: Making(made.job, table[made.job.method], made.seed, device, self) for made in self._needs.stages
         }
         self._spool: Spool | None = None
+        self._done: dict[Hashable, Future[Any]] = {}
+        self._lock = threading.Lock()
         for making in (self._making, *(self._stages[made] for made in self._needs.spooled)):
             self._place(making)
 
@@ -289,26 +277,47 @@ class Work:
         """How inputs and result lie to each other, by the blocks made so far."""
         return total(self._making.seen[start] for start in sorted(self._making.seen))
 
-    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int) -> Tensor:
-        """The entries of a stored tensor in float32, in the front of `out`."""
+    def entries(self, leaf: Stored | Made, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
+        """The entries of a stored tensor, or of what a stage makes, in float32, in the front of `out`."""
+        if isinstance(leaf, Made) and leaf not in self._needs.spooled:
+            block = Block(start, stop)
+            rounded = self._stages[leaf].round(block, torch.empty(stop - start, dtype=TORCH_DTYPES[leaf.dtype]))
+            return out[: stop - start].copy_(rounded)
         dtype = TORCH_DTYPES[leaf.dtype]
         raw = _kept.bytes_of((stop - start) * dtype.itemsize)
-        if self._spool is not None and leaf in self._spool:
-            self._spool.read(leaf, start * dtype.itemsize, _bytes(raw))
-        else:
-            self._reader.read(self._tickets[leaf], start * dtype.itemsize, _bytes(raw))
+        self._fill(leaf, start * dtype.itemsize, _bytes(raw))
         entries = raw.view(dtype)[-start % step :: step]
         return out[: len(entries)].copy_(entries)
 
-    def made(self, made: Made, start: int, stop: int, out: Tensor) -> Tensor:
-        """The entries of what a stage makes in float32, in the front of `out`: from the disk, or computed now."""
-        dtype = TORCH_DTYPES[made.dtype]
-        if self._spool is not None and made in self._spool:
-            raw = _kept.bytes_of((stop - start) * dtype.itemsize)
-            self._spool.read(made, start * dtype.itemsize, _bytes(raw))
-            return out[: stop - start].copy_(raw.view(dtype))
-        rounded = self._stages[made].round(Block(start, stop), torch.empty(stop - start, dtype=dtype))
-        return out[: stop - start].copy_(rounded)
+    def _fill(self, what: Stored | Made, offset: int, out: memoryview) -> None:
+        if self._spool is not None and what in self._spool:
+            self._spool.read(what, offset, out)
+        else:
+            assert isinstance(what, Stored)  # what a stage makes is kept, but where it is read in its own blocks
+            self._reader.read(self._tickets[what], offset, out)
+
+    def rows(self, leaf: Stored | Made, numbers: Numbers, out: Tensor) -> None:
+        """The rows of a tensor of these numbers in float32, by one read for each run of consecutive ones."""
+        dtype = TORCH_DTYPES[leaf.dtype]
+        nbytes = out.shape[-1] * dtype.itemsize
+        raw = torch.empty(len(numbers) * nbytes, dtype=torch.uint8)
+        view, starts = _bytes(raw), np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=False):
+            self._fill(leaf, int(numbers[start]) * nbytes, view[start * nbytes : stop * nbytes])
+        out.copy_(raw.view(dtype).view(out.shape))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once for all blocks."""
+        with self._lock:
+            mine = key not in self._done
+            found = self._done.setdefault(key, Future())
+        if mine:
+            try:
+                found.set_result(make())
+            except BaseException as error:
+                found.set_exception(error)
+        made: T = found.result()
+        return made
 
     def close(self) -> None:
         """No more blocks will be asked for."""
@@ -323,13 +332,13 @@ class _Leaves:
         shared: a buffer for each of those that several sources read.
     """
 
-    def __init__(self, origin: _Origin, block: Block, step: int, shared: Mapping[Stored, Tensor]) -> None:
+    def __init__(self, origin: Leaves, block: Block, step: int, shared: Mapping[Stored, Tensor]) -> None:
         self._origin, self._shared = origin, shared
         self._block, self._loaded = (block.start, block.stop, step), dict[Stored, Tensor]()
-        self.made = origin.made
+        self.rows, self.once = origin.rows, origin.once
 
-    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
-        if leaf not in self._shared or (start, stop, step) != self._block:
+    def entries(self, leaf: Stored | Made, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
+        if isinstance(leaf, Made) or leaf not in self._shared or (start, stop, step) != self._block:
             return self._origin.entries(leaf, start, stop, out, step)
         if leaf not in self._loaded:
             self._loaded[leaf] = self._origin.entries(leaf, start, stop, self._shared[leaf], step)

@@ -10,10 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from merger.checkpoints.architecture import Place, is_buffer
-from merger.checkpoints.config import Kind, Layer, section, untied, with_dtype, with_layers
+from merger.checkpoints.config import (
+    Kind,
+    Layer,
+    renumbered,
+    section,
+    untied,
+    with_dtype,
+    with_layers,
+    with_vocabulary,
+)
 from merger.errors import Problem, RecipeError, Span
 from merger.plan.jobs import Making
 from merger.plan.lock import LockedModel, LockedRecipe
+from merger.plan.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
         for name in model.checkpoint.tensors:
             if name not in read.get(number, set()):
                 made = f"nothing is made of what the stage {document.recipe.name} makes of it"
-                yield LeftOut(number, name, made if name in used else _why(document.donor, model, name, layers))
+                yield LeftOut(number, name, made if name in used else _why(document, model, name, layers))
 
 
 def _read(making: Making) -> dict[int, set[str]]:
@@ -49,9 +59,12 @@ def _read(making: Making) -> dict[int, set[str]]:
     return found
 
 
-def _why(donor: LockedModel, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
+def _why(locked: LockedRecipe, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
+    donor, recipe = locked.donor, locked.recipe
     place: Place = model.architecture.place(name)
-    if not layers:
+    if model.ref not in recipe.merged:
+        return "the recipe takes only tokens of this model"
+    if not layers or (model.architecture.stacks and all(stack is None for stack, _ in layers)):
         return "the method takes no base model, so this one gives no tensors"
     if place.stack is not None and (place.stack, place.layer) not in layers:
         return "its layer is in no layer_range"
@@ -68,7 +81,7 @@ def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
     """The donor's config.json with the dtype, the layers and the head that the output has.
 
     Raises:
-        RecipeError: no config could describe the layers in this order.
+        RecipeError: no config could describe the layers in this order, or a token that it names.
     """
     donor = locked.donor
     edited: Mapping[str, Any] = donor.checkpoint.config
@@ -77,8 +90,26 @@ def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
             edited = _layered(locked, edited, stack, taken)
     if making.has_head and (donor.is_tied or donor.head is None):
         edited = untied(edited)
+    if making.tokens is not None:
+        edited = _with_tokens(locked, making.tokens, edited)
     dtype = locked.recipe.dtype
     return with_dtype(edited, dtype) if dtype else edited
+
+
+def _with_tokens(locked: LockedRecipe, tokens: Tokens, edited: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with the result's number of rows, and its own ids for the tokens that it names."""
+    sized = with_vocabulary(edited, locked.donor.token_rows or 0, tokens.rows)
+    if tokens.follow is None:
+        return sized
+    source = locked.numbered(tokens.source)
+    found, lost = renumbered(sized, tokens.follow, source.checkpoint.config)
+    if lost:
+        told = ", ".join(f"{key}: {number}" for key, number in lost)
+        what = f"config.json of {locked.donor.name} names tokens that the tokenizer of {source.name} lacks ({told})"
+        block = locked.recipe.tokenizer
+        hint = "list these tokens under tokens:, or take another tokenizer"
+        raise RecipeError(Problem(what, block.at if block else None, "tokenizer", hint))
+    return found
 
 
 def _layered(

@@ -6,7 +6,7 @@ Not here: what is made of them (jobs).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from merger.checkpoints.architecture import Architecture, is_embedding, is_head
+from merger.checkpoints import chat, vocab
+from merger.checkpoints.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.checkpoints.checkpoint import (
     INDEX,
     Checkpoint,
@@ -26,13 +27,18 @@ from merger.checkpoints.checkpoint import (
 )
 from merger.checkpoints.config import is_quantised, is_tied
 from merger.errors import ModelError, Problem, RecipeError
+from merger.plan.sources import Made, Stored
 from merger.recipe.model import ModelRef, Recipe
-from merger.stores.ports import Located, Store
+from merger.recipe.tokenizer import AUTO
+from merger.stores.ports import FileInfo, Located, Store
 
 if TYPE_CHECKING:
     from merger.plan.jobs import Job, Making
+    from merger.plan.texts import Texts
 
+GENERATION = "generation_config.json"
 _CARD_BYTES = 1 << 20
+_TEXT_BYTES = 200 << 20
 _REQUESTS_AT_ONCE = 8
 
 
@@ -45,12 +51,14 @@ class LockedModel:
         located: where it is, at which commit, with which files.
         checkpoint: its tensors' names, shapes, dtypes and places, and its config.json.
         card: the metadata of its own model card, empty where there is none.
+        texts: of its tokenizer's files those that the plan needs, by name.
     """
 
     ref: ModelRef
     located: Located
     checkpoint: Checkpoint = field(repr=False)
     card: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -90,6 +98,21 @@ class LockedModel:
         found = [tensor for tensor in self.layer(None, None) if wanted(tensor.name)]
         return found[0] if len(found) == 1 else None
 
+    @cached_property
+    def token_rows(self) -> int | None:
+        """How many rows its embeddings have, one a token; None where it has none, or of different numbers."""
+        loose = self.layer(None, None)
+        found = {tensor.shape[0] for tensor in loose if is_embedding(tensor.name) and len(tensor.shape) == 2}
+        return found.pop() if len(found) == 1 else None
+
+    def by_token(self, tensor: TensorInfo) -> bool:
+        """Whether a tensor has a row for each token: an embedding, a head, or what else goes with them."""
+        if tensor.shape[:1] != (self.token_rows,) or self.architecture.place(tensor.name).stack is not None:
+            return False
+        widths = {one.shape[1] for one in (self.embedding, self.head) if one is not None}
+        named = is_embedding(tensor.name) or is_head(tensor.name)
+        return named or (self.token_rows not in widths and not never_by_token(tensor.name))
+
     @property
     def is_tied(self) -> bool:
         """Whether the head is the embedding: its config says so, and the embedding is what its files hold."""
@@ -116,11 +139,13 @@ class StageModel(LockedModel):
     Args:
         locked: the stage's document.
         making: how its tensors are made.
+        small: which small files it would have.
         seed: for methods that draw random numbers.
     """
 
     locked: LockedRecipe = field(kw_only=True, repr=False)
     making: Making = field(kw_only=True, repr=False)
+    small: Texts = field(kw_only=True, repr=False)
     seed: int = field(kw_only=True)
 
     @cached_property
@@ -153,6 +178,20 @@ class LockedRecipe:
     def model(self, ref: ModelRef) -> LockedModel:
         """The model or stage that a reference means."""
         return self.numbered(self.index(ref))
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The numbers of the models and stages of this document."""
+        return tuple(self.index(ref) for ref in self.recipe.parents)
+
+    def source(self, number: int, tensor: TensorInfo) -> Stored | Made:
+        """Where the entries of a tensor of the model or stage of that number come from."""
+        model = self.numbered(number)
+        if not isinstance(model, StageModel):
+            return Stored(number, tensor)
+        job = model.jobs[tensor.name]
+        passed = job.passed
+        return passed if isinstance(passed, Stored | Made) else Made(number, tensor.name, model.seed, job)
 
     @property
     def donor(self) -> LockedModel:
@@ -198,7 +237,70 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
     problems = [problem for _, found in attempts for problem in found]
     if problems:
         raise ModelError(problems)
-    return LockedRecipe(recipe, tuple(model for model, _ in attempts if model is not None))
+    found = tuple(model for model, _ in attempts if model is not None)
+    return LockedRecipe(recipe, _with_texts(recipe, found, store))
+
+
+def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -> tuple[LockedModel, ...]:
+    """The models with those texts of their tokenizers that the plan needs; what is equal is fetched once.
+
+    Raises:
+        ModelError: with every file that cannot be read.
+    """
+    wanted = set(_wanted(recipe, models))
+    held = [{name: info for name, info in model.located.files.items() if name in wanted} for model in models]
+    places = {
+        _content(info, number, name): (models[number], name)
+        for number, files in enumerate(held)
+        for name, info in files.items()
+    }
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        fetched = dict(
+            zip(places, pool.map(lambda place: _text(place[0], place[1], store), places.values()), strict=True)
+        )
+    problems = [text for text in fetched.values() if isinstance(text, Problem)]
+    if problems:
+        raise ModelError(problems)
+    texts = {key: text for key, text in fetched.items() if not isinstance(text, Problem)}
+    return tuple(
+        replace(model, texts={name: texts[_content(info, number, name)] for name, info in held[number].items()})
+        for number, model in enumerate(models)
+    )
+
+
+def _wanted(recipe: Recipe, models: tuple[LockedModel, ...]) -> Iterator[str]:
+    """The names of the files that decide which tokens mean what; none where the models' are known to be equal."""
+    for document in recipe.documents:
+        # what a stage's files hold is made of what its models' do
+        yield from _of_document(document, [model for model in models if recipe.stages or model.ref in document.merged])
+
+
+def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
+    told = [
+        {name: _content(info, number, name) for name, info in model.located.files.items() if name in vocab.FILES}
+        for number, model in enumerate(merged)
+    ]
+    if recipe.tokenizer is not None:
+        yield from (*vocab.FILES, GENERATION)
+    elif any(files != told[0] for files in told):
+        yield from vocab.FILES
+    if recipe.chat_template is not None and recipe.chat_template.text == AUTO:
+        yield from chat.FILES
+
+
+def _content(info: FileInfo, model: int, name: str) -> object:
+    """What is the same for files of the same content, as far as the store tells."""
+    return info.sha256 or info.oid or (model, name)
+
+
+def _text(model: LockedModel, name: str, store: Store) -> bytes | Problem:
+    if model.located.files[name].size > _TEXT_BYTES:
+        what = f"{name} has {model.located.files[name].size:,} bytes, which is more than a tokenizer takes"
+        return _at(Problem(what, hint="is it the right file? download the model again"), model.ref)
+    try:
+        return store.fetch(model.located, name)
+    except ModelError as error:
+        return _at(error.problems[0], model.ref)
 
 
 def _attempt(

@@ -5,24 +5,23 @@ Not here: how a tensor is made (jobs), and making it (engine).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 from merger.checkpoints.checkpoint import ITEM_BYTES
 from merger.checkpoints.shard import header, shard_name
-from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.plan.jobs import Job, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
-from merger.plan.sources import Made
+from merger.plan.sources import Made, RowMap, RowPairs, held
 from merger.plan.stages import with_stages
+from merger.plan.texts import Texts, texts
 from merger.plan.work import below, block_entries, memory, spool
 
 FORMAT = 1
@@ -39,6 +38,8 @@ READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
 _BASELINE_BYTES = 420 << 20
 _BYTES_A_JOB = 6_000
+_TIMES_PARSED = 8
+"""How many times its size a tokenizer.json takes in memory while it is read or written: 6.4 to 6.8 were measured."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Plan:
         shards: the output files.
         left_out: the tensors of the models that nothing is made of.
         config: the output's config.json.
-        side_files: the donor's files that are taken over.
+        texts: the small files beside the tensors.
         seed: for methods that draw random numbers.
         threads: how many threads compute.
         read_ahead: bytes that may be held of what is read from the Hub ahead of need.
@@ -94,7 +95,7 @@ class Plan:
     shards: tuple[Shard, ...] = field(repr=False)
     left_out: tuple[LeftOut, ...] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
-    side_files: tuple[str, ...]
+    texts: Texts = field(repr=False)
     seed: int
     threads: int
     read_ahead: int
@@ -145,7 +146,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return {
+        content = {
             "hash": self.hash,
             "models": [
                 {"model": str(model.ref), "commit": model.located.commit, "licence": model.licence}
@@ -158,18 +159,20 @@ class Plan:
             "read_bytes": self.read_bytes,
             "size": self.size,
             "config": self.config,
-            "side_files": self.side_files,
-            "shards": [{"name": shard.name, "size": shard.size, "jobs": _data(shard.jobs)} for shard in self.shards],
+            "side_files": list(self.texts.taken),
+            "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
             "stages": [
                 {
                     "name": stage.name,
                     "seed": stage.seed,
-                    "jobs": _data(made.job for made in self.stages if made.stage == number),
+                    "jobs": [made.job for made in self.stages if made.stage == number],
                 }
                 for number, stage in enumerate(self.locked.stages, len(self.locked.models))
             ],
-            "left_out": [dataclasses.asdict(item) for item in self.left_out],
+            "left_out": self.left_out,
         }
+        plain: dict[str, Any] = json.loads(json.dumps(content, default=_plain))
+        return plain
 
 
 def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed: int | None = None) -> Plan:
@@ -188,6 +191,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
     locked = with_stages(locked, table, seed)
     making = make(locked, table)
     edited = config(locked, making)
+    small = texts(locked, making.tokens)
     seed = locked.recipe.seed if seed is None else seed
     shards = tuple(_shards(_in_file_order(making.jobs, locked.index(locked.holder.ref)), budget.shard_bytes))
     remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
@@ -196,28 +200,23 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         shards=shards,
         left_out=tuple(left_out(locked, making)),
         config=edited,
-        side_files=side_files(locked.holder.located.files, locked.holder.checkpoint.config),
+        texts=small,
         seed=seed,
         threads=budget.threads,
         read_ahead=READ_AHEAD_BYTES if remote else 0,
         peak_memory=0,
         read_bytes=sum(entry.tensor.nbytes for job in making.jobs for entry in job.reads),
         spool=_spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
-        hash=_hash(locked, shards, edited, seed),
+        hash=_hash(locked, shards, edited, seed, small),
     )
     return _fitted(draft, table, budget)
 
 
 def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int], ahead: int) -> int:
     """The most bytes that a job and those prepared ahead of it hold on disk."""
-    held = [spool(job, table, remote) for job in jobs]
-    sums = [0, *accumulate(held)]
-    return max(sums[min(start + ahead + 1, len(held))] - sums[start] for start in range(len(sums)))
-
-
-def _data(jobs: Iterable[Job]) -> Any:
-    """Jobs as plain data."""
-    return json.loads(json.dumps(list(jobs), default=_plain))
+    nbytes = [spool(job, table, remote) for job in jobs]
+    sums = [0, *accumulate(nbytes)]
+    return max(sums[min(start + ahead + 1, len(nbytes))] - sums[start] for start in range(len(sums)))
 
 
 def _in_file_order(jobs: tuple[Job, ...], donor: int) -> tuple[Job, ...]:
@@ -272,10 +271,18 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
         * max((block_entries(job, table[job.method]) for job in plan.jobs), default=0)
     )
     jobs = _BYTES_A_JOB * (len(plan.jobs) + len(plan.left_out))
-    return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs
+    made = [*plan.jobs, *(made.job for made in plan.stages)]
+    tokens = _tokenizer_memory(plan) + sum(held(source) for job in made for source in job.sources)
+    return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs + tokens
 
 
-def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, Any], seed: int) -> str:
+def _tokenizer_memory(plan: Plan) -> int:
+    """The models' tokenizers, and the largest of them taken apart to be read or written anew."""
+    sizes = [sum(map(len, model.texts.values())) for model in plan.locked.models]
+    return sum(sizes) + _TIMES_PARSED * max(sizes)
+
+
+def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, Any], seed: int, small: Texts) -> str:
     """Of all that decides the result's bytes: the inputs' identity, the jobs, the layout, the seed."""
     models = [
         {"where": model.located.commit or model.located.name, "files": _files(model.located.files)}
@@ -283,6 +290,8 @@ def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, 
     ]
     work = [[shard.name, shard.jobs] for shard in shards]
     content = {"format": FORMAT, "models": models, "shards": work, "config": config, "seed": seed}
+    if written := {key: value for key, value in vars(small).items() if key != "taken" and value is not None}:
+        content["texts"] = written
     if stages := _stages([job for shard in shards for job in shard.jobs]):
         content["stages"] = [[made, made.job] for made in stages]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
@@ -294,10 +303,14 @@ def _stages(jobs: Sequence[Job]) -> tuple[Made, ...]:
     return tuple(made for job in jobs for made in below(job, seen))
 
 
-def _plain(part: Any) -> Any:
-    """A part of a plan as plain data; of what a stage makes only its name: how it is made is said once, elsewhere."""
-    # `vars` of a dataclass is what `asdict` copies at eight times the price.
-    return {"stage": part.stage, "name": part.name, "seed": part.seed} if isinstance(part, Made) else vars(part)
+def _plain(value: object) -> Any:
+    """A dataclass as JSON: `vars` is what `asdict` copies at eight times the price.
+
+    Of what a stage makes only the name: how it is made is said once, elsewhere.
+    """
+    if isinstance(value, Made):
+        return {"stage": value.stage, "name": value.name, "seed": value.seed}
+    return str(value) if isinstance(value, RowMap | RowPairs) else vars(value)
 
 
 def _files(files: Mapping[str, Any]) -> list[tuple[str, int, str | None]]:

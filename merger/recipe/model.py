@@ -92,6 +92,72 @@ class Module:
 
 
 @dataclass(frozen=True)
+class TokenOf:
+    """A token of a model: by its text, or by its id, or with neither the same token there."""
+
+    model: ModelRef
+    token: str | None = None
+    id: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """What a recipe says of one token of the result.
+
+    Args:
+        token: the token.
+        source: where its row comes from in models that lack it; "zero": zeros; None: from where others come.
+        force: whether that holds for the models that have the token, too.
+        at: where the token stands in the recipe.
+    """
+
+    token: str
+    source: TokenOf | str | None = None
+    force: bool = False
+    at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of the result: the recipe's `tokenizer:` block, or its `tokenizer_source`.
+
+    Args:
+        source: "union": the base model's with the tokens of all others; "base": the base model's; else that model's.
+        tokens: the tokens of which the recipe says where their rows come from.
+        pad_to_multiple_of: the embedding's number of rows is a multiple of this.
+        missing: how a token gets its row that none of the merged models has: "mean", "zero", "subword" or "omp".
+        k: for "omp": how many shared tokens a row is put together from, at most.
+        at: where the block stands in the recipe.
+    """
+
+    source: ModelRef | str = "union"
+    tokens: tuple[TokenRow, ...] = ()
+    pad_to_multiple_of: int = 1
+    missing: str = "mean"
+    k: int = 64
+    at: Span | None = field(default=None, compare=False)
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The models that it names."""
+        named = [self.source, *(row.source.model for row in self.tokens if isinstance(row.source, TokenOf))]
+        return tuple(dict.fromkeys(one for one in named if isinstance(one, ModelRef)))
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of the result.
+
+    Args:
+        text: "auto": the one that most of the models have; the name of one that is built in; or Jinja text.
+        at: where it stands in the recipe.
+    """
+
+    text: str
+    at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class Publish:
     """Where the result goes and how: the recipe's `publish:` block.
 
@@ -128,6 +194,8 @@ class Recipe:
         parameters: the settings at the top level.
         dtype: ``float32``, ``float16``, ``bfloat16``, or None: follow the base model, else the first model.
         seed: for methods that draw random numbers.
+        tokenizer: the result's tokenizer; None: that of the base model, else of the first model, as it is.
+        chat_template: the result's chat template; None: the one that comes with its tokenizer.
         publish: where the result goes.
         warnings: what is allowed but has no effect, or is likely not meant.
         at: where the document begins; `name_at`: where its name stands.
@@ -142,6 +210,8 @@ class Recipe:
     parameters: Parameters = field(default_factory=dict)
     dtype: str | None = None
     seed: int = 0
+    tokenizer: Tokenizer | None = None
+    chat_template: ChatTemplate | None = None
     publish: Publish = field(default_factory=Publish)
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
     at: Span | None = field(default=None, compare=False)
@@ -165,7 +235,12 @@ class Recipe:
 
     @property
     def parents(self) -> tuple[ModelRef, ...]:
-        """Every model and stage once that this document names: the sources of each slice, then its base model."""
+        """Every model and stage once that this document names: the merged ones, then those that only give tokens."""
+        return tuple(dict.fromkeys([*self.merged, *(self.tokenizer.models if self.tokenizer else ())]))
+
+    @property
+    def merged(self) -> tuple[ModelRef, ...]:
+        """The models that tensors or the config come from: the sources of each slice, then the base models."""
         sources = [source.model for piece in self.slices for source in piece.sources]
         bases = [piece.base_model for piece in self.slices if piece.base_model is not None]
         own = [self.base_model] if self.base_model is not None else []
@@ -175,4 +250,4 @@ class Recipe:
     def donor(self) -> ModelRef:
         """The model whose config and side files the result takes: the base model, else the recipe's first model."""
         base = self.base_model or self.slices[0].base_model
-        return base or self.parents[0]
+        return base or self.merged[0]

@@ -19,24 +19,21 @@ from merger.recipe.places import Fields, Hints, Notes, Place, nearest
 from merger.recipe.settings import Parameters
 from merger.recipe.spans import number
 from merger.recipe.stages import joined
+from merger.recipe.tokenizer import chat_template, tokenizer
 from merger.recipe.values import UNREADABLE, Block, identity, parameters, reference
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method
 
 FORMS = ("models", "slices", "modules")
-TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", "publish")
+TOKENS = ("tokenizer", "tokenizer_source", "chat_template")
+TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", *TOKENS, "publish")
 MODEL = ("model", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
 SOURCE = ("model", "layer_range", "parameters")
 MODULE = ("slices", "models", "parameters")
 PUBLISH = ("repo", "private", "license", "create_pr", "template")
 
-NOT_BUILT = {
-    "tokenizer": "leave it out: the result takes the base model's tokenizer, else the first model's",
-    "tokenizer_source": "leave it out: the result takes the base model's tokenizer, else the first model's",
-    "chat_template": "leave it out: the result takes the base model's chat template, else the first model's",
-}
 MIXTURE = ("experts", "gate_mode", "shared_experts", "experts_per_token", "architecture")
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
@@ -106,7 +103,7 @@ class _Reader:
     def recipe(self, path: str, text: str) -> Recipe:
         mixture = self._is_mixture()
         known = (*TOP, *MIXTURE) if mixture else TOP
-        fields = self.top.fields("a map with the key merge_method", known, _TOP_HINTS, NOT_BUILT)
+        fields = self.top.fields("a map with the key merge_method", known, _TOP_HINTS)
         if fields is None:
             return Recipe(path, text, (), at=self.top.at)
         name = fields.get("name")
@@ -126,6 +123,8 @@ class _Reader:
             parameters=block.settings,
             dtype=out_dtype or dtype,
             seed=_seed(fields),
+            tokenizer=tokenizer(fields),
+            chat_template=chat_template(fields),
             publish=_publish(fields),
             at=self.top.at,
             name_at=name.at if name else None,

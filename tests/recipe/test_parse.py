@@ -111,11 +111,7 @@ ESSENTIALS = {
 NOT_BUILT = {
     "07-moe-hidden-clowncar": ["mixtures of experts are not built yet"],
     "08-moe-random-upcycle": ["mixtures of experts are not built yet"],
-    "13-della-linear-filters-union-chatml": [
-        "della_linear is not built yet",
-        "chat_template is not built yet",
-        "tokenizer_source is not built yet",
-    ],
+    "13-della-linear-filters-union-chatml": ["della_linear is not built yet"],
     "14-model-stock-ignored-weights": ["model_stock is not built yet"],
     "15-model-stock-lora-refs": [
         *["LoRA adapters are not built yet"] * 6,
@@ -366,7 +362,7 @@ def test_empty_keys_say_nothing(read: Read) -> None:
     """A key with nothing behind it is as good as no key."""
     recipe = read(
         "merge_method: passthrough\nmodels: [{model: org/a, parameters: }]\n"
-        "base_model:\nparameters:\ndtype:\nseed:\npublish:\ntokenizer_source:\n"
+        "base_model:\nparameters:\ndtype:\nseed:\npublish:\ntokenizer_source:\ntokenizer:\nchat_template:\n"
     )
     assert (recipe.base_model, recipe.parameters, recipe.dtype, recipe.seed) == (None, {}, None, 0)
 
