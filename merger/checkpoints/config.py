@@ -46,9 +46,27 @@ def is_tied(config: Config) -> bool:
     return bool(config.get("tie_word_embeddings", _text(config).get("tie_word_embeddings", False)))
 
 
-def is_quantised(config: Config) -> bool:
-    """Whether the tensors are stored in a form that must not be merged as numbers."""
-    return any(part.get("quantization_config") is not None for part in _parts(config))
+def quantisation(config: Config) -> Mapping[str, Any] | None:
+    """What the config says of how its tensors are quantised; None where they are not."""
+    found = [part["quantization_config"] for part in _parts(config) if part.get("quantization_config") is not None]
+    return (found[0] if isinstance(found[0], dict) else {}) if found else None
+
+
+def unquantised(config: Config) -> dict[str, Any]:
+    """The config without a word of that, for tensors that were read back."""
+    edited = copy.deepcopy(dict(config))
+    for part in _parts(edited):
+        part.pop("quantization_config", None)
+    return edited
+
+
+_STATED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def stated_dtype(config: Config) -> str:
+    """The dtype that the config gives the model, as safetensors writes it; bfloat16 where it gives none."""
+    said = [str(value).removeprefix("torch.") for key, value in _stated(config) if key in ("dtype", "torch_dtype")]
+    return next((_STATED_DTYPES[name] for name in said if name in _STATED_DTYPES), "BF16")
 
 
 def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
@@ -347,3 +365,7 @@ def _parts(config: Config) -> tuple[dict[str, Any], ...]:
     """The config, and its language model's part if that is a part of its own."""
     text = _text(config)
     return (text,) if text is config else (config, text)  # type: ignore[return-value]
+
+
+def _stated(config: Config) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for part in _parts(config) for key, value in part.items())

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merger.engine.leaves import TORCH_DTYPES, Leaves, T
+from merger.engine.leaves import STORED_DTYPES, TORCH_DTYPES, Leaves, T
 from merger.engine.observe import observe
 from merger.engine.sources import load
 from merger.errors import MismatchError, Problem
@@ -283,7 +283,7 @@ class Work:
             block = Block(start, stop)
             rounded = self._stages[leaf].round(block, torch.empty(stop - start, dtype=TORCH_DTYPES[leaf.dtype]))
             return out[: stop - start].copy_(rounded)
-        dtype = TORCH_DTYPES[leaf.dtype]
+        dtype = STORED_DTYPES[leaf.dtype]
         raw = _kept.bytes_of((stop - start) * dtype.itemsize)
         self._fill(leaf, start * dtype.itemsize, _bytes(raw))
         entries = raw.view(dtype)[-start % step :: step]

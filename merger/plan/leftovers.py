@@ -48,6 +48,7 @@ def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
             if name not in read.get(number, set()):
                 made = f"nothing is made of what the stage {document.recipe.name} makes of it"
                 yield LeftOut(number, name, made if name in used else _why(document, model, name, layers))
+        yield from (LeftOut(number, name, "only a quantised model has a use for it") for name in model.aside)
 
 
 def _read(making: Making) -> dict[int, set[str]]:

@@ -25,9 +25,10 @@ from merger.checkpoints.checkpoint import (
     read_header,
     weight_files,
 )
-from merger.checkpoints.config import is_quantised, is_tied
+from merger.checkpoints.config import is_tied
+from merger.checkpoints.quantised import Scaled, unpacked
 from merger.errors import ModelError, Problem, RecipeError
-from merger.plan.sources import Made, Stored
+from merger.plan.sources import Dequantised, Made, Stored
 from merger.recipe.model import ModelRef, Recipe
 from merger.recipe.tokenizer import AUTO
 from merger.stores.ports import FileInfo, Located, Store
@@ -52,6 +53,8 @@ class LockedModel:
         checkpoint: its tensors' names, shapes, dtypes and places, and its config.json.
         card: the metadata of its own model card, empty where there is none.
         texts: of its tokenizer's files those that the plan needs, by name.
+        scaled: the tensors that are stored as numbers and scales, by name.
+        aside: the names of stored tensors that only a quantised model has a use for.
     """
 
     ref: ModelRef
@@ -59,6 +62,8 @@ class LockedModel:
     checkpoint: Checkpoint = field(repr=False)
     card: Mapping[str, Any] = field(default_factory=dict, repr=False)
     texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    scaled: Mapping[str, Scaled] = field(default_factory=dict, repr=False)
+    aside: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -184,9 +189,12 @@ class LockedRecipe:
         """The numbers of the models and stages of this document."""
         return tuple(self.index(ref) for ref in self.recipe.parents)
 
-    def source(self, number: int, tensor: TensorInfo) -> Stored | Made:
+    def source(self, number: int, tensor: TensorInfo) -> Stored | Made | Dequantised:
         """Where the entries of a tensor of the model or stage of that number come from."""
         model = self.numbered(number)
+        if (scaled := model.scaled.get(tensor.name)) is not None:
+            numbers, scales = Stored(number, scaled.numbers), Stored(number, scaled.scales)
+            return Dequantised(numbers, scales, scaled.block, tensor.dtype)
         if not isinstance(model, StageModel):
             return Stored(number, tensor)
         job = model.jobs[tensor.name]
@@ -320,8 +328,9 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
 def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None) -> LockedModel:
     located = store.locate(ref.path, commit or ref.revision)
     config = _config(located, store)
-    checkpoint = Checkpoint(_tensors(located, store, pool), config)
-    return LockedModel(ref, located, checkpoint, _card(located, store))
+    found = unpacked(_tensors(located, store, pool), config)
+    checkpoint = Checkpoint(found.tensors, found.config)
+    return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
 
 
 def _config(located: Located, store: Store) -> Mapping[str, Any]:
@@ -333,9 +342,6 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
         raise ModelError(Problem(f"config.json is no JSON ({error})", hint="download the model again")) from None
     if not isinstance(config, dict):
         raise ModelError(Problem("config.json is no JSON object", hint="download the model again"))
-    if is_quantised(config):
-        what = "is quantised; its stored numbers must not be merged as they are"
-        raise ModelError(Problem(what, hint="use the unquantised model: dequantising is not built yet"))
     return config
 
 

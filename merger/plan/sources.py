@@ -129,6 +129,44 @@ class Made:
         return 0
 
 
+@dataclass(frozen=True)
+class Dequantised:
+    """A tensor that is stored as numbers of few bits and scales: each number times the scale of its block.
+
+    Args:
+        numbers: the stored numbers, in rows and columns.
+        scales: a scale for each block of them.
+        block: how many rows and columns a block has.
+        dtype: the dtype of the model that it was made from.
+    """
+
+    numbers: Stored
+    scales: Stored
+    block: tuple[int, int]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the numbers."""
+        return self.numbers.shape
+
+    @property
+    def leaves(self) -> tuple[Stored, ...]:
+        """Numbers and scales."""
+        return (self.numbers, self.scales)
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """The scales: those of a row of blocks belong to more rows than one block has."""
+        return (self.scales,)
+
+    @property
+    def scratch(self) -> int:
+        """The scales of some rows, once for each row."""
+        rows, columns = self.shape
+        return 4 * rows * -(-columns // self.block[1])
+
+
 def ends(source: Source) -> Iterator[Stored | Made]:
     """The stored tensors and the stages that a source reads itself; not those that a stage of it reads."""
     if isinstance(source, Stored | Made):

@@ -18,7 +18,7 @@ from merger.checkpoints.vocab import Json, Vocabulary
 from merger.errors import MismatchError, ModelError, Problem, RecipeError
 from merger.plan.filling import Filling
 from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Pursuit, RowMap, RowPairs, Rows, Source
+from merger.plan.sources import Made, Pursuit, RowMap, RowPairs, Rows, Source, Stored
 from merger.recipe.model import ModelRef, Tokenizer
 from merger.recipe.tokenizer import UNION
 
@@ -68,14 +68,24 @@ class Tokens:
         if seen.is_identity(number) and len(seen) == tensor.shape[0]:
             return own
         others = [int(other) for other in np.unique(seen.leaves) if other != number]
-        lent = [locked.source(other, _like(locked.numbered(other), model, tensor, as_head)) for other in others]
-        known = Rows((own, *lent), seen.among([number, *others]))
+        lent = [(other, _like(locked.numbered(other), model, tensor, as_head)) for other in others]
+        parts = tuple(_rows_in(locked, *place) for place in ((number, tensor), *lent))
+        known = Rows(parts, seen.among([number, *others]))
         if number not in self.pairs or len(tensor.shape) == 1:
             return known
         donor = _in_place_of(model, tensor, locked.numbered(self.source), as_head)
         if donor is None:
             return known
-        return Pursuit(known, locked.source(self.source, donor), self.pairs[number], self.k)
+        return Pursuit(known, _rows_in(locked, self.source, donor), self.pairs[number], self.k)
+
+
+def _rows_in(locked: LockedRecipe, number: int, tensor: TensorInfo) -> Stored | Made:
+    """The tensor as one of which rows are read, whatever their order."""
+    source, model = locked.source(number, tensor), locked.numbered(number)
+    if isinstance(source, Stored | Made):
+        return source
+    what = f"{model.name}: {tensor.name} is quantised, and its rows are to be put in another order"
+    raise MismatchError(_about(model, what, "take the model that it was quantised from, or leave out tokenizer:"))
 
 
 def _must_fit(model: LockedModel, tensor: TensorInfo) -> None:

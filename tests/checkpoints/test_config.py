@@ -13,9 +13,10 @@ from merger.checkpoints.config import (
     Config,
     Kind,
     Layer,
-    is_quantised,
     is_tied,
+    quantisation,
     section,
+    unquantised,
     untied,
     with_dtype,
     with_layers,
@@ -268,9 +269,16 @@ def test_the_dtype_stands_under_the_name_that_was_in_use(config: Config, expecte
 
 def test_quantised_models_are_known_by_their_config() -> None:
     """Their stored numbers are no parameters."""
-    assert is_quantised({"quantization_config": {"quant_method": "fp8"}})
-    assert is_quantised({"text_config": {"quantization_config": {}}})
-    assert not is_quantised({"text_config": {}})
+    assert quantisation({"quantization_config": {"quant_method": "fp8"}}) == {"quant_method": "fp8"}
+    assert quantisation({"text_config": {"quantization_config": {}}}) == {}
+    assert quantisation({"text_config": {}}) is None
+
+
+def test_a_tensor_that_is_read_back_leaves_no_word_of_quantisation() -> None:
+    """Neither in the config nor in its language model's part; nothing else changes."""
+    said = {"quantization_config": {"quant_method": "fp8"}, "text_config": {"quantization_config": {}, "n_layer": 2}}
+    assert unquantised(said) == {"text_config": {"n_layer": 2}}
+    assert said["quantization_config"] == {"quant_method": "fp8"}
 
 
 # ---- several stacks -------------------------------------------------------------------------------------------------
