@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from architectures import page
 from architectures.cases import CASES
 from architectures.trial import Row, load, merge, tried
+from safetensors.torch import save_file
 from transformers.utils import logging
 
 
@@ -56,3 +58,28 @@ def test_modules_merge_one_stack_and_copy_the_others(name: str, stacks: tuple[st
         mean = (first[tensor] + second[tensor]) / 2
         assert torch.allclose(found, mean if tensor.startswith(stacks[0]) else first[tensor]), tensor
     load(CASES[name], tmp_path / "merged")
+
+
+FUSED = ("Qwen 3 MoE", "Mixtral", "DeepSeek V3", "GLM 4 MoE", "Phi 3.5 MoE", "Jamba")
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("first", ["fused", "split"])
+def test_experts_in_one_tensor_are_merged_with_experts_in_many(name: str, first: str, tmp_path: Path) -> None:
+    """A model saved as transformers holds it in memory, and one as it is published: the published layout comes out."""
+    one, other = CASES[name].make(1), CASES[name].make(2)
+    one.save_pretrained(tmp_path / "one")
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "fused").mkdir()
+    shutil.copy(tmp_path / "one/config.json", tmp_path / "fused")
+    save_file(
+        {key: tensor.contiguous() for key, tensor in one.state_dict().items()}, tmp_path / "fused/model.safetensors"
+    )
+    order = ["fused", "other"] if first == "fused" else ["other", "fused"]
+    listed = ", ".join(f"{{model: {tmp_path / folder}, parameters: {{weight: 0.5}}}}" for folder in order)
+    merged = merge(f"merge_method: linear\nmodels: [{listed}]\n", tmp_path / "out")
+    plain = ", ".join(f"{{model: {tmp_path / folder}, parameters: {{weight: 0.5}}}}" for folder in ("one", "other"))
+    expected = merge(f"merge_method: linear\nmodels: [{plain}]\n", tmp_path / "expected")
+    assert set(merged) == set(expected)
+    assert all(torch.equal(merged[key], tensor) for key, tensor in expected.items())
+    load(CASES[name], tmp_path / "out")

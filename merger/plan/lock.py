@@ -6,7 +6,7 @@ Not here: what is made of them (jobs).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from merger.checkpoints.checkpoint import (
     weight_files,
 )
 from merger.checkpoints.config import is_tied
+from merger.checkpoints.experts import are_fused, split
 from merger.checkpoints.quantised import Scaled, unpacked
 from merger.errors import ModelError, Problem, RecipeError
 from merger.plan.sources import Dequantised, Made, Stored
@@ -117,6 +118,11 @@ class LockedModel:
         widths = {one.shape[1] for one in (self.embedding, self.head) if one is not None}
         named = is_embedding(tensor.name) or is_head(tensor.name)
         return named or (self.token_rows not in widths and not never_by_token(tensor.name))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return any(".experts." in name for name in self.checkpoint.tensors)
 
     @property
     def is_tied(self) -> bool:
@@ -245,8 +251,18 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
     problems = [problem for _, found in attempts for problem in found]
     if problems:
         raise ModelError(problems)
-    found = tuple(model for model, _ in attempts if model is not None)
+    found = _in_one_layout([model for model, _ in attempts if model is not None])
     return LockedRecipe(recipe, _with_texts(recipe, found, store))
+
+
+def _in_one_layout(models: Sequence[LockedModel]) -> tuple[LockedModel, ...]:
+    """The models with a tensor for each expert, where some have one and others have all of a layer's in one."""
+    fused = [model for model in models if are_fused(model.checkpoint.tensors)]
+    like = next((model.checkpoint.tensors for model in models if model not in fused and model.has_experts), None)
+    if like is None:
+        return tuple(models)
+    split_up = {id(model): replace(model.checkpoint, tensors=split(model.checkpoint.tensors, like)) for model in fused}
+    return tuple(replace(model, checkpoint=split_up.get(id(model), model.checkpoint)) for model in models)
 
 
 def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -> tuple[LockedModel, ...]:
