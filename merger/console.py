@@ -87,7 +87,9 @@ def _making(planned: Plan) -> list[str]:
     used = Counter("copy" if job.is_copy else job.method for job in planned.jobs)
     methods = ", ".join(f"{name} {count}" for name, count in used.items())
     dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
+    stages = ", ".join(f"{stage.name} ({len(stage.jobs)} tensors)" for stage in planned.locked.stages)
     return [
+        *([f"by way  of {stages}, none of which is stored"] if stages else []),
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
         f"{len(planned.texts.taken)} side files from {shown(planned.locked.donor)}",

@@ -24,7 +24,7 @@ _HASHED_FOLDERS = 1_000_000_000
 
 
 def shown(model: LockedModel) -> str:
-    """A model's name for readers: as the recipe writes it on the Hub, of a folder its last part."""
+    """A model's name for readers: as the recipe writes it on the Hub, of a folder its last part, of a stage its own."""
     return str(model.ref) if model.located.commit else model.name
 
 

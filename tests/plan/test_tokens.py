@@ -175,7 +175,7 @@ def test_a_plan_with_maps_prints_as_json(folders: Path) -> None:
     found = json.loads(json.dumps(planned(BOTH + "tokenizer: {}").as_json()))
     job = next(job for shard in found["shards"] for job in shard["jobs"] if job["name"] == "lm_head.weight")
     assert len(job["inputs"][0]["source"]["map"]) == 64
-    assert [leaf["model"] for leaf in job["inputs"][0]["source"]["leaves"]] == [0, 1]
+    assert [leaf["model"] for leaf in job["inputs"][0]["source"]["parts"]] == [0, 1]
     assert job["shape"] == [39, 16]
     assert found["tokens"] == {"rows": 39, "new": 2, "source": 0}
 
