@@ -21,6 +21,7 @@ from merger.card.terms import KINDS, Terms
 from merger.card.text import address
 from merger.methods.registry import Method, Paper
 from merger.plan.plan import Plan
+from merger.recipe.model import Recipe
 
 GIVES, BASE, CONFIG_ONLY = "model", "base model", "config and tokenizer only"
 
@@ -41,6 +42,15 @@ class Parent:
     role: str
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A row of the card's table of stages: a document of the recipe, its methods and what it is made of."""
+
+    name: str | None
+    methods: str
+    models: tuple[str, ...]
+
+
 def render(
     planned: Plan, table: Mapping[str, Method], name: str, related: Relations, parts: Mapping[str, Any] = NO_PARTS
 ) -> str:
@@ -57,10 +67,10 @@ def render(
         RecipeError: the recipe's own template cannot be rendered.
     """
     recipe, more = planned.locked.recipe, {**NO_PARTS, **parts}
-    used = [table[name] for name in dict.fromkeys(piece.method for piece in recipe.slices)]
+    used = [table[name] for name in dict.fromkeys(piece.method for of in recipe.documents for piece in of.slices)]
     found = judge(planned, name if "/" in name else None)
     data = metadata(planned, used, keys(found.licences), more.pop("metadata"))
-    content = {**_content(planned, used, name), **more, "licence": _licence(planned, found), "related": related}
+    content = {**_content(planned, table, used, name), **more, "licence": _licence(planned, found), "related": related}
     body = fill(planned.locked.templates, recipe.publish, content)
     return f"{front_matter(data)}{body.strip()}\n"
 
@@ -88,7 +98,8 @@ _SOME_PARTS: Mapping[str, Any] = {
 }
 
 
-def _content(planned: Plan, used: Sequence[Method], name: str) -> dict[str, Any]:
+def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method], name: str) -> dict[str, Any]:
+    documents = planned.locked.recipe.documents
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
     return {
         "name": name,
@@ -98,6 +109,7 @@ def _content(planned: Plan, used: Sequence[Method], name: str) -> dict[str, Any]
         "givers": [parent.name for parent in parents if parent.role == GIVES],
         "bases": [parent.name for parent in parents if parent.role == BASE],
         "all_local": all(parent.commit is None for parent in parents),
+        "stages": [_stage(planned, table, recipe) for recipe in documents] if len(documents) > 1 else [],
         "any_local": any(parent.commit is None for parent in parents),
         "methods": [_method(method) for method in used],
         "recipe": planned.locked.recipe.text,
@@ -118,6 +130,14 @@ def _licence(planned: Plan, found: Judgement) -> dict[str, Any]:
         "built_with": list(dict.fromkeys(terms.built_with for terms in found.duties if terms.built_with)),
         "notices": [terms.notice for terms in found.duties if terms.notice],
     }
+
+
+def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
+    """A row of the table of stages; of the result's own document without a name."""
+    titles = dict.fromkeys(table[piece.method].title for piece in recipe.slices)
+    models = [planned.locked.model(ref) for ref in recipe.parents]
+    own = recipe is not planned.locked.recipe
+    return Stage(recipe.name if own else None, ", ".join(titles), tuple(shown(model) for model in models))
 
 
 def _duty(planned: Plan, terms: Terms) -> dict[str, Any]:
@@ -155,7 +175,8 @@ def _paper(paper: Paper) -> dict[str, Any]:
 
 def _parent(planned: Plan, number: int) -> Parent:
     model = planned.locked.models[number]
-    bases = {planned.locked.index(piece.base_model) for piece in planned.locked.recipe.slices if piece.base_model}
+    pieces = [piece for recipe in planned.locked.recipe.documents for piece in recipe.slices]
+    bases = {planned.locked.index(piece.base_model) for piece in pieces if piece.base_model}
     giving = any(entry.model == number for job in planned.jobs for entry in job.reads)
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
     url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on

@@ -226,7 +226,10 @@ def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> N
     alice.job("done")
     assert "from an earlier run" in alice.page.locator("#log .log").inner_text()
     assert len([request for request in hub.log if staged(request)]) == 2
-    assert published(hub, "alice/killed") == published(hub, f"alice/{FIRST}") != {}
+    named(alice, "alice/undisturbed")
+    alice.click("button", "Merge and publish")
+    alice.page.locator("#job .state.done").get_by_text("alice/undisturbed").wait_for(timeout=40_000)
+    assert published(hub, "alice/killed") == published(hub, "alice/undisturbed") != {}
 
 
 def test_too_big_for_here(visit: Visit) -> None:
