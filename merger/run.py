@@ -15,6 +15,7 @@ from merger.card.ancestors import family
 from merger.card.layers import parameters, tracks
 from merger.card.licences import refuse
 from merger.card.lineage import lock_file
+from merger.card.notices import passed_on
 from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
@@ -538,6 +539,7 @@ def _small_files(
 ) -> dict[str, bytes]:
     """All that stands beside shards and card; index and config come last, for they make it look like a model."""
     proven = taken_files(planned, store)
+    proven |= passed_on(planned, store.fetch)
     proven["recipe.yaml"] = planned.locked.recipe.text.encode()
     proven[MEASURED_NAME] = noted(seen).encode()
     proven |= model_files(planned)

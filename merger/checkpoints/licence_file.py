@@ -1,11 +1,18 @@
-"""Which licence a file beside a model is, by the words it is known by. Not here: what licences ask (card.terms)."""
+"""The files beside a model that hold its licence, and which licence it is by the words it is known by.
+
+Not here: what licences ask (card.terms).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-_FILES = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|USE_POLICY)([-_.][\w.-]*)?", re.IGNORECASE)
+LICENCES = "licences/"
+"""The folder beside a merge for the licences of its parents that are not its donor's."""
+
+_NOTICE = re.compile(r"NOTICE(\.(txt|md))?", re.IGNORECASE)
+_FILES = re.compile(rf"(LICEN[CS]E|COPYING|USE_POLICY)([-_.][\w.-]*)?|{_NOTICE.pattern}", re.IGNORECASE)
 _TEXTS = re.compile(r"(LICEN[CS]E|COPYING)([-_.][\w.-]*)?", re.IGNORECASE)
 MOST_BYTES = 300_000
 _TITLE_CHARACTERS = 3_000
@@ -49,7 +56,12 @@ _TITLES = (
 
 def licence_files(files: Iterable[str]) -> tuple[str, ...]:
     """Those of a model's files that hold its licence and what else has to be passed on with it."""
-    return tuple(sorted(name for name in files if _FILES.fullmatch(name)))
+    return tuple(sorted(name for name in files if _FILES.fullmatch(name) or name.startswith(LICENCES)))
+
+
+def is_notice(name: str) -> bool:
+    """Whether it is a file of sentences that every copy has to carry."""
+    return _NOTICE.fullmatch(name) is not None
 
 
 def licence_text(files: Iterable[str]) -> str | None:

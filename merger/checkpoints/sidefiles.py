@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from merger.checkpoints.licence_file import licence_files
+from merger.checkpoints.licence_file import is_notice, licence_files
 
 _SIDE_FILE = re.compile(
     r"""^( tokenizer(_config)?\.json | tokenizer\.model(\.v\d+)? | [^/]*\.tiktoken | tekken\.json
@@ -44,7 +44,7 @@ _CODE = re.compile(r"^[^/]+\.py$")
 def side_files(files: Collection[str], config: Mapping[str, Any]) -> tuple[str, ...]:
     """Those of a model's files that its merge takes over; code files only where the config refers to some."""
     wanted = [name for name in files if _SIDE_FILE.match(name) or ("auto_map" in config and _CODE.match(name))]
-    return tuple(sorted([*wanted, *licence_files(files)]))
+    return tuple(sorted([*wanted, *(name for name in licence_files(files) if not is_notice(name))]))
 
 
 def tokenizer_files(files: Collection[str]) -> tuple[str, ...]:

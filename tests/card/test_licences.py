@@ -21,7 +21,7 @@ from merger.errors import MergerError, MismatchError, RecipeError
 from merger.methods.registry import methods
 from merger.plan.plan import Plan
 from merger.recipe.model import Publish
-from merger.run import Options, plan, read
+from merger.run import Done, Options, plan, read, run
 
 Planned = Callable[..., Plan]
 
@@ -260,3 +260,31 @@ def test_a_refusal_names_every_parent(planned: Planned) -> None:
     with pytest.raises(MergerError) as refused:
         planned(("cc-by-nc-4.0", "llama3"), {"license": "mit"})
     assert [problem.what.split()[0] for problem in refused.value.problems] == ["one", "two"]
+
+
+def test_files_that_licences_ask_to_be_passed_on(planned: Planned, tmp_path: Path) -> None:
+    """The donor's licence lies beside the result, the others' in a folder; NOTICE holds all of theirs, and sentences."""
+    planned(("llama3.1", "apache-2.0"))
+    for name, files in {
+        "one": {"LICENSE": "of one", "NOTICE": "made by one\n", "USE_POLICY.md": "be good"},
+        "two": {"LICENSE": "of two", "NOTICE.txt": "made by two\n", "USE_POLICY.md": "be good",
+                "licences/org--x.LICENSE": "of x"},
+    }.items():  # fmt: skip
+        for file, text in files.items():
+            (tmp_path / name / file).parent.mkdir(exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+    options = Options(to=str(tmp_path / "out"))
+    made, store = plan(read(Path("mine.yaml")), options)
+    *_, done = run(made, store, options)
+    assert isinstance(done, Done)
+    out = tmp_path / "out"
+    assert (out / "LICENSE").read_text() == "of one"
+    assert (out / "USE_POLICY.md").read_text() == "be good"
+    assert {path.name: path.read_text() for path in (out / "licences").iterdir()} == {
+        "two.LICENSE": "of two",
+        "org--x.LICENSE": "of x",
+    }
+    assert (out / "NOTICE").read_text() == f"made by one\n\nmade by two\n\n{TERMS['llama3.1'].notice}\n"
+    lock = yaml.safe_load((out / "merger.lock.yaml").read_text())
+    assert {"LICENSE", "NOTICE", "licences/two.LICENSE"} <= {file["file"] for file in lock["output"]}
+    assert "LICENSE" in {file["file"] for file in lock["models"][1]["files"]}
