@@ -6,6 +6,7 @@ Not here: what is made of them (jobs).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 GENERATION = "generation_config.json"
 _CARD_BYTES = 1 << 20
+_FRONT_MATTER = re.compile(r"\s*---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
 _TEXT_BYTES = 200 << 20
 _REQUESTS_AT_ONCE = 8
 
@@ -425,11 +427,11 @@ def _card(located: Located, store: Store) -> Mapping[str, Any]:
     if info is None or info.size > _CARD_BYTES:
         return {}
     text = store.fetch(located, "README.md").decode("utf-8", "replace").replace("\r\n", "\n")
-    parts = text.split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
+    front = _FRONT_MATTER.match(text)
+    if front is None:
         return {}
     try:
-        metadata = yaml.load(parts[1], yaml.BaseLoader)
+        metadata = yaml.load(front[1], yaml.BaseLoader)
     except Exception:  # on strange input the YAML library raises whatever it comes across, not only its own errors
         return {}
     return metadata if isinstance(metadata, dict) else {}

@@ -263,7 +263,7 @@ def test_a_refusal_names_every_parent(planned: Planned) -> None:
 
 
 def test_files_that_licences_ask_to_be_passed_on(planned: Planned, tmp_path: Path) -> None:
-    """The donor's licence lies beside the result, the others' in a folder; NOTICE holds all of theirs, and sentences."""
+    """The donor's licence lies beside the result, the others' in a folder; NOTICE holds all sentences."""
     planned(("llama3.1", "apache-2.0"))
     for name, files in {
         "one": {"LICENSE": "of one", "NOTICE": "made by one\n", "USE_POLICY.md": "be good"},
