@@ -1,4 +1,4 @@
-"""Whatever others write, a card has the same parts, links and metadata as with plain words: their text alone differs."""
+"""Whatever others write, a card has the parts, links and metadata that it has with plain words in their place."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from merger.methods.registry import methods
 from merger.run import Options, plan, read
 
 PLAIN = "plain"
+PLACES = ("folder", "licence", "comment", "field", "why", "title", "measured")
 NASTY = {
     "markdown": "a](http://evil) **b** _c_ `d` | e ![f](g) # h ~~i~~",
     "html": "<script>alert(1)</script><img src=x onerror=alert(1)></td></details><!--",
@@ -94,9 +95,6 @@ def card(template: str | None = None, **others: str) -> tuple[dict[str, Any], Sk
     assert problems(made) == ([], [])
     _, front, body = made.split("---\n", 2)
     return yaml.safe_load(front), Skeleton(HUB.render(body))
-
-
-PLACES = ("folder", "licence", "comment", "field", "why", "title", "measured")
 
 
 @pytest.mark.parametrize("place", PLACES)
