@@ -29,6 +29,11 @@ def measure(blocks: Blocks) -> float:
 @merge_method(
     "arcee_fusion",
     title="Arcee Fusion",
+    formula=(
+        r"\theta = b \text{ where } d \ge Q_2 + \tfrac32 (Q_3 - Q_1), \text{ else } a,"
+        r"\quad d = \lvert b - a \rvert \cdot \operatorname{KL}(\operatorname{softmax} b \parallel"
+        r" \operatorname{softmax} a)"
+    ),
     models=(2, 2),
     base="first",
     unit="rows",

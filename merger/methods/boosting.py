@@ -22,6 +22,10 @@ _PAPER = Paper("Skorobogat et al.", 2025, "Subspace-Boosted Model Merging", "htt
 @merge_method(
     "subspace_boosting",
     title="Subspace Boosting",
+    formula=(
+        r"\theta = \theta_0 + U \operatorname{diag}(\max(\sigma, \sigma_c)) V^\top,"
+        r"\quad \lambda \sum_i w_i (\theta_i - \theta_0) = U \operatorname{diag}(\sigma) V^\top"
+    ),
     paper=_PAPER,
     models=(1, None),
     unit="matrix",

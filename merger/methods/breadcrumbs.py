@@ -72,6 +72,10 @@ def _limits(density: float, found: Sequence[float] | None) -> tuple[float, float
 @merge_method(
     "breadcrumbs",
     title="Model Breadcrumbs",
+    formula=(
+        r"\theta = \theta_0 + \lambda \sum_i w_i \hat\tau_i,"
+        r"\quad \hat\tau_i = \theta_i - \theta_0 \text{ without its largest and its small entries}"
+    ),
     paper=_PAPER,
     models=(1, None),
     measure=measure,
@@ -123,6 +127,11 @@ def breadcrumbs(
 @merge_method(
     "breadcrumbs_ties",
     title="Breadcrumbs-TIES",
+    formula=(
+        r"\theta = \theta_0 + \lambda \sum_{i \in A} w_i \hat\tau_i,"
+        r"\quad A = \lbrace i : \operatorname{sgn} w_i \hat\tau_i = \operatorname{sgn} \textstyle\sum_j"
+        r" w_j \hat\tau_j \rbrace"
+    ),
     paper=_PAPER,
     models=(1, None),
     measure=measure,

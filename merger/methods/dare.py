@@ -63,6 +63,10 @@ def drop(delta: Tensor, model: int, density: float, rng: Rng, slot: str = "trimm
 @merge_method(
     "dare_linear",
     title="DARE",
+    formula=(
+        r"\theta = \theta_0 + \lambda \sum_i w_i f_i m_i (\theta_i - \theta_0),"
+        r"\quad m_i \sim \operatorname{Bernoulli}(\text{density})"
+    ),
     paper=_PAPER,
     models=(1, None),
     measure=measure,
@@ -119,6 +123,11 @@ def dare_linear(
 @merge_method(
     "dare_ties",
     title="DARE-TIES",
+    formula=(
+        r"\theta = \theta_0 + \lambda \sum_{i \in A} w_i \hat\tau_i,"
+        r"\quad \hat\tau_i = f_i m_i (\theta_i - \theta_0), \quad m_i \sim"
+        r" \operatorname{Bernoulli}(\text{density})"
+    ),
     paper=_PAPER,
     models=(1, None),
     measure=measure,

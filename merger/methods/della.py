@@ -90,6 +90,11 @@ def _prune(delta: Tensor, model: int, density: float, epsilon: float, rng: Rng, 
 @merge_method(
     "della",
     title="DELLA",
+    formula=(
+        r"\theta = \theta_0 + \lambda \frac{\sum_{i \in A} w_i \hat\tau_i}{\sum_{i \in A} w_i},"
+        r"\quad \hat\tau_i = f_i m_i (\theta_i - \theta_0),"
+        r"\quad P(m_i = 1) = \text{density} - \varepsilon + 2 \varepsilon \tfrac{r - 1}{R - 1}"
+    ),
     paper=_PAPER,
     models=(1, None),
     unit="rows",
@@ -145,6 +150,10 @@ def della(
 @merge_method(
     "della_linear",
     title="DELLA linear",
+    formula=(
+        r"\theta = \theta_0 + \lambda \sum_i w_i f_i m_i (\theta_i - \theta_0),"
+        r"\quad P(m_i = 1) = \text{density} - \varepsilon + 2 \varepsilon \tfrac{r - 1}{R - 1}"
+    ),
     paper=_PAPER,
     models=(1, None),
     unit="rows",

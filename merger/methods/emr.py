@@ -23,6 +23,11 @@ _PAPER = Paper(
 @merge_method(
     "emr",
     title="EMR (unified)",
+    formula=(
+        r"\theta = \theta_0 + \lambda \gamma \max_{i : \operatorname{sgn} \tau_i = \gamma} \lvert \tau_i"
+        r" \rvert,"
+        r"\quad \gamma = \operatorname{sgn} \textstyle\sum_i \tau_i, \quad \tau_i = w_i (\theta_i - \theta_0)"
+    ),
     paper=_PAPER,
     models=(1, None),
     scratch=6,

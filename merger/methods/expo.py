@@ -16,6 +16,7 @@ _PAPER = Paper("Zheng et al.", 2024, "Model Extrapolation Expedites Alignment", 
 @merge_method(
     "expo",
     title="ExPO",
+    formula=r"\theta = \theta_1 + \alpha (\theta_1 - \theta_0)",
     paper=_PAPER,
     models=(1, 1),
     scratch=1,

@@ -23,6 +23,10 @@ _PAPER = Paper(
 @merge_method(
     "iso_c",
     title="Iso-C",
+    formula=(
+        r"\theta = \theta_0 + \lambda \frac{\sum_r \sigma_r}{R} U V^\top,"
+        r"\quad \sum_i w_i (\theta_i - \theta_0) = U \operatorname{diag}(\sigma) V^\top"
+    ),
     paper=_PAPER,
     models=(1, None),
     unit="matrix",
@@ -65,6 +69,10 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
 @merge_method(
     "iso_cts",
     title="Iso-CTS",
+    formula=(
+        r"\theta = \theta_0 + \lambda \frac{\sum_r \sigma_r}{R} U_\perp V_\perp^\top,"
+        r"\quad U = [U_k \mid U_1 \mid \dots \mid U_N], \quad V = [V_k \mid V_1 \mid \dots \mid V_N]"
+    ),
     paper=_PAPER,
     models=(1, None),
     unit="matrix",

@@ -19,6 +19,10 @@ _PAPER = Paper("Stoica et al.", 2025, "Model merging with SVD to tie the Knots",
 @merge_method(
     "knots",
     title="KnOTS-TIES",
+    formula=(
+        r"\theta = \theta_0 + \lambda U \operatorname{TIES}(C_1, \dots, C_N),"
+        r"\quad C_i = U^\top (\theta_i - \theta_0), \quad [\tau_1 \mid \dots \mid \tau_N] = U \Sigma V^\top"
+    ),
     paper=_PAPER,
     models=(1, None),
     unit="matrix",

@@ -29,6 +29,7 @@ def _check(weight: Sequence[float], normalize: bool) -> None:
 @merge_method(
     "linear",
     title="Linear",
+    formula=r"\theta = \frac{\sum_i w_i \theta_i}{\sum_i w_i}",
     paper=_PAPER,
     models=(1, None),
     check=_check,

@@ -22,6 +22,10 @@ _PAPER = Paper(
 @merge_method(
     "magmax",
     title="MagMax",
+    formula=(
+        r"\theta = \theta_0 + \lambda \tau_k, \quad k = \arg\max_i \lvert \tau_i \rvert,"
+        r"\quad \tau_i = w_i (\theta_i - \theta_0)"
+    ),
     paper=_PAPER,
     models=(1, None),
     scratch=5,

@@ -27,6 +27,12 @@ def measure(blocks: Blocks, filter_wise: bool = False) -> float | None:
 @merge_method(
     "model_stock",
     title="Model Stock",
+    formula=(
+        r"\theta = \theta_0 + t \cdot \tfrac1N \sum_i \tau_i, \quad t = \frac{N \cos\vartheta}{1 + (N -"
+        r" 1) \cos\vartheta},"
+        r"\quad \cos\vartheta = \operatorname{mean}_{i \ne j} \frac{\tau_i \cdot \tau_j}{\lVert \tau_i"
+        r" \rVert \lVert \tau_j \rVert}"
+    ),
     paper=_PAPER,
     models=(2, None),
     unit="rows",

@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merge_method("nearswap", title="NearSwap", models=(2, 2), base="first", laws=("zero", "idempotent"))
+@merge_method(
+    "nearswap",
+    title="NearSwap",
+    formula=r"\theta = w b + (1 - w) a, \quad w = \min\left(1, \frac{t}{\lvert a - b \rvert}\right)",
+    models=(2, 2),
+    base="first",
+    laws=("zero", "idempotent"),
+)
 def nearswap(tensors: Tensors, t: Annotated[float, Range(0)]) -> Tensor:
     """The other model's entries where they are near the base's, and a small step towards them elsewhere.
 

@@ -49,6 +49,10 @@ def measure(
 @merge_method(
     "nuslerp",
     title="NuSLERP",
+    formula=(
+        r"\theta = \frac{\sin((1 - t) \omega)}{\sin\omega} a + \frac{\sin(t \omega)}{\sin\omega} b,"
+        r"\quad t = \frac{w_2}{w_1 + w_2}, \quad \cos\omega = \frac{a \cdot b}{\lVert a \rVert \lVert b \rVert}"
+    ),
     models=(2, 2),
     base="optional",
     unit="rows",

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merge_method("passthrough", title="Passthrough", models=(1, 1), laws=("zero", "idempotent", "scale"))
+@merge_method(
+    "passthrough",
+    title="Passthrough",
+    formula=r"\theta = \text{scale} \cdot \theta_1",
+    models=(1, 1),
+    laws=("zero", "idempotent", "scale"),
+)
 def passthrough(tensors: Tensors, scale: PerModel = 1.0) -> Tensor:
     """One model's tensor, unchanged or times a number.
 

@@ -120,6 +120,11 @@ def _means(blocks: Blocks, spans: Mapping[Pair, Span], models: int) -> tuple[tup
 @merge_method(
     "pcb",
     title="PCB",
+    formula=(
+        r"\theta = \theta_0 + \lambda \frac{\sum_i \hat s_i w_i \tau_i}{\sum_i \hat s_i},"
+        r"\quad s_i = \operatorname{softmax}(N \operatorname{norm} \tau_i^2) \sum_j"
+        r" \operatorname{softmax}(\operatorname{norm} \tau_i \tau_j)"
+    ),
     paper=_PAPER,
     models=(1, None),
     measure=measure,

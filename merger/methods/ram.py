@@ -21,7 +21,17 @@ _PAPER = Paper(
 )
 
 
-@merge_method("ram", title="RAM", paper=_PAPER, models=(1, None), laws=("zero", "permutation"))
+@merge_method(
+    "ram",
+    title="RAM",
+    formula=(
+        r"\theta = \theta_0 + \frac{\sum_i \hat\tau_i}{\max(c, 1)}, \quad c = \lvert \lbrace i : \lvert"
+        r" \tau_i \rvert \gt \varepsilon \rbrace \rvert"
+    ),
+    paper=_PAPER,
+    models=(1, None),
+    laws=("zero", "permutation"),
+)
 def ram(deltas: Deltas, epsilon: Annotated[float, Range(0)] = 1e-5) -> Tensor:
     """What one model alone changed, in full, and the mean of what several changed.
 
@@ -70,6 +80,10 @@ def _count(mask: NDArray[np.bool_]) -> int:
 @merge_method(
     "ramplus_tl",
     title="RAM+ (tensor-local)",
+    formula=(
+        r"\theta = \theta_0 + \frac{\sum_i \lambda_i \hat\tau_i}{\max(c, 1)},"
+        r"\quad \lambda_i = 1 + r \min(\alpha, \rho_i) \text{ where } c = 1, \text{ else } 1"
+    ),
     paper=_PAPER,
     models=(1, None),
     measure=measure,

@@ -126,6 +126,7 @@ class Method:
     paper: Paper | None
     summary: str
     description: str
+    formula: str | None = None
     check: Callable[..., None] | None = None
 
     @property
@@ -162,6 +163,7 @@ def merge_method(
     *,
     title: str,
     models: tuple[int, int | None],
+    formula: str | None = None,
     paper: Paper | None = None,
     base: Base | None = None,
     measure: Callable[..., Any] | None = None,
@@ -176,6 +178,7 @@ def merge_method(
         name: the word that recipes write in ``merge_method``.
         title: the name people write.
         models: how many tensors the function takes, least and most (None: any number).
+        formula: what it computes with its defaults, in LaTeX, in signs that Markdown leaves alone.
         paper: where the method comes from.
         base: what the base model is to it; by default subtracted for `Deltas`, unused for `Tensors`.
         measure: a function of the whole tensor's blocks (an iterable that may be walked several times) and any of the
@@ -211,6 +214,7 @@ def merge_method(
             paper=paper,
             summary=summary,
             description=description,
+            formula=formula,
             check=check,
         )
         return function

@@ -112,6 +112,12 @@ def _selected(deltas: Sequence[Tensor], threshold: float) -> Sequence[Tensor]:
 @merge_method(
     "sce",
     title="SCE",
+    formula=(
+        r"\theta = \theta_0 + \frac{\sum_{i \in A} c_i \hat\tau_i}{\sum_{i \in A} c_i}, \quad c_i ="
+        r" \frac{\lVert \hat\tau_i \rVert^2}{\sum_j \lVert \hat\tau_j \rVert^2},"
+        r"\quad A = \lbrace i : \operatorname{sgn} \hat\tau_i = \operatorname{sgn} \textstyle\sum_j"
+        r" \hat\tau_j \rbrace"
+    ),
     paper=_PAPER,
     models=(1, None),
     measure=measure,

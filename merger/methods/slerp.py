@@ -41,6 +41,10 @@ def measure(blocks: Blocks, t: float) -> Angle | None:
 @merge_method(
     "slerp",
     title="SLERP",
+    formula=(
+        r"\theta = \frac{\sin((1 - t) \omega)}{\sin\omega} a + \frac{\sin(t \omega)}{\sin\omega} b,"
+        r"\quad \cos\omega = \frac{a \cdot b}{\lVert a \rVert \lVert b \rVert}"
+    ),
     paper=_PAPER,
     models=(2, 2),
     base="first",

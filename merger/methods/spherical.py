@@ -92,6 +92,10 @@ def measure_multislerp(
 @merge_method(
     "multislerp",
     title="Multi-SLERP",
+    formula=(
+        r"\theta = \sum_i w_i \lVert \theta_i \rVert \cdot \frac{m}{\lVert m \rVert}, \quad m = \sum_i"
+        r" w_i \frac{\theta_i}{\lVert \theta_i \rVert}"
+    ),
     models=(2, None),
     base="optional",
     measure=measure_multislerp,
@@ -185,6 +189,10 @@ def _pull(cosine: float, tol: float) -> float:
 @merge_method(
     "karcher",
     title="Karcher mean",
+    formula=(
+        r"\theta = \tfrac1N \sum_i \lVert \theta_i \rVert \cdot \arg\min_c \sum_i \angle(c, \theta_i)^2,"
+        r"\quad \lVert c \rVert = 1"
+    ),
     paper=_KARCHER,
     models=(2, None),
     base="included",

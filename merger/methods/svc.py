@@ -33,6 +33,11 @@ def _check(weight: Sequence[float], merged_first: bool) -> None:
 @merge_method(
     "svc",
     title="SVC",
+    formula=(
+        r"\theta = \theta_0 + \sum_r \gamma_r \sigma_r u_r v_r^\top,"
+        r"\quad \gamma_r = \frac{K}{\sum_i \max(\alpha, s_{r,i})}, \quad s_{r,i} = \frac{\langle u_r^\top"
+        r" \tau, u_r^\top \tau_i \rangle}{\lVert u_r^\top \tau_i \rVert^2}"
+    ),
     paper=_PAPER,
     models=(1, None),
     check=_check,

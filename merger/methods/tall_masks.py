@@ -42,6 +42,11 @@ def _agreed(terms: Iterable[Tensor], merged: Tensor, strictness: Sequence[float]
 @merge_method(
     "consensus_ta",
     title="Consensus Task Arithmetic",
+    formula=(
+        r"\theta = \theta_0 + \lambda \tau \text{ where } \lvert \lbrace i : \lvert \tau_i \rvert \ge"
+        r" \lambda_i \lvert \tau - \tau_i \rvert \rbrace \rvert \ge k,"
+        r"\quad \tau = \sum_i \tau_i, \quad \tau_i = w_i (\theta_i - \theta_0)"
+    ),
     paper=_PAPER,
     models=(1, None),
     laws=("zero", "permutation", "scale", full("task_arithmetic", k=0)),
@@ -87,6 +92,11 @@ def consensus_ta(
 @merge_method(
     "consensus_ties",
     title="Consensus TIES",
+    formula=(
+        r"\theta = \theta_0 + \lambda \tau \text{ where } \lvert \lbrace i : \lvert \tau_i \rvert \ge"
+        r" \lambda_i \lvert \tau - \tau_i \rvert \rbrace \rvert \ge k,"
+        r"\quad \tau = \sum_{i \in A} w_i \hat\tau_i"
+    ),
     paper=_PAPER,
     models=(1, None),
     measure=measure,

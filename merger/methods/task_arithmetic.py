@@ -16,6 +16,7 @@ _PAPER = Paper("Ilharco et al.", 2023, "Editing models with task arithmetic", "h
 @merge_method(
     "task_arithmetic",
     title="Task Arithmetic",
+    formula=r"\theta = \theta_0 + \lambda \sum_i w_i (\theta_i - \theta_0)",
     paper=_PAPER,
     models=(1, None),
     laws=("zero", "permutation", "scale"),

@@ -39,6 +39,11 @@ def measure(blocks: Blocks, density: Sequence[float], rescale: bool = False) -> 
 @merge_method(
     "ties",
     title="TIES",
+    formula=(
+        r"\theta = \theta_0 + \lambda \frac{\sum_{i \in A} w_i \hat\tau_i}{\sum_{i \in A} w_i},"
+        r"\quad A = \lbrace i : \operatorname{sgn} w_i \hat\tau_i = \operatorname{sgn} \textstyle\sum_j"
+        r" w_j \hat\tau_j \rbrace"
+    ),
     paper=_PAPER,
     models=(1, None),
     measure=measure,

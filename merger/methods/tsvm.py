@@ -25,6 +25,10 @@ _PAPER = Paper(
 @merge_method(
     "tsvm",
     title="TSV-M",
+    formula=(
+        r"\theta = \theta_0 + \lambda U_\perp \Sigma V_\perp^\top,"
+        r"\quad U = [U_1 \mid \dots \mid U_N], \quad w_i (\theta_i - \theta_0) \approx U_i \Sigma_i V_i^\top"
+    ),
     paper=_PAPER,
     models=(1, None),
     unit="matrix",
