@@ -519,7 +519,7 @@ def card_files(
     tree, inforce = family(planned, name, methods(), store, elders), parameters(planned, methods())
     drawn = [portrait(tree), settings_plot(inforce), movement_plot(tracks(planned, seen))]
     pictures = {picture.name: picture for picture in drawn if picture is not None}
-    parts = {"lineage": tree.tree(), "pictures": pictures, "parameters": inforce}
+    parts = {"lineage": tree.tree(), "pictures": pictures}
     text = render(planned, methods(), name, relations(planned, seen), parts)
     files = {file: content for picture in pictures.values() for file, content in picture.files.items()}
     return {CARD_NAME: text.encode(), **files}

@@ -128,11 +128,19 @@ class Parameter:
         name: as recipes write it.
         lines: its values.
         words: where it is one number, or one for each parent: that, as text.
+        is_flag: whether it is true or false.
     """
 
     name: str
     lines: tuple[Line, ...]
     words: str | None
+    is_flag: bool = False
+
+    def range(self, owner: str) -> str:
+        """The value that is in force for a parent, or the least and the largest; empty where it has none."""
+        values = [value for line in self.lines if line.owner == owner for value in line.values.values()]
+        ends = dict.fromkeys(_number(value, self.is_flag) for value in (min(values), max(values))) if values else ()
+        return " to ".join(ends)
 
 
 _Kinds = dict[str, dict[Layer, float]]
@@ -166,7 +174,7 @@ def _parameter(name: str, owners: Mapping[str, _Kinds], is_flag: bool) -> Parame
     single = {owner: _single(kinds) for owner, kinds in owners.items()}
     lines = tuple(line for owner, kinds in owners.items() for line in _lines(owner, kinds))
     constant = {owner: _number(value, is_flag) for owner, value in single.items() if value is not None}
-    return Parameter(name, lines, _words(constant) if len(constant) == len(owners) else None)
+    return Parameter(name, lines, _words(constant) if len(constant) == len(owners) else None, is_flag)
 
 
 def _single(kinds: _Kinds) -> float | None:

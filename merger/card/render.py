@@ -12,9 +12,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from merger.card.citation import bibtex
+from merger.card.layers import parameters
 from merger.card.licences import Judgement, judge, keys, licence_of
 from merger.card.lineage import shown
 from merger.card.metadata import ending, front_matter, metadata
+from merger.card.recipe import shown_recipe
 from merger.card.relations import Relation, Relations
 from merger.card.templates import fill, refuse_unused
 from merger.card.terms import KINDS, Terms
@@ -25,10 +28,10 @@ from merger.recipe.model import Recipe
 
 GIVES, BASE, CONFIG_ONLY = "model", "base model", "config and tokenizer only"
 
-NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "parameters": (), "evaluation": None, "metadata": {}}
+NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "evaluation": None, "metadata": {}}
 """The parts of the card that are known only at the end, as they are before: the family as a tree of text; pictures by
-name, each with its `alt` and its `place` beside the card; the parameters in force, each with `name` and `words`; a
-table with its `columns`, `rows` and a `note`; and more keys for the front matter."""
+name, each with its `alt` and its `place` beside the card; a table with its `columns`, `rows` and a `note`; and more
+keys for the front matter."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,6 @@ _A_RELATION = Relation("layer 0", 0.5, 0.25, (1.0, 0.5), 0.75)
 _SOME_RELATIONS = Relations((_A_RELATION,), (_A_RELATION,), ("a sentence",))
 _SOME_PARTS: Mapping[str, Any] = {
     "lineage": "a tree",
-    "parameters": ({"name": "weight", "words": "0.5"},),
     "pictures": {name: {"alt": "words", "place": "a.png"} for name in ("lineage", "settings", "movement")},
     "evaluation": {"columns": ["model", "task"], "rows": [["one", "0.5"]], "note": "a sentence"},
 }
@@ -105,6 +107,7 @@ def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method],
         "name": name,
         "title": name.split("/")[-1],
         "address": name if "/" in name else f"./{name}",
+        "target": f"hf://{name}" if "/" in name else f"./{name}",
         "parents": parents,
         "givers": [parent.name for parent in parents if parent.role == GIVES],
         "bases": [parent.name for parent in parents if parent.role == BASE],
@@ -112,7 +115,8 @@ def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method],
         "stages": [_stage(planned, table, recipe) for recipe in documents] if len(documents) > 1 else [],
         "any_local": any(parent.commit is None for parent in parents),
         "methods": [_method(method) for method in used],
-        "recipe": planned.locked.recipe.text,
+        "parameters": _in_force(planned, table),
+        "recipe": shown_recipe(planned),
         "plan": _plan(planned),
         "auto_class": f"AutoModel{ending(planned.config) or ''}",
     }
@@ -151,7 +155,6 @@ def _plan(planned: Plan) -> dict[str, Any]:
     return {
         "hash": planned.hash,
         "seed": planned.seed,
-        "other_seed": planned.seed != planned.locked.recipe.seed,
         "entries": planned.entries,
         "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
         "files": len(planned.shards),
@@ -164,13 +167,24 @@ def _method(method: Method) -> dict[str, Any]:
         "name": method.name,
         "title": method.title,
         "summary": method.summary,
+        "formula": Markup(f"$$ {method.formula} $$") if method.formula else None,
         "explanation": Markup(method.explanation),
-        "paper": _paper(method.paper) if method.paper else None,
+        "paper": _paper(method.name, method.paper) if method.paper else None,
     }
 
 
-def _paper(paper: Paper) -> dict[str, Any]:
-    return {"title": paper.title, "url": address(paper.url), "authors": paper.authors, "year": paper.year}
+def _paper(method: str, paper: Paper) -> dict[str, Any]:
+    return {"title": paper.title, "url": address(paper.url), "authors": paper.authors, "year": paper.year,
+            "bibtex": bibtex(method, paper)}  # fmt: skip
+
+
+def _in_force(planned: Plan, table: Mapping[str, Method]) -> dict[str, Any]:
+    """The parameters as rows: what is in force for all parents, and for each; the ends of what differs by tensor."""
+    found = parameters(planned, table)
+    owners = list(dict.fromkeys(line.owner for parameter in found for line in parameter.lines))
+    owners.sort(key=bool)  # what is for all stands first
+    rows = [[parameter.name, *(parameter.range(owner) for owner in owners)] for parameter in found]
+    return {"columns": [owner or "for all" for owner in owners], "rows": rows}
 
 
 def _parent(planned: Plan, number: int) -> Parent:

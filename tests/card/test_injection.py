@@ -87,7 +87,6 @@ def card(template: str | None = None, **others: str) -> tuple[dict[str, Any], Sk
     Path("mine.yaml").write_text(comment + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     row = Relation(said["measured"], 0.5, 0.25, (1.0, 0.5), 0.75)
     parts = {"lineage": said["measured"], "pictures": {"lineage": {"alt": said["measured"], "place": "a.png"}},
-             "parameters": ({"name": said["measured"], "words": said["measured"]},),
              "evaluation": {"columns": [said["measured"]], "rows": [[said["measured"]]], "note": said["measured"]},
              }  # fmt: skip
     planned = plan(read(Path("mine.yaml")), Options())[0]

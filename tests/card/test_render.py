@@ -60,13 +60,6 @@ def card(text: str, name: str = "org/merged") -> tuple[dict[str, Any], str]:
     return yaml.safe_load(front), body
 
 
-def test_golden_card(folder: Path) -> None:
-    """The whole card of a small merge, word for word."""
-    golden = Path(__file__).with_name("golden.md")
-    found = render(planned(RECIPE + "publish: {license: apache-2.0}\n"), methods(), "org/merged", UNSEEN)
-    assert found.replace(planned(RECIPE).hash[:16], "PLAN") == golden.read_text()
-
-
 def test_a_licence_that_all_parents_share_is_taken_over(folder: Path) -> None:
     """All parents MIT makes the merge MIT; one that says nothing leaves it open, and the card says so."""
     shared = RECIPE.replace("base_model: ./base", "base_model: ./one")
