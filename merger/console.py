@@ -90,8 +90,17 @@ def _making(planned: Plan) -> list[str]:
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
         f"{len(planned.texts.taken)} side files from {shown(planned.locked.donor)}",
+        *_tokens(planned),
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
     ]
+
+
+def _tokens(planned: Plan) -> list[str]:
+    if planned.tokens is None:
+        return []
+    of = shown(planned.locked.models[planned.tokens.source])
+    more = f" and {planned.tokens.new:,} tokens more" if planned.tokens.new else ""
+    return [f"tokens  {planned.tokens.rows:,} rows: the tokenizer of {of}{more}"]
 
 
 def _costs(planned: Plan) -> list[str]:

@@ -77,6 +77,14 @@ class ModelError(MergerError):
     exit_code = 3
 
 
+class GatedError(ModelError):
+    """It is there, but its terms have to be accepted first."""
+
+
+class MissingError(ModelError):
+    """There is no such model, or nobody tells us that there is: deleted, renamed or private."""
+
+
 class DamagedError(ModelError):
     """A file is not the one that was locked: nothing that was made of it can be trusted."""
 

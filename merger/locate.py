@@ -11,23 +11,25 @@ from merger.stores.ports import Located
 HUB = "hf://"
 
 
-def stores(paths: Sequence[str], cache: bool, token: str | bool | None) -> Library:
+def stores(paths: Sequence[str], cache: bool, token: str | bool | None, hub_only: bool = False) -> Library:
     """Where models with these paths come from: folders first, then the Hub, if one of them is no folder.
 
     Args:
         paths: folders or repo ids.
         cache: read files where Hugging Face's cache on this disk has them.
         token: the reader's token; None takes the environment's, False none.
+        hub_only: leave folders out, even those that are called like a repo.
     """
     folders = FolderStore()
-    if all(folders.has(path) for path in paths):
+    if not hub_only and all(folders.has(path) for path in paths):
         return Library([folders])
     # The Hub's client takes a while to import: not for recipes that need no Hub.
     from merger.stores.cache import CachedStore
     from merger.stores.hub import HubStore
 
     hub = HubStore(token)
-    return Library([folders, CachedStore(hub) if cache else hub])
+    remote = CachedStore(hub) if cache else hub
+    return Library([remote] if hub_only else [folders, remote])
 
 
 def find(target: str, token: str | bool | None = None) -> tuple[Library, Located]:

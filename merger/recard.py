@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from merger.card.relations import relations
 from merger.checkpoints.sidefiles import CARD_NAME, MEASURED_NAME
 from merger.errors import Problem, RecipeError, VerificationError
 from merger.locate import HUB, stores
@@ -16,7 +15,7 @@ from merger.plan.geometry import Geometry, recalled
 from merger.plan.lock import lock
 from merger.plan.lockfile import changed_models, other_plan
 from merger.published import Merge, open_merge
-from merger.run import Options, card_files, destination_sink, planned_again
+from merger.run import Options, card_files, destination_sink, elders, planned_again
 from merger.stores.ports import Published
 
 
@@ -65,7 +64,8 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     planned = planned_again(merge.held, locked, options)
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:
         raise VerificationError(problems)
-    files = card_files(planned, merge.located.name, relations(planned, _measured(merge)))
+    elsewhere = elders(planned, merge.located.commit is not None, options.read_token)
+    files = card_files(planned, merge.located.name, _measured(merge), parents, elsewhere)
     others = {name: content for name, content in files.items() if not _holds(merge, name, content)}
     return Recarded(merge, others, files[CARD_NAME].decode())
 

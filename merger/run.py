@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger import machine
+from merger.card.ancestors import family
+from merger.card.layers import parameters, tracks
 from merger.card.lineage import lock_file
+from merger.card.plots import movement_plot, settings_plot
+from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
 from merger.card.render import render
 from merger.checkpoints.checkpoint import INDEX
@@ -62,10 +66,12 @@ class Options:
         device: ``cpu`` or ``cuda``.
         seed: in place of the recipe's.
         force: replace a model at the destination.
+        create_pr: open a pull request on it, whatever the recipe says.
         part: make this share of the shards, and leave the end to `publish_only`.
         publish_only: make no shard; all must be there.
         stream: send shards to the Hub as they are made, without a file on disk.
         cache: read files of models where Hugging Face's cache on this disk has them.
+        hub_only: a model is a repo on the Hub, even where this machine has a folder of its name.
         read_token: for the models; None: the environment's, False: none.
         write_token: for the destination; None: the environment's.
     """
@@ -78,10 +84,12 @@ class Options:
     device: str = "cpu"
     seed: int | None = None
     force: bool = False
+    create_pr: bool = False
     part: Part | None = None
     publish_only: bool = False
     stream: bool = False
     cache: bool = True
+    hub_only: bool = False
     read_token: str | bool | None = field(default=None, repr=False)
     write_token: str | None = field(default=None, repr=False)
 
@@ -122,6 +130,12 @@ class Done:
         return bool(self.shards)
 
 
+def warm() -> None:
+    """Import all that a run to the Hub needs: for a process that forks others, each of which then has it at once."""
+    import merger.engine.execute
+    import merger.stores.staging  # noqa: F401
+
+
 def read(path: Path) -> Recipe:
     """Read a recipe's file, or the recipe in a lock file, and check all that can be known without its models.
 
@@ -131,7 +145,16 @@ def read(path: Path) -> Recipe:
     text = _text(path)
     if is_lock(path):
         return recipe_of(read_lock(text, str(path)), str(path))
-    return parse(text, str(path), methods())
+    return read_text(text, str(path))
+
+
+def read_text(text: str, name: str) -> Recipe:
+    """The same for a recipe that stands in no file; positions in errors begin with `name`.
+
+    Raises:
+        RecipeError: with every problem of the text.
+    """
+    return parse(text, name, methods())
 
 
 def _text(path: Path) -> str:
@@ -165,7 +188,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
-    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token)
+    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token, options.hub_only)
     path = Path(recipe.path)
     if is_lock(path) and path.is_file():
         return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
@@ -213,6 +236,11 @@ def lock_path(recipe: Path) -> Path:
 
 def _pins(path: Path) -> dict[str, str]:
     return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+
+
+def card_text(planned: Plan, name: str) -> str:
+    """The card as far as it is known before anything is made, for a repo or folder of this name."""
+    return render(planned, methods(), name, relations(planned, {}))
 
 
 def lock_text(planned: Plan, done: Done) -> str:
@@ -317,7 +345,7 @@ def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
         to.removeprefix(HUB),
         publish.private,
         options.force,
-        publish.create_pr,
+        publish.create_pr or options.create_pr,
         options.stream,
         options.write_token,
     )
@@ -383,7 +411,9 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
     related = relations(planned, seen)
-    files = card_files(planned, sink.name, related) | _small_files(planned, store, shards, seen)
+    to_hub = destination(planned.locked.recipe, options).startswith(HUB)
+    written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token))
+    files = written | _small_files(planned, store, shards, seen)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
     yield Done(published, shards, related.doubts, files[CARD_NAME].decode(), files[LOCK_NAME].decode())
 
@@ -454,13 +484,37 @@ def destination_sink(to: str, token: str | None = None) -> Sink:
     return HubSink(to.removeprefix(HUB), token=token)
 
 
-def card_files(planned: Plan, name: str, related: Relations) -> dict[str, bytes]:
-    """The card: what can be rendered anew, so that the lock says nothing of it.
+def card_files(
+    planned: Plan, name: str, seen: Mapping[str, Geometry], store: Store, elders: Store | None
+) -> dict[str, bytes]:
+    """The card and its pictures: what can be rendered anew, so that the lock says nothing of it.
+
+    Args:
+        planned: what was made.
+        name: ``owner/name``, or the folder's last part.
+        seen: how parents and result lie to each other, by tensor.
+        store: where the parents' cards are.
+        elders: where those of their own parents are; None: nowhere.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
     """
-    return {CARD_NAME: render(planned, methods(), name, related).encode()}
+    tree, inforce = family(planned, name, methods(), store, elders), parameters(planned, methods())
+    drawn = [portrait(tree), settings_plot(inforce), movement_plot(tracks(planned, seen))]
+    pictures = {picture.name: picture for picture in drawn if picture is not None}
+    parts = {"lineage": tree.tree(), "pictures": pictures, "parameters": inforce}
+    text = render(planned, methods(), name, relations(planned, seen), parts)
+    files = {file: content for picture in pictures.values() for file, content in picture.files.items()}
+    return {CARD_NAME: text.encode(), **files}
+
+
+def elders(planned: Plan, to_hub: bool, token: str | bool | None) -> Store | None:
+    """Where the parents' own parents are looked up; nowhere, for a merge that has nothing to do with the Hub."""
+    if not to_hub and all(model.located.commit is None for model in planned.locked.models):
+        return None
+    from merger.stores.hub import HubStore
+
+    return HubStore(token)
 
 
 def _small_files(

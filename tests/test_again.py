@@ -52,7 +52,7 @@ def shards(hub: LoopbackHub, repo: str) -> dict[str, str]:
 def test_a_lock_makes_the_same_bytes_with_other_threads_and_memory(
     first: Path, served: LoopbackHub, command: Command
 ) -> None:
-    """Its seed and shard size are taken from it; all files are the same but the card, which has another name in it."""
+    """Its seed and shard size are taken from it; all files are the same but the card, which names it."""
     done = command(
         "run", "merger.lock.yaml", "--to", "hf://org/second", "--threads", "3", "--max-memory", "900MB", "--no-cache",
         cwd=first, hub=served,
@@ -61,7 +61,8 @@ def test_a_lock_makes_the_same_bytes_with_other_threads_and_memory(
     assert len(shards(served, "org/first")) > 4
     assert shards(served, "org/second") == shards(served, "org/first")
     one, other = served.files("org/first"), served.files("org/second")
-    assert {name for name in one | other if one.get(name) != other.get(name)} == {"README.md"}
+    named = {"README.md", "pictures/lineage.png", "pictures/lineage.svg"}
+    assert {name for name in one | other if one.get(name) != other.get(name)} == named
 
 
 def test_a_lock_makes_the_same_bytes_from_parts_in_another_order(
@@ -85,7 +86,8 @@ def test_the_lock_says_what_every_file_is(first: Path, served: LoopbackHub) -> N
     lock = yaml.safe_load((first / "merger.lock.yaml").read_text())
     tree = served.tree("org/first")
     told = {item["file"]: (item["size"], item["sha256"]) for item in lock["output"]}
-    kept = {name for name in tree if name not in ("README.md", "merger.lock.yaml", ".gitattributes")}
+    card = {name for name in tree if name == "README.md" or name.startswith("pictures/")}
+    kept = tree.keys() - card - {"merger.lock.yaml", ".gitattributes"}
     assert told == {name: (tree[name].size, tree[name].sha256) for name in kept}
     assert (lock["seed"], lock["shard_size"], lock["recipe"]) == (11, 500_000, RECIPE)
     for model in lock["models"]:

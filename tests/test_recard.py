@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_card_is_the_same_until_its_template_is_another(folder: Path) -> None:
     """Also the tables of what was measured are; with another template the card alone is written."""
-    before = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    before = {path.name: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
     made = recard("./out", OURS)
     assert made.text.encode() == before["README.md"]
     assert "layer 3" in made.text
@@ -47,7 +47,7 @@ def test_a_card_is_the_same_until_its_template_is_another(folder: Path) -> None:
     kept = keep(recard("out", OURS), OURS)
     assert kept is not None
     assert kept.where == str(folder / "out")
-    after = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    after = {path.name: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
     assert after == {**before, "README.md": b"# out, 7 rows\n"}
 
 

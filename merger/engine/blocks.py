@@ -184,7 +184,7 @@ class Work:
             given["measured"] = self.prepared.result()
         inputs, base = self.load(block)
         merged: Tensor = self.method.function(inputs, **given)
-        self._seen[block.start] = observe(inputs, merged, block.start, self.job.entries)
+        self._seen[block.start] = observe(inputs, merged, block.start, self.job.entries, base)
         return merged if base is None else merged.add_(base)
 
     def seen(self) -> Geometry:

@@ -17,6 +17,7 @@ import yaml
 from merger.checkpoints import chat, vocab
 from merger.checkpoints.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.checkpoints.checkpoint import (
+    FLOATS,
     INDEX,
     Checkpoint,
     TensorInfo,
@@ -102,7 +103,8 @@ class LockedModel:
 
     def by_token(self, tensor: TensorInfo) -> bool:
         """Whether a tensor has a row for each token: an embedding, a head, or what else goes with them."""
-        if tensor.shape[:1] != (self.token_rows,) or self.architecture.place(tensor.name).stack is not None:
+        loose = self.architecture.place(tensor.name).stack is None and tensor.dtype in FLOATS
+        if not loose or tensor.shape[:1] != (self.token_rows,):
             return False
         widths = {one.shape[1] for one in (self.embedding, self.head) if one is not None}
         named = is_embedding(tensor.name) or is_head(tensor.name)

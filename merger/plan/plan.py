@@ -21,6 +21,7 @@ from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
 from merger.plan.sources import RowMap, RowPairs, Stored, held
 from merger.plan.texts import Texts, texts
+from merger.plan.tokens import Tokens
 
 FORMAT = 1
 """Counts up whenever the same plan would give other bytes than before: part of every plan's hash."""
@@ -83,6 +84,7 @@ class Plan:
         shards: the output files.
         left_out: the tensors of the models that nothing is made of.
         config: the output's config.json.
+        tokens: the result's vocabulary, where the recipe has a tokenizer block.
         texts: the small files beside the tensors.
         seed: for methods that draw random numbers.
         shard_bytes: the largest size of a shard's tensors.
@@ -98,6 +100,7 @@ class Plan:
     shards: tuple[Shard, ...] = field(repr=False)
     left_out: tuple[LeftOut, ...] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
+    tokens: Tokens | None = field(repr=False)
     texts: Texts = field(repr=False)
     seed: int
     shard_bytes: int
@@ -158,6 +161,7 @@ class Plan:
             "read_bytes": self.read_bytes,
             "size": self.size,
             "config": self.config,
+            "tokens": self.tokens and {"rows": self.tokens.rows, "new": self.tokens.new, "source": self.tokens.source},
             "side_files": list(self.texts.taken),
             "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
             "left_out": self.left_out,
@@ -190,6 +194,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         shards=shards,
         left_out=tuple(left_out(locked, making)),
         config=edited,
+        tokens=making.tokens,
         texts=small,
         seed=seed,
         shard_bytes=budget.shard_bytes,

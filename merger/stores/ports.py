@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from merger.checkpoints.shard import Outlet, Written
 
@@ -35,12 +35,16 @@ class Located:
         where: what its store needs to find it again: repo id or path.
         commit: 40 hex digits on the Hub; None for a folder.
         files: all its files by name.
+        card: the metadata of its card, where the store was told without reading it; else None.
+        gated: whether its files are for those alone who accepted its terms.
     """
 
     name: str
     where: str
     commit: str | None
     files: Mapping[str, FileInfo] = field(repr=False, compare=False)
+    card: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    gated: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

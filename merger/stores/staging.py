@@ -31,7 +31,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
 from merger.checkpoints.shard import Outlet, Written
-from merger.checkpoints.sidefiles import side_files
+from merger.checkpoints.sidefiles import PICTURES, side_files
 from merger.errors import BudgetError, Problem, UploadError, VerificationError
 from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
 from merger.stores.ports import FileInfo, Leftover, Located, Published
@@ -244,8 +244,9 @@ class HubSink:
 
     def _publish(self, files: Mapping[str, bytes], message: str) -> CommitInfo:
         shards = list(self._shards)
-        # An old tokenizer or template beside the new model would be taken for its own.
-        old = {*side_files(self._old_files, {}), *(name for name in self._old_files if _MODEL_FILE.search(name))}
+        # An old tokenizer, template or picture beside the new model would be taken for its own.
+        others = (name for name in self._old_files if _MODEL_FILE.search(name) or name.startswith(PICTURES))
+        old = {*side_files(self._old_files, {}), *others}
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
             *(CommitOperationDelete(name) for name in sorted(old - {*shards, *files})),
             *(CommitOperationCopy(name, name, src_revision=self._branch) for name in shards),
