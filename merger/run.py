@@ -143,7 +143,7 @@ def read(path: Path) -> Recipe:
         RecipeError: with every problem of the file.
     """
     text = _text(path)
-    if _is_lock(path):
+    if is_lock(path):
         return recipe_of(read_lock(text, str(path)), str(path))
     return read_text(text, str(path))
 
@@ -165,7 +165,8 @@ def _text(path: Path) -> str:
         raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
 
 
-def _is_lock(path: Path) -> bool:
+def is_lock(path: Path) -> bool:
+    """Whether a file is a lock file, by its name."""
     return path.name.endswith(LOCK_SUFFIX)
 
 
@@ -189,7 +190,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     """
     store = stores([ref.path for ref in recipe.models], options.cache, options.read_token, options.hub_only)
     path = Path(recipe.path)
-    if _is_lock(path) and path.is_file():
+    if is_lock(path) and path.is_file():
         return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
     locked = lock(recipe, store, _pins(lock_path(path)))
     return make_plan(locked, methods(), _budget(recipe, options), options.seed), store
