@@ -238,9 +238,10 @@ def _pins(path: Path) -> dict[str, str]:
     return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
 
 
-def card_text(planned: Plan, name: str) -> str:
-    """The card as far as it is known before anything is made, for a repo or folder of this name."""
-    return render(planned, methods(), name, relations(planned, {}))
+def card_before(planned: Plan, store: Store, name: str, options: Options) -> tuple[str, list[Picture]]:
+    """The card as far as it is known before anything is made, for a repo or folder of this name, and its pictures."""
+    parts, pictures = _parts(planned, {}, store, name, options)
+    return render(planned, methods(), name, relations(planned, {}), parts), pictures
 
 
 def lock_text(planned: Plan, done: Done) -> str:
@@ -411,7 +412,7 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
     related = relations(planned, seen)
-    parts, pictures = _parts(planned, seen, store, sink, options)
+    parts, pictures = _parts(planned, seen, store, sink.name, options)
     card = _card(planned, sink, related, parts)
     files = _pictured(pictures) | _small_files(planned, store, card, shards, seen)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
@@ -484,10 +485,10 @@ def _destination_sink(to: str) -> Sink:
 
 
 def _parts(
-    planned: Plan, seen: Mapping[str, Geometry], store: Store, sink: Sink, options: Options
+    planned: Plan, seen: Mapping[str, Geometry], store: Store, name: str, options: Options
 ) -> tuple[dict[str, Any], list[Picture]]:
     """What the card says beyond the plan, and the pictures that it shows."""
-    elders = family(planned, sink.name, methods(), store, _elders(planned, options))
+    elders = family(planned, name, methods(), store, _elders(planned, options))
     inforce = parameters(planned, methods())
     drawn = [portrait(elders), settings_plot(inforce), movement_plot(tracks(planned, seen))]
     pictures = [picture for picture in drawn if picture is not None]

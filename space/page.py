@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -24,6 +24,9 @@ from space.examples import FIRST, examples
 from space.form import Form, Setting
 from space.keeper import Token
 from space.rules import TooBigError
+
+if TYPE_CHECKING:
+    from merger.card.canvas import Picture
 
 CSS = (Path(__file__).parent / "page.css").read_text("utf-8")
 _PRIVATE = "private"
@@ -139,6 +142,7 @@ class Page:
         with gr.Column(visible=False, elem_id="planned") as self.planned:
             gr.Markdown("## Plan")
             self.table = gr.Markdown(elem_id="table")
+            self.lineage = gr.HTML(elem_id="lineage")
             with gr.Accordion("Preview of the model card", open=False):
                 self.card = gr.Markdown(elem_id="card", latex_delimiters=[])
         with gr.Column(visible=False, elem_id="elsewhere") as self.elsewhere:
@@ -298,7 +302,7 @@ class Page:
     # ---- the buttons -------------------------------------------------------------------------------------------------
 
     def _bind_buttons(self) -> None:
-        shown = [self.refused, self.planned, self.table, self.card, self.elsewhere]
+        shown = [self.refused, self.planned, self.table, self.lineage, self.card, self.elsewhere]
         _on(self.plan.click, self._plan, [self.text], shown, concurrency_id="hub", concurrency_limit=_AT_ONCE)
         merged = [*shown, *self._of_jobs]
         _on(self.merge.click, self._merge, [self.text], merged, concurrency_id="hub", concurrency_limit=_AT_ONCE)
@@ -317,7 +321,7 @@ class Page:
             job = self.desk.submit(profile.username, Token(session.token, session.expires_at), text)
         except MergerError as error:
             return [*_refused(error), *_nothing(7)]
-        gone = [gr.update(visible=False), *_nothing(3), gr.update(visible=False)]
+        gone = [gr.update(visible=False), *_nothing(4), gr.update(visible=False)]
         return [*gone, *self._listed(profile.username, job.id)]
 
     # ---- jobs --------------------------------------------------------------------------------------------------------
@@ -441,18 +445,23 @@ def _with_destination(text: str, profile: Profile) -> str:
 def _plan_shown(found: Planned) -> list[Any]:
     notes = "".join(f"\n\n**Warning:** {markdown.code(str(note))}" for note in found.recipe.warnings)
     table = markdown.plan_section(found.plan, found.to) + notes
-    return [gr.update(visible=False), gr.update(visible=True), table, _card(found.card()), gr.update(visible=False)]
+    text, pictures = found.card()
+    lineage = "".join(views.picture(each) for each in pictures if each.name == "lineage")
+    shown = [table, lineage, _card(text, pictures)]
+    return [gr.update(visible=False), gr.update(visible=True), *shown, gr.update(visible=False)]
 
 
-def _card(text: str) -> str:
-    """A card as the Hub shows it: its front matter apart."""
+def _card(text: str, pictures: Sequence[Picture]) -> str:
+    """A card as the Hub shows it: its front matter apart, and its pictures in it."""
+    for each in pictures:
+        text = text.replace(f"({each.place})", f"({views.address(each)})")
     parts = text.split("---\n", 2)
     return f"```yaml\n{parts[1]}```\n\n{parts[2]}" if len(parts) == 3 and not parts[0].strip() else text
 
 
 def _refused(error: MergerError) -> list[Any]:
     told = gr.update(value=views.refusal(error.problems), visible=True)
-    return [told, gr.update(visible=False), *_nothing(2), gr.update(visible=isinstance(error, TooBigError))]
+    return [told, gr.update(visible=False), *_nothing(3), gr.update(visible=isinstance(error, TooBigError))]
 
 
 def _range(param: Param, value: float) -> tuple[float, float]:

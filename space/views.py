@@ -5,17 +5,22 @@ Every word of others is escaped. Not here: plans and results, which are Markdown
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from merger.console import size
 from merger.errors import Problem
 from space.form import Setting
 from space.jobs import Job
 from space.rules import Looked
+
+if TYPE_CHECKING:
+    from merger.card.canvas import Picture
 
 _WIDTH, _HEIGHT, _EDGE = 240, 64, 6
 _WORDS = {
@@ -93,6 +98,19 @@ def _line(values: Sequence[float], low: float, high: float, number: int) -> str:
 
 def _y(value: float, low: float, high: float) -> str:
     return f"{_HEIGHT - _EDGE - (value - low) / (high - low) * (_HEIGHT - 2 * _EDGE):.1f}"
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def address(shown: Picture) -> str:
+    """A picture as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(shown.files[shown.place]).decode()}"
+
+
+def picture(shown: Picture) -> str:
+    """A picture of the card."""
+    return f'<img class="picture" src="{address(shown)}" alt="{html.escape(shown.alt)}">'
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------------------
