@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_verify(commands)
     _add_diff(commands)
+    _add_card(commands)
     _add_methods(commands)
     schema = commands.add_parser("schema", help="print the JSON Schema of recipes, for editors")
     schema.set_defaults(command=_schema)
@@ -161,6 +162,14 @@ def _add_diff(commands: Commands) -> None:
     diff.set_defaults(command=_diff)
 
 
+def _add_card(commands: Commands) -> None:
+    card = commands.add_parser("card", help="render the card of a finished merge again, without merging")
+    card.add_argument("model", metavar="MODEL", help="hf://owner/name, owner/name or a folder")
+    card.add_argument("--template", metavar="FILE", help="in place of the recipe's publish.template")
+    card.add_argument("--print", dest="print_only", action="store_true", help="print it, and write nothing")
+    card.set_defaults(command=_card)
+
+
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, or the lock file of a merge")
     parser.add_argument("--to", metavar="DEST", help="a folder, or hf://owner/name; default: the recipe's publish.repo")
@@ -247,7 +256,7 @@ def _check(arguments: argparse.Namespace) -> int:
             continue
         for note in recipe.warnings:
             print(console.warning(note), file=sys.stderr)
-        methods = ", ".join(dict.fromkeys(piece.method for piece in recipe.slices))
+        methods = ", ".join(dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices))
         print(f"{path}: well formed ({methods}; {len(recipe.models)} models)")
     return code
 
@@ -395,6 +404,19 @@ def _diff(arguments: argparse.Namespace) -> int:
     assert isinstance(found, Contrast)
     print(json.dumps(reports.contrast_json(found)) if arguments.json else reports.contrast_text(found))
     return 0 if found.same else VerificationError.exit_code
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from merger import console
+    from merger.recard import keep, recard
+    from merger.run import Options
+
+    made = recard(arguments.model, Options(), arguments.template)
+    if arguments.print_only:
+        print(made.text, end="")
+    else:
+        print(console.carded(made, keep(made, Options())))
+    return 0
 
 
 def _methods(arguments: argparse.Namespace) -> int:

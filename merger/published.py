@@ -118,6 +118,18 @@ def other_contents(
             yield Problem(f"{name} is not what the lock's recipe makes", hint=_CHANGED)
 
 
+def other_taken(merge: Merge, planned: Plan) -> Iterator[Problem]:
+    """Small files that are not those of the model that they were taken from, where git's names of both tell it."""
+    if planned.texts.is_edited:
+        return
+    for name, number in planned.texts.taken.items():
+        model = planned.locked.models[number]
+        here, there = merge.located.files.get(name), model.located.files[name]
+        told = here is not None and None not in (here.oid, there.oid) and here.sha256 is there.sha256 is None
+        if here is not None and told and here.oid != there.oid:
+            yield Problem(f"{name} is not the file that was taken from {model.name}", hint=_CHANGED)
+
+
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more

@@ -8,20 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merger import machine
 from merger.card.ancestors import family
-from merger.card.canvas import Picture
 from merger.card.layers import parameters, tracks
 from merger.card.lineage import lock_file
 from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
-from merger.card.render import NO_PARTS, render
+from merger.card.render import render
 from merger.checkpoints.checkpoint import INDEX
 from merger.checkpoints.shard import Written, index
-from merger.checkpoints.sidefiles import LOCK_NAME, MEASURED_NAME
+from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
 from merger.errors import (
     BudgetError,
     DamagedError,
@@ -238,12 +237,6 @@ def _pins(path: Path) -> dict[str, str]:
     return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
 
 
-def card_before(planned: Plan, store: Store, name: str, options: Options) -> tuple[str, list[Picture]]:
-    """The card as far as it is known before anything is made, for a repo or folder of this name, and its pictures."""
-    parts, pictures = _parts(planned, {}, store, name, options)
-    return render(planned, methods(), name, relations(planned, {}), parts), pictures
-
-
 def lock_text(planned: Plan, done: Done) -> str:
     """What a lock file beside the recipe has to hold to make this result again."""
     return done.lock or lock_file(planned, {}, lambda model, file: model.files[file].sha256)
@@ -403,7 +396,7 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
         raise _unfinished(missing, planned)
     sink.reserve(needed_disk(planned, options, missing))
     if missing:
-        sink.check_card(_card(planned, sink, relations(planned, seen), NO_PARTS))
+        sink.check_card(render(planned, methods(), sink.name, relations(planned, seen)))
         yield from _shards_made(planned, missing, store, sink, options, held, seen)
     if options.part is not None:
         yield PartDone(options.part, len(mine), len(planned.shards))
@@ -412,11 +405,11 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
     related = relations(planned, seen)
-    parts, pictures = _parts(planned, seen, store, sink.name, options)
-    card = _card(planned, sink, related, parts)
-    files = _pictured(pictures) | _small_files(planned, store, card, shards, seen)
+    to_hub = destination(planned.locked.recipe, options).startswith(HUB)
+    written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token))
+    files = written | _small_files(planned, store, shards, seen)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
-    yield Done(published, shards, related.doubts, files["README.md"].decode(), files[LOCK_NAME].decode())
+    yield Done(published, shards, related.doubts, files[CARD_NAME].decode(), files[LOCK_NAME].decode())
 
 
 def _shards_made(
@@ -464,7 +457,7 @@ def leftovers(to: str) -> list[Leftover]:
     Raises:
         UploadError: the destination cannot be asked.
     """
-    return _destination_sink(to).leftovers()
+    return destination_sink(to).leftovers()
 
 
 def clean(to: str, leftover: Leftover) -> None:
@@ -473,51 +466,55 @@ def clean(to: str, leftover: Leftover) -> None:
     Raises:
         UploadError: a run is at work there, or we may not write.
     """
-    _destination_sink(to).clean(leftover)
+    destination_sink(to).clean(leftover)
 
 
-def _destination_sink(to: str) -> Sink:
+def destination_sink(to: str, token: str | None = None) -> Sink:
+    """What is at a destination, for all but making a merge there."""
     if not to.startswith(HUB):
         return FolderSink(Path(to))
     from merger.stores.staging import HubSink
 
-    return HubSink(to.removeprefix(HUB))
+    return HubSink(to.removeprefix(HUB), token=token)
 
 
-def _parts(
-    planned: Plan, seen: Mapping[str, Geometry], store: Store, name: str, options: Options
-) -> tuple[dict[str, Any], list[Picture]]:
-    """What the card says beyond the plan, and the pictures that it shows."""
-    elders = family(planned, name, methods(), store, _elders(planned, options))
-    inforce = parameters(planned, methods())
-    drawn = [portrait(elders), settings_plot(inforce), movement_plot(tracks(planned, seen))]
-    pictures = [picture for picture in drawn if picture is not None]
-    by_name = {picture.name: picture for picture in pictures}
-    return {"lineage": elders.tree(), "pictures": by_name, "parameters": inforce}, pictures
+def card_files(
+    planned: Plan, name: str, seen: Mapping[str, Geometry], store: Store, elders: Store | None
+) -> dict[str, bytes]:
+    """The card and its pictures: what can be rendered anew, so that the lock says nothing of it.
+
+    Args:
+        planned: what was made.
+        name: ``owner/name``, or the folder's last part.
+        seen: how parents and result lie to each other, by tensor.
+        store: where the parents' cards are.
+        elders: where those of their own parents are; None: nowhere.
+
+    Raises:
+        RecipeError: the recipe's own template cannot be rendered.
+    """
+    tree, inforce = family(planned, name, methods(), store, elders), parameters(planned, methods())
+    drawn = [portrait(tree), settings_plot(inforce), movement_plot(tracks(planned, seen))]
+    pictures = {picture.name: picture for picture in drawn if picture is not None}
+    parts = {"lineage": tree.tree(), "pictures": pictures, "parameters": inforce}
+    text = render(planned, methods(), name, relations(planned, seen), parts)
+    files = {file: content for picture in pictures.values() for file, content in picture.files.items()}
+    return {CARD_NAME: text.encode(), **files}
 
 
-def _elders(planned: Plan, options: Options) -> Store | None:
-    """Where the parents' own parents are looked up; nowhere, for a run that has nothing to do with the Hub."""
-    to_hub = destination(planned.locked.recipe, options).startswith(HUB)
+def elders(planned: Plan, to_hub: bool, token: str | bool | None) -> Store | None:
+    """Where the parents' own parents are looked up; nowhere, for a merge that has nothing to do with the Hub."""
     if not to_hub and all(model.located.commit is None for model in planned.locked.models):
         return None
     from merger.stores.hub import HubStore
 
-    return HubStore(options.read_token)
-
-
-def _pictured(pictures: Sequence[Picture]) -> dict[str, bytes]:
-    return {name: content for picture in pictures for name, content in picture.files.items()}
-
-
-def _card(planned: Plan, sink: Sink, related: Relations, parts: Mapping[str, Any]) -> str:
-    return render(planned, methods(), sink.name, related, parts)
+    return HubStore(token)
 
 
 def _small_files(
-    planned: Plan, store: Library, card: str, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
+    planned: Plan, store: Library, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
 ) -> dict[str, bytes]:
-    """All that stands beside the shards; index and config come last, for they make it look like a model."""
+    """All that stands beside shards and card; index and config come last, for they make it look like a model."""
     proven = taken_files(planned, store)
     proven["recipe.yaml"] = planned.locked.recipe.text.encode()
     proven[MEASURED_NAME] = noted(seen).encode()
@@ -525,7 +522,7 @@ def _small_files(
     written = {shard.name: FileInfo(shard.size, shard.sha256) for shard in shards}
     written |= {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in proven.items()}
     lock = lock_file(planned, written, store.checksum)
-    return {"README.md": card.encode(), LOCK_NAME: lock.encode(), **proven}
+    return {LOCK_NAME: lock.encode(), **proven}
 
 
 def taken_files(planned: Plan, store: Store) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from merger.plan.lock import LockedRecipe, lock
 from merger.plan.lockfile import OURS, Lock, changed_models, other_plan
 from merger.plan.plan import Plan, Shard
 from merger.plan.proof import Difference, Piece, Sample, draw, whole
-from merger.published import Merge, comparable, open_merge, other_contents, other_files
+from merger.published import Merge, comparable, open_merge, other_contents, other_files, other_taken
 from merger.run import Options, planned_again, taken_files
 from merger.stores.library import Library
 
@@ -118,7 +118,7 @@ def verify(target: str, options: Options, extent: Extent) -> Iterator[Begun | Ma
     others = other_files(merge, extent.everything)
     tensors, misplaced = comparable(merge, planned)
     taken = taken_files(planned, parents) if extent.everything else {}
-    contents = other_contents(merge, planned, taken, others)
+    contents = [*other_contents(merge, planned, taken, others), *other_taken(merge, planned)]
     problems += [*other_plan(planned, merge.held), *others.values(), *contents, *misplaced]
     whole_shards = [shard for shard in planned.shards if extent.everything or shard.name in others]
     check = _Check(merge, planned, parents, tensors, whole_shards)

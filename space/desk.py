@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 from merger.errors import Problem, RecipeError
 from merger.locate import HUB
-from merger.run import Options, card_before
+from merger.run import Options, card_files, elders
 from space import rules
 from space.jobs import AS_SAID, How, Job
 from space.keeper import Keeper, Token
 
 if TYPE_CHECKING:
-    from merger.card.canvas import Picture
     from merger.plan.plan import Plan
     from merger.recipe.model import Recipe
     from merger.stores.ports import Store
@@ -36,9 +35,10 @@ class Planned:
         """Where it goes, as far as the recipe says it."""
         return None if self.recipe.publish.repo is None else HUB + self.recipe.publish.repo
 
-    def card(self) -> tuple[str, list[Picture]]:
-        """The card as far as it is known, and its pictures."""
-        return card_before(self.plan, self.store, self.recipe.publish.repo or "your-name/merge", self.options)
+    def card(self) -> dict[str, bytes]:
+        """The card's files, README.md and pictures, as far as they are known before anything is made."""
+        older = elders(self.plan, True, self.options.read_token)
+        return card_files(self.plan, self.recipe.publish.repo or "your-name/merge", {}, self.store, older)
 
 
 class Desk:

@@ -7,10 +7,10 @@ Not here: the look of lists and figures (views), and what programs may call (api
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
@@ -24,9 +24,6 @@ from space.examples import FIRST, examples
 from space.form import Form, Setting
 from space.keeper import Token
 from space.rules import TooBigError
-
-if TYPE_CHECKING:
-    from merger.card.canvas import Picture
 
 CSS = (Path(__file__).parent / "page.css").read_text("utf-8")
 _PRIVATE = "private"
@@ -445,16 +442,16 @@ def _with_destination(text: str, profile: Profile) -> str:
 def _plan_shown(found: Planned) -> list[Any]:
     notes = "".join(f"\n\n**Warning:** {markdown.code(str(note))}" for note in found.recipe.warnings)
     table = markdown.plan_section(found.plan, found.to) + notes
-    text, pictures = found.card()
-    lineage = "".join(views.picture(each) for each in pictures if each.name == "lineage")
-    shown = [table, lineage, _card(text, pictures)]
+    files = found.card()
+    shown = [table, views.lineage(files, [str(model) for model in found.recipe.models]), _card(files)]
     return [gr.update(visible=False), gr.update(visible=True), *shown, gr.update(visible=False)]
 
 
-def _card(text: str, pictures: Sequence[Picture]) -> str:
+def _card(files: Mapping[str, bytes]) -> str:
     """A card as the Hub shows it: its front matter apart, and its pictures in it."""
-    for each in pictures:
-        text = text.replace(f"({each.place})", f"({views.address(each)})")
+    text = files["README.md"].decode()
+    for name, content in files.items():
+        text = text.replace(f"({name})", f"({views.address(content)})")
     parts = text.split("---\n", 2)
     return f"```yaml\n{parts[1]}```\n\n{parts[2]}" if len(parts) == 3 and not parts[0].strip() else text
 

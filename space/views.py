@@ -9,18 +9,14 @@ import base64
 import html
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from merger.console import size
 from merger.errors import Problem
 from space.form import Setting
 from space.jobs import Job
 from space.rules import Looked
-
-if TYPE_CHECKING:
-    from merger.card.canvas import Picture
 
 _WIDTH, _HEIGHT, _EDGE = 240, 64, 6
 _WORDS = {
@@ -103,14 +99,16 @@ def _y(value: float, low: float, high: float) -> str:
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 
-def address(shown: Picture) -> str:
+def address(png: bytes) -> str:
     """A picture as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(shown.files[shown.place]).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def picture(shown: Picture) -> str:
-    """A picture of the card."""
-    return f'<img class="picture" src="{address(shown)}" alt="{html.escape(shown.alt)}">'
+def lineage(files: Mapping[str, bytes], models: Sequence[str]) -> str:
+    """The card's picture of where the merge comes from, if it has one."""
+    png = files.get("pictures/lineage.png")
+    alt = html.escape(f"Lineage of the merge: made of {', '.join(models)}")
+    return "" if png is None else f'<img class="picture" src="{address(png)}" alt="{alt}">'
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------------------

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import vocabularies
 import yaml
+from calls import Said, called
 from loopback import Client, LoopbackHub
 
 from merger.checkpoints.checkpoint import read_header
@@ -24,7 +21,6 @@ from merger.verify import Extent, Report, verify
 ZOO = Path(__file__).parent.parent / "examples/zoo"
 PARENTS = ("proof/base", "proof/kjv", "proof/python")
 LOCK = "merger.lock.yaml"
-Command = Callable[..., subprocess.CompletedProcess[str]]
 RECIPE = """\
 merge_method: {method}
 base_model: proof/base
@@ -34,30 +30,6 @@ models:
   - model: proof/python
     parameters: {{weight: 0.5}}
 """
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command has said, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def report(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out)
-        return found
-
-
-def called(arguments: Sequence[str]) -> Said:
-    """The command, in the process it is called in."""
-    from merger.cli import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return Said(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +221,22 @@ def test_what_is_no_merge_of_ours_cannot_be_verified(published: str, client: Cli
     assert client(called, ["verify", "proof/base@nowhere"]).code == 3
 
 
+def test_another_tokenizer_on_the_hub_is_seen_without_reading_it(
+    copy: str, served: LoopbackHub, client: Client
+) -> None:
+    """Git's name of its content is not that of the model it was taken from; with --all its SHA-256 tells the same."""
+    served.commit(copy, {"tokenizer.json": flipped(served.read(copy, "tokenizer.json"), 1000)})
+    served.clear_log()
+    said = client(called, ["verify", copy, "--json"])
+    assert said.code == 7
+    assert [problem["what"] for problem in said.report["problems"]] == [
+        "tokenizer.json is not the file that was taken from proof/base"
+    ]
+    assert not [request for request in served.log if request.path.endswith("tokenizer.json")]
+    every = client(called, ["verify", copy, "--json", "--all"]).report["problems"]
+    assert any(problem["what"].startswith("tokenizer.json is another file: its SHA-256 is ") for problem in every)
+
+
 # In folders
 
 
@@ -287,6 +275,21 @@ def test_every_kind_of_method_is_made_again(method: str, tmp_path: Path) -> None
     (shard,) = out.glob("model-00001-of-*")
     shard.write_bytes(flipped(shard.read_bytes(), shard.stat().st_size - 1))
     assert len(report(out, everything=True).differences) == 1
+
+
+def test_rows_by_token_are_made_again(tmp_path: Path) -> None:
+    """Where vocabularies were united, whole tables are compared, and with --all the tokenizer that was written."""
+    one = vocabularies.model(tmp_path / "one", 1, ["<a>"])
+    other = vocabularies.model(tmp_path / "other", 2, ["<b>", "<c>"])
+    out = merged(tmp_path, f"merge_method: linear\nmodels: [{{model: {one}}}, {{model: {other}}}]\n"
+                           "parameters: {weight: 0.5}\ntokenizer: {source: union}\n")  # fmt: skip
+    for extent in ({"seed": 1, "tensors": 100}, {"everything": True}):
+        assert report(out, **extent).passed
+    tokenizer = out / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes().replace(b'"<b>"', b'"<d>"'))
+    assert [problem.what.split(":")[0] for problem in report(out, everything=True).problems] == [
+        "tokenizer.json is another file"
+    ]
 
 
 def test_a_sample_of_a_folder_sees_what_it_reads_and_no_more(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 
 from merger.checkpoints.checkpoint import INDEX
+from merger.checkpoints.sidefiles import CARD_NAME
 from merger.plan.lock import LockedModel
 from merger.plan.lockfile import OURS, Lock, Parent
 from merger.plan.plan import Plan
@@ -23,7 +24,7 @@ _HASHED_FOLDERS = 1_000_000_000
 
 
 def shown(model: LockedModel) -> str:
-    """A model's name for readers: as the recipe writes it on the Hub, of a folder its last part."""
+    """A model's name for readers: as the recipe writes it on the Hub, of a folder its last part, of a stage its own."""
     return str(model.ref) if model.located.commit else model.name
 
 
@@ -60,7 +61,7 @@ def _read(planned: Plan, model: LockedModel) -> list[str]:
     tensors = {tensor.file for tensor in model.checkpoint.tensors.values()}
     taken = [name for name, number in planned.texts.taken.items() if planned.locked.models[number] is model]
     index = (INDEX,) if len(tensors) > 1 else ()
-    wanted = {*tensors, *model.texts, *taken, *index, "config.json", "README.md"}
+    wanted = {*tensors, *model.texts, *taken, *index, "config.json", CARD_NAME}
     return sorted(wanted & model.located.files.keys())
 
 

@@ -23,6 +23,9 @@ _OF_A_TOKENIZER = re.compile(
     r"(^|/)(tokenizer|vocab|merges|special_tokens_map|added_tokens|spiece|source|target|sentencepiece|tekken|chat_template)"
     r"|\.tiktoken$|^additional_chat_templates/"
 )
+CARD_NAME = "README.md"
+"""What a model says of itself to people."""
+
 LOCK_NAME = "merger.lock.yaml"
 """What a merge was made of, beside its result."""
 

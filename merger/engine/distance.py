@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merger.checkpoints.checkpoint import ITEM_BYTES, TensorInfo
 from merger.engine.leaves import TORCH_DTYPES
-from merger.plan.plan import BLOCK_ENTRIES
+from merger.plan.work import BLOCK_ENTRIES
 from merger.stores.ports import Reader
 
 _READABLE = {

@@ -22,7 +22,8 @@ from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.plan.geometry import Geometry, noted
 from merger.plan.jobs import Job
-from merger.plan.plan import BLOCK_ENTRIES, BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
+from merger.plan.plan import BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
+from merger.plan.work import BLOCK_ENTRIES
 from merger.stores.ports import Reader, Store, Taker, Ticket
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -110,7 +111,7 @@ def _work(
 ) -> Iterator[Work]:
     first = 0
     for job in (job for shard in shards for job in shard.jobs):
-        yield Work(job, table[job.method], first, reader, seed, device)
+        yield Work(job, table, first, reader, seed, device)
         first += len(job.reads)
 
 

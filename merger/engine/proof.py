@@ -6,7 +6,7 @@ Not here: which pieces (plan.proof), and what else is compared (verify).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
@@ -20,8 +20,9 @@ from merger.engine.execute import Made, execute
 from merger.engine.leaves import TORCH_DTYPES
 from merger.methods.registry import Method
 from merger.plan.jobs import Job
-from merger.plan.plan import BLOCK_ENTRIES, Plan, Shard
+from merger.plan.plan import Plan, Shard
 from merger.plan.proof import Difference, Piece
+from merger.plan.work import BLOCK_ENTRIES
 from merger.stores.ports import Located, Reader, Store, Ticket
 
 REQUESTS_AT_ONCE = 8
@@ -83,7 +84,7 @@ def compare_pieces(
     torch.set_num_threads(1)  # as in a run
 
     def compared(piece: Piece) -> tuple[Piece, Difference | None]:
-        return piece, _compared(planned, piece, table[piece.job.method], store, published)
+        return piece, _compared(planned, piece, table, store, published)
 
     # A block of entries takes short requests, whose answers are waited for; a whole tensor takes a thread's memory.
     small, large = list[Piece](), list[Piece]()
@@ -95,12 +96,13 @@ def compare_pieces(
             yield from pool.map(compared, some)
 
 
-def _compared(planned: Plan, piece: Piece, method: Method, store: Store, published: Published) -> Difference | None:
-    work = Work(piece.job, method, 0, _AsAsked(planned, piece.job, store), planned.seed, torch.device("cpu"))
+def _compared(
+    planned: Plan, piece: Piece, table: Mapping[str, Method], store: Store, published: Published
+) -> Difference | None:
+    work = Work(piece.job, table, 0, _AsAsked(planned, piece.job, store), planned.seed, torch.device("cpu"))
     with closing(work):
         if work.wants_preparing:
-            work.prepared = Future()
-            work.prepared.set_result(work.prepare())
+            work.prepare()
         parts = [_difference(piece, start, data, published) for start, data in _made(work, piece)]
     return joined(parts, piece.stop - piece.start)
 

@@ -122,5 +122,5 @@ def _atoms(source: Pursuit, leaves: Leaves) -> Atoms:
 def _sum(source: Pursuit, chosen: Tensor, factors: Tensor, leaves: Leaves) -> Tensor:
     """The sum of the model's own rows of the chosen tokens."""
     own = torch.empty(len(chosen), source.known.width)
-    leaves.rows(source.known.leaves[0], source.pairs.own[chosen.numpy()], own)
+    leaves.rows(source.known.parts[0], source.pairs.own[chosen.numpy()], own)
     return factors @ own

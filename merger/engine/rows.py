@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merger.engine.leaves import Leaves
-from merger.plan.sources import ALL_ROWS, CHUNK_ENTRIES, Numbers, RowMap, Rows, Stored
+from merger.plan.sources import ALL_ROWS, CHUNK_ENTRIES, Made, Numbers, RowMap, Rows, Stored
 
 
 def rows_of_map(source: Rows, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
@@ -18,7 +19,7 @@ def rows_of_map(source: Rows, start: int, stop: int, out: Tensor, leaves: Leaves
     first, last = start // width, -(-stop // width)
     if (shift := _run(source.map, first, last)) is not None:
         leaf, rows = shift
-        return leaves.entries(source.leaves[leaf], start + rows * width, stop + rows * width, out)
+        return leaves.entries(source.parts[leaf], start + rows * width, stop + rows * width, out)
     step = max(1, CHUNK_ENTRIES // width)
     for row in range(first, last, step):
         until = min(row + step, last)
@@ -44,6 +45,8 @@ def _run(rows: RowMap, first: int, last: int) -> tuple[int, int] | None:
 def _gathered(source: Rows, places: Numbers, leaves: Leaves) -> Tensor:
     """These rows of a map, each the mean of the stored rows that it is made of."""
     begins, counts = source.map.starts[places], source.map.starts[places + 1] - source.map.starts[places]
+    if (counts == 1).all():
+        return _stored(source, begins, leaves)
     made = torch.zeros(len(places), source.width)
     for turn in range(int(counts.max(initial=0))):
         at = np.flatnonzero(counts > turn)
@@ -56,7 +59,7 @@ def _stored(source: Rows, entries: Numbers, leaves: Leaves) -> Tensor:
     found = torch.empty(len(entries), source.width)
     of, numbers = source.map.leaves[entries], source.map.rows[entries]
     for leaf in np.unique(of):
-        stored = source.leaves[leaf]
+        stored = source.parts[leaf]
         at = np.flatnonzero((of == leaf) & (numbers != ALL_ROWS))
         rows = torch.empty(len(at), source.width)
         leaves.rows(stored, numbers[at], rows)
@@ -66,9 +69,9 @@ def _stored(source: Rows, entries: Numbers, leaves: Leaves) -> Tensor:
     return found
 
 
-def _mean(leaf: Stored, leaves: Leaves) -> Tensor:
+def _mean(leaf: Stored | Made, leaves: Leaves) -> Tensor:
     """The mean of all rows of a tensor, summed in float64."""
-    count, width = leaf.shape[0], leaf.tensor.entries // leaf.shape[0]
+    count, width = leaf.shape[0], math.prod(leaf.shape[1:])
     total = torch.zeros(width, dtype=torch.float64)
     step = max(1, CHUNK_ENTRIES // width)
     for row in range(0, count, step):

@@ -50,7 +50,7 @@ class Filling:
 
     locked: LockedRecipe
     block: Tokenizer
-    known: Sequence[Vocabulary]
+    known: Mapping[int, Vocabulary]
     whole: Vocabulary
     source: int
 
@@ -75,7 +75,7 @@ class Filling:
 
     def _own(self, number: int) -> Numbers:
         """A model's rows for the result's tokens; of the source also those that belong to no token."""
-        limit = self.locked.models[number].token_rows or 0
+        limit = self.locked.numbered(number).token_rows or 0
         found = self.known[number].rows(self.whole.tokens, limit)
         if number == self.source:
             unused = [place for place, token in enumerate(self.whole.tokens[:limit]) if token is None]
@@ -114,7 +114,7 @@ class Filling:
         if not isinstance(source, TokenOf):
             return _ZEROS, 0
         number = self.locked.index(source.model)
-        model, held = self.locked.models[number], self.known[number]
+        model, held = self.locked.numbered(number), self.known[number]
         token = row.token if source.token is None else source.token
         found = held.ids.get(token, -1) if source.id is None else source.id
         if 0 <= found < (model.token_rows or 0):
@@ -155,7 +155,7 @@ class Filling:
 
     def _subwords(self, number: int, places: Numbers) -> _Means:
         """The means of the pieces that the model's own tokenizer splits the tokens into."""
-        model = self.locked.models[number]
+        model = self.locked.numbered(number)
         text = model.texts.get(TOKENIZER)
         if not len(places):
             return _Means(places, places, places, places)
@@ -179,7 +179,7 @@ class Filling:
     @cached_property
     def _theirs(self) -> Numbers:
         """For each of the result's tokens the row in the tokenizer's own model, -1 where it has none."""
-        return self.known[self.source].rows(self.whole.tokens, self.locked.models[self.source].token_rows or 0)
+        return self.known[self.source].rows(self.whole.tokens, self.locked.numbered(self.source).token_rows or 0)
 
     def pairs(self, number: int) -> RowPairs | None:
         """For `missing: omp`, what this model and the tokenizer's have in common, and what it lacks; None: nothing."""
@@ -190,7 +190,7 @@ class Filling:
         mine = self.own[self.merged.index(number), : self.whole.size]
         both = np.flatnonzero((mine >= 0) & (self._theirs >= 0))
         if not len(both):
-            one, other = (self.locked.models[each].name for each in (number, self.source))
+            one, other = (self.locked.numbered(each).name for each in (number, self.source))
             what = f"{one} and {other} have no token in common, so omp has nothing to go by"
             hint = "write missing: subword or mean, or take another tokenizer"
             raise RecipeError(Problem(what, self.block.at, "tokenizer.missing", hint))

@@ -16,7 +16,7 @@ from merger.checkpoints.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.methods.registry import Method, Param, declared
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
 from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Source, Stored
+from merger.plan.sources import Made, Source, Stored, ends
 from merger.plan.tokens import Tokens, disagreements, tokens
 from merger.recipe.settings import Parameters, first_value
 
@@ -42,8 +42,8 @@ class Input:
 
     @property
     def model(self) -> int:
-        """The number of the model that it stands for in the locked recipe."""
-        return self.source.leaves[0].model
+        """The number of the model or stage that it stands for in the locked recipe."""
+        return self.source.stage if isinstance(self.source, Made) else self.source.leaves[0].model
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,20 @@ class Job:
     @property
     def shared(self) -> tuple[Stored, ...]:
         """Those that several of its sources read."""
-        uses = Counter(leaf for source in self.sources for leaf in source.leaves)
+        uses = Counter(end for source in self.sources for end in ends(source) if isinstance(end, Stored))
         return tuple(leaf for leaf, count in uses.items() if count > 1)
 
     @property
     def is_copy(self) -> bool:
-        """Whether the output's bytes are the input's bytes."""
+        """Whether the output's bytes are those of a stored tensor."""
+        return isinstance(self.passed, Stored)
+
+    @property
+    def passed(self) -> Source | None:
+        """The source that the job hands on as it is, if that is all it does."""
         scale = self.inputs[0].settings.get("scale", 1.0)
         source = self.inputs[0].source
-        return self.method == PASSTHROUGH and scale == 1.0 and isinstance(source, Stored) and source.dtype == self.dtype
+        return source if self.method == PASSTHROUGH and scale == 1.0 and source.dtype == self.dtype else None
 
 
 @dataclass(frozen=True)
@@ -110,13 +115,14 @@ class Making:
 
     Args:
         jobs: how each output tensor is made.
-        layers: for each layer of the output's one stack, the model that names its tensors, and its layer there.
+        layers: for each stack that the recipe speaks about and each of its layers in the output, the model that names
+            the layer's tensors, and its number there.
         has_head: whether the output's head is a tensor of its own, not the embedding.
         tokens: what the recipe's tokenizer block brings about, if it has one.
     """
 
     jobs: tuple[Job, ...]
-    layers: tuple[tuple[LockedModel, int], ...]
+    layers: Mapping[str, tuple[tuple[LockedModel, int], ...]]
     has_head: bool
     tokens: Tokens | None
 
@@ -134,7 +140,8 @@ def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
     maker = _Maker(locked, table, findings)
     jobs = tuple(job for module in modules for job in maker.module(module))
     findings.settle()
-    return Making(jobs, tuple(maker.layers), maker.has_head, maker.tokens)
+    layers = {stack: tuple(taken) for stack, taken in maker.layers.items()}
+    return Making(jobs, layers, maker.has_head, maker.tokens)
 
 
 def arguments(method: Method, job: Job) -> dict[str, Any]:
@@ -164,7 +171,7 @@ class _Maker:
         self.tokens = tokens(locked)
         self._shown: Counter[tuple[int, int]] = Counter()
         self._strangers: set[int] = set()
-        self.layers: list[tuple[LockedModel, int]] = []
+        self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
 
     @property
     def has_head(self) -> bool:
@@ -201,16 +208,16 @@ class _Maker:
     def _source(self, number: int, tensor: TensorInfo, out: str) -> Source:
         """Where the entries of a model's tensor come from that goes into the tensor `out`."""
         if self.tokens is None:
-            return Stored(number, tensor)
+            return self._locked.source(number, tensor)
         return self.tokens.rows_of(self._locked, number, tensor, is_head(out))
 
     def _stack(self, stack: str, cuts: Sequence[Cut]) -> Iterator[Job]:
-        first = len(self.layers)
+        taken = self.layers.setdefault(stack, [])
         for piece in cuts:
             for step in range(piece.layers):
                 leader, layer = piece.parts[piece.leader].model, piece.starts[piece.leader] + step
-                out = len(self.layers) - first
-                self.layers.append((leader, layer))
+                out = len(taken)
+                taken.append((leader, layer))
                 position = 1.0 if piece.layers == 1 else step / (piece.layers - 1)
                 for tensor in leader.layer(stack, layer):
                     place = leader.architecture.place(tensor.name)

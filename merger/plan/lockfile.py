@@ -14,15 +14,13 @@ from typing import Any
 
 import yaml
 
+from merger.checkpoints.sidefiles import CARD_NAME
 from merger.errors import Problem, RecipeError
 from merger.plan.lock import LockedModel, LockedRecipe
 from merger.plan.plan import FORMAT, Plan
 from merger.stores.ports import FileInfo, Located
 
 OURS = "hub-merger"
-_CARD = "README.md"
-"""Nothing of it goes into a tensor: it may change."""
-
 _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
 
@@ -209,8 +207,9 @@ def _changed(model: LockedModel, parent: Parent, checksum: Checksum) -> list[Pro
     hint = "was the lock changed after the merge? Take the one that was published with it"
     if located.commit is None:
         hint = f"bring back the model as it was: {model.ref.path}"
+    # Nothing of a card goes into a tensor: it may be another one by now.
     at_commit = f" at commit {located.commit}" if located.commit else ""
-    others = {name: _other(located, name, info, checksum) for name, info in parent.files.items() if name != _CARD}
+    others = {name: _other(located, name, info, checksum) for name, info in parent.files.items() if name != CARD_NAME}
     return [
         Problem(f"{parent.model}{at_commit}: {name} {what}", at, hint=hint) for name, what in others.items() if what
     ]

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from merger.checkpoints.checkpoint import ITEM_BYTES, TensorInfo
+
+if TYPE_CHECKING:
+    from merger.plan.jobs import Job
 
 
 class Source(Protocol):
@@ -82,6 +85,98 @@ class Stored:
     def scratch(self) -> int:
         """None: the bytes as stored are counted for every job."""
         return 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage of the recipe makes, rounded to the stage's dtype; it is never stored as a model.
+
+    Args:
+        stage: the stage's number in the locked recipe.
+        name: the tensor's name there.
+        seed: the stage's, for methods that draw random numbers.
+        job: how it is made; the plan's hash has it once, however often it is used.
+    """
+
+    stage: int
+    name: str
+    seed: int
+    job: Job = field(compare=False, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what the stage makes."""
+        return self.job.shape
+
+    @property
+    def dtype(self) -> str:
+        """The dtype to which the stage rounds."""
+        return self.job.dtype
+
+    @cached_property
+    def leaves(self) -> tuple[Stored, ...]:
+        """All that is read for it."""
+        return self.job.reads
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """None of its own: plan.work finds what is read more than once."""
+        return ()
+
+    @property
+    def scratch(self) -> int:
+        """None of its own: plan.work counts the memory of its job."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """A tensor that is stored as numbers of few bits and scales: each number times the scale of its block.
+
+    Args:
+        numbers: the stored numbers, in rows and columns.
+        scales: a scale for each block of them.
+        block: how many rows and columns a block has.
+        dtype: the dtype of the model that it was made from.
+    """
+
+    numbers: Stored
+    scales: Stored
+    block: tuple[int, int]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the numbers."""
+        return self.numbers.shape
+
+    @property
+    def leaves(self) -> tuple[Stored, ...]:
+        """Numbers and scales."""
+        return (self.numbers, self.scales)
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """The scales: those of a row of blocks belong to more rows than one block has."""
+        return (self.scales,)
+
+    @property
+    def scratch(self) -> int:
+        """The scales of some rows, once for each row."""
+        rows, columns = self.shape
+        return 4 * rows * -(-columns // self.block[1])
+
+
+def ends(source: Source) -> Iterator[Stored | Made]:
+    """The stored tensors and the stages that a source reads itself; not those that a stage of it reads."""
+    if isinstance(source, Stored | Made):
+        yield source
+        return
+    for value in vars(source).values():
+        parts = value if isinstance(value, tuple) else (value,)
+        if parts and hasattr(parts[0], "again"):
+            for part in parts:
+                yield from ends(part)
 
 
 # ---- rows of tokens -------------------------------------------------------------------------------------------------
@@ -172,27 +267,32 @@ class Rows:
     """A tensor with a row for each token of another vocabulary, put together from tensors with one for each of theirs.
 
     Args:
-        leaves: those tensors; the first is the one in whose place it stands.
+        parts: those tensors; the first is the one in whose place it stands.
         map: which rows of them make which row.
     """
 
-    leaves: tuple[Stored, ...]
+    parts: tuple[Stored | Made, ...]
     map: RowMap
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As many rows as the map has, as wide as the tensors."""
-        return (len(self.map), *self.leaves[0].shape[1:])
+        return (len(self.map), *self.parts[0].shape[1:])
 
     @property
     def width(self) -> int:
         """How many entries a row has."""
-        return math.prod(self.leaves[0].shape[1:])
+        return math.prod(self.parts[0].shape[1:])
 
     @property
     def dtype(self) -> str:
         """The first tensor's."""
-        return self.leaves[0].dtype
+        return self.parts[0].dtype
+
+    @property
+    def leaves(self) -> tuple[Stored, ...]:
+        """All that is read for its parts."""
+        return tuple(dict.fromkeys(leaf for part in self.parts for leaf in part.leaves))
 
     @property
     def again(self) -> tuple[Stored, ...]:
@@ -201,8 +301,8 @@ class Rows:
 
     @property
     def scratch(self) -> int:
-        """Two chunks of rows in float32, one as stored."""
-        return 16 * max(CHUNK_ENTRIES, 2 * self.width)
+        """A chunk of rows, those read for it, and those of one tensor, in float32 and as stored."""
+        return 24 * max(CHUNK_ENTRIES, self.width)
 
 
 PURSUED_ROWS = 64
@@ -224,7 +324,7 @@ class Pursuit:
     """
 
     known: Rows
-    donor: Stored
+    donor: Stored | Made
     pairs: RowPairs
     k: int
 
@@ -241,7 +341,7 @@ class Pursuit:
     @property
     def leaves(self) -> tuple[Stored, ...]:
         """Those of the known rows, then the donor's."""
-        return (*self.known.leaves, self.donor)
+        return (*self.known.leaves, *self.donor.leaves)
 
     @property
     def again(self) -> tuple[Stored, ...]:

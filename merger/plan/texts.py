@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from merger.checkpoints import chat, vocab
 from merger.checkpoints.config import renumbered
 from merger.checkpoints.sidefiles import side_files, tokenizer_files
 from merger.checkpoints.vocab import Json
 from merger.errors import ModelError, Problem
-from merger.plan.lock import GENERATION, LockedRecipe
+from merger.plan.lock import GENERATION, LockedRecipe, StageModel
 from merger.plan.tokens import Tokens
 from merger.recipe.tokenizer import AUTO, CHAT_TEMPLATES
 
@@ -36,6 +36,11 @@ class Texts:
     template: str | None = None
     generation: str | None = None
 
+    @property
+    def is_edited(self) -> bool:
+        """Whether anything is written into the files that are taken over."""
+        return any(text is not None for text in (self.added, self.template, self.generation))
+
     def edited(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
         """The files that were taken over, with all that is to be written into them."""
         made = dict(files)
@@ -54,16 +59,27 @@ def texts(locked: LockedRecipe, tokens: Tokens | None) -> Texts:
     Raises:
         ModelError: a file cannot be read that has to be changed.
     """
-    donor = locked.index(locked.donor.ref)
-    taken = dict.fromkeys(side_files(locked.donor.located.files, locked.donor.checkpoint.config), donor)
-    added, generation = None, None
+    small = _small(locked, locked.index(locked.donor.ref))
     if tokens is not None:
-        added = tokens.added
-        generation = _generation(locked, tokens)
-        kept = {name: number for name, number in taken.items() if name not in tokenizer_files(taken)}
-        theirs = locked.models[tokens.source].located.files
-        taken = kept | dict.fromkeys(tokenizer_files(theirs), tokens.source)
-    return Texts(dict(sorted(taken.items())), added, _template(locked), generation)
+        theirs = _small(locked, tokens.source)
+        kept = {name: number for name, number in small.taken.items() if name not in tokenizer_files(small.taken)}
+        given = {name: theirs.taken[name] for name in tokenizer_files(theirs.taken)}
+        small = Texts(
+            dict(sorted((kept | given).items())),
+            theirs.added if tokens.added is None else tokens.added,
+            theirs.template,
+            _generation(locked, tokens) or small.generation,
+        )
+    template = _template(locked)
+    return small if template is None else replace(small, template=template)
+
+
+def _small(locked: LockedRecipe, number: int) -> Texts:
+    """The small files of a model, or those of a stage."""
+    model = locked.numbered(number)
+    if isinstance(model, StageModel):
+        return model.small
+    return Texts(dict.fromkeys(sorted(side_files(model.located.files, model.checkpoint.config)), number))
 
 
 def _template(locked: LockedRecipe) -> str | None:
@@ -75,7 +91,8 @@ def _template(locked: LockedRecipe) -> str | None:
         return chat.built_in(asked.text)
     if asked.text != AUTO:
         return asked.text
-    models = [locked.donor, *(model for model in locked.models if model is not locked.donor)]
+    own = [locked.numbered(number) for number in locked.own]
+    models = [locked.donor, *(model for model in own if model is not locked.donor)]
     held = [chat.template(model.texts) for model in models if model.ref in locked.recipe.merged]
     most = Counter(text for text in held if text is not None).most_common(1)
     return most[0][0] if most else None
@@ -86,7 +103,7 @@ def _generation(locked: LockedRecipe, tokens: Tokens) -> str | None:
     text = locked.donor.texts.get(GENERATION)
     if text is None or tokens.follow is None:
         return None
-    source = locked.models[tokens.source]
+    source = locked.numbered(tokens.source)
     try:
         own = json.loads(text)
         theirs = json.loads(source.texts.get(GENERATION, b"{}"))

@@ -18,7 +18,7 @@ from merger.checkpoints.vocab import Json, Vocabulary
 from merger.errors import MismatchError, ModelError, Problem, RecipeError
 from merger.plan.filling import Filling
 from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Pursuit, RowMap, RowPairs, Rows, Source, Stored
+from merger.plan.sources import Made, Pursuit, RowMap, RowPairs, Rows, Source, Stored
 from merger.recipe.model import ModelRef, Tokenizer
 from merger.recipe.tokenizer import UNION
 
@@ -33,6 +33,7 @@ class Tokens:
     Args:
         source: the number of the model whose tokenizer the result takes.
         added: what its tokenizer.json must say of each added token; None: its files stay as they are.
+        new: how many of them it does not know yet.
         rows: how many rows embedding and head have.
         k: how many rows a pursued one is put together from, at most.
         maps: for each merged model, by its number, the rows that make the result's; leaves are numbers of models.
@@ -42,6 +43,7 @@ class Tokens:
 
     source: int
     added: tuple[Json, ...] | None
+    new: int
     rows: int
     k: int
     maps: Mapping[int, RowMap] = field(repr=False)
@@ -60,20 +62,32 @@ class Tokens:
         Raises:
             MismatchError: rows are to come from a model that has no such tensor.
         """
-        model = locked.models[number]
+        model, own = locked.numbered(number), locked.source(number, tensor)
         if not model.by_token(tensor):
             _must_fit(model, tensor)
-            return Stored(number, tensor)
+            return own
         seen = self.maps[number]
         if seen.is_identity(number) and len(seen) == tensor.shape[0]:
-            return Stored(number, tensor)
+            return own
         others = [int(other) for other in np.unique(seen.leaves) if other != number]
-        lent = [Stored(other, _like(locked.models[other], model, tensor, as_head)) for other in others]
-        known = Rows((Stored(number, tensor), *lent), seen.among([number, *others]))
+        lent = [(other, _like(locked.numbered(other), model, tensor, as_head)) for other in others]
+        parts = tuple(_rows_in(locked, *place) for place in ((number, tensor), *lent))
+        known = Rows(parts, seen.among([number, *others]))
         if number not in self.pairs or len(tensor.shape) == 1:
             return known
-        donor = _in_place_of(model, tensor, locked.models[self.source], as_head)
-        return known if donor is None else Pursuit(known, Stored(self.source, donor), self.pairs[number], self.k)
+        donor = _in_place_of(model, tensor, locked.numbered(self.source), as_head)
+        if donor is None:
+            return known
+        return Pursuit(known, _rows_in(locked, self.source, donor), self.pairs[number], self.k)
+
+
+def _rows_in(locked: LockedRecipe, number: int, tensor: TensorInfo) -> Stored | Made:
+    """The tensor as one of which rows are read, whatever their order."""
+    source, model = locked.source(number, tensor), locked.numbered(number)
+    if isinstance(source, Stored | Made):
+        return source
+    what = f"{model.name}: {tensor.name} is quantised, and its rows are to be put in another order"
+    raise MismatchError(_about(model, what, "take the model that it was quantised from, or leave out tokenizer:"))
 
 
 def _must_fit(model: LockedModel, tensor: TensorInfo) -> None:
@@ -118,17 +132,18 @@ def tokens(locked: LockedRecipe) -> Tokens | None:
         return None
     known = _known(locked)
     source = locked.index(block.source if isinstance(block.source, ModelRef) else locked.recipe.donor)
-    spelled = [held.spelled(known[source].spelling) for held in known]
+    spelled = {number: held.spelled(known[source].spelling) for number, held in known.items()}
     whole = _whole(locked, block, spelled, source)
-    longer = len(whole.ids) > len(known[source].ids)
-    if longer and vocab.TOKENIZER not in locked.models[source].texts:
-        what = f"{locked.models[source].name} has no {vocab.TOKENIZER}, so no tokens can be added to its tokenizer"
+    new = len(whole.ids) - len(known[source].ids)
+    if new and vocab.TOKENIZER not in locked.numbered(source).texts:
+        what = f"{locked.numbered(source).name} has no {vocab.TOKENIZER}, so no tokens can be added to its tokenizer"
         raise ModelError(Problem(what, block.at, "tokenizer", _SAVE))
     filling = Filling(locked, block, spelled, whole, source)
     donor = locked.index(locked.recipe.donor)
     return Tokens(
         source=source,
-        added=tuple(whole.added.values()) if longer else None,
+        added=tuple(whole.added.values()) if new else None,
+        new=new,
         rows=filling.rows,
         k=block.k,
         maps={number: filling.map(number) for number in filling.merged},
@@ -137,19 +152,20 @@ def tokens(locked: LockedRecipe) -> Tokens | None:
     )
 
 
-def _known(locked: LockedRecipe) -> list[Vocabulary]:
-    """Each model's vocabulary; all must have one, and an embedding of its tokens."""
-    found = _vocabularies(locked.models)
-    lacking = [model for model, held in zip(locked.models, found, strict=True) if held is None]
+def _known(locked: LockedRecipe) -> dict[int, Vocabulary]:
+    """Each model's vocabulary, by its number; all must have one, and an embedding of its tokens."""
+    models = [locked.numbered(number) for number in locked.own]
+    found = dict(zip(locked.own, _vocabularies(models), strict=True))
+    lacking = [locked.numbered(number) for number, held in found.items() if held is None]
     if lacking:
         raise ModelError(_about(model, f"{model.name} has no tokenizer.json", _SAVE) for model in lacking)
-    rowless = [model for model in locked.models if model.token_rows is None]
+    rowless = [model for model in models if model.token_rows is None]
     if rowless:
         hint = "leave out tokenizer: for such models"
         raise MismatchError(
             _about(model, f"{model.name} has no embedding that has a row for each token", hint) for model in rowless
         )
-    return [held for held in found if held is not None]
+    return {number: held for number, held in found.items() if held is not None}
 
 
 def _vocabularies(models: Sequence[LockedModel]) -> list[Vocabulary | None]:
@@ -173,15 +189,15 @@ def _vocabularies(models: Sequence[LockedModel]) -> list[Vocabulary | None]:
     return found
 
 
-def _whole(locked: LockedRecipe, block: Tokenizer, known: Sequence[Vocabulary], source: int) -> Vocabulary:
+def _whole(locked: LockedRecipe, block: Tokenizer, known: Mapping[int, Vocabulary], source: int) -> Vocabulary:
     """The result's vocabulary."""
     merged = [locked.index(ref) for ref in locked.recipe.merged] if block.source == UNION else []
-    others = [(known[number], locked.models[number].token_rows or 0) for number in merged]
+    others = [(known[number], locked.numbered(number).token_rows or 0) for number in merged]
     try:
         return vocab.extended(known[source], others, [row.token for row in block.tokens])
     except ValueError as error:
         hint = "name another model's tokenizer: tokenizer: {source: org/name}"
-        raise RecipeError(Problem(f"{locked.models[source].name}: {error}", block.at, "tokenizer", hint)) from None
+        raise RecipeError(Problem(f"{locked.numbered(source).name}: {error}", block.at, "tokenizer", hint)) from None
 
 
 # ---- without a tokenizer block --------------------------------------------------------------------------------------

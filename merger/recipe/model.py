@@ -2,6 +2,7 @@
 
 The three forms become one: a recipe is a tuple of modules, a module a tuple of slices, a slice a tuple of sources. The
 `models:` form is one nameless module with one slice whose sources span all layers; `slices:` one nameless module.
+Several documents are one recipe, the result's, with the others as its stages.
 Not here: reading text (parse) and what the models hold (plan).
 """
 
@@ -187,6 +188,8 @@ class Recipe:
         path: the file's name as the user gave it.
         text: the file's text, as it was.
         modules: what is made of what.
+        name: the name under which other documents of the file take what this one makes.
+        stages: the documents that make what this one is made of, each after those that it is made of itself.
         base_model: the recipe's own base_model, or None.
         parameters: the settings at the top level.
         dtype: ``float32``, ``float16``, ``bfloat16``, or None: follow the base model, else the first model.
@@ -195,11 +198,14 @@ class Recipe:
         chat_template: the result's chat template; None: the one that comes with its tokenizer.
         publish: where the result goes.
         warnings: what is allowed but has no effect, or is likely not meant.
+        at: where the document begins; `name_at`: where its name stands.
     """
 
     path: str
     text: str
     modules: tuple[Module, ...]
+    name: str | None = None
+    stages: tuple[Recipe, ...] = ()
     base_model: ModelRef | None = None
     parameters: Parameters = field(default_factory=dict)
     dtype: str | None = None
@@ -208,6 +214,13 @@ class Recipe:
     chat_template: ChatTemplate | None = None
     publish: Publish = field(default_factory=Publish)
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
+    at: Span | None = field(default=None, compare=False)
+    name_at: Span | None = field(default=None, compare=False)
+
+    @property
+    def documents(self) -> tuple[Recipe, ...]:
+        """The stages, and the recipe itself."""
+        return (*self.stages, self)
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -216,7 +229,13 @@ class Recipe:
 
     @property
     def models(self) -> tuple[ModelRef, ...]:
-        """Every model once, in the order of its first mention: the merged ones, then those that only give tokens."""
+        """Every model once that is read, of all documents, in the order of its first mention."""
+        made = {ModelRef(stage.name or "") for stage in self.stages}
+        return tuple(dict.fromkeys(ref for recipe in self.documents for ref in recipe.parents if ref not in made))
+
+    @property
+    def parents(self) -> tuple[ModelRef, ...]:
+        """Every model and stage once that this document names: the merged ones, then those that only give tokens."""
         return tuple(dict.fromkeys([*self.merged, *(self.tokenizer.models if self.tokenizer else ())]))
 
     @property

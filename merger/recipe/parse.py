@@ -18,6 +18,7 @@ from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
 from merger.recipe.settings import Parameters
 from merger.recipe.spans import number
+from merger.recipe.stages import joined
 from merger.recipe.tokenizer import chat_template, tokenizer
 from merger.recipe.values import UNREADABLE, Block, identity, parameters, reference
 
@@ -67,13 +68,11 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
         hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
         raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
     recipes = [_Reader(top, table).recipe(path, text) for top in tops]
-    if len(tops) > 1:
-        hint = "run each document as a recipe of its own, and name the folder it made in the next"
-        tops[1].error("several documents are not built yet", hint)
+    recipe = recipes[0] if len(recipes) == 1 else joined(recipes, notes)
     problems = [*documents.problems, *notes.errors.values()]
     if problems:
         raise RecipeError(problems)
-    return replace(recipes[0], warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
+    return replace(recipe, warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,8 @@ class _Reader:
         known = (*TOP, *MIXTURE) if mixture else TOP
         fields = self.top.fields("a map with the key merge_method", known, _TOP_HINTS)
         if fields is None:
-            return Recipe(path, text, ())
+            return Recipe(path, text, (), at=self.top.at)
+        name = fields.get("name")
         block = parameters(fields)
         scope = _Scope(None, None, ()).below(fields, block, self.table)
         modules = () if mixture else self._modules(fields, scope)
@@ -118,6 +118,7 @@ class _Reader:
             path=path,
             text=text,
             modules=modules,
+            name=name.text("a name") if name else None,
             base_model=scope.base_model,
             parameters=block.settings,
             dtype=out_dtype or dtype,
@@ -125,6 +126,8 @@ class _Reader:
             tokenizer=tokenizer(fields),
             chat_template=chat_template(fields),
             publish=_publish(fields),
+            at=self.top.at,
+            name_at=name.at if name else None,
         )
 
     def _is_mixture(self) -> bool:

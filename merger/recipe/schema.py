@@ -26,7 +26,6 @@ _NUMERIC = r"^\s*[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$"
 _PART = r"[^@+]+(@[^@+]+)?"
 
 _WORDS = {
-    "name": "The recipe's name; nothing depends on it.",
     "merge_method": "How the models become one.",
     "models": "The models to merge, all of their layers each.",
     "slices": "The runs of layers that the result is made of, from the first layer to the last.",
@@ -71,7 +70,7 @@ def _top() -> Json:
     described = _WORDS | _described(Recipe)
     dtypes = {"enum": [*parse.DTYPES, *(f"torch.{name}" for name in parse.DTYPES), None]}
     shapes = {
-        "name": {},
+        "name": _or_null(_text()),
         "merge_method": _ref("method"),
         "models": _ref("models"),
         "slices": _ref("slices"),

@@ -16,7 +16,7 @@ class Library:
     def __init__(self, stores: Sequence[Store]) -> None:
         self._stores = stores
         self._of: dict[Located, Store] = {}
-        self._checksums: dict[tuple[Located, str], str] = {}
+        self._checksums: dict[object, str] = {}
 
     def has(self, path: str) -> bool:
         """Somebody answers for every path."""
@@ -33,7 +33,7 @@ class Library:
         """Read from the model's store."""
         data = self._of[model].fetch(model, file, start, stop)
         if start == 0 and len(data) == model.files[file].size:
-            self._checksums[model, file] = hashlib.sha256(data).hexdigest()
+            self._checksums[_content(model, file)] = hashlib.sha256(data).hexdigest()
         return data
 
     def checksum(self, model: Located, file: str) -> str:
@@ -42,7 +42,7 @@ class Library:
         Raises:
             ModelError: it cannot be read.
         """
-        return model.files[file].sha256 or self._checksums.get((model, file)) or self._hashed(model, file)
+        return model.files[file].sha256 or self._checksums.get(_content(model, file)) or self._hashed(model, file)
 
     def _hashed(self, model: Located, file: str) -> str:
         found = hashlib.sha256()
@@ -53,6 +53,11 @@ class Library:
     def reader(self, tickets: Sequence[Ticket], budget: int) -> Reader:
         """One reader over the readers of all stores that the tickets need."""
         return readers([(self._of[ticket.model], ticket) for ticket in tickets], budget)
+
+
+def _content(model: Located, file: str) -> object:
+    """What is the same for files of the same content, as far as the store tells."""
+    return model.files[file].oid or (model, file)
 
 
 def readers(placed: Sequence[tuple[Store, Ticket]], budget: int) -> Reader:

@@ -203,6 +203,18 @@ class Sink(Taker, Protocol):
             UploadError: the destination refuses.
         """
 
+    def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
+        """Put small files into a finished model, in place of those of the same names.
+
+        Args:
+            small: their contents by name.
+            message: what is done, in a line.
+            seen: the model as it was found: on the Hub it must not have moved on since.
+
+        Raises:
+            UploadError: the destination refuses.
+        """
+
     def leave(self) -> None:
         """End without `finish`: keep what was taken, and nothing else; once finished, do nothing.
 

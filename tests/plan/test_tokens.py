@@ -175,8 +175,9 @@ def test_a_plan_with_maps_prints_as_json(folders: Path) -> None:
     found = json.loads(json.dumps(planned(BOTH + "tokenizer: {}").as_json()))
     job = next(job for shard in found["shards"] for job in shard["jobs"] if job["name"] == "lm_head.weight")
     assert len(job["inputs"][0]["source"]["map"]) == 64
-    assert [leaf["model"] for leaf in job["inputs"][0]["source"]["leaves"]] == [0, 1]
+    assert [leaf["model"] for leaf in job["inputs"][0]["source"]["parts"]] == [0, 1]
     assert job["shape"] == [39, 16]
+    assert found["tokens"] == {"rows": 39, "new": 2, "source": 0}
 
 
 def test_a_model_that_only_lends_tokens_gives_nothing_else(folders: Path) -> None:
@@ -220,3 +221,4 @@ def test_a_large_union_is_planned_without_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "\ntokens  128,003 rows: the tokenizer of base and 3 tokens more\n" in done.stdout
