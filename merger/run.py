@@ -238,11 +238,6 @@ def _pins(path: Path) -> dict[str, str]:
     return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
 
 
-def card_text(planned: Plan, name: str) -> str:
-    """The card as far as it is known before anything is made, for a repo or folder of this name."""
-    return render(planned, methods(), name, relations(planned, {}))
-
-
 def lock_text(planned: Plan, done: Done) -> str:
     """What a lock file beside the recipe has to hold to make this result again."""
     return done.lock or lock_file(planned, {}, lambda model, file: model.files[file].sha256)
