@@ -13,6 +13,7 @@ from merger import machine
 from merger.card.lineage import lock_file
 from merger.card.relations import Relations, relations
 from merger.card.render import render
+from merger.checkpoints.checkpoint import index_name
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import BudgetError, DamagedError, MergerError, Problem, RecipeError, UploadError
@@ -416,6 +417,7 @@ def _small_files(planned: Plan, store: Store, card: str, shards: tuple[Written, 
     if len(planned.shards) > 1:
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
         total = sum(job.nbytes for job in planned.jobs)
-        files["model.safetensors.index.json"] = index(dict(sorted(weight_map.items())), total)
-    files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
+        files[index_name(planned.locked.holder.checkpoint.stem)] = index(dict(sorted(weight_map.items())), total)
+    if planned.config:
+        files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files

@@ -35,12 +35,14 @@ class Located:
         where: what its store needs to find it again: repo id or path.
         commit: 40 hex digits on the Hub; None for a folder.
         files: all its files by name.
+        inside: the folder of a repo that it is, with a ``/`` at the end; what its files' names begin with there.
     """
 
     name: str
     where: str
     commit: str | None
     files: Mapping[str, FileInfo] = field(repr=False, compare=False)
+    inside: str = ""
 
 
 @dataclass(frozen=True)
