@@ -18,7 +18,7 @@ from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
 from merger.card.render import render
-from merger.checkpoints.checkpoint import INDEX
+from merger.checkpoints.checkpoint import index_name
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
 from merger.errors import (
@@ -543,6 +543,7 @@ def model_files(planned: Plan) -> dict[str, bytes]:
     if len(planned.shards) > 1:
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
         total = sum(job.nbytes for job in planned.jobs)
-        files[INDEX] = index(dict(sorted(weight_map.items())), total)
-    files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
+        files[index_name(planned.locked.holder.checkpoint.stem)] = index(dict(sorted(weight_map.items())), total)
+    if planned.config:
+        files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files
