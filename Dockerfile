@@ -25,6 +25,9 @@ RUN useradd --create-home --uid 1000 merger \
  && install -d -o merger /work
 COPY --from=build /opt/merger /opt/merger
 COPY space /opt/merger/app/space
+COPY templates /opt/merger/app/templates
+COPY examples/recipes /opt/merger/app/examples/recipes
+COPY examples/workflow-parts.yml /opt/merger/app/examples/
 ENV PATH=/opt/merger/bin:$PATH PYTHONPATH=/opt/merger/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     GRADIO_SERVER_NAME=0.0.0.0 GRADIO_ANALYTICS_ENABLED=False
 USER merger

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import transformers
 from conftest import Command
 from loopback import LoopbackHub
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -281,3 +283,68 @@ def test_models_on_the_hub_are_united_like_folders(
     plan = json.loads(command("plan", "recipe.yaml", "--json", cwd=tmp_path, hub=hub).stdout)
     tables = sum(tiny.read(folder)[name].nbytes for folder in pair for name in (EMBEDDING, HEAD))
     assert plan["disk"]["folder"] == local.size + tables
+
+
+def test_a_published_recipe_with_a_union_and_a_chat_template(tmp_path: Path) -> None:
+    """The recipe of the field on four small models, of which two know ChatML: the result loads and chats."""
+    text = (Path(__file__).parent / "recipe/wild/13-della-linear-filters-union-chatml.yaml").read_text()
+    chatml = ["<|im_start|>", "<|im_end|>"]
+    for seed, name in enumerate(re.findall(r"model: (\S+)", text)):
+        model(tmp_path / name, seed, chatml if seed % 2 else [])
+    merge(re.sub(r"(model: )(\S+)", rf"\1{tmp_path}/\2", text), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], add_generation_prompt=True).input_ids
+    assert [tokenizer.convert_ids_to_tokens(ids).count(token) for token in chatml] == [2, 1]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.isfinite(loaded(torch.tensor([ids])).logits).all()
+
+
+def test_tokenizers_that_the_hub_knows_to_be_equal_are_not_fetched(
+    pair: tuple[Path, Path], tmp_path: Path, hub: LoopbackHub, command: Command
+) -> None:
+    """The Hub tells the names of contents: a plan of fine-tunes with one tokenizer asks for no file of it."""
+    for name, seed in (("same", 1), ("equal", 2)):
+        folder = model(tmp_path / name, seed, ["<a>"])
+        hub.add_model(f"org/{name}", {file.name: file.read_bytes() for file in folder.iterdir()})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("merge_method: linear\nmodels: [{model: org/same}, {model: org/equal}]\n")
+    assert command("plan", "recipe.yaml", cwd=tmp_path, hub=hub).returncode == 0
+    assert not [entry for entry in hub.log if "tokenizer" in entry.path]
+    recipe.write_text(recipe.read_text() + "tokenizer: {}\n")
+    assert command("plan", "recipe.yaml", cwd=tmp_path, hub=hub).returncode == 0
+    assert len([entry for entry in hub.log if "tokenizer.json" in entry.path and entry.method == "GET"]) == 1
+
+
+CLASSES = {
+    "BertForMaskedLM": ({"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+                         "model_type": "bert"}, "cls.predictions.bias"),
+    "GPT2LMHeadModel": ({"n_embd": 16, "n_layer": 2, "n_head": 4, "model_type": "gpt2"}, "transformer.wte.weight"),
+    "T5ForConditionalGeneration": ({"d_model": 16, "d_ff": 24, "d_kv": 4, "num_layers": 2, "num_heads": 4,
+                                    "model_type": "t5"}, "shared.weight"),
+}  # fmt: skip
+"""Classes of transformers, their shapes, and a tensor of theirs that has a row for each token."""
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_other_classes_follow_their_tokens_too(name: str, tmp_path: Path) -> None:
+    """An embedding that several parts share, and a bias with a number a token: all loaded, and each in its place."""
+    shape, tensor = CLASSES[name]
+    for seed, (folder, added) in enumerate((("one", ["<a>"]), ("other", ["<b>", "<c>"]))):
+        model(tmp_path / folder, seed, added)
+        (tmp_path / folder / "model.safetensors").unlink()
+        torch.manual_seed(seed)
+        its = transformers.AutoConfig.for_model(**shape, vocab_size=len(BASE) + len(added))
+        made = getattr(transformers, name)(its)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        made.save_pretrained(tmp_path / folder)
+    merge(linear(tmp_path / "one", tmp_path / "other", more="tokenizer: {}"), tmp_path / "out")
+    loaded, told = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert {what: names for what, names in told.items() if names} == {}
+    assert loaded.get_input_embeddings().weight.shape == (len(BASE) + 3, 16)
+    first, second, found = (rows(tmp_path / folder, tensor) for folder in ("one", "other", "out"))
+    torch.testing.assert_close(found["<a>"], first["<a>"])
+    torch.testing.assert_close(found["<c>"], second["<c>"])
+    torch.testing.assert_close(found["the"], (first["the"] + second["the"]) / 2)

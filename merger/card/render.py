@@ -52,7 +52,13 @@ class Stage:
     models: tuple[str, ...]
 
 
-def render(planned: Plan, table: Mapping[str, Method], name: str, related: Relations) -> str:
+NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "parameters": ()}
+"""The parts of the card that are known only at the end, as they are before."""
+
+
+def render(
+    planned: Plan, table: Mapping[str, Method], name: str, related: Relations, parts: Mapping[str, Any] = NO_PARTS
+) -> str:
     """The text of README.md.
 
     Args:
@@ -60,6 +66,7 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, related: Relat
         table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
         related: how the parents relate, as far as this run has seen it.
+        parts: lineage as text, pictures by name, parameters; each name of `NO_PARTS`.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
@@ -74,7 +81,8 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, related: Relat
     )
     environment.filters |= {"md": escaped, "fenced": fenced}
     try:
-        return environment.get_template(CARD).render(_content(planned, table, name) | {"related": related})
+        content = {**_content(planned, table, name), "related": related, **parts}
+        return environment.get_template(CARD).render(content)
     except TemplateError as error:
         what = f"the card's template cannot be rendered: {type(error).__name__}: {error.message}"
         raise RecipeError(Problem(what, publish.template_at, "publish.template")) from None

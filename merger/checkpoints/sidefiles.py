@@ -23,8 +23,17 @@ _OF_A_TOKENIZER = re.compile(
     r"(^|/)(tokenizer|vocab|merges|special_tokens_map|added_tokens|spiece|source|target|sentencepiece|tekken|chat_template)"
     r"|\.tiktoken$|^additional_chat_templates/"
 )
+CARD_NAME = "README.md"
+"""What a model says of itself to people."""
+
 LOCK_NAME = "merger.lock.yaml"
 """What a merge was made of, beside its result."""
+
+MEASURED_NAME = "merger.measured.json"
+"""How parents and result lie to each other, as it was measured on the way: what a card is rendered from again."""
+
+PICTURES = "pictures/"
+"""The folder beside a card that holds its pictures."""
 
 _CODE = re.compile(r"^[^/]+\.py$")
 

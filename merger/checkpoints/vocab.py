@@ -23,9 +23,6 @@ WORDS = ("vocab.json", "vocab.txt")
 FILES = (TOKENIZER, SETTINGS, ADDED, *WORDS)
 """The files that a vocabulary is read from."""
 
-OTHER_KINDS = (".model", ".tiktoken", "tekken.json")
-"""How the names of tokenizers' files end that are not read here."""
-
 Json = dict[str, Any]
 Ids = NDArray[np.int64]
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}

@@ -170,7 +170,7 @@ class Making:
             given["measured"] = self.measured
         inputs, base = self.load(block)
         merged: Tensor = self.method.function(inputs, **given)
-        self.seen[block.start] = observe(inputs, merged, block.start, self.job.entries)
+        self.seen[block.start] = observe(inputs, merged, block.start, self.job.entries, base)
         return merged if base is None else merged.add_(base)
 
     def load(self, block: Block, step: int = 1) -> tuple[list[Tensor], Tensor | None]:

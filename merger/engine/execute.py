@@ -24,7 +24,7 @@ from merger.plan.geometry import Geometry, noted
 from merger.plan.jobs import Job
 from merger.plan.plan import BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
 from merger.plan.work import BLOCK_ENTRIES
-from merger.stores.ports import Reader, Sink, Store, Ticket
+from merger.stores.ports import Reader, Store, Taker, Ticket
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -66,7 +66,7 @@ def tickets(plan: Plan, shards: Sequence[Shard]) -> list[Ticket]:
 
 
 def execute(
-    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Sink, device: str = "cpu"
+    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Taker, device: str = "cpu"
 ) -> Iterator[Event]:
     """Make some of the plan's shards, one after the other.
 
@@ -116,7 +116,7 @@ def _work(
 
 
 def _shard(
-    sink: Sink, shard: Shard, table: Mapping[str, Method], made: Iterator[tuple[memoryview, Work]]
+    sink: Taker, shard: Shard, table: Mapping[str, Method], made: Iterator[tuple[memoryview, Work]]
 ) -> Iterator[Event]:
     seen: dict[str, Geometry] = {}
     try:

@@ -45,6 +45,8 @@ def _run(rows: RowMap, first: int, last: int) -> tuple[int, int] | None:
 def _gathered(source: Rows, places: Numbers, leaves: Leaves) -> Tensor:
     """These rows of a map, each the mean of the stored rows that it is made of."""
     begins, counts = source.map.starts[places], source.map.starts[places + 1] - source.map.starts[places]
+    if (counts == 1).all():
+        return _stored(source, begins, leaves)
     made = torch.zeros(len(places), source.width)
     for turn in range(int(counts.max(initial=0))):
         at = np.flatnonzero(counts > turn)

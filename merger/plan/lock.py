@@ -17,6 +17,7 @@ import yaml
 from merger.checkpoints import chat, vocab
 from merger.checkpoints.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.checkpoints.checkpoint import (
+    FLOATS,
     STEM,
     Checkpoint,
     TensorInfo,
@@ -116,7 +117,8 @@ class LockedModel:
 
     def by_token(self, tensor: TensorInfo) -> bool:
         """Whether a tensor has a row for each token: an embedding, a head, or what else goes with them."""
-        if tensor.shape[:1] != (self.token_rows,) or self.architecture.place(tensor.name).stack is not None:
+        loose = self.architecture.place(tensor.name).stack is None and tensor.dtype in FLOATS
+        if not loose or tensor.shape[:1] != (self.token_rows,):
             return False
         widths = {one.shape[1] for one in (self.embedding, self.head) if one is not None}
         named = is_embedding(tensor.name) or is_head(tensor.name)
@@ -349,7 +351,7 @@ def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: s
     alone = is_single(located.name)
     config = {} if alone else _config(located, store)
     name = located.name.rpartition("/")[2].removesuffix(".safetensors") if alone else stem(located.files)
-    found = unpacked(_tensors(located, store, pool, name), config)
+    found = unpacked(tensors_of(located, store, pool, name), config)
     checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else name)
     return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
 
@@ -368,17 +370,27 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
     return config
 
 
-def _tensors(located: Located, store: Store, pool: ThreadPoolExecutor, stem: str) -> dict[str, TensorInfo]:
+def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor, stem: str = STEM) -> dict[str, TensorInfo]:
+    """A model's tensors by name, by the headers of its files, whose names begin with `stem`.
+
+    Raises:
+        ModelError: it has no safetensors that can be read.
+    """
     name = index_name(stem)
     index = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
     files = weight_files(located.files, index, stem)
-    tensors = gather(pool.map(lambda file: _header(located, store, file), files), index, stem)
+    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, stem)
     if not tensors:
         raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
 
 
-def _header(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+def tensors_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+    """The tensors of one safetensors file, by its header, in the order of their places.
+
+    Raises:
+        ModelError: it cannot be read, or is damaged.
+    """
     size = located.files[file].size
     length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
     return read_header(store.fetch(located, file, 8, 8 + length), file, size)

@@ -22,6 +22,7 @@ from merger.plan.lock import LockedRecipe
 from merger.plan.sources import Made, RowMap, RowPairs, held
 from merger.plan.stages import with_stages
 from merger.plan.texts import Texts, texts
+from merger.plan.tokens import Tokens
 from merger.plan.work import below, block_entries, memory, spool
 
 FORMAT = 1
@@ -81,8 +82,10 @@ class Plan:
         shards: the output files.
         left_out: the tensors of the models that nothing is made of.
         config: the output's config.json; empty: it has none.
+        tokens: the result's vocabulary, where the recipe has a tokenizer block.
         texts: the small files beside the tensors.
         seed: for methods that draw random numbers.
+        shard_bytes: the largest size of a shard's tensors.
         threads: how many threads compute.
         read_ahead: bytes that may be held of what is read from the Hub ahead of need.
         peak_memory: the most bytes of memory that the run will use.
@@ -95,8 +98,10 @@ class Plan:
     shards: tuple[Shard, ...] = field(repr=False)
     left_out: tuple[LeftOut, ...] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
+    tokens: Tokens | None = field(repr=False)
     texts: Texts = field(repr=False)
     seed: int
+    shard_bytes: int
     threads: int
     read_ahead: int
     peak_memory: int
@@ -159,6 +164,7 @@ class Plan:
             "read_bytes": self.read_bytes,
             "size": self.size,
             "config": self.config,
+            "tokens": self.tokens and {"rows": self.tokens.rows, "new": self.tokens.new, "source": self.tokens.source},
             "side_files": list(self.texts.taken),
             "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
             "stages": [
@@ -206,8 +212,10 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         shards=shards,
         left_out=tuple(left_out(locked, making)),
         config=edited,
+        tokens=making.tokens,
         texts=small,
         seed=seed,
+        shard_bytes=budget.shard_bytes,
         threads=budget.threads,
         read_ahead=READ_AHEAD_BYTES if remote else 0,
         peak_memory=0,

@@ -301,8 +301,8 @@ class Rows:
 
     @property
     def scratch(self) -> int:
-        """Two chunks of rows in float32, one as stored."""
-        return 16 * max(CHUNK_ENTRIES, 2 * self.width)
+        """A chunk of rows, those read for it, and those of one tensor, in float32 and as stored."""
+        return 24 * max(CHUNK_ENTRIES, self.width)
 
 
 PURSUED_ROWS = 64

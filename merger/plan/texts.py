@@ -36,6 +36,11 @@ class Texts:
     template: str | None = None
     generation: str | None = None
 
+    @property
+    def is_edited(self) -> bool:
+        """Whether anything is written into the files that are taken over."""
+        return any(text is not None for text in (self.added, self.template, self.generation))
+
     def edited(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
         """The files that were taken over, with all that is to be written into them."""
         made = dict(files)

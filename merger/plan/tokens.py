@@ -33,6 +33,7 @@ class Tokens:
     Args:
         source: the number of the model whose tokenizer the result takes.
         added: what its tokenizer.json must say of each added token; None: its files stay as they are.
+        new: how many of them it does not know yet.
         rows: how many rows embedding and head have.
         k: how many rows a pursued one is put together from, at most.
         maps: for each merged model, by its number, the rows that make the result's; leaves are numbers of models.
@@ -42,6 +43,7 @@ class Tokens:
 
     source: int
     added: tuple[Json, ...] | None
+    new: int
     rows: int
     k: int
     maps: Mapping[int, RowMap] = field(repr=False)
@@ -132,15 +134,16 @@ def tokens(locked: LockedRecipe) -> Tokens | None:
     source = locked.index(block.source if isinstance(block.source, ModelRef) else locked.recipe.donor)
     spelled = {number: held.spelled(known[source].spelling) for number, held in known.items()}
     whole = _whole(locked, block, spelled, source)
-    longer = len(whole.ids) > len(known[source].ids)
-    if longer and vocab.TOKENIZER not in locked.numbered(source).texts:
+    new = len(whole.ids) - len(known[source].ids)
+    if new and vocab.TOKENIZER not in locked.numbered(source).texts:
         what = f"{locked.numbered(source).name} has no {vocab.TOKENIZER}, so no tokens can be added to its tokenizer"
         raise ModelError(Problem(what, block.at, "tokenizer", _SAVE))
     filling = Filling(locked, block, spelled, whole, source)
     donor = locked.index(locked.recipe.donor)
     return Tokens(
         source=source,
-        added=tuple(whole.added.values()) if longer else None,
+        added=tuple(whole.added.values()) if new else None,
+        new=new,
         rows=filling.rows,
         k=block.k,
         maps={number: filling.map(number) for number in filling.merged},

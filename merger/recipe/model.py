@@ -261,7 +261,7 @@ class Recipe:
 
     @property
     def merged(self) -> tuple[ModelRef, ...]:
-        """The models that tensors or the config come from: the sources of slices, base models, those of `tensors`."""
+        """The models that tensors or the config come from: sources, base models, those of `tensors`."""
         sources = [source.model for piece in self.slices for source in piece.sources]
         bases = [piece.base_model for piece in self.slices if piece.base_model is not None]
         own = [self.base_model] if self.base_model is not None else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +177,7 @@ def test_a_plan_with_maps_prints_as_json(folders: Path) -> None:
     assert len(job["inputs"][0]["source"]["map"]) == 64
     assert [leaf["model"] for leaf in job["inputs"][0]["source"]["parts"]] == [0, 1]
     assert job["shape"] == [39, 16]
+    assert found["tokens"] == {"rows": 39, "new": 2, "source": 0}
 
 
 def test_a_model_that_only_lends_tokens_gives_nothing_else(folders: Path) -> None:
@@ -200,8 +200,8 @@ def test_memory_and_disk_of_maps_are_counted(folders: Path) -> None:
     assert pursued.peak_memory > united.peak_memory
 
 
-def test_a_large_union_is_planned_fast_and_without_torch(tmp_path: Path) -> None:
-    """Three models of 128,000 tokens each, two of them with tokens of their own: within four seconds, all included."""
+def test_a_large_union_is_planned_without_torch(tmp_path: Path) -> None:
+    """Three models of 128,000 tokens each, two of them with tokens of their own."""
     tokens = [*BASE, *(f"word{number}" for number in range(128_000 - len(BASE)))]
     content = json.loads(tokenizer([], BASE).to_str())
     content["model"]["vocab"] = {token: number for number, token in enumerate(tokens)}
@@ -219,7 +219,6 @@ def test_a_large_union_is_planned_fast_and_without_torch(tmp_path: Path) -> None
         "import sys; from merger.cli import main; code = main(['plan', 'recipe.yaml']); "
         "sys.exit(code or ('torch' in sys.modules))"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.monotonic() - start < 4
+    assert "\ntokens  128,003 rows: the tokenizer of base and 3 tokens more\n" in done.stdout
