@@ -19,6 +19,7 @@ from merger.checkpoints.architecture import Architecture, is_embedding, is_head,
 from merger.checkpoints.checkpoint import (
     FLOATS,
     STEM,
+    SUFFIX,
     Checkpoint,
     TensorInfo,
     gather,
@@ -185,11 +186,16 @@ class LockedRecipe:
 
     def index(self, ref: ModelRef) -> int:
         """The number of a model, or, counted on, of a stage."""
-        return next(number for number, model in enumerate((*self.models, *self.stages)) if model.ref == ref)
+        return next(number for number, model in enumerate(self.all) if model.ref == ref)
+
+    @property
+    def all(self) -> tuple[LockedModel, ...]:
+        """The models, and the stages after them."""
+        return (*self.models, *self.stages)
 
     def numbered(self, number: int) -> LockedModel:
         """The model or stage of that number."""
-        return (*self.models, *self.stages)[number]
+        return self.all[number]
 
     def model(self, ref: ModelRef) -> LockedModel:
         """The model or stage that a reference means."""
@@ -350,10 +356,15 @@ def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: s
     located = store.locate(ref.path, commit or ref.revision)
     alone = is_single(located.name)
     config = {} if alone else _config(located, store)
-    name = located.name.rpartition("/")[2].removesuffix(".safetensors") if alone else stem(located.files)
-    found = unpacked(tensors_of(located, store, pool, name), config)
-    checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else name)
+    found = unpacked(tensors_of(located, store, pool), config)
+    checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else _stem(located))
     return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
+
+
+def _stem(located: Located) -> str:
+    """What the names of its safetensors begin with: of a single file the name itself."""
+    alone = is_single(located.name)
+    return located.name.rpartition("/")[2].removesuffix(SUFFIX) if alone else stem(located.files)
 
 
 def _config(located: Located, store: Store) -> Mapping[str, Any]:
@@ -370,16 +381,17 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
     return config
 
 
-def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor, stem: str = STEM) -> dict[str, TensorInfo]:
-    """A model's tensors by name, by the headers of its files, whose names begin with `stem`.
+def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+    """A model's tensors by name, by the headers of its files.
 
     Raises:
         ModelError: it has no safetensors that can be read.
     """
-    name = index_name(stem)
+    begins = _stem(located)
+    name = index_name(begins)
     index = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
-    files = weight_files(located.files, index, stem)
-    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, stem)
+    files = weight_files(located.files, index, begins)
+    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, begins)
     if not tensors:
         raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
