@@ -20,7 +20,7 @@ from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
 from merger.card.render import rehearse, render
-from merger.checkpoints.checkpoint import INDEX
+from merger.checkpoints.checkpoint import index_name
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
 from merger.errors import (
@@ -146,7 +146,7 @@ def read(path: Path) -> Recipe:
         RecipeError: with every problem of the file.
     """
     text = _text(path)
-    if _is_lock(path):
+    if is_lock(path):
         return recipe_of(read_lock(text, str(path)), str(path))
     return read_text(text, str(path))
 
@@ -168,7 +168,8 @@ def _text(path: Path) -> str:
         raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
 
 
-def _is_lock(path: Path) -> bool:
+def is_lock(path: Path) -> bool:
+    """Whether a file is a lock file, by its name."""
     return path.name.endswith(LOCK_SUFFIX)
 
 
@@ -194,7 +195,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     paths = [*(ref.path for ref in recipe.models), *([template] if template.startswith(HUB) else [])]
     store = stores(paths, options.cache, options.read_token, options.hub_only)
     path = Path(recipe.path)
-    if _is_lock(path) and path.is_file():
+    if is_lock(path) and path.is_file():
         # the card's templates of who made the lock lie on another machine, unless they are on the Hub
         recipe = recipe if template.startswith(HUB) else replace(recipe, publish=replace(recipe.publish, template=None))
         planned = _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
@@ -253,11 +254,6 @@ def lock_path(recipe: Path) -> Path:
 
 def _pins(path: Path) -> dict[str, str]:
     return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
-
-
-def card_text(planned: Plan, name: str) -> str:
-    """The card as far as it is known before anything is made, for a repo or folder of this name."""
-    return render(planned, methods(), name, relations(planned, {}))
 
 
 def lock_text(planned: Plan, done: Done) -> str:
@@ -566,6 +562,7 @@ def model_files(planned: Plan) -> dict[str, bytes]:
     if len(planned.shards) > 1:
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
         total = sum(job.nbytes for job in planned.jobs)
-        files[INDEX] = index(dict(sorted(weight_map.items())), total)
-    files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
+        files[index_name(planned.locked.holder.checkpoint.stem)] = index(dict(sorted(weight_map.items())), total)
+    if planned.config:
+        files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files

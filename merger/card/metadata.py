@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from merger.checkpoints.config import is_diffusion
 from merger.methods.registry import Method
 from merger.plan.plan import Plan
 
@@ -43,7 +44,7 @@ def metadata(
     parents = list(dict.fromkeys(model.located.where for model in models if model.located.commit is not None))
     found = {
         **licence,
-        "library_name": _fitting(donor.get("library_name"), _SLUG) or "transformers",
+        "library_name": _fitting(donor.get("library_name"), _SLUG) or library(planned.config),
         "pipeline_tag": _fitting(donor.get("pipeline_tag"), _SLUG) or task(planned.config),
         "language": _union((model.card.get("language") for model in models), _LANGUAGE),
         "datasets": _union((model.card.get("datasets") for model in models), _DATASET),
@@ -72,6 +73,13 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _text)
+
+
+def library(config: Mapping[str, Any]) -> str | None:
+    """What loads the result; None for tensors without a config."""
+    if not config:
+        return None
+    return "diffusers" if is_diffusion(config) else "transformers"
 
 
 def task(config: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from merger.card.citation import bibtex
 from merger.card.layers import parameters
 from merger.card.licences import Judgement, judge, keys, licence_of
 from merger.card.lineage import shown
-from merger.card.metadata import ending, front_matter, metadata
+from merger.card.metadata import ending, front_matter, library, metadata
 from merger.card.recipe import shown_recipe
 from merger.card.relations import Relation, Relations
 from merger.card.templates import fill, refuse_unused
@@ -118,6 +118,10 @@ def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method],
         "parameters": _in_force(planned, table),
         "recipe": shown_recipe(planned),
         "plan": _plan(planned),
+        "library": library(planned.config),
+        "on_hub": "/" in name,
+        "first_file": planned.shards[0].name,
+        "class_name": planned.config.get("_class_name"),
         "auto_class": f"AutoModel{ending(planned.config) or ''}",
     }
 

@@ -12,7 +12,7 @@ from merger.checkpoints.licence_file import licence_files, licence_text, recogni
     [
         ("\n   Apache License\n   Version 2.0, January 2004\n http://www.apache.org/licenses/", "apache-2.0"),
         ("MIT License\n\nPermission is hereby granted, free of charge, to any person\nobtaining a copy", "mit"),
-        ("Redistribution and use in source and binary forms, with or without ... Neither the name of", "bsd-3-clause"),
+        ("Redistribution and use in source and binary forms, with or without 3. Neither the name of", "bsd-3-clause"),
         ("Redistribution and use in source and binary forms, with or without modification", "bsd-2-clause"),
         ("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version Release Date: July 23, 2024", "llama3.1"),
         ("META LLAMA 3 COMMUNITY LICENSE AGREEMENT", "llama3"),
