@@ -1,4 +1,4 @@
-"""What README, docs/mergekit.md and docs/action.md say of the code in tables, and docs/methods.md: `python
+"""What README, docs/mergekit.md, docs/action.md and docs/cards.md say of the code in tables, and docs/methods.md: `python
 docs/tables.py` writes them, `--check` compares.
 
 A table stands between the lines `<!-- NAME:start -->` and `<!-- NAME:end -->`. Not here: any other word of those pages.
@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from merger.card.terms import KINDS, TERMS
 from merger.console import needs
 from merger.errors import MergerError
 from merger.methods.registry import Method, Param, methods
@@ -24,6 +25,7 @@ README = ROOT / "README.md"
 METHODS = ROOT / "docs" / "methods.md"
 MERGEKIT = ROOT / "docs" / "mergekit.md"
 ACTION = ROOT / "docs" / "action.md"
+CARDS = ROOT / "docs" / "cards.md"
 DEPARTS = "Departs from mergekit: "
 
 
@@ -33,9 +35,11 @@ def main(arguments: Sequence[str]) -> int:
     action = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
     in_readme = {"methods": methods_table(built), "exit-codes": exit_codes_table(), "workflow": example("workflow")}
     in_action = {"inputs": inputs_table(action["inputs"]), "outputs": outputs_table(action["outputs"])}
+    in_cards = {"kinds": kinds_table(), "licences": licences_table()}
     wanted = {
         README: filled(README, in_readme),
         ACTION: filled(ACTION, in_action | {"workflow-parts": example("workflow-parts")}),
+        CARDS: filled(CARDS, in_cards),
         METHODS: methods_page(built),
         MERGEKIT: filled(MERGEKIT, {"departures": departures(built)}),
     }
@@ -89,7 +93,9 @@ def methods_page(built: Iterable[Method]) -> str:
 
 def method_section(method: Method) -> str:
     """A method's part of the page."""
-    lines = [f"## `{method.name}`: {method.title}", "", method.description, "", f"Models: {needs(method)}.", ""]
+    formula = [f"$$ {method.formula} $$", ""] if method.formula else []
+    lines = [f"## `{method.name}`: {method.title}", "", *formula, method.description, ""]
+    lines += [f"Models: {needs(method)}.", ""]
     if method.params:
         head = ("parameter", "kind", "default", "what it is")
         lines += [table(head, [parameter(param) for param in method.params]), ""]
@@ -126,6 +132,20 @@ def exit_codes_table() -> str:
 def first_line(kind: type) -> str:
     """What a class's docstring opens with."""
     return (kind.__doc__ or "").splitlines()[0]
+
+
+def kinds_table() -> str:
+    """A row for each thing that a licence asks."""
+    return table(("word", "what it asks"), [(kind.value, asks) for kind, asks in KINDS.items()])
+
+
+def licences_table() -> str:
+    """A row for each licence that is known, the ones that ask least first."""
+    rows = [
+        (f"`{terms.name}`", f"[{terms.title}]({terms.url})", ", ".join(kind.value for kind in terms.asks) or "nothing")
+        for terms in TERMS.values()
+    ]
+    return table(("licence", "text", "asks"), rows)
 
 
 def example(name: str) -> str:

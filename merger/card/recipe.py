@@ -19,7 +19,8 @@ def shown_recipe(planned: Plan) -> str:
     """The text, word for word but for the places of folders: in values, and where they stand in comments."""
     recipe = planned.locked.recipe
     named = {model.ref.path: f"./{model.name}" for model in planned.locked.models if model.located.commit is None}
-    places = {path: name for path, name in {**named, **_template(recipe.publish)}.items() if path != name}
+    everything = {**named, **_template(recipe.publish)}
+    places = {path: name for path, name in everything.items() if path.removeprefix("./") != name.removeprefix("./")}
     text = recipe.text.removeprefix("\ufeff")
     for start, end, anchored, value in reversed(_scalars(text) if places else []):
         found = next((path for path in places if value in (path, f"{path}/") or value.startswith(f"{path}+")), None)

@@ -145,3 +145,11 @@ def test_the_table_is_read_without_torch_and_numpy() -> None:
 def test_methods_are_in_the_order_of_their_names() -> None:
     """The table's order is the same on every machine."""
     assert list(methods()) == sorted(methods())
+
+
+def test_every_method_has_a_formula_that_markdown_leaves_alone() -> None:
+    """The Hub makes LaTeX of it only if nothing in it is Markdown's: no escaped sign, no emphasis, no cell, no tag."""
+    for method in methods().values():
+        assert method.formula, method.name
+        assert not re.search(r"\\[^A-Za-z]|[*|<>$`~]|[^\w]_|\s\s", method.formula), method.name
+        assert method.formula.count("{") == method.formula.count("}"), method.name

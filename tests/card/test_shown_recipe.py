@@ -1,0 +1,56 @@
+"""A card shows the recipe word for word, but for the places of folders on somebody's disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from merger.card.recipe import shown_recipe
+from merger.run import Options, plan, read
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("{place}/one", "./one"),
+        ("'{place}/one'", "'./one'"),
+        ('"{place}/one"', '"./one"'),
+        ("&a {place}/one", "&a ./one"),
+        ("!!str {place}/one", "!!str ./one"),
+        ('"{escaped}/one"', '"./one"'),
+        ("{place}/one/", "./one"),
+        ("./one", "./one"),
+        ("one", "one"),
+    ],
+)
+def test_places_of_folders_are_not_shown(
+    written: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is written; comments and all else stay."""
+    for seed, name in enumerate(("one", "two")):
+        tiny.model(tmp_path / name, seed)
+    monkeypatch.chdir(tmp_path)
+    escaped = str(tmp_path).replace("/", "\\x2f")
+    text = (
+        f"# {tmp_path}/one is mine, 'one' is a word\nmerge_method: linear\nparameters: {{weight: 1}}\nmodels:\n"
+        f"  - model: {written.format(place=tmp_path, escaped=escaped)} # one\n  - model: ./two\n"
+    )
+    Path("mine.yaml").write_text(text)
+    found = shown_recipe(plan(read(Path("mine.yaml")), Options())[0])
+    assert f"  - model: {shown} # one\n  - model: ./two\n" in found
+    assert str(tmp_path) not in yaml.safe_dump(yaml.safe_load(found))
+    if "{place}" in written:
+        assert found.startswith("# ./one is mine, 'one' is a word\n")
+
+
+def test_a_recipe_without_folders_elsewhere_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the letter."""
+    for seed, name in enumerate(("one", "two")):
+        tiny.model(tmp_path / name, seed)
+    monkeypatch.chdir(tmp_path)
+    text = "merge_method:   linear # ok\nparameters: {weight: 1}\nmodels: [{model: ./one}, {model: ./two}]"
+    Path("mine.yaml").write_text(text)
+    assert shown_recipe(plan(read(Path("mine.yaml")), Options())[0]) == text
