@@ -217,7 +217,7 @@ def _check(arguments: argparse.Namespace) -> int:
         for note in recipe.warnings:
             print(console.warning(note), file=sys.stderr)
         methods = ", ".join(dict.fromkeys(piece.method for piece in recipe.slices))
-        print(f"{path}: well formed ({methods}; {len(recipe.models)} models)")
+        print(f"{path}: well formed ({methods or 'mixture of experts'}; {len(recipe.models)} models)")
     return code
 
 

@@ -91,6 +91,50 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """A model whose MLPs become one expert of each layer.
+
+    Args:
+        source_model: the model.
+        positive_prompts: texts such as this expert shall be chosen for.
+        negative_prompts: texts such as it shall not be chosen for.
+        noise_scale: the standard deviation of what is added to its MLPs, at random.
+        residual_scale: what its MLPs' output is multiplied by.
+        at: where the expert stands in the recipe.
+    """
+
+    source_model: ModelRef
+    positive_prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
+    noise_scale: float = 0.0
+    residual_scale: float = 1.0
+    at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts: everything but the MLPs is the base model's.
+
+    Args:
+        experts: the models whose MLPs become experts, one expert each.
+        shared_experts: one model at most, whose MLPs every token goes through.
+        gate_mode: how the router's rows are made: from the prompts' hidden states, their embeddings, or by chance.
+        experts_per_token: how many experts each token goes through; None: the layout's default.
+        architecture: the beginning of the name of the layout to write; None: the first that fits the models.
+        at: where `experts` stands in the recipe; `gate_mode_at`, `architecture_at`: those values.
+    """
+
+    experts: tuple[Expert, ...]
+    shared_experts: tuple[Expert, ...] = ()
+    gate_mode: str = "hidden"
+    experts_per_token: int | None = None
+    architecture: str | None = None
+    at: Span | None = field(default=None, compare=False)
+    gate_mode_at: Span | None = field(default=None, compare=False)
+    architecture_at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class Publish:
     """Where the result goes and how: the recipe's `publish:` block.
 
@@ -120,12 +164,13 @@ class Recipe:
     Args:
         path: the file's name as the user gave it.
         text: the file's text, as it was.
-        modules: what is made of what.
+        modules: what is made of what; none for a mixture.
         base_model: the recipe's own base_model, or None.
         parameters: the settings at the top level.
         dtype: ``float32``, ``float16``, ``bfloat16``, or None: follow the base model, else the first model.
         seed: for methods that draw random numbers.
         publish: where the result goes.
+        mixture: the mixture of experts that the recipe asks for, or None.
         warnings: what is allowed but has no effect, or is likely not meant.
     """
 
@@ -137,6 +182,7 @@ class Recipe:
     dtype: str | None = None
     seed: int = 0
     publish: Publish = field(default_factory=Publish)
+    mixture: Mixture | None = None
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
 
     @property
@@ -146,11 +192,16 @@ class Recipe:
 
     @property
     def models(self) -> tuple[ModelRef, ...]:
-        """Every model once, in the order of its first mention: the sources of each slice, then its base model."""
+        """Every model once, in the order of its first mention: the sources of each slice, then its base model.
+
+        Of a mixture the experts, then the shared one, then the base model.
+        """
+        mixed = () if self.mixture is None else (*self.mixture.experts, *self.mixture.shared_experts)
+        experts = [expert.source_model for expert in mixed]
         sources = [source.model for piece in self.slices for source in piece.sources]
         bases = [piece.base_model for piece in self.slices if piece.base_model is not None]
         own = [self.base_model] if self.base_model is not None else []
-        return tuple(dict.fromkeys([*sources, *bases, *own]))
+        return tuple(dict.fromkeys([*experts, *sources, *bases, *own]))
 
     @property
     def donor(self) -> ModelRef:
