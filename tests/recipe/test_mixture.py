@@ -91,7 +91,7 @@ def test_by_chance_no_prompts_are_needed(read: Read, mode: str) -> None:
     assert read(text).warnings == ()
     told = warnings(read(text.replace("org/b", "org/b, positive_prompts: [x]")))
     what = "positive_prompts has no effect where the router is drawn by chance"
-    assert told == [f"3:54: experts[org/b].positive_prompts: {what}"]
+    assert told == [f"3:56: experts[org/b].positive_prompts: {what}"]
 
 
 def test_equal_experts_are_warned_of(read: Read) -> None:
