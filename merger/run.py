@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,11 +84,15 @@ class Resumed:
 
 @dataclass(frozen=True)
 class PartDone:
-    """A part's shards are where all parts put them; `merger publish` makes a model of them once all are there."""
+    """A part's shards are where all parts put them; `merger publish` makes a model of them once all are there.
+
+    `doubts` are sentences that say why the model may mean little, as far as this part has seen it.
+    """
 
     part: Part
     shards: int
     of: int
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -313,7 +317,7 @@ def run(planned: Plan, store: Store, options: Options) -> Iterator[Event | Resum
 
 def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
     """The shards that are missing, and the end: of a part, or of the whole."""
-    held, seen = dict(sink.held()), dict[str, Geometry]()
+    held, seen, doubts = dict(sink.held()), dict[str, Geometry](), tuple[str, ...]()
     mine = share(planned.shards, options.part)
     missing = [shard for shard in mine if shard.name not in held]
     if held:
@@ -323,9 +327,9 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
     sink.reserve(needed_disk(planned, options, missing))
     if missing:
         sink.check_card(_card(planned, sink, relations(planned, seen)))
-        yield from _shards_made(planned, missing, store, sink, options, held, seen)
+        doubts = yield from _shards_made(planned, missing, store, sink, options, held, seen)
     if options.part is not None:
-        yield PartDone(options.part, len(mine), len(planned.shards))
+        yield PartDone(options.part, len(mine), len(planned.shards), doubts)
         return
     shards = tuple(held[shard.name] for shard in planned.shards)
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
@@ -333,7 +337,7 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
     related = relations(planned, seen)
     files = _small_files(planned, store, _card(planned, sink, related), shards)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
-    yield Done(published, shards, related.doubts, files["README.md"].decode())
+    yield Done(published, shards, (*related.doubts, *doubts), files["README.md"].decode())
 
 
 def _shards_made(
@@ -344,10 +348,12 @@ def _shards_made(
     options: Options,
     held: dict[str, Written],
     seen: dict[str, Geometry],
-) -> Iterator[Event]:
-    from merger.engine.execute import Observed, ShardDone, execute  # imports torch, which all else does without
+) -> Generator[Event, None, tuple[str, ...]]:
+    """Make them, fill `held` and `seen`, and return what speaks against the result beside what was seen."""
+    # imports torch, which all else does without
+    from merger.engine.execute import Doubted, Observed, ShardDone, execute
 
-    made: list[str] = []
+    made, doubts = list[str](), list[str]()
     try:
         for event in execute(planned, missing, methods(), store, sink, options.device):
             if isinstance(event, ShardDone):
@@ -355,10 +361,13 @@ def _shards_made(
                 made.append(event.shard.name)
             elif isinstance(event, Observed):
                 seen[event.job.name] = event.geometry
+            elif isinstance(event, Doubted):
+                doubts.append(event.what)
             yield event
     except DamagedError as error:
         _forget(sink, made, error)
         raise
+    return tuple(doubts)
 
 
 def _forget(sink: Sink, made: Sequence[str], why: DamagedError) -> None:

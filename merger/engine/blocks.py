@@ -26,7 +26,7 @@ from merger.methods.registry import Method, declared
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job, arguments
 from merger.plan.plan import BLOCK_ENTRIES, block_entries, kept
-from merger.plan.sources import Stored
+from merger.plan.sources import Routed, Stored
 from merger.stores.ports import Reader
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -131,6 +131,7 @@ class Work:
         reader: where bytes come from.
         seed: for a method that draws random numbers.
         device: where the arithmetic is done.
+        routers: those that were computed beforehand.
         prepared: what the method measured of the whole tensor, once it is known; None: nothing is to be prepared.
     """
 
@@ -140,6 +141,7 @@ class Work:
     reader: Reader
     seed: int
     device: torch.device
+    routers: Mapping[Routed, Tensor]
     prepared: Future[Any] | None = None
     _seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
     _spool: Spool | None = field(default=None, repr=False)
@@ -252,6 +254,9 @@ class _Leaves:
         if leaf not in self._loaded:
             self._loaded[leaf] = self._work.entries(leaf, start, stop, self._shared[leaf], step)
         return out[: len(self._loaded[leaf])].copy_(self._loaded[leaf])
+
+    def router(self, source: Routed) -> Tensor:
+        return self._work.routers[source]
 
 
 class _Blocks:

@@ -1,6 +1,6 @@
 """A source's entries in float32, a run of them at a time: how each kind of plan.sources is read.
 
-Not here: where a leaf's bytes come from and in which order (blocks).
+Not here: where a leaf's bytes come from and in which order (blocks), and how routers are computed (gates).
 """
 
 from __future__ import annotations
@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from merger.plan.sources import Source, Stored
+from merger.methods._normal import normal, uniform
+from merger.methods._ops import Rng
+from merger.plan.sources import DRAWN_AT_ONCE, Drawn, Noised, Routed, Source, Stored, Zeros
 
 
 class Leaves(Protocol):
-    """The stored tensors of a job."""
+    """The stored tensors of a job, and what was computed beforehand."""
 
     def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
         """The leaf's entries ``[start, stop)`` as float32, in the front of `out`.
@@ -25,6 +29,9 @@ class Leaves(Protocol):
             ModelError: the bytes cannot be had.
         """
 
+    def router(self, source: Routed) -> Tensor:
+        """A router's rows."""
+
 
 def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, step: int = 1) -> Tensor:
     """The source's entries ``[start, stop)`` as float32, in the front of `out`; with `step` every so many."""
@@ -34,5 +41,40 @@ def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, ste
     return full[-start % step :: step]
 
 
-_READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {}
+def _drawn(source: Drawn, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    for first in range(start, stop, DRAWN_AT_ONCE):
+        last = min(first + DRAWN_AT_ONCE, stop)
+        out[first - start : last - start].copy_(torch.from_numpy(_draws(source, first, last)))
+    return out[: stop - start]
+
+
+def _draws(source: Drawn, start: int, stop: int) -> Any:
+    bits = Rng(source.seed, source.stream).bits(0, np.arange(start, stop), "entries")
+    if source.law == "normal":
+        return source.spread * normal(bits)
+    return source.spread * (2.0 * uniform(bits) - 1.0)
+
+
+def _noised(source: Noised, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    quiet = load(source.quiet, start, stop, out, leaves)
+    for first in range(start, stop, DRAWN_AT_ONCE):
+        last = min(first + DRAWN_AT_ONCE, stop)
+        quiet[first - start : last - start] += torch.from_numpy(_draws(source.noise, first, last)).float()
+    return quiet
+
+
+def _zeros(source: Zeros, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return out[: stop - start].zero_()
+
+
+def _routed(source: Routed, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return out[: stop - start].copy_(leaves.router(source).reshape(-1)[start:stop])
+
+
+_READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
+    Drawn: _drawn,
+    Noised: _noised,
+    Zeros: _zeros,
+    Routed: _routed,
+}
 """How each kind of source but the plain one fills the front of `out` with its entries ``[start, stop)``."""

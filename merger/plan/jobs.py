@@ -20,7 +20,9 @@ from merger.plan.sources import Source, Stored
 from merger.recipe.settings import Parameters, first_value
 
 PASSTHROUGH = "passthrough"
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""How safetensors writes the dtypes that a recipe may ask for."""
+
 _MISMATCHES_SHOWN = 3
 
 
@@ -153,7 +155,7 @@ class _Maker:
         self._locked, self._table, self._findings = locked, table, findings
         taken = [part.model for piece in locked.recipe.slices for part in parts(locked, piece, table[piece.method])]
         self._head = next((model.head for model in taken if _is_untied(model)), None)
-        self._dtype = _DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
+        self._dtype = DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
         self._shown: Counter[tuple[int, int]] = Counter()
         self.layers: list[tuple[LockedModel, int]] = []
 
@@ -299,11 +301,11 @@ class _Maker:
 
     def _tell_shapes(self, piece: Cut, number: int, tensor: TensorInfo, leading: TensorInfo) -> None:
         part = next(part for part in piece.parts if part.number == number)
-        mine = f"{_shape(leading)} in {piece.parts[piece.leader].model.name}"
+        mine = f"{shape_text(leading)} in {piece.parts[piece.leader].model.name}"
         hint = "only tensors of one shape can be merged"
         if (is_embedding(tensor.name) or is_head(tensor.name)) and tensor.shape[1:] == leading.shape[1:]:
             hint = "their vocabularies differ; tokenizer: is not built yet, so give both models one vocabulary first"
-        what = f"{tensor.name} is {mine}, but {_shape(tensor)} in {part.model.name}"
+        what = f"{tensor.name} is {mine}, but {shape_text(tensor)} in {part.model.name}"
         self._findings.about_part(what, part, hint)
 
     def _is_news(self, one: int, other: int) -> bool:
@@ -336,5 +338,10 @@ def _is_untied(model: LockedModel) -> bool:
     return model.head is not None and not model.is_tied
 
 
-def _shape(tensor: TensorInfo) -> str:
+def shape_text(tensor: TensorInfo) -> str:
+    """A shape as readers write it.
+
+    >>> shape_text(TensorInfo("a", "F32", (2, 3), "model.safetensors", 0, 24))
+    '2x3'
+    """
     return "x".join(map(str, tensor.shape)) or "a single number"

@@ -18,7 +18,8 @@ from merger.checkpoints.shard import header, shard_name
 from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
-from merger.plan.jobs import Job, make
+from merger.plan import moe, routing
+from merger.plan.jobs import Job, Making, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
 from merger.plan.sources import Stored
@@ -177,9 +178,8 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         RecipeError, MismatchError: from `jobs.make`.
         BudgetError: it cannot fit into the memory.
     """
-    making = make(locked, table)
-    edited = config(locked, making)
     seed = locked.recipe.seed if seed is None else seed
+    making, edited = _made(locked, table, seed)
     shards = tuple(_shards(_in_file_order(making.jobs, locked.index(locked.donor.ref)), budget.shard_bytes))
     remote = [number for number, model in enumerate(locked.models) if model.located.commit is not None]
     draft = Plan(
@@ -192,11 +192,20 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         threads=budget.threads,
         read_ahead=READ_AHEAD_BYTES if remote else 0,
         peak_memory=0,
-        read_bytes=sum(entry.tensor.nbytes for job in making.jobs for entry in job.reads),
+        read_bytes=sum(leaf.tensor.nbytes for job in making.jobs for leaf in job.reads)
+        + routing.read_bytes(locked, making.jobs),
         spool=_spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
         hash=_hash(locked, shards, edited, seed),
     )
     return _fitted(draft, table, budget)
+
+
+def _made(locked: LockedRecipe, table: Mapping[str, Method], seed: int) -> tuple[Making, Mapping[str, Any]]:
+    """The jobs, and the output's config.json."""
+    if locked.recipe.mixture is not None:
+        return moe.make(locked, locked.recipe.mixture, seed)
+    making = make(locked, table)
+    return making, config(locked, making)
 
 
 def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: Collection[int], ahead: int) -> int:
@@ -256,7 +265,10 @@ def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:
 
 
 def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
-    """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead."""
+    """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead.
+
+    Of what is computed before the first block: what that takes, if it is more, and what is held of it.
+    """
     thread = max((_thread_memory(job, table[job.method]) for job in plan.jobs), default=0)
     waiting = (
         BLOCKS_IN_FLIGHT
@@ -265,7 +277,8 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
         * max((block_entries(job, table[job.method]) for job in plan.jobs), default=0)
     )
     jobs = _BYTES_A_JOB * (len(plan.jobs) + len(plan.left_out))
-    return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs
+    before, held = routing.memory(plan.locked, plan.jobs, plan.threads)
+    return _BASELINE_BYTES + max(plan.threads * thread + waiting, before) + held + 2 * plan.read_ahead + jobs
 
 
 def _thread_memory(job: Job, method: Method) -> int:
