@@ -146,17 +146,19 @@ def _qwen(config: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
 
 
 def _qwen2_moe(config: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    edited = _qwen(config, sizes) | {
+    """The kinds of the layers are written out: left to itself, its class finds others than the dense one's."""
+    windowed = config.get("use_sliding_window", config.get("sliding_window") is not None)
+    first = config.get("max_window_layers", 28) if config["model_type"] == "qwen2" else 0
+    layers = range(config["num_hidden_layers"])
+    kinds = ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in layers]
+    return _qwen(config, sizes) | {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
         "shared_expert_intermediate_size": sizes.shared,
         "qkv_bias": True,
+        "use_sliding_window": windowed,
+        "layer_types": config.get("layer_types") or kinds,
     }
-    if config["model_type"] == "qwen2":
-        return edited
-    # Llama and Mistral have one window for all layers or none.
-    edited.pop("layer_types", None)
-    return edited | {"use_sliding_window": config["sliding_window"] is not None, "max_window_layers": 0}
 
 
 def _qwen3_moe(config: dict[str, Any], sizes: Sizes) -> dict[str, Any]:

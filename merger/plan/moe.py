@@ -34,6 +34,7 @@ from merger.recipe.mixture import BY_CHANCE, matching
 from merger.recipe.model import Expert, Mixture
 
 _DEFAULT_PER_TOKEN = 2
+_UNQUANTISED = "use the model's bfloat16, float16 or float32 version"
 
 
 def make(locked: LockedRecipe, mixture: Mixture, seed: int) -> tuple[Making, Mapping[str, Any]]:
@@ -204,7 +205,7 @@ class _Mixer:
             self._tell_base(f"has no tensor {missing[0] if missing else STACK}, which {self._layout.name} needs")
         for tensor in held:
             if tensor.dtype not in FLOATS:
-                self._tell_base(f"stores {tensor.name} as {tensor.dtype}")
+                self._tell_base(f"stores {tensor.name} as {tensor.dtype}", _UNQUANTISED)
                 break
         if self._mixture.gate_mode not in BY_CHANCE and "tokenizer.json" not in self._base.located.files:
             self._tell_base("has no tokenizer.json, by which prompts become tokens", "write gate_mode: random")
@@ -236,18 +237,22 @@ class _Mixer:
         else:
             faults = (self._fault(expert, model, layer, role) for layer in range(layers) for role in MATRICES)
             if fault := next((fault for fault in faults if fault), None):
-                self._tell(expert, model, fault, "experts have MLPs of one shape and the base model's hidden size")
+                self._tell(expert, model, *fault)
 
-    def _fault(self, expert: Expert, model: LockedModel, layer: int, role: str) -> str | None:
+    def _fault(self, expert: Expert, model: LockedModel, layer: int, role: str) -> tuple[str, str] | None:
+        """What is wrong with an expert's matrix, if anything is, and what to do."""
         name = _at(layer, role)
         tensor = model.checkpoint.tensors.get(name)
         if tensor is None:
-            return f"has no tensor {name}"
+            return f"has no tensor {name}", "is it saved in full?"
         if tensor.dtype not in FLOATS:
-            return f"stores {name} as {tensor.dtype}"
+            return f"stores {name} as {tensor.dtype}", _UNQUANTISED
         wide = _middle(model) if expert in self._mixture.shared_experts else self._middle
         shape = (self._width, wide) if role == DOWN else (wide, self._width)
-        return None if tensor.shape == shape else f"has {name} of {shape_text(tensor)}, not {'x'.join(map(str, shape))}"
+        if tensor.shape == shape:
+            return None
+        what = f"has {name} of {shape_text(tensor)}, not {'x'.join(map(str, shape))}"
+        return what, "experts have MLPs of one shape and the base model's hidden size"
 
     def _tell(self, expert: Expert, model: LockedModel, what: str, hint: str) -> None:
         at, where = expert.source_model.at or expert.at, f"experts[{expert.source_model}]"
