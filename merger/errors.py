@@ -75,6 +75,14 @@ class ModelError(MergerError):
     exit_code = 3
 
 
+class GatedError(ModelError):
+    """It is there, but its terms have to be accepted first."""
+
+
+class MissingError(ModelError):
+    """There is no such model, or nobody tells us that there is: deleted, renamed or private."""
+
+
 class DamagedError(ModelError):
     """A file is not the one that was locked: nothing that was made of it can be trusted."""
 
@@ -98,7 +106,7 @@ class UploadError(MergerError):
 
 
 class VerificationError(MergerError):
-    """What was written is not what was promised."""
+    """What was written is not what was promised; or two models that were compared differ."""
 
     exit_code = 7
 

@@ -8,23 +8,26 @@ thread, so that no number depends on the others. Not here: routers drawn by chan
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from merger.checkpoints.checkpoint import TensorInfo
 from merger.checkpoints.mixtures import EMBEDDING
-from merger.engine.blocks import TORCH_DTYPES
+from merger.engine.blocks import Work, blocks
+from merger.engine.sources import load
 from merger.errors import ModelError, Problem, RecipeError
+from merger.methods.registry import Method
+from merger.plan.jobs import PASSTHROUGH, Input, Job
 from merger.plan.lock import LockedModel
-from merger.plan.plan import Plan, Shard
-from merger.plan.routing import EMBEDDED, layers, prompts, routed
-from merger.plan.sources import Routed
+from merger.plan.plan import Plan
+from merger.plan.routing import EMBEDDED, embedding, layers, prompts, routed
+from merger.plan.sources import Routed, Stored
 from merger.stores.ports import Reader, Store, Ticket
 
 _CONDITION = 5.0
@@ -35,32 +38,37 @@ States = Mapping[str, Tensor]
 """For each prompt a row for each of its tokens, in float32."""
 
 
-def gates(plan: Plan, shards: Sequence[Shard], store: Store) -> dict[Routed, Tensor]:
-    """The routers of these shards that are computed from prompts; each row is of unit length.
+def gates(plan: Plan, jobs: Sequence[Job], table: Mapping[str, Method], store: Store) -> dict[Routed, Tensor]:
+    """The routers of these jobs that are computed from prompts; each row is of unit length.
+
+    Args:
+        plan: what the jobs are part of.
+        jobs: those that are made.
+        table: the merge methods by name.
+        store: where the models' bytes come from.
 
     Raises:
         RecipeError: a package that this needs is not installed.
         ModelError: bytes of the base model or its tokenizer cannot be read.
     """
-    wanted = routed([job for shard in shards for job in shard.jobs])
+    wanted = routed(jobs)
     if not wanted:
         return {}
     needed = ("tokenizers",) if wanted[0].mode == EMBEDDED else ("tokenizers", "transformers")
     _refuse_missing(plan, needed)
-    donor = plan.locked.donor
-    states = _embedded(donor, _tokens(donor, store, prompts(wanted)), store, plan.read_ahead)
+    base = _Base(plan, table, store)
+    states = base.embedded(_tokens(plan, store, prompts(wanted)))
     if wanted[0].mode == EMBEDDED:
         return {router: _rows(router, states) for router in wanted}
-    return _through_layers(plan, wanted, states, store)
+    return _through_layers(base, wanted, states)
 
 
-def _through_layers(plan: Plan, wanted: Sequence[Routed], states: States, store: Store) -> dict[Routed, Tensor]:
+def _through_layers(base: _Base, wanted: Sequence[Routed], states: States) -> dict[Routed, Tensor]:
     """Each router from its layer's input."""
     found: dict[Routed, Tensor] = {}
-    run = layers(plan.locked, wanted)
-    with ThreadPoolExecutor(plan.threads) as pool, closing(_reader(plan, run, store)) as reader:
-        weights = _weights(plan.locked.donor, run, reader)
-        decoders = _Decoders(plan.locked.donor.checkpoint.config)
+    run = layers(base.plan.locked, wanted)
+    decoders = _Decoders(base.plan.locked.donor.checkpoint.config)
+    with ThreadPoolExecutor(base.plan.threads) as pool, closing(base.weights(run)) as weights:
         for layer in range(len(run) + 1):
             found |= {router: _rows(router, states) for router in wanted if router.layer == layer}
             if layer < len(run):
@@ -114,30 +122,31 @@ def _unit(row: Tensor) -> Tensor:
 # ---- prompts --------------------------------------------------------------------------------------------------------
 
 
-def _tokens(donor: LockedModel, store: Store, texts: Sequence[str]) -> dict[str, list[int]]:
+def _tokens(plan: Plan, store: Store, texts: Sequence[str]) -> dict[str, list[int]]:
     """Each prompt's tokens behind the one that begins a text, if the tokenizer has one; no chat template is put on."""
     from tokenizers import Tokenizer
 
+    models = plan.locked.models
+    files = {name: store.fetch(models[number].located, name) for name, number in plan.texts.taken.items()}
+    donor = plan.locked.donor
     try:
-        tokenizer = Tokenizer.from_str(store.fetch(donor.located, "tokenizer.json").decode())
-    except ModelError:
-        raise
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
     except Exception as error:  # the library raises nothing more special
         raise ModelError(_about(donor, f"tokenizer.json cannot be read ({error})", "download it again")) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    begin = _begin(donor, store)
+    begin = _begin(files)
     encoded = {text: tokenizer.encode(begin + text, add_special_tokens=False).ids for text in texts}
-    if empty := next((text for text, ids in encoded.items() if not ids), None):
-        raise RecipeError(_about(donor, f"the tokenizer makes no token of the prompt {empty!r}", "take it out"))
+    if (empty := next((text for text, ids in encoded.items() if not ids), None)) is not None:
+        raise RecipeError(_about(donor, f"its tokenizer makes no token of the prompt {empty!r}", "take the prompt out"))
     return encoded
 
 
-def _begin(donor: LockedModel, store: Store) -> str:
+def _begin(files: Mapping[str, bytes]) -> str:
     """The text of the token that begins a text, empty where there is none."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
-            said = json.loads(store.fetch(donor.located, file)) if file in donor.located.files else {}
+            said = json.loads(files.get(file, b"{}"))
         except ValueError:
             said = {}
         token = said.get("bos_token") if isinstance(said, dict) else None
@@ -145,23 +154,6 @@ def _begin(donor: LockedModel, store: Store) -> str:
         if isinstance(token, str):
             return token
     return ""
-
-
-def _embedded(donor: LockedModel, tokens: Mapping[str, list[int]], store: Store, ahead: int) -> States:
-    """The embeddings of each prompt's tokens: only these rows are read."""
-    tensor = donor.checkpoint.tensors[EMBEDDING]
-    ids = sorted({token for row in tokens.values() for token in row})
-    if ids[-1] >= tensor.shape[0]:
-        what = f"its tokenizer knows the token {ids[-1]}, and its embedding has {tensor.shape[0]} rows"
-        raise ModelError(_about(donor, what, "take a base_model whose tokenizer fits it"))
-    size = tensor.nbytes // tensor.shape[0]
-    starts = [tensor.start + token * size for token in ids]
-    rows = torch.empty(len(ids), tensor.shape[1])
-    with closing(store.reader([Ticket(donor.located, tensor.file, at, at + size) for at in starts], ahead)) as reader:
-        for number in range(len(ids)):
-            rows[number] = _read(reader, number, size, tensor)
-    places = {token: place for place, token in enumerate(ids)}
-    return {text: rows[[places[token] for token in row]] for text, row in tokens.items()}
 
 
 def _about(donor: LockedModel, what: str, hint: str) -> Problem:
@@ -179,32 +171,80 @@ def _refuse_missing(plan: Plan, packages: Sequence[str]) -> None:
             raise RecipeError(Problem(what, at, "gate_mode", "pip install 'hub-merger[moe]'")) from None
 
 
-# ---- layers ---------------------------------------------------------------------------------------------------------
+# ---- the base model -------------------------------------------------------------------------------------------------
 
 
-def _reader(plan: Plan, run: Sequence[Sequence[TensorInfo]], store: Store) -> Reader:
-    donor = plan.locked.donor.located
-    tickets = [Ticket(donor, tensor.file, tensor.start, tensor.stop) for layer in run for tensor in layer]
-    return store.reader(tickets, plan.read_ahead)
+class _Base:
+    """The base model's tensors in float32, made like those of any merge, whatever they are made of."""
 
+    def __init__(self, plan: Plan, table: Mapping[str, Method], store: Store) -> None:
+        self.plan, self._table, self._store = plan, table, store
 
-def _weights(donor: LockedModel, run: Sequence[Sequence[TensorInfo]], reader: Reader) -> Iterator[dict[str, Tensor]]:
-    """Each layer's tensors by role, in float32."""
-    ticket = 0
-    for layer in run:
-        held = {}
-        for tensor in layer:
-            role = donor.architecture.place(tensor.name).role
-            held[role] = _read(reader, ticket, tensor.nbytes, tensor).view(tensor.shape)
-            ticket += 1
-        yield held
-        held.clear()
+    def embedded(self, tokens: Mapping[str, list[int]]) -> States:
+        """The embeddings of each prompt's tokens."""
+        job = embedding(self.plan.locked)
+        ids = sorted({token for row in tokens.values() for token in row})
+        if ids[-1] >= job.shape[0]:
+            what = f"its tokenizer knows the token {ids[-1]}, and its embedding has {job.shape[0]} rows"
+            raise ModelError(_about(self.plan.locked.donor, what, "take a base_model whose tokenizer fits it"))
+        source = job.sources[0]
+        rows = self._stored_rows(source, ids) if isinstance(source, Stored) else self._made_rows(job, ids)
+        places = {token: place for place, token in enumerate(ids)}
+        return {text: rows[[places[token] for token in row]] for text, row in tokens.items()}
 
+    def _stored_rows(self, leaf: Stored, ids: Sequence[int]) -> Tensor:
+        """Rows of a stored tensor, of which no others are read: each is a tensor of its own for once."""
+        count, width = leaf.shape
+        size = leaf.tensor.nbytes // count
+        starts = [leaf.tensor.start + row * size for row in ids]
+        cut = [replace(leaf.tensor, shape=(width,), start=start, stop=start + size) for start in starts]
+        inputs = [Input(Stored(leaf.model, row), {"scale": 1.0}) for row in cut]
+        jobs = [Job(EMBEDDING, "F32", (width,), PASSTHROUGH, (row,)) for row in inputs]
+        with closing(self._reader(jobs)) as reader:
+            return torch.stack([self._made(job, number, reader) for number, job in enumerate(jobs)])
 
-def _read(reader: Reader, ticket: int, nbytes: int, tensor: TensorInfo) -> Tensor:
-    raw = bytearray(nbytes)
-    reader.read(ticket, 0, memoryview(raw))
-    return torch.frombuffer(raw, dtype=TORCH_DTYPES[tensor.dtype]).float()
+    def _made_rows(self, job: Job, ids: Sequence[int]) -> Tensor:
+        """Rows of what is made on the way."""
+        rows = torch.empty(len(ids), job.shape[1])
+        with closing(self._reader([job])) as reader, closing(self._work(job, 0, reader)) as work:
+            if work.wants_preparing:
+                work.prepare()
+            for row, token in zip(rows, ids, strict=True):
+                start = token * job.shape[1]
+                load(job.sources[0], start, start + job.shape[1], row, work)
+        return rows
+
+    def weights(self, run: Sequence[Sequence[Job]]) -> Generator[dict[str, Tensor]]:
+        """Each layer's tensors by role."""
+        place = self.plan.locked.donor.architecture.place
+        first = 0
+        with closing(self._reader([job for layer in run for job in layer])) as reader:
+            for layer in run:
+                held = {}
+                for job in layer:
+                    held[place(job.name).role] = self._made(job, first, reader).view(job.shape)
+                    first += len(job.reads)
+                yield held
+                held.clear()
+
+    def _made(self, job: Job, first: int, reader: Reader) -> Tensor:
+        """A whole tensor."""
+        made = torch.empty(job.nbytes, dtype=torch.uint8)
+        with closing(self._work(job, first, reader)) as work:
+            if work.wants_preparing:
+                work.prepare()
+            for block in blocks(job, work.method):
+                work.make(block, made[block.start * (1 if job.is_copy else 4) :])
+        return made.view(torch.float32)
+
+    def _work(self, job: Job, first: int, reader: Reader) -> Work:
+        return Work(job, self._table, first, reader, self.plan.seed, torch.device("cpu"), {})
+
+    def _reader(self, jobs: Sequence[Job]) -> Reader:
+        models = self.plan.locked.models
+        leaves = [leaf for job in jobs for leaf in job.reads]
+        tickets = [Ticket(models[of.model].located, of.tensor.file, of.tensor.start, of.tensor.stop) for of in leaves]
+        return self._store.reader(tickets, self.plan.read_ahead)
 
 
 class _Decoders:

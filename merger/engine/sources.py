@@ -1,41 +1,41 @@
 """A source's entries in float32, a run of them at a time: how each kind of plan.sources is read.
 
-Not here: where a leaf's bytes come from and in which order (blocks), and how routers are computed (gates).
+Not here: where a leaf's bytes come from and in which order (blocks).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from merger.engine.leaves import Leaves
+from merger.engine.pursuit import pursued
+from merger.engine.rows import rows_of_map
+from merger.engine.scaled import dequantised
 from merger.methods._normal import normal, uniform
 from merger.methods._ops import Rng
-from merger.plan.sources import DRAWN_AT_ONCE, Drawn, Noised, Routed, Source, Stored, Zeros
-
-
-class Leaves(Protocol):
-    """The stored tensors of a job, and what was computed beforehand."""
-
-    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
-        """The leaf's entries ``[start, stop)`` as float32, in the front of `out`.
-
-        Of the tensor's entries only those whose number is a multiple of `step`.
-
-        Raises:
-            ModelError: the bytes cannot be had.
-        """
-
-    def router(self, source: Routed) -> Tensor:
-        """A router's rows."""
+from merger.plan.sources import (
+    DRAWN_AT_ONCE,
+    Dequantised,
+    Drawn,
+    Made,
+    Noised,
+    Pursuit,
+    Routed,
+    Rows,
+    Source,
+    Stored,
+    Zeros,
+)
 
 
 def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, step: int = 1) -> Tensor:
     """The source's entries ``[start, stop)`` as float32, in the front of `out`; with `step` every so many."""
-    if isinstance(source, Stored):
+    if isinstance(source, Stored | Made):
         return leaves.entries(source, start, stop, out, step)
     full = _READINGS[type(source)](source, start, stop, out, leaves)
     return full[-start % step :: step]
@@ -72,6 +72,9 @@ def _routed(source: Routed, start: int, stop: int, out: Tensor, leaves: Leaves) 
 
 
 _READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
+    Rows: rows_of_map,
+    Pursuit: pursued,
+    Dequantised: dequantised,
     Drawn: _drawn,
     Noised: _noised,
     Zeros: _zeros,

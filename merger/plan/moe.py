@@ -29,7 +29,7 @@ from merger.checkpoints.mixtures import (
 from merger.errors import MismatchError, Problem
 from merger.plan.jobs import DTYPES, PASSTHROUGH, Input, Job, Making, shape_text
 from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Drawn, Noised, Routed, Source, Stored, Zeros
+from merger.plan.sources import Drawn, Noised, Routed, Source, Zeros
 from merger.recipe.mixture import BY_CHANCE, matching
 from merger.recipe.model import Expert, Mixture
 
@@ -53,7 +53,7 @@ def make(locked: LockedRecipe, mixture: Mixture, seed: int) -> tuple[Making, Map
     if mixer.problems:
         raise MismatchError(mixer.problems)
     layers = tuple((locked.donor, layer) for layer in range(locked.donor.architecture.stacks[STACK]))
-    return Making(jobs, layers, has_head=mixer.has_head), mixer.config()
+    return Making(jobs, {STACK: layers}, mixer.has_head, None), mixer.config()
 
 
 # ---- the layout -----------------------------------------------------------------------------------------------------
@@ -67,8 +67,7 @@ def _layout(locked: LockedRecipe, mixture: Mixture) -> Layout:
     if found is not None:
         return found
     reasons = "; ".join(f"{layout.name} {why}" for layout, why in tried.items())
-    types = ", ".join(dict.fromkeys(str(_type(model)) for model in locked.models))
-    what = f"no layout fits these models ({types}): {reasons}"
+    what = f"no layout fits these models ({', '.join(map(str, _types(locked)))}): {reasons}"
     raise MismatchError(Problem(what, mixture.architecture_at or mixture.at, "experts", _hint(mixture)))
 
 
@@ -79,7 +78,7 @@ def _hint(mixture: Mixture) -> str:
 
 
 def _why_not(layout: Layout, locked: LockedRecipe, mixture: Mixture) -> str | None:
-    types = list(dict.fromkeys(_type(model) for model in locked.models))
+    types = _types(locked)
     if len(types) > 1 or types[0] not in layout.made_of:
         return f"is made of {' or '.join(layout.made_of)} models, all of one kind"
     least, most = layout.shared_experts
@@ -95,8 +94,10 @@ def _why_not(layout: Layout, locked: LockedRecipe, mixture: Mixture) -> str | No
     return None
 
 
-def _type(model: LockedModel) -> Any:
-    return model.checkpoint.config.get("model_type")
+def _types(locked: LockedRecipe) -> list[Any]:
+    """The model_types of the recipe's models, each once."""
+    configs = [locked.numbered(number).checkpoint.config for number in locked.own]
+    return list(dict.fromkeys(config.get("model_type") for config in configs))
 
 
 # ---- the jobs -------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class _Mixer:
                 yield self._router(layer, self._layout.shared_router, (expert,))
 
     def _copy(self, name: str, tensor: TensorInfo) -> Job:
-        return self._job(name, Stored(self._locked.index(self._base.ref), tensor), tensor.dtype)
+        return self._job(name, self._locked.source(self._locked.index(self._base.ref), tensor), tensor.dtype)
 
     def _job(self, name: str, source: Source, dtype: str, scale: float = 1.0) -> Job:
         """The job of a tensor, in the recipe's dtype or the one that the base model has in its place."""
@@ -158,8 +159,8 @@ class _Mixer:
 
     def _matrix(self, expert: Expert, layer: int, matrix: str, role: str) -> Job:
         name, number = _at(layer, role), self._locked.index(expert.source_model)
-        tensor = self._locked.models[number].checkpoint.tensors[_at(layer, matrix)]
-        source: Source = Stored(number, tensor)
+        tensor = self._locked.numbered(number).checkpoint.tensors[_at(layer, matrix)]
+        source: Source = self._locked.source(number, tensor)
         if expert.noise_scale:
             source = Noised(source, Drawn(tensor.shape, "normal", expert.noise_scale, self._seed, name))
         return self._job(name, source, self._mlps, expert.residual_scale if matrix == DOWN else 1.0)

@@ -1,18 +1,21 @@
-"""What it takes to compute routers from prompts before the first block is made: bytes read, and memory.
+"""What it takes to compute routers from prompts before the first block is made: what is read, memory, disk.
 
-Not here: computing them (engine.gates). No prompt becomes tokens here: it has no more of them than bytes, and one.
+The prompts run through the base model, whose layers are jobs like any others, one tensor after the other in float32.
+Not here: running them (engine.gates). No prompt becomes tokens here: it has no more of them than bytes, and one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from merger.checkpoints.architecture import is_buffer
 from merger.checkpoints.checkpoint import ITEM_BYTES, TensorInfo
 from merger.checkpoints.mixtures import EMBEDDING, GATE, STACK
-from merger.plan.jobs import Job
+from merger.methods.registry import Method
+from merger.plan import work
+from merger.plan.jobs import PASSTHROUGH, Input, Job
 from merger.plan.lock import LockedRecipe
-from merger.plan.sources import Routed
+from merger.plan.sources import Routed, Stored
 
 EMBEDDED = "cheap_embed"
 """The mode that needs no layer of the model."""
@@ -34,11 +37,21 @@ def prompts(routers: Sequence[Routed]) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def layers(locked: LockedRecipe, routers: Sequence[Routed]) -> list[list[TensorInfo]]:
+def embedding(locked: LockedRecipe) -> Job:
+    """The base model's embedding in float32; only rows of it are made."""
+    return _whole(locked, locked.donor.checkpoint.tensors[EMBEDDING])
+
+
+def layers(locked: LockedRecipe, routers: Sequence[Routed]) -> list[list[Job]]:
     """The tensors of the layers that the prompts run through for these routers, each made of its layer's input."""
     count = max((router.layer for router in routers if router.mode != EMBEDDED), default=0)
     found = [locked.donor.layer(STACK, layer) for layer in range(count)]
-    return [[tensor for tensor in layer if not is_buffer(tensor.name)] for layer in found]
+    return [[_whole(locked, tensor) for tensor in layer if not is_buffer(tensor.name)] for layer in found]
+
+
+def _whole(locked: LockedRecipe, tensor: TensorInfo) -> Job:
+    source = locked.source(locked.index(locked.donor.ref), tensor)
+    return Job(tensor.name, "F32", source.shape, PASSTHROUGH, (Input(source, {"scale": 1.0}),))
 
 
 def read_bytes(locked: LockedRecipe, jobs: Sequence[Job]) -> int:
@@ -46,30 +59,44 @@ def read_bytes(locked: LockedRecipe, jobs: Sequence[Job]) -> int:
     routers = routed(jobs)
     if not routers:
         return 0
-    embedding = locked.donor.checkpoint.tensors[EMBEDDING]
-    rows = min(sum(_tokens(text) for text in prompts(routers)), embedding.shape[0])
-    stored = sum(tensor.nbytes for layer in layers(locked, routers) for tensor in layer)
-    return stored + rows * embedding.shape[1] * ITEM_BYTES[embedding.dtype]
+    table = embedding(locked)
+    rows = min(sum(_tokens(text) for text in prompts(routers)), table.shape[0])
+    (stored, *_), layer = table.reads, [job for of in layers(locked, routers) for job in of]
+    embedded = (
+        rows * table.shape[1] * ITEM_BYTES[stored.dtype] if isinstance(table.sources[0], Stored) else _read(table)
+    )
+    return embedded + sum(map(_read, layer))
 
 
-def memory(locked: LockedRecipe, jobs: Sequence[Job], threads: int) -> tuple[int, int]:
+def _read(job: Job) -> int:
+    return sum(leaf.tensor.nbytes for leaf in job.reads)
+
+
+def spooled(locked: LockedRecipe, jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int]) -> int:
+    """The most bytes of temporary disk that are held at once: one tensor's, as there is one at a time."""
+    routers = routed(jobs)
+    if not routers:
+        return 0
+    made = [embedding(locked), *(job for of in layers(locked, routers) for job in of)]
+    return max(work.spool(job, table, remote) for job in made)
+
+
+def memory(locked: LockedRecipe, jobs: Sequence[Job], table: Mapping[str, Method], threads: int) -> tuple[int, int]:
     """The most bytes that computing the routers takes at once, and what is held from then on, beside that."""
     routers = routed(jobs)
     if not routers:
         return 0, 0
-    donor = locked.donor
-    width = donor.checkpoint.tensors[EMBEDDING].shape[1]
-    texts = [_tokens(text) for text in prompts(routers)]
+    first, run = embedding(locked), layers(locked, routers)
+    width, texts = first.shape[1], [_tokens(text) for text in prompts(routers)]
     states = 2 * sum(texts) * width
     held = 4 * sum(len(router.prompts) * router.width for router in routers) + _TOKENIZER_BYTES
-    run = layers(locked, routers)
+    making = max(work.memory(job, table) for job in (first, *(job for of in run for job in of)))
     if not run:
-        return 4 * states, held
-    layer = max(4 * sum(tensor.nbytes // ITEM_BYTES[tensor.dtype] for tensor in of) for of in run)
-    raw = max(tensor.nbytes for of in run for tensor in of)
-    middle = donor.checkpoint.tensors[f"{STACK}.0.{GATE}"].shape[0]
-    working = threads * max(texts) * (_HIDDEN_STATES * width + 4 * middle)
-    return layer + raw + 4 * (states + working), held + _TRANSFORMERS_BYTES
+        return making + 4 * states, held
+    layer = max(sum(job.nbytes for job in of) for of in run)
+    middle = next(job.shape[0] for job in run[0] if job.name == f"{STACK}.0.{GATE}")
+    running = threads * max(texts) * (_HIDDEN_STATES * width + 4 * middle)
+    return layer + max(making, 4 * running) + 4 * states, held + _TRANSFORMERS_BYTES
 
 
 def _tokens(text: str) -> int:

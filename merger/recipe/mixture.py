@@ -18,7 +18,7 @@ METHOD = "moe"
 """What a recipe may write as merge_method to say that it is a mixture."""
 
 MIXTURE = ("experts", "shared_experts", "gate_mode", "experts_per_token", "architecture")
-TOP = ("name", "merge_method", "base_model", *MIXTURE, "dtype", "out_dtype", "seed", "publish")
+TOP = ("name", "merge_method", "base_model", *MIXTURE, "dtype", "out_dtype", "seed", "chat_template", "publish")
 EXPERT = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 BY_CHANCE = GATE_MODES[4:]
@@ -31,7 +31,7 @@ _AS_THEY_ARE = "experts are taken as they are: noise_scale and residual_scale ar
 _DONORS = "leave it out: the result takes the base model's"
 TOP_HINTS: Hints = {
     **dict.fromkeys(("models", "slices", "modules"), "list them under experts:, each - source_model: org/name"),
-    **dict.fromkeys(("tokenizer", "tokenizer_source", "chat_template"), _DONORS),
+    **dict.fromkeys(("tokenizer", "tokenizer_source"), _DONORS),
     "parameters": _AS_THEY_ARE,
 }
 _EXPERT_HINTS: Hints = {

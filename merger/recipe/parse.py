@@ -18,24 +18,22 @@ from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
 from merger.recipe.settings import Parameters
 from merger.recipe.spans import number
+from merger.recipe.stages import joined
+from merger.recipe.tokenizer import chat_template, tokenizer
 from merger.recipe.values import UNREADABLE, Block, identity, parameters, reference
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method
 
 FORMS = ("models", "slices", "modules")
-TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", "publish")
+TOKENS = ("tokenizer", "tokenizer_source", "chat_template")
+TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", *TOKENS, "publish")
 MODEL = ("model", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
 SOURCE = ("model", "layer_range", "parameters")
 MODULE = ("slices", "models", "parameters")
 PUBLISH = ("repo", "private", "license", "create_pr", "template")
 
-NOT_BUILT = {
-    "tokenizer": "leave it out: the result takes the base model's tokenizer, else the first model's",
-    "tokenizer_source": "leave it out: the result takes the base model's tokenizer, else the first model's",
-    "chat_template": "leave it out: the result takes the base model's chat template, else the first model's",
-}
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
 
@@ -69,13 +67,11 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
         hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
         raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
     recipes = [_Reader(top, table).recipe(path, text) for top in tops]
-    if len(tops) > 1:
-        hint = "run each document as a recipe of its own, and name the folder it made in the next"
-        tops[1].error("several documents are not built yet", hint)
+    recipe = recipes[0] if len(recipes) == 1 else joined(recipes, notes)
     problems = [*documents.problems, *notes.errors.values()]
     if problems:
         raise RecipeError(problems)
-    return replace(recipes[0], warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
+    return replace(recipe, warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
 
 
 @dataclass(frozen=True)
@@ -106,31 +102,42 @@ class _Reader:
     def recipe(self, path: str, text: str) -> Recipe:
         if mixture.is_mixture(self.top):
             return self._mixture(path, text)
-        fields = self.top.fields("a map with the key merge_method", TOP, _TOP_HINTS, NOT_BUILT)
+        fields = self.top.fields("a map with the key merge_method", TOP, _TOP_HINTS)
         if fields is None:
-            return Recipe(path, text, ())
+            return Recipe(path, text, (), at=self.top.at)
         block = parameters(fields)
         scope = _Scope(None, None, ()).below(fields, block, self.table)
         modules = self._modules(fields, scope)
         if scope.method is None:
             self._without_method(modules)
         self._block(block, [piece for module in modules for piece in module.slices])
-        return self._of(path, text, fields, modules=modules, base_model=scope.base_model, parameters=block.settings)
+        read = {"base_model": scope.base_model, "parameters": block.settings, "tokenizer": tokenizer(fields)}
+        return self._of(path, text, fields, modules=modules, **read)
 
     def _mixture(self, path: str, text: str) -> Recipe:
         fields = self.top.fields("a map with the key experts", mixture.TOP, mixture.TOP_HINTS)
         if fields is None:
-            return Recipe(path, text, ())
+            return Recipe(path, text, (), at=self.top.at)
         base = fields.need("base_model", "name the model that gives everything but the experts: base_model: org/name")
         base_model = reference(base) if base else UNREADABLE
         return self._of(path, text, fields, modules=(), base_model=base_model, mixture=mixture.mixture(fields))
 
-    @staticmethod
-    def _of(path: str, text: str, fields: Fields, **read: Any) -> Recipe:
+    def _of(self, path: str, text: str, fields: Fields, **read: Any) -> Recipe:
         """The recipe, with what every form says in the same keys."""
+        name = fields.get("name")
         dtype, out_dtype = _dtype(fields, "dtype"), _dtype(fields, "out_dtype")
-        seed, publish = _seed(fields), _publish(fields)
-        return Recipe(path, text, **read, dtype=out_dtype or dtype, seed=seed, publish=publish)
+        return Recipe(
+            path=path,
+            text=text,
+            **read,
+            name=name.text("a name") if name else None,
+            dtype=out_dtype or dtype,
+            seed=_seed(fields),
+            chat_template=chat_template(fields),
+            publish=_publish(fields),
+            at=self.top.at,
+            name_at=name.at if name else None,
+        )
 
     def _without_method(self, modules: tuple[Module, ...]) -> None:
         """A recipe may leave out merge_method if every slice names one."""

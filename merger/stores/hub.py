@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
-from merger.errors import ModelError, Problem, UploadError
+from merger.errors import GatedError, MissingError, ModelError, Problem, UploadError
 from merger.stores.digests import Beginnings, confirm
 from merger.stores.patience import patiently, status_of
 from merger.stores.ports import FileInfo, Located, Ticket
@@ -48,10 +48,11 @@ class HubStore:
         with _refusals(path, revision):
             info = patiently(lambda: self._api.model_info(path, revision=revision, files_metadata=True))
         files = {
-            item.rfilename: FileInfo(item.size or 0, item.lfs.sha256 if item.lfs else None)
+            item.rfilename: FileInfo(item.size or 0, item.lfs.sha256 if item.lfs else None, oid=item.blob_id)
             for item in info.siblings or ()
         }
-        return Located(path, path, info.sha, files)
+        card = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
+        return Located(path, path, info.sha, files, card, gated=bool(info.gated))
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Ask for a part of a file; for all of it when no end is given."""
@@ -97,7 +98,14 @@ def _refusals(path: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError) as error:
-        raise ModelError(_in_words(error, path, revision)) from None
+        raise _kind(error)(_in_words(error, path, revision)) from None
+
+
+def _kind(error: Exception) -> type[ModelError]:
+    """GatedRepoError is a kind of RepositoryNotFoundError, so it is asked for first."""
+    if isinstance(error, GatedRepoError):
+        return GatedError
+    return MissingError if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError) else ModelError
 
 
 def _in_words(error: Exception, path: str, revision: str | None) -> Problem:
