@@ -81,9 +81,12 @@ class Track:
 
 
 def tracks(planned: Plan, seen: Mapping[str, Geometry]) -> list[Track]:
-    """Each parent's, in the recipe's order, from each output tensor's geometry by name."""
+    """Each parent's and stage's, in the recipe's order, from each output tensor's geometry; a mixture has none."""
+    if planned.locked.recipe.mixture is not None:
+        return []
     architecture = Architecture([job.name for job in planned.jobs])
-    found: list[dict[Layer, Apart]] = [{} for _ in planned.locked.models]
+    parents = (*planned.locked.models, *planned.locked.stages)
+    found: list[dict[Layer, Apart]] = [{} for _ in parents]
     for job in planned.jobs:
         if geometry := seen.get(job.name):
             layer = layer_of(architecture, job.name)
@@ -91,7 +94,7 @@ def tracks(planned: Plan, seen: Mapping[str, Geometry]) -> list[Track]:
                 found[entry.model].setdefault(layer, Apart()).add(geometry, place)
             if job.base is not None and geometry.base:
                 found[job.base.model].setdefault(layer, Apart()).add_base(geometry)
-    return [Track(shown(model), layers) for model, layers in zip(planned.locked.models, found, strict=True) if layers]
+    return [Track(shown(model), layers) for model, layers in zip(parents, found, strict=True) if layers]
 
 
 def layer_of(architecture: Architecture, name: str) -> Layer:
@@ -140,7 +143,9 @@ _Kinds = dict[str, dict[Layer, float]]
 
 
 def parameters(planned: Plan, table: Mapping[str, Method]) -> list[Parameter]:
-    """Each parameter of the methods that are in force, in the order of the methods' own."""
+    """Each parameter of the methods that are in force, in the order of the methods' own; a mixture has none."""
+    if planned.locked.recipe.mixture is not None:
+        return []
     used = [table[name] for name in dict.fromkeys(job.method for job in planned.jobs if not job.is_copy)]
     flags = {param.name: param.kind == "bool" for method in used for param in method.params}
     values = _values(planned)
@@ -150,13 +155,13 @@ def parameters(planned: Plan, table: Mapping[str, Method]) -> list[Parameter]:
 def _values(planned: Plan) -> dict[str, dict[str, _Kinds]]:
     """By parameter and parent; what holds for all parents stands under no name."""
     architecture = Architecture([job.name for job in planned.jobs])
-    names = [shown(model) for model in planned.locked.models]
     found: dict[str, dict[str, _Kinds]] = {}
     for job in planned.jobs:
         if job.is_copy:
             continue
         layer, kind = layer_of(architecture, job.name), architecture.place(job.name).role.removesuffix(".weight")
-        for owner, settings in (("", job.settings), *((names[entry.model], entry.settings) for entry in job.inputs)):
+        owners = [(shown(planned.locked.numbered(entry.model)), entry.settings) for entry in job.inputs]
+        for owner, settings in (("", job.settings), *owners):
             for name, value in settings.items():
                 found.setdefault(name, {}).setdefault(owner, {}).setdefault(kind, {})[layer] = value
     return found

@@ -7,7 +7,7 @@ Not here: the lock file (lineage), and which licence it is (licences).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from merger.card.licences import licence, licence_note
 from merger.card.lineage import shown
+from merger.card.mixtures import TITLE, Told, told
 from merger.card.relations import Relations
 from merger.errors import Problem, RecipeError
 from merger.methods.registry import Method
@@ -103,7 +104,11 @@ def _loader(publish: Publish) -> BaseLoader:
 
 def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str, Any]:
     documents = planned.locked.recipe.documents
-    used = [table[name] for name in dict.fromkeys(piece.method for of in documents for piece in of.slices)]
+    used: list[Method | Told] = [
+        table[name] for name in dict.fromkeys(piece.method for of in documents for piece in of.slices)
+    ]
+    if planned.locked.recipe.mixture is not None:
+        used.append(told(planned, planned.locked.recipe.mixture))
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
     hub_name = "/" in name
     return {
@@ -129,13 +134,13 @@ def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str,
 
 def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
     """A row of the table of stages; of the result's own document without a name."""
-    titles = dict.fromkeys(table[piece.method].title for piece in recipe.slices)
+    titles = dict.fromkeys(table[piece.method].title for piece in recipe.slices) if recipe.mixture is None else [TITLE]
     models = [planned.locked.model(ref) for ref in recipe.parents]
     own = recipe is not planned.locked.recipe
     return Stage(recipe.name if own else None, ", ".join(titles), tuple(shown(model) for model in models))
 
 
-def _metadata(planned: Plan, used: list[Method]) -> str:
+def _metadata(planned: Plan, used: Sequence[Method | Told]) -> str:
     donor = planned.locked.donor
     parents = [model.located.where for model in planned.locked.models if model.located.commit is not None]
     stated = licence(planned)
@@ -170,6 +175,9 @@ def _parent(planned: Plan, number: int) -> Parent:
     model = planned.locked.models[number]
     pieces = [piece for recipe in planned.locked.recipe.documents for piece in recipe.slices]
     bases = {planned.locked.index(piece.base_model) for piece in pieces if piece.base_model}
+    mixture = planned.locked.recipe.mixture
+    if mixture is not None and number not in [planned.locked.index(expert.source_model) for expert in mixture.experts]:
+        bases.add(planned.locked.index(planned.locked.recipe.donor))
     giving = any(entry.model == number for job in planned.jobs for entry in job.reads)
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
     url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on

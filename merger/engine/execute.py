@@ -143,7 +143,7 @@ def _shard(
                     data, work = next(made)
                     writer.write(data)
                     yield Made(len(data), job)
-                if job.entries and not job.is_copy:
+                if job.entries and job.reads and not job.is_copy:
                     seen[job.name] = work.seen()
                     yield Observed(job, seen[job.name])
             written = writer.close()

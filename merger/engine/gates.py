@@ -74,6 +74,7 @@ def _through_layers(base: _Base, wanted: Sequence[Routed], states: States) -> di
             if layer < len(run):
                 decoder = decoders.loaded(layer, next(weights))
                 states = dict(zip(states, pool.map(decoder, states.values()), strict=True))
+                decoders.empty()
     return found
 
 
@@ -274,6 +275,11 @@ class _Decoders:
                 return output
 
         return decode
+
+    def empty(self) -> None:
+        """Let go of the weights, before the next ones come."""
+        for model in self._models.values():
+            model.layers[0].to("meta")
 
     def _model(self, kind: str | None) -> Any:
         from transformers import AutoModel

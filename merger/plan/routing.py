@@ -61,11 +61,10 @@ def read_bytes(locked: LockedRecipe, jobs: Sequence[Job]) -> int:
         return 0
     table = embedding(locked)
     rows = min(sum(_tokens(text) for text in prompts(routers)), table.shape[0])
-    (stored, *_), layer = table.reads, [job for of in layers(locked, routers) for job in of]
-    embedded = (
-        rows * table.shape[1] * ITEM_BYTES[stored.dtype] if isinstance(table.sources[0], Stored) else _read(table)
-    )
-    return embedded + sum(map(_read, layer))
+    source = table.sources[0]
+    of_a_row = table.shape[1] * ITEM_BYTES[source.dtype]
+    embedded = rows * of_a_row if isinstance(source, Stored) else _read(table)
+    return embedded + sum(_read(job) for layer in layers(locked, routers) for job in layer)
 
 
 def _read(job: Job) -> int:

@@ -286,7 +286,7 @@ class Recipe:
 
     @property
     def merged(self) -> tuple[ModelRef, ...]:
-        """The models that tensors or the config come from: experts or the sources of each slice, then the base models."""
+        """The models that tensors or the config come from: experts, or each slice's sources; then the base models."""
         mixed = () if self.mixture is None else (*self.mixture.experts, *self.mixture.shared_experts)
         experts = [expert.source_model for expert in mixed]
         sources = [source.model for piece in self.slices for source in piece.sources]
