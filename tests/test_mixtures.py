@@ -521,7 +521,7 @@ def test_a_merge_may_be_the_base_and_an_expert(tmp_path: Path) -> None:
 def test_a_mixture_is_verified_and_its_card_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A sample leaves computed routers out; in full they are made again. The card names experts, router and changes."""
     written = zoo("hidden")
-    written["experts"][2] |= {"noise_scale": 0.001, "residual_scale": 0.9}
+    written["experts"][2] |= {"residual_scale": 0.9}
     mixed(written, tmp_path / "out")
     for options in ([], ["--all"]):
         assert main(["verify", str(tmp_path / "out"), *options]) == 0
@@ -531,7 +531,6 @@ def test_a_mixture_is_verified_and_its_card_says_what_it_is(tmp_path: Path, caps
         "Each layer has 3 experts: the MLPs of base, kjv, python. A router sends each token through 2 of them" in card
     )
     assert "computed from the experts' prompts: the hidden state of each prompt's last token, as base makes it" in card
-    assert "To the MLPs of python noise of deviation 0.001 was added." in card
     assert "The output of the MLPs of python was multiplied by 0.9." in card
     lock = (tmp_path / "out" / "merger.lock.yaml").read_text()
     assert "gate_mode: hidden" in lock
