@@ -85,8 +85,7 @@ def tracks(planned: Plan, seen: Mapping[str, Geometry]) -> list[Track]:
     if planned.locked.recipe.mixture is not None:
         return []
     architecture = Architecture([job.name for job in planned.jobs])
-    parents = (*planned.locked.models, *planned.locked.stages)
-    found: list[dict[Layer, Apart]] = [{} for _ in parents]
+    found: list[dict[Layer, Apart]] = [{} for _ in planned.locked.all]
     for job in planned.jobs:
         if geometry := seen.get(job.name):
             layer = layer_of(architecture, job.name)
@@ -94,7 +93,7 @@ def tracks(planned: Plan, seen: Mapping[str, Geometry]) -> list[Track]:
                 found[entry.model].setdefault(layer, Apart()).add(geometry, place)
             if job.base is not None and geometry.base:
                 found[job.base.model].setdefault(layer, Apart()).add_base(geometry)
-    return [Track(shown(model), layers) for model, layers in zip(parents, found, strict=True) if layers]
+    return [Track(shown(model), layers) for model, layers in zip(planned.locked.all, found, strict=True) if layers]
 
 
 def layer_of(architecture: Architecture, name: str) -> Layer:
@@ -155,13 +154,13 @@ def parameters(planned: Plan, table: Mapping[str, Method]) -> list[Parameter]:
 def _values(planned: Plan) -> dict[str, dict[str, _Kinds]]:
     """By parameter and parent; what holds for all parents stands under no name."""
     architecture = Architecture([job.name for job in planned.jobs])
+    names = [shown(model) for model in planned.locked.all]
     found: dict[str, dict[str, _Kinds]] = {}
     for job in planned.jobs:
         if job.is_copy:
             continue
         layer, kind = layer_of(architecture, job.name), architecture.place(job.name).role.removesuffix(".weight")
-        owners = [(shown(planned.locked.numbered(entry.model)), entry.settings) for entry in job.inputs]
-        for owner, settings in (("", job.settings), *owners):
+        for owner, settings in (("", job.settings), *((names[entry.model], entry.settings) for entry in job.inputs)):
             for name, value in settings.items():
                 found.setdefault(name, {}).setdefault(owner, {}).setdefault(kind, {})[layer] = value
     return found

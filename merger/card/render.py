@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from merger.card.licences import licence, licence_note
 from merger.card.lineage import shown
 from merger.card.mixtures import TITLE, Told, told
 from merger.card.relations import Relations
+from merger.checkpoints.config import is_diffusion
 from merger.errors import Problem, RecipeError
 from merger.methods.registry import Method
 from merger.plan.plan import Plan
@@ -108,7 +109,8 @@ def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str,
         table[name] for name in dict.fromkeys(piece.method for of in documents for piece in of.slices)
     ]
     if planned.locked.recipe.mixture is not None:
-        used.append(told(planned, planned.locked.recipe.mixture))
+        mixed = told(planned, planned.locked.recipe.mixture)
+        used.append(replace(mixed, explanation=escaped(mixed.explanation)))  # it holds the models' names
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
     hub_name = "/" in name
     return {
@@ -125,6 +127,8 @@ def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str,
         "licence": licence(planned),
         "licence_note": licence_note(planned),
         "plan": planned,
+        "library": _library(planned.config),
+        "class_name": planned.config.get("_class_name"),
         "auto_class": _auto_class(planned.config),
         "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
         "local": all(parent.commit is None for parent in parents),
@@ -147,7 +151,8 @@ def _metadata(planned: Plan, used: Sequence[Method | Told]) -> str:
     data: dict[str, Any] = {}
     if stated is not None:
         data["license"] = stated
-    data["library_name"] = "transformers"
+    if library := _library(planned.config):
+        data["library_name"] = library
     task = donor.card.get("pipeline_tag") or _TASKS.get(_auto_class(planned.config))
     if isinstance(task, str) and _TASK.fullmatch(task):
         data["pipeline_tag"] = task
@@ -160,6 +165,13 @@ def _metadata(planned: Plan, used: Sequence[Method | Told]) -> str:
 
 _TASK = re.compile(r"[a-z0-9-]+")
 _TASKS = {"AutoModelForCausalLM": "text-generation"}
+
+
+def _library(config: Mapping[str, Any]) -> str | None:
+    """What loads the result; None for tensors without a config."""
+    if not config:
+        return None
+    return "diffusers" if is_diffusion(config) else "transformers"
 
 
 def _auto_class(config: Mapping[str, Any]) -> str:

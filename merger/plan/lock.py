@@ -18,12 +18,16 @@ from merger.checkpoints import chat, vocab
 from merger.checkpoints.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.checkpoints.checkpoint import (
     FLOATS,
-    INDEX,
+    STEM,
+    SUFFIX,
     Checkpoint,
     TensorInfo,
     gather,
     header_length,
+    index_name,
+    is_single,
     read_header,
+    stem,
     weight_files,
 )
 from merger.checkpoints.config import is_tied
@@ -182,11 +186,16 @@ class LockedRecipe:
 
     def index(self, ref: ModelRef) -> int:
         """The number of a model, or, counted on, of a stage."""
-        return next(number for number, model in enumerate((*self.models, *self.stages)) if model.ref == ref)
+        return next(number for number, model in enumerate(self.all) if model.ref == ref)
+
+    @property
+    def all(self) -> tuple[LockedModel, ...]:
+        """The models, and the stages after them."""
+        return (*self.models, *self.stages)
 
     def numbered(self, number: int) -> LockedModel:
         """The model or stage of that number."""
-        return (*self.models, *self.stages)[number]
+        return self.all[number]
 
     def model(self, ref: ModelRef) -> LockedModel:
         """The model or stage that a reference means."""
@@ -345,15 +354,24 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
 
 def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None) -> LockedModel:
     located = store.locate(ref.path, commit or ref.revision)
-    config = _config(located, store)
+    alone = is_single(located.name)
+    config = {} if alone else _config(located, store)
     found = unpacked(tensors_of(located, store, pool), config)
-    checkpoint = Checkpoint(found.tensors, found.config)
+    checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else _stem(located))
     return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
+
+
+def _stem(located: Located) -> str:
+    """What the names of its safetensors begin with: of a single file the name itself."""
+    alone = is_single(located.name)
+    return located.name.rpartition("/")[2].removesuffix(SUFFIX) if alone else stem(located.files)
 
 
 def _config(located: Located, store: Store) -> Mapping[str, Any]:
     if "config.json" not in located.files:
-        raise ModelError(Problem("has no config.json", hint="is this a model that transformers can load?"))
+        stem(located.files)  # what else is missing is told first
+        hint = "to merge tensors without a config, name their file: .../model.safetensors"
+        raise ModelError(Problem("has no config.json", hint=hint))
     try:
         config = json.loads(store.fetch(located, "config.json"))
     except (ValueError, RecursionError) as error:
@@ -369,9 +387,11 @@ def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict
     Raises:
         ModelError: it has no safetensors that can be read.
     """
-    index = store.fetch(located, INDEX).decode("utf-8", "replace") if INDEX in located.files else None
-    files = weight_files(located.files, index)
-    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index)
+    begins = _stem(located)
+    name = index_name(begins)
+    index = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
+    files = weight_files(located.files, index, begins)
+    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, begins)
     if not tensors:
         raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
     return tensors

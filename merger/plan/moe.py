@@ -97,7 +97,7 @@ def _why_not(layout: Layout, locked: LockedRecipe, mixture: Mixture) -> str | No
 def _types(locked: LockedRecipe) -> list[Any]:
     """The model_types of the recipe's models, each once."""
     configs = [locked.numbered(number).checkpoint.config for number in locked.own]
-    return list(dict.fromkeys(config.get("model_type") for config in configs))
+    return list(dict.fromkeys(config.get("model_type", "of no known kind") for config in configs))
 
 
 # ---- the jobs -------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ _DONORS = "leave it out: the result takes the base model's"
 TOP_HINTS: Hints = {
     **dict.fromkeys(("models", "slices", "modules"), "list them under experts:, each - source_model: org/name"),
     **dict.fromkeys(("tokenizer", "tokenizer_source"), _DONORS),
-    "parameters": _AS_THEY_ARE,
+    **dict.fromkeys(("parameters", "tensors"), _AS_THEY_ARE),
 }
 _EXPERT_HINTS: Hints = {
     "model": "write source_model: org/name",

@@ -22,6 +22,7 @@ from merger.recipe.model import (
     Recipe,
     Slice,
     Source,
+    Taken,
     Tokenizer,
     TokenOf,
     TokenRow,
@@ -88,6 +89,9 @@ def _top() -> Json:
         "models": _ref("models"),
         "slices": _ref("slices"),
         "modules": {"type": "object", "minProperties": 1, "additionalProperties": _ref("module")},
+        "tensors": _list(
+            _map(parse.TENSORS, _described(Taken), {"filter": _text(), "model": _ref("reference")}, parse.TENSORS)
+        ),
         "base_model": _ref("reference"),
         "parameters": _ref("parameters"),
         "dtype": dtypes,

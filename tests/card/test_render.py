@@ -190,8 +190,8 @@ def test_a_mixture_is_told_in_sentences(folder: Path) -> None:
     assert metadata["tags"] == ["merge", "merger", "moe"]
     assert "one, two over base, merged by **Mixture of experts**" in body
     assert (
-        "Each layer has 3 experts: the MLPs of one (2 times), two. A router sends each token through 2 of them; everything "
-        "else is that of base. The router was drawn by chance, from a normal distribution: it knows nothing until it is "
-        "trained. To the MLPs of one noise of deviation 0.001 was added. The output of the MLPs of one was multiplied by "
-        "0.9."
+        "Each layer has 3 experts: the MLPs of one \\(2 times\\), two. A router sends each token through 2 of them; "
+        "everything else is that of base. The router was drawn by chance, from a normal distribution: it knows nothing "
+        "until it is trained. To the MLPs of one noise of deviation 0.001 was added. The output of the MLPs of one was "
+        "multiplied by 0.9."
     ) in body
