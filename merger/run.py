@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 from merger import machine
 from merger.card.ancestors import family
 from merger.card.layers import parameters, tracks
+from merger.card.licences import refuse
 from merger.card.lineage import lock_file
+from merger.card.notices import passed_on
 from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
-from merger.card.render import render
+from merger.card.render import rehearse, render
 from merger.checkpoints.checkpoint import index_name
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
@@ -40,6 +42,7 @@ from merger.plan.parts import Part as Part  # shells name it without knowing whe
 from merger.plan.parts import share
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.plan.plan import plan as make_plan
+from merger.plan.templates import own_templates
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderSink
@@ -192,12 +195,27 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
-    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token, options.hub_only)
+    template = recipe.publish.template or ""
+    paths = [*(ref.path for ref in recipe.models), *([template] if template.startswith(HUB) else [])]
+    store = stores(paths, options.cache, options.read_token, options.hub_only)
     path = Path(recipe.path)
     if is_lock(path) and path.is_file():
-        return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
-    locked = lock(recipe, store, _pins(lock_path(path)))
-    return make_plan(locked, methods(), _budget(recipe, options), options.seed), store
+        # the card's templates of who made the lock lie on another machine, unless they are on the Hub
+        recipe = recipe if template.startswith(HUB) else replace(recipe, publish=replace(recipe.publish, template=None))
+        planned = _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
+    else:
+        locked = lock(recipe, store, _pins(lock_path(path)))
+        planned = make_plan(locked, methods(), _budget(recipe, options), options.seed)
+    refuse(planned, published=_to(recipe, options).startswith(HUB))
+    return _with_templates(planned, store), store
+
+
+def _with_templates(planned: Plan, store: Store) -> Plan:
+    """The plan with the recipe's own templates for the card, which are tried."""
+    templates = own_templates(planned.locked.recipe.publish, store)
+    tried = replace(planned, locked=replace(planned.locked, templates=templates))
+    rehearse(tried, methods())
+    return tried
 
 
 def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:
@@ -527,6 +545,7 @@ def _small_files(
 ) -> dict[str, bytes]:
     """All that stands beside shards and card; index and config come last, for they make it look like a model."""
     proven = taken_files(planned, store)
+    proven |= passed_on(planned, store.fetch)
     proven["recipe.yaml"] = planned.locked.recipe.text.encode()
     proven[MEASURED_NAME] = noted(seen).encode()
     proven |= model_files(planned)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from merger.card.lineage import shown
-from merger.methods.registry import Paper
 from merger.plan.plan import Plan
 from merger.recipe.mixture import METHOD
 from merger.recipe.model import Expert, Mixture
@@ -25,12 +24,13 @@ _ROUTERS["hidden_last"] = _ROUTERS["hidden"]
 
 @dataclass(frozen=True)
 class Told:
-    """What the card's template asks of a method."""
+    """What the card's template asks of a method, in plain text."""
 
     name: str
     title: str
+    summary: str
     explanation: str
-    paper: Paper | None = None
+    paper: None = None
 
 
 def told(planned: Plan, mixture: Mixture) -> Told:
@@ -44,7 +44,7 @@ def told(planned: Plan, mixture: Mixture) -> Told:
         f"The router was {_ROUTERS[mixture.gate_mode].format(base=base)}.",
         *(change for one in (*mixture.experts, *mixture.shared_experts) for change in _changes(planned, one)),
     ]
-    return Told(METHOD, TITLE, " ".join(sentences))
+    return Told(METHOD, TITLE, sentences[0], " ".join(sentences))
 
 
 def _named(planned: Plan, experts: tuple[Expert, ...]) -> str:

@@ -227,15 +227,22 @@ class Publish:
     Args:
         repo: ``owner/name`` on the Hub, or None.
         private: whether a repo that has to be created is private.
-        license: the licence identifier that the card states.
+        license: the licence that the card states: the Hub's identifier, several joined by AND, or other.
+        license_name: what a licence is called that the Hub has no identifier for.
+        license_link: where that licence can be read.
+        license_override: why it may be published although a parent's licence speaks against it.
         create_pr: open a pull request instead of committing to main.
-        template: a file or folder of Jinja2 templates for the card, relative to the working directory.
+        template: Jinja2 templates for the card: a file or folder, relative to the working directory, or on the Hub
+            hf://owner/name/path@revision.
         at: where the block stands in the recipe; `license_at`, `template_at`: those values.
     """
 
     repo: str | None = None
     private: bool = False
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    license_override: str | None = None
     create_pr: bool = False
     template: str | None = None
     at: Span | None = field(default=None, compare=False)

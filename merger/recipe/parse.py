@@ -45,7 +45,9 @@ SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight
 SOURCE = ("model", "layer_range", "parameters")
 MODULE = ("slices", "models", "parameters")
 TENSORS = ("filter", "model")
-PUBLISH = ("repo", "private", "license", "create_pr", "template")
+PUBLISH = (
+    "repo", "private", "license", "license_name", "license_link", "license_override", "create_pr", "template",
+)  # fmt: skip
 
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
@@ -351,12 +353,28 @@ def _publish(fields: Fields) -> Publish:
         repo=_repo(repo) if repo else None,
         private=bool(private.flag()) if private else False,
         license=license.text("a licence such as apache-2.0") if license else None,
+        license_name=_with_other(keys, "license_name", "a name such as my-license-1.0"),
+        license_link=_with_other(keys, "license_link", "an address that begins with https://, or LICENSE"),
+        license_override=_text(keys, "license_override", "a sentence for the card"),
         create_pr=bool(create_pr.flag()) if create_pr else False,
-        template=template.text("a file or folder") if template else None,
+        template=template.text("a file, a folder or hf://owner/name/path") if template else None,
         at=place.key,
         license_at=license.at if license else None,
         template_at=template.at if template else None,
     )
+
+
+def _text(fields: Fields, key: str, what: str) -> str | None:
+    place = fields.get(key)
+    return place.text(what) if place else None
+
+
+def _with_other(fields: Fields, key: str, what: str) -> str | None:
+    """A key that goes with a licence which the Hub has no identifier for."""
+    place, license = fields.get(key), fields.get("license")
+    if place and not (license and license.holds("other")):
+        place.error(f"{key} goes with license: other", f"write license: other, or leave {key} out", place.key)
+    return _text(fields, key, what)
 
 
 def _repo(place: Place) -> str | None:

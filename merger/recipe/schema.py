@@ -168,7 +168,7 @@ def _publish() -> Json:
     shapes = {
         "repo": _or_null(_text(pattern=parse.REPO)),
         "private": flag,
-        "license": _or_null(_text()),
+        **{key: _or_null(_text()) for key in ("license", "license_name", "license_link", "license_override")},
         "create_pr": flag,
         "template": _or_null(_text()),
     }
