@@ -1,5 +1,5 @@
-"""What README, docs/mergekit.md, docs/action.md and docs/cards.md say of the code in tables, and docs/methods.md: `python
-docs/tables.py` writes them, `--check` compares.
+"""What README and pages of docs/ say of the code in tables, and docs/methods.md: `python docs/tables.py` writes them,
+`--check` compares.
 
 A table stands between the lines `<!-- NAME:start -->` and `<!-- NAME:end -->`. Not here: any other word of those pages.
 """

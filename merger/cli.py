@@ -256,7 +256,8 @@ def _check(arguments: argparse.Namespace) -> int:
             continue
         for note in recipe.warnings:
             print(console.warning(note), file=sys.stderr)
-        methods = ", ".join(dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices))
+        named = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
+        methods = ", ".join([*named, *(["mixture of experts"] if recipe.mixture else [])])
         print(f"{path}: well formed ({methods}; {len(recipe.models)} models)")
     return code
 

@@ -305,9 +305,10 @@ def file_done(event: object) -> bool:
 
 def ended(event: Done | PartDone) -> str:
     """What has become of it."""
-    if isinstance(event, PartDone):
-        return f"part {event.part} is there: {event.shards} of {event.of} files; after all parts: merger publish"
     doubts = "".join(f"warning: {doubt}\n" for doubt in event.doubts)
+    if isinstance(event, PartDone):
+        files = f"{event.shards} of {event.of} files"
+        return f"{doubts}part {event.part} is there: {files}; after all parts: merger publish"
     commit = f" at commit {event.published.commit[:12]}" if event.published.commit else ""
     return (
         doubts + f"{'merged into' if event.is_new else 'nothing to do: it is already'} {event.published.where}{commit}"
@@ -317,7 +318,7 @@ def ended(event: Done | PartDone) -> str:
 def as_json(event: Done | PartDone) -> dict[str, Any]:
     """The same for machines."""
     if isinstance(event, PartDone):
-        return {"part": str(event.part), "shards": event.shards, "of": event.of}
+        return {"part": str(event.part), "shards": event.shards, "of": event.of, "doubts": event.doubts}
     return {
         "new": event.is_new,
         "shards": [asdict(shard) for shard in event.shards],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,11 +107,15 @@ class Resumed:
 
 @dataclass(frozen=True)
 class PartDone:
-    """A part's shards are where all parts put them; `merger publish` makes a model of them once all are there."""
+    """A part's shards are where all parts put them; `merger publish` makes a model of them once all are there.
+
+    `doubts` are sentences that say why the model may mean little, as far as this part has seen it.
+    """
 
     part: Part
     shards: int
     of: int
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -406,7 +410,7 @@ def run(planned: Plan, store: Library, options: Options) -> Iterator[Event | Res
 
 def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
     """The shards that are missing, and the end: of a part, or of the whole."""
-    held, seen = dict(sink.held()), dict[str, Geometry]()
+    held, seen, doubts = dict(sink.held()), dict[str, Geometry](), tuple[str, ...]()
     mine = share(planned.shards, options.part)
     missing = [shard for shard in mine if shard.name not in held]
     if held:
@@ -416,9 +420,9 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     sink.reserve(needed_disk(planned, options, missing))
     if missing:
         sink.check_card(render(planned, methods(), sink.name, relations(planned, seen)))
-        yield from _shards_made(planned, missing, store, sink, options, held, seen)
+        doubts = yield from _shards_made(planned, missing, store, sink, options, held, seen)
     if options.part is not None:
-        yield PartDone(options.part, len(mine), len(planned.shards))
+        yield PartDone(options.part, len(mine), len(planned.shards), doubts)
         return
     shards = tuple(held[shard.name] for shard in planned.shards)
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
@@ -428,7 +432,8 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token))
     files = written | _small_files(planned, store, shards, seen)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
-    yield Done(published, shards, related.doubts, files[CARD_NAME].decode(), files[LOCK_NAME].decode())
+    doubts = (*related.doubts, *doubts)
+    yield Done(published, shards, doubts, files[CARD_NAME].decode(), files[LOCK_NAME].decode())
 
 
 def _shards_made(
@@ -439,10 +444,12 @@ def _shards_made(
     options: Options,
     held: dict[str, Written],
     seen: dict[str, Geometry],
-) -> Iterator[Event]:
-    from merger.engine.execute import Observed, ShardDone, execute  # imports torch, which all else does without
+) -> Generator[Event, None, tuple[str, ...]]:
+    """Make them, fill `held` and `seen`, and return what speaks against the result beside what was seen."""
+    # imports torch, which all else does without
+    from merger.engine.execute import Doubted, Observed, ShardDone, execute
 
-    made: list[str] = []
+    made, doubts = list[str](), list[str]()
     try:
         for event in execute(planned, missing, methods(), store, sink, options.device):
             if isinstance(event, ShardDone):
@@ -450,10 +457,13 @@ def _shards_made(
                 made.append(event.shard.name)
             elif isinstance(event, Observed):
                 seen[event.job.name] = event.geometry
+            elif isinstance(event, Doubted):
+                doubts.append(event.what)
             yield event
     except DamagedError as error:
         _forget(sink, made, error)
         raise
+    return tuple(doubts)
 
 
 def _forget(sink: Sink, made: Sequence[str], why: DamagedError) -> None:

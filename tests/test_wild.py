@@ -24,11 +24,11 @@ RUN = (
     "22-passthrough-scale-filters", "24-raw-pytorch",
 )  # fmt: skip
 ELSEWHERE = {
-    "07-moe-hidden-clowncar": "mixtures of experts", "08-moe-random-upcycle": "mixtures of experts",
-    "25-moe-yaml-anchors": "mixtures of experts", "15-model-stock-lora-refs": "adapters",
+    "07-moe-hidden-clowncar": "test_mixtures", "08-moe-random-upcycle": "test_mixtures",
+    "25-moe-yaml-anchors": "test_mixtures", "15-model-stock-lora-refs": "adapters",
     "18-sce-lora-base": "adapters",
 }  # fmt: skip
-"""Those that do not run here, and what they are about."""
+"""Those that do not run here, and where they run, or what they are about."""
 
 
 def test_every_published_recipe_is_listed() -> None:

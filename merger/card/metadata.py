@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from merger.card.mixtures import Told
 from merger.checkpoints.config import is_diffusion
 from merger.methods.registry import Method
 from merger.plan.plan import Plan
@@ -29,7 +30,7 @@ _ENDINGS = {
 
 
 def metadata(
-    planned: Plan, used: Sequence[Method], licence: Mapping[str, Any], extra: Mapping[str, Any]
+    planned: Plan, used: Sequence[Method | Told], licence: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the front matter says, in the order in which it says it; a key without a value is left out.
 

@@ -29,7 +29,7 @@ def shown_recipe(planned: Plan) -> str:
             text = text[:start] + _replaced(text[start:end], value, new, anchored) + text[end:]
     for path in sorted(places, key=len, reverse=True):
         if path.count("/") > 1:
-            text = text.replace(path, places[path])
+            text = text.replace(path.rstrip("/"), places[path])
     return text
 
 

@@ -7,7 +7,7 @@ What templates may name is made here, all of it plain data without a path of thi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -17,6 +17,7 @@ from merger.card.layers import parameters
 from merger.card.licences import Judgement, judge, keys, licence_of
 from merger.card.lineage import shown
 from merger.card.metadata import ending, front_matter, library, metadata
+from merger.card.mixtures import TITLE, Told, told
 from merger.card.recipe import shown_recipe
 from merger.card.relations import Relation, Relations
 from merger.card.templates import fill, refuse_unused
@@ -70,7 +71,9 @@ def render(
         RecipeError: the recipe's own template cannot be rendered.
     """
     recipe, more = planned.locked.recipe, {**NO_PARTS, **parts}
-    used = [table[name] for name in dict.fromkeys(piece.method for of in recipe.documents for piece in of.slices)]
+    named = dict.fromkeys(piece.method for of in recipe.documents for piece in of.slices)
+    mixed = [] if recipe.mixture is None else [told(planned, recipe.mixture)]
+    used: list[Method | Told] = [*(table[method] for method in named), *mixed]
     found = judge(planned, name if "/" in name else None)
     data = metadata(planned, used, keys(found.licences), more.pop("metadata"))
     content = {**_content(planned, table, used, name), **more, "licence": _licence(planned, found), "related": related}
@@ -100,7 +103,7 @@ _SOME_PARTS: Mapping[str, Any] = {
 }
 
 
-def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method], name: str) -> dict[str, Any]:
+def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method | Told], name: str) -> dict[str, Any]:
     documents = planned.locked.recipe.documents
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
     return {
@@ -142,7 +145,7 @@ def _licence(planned: Plan, found: Judgement) -> dict[str, Any]:
 
 def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
     """A row of the table of stages; of the result's own document without a name."""
-    titles = dict.fromkeys(table[piece.method].title for piece in recipe.slices)
+    titles = dict.fromkeys(table[piece.method].title for piece in recipe.slices) if recipe.mixture is None else [TITLE]
     models = [planned.locked.model(ref) for ref in recipe.parents]
     own = recipe is not planned.locked.recipe
     return Stage(recipe.name if own else None, ", ".join(titles), tuple(shown(model) for model in models))
@@ -165,8 +168,10 @@ def _plan(planned: Plan) -> dict[str, Any]:
     }
 
 
-def _method(method: Method) -> dict[str, Any]:
+def _method(method: Method | Told) -> dict[str, Any]:
     """What stands in its registration is Markdown of ours, or of the package that brings the method."""
+    if isinstance(method, Told):
+        return asdict(method)
     return {
         "name": method.name,
         "title": method.title,
@@ -195,6 +200,9 @@ def _parent(planned: Plan, number: int) -> Parent:
     model = planned.locked.models[number]
     pieces = [piece for recipe in planned.locked.recipe.documents for piece in recipe.slices]
     bases = {planned.locked.index(piece.base_model) for piece in pieces if piece.base_model}
+    mixture = planned.locked.recipe.mixture
+    if mixture is not None and number not in [planned.locked.index(expert.source_model) for expert in mixture.experts]:
+        bases.add(planned.locked.index(planned.locked.recipe.donor))
     giving = any(entry.model == number for job in planned.jobs for entry in job.reads)
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
     url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on

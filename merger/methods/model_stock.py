@@ -28,10 +28,10 @@ def measure(blocks: Blocks, filter_wise: bool = False) -> float | None:
     "model_stock",
     title="Model Stock",
     formula=(
-        r"\theta = \theta_0 + t \cdot \tfrac1N \sum_i \tau_i, \quad t = \frac{N \cos\vartheta}{1 + (N -"
-        r" 1) \cos\vartheta},"
-        r"\quad \cos\vartheta = \operatorname{mean}_{i \ne j} \frac{\tau_i \cdot \tau_j}{\lVert \tau_i"
-        r" \rVert \lVert \tau_j \rVert}"
+        r"\theta = \theta_0 + t \cdot \tfrac1N \sum_i \tau_i,"
+        r" \quad t = \frac{N \cos\vartheta}{1 + (N - 1) \cos\vartheta},"
+        r" \quad \cos\vartheta = \tfrac{2}{N (N - 1)} \sum_{i \lt j} \frac{\tau_i \cdot \tau_j}"
+        r"{\lVert \tau_i \rVert \lVert \tau_j \rVert}"
     ),
     paper=_PAPER,
     models=(2, None),

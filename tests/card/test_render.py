@@ -127,3 +127,26 @@ def test_checksums_that_would_take_long_are_said_to_be_unknown(folder: Path) -> 
         assert {file["file"]: (file["size"], file["sha256"]) for file in parent["files"]} == {
             name: (size, None) for name, size in sizes.items()
         }
+
+
+MIXTURE = """\
+base_model: ./base
+gate_mode: random
+experts:
+  - {source_model: ./one, noise_scale: 0.001}
+  - {source_model: ./one, residual_scale: 0.9}
+  - {source_model: ./two}
+"""
+
+
+def test_a_mixture_is_told_in_sentences(folder: Path) -> None:
+    """Experts, router, what is the base model's, and what was done to single experts; no method stands there."""
+    metadata, body = card(MIXTURE)
+    assert metadata["tags"] == ["merge", "merger", "moe"]
+    assert "one, two over base, merged by **Mixture of experts**" in body
+    assert (
+        "Each layer has 3 experts: the MLPs of one (2 times), two. A router sends each token through 2 of them; "
+        "everything else is that of base. The router was drawn by chance, from a normal distribution: it knows nothing "
+        "until it is trained. To the MLPs of one noise of deviation 0.001 was added. The output of the MLPs of one was "
+        "multiplied by 0.9."
+    ) in body
