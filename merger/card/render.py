@@ -138,6 +138,7 @@ def _licence(planned: Plan, found: Judgement) -> dict[str, Any]:
         "override": found.override,
         "notes": found.notes,
         "duties": [_duty(planned, terms) for terms in found.duties],
+        "asks": _asked(found),
         "built_with": list(dict.fromkeys(terms.built_with for terms in found.duties if terms.built_with)),
         "notices": [terms.notice for terms in found.duties if terms.notice],
     }
@@ -152,10 +153,15 @@ def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
 
 
 def _duty(planned: Plan, terms: Terms) -> dict[str, Any]:
-    """A licence of some parents: its name, its text, what it asks, and of which models it is."""
+    """A licence of some parents: its name, its text, and of which models it is."""
     parents = [shown(model) for model in planned.locked.models if terms in licence_of(model).terms]
-    return {"title": terms.title, "url": address(terms.url), "asks": [KINDS[kind] for kind in terms.asks],
-            "parents": parents}  # fmt: skip
+    return {"title": terms.title, "url": address(terms.url), "parents": parents}
+
+
+def _asked(found: Judgement) -> list[dict[str, Any]]:
+    """What the licences ask, each with those that ask it."""
+    asking = {kind: [terms.title for terms in found.duties if kind in terms.asks] for kind in KINDS}
+    return [{"what": KINDS[kind], "licences": titles} for kind, titles in asking.items() if titles]
 
 
 def _plan(planned: Plan) -> dict[str, Any]:
