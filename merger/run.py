@@ -211,7 +211,7 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
 def _stores(recipe: Recipe, options: Options) -> list[Store]:
     """Folders first. The Hub's client takes a while to import: not for recipes that need no Hub."""
     folders = FolderStore()
-    if all(folders.has(ref.path) for ref in recipe.models):
+    if all(folders.has(ref.path) for ref in (*recipe.models, *recipe.adapters)):
         return [folders]
     from merger.stores.cache import CachedStore
     from merger.stores.hub import HubStore
@@ -332,7 +332,7 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
         seen |= recalled(note)
     related = relations(planned, seen)
     files = _small_files(planned, store, _card(planned, sink, related), shards)
-    published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
+    published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.merged)}")
     yield Done(published, shards, related.doubts, files["README.md"].decode())
 
 

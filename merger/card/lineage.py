@@ -5,11 +5,13 @@ No path of the machine that made it stands in it. Not here: the card for people 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import yaml
 
+from merger.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
 from merger.checkpoints.shard import Written
 from merger.plan.lock import LockedModel
 from merger.plan.plan import FORMAT, Plan
@@ -19,7 +21,8 @@ _MADE_WITH = ("hub-merger", "torch", "numpy")
 
 def shown(model: LockedModel) -> str:
     """A model's name for readers: as the recipe writes it on the Hub, of a folder its last part."""
-    return str(model.ref) if model.located.commit else model.name
+    own = str(replace(model.ref, adapter=None)) if model.located.commit else model.located.name
+    return own if model.adapter is None else f"{own}+{shown(model.adapter)}"
 
 
 def lock_file(planned: Plan, shards: tuple[Written, ...]) -> str:
@@ -38,7 +41,11 @@ def lock_file(planned: Plan, shards: tuple[Written, ...]) -> str:
 
 def _model(model: LockedModel) -> dict[str, Any]:
     tensors = {tensor.file for tensor in model.checkpoint.tensors.values()}
-    files = {name: info for name, info in model.located.files.items() if name in tensors or name == "config.json"}
+    files = {
+        name: info
+        for name, info in model.located.files.items()
+        if name in tensors or name in ("config.json", ADAPTER_CONFIG)
+    }
     return {
         "model": shown(model),
         "commit": model.located.commit,

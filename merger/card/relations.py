@@ -113,7 +113,8 @@ def same_models(planned: Plan) -> list[str]:
     for model in planned.locked.models:
         files = {tensor.file: model.located.files[tensor.file].sha256 for tensor in model.checkpoint.tensors.values()}
         known = None not in files.values()
-        identity = frozenset(files.values()) if known else (model.located.where, model.located.commit)
+        own: object = frozenset(files.values()) if known else (model.located.where, model.located.commit)
+        identity = (own, None if model.adapter is None else model.adapter.located)
         if identity in found:
             doubts.append(f"{found[identity]} and {model.name} are the same model")
         found.setdefault(identity, model.name)

@@ -25,7 +25,7 @@ from merger.plan.plan import Plan
 from merger.recipe.model import Publish
 
 CARD = "card.md.j2"
-GIVES, BASE, CONFIG_ONLY = "model", "base model", "config and tokenizer only"
+GIVES, BASE, ADAPTER, CONFIG_ONLY = "model", "base model", "LoRA adapter", "config and tokenizer only"
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = next((f for f in (_HERE.parent / "templates", _HERE.parents[1] / "templates") if f.is_dir()), _HERE)
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
@@ -121,7 +121,7 @@ def _metadata(planned: Plan, used: list[Method]) -> str:
         data["pipeline_tag"] = task
     data["tags"] = ["merge", "merger", *(method.name for method in used)]
     if parents:
-        data["base_model"] = parents
+        data["base_model"] = list(dict.fromkeys(parents))
         data["base_model_relation"] = "merge"
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
@@ -142,8 +142,9 @@ def _auto_class(config: Mapping[str, Any]) -> str:
 def _parent(planned: Plan, number: int) -> Parent:
     model = planned.locked.models[number]
     bases = {planned.locked.index(piece.base_model) for piece in planned.locked.recipe.slices if piece.base_model}
-    giving = any(entry.model == number for job in planned.jobs for entry in job.reads)
+    giving = any(number in job.givers for job in planned.jobs)
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
+    role = ADAPTER if model.lora is not None else role
     url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on
     return Parent(shown(model), url, model.located.commit, model.licence, role)
 

@@ -6,11 +6,13 @@ Not here: where a leaf's bytes come from and in which order (blocks).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from merger.plan.sources import Source, Stored
+from merger.engine.adapters import with_added, with_low_rank
+from merger.plan.sources import Added, LowRank, Source, Stored
 
 
 class Leaves(Protocol):
@@ -34,5 +36,13 @@ def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, ste
     return full[-start % step :: step]
 
 
-_READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {}
+def _low_rank(source: LowRank, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return with_low_rank(source, start, stop, out, partial(load, leaves=leaves))
+
+
+def _added(source: Added, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return with_added(source, start, stop, out, partial(load, leaves=leaves))
+
+
+_READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {LowRank: _low_rank, Added: _added}
 """How each kind of source but the plain one fills the front of `out` with its entries ``[start, stop)``."""

@@ -14,6 +14,7 @@ from typing import Any
 from merger.checkpoints.architecture import is_before_layers, is_buffer, is_embedding, is_head
 from merger.checkpoints.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.methods.registry import Method, Param, declared
+from merger.plan.adapters import changed
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
 from merger.plan.lock import LockedModel, LockedRecipe
 from merger.plan.sources import Source, Stored
@@ -31,15 +32,17 @@ class Input:
     Args:
         source: where its entries come from.
         settings: the per-model numbers by the parameter's name.
+        named: the number of the model that it stands for, where that is not the one whose files are read first.
     """
 
     source: Source
     settings: Mapping[str, float] = field(default_factory=dict)
+    named: int | None = None
 
     @property
     def model(self) -> int:
         """The number of the model that it stands for in the locked recipe."""
-        return self.source.leaves[0].model
+        return self.source.leaves[0].model if self.named is None else self.named
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ class Job:
     def sources(self) -> tuple[Source, ...]:
         """What is loaded for each block, the base last."""
         return tuple(entry.source for entry in (self.inputs if self.base is None else (*self.inputs, self.base)))
+
+    @property
+    def givers(self) -> tuple[int, ...]:
+        """The numbers of the models and adapters that it takes anything of."""
+        inputs = self.inputs if self.base is None else (*self.inputs, self.base)
+        return tuple(dict.fromkeys([*(entry.model for entry in inputs), *(leaf.model for leaf in self.reads)]))
 
     @property
     def reads(self) -> tuple[Stored, ...]:
@@ -189,8 +198,12 @@ class _Maker:
         return Job(out, dtype, source.shape, PASSTHROUGH, (Input(source, {"scale": 1.0}),), why=why)
 
     def _source(self, number: int, tensor: TensorInfo) -> Source:
-        """Where the entries of a model's tensor come from."""
-        return Stored(number, tensor)
+        """Where the entries of a model's tensor come from, with what its adapter makes of them."""
+        holder = self._locked.holder(number)
+        return changed(self._locked, self._locked.models[number], Stored(holder, tensor))
+
+    def _named(self, number: int) -> int | None:
+        return number if self._locked.holder(number) != number else None
 
     def _stack(self, stack: str, cuts: Sequence[Cut]) -> Iterator[Job]:
         first = len(self.layers)
@@ -236,10 +249,10 @@ class _Maker:
         base: Input | None = None
         for part, tensor in zip(piece.parts, tensors, strict=True):
             if part.is_base and method.subtracts_base:
-                base = Input(self._source(part.number, tensor))
+                base = Input(self._source(part.number, tensor), named=self._named(part.number))
                 continue
             own = self._numbers(piece, method, (part.source.parameters, *levels), tensor.name, position, per_model=True)
-            inputs.append(Input(self._source(part.number, tensor), own))
+            inputs.append(Input(self._source(part.number, tensor), own, self._named(part.number)))
         settings = self._numbers(piece, method, levels, out, position, per_model=False)
         leading = tensors[piece.leader]
         dtype = self._dtype or self._donors_dtype(piece.parts[piece.leader].model, leading)

@@ -32,6 +32,8 @@ def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
         for entry in job.reads:
             used[entry.model].add(entry.tensor.name)
     for number, model in enumerate(locked.models):
+        if locked.holder(number) != number:
+            continue
         places = [model.architecture.place(name) for name in used[number]]
         layers = {(place.stack, place.layer) for place in places}
         for name in model.checkpoint.tensors:
@@ -41,6 +43,10 @@ def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
 
 def _why(donor: LockedModel, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
     place: Place = model.architecture.place(name)
+    if model.lora is not None:
+        return "nothing is made of the tensor that it changes"
+    if name in model.changes and model.changes[name].whole is not None:
+        return "its adapter holds the tensor whole"
     if not layers:
         return "the method takes no base model, so this one gives no tensors"
     if place.stack is not None and (place.stack, place.layer) not in layers:

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from merger.checkpoints import adapter as adapters
+from merger.checkpoints.adapter import Adapter, Change
 from merger.checkpoints.architecture import Architecture, is_embedding, is_head
 from merger.checkpoints.checkpoint import (
     INDEX,
@@ -42,12 +44,18 @@ class LockedModel:
         located: where it is, at which commit, with which files.
         checkpoint: its tensors' names, shapes, dtypes and places, and its config.json.
         card: the metadata of its own model card, empty where there is none.
+        lora: what its files hold, of a LoRA adapter; its config is adapter_config.json.
+        adapter: the LoRA adapter that is added to it.
+        changes: what that makes of its tensors, by their names.
     """
 
     ref: ModelRef
     located: Located
     checkpoint: Checkpoint = field(repr=False)
     card: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    lora: Adapter | None = field(default=None, repr=False)
+    adapter: LockedModel | None = field(default=None, repr=False)
+    changes: Mapping[str, Change] = field(default_factory=dict, repr=False)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -94,8 +102,8 @@ class LockedModel:
 
     @property
     def name(self) -> str:
-        """The name for readers: repo id, or the folder's last part."""
-        return self.located.name
+        """The name for readers: repo id, or the folder's last part; with that of its adapter."""
+        return self.located.name if self.adapter is None else f"{self.located.name}+{self.adapter.name}"
 
     @property
     def licence(self) -> str | None:
@@ -106,7 +114,7 @@ class LockedModel:
 
 @dataclass(frozen=True)
 class LockedRecipe:
-    """A recipe and its models, in the order of ``recipe.models``."""
+    """A recipe and its models, in the order of ``recipe.models``, then the adapters that are added to them."""
 
     recipe: Recipe
     models: tuple[LockedModel, ...]
@@ -118,6 +126,15 @@ class LockedRecipe:
     def model(self, ref: ModelRef) -> LockedModel:
         """The model that a reference means."""
         return self.models[self.index(ref)]
+
+    @property
+    def merged(self) -> tuple[LockedModel, ...]:
+        """The models that are merged, without the adapters that are added to some of them."""
+        return self.models[: len(self.recipe.models)]
+
+    def holder(self, number: int) -> int:
+        """The number of the first model with the same files: one that is named with several adapters is read once."""
+        return next(first for first, model in enumerate(self.models) if model.located == self.models[number].located)
 
     @property
     def donor(self) -> LockedModel:
@@ -152,48 +169,103 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
     """
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
-        commits = [(pinned or {}).get(str(ref)) for ref in recipe.models]
-        attempts = list(models.map(lambda ref, pin: _attempt(ref, store, headers, pin), recipe.models, commits))
-    problems = [problem for _, found in attempts for problem in found]
+        fetching = _Fetching(store, headers, pinned or {})
+        merged = list(models.map(lambda ref: _attempt(ref, fetching.model), recipe.models))
+        loras = list(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters))
+    found = {model.ref: model for model, _ in loras if model is not None}
+    merged = [_attempt_with(model, found) if model is not None else (model, told) for model, told in merged]
+    problems = [problem for _, told in (*merged, *loras) for problem in told]
     if problems:
         raise ModelError(problems)
-    return LockedRecipe(recipe, tuple(model for model, _ in attempts if model is not None))
+    return LockedRecipe(recipe, tuple(model for model, _ in (*merged, *loras) if model is not None))
 
 
-def _attempt(
-    ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None
-) -> tuple[LockedModel | None, tuple[Problem, ...]]:
+_Attempt = tuple[LockedModel | None, tuple[Problem, ...]]
+
+
+def _attempt(ref: ModelRef, fetch: Callable[[ModelRef], LockedModel]) -> _Attempt:
     """The model, or its problems at the place where the recipe names it."""
     try:
-        return _lock_model(ref, store, pool, commit), ()
+        return fetch(ref), ()
     except ModelError as error:
         return None, tuple(_at(problem, ref) for problem in error.problems)
+
+
+def _attempt_with(model: LockedModel, loras: Mapping[ModelRef, LockedModel]) -> _Attempt:
+    """The model with what its adapter makes of it, if it has one that could be read."""
+    lora = loras.get(model.ref.adapter) if model.ref.adapter is not None else None
+    if lora is None or lora.lora is None:
+        return model, ()
+    held = model.checkpoint
+    try:
+        found = adapters.changes(lora.lora, held.tensors, held.config)
+    except ModelError as error:
+        return None, tuple(_at(problem, model.ref) for problem in error.problems)
+    return replace(model, adapter=lora, changes=found), ()
 
 
 def _at(problem: Problem, ref: ModelRef) -> Problem:
     return replace(problem, at=problem.at or ref.at, where=problem.where or f"models[{ref}]")
 
 
-def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None) -> LockedModel:
-    located = store.locate(ref.path, commit or ref.revision)
-    config = _config(located, store)
-    checkpoint = Checkpoint(_tensors(located, store, pool), config)
-    return LockedModel(ref, located, checkpoint, _card(located, store))
+@dataclass(frozen=True)
+class _Fetching:
+    """Reads what is needed of models and adapters; `pinned` are the commits to take."""
+
+    store: Store
+    pool: ThreadPoolExecutor
+    pinned: Mapping[str, str]
+
+    def _located(self, ref: ModelRef) -> Located:
+        return self.store.locate(ref.path, self.pinned.get(str(ref)) or ref.revision)
+
+    def model(self, ref: ModelRef) -> LockedModel:
+        located = self._located(ref)
+        if adapters.CONFIG in located.files and "config.json" not in located.files:
+            hint = f"add it to its model: org/model+{ref.path}; or list adapters under adapters: to merge them"
+            raise ModelError(Problem("is a LoRA adapter, not a model", hint=hint))
+        config = _config(located, self.store)
+        checkpoint = Checkpoint(_tensors(located, self.store, self.pool), config)
+        return LockedModel(ref, located, checkpoint, _card(located, self.store))
+
+    def adapter(self, ref: ModelRef) -> LockedModel:
+        located = self._located(ref)
+        _check_adapter_files(located)
+        config = _json(located, adapters.CONFIG, self.store)
+        tensors = {tensor.name: tensor for tensor in _header(located, self.store, adapters.TENSORS)}
+        lora = adapters.read_adapter(config, tensors)
+        return LockedModel(ref, located, Checkpoint(tensors, config), _card(located, self.store), lora)
+
+
+def _check_adapter_files(located: Located) -> None:
+    if adapters.CONFIG not in located.files:
+        hint = "is it a LoRA adapter as PEFT saves it? a model is named without the +"
+        raise ModelError(Problem(f"has no {adapters.CONFIG}", hint=hint))
+    if adapters.TENSORS not in located.files:
+        pickled = adapters.PICKLED in located.files
+        what = f"has no {adapters.TENSORS}" + (f", only {adapters.PICKLED}" if pickled else "")
+        hint = "such files can run code when they are read: load it with PEFT and save it with save_pretrained"
+        raise ModelError(Problem(what, hint=hint if pickled else "the adapter is incomplete: download it again"))
 
 
 def _config(located: Located, store: Store) -> Mapping[str, Any]:
     if "config.json" not in located.files:
         raise ModelError(Problem("has no config.json", hint="is this a model that transformers can load?"))
-    try:
-        config = json.loads(store.fetch(located, "config.json"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(Problem(f"config.json is no JSON ({error})", hint="download the model again")) from None
-    if not isinstance(config, dict):
-        raise ModelError(Problem("config.json is no JSON object", hint="download the model again"))
+    config = _json(located, "config.json", store)
     if is_quantised(config):
         what = "is quantised; its stored numbers must not be merged as they are"
         raise ModelError(Problem(what, hint="use the unquantised model: dequantising is not built yet"))
     return config
+
+
+def _json(located: Located, file: str, store: Store) -> Mapping[str, Any]:
+    try:
+        content = json.loads(store.fetch(located, file))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(Problem(f"{file} is no JSON ({error})", hint="download the model again")) from None
+    if not isinstance(content, dict):
+        raise ModelError(Problem(f"{file} is no JSON object", hint="download the model again"))
+    return content
 
 
 def _tensors(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:

@@ -75,3 +75,101 @@ class Stored:
     def scratch(self) -> int:
         """None: the bytes as stored are counted for every job."""
         return 0
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+PRODUCT_ENTRIES = 1 << 17
+"""How many entries of a product of two small matrices are made at once: whole rows, at the same places always."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix and what a LoRA adapter adds to it: ``scale * B @ A``, the other way round where it is turned.
+
+    Args:
+        of: the matrix.
+        a: A, one column for each input.
+        b: B, one row for each output.
+        scale: what the product is multiplied by.
+        turned: whether the matrix has its inputs as rows.
+        magnitude: of DoRA the length that each row of the sum is brought to.
+    """
+
+    of: Source
+    a: Stored
+    b: Stored
+    scale: float
+    turned: bool = False
+    magnitude: Stored | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's."""
+        return self.of.shape
+
+    @property
+    def dtype(self) -> str:
+        """The matrix's."""
+        return self.of.dtype
+
+    @property
+    def rank(self) -> int:
+        """How many directions the product has."""
+        return self.a.shape[0]
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many rows are made at once."""
+        return max(1, PRODUCT_ENTRIES // max(1, self.shape[1]))
+
+    @property
+    def leaves(self) -> tuple[Stored, ...]:
+        """The matrix's, then the adapter's."""
+        return (*self.of.leaves, self.a, self.b, *([self.magnitude] if self.magnitude else []))
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """The adapter's; the matrix's too where whole rows of it are looked at."""
+        adapters = self.leaves[len(self.of.leaves) :]
+        return (*self.leaves, *self.of.again) if self.magnitude else (*self.of.again, *adapters)
+
+    @property
+    def scratch(self) -> int:
+        """The one small matrix as stored and in float32, some rows of the other, and of the product and the sum."""
+        rows, columns = self.chunk_rows, self.shape[1]
+        return self.of.scratch + 12 * self.rank * columns + 4 * rows * (2 * self.rank + 3 * columns)
+
+
+@dataclass(frozen=True)
+class Added:
+    """A tensor and a small one of its shape that is added to it, times `scale`."""
+
+    to: Source
+    plus: Stored
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The first one's."""
+        return self.to.shape
+
+    @property
+    def dtype(self) -> str:
+        """The first one's."""
+        return self.to.dtype
+
+    @property
+    def leaves(self) -> tuple[Stored, ...]:
+        """The first one's, then the other."""
+        return (*self.to.leaves, self.plus)
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """None but the first one's: a block reads its own entries of both."""
+        return self.to.again
+
+    @property
+    def scratch(self) -> int:
+        """The other's entries in float32."""
+        return self.to.scratch + 4 * self.plus.tensor.entries

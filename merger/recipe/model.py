@@ -153,6 +153,11 @@ class Recipe:
         return tuple(dict.fromkeys([*sources, *bases, *own]))
 
     @property
+    def adapters(self) -> tuple[ModelRef, ...]:
+        """Every adapter that is added to one of the models once, in the order of the models."""
+        return tuple(dict.fromkeys(ref.adapter for ref in self.models if ref.adapter is not None))
+
+    @property
     def donor(self) -> ModelRef:
         """The model whose config and side files the result takes: the base model, else the recipe's first model."""
         base = self.base_model or self.slices[0].base_model

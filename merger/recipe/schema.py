@@ -33,7 +33,7 @@ _WORDS = {
     "modules": "The parts of the model by name, each with its own models or slices.",
     "out_dtype": "The dtype of the result; counts before dtype.",
     "residual_weight": "Has no effect.",
-    "lora": f"A LoRA adapter to be added to the model {_NOT_BUILT}.",
+    "lora": "A LoRA adapter that is added to the model.",
     "filter": "A part of the tensors' names that this value is for, case and all; without it: every tensor.",
     "value": "A number, or a gradient: numbers from the slice's first layer to its last.",
 }
