@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from merger.card.licences import licence_note
 from merger.card.lineage import shown
-from merger.card.relations import Relation, Relations, same_models
+from merger.card.relations import Relation, Relations, same_models, strange_adapters
 from merger.errors import MergerError, Problem
 from merger.methods.registry import Method, Param
 from merger.plan.plan import Plan
@@ -109,7 +109,7 @@ def _accounting(planned: Plan) -> list[str]:
     left = [(f"{shown(models[item.model])}: {item.why}", item.tensor) for item in planned.left_out]
     lines = [*_by_reason("copied", copied), *_by_reason("left out", left)]
     note = licence_note(planned)
-    doubts = [f"\nwarning: {doubt}" for doubt in same_models(planned)]
+    doubts = [f"\nwarning: {doubt}" for doubt in (*same_models(planned), *strange_adapters(planned))]
     return [*lines, *([f"\nlicence  {note}"] if note else []), *doubts]
 
 

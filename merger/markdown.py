@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from merger.card.licences import licence_note
 from merger.card.lineage import shown
-from merger.card.relations import same_models
+from merger.card.relations import same_models, strange_adapters
 from merger.card.render import escaped, fenced
 from merger.console import size
 from merger.errors import Problem
@@ -76,7 +76,7 @@ def _minutes(planned: Plan) -> int:
 
 
 def _notes(planned: Plan) -> list[str]:
-    notes = [f"**Warning:** {_told(doubt)}" for doubt in same_models(planned)]
+    notes = [f"**Warning:** {_told(doubt)}" for doubt in (*same_models(planned), *strange_adapters(planned))]
     if note := licence_note(planned):
         notes.append(f"**Licence:** {_told(note)}")
     if planned.left_out:

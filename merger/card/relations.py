@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from merger.checkpoints.architecture import Architecture
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job
+from merger.plan.lock import LockedModel
 from merger.plan.plan import Plan
 
 _ALIKE, _OPPOSED, _STRANGERS = 0.9999, -0.3, 0.2
@@ -119,3 +120,21 @@ def same_models(planned: Plan) -> list[str]:
             doubts.append(f"{found[identity]} and {model.name} are the same model")
         found.setdefault(identity, model.name)
     return doubts
+
+
+def strange_adapters(planned: Plan) -> list[str]:
+    """Adapters that are added to another model than the one that they name as theirs."""
+    found: dict[str, None] = {}
+    for model in planned.locked.models:
+        named = model.adapter.lora.model if model.adapter is not None and model.adapter.lora is not None else None
+        if model.adapter is not None and named and not _means(named, model):
+            what = f"{model.adapter.name} was trained on {named}, and the recipe adds it to {model.located.name}"
+            found[what] = None
+    return list(found)
+
+
+def _means(named: str, model: LockedModel) -> bool:
+    """Whether an adapter's config speaks of this model: by its repo id, or where either is a folder, its last part."""
+    on_hub = model.located.commit is not None and named.count("/") == 1 and not named.startswith((".", "/"))
+    theirs, ours = named.lower().rstrip("/"), (model.ref.path if on_hub else model.located.name).lower()
+    return theirs == ours if on_hub else theirs.split("/")[-1] == ours.split("/")[-1]

@@ -1,7 +1,7 @@
 """What a LoRA adapter's files hold, and what it changes in a model: names, ranks, scales and places, but no bytes.
 
 Follows PEFT's files: adapter_config.json, and adapter_model.safetensors with names such as
-``base_model.model.<module>.lora_A.weight``. Not here: fetching them (plan.lock), and adding them to a model's entries (engine).
+``base_model.model.<module>.lora_A.weight``. Not here: fetching them (plan.lock), and the sum (engine.adapters).
 """
 
 from __future__ import annotations
