@@ -416,5 +416,5 @@ def _small_files(planned: Plan, store: Store, card: str, shards: tuple[Written, 
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
         total = sum(job.nbytes for job in planned.jobs)
         files["model.safetensors.index.json"] = index(dict(sorted(weight_map.items())), total)
-    files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
+    files[planned.config_name] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files

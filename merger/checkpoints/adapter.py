@@ -28,7 +28,7 @@ _PART = re.compile(
     r"(\.weight)?$"
 )
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)")
-_TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Kinds of models whose linear layers hold their matrices with the inputs first (transformers' Conv1D)."""
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -342,7 +342,7 @@ class _Fitting:
         """Whether square matrices have their inputs first: as those do whose shape tells, else as the configs say."""
         told = [place.shape == (module.inputs, module.outputs) for module, place in settled
                 if module.inputs != module.outputs and not module.embedding]  # fmt: skip
-        return any(told) if told else self._adapter.turned or self._config.get("model_type") in _TURNED_MODELS
+        return any(told) if told else self._adapter.turned or self._config.get("model_type") in TURNED_MODELS
 
     def _turned(self, module: Module, place: TensorInfo, usual: bool) -> bool:
         if module.embedding or module.inputs != module.outputs:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merger.engine.factors import Pairs
 from merger.engine.observe import observe
 from merger.engine.sources import load
 from merger.errors import MismatchError, Problem
@@ -131,6 +132,7 @@ class Work:
         reader: where bytes come from.
         seed: for a method that draws random numbers.
         device: where the arithmetic is done.
+        pairs: what several jobs of a run make together.
         prepared: what the method measured of the whole tensor, once it is known; None: nothing is to be prepared.
     """
 
@@ -140,6 +142,7 @@ class Work:
     reader: Reader
     seed: int
     device: torch.device
+    pairs: Pairs
     prepared: Future[Any] | None = None
     _seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
     _spool: Spool | None = field(default=None, repr=False)
@@ -186,7 +189,8 @@ class Work:
             given["measured"] = self.prepared.result()
         inputs, base = self.load(block)
         merged: Tensor = self.method.function(inputs, **given)
-        self._seen[block.start] = observe(inputs, merged, block.start, self.job.entries)
+        if block.start not in self._seen:
+            self._seen[block.start] = observe(inputs, merged, block.start, self.job.entries)
         return merged if base is None else merged.add_(base)
 
     def seen(self) -> Geometry:
@@ -229,6 +233,10 @@ class Work:
         entries = raw.view(dtype)[-start % step :: step]
         return out[: len(entries)].copy_(entries)
 
+    def tell(self, block: int, seen: Geometry) -> None:
+        """What was seen of the block that starts there while its sources were read."""
+        self._seen[block] = seen
+
     def close(self) -> None:
         """No more blocks will be asked for."""
         if self._spool is not None:
@@ -252,6 +260,13 @@ class _Leaves:
         if leaf not in self._loaded:
             self._loaded[leaf] = self._work.entries(leaf, start, stop, self._shared[leaf], step)
         return out[: len(self._loaded[leaf])].copy_(self._loaded[leaf])
+
+    @property
+    def pairs(self) -> Pairs:
+        return self._work.pairs
+
+    def tell(self, seen: Geometry) -> None:
+        self._work.tell(self._block[0], seen)
 
 
 class _Blocks:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from merger.checkpoints.shard import ShardWriter, Written
 from merger.engine.blocks import Block, Work, blocks
+from merger.engine.factors import Pairs
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.plan.geometry import Geometry, noted
@@ -108,9 +109,9 @@ def _keep_freed_memory() -> None:
 def _work(
     seed: int, shards: Sequence[Shard], table: Mapping[str, Method], reader: Reader, device: torch.device
 ) -> Iterator[Work]:
-    first = 0
+    first, pairs = 0, Pairs()
     for job in (job for shard in shards for job in shard.jobs):
-        yield Work(job, table[job.method], first, reader, seed, device)
+        yield Work(job, table[job.method], first, reader, seed, device, pairs)
         first += len(job.reads)
 
 

@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from merger.engine.adapters import with_added, with_low_rank
-from merger.plan.sources import Added, LowRank, Source, Stored
+from merger.engine.factors import Pairs
+from merger.plan.geometry import Geometry
+from merger.plan.sources import Added, Difference, Factor, LowRank, Source, Stored
 
 
 class Leaves(Protocol):
@@ -26,6 +29,13 @@ class Leaves(Protocol):
         Raises:
             ModelError: the bytes cannot be had.
         """
+
+    @property
+    def pairs(self) -> Pairs:
+        """The run's pairs of small matrices that are under way."""
+
+    def tell(self, seen: Geometry) -> None:
+        """What was seen of a source while it was read, in place of what its entries tell."""
 
 
 def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, step: int = 1) -> Tensor:
@@ -44,5 +54,21 @@ def _added(source: Added, start: int, stop: int, out: Tensor, leaves: Leaves) ->
     return with_added(source, start, stop, out, partial(load, leaves=leaves))
 
 
-_READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {LowRank: _low_rank, Added: _added}
+def _difference(source: Difference, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    less = leaves.entries(source.subtrahend, start, stop, torch.empty(stop - start))
+    return leaves.entries(source.minuend, start, stop, out).sub_(less)
+
+
+def _factor(source: Factor, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    entries, seen = leaves.pairs.entries(source, start, stop, partial(load, leaves=leaves))
+    leaves.tell(seen if start == 0 else Geometry(((0.0, 0.0), (0.0, 0.0)), 0, 0))
+    return out[: stop - start].copy_(entries)
+
+
+_READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
+    LowRank: _low_rank,
+    Added: _added,
+    Difference: _difference,
+    Factor: _factor,
+}
 """How each kind of source but the plain one fills the front of `out` with its entries ``[start, stop)``."""

@@ -21,7 +21,7 @@ from merger.plan.sources import Source, Stored
 from merger.recipe.settings import Parameters, first_value
 
 PASSTHROUGH = "passthrough"
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _MISMATCHES_SHOWN = 3
 
 
@@ -117,11 +117,15 @@ class Making:
         jobs: how each output tensor is made.
         layers: for each layer of the output's one stack, the model that names its tensors, and its layer there.
         has_head: whether the output's head is a tensor of its own, not the embedding.
+        config: the output's config, where it is not the donor's.
+        reasons: why tensors of the models are left out, by their names, where that was decided on the way.
     """
 
     jobs: tuple[Job, ...]
     layers: tuple[tuple[LockedModel, int], ...]
     has_head: bool
+    config: Mapping[str, Any] | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
@@ -162,7 +166,7 @@ class _Maker:
         self._locked, self._table, self._findings = locked, table, findings
         taken = [part.model for piece in locked.recipe.slices for part in parts(locked, piece, table[piece.method])]
         self._head = next((model.head for model in taken if _is_untied(model)), None)
-        self._dtype = _DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
+        self._dtype = DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
         self._shown: Counter[tuple[int, int]] = Counter()
         self.layers: list[tuple[LockedModel, int]] = []
 

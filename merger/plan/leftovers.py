@@ -38,11 +38,15 @@ def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
         layers = {(place.stack, place.layer) for place in places}
         for name in model.checkpoint.tensors:
             if name not in used[number]:
-                yield LeftOut(number, name, _why(locked.donor, model, name, layers))
+                why = making.reasons.get(name) or _why(locked, model, name, layers)
+                yield LeftOut(number, name, why)
 
 
-def _why(donor: LockedModel, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
+def _why(locked: LockedRecipe, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
+    donor = locked.donor
     place: Place = model.architecture.place(name)
+    if locked.recipe.lora is not None:
+        return "the adapter holds the fine-tune's in its place"
     if model.lora is not None:
         return "nothing is made of the tensor that it changes"
     if name in model.changes and model.changes[name].whole is not None:
@@ -66,6 +70,8 @@ def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
     Raises:
         RecipeError: no config could describe the layers in this order.
     """
+    if making.config is not None:
+        return making.config
     donor = locked.donor
     edited: Mapping[str, Any] = donor.checkpoint.config
     stacks = list(donor.architecture.stacks.items())

@@ -170,7 +170,8 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
         fetching = _Fetching(store, headers, pinned or {})
-        merged = list(models.map(lambda ref: _attempt(ref, fetching.model), recipe.models))
+        fetch = fetching.adapter if recipe.merges_adapters else fetching.model
+        merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
         loras = list(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters))
     found = {model.ref: model for model, _ in loras if model is not None}
     merged = [_attempt_with(model, found) if model is not None else (model, told) for model, told in merged]
@@ -239,7 +240,7 @@ class _Fetching:
 
 def _check_adapter_files(located: Located) -> None:
     if adapters.CONFIG not in located.files:
-        hint = "is it a LoRA adapter as PEFT saves it? a model is named without the +"
+        hint = "is it a LoRA adapter as PEFT saves it?"
         raise ModelError(Problem(f"has no {adapters.CONFIG}", hint=hint))
     if adapters.TENSORS not in located.files:
         pickled = adapters.PICKLED in located.files

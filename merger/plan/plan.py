@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
+from merger.checkpoints.adapter import CONFIG, TENSORS
 from merger.checkpoints.checkpoint import ITEM_BYTES
 from merger.checkpoints.shard import header, shard_name
 from merger.checkpoints.sidefiles import side_files
@@ -21,6 +22,7 @@ from merger.methods.registry import Method
 from merger.plan.jobs import Job, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
+from merger.plan.loras import make_lora
 from merger.plan.sources import Stored
 
 FORMAT = 1
@@ -81,7 +83,7 @@ class Plan:
         locked: the recipe and its models.
         shards: the output files.
         left_out: the tensors of the models that nothing is made of.
-        config: the output's config.json.
+        config: the output's config.json, of an adapter its adapter_config.json.
         side_files: the donor's files that are taken over.
         seed: for methods that draw random numbers.
         threads: how many threads compute.
@@ -104,6 +106,11 @@ class Plan:
     read_bytes: int
     spool: int
     hash: str
+
+    @property
+    def config_name(self) -> str:
+        """The name of the output's config, which makes it look like a model or like an adapter."""
+        return "config.json" if self.locked.recipe.lora is None else CONFIG
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -177,17 +184,17 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         RecipeError, MismatchError: from `jobs.make`.
         BudgetError: it cannot fit into the memory.
     """
-    making = make(locked, table)
+    making = make(locked, table) if locked.recipe.lora is None else make_lora(locked, table)
     edited = config(locked, making)
     seed = locked.recipe.seed if seed is None else seed
-    shards = tuple(_shards(_in_file_order(making.jobs, locked.index(locked.donor.ref)), budget.shard_bytes))
+    shards = _whole_file(making.jobs) if locked.recipe.lora else _files_of(locked, making.jobs, budget.shard_bytes)
     remote = [number for number, model in enumerate(locked.models) if model.located.commit is not None]
     draft = Plan(
         locked=locked,
         shards=shards,
         left_out=tuple(left_out(locked, making)),
         config=edited,
-        side_files=side_files(locked.donor.located.files, locked.donor.checkpoint.config),
+        side_files=_side_files(locked),
         seed=seed,
         threads=budget.threads,
         read_ahead=READ_AHEAD_BYTES if remote else 0,
@@ -197,6 +204,21 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         hash=_hash(locked, shards, edited, seed),
     )
     return _fitted(draft, table, budget)
+
+
+def _side_files(locked: LockedRecipe) -> tuple[str, ...]:
+    """The donor's; an adapter is used with its model's."""
+    donor = locked.donor
+    return () if locked.recipe.lora else side_files(donor.located.files, donor.checkpoint.config)
+
+
+def _whole_file(jobs: tuple[Job, ...]) -> tuple[Shard, ...]:
+    """An adapter: one file, whatever its size. A and B stay side by side, for they are made together."""
+    return (Shard(TENSORS, _aligned(jobs)),)
+
+
+def _files_of(locked: LockedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[Shard, ...]:
+    return tuple(_shards(_in_file_order(jobs, locked.index(locked.donor.ref)), limit))
 
 
 def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: Collection[int], ahead: int) -> int:
@@ -237,9 +259,13 @@ def _shards(jobs: tuple[Job, ...], limit: int) -> list[Shard]:
             held = 0
         groups[-1].append(job)
         held += job.nbytes
-    # Loaders want each tensor aligned to its own item size; larger items first keep them so.
-    ordered = [tuple(sorted(group, key=lambda job: -ITEM_BYTES[job.dtype])) for group in groups]
+    ordered = [_aligned(group) for group in groups]
     return [Shard(shard_name(number, len(ordered)), group) for number, group in enumerate(ordered, 1)]
+
+
+def _aligned(jobs: Sequence[Job]) -> tuple[Job, ...]:
+    """Loaders want each tensor aligned to its own item size; larger items first keep them so."""
+    return tuple(sorted(jobs, key=lambda job: -ITEM_BYTES[job.dtype]))
 
 
 def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:

@@ -91,6 +91,35 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """The result is a LoRA adapter: of the adapters that the recipe merges, or of what a fine-tune changed in its base.
+
+    Args:
+        rank: how many directions each matrix has at most; None: as many as all the adapters together.
+        alpha: the adapter's lora_alpha; None: its rank, with which B A counts once.
+        core: whether adapters are merged in the directions that they have (Core Space), not as whole matrices.
+        extracted: whether it is what a fine-tune changed.
+        include: a regular expression that the names of tensors must match somewhere; None: all do.
+        exclude: one that they must not match.
+        embeddings: whether embeddings are taken apart too; else the adapter holds them whole.
+        distribute_scale: whether singular values are shared between A and B; else B has them.
+        skip_rest: whether tensors that are no matrices are left out; else the adapter holds them whole.
+        at: where it stands in the recipe.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    core: bool = False
+    extracted: bool = False
+    include: str | None = None
+    exclude: str | None = None
+    embeddings: bool = False
+    distribute_scale: bool = False
+    skip_rest: bool = False
+    at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class Publish:
     """Where the result goes and how: the recipe's `publish:` block.
 
@@ -126,6 +155,7 @@ class Recipe:
         dtype: ``float32``, ``float16``, ``bfloat16``, or None: follow the base model, else the first model.
         seed: for methods that draw random numbers.
         publish: where the result goes.
+        lora: for a result that is a LoRA adapter: of what kind; None: it is a model.
         warnings: what is allowed but has no effect, or is likely not meant.
     """
 
@@ -137,6 +167,7 @@ class Recipe:
     dtype: str | None = None
     seed: int = 0
     publish: Publish = field(default_factory=Publish)
+    lora: Lora | None = None
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
 
     @property
@@ -151,6 +182,11 @@ class Recipe:
         bases = [piece.base_model for piece in self.slices if piece.base_model is not None]
         own = [self.base_model] if self.base_model is not None else []
         return tuple(dict.fromkeys([*sources, *bases, *own]))
+
+    @property
+    def merges_adapters(self) -> bool:
+        """Whether its models are adapters, and its result is one."""
+        return self.lora is not None and not self.lora.extracted
 
     @property
     def adapters(self) -> tuple[ModelRef, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from merger.errors import Problem, RecipeError, Span
-from merger.recipe import checks, spans
+from merger.recipe import checks, loras, spans
 from merger.recipe.checks import Choice, Found
 from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
@@ -23,8 +23,10 @@ from merger.recipe.values import UNREADABLE, Block, identity, parameters, refere
 if TYPE_CHECKING:
     from merger.methods.registry import Method
 
-FORMS = ("models", "slices", "modules")
-TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", "publish")
+FORMS = ("models", "slices", "modules", "adapters")
+TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", "publish", "lora",
+       "extract_lora")  # fmt: skip
+EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "publish")
 MODEL = ("model", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
 SOURCE = ("model", "layer_range", "parameters")
@@ -110,6 +112,8 @@ class _Reader:
         fields = self.top.fields("a map with the key merge_method", known, _TOP_HINTS, NOT_BUILT)
         if fields is None:
             return Recipe(path, text, ())
+        if "extract_lora" in fields.places:
+            return self._extraction(fields, Recipe(path, text, (), publish=_publish(fields), seed=_seed(fields)))
         block = parameters(fields)
         scope = _Scope(None, None, ()).below(fields, block, self.table)
         modules = () if mixture else self._modules(fields, scope)
@@ -126,7 +130,16 @@ class _Reader:
             dtype=out_dtype or dtype,
             seed=_seed(fields),
             publish=_publish(fields),
+            lora=loras.lora(fields),
         )
+
+    def _extraction(self, fields: Fields, recipe: Recipe) -> Recipe:
+        """A recipe that takes from a fine-tune what it changed: it merges nothing."""
+        for key in [key for key in fields.places if key not in EXTRACTING]:
+            fields.place.error(f"{key} has no meaning beside extract_lora", "take it out", fields.places[key].key)
+        found, module = loras.extraction(fields.places["extract_lora"])
+        dtype, out_dtype = _dtype(fields, "dtype"), _dtype(fields, "out_dtype")
+        return replace(recipe, modules=(module,), base_model=_base(module), dtype=out_dtype or dtype, lora=found)
 
     def _is_mixture(self) -> bool:
         entries = self.top.node.entries if isinstance(self.top.node, spans.Mapping) else ()
@@ -147,6 +160,15 @@ class _Reader:
 
     def _read_form(self, key: str, fields: Fields, scope: _Scope) -> list[Module]:
         place = fields.places[key]
+        if key == "adapters":
+            if (base := fields.get("base_model")) is not None:
+                base.error("has no meaning beside adapters", "take it out", base.key)
+            method = loras.choice(scope.method) if scope.method else None
+            pieces = self._slices("models", place, replace(scope, method=method, base_model=None))
+            for source in pieces[0].sources:
+                if source.model.adapter is not None:
+                    place.error(f"{source.model} is a model and an adapter", "name the adapter alone", source.model.at)
+            return [Module(None, pieces)]
         if key != "modules":
             return [Module(None, self._slices(key, place, scope), at=place.key)]
         entries = place.entries("a map from the names of modules to what they are made of")
@@ -228,6 +250,10 @@ class _Reader:
     def _block(self, block: Block, pieces: Sequence[Slice]) -> None:
         """Look at a level's parameters with the methods in force anywhere below it."""
         checks.block(block, [self.table.get(piece.method) for piece in pieces], self.table)
+
+
+def _base(module: Module) -> ModelRef | None:
+    return module.slices[0].base_model if module.slices else None
 
 
 def _form(fields: Fields, forms: tuple[str, ...]) -> list[str]:

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from merger.recipe import parse, values
+from merger.recipe import loras, parse, values
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
-from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
+from merger.recipe.model import Lora, ModelRef, Module, Publish, Recipe, Slice, Source
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
@@ -31,6 +31,8 @@ _WORDS = {
     "models": "The models to merge, all of their layers each.",
     "slices": "The runs of layers that the result is made of, from the first layer to the last.",
     "modules": "The parts of the model by name, each with its own models or slices.",
+    "adapters": "The LoRA adapters to merge into one.",
+    "extract_lora": "The result is a LoRA adapter of what a fine-tune changed in its base model.",
     "out_dtype": "The dtype of the result; counts before dtype.",
     "residual_weight": "Has no effect.",
     "lora": "A LoRA adapter that is added to the model.",
@@ -59,6 +61,8 @@ def schema(table: Mapping[str, Method]) -> Json:
             "slices": _list(_slice()),
             "module": _module(),
             "publish": _publish(),
+            "lora": _lora(loras.LORA),
+            "extract_lora": _lora(loras.EXTRACT) | {"required": ["model", "base_model", "rank"]},
         },
     }
 
@@ -78,11 +82,14 @@ def _top() -> Json:
         "out_dtype": dtypes,
         "seed": {"type": ["integer", "null"], "minimum": 0, "maximum": parse.MAX_SEED},
         "publish": _ref("publish"),
+        "adapters": _ref("models"),
+        "lora": _ref("lora"),
+        "extract_lora": _ref("extract_lora"),
         **{key: {} for key in parse.NOT_BUILT},
     }
     return _map((*parse.TOP, *parse.NOT_BUILT), described, shapes) | {
-        "oneOf": [{"required": [form]} for form in parse.FORMS],
-        "anyOf": [{"required": [key]} for key in ("merge_method", "slices", "modules")],
+        "oneOf": [{"required": [form]} for form in (*parse.FORMS, "extract_lora")],
+        "anyOf": [{"required": [key]} for key in ("merge_method", "slices", "modules", "extract_lora")],
     }
 
 
@@ -133,6 +140,21 @@ def _publish() -> Json:
         "template": _or_null(_text()),
     }
     return _or_null(_map(parse.PUBLISH, _described(Publish), shapes))
+
+
+def _lora(keys: tuple[str, ...]) -> Json:
+    flag, text = {"type": ["boolean", "null"]}, _or_null(_text())
+    shapes = {
+        "model": _ref("reference"),
+        "base_model": _ref("reference"),
+        "rank": {"type": ["integer", "null"], "minimum": 1},
+        "alpha": {"type": ["number", "string", "null"], "exclusiveMinimum": 0},
+        "include": text,
+        "exclude": text,
+        **dict.fromkeys(("core", "embeddings", "distribute_scale", "skip_rest"), flag),
+    }
+    words = {"model": "The fine-tune.", "base_model": "The model that it was made from."}
+    return _map(keys, _described(Lora) | words, shapes)
 
 
 def _methods(table: Mapping[str, Method]) -> list[Json]:

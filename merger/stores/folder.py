@@ -171,7 +171,7 @@ class FolderSink:
         if not self._force:
             what = f"the destination {self.name!r} exists and is not empty"
             raise UploadError(Problem(what, hint=f"{another}, or replace it with --force"))
-        if not (self.folder / "config.json").is_file():
+        if not any((self.folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             what = f"the destination {self.name!r} holds something that is no model"
             raise UploadError(Problem(what, hint=f"--force replaces models only: {another}"))
 
