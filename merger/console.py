@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from merger.card.licences import licence_note
 from merger.card.lineage import shown
-from merger.card.relations import Relation, Relations, same_models, strange_adapters
+from merger.card.relations import Loss, Relation, Relations, same_models, strange_adapters
 from merger.errors import MergerError, Problem
 from merger.methods.registry import Method, Param
 from merger.plan.plan import Plan
@@ -273,9 +273,16 @@ def ended(event: Done | PartDone) -> str:
         return f"part {event.part} is there: {event.shards} of {event.of} files; after all parts: merger publish"
     doubts = "".join(f"warning: {doubt}\n" for doubt in event.doubts)
     commit = f" at commit {event.published.commit[:12]}" if event.published.commit else ""
+    doubts += losses_text(event.losses)
     return (
         doubts + f"{'merged into' if event.is_new else 'nothing to do: it is already'} {event.published.where}{commit}"
     )
+
+
+def losses_text(losses: Sequence[Loss]) -> str:
+    """What an adapter leaves out, in all and by layer."""
+    lines = [f"  {loss.where}: {loss.error:.2%}" for loss in losses]
+    return "\n".join(["left out of the matrices, as a share of their norm", *lines, ""]) if lines else ""
 
 
 def as_json(event: Done | PartDone) -> dict[str, Any]:
@@ -286,6 +293,7 @@ def as_json(event: Done | PartDone) -> dict[str, Any]:
         "new": event.is_new,
         "shards": [asdict(shard) for shard in event.shards],
         "doubts": event.doubts,
+        "losses": {loss.where: loss.error for loss in event.losses},
         **asdict(event.published),
     }
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from merger import machine
 from merger.card.lineage import lock_file
-from merger.card.relations import Relations, relations
+from merger.card.relations import Loss, Relations, relations
 from merger.card.render import render
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import LOCK_NAME
@@ -95,12 +97,14 @@ class PartDone:
 class Done:
     """The merge lies at its destination; without shards where it lay there before this run.
 
-    `doubts` are sentences that say why it may mean little; `card` is its card where this run wrote one.
+    `doubts` are sentences that say why it may mean little; `losses` what an adapter leaves out; `card` is its card
+    where this run wrote one.
     """
 
     published: Published
     shards: tuple[Written, ...]
     doubts: tuple[str, ...] = ()
+    losses: tuple[Loss, ...] = ()
     card: str = field(default="", repr=False)
 
     @property
@@ -121,6 +125,25 @@ def read(path: Path) -> Recipe:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
     return parse(text, str(path), methods())
+
+
+def extraction(settings: Mapping[str, Any], dtype: str | None = None, license: str | None = None) -> Recipe:
+    """The recipe that takes what a fine-tune changed, as an adapter of its base.
+
+    Args:
+        settings: what stands under ``extract_lora:``; None for what is not given.
+        dtype: the adapter's, in place of the fine-tune's.
+        license: what the card states.
+
+    Raises:
+        RecipeError: with every problem of these settings.
+    """
+    content: dict[str, Any] = {
+        "extract_lora": {key: value for key, value in settings.items() if value not in (None, False)}
+    }
+    content |= {"dtype": dtype} if dtype else {}
+    content |= {"publish": {"license": license}} if license else {}
+    return parse(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "extract-lora", methods())
 
 
 def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
@@ -333,7 +356,7 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
     related = relations(planned, seen)
     files = _small_files(planned, store, _card(planned, sink, related), shards)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.merged)}")
-    yield Done(published, shards, related.doubts, files["README.md"].decode())
+    yield Done(published, shards, related.doubts, related.losses, files["README.md"].decode())
 
 
 def _shards_made(

@@ -24,7 +24,7 @@ from merger.methods.registry import Method
 from merger.plan.plan import Plan
 from merger.recipe.model import Publish
 
-CARD = "card.md.j2"
+CARD, ADAPTER_CARD = "card.md.j2", "adapter.md.j2"
 GIVES, BASE, ADAPTER, CONFIG_ONLY = "model", "base model", "LoRA adapter", "config and tokenizer only"
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = next((f for f in (_HERE.parent / "templates", _HERE.parents[1] / "templates") if f.is_dir()), _HERE)
@@ -64,7 +64,8 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, related: Relat
     )
     environment.filters |= {"md": escaped, "fenced": fenced}
     try:
-        return environment.get_template(CARD).render(_content(planned, table, name) | {"related": related})
+        template = CARD if planned.locked.recipe.lora is None else ADAPTER_CARD
+        return environment.get_template(template).render(_content(planned, table, name) | {"related": related})
     except TemplateError as error:
         what = f"the card's template cannot be rendered: {type(error).__name__}: {error.message}"
         raise RecipeError(Problem(what, publish.template_at, "publish.template")) from None
@@ -76,12 +77,17 @@ def _loader(publish: Publish) -> BaseLoader:
         return FileSystemLoader(_TEMPLATES)
     own = Path(publish.template)
     try:
-        first = FileSystemLoader(own) if own.is_dir() else DictLoader({CARD: own.read_text(encoding="utf-8")})
+        first = FileSystemLoader(own) if own.is_dir() else _one_file(own.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         what = f"there is no template {publish.template!r}"
         hint = "name a file, or a folder that holds card.md.j2, relative to the working directory"
         raise RecipeError(Problem(what, publish.template_at, "publish.template", hint)) from None
     return ChoiceLoader([first, FileSystemLoader(_TEMPLATES)])
+
+
+def _one_file(text: str) -> DictLoader:
+    """A template that stands for all of ours."""
+    return DictLoader({CARD: text, ADAPTER_CARD: text})
 
 
 def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str, Any]:
@@ -96,6 +102,7 @@ def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str,
         "parents": parents,
         "givers": [parent.name for parent in parents if parent.role == GIVES],
         "bases": [parent.name for parent in parents if parent.role == BASE],
+        "adapters": [parent.name for parent in parents if parent.role == ADAPTER],
         "methods": used,
         "recipe": planned.locked.recipe.text,
         "licence": licence(planned),
@@ -115,12 +122,18 @@ def _metadata(planned: Plan, used: list[Method]) -> str:
     data: dict[str, Any] = {}
     if stated is not None:
         data["license"] = stated
-    data["library_name"] = "transformers"
+    lora = planned.locked.recipe.lora is not None
+    data["library_name"] = "peft" if lora else "transformers"
     task = donor.card.get("pipeline_tag") or _TASKS.get(_auto_class(planned.config))
     if isinstance(task, str) and _TASK.fullmatch(task):
         data["pipeline_tag"] = task
     data["tags"] = ["merge", "merger", *(method.name for method in used)]
-    if parents:
+    if lora:
+        data["tags"].append("lora")
+        base = planned.config.get("base_model_name_or_path")
+        if isinstance(base, str) and "/" in base:
+            data |= {"base_model": base, "base_model_relation": "adapter"}
+    elif parents:
         data["base_model"] = list(dict.fromkeys(parents))
         data["base_model_relation"] = "merge"
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
@@ -131,7 +144,9 @@ _TASKS = {"AutoModelForCausalLM": "text-generation"}
 
 
 def _auto_class(config: Mapping[str, Any]) -> str:
-    """The transformers class that loads the result, as its config tells."""
+    """The transformers class that loads the result, or an adapter's model, as its config tells."""
+    if config.get("task_type") == "CAUSAL_LM":
+        return "AutoModelForCausalLM"
     architectures = config.get("architectures") or [""]
     for ending in ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification"):
         if str(architectures[0]).endswith(ending):

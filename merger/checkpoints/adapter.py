@@ -92,12 +92,14 @@ class Adapter:
         modules: what it holds for the modules of its model, by their names.
         whole: the tensors that it holds whole, in place of its model's, by the names that these have there.
         turned: whether its config says that matrices have their inputs first.
+        tied: whether a head that it holds whole is its embedding once more.
     """
 
     model: str | None
     modules: Mapping[str, Module] = field(repr=False)
     whole: Mapping[str, TensorInfo] = field(repr=False)
     turned: bool = False
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,10 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
         problems.append(Problem(f"{TENSORS} holds no tensor", hint=_DAMAGED))
     if problems:
         raise ModelError(problems[:_SHOWN])
-    named = config.get("base_model_name_or_path")
-    return Adapter(named if isinstance(named, str) else None, modules, whole, config.get("fan_in_fan_out") is True)
+    named, flags = config.get("base_model_name_or_path"), ("fan_in_fan_out", "ensure_weight_tying")
+    return Adapter(
+        named if isinstance(named, str) else None, modules, whole, *(config.get(flag) is True for flag in flags)
+    )
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -287,6 +291,8 @@ class _Fitting:
     def changes(self) -> dict[str, Change]:
         found: dict[str, Change] = {}
         for name, tensor in self._adapter.whole.items():
+            if self._adapter.tied and is_head(name) and is_tied(self._config):
+                continue
             if (place := self._place(name, tensor)) and self._same_shape(place, tensor):
                 found[place.name] = Change(whole=tensor)
         places = [(module, self._place(f"{name}.weight", module.a)) for name, module in self._adapter.modules.items()]

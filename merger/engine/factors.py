@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,12 +31,13 @@ _SEED = 0x5EED
 
 @dataclass(frozen=True)
 class Decomposition:
-    """L diag(values) R, as near as can be to a matrix; and the square of that matrix's Frobenius norm."""
+    """L diag(values) R, as near as can be to a matrix; the squares of the norms of that matrix, and of what is left."""
 
     left: Tensor
     values: Tensor
     right: Tensor
     square: float
+    missed: float
 
 
 @dataclass
@@ -86,12 +87,11 @@ def _made(source: Factor, load: Load) -> tuple[Tensor, Tensor, Geometry]:
         merged = blended(product, load)
         found = decomposed(lambda: _rows_of(merged.middle), merged.middle.shape, source.rank)
         left, right = merged.outside(found.left, found.right)
-        found = Decomposition(left, found.values, right, found.square)
+        found = replace(found, left=left, right=right)
     else:
         found = decomposed(lambda: _rows(product, load), product.shape, source.rank)
-    kept = float(found.values.square().sum())
-    mixed = ((found.square, kept), (kept, kept))
-    return *_shared_out(source, found), Geometry(mixed, 0, math.prod(product.shape))
+    kept = found.square - found.missed
+    return *_shared_out(source, found), Geometry(((found.square, kept), (kept, kept)), 0, math.prod(product.shape))
 
 
 def _shared_out(source: Factor, found: Decomposition) -> tuple[Tensor, Tensor]:
@@ -119,14 +119,22 @@ def decomposed(rows: Callable[[], Iterator[tuple[int, Tensor]]], shape: tuple[in
         for _, part in rows():
             total += part.T @ (part @ basis)
         basis = torch.linalg.qr(total).Q.float()
-    reached, square = torch.empty(count, wanted, dtype=torch.float64), 0.0
+    reached, square, missed = torch.empty(count, wanted, dtype=torch.float64), 0.0, 0.0
     for first, part in rows():
-        reached[first : first + len(part)] = part @ basis
-        square += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+        along = part @ basis
+        reached[first : first + len(part)] = along
+        square += _square(part)
+        missed += _square(part.addmm(along, basis.T, alpha=-1))
     left, values, turn = torch.linalg.svd(reached, full_matrices=False)
     left, right = left[:, :rank], turn[:rank] @ basis.T.double()
     signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()  # else they would be LAPACK's choice
-    return Decomposition(left * signs, values[:rank], right * signs.T, square)
+    return Decomposition(
+        left * signs, values[:rank], right * signs.T, square, missed + float(values[rank:].square().sum())
+    )
+
+
+def _square(part: Tensor) -> float:
+    return float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
 
 
 def _rows(source: Source, load: Load) -> Iterator[tuple[int, Tensor]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merger.checkpoints.architecture import Place, is_buffer
+from merger.checkpoints.architecture import Place, is_buffer, is_head
 from merger.checkpoints.config import Kind, Layer, untied, with_dtype, with_layers
 from merger.errors import Problem, RecipeError
 from merger.plan.jobs import Making
@@ -48,7 +48,8 @@ def _why(locked: LockedRecipe, model: LockedModel, name: str, layers: set[tuple[
     if locked.recipe.lora is not None:
         return "the adapter holds the fine-tune's in its place"
     if model.lora is not None:
-        return "nothing is made of the tensor that it changes"
+        tied = model.lora.tied and is_head(name)
+        return "the head is the embedding" if tied else "nothing is made of the tensor that it changes"
     if name in model.changes and model.changes[name].whole is not None:
         return "its adapter holds the tensor whole"
     if not layers:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from merger.checkpoints.adapter import TURNED_MODELS, Module
-from merger.checkpoints.architecture import Architecture, is_before_layers, is_buffer, is_head
+from merger.checkpoints.architecture import Architecture, is_before_layers, is_buffer, is_embedding, is_head
 from merger.checkpoints.checkpoint import FLOATS, TensorInfo
 from merger.methods.registry import Method, declared
 from merger.plan.cuts import Findings, Part
@@ -24,6 +24,9 @@ from merger.recipe.model import Lora
 from merger.recipe.settings import first_value
 
 _PREFIX = "base_model.model."
+_HEAD = "lm_head"
+"""What transformers calls a head that is the embedding: PEFT wants it beside the embedding, and ties them again."""
+
 _FROZEN = ".base_layer.weight"
 _WHY_FROZEN = "the model's own matrix, which PEFT saves beside an embedding's adapter"
 _TURNS_WITH_ITS_INPUTS = ("linear", "task_arithmetic", "passthrough")
@@ -56,6 +59,7 @@ class _Draft:
         whole: the modules that are held whole.
         all_modules: the names of all modules of the model that have matrices, as far as known.
         biases: whether biases of the modules are among the tensors.
+        tied: whether the model's head is an embedding that is held whole, and has to stay so.
     """
 
     given: Mapping[str, Any]
@@ -64,6 +68,7 @@ class _Draft:
     whole: dict[str, None] = field(default_factory=dict)
     all_modules: tuple[str, ...] = ()
     biases: bool = False
+    tied: bool = False
 
     @property
     def rank(self) -> int:
@@ -90,6 +95,7 @@ class _Draft:
             "bias": "all" if self.biases else "none",
             "target_modules": self._targets(),
             "modules_to_save": list(self.whole) or None,
+            **({"ensure_weight_tying": True} if self.tied else {}),
             "rank_pattern": odd,
             "alpha_pattern": {name: _plain(self.scale * rank) for name, rank in odd.items()},
         }
@@ -351,8 +357,15 @@ class _Extraction:
         else:
             self.draft.whole[module] = None
             name = theirs.name
-        entry = Input(Stored(self._locked.index(self._tuned.ref), theirs), {"scale": 1.0})
-        yield Job(f"{_PREFIX}{name}", dtype, theirs.shape, PASSTHROUGH, (entry,), why="no matrix: held whole")
+        yield self._copied(name, theirs, dtype)
+        if self._base.is_tied and is_embedding(theirs.name):
+            self.draft.tied = True
+            self.draft.whole[_HEAD] = None
+            yield self._copied(f"{_HEAD}.weight", theirs, dtype)
+
+    def _copied(self, name: str, theirs: TensorInfo, dtype: str) -> Job:
+        entry = Input(Stored(self._part.number, theirs), {"scale": 1.0})
+        return Job(f"{_PREFIX}{name}", dtype, theirs.shape, PASSTHROUGH, (entry,), why="held whole, not taken apart")
 
     def _is_biased(self, module: str) -> bool:
         """Whether the module's matrix is taken apart, so that its bias belongs to a layer with an adapter."""
