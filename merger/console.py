@@ -83,7 +83,7 @@ def _models(planned: Plan) -> list[str]:
 
 
 def _making(planned: Plan) -> list[str]:
-    used = Counter("copy" if job.is_copy else job.method for job in planned.jobs)
+    used = Counter(job.kind for job in planned.jobs)
     methods = ", ".join(f"{name} {count}" for name, count in used.items())
     dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
     return [

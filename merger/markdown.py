@@ -56,7 +56,7 @@ def _models(planned: Plan) -> list[str]:
 
 
 def _costs(planned: Plan, destination: str | None) -> list[str]:
-    used = Counter("copy" if job.is_copy else job.method for job in planned.jobs)
+    used = Counter(job.kind for job in planned.jobs)
     dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
     rows = [
         ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in used.items())),

@@ -355,8 +355,14 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
         seen |= recalled(note)
     related = relations(planned, seen)
     files = _small_files(planned, store, _card(planned, sink, related), shards)
-    published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.merged)}")
+    published = sink.finish(files, _title(planned))
     yield Done(published, shards, related.doubts, related.losses, files["README.md"].decode())
+
+
+def _title(planned: Plan) -> str:
+    """The commit's first line."""
+    lora, names = planned.locked.recipe.lora, ", ".join(model.name for model in planned.locked.merged)
+    return f"LoRA adapter of {planned.locked.models[0].name}" if lora and lora.extracted else f"Merge of {names}"
 
 
 def _shards_made(

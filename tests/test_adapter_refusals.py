@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,8 @@ def damaged(folder: Path, damage: Damage) -> None:
         save_file(held, folder / "adapter_model.safetensors")
 
 
-def golden() -> dict[str, str]:
-    parts = GOLDEN.read_text().split("## ")[1:]
+def golden(file: Path = GOLDEN) -> dict[str, str]:
+    parts = file.read_text().split("## ")[1:]
     return {head: body.strip() for head, _, body in (part.partition("\n") for part in parts)}
 
 
@@ -163,3 +164,42 @@ def test_an_adapter_of_a_tied_head_is_refused(pair: Path, capsys: pytest.Capture
         "lm_head.lora_A.weight": torch.ones(4, 16), "lm_head.lora_B.weight": torch.ones(40, 4),
     }))  # fmt: skip
     assert "it changes lm_head.weight, which in this model is the embedding" in refused(capsys)
+
+
+def whole_norm(folder: Path) -> None:
+    damaged(folder, tensors(**{"model.norm.weight": torch.ones(16)}))
+
+
+def other_shape(folder: Path) -> None:
+    damaged(folder, tensors(**{"0.self_attn.q_proj.lora_B.weight": torch.ones(18, 4)}))
+
+
+def embedding_as_matrix(folder: Path) -> None:
+    damaged(folder, tensors(**{
+        "embed_tokens.lora_embedding_A": None, "embed_tokens.lora_embedding_B": None,
+        "model.embed_tokens.lora_A.weight": torch.ones(4, 40), "model.embed_tokens.lora_B.weight": torch.ones(16, 4),
+    }))  # fmt: skip
+
+
+def a_model(folder: Path) -> None:
+    shutil.rmtree(folder)
+    tiny.model(folder)
+
+
+MERGES: Mapping[str, Callable[[Path], None]] = {
+    "a tensor held whole": whole_norm,
+    "another shape": other_shape,
+    "another kind of module": embedding_as_matrix,
+    "a model among adapters": a_model,
+}
+
+
+@pytest.mark.parametrize("case", MERGES)
+def test_adapters_that_cannot_be_merged_are_refused_word_for_word(
+    case: str, pair: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the place of the one that does not fit."""
+    tiny.lora(pair / "other", pair / "base", rank=4)
+    MERGES[case](pair / "other")
+    (pair / "mine.yaml").write_text("merge_method: linear\nadapters:\n  - model: ./lora\n  - model: ./other\n")
+    assert refused(capsys).strip() == golden(GOLDEN.with_name("merged-adapters.txt"))[case]

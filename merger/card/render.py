@@ -122,12 +122,13 @@ def _metadata(planned: Plan, used: list[Method]) -> str:
     data: dict[str, Any] = {}
     if stated is not None:
         data["license"] = stated
-    lora = planned.locked.recipe.lora is not None
+    lora = planned.locked.recipe.lora
     data["library_name"] = "peft" if lora else "transformers"
     task = donor.card.get("pipeline_tag") or _TASKS.get(_auto_class(planned.config))
     if isinstance(task, str) and _TASK.fullmatch(task):
         data["pipeline_tag"] = task
-    data["tags"] = ["merge", "merger", *(method.name for method in used)]
+    extracted = lora is not None and lora.extracted
+    data["tags"] = ["merger"] if extracted else ["merge", "merger", *(method.name for method in used)]
     if lora:
         data["tags"].append("lora")
         base = planned.config.get("base_model_name_or_path")

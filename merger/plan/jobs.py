@@ -17,7 +17,7 @@ from merger.methods.registry import Method, Param, declared
 from merger.plan.adapters import changed
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
 from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Source, Stored
+from merger.plan.sources import Factor, Source, Stored
 from merger.recipe.settings import Parameters, first_value
 
 PASSTHROUGH = "passthrough"
@@ -107,6 +107,11 @@ class Job:
         scale = self.inputs[0].settings.get("scale", 1.0)
         source = self.inputs[0].source
         return self.method == PASSTHROUGH and scale == 1.0 and isinstance(source, Stored) and source.dtype == self.dtype
+
+    @property
+    def kind(self) -> str:
+        """What is done, in a word: copy, low-rank, or the method's name."""
+        return "copy" if self.is_copy else "low-rank" if isinstance(self.inputs[0].source, Factor) else self.method
 
 
 @dataclass(frozen=True)
