@@ -163,11 +163,11 @@ def same_models(planned: Plan) -> list[str]:
 
 
 def strange_adapters(planned: Plan) -> list[str]:
-    """Adapters that are added to another model than the one that they name as theirs, or merged with those of others."""
+    """Adapters that are added to another model than the one that they name as theirs, or merged with strangers."""
     if planned.locked.recipe.merges_adapters:
-        theirs = dict.fromkeys(model.lora.model for model in planned.locked.models if model.lora is not None)
-        named = [name for name in theirs if name is not None]
-        return [f"the adapters were trained on different models: {', '.join(named)}"] if len(named) > 1 else []
+        trained = dict.fromkeys(model.lora.model for model in planned.locked.models if model.lora is not None)
+        on = [name for name in trained if name is not None]
+        return [f"the adapters were trained on different models: {', '.join(on)}"] if len(on) > 1 else []
     found: dict[str, None] = {}
     for model in planned.locked.models:
         named = model.adapter.lora.model if model.adapter is not None and model.adapter.lora is not None else None

@@ -359,7 +359,7 @@ class _Fitting:
         if module.bias is None:
             return
         place = self._place(f"{module.name}.bias", module.bias)
-        if place is not None and place.entries == module.outputs:
+        if place is not None and self._same_shape(place, module.bias):
             whole = found.get(place.name, Change()).whole
             found[place.name] = Change(whole, added=module.bias, scale=module.scale)
 
