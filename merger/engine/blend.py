@@ -45,7 +45,8 @@ def blended(source: MergedDeltas, load: Load) -> Blended:
     if source.random is not None:
         given["rng"] = Rng(*source.random)
     method = methods()[source.method]
-    merged: Tensor = method.function([_product(b, a) for b, a in inner], **given)
+    deltas = [b.float() @ a.float() if source.space == "full" else _product(b, a) for b, a in inner]
+    merged: Tensor = method.function(deltas, **given)
     return Blended(merged, rows, None if columns is None else columns.T)
 
 
@@ -58,7 +59,7 @@ def _part(delta: LowRank | Zeros, load: Load) -> tuple[Tensor, Tensor]:
 
 
 def _product(b: Tensor, a: Tensor) -> Tensor:
-    """B A; what is there but for rounding a zero is one: else it would have a sign, and vote."""
+    """B A in a basis, where zeros come out as rounding: they are made zeros again, else they would have a vote."""
     found = b @ a
     return found.masked_fill_(found.abs() <= TINY * found.abs().max(), 0.0).float() if found.numel() else found.float()
 

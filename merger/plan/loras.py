@@ -33,8 +33,8 @@ _TURNS_WITH_ITS_INPUTS = ("linear", "task_arithmetic", "passthrough")
 """Methods that give the same whatever directions are taken for axes, so that nothing is lost where the deltas lie."""
 
 
-def make_lora(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
-    """Decide how each tensor of the adapter is made.
+def make_lora(locked: LockedRecipe, table: Mapping[str, Method], seed: int) -> Making:
+    """Decide how each tensor of the adapter is made; `seed` is for methods that draw random numbers.
 
     Raises:
         RecipeError: the recipe leaves a number open.
@@ -42,7 +42,7 @@ def make_lora(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
     """
     assert locked.recipe.lora is not None
     findings = Findings()
-    maker = _Extraction(locked, findings) if locked.recipe.lora.extracted else _Blend(locked, table, findings)
+    maker = _Extraction(locked, findings) if locked.recipe.lora.extracted else _Blend(locked, table, findings, seed)
     jobs = tuple(maker.jobs())
     findings.settle()
     return Making(jobs, (), False, maker.draft.config(), maker.reasons)
@@ -128,9 +128,9 @@ def _plain(number: float) -> float | int:
 class _Blend:
     """Adapters of one model become one, module by module."""
 
-    def __init__(self, locked: LockedRecipe, table: Mapping[str, Method], findings: Findings) -> None:
+    def __init__(self, locked: LockedRecipe, table: Mapping[str, Method], findings: Findings, seed: int) -> None:
         assert locked.recipe.lora is not None
-        self._locked, self._lora, self._findings = locked, locked.recipe.lora, findings
+        self._locked, self._lora, self._findings, self._seed = locked, locked.recipe.lora, findings, seed
         self._piece = locked.recipe.slices[0]
         self._method = table[self._piece.method]
         self._parts = [
@@ -147,7 +147,8 @@ class _Blend:
             self._refuse_rest(part)
         names = dict.fromkeys(name for modules in held for name in modules)
         layers = Architecture([f"{name}.weight" for name in names])
-        self.draft.all_modules = tuple(names)
+        if all(_names_ends(part.model.checkpoint.config) for part in self._parts):
+            self.draft.all_modules = tuple(names)
         for name in names:
             found = [modules.get(name) for modules in held]
             if self._fit(name, found):
@@ -182,7 +183,7 @@ class _Blend:
         leader = next(module for module in found if module is not None)
         deltas = tuple(_delta(part.number, m, leader) for part, m in zip(self._parts, found, strict=True))
         called = self._called(name, layers, deltas)
-        drawn = (self._locked.recipe.seed, name) if self._method.random else None
+        drawn = (self._seed, name) if self._method.random else None
         product = MergedDeltas(deltas, self._method.name, called, drawn, self._space(leader, deltas),
                                self._method.scratch)  # fmt: skip
         most = min(leader.inputs, leader.outputs)
@@ -234,6 +235,11 @@ class _Blend:
                     self._findings.about_recipe(what, self._piece.at, f"parameters.{param.name}", hint)
                 found[param.name] = float(value if value is not None else param.default or 0.0)
         return found
+
+
+def _names_ends(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter is for all modules whose names end as its config lists."""
+    return isinstance(config.get("target_modules"), list) and not config.get("layers_to_transform")
 
 
 def _kind(module: Module) -> tuple[bool, int, int]:
@@ -299,15 +305,17 @@ class _Extraction:
 
     def _is_taken(self, name: str) -> bool:
         """Whether the recipe asks for it; else the reason is noted."""
-        included = self._lora.include is None or re.search(self._lora.include, name) is not None
-        excluded = self._lora.exclude is not None and re.search(self._lora.exclude, name) is not None
-        if not included or excluded:
+        if not self._is_wanted(name):
             self.reasons[name] = "left out by include or exclude"
         elif is_buffer(name):
             self.reasons[name] = "a constant, not a trained tensor"
         elif is_head(name) and self._base.is_tied and self._tuned.is_tied:
             self.reasons[name] = "the head is the embedding, as the model's config says"
         return name not in self.reasons
+
+    def _is_wanted(self, name: str) -> bool:
+        included = self._lora.include is None or re.search(self._lora.include, name) is not None
+        return included and (self._lora.exclude is None or re.search(self._lora.exclude, name) is None)
 
     def _fit(self, name: str, ours: TensorInfo, theirs: TensorInfo | None) -> bool:
         if theirs is None:
@@ -348,15 +356,15 @@ class _Extraction:
         if self._lora.skip_rest and not embedding:
             self.reasons[theirs.name] = "no matrix, and left out by skip_rest"
             return
-        if kind not in ("weight", "bias") or (kind == "bias" and self._is_biased(module)):
-            if kind != "bias":
-                self._refuse(f"{theirs.name} has no module of its own that an adapter could hold")
-                return
+        name = theirs.name
+        if kind == "bias" and self._is_biased(module):
             self.draft.biases = True
             name = f"{module}.base_layer.bias"
-        else:
+        elif kind in ("weight", "bias"):
             self.draft.whole[module] = None
-            name = theirs.name
+        else:
+            self._refuse(f"{theirs.name} has no module of its own that an adapter could hold")
+            return
         yield self._copied(name, theirs, dtype)
         if self._base.is_tied and is_embedding(theirs.name):
             self.draft.tied = True
@@ -370,7 +378,9 @@ class _Extraction:
     def _is_biased(self, module: str) -> bool:
         """Whether the module's matrix is taken apart, so that its bias belongs to a layer with an adapter."""
         weight = self._base.checkpoint.tensors.get(f"{module}.weight")
-        return weight is not None and len(weight.shape) == 2 and not self._is_embedding(weight)
+        if weight is None or not self._is_wanted(weight.name):
+            return False
+        return len(weight.shape) == 2 and not self._is_embedding(weight)
 
 
 def _module_of(name: str) -> str:

@@ -184,9 +184,9 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         RecipeError, MismatchError: from `jobs.make`.
         BudgetError: it cannot fit into the memory.
     """
-    making = make(locked, table) if locked.recipe.lora is None else make_lora(locked, table)
-    edited = config(locked, making)
     seed = locked.recipe.seed if seed is None else seed
+    making = make(locked, table) if locked.recipe.lora is None else make_lora(locked, table, seed)
+    edited = config(locked, making)
     shards = _whole_file(making.jobs) if locked.recipe.lora else _files_of(locked, making.jobs, budget.shard_bytes)
     remote = [number for number, model in enumerate(locked.models) if model.located.commit is not None]
     draft = Plan(

@@ -35,10 +35,10 @@ def lora(fields: Fields) -> Lora | None:
         return None
     found = place.fields("a map with the key rank", LORA) if place is not None else None
     if found is None:
-        return Lora(at=adapters.key)
+        return Lora()
     if "rank" not in found.places and (alpha := found.get("alpha")) is not None:
         alpha.error("alpha goes with a rank", _RANK_HINT, alpha.key)
-    return Lora(rank=_rank(found), alpha=_alpha(found), core=_flag(found, "core"), at=adapters.key)
+    return Lora(rank=_rank(found), alpha=_alpha(found), core=_flag(found, "core"))
 
 
 def choice(found: Choice) -> Choice:
@@ -68,7 +68,6 @@ def extraction(place: Place) -> tuple[Lora | None, Module]:
         embeddings=_flag(fields, "embeddings"),
         distribute_scale=_flag(fields, "distribute_scale"),
         skip_rest=_flag(fields, "skip_rest"),
-        at=place.key,
     )
     sources = (Source(one, at=one.at), Source(base, added=True, at=base.at))
     return found, Module(None, (Slice(sources, _METHOD, base, at=place.key),), at=place.key)
@@ -76,10 +75,10 @@ def extraction(place: Place) -> tuple[Lora | None, Module]:
 
 def _model(fields: Fields, key: str, hint: str) -> ModelRef:
     place = fields.need(key, hint)
-    return plain(reference(place), place) if place else UNREADABLE
+    return _alone(reference(place), place) if place else UNREADABLE
 
 
-def plain(ref: ModelRef, place: Place) -> ModelRef:
+def _alone(ref: ModelRef, place: Place) -> ModelRef:
     """The model, which here must be named without an adapter."""
     if ref.adapter is not None:
         place.error(f"{ref} has an adapter, which has no meaning here", f"name {replace(ref, adapter=None)} alone")

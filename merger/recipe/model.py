@@ -104,7 +104,6 @@ class Lora:
         embeddings: whether embeddings are taken apart too; else the adapter holds them whole.
         distribute_scale: whether singular values are shared between A and B; else B has them.
         skip_rest: whether tensors that are no matrices are left out; else the adapter holds them whole.
-        at: where it stands in the recipe.
     """
 
     rank: int | None = None
@@ -116,7 +115,6 @@ class Lora:
     embeddings: bool = False
     distribute_scale: bool = False
     skip_rest: bool = False
-    at: Span | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
