@@ -6,9 +6,11 @@ Not here: how a problem is shown (console) and the finding of problems (each roo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+_FEW = 3
 
 
 @dataclass(frozen=True, order=True)
@@ -75,6 +77,14 @@ class ModelError(MergerError):
     exit_code = 3
 
 
+class GatedError(ModelError):
+    """It is there, but its terms have to be accepted first."""
+
+
+class MissingError(ModelError):
+    """There is no such model, or nobody tells us that there is: deleted, renamed or private."""
+
+
 class DamagedError(ModelError):
     """A file is not the one that was locked: nothing that was made of it can be trusted."""
 
@@ -98,7 +108,7 @@ class UploadError(MergerError):
 
 
 class VerificationError(MergerError):
-    """What was written is not what was promised."""
+    """What was written is not what was promised; or two models that were compared differ."""
 
     exit_code = 7
 
@@ -116,3 +126,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known here: {', '.join(names)}" if names else None
+
+
+def few(names: Sequence[str]) -> str:
+    """The first few names, for a sentence, and how many more there are."""
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return ", ".join(names[:_FEW]) + more

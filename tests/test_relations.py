@@ -32,6 +32,18 @@ def test_geometry_is_that_of_the_vectors() -> None:
     assert total([seen, seen]).norm(0) == 50**0.5
 
 
+def test_geometry_tells_how_the_result_lies_to_each_input_and_to_the_base() -> None:
+    """In how many entries they have opposite signs, of how many that are not zero; and the base's products."""
+    one, other = torch.tensor([3.0, -4.0, 0.0, 1.0]), torch.tensor([0.0, -3.0, 2.0, 5.0])
+    result, base = torch.tensor([-1.0, -1.0, -1.0, 0.0]), torch.tensor([1.0, 2.0, 0.0, 0.0])
+    seen = observe([one, other], result, 0, 4, base)
+    assert (seen.against, seen.moved) == ((1, 1), (3, 3))
+    assert seen.base == (-5.0, -6.0, -3.0, 5.0)
+    assert total([seen, seen]).against == (2, 2)
+    assert total([seen, seen]).base == (-10.0, -12.0, -6.0, 10.0)
+    assert observe([one, other], result, 0, 4).base == ()
+
+
 def test_a_zero_vector_has_no_angle() -> None:
     """It is neither like nor unlike any other."""
     assert Geometry(((0.0, 0.0), (0.0, 1.0)), 0, 1).cosine(0, 1) is None
@@ -40,7 +52,10 @@ def test_a_zero_vector_has_no_angle() -> None:
 def test_what_is_noted_gives_the_very_same_numbers_back() -> None:
     """So that the card of a resumed run is that of an undisturbed one, to the last digit."""
     draw = torch.Generator().manual_seed(4)
-    seen = {name: observe([torch.randn(50, generator=draw)], torch.ones(50), 0, 50) for name in ("b", "a")}
+    seen = {
+        name: observe([torch.randn(50, generator=draw)], torch.ones(50), 0, 50, base)
+        for name, base in (("b", None), ("a", torch.randn(50, generator=draw)))
+    }
     assert recalled(noted(seen)) == seen
     assert list(recalled(noted(seen))) == ["b", "a"]
 

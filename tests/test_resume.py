@@ -91,8 +91,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def tables(folder: Path) -> list[str]:
-    """The card's tables, in which stands what was seen of the parents."""
-    return [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| layer")]
+    """The card's tables, in which stands what was seen of the parents, and the plot that shows it."""
+    lines = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| layer")]
+    return [*lines, hashlib.sha256((folder / "pictures" / "movement.png").read_bytes()).hexdigest()]
 
 
 def published(hub: LoopbackHub, repo: str) -> dict[str, str]:

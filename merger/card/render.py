@@ -19,10 +19,11 @@ from jinja2.sandbox import SandboxedEnvironment
 from merger.card.licences import licence, licence_note
 from merger.card.lineage import shown
 from merger.card.relations import Relations
+from merger.checkpoints.config import is_diffusion
 from merger.errors import Problem, RecipeError
 from merger.methods.registry import Method
 from merger.plan.plan import Plan
-from merger.recipe.model import Publish
+from merger.recipe.model import Publish, Recipe
 
 CARD, ADAPTER_CARD = "card.md.j2", "adapter.md.j2"
 GIVES, BASE, ADAPTER, CONFIG_ONLY = "model", "base model", "LoRA adapter", "config and tokenizer only"
@@ -42,7 +43,22 @@ class Parent:
     role: str
 
 
-def render(planned: Plan, table: Mapping[str, Method], name: str, related: Relations) -> str:
+@dataclass(frozen=True)
+class Stage:
+    """A row of the card's table of stages: a document of the recipe, its methods and what it is made of."""
+
+    name: str | None
+    methods: str
+    models: tuple[str, ...]
+
+
+NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "parameters": ()}
+"""The parts of the card that are known only at the end, as they are before."""
+
+
+def render(
+    planned: Plan, table: Mapping[str, Method], name: str, related: Relations, parts: Mapping[str, Any] = NO_PARTS
+) -> str:
     """The text of README.md.
 
     Args:
@@ -50,6 +66,7 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, related: Relat
         table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
         related: how the parents relate, as far as this run has seen it.
+        parts: lineage as text, pictures by name, parameters; each name of `NO_PARTS`.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
@@ -65,7 +82,8 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, related: Relat
     environment.filters |= {"md": escaped, "fenced": fenced}
     try:
         template = CARD if planned.locked.recipe.lora is None else ADAPTER_CARD
-        return environment.get_template(template).render(_content(planned, table, name) | {"related": related})
+        content = {**_content(planned, table, name), "related": related, **parts}
+        return environment.get_template(template).render(content)
     except TemplateError as error:
         what = f"the card's template cannot be rendered: {type(error).__name__}: {error.message}"
         raise RecipeError(Problem(what, publish.template_at, "publish.template")) from None
@@ -91,7 +109,8 @@ def _one_file(text: str) -> DictLoader:
 
 
 def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str, Any]:
-    used = [table[name] for name in dict.fromkeys(piece.method for piece in planned.locked.recipe.slices)]
+    documents = planned.locked.recipe.documents
+    used = [table[name] for name in dict.fromkeys(piece.method for of in documents for piece in of.slices)]
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
     hub_name = "/" in name
     return {
@@ -104,15 +123,26 @@ def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str,
         "bases": [parent.name for parent in parents if parent.role == BASE],
         "adapters": [parent.name for parent in parents if parent.role == ADAPTER],
         "methods": used,
+        "stages": [_stage(planned, table, recipe) for recipe in documents] if len(documents) > 1 else [],
         "recipe": planned.locked.recipe.text,
         "licence": licence(planned),
         "licence_note": licence_note(planned),
         "plan": planned,
+        "library": _library(planned.config),
+        "class_name": planned.config.get("_class_name"),
         "auto_class": _auto_class(planned.config),
         "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
         "local": all(parent.commit is None for parent in parents),
         "any_local": any(parent.commit is None for parent in parents),
     }
+
+
+def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
+    """A row of the table of stages; of the result's own document without a name."""
+    titles = dict.fromkeys(table[piece.method].title for piece in recipe.slices)
+    models = [planned.locked.model(ref) for ref in recipe.parents]
+    own = recipe is not planned.locked.recipe
+    return Stage(recipe.name if own else None, ", ".join(titles), tuple(shown(model) for model in models))
 
 
 def _metadata(planned: Plan, used: list[Method]) -> str:
@@ -123,7 +153,8 @@ def _metadata(planned: Plan, used: list[Method]) -> str:
     if stated is not None:
         data["license"] = stated
     lora = planned.locked.recipe.lora
-    data["library_name"] = "peft" if lora else "transformers"
+    if library := _library(planned.config):
+        data["library_name"] = library
     task = donor.card.get("pipeline_tag") or _TASKS.get(_auto_class(planned.config))
     if isinstance(task, str) and _TASK.fullmatch(task):
         data["pipeline_tag"] = task
@@ -144,6 +175,15 @@ _TASK = re.compile(r"[a-z0-9-]+")
 _TASKS = {"AutoModelForCausalLM": "text-generation"}
 
 
+def _library(config: Mapping[str, Any]) -> str | None:
+    """What loads the result; None for tensors without a config."""
+    if not config:
+        return None
+    if "peft_type" in config:
+        return "peft"
+    return "diffusers" if is_diffusion(config) else "transformers"
+
+
 def _auto_class(config: Mapping[str, Any]) -> str:
     """The transformers class that loads the result, or an adapter's model, as its config tells."""
     if config.get("task_type") == "CAUSAL_LM":
@@ -157,7 +197,8 @@ def _auto_class(config: Mapping[str, Any]) -> str:
 
 def _parent(planned: Plan, number: int) -> Parent:
     model = planned.locked.models[number]
-    bases = {planned.locked.index(piece.base_model) for piece in planned.locked.recipe.slices if piece.base_model}
+    pieces = [piece for recipe in planned.locked.recipe.documents for piece in recipe.slices]
+    bases = {planned.locked.index(piece.base_model) for piece in pieces if piece.base_model}
     giving = any(number in job.givers for job in planned.jobs)
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
     role = ADAPTER if model.lora is not None else role

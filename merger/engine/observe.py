@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merger.plan.geometry import Geometry
@@ -21,7 +22,7 @@ _PERIOD = _RUN * 127
 cosine. Runs, since single entries so far apart cost a cache miss each, and that ten times the time."""
 
 
-def observe(inputs: Sequence[Tensor], result: Tensor, start: int, entries: int) -> Geometry:
+def observe(inputs: Sequence[Tensor], result: Tensor, start: int, entries: int, base: Tensor | None = None) -> Geometry:
     """The geometry of a block.
 
     Args:
@@ -29,13 +30,27 @@ def observe(inputs: Sequence[Tensor], result: Tensor, start: int, entries: int) 
         result: what it made of them, before a base is added.
         start: the block's place in its tensor.
         entries: how many entries the whole tensor has.
+        base: what was subtracted from each input.
     """
-    rows = [tensor.reshape(-1) for tensor in (*inputs, result)]
+    rows = [tensor.reshape(-1) for tensor in (*inputs, result, *(() if base is None else (base,)))]
     sample = torch.stack(rows if entries <= _SMALL else [_runs(row, start) for row in rows]).cpu().double()
     held = sample.view(len(rows), -1).numpy()  # in numpy small steps cost a third
-    above, below = (held[:-1] > 0).any(0), (held[:-1] < 0).any(0)
-    products = tuple(tuple(row) for row in (held @ held.T).tolist())
-    return Geometry(products, int(np.count_nonzero(above & below)), int(np.count_nonzero(above | below)))
+    count = len(inputs)
+    above, below = held[: count + 1] > 0, held[: count + 1] < 0
+    up, down = above[:count].any(0), below[:count].any(0)
+    products = (held @ held.T).tolist()
+    return Geometry(
+        products=tuple(tuple(row[: count + 1]) for row in products[: count + 1]),
+        opposed=_count(up & down),
+        sampled=_count(up | down),
+        against=tuple(_count(above[row] & below[count]) + _count(below[row] & above[count]) for row in range(count)),
+        moved=tuple(_count(above[row]) + _count(below[row]) for row in range(count)),
+        base=() if base is None else tuple(products[count + 1]),
+    )
+
+
+def _count(entries: NDArray[np.bool_] | np.bool_) -> int:
+    return int(np.count_nonzero(entries))
 
 
 def _runs(row: Tensor, start: int) -> Tensor:

@@ -7,40 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from merger.engine.adapters import with_added, with_low_rank
-from merger.engine.factors import Pairs
+from merger.engine.leaves import Leaves
+from merger.engine.pursuit import pursued
+from merger.engine.rows import rows_of_map
+from merger.engine.scaled import dequantised
 from merger.plan.geometry import Geometry
-from merger.plan.sources import Added, Difference, Factor, LowRank, Source, Stored
-
-
-class Leaves(Protocol):
-    """The stored tensors of a job."""
-
-    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
-        """The leaf's entries ``[start, stop)`` as float32, in the front of `out`.
-
-        Of the tensor's entries only those whose number is a multiple of `step`.
-
-        Raises:
-            ModelError: the bytes cannot be had.
-        """
-
-    @property
-    def pairs(self) -> Pairs:
-        """The run's pairs of small matrices that are under way."""
-
-    def tell(self, seen: Geometry) -> None:
-        """What was seen of a source while it was read, in place of what its entries tell."""
+from merger.plan.sources import Added, Dequantised, Difference, Factor, LowRank, Made, Pursuit, Rows, Source, Stored
 
 
 def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, step: int = 1) -> Tensor:
     """The source's entries ``[start, stop)`` as float32, in the front of `out`; with `step` every so many."""
-    if isinstance(source, Stored):
+    if isinstance(source, Stored | Made):
         return leaves.entries(source, start, stop, out, step)
     full = _READINGS[type(source)](source, start, stop, out, leaves)
     return full[-start % step :: step]
@@ -55,17 +38,20 @@ def _added(source: Added, start: int, stop: int, out: Tensor, leaves: Leaves) ->
 
 
 def _difference(source: Difference, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
-    less = leaves.entries(source.subtrahend, start, stop, torch.empty(stop - start))
-    return leaves.entries(source.minuend, start, stop, out).sub_(less)
+    less = load(source.subtrahend, start, stop, torch.empty(stop - start), leaves)
+    return load(source.minuend, start, stop, out, leaves).sub_(less)
 
 
 def _factor(source: Factor, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
     entries, seen = leaves.pairs.entries(source, start, stop, partial(load, leaves=leaves))
-    leaves.tell(seen if start == 0 else Geometry(((0.0, 0.0), (0.0, 0.0)), 0, 0))
+    leaves.tell(start, seen if start == 0 else Geometry(((0.0, 0.0), (0.0, 0.0)), 0, 0))
     return out[: stop - start].copy_(entries)
 
 
 _READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
+    Rows: rows_of_map,
+    Pursuit: pursued,
+    Dequantised: dequantised,
     LowRank: _low_rank,
     Added: _added,
     Difference: _difference,

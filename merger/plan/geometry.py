@@ -21,11 +21,18 @@ class Geometry:
         products: a square table, each input with each, the result last.
         opposed: how many of the sampled entries have inputs of both signs.
         sampled: how many have inputs that are not zero.
+        against: for each input, in how many entries the result has the other sign.
+        moved: for each input, how many of its entries are not zero.
+        base: the inner products of the base that was subtracted with each row of the table, and with itself last;
+            empty where none was.
     """
 
     products: Table
     opposed: int
     sampled: int
+    against: tuple[int, ...] = ()
+    moved: tuple[int, ...] = ()
+    base: tuple[float, ...] = ()
 
     @property
     def inputs(self) -> int:
@@ -56,17 +63,24 @@ def total(parts: Iterable[Geometry]) -> Geometry:
     found = list(parts)
     rows = zip(*(part.products for part in found), strict=True)
     products = tuple(tuple(math.fsum(column) for column in zip(*row, strict=True)) for row in rows)
-    return Geometry(products, sum(part.opposed for part in found), sum(part.sampled for part in found))
+    return Geometry(
+        products,
+        sum(part.opposed for part in found),
+        sum(part.sampled for part in found),
+        tuple(map(sum, zip(*(part.against for part in found), strict=True))),
+        tuple(map(sum, zip(*(part.moved for part in found), strict=True))),
+        tuple(map(math.fsum, zip(*(part.base for part in found), strict=True))),
+    )
 
 
 def noted(seen: Mapping[str, Geometry]) -> str:
     """What was measured of some tensors, by name, as text that gives the very same numbers back."""
-    return json.dumps({name: [found.products, found.opposed, found.sampled] for name, found in seen.items()})
+    return json.dumps({name: list(vars(found).values()) for name, found in seen.items()})
 
 
 def recalled(text: str) -> dict[str, Geometry]:
     """What such a text says."""
     return {
-        name: Geometry(tuple(tuple(row) for row in products), opposed, sampled)
-        for name, (products, opposed, sampled) in json.loads(text).items()
+        name: Geometry(tuple(map(tuple, products)), opposed, sampled, tuple(against), tuple(moved), tuple(base))
+        for name, (products, opposed, sampled, against, moved, base) in json.loads(text).items()
     }

@@ -13,16 +13,21 @@ from typing import Any
 
 from merger.checkpoints.architecture import is_before_layers, is_buffer, is_embedding, is_head
 from merger.checkpoints.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
+from merger.errors import Problem, did_you_mean
 from merger.methods.registry import Method, Param, declared
-from merger.plan.adapters import changed
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
 from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Factor, Source, Stored
+from merger.plan.sources import Factor, Made, Source, Stored, ends
+from merger.plan.tokens import Tokens, disagreements, tokens
+from merger.recipe.model import Taken
 from merger.recipe.settings import Parameters, first_value
 
 PASSTHROUGH = "passthrough"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _MISMATCHES_SHOWN = 3
+_ONE_VOCABULARY = (
+    "add tokenizer: {source: union} for the tokens of all models, or tokenizer: {source: base} for those of one"
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,10 @@ class Input:
 
     @property
     def model(self) -> int:
-        """The number of the model that it stands for in the locked recipe."""
-        return self.source.leaves[0].model if self.named is None else self.named
+        """The number of the model or stage that it stands for in the locked recipe."""
+        if self.named is not None:
+            return self.named
+        return self.source.stage if isinstance(self.source, Made) else self.source.leaves[0].model
 
 
 @dataclass(frozen=True)
@@ -98,15 +105,20 @@ class Job:
     @property
     def shared(self) -> tuple[Stored, ...]:
         """Those that several of its sources read."""
-        uses = Counter(leaf for source in self.sources for leaf in source.leaves)
+        uses = Counter(end for source in self.sources for end in ends(source) if isinstance(end, Stored))
         return tuple(leaf for leaf, count in uses.items() if count > 1)
 
     @property
     def is_copy(self) -> bool:
-        """Whether the output's bytes are the input's bytes."""
+        """Whether the output's bytes are those of a stored tensor."""
+        return isinstance(self.passed, Stored)
+
+    @property
+    def passed(self) -> Source | None:
+        """The source that the job hands on as it is, if that is all it does."""
         scale = self.inputs[0].settings.get("scale", 1.0)
         source = self.inputs[0].source
-        return self.method == PASSTHROUGH and scale == 1.0 and isinstance(source, Stored) and source.dtype == self.dtype
+        return source if self.method == PASSTHROUGH and scale == 1.0 and source.dtype == self.dtype else None
 
     @property
     def kind(self) -> str:
@@ -120,15 +132,18 @@ class Making:
 
     Args:
         jobs: how each output tensor is made.
-        layers: for each layer of the output's one stack, the model that names its tensors, and its layer there.
+        layers: for each stack that the recipe speaks about and each of its layers in the output, the model that names
+            the layer's tensors, and its number there.
         has_head: whether the output's head is a tensor of its own, not the embedding.
+        tokens: what the recipe's tokenizer block brings about, if it has one.
         config: the output's config, where it is not the donor's.
         reasons: why tensors of the models are left out, by their names, where that was decided on the way.
     """
 
     jobs: tuple[Job, ...]
-    layers: tuple[tuple[LockedModel, int], ...]
+    layers: Mapping[str, tuple[tuple[LockedModel, int], ...]]
     has_head: bool
+    tokens: Tokens | None = None
     config: Mapping[str, Any] | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -139,13 +154,16 @@ def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
     Raises:
         RecipeError: the recipe asks for layers or modules that its models do not have, or leaves a number open.
         MismatchError: the models do not fit each other.
+        ModelError: a model's tokenizer cannot be read.
     """
     findings = Findings()
     modules = cut(locked, table, findings)
     maker = _Maker(locked, table, findings)
     jobs = tuple(job for module in modules for job in maker.module(module))
+    maker.tell_unused()
     findings.settle()
-    return Making(jobs, tuple(maker.layers), maker.has_head)
+    layers = {stack: tuple(taken) for stack, taken in maker.layers.items()}
+    return Making(jobs, layers, maker.has_head, maker.tokens)
 
 
 def arguments(method: Method, job: Job) -> dict[str, Any]:
@@ -170,10 +188,14 @@ class _Maker:
     def __init__(self, locked: LockedRecipe, table: Mapping[str, Method], findings: Findings) -> None:
         self._locked, self._table, self._findings = locked, table, findings
         taken = [part.model for piece in locked.recipe.slices for part in parts(locked, piece, table[piece.method])]
+        taken += [model for rule in locked.recipe.tensors if _gives_head(rule, model := locked.model(rule.model))]
         self._head = next((model.head for model in taken if _is_untied(model)), None)
         self._dtype = DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
+        self.tokens = tokens(locked)
         self._shown: Counter[tuple[int, int]] = Counter()
-        self.layers: list[tuple[LockedModel, int]] = []
+        self._strangers: set[int] = set()
+        self._unused = dict.fromkeys(locked.recipe.tensors)
+        self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
 
     @property
     def has_head(self) -> bool:
@@ -186,6 +208,7 @@ class _Maker:
             yield from self._copied(module)
         elif module.cuts:
             if module.loose:
+                self._tell_vocabularies(module.cuts[0], module.cuts[-1])
                 yield from self._loose(module.cuts[0], before=True)
             if module.stack is not None:
                 yield from self._stack(module.stack, module.cuts)
@@ -197,30 +220,34 @@ class _Maker:
         number = self._locked.index(donor.ref)
         for tensor in donor.checkpoint.tensors.values():
             if donor.architecture.module(tensor.name) == name:
-                yield self._copy(tensor.name, number, tensor, f"the recipe does not name the module {name}")
+                if (rule := self._rule(tensor.name)) is not None:
+                    yield from self._taken(rule, tensor.name, number, tensor)
+                else:
+                    yield self._copy(tensor.name, number, tensor, f"the recipe does not name the module {name}")
 
     def _copy(self, out: str, number: int, tensor: TensorInfo, why: str) -> Job:
         """A job that takes a tensor as it is; a trained one in the recipe's dtype, if it names one."""
         cast = self._dtype is not None and tensor.dtype in FLOATS and not is_buffer(tensor.name)
         dtype = self._dtype if cast and self._dtype else tensor.dtype
-        source = self._source(number, tensor)
+        source = self._source(number, tensor, out)
         return Job(out, dtype, source.shape, PASSTHROUGH, (Input(source, {"scale": 1.0}),), why=why)
 
-    def _source(self, number: int, tensor: TensorInfo) -> Source:
-        """Where the entries of a model's tensor come from, with what its adapter makes of them."""
-        holder = self._locked.holder(number)
-        return changed(self._locked, self._locked.models[number], Stored(holder, tensor))
+    def _source(self, number: int, tensor: TensorInfo, out: str) -> Source:
+        """Where the entries of a model's tensor come from that goes into the tensor `out`."""
+        if self.tokens is None:
+            return self._locked.source(number, tensor)
+        return self.tokens.rows_of(self._locked, number, tensor, is_head(out))
 
     def _named(self, number: int) -> int | None:
-        return number if self._locked.holder(number) != number else None
+        return number if self._locked.owner(number) != number else None
 
     def _stack(self, stack: str, cuts: Sequence[Cut]) -> Iterator[Job]:
-        first = len(self.layers)
+        taken = self.layers.setdefault(stack, [])
         for piece in cuts:
             for step in range(piece.layers):
                 leader, layer = piece.parts[piece.leader].model, piece.starts[piece.leader] + step
-                out = len(self.layers) - first
-                self.layers.append((leader, layer))
+                out = len(taken)
+                taken.append((leader, layer))
                 position = 1.0 if piece.layers == 1 else step / (piece.layers - 1)
                 for tensor in leader.layer(stack, layer):
                     place = leader.architecture.place(tensor.name)
@@ -241,31 +268,83 @@ class _Maker:
     def _job(self, piece: Cut, out: str, names: Sequence[str], position: float) -> Iterator[Job]:
         """The job that makes tensor `out` of the tensors `names`, one a part; or a problem, if they do not fit."""
         found = [part.model.checkpoint.tensors.get(name) for part, name in zip(piece.parts, names, strict=True)]
-        leading = found[piece.leader]
+        leading, number = found[piece.leader], piece.parts[piece.leader].number
+        if leading is not None and (rule := self._rule(leading.name)) is not None:
+            yield from self._taken(rule, out, number, leading)
+            return
         if leading is not None and (why := _why_copied(piece, leading, found)):
-            yield self._copy(out, piece.parts[piece.leader].number, leading, why)
+            yield self._copy(out, number, leading, why)
             return
         tensors = [tensor for tensor in found if tensor is not None]
         if len(tensors) < len(found):
             self._tell_missing(piece, names, found)
-        elif self._fit(piece, tensors):
-            yield self._merge(piece, out, tensors, position)
+        else:
+            pairs = zip(piece.parts, tensors, strict=True)
+            sources = [self._source(part.number, tensor, out) for part, tensor in pairs]
+            if self._fit(piece, tensors, sources):
+                yield self._merge(piece, out, tensors, sources, position)
 
-    def _merge(self, piece: Cut, out: str, tensors: Sequence[TensorInfo], position: float) -> Job:
+    def _rule(self, name: str) -> Taken | None:
+        """The rule of the recipe's `tensors:` that speaks about a tensor."""
+        rule = next((rule for rule in self._locked.recipe.tensors if rule.matches(name)), None)
+        if rule is not None:
+            self._unused.pop(rule, None)
+        return rule
+
+    def _taken(self, rule: Taken, out: str, number: int, leading: TensorInfo) -> Iterator[Job]:
+        """The job that takes a tensor from a rule's model in place of `leading` of the model of that number."""
+        giver, model, leader = (
+            self._locked.index(rule.model),
+            self._locked.model(rule.model),
+            self._locked.numbered(number),
+        )
+        name = _head(model, leading.name) if is_head(leading.name) else leading.name
+        tensor = model.checkpoint.tensors.get(name)
+        if tensor is None:
+            self._refuse(rule, f"{model.name} has no tensor {name}", "are they of one architecture, and saved in full?")
+            return
+        source, own = self._source(giver, tensor, out), self._source(number, leading, out)
+        if self.tokens is None and model.by_token(tensor) and (told := disagreements([leader, model])):
+            self._refuse(rule, f"the vocabularies differ: {told[model.ref]}", _ONE_VOCABULARY)
+        elif source.shape != own.shape:
+            what = f"{name} is {_shape(leading)} in {leader.name}, but {_shape(tensor)} in {model.name}"
+            self._refuse(rule, what, "only a tensor of the same shape can take its place")
+        else:
+            followed = self._donors_dtype(leader, leading) if tensor.dtype in FLOATS else tensor.dtype
+            dtype = self._dtype if self._dtype and tensor.dtype in FLOATS else followed
+            why = f"the recipe takes {rule.filter} from {model.name}"
+            yield Job(out, dtype, source.shape, PASSTHROUGH, (Input(source, {"scale": 1.0}),), why=why)
+
+    def _refuse(self, rule: Taken, what: str, hint: str) -> None:
+        if not any(problem.at == rule.at for problem in self._findings.mismatches):
+            problem = Problem(what, rule.at, f"tensors[{rule.filter}]", hint)
+            self._findings.mismatches.append(problem)
+
+    def tell_unused(self) -> None:
+        """A rule that speaks about no tensor is misspelt."""
+        words = dict.fromkeys(word for name in self._locked.donor.checkpoint.tensors for word in name.split("."))
+        for rule in self._unused:
+            what = f"no tensor's name contains {rule.filter!r}, or rules above it speak about all that do"
+            hint = did_you_mean(rule.filter, [word for word in words if not word.isdigit()])
+            self._findings.about_recipe(what, rule.at, f"tensors[{rule.filter}]", hint)
+
+    def _merge(
+        self, piece: Cut, out: str, tensors: Sequence[TensorInfo], sources: Sequence[Source], position: float
+    ) -> Job:
         method = self._table[piece.piece.method]
         levels = (piece.piece.parameters, piece.module.parameters, self._locked.recipe.parameters)
         inputs: list[Input] = []
         base: Input | None = None
-        for part, tensor in zip(piece.parts, tensors, strict=True):
+        for part, tensor, source in zip(piece.parts, tensors, sources, strict=True):
             if part.is_base and method.subtracts_base:
-                base = Input(self._source(part.number, tensor), named=self._named(part.number))
+                base = Input(source, named=self._named(part.number))
                 continue
             own = self._numbers(piece, method, (part.source.parameters, *levels), tensor.name, position, per_model=True)
-            inputs.append(Input(self._source(part.number, tensor), own, self._named(part.number)))
+            inputs.append(Input(source, own, self._named(part.number)))
         settings = self._numbers(piece, method, levels, out, position, per_model=False)
         leading = tensors[piece.leader]
         dtype = self._dtype or self._donors_dtype(piece.parts[piece.leader].model, leading)
-        job = Job(out, dtype, leading.shape, method.name, tuple(inputs), base, settings)
+        job = Job(out, dtype, sources[piece.leader].shape, method.name, tuple(inputs), base, settings)
         self._ask(piece, method, job)
         return job
 
@@ -304,11 +383,11 @@ class _Maker:
             what = f"{part.model.name} has no tensor {names[missing]}, which {leader.model.name} has"
             self._findings.about_part(what, part, "are they of one architecture, and saved in full?")
 
-    def _fit(self, piece: Cut, tensors: Sequence[TensorInfo]) -> bool:
+    def _fit(self, piece: Cut, tensors: Sequence[TensorInfo], sources: Sequence[Source]) -> bool:
         """Whether shapes are equal and dtypes can be merged; a problem if not."""
         leading = tensors[piece.leader]
-        for part, tensor in zip(piece.parts, tensors, strict=True):
-            if tensor.shape != leading.shape:
+        for part, tensor, source in zip(piece.parts, tensors, sources, strict=True):
+            if source.shape != sources[piece.leader].shape:
                 if self._is_news(part.number, piece.parts[piece.leader].number):
                     self._tell_shapes(piece, part.number, tensor, leading)
                 return False
@@ -324,9 +403,22 @@ class _Maker:
         mine = f"{_shape(leading)} in {piece.parts[piece.leader].model.name}"
         hint = "only tensors of one shape can be merged"
         if (is_embedding(tensor.name) or is_head(tensor.name)) and tensor.shape[1:] == leading.shape[1:]:
-            hint = "their vocabularies differ; tokenizer: is not built yet, so give both models one vocabulary first"
+            if number in self._strangers:
+                return
+            hint = _ONE_VOCABULARY
         what = f"{tensor.name} is {mine}, but {_shape(tensor)} in {part.model.name}"
         self._findings.about_part(what, part, hint)
+
+    def _tell_vocabularies(self, first: Cut, last: Cut) -> None:
+        """Without a tokenizer block each row of embedding and head must be the same token's in all models."""
+        givers = {part.number: part for piece in (first, last) for part in piece.parts}
+        if self.tokens is None:
+            told = disagreements([self._locked.donor, *(part.model for part in givers.values())])
+            for part in givers.values():
+                if part.model.ref in told:
+                    self._strangers.add(part.number)
+                    what = f"the vocabularies differ: {told[part.model.ref]}"
+                    self._findings.about_part(what, part, _ONE_VOCABULARY)
 
     def _is_news(self, one: int, other: int) -> bool:
         """Whether this is among the first few mismatches of two models: one fault tends to show in every layer."""
@@ -352,6 +444,11 @@ def _head(model: LockedModel, name: str) -> str:
     own = model.checkpoint.tensors.get(name)
     tensor = model.embedding if own is None or model.is_tied else own
     return name if tensor is None else tensor.name
+
+
+def _gives_head(rule: Taken, model: LockedModel) -> bool:
+    """Whether the head is among the tensors that a rule takes from its model."""
+    return model.head is not None and rule.matches(model.head.name)
 
 
 def _is_untied(model: LockedModel) -> bool:

@@ -6,32 +6,47 @@ Not here: what is made of them (jobs).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from merger.checkpoints import adapter as adapters
+from merger.checkpoints import chat, vocab
 from merger.checkpoints.adapter import Adapter, Change
-from merger.checkpoints.architecture import Architecture, is_embedding, is_head
+from merger.checkpoints.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.checkpoints.checkpoint import (
-    INDEX,
+    FLOATS,
+    STEM,
     Checkpoint,
     TensorInfo,
     gather,
     header_length,
+    index_name,
+    is_single,
     read_header,
+    stem,
     weight_files,
 )
-from merger.checkpoints.config import is_quantised, is_tied
+from merger.checkpoints.config import is_tied
+from merger.checkpoints.experts import are_fused, split
+from merger.checkpoints.quantised import Scaled, unpacked
 from merger.errors import ModelError, Problem, RecipeError
+from merger.plan.sources import Added, Dequantised, LowRank, Made, Source, Stored
 from merger.recipe.model import ModelRef, Recipe
-from merger.stores.ports import Located, Store
+from merger.recipe.tokenizer import AUTO
+from merger.stores.ports import FileInfo, Located, Store
 
+if TYPE_CHECKING:
+    from merger.plan.jobs import Job, Making
+    from merger.plan.texts import Texts
+
+GENERATION = "generation_config.json"
 _CARD_BYTES = 1 << 20
+_TEXT_BYTES = 200 << 20
 _REQUESTS_AT_ONCE = 8
 
 
@@ -44,6 +59,9 @@ class LockedModel:
         located: where it is, at which commit, with which files.
         checkpoint: its tensors' names, shapes, dtypes and places, and its config.json.
         card: the metadata of its own model card, empty where there is none.
+        texts: of its tokenizer's files those that the plan needs, by name.
+        scaled: the tensors that are stored as numbers and scales, by name.
+        aside: the names of stored tensors that only a quantised model has a use for.
         lora: what its files hold, of a LoRA adapter; its config is adapter_config.json.
         adapter: the LoRA adapter that is added to it.
         changes: what that makes of its tensors, by their names.
@@ -53,6 +71,9 @@ class LockedModel:
     located: Located
     checkpoint: Checkpoint = field(repr=False)
     card: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    scaled: Mapping[str, Scaled] = field(default_factory=dict, repr=False)
+    aside: tuple[str, ...] = field(default=(), repr=False)
     lora: Adapter | None = field(default=None, repr=False)
     adapter: LockedModel | None = field(default=None, repr=False)
     changes: Mapping[str, Change] = field(default_factory=dict, repr=False)
@@ -95,6 +116,27 @@ class LockedModel:
         found = [tensor for tensor in self.layer(None, None) if wanted(tensor.name)]
         return found[0] if len(found) == 1 else None
 
+    @cached_property
+    def token_rows(self) -> int | None:
+        """How many rows its embeddings have, one a token; None where it has none, or of different numbers."""
+        loose = self.layer(None, None)
+        found = {tensor.shape[0] for tensor in loose if is_embedding(tensor.name) and len(tensor.shape) == 2}
+        return found.pop() if len(found) == 1 else None
+
+    def by_token(self, tensor: TensorInfo) -> bool:
+        """Whether a tensor has a row for each token: an embedding, a head, or what else goes with them."""
+        loose = self.architecture.place(tensor.name).stack is None and tensor.dtype in FLOATS
+        if not loose or tensor.shape[:1] != (self.token_rows,):
+            return False
+        widths = {one.shape[1] for one in (self.embedding, self.head) if one is not None}
+        named = is_embedding(tensor.name) or is_head(tensor.name)
+        return named or (self.token_rows not in widths and not never_by_token(tensor.name))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return any(".experts." in name for name in self.checkpoint.tensors)
+
     @property
     def is_tied(self) -> bool:
         """Whether the head is the embedding: its config says so, and the embedding is what its files hold."""
@@ -113,33 +155,108 @@ class LockedModel:
 
 
 @dataclass(frozen=True)
+class StageModel(LockedModel):
+    """What a stage of the recipe makes, as a model of the documents after it: its tensors are in no file.
+
+    `located` is where the files come from that are taken over: those of its own donor.
+
+    Args:
+        locked: the stage's document.
+        making: how its tensors are made.
+        small: which small files it would have.
+        seed: for methods that draw random numbers.
+    """
+
+    locked: LockedRecipe = field(kw_only=True, repr=False)
+    making: Making = field(kw_only=True, repr=False)
+    small: Texts = field(kw_only=True, repr=False)
+    seed: int = field(kw_only=True)
+
+    @cached_property
+    def jobs(self) -> Mapping[str, Job]:
+        """How each tensor is made."""
+        return {job.name: job for job in self.making.jobs}
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.ref.path
+
+
+@dataclass(frozen=True)
 class LockedRecipe:
-    """A recipe and its models, in the order of ``recipe.models``, then the adapters that are added to them."""
+    """A recipe and its models, in the order of ``recipe.models``; then the adapters that are added to them.
+
+    After them its stages count, once it is known what they make.
+    """
 
     recipe: Recipe
     models: tuple[LockedModel, ...]
+    stages: tuple[StageModel, ...] = ()
 
     def index(self, ref: ModelRef) -> int:
-        """The number of a model among `models`."""
-        return next(number for number, model in enumerate(self.models) if model.ref == ref)
+        """The number of a model, or, counted on, of a stage."""
+        return next(number for number, model in enumerate((*self.models, *self.stages)) if model.ref == ref)
+
+    def numbered(self, number: int) -> LockedModel:
+        """The model or stage of that number."""
+        return (*self.models, *self.stages)[number]
 
     def model(self, ref: ModelRef) -> LockedModel:
-        """The model that a reference means."""
-        return self.models[self.index(ref)]
+        """The model or stage that a reference means."""
+        return self.numbered(self.index(ref))
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The numbers of the models and stages of this document."""
+        return tuple(self.index(ref) for ref in self.recipe.parents)
+
+    def source(self, number: int, tensor: TensorInfo) -> Source:
+        """Where the entries of a tensor of the model or stage of that number come from, as its adapter changes them."""
+        model = self.numbered(number)
+        if model.adapter is None or (change := model.changes.get(tensor.name)) is None:
+            return self._stored(number, tensor)
+        adapter = self.index(model.adapter.ref)
+        source = self._stored(number, tensor) if change.whole is None else Stored(adapter, change.whole)
+        if (low := change.low_rank) is not None:
+            lengths = None if low.magnitude is None else Stored(adapter, low.magnitude)
+            source = LowRank(source, Stored(adapter, low.a), Stored(adapter, low.b), low.scale, change.turned, lengths)
+        return source if change.added is None else Added(source, Stored(adapter, change.added), change.scale)
+
+    def _stored(self, number: int, tensor: TensorInfo) -> Source:
+        """The same without an adapter."""
+        model, owner = self.numbered(number), self.owner(number)
+        if (scaled := model.scaled.get(tensor.name)) is not None:
+            numbers, scales = Stored(owner, scaled.numbers), Stored(owner, scaled.scales)
+            return Dequantised(numbers, scales, scaled.block, tensor.dtype)
+        if not isinstance(model, StageModel):
+            return Stored(owner, tensor)
+        job = model.jobs[tensor.name]
+        passed = job.passed
+        return passed if isinstance(passed, Stored | Made) else Made(number, tensor.name, model.seed, job)
 
     @property
     def merged(self) -> tuple[LockedModel, ...]:
         """The models that are merged, without the adapters that are added to some of them."""
-        return self.models[: len(self.recipe.models)]
+        return tuple(model for model in self.models if model.lora is None or self.recipe.merges_adapters)
 
-    def holder(self, number: int) -> int:
+    def owner(self, number: int) -> int:
         """The number of the first model with the same files: one that is named with several adapters is read once."""
-        return next(first for first, model in enumerate(self.models) if model.located == self.models[number].located)
+        here = self.numbered(number)
+        if isinstance(here, StageModel):
+            return number
+        return next(first for first, model in enumerate(self.models) if model.located == here.located)
 
     @property
     def donor(self) -> LockedModel:
-        """The model whose config and side files the result takes."""
+        """The model or stage whose config the result takes."""
         return self.model(self.recipe.donor)
+
+    @property
+    def holder(self) -> LockedModel:
+        """The model in whose files that config lies: the donor, or the donor of the stage that is the donor."""
+        donor = self.donor
+        return donor.locked.holder if isinstance(donor, StageModel) else donor
 
 
 def pins(text: str, path: str) -> dict[str, str]:
@@ -172,16 +289,98 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
         fetching = _Fetching(store, headers, pinned or {})
         fetch = fetching.adapter if recipe.merges_adapters else fetching.model
         merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
-        loras = list(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters))
-    found = {model.ref: model for model, _ in loras if model is not None}
-    merged = [_attempt_with(model, found) if model is not None else (model, told) for model, told in merged]
-    problems = [problem for _, told in (*merged, *loras) for problem in told]
-    if problems:
-        raise ModelError(problems)
-    return LockedRecipe(recipe, tuple(model for model, _ in (*merged, *loras) if model is not None))
+        loras = _found(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), merged)
+    found = _in_one_layout(_found(merged))
+    by_ref = {lora.ref: lora for lora in loras}
+    changed = _found(_attempt_with(model, by_ref) for model in found)
+    return LockedRecipe(recipe, (*_with_texts(recipe, changed, store), *loras))
 
 
 _Attempt = tuple[LockedModel | None, tuple[Problem, ...]]
+
+
+def _found(attempts: Iterable[_Attempt], others: Iterable[_Attempt] = ()) -> tuple[LockedModel, ...]:
+    """The models that were found.
+
+    Raises:
+        ModelError: with every problem of these attempts and of the others.
+    """
+    tried = list(attempts)
+    if problems := [problem for _, told in (*others, *tried) for problem in told]:
+        raise ModelError(problems)
+    return tuple(model for model, _ in tried if model is not None)
+
+
+def _in_one_layout(models: Sequence[LockedModel]) -> tuple[LockedModel, ...]:
+    """The models with a tensor for each expert, where some have one and others have all of a layer's in one."""
+    fused = [model for model in models if are_fused(model.checkpoint.tensors)]
+    like = next((model.checkpoint.tensors for model in models if model not in fused and model.has_experts), None)
+    if like is None:
+        return tuple(models)
+    split_up = {id(model): replace(model.checkpoint, tensors=split(model.checkpoint.tensors, like)) for model in fused}
+    return tuple(replace(model, checkpoint=split_up.get(id(model), model.checkpoint)) for model in models)
+
+
+def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -> tuple[LockedModel, ...]:
+    """The models with those texts of their tokenizers that the plan needs; what is equal is fetched once.
+
+    Raises:
+        ModelError: with every file that cannot be read.
+    """
+    wanted = set(_wanted(recipe, models)) if recipe.lora is None else set()
+    held = [{name: info for name, info in model.located.files.items() if name in wanted} for model in models]
+    places = {
+        _content(info, number, name): (models[number], name)
+        for number, files in enumerate(held)
+        for name, info in files.items()
+    }
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        fetched = dict(
+            zip(places, pool.map(lambda place: _text(place[0], place[1], store), places.values()), strict=True)
+        )
+    problems = [text for text in fetched.values() if isinstance(text, Problem)]
+    if problems:
+        raise ModelError(problems)
+    texts = {key: text for key, text in fetched.items() if not isinstance(text, Problem)}
+    return tuple(
+        replace(model, texts={name: texts[_content(info, number, name)] for name, info in held[number].items()})
+        for number, model in enumerate(models)
+    )
+
+
+def _wanted(recipe: Recipe, models: tuple[LockedModel, ...]) -> Iterator[str]:
+    """The names of the files that decide which tokens mean what; none where the models' are known to be equal."""
+    for document in recipe.documents:
+        # what a stage's files hold is made of what its models' do
+        yield from _of_document(document, [model for model in models if recipe.stages or model.ref in document.merged])
+
+
+def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
+    told = [
+        {name: _content(info, number, name) for name, info in model.located.files.items() if name in vocab.FILES}
+        for number, model in enumerate(merged)
+    ]
+    if recipe.tokenizer is not None:
+        yield from (*vocab.FILES, GENERATION)
+    elif any(files != told[0] for files in told):
+        yield from vocab.FILES
+    if recipe.chat_template is not None and recipe.chat_template.text == AUTO:
+        yield from chat.FILES
+
+
+def _content(info: FileInfo, model: int, name: str) -> object:
+    """What is the same for files of the same content, as far as the store tells."""
+    return info.sha256 or info.oid or (model, name)
+
+
+def _text(model: LockedModel, name: str, store: Store) -> bytes | Problem:
+    if model.located.files[name].size > _TEXT_BYTES:
+        what = f"{name} has {model.located.files[name].size:,} bytes, which is more than a tokenizer takes"
+        return _at(Problem(what, hint="is it the right file? download the model again"), model.ref)
+    try:
+        return store.fetch(model.located, name)
+    except ModelError as error:
+        return _at(error.problems[0], model.ref)
 
 
 def _attempt(ref: ModelRef, fetch: Callable[[ModelRef], LockedModel]) -> _Attempt:
@@ -221,21 +420,21 @@ class _Fetching:
         return self.store.locate(ref.path, self.pinned.get(str(ref)) or ref.revision)
 
     def model(self, ref: ModelRef) -> LockedModel:
-        located = self._located(ref)
-        if adapters.CONFIG in located.files and "config.json" not in located.files:
-            hint = f"add it to its model: org/model+{ref.path}; or list adapters under adapters: to merge them"
-            raise ModelError(Problem("is a LoRA adapter, not a model", hint=hint))
-        config = _config(located, self.store)
-        checkpoint = Checkpoint(_tensors(located, self.store, self.pool), config)
-        return LockedModel(ref, located, checkpoint, _card(located, self.store))
+        located, store = self._located(ref), self.store
+        alone = is_single(located.name)
+        config = {} if alone else _config(located, store)
+        name = located.name.rpartition("/")[2].removesuffix(".safetensors") if alone else stem(located.files)
+        found = unpacked(tensors_of(located, store, self.pool, name), config)
+        checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else name)
+        return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
 
     def adapter(self, ref: ModelRef) -> LockedModel:
         located = self._located(ref)
         _check_adapter_files(located)
         config = _json(located, adapters.CONFIG, self.store)
-        tensors = {tensor.name: tensor for tensor in _header(located, self.store, adapters.TENSORS)}
+        tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, adapters.TENSORS)}
         lora = adapters.read_adapter(config, tensors)
-        return LockedModel(ref, located, Checkpoint(tensors, config), _card(located, self.store), lora)
+        return LockedModel(ref, located, Checkpoint(tensors, config), _card(located, self.store), lora=lora)
 
 
 def _check_adapter_files(located: Located) -> None:
@@ -250,13 +449,14 @@ def _check_adapter_files(located: Located) -> None:
 
 
 def _config(located: Located, store: Store) -> Mapping[str, Any]:
-    if "config.json" not in located.files:
-        raise ModelError(Problem("has no config.json", hint="is this a model that transformers can load?"))
-    config = _json(located, "config.json", store)
-    if is_quantised(config):
-        what = "is quantised; its stored numbers must not be merged as they are"
-        raise ModelError(Problem(what, hint="use the unquantised model: dequantising is not built yet"))
-    return config
+    if "config.json" in located.files:
+        return _json(located, "config.json", store)
+    if adapters.CONFIG in located.files:
+        hint = f"add it to its model: org/model+{located.where}; or list adapters under adapters: to merge them"
+        raise ModelError(Problem("is a LoRA adapter, not a model", hint=hint))
+    stem(located.files)  # what else is missing is told first
+    hint = "to merge tensors without a config, name their file: .../model.safetensors"
+    raise ModelError(Problem("has no config.json", hint=hint))
 
 
 def _json(located: Located, file: str, store: Store) -> Mapping[str, Any]:
@@ -269,16 +469,27 @@ def _json(located: Located, file: str, store: Store) -> Mapping[str, Any]:
     return content
 
 
-def _tensors(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
-    index = store.fetch(located, INDEX).decode("utf-8", "replace") if INDEX in located.files else None
-    files = weight_files(located.files, index)
-    tensors = gather(pool.map(lambda file: _header(located, store, file), files), index)
+def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor, stem: str = STEM) -> dict[str, TensorInfo]:
+    """A model's tensors by name, by the headers of its files, whose names begin with `stem`.
+
+    Raises:
+        ModelError: it has no safetensors that can be read.
+    """
+    name = index_name(stem)
+    index = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
+    files = weight_files(located.files, index, stem)
+    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, stem)
     if not tensors:
         raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
 
 
-def _header(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+def tensors_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+    """The tensors of one safetensors file, by its header, in the order of their places.
+
+    Raises:
+        ModelError: it cannot be read, or is damaged.
+    """
     size = located.files[file].size
     length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
     return read_header(store.fetch(located, file, 8, 8 + length), file, size)

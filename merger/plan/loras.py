@@ -45,7 +45,7 @@ def make_lora(locked: LockedRecipe, table: Mapping[str, Method], seed: int) -> M
     maker = _Extraction(locked, findings) if locked.recipe.lora.extracted else _Blend(locked, table, findings, seed)
     jobs = tuple(maker.jobs())
     findings.settle()
-    return Making(jobs, (), False, maker.draft.config(), maker.reasons)
+    return Making(jobs, {}, False, config=maker.draft.config(), reasons=maker.reasons)
 
 
 @dataclass
@@ -340,8 +340,8 @@ class _Extraction:
         if len(ours.shape) != 2 or not ours.name.endswith(".weight") or (embedding and not self._lora.embeddings):
             yield from self._whole(theirs, dtype, embedding)
             return
-        tuned, base = self._locked.index(self._tuned.ref), self._locked.index(self._base.ref)
-        product = Difference(Stored(tuned, theirs), Stored(base, ours))
+        base = self._locked.index(self._base.ref)
+        product = Difference(self._locked.source(self._part.number, theirs), self._locked.source(base, ours))
         rank = min(self._lora.rank or 1, *ours.shape)
         turned = embedding or self._turned
         yield from self.draft.add(_module_of(ours.name), product, rank, dtype, turned, embedding)
@@ -372,7 +372,7 @@ class _Extraction:
             yield self._copied(f"{_HEAD}.weight", theirs, dtype)
 
     def _copied(self, name: str, theirs: TensorInfo, dtype: str) -> Job:
-        entry = Input(Stored(self._part.number, theirs), {"scale": 1.0})
+        entry = Input(self._locked.source(self._part.number, theirs), {"scale": 1.0})
         return Job(f"{_PREFIX}{name}", dtype, theirs.shape, PASSTHROUGH, (entry,), why="held whole, not taken apart")
 
     def _is_biased(self, module: str) -> bool:

@@ -75,14 +75,7 @@ def extraction(place: Place) -> tuple[Lora | None, Module]:
 
 def _model(fields: Fields, key: str, hint: str) -> ModelRef:
     place = fields.need(key, hint)
-    return _alone(reference(place), place) if place else UNREADABLE
-
-
-def _alone(ref: ModelRef, place: Place) -> ModelRef:
-    """The model, which here must be named without an adapter."""
-    if ref.adapter is not None:
-        place.error(f"{ref} has an adapter, which has no meaning here", f"name {replace(ref, adapter=None)} alone")
-    return ref
+    return reference(place) if place else UNREADABLE
 
 
 def _rank(fields: Fields) -> int | None:

@@ -14,30 +14,42 @@ from typing import TYPE_CHECKING
 from merger.errors import Problem, RecipeError, Span
 from merger.recipe import checks, loras, spans
 from merger.recipe.checks import Choice, Found
-from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
+from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
 from merger.recipe.settings import Parameters
 from merger.recipe.spans import number
-from merger.recipe.values import UNREADABLE, Block, identity, parameters, reference
+from merger.recipe.stages import joined
+from merger.recipe.tokenizer import chat_template, tokenizer
+from merger.recipe.values import UNREADABLE, Block, filter_of, identity, parameters, reference
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method
 
 FORMS = ("models", "slices", "modules", "adapters")
-TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", "publish", "lora",
-       "extract_lora")  # fmt: skip
+TOKENS = ("tokenizer", "tokenizer_source", "chat_template")
+TOP = (
+    "name",
+    "merge_method",
+    *FORMS,
+    "tensors",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "seed",
+    *TOKENS,
+    "publish",
+    "lora",
+    "extract_lora",
+)
 EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "publish")
 MODEL = ("model", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
 SOURCE = ("model", "layer_range", "parameters")
 MODULE = ("slices", "models", "parameters")
+TENSORS = ("filter", "model")
 PUBLISH = ("repo", "private", "license", "create_pr", "template")
 
-NOT_BUILT = {
-    "tokenizer": "leave it out: the result takes the base model's tokenizer, else the first model's",
-    "tokenizer_source": "leave it out: the result takes the base model's tokenizer, else the first model's",
-    "chat_template": "leave it out: the result takes the base model's chat template, else the first model's",
-}
 MIXTURE = ("experts", "gate_mode", "shared_experts", "experts_per_token", "architecture")
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
@@ -72,13 +84,14 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
         hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
         raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
     recipes = [_Reader(top, table).recipe(path, text) for top in tops]
-    if len(tops) > 1:
-        hint = "run each document as a recipe of its own, and name the folder it made in the next"
-        tops[1].error("several documents are not built yet", hint)
+    for top, of in zip(tops, recipes, strict=True):
+        if of.lora is not None and len(tops) > 1:
+            top.error("an adapter is made by a recipe of one document", "put it into a file of its own")
+    recipe = recipes[0] if len(recipes) == 1 else joined(recipes, notes)
     problems = [*documents.problems, *notes.errors.values()]
     if problems:
         raise RecipeError(problems)
-    return replace(recipes[0], warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
+    return replace(recipe, warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
 
 
 @dataclass(frozen=True)
@@ -109,11 +122,13 @@ class _Reader:
     def recipe(self, path: str, text: str) -> Recipe:
         mixture = self._is_mixture()
         known = (*TOP, *MIXTURE) if mixture else TOP
-        fields = self.top.fields("a map with the key merge_method", known, _TOP_HINTS, NOT_BUILT)
+        fields = self.top.fields("a map with the key merge_method", known, _TOP_HINTS)
         if fields is None:
-            return Recipe(path, text, ())
+            return Recipe(path, text, (), at=self.top.at)
+        name = fields.get("name")
         if "extract_lora" in fields.places:
-            return self._extraction(fields, Recipe(path, text, (), publish=_publish(fields), seed=_seed(fields)))
+            begun = Recipe(path, text, (), publish=_publish(fields), seed=_seed(fields), at=self.top.at)
+            return self._extraction(fields, begun)
         block = parameters(fields)
         scope = _Scope(None, None, ()).below(fields, block, self.table)
         modules = () if mixture else self._modules(fields, scope)
@@ -125,12 +140,18 @@ class _Reader:
             path=path,
             text=text,
             modules=modules,
+            name=name.text("a name") if name else None,
             base_model=scope.base_model,
+            tensors=_tensors(fields),
             parameters=block.settings,
             dtype=out_dtype or dtype,
             seed=_seed(fields),
+            tokenizer=tokenizer(fields),
+            chat_template=chat_template(fields),
             publish=_publish(fields),
             lora=loras.lora(fields),
+            at=self.top.at,
+            name_at=name.at if name else None,
         )
 
     def _extraction(self, fields: Fields, recipe: Recipe) -> Recipe:
@@ -161,8 +182,9 @@ class _Reader:
     def _read_form(self, key: str, fields: Fields, scope: _Scope) -> list[Module]:
         place = fields.places[key]
         if key == "adapters":
-            if (base := fields.get("base_model")) is not None:
-                base.error("has no meaning beside adapters", "take it out", base.key)
+            for other in (fields.get(name) for name in ("base_model", "tensors", *TOKENS)):
+                if other is not None:
+                    other.error("has no meaning beside adapters", "take it out", other.key)
             method = loras.choice(scope.method) if scope.method else None
             pieces = self._slices("models", place, replace(scope, method=method, base_model=None))
             for source in pieces[0].sources:
@@ -275,6 +297,22 @@ def _warn_twice(sources: list[Source], places: list[Place]) -> None:
             place.warn(f"{source.model} is listed twice", "take one of them out")
         if source.model != UNREADABLE:
             seen.add(source.model)
+
+
+def _tensors(fields: Fields) -> tuple[Taken, ...]:
+    """What stands behind ``tensors``: which of them come from one model alone."""
+    place = fields.get("tensors")
+    items = place.items("a list of tensors, each - filter: self_attn with a model", filter_of) if place else []
+    return tuple(rule for item in items if (rule := _taken(item)) is not None)
+
+
+def _taken(place: Place) -> Taken | None:
+    keys = place.fields("a map with the keys filter and model", TENSORS, _PINNED)
+    wanted = keys.need("filter", "write filter: and a part of the tensors' names, such as self_attn") if keys else None
+    model = keys.need("model", "write model: org/name, or model: ./folder") if keys else None
+    text = wanted.text("a part of a tensor's name") if wanted else None
+    found = reference(model) if model else None
+    return Taken(text, found, place.at) if text and found else None
 
 
 def _layer_range(place: Place) -> tuple[int, int] | None:

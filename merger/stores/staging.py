@@ -31,7 +31,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
 from merger.checkpoints.shard import Outlet, Written
-from merger.checkpoints.sidefiles import side_files
+from merger.checkpoints.sidefiles import PICTURES, side_files
 from merger.errors import BudgetError, Problem, UploadError, VerificationError
 from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
 from merger.stores.ports import FileInfo, Leftover, Located, Published
@@ -225,6 +225,15 @@ class HubSink:
         self._clean()
         return Published(where, commit.oid)
 
+    def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
+        """One commit on main, if main is still what was seen; that commit's name makes the title one of its kind."""
+        self._head = self._identity = seen.commit or ""
+        with self._refusals():
+            self._sending = patiently(lambda: files(Destination(self._api, self.name), self._scratch))
+            commit = self._commit([self._sending.small(*file) for file in small.items()], message, "main")
+        self._clean()
+        return Published(f"{constants.ENDPOINT}/{self.name}", commit.oid)
+
     def _unstage(self) -> None:
         """Remove the staging branch; if it is gone, an earlier try did it and the answer was lost."""
         try:
@@ -235,8 +244,9 @@ class HubSink:
 
     def _publish(self, files: Mapping[str, bytes], message: str) -> CommitInfo:
         shards = list(self._shards)
-        # An old tokenizer or template beside the new model would be taken for its own.
-        old = {*side_files(self._old_files, {}), *(name for name in self._old_files if _MODEL_FILE.search(name))}
+        # An old tokenizer, template or picture beside the new model would be taken for its own.
+        others = (name for name in self._old_files if _MODEL_FILE.search(name) or name.startswith(PICTURES))
+        old = {*side_files(self._old_files, {}), *others}
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
             *(CommitOperationDelete(name) for name in sorted(old - {*shards, *files})),
             *(CommitOperationCopy(name, name, src_revision=self._branch) for name in shards),

@@ -50,7 +50,7 @@ def test_every_model_that_cannot_be_read_is_told_at_once(tmp_path: Path) -> None
     sentences = refused(linear(model(tmp_path / "sound"), missing, bare, pickled, cut))
     assert sentences == [
         f"there is no folder {missing!r}",
-        "has neither model.safetensors nor model.safetensors.index.json",
+        "has no safetensors",
         "has no safetensors, only pytorch_model.bin",
         f"model.safetensors: has {len(content) - 1:,} bytes, its header promises {len(content):,}",
     ]
@@ -74,8 +74,8 @@ def test_a_model_without_a_config_is_refused(tmp_path: Path) -> None:
 
 def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
     """Its numbers are codes, not parameters."""
-    one = write(tmp_path / "one", llama(), quantization_config={"quant_method": "fp8"})
-    assert refused(linear(one)) == ["is quantised; its stored numbers must not be merged as they are"]
+    one = write(tmp_path / "one", llama(), quantization_config={"quant_method": "gptq"})
+    assert refused(linear(one)) == ["is quantised by GPTQ; its stored numbers must not be merged as they are"]
 
 
 def test_of_a_sharded_model_the_index_decides(tmp_path: Path) -> None:
