@@ -100,7 +100,7 @@ def _making(planned: Plan) -> list[str]:
 def _tokens(planned: Plan) -> list[str]:
     if planned.tokens is None:
         return []
-    of = shown(planned.locked.models[planned.tokens.source])
+    of = shown(planned.locked.numbered(planned.tokens.source))
     more = f" and {planned.tokens.new:,} tokens more" if planned.tokens.new else ""
     return [f"tokens  {planned.tokens.rows:,} rows: the tokenizer of {of}{more}"]
 

@@ -269,7 +269,7 @@ class _Maker:
         """The job that makes tensor `out` of the tensors `names`, one a part; or a problem, if they do not fit."""
         found = [part.model.checkpoint.tensors.get(name) for part, name in zip(piece.parts, names, strict=True)]
         leading, number = found[piece.leader], piece.parts[piece.leader].number
-        if leading is not None and (rule := self._rule(leading.name)) is not None:
+        if leading is not None and (rule := self._rule(out if is_head(out) else leading.name)) is not None:
             yield from self._taken(rule, out, number, leading)
             return
         if leading is not None and (why := _why_copied(piece, leading, found)):
@@ -298,7 +298,7 @@ class _Maker:
             self._locked.model(rule.model),
             self._locked.numbered(number),
         )
-        name = _head(model, leading.name) if is_head(leading.name) else leading.name
+        name = _head(model, out) if is_head(out) else leading.name
         tensor = model.checkpoint.tensors.get(name)
         if tensor is None:
             self._refuse(rule, f"{model.name} has no tensor {name}", "are they of one architecture, and saved in full?")

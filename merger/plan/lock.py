@@ -21,6 +21,7 @@ from merger.checkpoints.architecture import Architecture, is_embedding, is_head,
 from merger.checkpoints.checkpoint import (
     FLOATS,
     STEM,
+    SUFFIX,
     Checkpoint,
     TensorInfo,
     gather,
@@ -196,11 +197,16 @@ class LockedRecipe:
 
     def index(self, ref: ModelRef) -> int:
         """The number of a model, or, counted on, of a stage."""
-        return next(number for number, model in enumerate((*self.models, *self.stages)) if model.ref == ref)
+        return next(number for number, model in enumerate(self.all) if model.ref == ref)
+
+    @property
+    def all(self) -> tuple[LockedModel, ...]:
+        """The models, and the stages after them."""
+        return (*self.models, *self.stages)
 
     def numbered(self, number: int) -> LockedModel:
         """The model or stage of that number."""
-        return (*self.models, *self.stages)[number]
+        return self.all[number]
 
     def model(self, ref: ModelRef) -> LockedModel:
         """The model or stage that a reference means."""
@@ -423,9 +429,8 @@ class _Fetching:
         located, store = self._located(ref), self.store
         alone = is_single(located.name)
         config = {} if alone else _config(located, store)
-        name = located.name.rpartition("/")[2].removesuffix(".safetensors") if alone else stem(located.files)
-        found = unpacked(tensors_of(located, store, self.pool, name), config)
-        checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else name)
+        found = unpacked(tensors_of(located, store, self.pool), config)
+        checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else _stem(located))
         return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
 
     def adapter(self, ref: ModelRef) -> LockedModel:
@@ -446,6 +451,12 @@ def _check_adapter_files(located: Located) -> None:
         what = f"has no {adapters.TENSORS}" + (f", only {adapters.PICKLED}" if pickled else "")
         hint = "such files can run code when they are read: load it with PEFT and save it with save_pretrained"
         raise ModelError(Problem(what, hint=hint if pickled else "the adapter is incomplete: download it again"))
+
+
+def _stem(located: Located) -> str:
+    """What the names of its safetensors begin with: of a single file the name itself."""
+    alone = is_single(located.name)
+    return located.name.rpartition("/")[2].removesuffix(SUFFIX) if alone else stem(located.files)
 
 
 def _config(located: Located, store: Store) -> Mapping[str, Any]:
@@ -469,16 +480,17 @@ def _json(located: Located, file: str, store: Store) -> Mapping[str, Any]:
     return content
 
 
-def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor, stem: str = STEM) -> dict[str, TensorInfo]:
-    """A model's tensors by name, by the headers of its files, whose names begin with `stem`.
+def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+    """A model's tensors by name, by the headers of its files.
 
     Raises:
         ModelError: it has no safetensors that can be read.
     """
-    name = index_name(stem)
+    begins = _stem(located)
+    name = index_name(begins)
     index = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
-    files = weight_files(located.files, index, stem)
-    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, stem)
+    files = weight_files(located.files, index, begins)
+    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, begins)
     if not tensors:
         raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
