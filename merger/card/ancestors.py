@@ -17,9 +17,11 @@ from typing import Any
 
 import yaml
 
+from merger.card.mixtures import TITLE
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import GatedError, MissingError
 from merger.plan.plan import Plan
+from merger.recipe.model import Recipe
 from merger.stores.ports import Located, Store
 
 GENERATIONS = 6
@@ -138,11 +140,9 @@ def family(
         seconds: how long it may take.
     """
     recipe, models = planned.locked.recipe, planned.locked.models
-    used = dict.fromkeys(piece.method for piece in recipe.slices)
     held = [model for number, model in enumerate(models) if planned.locked.owner(number) == number]
     search = _Search(hub, methods, time.monotonic() + seconds)
-    made = "LoRA extraction" if recipe.lora and recipe.lora.extracted else f"merge by {', '.join(used)}"
-    search.members.append(Member(title, made=made, parents=tuple(range(1, len(held) + 1))))
+    search.members.append(Member(title, made=_how(recipe), parents=tuple(range(1, len(held) + 1))))
     first: list[tuple[int, _Ask]] = []
     for model in held:
         located = replace(model.located, card=model.card)
@@ -150,6 +150,14 @@ def family(
         first.append((place, partial(_described, located, store, methods)))
     search.grow(first)
     return Family(tuple(search.members))
+
+
+def _how(recipe: Recipe) -> str:
+    """How the merge is made, in words."""
+    if recipe.lora is not None and recipe.lora.extracted:
+        return "LoRA extraction"
+    used = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
+    return f"merge by {', '.join(used)}" if recipe.mixture is None else TITLE.lower()
 
 
 @dataclass

@@ -34,6 +34,7 @@ from merger.checkpoints.checkpoint import (
 )
 from merger.checkpoints.config import is_tied
 from merger.checkpoints.experts import are_fused, split
+from merger.checkpoints.licence_file import MOST_BYTES, licence_text, recognised
 from merger.checkpoints.quantised import Scaled, unpacked
 from merger.errors import ModelError, Problem, RecipeError
 from merger.plan.sources import Added, Dequantised, LowRank, Made, Source, Stored
@@ -66,6 +67,7 @@ class LockedModel:
         lora: what its files hold, of a LoRA adapter; its config is adapter_config.json.
         adapter: the LoRA adapter that is added to it.
         changes: what that makes of its tensors, by their names.
+        licence_file: which licence the file beside it is, where its card names none.
     """
 
     ref: ModelRef
@@ -78,6 +80,7 @@ class LockedModel:
     lora: Adapter | None = field(default=None, repr=False)
     adapter: LockedModel | None = field(default=None, repr=False)
     changes: Mapping[str, Change] = field(default_factory=dict, repr=False)
+    licence_file: str | None = None
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -150,9 +153,8 @@ class LockedModel:
 
     @property
     def licence(self) -> str | None:
-        """The licence that its card states."""
-        stated = self.card.get("license")
-        return " ".join(stated.split()) if isinstance(stated, str) else None
+        """The licence by the name that its card gives it, else as the file LICENSE beside it is known."""
+        return stated_licence(self.card) or self.licence_file
 
 
 @dataclass(frozen=True)
@@ -189,11 +191,18 @@ class LockedRecipe:
     """A recipe and its models, in the order of ``recipe.models``; then the adapters that are added to them.
 
     After them its stages count, once it is known what they make.
+
+    Args:
+        recipe: the recipe.
+        models: its models and adapters.
+        stages: what its documents make before the last.
+        templates: its own templates for the card, by name, once they are read (templates).
     """
 
     recipe: Recipe
     models: tuple[LockedModel, ...]
     stages: tuple[StageModel, ...] = ()
+    templates: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def index(self, ref: ModelRef) -> int:
         """The number of a model, or, counted on, of a stage."""
@@ -431,7 +440,8 @@ class _Fetching:
         config = {} if alone else _config(located, store)
         found = unpacked(tensors_of(located, store, self.pool), config)
         checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else _stem(located))
-        return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
+        card, licence = _licensed(located, store)
+        return LockedModel(ref, located, checkpoint, card, scaled=found.scaled, aside=found.aside, licence_file=licence)
 
     def adapter(self, ref: ModelRef) -> LockedModel:
         located = self._located(ref)
@@ -439,7 +449,8 @@ class _Fetching:
         config = _json(located, adapters.CONFIG, self.store)
         tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, adapters.TENSORS)}
         lora = adapters.read_adapter(config, tensors)
-        return LockedModel(ref, located, Checkpoint(tensors, config), _card(located, self.store), lora=lora)
+        card, licence = _licensed(located, self.store)
+        return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
 
 
 def _check_adapter_files(located: Located) -> None:
@@ -451,6 +462,28 @@ def _check_adapter_files(located: Located) -> None:
         what = f"has no {adapters.TENSORS}" + (f", only {adapters.PICKLED}" if pickled else "")
         hint = "such files can run code when they are read: load it with PEFT and save it with save_pretrained"
         raise ModelError(Problem(what, hint=hint if pickled else "the adapter is incomplete: download it again"))
+
+
+def _licensed(located: Located, store: Store) -> tuple[Mapping[str, Any], str | None]:
+    """The metadata of its card; and where that names no licence, which one the file beside it is."""
+    card = _card(located, store)
+    return card, None if stated_licence(card) else _licence_file(located, store)
+
+
+def stated_licence(card: Mapping[str, Any]) -> str | None:
+    """The name that a card gives to the licence; of several, all. None: it gives none."""
+    stated = card.get("license")
+    names = [name for name in (stated if isinstance(stated, list) else [stated]) if isinstance(name, str)]
+    if [name.strip().lower() for name in names] == ["other"] and isinstance(card.get("license_name"), str):
+        names = [card["license_name"]]
+    return " AND ".join(" ".join(name.split()) for name in names) or None
+
+
+def _licence_file(located: Located, store: Store) -> str | None:
+    file = licence_text(located.files)
+    if file is None or located.files[file].size > MOST_BYTES:
+        return None
+    return recognised(store.fetch(located, file).decode("utf-8", "replace"))
 
 
 def _stem(located: Located) -> str:
@@ -508,7 +541,10 @@ def tensors_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, .
 
 
 def _card(located: Located, store: Store) -> Mapping[str, Any]:
-    """The front matter of README.md; a card that cannot be read counts as none: it is no reason to refuse a model."""
+    """The front matter of README.md; a card that cannot be read counts as none: it is no reason to refuse a model.
+
+    All that is no list and no map is text: YAML 1.1 would take the language no for false, and the licence 1.10 for 1.1.
+    """
     info = located.files.get("README.md")
     if info is None or info.size > _CARD_BYTES:
         return {}
@@ -517,7 +553,7 @@ def _card(located: Located, store: Store) -> Mapping[str, Any]:
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        metadata = yaml.safe_load(parts[1])
+        metadata = yaml.load(parts[1], yaml.BaseLoader)
     except Exception:  # on strange input the YAML library raises whatever it comes across, not only its own errors
         return {}
     return metadata if isinstance(metadata, dict) else {}

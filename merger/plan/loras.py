@@ -251,7 +251,7 @@ def _described(module: Module) -> str:
 
 
 def _delta(number: int, module: Module | None, like: Module) -> LowRank | Zeros:
-    zeros = Zeros((like.outputs, like.inputs))
+    zeros = Zeros((like.outputs, like.inputs), like.a.dtype)
     if module is None:
         return zeros
     return LowRank(zeros, Stored(number, module.a), Stored(number, module.b), module.scale)

@@ -17,7 +17,8 @@ from merger.checkpoints.checkpoint import ITEM_BYTES
 from merger.checkpoints.shard import header, shard_name
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
-from merger.plan.jobs import Job, make
+from merger.plan import moe, routing
+from merger.plan.jobs import Job, Making, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
 from merger.plan.loras import make_lora
@@ -204,8 +205,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
     lora = locked.recipe.lora is not None
     locked = with_stages(locked, table, seed)
     seed = locked.recipe.seed if seed is None else seed
-    making = make_lora(locked, table, seed) if lora else make(locked, table)
-    edited = config(locked, making)
+    making, edited = _made(locked, table, seed)
     small = Texts({}) if lora else texts(locked, making.tokens)
     shards = _whole_file(making.jobs) if lora else _files_of(locked, making.jobs, budget.shard_bytes)
     remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
@@ -221,8 +221,12 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         threads=budget.threads,
         read_ahead=READ_AHEAD_BYTES if remote else 0,
         peak_memory=0,
-        read_bytes=sum(entry.tensor.nbytes for job in making.jobs for entry in job.reads),
-        spool=_spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
+        read_bytes=sum(leaf.tensor.nbytes for job in making.jobs for leaf in job.reads)
+        + routing.read_bytes(locked, making.jobs),
+        spool=max(
+            _spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
+            routing.spooled(locked, making.jobs, table, remote),
+        ),
         hash=_hash(locked, shards, edited, seed, small),
     )
     return _fitted(draft, table, budget)
@@ -237,6 +241,14 @@ def _files_of(locked: LockedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[
     holder = locked.holder
     ordered = _in_file_order(jobs, locked.owner(locked.index(holder.ref)))
     return tuple(_shards(ordered, limit, holder.checkpoint.stem))
+
+
+def _made(locked: LockedRecipe, table: Mapping[str, Method], seed: int) -> tuple[Making, Mapping[str, Any]]:
+    """The jobs, and the output's config.json."""
+    if locked.recipe.mixture is not None:
+        return moe.make(locked, locked.recipe.mixture, seed)
+    making = make(locked, table) if locked.recipe.lora is None else make_lora(locked, table, seed)
+    return making, config(locked, making)
 
 
 def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int], ahead: int) -> int:
@@ -293,7 +305,10 @@ def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:
 
 
 def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
-    """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead."""
+    """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead.
+
+    Of what is computed before the first block: what that takes, if it is more, and what is held of it.
+    """
     thread = max((memory(job, table) for job in plan.jobs), default=0)
     waiting = (
         BLOCKS_IN_FLIGHT
@@ -304,7 +319,9 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
     jobs = _BYTES_A_JOB * (len(plan.jobs) + len(plan.left_out))
     made = [*plan.jobs, *(made.job for made in plan.stages)]
     tokens = _tokenizer_memory(plan) + sum(held(source) for job in made for source in job.sources)
-    return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs + tokens
+    before, kept = routing.memory(plan.locked, plan.jobs, table, plan.threads)
+    work = max(plan.threads * thread + waiting, before) + kept
+    return _BASELINE_BYTES + work + 2 * plan.read_ahead + jobs + tokens
 
 
 def _tokenizer_memory(plan: Plan) -> int:
