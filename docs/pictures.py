@@ -1,6 +1,6 @@
 """Draws the pictures of docs/pictures.md: those of a merge of the zoo, and the lineage of an invented family.
 
-`python docs/pictures.py` writes them to docs/pictures. Not here: a check for drift, for each matplotlib draws other bytes.
+`python docs/pictures.py` writes them to docs/pictures. Not here: a check for drift; each matplotlib draws other bytes.
 """
 
 from __future__ import annotations
