@@ -30,6 +30,7 @@ lint: .venv/set-up-lint
 tables: .venv/set-up
 	$(BIN)/python docs/tables.py
 	$(BIN)/python tests/reliability/page.py
+	$(BIN)/python tests/architectures/page.py
 
 # .venv stays: it takes a while to make. Remove it by hand.
 clean:

@@ -53,7 +53,7 @@ def main() -> int:
     options = Options(to=str(given.work / "ours"), threads=given.threads, force=True)
     planned, store = plan(read(recipe), options)
     timed(FolderReader, "read", "reading")
-    timed(blocks.Work, "measure", "measuring, with its reading")
+    timed(blocks.Work, "prepare", "measuring, with its reading")
     timed(blocks.Work, "make", "making blocks, with their reading")
     timed(ShardWriter, "write", "hashing and writing")
     timed(Future, "result", "waiting")

@@ -22,8 +22,8 @@ from merger import console, markdown
 from merger.errors import MergerError, Problem, RecipeError, UploadError
 from merger.github import Api, Event, GitHubError, Log, write_outputs, write_summary
 from merger.inputs import SECRETS, Inputs, top, variable
+from merger.locate import HUB
 from merger.run import (
-    HUB,
     LOCK_SUFFIX,
     Done,
     Options,
@@ -42,7 +42,7 @@ from merger.run import (
 if TYPE_CHECKING:
     from merger.plan.plan import Plan
     from merger.recipe.model import Recipe
-    from merger.stores.ports import Store
+    from merger.stores.library import Library
 
 RUNNING = ("run", "publish")
 STARTED_TO_RUN = ("push", "workflow_dispatch", "schedule", "repository_dispatch")
@@ -214,7 +214,7 @@ class Job:
         self.log.mask(token)
         return replace(fitted(options), read_token=options.read_token or False)
 
-    def _made(self, result: Result, planned: Plan, store: Store, options: Options) -> Result:
+    def _made(self, result: Result, planned: Plan, store: Library, options: Options) -> Result:
         done = self._until_deadline(planned, store, options)
         if done is None:
             return replace(result, state="stopped", exit_code=STOPPED)
@@ -223,7 +223,7 @@ class Job:
             return replace(result, state="part", done=done)
         return replace(result, state="published" if done.is_new else "unchanged", done=done)
 
-    def _until_deadline(self, planned: Plan, store: Store, options: Options) -> Done | PartDone | None:
+    def _until_deadline(self, planned: Plan, store: Library, options: Options) -> Done | PartDone | None:
         """The end of the run; None where it was left after a file because the next might not be done in time."""
         progress = console.Progress(sum(job.nbytes for job in planned.jobs), sys.stdout)
         watch = Watch(self.deadline)

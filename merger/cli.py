@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merger.errors import MergerError, Problem, RecipeError, did_you_mean
+from merger.errors import MergerError, Problem, RecipeError, VerificationError, did_you_mean
 
 if TYPE_CHECKING:
     from merger.plan.plan import Plan
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="merger",
         description="Merge models from a YAML recipe, tensor by tensor in bounded memory, to a folder or the Hub.",
         epilog="Exit codes: 2 recipe, 3 a model cannot be read, 4 models do not fit each other, 5 not enough memory or "
-        "disk, 6 upload refused, 7 verification failed, 8 a part is not made. "
+        "disk, 6 upload refused, 7 verification failed or models differ, 8 a part is not made. "
         "Environment: HF_TOKEN, HF_ENDPOINT, HF_HOME.",
     )
     parser.add_argument("--version", action="version", version=f"merger {version('hub-merger')}")
@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_publish(commands)
     _add_status(commands)
+    _add_verify(commands)
+    _add_diff(commands)
+    _add_card(commands)
     _add_methods(commands)
     schema = commands.add_parser("schema", help="print the JSON Schema of recipes, for editors")
     schema.set_defaults(command=_schema)
@@ -135,9 +138,53 @@ def _add_status(commands: Commands) -> None:
     clean.set_defaults(command=_clean)
 
 
+def _add_verify(commands: Commands) -> None:
+    verify = commands.add_parser("verify", help="make a sample of a merge again from its parents, and compare")
+    verify.add_argument("model", metavar="MODEL", help="hf://owner/name[@revision], owner/name or a folder")
+    much = verify.add_mutually_exclusive_group()
+    much.add_argument(
+        "--tensors", type=_positive, metavar="N", help="compare N tensors in full (default: a little of each)"
+    )
+    much.add_argument("--all", action="store_true", help="compare every tensor, and the SHA-256 of every file")
+    verify.add_argument("--seed", type=int, metavar="N", help="what the sample is drawn from (default: chance)")
+    _add_means(verify)
+    verify.set_defaults(command=_verify)
+
+
+def _add_diff(commands: Commands) -> None:
+    diff = commands.add_parser("diff", help="compare two checkpoints tensor by tensor; exit code 7 where they differ")
+    for name in ("A", "B"):
+        diff.add_argument(name.lower(), metavar=name, help="hf://owner/name[@revision], owner/name or a folder")
+    diff.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads that compute (default: one for each core)"
+    )
+    diff.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    diff.set_defaults(command=_diff)
+
+
+def _add_card(commands: Commands) -> None:
+    card = commands.add_parser("card", help="render the card of a finished merge again, without merging")
+    card.add_argument("model", metavar="MODEL", help="hf://owner/name, owner/name or a folder")
+    card.add_argument("--template", metavar="FILE", help="in place of the recipe's publish.template")
+    card.add_argument("--print", dest="print_only", action="store_true", help="print it, and write nothing")
+    card.set_defaults(command=_card)
+
+
 def _add_budget(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, or the lock file of a merge")
     parser.add_argument("--to", metavar="DEST", help="a folder, or hf://owner/name; default: the recipe's publish.repo")
+    parser.add_argument(
+        "--max-disk", type=_bytes, metavar="SIZE", help="the most disk the run may take at once, such as 10GB"
+    )
+    parser.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB)")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="for methods that draw random numbers; the recipe's otherwise"
+    )
+    _add_means(parser)
+
+
+def _add_means(parser: argparse.ArgumentParser) -> None:
+    """What a command may use, and how it tells what came of it."""
     parser.add_argument(
         "--max-memory",
         type=_bytes,
@@ -145,14 +192,7 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         help="the most memory to take, such as 4GB (default: all that is free)",
     )
     parser.add_argument(
-        "--max-disk", type=_bytes, metavar="SIZE", help="the most disk the run may take at once, such as 10GB"
-    )
-    parser.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB)")
-    parser.add_argument(
         "--threads", type=_positive, metavar="N", help="threads that compute (default: one for each core)"
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="for methods that draw random numbers; the recipe's otherwise"
     )
     parser.add_argument(
         "--no-cache",
@@ -216,7 +256,7 @@ def _check(arguments: argparse.Namespace) -> int:
             continue
         for note in recipe.warnings:
             print(console.warning(note), file=sys.stderr)
-        methods = ", ".join(dict.fromkeys(piece.method for piece in recipe.slices))
+        methods = ", ".join(dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices))
         print(f"{path}: well formed ({methods}; {len(recipe.models)} models)")
     return code
 
@@ -322,6 +362,60 @@ def _clean(arguments: argparse.Namespace) -> int:
     for leftover in found if arguments.yes else ():
         clean(arguments.to, leftover)
         print(f"removed {leftover.where}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from merger import console, reports
+    from merger.run import Options, fitted
+    from merger.verify import Begun, Extent, Report, verify
+
+    means = Options(max_memory=arguments.max_memory, threads=arguments.threads, cache=arguments.cache)
+    extent = Extent(arguments.all, arguments.tensors, arguments.seed)
+    progress: console.Progress | None = None
+    event: object = None
+    try:
+        for event in verify(arguments.model, fitted(means), extent):
+            if isinstance(event, Begun):
+                progress = console.Progress(event.nbytes, doing="comparing")
+            elif progress is not None:
+                console.show(event, progress)
+    finally:
+        if progress is not None:
+            progress.close()
+    assert isinstance(event, Report)
+    print(json.dumps(reports.report_json(event)) if arguments.json else reports.report_text(event))
+    return 0 if event.passed else VerificationError.exit_code
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from merger import console, machine, reports
+    from merger.diff import Contrast, contrast, pair
+
+    both = pair(arguments.a, arguments.b)
+    progress = console.Progress(both.nbytes, doing="comparing")
+    found: object = None
+    try:
+        for found in contrast(both, arguments.threads or machine.cores()):
+            if isinstance(found, int):
+                progress.add(found)
+    finally:
+        progress.close()
+    assert isinstance(found, Contrast)
+    print(json.dumps(reports.contrast_json(found)) if arguments.json else reports.contrast_text(found))
+    return 0 if found.same else VerificationError.exit_code
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from merger import console
+    from merger.recard import keep, recard
+    from merger.run import Options
+
+    made = recard(arguments.model, Options(), arguments.template)
+    if arguments.print_only:
+        print(made.text, end="")
+    else:
+        print(console.carded(made, keep(made, Options())))
     return 0
 
 

@@ -22,7 +22,8 @@ from merger.spread import PartMade, PartStarted
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from merger.stores.ports import Leftover
+    from merger.recard import Recarded
+    from merger.stores.ports import Leftover, Published
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _LOG_SECONDS = 15.0
@@ -86,12 +87,23 @@ def _making(planned: Plan) -> list[str]:
     used = Counter("copy" if job.is_copy else job.method for job in planned.jobs)
     methods = ", ".join(f"{name} {count}" for name, count in used.items())
     dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
+    stages = ", ".join(f"{stage.name} ({len(stage.jobs)} tensors)" for stage in planned.locked.stages)
     return [
+        *([f"by way  of {stages}, none of which is stored"] if stages else []),
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
-        f"{len(planned.side_files)} side files from {shown(planned.locked.donor)}",
+        f"{len(planned.texts.taken)} side files from {shown(planned.locked.donor)}",
+        *_tokens(planned),
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
     ]
+
+
+def _tokens(planned: Plan) -> list[str]:
+    if planned.tokens is None:
+        return []
+    of = shown(planned.locked.models[planned.tokens.source])
+    more = f" and {planned.tokens.new:,} tokens more" if planned.tokens.new else ""
+    return [f"tokens  {planned.tokens.rows:,} rows: the tokenizer of {of}{more}"]
 
 
 def _costs(planned: Plan) -> list[str]:
@@ -131,9 +143,14 @@ def _by_reason(title: str, items: Iterable[tuple[str, str]]) -> list[str]:
         groups.setdefault(why, []).append(name)
     lines = [f"\n{title}"] if groups else []
     for why, names in groups.items():
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        lines.append(f"  {', '.join(names[:_NAMES_SHOWN])}{more}: {why}")
+        lines.append(f"  {few(names)}: {why}")
     return lines
+
+
+def few(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 # ---- methods --------------------------------------------------------------------------------------------------------
@@ -196,17 +213,18 @@ class Progress:
     Args:
         total: the bytes that will be made.
         stream: where it is shown.
+        doing: what is done with them, in a word.
     """
 
-    def __init__(self, total: int, stream: TextIO = sys.stderr) -> None:
-        self._total, self._stream = total, stream
+    def __init__(self, total: int, stream: TextIO = sys.stderr, doing: str = "merging") -> None:
+        self._total, self._stream, self._doing = total, stream, doing
         self._made = 0
         self._start = self._told = time.monotonic()
         self._bar: tqdm[Any] | None = None
         if stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="merging", file=stream, dynamic_ncols=True)
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=doing, file=stream, dynamic_ncols=True)
 
     def add(self, nbytes: int) -> None:
         """Some more bytes are made."""
@@ -222,7 +240,7 @@ class Progress:
         left = passed * (self._total - self._made) / max(1, self._made)
         share = self._made / max(1, self._total)
         print(
-            f"merging: {size(self._made)} of {size(self._total)} ({share:.0%}), {left:.0f} s left",
+            f"{self._doing}: {size(self._made)} of {size(self._total)} ({share:.0%}), {left:.0f} s left",
             file=self._stream,
             flush=True,
         )
@@ -288,6 +306,13 @@ def as_json(event: Done | PartDone) -> dict[str, Any]:
         "doubts": event.doubts,
         **asdict(event.published),
     }
+
+
+def carded(made: Recarded, kept: Published | None) -> str:
+    """What has become of a card."""
+    if kept is None:
+        return f"nothing to do: the card of {made.merge.located.name} is the same"
+    return f"wrote the card of {kept.where}{f' at commit {kept.commit[:12]}' if kept.commit else ''}"
 
 
 def leftovers_text(to: str, found: Sequence[Leftover]) -> str:

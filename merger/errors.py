@@ -106,7 +106,7 @@ class UploadError(MergerError):
 
 
 class VerificationError(MergerError):
-    """What was written is not what was promised."""
+    """What was written is not what was promised; or two models that were compared differ."""
 
     exit_code = 7
 

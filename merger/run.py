@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merger import machine
 from merger.card.ancestors import family
-from merger.card.canvas import Picture
 from merger.card.layers import parameters, tracks
 from merger.card.lineage import lock_file
 from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
-from merger.card.render import NO_PARTS, render
+from merger.card.render import render
+from merger.checkpoints.checkpoint import INDEX
 from merger.checkpoints.shard import Written, index
-from merger.checkpoints.sidefiles import LOCK_NAME
-from merger.errors import BudgetError, DamagedError, MergerError, Problem, RecipeError, UploadError
+from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
+from merger.errors import (
+    BudgetError,
+    DamagedError,
+    MergerError,
+    ModelError,
+    Problem,
+    RecipeError,
+    UploadError,
+    VerificationError,
+)
+from merger.locate import HUB, stores
 from merger.methods.registry import methods
-from merger.plan.geometry import Geometry, recalled
+from merger.plan.geometry import Geometry, noted, recalled
 from merger.plan.lock import LockedRecipe, lock, pins
+from merger.plan.lockfile import Lock, changed_models, other_plan, read_lock
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.parts import share
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.plan.plan import plan as make_plan
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
-from merger.stores.folder import FolderSink, FolderStore
+from merger.stores.folder import FolderSink
 from merger.stores.library import Library
-from merger.stores.ports import Leftover, Published, Sink, Store
+from merger.stores.ports import FileInfo, Leftover, Published, Sink, Store
 
 if TYPE_CHECKING:
     from merger.engine.execute import Event
 
-HUB = "hf://"
 LOCK_SUFFIX = ".lock.yaml"
 _HEADER_BYTES = 1_000_000
 
@@ -55,10 +66,12 @@ class Options:
         device: ``cpu`` or ``cuda``.
         seed: in place of the recipe's.
         force: replace a model at the destination.
+        create_pr: open a pull request on it, whatever the recipe says.
         part: make this share of the shards, and leave the end to `publish_only`.
         publish_only: make no shard; all must be there.
         stream: send shards to the Hub as they are made, without a file on disk.
         cache: read files of models where Hugging Face's cache on this disk has them.
+        hub_only: a model is a repo on the Hub, even where this machine has a folder of its name.
         read_token: for the models; None: the environment's, False: none.
         write_token: for the destination; None: the environment's.
     """
@@ -71,10 +84,12 @@ class Options:
     device: str = "cpu"
     seed: int | None = None
     force: bool = False
+    create_pr: bool = False
     part: Part | None = None
     publish_only: bool = False
     stream: bool = False
     cache: bool = True
+    hub_only: bool = False
     read_token: str | bool | None = field(default=None, repr=False)
     write_token: str | None = field(default=None, repr=False)
 
@@ -100,13 +115,14 @@ class PartDone:
 class Done:
     """The merge lies at its destination; without shards where it lay there before this run.
 
-    `doubts` are sentences that say why it may mean little; `card` is its card where this run wrote one.
+    `doubts` are sentences that say why it may mean little; `card` and `lock` are those files where this run wrote them.
     """
 
     published: Published
     shards: tuple[Written, ...]
     doubts: tuple[str, ...] = ()
     card: str = field(default="", repr=False)
+    lock: str = field(default="", repr=False)
 
     @property
     def is_new(self) -> bool:
@@ -114,37 +130,102 @@ class Done:
         return bool(self.shards)
 
 
+def warm() -> None:
+    """Import all that a run to the Hub needs: for a process that forks others, each of which then has it at once."""
+    import merger.engine.execute
+    import merger.stores.staging  # noqa: F401
+
+
 def read(path: Path) -> Recipe:
-    """Read a recipe's file and check all that can be known without its models.
+    """Read a recipe's file, or the recipe in a lock file, and check all that can be known without its models.
 
     Raises:
         RecipeError: with every problem of the file.
     """
+    text = _text(path)
+    if _is_lock(path):
+        return recipe_of(read_lock(text, str(path)), str(path))
+    return read_text(text, str(path))
+
+
+def read_text(text: str, name: str) -> Recipe:
+    """The same for a recipe that stands in no file; positions in errors begin with `name`.
+
+    Raises:
+        RecipeError: with every problem of the text.
+    """
+    return parse(text, name, methods())
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
-    return parse(text, str(path), methods())
 
 
-def plan(recipe: Recipe, options: Options) -> tuple[Plan, Store]:
-    """Pin the recipe's models and decide what will be made; no tensor's byte is read.
+def _is_lock(path: Path) -> bool:
+    return path.name.endswith(LOCK_SUFFIX)
 
-    A lock file beside the recipe, of mine.yaml mine.lock.yaml, says at which commits.
+
+def recipe_of(held: Lock, path: str) -> Recipe:
+    """The recipe that stands in a lock file; its positions count from the recipe's own first line.
 
     Raises:
-        ModelError, RecipeError, MismatchError, BudgetError: as the steps do.
+        RecipeError: with every problem of the recipe.
     """
-    store = Library(_stores(recipe, options))
-    locked = lock(recipe, store, _pins(lock_path(Path(recipe.path))))
-    budget = Budget(
+    return replace(parse(held.recipe, f"{path} (recipe)", methods()), path=path)
+
+
+def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
+    """Pin the recipe's models and decide what will be made; no tensor's byte is read.
+
+    A lock file beside the recipe, of mine.yaml mine.lock.yaml, says at which commits. A recipe that was read from a
+    lock file is planned as it was then, or refused.
+
+    Raises:
+        ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
+    """
+    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token, options.hub_only)
+    path = Path(recipe.path)
+    if _is_lock(path) and path.is_file():
+        return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
+    locked = lock(recipe, store, _pins(lock_path(path)))
+    return make_plan(locked, methods(), _budget(recipe, options), options.seed), store
+
+
+def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:
+    for word, said, was in (("seed", options.seed, held.seed), ("shard-size", options.shard_size, held.shard_bytes)):
+        if said not in (None, was):
+            what = f"--{word} {said} makes another merge than the lock's, which has {was}"
+            raise RecipeError(Problem(what, hint=f"leave out --{word}, or run the recipe in place of its lock"))
+    locked = lock(recipe, store, held.pins)
+    if changed := changed_models(locked, held, store.checksum):
+        raise ModelError(changed)
+    planned = planned_again(held, locked, options)
+    if other := other_plan(planned, held):
+        raise VerificationError(other)
+    return planned
+
+
+def planned_again(held: Lock, locked: LockedRecipe, options: Options) -> Plan:
+    """The plan of a lock's recipe, with the lock's seed and shard size.
+
+    Raises:
+        RecipeError, MismatchError, BudgetError: as the plan does.
+    """
+    budget = replace(_budget(locked.recipe, options), shard_bytes=held.shard_bytes)
+    return make_plan(locked, methods(), budget, held.seed)
+
+
+def _budget(recipe: Recipe, options: Options) -> Budget:
+    return Budget(
         memory=options.max_memory,
         threads=options.threads or machine.cores(),
         shard_bytes=options.shard_size or SHARD_BYTES,
         sending=_sending(_to(recipe, options)),
     )
-    return make_plan(locked, methods(), budget, options.seed), store
 
 
 def lock_path(recipe: Path) -> Path:
@@ -156,9 +237,14 @@ def _pins(path: Path) -> dict[str, str]:
     return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
 
 
+def card_text(planned: Plan, name: str) -> str:
+    """The card as far as it is known before anything is made, for a repo or folder of this name."""
+    return render(planned, methods(), name, relations(planned, {}))
+
+
 def lock_text(planned: Plan, done: Done) -> str:
     """What a lock file beside the recipe has to hold to make this result again."""
-    return lock_file(planned, done.shards)
+    return done.lock or lock_file(planned, {}, lambda model, file: model.files[file].sha256)
 
 
 def trusted_publishing(repo: str) -> str:
@@ -213,18 +299,6 @@ def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
     return f"--shard-size {fitting} makes it fit"
 
 
-def _stores(recipe: Recipe, options: Options) -> list[Store]:
-    """Folders first. The Hub's client takes a while to import: not for recipes that need no Hub."""
-    folders = FolderStore()
-    if all(folders.has(ref.path) for ref in recipe.models):
-        return [folders]
-    from merger.stores.cache import CachedStore
-    from merger.stores.hub import HubStore
-
-    hub = HubStore(options.read_token)
-    return [folders, CachedStore(hub) if options.cache else hub]
-
-
 def looked(planned: Plan, store: Store) -> Relations:
     """How the parents relate, by a sample of their tensors that is read now.
 
@@ -270,7 +344,7 @@ def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
         to.removeprefix(HUB),
         publish.private,
         options.force,
-        publish.create_pr,
+        publish.create_pr or options.create_pr,
         options.stream,
         options.write_token,
     )
@@ -294,7 +368,7 @@ def unmade(planned: Plan, options: Options, count: int) -> Done | tuple[Part, ..
     return tuple(part for part in parts if any(shard.name not in held for shard in share(planned.shards, part)))
 
 
-def run(planned: Plan, store: Store, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
+def run(planned: Plan, store: Library, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
     """Make what was planned and put it where it belongs; the last event is `Done`, of a part `PartDone`.
 
     Shards that an earlier run finished are not made again, and a model that is there already is not published again.
@@ -316,7 +390,7 @@ def run(planned: Plan, store: Store, options: Options) -> Iterator[Event | Resum
     sink.leave()
 
 
-def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
+def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
     """The shards that are missing, and the end: of a part, or of the whole."""
     held, seen = dict(sink.held()), dict[str, Geometry]()
     mine = share(planned.shards, options.part)
@@ -327,7 +401,7 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
         raise _unfinished(missing, planned)
     sink.reserve(needed_disk(planned, options, missing))
     if missing:
-        sink.check_card(_card(planned, sink, relations(planned, seen), NO_PARTS))
+        sink.check_card(render(planned, methods(), sink.name, relations(planned, seen)))
         yield from _shards_made(planned, missing, store, sink, options, held, seen)
     if options.part is not None:
         yield PartDone(options.part, len(mine), len(planned.shards))
@@ -336,10 +410,11 @@ def _made(planned: Plan, store: Store, sink: Sink, options: Options) -> Iterator
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
     related = relations(planned, seen)
-    parts, pictures = _parts(planned, seen, store, sink, options)
-    files = _pictured(pictures) | _small_files(planned, store, _card(planned, sink, related, parts), shards)
+    to_hub = destination(planned.locked.recipe, options).startswith(HUB)
+    written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token))
+    files = written | _small_files(planned, store, shards, seen)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
-    yield Done(published, shards, related.doubts, files["README.md"].decode())
+    yield Done(published, shards, related.doubts, files[CARD_NAME].decode(), files[LOCK_NAME].decode())
 
 
 def _shards_made(
@@ -387,7 +462,7 @@ def leftovers(to: str) -> list[Leftover]:
     Raises:
         UploadError: the destination cannot be asked.
     """
-    return _destination_sink(to).leftovers()
+    return destination_sink(to).leftovers()
 
 
 def clean(to: str, leftover: Leftover) -> None:
@@ -396,57 +471,82 @@ def clean(to: str, leftover: Leftover) -> None:
     Raises:
         UploadError: a run is at work there, or we may not write.
     """
-    _destination_sink(to).clean(leftover)
+    destination_sink(to).clean(leftover)
 
 
-def _destination_sink(to: str) -> Sink:
+def destination_sink(to: str, token: str | None = None) -> Sink:
+    """What is at a destination, for all but making a merge there."""
     if not to.startswith(HUB):
         return FolderSink(Path(to))
     from merger.stores.staging import HubSink
 
-    return HubSink(to.removeprefix(HUB))
+    return HubSink(to.removeprefix(HUB), token=token)
 
 
-def _parts(
-    planned: Plan, seen: Mapping[str, Geometry], store: Store, sink: Sink, options: Options
-) -> tuple[dict[str, Any], list[Picture]]:
-    """What the card says beyond the plan, and the pictures that it shows."""
-    elders = family(planned, sink.name, methods(), store, _elders(planned, options))
-    inforce = parameters(planned, methods())
-    drawn = [portrait(elders), settings_plot(inforce), movement_plot(tracks(planned, seen))]
-    pictures = [picture for picture in drawn if picture is not None]
-    by_name = {picture.name: picture for picture in pictures}
-    return {"lineage": elders.tree(), "pictures": by_name, "parameters": inforce}, pictures
+def card_files(
+    planned: Plan, name: str, seen: Mapping[str, Geometry], store: Store, elders: Store | None
+) -> dict[str, bytes]:
+    """The card and its pictures: what can be rendered anew, so that the lock says nothing of it.
+
+    Args:
+        planned: what was made.
+        name: ``owner/name``, or the folder's last part.
+        seen: how parents and result lie to each other, by tensor.
+        store: where the parents' cards are.
+        elders: where those of their own parents are; None: nowhere.
+
+    Raises:
+        RecipeError: the recipe's own template cannot be rendered.
+    """
+    tree, inforce = family(planned, name, methods(), store, elders), parameters(planned, methods())
+    drawn = [portrait(tree), settings_plot(inforce), movement_plot(tracks(planned, seen))]
+    pictures = {picture.name: picture for picture in drawn if picture is not None}
+    parts = {"lineage": tree.tree(), "pictures": pictures, "parameters": inforce}
+    text = render(planned, methods(), name, relations(planned, seen), parts)
+    files = {file: content for picture in pictures.values() for file, content in picture.files.items()}
+    return {CARD_NAME: text.encode(), **files}
 
 
-def _elders(planned: Plan, options: Options) -> Store | None:
-    """Where the parents' own parents are looked up; nowhere, for a run that has nothing to do with the Hub."""
-    to_hub = destination(planned.locked.recipe, options).startswith(HUB)
+def elders(planned: Plan, to_hub: bool, token: str | bool | None) -> Store | None:
+    """Where the parents' own parents are looked up; nowhere, for a merge that has nothing to do with the Hub."""
     if not to_hub and all(model.located.commit is None for model in planned.locked.models):
         return None
     from merger.stores.hub import HubStore
 
-    return HubStore(options.read_token)
+    return HubStore(token)
 
 
-def _pictured(pictures: Sequence[Picture]) -> dict[str, bytes]:
-    return {name: content for picture in pictures for name, content in picture.files.items()}
+def _small_files(
+    planned: Plan, store: Library, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
+) -> dict[str, bytes]:
+    """All that stands beside shards and card; index and config come last, for they make it look like a model."""
+    proven = taken_files(planned, store)
+    proven["recipe.yaml"] = planned.locked.recipe.text.encode()
+    proven[MEASURED_NAME] = noted(seen).encode()
+    proven |= model_files(planned)
+    written = {shard.name: FileInfo(shard.size, shard.sha256) for shard in shards}
+    written |= {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in proven.items()}
+    lock = lock_file(planned, written, store.checksum)
+    return {LOCK_NAME: lock.encode(), **proven}
 
 
-def _card(planned: Plan, sink: Sink, related: Relations, parts: Mapping[str, Any]) -> str:
-    return render(planned, methods(), sink.name, related, parts)
+def taken_files(planned: Plan, store: Store) -> dict[str, bytes]:
+    """The models' small files that the result has, with all that is written into them anew.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    models = planned.locked.models
+    taken = {name: store.fetch(models[number].located, name) for name, number in planned.texts.taken.items()}
+    return planned.texts.edited(taken)
 
 
-def _small_files(planned: Plan, store: Store, card: str, shards: tuple[Written, ...]) -> dict[str, bytes]:
-    """All that stands beside the shards; index and config come last, for they make it look like a model."""
-    donor = planned.locked.donor
-    files = {side: store.fetch(donor.located, side) for side in planned.side_files}
-    files["README.md"] = card.encode()
-    files["recipe.yaml"] = planned.locked.recipe.text.encode()
-    files[LOCK_NAME] = lock_file(planned, shards).encode()
+def model_files(planned: Plan) -> dict[str, bytes]:
+    """The index, where there are several shards, and config.json: all that the plan says of them."""
+    files = {}
     if len(planned.shards) > 1:
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
         total = sum(job.nbytes for job in planned.jobs)
-        files["model.safetensors.index.json"] = index(dict(sorted(weight_map.items())), total)
+        files[INDEX] = index(dict(sorted(weight_map.items())), total)
     files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files

@@ -15,12 +15,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
 from merger.errors import PartError, Problem, RecipeError
+from merger.locate import HUB
 from merger.methods.registry import methods
 from merger.plan.parts import Part, share
 from merger.plan.plan import Plan
 from merger.recipe.parse import parse
-from merger.run import HUB, Done, Options, PartDone, Resumed, destination, fitted, plan, run, unmade
-from merger.stores.ports import Store
+from merger.run import Done, Options, PartDone, Resumed, destination, fitted, plan, run, unmade
+from merger.stores.library import Library
 
 if TYPE_CHECKING:
     from merger.engine.execute import Event
@@ -79,7 +80,7 @@ def suited(options: Options, engine: Engine) -> Options:
 
 
 def spread(
-    planned: Plan, store: Store, options: Options, engine: Engine
+    planned: Plan, store: Library, options: Options, engine: Engine
 ) -> Iterator[Event | Resumed | PartStarted | PartMade | PartDone | Done]:
     """Have the missing parts made elsewhere, then publish; the last event is `Done`.
 

@@ -114,8 +114,8 @@ def test_main_has_one_commit_more_with_all_files(published: Run, served: Loopbac
     shards = {name for name in names if name.endswith(".safetensors")}
     assert len(shards) >= 3
     assert names - shards == {
-        "README.md", "config.json", "generation_config.json", "merger.lock.yaml", "model.safetensors.index.json",
-        "pictures/lineage.png", "pictures/lineage.svg", "pictures/movement.png",
+        "README.md", "config.json", "generation_config.json", "merger.lock.yaml", "merger.measured.json",
+        "model.safetensors.index.json", "pictures/lineage.png", "pictures/lineage.svg", "pictures/movement.png",
         "recipe.yaml", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert set(commits[0].files) == names

@@ -50,11 +50,22 @@ def measured(
 ) -> dict[str, int]:
     """Run a merge in a process of its own; its peak memory and what was planned."""
     listed = ", ".join(f"{{model: {model}}}" for model in (models[1:2] if method == "slerp" else models[1:]))
+    text = f"merge_method: {method}\nbase_model: {models[0]}\nmodels: [{listed}]\nparameters: {METHODS[method]}\n"
+    return measured_of(text, folder, memory, to, env, more)
+
+
+def measured_of(
+    text: str,
+    folder: Path,
+    memory: int = 0,
+    to: str = "",
+    env: Mapping[str, str] = os.environ,
+    more: Sequence[str] = (),
+) -> dict[str, int]:
+    """The same for a recipe as it is written."""
     folder.mkdir()
     recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        f"merge_method: {method}\nbase_model: {models[0]}\nmodels: [{listed}]\nparameters: {METHODS[method]}\n"
-    )
+    recipe.write_text(text)
     command = [sys.executable, "-c", RUN, str(recipe), to or str(folder / "out"), str(memory), *more]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
     answer: dict[str, int] = json.loads(done.stdout)
@@ -71,6 +82,24 @@ def test_memory_is_planned_and_does_not_grow(method: str, parents: dict[str, lis
         assert found["peak"] <= found["planned"] < 2.5 * found["peak"]
     assert large["peak"] < 1.15 * small["peak"]
     assert large["planned"] < 1.02 * small["planned"]
+
+
+@pytest.mark.parametrize("stage", ["slerp", "ties", "iso_c"])
+@pytest.mark.parametrize("result", ["linear", "ties"])
+def test_the_memory_of_stages_is_planned(
+    stage: str, result: str, parents: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """Stages that are computed on the way, kept on disk or made of whole matrices take no more than the plan says."""
+    base, one, two = parents["small"]
+    needs = {"slerp": "parameters: {t: 0.5}\n"}.get(stage, "")
+    listed = f"[{{model: {one}}}]" if stage == "slerp" else f"[{{model: {one}}}, {{model: {two}}}]"
+    found = measured_of(
+        f"name: first\nmerge_method: {stage}\nbase_model: {base}\nmodels: {listed}\n{needs}---\n"
+        f"merge_method: {result}\nbase_model: {base}\nmodels: [{{model: first}}, {{model: {two}}}]\n",
+        tmp_path / "stages",
+    )
+    assert found["code"] == 0
+    assert found["peak"] <= found["planned"] < 2.5 * found["peak"]
 
 
 def test_a_smaller_allowance_is_kept(parents: dict[str, list[Path]], tmp_path: Path) -> None:

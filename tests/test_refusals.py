@@ -265,7 +265,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "a does not start where the one before ends", "damaged",
     ),
     "quantised": (
-        lambda m: (m / "config.json").write_text('{"quantization_config": {}}'), "is quantised", "unquantised model",
+        lambda m: (m / "config.json").write_text('{"quantization_config": {}}'),
+        "is quantised by an unnamed method", "the model that it was quantised from",
     ),
 }  # fmt: skip
 

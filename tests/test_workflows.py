@@ -82,27 +82,34 @@ def test_the_defaults_of_the_action_are_understood(tmp_path: Path) -> None:
 PIP = """\
 #!/bin/sh
 # A Python whose pip only writes down what it is asked for.
-[ "$2 $3" = "-m pip" ] || exec "{python}" "$@"
+[ "$2 $3" = "-m pip" ] || [ "$2 $3" = "-m uv" ] || exec "{python}" "$@"
 echo "$@" >> "{log}"
 for word; do case "$word" in "$TMPDIR"/*) cat "$word" >> "{log}";; esac; done
 """
 
 
-@pytest.mark.parametrize("with_torch", ["true", "false"])
-def test_check_and_plan_are_installed_without_torch_and_a_run_with_that_of_the_index(
-    with_torch: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("settings", "count", "torch"),
+    [
+        ({"WITH_TORCH": "false"}, 2, None),
+        ({"WITH_TORCH": "true"}, 5, "-m uv pip install --python {python} --torch-backend cpu --no-deps"),
+        ({"WITH_TORCH": "true", "TORCH_INDEX": "the-index"}, 4, "--no-deps --index-url the-index torch"),
+    ],
+)
+def test_check_and_plan_are_installed_without_torch_and_a_run_with_one_for_cpus(
+    settings: dict[str, str], count: int, torch: str | None, tmp_path: Path
 ) -> None:
-    """Both with all else the package needs, and with the Action's own extra."""
+    """All with what the package needs besides, and with the Action's own extra."""
     stand_in, log = tmp_path / "bin", tmp_path / "log"
     stand_in.mkdir()
     (stand_in / "python").write_text(PIP.format(python=sys.executable, log=log))
     (stand_in / "python").chmod(0o755)
     path = f"{stand_in}{os.pathsep}{os.environ['PATH']}"
-    settings = {"PATH": path, "WITH_TORCH": with_torch, "TORCH_INDEX": "the-index", "TMPDIR": str(tmp_path / "bin")}
+    settings = {"PATH": path, "TMPDIR": str(tmp_path / "bin"), **settings}
     subprocess.run(["bash", str(ROOT / ".ci" / "install")], env=settings, check=True, capture_output=True)
     told = log.read_text()
-    assert told.count("-m pip install") == (4 if with_torch == "true" else 2)
-    assert ("--no-deps --index-url the-index torch" in told) == (with_torch == "true")
-    assert ("torch" in told) == (with_torch == "true")
+    assert told.count("pip install") == count
+    assert ("torch" in told) == (torch is not None)
+    assert torch is None or torch.format(python=stand_in / "python") in told
     for need in ("huggingface_hub", "jinja2", "numpy", "pyyaml", "requests"):
         assert re.search(rf"^{need}[><=]", told, re.MULTILINE)

@@ -56,7 +56,7 @@ def relations(planned: Plan, seen: Mapping[str, Geometry]) -> Relations:
     overall, layers, doubts = [], [], []
     for parents in sorted({_parents(job) for job in jobs}):
         numbers, subtracted = parents
-        names = [planned.locked.models[number].name for number in numbers]
+        names = [planned.locked.numbered(number).name for number in numbers]
         mine = [job for job in jobs if _parents(job) == parents]
         whole = total(seen[job.name] for job in mine)
         overall.append(_relation(" and ".join(names), whole))

@@ -22,7 +22,7 @@ from merger.card.relations import Relations
 from merger.errors import Problem, RecipeError
 from merger.methods.registry import Method
 from merger.plan.plan import Plan
-from merger.recipe.model import Publish
+from merger.recipe.model import Publish, Recipe
 
 CARD = "card.md.j2"
 GIVES, BASE, CONFIG_ONLY = "model", "base model", "config and tokenizer only"
@@ -40,6 +40,15 @@ class Parent:
     commit: str | None
     licence: str | None
     role: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the card's table of stages: a document of the recipe, its methods and what it is made of."""
+
+    name: str | None
+    methods: str
+    models: tuple[str, ...]
 
 
 NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "parameters": ()}
@@ -93,7 +102,8 @@ def _loader(publish: Publish) -> BaseLoader:
 
 
 def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str, Any]:
-    used = [table[name] for name in dict.fromkeys(piece.method for piece in planned.locked.recipe.slices)]
+    documents = planned.locked.recipe.documents
+    used = [table[name] for name in dict.fromkeys(piece.method for of in documents for piece in of.slices)]
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
     hub_name = "/" in name
     return {
@@ -105,6 +115,7 @@ def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str,
         "givers": [parent.name for parent in parents if parent.role == GIVES],
         "bases": [parent.name for parent in parents if parent.role == BASE],
         "methods": used,
+        "stages": [_stage(planned, table, recipe) for recipe in documents] if len(documents) > 1 else [],
         "recipe": planned.locked.recipe.text,
         "licence": licence(planned),
         "licence_note": licence_note(planned),
@@ -114,6 +125,14 @@ def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str,
         "local": all(parent.commit is None for parent in parents),
         "any_local": any(parent.commit is None for parent in parents),
     }
+
+
+def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
+    """A row of the table of stages; of the result's own document without a name."""
+    titles = dict.fromkeys(table[piece.method].title for piece in recipe.slices)
+    models = [planned.locked.model(ref) for ref in recipe.parents]
+    own = recipe is not planned.locked.recipe
+    return Stage(recipe.name if own else None, ", ".join(titles), tuple(shown(model) for model in models))
 
 
 def _metadata(planned: Plan, used: list[Method]) -> str:
@@ -149,7 +168,8 @@ def _auto_class(config: Mapping[str, Any]) -> str:
 
 def _parent(planned: Plan, number: int) -> Parent:
     model = planned.locked.models[number]
-    bases = {planned.locked.index(piece.base_model) for piece in planned.locked.recipe.slices if piece.base_model}
+    pieces = [piece for recipe in planned.locked.recipe.documents for piece in recipe.slices]
+    bases = {planned.locked.index(piece.base_model) for piece in pieces if piece.base_model}
     giving = any(entry.model == number for job in planned.jobs for entry in job.reads)
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
     url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on

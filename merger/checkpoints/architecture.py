@@ -17,6 +17,7 @@ _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|token_embedding|embeddings?|shared)\.weight$"
 )
 _BEFORE_LAYERS = re.compile(r"(^|[._])(emb|embed|embedding|embeddings|wte|wpe|shared)([._]|$)|embed")
+_OTHER_ROWS = re.compile(r"position|wpe|token_type|norm|(^|\.)ln_")
 _BUFFER = re.compile(
     r"(^|\.)(inv_freq|(cos|sin)_cached|rope\.freqs|attn\.bias|masked_bias|position_ids|token_type_ids)$"
 )
@@ -89,6 +90,11 @@ def is_head(name: str) -> bool:
 def is_embedding(name: str) -> bool:
     """Whether the tensor holds one row for each token of the vocabulary, at the model's input."""
     return _EMBEDDING.search(name) is not None
+
+
+def never_by_token(name: str) -> bool:
+    """Whether the tensor's rows are positions or features, even if there are as many as there are tokens."""
+    return _OTHER_ROWS.search(name) is not None
 
 
 def is_buffer(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A model's config.json: what it says of the tensors, and its edits when layers, head or dtype change.
+"""A model's config.json: what it says of the tensors, and its edits when layers, tokens, head or dtype change.
 
 Layers are known to it by their number alone, so each of its per-layer lists must follow them; and an order of layers
 that no edit could express is refused. Not here: what the tensors' names tell (architecture).
@@ -14,14 +14,20 @@ from typing import Any
 
 Config = Mapping[str, Any]
 Kind = frozenset[str]
-"""The roles of a layer's tensors: layers of one kind are built alike."""
+"""The roles and shapes of a layer's tensors: layers of one kind are built alike."""
 
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers",
-                 "encoder_layers", "depth")  # fmt: skip
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_encoder_layers", "num_decoder_layers",
+                 "encoder_layers", "decoder_layers", "depth")  # fmt: skip
 _NOT_PER_LAYER = re.compile(
     r"(^architectures|token_ids?|_ids|languages?|labels?|(?<!intermediate)_sizes?|image_mean|image_std)$"
 )
 _INDEX_LIST = re.compile(r"layers?($|_)|idxs?$|indices$|indexes$")
+_ONE_MODULE_EACH = re.compile(r"^deepstack_")
+"""Lists of layers each of which has a module of its own outside of the stack: their number must not change."""
+
+_ROW_COUNT = re.compile(r"(^|_)vocab_size(_|$)")
+_TOKEN_ID = re.compile(r"token_(id|ids|index|indices)$|suppress_tokens$")
+_ROLE = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_[be]os)_token_id$")
 _LEADING = re.compile(r"^(first_k_|n(um)?_dense_layers$)")
 _EVERY = re.compile(r"(window|att(entio)?n|rope).*_(pattern|period|interval|every_n_layers)$")
 
@@ -40,9 +46,27 @@ def is_tied(config: Config) -> bool:
     return bool(config.get("tie_word_embeddings", _text(config).get("tie_word_embeddings", False)))
 
 
-def is_quantised(config: Config) -> bool:
-    """Whether the tensors are stored in a form that must not be merged as numbers."""
-    return any(part.get("quantization_config") is not None for part in _parts(config))
+def quantisation(config: Config) -> Mapping[str, Any] | None:
+    """What the config says of how its tensors are quantised; None where they are not."""
+    found = [part["quantization_config"] for part in _parts(config) if part.get("quantization_config") is not None]
+    return (found[0] if isinstance(found[0], dict) else {}) if found else None
+
+
+def unquantised(config: Config) -> dict[str, Any]:
+    """The config without a word of that, for tensors that were read back."""
+    edited = copy.deepcopy(dict(config))
+    for part in _parts(edited):
+        part.pop("quantization_config", None)
+    return edited
+
+
+_STATED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def stated_dtype(config: Config) -> str:
+    """The dtype that the config gives the model, as safetensors writes it; bfloat16 where it gives none."""
+    said = [str(value).removeprefix("torch.") for key, value in _stated(config) if key in ("dtype", "torch_dtype")]
+    return next((_STATED_DTYPES[name] for name in said if name in _STATED_DTYPES), "BF16")
 
 
 def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
@@ -64,39 +88,185 @@ def untied(config: Config) -> dict[str, Any]:
     return edited
 
 
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def with_vocabulary(config: Config, before: int, rows: int) -> dict[str, Any]:
+    """The config of a model whose embedding has another number of rows.
+
+    Args:
+        config: the config.
+        before: how many rows the embedding had.
+        rows: how many it has.
+    """
+    edited = copy.deepcopy(dict(config))
+    for part in _parts(edited):
+        for key in part:
+            if key == "vocab_size" or (_ROW_COUNT.search(key) and part[key] == before):
+                part[key] = rows
+    return edited
+
+
+def renumbered(config: Config, follow: Sequence[int], source: Config) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+    """The config with the ids that its tokens have in another tokenizer, and what it names that is not there.
+
+    Which tokens begin, end and pad a text is the tokenizer's own affair: those come from its model's config.
+
+    Args:
+        config: a config.json, or a generation_config.json.
+        follow: for each id the new one, -1 for none.
+        source: the config of the model that the tokenizer comes from.
+    """
+    edited, lost = copy.deepcopy(dict(config)), list[tuple[str, int]]()
+    theirs = {key: value for part in _parts(source) for key, value in part.items()}
+    for part in _parts(edited):
+        for key in [key for key in part if _TOKEN_ID.search(key)]:
+            role = _ROLE.search(key) is not None
+            if role and key in theirs:
+                part[key] = theirs[key]
+                continue
+            part[key], missing = _followed(part[key], follow)
+            lost += [] if role else [(key, number) for number in missing]
+    return edited, lost
+
+
+def _followed(value: Any, follow: Sequence[int]) -> tuple[Any, list[int]]:
+    """One id or a list of them in new numbers, and those that have none."""
+    listed = value if isinstance(value, list) else [value]
+    ids = [number for number in listed if type(number) is int]
+    new = {number: int(follow[number]) if 0 <= number < len(follow) else -1 for number in ids}
+    missing = [number for number in ids if new[number] < 0]
+    kept = [new.get(number, number) for number in listed if new.get(number, 0) >= 0]
+    if isinstance(value, list):
+        return kept, missing
+    return (kept[0] if kept else None), missing
+
+
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
 
-def with_layers(config: Config, donor: Sequence[Kind], layers: Sequence[Layer]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Section:
+    """Where a config tells of one stack of layers.
+
+    Args:
+        path: the keys that lead to the part that describes it; empty: the config itself and its language model's part.
+        side: ``encoder`` or ``decoder`` where one part describes both.
+    """
+
+    path: tuple[str, ...] = ()
+    side: str | None = None
+
+    def parts(self, config: Config) -> tuple[dict[str, Any], ...]:
+        """The maps that describe the stack."""
+        if not self.path:
+            return _parts(config)
+        part: Any = config
+        for key in self.path:
+            part = part.get(key) if isinstance(part, dict) else None
+        return (part,) if isinstance(part, dict) else ()
+
+    def stated(self, config: Config) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """What the config says of the stack: each part, key and value."""
+        for part in self.parts(config):
+            for key, value in part.items():
+                if self._speaks(key):
+                    yield part, key, value
+
+    def _speaks(self, key: str) -> bool:
+        """Of encoder and decoder in one part, a key that names neither is about the encoder."""
+        return self.side is None or ("decoder" in key) == (self.side == "decoder")
+
+
+def section(config: Config, stack: str, stacks: Mapping[str, int]) -> Section:
+    """Where a config tells of a stack, by the words in the stack's name.
+
+    Args:
+        config: the config.
+        stack: the stack's name.
+        stacks: all stacks of the model and their numbers of layers.
+
+    Raises:
+        ValueError: nothing tells which of two stacks a number of layers is about.
+    """
+    found = {name: _section(config, name, stacks) for name in stacks}
+    rivals = [name for name in stacks if name != stack and found[name] == found[stack]]
+    rival = next((name for name in rivals if stacks[name] == stacks[stack]), None)
+    if rival is not None:
+        raise ValueError(f"config.json does not tell the layers of {stack} from those of {rival}")
+    return found[stack]
+
+
+def _section(config: Config, stack: str, stacks: Mapping[str, int]) -> Section:
+    if len(stacks) == 1:
+        return Section()
+    paths = {name: _path(config, _words(name)) for name in stacks}
+    sides = {name: "decoder" if "decoder" in _words(name) else "encoder" for name in stacks}
+    shared = {sides[name] for name in stacks if paths[name] == paths[stack]}
+    return Section(paths[stack], sides[stack] if len(shared) > 1 else None)
+
+
+_SYNONYMS = {"visual": "vision", "image": "vision", "language": "text", "speech": "audio"}
+
+
+def _words(stack: str) -> set[str]:
+    """The words of a stack's name, as configs write them."""
+    return {_SYNONYMS.get(word, word) for word in re.split(r"[._]", stack)}
+
+
+def _path(config: Config, words: set[str]) -> tuple[str, ...]:
+    """The keys of the nested configs whose names consist of these words; of several, the one of most words."""
+    nested = {key: set(key.removesuffix("_config").split("_")) for key, value in config.items()
+              if isinstance(value, dict)}  # fmt: skip
+    fitting = [key for key, of in nested.items() if of <= words]
+    if not fitting:
+        return ()
+    best = max(fitting, key=lambda key: len(nested[key]))
+    return (best, *_path(config[best], words))
+
+
+def with_layers(
+    config: Config,
+    donor: Sequence[Kind],
+    layers: Sequence[Layer],
+    section: Section = Section(),
+) -> dict[str, Any]:
     """The config of a model whose layers were taken from others: the count and all per-layer lists follow.
 
     Args:
         config: the donor's config.
         donor: the kinds of the donor's layers.
         layers: the output's layers.
+        section: where configs tell of this stack.
 
     Raises:
         ValueError: no edit of the config would describe such a model; why, in a sentence.
     """
-    _check(config, donor, layers)
+    _check(config, donor, layers, section)
     before, after = _leading(donor[0], donor), _leading(donor[0], [layer.kind for layer in layers])
     edited = copy.deepcopy(dict(config))
-    for part in _parts(edited):
-        for key, value in part.items():
-            counts_leading = _LEADING.search(key) and value == before and after is not None
-            part[key] = after if counts_leading else _follow(key, value, len(donor), layers)
+    for part, key, value in list(section.stated(edited)):
+        counts_leading = _LEADING.search(key) and value == before and after is not None
+        part[key] = after if counts_leading else _follow(key, value, len(donor), layers, section)
     return edited
 
 
-def _follow(key: str, value: Any, count: int, layers: Sequence[Layer]) -> Any:
+def _follow(key: str, value: Any, count: int, layers: Sequence[Layer], section: Section) -> Any:
     """A config value as it must be when the layers are those of `layers`."""
     if key in (*_LAYER_COUNTS, "max_window_layers") and value == count:
         return len(layers)
+    theirs = [_theirs(key, value, layer, section) for layer in layers]
     if _is_index_list(key, value, count):
-        return [new for new, layer in enumerate(layers) if layer.number in _theirs(key, value, layer)]
+        return _renumbered(key, value, [new for new, layer in enumerate(layers) if layer.number in theirs[new]])
     if _is_per_layer(key, value, count):
-        return [_entry(key, _theirs(key, value, layer), layer) for layer in layers]
+        return [_entry(key, of, layer) for of, layer in zip(theirs, layers, strict=True)]
     return value
+
+
+def _renumbered(key: str, old: list[int], new: list[int]) -> list[int]:
+    if _ONE_MODULE_EACH.search(key) and len(new) != len(old):
+        raise ValueError(f"config.json's {key} names {len(old)} layers, each with a module of its own, not {len(new)}")
+    return new
 
 
 def _entry(key: str, of: list[Any], layer: Layer) -> Any:
@@ -105,9 +275,9 @@ def _entry(key: str, of: list[Any], layer: Layer) -> Any:
     return of[layer.number]
 
 
-def _theirs(key: str, ours: list[Any], layer: Layer) -> list[Any]:
+def _theirs(key: str, ours: list[Any], layer: Layer, section: Section) -> list[Any]:
     """The list of the model that the layer comes from; the donor's, where that model has none."""
-    found = layer.config.get(key, _text(layer.config).get(key))
+    found = next((part[key] for part in section.parts(layer.config) if key in part), None)
     return found if isinstance(found, list) else ours
 
 
@@ -124,27 +294,28 @@ def _is_per_layer(key: str, value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and not _NOT_PER_LAYER.search(key)
 
 
-def _check(config: Config, donor: Sequence[Kind], layers: Sequence[Layer]) -> None:
+def _check(config: Config, donor: Sequence[Kind], layers: Sequence[Layer], section: Section) -> None:
     """Whether a config can say that its layers are these: a loader builds what the config says, and nothing else."""
     count = len(donor)
-    counts = [value for key, value in _stated(config) if key in _LAYER_COUNTS]
+    stated = [(key, value) for _, key, value in section.stated(config)]
+    counts = [value for key, value in stated if key in _LAYER_COUNTS]
     as_stated = [layer.number for layer in layers] == list(range(len(layers))) and len(layers) in counts
     if len(layers) != count and count not in counts and not as_stated:
         raise ValueError(f"config.json does not say that there are {count} layers, so it cannot be told {len(layers)}")
-    said = _said(config, count)
-    for key, every in _stated(config):
+    said = _said(stated, count)
+    for key, every in stated:
         counted = _EVERY.search(key) is not None and type(every) is int and every > 1 and not any(said)
         if counted and any(layer.number % every != new % every for new, layer in enumerate(layers)):
             raise ValueError(f"config.json counts layers by {key}: {every}, which this order of layers would break")
-    listed = _tells_apart(said, donor) or _counts_leading(config, donor, layers)
+    listed = _tells_apart(said, donor) or _counts_leading(stated, donor, layers)
     if not listed and any(layer.kind != _expected(donor, new) for new, layer in enumerate(layers)):
         raise ValueError("its layers are not all alike, and config.json cannot say that they come in this order")
 
 
-def _said(config: Config, count: int) -> list[list[Any]]:
+def _said(stated: Sequence[tuple[str, Any]], count: int) -> list[list[Any]]:
     """For each layer, what the config's lists say of it."""
-    indexes = [value for key, value in _stated(config) if _is_index_list(key, value, count)]
-    entries = [value for key, value in _stated(config) if _is_per_layer(key, value, count)]
+    indexes = [value for key, value in stated if _is_index_list(key, value, count)]
+    entries = [value for key, value in stated if _is_per_layer(key, value, count)]
     return [[*(of[layer] for of in entries), *(layer in of for of in indexes)] for layer in range(count)]
 
 
@@ -154,10 +325,10 @@ def _tells_apart(said: Sequence[list[Any]], donor: Sequence[Kind]) -> bool:
     return all(known.setdefault(str(entries), kind) == kind for entries, kind in zip(said, donor, strict=True))
 
 
-def _counts_leading(config: Config, donor: Sequence[Kind], layers: Sequence[Layer]) -> bool:
+def _counts_leading(stated: Sequence[tuple[str, Any]], donor: Sequence[Kind], layers: Sequence[Layer]) -> bool:
     """Whether the config counts the first few layers, and only those differ, in the donor and in the output."""
     before, after = _leading(donor[0], donor), _leading(donor[0], [layer.kind for layer in layers])
-    counted = any(_LEADING.search(key) and value == before for key, value in _stated(config))
+    counted = any(_LEADING.search(key) and value == before for key, value in stated)
     return counted and after is not None and len({*donor, *(layer.kind for layer in layers)}) <= 2
 
 

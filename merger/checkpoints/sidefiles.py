@@ -19,8 +19,18 @@ _SIDE_FILE = re.compile(
     )$""",
     re.VERBOSE,
 )
+_OF_A_TOKENIZER = re.compile(
+    r"(^|/)(tokenizer|vocab|merges|special_tokens_map|added_tokens|spiece|source|target|sentencepiece|tekken|chat_template)"
+    r"|\.tiktoken$|^additional_chat_templates/"
+)
+CARD_NAME = "README.md"
+"""What a model says of itself to people."""
+
 LOCK_NAME = "merger.lock.yaml"
 """What a merge was made of, beside its result."""
+
+MEASURED_NAME = "merger.measured.json"
+"""How parents and result lie to each other, as it was measured on the way: what a card is rendered from again."""
 
 PICTURES = "pictures/"
 """The folder beside a card that holds its pictures."""
@@ -32,3 +42,8 @@ def side_files(files: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ..
     """Those of a model's files that its merge takes over; code files only where the config refers to some."""
     wanted = [name for name in files if _SIDE_FILE.match(name) or ("auto_map" in config and _CODE.match(name))]
     return tuple(sorted(wanted))
+
+
+def tokenizer_files(files: Iterable[str]) -> tuple[str, ...]:
+    """Those of a model's side files that make up its tokenizer and its chat template."""
+    return tuple(name for name in side_files(files, {}) if _OF_A_TOKENIZER.search(name))

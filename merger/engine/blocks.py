@@ -9,15 +9,16 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from merger.engine.leaves import STORED_DTYPES, TORCH_DTYPES, Leaves, T
 from merger.engine.observe import observe
 from merger.engine.sources import load
 from merger.errors import MismatchError, Problem
@@ -25,16 +26,10 @@ from merger.methods._ops import Rng
 from merger.methods.registry import Method, declared
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job, arguments
-from merger.plan.plan import BLOCK_ENTRIES, block_entries, kept
-from merger.plan.sources import Stored
+from merger.plan.sources import Made, Numbers, Stored
+from merger.plan.work import BLOCK_ENTRIES, block_entries, needs
 from merger.stores.ports import Reader
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INFINITY = {
     dtype: int(torch.tensor(math.inf, dtype=dtype).view(_BITS[dtype.itemsize])) for dtype in TORCH_DTYPES.values()
@@ -66,16 +61,18 @@ class _Kept(threading.local):
         self.raw = torch.empty(0, dtype=torch.uint8)
         self.floats: list[Tensor] = []
 
-    def raw_of(self, nbytes: int) -> None:
+    def bytes_of(self, nbytes: int) -> Tensor:
+        """Room for an input as it is stored."""
         if self.raw.numel() < nbytes:
             self.raw = torch.empty(nbytes, dtype=torch.uint8)
+        return self.raw[:nbytes]
 
-    def at_least(self, count: int, entries: int) -> None:
-        self.raw_of(8 * entries)
-        if self.floats and self.floats[0].numel() < entries:
-            self.floats = []
-        for _ in range(count - len(self.floats)):
-            self.floats.append(torch.empty(entries, dtype=torch.float32))
+    def floats_of(self, first: int, count: int, entries: int) -> list[Tensor]:
+        """The buffers from number `first` on; those before it belong to jobs that wait for this one."""
+        self.floats[first:] = [buffer for buffer in self.floats[first:] if buffer.numel() == entries]
+        missing = first + count - len(self.floats)
+        self.floats += [torch.empty(entries, dtype=torch.float32) for _ in range(missing)]
+        return self.floats[first : first + count]
 
 
 _kept = _Kept()
@@ -87,33 +84,27 @@ def _bytes(buffer: Tensor) -> memoryview:
 
 
 class Spool:
-    """Stored tensors in one temporary file without a name: for what is read more than once from afar.
+    """One temporary file without a name: what is read more than once from afar, and what stages make."""
 
-    Args:
-        tickets: the number of each one's ticket.
-        reader: where bytes come from.
-    """
-
-    def __init__(self, tickets: Mapping[Stored, int], reader: Reader) -> None:
+    def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="merger-spool-")  # noqa: SIM115  closed by `close`, at the last block
-        self._starts: dict[Stored, int] = {}
-        end = 0
-        room = memoryview(bytearray(_SPOOL_BYTES))
-        for leaf, ticket in tickets.items():
-            self._starts[leaf] = end
-            for offset in range(0, leaf.tensor.nbytes, _SPOOL_BYTES):
-                part = room[: min(_SPOOL_BYTES, leaf.tensor.nbytes - offset)]
-                reader.read(ticket, offset, part)
-                self._file.write(part)
-            end += leaf.tensor.nbytes
+        self._starts: dict[Stored | Made, int] = {}
+        self._end = 0
+
+    def keep(self, what: Stored | Made, parts: Iterable[memoryview]) -> None:
+        """Write its bytes, front to back."""
+        self._starts[what] = self._end
+        for part in parts:
+            self._file.write(part)
+            self._end += len(part)
         self._file.flush()
 
-    def __contains__(self, leaf: Stored) -> bool:
-        return leaf in self._starts
+    def __contains__(self, what: Stored | Made) -> bool:
+        return what in self._starts
 
-    def read(self, leaf: Stored, offset: int, out: memoryview) -> None:
-        """Fill `out` with a tensor's bytes from `offset` on."""
-        os.preadv(self._file.fileno(), [out], self._starts[leaf] + offset)
+    def read(self, what: Stored | Made, offset: int, out: memoryview) -> None:
+        """Fill `out` with its bytes from `offset` on."""
+        os.preadv(self._file.fileno(), [out], self._starts[what] + offset)
 
     def close(self) -> None:
         """Give the disk back."""
@@ -121,77 +112,66 @@ class Spool:
 
 
 @dataclass(eq=False)
-class Work:
-    """A job under way.
+class Making:
+    """The arithmetic of one job, whether its result is the output's or only a stage's.
 
     Args:
         job: what is made.
         method: by which method.
-        first: the number of the reader's ticket for the job's first input; the others follow.
-        reader: where bytes come from.
         seed: for a method that draws random numbers.
         device: where the arithmetic is done.
-        prepared: what the method measured of the whole tensor, once it is known; None: nothing is to be prepared.
+        origin: where the inputs' entries come from.
+        first: the number of the first of this thread's buffers that it takes.
+        measured: what the method measured of the whole tensor, once it is known.
     """
 
     job: Job
     method: Method
-    first: int
-    reader: Reader
     seed: int
     device: torch.device
-    prepared: Future[Any] | None = None
-    _seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
-    _spool: Spool | None = field(default=None, repr=False)
-
-    @cached_property
-    def tickets(self) -> Mapping[Stored, int]:
-        """The number of the ticket of each stored tensor."""
-        return {leaf: self.first + place for place, leaf in enumerate(self.job.reads)}
+    origin: Leaves
+    first: int = 0
+    measured: Any = None
+    seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
 
     @property
-    def wants_preparing(self) -> bool:
-        """Whether `prepare` has to be called, and to be over, before the first block is made."""
-        return bool(kept(self.job, self.method))
+    def buffers(self) -> int:
+        """How many of a thread's buffers it takes."""
+        return len(self.job.sources) + len(self.job.shared)
 
-    def prepare(self) -> Any:
-        """Keep what is read more than once, and let the method see the whole tensor, block by block."""
-        far = {leaf: self.tickets[leaf] for leaf in kept(self.job, self.method)}
-        far = {leaf: ticket for leaf, ticket in far.items() if not self.reader.repeatable(ticket)}
-        if far:
-            self._spool = Spool(far, self.reader)
-        if self.method.measure is None:
-            return None
-        given = {**arguments(self.method, self.job), "rng": Rng(self.seed, self.job.name)}
-        return self.method.measure(_Blocks(self), **declared(self.method.measure, given))
+    def measure(self) -> None:
+        """Let the method see the whole tensor, block by block."""
+        if self.method.measure is not None:
+            given = {**arguments(self.method, self.job), "rng": Rng(self.seed, self.job.name)}
+            self.measured = self.method.measure(_Blocks(self), **declared(self.method.measure, given))
 
-    def make(self, block: Block, out: Tensor) -> memoryview:
-        """Make one block in the buffer `out` (bytes), and return the part of it that holds the result."""
-        if self.job.is_copy:
-            copied = _bytes(out)[: block.stop - block.start]
-            self.reader.read(self.first, block.start, copied)
-            return copied
-        dtype = TORCH_DTYPES[self.job.dtype]
-        result = out[: (block.stop - block.start) * dtype.itemsize]
-        rounded = result.view(dtype).copy_(self._merged(block).reshape(-1))
+    def round(self, block: Block, out: Tensor) -> Tensor:
+        """Make one block in `out`, which has the job's dtype.
+
+        Raises:
+            MismatchError: an entry is not finite.
+        """
+        rounded = out.copy_(self._merged(block).reshape(-1))
         if not _finite(rounded):
             raise _not_finite(self.job, rounded)
-        return _bytes(result)
+        return rounded
+
+    def parts(self) -> Iterator[memoryview]:
+        """The bytes of every block; each is good until the next one is asked for."""
+        for block in blocks(self.job, self.method):
+            rounded = self.round(block, torch.empty(block.stop - block.start, dtype=TORCH_DTYPES[self.job.dtype]))
+            yield _bytes(rounded.view(torch.uint8))
 
     def _merged(self, block: Block) -> Tensor:
         given = arguments(self.method, self.job)
         if self.method.random:
             given["rng"] = Rng(self.seed, self.job.name, block.start)
-        if self.method.measure is not None and self.prepared is not None:
-            given["measured"] = self.prepared.result()
+        if self.method.measure is not None:
+            given["measured"] = self.measured
         inputs, base = self.load(block)
         merged: Tensor = self.method.function(inputs, **given)
-        self._seen[block.start] = observe(inputs, merged, block.start, self.job.entries, base)
+        self.seen[block.start] = observe(inputs, merged, block.start, self.job.entries, base)
         return merged if base is None else merged.add_(base)
-
-    def seen(self) -> Geometry:
-        """How inputs and result lie to each other, by the blocks made so far."""
-        return total(self._seen[start] for start in sorted(self._seen))
 
     def load(self, block: Block, step: int = 1) -> tuple[list[Tensor], Tensor | None]:
         """The inputs' entries in float32, the base subtracted if the job has one; and the base.
@@ -199,10 +179,10 @@ class Work:
         Of the tensor's entries every `step`-th; in one row, if these are not all.
         """
         sources, shared = self.job.sources, self.job.shared
-        _kept.at_least(len(sources) + len(shared), max(BLOCK_ENTRIES, block.stop - block.start))
-        leaves = _Leaves(self, block, step, dict(zip(shared, _kept.floats[len(sources) :], strict=False)))
+        floats = _kept.floats_of(self.first, self.buffers, max(BLOCK_ENTRIES, block.stop - block.start))
+        leaves = _Leaves(self.origin, block, step, dict(zip(shared, floats[len(sources) :], strict=True)))
         loaded = [
-            load(source, block.start, block.stop, _kept.floats[number], leaves, step).to(self.device)
+            load(source, block.start, block.stop, floats[number], leaves, step).to(self.device)
             for number, source in enumerate(sources)
         ]
         if step == 1:
@@ -217,17 +197,127 @@ class Work:
             return entries.view(self.job.shape)
         return entries.view(-1, self.job.shape[-1] if self.job.shape else 1) if self.method.unit == "rows" else entries
 
-    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int) -> Tensor:
-        """The entries of a stored tensor in float32, in the front of `out`."""
-        dtype = TORCH_DTYPES[leaf.dtype]
-        _kept.raw_of((stop - start) * dtype.itemsize)
-        raw = _kept.raw[: (stop - start) * dtype.itemsize]
-        if self._spool is not None and leaf in self._spool:
-            self._spool.read(leaf, start * dtype.itemsize, _bytes(raw))
-        else:
-            self.reader.read(self.tickets[leaf], start * dtype.itemsize, _bytes(raw))
+
+class Work:
+    """A job of the output under way, with the stages that it is made of.
+
+    Args:
+        job: what is made.
+        table: the merge methods by name.
+        first: the number of the reader's ticket for the first stored tensor of the job; the others follow.
+        reader: where bytes come from.
+        seed: for a method that draws random numbers.
+        device: where the arithmetic is done.
+    """
+
+    def __init__(
+        self, job: Job, table: Mapping[str, Method], first: int, reader: Reader, seed: int, device: torch.device
+    ) -> None:
+        self.job, self.method = job, table[job.method]
+        self.prepared: Future[None] | None = None
+        self._reader, self._needs = reader, needs(job, table)
+        self._tickets = {leaf: first + place for place, leaf in enumerate(job.reads)}
+        self._making = Making(job, self.method, seed, device, self)
+        self._stages = {
+            made: Making(made.job, table[made.job.method], made.seed, device, self) for made in self._needs.stages
+        }
+        self._spool: Spool | None = None
+        self._done: dict[Hashable, Future[Any]] = {}
+        self._lock = threading.Lock()
+        for making in (self._making, *(self._stages[made] for made in self._needs.spooled)):
+            self._place(making)
+
+    def _place(self, making: Making) -> None:
+        """Give buffers to the stages that are computed while this one's are in use."""
+        for source in making.job.sources:
+            if isinstance(source, Made) and source not in self._needs.spooled:
+                self._stages[source].first = making.first + making.buffers
+                self._place(self._stages[source])
+
+    @property
+    def wants_preparing(self) -> bool:
+        """Whether `prepare` has to be called, and to be over, before the first block is made."""
+        measures = self.method.measure is not None and not self.job.is_copy
+        return measures or bool(self._needs.stages or self._needs.kept)
+
+    def prepare(self) -> None:
+        """Keep what is read more than once, compute the stages, and let methods see whole tensors, block by block."""
+        for leaf in self._needs.kept:
+            if not self._reader.repeatable(self._tickets[leaf]):
+                self._keep(leaf, self._read(leaf))
+        for made, making in self._stages.items():
+            making.measure()
+            if made in self._needs.spooled:
+                self._keep(made, making.parts())
+        self._making.measure()
+
+    def _keep(self, what: Stored | Made, parts: Iterable[memoryview]) -> None:
+        self._spool = self._spool or Spool()
+        self._spool.keep(what, parts)
+
+    def _read(self, leaf: Stored) -> Iterator[memoryview]:
+        room = memoryview(bytearray(min(_SPOOL_BYTES, leaf.tensor.nbytes)))
+        for offset in range(0, leaf.tensor.nbytes, _SPOOL_BYTES):
+            part = room[: min(_SPOOL_BYTES, leaf.tensor.nbytes - offset)]
+            self._reader.read(self._tickets[leaf], offset, part)
+            yield part
+
+    def make(self, block: Block, out: Tensor) -> memoryview:
+        """Make one block in the buffer `out` (bytes), and return the part of it that holds the result."""
+        if self.job.is_copy:
+            copied = _bytes(out)[: block.stop - block.start]
+            self._reader.read(self._tickets[self.job.reads[0]], block.start, copied)
+            return copied
+        dtype = TORCH_DTYPES[self.job.dtype]
+        result = out[: (block.stop - block.start) * dtype.itemsize]
+        self._making.round(block, result.view(dtype))
+        return _bytes(result)
+
+    def seen(self) -> Geometry:
+        """How inputs and result lie to each other, by the blocks made so far."""
+        return total(self._making.seen[start] for start in sorted(self._making.seen))
+
+    def entries(self, leaf: Stored | Made, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
+        """The entries of a stored tensor, or of what a stage makes, in float32, in the front of `out`."""
+        if isinstance(leaf, Made) and leaf not in self._needs.spooled:
+            block = Block(start, stop)
+            rounded = self._stages[leaf].round(block, torch.empty(stop - start, dtype=TORCH_DTYPES[leaf.dtype]))
+            return out[: stop - start].copy_(rounded)
+        dtype = STORED_DTYPES[leaf.dtype]
+        raw = _kept.bytes_of((stop - start) * dtype.itemsize)
+        self._fill(leaf, start * dtype.itemsize, _bytes(raw))
         entries = raw.view(dtype)[-start % step :: step]
         return out[: len(entries)].copy_(entries)
+
+    def _fill(self, what: Stored | Made, offset: int, out: memoryview) -> None:
+        if self._spool is not None and what in self._spool:
+            self._spool.read(what, offset, out)
+        else:
+            assert isinstance(what, Stored)  # what a stage makes is kept, but where it is read in its own blocks
+            self._reader.read(self._tickets[what], offset, out)
+
+    def rows(self, leaf: Stored | Made, numbers: Numbers, out: Tensor) -> None:
+        """The rows of a tensor of these numbers in float32, by one read for each run of consecutive ones."""
+        dtype = TORCH_DTYPES[leaf.dtype]
+        nbytes = out.shape[-1] * dtype.itemsize
+        raw = torch.empty(len(numbers) * nbytes, dtype=torch.uint8)
+        view, starts = _bytes(raw), np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=False):
+            self._fill(leaf, int(numbers[start]) * nbytes, view[start * nbytes : stop * nbytes])
+        out.copy_(raw.view(dtype).view(out.shape))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once for all blocks."""
+        with self._lock:
+            mine = key not in self._done
+            found = self._done.setdefault(key, Future())
+        if mine:
+            try:
+                found.set_result(make())
+            except BaseException as error:
+                found.set_exception(error)
+        made: T = found.result()
+        return made
 
     def close(self) -> None:
         """No more blocks will be asked for."""
@@ -236,42 +326,43 @@ class Work:
 
 
 class _Leaves:
-    """A job's stored tensors while one block of it is loaded; what several sources read is read once.
+    """A job's inputs while one block of it is loaded; a stored tensor that several sources read is read once.
 
     Args:
         shared: a buffer for each of those that several sources read.
     """
 
-    def __init__(self, work: Work, block: Block, step: int, shared: Mapping[Stored, Tensor]) -> None:
-        self._work, self._shared = work, shared
+    def __init__(self, origin: Leaves, block: Block, step: int, shared: Mapping[Stored, Tensor]) -> None:
+        self._origin, self._shared = origin, shared
         self._block, self._loaded = (block.start, block.stop, step), dict[Stored, Tensor]()
+        self.rows, self.once = origin.rows, origin.once
 
-    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
-        if leaf not in self._shared or (start, stop, step) != self._block:
-            return self._work.entries(leaf, start, stop, out, step)
+    def entries(self, leaf: Stored | Made, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
+        if isinstance(leaf, Made) or leaf not in self._shared or (start, stop, step) != self._block:
+            return self._origin.entries(leaf, start, stop, out, step)
         if leaf not in self._loaded:
-            self._loaded[leaf] = self._work.entries(leaf, start, stop, self._shared[leaf], step)
+            self._loaded[leaf] = self._origin.entries(leaf, start, stop, self._shared[leaf], step)
         return out[: len(self._loaded[leaf])].copy_(self._loaded[leaf])
 
 
 class _Blocks:
     """The blocks of a whole tensor as a method's `measure` walks them, as often as it likes."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    def __init__(self, making: Making) -> None:
+        self._making = making
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        for block in blocks(self._work.job, self._work.method):
-            yield self._work.load(block)[0]
+        for block in blocks(self._making.job, self._making.method):
+            yield self._making.load(block)[0]
 
     @property
     def entries(self) -> int:
-        return self._work.job.entries
+        return self._making.job.entries
 
     def strided(self, step: int) -> Iterator[list[Tensor]]:
         """Every `step`-th entry of each input, in one row: only these are brought to float32."""
-        for block in blocks(self._work.job, self._work.method):
-            yield self._work.load(block, step)[0]
+        for block in blocks(self._making.job, self._making.method):
+            yield self._making.load(block, step)[0]
 
 
 def _finite(entries: Tensor) -> bool:

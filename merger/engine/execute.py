@@ -22,8 +22,9 @@ from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.plan.geometry import Geometry, noted
 from merger.plan.jobs import Job
-from merger.plan.plan import BLOCK_ENTRIES, BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
-from merger.stores.ports import Reader, Sink, Store, Ticket
+from merger.plan.plan import BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
+from merger.plan.work import BLOCK_ENTRIES
+from merger.stores.ports import Reader, Store, Taker, Ticket
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -65,7 +66,7 @@ def tickets(plan: Plan, shards: Sequence[Shard]) -> list[Ticket]:
 
 
 def execute(
-    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Sink, device: str = "cpu"
+    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Taker, device: str = "cpu"
 ) -> Iterator[Event]:
     """Make some of the plan's shards, one after the other.
 
@@ -110,12 +111,12 @@ def _work(
 ) -> Iterator[Work]:
     first = 0
     for job in (job for shard in shards for job in shard.jobs):
-        yield Work(job, table[job.method], first, reader, seed, device)
+        yield Work(job, table, first, reader, seed, device)
         first += len(job.reads)
 
 
 def _shard(
-    sink: Sink, shard: Shard, table: Mapping[str, Method], made: Iterator[tuple[memoryview, Work]]
+    sink: Taker, shard: Shard, table: Mapping[str, Method], made: Iterator[tuple[memoryview, Work]]
 ) -> Iterator[Event]:
     seen: dict[str, Geometry] = {}
     try:

@@ -11,7 +11,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from merger.engine.blocks import TORCH_DTYPES
+from merger.engine.leaves import TORCH_DTYPES
 from merger.engine.observe import observe
 from merger.plan.geometry import Geometry
 from merger.plan.jobs import Job

@@ -127,11 +127,7 @@ def _module(
     stacks = locked.donor.architecture.stacks
     only = next(iter(stacks)) if len(stacks) == 1 else None
     stack = only if name == DEFAULT else name
-    cuts = tuple(_cuts(locked, table, findings, module, stack))
-    if stack is not None and len(stacks) > 1 and sum(piece.layers for piece in cuts) != stacks[stack] and cuts:
-        what = f"changing the number of layers of one of several stacks ({stack}) is not built yet"
-        findings.about_recipe(what, module.at, f"modules.{name}", f"take all {stacks[stack]} layers")
-    return CutModule(cuts, stack, loose=name == DEFAULT)
+    return CutModule(tuple(_cuts(locked, table, findings, module, stack)), stack, loose=name == DEFAULT)
 
 
 def _cuts(

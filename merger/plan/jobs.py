@@ -16,12 +16,16 @@ from merger.checkpoints.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.methods.registry import Method, Param, declared
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
 from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Source, Stored
+from merger.plan.sources import Made, Source, Stored, ends
+from merger.plan.tokens import Tokens, disagreements, tokens
 from merger.recipe.settings import Parameters, first_value
 
 PASSTHROUGH = "passthrough"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _MISMATCHES_SHOWN = 3
+_ONE_VOCABULARY = (
+    "add tokenizer: {source: union} for the tokens of all models, or tokenizer: {source: base} for those of one"
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Input:
 
     @property
     def model(self) -> int:
-        """The number of the model that it stands for in the locked recipe."""
-        return self.source.leaves[0].model
+        """The number of the model or stage that it stands for in the locked recipe."""
+        return self.source.stage if isinstance(self.source, Made) else self.source.leaves[0].model
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,20 @@ class Job:
     @property
     def shared(self) -> tuple[Stored, ...]:
         """Those that several of its sources read."""
-        uses = Counter(leaf for source in self.sources for leaf in source.leaves)
+        uses = Counter(end for source in self.sources for end in ends(source) if isinstance(end, Stored))
         return tuple(leaf for leaf, count in uses.items() if count > 1)
 
     @property
     def is_copy(self) -> bool:
-        """Whether the output's bytes are the input's bytes."""
+        """Whether the output's bytes are those of a stored tensor."""
+        return isinstance(self.passed, Stored)
+
+    @property
+    def passed(self) -> Source | None:
+        """The source that the job hands on as it is, if that is all it does."""
         scale = self.inputs[0].settings.get("scale", 1.0)
         source = self.inputs[0].source
-        return self.method == PASSTHROUGH and scale == 1.0 and isinstance(source, Stored) and source.dtype == self.dtype
+        return source if self.method == PASSTHROUGH and scale == 1.0 and source.dtype == self.dtype else None
 
 
 @dataclass(frozen=True)
@@ -106,13 +115,16 @@ class Making:
 
     Args:
         jobs: how each output tensor is made.
-        layers: for each layer of the output's one stack, the model that names its tensors, and its layer there.
+        layers: for each stack that the recipe speaks about and each of its layers in the output, the model that names
+            the layer's tensors, and its number there.
         has_head: whether the output's head is a tensor of its own, not the embedding.
+        tokens: what the recipe's tokenizer block brings about, if it has one.
     """
 
     jobs: tuple[Job, ...]
-    layers: tuple[tuple[LockedModel, int], ...]
+    layers: Mapping[str, tuple[tuple[LockedModel, int], ...]]
     has_head: bool
+    tokens: Tokens | None
 
 
 def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
@@ -121,13 +133,15 @@ def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
     Raises:
         RecipeError: the recipe asks for layers or modules that its models do not have, or leaves a number open.
         MismatchError: the models do not fit each other.
+        ModelError: a model's tokenizer cannot be read.
     """
     findings = Findings()
     modules = cut(locked, table, findings)
     maker = _Maker(locked, table, findings)
     jobs = tuple(job for module in modules for job in maker.module(module))
     findings.settle()
-    return Making(jobs, tuple(maker.layers), maker.has_head)
+    layers = {stack: tuple(taken) for stack, taken in maker.layers.items()}
+    return Making(jobs, layers, maker.has_head, maker.tokens)
 
 
 def arguments(method: Method, job: Job) -> dict[str, Any]:
@@ -154,8 +168,10 @@ class _Maker:
         taken = [part.model for piece in locked.recipe.slices for part in parts(locked, piece, table[piece.method])]
         self._head = next((model.head for model in taken if _is_untied(model)), None)
         self._dtype = _DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
+        self.tokens = tokens(locked)
         self._shown: Counter[tuple[int, int]] = Counter()
-        self.layers: list[tuple[LockedModel, int]] = []
+        self._strangers: set[int] = set()
+        self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
 
     @property
     def has_head(self) -> bool:
@@ -168,6 +184,7 @@ class _Maker:
             yield from self._copied(module)
         elif module.cuts:
             if module.loose:
+                self._tell_vocabularies(module.cuts[0], module.cuts[-1])
                 yield from self._loose(module.cuts[0], before=True)
             if module.stack is not None:
                 yield from self._stack(module.stack, module.cuts)
@@ -185,20 +202,22 @@ class _Maker:
         """A job that takes a tensor as it is; a trained one in the recipe's dtype, if it names one."""
         cast = self._dtype is not None and tensor.dtype in FLOATS and not is_buffer(tensor.name)
         dtype = self._dtype if cast and self._dtype else tensor.dtype
-        source = self._source(number, tensor)
+        source = self._source(number, tensor, out)
         return Job(out, dtype, source.shape, PASSTHROUGH, (Input(source, {"scale": 1.0}),), why=why)
 
-    def _source(self, number: int, tensor: TensorInfo) -> Source:
-        """Where the entries of a model's tensor come from."""
-        return Stored(number, tensor)
+    def _source(self, number: int, tensor: TensorInfo, out: str) -> Source:
+        """Where the entries of a model's tensor come from that goes into the tensor `out`."""
+        if self.tokens is None:
+            return self._locked.source(number, tensor)
+        return self.tokens.rows_of(self._locked, number, tensor, is_head(out))
 
     def _stack(self, stack: str, cuts: Sequence[Cut]) -> Iterator[Job]:
-        first = len(self.layers)
+        taken = self.layers.setdefault(stack, [])
         for piece in cuts:
             for step in range(piece.layers):
                 leader, layer = piece.parts[piece.leader].model, piece.starts[piece.leader] + step
-                out = len(self.layers) - first
-                self.layers.append((leader, layer))
+                out = len(taken)
+                taken.append((leader, layer))
                 position = 1.0 if piece.layers == 1 else step / (piece.layers - 1)
                 for tensor in leader.layer(stack, layer):
                     place = leader.architecture.place(tensor.name)
@@ -226,24 +245,29 @@ class _Maker:
         tensors = [tensor for tensor in found if tensor is not None]
         if len(tensors) < len(found):
             self._tell_missing(piece, names, found)
-        elif self._fit(piece, tensors):
-            yield self._merge(piece, out, tensors, position)
+        else:
+            pairs = zip(piece.parts, tensors, strict=True)
+            sources = [self._source(part.number, tensor, out) for part, tensor in pairs]
+            if self._fit(piece, tensors, sources):
+                yield self._merge(piece, out, tensors, sources, position)
 
-    def _merge(self, piece: Cut, out: str, tensors: Sequence[TensorInfo], position: float) -> Job:
+    def _merge(
+        self, piece: Cut, out: str, tensors: Sequence[TensorInfo], sources: Sequence[Source], position: float
+    ) -> Job:
         method = self._table[piece.piece.method]
         levels = (piece.piece.parameters, piece.module.parameters, self._locked.recipe.parameters)
         inputs: list[Input] = []
         base: Input | None = None
-        for part, tensor in zip(piece.parts, tensors, strict=True):
+        for part, tensor, source in zip(piece.parts, tensors, sources, strict=True):
             if part.is_base and method.subtracts_base:
-                base = Input(self._source(part.number, tensor))
+                base = Input(source)
                 continue
             own = self._numbers(piece, method, (part.source.parameters, *levels), tensor.name, position, per_model=True)
-            inputs.append(Input(self._source(part.number, tensor), own))
+            inputs.append(Input(source, own))
         settings = self._numbers(piece, method, levels, out, position, per_model=False)
         leading = tensors[piece.leader]
         dtype = self._dtype or self._donors_dtype(piece.parts[piece.leader].model, leading)
-        job = Job(out, dtype, leading.shape, method.name, tuple(inputs), base, settings)
+        job = Job(out, dtype, sources[piece.leader].shape, method.name, tuple(inputs), base, settings)
         self._ask(piece, method, job)
         return job
 
@@ -282,11 +306,11 @@ class _Maker:
             what = f"{part.model.name} has no tensor {names[missing]}, which {leader.model.name} has"
             self._findings.about_part(what, part, "are they of one architecture, and saved in full?")
 
-    def _fit(self, piece: Cut, tensors: Sequence[TensorInfo]) -> bool:
+    def _fit(self, piece: Cut, tensors: Sequence[TensorInfo], sources: Sequence[Source]) -> bool:
         """Whether shapes are equal and dtypes can be merged; a problem if not."""
         leading = tensors[piece.leader]
-        for part, tensor in zip(piece.parts, tensors, strict=True):
-            if tensor.shape != leading.shape:
+        for part, tensor, source in zip(piece.parts, tensors, sources, strict=True):
+            if source.shape != sources[piece.leader].shape:
                 if self._is_news(part.number, piece.parts[piece.leader].number):
                     self._tell_shapes(piece, part.number, tensor, leading)
                 return False
@@ -302,9 +326,22 @@ class _Maker:
         mine = f"{_shape(leading)} in {piece.parts[piece.leader].model.name}"
         hint = "only tensors of one shape can be merged"
         if (is_embedding(tensor.name) or is_head(tensor.name)) and tensor.shape[1:] == leading.shape[1:]:
-            hint = "their vocabularies differ; tokenizer: is not built yet, so give both models one vocabulary first"
+            if number in self._strangers:
+                return
+            hint = _ONE_VOCABULARY
         what = f"{tensor.name} is {mine}, but {_shape(tensor)} in {part.model.name}"
         self._findings.about_part(what, part, hint)
+
+    def _tell_vocabularies(self, first: Cut, last: Cut) -> None:
+        """Without a tokenizer block each row of embedding and head must be the same token's in all models."""
+        givers = {part.number: part for piece in (first, last) for part in piece.parts}
+        if self.tokens is None:
+            told = disagreements([self._locked.donor, *(part.model for part in givers.values())])
+            for part in givers.values():
+                if part.model.ref in told:
+                    self._strangers.add(part.number)
+                    what = f"the vocabularies differ: {told[part.model.ref]}"
+                    self._findings.about_part(what, part, _ONE_VOCABULARY)
 
     def _is_news(self, one: int, other: int) -> bool:
         """Whether this is among the first few mismatches of two models: one fault tends to show in every layer."""

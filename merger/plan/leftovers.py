@@ -5,15 +5,25 @@ Nothing a model holds is lost in silence. Not here: the jobs themselves (jobs).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merger.checkpoints.architecture import Place, is_buffer
-from merger.checkpoints.config import Kind, Layer, untied, with_dtype, with_layers
-from merger.errors import Problem, RecipeError
+from merger.checkpoints.config import (
+    Kind,
+    Layer,
+    renumbered,
+    section,
+    untied,
+    with_dtype,
+    with_layers,
+    with_vocabulary,
+)
+from merger.errors import Problem, RecipeError, Span
 from merger.plan.jobs import Making
 from merger.plan.lock import LockedModel, LockedRecipe
+from merger.plan.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -26,22 +36,36 @@ class LeftOut:
 
 
 def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
-    """Every tensor that is no job's input."""
-    used: dict[int, set[str]] = {number: set() for number in range(len(locked.models))}
-    for job in making.jobs:
-        for entry in job.reads:
-            used[entry.model].add(entry.tensor.name)
+    """Every stored tensor that is read for no tensor of the output; the first document that has its model says why."""
+    read = _read(making)
+    documents = [*((stage.locked, stage.making) for stage in locked.stages), (locked, making)]
     for number, model in enumerate(locked.models):
-        places = [model.architecture.place(name) for name in used[number]]
+        document, its = next(pair for pair in documents if model.ref in pair[0].recipe.parents)
+        used = _read(its).get(number, set())
+        places = [model.architecture.place(name) for name in used]
         layers = {(place.stack, place.layer) for place in places}
         for name in model.checkpoint.tensors:
-            if name not in used[number]:
-                yield LeftOut(number, name, _why(locked.donor, model, name, layers))
+            if name not in read.get(number, set()):
+                made = f"nothing is made of what the stage {document.recipe.name} makes of it"
+                yield LeftOut(number, name, made if name in used else _why(document, model, name, layers))
+        yield from (LeftOut(number, name, "only a quantised model has a use for it") for name in model.aside)
 
 
-def _why(donor: LockedModel, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
+def _read(making: Making) -> dict[int, set[str]]:
+    """The names of the stored tensors that are read, by their model's number."""
+    found: dict[int, set[str]] = {}
+    for job in making.jobs:
+        for leaf in job.reads:
+            found.setdefault(leaf.model, set()).add(leaf.tensor.name)
+    return found
+
+
+def _why(locked: LockedRecipe, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
+    donor, recipe = locked.donor, locked.recipe
     place: Place = model.architecture.place(name)
-    if not layers:
+    if model.ref not in recipe.merged:
+        return "the recipe takes only tokens of this model"
+    if not layers or (model.architecture.stacks and all(stack is None for stack, _ in layers)):
         return "the method takes no base model, so this one gives no tensors"
     if place.stack is not None and (place.stack, place.layer) not in layers:
         return "its layer is in no layer_range"
@@ -58,30 +82,59 @@ def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
     """The donor's config.json with the dtype, the layers and the head that the output has.
 
     Raises:
-        RecipeError: no config could describe the layers in this order.
+        RecipeError: no config could describe the layers in this order, or a token that it names.
     """
     donor = locked.donor
     edited: Mapping[str, Any] = donor.checkpoint.config
-    stacks = list(donor.architecture.stacks.items())
-    if len(stacks) == 1 and list(making.layers) != [(donor, layer) for layer in range(stacks[0][1])]:
-        edited = _layered(locked, making, *stacks[0])
+    for stack, taken in making.layers.items():
+        if list(taken) != [(donor, layer) for layer in range(donor.architecture.stacks[stack])]:
+            edited = _layered(locked, edited, stack, taken)
     if making.has_head and (donor.is_tied or donor.head is None):
         edited = untied(edited)
+    if making.tokens is not None:
+        edited = _with_tokens(locked, making.tokens, edited)
     dtype = locked.recipe.dtype
     return with_dtype(edited, dtype) if dtype else edited
 
 
-def _layered(locked: LockedRecipe, making: Making, stack: str, count: int) -> Mapping[str, Any]:
-    """The donor's config with the output's layers."""
-    donor = locked.donor
-    kinds = [_kind(donor, stack, layer) for layer in range(count)]
-    taken = [Layer(model.checkpoint.config, layer, _kind(model, stack, layer)) for model, layer in making.layers]
+def _with_tokens(locked: LockedRecipe, tokens: Tokens, edited: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with the result's number of rows, and its own ids for the tokens that it names."""
+    sized = with_vocabulary(edited, locked.donor.token_rows or 0, tokens.rows)
+    if tokens.follow is None:
+        return sized
+    source = locked.numbered(tokens.source)
+    found, lost = renumbered(sized, tokens.follow, source.checkpoint.config)
+    if lost:
+        told = ", ".join(f"{key}: {number}" for key, number in lost)
+        what = f"config.json of {locked.donor.name} names tokens that the tokenizer of {source.name} lacks ({told})"
+        block = locked.recipe.tokenizer
+        hint = "list these tokens under tokens:, or take another tokenizer"
+        raise RecipeError(Problem(what, block.at if block else None, "tokenizer", hint))
+    return found
+
+
+def _layered(
+    locked: LockedRecipe, edited: Mapping[str, Any], stack: str, taken: Sequence[tuple[LockedModel, int]]
+) -> Mapping[str, Any]:
+    """The config with the output's layers of a stack."""
+    donor, stacks = locked.donor, locked.donor.architecture.stacks
+    kinds = [_kind(donor, stack, layer) for layer in range(stacks[stack])]
+    layers = [Layer(model.checkpoint.config, layer, _kind(model, stack, layer)) for model, layer in taken]
     try:
-        return with_layers(donor.checkpoint.config, kinds, taken)
+        return with_layers(edited, kinds, layers, section(edited, stack, stacks))
     except ValueError as error:
         hint = f"{donor.name} would load with other layers than these: take them in the order in which it has them"
-        raise RecipeError(Problem(f"{donor.name}: {error}", locked.recipe.slices[0].at, "slices", hint)) from None
+        raise RecipeError(Problem(f"{donor.name}: {error}", *_place(locked, stack), hint)) from None
+
+
+def _place(locked: LockedRecipe, stack: str) -> tuple[Span | None, str]:
+    """Where the recipe says what the stack is made of."""
+    named = next((module for module in locked.recipe.modules if module.name == stack), None)
+    return (locked.recipe.slices[0].at, "slices") if named is None else (named.at, f"modules.{stack}")
 
 
 def _kind(model: LockedModel, stack: str, layer: int) -> Kind:
-    return frozenset(model.architecture.place(tensor.name).role for tensor in model.layer(stack, layer))
+    """The roles and shapes of a layer's tensors."""
+    return frozenset(
+        f"{model.architecture.place(tensor.name).role} {tensor.shape}" for tensor in model.layer(stack, layer)
+    )

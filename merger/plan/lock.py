@@ -6,16 +6,18 @@ Not here: what is made of them (jobs).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from merger.checkpoints.architecture import Architecture, is_embedding, is_head
+from merger.checkpoints import chat, vocab
+from merger.checkpoints.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.checkpoints.checkpoint import (
+    FLOATS,
     INDEX,
     Checkpoint,
     TensorInfo,
@@ -24,12 +26,22 @@ from merger.checkpoints.checkpoint import (
     read_header,
     weight_files,
 )
-from merger.checkpoints.config import is_quantised, is_tied
+from merger.checkpoints.config import is_tied
+from merger.checkpoints.experts import are_fused, split
+from merger.checkpoints.quantised import Scaled, unpacked
 from merger.errors import ModelError, Problem, RecipeError
+from merger.plan.sources import Dequantised, Made, Stored
 from merger.recipe.model import ModelRef, Recipe
-from merger.stores.ports import Located, Store
+from merger.recipe.tokenizer import AUTO
+from merger.stores.ports import FileInfo, Located, Store
 
+if TYPE_CHECKING:
+    from merger.plan.jobs import Job, Making
+    from merger.plan.texts import Texts
+
+GENERATION = "generation_config.json"
 _CARD_BYTES = 1 << 20
+_TEXT_BYTES = 200 << 20
 _REQUESTS_AT_ONCE = 8
 
 
@@ -42,12 +54,18 @@ class LockedModel:
         located: where it is, at which commit, with which files.
         checkpoint: its tensors' names, shapes, dtypes and places, and its config.json.
         card: the metadata of its own model card, empty where there is none.
+        texts: of its tokenizer's files those that the plan needs, by name.
+        scaled: the tensors that are stored as numbers and scales, by name.
+        aside: the names of stored tensors that only a quantised model has a use for.
     """
 
     ref: ModelRef
     located: Located
     checkpoint: Checkpoint = field(repr=False)
     card: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    scaled: Mapping[str, Scaled] = field(default_factory=dict, repr=False)
+    aside: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -87,6 +105,27 @@ class LockedModel:
         found = [tensor for tensor in self.layer(None, None) if wanted(tensor.name)]
         return found[0] if len(found) == 1 else None
 
+    @cached_property
+    def token_rows(self) -> int | None:
+        """How many rows its embeddings have, one a token; None where it has none, or of different numbers."""
+        loose = self.layer(None, None)
+        found = {tensor.shape[0] for tensor in loose if is_embedding(tensor.name) and len(tensor.shape) == 2}
+        return found.pop() if len(found) == 1 else None
+
+    def by_token(self, tensor: TensorInfo) -> bool:
+        """Whether a tensor has a row for each token: an embedding, a head, or what else goes with them."""
+        loose = self.architecture.place(tensor.name).stack is None and tensor.dtype in FLOATS
+        if not loose or tensor.shape[:1] != (self.token_rows,):
+            return False
+        widths = {one.shape[1] for one in (self.embedding, self.head) if one is not None}
+        named = is_embedding(tensor.name) or is_head(tensor.name)
+        return named or (self.token_rows not in widths and not never_by_token(tensor.name))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return any(".experts." in name for name in self.checkpoint.tensors)
+
     @property
     def is_tied(self) -> bool:
         """Whether the head is the embedding: its config says so, and the embedding is what its files hold."""
@@ -105,24 +144,81 @@ class LockedModel:
 
 
 @dataclass(frozen=True)
+class StageModel(LockedModel):
+    """What a stage of the recipe makes, as a model of the documents after it: its tensors are in no file.
+
+    `located` is where the files come from that are taken over: those of its own donor.
+
+    Args:
+        locked: the stage's document.
+        making: how its tensors are made.
+        small: which small files it would have.
+        seed: for methods that draw random numbers.
+    """
+
+    locked: LockedRecipe = field(kw_only=True, repr=False)
+    making: Making = field(kw_only=True, repr=False)
+    small: Texts = field(kw_only=True, repr=False)
+    seed: int = field(kw_only=True)
+
+    @cached_property
+    def jobs(self) -> Mapping[str, Job]:
+        """How each tensor is made."""
+        return {job.name: job for job in self.making.jobs}
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.ref.path
+
+
+@dataclass(frozen=True)
 class LockedRecipe:
-    """A recipe and its models, in the order of ``recipe.models``."""
+    """A recipe and its models, in the order of ``recipe.models``; then its stages, once it is known what they make."""
 
     recipe: Recipe
     models: tuple[LockedModel, ...]
+    stages: tuple[StageModel, ...] = ()
 
     def index(self, ref: ModelRef) -> int:
-        """The number of a model among `models`."""
-        return next(number for number, model in enumerate(self.models) if model.ref == ref)
+        """The number of a model, or, counted on, of a stage."""
+        return next(number for number, model in enumerate((*self.models, *self.stages)) if model.ref == ref)
+
+    def numbered(self, number: int) -> LockedModel:
+        """The model or stage of that number."""
+        return (*self.models, *self.stages)[number]
 
     def model(self, ref: ModelRef) -> LockedModel:
-        """The model that a reference means."""
-        return self.models[self.index(ref)]
+        """The model or stage that a reference means."""
+        return self.numbered(self.index(ref))
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The numbers of the models and stages of this document."""
+        return tuple(self.index(ref) for ref in self.recipe.parents)
+
+    def source(self, number: int, tensor: TensorInfo) -> Stored | Made | Dequantised:
+        """Where the entries of a tensor of the model or stage of that number come from."""
+        model = self.numbered(number)
+        if (scaled := model.scaled.get(tensor.name)) is not None:
+            numbers, scales = Stored(number, scaled.numbers), Stored(number, scaled.scales)
+            return Dequantised(numbers, scales, scaled.block, tensor.dtype)
+        if not isinstance(model, StageModel):
+            return Stored(number, tensor)
+        job = model.jobs[tensor.name]
+        passed = job.passed
+        return passed if isinstance(passed, Stored | Made) else Made(number, tensor.name, model.seed, job)
 
     @property
     def donor(self) -> LockedModel:
-        """The model whose config and side files the result takes."""
+        """The model or stage whose config the result takes."""
         return self.model(self.recipe.donor)
+
+    @property
+    def holder(self) -> LockedModel:
+        """The model in whose files that config lies: the donor, or the donor of the stage that is the donor."""
+        donor = self.donor
+        return donor.locked.holder if isinstance(donor, StageModel) else donor
 
 
 def pins(text: str, path: str) -> dict[str, str]:
@@ -157,7 +253,80 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
     problems = [problem for _, found in attempts for problem in found]
     if problems:
         raise ModelError(problems)
-    return LockedRecipe(recipe, tuple(model for model, _ in attempts if model is not None))
+    found = _in_one_layout([model for model, _ in attempts if model is not None])
+    return LockedRecipe(recipe, _with_texts(recipe, found, store))
+
+
+def _in_one_layout(models: Sequence[LockedModel]) -> tuple[LockedModel, ...]:
+    """The models with a tensor for each expert, where some have one and others have all of a layer's in one."""
+    fused = [model for model in models if are_fused(model.checkpoint.tensors)]
+    like = next((model.checkpoint.tensors for model in models if model not in fused and model.has_experts), None)
+    if like is None:
+        return tuple(models)
+    split_up = {id(model): replace(model.checkpoint, tensors=split(model.checkpoint.tensors, like)) for model in fused}
+    return tuple(replace(model, checkpoint=split_up.get(id(model), model.checkpoint)) for model in models)
+
+
+def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -> tuple[LockedModel, ...]:
+    """The models with those texts of their tokenizers that the plan needs; what is equal is fetched once.
+
+    Raises:
+        ModelError: with every file that cannot be read.
+    """
+    wanted = set(_wanted(recipe, models))
+    held = [{name: info for name, info in model.located.files.items() if name in wanted} for model in models]
+    places = {
+        _content(info, number, name): (models[number], name)
+        for number, files in enumerate(held)
+        for name, info in files.items()
+    }
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        fetched = dict(
+            zip(places, pool.map(lambda place: _text(place[0], place[1], store), places.values()), strict=True)
+        )
+    problems = [text for text in fetched.values() if isinstance(text, Problem)]
+    if problems:
+        raise ModelError(problems)
+    texts = {key: text for key, text in fetched.items() if not isinstance(text, Problem)}
+    return tuple(
+        replace(model, texts={name: texts[_content(info, number, name)] for name, info in held[number].items()})
+        for number, model in enumerate(models)
+    )
+
+
+def _wanted(recipe: Recipe, models: tuple[LockedModel, ...]) -> Iterator[str]:
+    """The names of the files that decide which tokens mean what; none where the models' are known to be equal."""
+    for document in recipe.documents:
+        # what a stage's files hold is made of what its models' do
+        yield from _of_document(document, [model for model in models if recipe.stages or model.ref in document.merged])
+
+
+def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
+    told = [
+        {name: _content(info, number, name) for name, info in model.located.files.items() if name in vocab.FILES}
+        for number, model in enumerate(merged)
+    ]
+    if recipe.tokenizer is not None:
+        yield from (*vocab.FILES, GENERATION)
+    elif any(files != told[0] for files in told):
+        yield from vocab.FILES
+    if recipe.chat_template is not None and recipe.chat_template.text == AUTO:
+        yield from chat.FILES
+
+
+def _content(info: FileInfo, model: int, name: str) -> object:
+    """What is the same for files of the same content, as far as the store tells."""
+    return info.sha256 or info.oid or (model, name)
+
+
+def _text(model: LockedModel, name: str, store: Store) -> bytes | Problem:
+    if model.located.files[name].size > _TEXT_BYTES:
+        what = f"{name} has {model.located.files[name].size:,} bytes, which is more than a tokenizer takes"
+        return _at(Problem(what, hint="is it the right file? download the model again"), model.ref)
+    try:
+        return store.fetch(model.located, name)
+    except ModelError as error:
+        return _at(error.problems[0], model.ref)
 
 
 def _attempt(
@@ -177,8 +346,9 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
 def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None) -> LockedModel:
     located = store.locate(ref.path, commit or ref.revision)
     config = _config(located, store)
-    checkpoint = Checkpoint(_tensors(located, store, pool), config)
-    return LockedModel(ref, located, checkpoint, _card(located, store))
+    found = unpacked(tensors_of(located, store, pool), config)
+    checkpoint = Checkpoint(found.tensors, found.config)
+    return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
 
 
 def _config(located: Located, store: Store) -> Mapping[str, Any]:
@@ -190,22 +360,29 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
         raise ModelError(Problem(f"config.json is no JSON ({error})", hint="download the model again")) from None
     if not isinstance(config, dict):
         raise ModelError(Problem("config.json is no JSON object", hint="download the model again"))
-    if is_quantised(config):
-        what = "is quantised; its stored numbers must not be merged as they are"
-        raise ModelError(Problem(what, hint="use the unquantised model: dequantising is not built yet"))
     return config
 
 
-def _tensors(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+    """A model's tensors by name, by the headers of its files.
+
+    Raises:
+        ModelError: it has no safetensors that can be read.
+    """
     index = store.fetch(located, INDEX).decode("utf-8", "replace") if INDEX in located.files else None
     files = weight_files(located.files, index)
-    tensors = gather(pool.map(lambda file: _header(located, store, file), files), index)
+    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index)
     if not tensors:
         raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
 
 
-def _header(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+def tensors_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+    """The tensors of one safetensors file, by its header, in the order of their places.
+
+    Raises:
+        ModelError: it cannot be read, or is damaged.
+    """
     size = located.files[file].size
     length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
     return read_header(store.fetch(located, file, 8, 8 + length), file, size)

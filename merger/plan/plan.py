@@ -5,29 +5,28 @@ Not here: how a tensor is made (jobs), and making it (engine).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 from merger.checkpoints.checkpoint import ITEM_BYTES
 from merger.checkpoints.shard import header, shard_name
-from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.plan.jobs import Job, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
-from merger.plan.sources import Stored
+from merger.plan.sources import Made, RowMap, RowPairs, held
+from merger.plan.stages import with_stages
+from merger.plan.texts import Texts, texts
+from merger.plan.tokens import Tokens
+from merger.plan.work import below, block_entries, memory, spool
 
 FORMAT = 1
 """Counts up whenever the same plan would give other bytes than before: part of every plan's hash."""
-
-BLOCK_ENTRIES = 1 << 19
-"""How many entries of a tensor are worked on at once; fixed, so that no budget changes a bit of the result."""
 
 SHARD_BYTES = 5_000_000_000
 BLOCKS_IN_FLIGHT = 4
@@ -39,8 +38,9 @@ JOBS_AHEAD = 2
 READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
 _BASELINE_BYTES = 420 << 20
-_MEASURE_BYTES = 24 << 20
 _BYTES_A_JOB = 6_000
+_TIMES_PARSED = 8
+"""How many times its size a tokenizer.json takes in memory while it is read or written: 6.4 to 6.8 were measured."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,15 @@ class Plan:
         shards: the output files.
         left_out: the tensors of the models that nothing is made of.
         config: the output's config.json.
-        side_files: the donor's files that are taken over.
+        tokens: the result's vocabulary, where the recipe has a tokenizer block.
+        texts: the small files beside the tensors.
         seed: for methods that draw random numbers.
+        shard_bytes: the largest size of a shard's tensors.
         threads: how many threads compute.
         read_ahead: bytes that may be held of what is read from the Hub ahead of need.
         peak_memory: the most bytes of memory that the run will use.
         read_bytes: how many bytes of tensors are read.
-        spool: the most bytes of temporary disk for tensors that are read twice.
+        spool: the most bytes of temporary disk for tensors that are read twice, and for what stages make.
         hash: names what is made: equal for equal results.
     """
 
@@ -96,8 +98,10 @@ class Plan:
     shards: tuple[Shard, ...] = field(repr=False)
     left_out: tuple[LeftOut, ...] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
-    side_files: tuple[str, ...]
+    tokens: Tokens | None = field(repr=False)
+    texts: Texts = field(repr=False)
     seed: int
+    shard_bytes: int
     threads: int
     read_ahead: int
     peak_memory: int
@@ -119,6 +123,11 @@ class Plan:
     def entries(self) -> int:
         """How many numbers the result holds."""
         return sum(job.entries for job in self.jobs)
+
+    @property
+    def stages(self) -> tuple[Made, ...]:
+        """What stages make on the way, each once."""
+        return _stages(self.jobs)
 
     def disk(self, staged: bool, shards: Sequence[Shard] | None = None) -> int:
         """The most bytes of disk that are in use at once, to make some of the shards or all.
@@ -142,7 +151,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return {
+        content = {
             "hash": self.hash,
             "models": [
                 {"model": str(model.ref), "commit": model.located.commit, "licence": model.licence}
@@ -155,13 +164,21 @@ class Plan:
             "read_bytes": self.read_bytes,
             "size": self.size,
             "config": self.config,
-            "side_files": self.side_files,
-            "shards": [
-                {"name": shard.name, "size": shard.size, "jobs": [dataclasses.asdict(job) for job in shard.jobs]}
-                for shard in self.shards
+            "tokens": self.tokens and {"rows": self.tokens.rows, "new": self.tokens.new, "source": self.tokens.source},
+            "side_files": list(self.texts.taken),
+            "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
+            "stages": [
+                {
+                    "name": stage.name,
+                    "seed": stage.seed,
+                    "jobs": [made.job for made in self.stages if made.stage == number],
+                }
+                for number, stage in enumerate(self.locked.stages, len(self.locked.models))
             ],
-            "left_out": [dataclasses.asdict(item) for item in self.left_out],
+            "left_out": self.left_out,
         }
+        plain: dict[str, Any] = json.loads(json.dumps(content, default=_plain))
+        return plain
 
 
 def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed: int | None = None) -> Plan:
@@ -177,40 +194,37 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         RecipeError, MismatchError: from `jobs.make`.
         BudgetError: it cannot fit into the memory.
     """
+    locked = with_stages(locked, table, seed)
     making = make(locked, table)
     edited = config(locked, making)
+    small = texts(locked, making.tokens)
     seed = locked.recipe.seed if seed is None else seed
-    shards = tuple(_shards(_in_file_order(making.jobs, locked.index(locked.donor.ref)), budget.shard_bytes))
-    remote = [number for number, model in enumerate(locked.models) if model.located.commit is not None]
+    shards = tuple(_shards(_in_file_order(making.jobs, locked.index(locked.holder.ref)), budget.shard_bytes))
+    remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
     draft = Plan(
         locked=locked,
         shards=shards,
         left_out=tuple(left_out(locked, making)),
         config=edited,
-        side_files=side_files(locked.donor.located.files, locked.donor.checkpoint.config),
+        tokens=making.tokens,
+        texts=small,
         seed=seed,
+        shard_bytes=budget.shard_bytes,
         threads=budget.threads,
         read_ahead=READ_AHEAD_BYTES if remote else 0,
         peak_memory=0,
         read_bytes=sum(entry.tensor.nbytes for job in making.jobs for entry in job.reads),
         spool=_spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
-        hash=_hash(locked, shards, edited, seed),
+        hash=_hash(locked, shards, edited, seed, small),
     )
     return _fitted(draft, table, budget)
 
 
-def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: Collection[int], ahead: int) -> int:
-    """The most bytes that a job and those prepared ahead of it hold on disk, because they are read twice."""
-    held = [sum(leaf.tensor.nbytes for leaf in kept(job, table[job.method]) if leaf.model in remote) for job in jobs]
-    sums = [0, *accumulate(held)]
-    return max(sums[min(start + ahead + 1, len(held))] - sums[start] for start in range(len(sums)))
-
-
-def kept(job: Job, method: Method) -> tuple[Stored, ...]:
-    """The stored tensors of a job that are read more than once: a copy of them is kept, if that costs a transfer."""
-    if method.measure is not None and not job.is_copy:
-        return job.reads
-    return tuple(dict.fromkeys(leaf for source in job.sources for leaf in source.again))
+def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int], ahead: int) -> int:
+    """The most bytes that a job and those prepared ahead of it hold on disk."""
+    nbytes = [spool(job, table, remote) for job in jobs]
+    sums = [0, *accumulate(nbytes)]
+    return max(sums[min(start + ahead + 1, len(nbytes))] - sums[start] for start in range(len(sums)))
 
 
 def _in_file_order(jobs: tuple[Job, ...], donor: int) -> tuple[Job, ...]:
@@ -257,7 +271,7 @@ def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:
 
 def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
     """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead."""
-    thread = max((_thread_memory(job, table[job.method]) for job in plan.jobs), default=0)
+    thread = max((memory(job, table) for job in plan.jobs), default=0)
     waiting = (
         BLOCKS_IN_FLIGHT
         * plan.threads
@@ -265,27 +279,18 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
         * max((block_entries(job, table[job.method]) for job in plan.jobs), default=0)
     )
     jobs = _BYTES_A_JOB * (len(plan.jobs) + len(plan.left_out))
-    return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs
+    made = [*plan.jobs, *(made.job for made in plan.stages)]
+    tokens = _tokenizer_memory(plan) + sum(held(source) for job in made for source in job.sources)
+    return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs + tokens
 
 
-def _thread_memory(job: Job, method: Method) -> int:
-    """One thread's buffers: an input as stored, all in float32, what the method holds besides, and its measuring."""
-    sources = job.sources
-    buffers = 2 + len(sources) + len(job.shared) + method.scratch
-    measuring = len(sources) * _MEASURE_BYTES if method.measure else 0
-    return buffers * 4 * block_entries(job, method) + max(source.scratch for source in sources) + measuring
+def _tokenizer_memory(plan: Plan) -> int:
+    """The models' tokenizers, and the largest of them taken apart to be read or written anew."""
+    sizes = [sum(map(len, model.texts.values())) for model in plan.locked.models]
+    return sum(sizes) + _TIMES_PARSED * max(sizes)
 
 
-def block_entries(job: Job, method: Method) -> int:
-    """How many entries of a job's output tensor are made at once."""
-    if method.unit == "entries" or job.is_copy:
-        return BLOCK_ENTRIES
-    row = job.shape[-1] if len(job.shape) > 1 else job.entries
-    whole = method.unit == "matrix" or row == 0
-    return max(1, job.entries) if whole else max(1, BLOCK_ENTRIES // row) * row
-
-
-def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, Any], seed: int) -> str:
+def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, Any], seed: int, small: Texts) -> str:
     """Of all that decides the result's bytes: the inputs' identity, the jobs, the layout, the seed."""
     models = [
         {"where": model.located.commit or model.located.name, "files": _files(model.located.files)}
@@ -293,8 +298,27 @@ def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, 
     ]
     work = [[shard.name, shard.jobs] for shard in shards]
     content = {"format": FORMAT, "models": models, "shards": work, "config": config, "seed": seed}
-    # `vars` of a dataclass is what `asdict` copies at eight times the price.
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=vars).encode()).hexdigest()
+    if written := {key: value for key, value in vars(small).items() if key != "taken" and value is not None}:
+        content["texts"] = written
+    if stages := _stages([job for shard in shards for job in shard.jobs]):
+        content["stages"] = [[made, made.job] for made in stages]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _stages(jobs: Sequence[Job]) -> tuple[Made, ...]:
+    """What stages make for these jobs, each once."""
+    seen: set[Made] = set()
+    return tuple(made for job in jobs for made in below(job, seen))
+
+
+def _plain(value: object) -> Any:
+    """A dataclass as JSON: `vars` is what `asdict` copies at eight times the price.
+
+    Of what a stage makes only the name: how it is made is said once, elsewhere.
+    """
+    if isinstance(value, Made):
+        return {"stage": value.stage, "name": value.name, "seed": value.seed}
+    return str(value) if isinstance(value, RowMap | RowPairs) else vars(value)
 
 
 def _files(files: Mapping[str, Any]) -> list[tuple[str, int, str | None]]:

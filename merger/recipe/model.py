@@ -2,6 +2,7 @@
 
 The three forms become one: a recipe is a tuple of modules, a module a tuple of slices, a slice a tuple of sources. The
 `models:` form is one nameless module with one slice whose sources span all layers; `slices:` one nameless module.
+Several documents are one recipe, the result's, with the others as its stages.
 Not here: reading text (parse) and what the models hold (plan).
 """
 
@@ -91,6 +92,72 @@ class Module:
 
 
 @dataclass(frozen=True)
+class TokenOf:
+    """A token of a model: by its text, or by its id, or with neither the same token there."""
+
+    model: ModelRef
+    token: str | None = None
+    id: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """What a recipe says of one token of the result.
+
+    Args:
+        token: the token.
+        source: where its row comes from in models that lack it; "zero": zeros; None: from where others come.
+        force: whether that holds for the models that have the token, too.
+        at: where the token stands in the recipe.
+    """
+
+    token: str
+    source: TokenOf | str | None = None
+    force: bool = False
+    at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of the result: the recipe's `tokenizer:` block, or its `tokenizer_source`.
+
+    Args:
+        source: "union": the base model's with the tokens of all others; "base": the base model's; else that model's.
+        tokens: the tokens of which the recipe says where their rows come from.
+        pad_to_multiple_of: the embedding's number of rows is a multiple of this.
+        missing: how a token gets its row that none of the merged models has: "mean", "zero", "subword" or "omp".
+        k: for "omp": how many shared tokens a row is put together from, at most.
+        at: where the block stands in the recipe.
+    """
+
+    source: ModelRef | str = "union"
+    tokens: tuple[TokenRow, ...] = ()
+    pad_to_multiple_of: int = 1
+    missing: str = "mean"
+    k: int = 64
+    at: Span | None = field(default=None, compare=False)
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The models that it names."""
+        named = [self.source, *(row.source.model for row in self.tokens if isinstance(row.source, TokenOf))]
+        return tuple(dict.fromkeys(one for one in named if isinstance(one, ModelRef)))
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of the result.
+
+    Args:
+        text: "auto": the one that most of the models have; the name of one that is built in; or Jinja text.
+        at: where it stands in the recipe.
+    """
+
+    text: str
+    at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class Publish:
     """Where the result goes and how: the recipe's `publish:` block.
 
@@ -121,23 +188,39 @@ class Recipe:
         path: the file's name as the user gave it.
         text: the file's text, as it was.
         modules: what is made of what.
+        name: the name under which other documents of the file take what this one makes.
+        stages: the documents that make what this one is made of, each after those that it is made of itself.
         base_model: the recipe's own base_model, or None.
         parameters: the settings at the top level.
         dtype: ``float32``, ``float16``, ``bfloat16``, or None: follow the base model, else the first model.
         seed: for methods that draw random numbers.
+        tokenizer: the result's tokenizer; None: that of the base model, else of the first model, as it is.
+        chat_template: the result's chat template; None: the one that comes with its tokenizer.
         publish: where the result goes.
         warnings: what is allowed but has no effect, or is likely not meant.
+        at: where the document begins; `name_at`: where its name stands.
     """
 
     path: str
     text: str
     modules: tuple[Module, ...]
+    name: str | None = None
+    stages: tuple[Recipe, ...] = ()
     base_model: ModelRef | None = None
     parameters: Parameters = field(default_factory=dict)
     dtype: str | None = None
     seed: int = 0
+    tokenizer: Tokenizer | None = None
+    chat_template: ChatTemplate | None = None
     publish: Publish = field(default_factory=Publish)
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
+    at: Span | None = field(default=None, compare=False)
+    name_at: Span | None = field(default=None, compare=False)
+
+    @property
+    def documents(self) -> tuple[Recipe, ...]:
+        """The stages, and the recipe itself."""
+        return (*self.stages, self)
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -146,7 +229,18 @@ class Recipe:
 
     @property
     def models(self) -> tuple[ModelRef, ...]:
-        """Every model once, in the order of its first mention: the sources of each slice, then its base model."""
+        """Every model once that is read, of all documents, in the order of its first mention."""
+        made = {ModelRef(stage.name or "") for stage in self.stages}
+        return tuple(dict.fromkeys(ref for recipe in self.documents for ref in recipe.parents if ref not in made))
+
+    @property
+    def parents(self) -> tuple[ModelRef, ...]:
+        """Every model and stage once that this document names: the merged ones, then those that only give tokens."""
+        return tuple(dict.fromkeys([*self.merged, *(self.tokenizer.models if self.tokenizer else ())]))
+
+    @property
+    def merged(self) -> tuple[ModelRef, ...]:
+        """The models that tensors or the config come from: the sources of each slice, then the base models."""
         sources = [source.model for piece in self.slices for source in piece.sources]
         bases = [piece.base_model for piece in self.slices if piece.base_model is not None]
         own = [self.base_model] if self.base_model is not None else []
@@ -156,4 +250,4 @@ class Recipe:
     def donor(self) -> ModelRef:
         """The model whose config and side files the result takes: the base model, else the recipe's first model."""
         base = self.base_model or self.slices[0].base_model
-        return base or self.models[0]
+        return base or self.merged[0]

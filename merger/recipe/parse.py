@@ -18,24 +18,22 @@ from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
 from merger.recipe.settings import Parameters
 from merger.recipe.spans import number
+from merger.recipe.stages import joined
+from merger.recipe.tokenizer import chat_template, tokenizer
 from merger.recipe.values import UNREADABLE, Block, identity, parameters, reference
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method
 
 FORMS = ("models", "slices", "modules")
-TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", "publish")
+TOKENS = ("tokenizer", "tokenizer_source", "chat_template")
+TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", *TOKENS, "publish")
 MODEL = ("model", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
 SOURCE = ("model", "layer_range", "parameters")
 MODULE = ("slices", "models", "parameters")
 PUBLISH = ("repo", "private", "license", "create_pr", "template")
 
-NOT_BUILT = {
-    "tokenizer": "leave it out: the result takes the base model's tokenizer, else the first model's",
-    "tokenizer_source": "leave it out: the result takes the base model's tokenizer, else the first model's",
-    "chat_template": "leave it out: the result takes the base model's chat template, else the first model's",
-}
 MIXTURE = ("experts", "gate_mode", "shared_experts", "experts_per_token", "architecture")
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
@@ -70,13 +68,11 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
         hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
         raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
     recipes = [_Reader(top, table).recipe(path, text) for top in tops]
-    if len(tops) > 1:
-        hint = "run each document as a recipe of its own, and name the folder it made in the next"
-        tops[1].error("several documents are not built yet", hint)
+    recipe = recipes[0] if len(recipes) == 1 else joined(recipes, notes)
     problems = [*documents.problems, *notes.errors.values()]
     if problems:
         raise RecipeError(problems)
-    return replace(recipes[0], warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
+    return replace(recipe, warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
 
 
 @dataclass(frozen=True)
@@ -107,9 +103,10 @@ class _Reader:
     def recipe(self, path: str, text: str) -> Recipe:
         mixture = self._is_mixture()
         known = (*TOP, *MIXTURE) if mixture else TOP
-        fields = self.top.fields("a map with the key merge_method", known, _TOP_HINTS, NOT_BUILT)
+        fields = self.top.fields("a map with the key merge_method", known, _TOP_HINTS)
         if fields is None:
-            return Recipe(path, text, ())
+            return Recipe(path, text, (), at=self.top.at)
+        name = fields.get("name")
         block = parameters(fields)
         scope = _Scope(None, None, ()).below(fields, block, self.table)
         modules = () if mixture else self._modules(fields, scope)
@@ -121,11 +118,16 @@ class _Reader:
             path=path,
             text=text,
             modules=modules,
+            name=name.text("a name") if name else None,
             base_model=scope.base_model,
             parameters=block.settings,
             dtype=out_dtype or dtype,
             seed=_seed(fields),
+            tokenizer=tokenizer(fields),
+            chat_template=chat_template(fields),
             publish=_publish(fields),
+            at=self.top.at,
+            name_at=name.at if name else None,
         )
 
     def _is_mixture(self) -> bool:

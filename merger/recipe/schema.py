@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from merger.recipe import parse, values
+from merger.recipe import parse, tokenizer, values
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
-from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
+from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Tokenizer, TokenOf, TokenRow
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
@@ -26,12 +26,14 @@ _NUMERIC = r"^\s*[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$"
 _PART = r"[^@+]+(@[^@+]+)?"
 
 _WORDS = {
-    "name": "The recipe's name; nothing depends on it.",
     "merge_method": "How the models become one.",
     "models": "The models to merge, all of their layers each.",
     "slices": "The runs of layers that the result is made of, from the first layer to the last.",
     "modules": "The parts of the model by name, each with its own models or slices.",
     "out_dtype": "The dtype of the result; counts before dtype.",
+    "tokenizer_source": "The source of the result's tokenizer: as much as tokenizer: {source: ...}.",
+    "kind": "zero: a row of zeros; model_token: the row of another token.",
+    "token_id": "The token's id in that model.",
     "residual_weight": "Has no effect.",
     "lora": f"A LoRA adapter to be added to the model {_NOT_BUILT}.",
     "filter": "A part of the tensors' names that this value is for, case and all; without it: every tensor.",
@@ -59,15 +61,16 @@ def schema(table: Mapping[str, Method]) -> Json:
             "slices": _list(_slice()),
             "module": _module(),
             "publish": _publish(),
+            "tokenizer": _tokenizer(),
         },
     }
 
 
 def _top() -> Json:
-    described = _WORDS | _described(Recipe) | {key: f"{key} {_NOT_BUILT}" for key in parse.NOT_BUILT}
+    described = _WORDS | _described(Recipe)
     dtypes = {"enum": [*parse.DTYPES, *(f"torch.{name}" for name in parse.DTYPES), None]}
     shapes = {
-        "name": {},
+        "name": _or_null(_text()),
         "merge_method": _ref("method"),
         "models": _ref("models"),
         "slices": _ref("slices"),
@@ -77,10 +80,12 @@ def _top() -> Json:
         "dtype": dtypes,
         "out_dtype": dtypes,
         "seed": {"type": ["integer", "null"], "minimum": 0, "maximum": parse.MAX_SEED},
+        "tokenizer": _ref("tokenizer"),
+        "tokenizer_source": _ref("reference"),
+        "chat_template": _or_null(_text()),
         "publish": _ref("publish"),
-        **{key: {} for key in parse.NOT_BUILT},
     }
-    return _map((*parse.TOP, *parse.NOT_BUILT), described, shapes) | {
+    return _map(parse.TOP, described, shapes) | {
         "oneOf": [{"required": [form]} for form in parse.FORMS],
         "anyOf": [{"required": [key]} for key in ("merge_method", "slices", "modules")],
     }
@@ -133,6 +138,34 @@ def _publish() -> Json:
         "template": _or_null(_text()),
     }
     return _or_null(_map(parse.PUBLISH, _described(Publish), shapes))
+
+
+def _tokenizer() -> Json:
+    words = _WORDS | _described(TokenOf) | _described(TokenRow) | _described(Tokenizer)
+    token = {
+        "kind": {"enum": list(tokenizer.KINDS)},
+        "model": _ref("reference"),
+        "token": _text(),
+        "token_id": _count(0),
+    }
+    words |= {"model": "The model.", "token": "The token's text in that model."}
+    row = {
+        "source": {"anyOf": [_map(tokenizer.ROW_SOURCE, words, token, ["kind"]), _ref("reference")]},
+        "force": {"type": ["boolean", "null"]},
+    }
+    rows = {"type": ["object", "null"], "additionalProperties": _or_null(_map(tokenizer.ROW, words, row))}
+    shapes = {
+        "source": _ref("reference"),
+        "tokens": rows,
+        "pad_to_multiple_of": _or_null(_count(1, tokenizer.MAX_PADDING)),
+        "missing": {"enum": [*tokenizer.MISSING, None]},
+        "k": _or_null(_count(1, tokenizer.MAX_ATOMS)),
+    }
+    return _or_null(_map(tokenizer.TOKENIZER, words | _described(Tokenizer), shapes))
+
+
+def _count(least: int, most: int | None = None) -> Json:
+    return {"type": "integer", "minimum": least} | ({} if most is None else {"maximum": most})
 
 
 def _methods(table: Mapping[str, Method]) -> list[Json]:

@@ -212,7 +212,7 @@ class _Reader:
             return Scalar(self._value(tag, event.value), at)
         except (ValueError, LookupError, AttributeError, ArithmeticError):
             # what PyYAML's constructors raise at 2024-13-45 or !!bool maybe
-            self._note(f"{_short(event.value)} is not {_SCALARS[tag]}", at, "put it in quotes if it is text")
+            self._note(f"{shortened(event.value)} is not {_SCALARS[tag]}", at, "put it in quotes if it is text")
             return Scalar(event.value, at)
 
     def _value(self, tag: str, text: str) -> Value:
@@ -256,7 +256,7 @@ class _Reader:
             self._note(f"a key must be text; this is {kind(node)}", at, "put the key in quotes")
         elif node.value in seen:
             first = seen[node.value].at.line
-            self._note(f"the key {_short(node.value)} was given before, on line {first}", at, "keep one of the two")
+            self._note(f"the key {shortened(node.value)} was given before, on line {first}", at, "keep one of the two")
         else:
             return node.value
         return None
@@ -296,7 +296,8 @@ def _yaml_hint(error: yaml.MarkedYAMLError) -> str:
     return "look at the indentation, the brackets and the quotes here and on the line above"
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
+    """A text in quotes, cut where it is long."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
@@ -309,7 +310,7 @@ def kind(node: Node) -> str:
     if isinstance(node.value, bool):
         return "true" if node.value else "false"
     if isinstance(node.value, str):
-        return f"the text {_short(node.value)}"
+        return f"the text {shortened(node.value)}"
     if isinstance(node.value, datetime.date):
         return f"the date {node.value}"
     return f"the number {number(node.value)}"

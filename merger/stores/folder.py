@@ -78,22 +78,22 @@ class FolderReader:
 
     def __init__(self, tickets: Sequence[Ticket]) -> None:
         self._tickets = tickets
-        self._open: dict[Path, int] = {}
+        self._paths = [os.path.join(ticket.model.where, ticket.file) for ticket in tickets]
+        self._open: dict[str, int] = {}
 
     def read(self, ticket: int, offset: int, out: memoryview) -> None:
         """Fill `out` from the ticket's file."""
         wanted = self._tickets[ticket]
-        path = Path(wanted.model.where) / wanted.file
         done = 0
         with _readable(wanted.model, wanted.file):
             while done < len(out):
-                got = os.preadv(self._descriptor(path), [out[done:]], wanted.start + offset + done)
+                got = os.preadv(self._descriptor(self._paths[ticket]), [out[done:]], wanted.start + offset + done)
                 if got == 0:
                     what = f"{wanted.model.name}: {wanted.file} became shorter while it was read"
                     raise ModelError(Problem(what, hint="let nothing write to the models, and run it again"))
                 done += got
 
-    def _descriptor(self, path: Path) -> int:
+    def _descriptor(self, path: str) -> int:
         if path not in self._open:
             # Two threads may open the same file at once: the loser's descriptor is closed again.
             opened = os.open(path, os.O_RDONLY)
@@ -281,6 +281,17 @@ class FolderSink:
                 target.write_bytes(content)
             self._rename()
             self._remove_work()
+        return Published(str(self.folder))
+
+    def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
+        """Write each file beside the old one, then give it its name."""
+        with self._refusals():
+            for name, content in small.items():
+                target = self.folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = target.with_name(f".{target.name}.unfinished")
+                unfinished.write_bytes(content)
+                unfinished.replace(target)
         return Published(str(self.folder))
 
     def _rename(self) -> None:

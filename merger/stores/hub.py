@@ -48,7 +48,7 @@ class HubStore:
         with _refusals(path, revision):
             info = patiently(lambda: self._api.model_info(path, revision=revision, files_metadata=True))
         files = {
-            item.rfilename: FileInfo(item.size or 0, item.lfs.sha256 if item.lfs else None)
+            item.rfilename: FileInfo(item.size or 0, item.lfs.sha256 if item.lfs else None, oid=item.blob_id)
             for item in info.siblings or ()
         }
         card = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]

@@ -1,10 +1,13 @@
-"""Several stores behind one: each model comes from the first store that has it."""
+"""Several stores behind one: each model comes from the first store that has it. What was read whole is remembered."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 from merger.stores.ports import Located, Reader, Store, Ticket
+
+_HASHED_AT_ONCE = 16 << 20
 
 
 class Library:
@@ -13,6 +16,7 @@ class Library:
     def __init__(self, stores: Sequence[Store]) -> None:
         self._stores = stores
         self._of: dict[Located, Store] = {}
+        self._checksums: dict[object, str] = {}
 
     def has(self, path: str) -> bool:
         """Somebody answers for every path."""
@@ -27,11 +31,33 @@ class Library:
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read from the model's store."""
-        return self._of[model].fetch(model, file, start, stop)
+        data = self._of[model].fetch(model, file, start, stop)
+        if start == 0 and len(data) == model.files[file].size:
+            self._checksums[_content(model, file)] = hashlib.sha256(data).hexdigest()
+        return data
+
+    def checksum(self, model: Located, file: str) -> str:
+        """The SHA-256 of a file; it is read for that if neither its store tells nor somebody has read it whole.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        return model.files[file].sha256 or self._checksums.get(_content(model, file)) or self._hashed(model, file)
+
+    def _hashed(self, model: Located, file: str) -> str:
+        found = hashlib.sha256()
+        for start in range(0, model.files[file].size, _HASHED_AT_ONCE):
+            found.update(self.fetch(model, file, start, min(start + _HASHED_AT_ONCE, model.files[file].size)))
+        return found.hexdigest()
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> Reader:
         """One reader over the readers of all stores that the tickets need."""
         return readers([(self._of[ticket.model], ticket) for ticket in tickets], budget)
+
+
+def _content(model: Located, file: str) -> object:
+    """What is the same for files of the same content, as far as the store tells."""
+    return model.files[file].oid or (model, file)
 
 
 def readers(placed: Sequence[tuple[Store, Ticket]], budget: int) -> Reader:

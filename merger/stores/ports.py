@@ -16,12 +16,14 @@ from merger.checkpoints.shard import Outlet, Written
 class FileInfo:
     """A file of a model: its size in bytes, and its SHA-256 where the store knows it without reading.
 
-    In a folder, where nothing pins a file, also when it was last changed (nanoseconds since 1970).
+    In a folder, where nothing pins a file, also when it was last changed (nanoseconds since 1970); on the Hub also the
+    name that git gives to its content.
     """
 
     size: int
     sha256: str | None = None
     changed: int | None = None
+    oid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,29 @@ class Leftover:
     busy: bool = False
 
 
-class Sink(Protocol):
+class Taker(Protocol):
+    """Takes shards as they are made."""
+
+    def open(self, name: str) -> Outlet:
+        """A place for the bytes of a shard, which count for nothing until it is taken.
+
+        Raises:
+            UploadError: the destination refuses.
+        """
+
+    def take(self, shard: Written, note: str = "") -> None:
+        """Take over a finished shard, whose bytes went into the place that was opened under its name.
+
+        Args:
+            shard: what is known of it.
+            note: what another run that goes on from it shall know besides.
+
+        Raises:
+            UploadError: an earlier one could not be taken.
+        """
+
+
+class Sink(Taker, Protocol):
     """Where shards go. Nothing that looks like a model exists there before `finish`.
 
     What was taken outlives the run: another one of the same identity goes on from there.
@@ -158,24 +182,6 @@ class Sink(Protocol):
             UploadError: it will not.
         """
 
-    def open(self, name: str) -> Outlet:
-        """A place for the bytes of a shard, which count for nothing until it is taken.
-
-        Raises:
-            UploadError: the destination refuses.
-        """
-
-    def take(self, shard: Written, note: str = "") -> None:
-        """Take over a finished shard, whose bytes went into the place that was opened under its name.
-
-        Args:
-            shard: what is known of it.
-            note: what another run that goes on from it shall know besides.
-
-        Raises:
-            UploadError: an earlier one could not be taken.
-        """
-
     def notes(self) -> Iterator[str]:
         """What earlier runs of this identity noted of the shards that they finished.
 
@@ -192,6 +198,18 @@ class Sink(Protocol):
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Put the small files beside the shards and make the whole visible at once.
+
+        Raises:
+            UploadError: the destination refuses.
+        """
+
+    def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
+        """Put small files into a finished model, in place of those of the same names.
+
+        Args:
+            small: their contents by name.
+            message: what is done, in a line.
+            seen: the model as it was found: on the Hub it must not have moved on since.
 
         Raises:
             UploadError: the destination refuses.

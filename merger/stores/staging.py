@@ -225,6 +225,15 @@ class HubSink:
         self._clean()
         return Published(where, commit.oid)
 
+    def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
+        """One commit on main, if main is still what was seen; that commit's name makes the title one of its kind."""
+        self._head = self._identity = seen.commit or ""
+        with self._refusals():
+            self._sending = patiently(lambda: files(Destination(self._api, self.name), self._scratch))
+            commit = self._commit([self._sending.small(*file) for file in small.items()], message, "main")
+        self._clean()
+        return Published(f"{constants.ENDPOINT}/{self.name}", commit.oid)
+
     def _unstage(self) -> None:
         """Remove the staging branch; if it is gone, an earlier try did it and the answer was lost."""
         try:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import yaml
+from plan.models import model
 
 from merger.card.lineage import lock_file
 from merger.card.relations import Relations
 from merger.card.render import escaped, fenced, render
-from merger.checkpoints.shard import Written
 from merger.errors import RecipeError
 from merger.methods.registry import methods
 from merger.plan.plan import Plan
 from merger.run import Options, plan, read
+from merger.stores.library import Library
+from merger.stores.ports import FileInfo
 
 UNSEEN = Relations((), (), ())
 RECIPE = """\
@@ -41,10 +44,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(text: str) -> Plan:
-    """The plan of a recipe in the working directory."""
+def planned_with_store(text: str) -> tuple[Plan, Library]:
+    """The plan of a recipe in the working directory, and where its models are."""
     Path("mine.yaml").write_text(text)
-    return plan(read(Path("mine.yaml")), Options())[0]
+    return plan(read(Path("mine.yaml")), Options())
+
+
+def planned(text: str) -> Plan:
+    """The plan alone."""
+    return planned_with_store(text)[0]
 
 
 def card(text: str, name: str = "org/merged") -> tuple[dict[str, Any], str]:
@@ -129,14 +137,35 @@ def test_a_missing_template(folder: Path) -> None:
 
 
 def test_lock_names_inputs_and_outputs(folder: Path) -> None:
-    """The lock holds each parent's files and the checksum of each file written, and no path."""
-    written = Written("model.safetensors", 123, "ab" * 32)
-    lock = yaml.safe_load(lock_file(planned(RECIPE + "seed: 5\n"), (written,)))
-    assert lock["seed"] == 5
-    assert [model["model"] for model in lock["models"]] == ["one", "two", "base"]
-    assert [file["file"] for file in lock["models"][0]["files"]] == ["config.json", "model.safetensors"]
-    assert lock["output"] == [{"file": "model.safetensors", "size": 123, "sha256": "ab" * 32}]
+    """The lock holds each file that is read and each that is written with its checksum, the recipe, and no path."""
+    made, store = planned_with_store(RECIPE + "seed: 5\n")
+    written = {"model.safetensors": FileInfo(123, "ab" * 32), "config.json": FileInfo(7, "cd" * 32)}
+    lock = yaml.safe_load(lock_file(made, written, store.checksum))
+    assert (lock["seed"], lock["recipe"]) == (5, RECIPE + "seed: 5\n")
+    for parent in lock["models"]:
+        files = {file["file"]: (file["size"], file["sha256"]) for file in parent["files"]}
+        held = {path.name: path.read_bytes() for path in (folder / parent["model"]).iterdir()}
+        assert held.keys() - {"README.md"} == {"config.json", "model.safetensors", "tokenizer_config.json"}
+        assert files == {name: (len(held[name]), hashlib.sha256(held[name]).hexdigest()) for name in held}
+    assert [parent["model"] for parent in lock["models"]] == ["one", "two", "base"]
+    assert lock["output"] == [
+        {"file": "model.safetensors", "size": 123, "sha256": "ab" * 32},
+        {"file": "config.json", "size": 7, "sha256": "cd" * 32},
+    ]
+    assert {"python", "hub-merger", "torch", "huggingface_hub"} <= lock["made_with"].keys()
     assert str(folder) not in str(lock)
+
+
+def test_checksums_that_would_take_long_are_said_to_be_unknown(folder: Path) -> None:
+    """Folders larger than a gigabyte are not read once more for them: their files' sizes stand there, and null."""
+    for name in ("large", "larger"):
+        model(folder / name, layers=1, hidden=2048, vocab=60_000)
+    made, store = planned_with_store("merge_method: linear\nmodels: [{model: ./large}, {model: ./larger}]\n")
+    for parent in yaml.safe_load(lock_file(made, {}, store.checksum))["models"]:
+        sizes = {path.name: path.stat().st_size for path in (folder / parent["model"]).iterdir()}
+        assert {file["file"]: (file["size"], file["sha256"]) for file in parent["files"]} == {
+            name: (size, None) for name, size in sizes.items()
+        }
 
 
 def test_escaping() -> None:

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import transformers
 
-from merger.checkpoints.config import Config, Kind, Layer, is_quantised, is_tied, untied, with_dtype, with_layers
+from merger.checkpoints.config import (
+    Config,
+    Kind,
+    Layer,
+    is_tied,
+    quantisation,
+    section,
+    unquantised,
+    untied,
+    with_dtype,
+    with_layers,
+)
 
 A, B, C = (frozenset({"norm", role}) for role in ("attention", "mamba", "experts"))
 
@@ -258,6 +269,61 @@ def test_the_dtype_stands_under_the_name_that_was_in_use(config: Config, expecte
 
 def test_quantised_models_are_known_by_their_config() -> None:
     """Their stored numbers are no parameters."""
-    assert is_quantised({"quantization_config": {"quant_method": "fp8"}})
-    assert is_quantised({"text_config": {"quantization_config": {}}})
-    assert not is_quantised({"text_config": {}})
+    assert quantisation({"quantization_config": {"quant_method": "fp8"}}) == {"quant_method": "fp8"}
+    assert quantisation({"text_config": {"quantization_config": {}}}) == {}
+    assert quantisation({"text_config": {}}) is None
+
+
+def test_a_tensor_that_is_read_back_leaves_no_word_of_quantisation() -> None:
+    """Neither in the config nor in its language model's part; nothing else changes."""
+    said = {"quantization_config": {"quant_method": "fp8"}, "text_config": {"quantization_config": {}, "n_layer": 2}}
+    assert unquantised(said) == {"text_config": {"n_layer": 2}}
+    assert said["quantization_config"] == {"quant_method": "fp8"}
+
+
+# ---- several stacks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "stacks", "stack", "path"), [
+    ({"text_config": {}, "vision_config": {}}, ("language_model.model.layers", "vision_tower.encoder.layers"),
+     "vision_tower.encoder.layers", ("vision_config",)),
+    ({"text_config": {}, "vision_config": {}}, ("model.language_model.layers", "model.visual.blocks"),
+     "model.language_model.layers", ("text_config",)),
+    ({"text_encoder": {}, "audio_encoder": {}}, ("text_encoder.block", "audio_encoder.layers"),
+     "text_encoder.block", ("text_encoder",)),
+    ({"thinker_config": {"text_config": {}, "audio_config": {}}}, ("thinker.text.layers", "thinker.audio_tower.layers"),
+     "thinker.audio_tower.layers", ("thinker_config", "audio_config")),
+    ({"vision_config": {}}, ("model.layers", "visual.blocks"), "model.layers", ()),
+])  # fmt: skip
+def test_a_stack_is_told_of_where_the_words_of_its_name_lead(
+    config: Config, stacks: tuple[str, ...], stack: str, path: tuple[str, ...]
+) -> None:
+    """Of nested configs the one whose name the stack's words make; without one, the config itself."""
+    assert section(config, stack, dict.fromkeys(stacks, 4)).path == path
+
+
+def test_encoder_and_decoder_in_one_part_have_their_own_keys() -> None:
+    """Each stack's count changes under its own key; a key that names neither is the encoder's."""
+    config = {"encoder_layers": 2, "num_hidden_layers": 2, "decoder_layers": 2, "d_model": 2}
+    stacks = {"model.encoder.layers": 2, "model.decoder.layers": 2}
+    for stack, changed in (("model.encoder.layers", {"encoder_layers", "num_hidden_layers"}),
+                           ("model.decoder.layers", {"decoder_layers"})):  # fmt: skip
+        edited = with_layers(config, [A, A], taken(config, [0, 1, 1]), section(config, stack, stacks))
+        assert {key for key in config if edited[key] != config[key]} == changed
+
+
+def test_two_stacks_that_no_word_tells_apart_keep_their_layers() -> None:
+    """With equal numbers of layers a count could be either's; with different ones it is not."""
+    config = {"num_hidden_layers": 4}
+    with pytest.raises(ValueError, match=r"does not tell the layers of upper\.layers from those of lower\.layers"):
+        section(config, "upper.layers", {"upper.layers": 4, "lower.layers": 4})
+    found = section(config, "upper.layers", {"upper.layers": 4, "lower.layers": 3})
+    assert with_layers(config, [A] * 4, taken(config, [0, 1]), found) == {"num_hidden_layers": 2}
+
+
+def test_layers_that_each_have_a_module_of_their_own_keep_their_number() -> None:
+    """Qwen 3 VL's list of layers that feed the language model: renumbered, but not longer or shorter."""
+    config = {"depth": 4, "deepstack_visual_indexes": [1, 3]}
+    assert stacked(config, 4, [0, 1, 2, 2, 3]) == {"depth": 5, "deepstack_visual_indexes": [1, 4]}
+    with pytest.raises(ValueError, match="names 2 layers, each with a module of its own, not 3"):
+        stacked(config, 4, [0, 1, 1, 2, 3])

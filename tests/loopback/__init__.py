@@ -1,7 +1,7 @@
 """A Hugging Face Hub on 127.0.0.1: a real HTTP server with real state, for the real client.
 
-It is a test double of the Hub's wire protocol, not a mock of the client and not a Hub: no logins, no web pages, and
-Xet only for uploads, where a test turns it on.
+It is a test double of the Hub's wire protocol, not a mock of the client and not a Hub: no web pages but
+the one for signing in, and Xet only for uploads, where a test turns it on.
 """
 
 from .client import Client, ClientError

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlencode
 
 from . import cards
 from .repos import GITATTRIBUTES, Commit, Entry, HubError, Repo, folder_oid
-from .rights import need_namespace
+from .rights import is_member, need_namespace
 from .wire import Answer, Context, Exchange, Route, reply
 
 TREE_PAGE_EXPANDED = 50
@@ -28,6 +28,14 @@ def whoami(context: Context, x: Exchange) -> Answer:
     return reply({"type": "user", "id": x.user.name, **name, "orgs": orgs, "auth": {"accessToken": token}})
 
 
+def members(context: Context, x: Exchange) -> Answer:
+    """The users of an organisation."""
+    found = sorted({user.name for user in context.world.users.values() if x.args["org"] in user.orgs})
+    if not found:
+        raise HubError(404, "Organization not found")
+    return reply([{"user": name, "fullname": name, "avatarUrl": ""} for name in found])
+
+
 def _named(x: Exchange) -> tuple[str, str, dict[str, Any]]:
     asked = x.json()
     owner = asked.get("organization") or (x.user.name if x.user else "")
@@ -45,7 +53,7 @@ def create_repo(context: Context, x: Exchange) -> Answer:
         kind = asked.get("type") or "model"
         return reply({"error": f"You already created this {kind} repo", "url": url}, 409)
     private = asked.get("visibility") == "private" or bool(asked.get("private"))
-    repo = context.world.create(Repo(key, owner, private))
+    repo = context.world.create(Repo(key, owner, private, made_by_app=x.user is not None and x.user.only_made))
     tree = context.world.store({".gitattributes": GITATTRIBUTES})
     repo.write("refs/heads/main", tree, "initial commit", "", "system")
     return reply({"url": url, "name": repo.id, "id": repo.id})
@@ -64,6 +72,14 @@ def validate_yaml(context: Context, x: Exchange) -> Answer:
     errors, warnings = cards.problems(str(x.json().get("content", "")))
     body = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
     return reply(body, 400 if errors else 200)
+
+
+def search(context: Context, x: Exchange) -> Answer:
+    """The models that the user may see and whose names hold the words, in the order of their names."""
+    words, limit = x.param("search").lower(), int(x.param("limit", "1000"))
+    seen = [repo for repo in context.world.repos.values() if not repo.private or is_member(repo, x.user)]
+    found = sorted(repo.id for repo in seen if repo.type == "model" and words in repo.id.lower())
+    return reply([{"id": name, "modelId": name, "downloads": 0, "likes": 0, "tags": []} for name in found[:limit]])
 
 
 def info(context: Context, x: Exchange) -> Answer:
@@ -261,9 +277,11 @@ def routes() -> Iterable[Route]:
     """This room's part of the table."""
     yield Route("GET", "/api/agent-harnesses", harnesses)
     yield Route("GET", "/api/whoami-v2", whoami)
+    yield Route("GET", "/api/organizations/{org}/members", members)
     yield Route("POST", "/api/repos/create", create_repo)
     yield Route("DELETE", "/api/repos/delete", delete_repo)
     yield Route("POST", "/api/validate-yaml", validate_yaml)
+    yield Route("GET", "/api/models", search)
     yield Route("GET", "/api/{repo}", info)
     yield Route("GET", "/api/{repo}/revision/{rev}", info)
     yield Route("GET", "/api/{repo}/tree/{rev}", tree)

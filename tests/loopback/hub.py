@@ -14,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import api, commits, discussions, lfs, publishers, xet
+from . import api, commits, discussions, lfs, xet
 from .jobs import Jobs
 from .journal import Fault, Request
+from .openid import OpenId
 from .repos import Commit, Discussion, Entry, HubError, Repo, User, World
 from .server import Origin
 from .wire import Answer, Context
@@ -33,8 +34,9 @@ class LoopbackHub:
         self.world = World(self.root)
         self.context = Context(self.world, self.root)
         self.jobs = Jobs()
+        self.openid = OpenId()
         plain = [*api.routes(), *commits.routes(), *discussions.routes(), *lfs.routes()]
-        tables = [*plain, *xet.routes(), *publishers.routes(), *self.jobs.routes()]
+        tables = [*plain, *xet.routes(), *self.openid.routes(), *self.jobs.routes()]
         self._hub = Origin(self.context, "hub", tables)
         self._cdn = Origin(self.context, "cdn", lfs.cdn_routes())
         self.context.url, self.context.cdn = self._hub.url, self._cdn.url

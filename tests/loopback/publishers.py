@@ -1,12 +1,14 @@
-"""Trusted publishing: a CI job's identity for a token that may write to one repo. Signatures are not looked at."""
+"""Trusted publishing: a CI job's identity for a token that may write to one repo. Signatures are not looked at.
+
+Its address is that of signing in (openid).
+"""
 
 import base64
 import json
 import secrets
-from collections.abc import Iterable
 
 from .repos import HubError, User
-from .wire import Answer, Context, Exchange, Route, reply
+from .wire import Answer, Context, Exchange, reply
 
 EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
 
@@ -31,8 +33,3 @@ def _claims(token: str) -> dict[str, str]:
     except (IndexError, ValueError):
         raise HubError(400, "invalid_grant") from None
     return found
-
-
-def routes() -> Iterable[Route]:
-    """This room's part of the table."""
-    yield Route("POST", "/oauth/token", exchange)

@@ -37,13 +37,18 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class User:
-    """Who a token belongs to; `repo`: the one repo that a trusted publisher's token is good for."""
+    """Who a token belongs to.
+
+    `repo`: the one repo that a trusted publisher's token is good for; `only_made`: it may write only to repos that the
+    application made which the user signed in to.
+    """
 
     name: str
     token: str = field(repr=False)
     role: str = "write"
     orgs: tuple[str, ...] = ()
     repo: str = ""
+    only_made: bool = False
 
     @property
     def namespaces(self) -> tuple[str, ...]:
@@ -114,6 +119,7 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
     lfs: set[str] = field(default_factory=set)  # LFS objects are the repo's own: another repo's do not count
     xet: dict[str, int] = field(default_factory=dict)  # objects in Xet's storage, and the size they are said to have
+    made_by_app: bool = False  # by one that users sign in to
     discussions: dict[int, Discussion] = field(default_factory=dict)
 
     @property

@@ -7,7 +7,7 @@ NEEDS_LOGIN = "Invalid username or password."
 
 def authenticate(world: World, header: str | None) -> User | None:
     """The user behind an Authorization header; None when there is no header."""
-    if header is None:
+    if header is None or header.startswith("Basic "):  # an application's own name, when a user signs in to it
         return None
     user = world.users.get(header.removeprefix("Bearer ").strip())
     if user is None:
@@ -25,7 +25,8 @@ def open_repo(world: World, key: str, user: User | None, right: str) -> Repo:
         _need_files(repo, user)
     if right in ("contribute", "write"):
         need_write_token(user)
-    if right == "write" and not is_member(repo, user):
+    is_strange = user is not None and user.only_made and not repo.made_by_app
+    if right == "write" and (is_strange or not is_member(repo, user)):
         raise HubError(403, "Authorization error.")
     return repo
 

@@ -185,10 +185,10 @@ modules:
      "one has 2 stacks of layers (vision.blocks, model.layers), so it is not clear which a layer_range means"),
     ("modules: {{model.layer: {{models: [{{model: {0}}}]}}}}", "one has no module 'model.layer'"),
     ("modules: {{model.layers: {{slices: [{{sources: [{{model: {0}, layer_range: [0, 2]}}]}}]}}}}",
-     "changing the number of layers of one of several stacks (model.layers) is not built yet"),
+     "one: config.json does not say that there are 3 layers, so it cannot be told 2"),
 ])  # fmt: skip
 def test_what_several_stacks_do_not_allow_is_said(tmp_path: Path, recipe: str, words: str) -> None:
-    """Which stack is meant, which modules there are, and that none of them changes its depth."""
+    """Which stack is meant, which modules there are, and that a config tells of each."""
     one = two_stacks(tmp_path / "one")
     with pytest.raises(MergerError) as caught:
         planned("merge_method: passthrough\n" + recipe.format(one))

@@ -74,8 +74,8 @@ def test_a_model_without_a_config_is_refused(tmp_path: Path) -> None:
 
 def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
     """Its numbers are codes, not parameters."""
-    one = write(tmp_path / "one", llama(), quantization_config={"quant_method": "fp8"})
-    assert refused(linear(one)) == ["is quantised; its stored numbers must not be merged as they are"]
+    one = write(tmp_path / "one", llama(), quantization_config={"quant_method": "gptq"})
+    assert refused(linear(one)) == ["is quantised by GPTQ; its stored numbers must not be merged as they are"]
 
 
 def test_of_a_sharded_model_the_index_decides(tmp_path: Path) -> None:

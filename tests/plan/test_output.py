@@ -175,8 +175,8 @@ def test_side_files_are_the_donors(tmp_path: Path) -> None:
              "preprocessor_config.json", "special_tokens_map.json", "tokenizer_config.json", "added_tokens.json",
              "notes.txt")  # fmt: skip
     for name in names:
-        (tmp_path / "base" / name).write_text("{}")
+        (tmp_path / "base" / name).write_text("{}" if name != "tokenizer.json" else '{"model": {"vocab": {}}}')
     (tmp_path / "one" / "spiece.model").write_text("")
     found = planned(f"merge_method: task_arithmetic\nbase_model: {base}\nmodels: [{{model: {one}}}]")
     left = {"README.md", "modeling_own.py", "pytorch_model.bin", "training_args.bin", "notes.txt"}
-    assert set(found.side_files) == set(names) - left
+    assert set(found.texts.taken) == set(names) - left

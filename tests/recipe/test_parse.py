@@ -68,6 +68,12 @@ ESSENTIALS = {
         [["psmathur/orca_mini_v3_13b[0:24]"], ["garage-bAInd/Platypus2-13B[20:40]"]],
         "float16",
     ),
+    "05-multimerge-docs": (
+        "dare_ties",
+        "mistralai/Mistral-7B-v0.1",
+        [["second-merge", "teknium/OpenHermes-2.5-Mistral-7B", "mistralai/Mistral-7B-v0.1"]],
+        None,
+    ),
     "09-slerp-v-curve-models-form": (
         "slerp",
         "NousResearch/Hermes-2-Pro-Mistral-7B",
@@ -103,14 +109,9 @@ ESSENTIALS = {
 
 # what the others are answered: every problem's sentence, in the file's order
 NOT_BUILT = {
-    "05-multimerge-docs": ["several documents are not built yet"],
     "07-moe-hidden-clowncar": ["mixtures of experts are not built yet"],
     "08-moe-random-upcycle": ["mixtures of experts are not built yet"],
-    "13-della-linear-filters-union-chatml": [
-        "della_linear is not built yet",
-        "chat_template is not built yet",
-        "tokenizer_source is not built yet",
-    ],
+    "13-della-linear-filters-union-chatml": ["della_linear is not built yet"],
     "14-model-stock-ignored-weights": ["model_stock is not built yet"],
     "15-model-stock-lora-refs": [
         *["LoRA adapters are not built yet"] * 6,
@@ -361,7 +362,7 @@ def test_empty_keys_say_nothing(read: Read) -> None:
     """A key with nothing behind it is as good as no key."""
     recipe = read(
         "merge_method: passthrough\nmodels: [{model: org/a, parameters: }]\n"
-        "base_model:\nparameters:\ndtype:\nseed:\npublish:\ntokenizer_source:\n"
+        "base_model:\nparameters:\ndtype:\nseed:\npublish:\ntokenizer_source:\ntokenizer:\nchat_template:\n"
     )
     assert (recipe.base_model, recipe.parameters, recipe.dtype, recipe.seed) == (None, {}, None, 0)
 
@@ -379,3 +380,30 @@ def test_an_unbuilt_method_hides_no_other_mistake(read: Read) -> None:
         "expected a finite number, found the number nan",
         "unknown key 'modell'",
     ]
+
+
+def test_a_stage_nobody_uses_and_one_that_would_be_published_are_warned_of(read: Read) -> None:
+    """Neither changes the result, and neither is likely meant."""
+    recipe = read(
+        "name: lost\nmerge_method: passthrough\nmodels: [{model: org/a}]\n---\n"
+        "name: first\nmerge_method: passthrough\nmodels: [{model: org/b}]\npublish: {repo: org/x}\n---\n"
+        "merge_method: passthrough\nmodels: [{model: first}]\n"
+    )
+    assert warnings(recipe) == ["1:7: nothing is made of the stage lost", "8:1: publish has no effect in a stage"]
+    assert [stage.name for stage in recipe.stages] == ["first"]
+    assert [str(ref) for ref in recipe.models] == ["org/b"]
+
+
+def test_where_all_documents_have_names_the_last_is_the_result(read: Read) -> None:
+    """As in files that were written for a tool that puts each of them into a folder of its own."""
+    recipe = read(
+        "name: first\nmerge_method: passthrough\nmodels: [{model: org/a}]\n---\n"
+        "name: last\nmerge_method: passthrough\nmodels: [{model: first}]\n"
+    )
+    assert (recipe.name, [stage.name for stage in recipe.stages]) == ("last", ["first"])
+
+
+def test_more_documents_than_a_recipe_needs_are_refused(read: Read) -> None:
+    """Each names the one before it: fifty are read, the next is pointed at."""
+    text = "---\n".join(f"name: s{n}\nmerge_method: passthrough\nmodels: [{{model: s{n - 1}}}]\n" for n in range(51))
+    assert str(refusal(read, text)).startswith("mine.yaml:201:1: the file holds 51 documents; at most 50 are read")

@@ -15,7 +15,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from merger.methods.registry import Method, methods
-from merger.recipe import parse
+from merger.recipe import parse, tokenizer
 from merger.recipe.schema import schema
 
 from .conftest import WILD
@@ -33,6 +33,17 @@ models:
         - value: [0, 1]
 dtype: torch.bfloat16
 seed: 42
+tokenizer:
+  source: org/b
+  tokens:
+    <|im_start|>: {source: org/b, force: true}
+    <|im_end|>: {source: {kind: model_token, model: org/b, token_id: 2}}
+    <pad>: {source: {kind: zero}}
+    <new>:
+  pad_to_multiple_of: 64
+  missing: omp
+  k: 32
+chat_template: "{{ messages }}"
 publish: {repo: org/merged, private: true, license: mit, create_pr: no, template: }
 """
 
@@ -92,6 +103,11 @@ def _set(path: str, value: Any) -> Spoil:
         _set("merge_method", "tise"),
         _set("dtype", "bf16"),
         _set("seed", -1),
+        _set("tokenizer/sources", "union"),
+        _set("tokenizer/missing", "median"),
+        _set("tokenizer/k", 0),
+        _set("tokenizer/tokens/<pad>", {"source": {"kind": "one"}}),
+        _set("tokenizer/tokens/<pad>", {"from": "org/b"}),
         _set("publish/repo", "merged"),
         _set("publish/licence", "mit"),
     ],
@@ -106,9 +122,10 @@ def test_mistakes_are_invalid(validator: Draft202012Validator, spoil: Spoil) -> 
 def test_every_key_of_the_language_is_there(table: Mapping[str, Method]) -> None:
     """The schema's keys are the parser's keys, and each is described."""
     found = schema(table)
-    assert set(found["properties"]) == {*parse.TOP, *parse.NOT_BUILT}
+    assert set(found["properties"]) == set(parse.TOP)
     slices = found["$defs"]["slices"]["items"]
     assert set(slices["properties"]) == set(parse.SLICE)
+    assert set(found["$defs"]["tokenizer"]["properties"]) == set(tokenizer.TOKENIZER)
     assert set(slices["properties"]["sources"]["items"]["properties"]) == set(parse.SOURCE)
     assert all(shape["description"] for shape in found["properties"].values())
 
@@ -139,7 +156,8 @@ def test_the_real_table_makes_a_schema() -> None:
 def test_the_language_needs_neither_torch_nor_the_hub() -> None:
     """Importing the whole wing loads no torch, no huggingface_hub and no method."""
     code = (
-        "import sys; from merger.recipe import checks, model, parse, places, schema, settings, spans, values; "
+        "import sys; "
+        "from merger.recipe import checks, model, parse, places, schema, settings, spans, tokenizer, values; "
         "sys.exit(', '.join({'torch', 'huggingface_hub', 'merger.methods'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

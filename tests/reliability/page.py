@@ -45,6 +45,12 @@ tensor twice. The test suite tries some cases of each line, `make reliability` a
 """
 
 FOOT = """
+## The Space is killed, or twenty come at once
+
+Killed by SIGKILL in the middle of a merge and started again, the Space has the job, which goes on when its owner is
+back and publishes the bytes of an undisturbed run. Of twenty users who submit at the same moment each is served or told
+their place, and nothing is lost; [space.md](space.md#what-was-tried) has the figures. tests/space tries both.
+
 ## Not covered
 
 - **The real Hub.** The loopback Hub does what the real one's documentation says, and has no Xet.

@@ -1,0 +1,51 @@
+"""Where models are that somebody names: folders and the Hub behind one Library. Not here: what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from merger.stores.folder import FolderStore
+from merger.stores.library import Library
+from merger.stores.ports import Located
+
+HUB = "hf://"
+
+
+def stores(paths: Sequence[str], cache: bool, token: str | bool | None, hub_only: bool = False) -> Library:
+    """Where models with these paths come from: folders first, then the Hub, if one of them is no folder.
+
+    Args:
+        paths: folders or repo ids.
+        cache: read files where Hugging Face's cache on this disk has them.
+        token: the reader's token; None takes the environment's, False none.
+        hub_only: leave folders out, even those that are called like a repo.
+    """
+    folders = FolderStore()
+    if not hub_only and all(folders.has(path) for path in paths):
+        return Library([folders])
+    # The Hub's client takes a while to import: not for recipes that need no Hub.
+    from merger.stores.cache import CachedStore
+    from merger.stores.hub import HubStore
+
+    hub = HubStore(token)
+    remote = CachedStore(hub) if cache else hub
+    return Library([remote] if hub_only else [folders, remote])
+
+
+def find(target: str, token: str | bool | None = None) -> tuple[Library, Located]:
+    """The model that a user names: a folder, ``owner/name[@revision]``, or the same after ``hf://``.
+
+    Of a repo on the Hub nothing is read from the cache: what is there now is what somebody wants to know.
+
+    Raises:
+        ModelError: there is no such model or revision, or it may not be read.
+    """
+    path = target.removeprefix(HUB)
+    if target == path and FolderStore().has(path):
+        store = stores([path], False, token)
+        return store, store.locate(path, None)
+    name, _, revision = path.partition("@")
+    from merger.stores.hub import HubStore
+
+    store = Library([HubStore(token)])
+    return store, store.locate(name, revision or None)

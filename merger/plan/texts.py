@@ -1,0 +1,115 @@
+"""The small files beside the tensors: which model each is taken from, and what is written into them anew.
+
+Not here: config.json (leftovers), the card and the lock file (card).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from merger.checkpoints import chat, vocab
+from merger.checkpoints.config import renumbered
+from merger.checkpoints.sidefiles import side_files, tokenizer_files
+from merger.checkpoints.vocab import Json
+from merger.errors import ModelError, Problem
+from merger.plan.lock import GENERATION, LockedRecipe, StageModel
+from merger.plan.tokens import Tokens
+from merger.recipe.tokenizer import AUTO, CHAT_TEMPLATES
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The small files of the result.
+
+    Args:
+        taken: for each file that is taken over the number of the model that has it.
+        added: what tokenizer.json must say of each added token; None: what it says.
+        template: the chat template; None: the one that is there.
+        generation: generation_config.json; None: the one that is there.
+    """
+
+    taken: Mapping[str, int]
+    added: tuple[Json, ...] | None = field(default=None, repr=False)
+    template: str | None = None
+    generation: str | None = None
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether anything is written into the files that are taken over."""
+        return any(text is not None for text in (self.added, self.template, self.generation))
+
+    def edited(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The files that were taken over, with all that is to be written into them."""
+        made = dict(files)
+        if self.added is not None:
+            made |= vocab.rewritten(made, self.added)
+        if self.template is not None:
+            made |= chat.with_template(made, self.template)
+        if self.generation is not None:
+            made[GENERATION] = self.generation.encode()
+        return made
+
+
+def texts(locked: LockedRecipe, tokens: Tokens | None) -> Texts:
+    """Which small files the result has.
+
+    Raises:
+        ModelError: a file cannot be read that has to be changed.
+    """
+    small = _small(locked, locked.index(locked.donor.ref))
+    if tokens is not None:
+        theirs = _small(locked, tokens.source)
+        kept = {name: number for name, number in small.taken.items() if name not in tokenizer_files(small.taken)}
+        given = {name: theirs.taken[name] for name in tokenizer_files(theirs.taken)}
+        small = Texts(
+            dict(sorted((kept | given).items())),
+            theirs.added if tokens.added is None else tokens.added,
+            theirs.template,
+            _generation(locked, tokens) or small.generation,
+        )
+    template = _template(locked)
+    return small if template is None else replace(small, template=template)
+
+
+def _small(locked: LockedRecipe, number: int) -> Texts:
+    """The small files of a model, or those of a stage."""
+    model = locked.numbered(number)
+    if isinstance(model, StageModel):
+        return model.small
+    return Texts(dict.fromkeys(sorted(side_files(model.located.files, model.checkpoint.config)), number))
+
+
+def _template(locked: LockedRecipe) -> str | None:
+    """The chat template that the recipe asks for; "auto" is the one that most models have, first the donor's."""
+    asked = locked.recipe.chat_template
+    if asked is None:
+        return None
+    if asked.text in CHAT_TEMPLATES:
+        return chat.built_in(asked.text)
+    if asked.text != AUTO:
+        return asked.text
+    own = [locked.numbered(number) for number in locked.own]
+    models = [locked.donor, *(model for model in own if model is not locked.donor)]
+    held = [chat.template(model.texts) for model in models if model.ref in locked.recipe.merged]
+    most = Counter(text for text in held if text is not None).most_common(1)
+    return most[0][0] if most else None
+
+
+def _generation(locked: LockedRecipe, tokens: Tokens) -> str | None:
+    """The donor's generation_config.json with the result's ids, if it has one and they are other ones."""
+    text = locked.donor.texts.get(GENERATION)
+    if text is None or tokens.follow is None:
+        return None
+    source = locked.numbered(tokens.source)
+    try:
+        own = json.loads(text)
+        theirs = json.loads(source.texts.get(GENERATION, b"{}"))
+        found, _ = renumbered(own, tokens.follow, {**source.checkpoint.config, **theirs})
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        what = f"{GENERATION} of {locked.donor.name} or {source.name} is damaged"
+        hint = "download the model again, or take the file out"
+        raise ModelError(Problem(what, locked.donor.ref.at, f"models[{locked.donor.ref}]", hint)) from None
+    return json.dumps(found, indent=2) + "\n"

@@ -1,0 +1,139 @@
+"""What programs may call, by gradio_client or as MCP tools: methods, check, plan, and with a token merge, job, cancel.
+
+A token comes in the header ``Authorization: Bearer hf_…`` of each call and is no input. Not here: the page's events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import gradio as gr
+
+from merger import console
+from merger.errors import MergerError, Problem
+from merger.methods.registry import methods as table
+from space import hub, rules
+from space.desk import Desk
+from space.jobs import Job, JobError
+from space.keeper import Token
+
+_HEADERS = ("authorization", "x-hf-authorization")
+
+
+def offer(desk: Desk) -> None:
+    """Add the functions to the page that is being made."""
+    api = Api(desk)
+    for function in (api.methods, api.check, api.plan, api.merge, api.job, api.cancel):
+        gr.api(function, api_name=function.__name__)  # type: ignore[attr-defined]
+
+
+class Api:
+    """The functions; each answers with plain data, and a refusal is an answer too."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def methods(self, name: str = "") -> dict[str, Any]:
+        """List the merge methods, or tell all about one of them.
+
+        Args:
+            name: a method's name; empty for the list.
+        """
+        if not name:
+            return {method.name: method.summary for method in table().values()}
+        found = table().get(name)
+        return _refusal(f"there is no method {name!r}") if found is None else {"text": console.method_text(found)}
+
+    def check(self, recipe: str) -> dict[str, Any]:
+        """Find what is wrong with a recipe, without looking at its models.
+
+        Args:
+            recipe: the recipe's YAML text.
+        """
+        looked = rules.look(recipe)
+        warnings = [_plain(warning) for warning in looked.warnings]
+        return {"ok": not looked.problems, "problems": list(map(_plain, looked.problems)), "warnings": warnings}
+
+    def plan(self, recipe: str, request: gr.Request) -> dict[str, Any]:
+        """Tell what a recipe makes and what that takes, without reading any tensor.
+
+        Args:
+            recipe: the recipe's YAML text; its models are read with the caller's token where one is sent.
+        """
+        try:
+            found = self._desk.plan(recipe, _token(request))
+        except MergerError as error:
+            return _told(error)
+        about = found.plan.as_json()
+        kept = ("hash", "models", "seed", "peak_memory", "disk", "read_bytes", "size")
+        return {"ok": True, **{name: about[name] for name in kept}, "text": console.plan_text(found.plan)}
+
+    def merge(self, recipe: str, to: str, request: gr.Request) -> dict[str, Any]:
+        """Queue a merge that is published on the Hub as the caller; needs a token in the header Authorization.
+
+        Args:
+            recipe: the recipe's YAML text.
+            to: owner/name of the repo for the result; empty for the recipe's publish.repo.
+        """
+        try:
+            owner, token = _caller(request)
+            return self._about(self._desk.submit(owner, Token(token), recipe, to or None))
+        except MergerError as error:
+            return _told(error)
+
+    def job(self, id: str, request: gr.Request) -> dict[str, Any]:
+        """Tell how far one of the caller's merges is; needs a token in the header Authorization.
+
+        Args:
+            id: the job's id, as merge answered it.
+        """
+        try:
+            owner, token = _caller(request)
+            self._desk.keeper.welcome(owner, Token(token))
+            return self._about(self._desk.keeper.job(owner, id))
+        except MergerError as error:
+            return _told(error)
+
+    def cancel(self, id: str, request: gr.Request) -> dict[str, Any]:
+        """Stop one of the caller's merges; needs a token in the header Authorization.
+
+        Args:
+            id: the job's id, as merge answered it.
+        """
+        try:
+            owner, _ = _caller(request)
+            return self._about(self._desk.keeper.cancel(owner, id))
+        except MergerError as error:
+            return _told(error)
+
+    def _about(self, job: Job) -> dict[str, Any]:
+        kept = ("id", "to", "state", "total", "made", "log", "problems", "where", "commit")
+        about = asdict(job)
+        return {"ok": True, **{name: about[name] for name in kept}, "ahead": self._desk.keeper.ahead(job)}
+
+
+def _token(request: gr.Request) -> str | None:
+    given = next((found for name in _HEADERS if (found := request.headers.get(name))), "")
+    return given.removeprefix("Bearer ").strip() or None
+
+
+def _caller(request: gr.Request) -> tuple[str, str]:
+    token = _token(request)
+    if token is None:
+        raise JobError(Problem("there is no token", hint="send one of yours in the header Authorization: Bearer hf_…"))
+    return hub.owner_of(token), token
+
+
+def _told(error: MergerError) -> dict[str, Any]:
+    return {"ok": False, "exit_code": error.exit_code, "problems": list(map(_plain, error.problems))}
+
+
+def _plain(problem: Problem) -> dict[str, Any]:
+    """A problem as data; without the recipe's name, for a map with a path is a file to the client."""
+    place = {"line": problem.at.line, "column": problem.at.column} if problem.at else {}
+    return {"what": problem.what, "where": problem.where, "hint": problem.hint, **place}
+
+
+def _refusal(what: str) -> dict[str, Any]:
+    return _told(MergerError(Problem(what)))

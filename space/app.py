@@ -1,0 +1,87 @@
+"""The Space's process: the keeper with its workers, and the server of page and API. `python -m space` starts it.
+
+Settings are environment variables, as Spaces have them: ``MERGER_SPACE_DATA`` is the folder for the queue, others
+are in limits. Not here: what the page shows (page) and what programs may call (api).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+
+from space.bot import Bot
+from space.desk import Desk
+from space.keeper import Keeper
+from space.limits import Limits
+from space.page import CSS, build
+
+_FONTS = ["system-ui", "sans-serif"]
+_MONO = ["ui-monospace", "monospace"]
+_MOST_WAITING = 200
+_AT_ONCE = 8
+_UPLOAD_BYTES = 1
+"""Nothing here takes a file, and gradio's way to send one is open to everybody."""
+
+
+def folder() -> Path:
+    """Where the queue's file lies: what is set, else a Space's storage where it has some, else a folder here."""
+    given = os.environ.get("MERGER_SPACE_DATA")
+    storage = Path("/data")
+    has_storage = storage.is_dir() and os.access(storage, os.W_OK)
+    return Path(given) if given else storage / "merger" if has_storage else Path("data")
+
+
+def served(desk: Desk, bot: Bot | None = None) -> FastAPI:
+    """Page, API and the bot's webhook as one web application."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if bot is not None:
+        bot.offer(app)  # before the page, which takes all other addresses
+    blocks = build(desk, with_login="OAUTH_CLIENT_ID" in os.environ)
+    blocks.queue(max_size=_MOST_WAITING, default_concurrency_limit=_AT_ONCE)
+    blocks.space_id = None  # else the page loads the Space's header, and its fonts, from two other servers
+    return gr.mount_gradio_app(  # type: ignore[no-any-return]
+        app,
+        blocks,
+        path="/",
+        ssr_mode=False,
+        mcp_server=True,
+        run_history=False,
+        enable_monitoring=False,
+        show_error=False,
+        max_file_size=_UPLOAD_BYTES,
+        footer_links=["api", "settings"],
+        theme=gr.themes.Base(primary_hue="blue", font=_FONTS, font_mono=_MONO),
+        css=CSS,
+    )
+
+
+def main() -> None:
+    """Serve until the process is ended."""
+    at = folder().resolve()
+    at.mkdir(parents=True, exist_ok=True)
+    keeper = Keeper(at, Limits.here(at))
+    desk = Desk(keeper)
+    bot = Bot.of(desk, os.environ)
+    host = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
+    keeper.start()
+    if bot is not None:
+        bot.start()
+    try:
+        uvicorn.run(
+            served(desk, bot),
+            host=os.environ.get("GRADIO_SERVER_NAME", host),
+            port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
+            log_level="warning",
+            proxy_headers=True,
+            forwarded_allow_ips="*",
+        )
+    finally:
+        if bot is not None:
+            bot.stop()
+        keeper.stop()

@@ -1,0 +1,78 @@
+"""The desk: what page, API and bot ask for alike. Recipe in, plan or job out.
+
+Not here: who is asking (page, api), the rules (rules), and the queue (keeper).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from merger.errors import Problem, RecipeError
+from merger.locate import HUB
+from merger.run import card_text
+from space import rules
+from space.jobs import AS_SAID, How, Job
+from space.keeper import Keeper, Token
+
+if TYPE_CHECKING:
+    from merger.plan.plan import Plan
+    from merger.recipe.model import Recipe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe that fits here, and what it makes."""
+
+    recipe: Recipe
+    plan: Plan
+
+    @property
+    def to(self) -> str | None:
+        """Where it goes, as far as the recipe says it."""
+        return None if self.recipe.publish.repo is None else HUB + self.recipe.publish.repo
+
+    def card(self) -> str:
+        """The card as far as it is known."""
+        return card_text(self.plan, self.recipe.publish.repo or "your-name/merge")
+
+
+class Desk:
+    """Plans and submits.
+
+    Args:
+        keeper: the queue.
+    """
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+
+    def plan(self, text: str, token: str | None) -> Planned:
+        """What a recipe makes, with the models that this token may read; None reads public ones.
+
+        Raises:
+            MergerError: any kind; TooBigError where it could be made elsewhere.
+        """
+        recipe = rules.read(text)
+        return Planned(recipe, rules.planned(recipe, token, self.keeper.limits))
+
+    def submit(self, owner: str, token: Token, text: str, to: str | None = None, how: How = AS_SAID) -> Job:
+        """Queue a merge.
+
+        Args:
+            owner: whose job it is, and who may see and cancel it.
+            token: what it reads the models and writes the result with; held in memory while the job is not over.
+            text: the recipe.
+            to: ``owner/name``; None: the recipe's publish.repo.
+            how: how it is made besides.
+
+        Raises:
+            MergerError: any kind; nothing is queued then.
+        """
+        found = self.plan(text, None if how.is_public else token.value)
+        to = to or found.recipe.publish.repo
+        if to is None or rules.REPO.fullmatch(to) is None:
+            what = "where shall the result go?" if to is None else f"{to!r} is no repo's name"
+            raise RecipeError(Problem(what, hint=f"write for example {owner}/my-merge"))
+        total = sum(job.nbytes for job in found.plan.jobs)
+        return self.keeper.submit(owner, token, text, HUB + to, rules.pins(found.plan), total, how)

@@ -1,0 +1,310 @@
+"""The form and the recipe's text, both ways: what the form shows of a text, and the text after a turn of a knob.
+
+The text is the truth: an edit changes the lines it is about, and leaves comments and all else as they are. Reading is
+lenient, for what is wrong is told beside the text (rules). Not here: the controls themselves (page).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
+
+if TYPE_CHECKING:
+    from merger.methods.registry import Method, Param
+
+MOST_POINTS = 64
+MOST_BRACKETS = 200
+"""Of brackets in brackets the reading takes a time that grows with the square of their number."""
+
+MOST_CHARACTERS = 16_000
+"""A longer recipe is for the text alone: reading it with its comments takes a second for every 50,000 of them."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A parameter's value as the form shows it.
+
+    Args:
+        curves: the numbers from the first layer to the last, one for a plain number; by filter, ``""`` for all.
+        is_simple: whether the form can change it; a list of filters it cannot.
+    """
+
+    curves: Mapping[str, tuple[float, ...]]
+    is_simple: bool = True
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Those of the first curve."""
+        return next(iter(self.curves.values()), ())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the recipe, and its own parameters."""
+
+    model: str
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the form shows of a recipe.
+
+    Args:
+        method: the name of the merge method, or empty.
+        base: the base model, or empty.
+        rows: the models.
+        settings: the parameters at the top.
+        repo, private, licence: where the result goes and how.
+        is_simple: whether the recipe lists models; slices and modules are for the text alone.
+    """
+
+    method: str = ""
+    base: str = ""
+    rows: tuple[Row, ...] = ()
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    repo: str = ""
+    private: bool = False
+    licence: str = ""
+    is_simple: bool = True
+
+    def __hash__(self) -> int:
+        """By what it holds: the page makes the controls anew when this changes."""
+        return hash(repr(self))
+
+    @property
+    def models(self) -> list[str]:
+        """The models' names."""
+        return [row.model for row in self.rows]
+
+
+def read(text: str) -> Form | None:
+    """What the form shows; None where the text is no YAML map, and the form stays as it was."""
+    top = _tree(text)
+    if top is None:
+        return None
+    listed = top.get("models")
+    rows = [_row(item) for item in listed] if isinstance(listed, list) else []
+    publish = top.get("publish") if isinstance(top.get("publish"), dict) else {}
+    return Form(
+        method=_text(top.get("merge_method")),
+        base=_text(top.get("base_model")),
+        rows=tuple(row for row in rows if row.model),
+        settings=_settings(top.get("parameters")),
+        repo=_text(publish.get("repo")),
+        private=publish.get("private") is True,
+        licence=_text(publish.get("license")),
+        is_simple="slices" not in top and "modules" not in top,
+    )
+
+
+def _tree(text: str) -> CommentedMap | None:
+    if len(text) > MOST_CHARACTERS or text.count("[") + text.count("{") > MOST_BRACKETS:
+        return None
+    try:
+        documents = list(_yaml().load_all(text))
+    except (YAMLError, ValueError, TypeError, RecursionError, AttributeError, KeyError):
+        return None
+    only = documents[0] if len(documents) == 1 else None
+    return only if isinstance(only, CommentedMap) and "<<" not in text else None
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 10_000
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _row(item: Any) -> Row:
+    known = item if isinstance(item, dict) else {}
+    return Row(_text(known.get("model")), _settings(known.get("parameters")))
+
+
+def _settings(block: Any) -> dict[str, Setting]:
+    known = block if isinstance(block, dict) else {}
+    read = {str(name): _setting(value) for name, value in known.items()}
+    return {name: setting for name, setting in read.items() if setting is not None}
+
+
+def _setting(value: Any) -> Setting | None:
+    rules = value if isinstance(value, list) and any(isinstance(item, dict) for item in value) else None
+    if rules is None:
+        numbers = _numbers(value)
+        return Setting({"": numbers}) if numbers else None
+    pairs = [(_text(rule.get("filter")), _numbers(rule.get("value"))) for rule in rules if isinstance(rule, dict)]
+    return Setting({name: numbers for name, numbers in pairs if numbers}, is_simple=False)
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    items = list(value)[:MOST_POINTS] if isinstance(value, list) else [value]
+    return tuple(float(item) for item in items) if all(isinstance(item, int | float) for item in items) else ()
+
+
+# ---- edits ----------------------------------------------------------------------------------------------------------
+
+
+def edited(text: str, change: Callable[[CommentedMap], None]) -> str:
+    """The text after a change; as it is where it is no YAML map."""
+    top = CommentedMap() if not text.strip() else _tree(text)
+    if top is None:
+        return text
+    change(top)
+    out = io.StringIO()
+    _yaml().dump(top, out)
+    return out.getvalue()
+
+
+def with_method(text: str, method: Method, table: Mapping[str, Method]) -> str:
+    """With another method: parameters that it has no use for go, and those that it needs come."""
+
+    def change(top: CommentedMap) -> None:
+        top["merge_method"] = method.name
+        listed = top.get("models")
+        for block in (top, *(listed if isinstance(listed, list) else ())):
+            if isinstance(block, dict):
+                _drop_unused(block, method, table)
+        for param in method.params:
+            if param.required and not any(_mentions(block, param.name) for block in (top, *(listed or ()))):
+                _block(top)[param.name] = starting(param)
+
+    return edited(text, change)
+
+
+def _drop_unused(block: Any, method: Method, table: Mapping[str, Method]) -> None:
+    known = block.get("parameters")
+    if not isinstance(known, dict):
+        return
+    others = {param.name for other in table.values() for param in other.params}
+    for name in [name for name in known if name in others and method.param(name) is None]:
+        del known[name]
+    if not known:
+        del block["parameters"]
+
+
+def _mentions(block: Any, name: str) -> bool:
+    known = block.get("parameters") if isinstance(block, dict) else None
+    return isinstance(known, dict) and name in known
+
+
+def _block(level: Any) -> Any:
+    if not isinstance(level.get("parameters"), dict):
+        level["parameters"] = CommentedMap()
+    return level["parameters"]
+
+
+def starting(param: Param) -> float | int | bool:
+    """Where a control stands before anybody has touched it."""
+    if param.default is not None:
+        return param.default
+    return {"float": 0.5, "int": 1, "bool": False}[param.kind]
+
+
+def with_models(text: str, names: Sequence[str]) -> str:
+    """With these models, in this order; one that was there keeps what stands with it."""
+
+    def change(top: CommentedMap) -> None:
+        listed = top.get("models")
+        if not isinstance(listed, list):
+            listed = top["models"] = CommentedSeq()
+        there = {_row(item).model: item for item in listed}
+        gone = [number for number, item in enumerate(listed) if _row(item).model not in names]
+        for number in reversed(gone):
+            del listed[number]
+        for name in names:
+            if name not in there:
+                listed.append(CommentedMap(model=name))
+
+    return edited(text, change)
+
+
+def with_text(text: str, key: str, value: str) -> str:
+    """With a name at the top, such as the base model's; without the key where it is empty."""
+
+    def change(top: CommentedMap) -> None:
+        if value.strip():
+            top[key] = value.strip()
+        else:
+            top.pop(key, None)
+
+    return edited(text, change)
+
+
+def with_publish(text: str, key: str, value: str | bool) -> str:
+    """With another destination, or another way to go there."""
+
+    def change(top: CommentedMap) -> None:
+        publish = top.get("publish")
+        if not isinstance(publish, dict):
+            publish = top["publish"] = CommentedMap()
+        if value in ("", False):
+            publish.pop(key, None)
+        else:
+            publish[key] = value
+        if not publish:
+            del top["publish"]
+
+    return edited(text, change)
+
+
+def with_value(text: str, row: int | None, param: Param, numbers: Sequence[float]) -> str:
+    """With another value of a parameter: a number, or a gradient over the layers.
+
+    Args:
+        text: the recipe.
+        row: the model's number among those listed; None: at the top.
+        param: the parameter.
+        numbers: one number, or those from the first layer to the last.
+    """
+    values = [_plain(number, param) for number in numbers]
+
+    def change(top: CommentedMap) -> None:
+        block = _block(top if row is None else top["models"][row])
+        if len(values) == 1:
+            block[param.name] = values[0]
+        else:
+            block[param.name] = CommentedSeq(values)
+            block[param.name].fa.set_flow_style()
+
+    return edited(text, change)
+
+
+def _plain(number: float, param: Param) -> float | int | bool:
+    if param.kind == "bool":
+        return bool(number)
+    rounded = round(float(number), 6)
+    return int(rounded) if param.kind == "int" or rounded.is_integer() else rounded
+
+
+def numbers_of(words: str) -> list[float]:
+    """The numbers that somebody typed, such as ``0, 0.5, 1``.
+
+    >>> numbers_of("0, .5 1")
+    [0.0, 0.5, 1.0]
+
+    Raises:
+        ValueError: something among it is no number.
+    """
+    return [float(word) for word in re.split(r"[,;\s]+", words.strip(" []")) if word][:MOST_POINTS]
+
+
+def suggested(form: Form, user: str) -> str:
+    """A repo's name for a result, of what it is made of."""
+    parts = [name.split("@")[0].split("/")[-1] for name in form.models if name != form.base][:3]
+    words = [part.split("-") for part in parts]
+    shared = next((at for at, same in enumerate(zip(*words, strict=False)) if len(set(same)) > 1), 0)
+    told = words[0] + [word for each in words[1:] for word in each[shared:]] if words else []
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([*told, form.method or "merge"]).replace("_", "-"))
+    return f"{user}/{name.strip('-.')[:90] or 'merge'}"

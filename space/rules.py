@@ -1,0 +1,146 @@
+"""Recipe and plan, as the Space does them: from the Hub alone, within the rules for strangers and the Space's limits.
+
+Whatever is refused is refused with a sentence, and with its place where it has one. Not here: the language and the
+planning themselves (merger.run).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from merger import console
+from merger.errors import BudgetError, MergerError, Problem, RecipeError
+from merger.run import Options, needed_disk, plan, read_text
+from space.limits import Limits
+
+if TYPE_CHECKING:
+    from merger.plan.plan import Plan
+    from merger.recipe.model import ModelRef, Recipe
+
+NAME = "recipe.yaml"
+MOST_BYTES = 64_000
+MOST_MODELS = 16
+REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9._-]{1,96}", re.ASCII)
+
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}", re.ASCII)
+_MODEL = re.compile(r"\bmodel[\"']?\s*:")
+_HERE = "only models on the Hub can be merged here: write owner/name or owner/name@revision"
+
+
+class TooBigError(BudgetError):
+    """It takes more than this Space gives to one merge; elsewhere it may well be made."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is known of a recipe's text.
+
+    Args:
+        text: the text.
+        recipe: what it says; None where that cannot be made out.
+        problems: what is wrong with it.
+        warnings: what is likely not meant.
+    """
+
+    text: str
+    recipe: Recipe | None
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()
+
+
+def look(text: str) -> Looked:
+    """All that can be said of a recipe without its models."""
+    try:
+        recipe = read(text)
+    except MergerError as error:
+        return Looked(text, None, error.problems)
+    return Looked(text, recipe, (), recipe.warnings)
+
+
+def read(text: str) -> Recipe:
+    """The recipe in a text.
+
+    Raises:
+        RecipeError: with all that is wrong with it, or that the Space does not do.
+    """
+    _refuse_large(text)
+    recipe = read_text(text, NAME)
+    problems = list(_strange(recipe))
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _refuse_large(text: str) -> None:
+    """Before anything is parsed."""
+    size, models = len(text.encode("utf-8", "replace")), len(_MODEL.findall(text))
+    if size > MOST_BYTES:
+        what = f"the recipe has {size:,} bytes, and this Space reads {MOST_BYTES:,} at most"
+        raise RecipeError(Problem(what, hint="a recipe names models and holds none"))
+    if models > 8 * MOST_MODELS:
+        what = f"the recipe names models {models:,} times, and this Space reads {8 * MOST_MODELS} at most"
+        raise RecipeError(Problem(what, hint="merge a few first, and go on with the result"))
+
+
+def _strange(recipe: Recipe) -> list[Problem]:
+    """What a recipe may say elsewhere and not here."""
+    found = [problem for ref in recipe.models if (problem := _of_model(ref)) is not None]
+    if len(recipe.models) > MOST_MODELS:
+        what = f"the recipe names {len(recipe.models)} models, and this Space merges {MOST_MODELS} at most"
+        found.append(Problem(what, hint="merge a few first, and go on with the result"))
+    if recipe.publish.template is not None:
+        hint = "leave it out: the card is made by Merger's own template"
+        found.append(Problem("the Space takes no templates", recipe.publish.template_at, "publish.template", hint))
+    return found
+
+
+def _of_model(ref: ModelRef) -> Problem | None:
+    where = f"models[{ref.path}]"
+    if REPO.fullmatch(ref.path) is None or ".." in ref.path:
+        return Problem(f"{ref.path!r} is no model on the Hub", ref.at, where, _HERE)
+    if ref.revision is not None and (_REVISION.fullmatch(ref.revision) is None or ".." in ref.revision):
+        return Problem(f"{ref.revision!r} is no branch, tag or commit", ref.at, where, _HERE)
+    return _of_model(ref.adapter) if ref.adapter is not None else None
+
+
+def planned(recipe: Recipe, token: str | None, limits: Limits) -> Plan:
+    """What the recipe makes, with the models that this token may read.
+
+    Raises:
+        ModelError, RecipeError, MismatchError: as the steps do.
+        TooBigError: it takes more than this Space gives to one merge.
+    """
+    options = Options(
+        to="hf://planned/here",
+        max_memory=limits.memory,
+        max_disk=limits.disk,
+        shard_size=limits.shard_size,
+        threads=limits.for_a_job()["threads"],
+        cache=False,
+        hub_only=True,
+        read_token=token or False,
+    )
+    try:
+        found, _ = plan(recipe, options)
+        needed_disk(found, options, found.shards)
+    except BudgetError as error:
+        what = tuple(replace(problem, hint=_ELSEWHERE) for problem in error.problems)
+        raise TooBigError(what) from None
+    traffic = found.read_bytes + found.size
+    if traffic > limits.traffic:
+        told = (
+            f"this merge reads and writes {console.size(traffic)}, and this Space moves {console.size(limits.traffic)}"
+        )
+        raise TooBigError(Problem(f"{told} a merge at most", hint=_ELSEWHERE))
+    return found
+
+
+_ELSEWHERE = "it is too big for this Space; the GitHub Action or your own machine can make it"
+
+
+def pins(found: Plan) -> Mapping[str, str]:
+    """The commits that a plan saw, by model as the recipe writes it."""
+    return {str(model.ref): model.located.commit for model in found.locked.models if model.located.commit is not None}

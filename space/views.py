@@ -1,0 +1,168 @@
+"""What the page shows, as HTML: problems at their lines, curves over the layers, jobs and how far they are.
+
+Every word of others is escaped. Not here: plans and results, which are Markdown (merger.markdown).
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from merger.console import size
+from merger.errors import Problem
+from space.form import Setting
+from space.jobs import Job
+from space.rules import Looked
+
+_WIDTH, _HEIGHT, _EDGE = 240, 64, 6
+_WORDS = {
+    "queued": "waits its turn",
+    "running": "at work",
+    "waiting": "waits for you",
+    "done": "published",
+    "failed": "failed",
+    "cancelled": "cancelled",
+}
+
+
+def problems(looked: Looked) -> str:
+    """What is wrong with a recipe, line by line, and marks at those lines of the editor."""
+    if not looked.problems and not looked.warnings:
+        return '<p class="fine">No problem found in the recipe itself. Plan looks at its models.</p>'
+    found = [("error", problem) for problem in looked.problems] + [("warning", note) for note in looked.warnings]
+    lines = {problem.at.line: kind for kind, problem in reversed(found) if problem.at}
+    marks = "".join(
+        f"#recipe .cm-content > .cm-line:nth-of-type({line}) {{ box-shadow: inset 3px 0 var(--{kind}); "
+        f"background: var(--{kind}-soft); }}"
+        for line, kind in lines.items()
+    )
+    return f"<style>{marks}</style>{_list(found)}"
+
+
+def refusal(found: Sequence[Problem]) -> str:
+    """Why something was not done."""
+    return f'<div role="alert">{_list([("error", problem) for problem in found])}</div>'
+
+
+def _list(found: Sequence[tuple[str, Problem]]) -> str:
+    return f'<ul class="problems">{"".join(_problem(kind, problem) for kind, problem in found)}</ul>'
+
+
+def _problem(kind: str, problem: Problem) -> str:
+    place = f'<span class="place">line {problem.at.line}</span> ' if problem.at else ""
+    hint = f'<div class="hint">{html.escape(problem.hint)}</div>' if problem.hint else ""
+    what = html.escape(str(replace(problem, at=None, hint=None)))
+    return f'<li class="{kind}"><span class="kind">{kind}</span> {place}{what}{hint}</li>'
+
+
+# ---- curves ---------------------------------------------------------------------------------------------------------
+
+
+def curves(setting: Setting, name: str) -> str:
+    """A parameter's values from the first layer to the last, one line for each filter."""
+    drawn = [(label, [y for y in line if math.isfinite(y)]) for label, line in setting.curves.items()]
+    drawn = [(label, line) for label, line in drawn if line]
+    values = [y for _, line in drawn for y in line]
+    if not values:
+        return ""
+    low, high = min(0.0, *values), max(1.0, *values)
+    lines = "".join(_line(line, low, high, number) for number, (_, line) in enumerate(drawn))
+    told = "; ".join(f"{label or 'all'}: {', '.join(f'{y:g}' for y in line)}" for label, line in drawn)
+    rest = "the rest" if len(drawn) > 1 else "all tensors"
+    key = "".join(
+        f'<span class="curve c{number % 4}">{html.escape(label or rest)}</span>'
+        for number, (label, _) in enumerate(drawn)
+    )
+    return (
+        f'<figure class="curves"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{html.escape(name)} from the first layer to the last; {html.escape(told)}">'
+        f'<line x1="{_EDGE}" x2="{_WIDTH - _EDGE}" y1="{_y(0, low, high)}" y2="{_y(0, low, high)}" class="zero"/>'
+        f"{lines}</svg><figcaption>first layer <span>{key}</span> last layer</figcaption></figure>"
+    )
+
+
+def _line(values: Sequence[float], low: float, high: float, number: int) -> str:
+    points = list(values) * 2 if len(values) == 1 else list(values)
+    step = (_WIDTH - 2 * _EDGE) / (len(points) - 1)
+    path = " ".join(f"{_EDGE + step * at:.1f},{_y(y, low, high)}" for at, y in enumerate(points))
+    return f'<polyline points="{path}" class="c{number % 4}"/>'
+
+
+def _y(value: float, low: float, high: float) -> str:
+    return f"{_HEIGHT - _EDGE - (value - low) / (high - low) * (_HEIGHT - 2 * _EDGE):.1f}"
+
+
+# ---- jobs -----------------------------------------------------------------------------------------------------------
+
+
+def label(job: Job) -> str:
+    """A job in a list."""
+    return f"{job.to.removeprefix('hf://')}: {_WORDS[job.state]}"
+
+
+def job(found: Job, ahead: int) -> str:
+    """All about one job."""
+    share = 1.0 if found.state == "done" else min(1.0, found.made / max(1, found.total))
+    parts = [f'<p class="state {found.state}">{_state(found, ahead)}</p>']
+    if not found.is_over or found.made:
+        parts.append(
+            f'<progress max="100" value="{100 * share:.0f}" aria-label="share of the merge that is made">'
+            f"</progress><p class='figures'>{_figures(found, share)}</p>"
+        )
+    if found.problems:
+        parts.append("".join(f'<pre class="failure">{html.escape(problem)}</pre>' for problem in found.problems))
+    return f'<article class="job">{"".join(parts)}</article>'
+
+
+def log(found: Job) -> str:
+    """What a job has said."""
+    lines = html.escape("\n".join(found.log))
+    return f'<pre class="log" tabindex="0">{lines}</pre>'
+
+
+def _state(found: Job, ahead: int) -> str:
+    repo = html.escape(found.to.removeprefix("hf://"))
+    match found.state:
+        case "queued":
+            return f"<b>{repo}</b> waits its turn: {_before(ahead)}."
+        case "running":
+            return f"<b>{repo}</b> is being made."
+        case "waiting":
+            return f"<b>{repo}</b> waits for you: the Space was started anew. It goes on while you are signed in."
+        case "done":
+            told = "is published" if found.is_new else "was there already"
+            where = html.escape(found.where)
+            return f'<b>{repo}</b> {told}: <a href="{where}" target="_blank" rel="noopener">open it on the Hub</a>'
+        case "failed":
+            return f"<b>{repo}</b> was not made."
+        case _:
+            return (
+                f"<b>{repo}</b> was cancelled. Its finished files wait on the Hub: submitted again, it goes on there."
+            )
+
+
+def _before(ahead: int) -> str:
+    return "it is next" if ahead == 0 else f"{ahead} merge{'' if ahead == 1 else 's'} before it"
+
+
+def _figures(found: Job, share: float) -> str:
+    now = time.time()
+    told = [f"{share:.0%}", f"{size(found.made)} of {size(found.total)}"]
+    if found.state == "running" and found.made > found.kept:
+        told.append(f"{size(found.speed(now))}/s")
+    if (left := found.seconds_left(now)) is not None:
+        told.append(f"{left:.0f} s left" if left < 90 else f"{math.ceil(left / 60)} min left")
+    if found.ended and found.started:
+        told.append(f"took {found.ended - found.started:.0f} s")
+    return " · ".join(told)
+
+
+def jobs_hint(signed_in: bool) -> str:
+    """What stands where no job is."""
+    told = (
+        "You have no merges here yet." if signed_in else "Sign in to publish a merge, and to see those you have here."
+    )
+    return f'<p class="fine">{told}</p>'

@@ -1,0 +1,135 @@
+"""A Space beside a Hub for each file of tests, and browsers that may reach nothing but this machine."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from loopback import LoopbackHub
+from served import ServedSpace, zoo
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+ALONE = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+Visit = Callable[..., "Visitor"]
+
+
+@pytest.fixture(scope="module")
+def space(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedSpace]:
+    """A Space in a process of its own that makes files of a megabyte, so that a merge of the zoo has three.
+
+    It moves 20 MB a merge at most; one of the zoo reads and writes 11.
+    """
+    zoo(served)
+    settings = {"MERGER_SPACE_SHARD_SIZE": "1MB", "MERGER_SPACE_TRAFFIC": "20MB"}
+    found = ServedSpace(served, tmp_path_factory.mktemp("space"), settings)
+    found.start()
+    yield found
+    found.kill()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """The Chromium of this machine, such as Debian's."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested where playwright is installed")
+    if CHROMIUM is None:
+        pytest.skip("the page is tested where there is Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=CHROMIUM, args=ALONE)
+        yield started
+        started.close()
+
+
+class Visitor:
+    """Somebody with a browser of their own."""
+
+    def __init__(self, context: BrowserContext, url: str) -> None:
+        self.context, self.url, self.clicks = context, url, 0
+        self.outside: list[str] = []
+        context.set_default_timeout(20_000)
+        context.route(lambda address: not address.startswith("http://127.0.0.1:"), self._refuse)
+        self.page = context.new_page()
+
+    def _refuse(self, route: Any) -> None:
+        self.outside.append(route.request.url)
+        route.abort()
+
+    def open(self, query: str = "") -> Page:
+        """Open the page in a new tab, in place of the one before, and wait until it can be worked with."""
+        self.page.close()
+        self.page = self.context.new_page()
+        self.page.goto(self.url + query)
+        self.ready()
+        return self.page
+
+    def ready(self) -> None:
+        """Wait until the form is there."""
+        self.page.get_by_role("button", name="Merge and publish").wait_for()
+        self.page.get_by_label("number input for lambda").or_(
+            self.page.get_by_text("stand in the text")
+        ).first.wait_for()
+
+    def click(self, role: Any, name: str) -> None:
+        """One click."""
+        self.clicks += 1
+        self.page.get_by_role(role, name=name).first.click()
+
+    def sign_in(self, user: str) -> None:
+        """Two clicks: here, and at the Hub."""
+        self.click("button", "Sign in with Hugging Face")
+        self.click("link", f"Authorize as {user}")
+        self.page.get_by_role("button", name=f"Logout ({user})").wait_for()
+        self.until(lambda: f"repo: {user}/" in self.recipe())
+
+    def recipe(self) -> str:
+        """The text in the editor."""
+        lines = self.page.locator("#recipe .cm-line").all_inner_texts()
+        return "\n".join(line.strip("\n") for line in lines) + "\n"
+
+    def write(self, text: str) -> None:
+        """Put a text into the editor, as somebody who pastes it."""
+        self.page.locator("#recipe .cm-content").click()
+        self.page.keyboard.press("Control+a")
+        self.page.keyboard.insert_text(text)
+
+    def choose(self, field: str, words: str, option: str, exact: bool = False) -> None:
+        """Type into a field and take what it offers."""
+        box = self.page.locator(f"#{field} input").first
+        box.click()
+        box.press("Control+a")
+        box.press_sequentially(words, delay=20)
+        self.page.get_by_role("option", name=option, exact=exact).first.click()
+
+    def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
+        """Wait for something that is about to be."""
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, self.page.locator("body").inner_text()
+            self.page.wait_for_timeout(50)
+
+    def job(self, state: str) -> None:
+        """Wait until the job that is shown is in this state."""
+        self.page.locator(f"#job .state.{state}").wait_for(timeout=40_000)
+
+
+@pytest.fixture
+def visit(browser: Browser, space: ServedSpace) -> Iterator[Visit]:
+    """Makes visitors; afterwards none of their pages has asked another machine for anything."""
+    made: list[Visitor] = []
+
+    def visitor(width: int = 1280, dark: bool = False) -> Visitor:
+        scheme: Any = "dark" if dark else "light"
+        size: Any = {"width": width, "height": 900}
+        made.append(Visitor(browser.new_context(viewport=size, color_scheme=scheme), space.url))
+        made[-1].open()
+        return made[-1]
+
+    yield visitor
+    for each in made:
+        each.context.close()
+    assert [address for each in made for address in each.outside] == []

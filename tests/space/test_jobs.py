@@ -1,0 +1,294 @@
+"""The queue of the Space and its worker: real children that run real merges against the loopback Hub.
+
+Not here: the page (test_page), and twenty users and a killed app at once (test_crowd).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from loopback import LoopbackHub, Request
+
+from merger.run import Done, Options, plan, read, run
+from space.jobs import Job, JobError
+from space.keeper import Keeper, Token
+from space.limits import Limits
+
+ALICE, BOB = Token("hf_alice_secret"), Token("hf_bob_secret")
+RECIPE = tiny.TIES_RECIPE.format(base="org/base", one="org/one", two="org/two")
+SMALL = Limits(shard_size=3_000)
+Keep = Callable[..., Keeper]
+
+
+@pytest.fixture(scope="module")
+def parents(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base and two others on the Hub; the users alice and bob."""
+    root = tmp_path_factory.mktemp("parents")
+    made = {name: tiny.model(root / name, seed) for seed, name in enumerate(("base", "one", "two"))}
+    for name, folder in made.items():
+        served.add_model(f"org/{name}", folder)
+    served.add_user("alice", ALICE.value)
+    served.add_user("bob", BOB.value)
+    return made
+
+
+@pytest.fixture
+def keep(parents: dict[str, Path], hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keep]:
+    """Makes a keeper in the test's folder, with its workers at work."""
+    for name, value in hub.env(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_space_itself")
+    made: list[Keeper] = []
+
+    def keeper(limits: Limits = SMALL, start: bool = True) -> Keeper:
+        made.append(Keeper(tmp_path / "data", limits))
+        if start:
+            made[-1].start()
+        return made[-1]
+
+    yield keeper
+    for each in made:
+        each.stop()
+
+
+def submit(keeper: Keeper, owner: str, name: str, token: Token | None = None) -> Job:
+    token = token or {"alice": ALICE, "bob": BOB}[owner]
+    return keeper.submit(owner, token, RECIPE, f"hf://{owner}/{name}", {}, 30_000)
+
+
+def until(keeper: Keeper, job: Job, *states: str, seconds: float = 40) -> Job:
+    """The job once it is in one of the states; any that is over ends the waiting."""
+    end = time.monotonic() + seconds
+    while (now := keeper.job(job.owner, job.id)).state not in states:
+        assert not now.is_over, now
+        assert time.monotonic() < end, now
+        time.sleep(0.02)
+    return now
+
+
+def only_child(keeper: Keeper) -> int:
+    """The one process that is at work."""
+    pid = keeper._nursery.pid
+    (found,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(found)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within a moment."""
+    end = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not Path(f"/proc/{pid}").exists()
+
+
+def staged(request: Request) -> bool:
+    return request.method == "POST" and "/commit/merge-staging" in request.path
+
+
+def test_a_job_publishes_what_a_run_makes(
+    keep: Keep, hub: LoopbackHub, parents: dict[str, Path], tmp_path: Path
+) -> None:
+    """The published bytes are those of a run of the same recipe on folders, and the job tells of it."""
+    keeper = keep(Limits())
+    job = until(keeper, submit(keeper, "alice", "whole"), "done")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(tiny.TIES_RECIPE.format(**parents))
+    options = Options(to=str(tmp_path / "out"))
+    *_, last = run(*plan(read(recipe), options), options)
+    assert isinstance(last, Done)
+    assert hub.tree("alice/whole")["model.safetensors"].sha256 == last.shards[0].sha256
+    assert job.where == f"{hub.url}/alice/whole"
+    assert job.commit == hub.head("alice/whole")
+    assert job.made == job.total == 30_000
+    assert any(line.startswith("made model.safetensors") for line in job.log)
+    assert hub.commits("alice/whole")[0].author == "alice"
+
+
+def test_the_commits_of_the_plan_are_merged(keep: Keep, hub: LoopbackHub, parents: dict[str, Path]) -> None:
+    """A model that changes between plan and turn is merged as it was planned."""
+    commit = hub.head("org/two")
+    keeper = keep(start=False)
+    job = keeper.submit("alice", ALICE, RECIPE, "hf://alice/pinned", {"org/two": commit}, 30_000)
+    hub.commit("org/two", {"model.safetensors": parents["base"] / "model.safetensors"})
+    keeper.start()
+    until(keeper, job, "done")
+    assert f"commit: {commit}" in hub.read("alice/pinned", "merger.lock.yaml").decode()
+    hub.commit("org/two", {"model.safetensors": parents["two"] / "model.safetensors"})
+
+
+def test_users_take_turns(keep: Keep) -> None:
+    """Who asks for three merges waits for those who ask for one, and everybody is told how many come before."""
+    keeper = keep(start=False)
+    jobs = [submit(keeper, "alice", f"turn{number}") for number in range(3)] + [submit(keeper, "bob", "turn")]
+    assert [keeper.ahead(keeper.job(job.owner, job.id)) for job in jobs] == [0, 2, 3, 1]
+    keeper.start()
+    ended = [until(keeper, job, "done") for job in jobs]
+    assert [job.to for job in sorted(ended, key=lambda job: job.started)] == [
+        "hf://alice/turn0", "hf://bob/turn", "hf://alice/turn1", "hf://alice/turn2"
+    ]  # fmt: skip
+
+
+def test_a_stopped_space_goes_on_once_the_owner_is_back(keep: Keep, hub: LoopbackHub) -> None:
+    """After a restart the job is there and waits; with its owner it goes on from the staging branch."""
+    reached, go = threading.Event(), threading.Event()
+    seen: list[Request] = []
+
+    def third(request: Request) -> bool:
+        seen.extend([request] if staged(request) else [])
+        return len(seen) == 3 and bool(reached.set() or True)
+
+    hub.fail(third, status=None, stall=go)
+    first = keep()
+    job = submit(first, "alice", "later")
+    assert reached.wait(30)
+    first.stop()
+    go.set()
+    kept = [
+        name for branch in hub.branches("alice/later") if branch != "main" for name in hub.tree("alice/later", branch)
+    ]
+    assert any(name.endswith(".safetensors") for name in kept)
+    hub.clear_log()
+    second = keep()
+    assert until(second, job, "waiting").owner == "alice"
+    time.sleep(0.3)
+    assert second.job("alice", job.id).state == "waiting"
+    second.welcome("alice", ALICE)
+    ended = until(second, job, "done")
+    assert ended.kept > 0
+    made = [name for name in hub.tree("alice/later") if name.endswith(".safetensors")]
+    assert 0 < len([request for request in hub.log if staged(request)]) < len(made)
+
+
+def test_cancelling(keep: Keep, hub: LoopbackHub) -> None:
+    """A job that waits its turn is cancelled at once, one at work ends within a moment; main stays as it was."""
+    reached, go = threading.Event(), threading.Event()
+    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    keeper = keep()
+    running = submit(keeper, "alice", "stopped")
+    queued = submit(keeper, "alice", "never")
+    assert reached.wait(30)
+    assert keeper.cancel("alice", queued.id).state == "cancelled"
+    child = only_child(keeper)
+    assert keeper.cancel("alice", running.id).state == "cancelled"
+    assert is_gone(child)
+    go.set()
+    assert [commit.title for commit in hub.commits("alice/stopped")] == ["initial commit"]
+    assert not hub.exists("alice/never")
+    assert until(keeper, submit(keeper, "alice", "next"), "done")
+
+
+def test_another_users_job(keep: Keep) -> None:
+    """Another user's job can be neither seen nor cancelled, in the words for a job that is not there."""
+    keeper = keep(start=False)
+    job = submit(keeper, "alice", "mine")
+    for ask in (keeper.job, keeper.cancel):
+        for id in (job.id, "x"):
+            with pytest.raises(JobError, match=f"you have no job '{id}'\n    your jobs are listed"):
+                ask("bob", id)
+    assert keeper.job("alice", job.id).state == "queued"
+
+
+def test_limits_of_the_queue(keep: Keep) -> None:
+    """A user may have so many jobs that are not over, one for each destination; the queue holds so many in all."""
+    keeper = keep(Limits(jobs_each=2, jobs=3), start=False)
+    first = submit(keeper, "alice", "a")
+    with pytest.raises(JobError, match="hf://alice/a is not over yet"):
+        submit(keeper, "alice", "a")
+    submit(keeper, "alice", "b")
+    with pytest.raises(JobError, match="you have 2 merges that are not over, and 2 is the limit"):
+        submit(keeper, "alice", "c")
+    submit(keeper, "bob", "a")
+    with pytest.raises(JobError, match="the queue of this Space is full"):
+        submit(keeper, "bob", "b")
+    keeper.cancel("alice", first.id)
+    assert submit(keeper, "alice", "c").state == "queued"
+
+
+def test_a_refusal_is_told(keep: Keep) -> None:
+    """What a run refuses stands in the job, word by word."""
+    keeper = keep()
+    job = keeper.submit("alice", ALICE, RECIPE.replace("org/two", "org/gone"), "hf://alice/refused", {}, 1)
+    while not (job := keeper.job("alice", job.id)).is_over:
+        time.sleep(0.02)
+    assert job.state == "failed"
+    assert "there is no model org/gone on the Hub that we may read" in job.problems[0]
+
+
+def test_no_token_is_kept(keep: Keep, hub: LoopbackHub, tmp_path: Path) -> None:
+    """A token is in no file, in no argument and in no environment; when its owner's jobs are over it is forgotten."""
+    reached, go = threading.Event(), threading.Event()
+    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    keeper = keep()
+    job = submit(keeper, "alice", "secret")
+    assert reached.wait(30)
+    process = Path(f"/proc/{only_child(keeper)}")
+    told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+    files = [path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    assert ALICE.value in keeper._tokens["alice"].value
+    assert not any(secret in text for text in (told, *files) for secret in (b"hf_alice_secret", b"hf_of_the_space"))
+    assert b"alice/secret" in b"".join(files)
+    go.set()
+    until(keeper, job, "done")
+    time.sleep(0.2)
+    assert keeper._tokens == {}
+    assert "hf_alice" not in repr(ALICE)
+
+
+def test_a_nursery_that_is_killed(keep: Keep) -> None:
+    """When the process that forks the children is killed, the next job has a new one."""
+    keeper = keep()
+    until(keeper, submit(keeper, "alice", "before"), "done")
+    assert keeper._nursery.pid is not None
+    os.kill(keeper._nursery.pid, signal.SIGKILL)
+    until(keeper, submit(keeper, "alice", "after"), "done")
+
+
+def test_a_child_that_is_killed(keep: Keep, hub: LoopbackHub) -> None:
+    """A child that ends without a word, for want of memory say, leaves a job that has failed and says so."""
+    reached, go = threading.Event(), threading.Event()
+    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    keeper = keep()
+    job = submit(keeper, "alice", "starved")
+    assert reached.wait(30)
+    os.kill(only_child(keeper), signal.SIGKILL)
+    go.set()
+    assert "ended without a word" in until(keeper, job, "failed").problems[0]
+
+
+def test_a_token_that_ends(keep: Keep) -> None:
+    """A job is not begun with a token that ends in a moment: it waits for its owner to sign in again."""
+    keeper = keep()
+    job = submit(keeper, "alice", "late", Token(ALICE.value, time.time() + 5))
+    until(keeper, job, "waiting")
+    keeper.welcome("alice", ALICE)
+    until(keeper, job, "done")
+
+
+def test_old_jobs_go(keep: Keep) -> None:
+    """Of one owner's jobs that are over the last twenty are kept, also on disk."""
+    keeper = keep(start=False)
+    jobs = [keeper.cancel("alice", submit(keeper, "alice", f"old{number}").id) for number in range(25)]
+    assert [job.id for job in keeper.store.of("alice")] == [job.id for job in jobs[5:]]
+    again = keep(start=False)
+    assert again.store.of("alice") == keeper.store.of("alice")
+
+
+def test_a_child_ends_with_its_worker(keep: Keep, hub: LoopbackHub) -> None:
+    """When the worker's end of its socket is gone, by a kill say, a child is gone."""
+    reached, go = threading.Event(), threading.Event()
+    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    keeper = keep()
+    job = submit(keeper, "alice", "orphan")
+    assert reached.wait(30)
+    child = only_child(keeper)
+    keeper._children[job.id].shutdown(socket.SHUT_WR)
+    assert is_gone(child)
+    go.set()

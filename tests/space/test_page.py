@@ -1,0 +1,285 @@
+"""The page in a real browser: signing in by the real OpenID flow, form and text, plan, merge, jobs of one's own.
+
+Not here: what the form does to a text (test_form), the queue by itself (test_jobs) and the API (test_api).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Visit, Visitor
+from loopback import LoopbackHub, Request
+from served import SCOPES, SECRET, ServedSpace
+
+IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
+FIRST = "merger-zoo-kjv-python-task-arithmetic"
+
+
+def staged(request: Request) -> bool:
+    return request.method == "POST" and "/commit/merge-staging" in request.path
+
+
+def published(hub: LoopbackHub, repo: str) -> dict[str, str]:
+    """The weights of a repo by file."""
+    return {name: entry.sha256 for name, entry in hub.tree(repo).items() if name.endswith(".safetensors")}
+
+
+def named(visitor: Visitor, repo: str) -> None:
+    """Publish to another repo than the form says."""
+    box = visitor.page.locator("#repo input, #repo textarea").first
+    box.press("Control+a")
+    box.press_sequentially(repo, delay=5)
+    visitor.until(lambda: f"repo: {repo}\n" in visitor.recipe())
+
+
+def test_a_first_visit(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
+    """From opening the page to a published merge in three clicks and seconds; the link leads to the repo."""
+    began = time.monotonic()
+    alice = visit()
+    alice.sign_in("alice")
+    alice.click("button", "Merge and publish")
+    alice.job("done")
+    assert alice.clicks <= 5
+    assert time.monotonic() - began < 120
+    assert len(published(hub, f"alice/{FIRST}")) == 3
+    assert alice.page.get_by_role("link", name="open it on the Hub").get_attribute("href") == f"{hub.url}/alice/{FIRST}"
+    with alice.context.expect_page() as opened:
+        alice.click("link", "open it on the Hub")
+    assert opened.value.url == f"{hub.url}/alice/{FIRST}"
+    assert hub.openid.grants.scopes[-1] == SCOPES
+    assert "hf_oauth_" not in space.log()
+    assert SECRET not in space.log()
+
+
+def test_a_recipe_by_the_form(visit: Visit) -> None:
+    """Models found on the Hub, a method and its numbers become a recipe, whose plan tells models, sizes and card."""
+    visitor = visit()
+    visitor.choose("method", "TIES", "TIES", exact=True)
+    visitor.until(lambda: "merge_method: ties" in visitor.recipe())
+    density = visitor.page.get_by_label("number input for density").first
+    density.fill("0.4")
+    density.press("Tab")
+    visitor.until(lambda: "density: 0.4" in visitor.recipe())
+    visitor.page.get_by_role("button", name="Remove maker/merger-zoo-python").or_(
+        visitor.page.locator("#models .token-remove").nth(1)
+    ).first.click()
+    visitor.until(lambda: "zoo-python" not in visitor.recipe())
+    visitor.choose("models", "zoo-pyt", "maker/merger-zoo-python")
+    visitor.until(lambda: visitor.recipe().count("- model:") == 2)
+    visitor.page.keyboard.press("Escape")
+    visitor.page.get_by_role("button", name="Plan").click()
+    table = visitor.page.locator("#table")
+    table.get_by_text("about 1 min").wait_for()
+    told = table.inner_text()
+    assert "maker/merger-zoo-base" in told
+    assert "apache-2.0" in told
+    assert "2.7 MB in 3 files" in told
+    visitor.page.get_by_role("button", name="Preview of the model card").click()
+    visitor.page.locator("#card").get_by_text("TIES", exact=False).first.wait_for()
+
+
+def test_by_keyboard(visit: Visit) -> None:
+    """Every step can be made without a mouse: from the first field by Tab to the buttons, which answer to Enter."""
+    visitor = visit()
+    visitor.page.locator("#private input").focus()
+    reached: list[str] = []
+    for _ in range(12):
+        visitor.page.keyboard.press("Escape")  # in the editor a Tab indents, unless Escape is pressed before
+        visitor.page.keyboard.press("Tab")
+        reached.append(str(visitor.page.evaluate("document.activeElement.id")))
+        if reached[-1] == "plan":
+            break
+    assert reached[-1] == "plan", reached
+    visitor.page.keyboard.press("Enter")
+    visitor.page.locator("#table").get_by_text("about 1 min").wait_for()
+    assert visitor.page.locator("#problems").get_attribute("aria-live") == "polite"
+
+
+def test_an_error_at_its_line(visit: Visit) -> None:
+    """What is typed wrong is told at once, with its line, its next step and a mark; what is mended is quiet again."""
+    visitor = visit()
+    good = visitor.recipe()
+    visitor.write(good.replace("weight: 0.85", "wieght: 0.85", 1))
+    problem = visitor.page.locator("#problems li.error")
+    problem.wait_for()
+    assert problem.inner_text().replace("\n", " ").endswith("unknown key 'wieght' did you mean 'weight'?")
+    assert "line 5" in problem.inner_text()
+    fifth = visitor.page.locator("#recipe .cm-line").nth(4)
+    assert fifth.evaluate("line => getComputedStyle(line).boxShadow") != "none"
+    visitor.write(good.replace("weight: 0.85", "weight: [0, 0.5, 1]", 1))
+    visitor.page.get_by_text("No problem found").wait_for()
+    curve = visitor.page.get_by_role("img", name="weight of maker/merger-zoo-kjv from the first layer to the last")
+    curve.wait_for()
+    assert "all: 0, 0.5, 1" in str(curve.get_attribute("aria-label"))
+    visitor.write(good.replace("weight: 0.85", "weight: 0.3", 1))
+    number = visitor.page.get_by_label("number input for weight").first
+    visitor.until(lambda: number.input_value() == "0.3")
+
+
+def test_nobody_is_signed_in(visit: Visit) -> None:
+    """Who is not signed in may plan; asked to merge, the page says who is missing."""
+    visitor = visit()
+    visitor.page.get_by_role("button", name="Merge and publish").click()
+    visitor.page.locator("#refused").get_by_text("nobody is signed in").wait_for()
+
+
+def test_the_tab_is_closed(visit: Visit, hub: LoopbackHub) -> None:
+    """A merge goes on without its page, and is found when its owner is back."""
+    reached, go = threading.Event(), threading.Event()
+    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    alice = visit()
+    alice.sign_in("alice")
+    named(alice, "alice/closed")
+    alice.click("button", "Merge and publish")
+    alice.job("running")
+    assert reached.wait(20)
+    alice.page.close()
+    go.set()
+    end = time.monotonic() + 30
+    while not (hub.exists("alice/closed") and published(hub, "alice/closed")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    alice.page = alice.context.new_page()
+    alice.open()
+    alice.job("done")
+    assert "alice/closed" in alice.page.locator("#job .state").inner_text()
+    assert alice.page.get_by_role("radio", name="alice/closed: published").is_checked()
+
+
+def test_cancelling(visit: Visit, hub: LoopbackHub) -> None:
+    """A merge at work is cancelled by its owner; main stays as it was, and the recipe can be taken again."""
+    reached, go = threading.Event(), threading.Event()
+    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    alice = visit()
+    alice.sign_in("alice")
+    named(alice, "alice/cancelled")
+    alice.click("button", "Merge and publish")
+    assert reached.wait(20)
+    alice.page.get_by_role("button", name="Cancel this merge").click()
+    alice.job("cancelled")
+    go.set()
+    assert [commit.title for commit in hub.commits("alice/cancelled")] == ["initial commit"]
+    alice.write("models: []\n")
+    alice.page.get_by_role("button", name="Show its recipe").click()
+    alice.until(lambda: "repo: alice/cancelled" in alice.recipe())
+
+
+def test_another_user(visit: Visit, hub: LoopbackHub) -> None:
+    """A second user sees nothing of the first, and cannot stop their merge by its name either."""
+    reached, go = threading.Event(), threading.Event()
+    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    alice = visit()
+    alice.sign_in("alice")
+    named(alice, "alice/hers")
+    alice.click("button", "Merge and publish")
+    assert reached.wait(20)
+    hers = alice.page.get_by_role("radio", name="alice/hers").get_attribute("value")
+    bob = visit()
+    bob.sign_in("bob")
+    bob.page.get_by_text("You have no merges here yet.").wait_for()
+    assert "alice" not in bob.page.locator("body").inner_text()
+    told = bob.page.evaluate(FORGED, hers)
+    assert "alice" not in told
+    assert '"success":false' in told.replace(" ", "")
+    go.set()
+    alice.job("done")
+
+
+FORGED = """
+async id => {
+  const config = await (await fetch('/config')).json();
+  const cancel = config.components.find(part => part.props.elem_id === 'cancel').id;
+  const event = config.dependencies.find(each => each.targets.some(target => target[0] === cancel));
+  const session_hash = 'forged' + Math.random();
+  const body = {data: [id], fn_index: event.id, session_hash, trigger_id: cancel, event_data: null};
+  const headers = {'Content-Type': 'application/json'};
+  await fetch('/gradio_api/queue/join', {method: 'POST', headers, body: JSON.stringify(body)});
+  return await (await fetch('/gradio_api/queue/data?session_hash=' + session_hash)).text();
+}
+"""
+
+
+def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
+    """Killed in the middle of a merge and started again, it goes on when the owner is back, to the same bytes."""
+    reached, go, seen = threading.Event(), threading.Event(), []
+
+    def second(request: Request) -> bool:
+        seen.extend([request] if staged(request) else [])
+        return staged(request) and len(seen) == 2 and bool(reached.set() or True)
+
+    hub.fail(second, status=None, stall=go)
+    alice = visit()
+    alice.sign_in("alice")
+    named(alice, "alice/killed")
+    alice.click("button", "Merge and publish")
+    assert reached.wait(20)
+    space.kill()
+    go.set()
+    assert published(hub, "alice/killed") == {}
+    hub.clear_log()
+    space.start()
+    alice.open()
+    alice.job("done")
+    assert "from an earlier run" in alice.page.locator("#log .log").inner_text()
+    assert len([request for request in hub.log if staged(request)]) == 2
+    named(alice, "alice/undisturbed")
+    alice.click("button", "Merge and publish")
+    alice.page.locator("#job .state.done").get_by_text("alice/undisturbed").wait_for(timeout=40_000)
+    assert published(hub, "alice/killed") == published(hub, "alice/undisturbed") != {}
+
+
+def test_too_big_for_here(visit: Visit) -> None:
+    """What is too big is refused by its plan, with a workflow for the Action to copy."""
+    visitor = visit()
+    layers = "  - sources: [{model: maker/merger-zoo-kjv, layer_range: [0, 6]}]\n"
+    visitor.write("merge_method: passthrough\nslices:\n" + 12 * layers)
+    visitor.page.get_by_role("button", name="Plan").click()
+    visitor.page.locator("#refused").get_by_text("too big for this Space").wait_for()
+    assert "uses: OWNER/merger@v1" in visitor.page.locator("#elsewhere .cm-content").inner_text()
+
+
+UNNAMED = """
+() => [...document.querySelectorAll('input, textarea, select, button, [role=textbox]')]
+  .filter(part => part.offsetParent !== null)
+  .filter(part => !(part.labels && part.labels.length) && !part.innerText.trim()
+    && !part.getAttribute('aria-label') && !part.getAttribute('title') && !part.getAttribute('aria-labelledby'))
+  .map(part => part.outerHTML.slice(0, 200))
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_looks(visit: Visit, width: int, dark: bool) -> None:
+    """At both widths nothing sticks out to the side, and all that can be worked has a name to read out."""
+    visitor = visit(width, dark)
+    visitor.page.get_by_role("button", name="Plan").click()
+    visitor.page.locator("#table").get_by_text("about 1 min").wait_for()
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= width
+    right = visitor.page.evaluate("document.querySelector('#buttons').getBoundingClientRect().right")
+    assert width - 40 <= right <= width - 16
+    assert visitor.page.evaluate(UNNAMED) == []
+    assert visitor.page.evaluate("document.documentElement.lang") == "en"
+    if os.environ.get("SCREENSHOTS"):
+        _picture(visitor, f"space-{width}-{'dark' if dark else 'light'}")
+
+
+def _picture(visitor: Visitor, name: str) -> None:
+    """A picture for the documents: a merge by layers, published, and its plan; in few colours, so that it is small."""
+    from PIL import Image
+
+    visitor.sign_in("alice")
+    visitor.choose("example", "SLERP, by layer", "SLERP, by layer")
+    visitor.until(lambda: "filter: mlp" in visitor.recipe())
+    named(visitor, f"alice/{name}")
+    visitor.click("button", "Merge and publish")
+    visitor.page.locator("#job .state.done").get_by_text(f"alice/{name}").wait_for(timeout=40_000)
+    visitor.page.get_by_role("button", name="Plan").click()
+    visitor.page.locator("#table").get_by_text(f"alice/{name}").wait_for()
+    visitor.page.mouse.move(0, 0)
+    path = IMAGES / f"{name}.png"
+    visitor.page.screenshot(path=path, full_page=True)
+    Image.open(path).convert("RGB").quantize(200).save(path, optimize=True)

@@ -1,0 +1,153 @@
+"""What the Space does not take from strangers, and what is too big for it: each with a sentence and a place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+from loopback import Client, ClientError, LoopbackHub
+
+from merger.errors import MergerError
+from space import rules
+from space.limits import Limits
+
+TWO = "merge_method: linear\nmodels:\n  - model: {}\n  - model: org/b\nparameters: {{weight: 1}}\n"
+STRANGE = [
+    "./examples/zoo/base",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "~/model",
+    "file:///etc/passwd",
+    "http://127.0.0.1/model",
+    "https://example.org/model",
+    "hf://org/model",
+    "$HOME/model",
+    "${HF_TOKEN}/model",
+    "org/..",
+    "merger",
+    "org/name/more",
+    "'org/name\\n'",
+    "org/näme",
+    "C:/model",
+]
+
+
+def refused(text: str) -> str:
+    return "\n".join(map(str, rules.look(text).problems))
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_model_is_on_the_hub(name: str) -> None:
+    """A path, another scheme, a variable of the environment or half a name is no model here; its line is told."""
+    told = refused(TWO.format(name))
+    assert told.startswith("recipe.yaml:3:12: ")
+    assert "is no model on the Hub\n    only models on the Hub can be merged here" in told
+
+
+@pytest.mark.parametrize("revision", ["../main", "a/../../b", "main?x=1", "-x"])
+def test_a_revision_is_one(revision: str) -> None:
+    """What stands behind the @ leads nowhere else."""
+    assert f"'{revision}' is no branch, tag or commit" in refused(TWO.format(f"org/a@{revision}"))
+
+
+def test_a_base_model_too() -> None:
+    """Models are looked at wherever a recipe names them."""
+    told = refused(TWO.format("org/a") + "base_model: ./secret\n")
+    assert "'./secret' is no model on the Hub" in told
+
+
+def test_no_templates() -> None:
+    """A card's template is a file of the machine, so there is none here."""
+    told = refused(TWO.format("org/a") + "publish: {repo: org/c, template: /etc/passwd}\n")
+    assert told.startswith("recipe.yaml:6:34: publish.template: the Space takes no templates")
+
+
+def test_large_recipes_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe of too many bytes, or with thousands of models, is refused before anything reads it."""
+    monkeypatch.setattr(rules, "read_text", lambda *_: pytest.fail("it was parsed"))
+    assert "the recipe has 70,001 bytes, and this Space reads 64,000 at most" in refused("# " + "é" * 34_999 + "x")
+    assert "names models 5,000 times" in refused("models:\n" + "- {model: a}\n" * 2_500 + "- model: a\n" * 2_500)
+
+
+def test_as_many_models_as_there_is_room_for() -> None:
+    """Sixteen models are merged, seventeen are not."""
+    names = [f"  - model: org/m{number}\n" for number in range(16)]
+    text = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n"
+    assert refused(text + "".join(names)) == ""
+    assert "names 17 models, and this Space merges 16 at most" in refused(text + "".join(names) + "  - model: org/z\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a: [", "x: &a [*a]\n", "models: !!python/object/apply:os.system ['true']\n", "\x00"]
+)
+def test_what_is_no_recipe(text: str) -> None:
+    """Whatever is typed, there is a sentence for it and no exception."""
+    assert rules.look(text).recipe is None
+    assert rules.look(text).problems
+
+
+# ---- with a Hub -----------------------------------------------------------------------------------------------------
+
+
+def planned(text: str, token: str | None, limits: Limits) -> str:
+    return rules.planned(rules.read(text), token, limits).hash
+
+
+@pytest.fixture(scope="module")
+def models(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A public model, a private one, and one that is called like a folder of this project."""
+    folder = tmp_path_factory.mktemp("models")
+    served.add_model("org/b", tiny.model(folder / "b", 1))
+    served.add_model("org/hidden", tiny.model(folder / "hidden", 2), private=True)
+    served.add_model("merger/plan", tiny.model(folder / "plan", 3))
+
+
+@pytest.mark.usefixtures("models")
+def test_a_private_model_needs_its_owner(client: Client) -> None:
+    """Without a token a private model is not there, whatever token the Space itself has in its environment."""
+    text = TWO.format("org/hidden")
+    with pytest.raises(ClientError, match="there is no model org/hidden on the Hub that we may read"):
+        client(planned, text, None, Limits())
+    assert client(planned, text, "hf_reader_of_org", Limits())
+
+
+@pytest.mark.usefixtures("models")
+def test_a_folder_of_that_name(client: Client) -> None:
+    """A model on the Hub is meant even where the Space has a folder of the same name."""
+    assert Path("merger/plan").is_dir()
+    assert client(planned, TWO.format("merger/plan"), None, Limits())
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("limits", "what"),
+    [
+        (Limits(memory=100_000_000), "bytes of memory, and 100,000,000 are allowed"),
+        (Limits(disk=1_000), "bytes of disk at once, and 1,000 are allowed"),
+        (Limits(traffic=10_000), "and this Space moves 10.0 kB a merge at most"),
+    ],
+)
+def test_too_big(client: Client, limits: Limits, what: str) -> None:
+    """More memory, disk or traffic than the Space has for one merge is refused by the plan, and says where to go."""
+    with pytest.raises(ClientError, match=what) as told:
+        client(planned, TWO.format("org/b@main"), None, limits)
+    assert "TooBigError" in told.value.kinds
+    assert "the GitHub Action or your own machine can make it" in str(told.value)
+
+
+def test_limits_of_this_machine(tmp_path: Path) -> None:
+    """Workers share what the variables allow, or what is left on the machine; the page keeps a gigabyte."""
+    given = {"MERGER_SPACE_MEMORY": "16GB", "MERGER_SPACE_DISK": "50GB", "MERGER_SPACE_JOBS_EACH": "5"}
+    limits = Limits.here(tmp_path, given)
+    assert (limits.workers, limits.memory, limits.disk, limits.jobs_each) == (2, 7_500_000_000, 25_000_000_000, 5)
+    assert Limits.here(tmp_path, {**given, "MERGER_SPACE_WORKERS": "1"}).memory == 15_000_000_000
+    assert Limits.here(tmp_path, {}).disk is not None
+    with pytest.raises(ValueError, match="is no size"):
+        Limits.here(tmp_path, {"MERGER_SPACE_DISK": "much"})
+
+
+def test_a_refusal_has_an_exit_code() -> None:
+    """Each refusal of the Space is one of the errors that the rest of the project knows."""
+    assert issubclass(rules.TooBigError, MergerError)
+    assert rules.TooBigError.exit_code == 5

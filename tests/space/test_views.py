@@ -1,0 +1,69 @@
+"""How the page tells of a job and of problems: words and figures, not colours.
+
+Not here: where they stand on the page (test_page).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+
+import pytest
+
+from merger.errors import Problem
+from space import rules, views
+from space.form import Setting
+from space.jobs import Job
+
+JOB = Job("id", "alice", "a: 1", "hf://alice/<b>", {}, 1_000_000, created=1.0)
+
+
+def words(page: str) -> str:
+    """The text of it, as a reader gets it."""
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+
+
+def test_a_job_at_work() -> None:
+    """Share, bytes, speed and time left are told of a job at work; what an earlier run made does not count as speed."""
+    job = replace(JOB, state="running", started=time.time() - 10, kept=200_000, made=400_000)
+    told = words(views.job(job, 0))
+    assert "alice/&lt;b&gt; is being made. 40% · 400.0 kB of 1.0 MB · 20.0 kB/s · 30 s left" in told
+    assert "nan" not in words(views.job(replace(job, made=200_000), 0))
+    assert "min left" in words(views.job(replace(job, made=210_000), 0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ahead", "told"),
+    [
+        ({"state": "queued"}, 0, "waits its turn: it is next"),
+        ({"state": "queued"}, 3, "waits its turn: 3 merges before it"),
+        ({"state": "waiting"}, 0, "waits for you: the Space was started anew"),
+        ({"state": "cancelled"}, 0, "Its finished files wait on the Hub"),
+        ({"state": "done", "where": "http://hub/x", "is_new": True}, 0, "is published"),
+        ({"state": "done", "where": "http://hub/x"}, 0, "was there already"),
+        ({"state": "failed", "problems": ("a <b> is missing",)}, 0, "was not made. a &lt;b&gt; is missing"),
+    ],
+)
+def test_a_job_in_each_state(changes: dict[str, object], ahead: int, told: str) -> None:
+    """Each state has its sentence."""
+    assert told in words(views.job(replace(JOB, **changes), ahead))
+
+
+def test_a_log_is_text() -> None:
+    """Lines of the log stand as they are."""
+    assert views.log(replace(JOB, log=("one <i>", "two"))) == '<pre class="log" tabindex="0">one &lt;i&gt;\ntwo</pre>'
+
+
+def test_words_of_others_are_escaped() -> None:
+    """Markup in a recipe is shown, not obeyed."""
+    told = views.problems(rules.look("merge_method: <img src=x onerror=alert(1)>\nmodels: [{model: a/b}]\n"))
+    assert "<img" not in told
+    assert "&lt;img" in told
+    assert "<script" not in views.curves(Setting({"<script>": (0.0, float("nan"), 1.0)}), "<script>")
+
+
+def test_a_problem_without_a_place() -> None:
+    """A refusal that is about no line tells none, and its next step stands with it."""
+    told = words(views.refusal([Problem("no room", hint="make some")]))
+    assert told == "error no room make some"
