@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from merger.card.licences import licence_note
 from merger.card.lineage import shown
 from merger.card.relations import Relation, Relations, same_models
-from merger.errors import MergerError, Problem
+from merger.errors import MergerError, Problem, few
 from merger.methods.registry import Method, Param
 from merger.plan.plan import Plan
 from merger.run import Done, PartDone, Resumed
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _LOG_SECONDS = 15.0
-_NAMES_SHOWN = 3
 
 
 def size(nbytes: float) -> str:
@@ -145,12 +144,6 @@ def _by_reason(title: str, items: Iterable[tuple[str, str]]) -> list[str]:
     for why, names in groups.items():
         lines.append(f"  {few(names)}: {why}")
     return lines
-
-
-def few(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 # ---- methods --------------------------------------------------------------------------------------------------------

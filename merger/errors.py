@@ -6,9 +6,11 @@ Not here: how a problem is shown (console) and the finding of problems (each roo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+_FEW = 3
 
 
 @dataclass(frozen=True, order=True)
@@ -124,3 +126,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known here: {', '.join(names)}" if names else None
+
+
+def few(names: Sequence[str]) -> str:
+    """The first few names, for a sentence, and how many more there are."""
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return ", ".join(names[:_FEW]) + more

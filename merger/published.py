@@ -5,7 +5,7 @@ Not here: the comparison of tensors (verify), and models that are no merges of o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from functools import partial
 from merger.checkpoints.checkpoint import TensorInfo
 from merger.checkpoints.shard import header
 from merger.checkpoints.sidefiles import LOCK_NAME
-from merger.errors import ModelError, Problem, RecipeError, VerificationError
+from merger.errors import ModelError, Problem, RecipeError, VerificationError, few
 from merger.locate import find
 from merger.plan.lock import tensors_in
 from merger.plan.lockfile import Lock, read_lock
@@ -25,7 +25,6 @@ from merger.stores.ports import FileInfo, Located
 
 _REQUESTS_AT_ONCE = 8
 _LONGEST_LOCK = 64 << 20
-_NAMED = 3
 _CHANGED = "it was changed after the merge was made"
 
 
@@ -109,9 +108,9 @@ def other_contents(
     located, shards = merge.located, [shard.name for shard in planned.shards]
     made = {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
     if unlocked := [name for name in (*shards, *made) if name not in merge.held.output]:
-        yield Problem(f"the lock says nothing of {_some(unlocked)}", hint="was it changed after the merge was made?")
+        yield Problem(f"the lock says nothing of {few(unlocked)}", hint="was it changed after the merge was made?")
     if stray := [name for name in located.files if name.endswith(".safetensors") and name not in shards]:
-        yield Problem(f"{_some(stray)} is no file of this merge", hint="loaders may take its tensors for the merge's")
+        yield Problem(f"{few(stray)} is no file of this merge", hint="loaders may take its tensors for the merge's")
     for name, content in made.items():
         info = None if name in others else located.files.get(name)
         if info is not None and (info.size != len(content) or merge.store.fetch(located, name) != content):
@@ -128,11 +127,6 @@ def other_taken(merge: Merge, planned: Plan) -> Iterator[Problem]:
         told = here is not None and None not in (here.oid, there.oid) and here.sha256 is there.sha256 is None
         if here is not None and told and here.oid != there.oid:
             yield Problem(f"{name} is not the file that was taken from {model.name}", hint=_CHANGED)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 # ---- headers --------------------------------------------------------------------------------------------------------
@@ -183,4 +177,4 @@ def _other_tensors(
     }
     for what, names in groups.items():
         if names:
-            yield Problem(f"{len(names)} of the tensors are {what}: {_some(names)}", hint=_CHANGED)
+            yield Problem(f"{len(names)} of the tensors are {what}: {few(names)}", hint=_CHANGED)

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from merger.checkpoints.checkpoint import TensorInfo
-from merger.console import few, size
+from merger.console import size
 from merger.diff import Contrast, Row, Side
+from merger.errors import few
 from merger.plan.lockfile import OURS
 from merger.plan.proof import Difference
 from merger.verify import Report

@@ -18,7 +18,7 @@ from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
 from merger.card.render import render
-from merger.checkpoints.checkpoint import INDEX
+from merger.checkpoints.checkpoint import index_name
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
 from merger.errors import (
@@ -143,7 +143,7 @@ def read(path: Path) -> Recipe:
         RecipeError: with every problem of the file.
     """
     text = _text(path)
-    if _is_lock(path):
+    if is_lock(path):
         return recipe_of(read_lock(text, str(path)), str(path))
     return read_text(text, str(path))
 
@@ -165,7 +165,8 @@ def _text(path: Path) -> str:
         raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
 
 
-def _is_lock(path: Path) -> bool:
+def is_lock(path: Path) -> bool:
+    """Whether a file is a lock file, by its name."""
     return path.name.endswith(LOCK_SUFFIX)
 
 
@@ -189,7 +190,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     """
     store = stores([ref.path for ref in recipe.models], options.cache, options.read_token, options.hub_only)
     path = Path(recipe.path)
-    if _is_lock(path) and path.is_file():
+    if is_lock(path) and path.is_file():
         return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
     locked = lock(recipe, store, _pins(lock_path(path)))
     return make_plan(locked, methods(), _budget(recipe, options), options.seed), store
@@ -235,11 +236,6 @@ def lock_path(recipe: Path) -> Path:
 
 def _pins(path: Path) -> dict[str, str]:
     return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
-
-
-def card_text(planned: Plan, name: str) -> str:
-    """The card as far as it is known before anything is made, for a repo or folder of this name."""
-    return render(planned, methods(), name, relations(planned, {}))
 
 
 def lock_text(planned: Plan, done: Done) -> str:
@@ -547,6 +543,7 @@ def model_files(planned: Plan) -> dict[str, bytes]:
     if len(planned.shards) > 1:
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
         total = sum(job.nbytes for job in planned.jobs)
-        files[INDEX] = index(dict(sorted(weight_map.items())), total)
-    files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
+        files[index_name(planned.locked.holder.checkpoint.stem)] = index(dict(sorted(weight_map.items())), total)
+    if planned.config:
+        files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from merger.errors import PartError, Problem, RecipeError
@@ -20,7 +21,7 @@ from merger.methods.registry import methods
 from merger.plan.parts import Part, share
 from merger.plan.plan import Plan
 from merger.recipe.parse import parse
-from merger.run import Done, Options, PartDone, Resumed, destination, fitted, plan, run, unmade
+from merger.run import Done, Options, PartDone, Resumed, destination, fitted, is_lock, plan, run, unmade
 from merger.stores.library import Library
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def spread(
     Raises:
         MergerError: any kind; what was made waits at the destination, and only the rest is made by another run.
     """
-    _refuse_folders(planned, options)
+    _refuse_what_stays(planned, options)
     found = unmade(planned, options, engine.parts)
     if isinstance(found, Done):
         yield found
@@ -96,8 +97,8 @@ def spread(
     yield from run(planned, store, replace(options, publish_only=True))
 
 
-def _refuse_folders(planned: Plan, options: Options) -> None:
-    """All machines must see the parents and the destination."""
+def _refuse_what_stays(planned: Plan, options: Options) -> None:
+    """All machines must see the parents, the destination, and all that says what is made."""
     recipe = planned.locked.recipe
     hint = "push it to the Hub, or make the merge in one run"
     problems = [
@@ -105,6 +106,9 @@ def _refuse_folders(planned: Plan, options: Options) -> None:
         for model in planned.locked.models
         if model.located.commit is None
     ]
+    if is_lock(Path(recipe.path)):
+        hint = "start the parts yourself with --part, or give the recipe"
+        problems.append(Problem(f"{recipe.path}: a lock file stays here, the other machines get the recipe", hint=hint))
     to = destination(recipe, options)
     if not to.startswith(HUB):
         problems.append(Problem(f"the folder {to} is on this machine alone", hint="give --to hf://owner/name"))

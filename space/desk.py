@@ -5,12 +5,12 @@ Not here: who is asking (page, api), the rules (rules), and the queue (keeper).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from merger.errors import Problem, RecipeError
 from merger.locate import HUB
-from merger.run import card_text
+from merger.run import Options, card_files, elders
 from space import rules
 from space.jobs import AS_SAID, How, Job
 from space.keeper import Keeper, Token
@@ -18,6 +18,7 @@ from space.keeper import Keeper, Token
 if TYPE_CHECKING:
     from merger.plan.plan import Plan
     from merger.recipe.model import Recipe
+    from merger.stores.ports import Store
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,18 @@ class Planned:
 
     recipe: Recipe
     plan: Plan
+    store: Store = field(repr=False)
+    options: Options
 
     @property
     def to(self) -> str | None:
         """Where it goes, as far as the recipe says it."""
         return None if self.recipe.publish.repo is None else HUB + self.recipe.publish.repo
 
-    def card(self) -> str:
-        """The card as far as it is known."""
-        return card_text(self.plan, self.recipe.publish.repo or "your-name/merge")
+    def card(self) -> dict[str, bytes]:
+        """The card's files, README.md and pictures, as far as they are known before anything is made."""
+        older = elders(self.plan, True, self.options.read_token)
+        return card_files(self.plan, self.recipe.publish.repo or "your-name/merge", {}, self.store, older)
 
 
 class Desk:
@@ -54,7 +58,9 @@ class Desk:
             MergerError: any kind; TooBigError where it could be made elsewhere.
         """
         recipe = rules.read(text)
-        return Planned(recipe, rules.planned(recipe, token, self.keeper.limits))
+        options = rules.options(token, self.keeper.limits)
+        plan, store = rules.planned(recipe, options, self.keeper.limits)
+        return Planned(recipe, plan, store, options)
 
     def submit(self, owner: str, token: Token, text: str, to: str | None = None, how: How = AS_SAID) -> Job:
         """Queue a merge.

@@ -7,7 +7,7 @@ Not here: the look of lists and figures (views), and what programs may call (api
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,7 @@ class Page:
         with gr.Column(visible=False, elem_id="planned") as self.planned:
             gr.Markdown("## Plan")
             self.table = gr.Markdown(elem_id="table")
+            self.lineage = gr.HTML(elem_id="lineage")
             with gr.Accordion("Preview of the model card", open=False):
                 self.card = gr.Markdown(elem_id="card", latex_delimiters=[])
         with gr.Column(visible=False, elem_id="elsewhere") as self.elsewhere:
@@ -298,7 +299,7 @@ class Page:
     # ---- the buttons -------------------------------------------------------------------------------------------------
 
     def _bind_buttons(self) -> None:
-        shown = [self.refused, self.planned, self.table, self.card, self.elsewhere]
+        shown = [self.refused, self.planned, self.table, self.lineage, self.card, self.elsewhere]
         _on(self.plan.click, self._plan, [self.text], shown, concurrency_id="hub", concurrency_limit=_AT_ONCE)
         merged = [*shown, *self._of_jobs]
         _on(self.merge.click, self._merge, [self.text], merged, concurrency_id="hub", concurrency_limit=_AT_ONCE)
@@ -317,7 +318,7 @@ class Page:
             job = self.desk.submit(profile.username, Token(session.token, session.expires_at), text)
         except MergerError as error:
             return [*_refused(error), *_nothing(7)]
-        gone = [gr.update(visible=False), *_nothing(3), gr.update(visible=False)]
+        gone = [gr.update(visible=False), *_nothing(4), gr.update(visible=False)]
         return [*gone, *self._listed(profile.username, job.id)]
 
     # ---- jobs --------------------------------------------------------------------------------------------------------
@@ -441,18 +442,23 @@ def _with_destination(text: str, profile: Profile) -> str:
 def _plan_shown(found: Planned) -> list[Any]:
     notes = "".join(f"\n\n**Warning:** {markdown.code(str(note))}" for note in found.recipe.warnings)
     table = markdown.plan_section(found.plan, found.to) + notes
-    return [gr.update(visible=False), gr.update(visible=True), table, _card(found.card()), gr.update(visible=False)]
+    files = found.card()
+    shown = [table, views.lineage(files, [str(model) for model in found.recipe.models]), _card(files)]
+    return [gr.update(visible=False), gr.update(visible=True), *shown, gr.update(visible=False)]
 
 
-def _card(text: str) -> str:
-    """A card as the Hub shows it: its front matter apart."""
+def _card(files: Mapping[str, bytes]) -> str:
+    """A card as the Hub shows it: its front matter apart, and its pictures in it."""
+    text = files["README.md"].decode()
+    for name, content in files.items():
+        text = text.replace(f"({name})", f"({views.address(content)})")
     parts = text.split("---\n", 2)
     return f"```yaml\n{parts[1]}```\n\n{parts[2]}" if len(parts) == 3 and not parts[0].strip() else text
 
 
 def _refused(error: MergerError) -> list[Any]:
     told = gr.update(value=views.refusal(error.problems), visible=True)
-    return [told, gr.update(visible=False), *_nothing(2), gr.update(visible=isinstance(error, TooBigError))]
+    return [told, gr.update(visible=False), *_nothing(3), gr.update(visible=isinstance(error, TooBigError))]
 
 
 def _range(param: Param, value: float) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from space.limits import Limits
 if TYPE_CHECKING:
     from merger.plan.plan import Plan
     from merger.recipe.model import ModelRef, Recipe
+    from merger.stores.ports import Store
 
 NAME = "recipe.yaml"
 MOST_BYTES = 64_000
@@ -106,14 +107,9 @@ def _of_model(ref: ModelRef) -> Problem | None:
     return _of_model(ref.adapter) if ref.adapter is not None else None
 
 
-def planned(recipe: Recipe, token: str | None, limits: Limits) -> Plan:
-    """What the recipe makes, with the models that this token may read.
-
-    Raises:
-        ModelError, RecipeError, MismatchError: as the steps do.
-        TooBigError: it takes more than this Space gives to one merge.
-    """
-    options = Options(
+def options(token: str | None, limits: Limits) -> Options:
+    """How the Space plans; the destination is any on the Hub, for its memory counts."""
+    return Options(
         to="hf://planned/here",
         max_memory=limits.memory,
         max_disk=limits.disk,
@@ -123,9 +119,18 @@ def planned(recipe: Recipe, token: str | None, limits: Limits) -> Plan:
         hub_only=True,
         read_token=token or False,
     )
+
+
+def planned(recipe: Recipe, how: Options, limits: Limits) -> tuple[Plan, Store]:
+    """What the recipe makes, and where its models are.
+
+    Raises:
+        ModelError, RecipeError, MismatchError: as the steps do.
+        TooBigError: it takes more than this Space gives to one merge.
+    """
     try:
-        found, _ = plan(recipe, options)
-        needed_disk(found, options, found.shards)
+        found, store = plan(recipe, how)
+        needed_disk(found, how, found.shards)
     except BudgetError as error:
         what = tuple(replace(problem, hint=_ELSEWHERE) for problem in error.problems)
         raise TooBigError(what) from None
@@ -135,7 +140,7 @@ def planned(recipe: Recipe, token: str | None, limits: Limits) -> Plan:
             f"this merge reads and writes {console.size(traffic)}, and this Space moves {console.size(limits.traffic)}"
         )
         raise TooBigError(Problem(f"{told} a merge at most", hint=_ELSEWHERE))
-    return found
+    return found, store
 
 
 _ELSEWHERE = "it is too big for this Space; the GitHub Action or your own machine can make it"

@@ -5,10 +5,11 @@ Every word of others is escaped. Not here: plans and results, which are Markdown
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from merger.console import size
@@ -93,6 +94,21 @@ def _line(values: Sequence[float], low: float, high: float, number: int) -> str:
 
 def _y(value: float, low: float, high: float) -> str:
     return f"{_HEIGHT - _EDGE - (value - low) / (high - low) * (_HEIGHT - 2 * _EDGE):.1f}"
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def address(png: bytes) -> str:
+    """A picture as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def lineage(files: Mapping[str, bytes], models: Sequence[str]) -> str:
+    """The card's picture of where the merge comes from, if it has one."""
+    png = files.get("pictures/lineage.png")
+    alt = html.escape(f"Lineage of the merge: made of {', '.join(models)}")
+    return "" if png is None else f'<img class="picture" src="{address(png)}" alt="{alt}">'
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------------------

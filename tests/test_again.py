@@ -110,6 +110,14 @@ def test_another_shard_size_or_seed_is_refused(option: str, first: Path, served:
     assert json.loads(same.out)["hash"] == yaml.safe_load((first / "merger.lock.yaml").read_text())["plan"]
 
 
+def test_other_machines_get_no_lock(first: Path, client: Client) -> None:
+    """They are handed the recipe's text alone, so an engine is refused before it starts anything."""
+    line = ["run", str(first / "merger.lock.yaml"), "--to", "hf://org/spread", "--engine", "jobs", "--parts", "2"]
+    done = client(called, line)
+    assert done.code == 2
+    assert "a lock file stays here, the other machines get the recipe" in done.err
+
+
 def test_the_locked_commits_are_read_when_the_parents_have_moved_on(
     first: Path, served: LoopbackHub, client: Client
 ) -> None:

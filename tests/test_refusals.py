@@ -233,8 +233,8 @@ def one_tensor(name: str, shape: list[int], size: int, dtype: str = "F32") -> di
 OUTSIDE = f"{INDEX} points outside the model's folder"
 DAMAGED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "pickled only": (only_pickled, "has no safetensors, only pytorch_model.bin", "save_pretrained"),
-    "no weights": (lambda m: (m / "model.safetensors").unlink(), f"has neither model.safetensors nor {INDEX}", "model"),
-    "no config": (lambda m: (m / "config.json").unlink(), "has no config.json", "transformers"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), "has no safetensors", "model"),
+    "no config": (lambda m: (m / "config.json").unlink(), "has no config.json", "name their file"),
     "config is no JSON": (lambda m: (m / "config.json").write_text("{"), "config.json is no JSON", "again"),
     "index outside": (lambda m: index(m, "../one/model.safetensors"), OUTSIDE, "damaged"),
     "index absolute": (lambda m: index(m, "/etc/passwd"), OUTSIDE, "damaged"),

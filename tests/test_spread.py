@@ -52,7 +52,7 @@ def whole(at: Path, served: LoopbackHub, command: Command) -> dict[str, str]:
     """The files of a single run, by their sha256."""
     done = command("run", "mine.yaml", "--to", "whole", *SHARD, cwd=at, hub=served)
     assert done.returncode == 0, done.stderr
-    return digests({item.name: item.read_bytes() for item in (at / "whole").iterdir()})
+    return digests({item.name: item.read_bytes() for item in (at / "whole").iterdir() if item.is_file()})
 
 
 def digests(files: dict[str, bytes]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from merger.card.licences import licence, licence_note
 from merger.card.lineage import shown
 from merger.card.relations import Relations
+from merger.checkpoints.config import is_diffusion
 from merger.errors import Problem, RecipeError
 from merger.methods.registry import Method
 from merger.plan.plan import Plan
@@ -120,6 +121,8 @@ def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str,
         "licence": licence(planned),
         "licence_note": licence_note(planned),
         "plan": planned,
+        "library": _library(planned.config),
+        "class_name": planned.config.get("_class_name"),
         "auto_class": _auto_class(planned.config),
         "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
         "local": all(parent.commit is None for parent in parents),
@@ -142,7 +145,8 @@ def _metadata(planned: Plan, used: list[Method]) -> str:
     data: dict[str, Any] = {}
     if stated is not None:
         data["license"] = stated
-    data["library_name"] = "transformers"
+    if library := _library(planned.config):
+        data["library_name"] = library
     task = donor.card.get("pipeline_tag") or _TASKS.get(_auto_class(planned.config))
     if isinstance(task, str) and _TASK.fullmatch(task):
         data["pipeline_tag"] = task
@@ -155,6 +159,13 @@ def _metadata(planned: Plan, used: list[Method]) -> str:
 
 _TASK = re.compile(r"[a-z0-9-]+")
 _TASKS = {"AutoModelForCausalLM": "text-generation"}
+
+
+def _library(config: Mapping[str, Any]) -> str | None:
+    """What loads the result; None for tensors without a config."""
+    if not config:
+        return None
+    return "diffusers" if is_diffusion(config) else "transformers"
 
 
 def _auto_class(config: Mapping[str, Any]) -> str:

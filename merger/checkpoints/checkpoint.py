@@ -24,8 +24,10 @@ ITEM_BYTES: Mapping[str, int] = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that are merged; all others are copied or refused."""
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+STEM = "model"
+"""What the names of a model's files begin with, as transformers writes them; diffusers has another stem."""
+
+_ENDING, _INDEX_ENDING = ".safetensors", ".safetensors.index.json"
 MAX_HEADER = 100_000_000
 _PICKLED = re.compile(r"(^|/)(pytorch_model.*\.bin|.*\.(pt|pth|ckpt))$")
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|^[/\\~]|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z]:[/\\]")
@@ -55,10 +57,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's tensors by name, in the order of files and places, and its config.json."""
+    """A model's tensors by name, in the order of files and places; its config.json, empty if it has none; its stem."""
 
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any] = field(default_factory=dict)
+    stem: str = STEM
 
     @property
     def nbytes(self) -> int:
@@ -66,47 +69,92 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def weight_files(files: Iterable[str], index: str | None) -> tuple[str, ...]:
+def is_single(path: str) -> bool:
+    """Whether a model is given as one file, not as a folder or a repo."""
+    return path.endswith(_ENDING)
+
+
+def index_name(stem: str = STEM) -> str:
+    """The name of the index of files that begin with `stem`."""
+    return stem + _INDEX_ENDING
+
+
+def stem(files: Iterable[str]) -> str:
+    """What the names of a model's safetensors begin with: transformers' own name, else that of the only ones there.
+
+    Raises:
+        ModelError: there are none, or several and no index.
+    """
+    present = [name for name in files if "/" not in name]
+    for ending in (_INDEX_ENDING, _ENDING):
+        found = [name.removesuffix(ending) for name in present if name.endswith(ending)]
+        if STEM in found:
+            return STEM
+        if found:
+            return _only(found, ending)
+    raise ModelError(_without_safetensors(files))
+
+
+def _only(found: list[str], ending: str) -> str:
+    """The stem of the only model, next to which there may be variants of it such as ``.fp16``."""
+    first = min(found, key=len)
+    if all(name == first or name.startswith(f"{first}.") for name in found):
+        return first
+    if all(_SHARD.search(name) for name in found):
+        raise ModelError(Problem(f"has shards ({first}{ending}, ...) and no index of them", hint=_DAMAGED))
+    what = f"holds several models ({', '.join(name + ending for name in found[:_NAMES_SHOWN])})"
+    raise ModelError(Problem(what, hint=f"name the file that is meant: .../{first}{_ENDING}"))
+
+
+_SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
+_NAMES_SHOWN = 3
+
+
+def weight_files(files: Iterable[str], index: str | None, stem: str = STEM) -> tuple[str, ...]:
     """The safetensors files of a model, given its files' names and the text of its index, if it has one.
 
     Raises:
-        ModelError: no safetensors, a damaged index, or one that names files which the model does not have.
+        ModelError: a damaged index, or one that names files which the model does not have.
     """
     present = tuple(files)
     if index is None:
-        if SINGLE in present:
-            return (SINGLE,)
-        raise ModelError(_without_safetensors(present))
-    shards = tuple(sorted(set(_weight_map(index).values())))
+        return (stem + _ENDING,)
+    shards = tuple(sorted(set(_weight_map(index, stem).values())))
     for shard in shards:
         if _UNSAFE_NAME.search(shard):
-            raise ModelError(Problem(f"{INDEX} points outside the model's folder: {shard!r}", hint=_DAMAGED))
+            raise ModelError(Problem(f"{index_name(stem)} points outside the model's folder: {shard!r}", hint=_DAMAGED))
         if shard not in present:
-            raise ModelError(Problem(f"{INDEX} names {shard!r}, which is not there", hint=_DAMAGED))
+            raise ModelError(Problem(f"{index_name(stem)} names {shard!r}, which is not there", hint=_DAMAGED))
     return shards
 
 
 _DAMAGED = "the model is incomplete or damaged: download it again, or ask its author"
 
 
-def _weight_map(index: str) -> dict[str, str]:
+def _weight_map(index: str, stem: str) -> dict[str, str]:
     try:
         found = json.loads(index)["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ModelError(Problem(f"{INDEX} holds no weight_map", hint=_DAMAGED)) from None
+        raise ModelError(Problem(f"{index_name(stem)} holds no weight_map", hint=_DAMAGED)) from None
     if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ModelError(Problem(f"{INDEX}: the weight_map is no map of names to files", hint=_DAMAGED))
+        raise ModelError(Problem(f"{index_name(stem)}: the weight_map is no map of names to files", hint=_DAMAGED))
     return found
 
 
-def _without_safetensors(files: Iterable[str]) -> Problem:
+def _without_safetensors(present: Iterable[str]) -> Problem:
+    files = tuple(present)
     pickled = [name for name in files if _PICKLED.search(name)]
+    parts = sorted({name.rpartition("/")[0] for name in files if name.endswith(_ENDING) and "/" in name})
+    if "model_index.json" in files:
+        hint = f"merge it part by part: name one of its folders ({', '.join(parts[:_NAMES_SHOWN])}, ...)"
+        return Problem("is a pipeline of several models", hint=hint)
     if pickled:
         return Problem(
             f"has no safetensors, only {pickled[0]}",
             hint="such files can run code when they are read: convert the model with transformers' save_pretrained",
         )
-    return Problem(f"has neither {SINGLE} nor {INDEX}", hint="is this a model that transformers can load?")
+    hint = f"name the folder that is meant: .../{parts[0]}" if parts else "is this a model that transformers can load?"
+    return Problem("has no safetensors", hint=hint)
 
 
 def header_length(first: bytes, file: str, size: int) -> int:
@@ -177,21 +225,24 @@ def _check_places(tensors: list[TensorInfo], file: str, first: int, size: int) -
         raise ModelError(Problem(f"{file}: has {size:,} bytes, its header promises {end:,}", hint=_DAMAGED))
 
 
-def gather(headers: Iterable[tuple[TensorInfo, ...]], index: str | None) -> dict[str, TensorInfo]:
+def gather(headers: Iterable[tuple[TensorInfo, ...]], index: str | None, stem: str = STEM) -> dict[str, TensorInfo]:
     """All files' tensors by name; where two files hold one name, the index decides.
 
     Raises:
         ModelError: the index names a tensor that its file does not hold, or does not decide.
     """
-    chosen = _weight_map(index) if index is not None else {}
+    chosen = _weight_map(index, stem) if index is not None else {}
     tensors: dict[str, TensorInfo] = {}
     for tensor in (tensor for header in headers for tensor in header):
         if tensor.name in tensors and tensor.name not in chosen:
-            what = f"{tensor.file} and {tensors[tensor.name].file} both hold {tensor.name}, and {INDEX} names neither"
+            files = f"{tensor.file} and {tensors[tensor.name].file}"
+            what = f"{files} both hold {tensor.name}, and {index_name(stem)} names neither"
             raise ModelError(Problem(what, hint=_DAMAGED))
         if chosen.get(tensor.name, tensor.file) == tensor.file or tensor.name not in tensors:
             tensors[tensor.name] = tensor
     for name, file in chosen.items():
         if name not in tensors or tensors[name].file != file:
-            raise ModelError(Problem(f"{INDEX} places {name!r} in {file}, which does not hold it", hint=_DAMAGED))
+            raise ModelError(
+                Problem(f"{index_name(stem)} places {name!r} in {file}, which does not hold it", hint=_DAMAGED)
+            )
     return tensors

@@ -46,6 +46,11 @@ def is_tied(config: Config) -> bool:
     return bool(config.get("tie_word_embeddings", _text(config).get("tie_word_embeddings", False)))
 
 
+def is_diffusion(config: Config) -> bool:
+    """Whether the config is one of diffusers', which know no dtype."""
+    return "_class_name" in config
+
+
 def quantisation(config: Config) -> Mapping[str, Any] | None:
     """What the config says of how its tensors are quantised; None where they are not."""
     found = [part["quantization_config"] for part in _parts(config) if part.get("quantization_config") is not None]
@@ -74,7 +79,7 @@ def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
     edited = copy.deepcopy(dict(config))
     parts = [edited, *(part for part in edited.values() if isinstance(part, dict))]
     found = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
-    for part, key in found or [(edited, "dtype")]:
+    for part, key in found or ([] if is_diffusion(config) else [(edited, "dtype")]):
         part[key] = dtype
     return edited
 

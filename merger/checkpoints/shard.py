@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from merger.checkpoints.checkpoint import SINGLE
+from merger.checkpoints.checkpoint import STEM
 
 
 class Outgoing(Protocol):
@@ -51,13 +51,13 @@ def header(tensors: Iterable[Outgoing]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def shard_name(number: int, count: int) -> str:
+def shard_name(number: int, count: int, stem: str = STEM) -> str:
     """The name that loaders look for: the `number`-th (from 1) of `count` shards."""
-    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def index(weight_map: dict[str, str], total_size: int) -> bytes:
-    """The text of model.safetensors.index.json; `total_size` counts the tensors' bytes."""
+    """The text of the index; `total_size` counts the tensors' bytes."""
     content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 

@@ -173,10 +173,10 @@ class Against:
         self.made: dict[str, str] = {}
         self.differences: list[Difference] = []
         self._shards = {shard.name: shard for shard in shards}
-        self._names = {job.name: shard.name for shard in shards for job in shard.jobs if job.name in published.tensors}
-        places = [published.tensors[name] for name in self._names]
+        names = [job.name for shard in shards for job in shard.jobs if job.name in published.tensors]
+        places = [published.tensors[name] for name in names]
         tickets = [Ticket(published.located, place.file, place.start, place.stop) for place in places]
-        self._tickets = {name: number for number, name in enumerate(self._names)}
+        self._tickets = {name: number for number, name in enumerate(names)}
         self._reader: Reader = published.store.reader(tickets, _READ_AHEAD_BYTES)
 
     def open(self, name: str) -> Outlet:

@@ -13,11 +13,13 @@ from typing import Any
 
 from merger.checkpoints.architecture import is_before_layers, is_buffer, is_embedding, is_head
 from merger.checkpoints.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
+from merger.errors import Problem, did_you_mean
 from merger.methods.registry import Method, Param, declared
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
 from merger.plan.lock import LockedModel, LockedRecipe
 from merger.plan.sources import Made, Source, Stored, ends
 from merger.plan.tokens import Tokens, disagreements, tokens
+from merger.recipe.model import Taken
 from merger.recipe.settings import Parameters, first_value
 
 PASSTHROUGH = "passthrough"
@@ -139,6 +141,7 @@ def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
     modules = cut(locked, table, findings)
     maker = _Maker(locked, table, findings)
     jobs = tuple(job for module in modules for job in maker.module(module))
+    maker.tell_unused()
     findings.settle()
     layers = {stack: tuple(taken) for stack, taken in maker.layers.items()}
     return Making(jobs, layers, maker.has_head, maker.tokens)
@@ -166,11 +169,13 @@ class _Maker:
     def __init__(self, locked: LockedRecipe, table: Mapping[str, Method], findings: Findings) -> None:
         self._locked, self._table, self._findings = locked, table, findings
         taken = [part.model for piece in locked.recipe.slices for part in parts(locked, piece, table[piece.method])]
+        taken += [model for rule in locked.recipe.tensors if _gives_head(rule, model := locked.model(rule.model))]
         self._head = next((model.head for model in taken if _is_untied(model)), None)
         self._dtype = _DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
         self.tokens = tokens(locked)
         self._shown: Counter[tuple[int, int]] = Counter()
         self._strangers: set[int] = set()
+        self._unused = dict.fromkeys(locked.recipe.tensors)
         self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
 
     @property
@@ -196,7 +201,10 @@ class _Maker:
         number = self._locked.index(donor.ref)
         for tensor in donor.checkpoint.tensors.values():
             if donor.architecture.module(tensor.name) == name:
-                yield self._copy(tensor.name, number, tensor, f"the recipe does not name the module {name}")
+                if (rule := self._rule(tensor.name)) is not None:
+                    yield from self._taken(rule, tensor.name, number, tensor)
+                else:
+                    yield self._copy(tensor.name, number, tensor, f"the recipe does not name the module {name}")
 
     def _copy(self, out: str, number: int, tensor: TensorInfo, why: str) -> Job:
         """A job that takes a tensor as it is; a trained one in the recipe's dtype, if it names one."""
@@ -238,9 +246,12 @@ class _Maker:
     def _job(self, piece: Cut, out: str, names: Sequence[str], position: float) -> Iterator[Job]:
         """The job that makes tensor `out` of the tensors `names`, one a part; or a problem, if they do not fit."""
         found = [part.model.checkpoint.tensors.get(name) for part, name in zip(piece.parts, names, strict=True)]
-        leading = found[piece.leader]
+        leading, number = found[piece.leader], piece.parts[piece.leader].number
+        if leading is not None and (rule := self._rule(leading.name)) is not None:
+            yield from self._taken(rule, out, number, leading)
+            return
         if leading is not None and (why := _why_copied(piece, leading, found)):
-            yield self._copy(out, piece.parts[piece.leader].number, leading, why)
+            yield self._copy(out, number, leading, why)
             return
         tensors = [tensor for tensor in found if tensor is not None]
         if len(tensors) < len(found):
@@ -250,6 +261,50 @@ class _Maker:
             sources = [self._source(part.number, tensor, out) for part, tensor in pairs]
             if self._fit(piece, tensors, sources):
                 yield self._merge(piece, out, tensors, sources, position)
+
+    def _rule(self, name: str) -> Taken | None:
+        """The rule of the recipe's `tensors:` that speaks about a tensor."""
+        rule = next((rule for rule in self._locked.recipe.tensors if rule.matches(name)), None)
+        if rule is not None:
+            self._unused.pop(rule, None)
+        return rule
+
+    def _taken(self, rule: Taken, out: str, number: int, leading: TensorInfo) -> Iterator[Job]:
+        """The job that takes a tensor from a rule's model in place of `leading` of the model of that number."""
+        giver, model, leader = (
+            self._locked.index(rule.model),
+            self._locked.model(rule.model),
+            self._locked.numbered(number),
+        )
+        name = _head(model, leading.name) if is_head(leading.name) else leading.name
+        tensor = model.checkpoint.tensors.get(name)
+        if tensor is None:
+            self._refuse(rule, f"{model.name} has no tensor {name}", "are they of one architecture, and saved in full?")
+            return
+        source, own = self._source(giver, tensor, out), self._source(number, leading, out)
+        if self.tokens is None and model.by_token(tensor) and (told := disagreements([leader, model])):
+            self._refuse(rule, f"the vocabularies differ: {told[model.ref]}", _ONE_VOCABULARY)
+        elif source.shape != own.shape:
+            what = f"{name} is {_shape(leading)} in {leader.name}, but {_shape(tensor)} in {model.name}"
+            self._refuse(rule, what, "only a tensor of the same shape can take its place")
+        else:
+            followed = self._donors_dtype(leader, leading) if tensor.dtype in FLOATS else tensor.dtype
+            dtype = self._dtype if self._dtype and tensor.dtype in FLOATS else followed
+            why = f"the recipe takes {rule.filter} from {model.name}"
+            yield Job(out, dtype, source.shape, PASSTHROUGH, (Input(source, {"scale": 1.0}),), why=why)
+
+    def _refuse(self, rule: Taken, what: str, hint: str) -> None:
+        if not any(problem.at == rule.at for problem in self._findings.mismatches):
+            problem = Problem(what, rule.at, f"tensors[{rule.filter}]", hint)
+            self._findings.mismatches.append(problem)
+
+    def tell_unused(self) -> None:
+        """A rule that speaks about no tensor is misspelt."""
+        words = dict.fromkeys(word for name in self._locked.donor.checkpoint.tensors for word in name.split("."))
+        for rule in self._unused:
+            what = f"no tensor's name contains {rule.filter!r}, or rules above it speak about all that do"
+            hint = did_you_mean(rule.filter, [word for word in words if not word.isdigit()])
+            self._findings.about_recipe(what, rule.at, f"tensors[{rule.filter}]", hint)
 
     def _merge(
         self, piece: Cut, out: str, tensors: Sequence[TensorInfo], sources: Sequence[Source], position: float
@@ -367,6 +422,11 @@ def _head(model: LockedModel, name: str) -> str:
     own = model.checkpoint.tensors.get(name)
     tensor = model.embedding if own is None or model.is_tied else own
     return name if tensor is None else tensor.name
+
+
+def _gives_head(rule: Taken, model: LockedModel) -> bool:
+    """Whether the head is among the tensors that a rule takes from its model."""
+    return model.head is not None and rule.matches(model.head.name)
 
 
 def _is_untied(model: LockedModel) -> bool:

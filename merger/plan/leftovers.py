@@ -79,13 +79,15 @@ def _why(locked: LockedRecipe, model: LockedModel, name: str, layers: set[tuple[
 
 
 def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
-    """The donor's config.json with the dtype, the layers and the head that the output has.
+    """The donor's config.json with the dtype, the layers and the head that the output has; empty if it has none.
 
     Raises:
         RecipeError: no config could describe the layers in this order, or a token that it names.
     """
     donor = locked.donor
     edited: Mapping[str, Any] = donor.checkpoint.config
+    if not edited:
+        return edited
     for stack, taken in making.layers.items():
         if list(taken) != [(donor, layer) for layer in range(donor.architecture.stacks[stack])]:
             edited = _layered(locked, edited, stack, taken)

@@ -18,12 +18,15 @@ from merger.checkpoints import chat, vocab
 from merger.checkpoints.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.checkpoints.checkpoint import (
     FLOATS,
-    INDEX,
+    STEM,
     Checkpoint,
     TensorInfo,
     gather,
     header_length,
+    index_name,
+    is_single,
     read_header,
+    stem,
     weight_files,
 )
 from merger.checkpoints.config import is_tied
@@ -345,15 +348,19 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
 
 def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None) -> LockedModel:
     located = store.locate(ref.path, commit or ref.revision)
-    config = _config(located, store)
-    found = unpacked(tensors_of(located, store, pool), config)
-    checkpoint = Checkpoint(found.tensors, found.config)
+    alone = is_single(located.name)
+    config = {} if alone else _config(located, store)
+    name = located.name.rpartition("/")[2].removesuffix(".safetensors") if alone else stem(located.files)
+    found = unpacked(tensors_of(located, store, pool, name), config)
+    checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else name)
     return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
 
 
 def _config(located: Located, store: Store) -> Mapping[str, Any]:
     if "config.json" not in located.files:
-        raise ModelError(Problem("has no config.json", hint="is this a model that transformers can load?"))
+        stem(located.files)  # what else is missing is told first
+        hint = "to merge tensors without a config, name their file: .../model.safetensors"
+        raise ModelError(Problem("has no config.json", hint=hint))
     try:
         config = json.loads(store.fetch(located, "config.json"))
     except (ValueError, RecursionError) as error:
@@ -363,15 +370,16 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
     return config
 
 
-def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
-    """A model's tensors by name, by the headers of its files.
+def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor, stem: str = STEM) -> dict[str, TensorInfo]:
+    """A model's tensors by name, by the headers of its files, whose names begin with `stem`.
 
     Raises:
         ModelError: it has no safetensors that can be read.
     """
-    index = store.fetch(located, INDEX).decode("utf-8", "replace") if INDEX in located.files else None
-    files = weight_files(located.files, index)
-    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index)
+    name = index_name(stem)
+    index = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
+    files = weight_files(located.files, index, stem)
+    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, stem)
     if not tensors:
         raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
     return tensors

@@ -81,7 +81,7 @@ class Plan:
         locked: the recipe and its models.
         shards: the output files.
         left_out: the tensors of the models that nothing is made of.
-        config: the output's config.json.
+        config: the output's config.json; empty: it has none.
         tokens: the result's vocabulary, where the recipe has a tokenizer block.
         texts: the small files beside the tensors.
         seed: for methods that draw random numbers.
@@ -199,7 +199,13 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
     edited = config(locked, making)
     small = texts(locked, making.tokens)
     seed = locked.recipe.seed if seed is None else seed
-    shards = tuple(_shards(_in_file_order(making.jobs, locked.index(locked.holder.ref)), budget.shard_bytes))
+    shards = tuple(
+        _shards(
+            _in_file_order(making.jobs, locked.index(locked.holder.ref)),
+            budget.shard_bytes,
+            locked.holder.checkpoint.stem,
+        )
+    )
     remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
     draft = Plan(
         locked=locked,
@@ -241,7 +247,7 @@ def _in_file_order(jobs: tuple[Job, ...], donor: int) -> tuple[Job, ...]:
     return tuple(jobs[number] for number in sorted(range(len(jobs)), key=lambda number: places[number] or ("", 0)))
 
 
-def _shards(jobs: tuple[Job, ...], limit: int) -> list[Shard]:
+def _shards(jobs: tuple[Job, ...], limit: int, stem: str) -> list[Shard]:
     """Cut the jobs into files of at most `limit` bytes; a tensor larger than that has a file of its own."""
     groups: list[list[Job]] = [[]]
     held = 0
@@ -253,7 +259,7 @@ def _shards(jobs: tuple[Job, ...], limit: int) -> list[Shard]:
         held += job.nbytes
     # Loaders want each tensor aligned to its own item size; larger items first keep them so.
     ordered = [tuple(sorted(group, key=lambda job: -ITEM_BYTES[job.dtype])) for group in groups]
-    return [Shard(shard_name(number, len(ordered)), group) for number, group in enumerate(ordered, 1)]
+    return [Shard(shard_name(number, len(ordered), stem), group) for number, group in enumerate(ordered, 1)]
 
 
 def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:

@@ -92,6 +92,25 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """Tensors that one model gives as they are, whatever else the recipe says of them.
+
+    Args:
+        filter: a part of the tensors' names, case and all; of several rules the first that matches counts.
+        model: the model that gives them.
+        at: where the rule stands in the recipe.
+    """
+
+    filter: str
+    model: ModelRef
+    at: Span | None = field(default=None, compare=False)
+
+    def matches(self, tensor: str) -> bool:
+        """Whether the rule speaks about the tensor of this name."""
+        return self.filter in tensor
+
+
+@dataclass(frozen=True)
 class TokenOf:
     """A token of a model: by its text, or by its id, or with neither the same token there."""
 
@@ -191,6 +210,7 @@ class Recipe:
         name: the name under which other documents of the file take what this one makes.
         stages: the documents that make what this one is made of, each after those that it is made of itself.
         base_model: the recipe's own base_model, or None.
+        tensors: which tensors come from one model alone, by parts of their names.
         parameters: the settings at the top level.
         dtype: ``float32``, ``float16``, ``bfloat16``, or None: follow the base model, else the first model.
         seed: for methods that draw random numbers.
@@ -207,6 +227,7 @@ class Recipe:
     name: str | None = None
     stages: tuple[Recipe, ...] = ()
     base_model: ModelRef | None = None
+    tensors: tuple[Taken, ...] = ()
     parameters: Parameters = field(default_factory=dict)
     dtype: str | None = None
     seed: int = 0
@@ -240,11 +261,11 @@ class Recipe:
 
     @property
     def merged(self) -> tuple[ModelRef, ...]:
-        """The models that tensors or the config come from: the sources of each slice, then the base models."""
+        """The models that tensors or the config come from: sources, base models, those of `tensors`."""
         sources = [source.model for piece in self.slices for source in piece.sources]
         bases = [piece.base_model for piece in self.slices if piece.base_model is not None]
         own = [self.base_model] if self.base_model is not None else []
-        return tuple(dict.fromkeys([*sources, *bases, *own]))
+        return tuple(dict.fromkeys([*sources, *bases, *own, *(rule.model for rule in self.tensors)]))
 
     @property
     def donor(self) -> ModelRef:

@@ -14,24 +14,37 @@ from typing import TYPE_CHECKING
 from merger.errors import Problem, RecipeError, Span
 from merger.recipe import checks, spans
 from merger.recipe.checks import Choice, Found
-from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source
+from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
 from merger.recipe.settings import Parameters
 from merger.recipe.spans import number
 from merger.recipe.stages import joined
 from merger.recipe.tokenizer import chat_template, tokenizer
-from merger.recipe.values import UNREADABLE, Block, identity, parameters, reference
+from merger.recipe.values import UNREADABLE, Block, filter_of, identity, parameters, reference
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method
 
 FORMS = ("models", "slices", "modules")
 TOKENS = ("tokenizer", "tokenizer_source", "chat_template")
-TOP = ("name", "merge_method", *FORMS, "base_model", "parameters", "dtype", "out_dtype", "seed", *TOKENS, "publish")
+TOP = (
+    "name",
+    "merge_method",
+    *FORMS,
+    "tensors",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "seed",
+    *TOKENS,
+    "publish",
+)
 MODEL = ("model", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
 SOURCE = ("model", "layer_range", "parameters")
 MODULE = ("slices", "models", "parameters")
+TENSORS = ("filter", "model")
 PUBLISH = ("repo", "private", "license", "create_pr", "template")
 
 MIXTURE = ("experts", "gate_mode", "shared_experts", "experts_per_token", "architecture")
@@ -120,6 +133,7 @@ class _Reader:
             modules=modules,
             name=name.text("a name") if name else None,
             base_model=scope.base_model,
+            tensors=_tensors(fields),
             parameters=block.settings,
             dtype=out_dtype or dtype,
             seed=_seed(fields),
@@ -251,6 +265,22 @@ def _warn_twice(sources: list[Source], places: list[Place]) -> None:
             place.warn(f"{source.model} is listed twice", "take one of them out")
         if source.model != UNREADABLE:
             seen.add(source.model)
+
+
+def _tensors(fields: Fields) -> tuple[Taken, ...]:
+    """What stands behind ``tensors``: which of them come from one model alone."""
+    place = fields.get("tensors")
+    items = place.items("a list of tensors, each - filter: self_attn with a model", filter_of) if place else []
+    return tuple(rule for item in items if (rule := _taken(item)) is not None)
+
+
+def _taken(place: Place) -> Taken | None:
+    keys = place.fields("a map with the keys filter and model", TENSORS, _PINNED)
+    wanted = keys.need("filter", "write filter: and a part of the tensors' names, such as self_attn") if keys else None
+    model = keys.need("model", "write model: org/name, or model: ./folder") if keys else None
+    text = wanted.text("a part of a tensor's name") if wanted else None
+    found = reference(model) if model else None
+    return Taken(text, found, place.at) if text and found else None
 
 
 def _layer_range(place: Place) -> tuple[int, int] | None:

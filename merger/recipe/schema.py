@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from merger.recipe import parse, tokenizer, values
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
-from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Tokenizer, TokenOf, TokenRow
+from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken, Tokenizer, TokenOf, TokenRow
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
@@ -75,6 +75,9 @@ def _top() -> Json:
         "models": _ref("models"),
         "slices": _ref("slices"),
         "modules": {"type": "object", "minProperties": 1, "additionalProperties": _ref("module")},
+        "tensors": _list(
+            _map(parse.TENSORS, _described(Taken), {"filter": _text(), "model": _ref("reference")}, parse.TENSORS)
+        ),
         "base_model": _ref("reference"),
         "parameters": _ref("parameters"),
         "dtype": dtypes,

@@ -30,7 +30,7 @@ UNREADABLE = ModelRef("?")
 _A_MODEL = "a model such as org/name or ./folder"
 _PARTS = "write org/name, org/name@revision or ./folder; a path that itself holds @ or + as a map: {model: {path: ...}}"
 _MAP = "write {model: {path: org/name, revision: main}}"
-_SINGLE_FILES = (".safetensors", ".bin", ".pt", ".pth")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def reference(place: Place) -> ModelRef:
@@ -92,8 +92,9 @@ def _path(place: Place) -> ModelRef:
 
 
 def _checked(place: Place, found: ModelRef) -> ModelRef:
-    if found.path.endswith(_SINGLE_FILES):
-        place.error("single files are not built yet", f"name the folder or the repo that holds {found.path}")
+    if found.path.endswith(_PICKLED):
+        hint = "such files can run code when they are read: convert it to safetensors first"
+        place.error(f"{found.path} is not in safetensors", hint)
     return found
 
 
@@ -165,10 +166,11 @@ def _rules(place: Place) -> list[Place]:
         return []
     if not any(isinstance(item, spans.Mapping) for item in place.node.items):
         return []
-    return place.items("a list of numbers or of {value, filter} maps", _filter_of)
+    return place.items("a list of numbers or of {value, filter} maps", filter_of)
 
 
-def _filter_of(node: Node) -> str | None:
+def filter_of(node: Node) -> str | None:
+    """The text behind the key ``filter``, read without judging it."""
     entries = node.entries if isinstance(node, spans.Mapping) else ()
     found = next((entry.value for entry in entries if entry.key == "filter"), None)
     return found.value if isinstance(found, Scalar) and isinstance(found.value, str) else None

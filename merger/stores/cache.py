@@ -57,7 +57,7 @@ class CachedStore:
 def _cached(model: Located, file: str) -> Located | None:
     """The model as a folder of the cache, if this file of it lies there; a link's target is named by its SHA-256."""
     info = model.files[file]
-    path = try_to_load_from_cache(model.where, file, revision=model.commit)
+    path = try_to_load_from_cache(model.where, model.inside + file, revision=model.commit)
     if info.sha256 is None or not isinstance(path, str):
         return None
     real = Path(os.path.realpath(path))

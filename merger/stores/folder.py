@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from merger.checkpoints.checkpoint import is_single
 from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import BudgetError, ModelError, Problem, UploadError
@@ -24,21 +25,27 @@ _MARK, _WORK = ".merger-in-work", ".merging"
 
 
 class FolderStore:
-    """Models in folders of this machine, written with ``/`` or ``~`` and relative to the working directory."""
+    """Models in folders of this machine, written with ``/`` or ``~`` and relative to the working directory.
+
+    A single file of safetensors is one, too.
+    """
 
     def has(self, path: str) -> bool:
-        """A path is a folder's when it exists or is written as one; a name such as ``org/model`` is not."""
+        """A path is ours when it exists or is written as one; a name such as ``org/model`` is not."""
         written_as_one = path.startswith(("./", "../", "/", "~", ".\\")) or path[1:2] == ":"
-        return written_as_one or os.path.isdir(os.path.expanduser(path))
+        alone = "/" not in path and is_single(path)
+        return written_as_one or alone or os.path.exists(os.path.expanduser(path))
 
     def locate(self, path: str, revision: str | None) -> Located:
         """Find the folder's files; a folder has no revisions."""
-        folder = Path(os.path.expanduser(path))
-        if not os.path.isdir(folder):
+        folder, kind = Path(os.path.expanduser(path)), "file" if is_single(path) else "folder"
+        if not (os.path.isfile(folder) if is_single(path) else os.path.isdir(folder)):
             hint = "paths are relative to the working directory"
-            raise ModelError(Problem(f"there is no folder {path!r}", hint=hint))
+            raise ModelError(Problem(f"there is no {kind} {path!r}", hint=hint))
         if revision is not None:
-            raise ModelError(Problem(f"{path!r} is a folder, which has no revision {revision!r}", hint="drop the '@…'"))
+            raise ModelError(Problem(f"{path!r} is a {kind}, which has no revision {revision!r}", hint="drop the '@…'"))
+        if is_single(path):
+            return Located(folder.name, str(folder.parent), None, {folder.name: _info(folder)})
         files = {item.relative_to(folder).as_posix(): _info(item) for item in _files(folder)}
         return Located(folder.resolve().name, str(folder), None, files)
 
@@ -171,7 +178,7 @@ class FolderSink:
         if not self._force:
             what = f"the destination {self.name!r} exists and is not empty"
             raise UploadError(Problem(what, hint=f"{another}, or replace it with --force"))
-        if not (self.folder / "config.json").is_file():
+        if not any((self.folder / name).is_file() for name in ("config.json", LOCK_NAME)):
             what = f"the destination {self.name!r} holds something that is no model"
             raise UploadError(Problem(what, hint=f"--force replaces models only: {another}"))
 

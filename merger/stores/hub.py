@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
+from merger.checkpoints.checkpoint import is_single
 from merger.errors import GatedError, MissingError, ModelError, Problem, UploadError
 from merger.stores.digests import Beginnings, confirm
 from merger.stores.patience import patiently, status_of
@@ -40,19 +41,29 @@ class HubStore:
         self._beginnings = Beginnings()
 
     def has(self, path: str) -> bool:
-        """Whatever is written like ``owner/name`` may be on the Hub."""
-        return path.count("/") == 1
+        """Whatever is written like ``owner/name`` may be on the Hub, with or without a folder or a file of it."""
+        return path.count("/") >= 1
 
     def locate(self, path: str, revision: str | None) -> Located:
-        """Ask the Hub for the model's commit and files."""
-        with _refusals(path, revision):
-            info = patiently(lambda: self._api.model_info(path, revision=revision, files_metadata=True))
+        """Ask the Hub for the model's commit and files; of ``owner/name/folder`` those in there, of a file itself."""
+        owner, *rest = path.split("/", 2)
+        repo, within = "/".join([owner, *rest[:1]]), rest[1] if len(rest) == 2 else ""
+        with _refusals(repo, revision):
+            info = patiently(lambda: self._api.model_info(repo, revision=revision, files_metadata=True))
         files = {
             item.rfilename: FileInfo(item.size or 0, item.lfs.sha256 if item.lfs else None, oid=item.blob_id)
             for item in info.siblings or ()
         }
+        inside = within.rpartition("/")[0] if is_single(within) else within
+        inside = f"{inside.strip('/')}/" if inside else ""
+        held = {name.removeprefix(inside): file for name, file in files.items() if name.startswith(inside)}
+        if is_single(within):
+            held = {name: file for name, file in held.items() if name == within.rpartition("/")[2]}
+        if not held:
+            page = f"{constants.ENDPOINT}/{repo}/tree/{info.sha}"
+            raise ModelError(Problem(f"there is no {within!r} in {repo}", hint=f"see {page}"))
         card = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
-        return Located(path, path, info.sha, files, card, gated=bool(info.gated))
+        return Located(path, repo, info.sha, held, inside, card, gated=bool(info.gated))
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Ask for a part of a file; for all of it when no end is given."""

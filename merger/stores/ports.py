@@ -35,6 +35,7 @@ class Located:
         where: what its store needs to find it again: repo id or path.
         commit: 40 hex digits on the Hub; None for a folder.
         files: all its files by name.
+        inside: the folder of a repo that it is, with a ``/`` at the end; what its files' names begin with there.
         card: the metadata of its card, where the store was told without reading it; else None.
         gated: whether its files are for those alone who accepted its terms.
     """
@@ -43,6 +44,7 @@ class Located:
     where: str
     commit: str | None
     files: Mapping[str, FileInfo] = field(repr=False, compare=False)
+    inside: str = ""
     card: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     gated: bool = field(default=False, compare=False)
 

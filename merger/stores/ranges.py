@@ -70,7 +70,7 @@ class RangeClient:
         headers["Range"] = f"bytes={start}-{stop - 1}"
         with get_session().stream("GET", address, headers=headers, timeout=patience.TIMEOUT_SECONDS) as answer:
             if foreign and answer.status_code in (401, 403):
-                self._addresses.pop((model.where, model.commit, file), None)
+                self._addresses.pop((model.where, model.commit, model.inside + file), None)
                 raise _TryAgain("the signed address expired")
             _check(answer, start, stop, model.files[file].size)
             got = 0
@@ -84,10 +84,10 @@ class RangeClient:
 
     def _address(self, model: Located, file: str) -> tuple[str, bool]:
         """Where the file's bytes are, and whether that is another host, which must not see the token."""
-        key = (model.where, model.commit, file)
+        key = (model.where, model.commit, model.inside + file)
         known = self._addresses.get(key)  # once: another thread may forget it at any moment
         if known is None:
-            url = hf_hub_url(model.where, file, revision=model.commit, endpoint=constants.ENDPOINT)
+            url = hf_hub_url(model.where, model.inside + file, revision=model.commit, endpoint=constants.ENDPOINT)
             answer = get_session().request(
                 "HEAD", url, headers=self._headers, timeout=patience.TIMEOUT_SECONDS, follow_redirects=False
             )

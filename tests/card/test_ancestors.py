@@ -152,7 +152,7 @@ class Cards:
         found = self.cards.get(path, MissingError)
         if not isinstance(found, Mapping):
             raise found(Problem("no"))
-        return Located(path, path, "a" * 40, {name: FileInfo(9) for name in found.get("files", ())}, found)
+        return Located(path, path, "a" * 40, {name: FileInfo(9) for name in found.get("files", ())}, card=found)
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         content: bytes = self.cards[model.where]["files"][file]

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from merger.checkpoints.checkpoint import (
-    INDEX,
     ITEM_BYTES,
     MAX_HEADER,
-    SINGLE,
     TensorInfo,
     gather,
     header_length,
     read_header,
+    stem,
     weight_files,
 )
 from merger.errors import ModelError
@@ -36,6 +35,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
 FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 Entry = dict[str, Any]
 
 
@@ -249,15 +249,45 @@ def index(**places: object) -> str:
     return json.dumps({"metadata": {"total_size": 1}, "weight_map": places})
 
 
+@pytest.mark.parametrize(("files", "expected"), [
+    (["config.json", FILE, "other.safetensors"], "model"),
+    ([INDEX, "consolidated.safetensors", "model-00001-of-00001.safetensors"], "model"),
+    (["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
+     "diffusion_pytorch_model"),
+    (["unet.safetensors.index.json", "unet-00001-of-00001.safetensors"], "unet"),
+    (["vae/x.safetensors", "any.safetensors"], "any"),
+])  # fmt: skip
+def test_the_files_of_a_model_are_found_by_their_names(files: list[str], expected: str) -> None:
+    """Those of transformers' name, else the only ones there; variants of them do not count."""
+    assert stem(files) == expected
+
+
+@pytest.mark.parametrize(("files", "sentence", "step"), [
+    (["a.safetensors", "b.safetensors"], "holds several models (a.safetensors, b.safetensors)", ".../a.safetensors"),
+    (["x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors"],
+     "has shards (x-00001-of-00002.safetensors, ...) and no index of them", "again"),
+    (["model_index.json", "unet/x.safetensors", "vae/x.safetensors"], "is a pipeline of several models", "unet, vae"),
+    (["readme.txt", "unet/x.safetensors"], "has no safetensors", ".../unet"),
+])  # fmt: skip
+def test_files_that_are_not_one_model_are_refused(files: list[str], sentence: str, step: str) -> None:
+    """With what to name in their place."""
+    with pytest.raises(ModelError) as caught:
+        stem(files)
+    (problem,) = caught.value.problems
+    assert problem.what == sentence
+    assert step in (problem.hint or "")
+
+
 def test_the_single_file_is_taken_where_there_is_no_index() -> None:
-    """As transformers writes it."""
-    assert weight_files(["config.json", SINGLE, "other.safetensors"], None) == (SINGLE,)
+    """As transformers writes it, and diffusers."""
+    assert weight_files(["config.json", FILE, "other.safetensors"], None) == (FILE,)
+    assert weight_files(["x.safetensors"], None, "x") == ("x.safetensors",)
 
 
 def test_the_index_says_which_files_there_are() -> None:
     """Each once, in the order of their names; the others in the folder are not the model's."""
     text = index(a="model-2.safetensors", b="model-1.safetensors", c="model-2.safetensors")
-    found = weight_files([SINGLE, "model-1.safetensors", "model-2.safetensors"], text)
+    found = weight_files([FILE, "model-1.safetensors", "model-2.safetensors"], text)
     assert found == ("model-1.safetensors", "model-2.safetensors")
 
 
@@ -267,7 +297,7 @@ def test_the_index_says_which_files_there_are() -> None:
 )
 def test_an_index_that_points_outside_the_folder_is_refused(outside: str) -> None:
     """Even where such a file is there."""
-    sentence = refusal(lambda: weight_files([outside, SINGLE], index(a=outside)))
+    sentence = refusal(lambda: weight_files([outside, FILE], index(a=outside)))
     assert sentence == f"{INDEX} points outside the model's folder: {outside!r}"
 
 
@@ -283,7 +313,7 @@ def test_an_index_that_names_a_missing_file_is_refused() -> None:
                                   '{"weight_map": "a"}', "[" * 100_000])  # fmt: skip
 def test_a_damaged_index_is_refused(text: str) -> None:
     """Whatever is wrong with it, the sentence names the index."""
-    assert refusal(lambda: weight_files([SINGLE], text)).startswith(INDEX)
+    assert refusal(lambda: weight_files([FILE], text)).startswith(INDEX)
 
 
 @given(
@@ -293,15 +323,13 @@ def test_a_damaged_index_is_refused(text: str) -> None:
 def test_no_index_raises_anything_else(text: str) -> None:
     """Whatever text stands there: files of the model or a ModelError."""
     with contextlib.suppress(ModelError):
-        assert set(weight_files([SINGLE, "other"], text)) <= {SINGLE, "other"}
+        assert set(weight_files([FILE, "other"], text)) <= {FILE, "other"}
 
 
 def test_a_model_of_pickles_is_refused_with_the_way_out() -> None:
     """A .bin can run code when it is read, so it is not."""
-    assert refusal(lambda: weight_files(["config.json", "pytorch_model.bin"], None)) == (
-        "has no safetensors, only pytorch_model.bin"
-    )
-    assert "neither" in refusal(lambda: weight_files(["config.json"], None))
+    assert refusal(lambda: stem(["config.json", "pytorch_model.bin"])) == "has no safetensors, only pytorch_model.bin"
+    assert refusal(lambda: stem(["config.json"])) == "has no safetensors"
 
 
 def held(name: str, of: str) -> TensorInfo:
@@ -337,7 +365,7 @@ def test_a_tensor_in_another_file_than_the_index_says_is_refused() -> None:
 
 def test_a_file_of_the_library_on_disk_reads_like_one_in_memory(tmp_path: Path) -> None:
     """`save_file` and `save` are one format."""
-    path = tmp_path / SINGLE
+    path = tmp_path / FILE
     save_file({"a": torch.ones(2, 3)}, path)
     (tensor,) = parsed(path.read_bytes())
     assert (tensor.name, tensor.dtype, tensor.shape, tensor.stop) == ("a", "F32", (2, 3), path.stat().st_size)

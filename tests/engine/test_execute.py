@@ -93,7 +93,7 @@ def test_same_bytes_whatever_the_hash_seed(parents: list[Path], tmp_path: Path) 
             "500kB",
         ]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
-        found.append({file.name: file.read_bytes() for file in to.iterdir()})
+        found.append({file.name: file.read_bytes() for file in to.rglob("*") if file.is_file()})
     assert found[0] == found[1]
 
 

@@ -50,7 +50,7 @@ def test_every_model_that_cannot_be_read_is_told_at_once(tmp_path: Path) -> None
     sentences = refused(linear(model(tmp_path / "sound"), missing, bare, pickled, cut))
     assert sentences == [
         f"there is no folder {missing!r}",
-        "has neither model.safetensors nor model.safetensors.index.json",
+        "has no safetensors",
         "has no safetensors, only pytorch_model.bin",
         f"model.safetensors: has {len(content) - 1:,} bytes, its header promises {len(content):,}",
     ]

@@ -93,6 +93,12 @@ ESSENTIALS = {
         ],
         "bfloat16",
     ),
+    "24-raw-pytorch": (
+        "dare_ties",
+        "model_base.safetensors",
+        [["model_a.safetensors", "model_b.safetensors", "model_base.safetensors"]],
+        None,
+    ),
     "22-passthrough-scale-filters": (
         "passthrough",
         None,
@@ -120,7 +126,6 @@ NOT_BUILT = {
     ],
     "18-sce-lora-base": ["LoRA adapters are not built yet", "sce is not built yet"],
     "20-breadcrumbs": ["breadcrumbs is not built yet"],
-    "24-raw-pytorch": ["single files are not built yet"] * 3,
     "25-moe-yaml-anchors": ["mixtures of experts are not built yet"],
 }
 

@@ -91,7 +91,7 @@ def test_what_is_no_recipe(text: str) -> None:
 
 
 def planned(text: str, token: str | None, limits: Limits) -> str:
-    return rules.planned(rules.read(text), token, limits).hash
+    return rules.planned(rules.read(text), rules.options(token, limits), limits)[0].hash
 
 
 @pytest.fixture(scope="module")
