@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from merger.errors import Problem, RecipeError, Span
 from merger.recipe import checks, spans
 from merger.recipe.checks import Choice, Found
+from merger.recipe.evaluation import evaluate
 from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
 from merger.recipe.settings import Parameters
@@ -38,6 +39,7 @@ TOP = (
     "out_dtype",
     "seed",
     *TOKENS,
+    "evaluate",
     "publish",
 )
 MODEL = ("model", "parameters")
@@ -139,6 +141,7 @@ class _Reader:
             seed=_seed(fields),
             tokenizer=tokenizer(fields),
             chat_template=chat_template(fields),
+            evaluate=evaluate(fields),
             publish=_publish(fields),
             at=self.top.at,
             name_at=name.at if name else None,

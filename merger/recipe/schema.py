@@ -11,9 +11,22 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from merger.recipe import parse, tokenizer, values
+from merger.recipe import evaluation, parse, tokenizer, values
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
-from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken, Tokenizer, TokenOf, TokenRow
+from merger.recipe.model import (
+    Evaluate,
+    ModelRef,
+    Module,
+    Perplexity,
+    Publish,
+    Recipe,
+    Slice,
+    Source,
+    Taken,
+    Tokenizer,
+    TokenOf,
+    TokenRow,
+)
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
@@ -61,6 +74,7 @@ def schema(table: Mapping[str, Method]) -> Json:
             "slices": _list(_slice()),
             "module": _module(),
             "publish": _publish(),
+            "evaluate": _evaluate(),
             "tokenizer": _tokenizer(),
         },
     }
@@ -86,6 +100,7 @@ def _top() -> Json:
         "tokenizer": _ref("tokenizer"),
         "tokenizer_source": _ref("reference"),
         "chat_template": _or_null(_text()),
+        "evaluate": _ref("evaluate"),
         "publish": _ref("publish"),
     }
     return _map(parse.TOP, described, shapes) | {
@@ -141,6 +156,20 @@ def _publish() -> Json:
         "template": _or_null(_text()),
     }
     return _or_null(_map(parse.PUBLISH, _described(Publish), shapes))
+
+
+def _evaluate() -> Json:
+    count = {"type": ["integer", "null"], "minimum": 1}
+    shapes = {"text": _text(), "window": count, "stride": count, "limit": count}
+    perplexity = _map(evaluation.PERPLEXITY, _described(Perplexity), shapes, ["text"])
+    shapes = {
+        "perplexity": {"anyOf": [perplexity, _list(perplexity), {"type": "null"}]},
+        "tasks": _or_null(_list(_text())),
+        "limit": count,
+        "parents": {"type": ["boolean", "null"]},
+        "dtype": {"enum": [*evaluation.DTYPES, None]},
+    }
+    return _or_null(_map(evaluation.EVALUATE, _described(Evaluate), shapes))
 
 
 def _tokenizer() -> Json:
