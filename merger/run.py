@@ -18,9 +18,10 @@ from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
 from merger.card.render import render
+from merger.card.scores import board
 from merger.checkpoints.checkpoint import index_name
 from merger.checkpoints.shard import Written, index
-from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
+from merger.checkpoints.sidefiles import CARD_NAME, EVALUATED_NAME, LOCK_NAME, MEASURED_NAME
 from merger.errors import (
     BudgetError,
     DamagedError,
@@ -31,6 +32,8 @@ from merger.errors import (
     UploadError,
     VerificationError,
 )
+from merger.evaluation import Measured, Measuring, carried_out, check, check_memory, prepared
+from merger.evaluation import disk as evaluation_disk
 from merger.locate import HUB, stores
 from merger.methods.registry import methods
 from merger.plan.geometry import Geometry, noted, recalled
@@ -40,6 +43,7 @@ from merger.plan.parts import Part as Part  # shells name it without knowing whe
 from merger.plan.parts import share
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.plan.plan import plan as make_plan
+from merger.plan.scores import Score, kept
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderSink
@@ -188,12 +192,20 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
+    check(recipe)
     store = stores([ref.path for ref in recipe.models], options.cache, options.read_token, options.hub_only)
+    planned = _planned(recipe, store, options)
+    if options.part is None:
+        check_memory(planned, options.max_memory)
+    return planned, store
+
+
+def _planned(recipe: Recipe, store: Library, options: Options) -> Plan:
     path = Path(recipe.path)
     if is_lock(path) and path.is_file():
-        return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
+        return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
     locked = lock(recipe, store, _pins(lock_path(path)))
-    return make_plan(locked, methods(), _budget(recipe, options), options.seed), store
+    return make_plan(locked, methods(), _budget(recipe, options), options.seed)
 
 
 def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:
@@ -276,6 +288,7 @@ def needed_disk(planned: Plan, options: Options, shards: Sequence[Shard]) -> int
     """
     staged = destination(planned.locked.recipe, options).startswith(HUB)
     needed = planned.spool if options.stream else planned.disk(staged, shards)
+    needed = needed if options.part else max(needed, evaluation_disk(planned, staged))
     if options.max_disk is not None and needed > options.max_disk:
         what = f"this merge needs {needed:,} bytes of disk at once, and {options.max_disk:,} are allowed"
         hint = f"raise --max-disk to {needed:,}" if options.stream else _smaller(planned, options.max_disk, staged)
@@ -364,7 +377,9 @@ def unmade(planned: Plan, options: Options, count: int) -> Done | tuple[Part, ..
     return tuple(part for part in parts if any(shard.name not in held for shard in share(planned.shards, part)))
 
 
-def run(planned: Plan, store: Library, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
+def run(
+    planned: Plan, store: Library, options: Options
+) -> Iterator[Event | Resumed | Measuring | Measured | Done | PartDone]:
     """Make what was planned and put it where it belongs; the last event is `Done`, of a part `PartDone`.
 
     Shards that an earlier run finished are not made again, and a model that is there already is not published again.
@@ -386,7 +401,9 @@ def run(planned: Plan, store: Library, options: Options) -> Iterator[Event | Res
     sink.leave()
 
 
-def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
+def _made(
+    planned: Plan, store: Library, sink: Sink, options: Options
+) -> Iterator[Event | Resumed | Measuring | Measured | Done | PartDone]:
     """The shards that are missing, and the end: of a part, or of the whole."""
     held, seen = dict(sink.held()), dict[str, Geometry]()
     mine = share(planned.shards, options.part)
@@ -396,6 +413,9 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     if missing and options.publish_only:
         raise _unfinished(missing, planned)
     sink.reserve(needed_disk(planned, options, missing))
+    wanted = (
+        None if options.part else prepared(planned.locked.recipe, options.device, planned.threads, options.read_token)
+    )
     if missing:
         sink.check_card(render(planned, methods(), sink.name, relations(planned, seen)))
         yield from _shards_made(planned, missing, store, sink, options, held, seen)
@@ -405,9 +425,13 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     shards = tuple(held[shard.name] for shard in planned.shards)
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
+    scores = list[Score]()
+    for event in carried_out(wanted, planned, _used_files(planned, store), store, sink) if wanted else ():
+        scores += event.scores if isinstance(event, Measured) else ()
+        yield event
     related = relations(planned, seen)
     to_hub = destination(planned.locked.recipe, options).startswith(HUB)
-    written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token))
+    written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token), scores)
     files = written | _small_files(planned, store, shards, seen)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
     yield Done(published, shards, related.doubts, files[CARD_NAME].decode(), files[LOCK_NAME].decode())
@@ -480,9 +504,14 @@ def destination_sink(to: str, token: str | None = None) -> Sink:
 
 
 def card_files(
-    planned: Plan, name: str, seen: Mapping[str, Geometry], store: Store, elders: Store | None
+    planned: Plan,
+    name: str,
+    seen: Mapping[str, Geometry],
+    store: Store,
+    elders: Store | None,
+    scores: Sequence[Score] = (),
 ) -> dict[str, bytes]:
-    """The card and its pictures: what can be rendered anew, so that the lock says nothing of it.
+    """The card, its pictures and scores: what can be rendered anew, so that the lock says nothing of it.
 
     Args:
         planned: what was made.
@@ -490,6 +519,7 @@ def card_files(
         seen: how parents and result lie to each other, by tensor.
         store: where the parents' cards are.
         elders: where those of their own parents are; None: nowhere.
+        scores: what was measured of the merge and its parents.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
@@ -497,10 +527,10 @@ def card_files(
     tree, inforce = family(planned, name, methods(), store, elders), parameters(planned, methods())
     drawn = [portrait(tree), settings_plot(inforce), movement_plot(tracks(planned, seen))]
     pictures = {picture.name: picture for picture in drawn if picture is not None}
-    parts = {"lineage": tree.tree(), "pictures": pictures, "parameters": inforce}
+    parts = {"lineage": tree.tree(), "pictures": pictures, "parameters": inforce, "scores": board(scores, name)}
     text = render(planned, methods(), name, relations(planned, seen), parts)
     files = {file: content for picture in pictures.values() for file, content in picture.files.items()}
-    return {CARD_NAME: text.encode(), **files}
+    return {CARD_NAME: text.encode(), **files} | ({EVALUATED_NAME: kept(scores).encode()} if scores else {})
 
 
 def elders(planned: Plan, to_hub: bool, token: str | bool | None) -> Store | None:
@@ -516,14 +546,17 @@ def _small_files(
     planned: Plan, store: Library, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
 ) -> dict[str, bytes]:
     """All that stands beside shards and card; index and config come last, for they make it look like a model."""
-    proven = taken_files(planned, store)
-    proven["recipe.yaml"] = planned.locked.recipe.text.encode()
-    proven[MEASURED_NAME] = noted(seen).encode()
-    proven |= model_files(planned)
+    proven = {"recipe.yaml": planned.locked.recipe.text.encode(), MEASURED_NAME: noted(seen).encode()}
+    proven |= _used_files(planned, store)
     written = {shard.name: FileInfo(shard.size, shard.sha256) for shard in shards}
     written |= {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in proven.items()}
     lock = lock_file(planned, written, store.checksum)
     return {LOCK_NAME: lock.encode(), **proven}
+
+
+def _used_files(planned: Plan, store: Store) -> dict[str, bytes]:
+    """The small files that it takes to use the result."""
+    return taken_files(planned, store) | model_files(planned)
 
 
 def taken_files(planned: Plan, store: Store) -> dict[str, bytes]:

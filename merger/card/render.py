@@ -19,6 +19,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from merger.card.licences import licence, licence_note
 from merger.card.lineage import shown
 from merger.card.relations import Relations
+from merger.card.scores import Board
 from merger.checkpoints.config import is_diffusion
 from merger.errors import Problem, RecipeError
 from merger.methods.registry import Method
@@ -52,7 +53,7 @@ class Stage:
     models: tuple[str, ...]
 
 
-NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "parameters": ()}
+NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "parameters": (), "scores": None}
 """The parts of the card that are known only at the end, as they are before."""
 
 
@@ -66,7 +67,7 @@ def render(
         table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
         related: how the parents relate, as far as this run has seen it.
-        parts: lineage as text, pictures by name, parameters; each name of `NO_PARTS`.
+        parts: lineage as text, pictures by name, parameters, scores; each name of `NO_PARTS`.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
@@ -81,7 +82,7 @@ def render(
     )
     environment.filters |= {"md": escaped, "fenced": fenced}
     try:
-        content = {**_content(planned, table, name), "related": related, **parts}
+        content = {**_content(planned, table, name, parts["scores"]), "related": related, **parts}
         return environment.get_template(CARD).render(content)
     except TemplateError as error:
         what = f"the card's template cannot be rendered: {type(error).__name__}: {error.message}"
@@ -102,13 +103,13 @@ def _loader(publish: Publish) -> BaseLoader:
     return ChoiceLoader([first, FileSystemLoader(_TEMPLATES)])
 
 
-def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str, Any]:
+def _content(planned: Plan, table: Mapping[str, Method], name: str, scores: Board | None) -> dict[str, Any]:
     documents = planned.locked.recipe.documents
     used = [table[name] for name in dict.fromkeys(piece.method for of in documents for piece in of.slices)]
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
     hub_name = "/" in name
     return {
-        "metadata": _metadata(planned, used),
+        "metadata": _metadata(planned, used, scores),
         "name": name,
         "title": name.split("/")[-1],
         "address": name if hub_name else f"./{name}",
@@ -138,7 +139,7 @@ def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
     return Stage(recipe.name if own else None, ", ".join(titles), tuple(shown(model) for model in models))
 
 
-def _metadata(planned: Plan, used: list[Method]) -> str:
+def _metadata(planned: Plan, used: list[Method], scores: Board | None) -> str:
     donor = planned.locked.donor
     parents = [model.located.where for model in planned.locked.models if model.located.commit is not None]
     stated = licence(planned)
@@ -154,6 +155,8 @@ def _metadata(planned: Plan, used: list[Method]) -> str:
     if parents:
         data["base_model"] = parents
         data["base_model_relation"] = "merge"
+    if scores is not None:
+        data["model-index"] = scores.index
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 

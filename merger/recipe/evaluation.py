@@ -61,10 +61,10 @@ def _perplexity(place: Place) -> Perplexity | None:
     if fields is None or text is None:
         return None
     window = _count(fields.get("window"), Perplexity.window, 2, MAX_WINDOW) or Perplexity.window
-    stride = _count(fields.get("stride"), max(1, window // 2), 1, window)
+    stride = _count(fields.get("stride"), max(1, window // 2), 1, window - 1)
     limit = _count(fields.get("limit"), Perplexity.limit, 1, MAX_LIMIT)
     named = _text(text)
-    return Perplexity(named, window, stride or window, limit or Perplexity.limit, text.at) if named else None
+    return Perplexity(named, window, stride or 1, limit or Perplexity.limit, text.at) if named else None
 
 
 def _text(place: Place) -> str | None:
