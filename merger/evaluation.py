@@ -104,13 +104,12 @@ def disk(planned: Plan, staged: bool) -> int:
     return max(copied, default=0)
 
 
-def prepared(recipe: Recipe, device: str, threads: int, token: str | bool | None) -> Wanted | None:
+def prepared(planned: Plan, device: str, token: str | bool | None) -> Wanted | None:
     """All that measuring takes, at hand before the merge is begun; None where nothing is measured.
 
     Args:
-        recipe: what it is of.
+        planned: the merge.
         device: where models are run.
-        threads: how many threads compute.
         token: the reader's, for texts on the Hub.
 
     Raises:
@@ -118,10 +117,10 @@ def prepared(recipe: Recipe, device: str, threads: int, token: str | bool | None
         ModelError: a text on the Hub cannot be read.
         EvaluationError: what measures is not installed.
     """
-    wanted = recipe.evaluate
+    wanted = planned.locked.recipe.evaluate
     if wanted is None:
         return None
-    check(recipe)
+    check(planned.locked.recipe)
     _need_installed("transformers", *(("lm_eval",) if wanted.tasks else ()))
     from merger.engine.evaluate import Wanted, unknown_tasks
 
@@ -132,7 +131,7 @@ def prepared(recipe: Recipe, device: str, threads: int, token: str | bool | None
         )
     names = _names([text.text for text in wanted.perplexity])
     texts = tuple(_text(text, name, token) for text, name in zip(wanted.perplexity, names, strict=True))
-    return Wanted(texts, wanted.tasks, wanted.limit, wanted.dtype, device, threads)
+    return Wanted(texts, wanted.tasks, wanted.limit, wanted.dtype, device, planned.threads)
 
 
 def _need_installed(*packages: str) -> None:

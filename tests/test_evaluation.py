@@ -21,7 +21,8 @@ from loopback import LoopbackHub
 from torch import Tensor
 
 from merger import evaluation
-from merger.card.scores import board
+from merger.card.metadata import front_matter
+from merger.card.scores import told
 from merger.cli import main
 from merger.engine.evaluate import _ended
 from merger.engine.scoring import loss
@@ -111,7 +112,7 @@ def test_merge_and_parents_on_the_hub(served: LoopbackHub, command: Command, tmp
     assert done.returncode == 0, done.stderr
     assert "measuring the merge" in done.stderr
     card = served.read("org/tried", "README.md").decode()
-    assert "| | this model | zoo/kjv | zoo/python |" in card
+    assert "| measured | this model | zoo/kjv | zoo/python |" in card
     scores = read_scores(served.read("org/tried", "merger.evaluation.json").decode())
     values = {score.model: score.value for score in scores if score.metric == "perplexity"}
     assert values["zoo/kjv"] < values[None] < values["zoo/python"]
@@ -184,7 +185,7 @@ def test_what_is_not_installed_is_told_before_the_merge(tmp_path: Path, monkeypa
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     mine = recipe(tmp_path, f"{{perplexity: {{text: {tmp_path}/lines.txt}}, tasks: [arc_easy]}}")
     with pytest.raises(EvaluationError, match="transformers and lm_eval measure the result") as refused:
-        evaluation.prepared(read(mine), "cpu", 1, None)
+        evaluation.prepared(plan(read(mine), Options())[0], "cpu", None)
     assert "hub-merger[eval]" in str(refused.value)
 
 
@@ -242,24 +243,22 @@ def test_a_table_of_scores() -> None:
         score(None, "text", "perplexity", 12.3456), score("org/x", "text", "perplexity", 99.0, detail="other"),
         score(None, "task", "acc", 0.5, error=0.01, higher=True),
     ]  # fmt: skip
-    found = board(scores, "me/merge")
-    assert found is not None
-    assert found.heads == ("this model", "org/x")
-    assert found.rows == (
-        ("text: perplexity (lower is better)", "12.35", "99"),
-        ("task: acc (higher is better)", "0.500 ± 0.010", "none"),
-    )
-    assert found.notes == ("text of this model: some", "text of org/x: other", "task: some")
-    assert board([], "me/merge") is None
+    found = told(scores, "me/merge")["evaluation"]
+    assert found["columns"] == ["measured", "this model", "org/x"]
+    assert found["rows"] == [
+        ["text: perplexity (lower is better)", "12.35", "99"],
+        ["task: acc (higher is better)", "0.500 ± 0.010", "none"],
+    ]
+    assert found["note"].endswith(": text of this model: some; text of org/x: other; task: some.")
+    assert told([], "me/merge") == {}
 
 
 def test_the_hubs_client_reads_the_model_index() -> None:
     """As results of the merge alone."""
     from huggingface_hub import ModelCard
 
-    found = board([score(None, "text", "perplexity", 12.5), score("org/x", "text", "perplexity", 9.0)], "me/merge")
-    assert found is not None
-    card = ModelCard(f"---\n{yaml.safe_dump({'model-index': found.index})}---\n")
+    scores = [score(None, "text", "perplexity", 12.5), score("org/x", "text", "perplexity", 9.0)]
+    card = ModelCard(front_matter(told(scores, "me/merge")["metadata"]))
     (result,) = card.data.eval_results
     assert (card.data.model_name, result.metric_type, result.metric_value) == ("merge", "perplexity", 12.5)
     assert (result.task_type, result.dataset_type, result.dataset_name) == ("text-generation", "org/set", "text")

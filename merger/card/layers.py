@@ -81,9 +81,11 @@ class Track:
 
 
 def tracks(planned: Plan, seen: Mapping[str, Geometry]) -> list[Track]:
-    """Each parent's, in the recipe's order, from each output tensor's geometry by name."""
+    """Each parent's and stage's, in the recipe's order, from each output tensor's geometry; a mixture has none."""
+    if planned.locked.recipe.mixture is not None:
+        return []
     architecture = Architecture([job.name for job in planned.jobs])
-    found: list[dict[Layer, Apart]] = [{} for _ in planned.locked.models]
+    found: list[dict[Layer, Apart]] = [{} for _ in planned.locked.all]
     for job in planned.jobs:
         if geometry := seen.get(job.name):
             layer = layer_of(architecture, job.name)
@@ -91,7 +93,7 @@ def tracks(planned: Plan, seen: Mapping[str, Geometry]) -> list[Track]:
                 found[entry.model].setdefault(layer, Apart()).add(geometry, place)
             if job.base is not None and geometry.base:
                 found[job.base.model].setdefault(layer, Apart()).add_base(geometry)
-    return [Track(shown(model), layers) for model, layers in zip(planned.locked.models, found, strict=True) if layers]
+    return [Track(shown(model), layers) for model, layers in zip(planned.locked.all, found, strict=True) if layers]
 
 
 def layer_of(architecture: Architecture, name: str) -> Layer:
@@ -140,7 +142,9 @@ _Kinds = dict[str, dict[Layer, float]]
 
 
 def parameters(planned: Plan, table: Mapping[str, Method]) -> list[Parameter]:
-    """Each parameter of the methods that are in force, in the order of the methods' own."""
+    """Each parameter of the methods that are in force, in the order of the methods' own; a mixture has none."""
+    if planned.locked.recipe.mixture is not None:
+        return []
     used = [table[name] for name in dict.fromkeys(job.method for job in planned.jobs if not job.is_copy)]
     flags = {param.name: param.kind == "bool" for method in used for param in method.params}
     values = _values(planned)
@@ -150,7 +154,7 @@ def parameters(planned: Plan, table: Mapping[str, Method]) -> list[Parameter]:
 def _values(planned: Plan) -> dict[str, dict[str, _Kinds]]:
     """By parameter and parent; what holds for all parents stands under no name."""
     architecture = Architecture([job.name for job in planned.jobs])
-    names = [shown(model) for model in planned.locked.models]
+    names = [shown(model) for model in planned.locked.all]
     found: dict[str, dict[str, _Kinds]] = {}
     for job in planned.jobs:
         if job.is_copy:

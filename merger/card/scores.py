@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from merger.plan.scores import Score
@@ -11,35 +10,21 @@ from merger.plan.scores import Score
 _NAME_LENGTH = 100
 
 
-@dataclass(frozen=True)
-class Board:
-    """The table.
-
-    Args:
-        heads: whose the columns are.
-        rows: what was measured, and each one's number.
-        notes: how each task was tried.
-        index: the metadata `model-index`, of the merge alone.
-    """
-
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...]
-    index: list[dict[str, Any]] = field(repr=False)
-
-
-def board(scores: Sequence[Score], name: str) -> Board | None:
-    """The table of all scores of a merge of this name; None where there are none."""
+def told(scores: Sequence[Score], name: str) -> dict[str, Any]:
+    """The card's parts `evaluation` and `metadata` for a merge of this name; nothing without scores."""
     if not scores:
-        return None
+        return {}
     models = list(dict.fromkeys(score.model for score in scores))
     found = {(score.task, score.metric, score.model): score for score in scores}
     kinds = dict.fromkeys((score.task, score.metric) for score in scores)
-    rows = tuple(
-        (_what(found, kind, models), *(_cell(found.get((*kind, model))) for model in models)) for kind in kinds
-    )
-    heads = tuple("this model" if model is None else model for model in models)
-    return Board(heads, rows, _notes(scores), _index([score for score in scores if score.model is None], name))
+    rows = [[_what(found, kind, models), *(_cell(found.get((*kind, model))) for model in models)] for kind in kinds]
+    columns = ["measured", *("this model" if model is None else model for model in models)]
+    note = f"Measured before it was published: {'; '.join(_notes(scores))}."
+    index = _index([score for score in scores if score.model is None], name)
+    return {
+        "evaluation": {"columns": columns, "rows": rows, "note": note},
+        "metadata": {"model-index": index},
+    }
 
 
 def _what(found: Mapping[tuple[str, str, str | None], Score], kind: tuple[str, str], models: list[str | None]) -> str:

@@ -27,7 +27,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 STEM = "model"
 """What the names of a model's files begin with, as transformers writes them; diffusers has another stem."""
 
-_ENDING, _INDEX_ENDING = ".safetensors", ".safetensors.index.json"
+SUFFIX = ".safetensors"
+_INDEX_SUFFIX = ".safetensors.index.json"
 MAX_HEADER = 100_000_000
 _PICKLED = re.compile(r"(^|/)(pytorch_model.*\.bin|.*\.(pt|pth|ckpt))$")
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|^[/\\~]|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z]:[/\\]")
@@ -71,12 +72,12 @@ class Checkpoint:
 
 def is_single(path: str) -> bool:
     """Whether a model is given as one file, not as a folder or a repo."""
-    return path.endswith(_ENDING)
+    return path.endswith(SUFFIX)
 
 
 def index_name(stem: str = STEM) -> str:
     """The name of the index of files that begin with `stem`."""
-    return stem + _INDEX_ENDING
+    return stem + _INDEX_SUFFIX
 
 
 def stem(files: Iterable[str]) -> str:
@@ -86,7 +87,7 @@ def stem(files: Iterable[str]) -> str:
         ModelError: there are none, or several and no index.
     """
     present = [name for name in files if "/" not in name]
-    for ending in (_INDEX_ENDING, _ENDING):
+    for ending in (_INDEX_SUFFIX, SUFFIX):
         found = [name.removesuffix(ending) for name in present if name.endswith(ending)]
         if STEM in found:
             return STEM
@@ -103,7 +104,7 @@ def _only(found: list[str], ending: str) -> str:
     if all(_SHARD.search(name) for name in found):
         raise ModelError(Problem(f"has shards ({first}{ending}, ...) and no index of them", hint=_DAMAGED))
     what = f"holds several models ({', '.join(name + ending for name in found[:_NAMES_SHOWN])})"
-    raise ModelError(Problem(what, hint=f"name the file that is meant: .../{first}{_ENDING}"))
+    raise ModelError(Problem(what, hint=f"name the file that is meant: .../{first}{SUFFIX}"))
 
 
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
@@ -118,7 +119,7 @@ def weight_files(files: Iterable[str], index: str | None, stem: str = STEM) -> t
     """
     present = tuple(files)
     if index is None:
-        return (stem + _ENDING,)
+        return (stem + SUFFIX,)
     shards = tuple(sorted(set(_weight_map(index, stem).values())))
     for shard in shards:
         if _UNSAFE_NAME.search(shard):
@@ -144,7 +145,7 @@ def _weight_map(index: str, stem: str) -> dict[str, str]:
 def _without_safetensors(present: Iterable[str]) -> Problem:
     files = tuple(present)
     pickled = [name for name in files if _PICKLED.search(name)]
-    parts = sorted({name.rpartition("/")[0] for name in files if name.endswith(_ENDING) and "/" in name})
+    parts = sorted({name.rpartition("/")[0] for name in files if name.endswith(SUFFIX) and "/" in name})
     if "model_index.json" in files:
         hint = f"merge it part by part: name one of its folders ({', '.join(parts[:_NAMES_SHOWN])}, ...)"
         return Problem("is a pipeline of several models", hint=hint)

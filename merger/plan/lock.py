@@ -19,6 +19,7 @@ from merger.checkpoints.architecture import Architecture, is_embedding, is_head,
 from merger.checkpoints.checkpoint import (
     FLOATS,
     STEM,
+    SUFFIX,
     Checkpoint,
     TensorInfo,
     gather,
@@ -31,6 +32,7 @@ from merger.checkpoints.checkpoint import (
 )
 from merger.checkpoints.config import is_tied
 from merger.checkpoints.experts import are_fused, split
+from merger.checkpoints.licence_file import MOST_BYTES, licence_text, recognised
 from merger.checkpoints.quantised import Scaled, unpacked
 from merger.errors import ModelError, Problem, RecipeError
 from merger.plan.sources import Dequantised, Made, Stored
@@ -60,6 +62,7 @@ class LockedModel:
         texts: of its tokenizer's files those that the plan needs, by name.
         scaled: the tensors that are stored as numbers and scales, by name.
         aside: the names of stored tensors that only a quantised model has a use for.
+        licence_file: which licence the file beside it is, where its card names none.
     """
 
     ref: ModelRef
@@ -69,6 +72,7 @@ class LockedModel:
     texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     scaled: Mapping[str, Scaled] = field(default_factory=dict, repr=False)
     aside: tuple[str, ...] = field(default=(), repr=False)
+    licence_file: str | None = None
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -141,9 +145,8 @@ class LockedModel:
 
     @property
     def licence(self) -> str | None:
-        """The licence that its card states."""
-        stated = self.card.get("license")
-        return " ".join(stated.split()) if isinstance(stated, str) else None
+        """The licence by the name that its card gives it, else as the file LICENSE beside it is known."""
+        return stated_licence(self.card) or self.licence_file
 
 
 @dataclass(frozen=True)
@@ -177,19 +180,32 @@ class StageModel(LockedModel):
 
 @dataclass(frozen=True)
 class LockedRecipe:
-    """A recipe and its models, in the order of ``recipe.models``; then its stages, once it is known what they make."""
+    """A recipe and its models, in the order of ``recipe.models``; then its stages, once it is known what they make.
+
+    Args:
+        recipe: the recipe.
+        models: its models.
+        stages: what its documents make before the last.
+        templates: its own templates for the card, by name, once they are read (templates).
+    """
 
     recipe: Recipe
     models: tuple[LockedModel, ...]
     stages: tuple[StageModel, ...] = ()
+    templates: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def index(self, ref: ModelRef) -> int:
         """The number of a model, or, counted on, of a stage."""
-        return next(number for number, model in enumerate((*self.models, *self.stages)) if model.ref == ref)
+        return next(number for number, model in enumerate(self.all) if model.ref == ref)
+
+    @property
+    def all(self) -> tuple[LockedModel, ...]:
+        """The models, and the stages after them."""
+        return (*self.models, *self.stages)
 
     def numbered(self, number: int) -> LockedModel:
         """The model or stage of that number."""
-        return (*self.models, *self.stages)[number]
+        return self.all[number]
 
     def model(self, ref: ModelRef) -> LockedModel:
         """The model or stage that a reference means."""
@@ -350,10 +366,33 @@ def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: s
     located = store.locate(ref.path, commit or ref.revision)
     alone = is_single(located.name)
     config = {} if alone else _config(located, store)
-    name = located.name.rpartition("/")[2].removesuffix(".safetensors") if alone else stem(located.files)
-    found = unpacked(tensors_of(located, store, pool, name), config)
-    checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else name)
-    return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
+    found = unpacked(tensors_of(located, store, pool), config)
+    checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else _stem(located))
+    card = _card(located, store)
+    licence = None if stated_licence(card) else _licence_file(located, store)
+    return LockedModel(ref, located, checkpoint, card, scaled=found.scaled, aside=found.aside, licence_file=licence)
+
+
+def stated_licence(card: Mapping[str, Any]) -> str | None:
+    """The name that a card gives to the licence; of several, all. None: it gives none."""
+    stated = card.get("license")
+    names = [name for name in (stated if isinstance(stated, list) else [stated]) if isinstance(name, str)]
+    if [name.strip().lower() for name in names] == ["other"] and isinstance(card.get("license_name"), str):
+        names = [card["license_name"]]
+    return " AND ".join(" ".join(name.split()) for name in names) or None
+
+
+def _licence_file(located: Located, store: Store) -> str | None:
+    file = licence_text(located.files)
+    if file is None or located.files[file].size > MOST_BYTES:
+        return None
+    return recognised(store.fetch(located, file).decode("utf-8", "replace"))
+
+
+def _stem(located: Located) -> str:
+    """What the names of its safetensors begin with: of a single file the name itself."""
+    alone = is_single(located.name)
+    return located.name.rpartition("/")[2].removesuffix(SUFFIX) if alone else stem(located.files)
 
 
 def _config(located: Located, store: Store) -> Mapping[str, Any]:
@@ -370,16 +409,17 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
     return config
 
 
-def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor, stem: str = STEM) -> dict[str, TensorInfo]:
-    """A model's tensors by name, by the headers of its files, whose names begin with `stem`.
+def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+    """A model's tensors by name, by the headers of its files.
 
     Raises:
         ModelError: it has no safetensors that can be read.
     """
-    name = index_name(stem)
+    begins = _stem(located)
+    name = index_name(begins)
     index = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
-    files = weight_files(located.files, index, stem)
-    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, stem)
+    files = weight_files(located.files, index, begins)
+    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, begins)
     if not tensors:
         raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
@@ -397,7 +437,10 @@ def tensors_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, .
 
 
 def _card(located: Located, store: Store) -> Mapping[str, Any]:
-    """The front matter of README.md; a card that cannot be read counts as none: it is no reason to refuse a model."""
+    """The front matter of README.md; a card that cannot be read counts as none: it is no reason to refuse a model.
+
+    All that is no list and no map is text: YAML 1.1 would take the language no for false, and the licence 1.10 for 1.1.
+    """
     info = located.files.get("README.md")
     if info is None or info.size > _CARD_BYTES:
         return {}
@@ -406,7 +449,7 @@ def _card(located: Located, store: Store) -> Mapping[str, Any]:
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        metadata = yaml.safe_load(parts[1])
+        metadata = yaml.load(parts[1], yaml.BaseLoader)
     except Exception:  # on strange input the YAML library raises whatever it comes across, not only its own errors
         return {}
     return metadata if isinstance(metadata, dict) else {}

@@ -29,7 +29,7 @@ def joined(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
     for recipe in recipes:
         _check_references(recipe, named, notes)
         if recipe is not result:
-            _warn_of_ends(recipe, notes)
+            _refuse_ends(recipe, notes)
     order = _ordered(result, named, notes)
     for name, recipe in named.items():
         if recipe is not result and recipe not in order:
@@ -37,8 +37,11 @@ def joined(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
     return replace(result, stages=tuple(recipe for recipe in order if recipe is not result))
 
 
-def _warn_of_ends(recipe: Recipe, notes: Notes) -> None:
-    """What is done with a result is not done with a stage."""
+def _refuse_ends(recipe: Recipe, notes: Notes) -> None:
+    """A mixture is no stage, and what is done with a result is not done with one."""
+    if recipe.mixture is not None:
+        hint = "make the mixture by a recipe of its own, and name the folder that it made"
+        _error(notes, "a mixture of experts cannot be a stage", recipe.mixture.at or recipe.at, hint)
     hint = "move it into the last document"
     if recipe.publish != Publish():
         _warn(notes, "publish has no effect in a stage", recipe.publish.at, hint)

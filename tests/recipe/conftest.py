@@ -71,6 +71,7 @@ def _dare_ties(
     deltas: Deltas,
     weight: PerModel,
     density: Annotated[PerModel, Range(0, 1)] = 1.0,
+    normalize: bool = False,
     rescale: bool = True,
     rounds: int = 1,
 ) -> Tensor:
@@ -79,6 +80,7 @@ def _dare_ties(
     Args:
         weight: each model's share.
         density: share of entries kept in each task vector, at random.
+        normalize: divide by the sum of the agreeing weights.
         rescale: make up for the dropped entries.
         rounds: how often the lot is drawn.
     """
