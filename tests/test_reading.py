@@ -84,7 +84,7 @@ def shards(hub: LoopbackHub, repo: str, revision: str = "main") -> dict[str, byt
 def test_the_bytes_that_travel_are_those_of_the_plan(
     method: str, folder: Path, command: Command, hub: LoopbackHub
 ) -> None:
-    """Down: the headers and what the plan names, no byte of a file twice; up: the output's shards and pictures, once."""
+    """Down: the headers and what the plan names, no byte of a file twice; up: shards and pictures, once."""
     plan = json.loads(command("plan", f"{method}.yaml", "--json", cwd=folder, hub=hub).stdout)
     hub.clear_log()
     done = command("run", f"{method}.yaml", "--to", f"hf://org/bytes-{method}", *SHARD, cwd=folder, hub=hub)
