@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from calls import Said, called
 from loopback import Client, LoopbackHub
+from loopback.wire import Answer
 
 from merger.errors import RecipeError, VerificationError
 from merger.recard import keep, recard
@@ -88,7 +89,7 @@ def test_on_the_hub_it_is_one_commit_of_the_card_alone(served: LoopbackHub, clie
     for name in ("kjv", "python"):
         served.add_model(f"cards/{name}", ZOO / name)
     recipe, template = tmp_path / "mine.yaml", tmp_path / "card.md.j2"
-    template.write_text("---\nlicense: mit\n---\n# one\n")
+    template.write_text("# one\n")
     recipe.write_text(RECIPE.format("cards").replace("own", str(template)))
     line = ["run", str(recipe), "--to", "hf://org/carded", "--quiet"]
     assert client(called, line).code == 0
@@ -97,14 +98,14 @@ def test_on_the_hub_it_is_one_commit_of_the_card_alone(served: LoopbackHub, clie
     assert (said.code, said.out) == (0, "nothing to do: the card of org/carded is the same\n"), said.err
     assert served.commits("org/carded") == commits
 
-    template.write_text("---\nlicense: mit\n---\n# two\n")
+    template.write_text("# two\n")
     served.commit("cards/kjv", {"README.md": b"moved on"})
     printed = client(called, ["card", "hf://org/carded", "--print"])
-    assert (printed.out, served.commits("org/carded")) == ("---\nlicense: mit\n---\n# two\n", commits)
+    assert (printed.out.split("---\n")[2], served.commits("org/carded")) == ("# two\n", commits)
     said = client(called, ["card", "hf://org/carded"])
     head = served.head("org/carded")
     assert said.out == f"wrote the card of {served.url}/org/carded at commit {head[:12]}\n", said.err
-    assert served.read("org/carded", "README.md") == template.read_bytes()
+    assert served.read("org/carded", "README.md").decode() == printed.out
     newest = served.commits("org/carded")[0]
     assert (newest.parent, list(newest.files)) == (commits[0].sha, ["README.md"])
     assert newest.title == f"Render the card again [{commits[0].sha[:16]}]"
@@ -117,7 +118,11 @@ def test_on_the_hub_it_is_one_commit_of_the_card_alone(served: LoopbackHub, clie
     assert (again.code, served.head("org/carded")) == (0, head), again.err
     assert again.out == f"nothing to do: it is already {served.url}/org/carded at commit {commits[0].sha[:12]}\n"
 
-    template.write_text("---\nbase_model_relation: cousin\n---\n")
+    template.write_text("# three\n")
+    served.fail(
+        lambda request: request.path.endswith("/api/validate-yaml"),
+        spoil=lambda _: Answer(400, {}, b'{"errors": [{"message": "no such card"}], "warnings": []}'),
+    )
     refused = client(called, ["card", "org/carded"])
     assert refused.code == 6
     assert "the Hub refuses the card" in refused.err

@@ -60,6 +60,8 @@ def fill(own: Mapping[str, str], publish: Publish, content: Mapping[str, Any]) -
         made = _environment(loader).get_template(LAYOUT).render(content)
         if len(made) > MAX_CHARACTERS:
             raise TemplateError(f"it makes a card of {len(made):,} characters; {MAX_CHARACTERS:,} are allowed")
+        if made.lstrip().startswith("---\n"):
+            raise TemplateError("it begins with front matter, which is made without it: leave that out")
     except Exception as error:  # a template may raise whatever Python can
         if not own:
             raise

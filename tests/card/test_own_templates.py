@@ -145,6 +145,7 @@ def test_no_way_around_escaping(template: str, shown: str) -> None:
         ("{{ range }}", "function has no text: name a part of it"),
         ("{% include 'card.md.j2' %}", "RecursionError"),
         ("{{ 'a' * 2000000 }}", "it makes a card of 2,000,000 characters; 1,000,000 are allowed"),
+        ("---\nlicense: mit\n---\n# x", "it begins with front matter, which is made without it: leave that out"),
         ("{% if lineage %}{{ nobody }}{% endif %}", "'nobody' is undefined"),
     ],
 )  # fmt: skip
