@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import html
 import json
 import os
 import subprocess
@@ -526,7 +527,7 @@ def test_a_mixture_is_verified_and_its_card_says_what_it_is(tmp_path: Path, caps
     for options in ([], ["--all"]):
         assert main(["verify", str(tmp_path / "out"), *options]) == 0
         assert ("gate.weight" in capsys.readouterr().out) is not bool(options)
-    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    card = html.unescape(" ".join((tmp_path / "out" / "README.md").read_text().split()))
     assert (
         "Each layer has 3 experts: the MLPs of base, kjv, python. A router sends each token through 2 of them" in card
     )
