@@ -531,7 +531,7 @@ def test_a_mixture_is_verified_and_its_card_says_what_it_is(tmp_path: Path, caps
     assert (
         "Each layer has 3 experts: the MLPs of base, kjv, python. A router sends each token through 2 of them" in card
     )
-    assert "computed from the experts' prompts: the hidden state of each prompt's last token, as base makes it" in card
+    assert "computed from prompts: the hidden state of the last token of each, as base makes it" in card
     assert "The output of the MLPs of python was multiplied by 0.9." in card
     lock = (tmp_path / "out" / "merger.lock.yaml").read_text()
     assert "gate_mode: hidden" in lock

@@ -13,9 +13,9 @@ from merger.recipe.model import Expert, Mixture
 
 TITLE = "Mixture of experts"
 _ROUTERS = {
-    "hidden": "computed from the experts' prompts: the hidden state of each prompt's last token, as {base} makes it",
-    "hidden_avg": "computed from the experts' prompts: the mean hidden state of each prompt, as {base} makes it",
-    "cheap_embed": "computed from the experts' prompts: the mean of their tokens' embeddings in {base}",
+    "hidden": "computed from prompts: the hidden state of the last token of each, as {base} makes it",
+    "hidden_avg": "computed from prompts: the mean hidden state of each, as {base} makes it",
+    "cheap_embed": "computed from prompts: the mean embedding of their tokens in {base}",
     "random": "drawn by chance, from a normal distribution: it knows nothing until it is trained",
     "uniform_random": "drawn by chance, from a uniform distribution: it knows nothing until it is trained",
 }

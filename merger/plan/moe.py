@@ -120,8 +120,10 @@ class _Mixer:
     def jobs(self) -> Iterator[Job]:
         """In the order of the output: embedding, layers, norm and head; none that do not fit."""
         self._check_base()
-        for expert in (*self._mixture.experts, *self._mixture.shared_experts):
-            self._check_expert(expert)
+        for expert in {expert.source_model: expert for expert in reversed(self._mixture.experts)}.values():
+            self._check_expert(expert, self._middle)
+        for expert in self._mixture.shared_experts:
+            self._check_expert(expert, _middle(self._locked.model(expert.source_model)))
         self._check_config()
         if self.problems:
             return
@@ -224,8 +226,8 @@ class _Mixer:
         at = self._locked.recipe.base_model.at if self._locked.recipe.base_model else ref.at
         self.problems.append(Problem(f"{self._base.name} {what}", at, "base_model", hint))
 
-    def _check_expert(self, expert: Expert) -> None:
-        """Whether its MLPs are there, layer for layer, and have the base model's and the other experts' shapes."""
+    def _check_expert(self, expert: Expert, middle: int) -> None:
+        """Whether its MLPs are there, layer for layer, from the base model's hidden size to `middle` and back."""
         model = self._locked.model(expert.source_model)
         layers = self._base.architecture.stacks.get(STACK, 0)
         theirs = model.architecture.stacks.get(STACK, 0)
@@ -236,11 +238,11 @@ class _Mixer:
             what = f"has the hidden_act {_act(model)}, and the base model {_act(self._base)}"
             self._tell(expert, model, what, "experts have the base model's hidden_act")
         else:
-            faults = (self._fault(expert, model, layer, role) for layer in range(layers) for role in MATRICES)
+            faults = (self._fault(model, layer, role, middle) for layer in range(layers) for role in MATRICES)
             if fault := next((fault for fault in faults if fault), None):
                 self._tell(expert, model, *fault)
 
-    def _fault(self, expert: Expert, model: LockedModel, layer: int, role: str) -> tuple[str, str] | None:
+    def _fault(self, model: LockedModel, layer: int, role: str, middle: int) -> tuple[str, str] | None:
         """What is wrong with an expert's matrix, if anything is, and what to do."""
         name = _at(layer, role)
         tensor = model.checkpoint.tensors.get(name)
@@ -248,8 +250,7 @@ class _Mixer:
             return f"has no tensor {name}", "is it saved in full?"
         if tensor.dtype not in FLOATS:
             return f"stores {name} as {tensor.dtype}", _UNQUANTISED
-        wide = _middle(model) if expert in self._mixture.shared_experts else self._middle
-        shape = (self._width, wide) if role == DOWN else (wide, self._width)
+        shape = (self._width, middle) if role == DOWN else (middle, self._width)
         if tensor.shape == shape:
             return None
         what = f"has {name} of {shape_text(tensor)}, not {'x'.join(map(str, shape))}"

@@ -138,6 +138,17 @@ def test_a_shared_expert_may_be_several_times_as_wide() -> None:
     assert (found.config["n_shared_experts"], found.config["moe_intermediate_size"]) == (2, 16)
 
 
+def test_a_model_that_is_expert_and_shared_expert_has_the_experts_width() -> None:
+    """A wider model may be the shared expert, but not one of the others, also where it is both; and is told of once."""
+    for name in ("base", "one"):
+        model(name)
+    model("wide", wider)
+    experts = [{"source_model": f"./{name}"} for name in ("one", "wide", "wide")]
+    with pytest.raises(MismatchError) as caught:
+        plan_of(experts=experts, shared_experts=[{"source_model": "./wide"}])
+    assert [problem.where for problem in caught.value.problems] == ["experts[./wide]"]
+
+
 def test_a_tied_head_stays_tied() -> None:
     """No head is written where the base model's is its embedding; one that lies there all the same is left out."""
     for name in ("one", "two"):
