@@ -364,7 +364,7 @@ def _reported(result: Result, part_size: int) -> dict[str, object]:
         "problems": [asdict(problem) for problem in result.problems],
         "warnings": [asdict(problem) for problem in result.warnings],
         "to": result.to,
-        "plan": result.plan.as_json() if result.plan else None,
+        "plan": console.plan_json(result.plan) if result.plan else None,
         "matrix": matrix(result.plan, part_size) if result.plan else [],
         "done": console.as_json(result.done) if result.done else None,
     }

@@ -261,7 +261,8 @@ def _check(arguments: argparse.Namespace) -> int:
             continue
         for note in recipe.warnings:
             print(console.warning(note), file=sys.stderr)
-        methods = ", ".join(dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices))
+        named = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
+        methods = ", ".join([*named, *(["mixture of experts"] if recipe.mixture else [])])
         print(f"{path}: well formed ({methods}; {len(recipe.models)} models)")
     return code
 
@@ -297,7 +298,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         needed_disk(planned, options, planned.shards)
     for note in recipe.warnings:
         print(console.warning(note), file=sys.stderr)
-    print(json.dumps(planned.as_json()) if arguments.json else console.plan_text(planned))
+    print(json.dumps(console.plan_json(planned)) if arguments.json else console.plan_text(planned))
     if arguments.look:
         print(console.relations_text(looked(planned, store)), file=sys.stderr if arguments.json else sys.stdout)
     return 0

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from merger.card.licences import licence_note
+from merger.card.licences import judge
 from merger.card.lineage import shown
 from merger.card.relations import Relation, Relations, same_models
 from merger.errors import MergerError, Problem, few
@@ -68,8 +68,36 @@ def warning(problem: Problem) -> str:
 
 
 def plan_text(planned: Plan) -> str:
-    """What will be made of what, what it takes, and what is left out."""
-    return "\n".join([*_models(planned), "", *_making(planned), "", *_costs(planned), *_accounting(planned)])
+    """What will be made of what, what it takes, what is left out, and under which licence."""
+    made = [*_models(planned), "", *_making(planned), "", *_costs(planned), *_accounting(planned)]
+    return "\n".join([*made, *_licence(planned), *(f"\nwarning: {doubt}" for doubt in same_models(planned))])
+
+
+def plan_json(planned: Plan) -> dict[str, Any]:
+    """The same for machines."""
+    found = judge(planned)
+    licence = {
+        "license": found.name or None,
+        "stated": found.stated,
+        "conflicts": [conflict.what for conflict in found.conflicts],
+        "override": found.override,
+        "notes": found.notes,
+        "asks": {terms.name: [kind.value for kind in terms.asks] for terms in found.duties},
+    }
+    return {**planned.as_json(), "licence": licence}
+
+
+def _licence(planned: Plan) -> list[str]:
+    """The result's licence, what it and others ask, and what speaks against it."""
+    found = judge(planned)
+    lines = [f"\nlicence {found.name or 'not settled'}{'' if found.stated or not found.name else ' (proposed)'}"]
+    width = max((len(terms.name) for terms in found.duties), default=0)
+    asked = [(terms.name, ", ".join(kind.value for kind in terms.asks) or "nothing") for terms in found.duties]
+    lines += [f"  {licence:{width}}  {asks}" for licence, asks in asked]
+    if found.override is not None and found.conflicts:
+        lines.append(f"  published all the same: {found.override}")
+    warnings = [*(conflict.what for conflict in found.conflicts), *found.notes]
+    return [*lines, *(f"warning: {what}" for what in warnings)]
 
 
 def _models(planned: Plan) -> list[str]:
@@ -118,10 +146,7 @@ def _accounting(planned: Plan) -> list[str]:
     copied = [(job.why, job.name) for job in planned.jobs if job.why is not None]
     models = planned.locked.models
     left = [(f"{shown(models[item.model])}: {item.why}", item.tensor) for item in planned.left_out]
-    lines = [*_by_reason("copied", copied), *_by_reason("left out", left)]
-    note = licence_note(planned)
-    doubts = [f"\nwarning: {doubt}" for doubt in same_models(planned)]
-    return [*lines, *([f"\nlicence  {note}"] if note else []), *doubts]
+    return [*_by_reason("copied", copied), *_by_reason("left out", left)]
 
 
 def relations_text(related: Relations) -> str:
@@ -280,9 +305,10 @@ def file_done(event: object) -> bool:
 
 def ended(event: Done | PartDone) -> str:
     """What has become of it."""
-    if isinstance(event, PartDone):
-        return f"part {event.part} is there: {event.shards} of {event.of} files; after all parts: merger publish"
     doubts = "".join(f"warning: {doubt}\n" for doubt in event.doubts)
+    if isinstance(event, PartDone):
+        files = f"{event.shards} of {event.of} files"
+        return f"{doubts}part {event.part} is there: {files}; after all parts: merger publish"
     commit = f" at commit {event.published.commit[:12]}" if event.published.commit else ""
     return (
         doubts + f"{'merged into' if event.is_new else 'nothing to do: it is already'} {event.published.where}{commit}"
@@ -292,7 +318,7 @@ def ended(event: Done | PartDone) -> str:
 def as_json(event: Done | PartDone) -> dict[str, Any]:
     """The same for machines."""
     if isinstance(event, PartDone):
-        return {"part": str(event.part), "shards": event.shards, "of": event.of}
+        return {"part": str(event.part), "shards": event.shards, "of": event.of, "doubts": event.doubts}
     return {
         "new": event.is_new,
         "shards": [asdict(shard) for shard in event.shards],

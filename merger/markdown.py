@@ -6,10 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from merger.card.licences import licence_note
+from merger.card.licences import judge
 from merger.card.lineage import shown
 from merger.card.relations import same_models
-from merger.card.render import escaped, fenced
+from merger.card.text import code as code  # shells show names with it
+from merger.card.text import escaped, fenced
 from merger.console import size
 from merger.errors import Problem
 from merger.plan.plan import Plan
@@ -19,22 +20,12 @@ IN_BYTES_A_SECOND, OUT_BYTES_A_SECOND = 100_000_000, 50_000_000
 """What the estimate of time takes the Hub to send and to accept: a guess at a runner's luck, and told as one."""
 
 _FRONT_MATTER = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)
-
-
-def code(text: str) -> str:
-    """Words of others in a cell or a line: no Markdown, no mention, no HTML comes of them.
-
-    >>> code("a`b|c")
-    '`` a`b\\\\|c ``'
-    """
-    flat = " ".join(text.split()).replace("|", "\\|")
-    fence = "`" * (max((len(run) for run in re.findall(r"`+", flat)), default=0) + 1)
-    return f"{fence} {flat} {fence}" if "`" in flat else f"`{flat}`"
+_END_OF_HEAD = re.compile(r"\n## (?:Lineage|Method)\n")
 
 
 def _told(text: str) -> str:
     """A sentence of ours with others' names in it; an @ in them calls nobody."""
-    return escaped(text).replace("@", "@\u200b")
+    return escaped(text.replace("@", "@\u200b"))
 
 
 def plan_section(planned: Plan, destination: str | None) -> str:
@@ -61,6 +52,7 @@ def _costs(planned: Plan, destination: str | None) -> list[str]:
     rows = [
         ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in used.items())),
         ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {len(planned.shards)} files"),
+        ("licence", _licence(planned)),
         ("goes to", code(destination) if destination else "not said yet"),
         ("reads", size(planned.read_bytes)),
         ("memory", f"{size(planned.peak_memory)} at most"),
@@ -71,14 +63,26 @@ def _costs(planned: Plan, destination: str | None) -> list[str]:
     return _table(("", ""), rows)
 
 
+def _licence(planned: Plan) -> str:
+    """The result's, and what the parents' ask."""
+    found = judge(planned)
+    asks = dict.fromkeys(kind.value for terms in found.duties for kind in terms.asks)
+    told = "stated" if found.stated else "proposed, as the strictest that fits"
+    return (f"{code(found.name)} ({told})" if found.name else "not settled") + (
+        f"; the parents' licences ask: {', '.join(asks)}" if asks else ""
+    )
+
+
 def _minutes(planned: Plan) -> int:
     return 1 + int((planned.read_bytes / IN_BYTES_A_SECOND + planned.size / OUT_BYTES_A_SECOND) / 60)
 
 
 def _notes(planned: Plan) -> list[str]:
     notes = [f"**Warning:** {_told(doubt)}" for doubt in same_models(planned)]
-    if note := licence_note(planned):
-        notes.append(f"**Licence:** {_told(note)}")
+    found = judge(planned)
+    notes += [f"**Licence:** {_told(what)}" for what in (*(each.what for each in found.conflicts), *found.notes)]
+    if found.override is not None and found.conflicts:
+        notes.append(f"**Published all the same:** {_told(found.override)}")
     if planned.left_out:
         why = Counter(item.why for item in planned.left_out)
         told = "; ".join(f"{count} tensors: {_told(reason)}" for reason, count in why.items())
@@ -102,8 +106,8 @@ def result_section(done: Done | PartDone) -> str:
 
 
 def _head(card: str) -> str:
-    """The card from its title to its second section."""
-    return _FRONT_MATTER.sub("", card).partition("\n## Method")[0].strip()
+    """The card from its title to where the lineage or the method begins."""
+    return _END_OF_HEAD.split(_FRONT_MATTER.sub("", card))[0].strip()
 
 
 def _quoted(text: str) -> str:

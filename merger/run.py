@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 from merger import machine
 from merger.card.ancestors import family
 from merger.card.layers import parameters, tracks
+from merger.card.licences import refuse
 from merger.card.lineage import lock_file
+from merger.card.notices import passed_on
 from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
-from merger.card.render import render
+from merger.card.render import rehearse, render
 from merger.checkpoints.checkpoint import SUFFIX, index_name
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
@@ -40,6 +42,7 @@ from merger.plan.parts import Part as Part  # shells name it without knowing whe
 from merger.plan.parts import share
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.plan.plan import plan as make_plan
+from merger.plan.templates import own_templates
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderSink
@@ -106,11 +109,15 @@ class Resumed:
 
 @dataclass(frozen=True)
 class PartDone:
-    """A part's shards are where all parts put them; `merger publish` makes a model of them once all are there."""
+    """A part's shards are where all parts put them; `merger publish` makes a model of them once all are there.
+
+    `doubts` are sentences that say why the model may mean little, as far as this part has seen it.
+    """
 
     part: Part
     shards: int
     of: int
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,12 +197,27 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
-    store = stores([ref.path for ref in recipe.models], options.cache, options.read_token, options.hub_only)
+    template = recipe.publish.template or ""
+    paths = [*(ref.path for ref in recipe.models), *([template] if template.startswith(HUB) else [])]
+    store = stores(paths, options.cache, options.read_token, options.hub_only)
     path = Path(recipe.path)
     if is_lock(path) and path.is_file():
-        return _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options), store
-    locked = lock(recipe, store, _pins(lock_path(path)), options.allow_pickle)
-    return make_plan(locked, methods(), _budget(recipe, options), options.seed), store
+        # the card's templates of who made the lock lie on another machine, unless they are on the Hub
+        recipe = recipe if template.startswith(HUB) else replace(recipe, publish=replace(recipe.publish, template=None))
+        planned = _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
+    else:
+        locked = lock(recipe, store, _pins(lock_path(path)), options.allow_pickle)
+        planned = make_plan(locked, methods(), _budget(recipe, options), options.seed)
+    refuse(planned, published=_to(recipe, options).startswith(HUB))
+    return _with_templates(planned, store), store
+
+
+def _with_templates(planned: Plan, store: Store) -> Plan:
+    """The plan with the recipe's own templates for the card, which are tried."""
+    templates = own_templates(planned.locked.recipe.publish, store)
+    tried = replace(planned, locked=replace(planned.locked, templates=templates))
+    rehearse(tried, methods())
+    return tried
 
 
 def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:
@@ -390,7 +412,7 @@ def run(planned: Plan, store: Library, options: Options) -> Iterator[Event | Res
 
 def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
     """The shards that are missing, and the end: of a part, or of the whole."""
-    held, seen = dict(sink.held()), dict[str, Geometry]()
+    held, seen, doubts = dict(sink.held()), dict[str, Geometry](), tuple[str, ...]()
     mine = share(planned.shards, options.part)
     missing = [shard for shard in mine if shard.name not in held]
     if held:
@@ -400,9 +422,9 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     sink.reserve(needed_disk(planned, options, missing))
     if missing:
         sink.check_card(render(planned, methods(), sink.name, relations(planned, seen)))
-        yield from _shards_made(planned, missing, store, sink, options, held, seen)
+        doubts = yield from _shards_made(planned, missing, store, sink, options, held, seen)
     if options.part is not None:
-        yield PartDone(options.part, len(mine), len(planned.shards))
+        yield PartDone(options.part, len(mine), len(planned.shards), doubts)
         return
     shards = tuple(held[shard.name] for shard in planned.shards)
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
@@ -412,7 +434,8 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token))
     files = written | _small_files(planned, store, shards, seen)
     published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
-    yield Done(published, shards, related.doubts, files[CARD_NAME].decode(), files[LOCK_NAME].decode())
+    doubts = (*related.doubts, *doubts)
+    yield Done(published, shards, doubts, files[CARD_NAME].decode(), files[LOCK_NAME].decode())
 
 
 def _shards_made(
@@ -423,10 +446,12 @@ def _shards_made(
     options: Options,
     held: dict[str, Written],
     seen: dict[str, Geometry],
-) -> Iterator[Event]:
-    from merger.engine.execute import Observed, ShardDone, execute  # imports torch, which all else does without
+) -> Generator[Event, None, tuple[str, ...]]:
+    """Make them, fill `held` and `seen`, and return what speaks against the result beside what was seen."""
+    # imports torch, which all else does without
+    from merger.engine.execute import Doubted, Observed, ShardDone, execute
 
-    made: list[str] = []
+    made, doubts = list[str](), list[str]()
     try:
         for event in execute(planned, missing, methods(), store, sink, options.device):
             if isinstance(event, ShardDone):
@@ -434,10 +459,13 @@ def _shards_made(
                 made.append(event.shard.name)
             elif isinstance(event, Observed):
                 seen[event.job.name] = event.geometry
+            elif isinstance(event, Doubted):
+                doubts.append(event.what)
             yield event
     except DamagedError as error:
         _forget(sink, made, error)
         raise
+    return tuple(doubts)
 
 
 def _forget(sink: Sink, made: Sequence[str], why: DamagedError) -> None:
@@ -519,6 +547,7 @@ def _small_files(
 ) -> dict[str, bytes]:
     """All that stands beside shards and card; index and config come last, for they make it look like a model."""
     proven = taken_files(planned, store)
+    proven |= passed_on(planned, store.fetch)
     proven["recipe.yaml"] = planned.locked.recipe.text.encode()
     proven[MEASURED_NAME] = noted(seen).encode()
     proven |= model_files(planned)

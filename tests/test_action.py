@@ -284,7 +284,7 @@ def test_a_push_is_merged_and_a_job_run_again_makes_nothing_new(clone: Checkout,
         (reported,) = json.loads(Path(told.outputs["report"]).read_text()) if told is again else [{"recipe": ""}]
     assert (reported["recipe"], reported["state"], reported["plan"]["seed"]) == ("merges/mine.yaml", "unchanged", 0)
     assert "> # out\n" in first.summary
-    assert "> ## Parents" in first.summary
+    assert "> ## Models" in first.summary
     assert "::group::run merges/mine.yaml" in first.commands
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import tiny
 import torch
-from conftest import Command
 from loopback import LoopbackHub
-from merging import merged
 from safetensors.torch import save_file
 from torch import Tensor
 
+from merger import run
 from merger.errors import MergerError
+from merger.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from conftest import Command
 
 RAW = Path(__file__).parent / "recipe/wild/24-raw-pytorch.yaml"
 UNET = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.36.0", "sample_size": 8}
@@ -27,6 +31,16 @@ def tensors(seed: int) -> dict[str, Tensor]:
     shapes = {f"down_blocks.{n}.resnets.{m}.conv1.weight": (8, 4, 3, 3) for n in range(2) for m in range(2)}
     shapes |= {"conv_in.weight": (8, 4, 3, 3), "conv_in.bias": (8,), "time_embedding.linear_1.weight": (16, 8)}
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+
+def merged(recipe: str, out: Path, **options: object) -> Plan:
+    path = out.with_suffix(".yaml")
+    path.write_text(recipe)
+    chosen = run.Options(to=str(out), threads=1, **options)
+    planned, store = run.plan(run.read(path), chosen)
+    for _ in run.run(planned, store, chosen):
+        pass
+    return planned
 
 
 def part(folder: Path, seed: int, config: Mapping[str, object] = UNET, name: str = "diffusion_pytorch_model") -> Path:
@@ -52,8 +66,9 @@ def test_the_published_recipe_of_single_files_runs(command: Command, served: Loo
     found, expected = tiny.read(tmp_path / "out"), tiny.read(tmp_path / "expected")
     assert set(found) == set(tensors(0))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    files = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
-    assert files == {"model.safetensors", "README.md", "recipe.yaml", "merger.lock.yaml", "merger.measured.json"}
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    beside = {"README.md", "recipe.yaml", "merger.lock.yaml", "merger.measured.json", "pictures"}
+    assert files == {"model.safetensors", *beside}
     card = (tmp_path / "out/README.md").read_text()
     assert 'load_file("./out/model.safetensors")' in card
     assert "library_name" not in card
@@ -89,7 +104,7 @@ def test_a_part_of_a_pipeline_comes_out_under_its_librarys_names(tmp_path: Path)
     one, other = part(tmp_path / "one/unet", 0), part(tmp_path / "other/unet", 1)
     save_file(tensors(5), one / "diffusion_pytorch_model.fp16.safetensors")
     recipe = f"merge_method: linear\ndtype: float16\nmodels: [{{model: {one}}}, {{model: {other}}}]\n"
-    merged(recipe, tmp_path / "out", card=True)
+    merged(recipe, tmp_path / "out")
     found = tiny.read(tmp_path / "out")
     for name, tensor in found.items():
         assert torch.equal(tensor, ((tensors(0)[name] + tensors(1)[name]) / 2).half()), name
@@ -97,7 +112,7 @@ def test_a_part_of_a_pipeline_comes_out_under_its_librarys_names(tmp_path: Path)
     assert json.loads((tmp_path / "out/config.json").read_text()) == UNET
     card = (tmp_path / "out/README.md").read_text()
     assert "library_name: diffusers" in card
-    assert 'diffusers.UNet2DConditionModel.from_pretrained("./out")' in card
+    assert 'getattr(diffusers, "UNet2DConditionModel").from_pretrained("./out")' in card
     merged(recipe, tmp_path / "shards", shard_size=1500)
     index = json.loads((tmp_path / "shards/diffusion_pytorch_model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tensors(0))

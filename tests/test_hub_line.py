@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from loopback import Client, LoopbackHub, Request
+from loopback.wire import Answer
 from torch import Tensor
 
 ZOO = Path(__file__).parent.parent / "examples/zoo"
@@ -191,32 +192,45 @@ def test_each_tensor_of_the_published_merge_is_exact_to_one_rounding(published: 
         assert not ((steps(tensor, wanted[name]) > 1) & off).any(), name
 
 
-@pytest.mark.parametrize(
-    ("template", "code", "words"),
-    [
-        (
-            "---\nbase_model_relation: cousin\n---\n",
-            6,
-            'the Hub refuses the card of org/carded: "base_model_relation" must be one of',
-        ),
-        ("{{ nobody }}", 2, "the card's template cannot be rendered"),
-    ],
-    ids=["metadata", "template"],
-)
-def test_a_card_that_will_not_do_is_told_before_a_tensor_is_read(
-    template: str, code: int, words: str, served: LoopbackHub, published: Run, command: Command, tmp_path: Path
+def test_a_card_that_the_hub_refuses_is_told_before_a_tensor_is_read(
+    served: LoopbackHub, published: Run, command: Command, tmp_path: Path
 ) -> None:
-    """Not after hours of work: the Hub is asked about it first, and our own templates are filled in."""
-    (tmp_path / "card.md.j2").write_text(template)
-    recipe = TASK_ARITHMETIC.replace("org/both", "org/carded").replace("licens", "template: card.md.j2, licens")
+    """Not after hours of work: the Hub is asked about it first, and its own words are passed on."""
+    served.fail(
+        lambda request: request.path.endswith("/api/validate-yaml"),
+        spoil=lambda _: Answer(400, {}, b'{"errors": [{"message": "no such card"}], "warnings": []}'),
+    )
+    (tmp_path / "mine.yaml").write_text(TASK_ARITHMETIC.replace("org/both", "org/carded"))
+    served.clear_log()
+    done = command("run", "mine.yaml", cwd=tmp_path, hub=served)
+    assert (done.returncode, "the Hub refuses the card of org/carded: no such card" in done.stderr) == (6, True)
+    assert bytes_read(served) == headers(served)
+
+
+def test_a_template_that_breaks_is_told_before_a_tensor_is_read(
+    served: LoopbackHub, published: Run, command: Command, tmp_path: Path
+) -> None:
+    """As soon as the models are planned, and before a repo is made for the result."""
+    (tmp_path / "own.md.j2").write_text("\n{{ nobody }}")
+    recipe = TASK_ARITHMETIC.replace("org/both", "org/uncarded").replace("licens", "template: own.md.j2, licens")
     (tmp_path / "mine.yaml").write_text(recipe)
     served.clear_log()
     done = command("run", "mine.yaml", cwd=tmp_path, hub=served)
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
-    headers = sum(8 + int.from_bytes(served.read(f"zoo/{name}", "model.safetensors")[:8], "little")
-                  for name in ("base", "kjv", "python"))  # fmt: skip
-    assert sum(r.sent for r in served.log if r.host == "cdn") == headers
+    assert done.returncode == 2
+    assert "own.md.j2:2: the card's template cannot be rendered: 'nobody' is undefined" in done.stderr
+    assert bytes_read(served) == headers(served)
+    assert not served.exists("org/uncarded")
+
+
+def bytes_read(served: LoopbackHub) -> int:
+    """How many bytes of models were sent."""
+    return sum(r.sent for r in served.log if r.host == "cdn")
+
+
+def headers(served: LoopbackHub) -> int:
+    """How many bytes the zoo's headers are."""
+    raws = [served.read(f"zoo/{name}", "model.safetensors")[:8] for name in ("base", "kjv", "python")]
+    return sum(8 + int.from_bytes(raw, "little") for raw in raws)
 
 
 # Line 4: a recipe of the field, exactly as it stands

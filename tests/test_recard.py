@@ -28,7 +28,8 @@ OURS = Options()
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a template and a merge in out/."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own").mkdir()
+    (tmp_path / "own/parts").mkdir(parents=True)
+    (tmp_path / "own/parts/citation.md.j2").write_text("\n")
     (tmp_path / "mine.yaml").write_text(RECIPE.format(ZOO))
     chosen = Options(to="out")
     *_, last = run(*plan(read(Path("mine.yaml")), chosen), chosen)
@@ -43,6 +44,7 @@ def test_a_card_is_the_same_until_its_template_is_another(folder: Path) -> None:
     assert made.text.encode() == before["README.md"]
     assert "layer 3" in made.text
     assert keep(made, OURS) is None
+    (folder / "own/parts/citation.md.j2").unlink()
     (folder / "own/card.md.j2").write_text("# {{ title }}, {{ related.layers | length }} rows\n")
     kept = keep(recard("out", OURS), OURS)
     assert kept is not None

@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 import vocabularies
-from merging import merged
 from recipe.conftest import WILD
 
+from merger import run
 from merger.methods.registry import methods
 from merger.recipe.parse import parse
 
@@ -24,11 +24,11 @@ RUN = (
     "22-passthrough-scale-filters", "24-raw-pytorch",
 )  # fmt: skip
 ELSEWHERE = {
-    "07-moe-hidden-clowncar": "mixtures of experts", "08-moe-random-upcycle": "mixtures of experts",
-    "25-moe-yaml-anchors": "mixtures of experts", "15-model-stock-lora-refs": "adapters",
+    "07-moe-hidden-clowncar": "test_mixtures", "08-moe-random-upcycle": "test_mixtures",
+    "25-moe-yaml-anchors": "test_mixtures", "15-model-stock-lora-refs": "adapters",
     "18-sce-lora-base": "adapters",
 }  # fmt: skip
-"""Those that do not run here, and what they are about."""
+"""Those that do not run here, and where they run, or what they are about."""
 
 
 def test_every_published_recipe_is_listed() -> None:
@@ -44,7 +44,11 @@ def test_a_published_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.
     refs = parse(text, "wild.yaml", methods()).models
     for seed, ref in enumerate(sorted({ref.path for ref in refs}, key=len, reverse=True)):
         text = text.replace(ref, f"./{_model(tmp_path, name, ref, seed)}")
-    planned = merged(text, Path("out"))
+    Path("mine.yaml").write_text(text)
+    options = run.Options(to="out", threads=1)
+    planned, store = run.plan(run.read(Path("mine.yaml")), options)
+    for _ in run.run(planned, store, options):
+        pass
     found = tiny.read(Path("out"))
     assert set(found) == {job.name for job in planned.jobs}
     assert all(torch.isfinite(tensor).all() for tensor in found.values())

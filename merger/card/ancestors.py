@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from merger.card.mixtures import TITLE
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import GatedError, MissingError
 from merger.plan.plan import Plan
@@ -139,7 +140,7 @@ def family(
     """
     used = dict.fromkeys(piece.method for document in planned.locked.recipe.documents for piece in document.slices)
     search = _Search(hub, methods, time.monotonic() + seconds)
-    made = f"merge by {', '.join(used)}"
+    made = f"merge by {', '.join(used)}" if planned.locked.recipe.mixture is None else TITLE.lower()
     search.members.append(Member(title, made=made, parents=tuple(range(1, len(planned.locked.models) + 1))))
     first: list[tuple[int, _Ask]] = []
     for model in planned.locked.models:

@@ -81,7 +81,9 @@ class Track:
 
 
 def tracks(planned: Plan, seen: Mapping[str, Geometry]) -> list[Track]:
-    """Each parent's, in the recipe's order, from each output tensor's geometry by name."""
+    """Each parent's and stage's, in the recipe's order, from each output tensor's geometry; a mixture has none."""
+    if planned.locked.recipe.mixture is not None:
+        return []
     architecture = Architecture([job.name for job in planned.jobs])
     found: list[dict[Layer, Apart]] = [{} for _ in planned.locked.all]
     for job in planned.jobs:
@@ -140,7 +142,9 @@ _Kinds = dict[str, dict[Layer, float]]
 
 
 def parameters(planned: Plan, table: Mapping[str, Method]) -> list[Parameter]:
-    """Each parameter of the methods that are in force, in the order of the methods' own."""
+    """Each parameter of the methods that are in force, in the order of the methods' own; a mixture has none."""
+    if planned.locked.recipe.mixture is not None:
+        return []
     used = [table[name] for name in dict.fromkeys(job.method for job in planned.jobs if not job.is_copy)]
     flags = {param.name: param.kind == "bool" for method in used for param in method.params}
     values = _values(planned)

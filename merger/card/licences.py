@@ -1,25 +1,287 @@
-"""The licence of a merge: what the recipe says, else what all parents agree on. No legal advice, and no guessing.
+"""The licence of a merge: what the recipe states, else the strictest that fits its parents; and what speaks against it.
 
-Not here: reading the parents' cards (plan.lock).
+No legal advice, and no guessing: a parent whose terms are not known leaves the licence open. Not here: what each
+licence asks (terms), and reading the parents' cards (plan.lock).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merger.card.lineage import shown
+from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind, Terms
+from merger.errors import MismatchError, Problem, RecipeError
+from merger.plan.lock import LockedModel
 from merger.plan.plan import Plan
+from merger.recipe.model import Publish
+
+UNSTATED = "not stated"
+_NAMELESS = (UNSTATED, "other", "unknown")
+_PASSED_ON = (Kind.SHARE_ALIKE, Kind.SAME_TERMS, Kind.NON_COMMERCIAL)
+"""What holds of the result too: a licence that asks none of it leaves the choice of the result's free."""
 
 
-def licence(planned: Plan) -> str | None:
-    """The identifier for the card's metadata; None where the parents' licences differ or one is unknown."""
-    stated = planned.locked.recipe.publish.license
-    if stated is not None:
-        return " ".join(stated.split())  # a line break could end the card's front matter
-    theirs = {model.licence for model in planned.locked.models}
-    return theirs.pop() if len(theirs) == 1 else None
+@dataclass(frozen=True)
+class Licence:
+    """A licence as somebody names it, and the terms that are known under that name; none where the name is unknown."""
+
+    name: str
+    terms: tuple[Terms, ...] = ()
+    link: str | None = None
+
+    def asks(self, *kinds: Kind) -> bool:
+        """Whether one of its terms asks one of these."""
+        return any(kind in terms.asks for terms in self.terms for kind in kinds)
 
 
-def licence_note(planned: Plan) -> str | None:
-    """What the publisher should still decide, or None."""
-    if licence(planned) is not None:
-        return None
-    known = dict.fromkeys(model.licence or "unknown" for model in planned.locked.models)
-    return f"the parents' licences are {', '.join(known)}: state the result's with publish: {{license: ...}}"
+@dataclass(frozen=True)
+class Conflict:
+    """Why a parent does not allow the licence of the result."""
+
+    parent: LockedModel
+    what: str
+
+    @property
+    def problem(self) -> Problem:
+        """As a refusal at the place where the recipe names the parent."""
+        return Problem(self.what, self.parent.ref.at, f"models[{self.parent.ref}]")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What licence a merge has, why, and what its publisher has to know.
+
+    Args:
+        licences: those of the result, all of which hold at once; none where it is not settled.
+        stated: whether the recipe says so, and it is no proposal.
+        conflicts: why parents do not allow it.
+        notes: what the publisher should decide or do, in sentences.
+        duties: the terms of the parents' licences, each once, the strictest last.
+        override: why it is published all the same, in the recipe's words.
+    """
+
+    licences: tuple[Licence, ...]
+    stated: bool
+    conflicts: tuple[Conflict, ...]
+    notes: tuple[str, ...]
+    duties: tuple[Terms, ...]
+    override: str | None
+
+    @property
+    def name(self) -> str:
+        """The licence in words; empty where it is not settled."""
+        return _names(self.licences)
+
+
+def judge(planned: Plan, name: str | None = None) -> Judgement:
+    """The licence of what is planned.
+
+    Args:
+        planned: the merge.
+        name: what it is called, for licences that ask something of that; None: as the recipe says.
+    """
+    publish, models = planned.locked.recipe.publish, planned.locked.models
+    parents = [licence_of(model) for model in models]
+    result = stated(publish) or proposed(parents)
+    duties = sorted({terms for licence in parents for terms in licence.terms}, key=_strictness)
+    return Judgement(
+        licences=result,
+        stated=publish.license is not None,
+        conflicts=tuple(Conflict(model, what) for model in models for what in _conflicts(model, result)),
+        notes=(*_open(models, result), *_naming(duties, (name or publish.repo or "").split("/")[-1])),
+        duties=tuple(duties),
+        override=publish.license_override,
+    )
+
+
+def refuse(planned: Plan, published: bool) -> None:
+    """Refuse a licence that the parents do not allow, and to publish what no licence fits, unless the recipe says why.
+
+    Args:
+        planned: the merge.
+        published: whether it goes to the Hub: in a folder of one's own, what no licence fits may lie.
+
+    Raises:
+        RecipeError: the recipe states a licence that a parent does not allow.
+        MismatchError: no licence fits the parents.
+    """
+    publish, found = planned.locked.recipe.publish, judge(planned)
+    if not found.conflicts or found.override is not None:
+        return
+    reason = "say why it may be so with publish.license_override, for the card"
+    if found.stated:
+        fitting = proposed([licence_of(model) for model in planned.locked.models])
+        fits = fitting and not any(_conflicts(model, fitting) for model in planned.locked.models)
+        hint = f"leave it out, for {_names(fitting)} fits; or {reason}" if fits else f"leave the model out; or {reason}"
+        raise RecipeError(
+            Problem(conflict.what, publish.license_at, "publish.license", hint) for conflict in found.conflicts
+        )
+    if published:
+        problems = [conflict.problem for conflict in found.conflicts]
+        hint = f"leave it out; or name a license under publish: and {reason}"
+        raise MismatchError(Problem(each.what, each.at, each.where, hint) for each in problems)
+
+
+# ---- whose licence it is --------------------------------------------------------------------------------------------
+
+
+def licence_of(model: LockedModel) -> Licence:
+    """A parent's licence, as its card states it, else as the file beside it is known."""
+    if model.licence is None:
+        return Licence(UNSTATED)
+    link = model.card.get("license_link")
+    return _named(model.licence, link if isinstance(link, str) else None)
+
+
+def stated(publish: Publish) -> tuple[Licence, ...]:
+    """What the recipe says, a licence for each part of ``a AND b``; nothing where it leaves it to us."""
+    if publish.license is None:
+        return ()
+    is_other = publish.license.strip().lower() == "other"
+    name = publish.license_name if is_other and publish.license_name else publish.license
+    return _parts(_named(name, publish.license_link))
+
+
+def _parts(licence: Licence) -> tuple[Licence, ...]:
+    """A licence for each part of ``a AND b``, and for the part of ``a OR b`` that is taken."""
+    return tuple(Licence(terms.name, (terms,), licence.link) for terms in licence.terms) or (licence,)
+
+
+def _named(text: str, link: str | None = None) -> Licence:
+    """What is known under a name, which may be an expression of SPDX."""
+    flat = " ".join(text.split())
+    known = _known(flat)
+    return Licence(known.name, (known,), link) if known else Licence(flat, _expression(flat), link)
+
+
+def _known(name: str) -> Terms | None:
+    slug = re.sub(r"[\s_]+", "-", name.lower())
+    return TERMS.get(ALIASES.get(slug, slug))
+
+
+def _expression(text: str) -> tuple[Terms, ...]:
+    """Of alternatives, the one that asks least; nothing where a part is not known."""
+    if not re.search(r"\s(and|or|with)\s", text, re.IGNORECASE):
+        return ()
+    from license_expression import ExpressionError, Licensing  # takes a while; few cards hold an expression
+
+    try:
+        return _terms_in(Licensing().parse(text))
+    except ExpressionError:
+        return ()
+
+
+def _terms_in(part: object) -> tuple[Terms, ...]:
+    parts = [_terms_in(argument) for argument in getattr(part, "args", ())]
+    if not parts:
+        known = _known(str(getattr(part, "license_symbol", part)))
+        return (known,) if known else ()
+    if "or" in str(getattr(part, "operator", "")).lower():
+        return min((terms for terms in parts if terms), key=lambda terms: max(map(_strictness, terms)), default=())
+    return tuple(dict.fromkeys(terms for found in parts for terms in found)) if all(parts) else ()
+
+
+# ---- what fits ------------------------------------------------------------------------------------------------------
+
+
+def proposed(parents: Sequence[Licence]) -> tuple[Licence, ...]:
+    """The strictest of the parents' licences, and beside it those whose terms it does not pass on.
+
+    None where a parent's licence is not known, unless all have that one; none where nothing may be published.
+    """
+    different = list({part.name: part for licence in parents for part in _parts(licence)}.values())
+    if len(different) == 1 and different[0].name not in _NAMELESS and not different[0].asks(Kind.NO_DERIVATIVES):
+        return (different[0],)
+    if any(not licence.terms or licence.asks(Kind.NO_DERIVATIVES) for licence in different):
+        return ()
+    different.sort(key=lambda licence: max(map(_strictness, licence.terms)))
+    kept = [licence for licence in different if licence.asks(*_PASSED_ON)] or different[-1:]
+    for licence in list(kept):
+        others = [other for other in kept if other != licence]
+        if others and not list(_against(licence, others)):
+            kept.remove(licence)
+    return tuple(reversed(kept))
+
+
+def _strictness(terms: Terms) -> int:
+    return list(TERMS).index(terms.name)
+
+
+def _names(licences: Sequence[Licence]) -> str:
+    return " and ".join(licence.name for licence in licences)
+
+
+def _conflicts(model: LockedModel, result: Sequence[Licence]) -> list[str]:
+    licence = licence_of(model)
+    return [f"{shown(model)} ({licence.name}) {why}" for why in _against(licence, result)]
+
+
+def _against(parent: Licence, result: Sequence[Licence]) -> Iterator[str]:
+    """What in a parent's terms does not allow the result's licence."""
+    for terms in parent.terms:
+        if Kind.NO_DERIVATIVES in terms.asks:
+            yield "does not allow to publish what is made of it"
+        elif not result:
+            continue
+        elif Kind.SHARE_ALIKE in terms.asks:
+            yield from _against_alike(terms, result)
+        elif Kind.SAME_TERMS in terms.asks and not _covers(result, terms):
+            yield f"asks that its terms are passed on, and {_names(result)} does not"
+        elif Kind.NON_COMMERCIAL in terms.asks and not any(each.asks(Kind.NON_COMMERCIAL) for each in result):
+            yield f"allows no commercial use, and {_names(result)} does"
+
+
+def _against_alike(terms: Terms, result: Sequence[Licence]) -> Iterator[str]:
+    if not _covers(result, terms):
+        yield f"is to be passed on under its own licence, and {_names(result)} is another"
+        return
+    more = [each for each in result if not _covers([each], terms) and each.asks(*_PASSED_ON)]
+    if more:
+        yield f"allows no further restrictions, and {_names(more)} adds some"
+
+
+def _covers(result: Sequence[Licence], wanted: Terms) -> bool:
+    """Whether to publish under these licences passes those terms on."""
+    return any(wanted.name in (terms.name, *terms.covers) for licence in result for terms in licence.terms)
+
+
+def _open(models: Sequence[LockedModel], result: Sequence[Licence]) -> Iterator[str]:
+    unknown = [f"{shown(model)} ({licence_of(model).name})" for model in models if not licence_of(model).terms]
+    if not result and unknown:
+        yield (f"the licence is not settled: what {', '.join(unknown)} asks is not known here; "
+               "state the result's with publish: {license: ...}")  # fmt: skip
+    elif unknown and not (len(result) == 1 and all(licence_of(model).name == result[0].name for model in models)):
+        yield f"what {', '.join(unknown)} asks is not known here: see for yourself"
+
+
+def _naming(duties: Sequence[Terms], title: str) -> Iterator[str]:
+    """What is wrong with the result's name by the terms that ask something of it."""
+    plain = re.sub(r"[^a-z0-9]", "", title.lower())
+    for terms in duties:
+        if title and terms.begins and not plain.startswith(terms.begins.lower().replace(" ", "")):
+            yield f"the {terms.title} asks that the result's name begins with {terms.begins}: {title} does not"
+
+
+# ---- for the card's metadata ----------------------------------------------------------------------------------------
+
+_LINK = re.compile(r"https://[^\s\"'<>()\[\]\\]+|LICEN[CS]E(\.md|\.txt)?")
+
+
+def keys(licences: Sequence[Licence]) -> dict[str, Any]:
+    """The licence as the front matter states it: the Hub's identifiers, or other with a name and a link."""
+    names = [licence.name.lower() for licence in licences]
+    if not names:
+        return {}
+    if all(name in HUB_NAMES for name in names):
+        return {"license": names[0] if len(names) == 1 else names}
+    links = [*(licence.link for licence in licences), *(terms.url for each in licences for terms in each.terms)]
+    link = next((link for link in links if link and _LINK.fullmatch(link)), None)
+    return {"license": "other", "license_name": _slug("-and-".join(names))} | ({"license_link": link} if link else {})
+
+
+def _slug(name: str) -> str:
+    """A name as the Hub asks for one, such as my-license-1.0."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower())[:96].strip("-.") or "unnamed"

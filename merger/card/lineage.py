@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 
 from merger.checkpoints.checkpoint import SUFFIX, index_name
+from merger.checkpoints.licence_file import licence_files
 from merger.checkpoints.sidefiles import CARD_NAME
 from merger.plan.lock import LockedModel
 from merger.plan.lockfile import OURS, Lock, Parent
@@ -61,7 +62,8 @@ def _read(planned: Plan, model: LockedModel) -> list[str]:
     tensors = {tensor.file for tensor in model.checkpoint.tensors.values()}
     taken = [name for name, number in planned.texts.taken.items() if planned.locked.models[number] is model]
     index = (index_name(model.checkpoint.stem + SUFFIX),) if len(tensors) > 1 else ()
-    wanted = {*tensors, *model.texts, *taken, *index, "config.json", CARD_NAME}
+    licences = licence_files(model.located.files)
+    wanted = {*tensors, *model.texts, *taken, *index, *licences, "config.json", CARD_NAME}
     return sorted(wanted & model.located.files.keys())
 
 

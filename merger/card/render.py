@@ -1,35 +1,35 @@
 """The model card: what was merged, how, from which commits, under which licences, and how to use it.
 
-Templates run in Jinja's sandbox, and an unknown name in them is an error. Metadata is built as data, never as text.
-Not here: the lock file (lineage), and which licence it is (licences).
+What templates may name is made here, all of it plain data without a path of this machine. Not here: metadata
+(metadata), how templates are filled in (templates), the lock file (lineage), and which licence it is (licences).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import yaml
-from jinja2 import BaseLoader, ChoiceLoader, DictLoader, FileSystemLoader, StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
+from markupsafe import Markup
 
-from merger.card.licences import licence, licence_note
+from merger.card.licences import Judgement, judge, keys, licence_of
 from merger.card.lineage import shown
-from merger.card.relations import Relations
-from merger.checkpoints.config import is_diffusion
-from merger.errors import Problem, RecipeError
-from merger.methods.registry import Method
+from merger.card.metadata import ending, front_matter, library, metadata
+from merger.card.mixtures import TITLE, Told, told
+from merger.card.relations import Relation, Relations
+from merger.card.templates import fill, refuse_unused
+from merger.card.terms import KINDS, Terms
+from merger.card.text import address
+from merger.methods.registry import Method, Paper
 from merger.plan.plan import Plan
-from merger.recipe.model import Publish, Recipe
+from merger.recipe.model import Recipe
 
-CARD = "card.md.j2"
 GIVES, BASE, CONFIG_ONLY = "model", "base model", "config and tokenizer only"
-_HERE = Path(__file__).resolve().parent
-_TEMPLATES = next((f for f in (_HERE.parent / "templates", _HERE.parents[1] / "templates") if f.is_dir()), _HERE)
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
+
+NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "parameters": (), "evaluation": None, "metadata": {}}
+"""The parts of the card that are known only at the end, as they are before: the family as a tree of text; pictures by
+name, each with its `alt` and its `place` beside the card; the parameters in force, each with `name` and `words`; a
+table with its `columns`, `rows` and a `note`; and more keys for the front matter."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Parent:
     """A row of the card's table of parents."""
 
     name: str
-    url: str
+    url: Markup
     commit: str | None
     licence: str | None
     role: str
@@ -52,10 +52,6 @@ class Stage:
     models: tuple[str, ...]
 
 
-NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "parameters": ()}
-"""The parts of the card that are known only at the end, as they are before."""
-
-
 def render(
     planned: Plan, table: Mapping[str, Method], name: str, related: Relations, parts: Mapping[str, Any] = NO_PARTS
 ) -> str:
@@ -66,134 +62,134 @@ def render(
         table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
         related: how the parents relate, as far as this run has seen it.
-        parts: lineage as text, pictures by name, parameters; each name of `NO_PARTS`.
+        parts: what else the card shows; each name of `NO_PARTS` that is not there is as there.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
     """
+    recipe, more = planned.locked.recipe, {**NO_PARTS, **parts}
+    named = dict.fromkeys(piece.method for of in recipe.documents for piece in of.slices)
+    mixed = [] if recipe.mixture is None else [told(planned, recipe.mixture)]
+    used: list[Method | Told] = [*(table[method] for method in named), *mixed]
+    found = judge(planned, name if "/" in name else None)
+    data = metadata(planned, used, keys(found.licences), more.pop("metadata"))
+    content = {**_content(planned, table, used, name), **more, "licence": _licence(planned, found), "related": related}
+    body = fill(planned.locked.templates, recipe.publish, content)
+    return f"{front_matter(data)}{body.strip()}\n"
+
+
+def rehearse(planned: Plan, table: Mapping[str, Method]) -> None:
+    """Fill the recipe's own templates in before anything is made: with none of what is known at the end, and with all.
+
+    Raises:
+        RecipeError: one of them breaks, or stands for nothing.
+    """
     publish = planned.locked.recipe.publish
-    environment = SandboxedEnvironment(
-        loader=_loader(publish),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"md": escaped, "fenced": fenced}
-    try:
-        content = {**_content(planned, table, name), "related": related, **parts}
-        return environment.get_template(CARD).render(content)
-    except TemplateError as error:
-        what = f"the card's template cannot be rendered: {type(error).__name__}: {error.message}"
-        raise RecipeError(Problem(what, publish.template_at, "publish.template")) from None
+    if planned.locked.templates:
+        refuse_unused(planned.locked.templates, publish)
+        render(planned, table, publish.repo or "merged", Relations((), (), ()))
+        render(planned, table, publish.repo or "merged", _SOME_RELATIONS, _SOME_PARTS)
 
 
-def _loader(publish: Publish) -> BaseLoader:
-    """Our templates, and before them the recipe's own: a folder, or a file in place of the card."""
-    if publish.template is None:
-        return FileSystemLoader(_TEMPLATES)
-    own = Path(publish.template)
-    try:
-        first = FileSystemLoader(own) if own.is_dir() else DictLoader({CARD: own.read_text(encoding="utf-8")})
-    except (OSError, UnicodeDecodeError):
-        what = f"there is no template {publish.template!r}"
-        hint = "name a file, or a folder that holds card.md.j2, relative to the working directory"
-        raise RecipeError(Problem(what, publish.template_at, "publish.template", hint)) from None
-    return ChoiceLoader([first, FileSystemLoader(_TEMPLATES)])
+_A_RELATION = Relation("layer 0", 0.5, 0.25, (1.0, 0.5), 0.75)
+_SOME_RELATIONS = Relations((_A_RELATION,), (_A_RELATION,), ("a sentence",))
+_SOME_PARTS: Mapping[str, Any] = {
+    "lineage": "a tree",
+    "parameters": ({"name": "weight", "words": "0.5"},),
+    "pictures": {name: {"alt": "words", "place": "a.png"} for name in ("lineage", "settings", "movement")},
+    "evaluation": {"columns": ["model", "task"], "rows": [["one", "0.5"]], "note": "a sentence"},
+}
 
 
-def _content(planned: Plan, table: Mapping[str, Method], name: str) -> dict[str, Any]:
+def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method | Told], name: str) -> dict[str, Any]:
     documents = planned.locked.recipe.documents
-    used = [table[name] for name in dict.fromkeys(piece.method for of in documents for piece in of.slices)]
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
-    hub_name = "/" in name
     return {
-        "metadata": _metadata(planned, used),
         "name": name,
         "title": name.split("/")[-1],
-        "address": name if hub_name else f"./{name}",
+        "address": name if "/" in name else f"./{name}",
         "parents": parents,
         "givers": [parent.name for parent in parents if parent.role == GIVES],
         "bases": [parent.name for parent in parents if parent.role == BASE],
-        "methods": used,
+        "all_local": all(parent.commit is None for parent in parents),
         "stages": [_stage(planned, table, recipe) for recipe in documents] if len(documents) > 1 else [],
-        "recipe": planned.locked.recipe.text,
-        "licence": licence(planned),
-        "licence_note": licence_note(planned),
-        "plan": planned,
-        "library": _library(planned.config),
-        "class_name": planned.config.get("_class_name"),
-        "auto_class": _auto_class(planned.config),
-        "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
-        "local": all(parent.commit is None for parent in parents),
         "any_local": any(parent.commit is None for parent in parents),
+        "methods": [_method(method) for method in used],
+        "recipe": planned.locked.recipe.text,
+        "plan": _plan(planned),
+        "library": library(planned.config),
+        "on_hub": "/" in name,
+        "first_file": planned.shards[0].name,
+        "class_name": planned.config.get("_class_name"),
+        "auto_class": f"AutoModel{ending(planned.config) or ''}",
+    }
+
+
+def _licence(planned: Plan, found: Judgement) -> dict[str, Any]:
+    """What the card says of licences, in words and rows."""
+    return {
+        "name": found.name,
+        "stated": found.stated,
+        "conflicts": [conflict.what for conflict in found.conflicts],
+        "override": found.override,
+        "notes": found.notes,
+        "duties": [_duty(planned, terms) for terms in found.duties],
+        "built_with": list(dict.fromkeys(terms.built_with for terms in found.duties if terms.built_with)),
+        "notices": [terms.notice for terms in found.duties if terms.notice],
     }
 
 
 def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
     """A row of the table of stages; of the result's own document without a name."""
-    titles = dict.fromkeys(table[piece.method].title for piece in recipe.slices)
+    titles = dict.fromkeys(table[piece.method].title for piece in recipe.slices) if recipe.mixture is None else [TITLE]
     models = [planned.locked.model(ref) for ref in recipe.parents]
     own = recipe is not planned.locked.recipe
     return Stage(recipe.name if own else None, ", ".join(titles), tuple(shown(model) for model in models))
 
 
-def _metadata(planned: Plan, used: list[Method]) -> str:
-    donor = planned.locked.donor
-    parents = [model.located.where for model in planned.locked.models if model.located.commit is not None]
-    stated = licence(planned)
-    data: dict[str, Any] = {}
-    if stated is not None:
-        data["license"] = stated
-    if library := _library(planned.config):
-        data["library_name"] = library
-    task = donor.card.get("pipeline_tag") or _TASKS.get(_auto_class(planned.config))
-    if isinstance(task, str) and _TASK.fullmatch(task):
-        data["pipeline_tag"] = task
-    data["tags"] = ["merge", "merger", *(method.name for method in used)]
-    if parents:
-        data["base_model"] = parents
-        data["base_model_relation"] = "merge"
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+def _duty(planned: Plan, terms: Terms) -> dict[str, Any]:
+    """A licence of some parents: its name, its text, what it asks, and of which models it is."""
+    parents = [shown(model) for model in planned.locked.models if terms in licence_of(model).terms]
+    return {"title": terms.title, "url": address(terms.url), "asks": [KINDS[kind] for kind in terms.asks],
+            "parents": parents}  # fmt: skip
 
 
-_TASK = re.compile(r"[a-z0-9-]+")
-_TASKS = {"AutoModelForCausalLM": "text-generation"}
+def _plan(planned: Plan) -> dict[str, Any]:
+    return {
+        "hash": planned.hash,
+        "seed": planned.seed,
+        "other_seed": planned.seed != planned.locked.recipe.seed,
+        "entries": planned.entries,
+        "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
+        "files": len(planned.shards),
+    }
 
 
-def _library(config: Mapping[str, Any]) -> str | None:
-    """What loads the result; None for tensors without a config."""
-    if not config:
-        return None
-    return "diffusers" if is_diffusion(config) else "transformers"
+def _method(method: Method | Told) -> dict[str, Any]:
+    """What stands in its registration is Markdown of ours, or of the package that brings the method."""
+    if isinstance(method, Told):
+        return asdict(method)
+    return {
+        "name": method.name,
+        "title": method.title,
+        "summary": method.summary,
+        "explanation": Markup(method.explanation),
+        "paper": _paper(method.paper) if method.paper else None,
+    }
 
 
-def _auto_class(config: Mapping[str, Any]) -> str:
-    """The transformers class that loads the result, as its config tells."""
-    architectures = config.get("architectures") or [""]
-    for ending in ("ForCausalLM", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification"):
-        if str(architectures[0]).endswith(ending):
-            return f"AutoModel{ending}"
-    return "AutoModel"
+def _paper(paper: Paper) -> dict[str, Any]:
+    return {"title": paper.title, "url": address(paper.url), "authors": paper.authors, "year": paper.year}
 
 
 def _parent(planned: Plan, number: int) -> Parent:
     model = planned.locked.models[number]
     pieces = [piece for recipe in planned.locked.recipe.documents for piece in recipe.slices]
     bases = {planned.locked.index(piece.base_model) for piece in pieces if piece.base_model}
+    mixture = planned.locked.recipe.mixture
+    if mixture is not None and number not in [planned.locked.index(expert.source_model) for expert in mixture.experts]:
+        bases.add(planned.locked.index(planned.locked.recipe.donor))
     giving = any(entry.model == number for job in planned.jobs for entry in job.reads)
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
     url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on
-    return Parent(shown(model), url, model.located.commit, model.licence, role)
-
-
-def escaped(text: object) -> str:
-    """Text that stands for itself in Markdown, whatever it holds, on one line."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
-
-
-def fenced(text: str, language: str = "") -> str:
-    """Text as a code block that nothing inside can end."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+    return Parent(shown(model), address(url if model.located.commit else ""), model.located.commit, model.licence, role)

@@ -1,4 +1,5 @@
-"""The small files beside the tensors that a model needs to be used: tokenizer, chat template, processor, generation.
+"""The small files beside the tensors that a model needs to be used: tokenizer, chat template, processor, generation;
+and its licence.
 
 Not here: config.json, which is edited (architecture), and the card, which is written anew (card).
 """
@@ -6,8 +7,10 @@ Not here: config.json, which is edited (architecture), and the card, which is wr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from merger.checkpoints.licence_file import is_notice, licence_files
 
 _SIDE_FILE = re.compile(
     r"""^( tokenizer(_config)?\.json | tokenizer\.model(\.v\d+)? | [^/]*\.tiktoken | tekken\.json
@@ -38,12 +41,12 @@ PICTURES = "pictures/"
 _CODE = re.compile(r"^[^/]+\.py$")
 
 
-def side_files(files: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+def side_files(files: Collection[str], config: Mapping[str, Any]) -> tuple[str, ...]:
     """Those of a model's files that its merge takes over; code files only where the config refers to some."""
     wanted = [name for name in files if _SIDE_FILE.match(name) or ("auto_map" in config and _CODE.match(name))]
-    return tuple(sorted(wanted))
+    return tuple(sorted([*wanted, *(name for name in licence_files(files) if not is_notice(name))]))
 
 
-def tokenizer_files(files: Iterable[str]) -> tuple[str, ...]:
+def tokenizer_files(files: Collection[str]) -> tuple[str, ...]:
     """Those of a model's side files that make up its tokenizer and its chat template."""
     return tuple(name for name in side_files(files, {}) if _OF_A_TOKENIZER.search(name))

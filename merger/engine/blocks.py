@@ -26,7 +26,7 @@ from merger.methods._ops import Rng
 from merger.methods.registry import Method, declared
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job, arguments
-from merger.plan.sources import Made, Numbers, Stored
+from merger.plan.sources import Made, Numbers, Routed, Stored
 from merger.plan.work import BLOCK_ENTRIES, block_entries, needs
 from merger.stores.ports import Reader
 
@@ -208,14 +208,22 @@ class Work:
         reader: where bytes come from.
         seed: for a method that draws random numbers.
         device: where the arithmetic is done.
+        routers: those that were computed beforehand.
     """
 
     def __init__(
-        self, job: Job, table: Mapping[str, Method], first: int, reader: Reader, seed: int, device: torch.device
+        self,
+        job: Job,
+        table: Mapping[str, Method],
+        first: int,
+        reader: Reader,
+        seed: int,
+        device: torch.device,
+        routers: Mapping[Routed, Tensor],
     ) -> None:
         self.job, self.method = job, table[job.method]
         self.prepared: Future[None] | None = None
-        self._reader, self._needs = reader, needs(job, table)
+        self._reader, self._needs, self._routers = reader, needs(job, table), routers
         self._tickets = {leaf: first + place for place, leaf in enumerate(job.reads)}
         self._making = Making(job, self.method, seed, device, self)
         self._stages = {
@@ -306,6 +314,10 @@ class Work:
             self._fill(leaf, int(numbers[start]) * nbytes, view[start * nbytes : stop * nbytes])
         out.copy_(raw.view(dtype).view(out.shape))
 
+    def router(self, source: Routed) -> Tensor:
+        """The rows of a router that was computed beforehand."""
+        return self._routers[source]
+
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once for all blocks."""
         with self._lock:
@@ -335,7 +347,7 @@ class _Leaves:
     def __init__(self, origin: Leaves, block: Block, step: int, shared: Mapping[Stored, Tensor]) -> None:
         self._origin, self._shared = origin, shared
         self._block, self._loaded = (block.start, block.stop, step), dict[Stored, Tensor]()
-        self.rows, self.once = origin.rows, origin.once
+        self.rows, self.router, self.once = origin.rows, origin.router, origin.once
 
     def entries(self, leaf: Stored | Made, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
         if isinstance(leaf, Made) or leaf not in self._shared or (start, stop, step) != self._block:

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from merger.checkpoints.shard import ShardWriter, Written
 from merger.engine.blocks import Block, Work, blocks
+from merger.engine.gates import doubts, gates
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.plan.geometry import Geometry, noted
 from merger.plan.jobs import Job
 from merger.plan.plan import BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
+from merger.plan.sources import Routed
 from merger.plan.work import BLOCK_ENTRIES
 from merger.stores.ports import Reader, Store, Taker, Ticket
 
@@ -52,7 +54,14 @@ class Observed:
     geometry: Geometry
 
 
-Event = Made | Observed | ShardDone
+@dataclass(frozen=True)
+class Doubted:
+    """Why the result may be of less use than it was meant to be, in a sentence."""
+
+    what: str
+
+
+Event = Made | Observed | ShardDone | Doubted
 
 
 def tickets(plan: Plan, shards: Sequence[Shard]) -> list[Ticket]:
@@ -83,12 +92,15 @@ def execute(
         MismatchError: a result is not finite.
         BudgetError: there is no such device, or the disk is full.
         UploadError: the sink refuses a shard.
+        RecipeError: a package is not installed that the recipe needs.
     """
     place = _device(device)
     torch.set_num_threads(1)  # one thread a block: torch's own threads cost more than they give on small blocks
+    routers = gates(plan, [job for shard in shards for job in shard.jobs], table, store)
+    yield from map(Doubted, doubts(routers))
     _keep_freed_memory()
     with closing(store.reader(tickets(plan, shards), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
-        made = pool.in_order(_work(plan.seed, shards, table, reader, place))
+        made = pool.in_order(_work(plan.seed, shards, table, reader, place, routers))
         for shard in shards:
             yield from _shard(sink, shard, table, made)
 
@@ -107,11 +119,16 @@ def _keep_freed_memory() -> None:
 
 
 def _work(
-    seed: int, shards: Sequence[Shard], table: Mapping[str, Method], reader: Reader, device: torch.device
+    seed: int,
+    shards: Sequence[Shard],
+    table: Mapping[str, Method],
+    reader: Reader,
+    device: torch.device,
+    routers: Mapping[Routed, Tensor],
 ) -> Iterator[Work]:
     first = 0
     for job in (job for shard in shards for job in shard.jobs):
-        yield Work(job, table, first, reader, seed, device)
+        yield Work(job, table, first, reader, seed, device, routers)
         first += len(job.reads)
 
 
@@ -126,7 +143,7 @@ def _shard(
                     data, work = next(made)
                     writer.write(data)
                     yield Made(len(data), job)
-                if job.entries and not job.is_copy:
+                if job.entries and job.reads and not job.is_copy:
                     seen[job.name] = work.seen()
                     yield Observed(job, seen[job.name])
             written = writer.close()

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from merger.plan.sources import Made, Numbers, Stored
+from merger.plan.sources import Made, Numbers, Routed, Stored
 
 T = TypeVar("T")
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -31,7 +31,7 @@ STORED_DTYPES: Mapping[str, torch.dtype] = {
 
 
 class Leaves(Protocol):
-    """The stored tensors of a job, and what stages make for it."""
+    """The stored tensors of a job, what stages make for it, and what was computed beforehand."""
 
     def entries(self, leaf: Stored | Made, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
         """The leaf's entries ``[start, stop)`` as float32, in the front of `out`.
@@ -49,6 +49,9 @@ class Leaves(Protocol):
         Raises:
             ModelError: the bytes cannot be had.
         """
+
+    def router(self, source: Routed) -> Tensor:
+        """A router's rows."""
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once a job."""

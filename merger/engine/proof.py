@@ -17,6 +17,7 @@ from merger.checkpoints.checkpoint import ITEM_BYTES, TensorInfo
 from merger.checkpoints.shard import Outlet, Written, header
 from merger.engine.blocks import Block, Work, blocks
 from merger.engine.execute import Made, execute
+from merger.engine.gates import gates
 from merger.engine.leaves import TORCH_DTYPES
 from merger.methods.registry import Method
 from merger.plan.jobs import Job
@@ -82,9 +83,12 @@ def compare_pieces(
         MismatchError: what is made again is not finite.
     """
     torch.set_num_threads(1)  # as in a run
+    routers = gates(planned, [piece.job for piece in pieces], table, store)
 
     def compared(piece: Piece) -> tuple[Piece, Difference | None]:
-        return piece, _compared(planned, piece, table, store, published)
+        reader = _AsAsked(planned, piece.job, store)
+        work = Work(piece.job, table, 0, reader, planned.seed, torch.device("cpu"), routers)
+        return piece, _compared(work, piece, published)
 
     # A block of entries takes short requests, whose answers are waited for; a whole tensor takes a thread's memory.
     small, large = list[Piece](), list[Piece]()
@@ -96,10 +100,7 @@ def compare_pieces(
             yield from pool.map(compared, some)
 
 
-def _compared(
-    planned: Plan, piece: Piece, table: Mapping[str, Method], store: Store, published: Published
-) -> Difference | None:
-    work = Work(piece.job, table, 0, _AsAsked(planned, piece.job, store), planned.seed, torch.device("cpu"))
+def _compared(work: Work, piece: Piece, published: Published) -> Difference | None:
     with closing(work):
         if work.wants_preparing:
             work.prepare()

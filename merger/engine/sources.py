@@ -8,13 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from merger.engine.leaves import Leaves
 from merger.engine.pursuit import pursued
 from merger.engine.rows import rows_of_map
 from merger.engine.scaled import dequantised
-from merger.plan.sources import Dequantised, Made, Pursuit, Rows, Source, Stored
+from merger.methods._normal import normal, uniform
+from merger.methods._ops import Rng
+from merger.plan.sources import (
+    DRAWN_AT_ONCE,
+    Dequantised,
+    Drawn,
+    Made,
+    Noised,
+    Pursuit,
+    Routed,
+    Rows,
+    Source,
+    Stored,
+    Zeros,
+)
 
 
 def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, step: int = 1) -> Tensor:
@@ -25,9 +41,43 @@ def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, ste
     return full[-start % step :: step]
 
 
+def _drawn(source: Drawn, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    for first in range(start, stop, DRAWN_AT_ONCE):
+        last = min(first + DRAWN_AT_ONCE, stop)
+        out[first - start : last - start].copy_(torch.from_numpy(_draws(source, first, last)))
+    return out[: stop - start]
+
+
+def _draws(source: Drawn, start: int, stop: int) -> Any:
+    bits = Rng(source.seed, source.stream).bits(0, np.arange(start, stop), "entries")
+    if source.law == "normal":
+        return source.spread * normal(bits)
+    return source.spread * (2.0 * uniform(bits) - 1.0)
+
+
+def _noised(source: Noised, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    quiet = load(source.quiet, start, stop, out, leaves)
+    for first in range(start, stop, DRAWN_AT_ONCE):
+        last = min(first + DRAWN_AT_ONCE, stop)
+        quiet[first - start : last - start] += torch.from_numpy(_draws(source.noise, first, last)).float()
+    return quiet
+
+
+def _zeros(source: Zeros, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return out[: stop - start].zero_()
+
+
+def _routed(source: Routed, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return out[: stop - start].copy_(leaves.router(source).reshape(-1)[start:stop])
+
+
 _READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
     Rows: rows_of_map,
     Pursuit: pursued,
     Dequantised: dequantised,
+    Drawn: _drawn,
+    Noised: _noised,
+    Zeros: _zeros,
+    Routed: _routed,
 }
 """How each kind of source but the plain one fills the front of `out` with its entries ``[start, stop)``."""

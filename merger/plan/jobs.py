@@ -23,7 +23,9 @@ from merger.recipe.model import Taken
 from merger.recipe.settings import Parameters, first_value
 
 PASSTHROUGH = "passthrough"
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""How safetensors writes the dtypes that a recipe may ask for."""
+
 _MISMATCHES_SHOWN = 3
 _ONE_VOCABULARY = (
     "add tokenizer: {source: union} for the tokens of all models, or tokenizer: {source: base} for those of one"
@@ -171,7 +173,7 @@ class _Maker:
         taken = [part.model for piece in locked.recipe.slices for part in parts(locked, piece, table[piece.method])]
         taken += [model for rule in locked.recipe.tensors if _gives_head(rule, model := locked.model(rule.model))]
         self._head = next((model.head for model in taken if _is_untied(model)), None)
-        self._dtype = _DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
+        self._dtype = DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
         self.tokens = tokens(locked)
         self._shown: Counter[tuple[int, int]] = Counter()
         self._strangers: set[int] = set()
@@ -285,7 +287,7 @@ class _Maker:
         if self.tokens is None and model.by_token(tensor) and (told := disagreements([leader, model])):
             self._refuse(rule, f"the vocabularies differ: {told[model.ref]}", _ONE_VOCABULARY)
         elif source.shape != own.shape:
-            what = f"{name} is {_shape(leading)} in {leader.name}, but {_shape(tensor)} in {model.name}"
+            what = f"{name} is {shape_text(leading)} in {leader.name}, but {shape_text(tensor)} in {model.name}"
             self._refuse(rule, what, "only a tensor of the same shape can take its place")
         else:
             followed = self._donors_dtype(leader, leading) if tensor.dtype in FLOATS else tensor.dtype
@@ -378,13 +380,13 @@ class _Maker:
 
     def _tell_shapes(self, piece: Cut, number: int, tensor: TensorInfo, leading: TensorInfo) -> None:
         part = next(part for part in piece.parts if part.number == number)
-        mine = f"{_shape(leading)} in {piece.parts[piece.leader].model.name}"
+        mine = f"{shape_text(leading)} in {piece.parts[piece.leader].model.name}"
         hint = "only tensors of one shape can be merged"
         if (is_embedding(tensor.name) or is_head(tensor.name)) and tensor.shape[1:] == leading.shape[1:]:
             if number in self._strangers:
                 return
             hint = _ONE_VOCABULARY
-        what = f"{tensor.name} is {mine}, but {_shape(tensor)} in {part.model.name}"
+        what = f"{tensor.name} is {mine}, but {shape_text(tensor)} in {part.model.name}"
         self._findings.about_part(what, part, hint)
 
     def _tell_vocabularies(self, first: Cut, last: Cut) -> None:
@@ -433,5 +435,10 @@ def _is_untied(model: LockedModel) -> bool:
     return model.head is not None and not model.is_tied
 
 
-def _shape(tensor: TensorInfo) -> str:
+def shape_text(tensor: TensorInfo) -> str:
+    """A shape as readers write it.
+
+    >>> shape_text(TensorInfo("a", "F32", (2, 3), "model.safetensors", 0, 24))
+    '2x3'
+    """
     return "x".join(map(str, tensor.shape)) or "a single number"

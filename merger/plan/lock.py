@@ -32,6 +32,7 @@ from merger.checkpoints.checkpoint import (
 )
 from merger.checkpoints.config import is_tied
 from merger.checkpoints.experts import are_fused, split
+from merger.checkpoints.licence_file import MOST_BYTES, licence_text, recognised
 from merger.checkpoints.pickled import SINGLE as PICKLED
 from merger.checkpoints.pickled import is_pickled
 from merger.checkpoints.pickled import tensors as pickled_tensors
@@ -64,6 +65,7 @@ class LockedModel:
         texts: of its tokenizer's files those that the plan needs, by name.
         scaled: the tensors that are stored as numbers and scales, by name.
         aside: the names of stored tensors that only a quantised model has a use for.
+        licence_file: which licence the file beside it is, where its card names none.
     """
 
     ref: ModelRef
@@ -73,6 +75,7 @@ class LockedModel:
     texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     scaled: Mapping[str, Scaled] = field(default_factory=dict, repr=False)
     aside: tuple[str, ...] = field(default=(), repr=False)
+    licence_file: str | None = None
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -145,9 +148,8 @@ class LockedModel:
 
     @property
     def licence(self) -> str | None:
-        """The licence that its card states."""
-        stated = self.card.get("license")
-        return " ".join(stated.split()) if isinstance(stated, str) else None
+        """The licence by the name that its card gives it, else as the file LICENSE beside it is known."""
+        return stated_licence(self.card) or self.licence_file
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,19 @@ class StageModel(LockedModel):
 
 @dataclass(frozen=True)
 class LockedRecipe:
-    """A recipe and its models, in the order of ``recipe.models``; then its stages, once it is known what they make."""
+    """A recipe and its models, in the order of ``recipe.models``; then its stages, once it is known what they make.
+
+    Args:
+        recipe: the recipe.
+        models: its models.
+        stages: what its documents make before the last.
+        templates: its own templates for the card, by name, once they are read (templates).
+    """
 
     recipe: Recipe
     models: tuple[LockedModel, ...]
     stages: tuple[StageModel, ...] = ()
+    templates: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def index(self, ref: ModelRef) -> int:
         """The number of a model, or, counted on, of a stage."""
@@ -367,7 +377,25 @@ def _lock_model(
     found = unpacked(tensors_of(located, store, pool, pickles), config)
     begins = STEM if alone or (pickles and is_pickled(located.files)) else _stem(located)
     checkpoint = Checkpoint(found.tensors, found.config, begins)
-    return LockedModel(ref, located, checkpoint, _card(located, store), scaled=found.scaled, aside=found.aside)
+    card = _card(located, store)
+    licence = None if stated_licence(card) else _licence_file(located, store)
+    return LockedModel(ref, located, checkpoint, card, scaled=found.scaled, aside=found.aside, licence_file=licence)
+
+
+def stated_licence(card: Mapping[str, Any]) -> str | None:
+    """The name that a card gives to the licence; of several, all. None: it gives none."""
+    stated = card.get("license")
+    names = [name for name in (stated if isinstance(stated, list) else [stated]) if isinstance(name, str)]
+    if [name.strip().lower() for name in names] == ["other"] and isinstance(card.get("license_name"), str):
+        names = [card["license_name"]]
+    return " AND ".join(" ".join(name.split()) for name in names) or None
+
+
+def _licence_file(located: Located, store: Store) -> str | None:
+    file = licence_text(located.files)
+    if file is None or located.files[file].size > MOST_BYTES:
+        return None
+    return recognised(store.fetch(located, file).decode("utf-8", "replace"))
 
 
 def _stem(located: Located) -> str:
@@ -436,7 +464,10 @@ def tensors_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, .
 
 
 def _card(located: Located, store: Store) -> Mapping[str, Any]:
-    """The front matter of README.md; a card that cannot be read counts as none: it is no reason to refuse a model."""
+    """The front matter of README.md; a card that cannot be read counts as none: it is no reason to refuse a model.
+
+    All that is no list and no map is text: YAML 1.1 would take the language no for false, and the licence 1.10 for 1.1.
+    """
     info = located.files.get("README.md")
     if info is None or info.size > _CARD_BYTES:
         return {}
@@ -445,7 +476,7 @@ def _card(located: Located, store: Store) -> Mapping[str, Any]:
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        metadata = yaml.safe_load(parts[1])
+        metadata = yaml.load(parts[1], yaml.BaseLoader)
     except Exception:  # on strange input the YAML library raises whatever it comes across, not only its own errors
         return {}
     return metadata if isinstance(metadata, dict) else {}

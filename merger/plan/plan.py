@@ -16,7 +16,8 @@ from merger.checkpoints.checkpoint import ITEM_BYTES
 from merger.checkpoints.shard import header, shard_name
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
-from merger.plan.jobs import Job, make
+from merger.plan import moe, routing
+from merger.plan.jobs import Job, Making, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
 from merger.plan.sources import Made, RowMap, RowPairs, held
@@ -195,10 +196,9 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         BudgetError: it cannot fit into the memory.
     """
     locked = with_stages(locked, table, seed)
-    making = make(locked, table)
-    edited = config(locked, making)
-    small = texts(locked, making.tokens)
     seed = locked.recipe.seed if seed is None else seed
+    making, edited = _made(locked, table, seed)
+    small = texts(locked, making.tokens)
     shards = tuple(
         _shards(
             _in_file_order(making.jobs, locked.index(locked.holder.ref)),
@@ -219,11 +219,23 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         threads=budget.threads,
         read_ahead=READ_AHEAD_BYTES if remote else 0,
         peak_memory=0,
-        read_bytes=sum(entry.tensor.nbytes for job in making.jobs for entry in job.reads),
-        spool=_spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
+        read_bytes=sum(leaf.tensor.nbytes for job in making.jobs for leaf in job.reads)
+        + routing.read_bytes(locked, making.jobs),
+        spool=max(
+            _spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
+            routing.spooled(locked, making.jobs, table, remote),
+        ),
         hash=_hash(locked, shards, edited, seed, small),
     )
     return _fitted(draft, table, budget)
+
+
+def _made(locked: LockedRecipe, table: Mapping[str, Method], seed: int) -> tuple[Making, Mapping[str, Any]]:
+    """The jobs, and the output's config.json."""
+    if locked.recipe.mixture is not None:
+        return moe.make(locked, locked.recipe.mixture, seed)
+    making = make(locked, table)
+    return making, config(locked, making)
 
 
 def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int], ahead: int) -> int:
@@ -276,7 +288,10 @@ def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:
 
 
 def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
-    """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead."""
+    """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead.
+
+    Of what is computed before the first block: what that takes, if it is more, and what is held of it.
+    """
     thread = max((memory(job, table) for job in plan.jobs), default=0)
     waiting = (
         BLOCKS_IN_FLIGHT
@@ -287,7 +302,9 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
     jobs = _BYTES_A_JOB * (len(plan.jobs) + len(plan.left_out))
     made = [*plan.jobs, *(made.job for made in plan.stages)]
     tokens = _tokenizer_memory(plan) + sum(held(source) for job in made for source in job.sources)
-    return _BASELINE_BYTES + plan.threads * thread + waiting + 2 * plan.read_ahead + jobs + tokens
+    before, kept = routing.memory(plan.locked, plan.jobs, table, plan.threads)
+    work = max(plan.threads * thread + waiting, before) + kept
+    return _BASELINE_BYTES + work + 2 * plan.read_ahead + jobs + tokens
 
 
 def _tokenizer_memory(plan: Plan) -> int:

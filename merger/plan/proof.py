@@ -13,6 +13,7 @@ from merger.checkpoints.checkpoint import ITEM_BYTES
 from merger.methods.registry import Method
 from merger.plan.jobs import Job
 from merger.plan.plan import Plan
+from merger.plan.routing import routed
 from merger.plan.sources import Stored
 
 SHARE = 0.02
@@ -91,7 +92,8 @@ def draw(planned: Plan, table: Mapping[str, Method], seed: int, tensors: int | N
     """So many tensors in full; or, if no number is given, as much of each as the share allows.
 
     A method that makes each entry from the same entry of its inputs alone is tried on a run of entries of each tensor.
-    Another one has to read its inputs in full: such tensors are taken in a random order, as long as they fit.
+    Another one has to read its inputs in full: such tensors are taken in a random order, as long as they fit. A router
+    that was computed from prompts takes most of a model, so it is left out.
 
     Args:
         planned: the merge.
@@ -104,6 +106,8 @@ def draw(planned: Plan, table: Mapping[str, Method], seed: int, tensors: int | N
     chance.shuffle(pieces)
     if tensors is not None:
         return Sample(tuple(pieces[:tensors]))
+    routers = [piece.job.name for piece in pieces if routed([piece.job])]
+    pieces = [piece for piece in pieces if piece.job.name not in routers]
     left = min(MOST_BYTES, int(SHARE * sum(piece.cost for piece in pieces)))
     allowed = left // max(1, len(pieces))
     pieces = [_run(piece, table[piece.job.method], allowed, chance) for piece in pieces]
@@ -114,7 +118,7 @@ def draw(planned: Plan, table: Mapping[str, Method], seed: int, tensors: int | N
         else:
             taken.append(piece)
             left -= piece.cost
-    return Sample(tuple(taken), tuple(left_out))
+    return Sample(tuple(taken), (*left_out, *routers))
 
 
 def _run(piece: Piece, method: Method, allowed: int, chance: random.Random) -> Piece:

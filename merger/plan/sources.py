@@ -1,7 +1,7 @@
 """Where an input's entries come from: a tensor of a model as it is stored, or stored tensors and a step on the way in.
 
-Adapters, tokenizers' row maps, scales and stages are such steps; each is one dataclass here, and one reading of it in
-engine.sources. Not here: reading bytes (engine), and which source an input has (jobs).
+Adapters, tokenizers' row maps, scales, stages and noise are such steps; each is one dataclass here, and one reading of
+it in engine.sources. Not here: reading bytes (engine), and which source an input has (jobs).
 """
 
 from __future__ import annotations
@@ -165,6 +165,141 @@ class Dequantised:
         """The scales of some rows, once for each row."""
         rows, columns = self.shape
         return 4 * rows * -(-columns // self.block[1])
+
+
+class _Unread:
+    """What sources have in common that read no stored tensor."""
+
+    @property
+    def leaves(self) -> tuple[Stored, ...]:
+        """None."""
+        return ()
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """None."""
+        return ()
+
+    @property
+    def scratch(self) -> int:
+        """None, unless it says so."""
+        return 0
+
+
+DRAWN_AT_ONCE = 1 << 16
+"""How many random numbers are made at once: this bounds memory, and changes no number."""
+
+
+@dataclass(frozen=True)
+class Drawn(_Unread):
+    """Random numbers by position: every entry has its own, whoever asks for it and when.
+
+    Args:
+        size: the shape.
+        law: ``normal`` with mean 0, or ``uniform`` around 0.
+        spread: the standard deviation, or the largest magnitude.
+        seed: the recipe's.
+        stream: other numbers for another one: the output tensor's name.
+    """
+
+    size: tuple[int, ...]
+    law: str
+    spread: float
+    seed: int
+    stream: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As given."""
+        return self.size
+
+    @property
+    def dtype(self) -> str:
+        """What they are drawn in."""
+        return "F32"
+
+    @property
+    def scratch(self) -> int:
+        """What the arithmetic takes, in float64."""
+        return 12 * 8 * DRAWN_AT_ONCE
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A source with random numbers added."""
+
+    quiet: Source
+    noise: Drawn
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The quiet one's."""
+        return self.quiet.shape
+
+    @property
+    def dtype(self) -> str:
+        """The quiet one's."""
+        return self.quiet.dtype
+
+    @property
+    def leaves(self) -> tuple[Stored, ...]:
+        """The quiet one's."""
+        return self.quiet.leaves
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """The quiet one's."""
+        return self.quiet.again
+
+    @property
+    def scratch(self) -> int:
+        """Of both."""
+        return self.quiet.scratch + self.noise.scratch
+
+
+@dataclass(frozen=True)
+class Zeros(_Unread):
+    """A tensor of zeros, for one that no model has; `like` is the dtype of what it stands beside."""
+
+    zeros: tuple[int, ...]
+    like: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As given."""
+        return self.zeros
+
+    @property
+    def dtype(self) -> str:
+        """As given."""
+        return self.like
+
+
+@dataclass(frozen=True)
+class Routed(_Unread):
+    """Rows of a layer's router, computed from prompts before the first block is made (plan.routing counts that).
+
+    Args:
+        mode: how, as recipes call it.
+        layer: the layer.
+        width: entries of a row.
+        prompts: for each row the positive and the negative prompts.
+    """
+
+    mode: str
+    layer: int
+    width: int
+    prompts: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """A row for each expert."""
+        return (len(self.prompts), self.width)
+
+    @property
+    def dtype(self) -> str:
+        """What it is computed in."""
+        return "F32"
 
 
 def ends(source: Source) -> Iterator[Stored | Made]:

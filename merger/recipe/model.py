@@ -177,21 +177,72 @@ class ChatTemplate:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """A model whose MLPs become one expert of each layer.
+
+    Args:
+        source_model: the model.
+        positive_prompts: texts such as this expert shall be chosen for.
+        negative_prompts: texts such as it shall not be chosen for.
+        noise_scale: the standard deviation of what is added to its MLPs, at random.
+        residual_scale: what its MLPs' output is multiplied by.
+        at: where the expert stands in the recipe.
+    """
+
+    source_model: ModelRef
+    positive_prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
+    noise_scale: float = 0.0
+    residual_scale: float = 1.0
+    at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts: everything but the MLPs is the base model's.
+
+    Args:
+        experts: the models whose MLPs become experts, one expert each.
+        shared_experts: one model at most, whose MLPs every token goes through.
+        gate_mode: how the router's rows are made: from the prompts' hidden states, their embeddings, or by chance.
+        experts_per_token: how many experts each token goes through; None: the layout's default.
+        architecture: the beginning of the name of the layout to write; None: the first that fits the models.
+        at: where `experts` stands in the recipe; `gate_mode_at`, `architecture_at`: those values.
+    """
+
+    experts: tuple[Expert, ...]
+    shared_experts: tuple[Expert, ...] = ()
+    gate_mode: str = "hidden"
+    experts_per_token: int | None = None
+    architecture: str | None = None
+    at: Span | None = field(default=None, compare=False)
+    gate_mode_at: Span | None = field(default=None, compare=False)
+    architecture_at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class Publish:
     """Where the result goes and how: the recipe's `publish:` block.
 
     Args:
         repo: ``owner/name`` on the Hub, or None.
         private: whether a repo that has to be created is private.
-        license: the licence identifier that the card states.
+        license: the licence that the card states: the Hub's identifier, several joined by AND, or other.
+        license_name: what a licence is called that the Hub has no identifier for.
+        license_link: where that licence can be read.
+        license_override: why it may be published although a parent's licence speaks against it.
         create_pr: open a pull request instead of committing to main.
-        template: a file or folder of Jinja2 templates for the card, relative to the working directory.
+        template: Jinja2 templates for the card: a file or folder, relative to the working directory, or on the Hub
+            hf://owner/name/path@revision.
         at: where the block stands in the recipe; `license_at`, `template_at`: those values.
     """
 
     repo: str | None = None
     private: bool = False
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    license_override: str | None = None
     create_pr: bool = False
     template: str | None = None
     at: Span | None = field(default=None, compare=False)
@@ -206,7 +257,7 @@ class Recipe:
     Args:
         path: the file's name as the user gave it.
         text: the file's text, as it was.
-        modules: what is made of what.
+        modules: what is made of what; none for a mixture.
         name: the name under which other documents of the file take what this one makes.
         stages: the documents that make what this one is made of, each after those that it is made of itself.
         base_model: the recipe's own base_model, or None.
@@ -217,6 +268,7 @@ class Recipe:
         tokenizer: the result's tokenizer; None: that of the base model, else of the first model, as it is.
         chat_template: the result's chat template; None: the one that comes with its tokenizer.
         publish: where the result goes.
+        mixture: the mixture of experts that the recipe asks for, or None.
         warnings: what is allowed but has no effect, or is likely not meant.
         at: where the document begins; `name_at`: where its name stands.
     """
@@ -234,6 +286,7 @@ class Recipe:
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
     publish: Publish = field(default_factory=Publish)
+    mixture: Mixture | None = None
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
     at: Span | None = field(default=None, compare=False)
     name_at: Span | None = field(default=None, compare=False)
@@ -261,11 +314,13 @@ class Recipe:
 
     @property
     def merged(self) -> tuple[ModelRef, ...]:
-        """The models that tensors or the config come from: sources, base models, those of `tensors`."""
+        """The models that tensors or the config come from: experts, sources, base models, those of `tensors`."""
+        mixed = () if self.mixture is None else (*self.mixture.experts, *self.mixture.shared_experts)
+        experts = [expert.source_model for expert in mixed]
         sources = [source.model for piece in self.slices for source in piece.sources]
         bases = [piece.base_model for piece in self.slices if piece.base_model is not None]
         own = [self.base_model] if self.base_model is not None else []
-        return tuple(dict.fromkeys([*sources, *bases, *own, *(rule.model for rule in self.tensors)]))
+        return tuple(dict.fromkeys([*experts, *sources, *bases, *own, *(rule.model for rule in self.tensors)]))
 
     @property
     def donor(self) -> ModelRef:

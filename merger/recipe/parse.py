@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merger.errors import Problem, RecipeError, Span
-from merger.recipe import checks, spans
+from merger.recipe import checks, mixture, spans
 from merger.recipe.checks import Choice, Found
 from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
@@ -45,9 +45,10 @@ SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight
 SOURCE = ("model", "layer_range", "parameters")
 MODULE = ("slices", "models", "parameters")
 TENSORS = ("filter", "model")
-PUBLISH = ("repo", "private", "license", "create_pr", "template")
+PUBLISH = (
+    "repo", "private", "license", "license_name", "license_link", "license_override", "create_pr", "template",
+)  # fmt: skip
 
-MIXTURE = ("experts", "gate_mode", "shared_experts", "experts_per_token", "architecture")
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
 
@@ -114,43 +115,52 @@ class _Reader:
     table: Mapping[str, Method]
 
     def recipe(self, path: str, text: str) -> Recipe:
-        mixture = self._is_mixture()
-        known = (*TOP, *MIXTURE) if mixture else TOP
-        fields = self.top.fields("a map with the key merge_method", known, _TOP_HINTS)
+        if mixture.is_mixture(self.top):
+            return self._mixture(path, text)
+        fields = self.top.fields("a map with the key merge_method", TOP, _TOP_HINTS)
         if fields is None:
             return Recipe(path, text, (), at=self.top.at)
-        name = fields.get("name")
         block = parameters(fields)
         scope = _Scope(None, None, ()).below(fields, block, self.table)
-        modules = () if mixture else self._modules(fields, scope)
-        if scope.method is None and not mixture:
+        modules = self._modules(fields, scope)
+        if scope.method is None:
             self._without_method(modules)
         self._block(block, [piece for module in modules for piece in module.slices])
+        return self._of(
+            path,
+            text,
+            fields,
+            modules=modules,
+            base_model=scope.base_model,
+            tensors=_tensors(fields),
+            parameters=block.settings,
+            tokenizer=tokenizer(fields),
+        )
+
+    def _mixture(self, path: str, text: str) -> Recipe:
+        fields = self.top.fields("a map with the key experts", mixture.TOP, mixture.TOP_HINTS)
+        if fields is None:
+            return Recipe(path, text, (), at=self.top.at)
+        base = fields.need("base_model", "name the model that gives everything but the experts: base_model: org/name")
+        base_model = reference(base) if base else UNREADABLE
+        return self._of(path, text, fields, modules=(), base_model=base_model, mixture=mixture.mixture(fields))
+
+    def _of(self, path: str, text: str, fields: Fields, **read: Any) -> Recipe:
+        """The recipe, with what every form says in the same keys."""
+        name = fields.get("name")
         dtype, out_dtype = _dtype(fields, "dtype"), _dtype(fields, "out_dtype")
         return Recipe(
             path=path,
             text=text,
-            modules=modules,
+            **read,
             name=name.text("a name") if name else None,
-            base_model=scope.base_model,
-            tensors=_tensors(fields),
-            parameters=block.settings,
             dtype=out_dtype or dtype,
             seed=_seed(fields),
-            tokenizer=tokenizer(fields),
             chat_template=chat_template(fields),
             publish=_publish(fields),
             at=self.top.at,
             name_at=name.at if name else None,
         )
-
-    def _is_mixture(self) -> bool:
-        entries = self.top.node.entries if isinstance(self.top.node, spans.Mapping) else ()
-        sign = next((entry for entry in entries if entry.key in MIXTURE[:2]), None)
-        if sign is not None:
-            hint = "a recipe here names a merge_method and models, slices or modules"
-            self.top.error("mixtures of experts are not built yet", hint, sign.at)
-        return sign is not None
 
     def _without_method(self, modules: tuple[Module, ...]) -> None:
         """A recipe may leave out merge_method if every slice names one."""
@@ -343,12 +353,28 @@ def _publish(fields: Fields) -> Publish:
         repo=_repo(repo) if repo else None,
         private=bool(private.flag()) if private else False,
         license=license.text("a licence such as apache-2.0") if license else None,
+        license_name=_with_other(keys, "license_name", "a name such as my-license-1.0"),
+        license_link=_with_other(keys, "license_link", "an address that begins with https://, or LICENSE"),
+        license_override=_text(keys, "license_override", "a sentence for the card"),
         create_pr=bool(create_pr.flag()) if create_pr else False,
-        template=template.text("a file or folder") if template else None,
+        template=template.text("a file, a folder or hf://owner/name/path") if template else None,
         at=place.key,
         license_at=license.at if license else None,
         template_at=template.at if template else None,
     )
+
+
+def _text(fields: Fields, key: str, what: str) -> str | None:
+    place = fields.get(key)
+    return place.text(what) if place else None
+
+
+def _with_other(fields: Fields, key: str, what: str) -> str | None:
+    """A key that goes with a licence which the Hub has no identifier for."""
+    place, license = fields.get(key), fields.get("license")
+    if place and not (license and license.holds("other")):
+        place.error(f"{key} goes with license: other", f"write license: other, or leave {key} out", place.key)
+    return _text(fields, key, what)
 
 
 def _repo(place: Place) -> str | None:

@@ -76,6 +76,11 @@ class Place:
         self.expected(what, "put it in quotes if it is text" if single else f"write {what}")
         return None
 
+    def holds(self, text: str) -> bool:
+        """Whether this is the value, case aside."""
+        value = self.node.value if isinstance(self.node, Scalar) else None
+        return isinstance(value, str) and value.strip().lower() == text
+
     def flag(self) -> bool | None:
         if isinstance(self.node, Scalar) and isinstance(self.node.value, bool):
             return self.node.value

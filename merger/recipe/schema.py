@@ -11,9 +11,22 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from merger.recipe import parse, tokenizer, values
+from merger.recipe import mixture, parse, tokenizer, values
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
-from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken, Tokenizer, TokenOf, TokenRow
+from merger.recipe.model import (
+    Expert,
+    Mixture,
+    ModelRef,
+    Module,
+    Publish,
+    Recipe,
+    Slice,
+    Source,
+    Taken,
+    Tokenizer,
+    TokenOf,
+    TokenRow,
+)
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
@@ -60,6 +73,7 @@ def schema(table: Mapping[str, Method]) -> Json:
             "models": _list(_source(parse.MODEL)),
             "slices": _list(_slice()),
             "module": _module(),
+            "expert": _expert(),
             "publish": _publish(),
             "tokenizer": _tokenizer(),
         },
@@ -67,7 +81,7 @@ def schema(table: Mapping[str, Method]) -> Json:
 
 
 def _top() -> Json:
-    described = _WORDS | _described(Recipe)
+    described = _WORDS | _described(Mixture) | _described(Recipe)
     dtypes = {"enum": [*parse.DTYPES, *(f"torch.{name}" for name in parse.DTYPES), None]}
     shapes = {
         "name": _or_null(_text()),
@@ -87,10 +101,16 @@ def _top() -> Json:
         "tokenizer_source": _ref("reference"),
         "chat_template": _or_null(_text()),
         "publish": _ref("publish"),
+        "experts": _list(_ref("expert")),
+        "shared_experts": _or_null(_list(_ref("expert")) | {"maxItems": 1}),
+        "gate_mode": {"enum": [*mixture.GATE_MODES, None]},
+        "experts_per_token": {"type": ["integer", "null"], "minimum": 1},
+        "architecture": _or_null(_text()),
     }
-    return _map(parse.TOP, described, shapes) | {
-        "oneOf": [{"required": [form]} for form in parse.FORMS],
-        "anyOf": [{"required": [key]} for key in ("merge_method", "slices", "modules")],
+    return _map((*parse.TOP, *mixture.MIXTURE), described, shapes) | {
+        "oneOf": [{"required": [form]} for form in (*parse.FORMS, "experts")],
+        "anyOf": [{"required": [key]} for key in ("merge_method", "slices", "modules", "experts")],
+        "dependentRequired": {key: ["experts"] for key in mixture.MIXTURE[1:]} | {"experts": ["base_model"]},
     }
 
 
@@ -131,12 +151,24 @@ def _module() -> Json:
     return _map(parse.MODULE, described, shapes) | {"oneOf": [{"required": ["slices"]}, {"required": ["models"]}]}
 
 
+def _expert() -> Json:
+    prompts, number = _or_null(_list(_text())), {"type": ["number", "string", "null"], "pattern": _NUMERIC}
+    shapes = {
+        "source_model": _ref("reference"),
+        "positive_prompts": prompts,
+        "negative_prompts": prompts,
+        "noise_scale": number | {"minimum": 0},
+        "residual_scale": number,
+    }
+    return _map(mixture.EXPERT, _described(Expert), shapes, ["source_model"])
+
+
 def _publish() -> Json:
     flag = {"type": ["boolean", "null"]}
     shapes = {
         "repo": _or_null(_text(pattern=parse.REPO)),
         "private": flag,
-        "license": _or_null(_text()),
+        **{key: _or_null(_text()) for key in ("license", "license_name", "license_link", "license_override")},
         "create_pr": flag,
         "template": _or_null(_text()),
     }
@@ -174,6 +206,7 @@ def _count(least: int, most: int | None = None) -> Json:
 def _methods(table: Mapping[str, Method]) -> list[Json]:
     built = [{"const": method.name, "description": method.summary} for method in table.values()]
     missing = [name for name in FIELD_METHODS if name not in table]
+    built.append({"const": mixture.METHOD, "description": "A mixture of experts: see experts."})
     return built + [{"const": name, "description": f"{name} {_NOT_BUILT}"} for name in missing]
 
 

@@ -28,6 +28,9 @@ def joined(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
     named = _named(recipes, notes)
     for recipe in recipes:
         _check_references(recipe, named, notes)
+        if recipe is not result and recipe.mixture is not None:
+            hint = "make the mixture by a recipe of its own, and name the folder that it made"
+            _error(notes, "a mixture of experts cannot be a stage", recipe.mixture.at or recipe.at, hint)
         if recipe is not result and recipe.publish != Publish():
             _warn(notes, "publish has no effect in a stage", recipe.publish.at, "move it into the last document")
     order = _ordered(result, named, notes)

@@ -87,7 +87,7 @@ def test_three_generations_of_merges_over_the_hub(served: LoopbackHub, command: 
     assert tree(third) == (
         "org/third (merge by slerp)\n"
         "├── org/second @ C (merge by linear)\n"
-        "│   ├── org/first @ C (merge by slerp)\n"
+        "│   ├── org/first @ C (merge by slerp, apache-2.0)\n"
         "│   │   ├── kin/one @ C (fine-tune, apache-2.0)\n"
         "│   │   │   └── kin/gated @ C (fine-tune, llama3.1, gated)\n"
         "│   │   │       └── kin/eve @ C (eve-licence)\n"

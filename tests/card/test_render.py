@@ -13,8 +13,7 @@ from plan.models import model
 
 from merger.card.lineage import lock_file
 from merger.card.relations import Relations
-from merger.card.render import escaped, fenced, render
-from merger.errors import RecipeError
+from merger.card.render import render
 from merger.methods.registry import methods
 from merger.plan.plan import Plan
 from merger.run import Options, plan, read
@@ -75,6 +74,7 @@ def test_a_licence_that_all_parents_share_is_taken_over(folder: Path) -> None:
     metadata, body = card(RECIPE)
     assert "license" not in metadata
     assert "The licence of this model is not settled" in body
+    assert "what base (not stated) asks is not known here" in body
 
 
 def test_local_parents_are_no_base_models(folder: Path) -> None:
@@ -97,43 +97,11 @@ def test_text_of_others_stays_text(folder: Path) -> None:
 
 
 def test_metadata_survives_any_licence(folder: Path) -> None:
-    """Front matter is written as data: a licence that looks like YAML comes back as one line of text."""
+    """Front matter is written as data: a licence that looks like YAML becomes a name that the Hub takes."""
     text = "mit\ntags: [evil]\n---\n"
     metadata, _ = card(RECIPE + yaml.safe_dump({"publish": {"license": text}}))
-    assert metadata["license"] == "mit tags: [evil] ---"
+    assert (metadata["license"], metadata["license_name"]) == ("other", "mit-tags-evil")
     assert metadata["tags"] == ["merge", "merger", "ties"]
-
-
-def test_a_template_of_ones_own(folder: Path) -> None:
-    """publish.template may be a file in place of the card, or a folder whose parts come before ours."""
-    (folder / "own.md").write_text("# {{ title | md }} of {{ parents | length }}\n")
-    own = render(planned(RECIPE + "publish: {template: own.md}\n"), methods(), "org/a_b", UNSEEN)
-    assert own == "# a\\_b of 3\n"
-    (folder / "parts").mkdir()
-    assert "## Parents" in render(planned(RECIPE + "publish: {template: parts}\n"), methods(), "org/a", UNSEEN)
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
-        ("{{ nothing_like_that }}", "UndefinedError"),
-        ("{% for %}", "TemplateSyntaxError"),
-    ],
-)
-def test_a_template_that_cannot_be_rendered(template: str, said: str, folder: Path) -> None:
-    """What leaves the sandbox, names nothing, or is no template is refused at its place in the recipe."""
-    (folder / "own.md").write_text(template)
-    with pytest.raises(RecipeError, match=said) as refused:
-        render(planned(RECIPE + "publish:\n  template: own.md\n"), methods(), "org/a", UNSEEN)
-    (problem,) = refused.value.problems
-    assert str(problem.at) == "mine.yaml:9:13"
-
-
-def test_a_missing_template(folder: Path) -> None:
-    """A template that is not there is said, with what may stand there."""
-    with pytest.raises(RecipeError, match=r"there is no template 'none\.md'"):
-        render(planned(RECIPE + "publish: {template: none.md}\n"), methods(), "org/a", UNSEEN)
 
 
 def test_lock_names_inputs_and_outputs(folder: Path) -> None:
@@ -168,7 +136,24 @@ def test_checksums_that_would_take_long_are_said_to_be_unknown(folder: Path) -> 
         }
 
 
-def test_escaping() -> None:
-    """Text for a table cell is one line without live Markdown; a code block's fence is longer than any inside."""
-    assert escaped("a|b\n*c*") == "a\\|b \\*c\\*"
-    assert fenced("````\nx", "yaml") == "`````yaml\n````\nx\n`````"
+MIXTURE = """\
+base_model: ./base
+gate_mode: random
+experts:
+  - {source_model: ./one, noise_scale: 0.001}
+  - {source_model: ./one, residual_scale: 0.9}
+  - {source_model: ./two}
+"""
+
+
+def test_a_mixture_is_told_in_sentences(folder: Path) -> None:
+    """Experts, router, what is the base model's, and what was done to single experts; no method stands there."""
+    metadata, body = card(MIXTURE)
+    assert metadata["tags"] == ["merge", "merger", "moe"]
+    assert "one, two over base, merged by **Mixture of experts**" in body
+    assert (
+        "Each layer has 3 experts: the MLPs of one (2 times), two. A router sends each token through 2 of them; "
+        "everything else is that of base. The router was drawn by chance, from a normal distribution: it knows nothing "
+        "until it is trained. To the MLPs of one noise of deviation 0.001 was added. The output of the MLPs of one was "
+        "multiplied by 0.9."
+    ) in body

@@ -15,6 +15,22 @@ from typing import Any
 import yaml
 
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
+_LICENCES = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+other
+"""
+LICENCES = tuple(_LICENCES.split())
+"""What the Hub takes for `license`, as it said itself in May 2026 (issue 4218 of huggingface_hub)."""
+_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
+PATTERNS = {"language": r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", "base_model": _ID, "datasets": _ID,
+            "pipeline_tag": r"[a-z0-9-]+", "library_name": r"[a-z0-9._-]+"}  # fmt: skip
 FRONT_MATTER = re.compile(r"^\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 # key -> may it be one string, may it be a list of strings
 KINDS = {
@@ -61,11 +77,22 @@ def problems(text: str) -> tuple[list[str], list[str]]:
 
 def _faults(key: str, value: Any, one: bool, many: bool) -> list[str]:
     if isinstance(value, list) and many:
-        return [f'"{key}[{i}]" must be a string' for i, item in enumerate(value) if not isinstance(item, str)]
+        named = [(f'"{key}[{i}]"', item) for i, item in enumerate(value)]
+        return [fault for name, item in named for fault in _fault(name, key, item)]
     if not (isinstance(value, str) and one):
         return [f'"{key}" must be {"a string" if one else "an array"}']
+    return _fault(f'"{key}"', key, value)
+
+
+def _fault(name: str, key: str, value: Any) -> list[str]:
+    if not isinstance(value, str):
+        return [f"{name} must be a string"]
+    if key == "license" and value not in LICENCES:
+        return [f"{name} must be one of [{', '.join(LICENCES)}, array]"]
+    if key in PATTERNS and not re.fullmatch(PATTERNS[key], value):
+        return [f"{name} with value {value!r} is not valid"]
     if key == "base_model_relation" and value not in RELATIONS:
-        return [f'"{key}" must be one of [{", ".join(RELATIONS)}]']
+        return [f"{name} must be one of [{', '.join(RELATIONS)}]"]
     return []
 
 

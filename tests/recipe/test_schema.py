@@ -15,7 +15,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from merger.methods.registry import Method, methods
-from merger.recipe import parse, tokenizer
+from merger.recipe import mixture, parse, tokenizer
 from merger.recipe.schema import schema
 
 from .conftest import WILD
@@ -64,10 +64,52 @@ def test_it_is_json(table: Mapping[str, Method]) -> None:
 
 @pytest.mark.parametrize("file", WILD, ids=lambda file: file.stem)
 def test_recipes_of_the_field_are_valid(validator: Draft202012Validator, file: Path) -> None:
-    """Every published recipe is valid, method built or not; several documents and mixtures are no single recipe."""
-    documents = list(yaml.safe_load_all(file.read_text()))
-    for document in documents:
-        assert validator.is_valid(document) is ("experts" not in document)
+    """Every document of every published recipe is valid, method built or not."""
+    for document in yaml.safe_load_all(file.read_text()):
+        validator.validate(document)
+
+
+MIXTURE = """
+merge_method: moe
+base_model: org/base
+gate_mode: cheap_embed
+experts_per_token: 1
+architecture: qwen
+experts:
+  - {source_model: org/a, positive_prompts: [one], negative_prompts: [two], noise_scale: 1e-3, residual_scale: 2}
+  - {source_model: org/b, positive_prompts: [two]}
+shared_experts:
+  - {source_model: org/base, positive_prompts: [all]}
+dtype: bfloat16
+"""
+
+
+def test_a_mixture_is_valid(validator: Draft202012Validator) -> None:
+    """All keys of a mixture are valid, with or without a merge method."""
+    recipe = yaml.safe_load(MIXTURE)
+    validator.validate(recipe)
+    del recipe["merge_method"]
+    validator.validate(recipe)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda recipe: recipe.pop("base_model"),
+        lambda recipe: recipe.update(gate_mode="hiden"),
+        lambda recipe: recipe.update(models=[{"model": "org/a"}]),
+        lambda recipe: recipe["experts"][0].update(prompts=["one"]),
+        lambda recipe: recipe["experts"][0].pop("source_model"),
+        lambda recipe: recipe["experts"][0].update(noise_scale=-1),
+        lambda recipe: recipe.pop("experts"),
+        lambda recipe: recipe.update(experts_per_token=0),
+    ],
+)
+def test_mistakes_in_a_mixture_are_invalid(validator: Draft202012Validator, spoil: Spoil) -> None:
+    """What a mixture lacks, or has too much of, is underlined by an editor."""
+    recipe = yaml.safe_load(MIXTURE)
+    spoil(recipe)
+    assert not validator.is_valid(recipe)
 
 
 def test_the_language_is_valid(validator: Draft202012Validator) -> None:
@@ -122,7 +164,7 @@ def test_mistakes_are_invalid(validator: Draft202012Validator, spoil: Spoil) -> 
 def test_every_key_of_the_language_is_there(table: Mapping[str, Method]) -> None:
     """The schema's keys are the parser's keys, and each is described."""
     found = schema(table)
-    assert set(found["properties"]) == set(parse.TOP)
+    assert set(found["properties"]) == {*parse.TOP, *mixture.TOP}
     slices = found["$defs"]["slices"]["items"]
     assert set(slices["properties"]) == set(parse.SLICE)
     assert set(found["$defs"]["tokenizer"]["properties"]) == set(tokenizer.TOKENIZER)

@@ -1,0 +1,105 @@
+"""The card's metadata, built as data: what the Hub reads off a card's front matter, by the Hub's own rules.
+
+Not here: the licence (licences), and words for people (render).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from merger.card.mixtures import Told
+from merger.checkpoints.config import is_diffusion
+from merger.methods.registry import Method
+from merger.plan.plan import Plan
+
+_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
+_DATASET = re.compile(r"[\w-][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
+_BARE = re.compile(r"[A-Za-z][\w./+-]*", re.ASCII)
+_ENDINGS = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForQuestionAnswering": "question-answering",
+}
+
+
+def metadata(
+    planned: Plan, used: Sequence[Method | Told], licence: Mapping[str, Any], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the front matter says, in the order in which it says it; a key without a value is left out.
+
+    Args:
+        planned: what was made.
+        used: the methods that made it.
+        licence: ``license`` and, where it has no identifier on the Hub, ``license_name`` and ``license_link``.
+        extra: keys that only a finished merge has, such as ``model-index``.
+    """
+    models = planned.locked.models
+    donor = planned.locked.donor.card
+    parents = list(dict.fromkeys(model.located.where for model in models if model.located.commit is not None))
+    found = {
+        **licence,
+        "library_name": _fitting(donor.get("library_name"), _SLUG) or library(planned.config),
+        "pipeline_tag": _fitting(donor.get("pipeline_tag"), _SLUG) or task(planned.config),
+        "language": _union((model.card.get("language") for model in models), _LANGUAGE),
+        "datasets": _union((model.card.get("datasets") for model in models), _DATASET),
+        "tags": ["merge", "merger", *(method.name for method in used)],
+        "base_model": parents,
+        "base_model_relation": "merge" if parents else None,
+        **extra,
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def front_matter(data: Mapping[str, Any]) -> str:
+    """The metadata as YAML between its dashes; any reader of YAML gets back what went in."""
+    made = yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
+    assert yaml.safe_load(made) == data, "the card's metadata changes on its way through YAML"
+    return f"---\n{made}---\n"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all text that some version of YAML reads as something else: no, 1e5, 0o7, 12:30."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    plain = _BARE.fullmatch(value) and yaml.safe_load(value) == value
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
+def library(config: Mapping[str, Any]) -> str | None:
+    """What loads the result; None for tensors without a config."""
+    if not config:
+        return None
+    return "diffusers" if is_diffusion(config) else "transformers"
+
+
+def task(config: Mapping[str, Any]) -> str | None:
+    """The Hub's word for what models of this kind are for, where their class tells."""
+    return _ENDINGS.get(ending(config) or "")
+
+
+def ending(config: Mapping[str, Any]) -> str | None:
+    """What kind of head the result has, as transformers names it: the end of its class, such as ForCausalLM."""
+    architectures = config.get("architectures") or [""]
+    return next((end for end in _ENDINGS if str(architectures[0]).endswith(end)), None)
+
+
+def _fitting(value: object, allowed: re.Pattern[str]) -> str | None:
+    return value if isinstance(value, str) and allowed.fullmatch(value) else None
+
+
+def _union(values: Iterable[object], allowed: re.Pattern[str]) -> list[str]:
+    """Every fitting word once, in the models' order."""
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    words = [_fitting(word, allowed) for found in lists for word in found]
+    return list(dict.fromkeys(word for word in words if word))

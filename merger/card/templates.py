@@ -1,0 +1,209 @@
+"""The card's templates: ours, in their place the recipe's own, and a sandbox in which they are filled in.
+
+Every value is escaped unless a filter here has made Markdown of it; there is no way to hand one through as it is. A
+template that breaks is refused with its file and line. Not here: what a card says (render, and the templates).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache, wraps
+from pathlib import Path
+from types import GeneratorType
+from typing import Any
+
+from jinja2 import (
+    BaseLoader,
+    Environment,
+    StrictUndefined,
+    TemplateError,
+    TemplateNotFound,
+    TemplateRuntimeError,
+    TemplateSyntaxError,
+    Undefined,
+)
+from jinja2.compiler import CodeGenerator
+from jinja2.exceptions import SecurityError, UndefinedError
+from jinja2.filters import FILTERS
+from jinja2.nodes import Concat
+from jinja2.sandbox import SandboxedEnvironment
+from markupsafe import Markup
+
+from merger.card import text
+from merger.errors import Problem, RecipeError, did_you_mean
+from merger.plan.templates import LAYOUT
+from merger.recipe.model import Publish
+
+OURS = "merger/"
+"""What stands before a name of a template of ours where a recipe's own template has the same name."""
+
+MAX_CHARACTERS = 1_000_000
+_UNESCAPING = ("e", "escape", "forceescape", "safe", "tojson", "urlize", "xmlattr")
+_HERE = Path(__file__).resolve().parent
+_TEMPLATES = next((f for f in (_HERE.parent / "templates", _HERE.parents[1] / "templates") if f.is_dir()), _HERE)
+
+
+def fill(own: Mapping[str, str], publish: Publish, content: Mapping[str, Any]) -> str:
+    """The card's text from its templates.
+
+    Args:
+        own: the text of the recipe's own templates by name; what is not among them is ours.
+        publish: which says where they come from.
+        content: what templates may name.
+
+    Raises:
+        RecipeError: a template of the recipe cannot be filled in.
+    """
+    loader = _Loader(own, publish.template or "")
+    try:
+        made = _environment(loader).get_template(LAYOUT).render(content)
+        if len(made) > MAX_CHARACTERS:
+            raise TemplateError(f"it makes a card of {len(made):,} characters; {MAX_CHARACTERS:,} are allowed")
+    except Exception as error:  # a template may raise whatever Python can
+        if not own:
+            raise
+        what = f"{loader.place(error)}: {_sentence(error)}"
+        raise RecipeError(Problem(what, publish.template_at, "publish.template", _hint(error, content))) from None
+    return made
+
+
+def refuse_unused(own: Mapping[str, str], publish: Publish) -> None:
+    """A template that stands in for none of ours, and that no other names, is a slip of its name.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    ours = _ours()
+    for name in own.keys() - ours.keys():
+        if not any(name in source for other, source in own.items() if other != name):
+            what = f"{publish.template}/{name} stands in for no part of the card, and no other template names it"
+            raise RecipeError(Problem(what, publish.template_at, "publish.template", did_you_mean(name, ours)))
+
+
+@cache
+def _ours() -> Mapping[str, Path]:
+    return {path.relative_to(_TEMPLATES).as_posix(): path for path in sorted(_TEMPLATES.rglob("*.md.j2"))}
+
+
+class _Loader(BaseLoader):
+    """Our templates, and before them the recipe's own, each with the name that its author knows it by."""
+
+    def __init__(self, own: Mapping[str, str], origin: str) -> None:
+        self._own = own
+        self._origin = origin
+        self._shown = {name: origin if list(own) == [LAYOUT] else f"{origin}/{name}" for name in own}
+
+    def get_source(self, environment: Environment, template: str) -> tuple[str, str, Callable[[], bool]]:
+        if template in self._own:
+            return self._own[template], self._shown[template], lambda: True
+        path = _ours().get(template.removeprefix(OURS))
+        if path is None:
+            raise TemplateNotFound(template)
+        return path.read_text("utf-8"), str(path), lambda: True
+
+    def place(self, error: BaseException) -> str:
+        """The file and line of a template at which it broke, as far as known; one of the recipe's before ours."""
+        if isinstance(error, TemplateSyntaxError):
+            return f"{error.filename or self._origin}:{error.lineno}"
+        frames, trace = [], error.__traceback__
+        while trace is not None:
+            frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+            trace = trace.tb_next
+        own = [f"{file}:{line}" for file, line in frames if file in self._shown.values()]
+        return own[-1] if own else self._origin
+
+
+def _sentence(error: Exception) -> str:
+    said = (error.message if isinstance(error, TemplateError) else str(error)) or type(error).__name__
+    kind = next((words for kind, words in _KINDS.items() if isinstance(error, kind)), f"{type(error).__name__}: ")
+    return f"the card's template cannot be rendered: {kind}{' '.join(said.split()).rstrip('.')}"
+
+
+_KINDS: Mapping[type[Exception], str] = {
+    TemplateNotFound: "there is no template ",
+    SecurityError: "it leaves the sandbox: ",
+    TemplateError: "",
+}
+
+
+def _hint(error: Exception, content: Mapping[str, Any]) -> str:
+    unknown = re.match(r"'(\w+)' is undefined", str(error)) if isinstance(error, UndefinedError) else None
+    meant = did_you_mean(unknown[1], content) if unknown else None
+    return meant or "docs/cards.md says what a template may use"
+
+
+class _Generator(CodeGenerator):
+    """``a ~ b`` is text like any other: it is escaped as a whole, and not part by part as HTML alone."""
+
+    def visit_Concat(self, node: Concat, frame: Any) -> None:
+        self.write("str_join((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class _Sandbox(SandboxedEnvironment):
+    """Jinja's sandbox, in which what is Markdown already turns into text again as soon as anything is done to it."""
+
+    code_generator_class = _Generator
+    intercepted_binops = frozenset({"+", "%", "*"})
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return not isinstance(obj, Markup) and super().is_safe_attribute(obj, attr, value)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        return super().call_binop(context, operator, _plain(left), _plain(right))
+
+
+def _environment(loader: BaseLoader) -> Environment:
+    environment = _Sandbox(
+        loader=loader,
+        undefined=StrictUndefined,
+        autoescape=True,
+        finalize=_printed,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters = {name: _on_text(of) for name, of in FILTERS.items() if name not in _UNESCAPING}
+    environment.filters |= {
+        "code": text.code,
+        "e": text.escaped,
+        "escape": text.escaped,
+        "fenced": text.fenced,
+        "join": _join,
+        "literal": text.literal,
+        "shell": text.shell,
+    }
+    del environment.globals["lipsum"]
+    return environment
+
+
+def _printed(value: Any) -> Markup:
+    """What stands in the card for a value; of what is no single value nothing could."""
+    if isinstance(value, str | int | float | Undefined):
+        return text.escaped(value)
+    raise TemplateRuntimeError(f"{_WORDS.get(type(value), type(value).__name__)} has no text: name a part of it")
+
+
+_WORDS = {type(None): "none", dict: "a map", list: "a list", tuple: "a list", GeneratorType: "a list"}
+
+
+def _plain(value: Any) -> Any:
+    return str.__str__(value) if isinstance(value, Markup) else value
+
+
+def _on_text(of: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja's that is handed text where it would be handed Markdown."""
+
+    @wraps(of)  # the wrapper must carry Jinja's mark of what is passed first
+    def on_text(*values: Any, **named: Any) -> Any:
+        return of(*map(_plain, values), **{name: _plain(value) for name, value in named.items()})
+
+    return on_text
+
+
+def _join(values: Any, between: str = "") -> Markup:
+    return Markup(str(text.inline(between)).join(text.escaped(value) for value in values))
