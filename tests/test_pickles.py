@@ -8,16 +8,18 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
 import torch
-from conftest import Command
 from loopback import LoopbackHub
 from merging import merged
 
 from merger.errors import ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from conftest import Command
 
 BIN, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
