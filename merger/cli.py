@@ -180,6 +180,11 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, metavar="N", help="for methods that draw random numbers; the recipe's otherwise"
     )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="of models without safetensors, read pytorch_model.bin: its tensors alone, nothing in it is run",
+    )
     _add_means(parser)
 
 
@@ -277,6 +282,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         part=getattr(arguments, "part", None),
         publish_only=getattr(arguments, "publish_only", False),
         stream=getattr(arguments, "stream", False),
+        allow_pickle=arguments.allow_pickle,
         cache=arguments.cache,
     )
 

@@ -20,7 +20,7 @@ from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Relations, relations
 from merger.card.render import rehearse, render
-from merger.checkpoints.checkpoint import index_name
+from merger.checkpoints.checkpoint import SUFFIX, index_name
 from merger.checkpoints.shard import Written, index
 from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
 from merger.errors import (
@@ -73,6 +73,7 @@ class Options:
         part: make this share of the shards, and leave the end to `publish_only`.
         publish_only: make no shard; all must be there.
         stream: send shards to the Hub as they are made, without a file on disk.
+        allow_pickle: look for tensors in files that torch.save wrote, of models without safetensors; nothing is run.
         cache: read files of models where Hugging Face's cache on this disk has them.
         hub_only: a model is a repo on the Hub, even where this machine has a folder of its name.
         read_token: for the models; None: the environment's, False: none.
@@ -91,6 +92,7 @@ class Options:
     part: Part | None = None
     publish_only: bool = False
     stream: bool = False
+    allow_pickle: bool = False
     cache: bool = True
     hub_only: bool = False
     read_token: str | bool | None = field(default=None, repr=False)
@@ -204,7 +206,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
         recipe = recipe if template.startswith(HUB) else replace(recipe, publish=replace(recipe.publish, template=None))
         planned = _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
     else:
-        locked = lock(recipe, store, _pins(lock_path(path)))
+        locked = lock(recipe, store, _pins(lock_path(path)), options.allow_pickle)
         planned = make_plan(locked, methods(), _budget(recipe, options), options.seed)
     refuse(planned, published=_to(recipe, options).startswith(HUB))
     return with_templates(planned, store), store
@@ -223,7 +225,7 @@ def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Opti
         if said not in (None, was):
             what = f"--{word} {said} makes another merge than the lock's, which has {was}"
             raise RecipeError(Problem(what, hint=f"leave out --{word}, or run the recipe in place of its lock"))
-    locked = lock(recipe, store, held.pins)
+    locked = lock(recipe, store, held.pins, options.allow_pickle)
     if changed := changed_models(locked, held, store.checksum):
         raise ModelError(changed)
     planned = planned_again(held, locked, options)
@@ -572,7 +574,9 @@ def model_files(planned: Plan) -> dict[str, bytes]:
     if len(planned.shards) > 1:
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
         total = sum(job.nbytes for job in planned.jobs)
-        files[index_name(planned.locked.holder.checkpoint.stem)] = index(dict(sorted(weight_map.items())), total)
+        files[index_name(planned.locked.holder.checkpoint.stem + SUFFIX)] = index(
+            dict(sorted(weight_map.items())), total
+        )
     if planned.config:
         files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files

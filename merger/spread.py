@@ -197,6 +197,11 @@ def _arguments(planned: Plan, options: Options, part: Part) -> list[str]:
         "threads": options.threads,
         "device": options.device,
     }
-    flags = {"force": options.force, "stream": options.stream, "no-cache": not options.cache}
+    flags = {
+        "force": options.force,
+        "stream": options.stream,
+        "no-cache": not options.cache,
+        "allow-pickle": options.allow_pickle,
+    }
     valued = [f"--{name}={value}" for name, value in given.items() if value is not None]
     return valued + [f"--{name}" for name, is_set in flags.items() if is_set]

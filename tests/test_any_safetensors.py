@@ -11,12 +11,11 @@ import pytest
 import tiny
 import torch
 from loopback import LoopbackHub
+from merging import merged
 from safetensors.torch import save_file
 from torch import Tensor
 
-from merger import run
 from merger.errors import MergerError
-from merger.plan.plan import Plan
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -31,16 +30,6 @@ def tensors(seed: int) -> dict[str, Tensor]:
     shapes = {f"down_blocks.{n}.resnets.{m}.conv1.weight": (8, 4, 3, 3) for n in range(2) for m in range(2)}
     shapes |= {"conv_in.weight": (8, 4, 3, 3), "conv_in.bias": (8,), "time_embedding.linear_1.weight": (16, 8)}
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-
-
-def merged(recipe: str, out: Path, **options: object) -> Plan:
-    path = out.with_suffix(".yaml")
-    path.write_text(recipe)
-    chosen = run.Options(to=str(out), threads=1, **options)
-    planned, store = run.plan(run.read(path), chosen)
-    for _ in run.run(planned, store, chosen):
-        pass
-    return planned
 
 
 def part(folder: Path, seed: int, config: Mapping[str, object] = UNET, name: str = "diffusion_pytorch_model") -> Path:
@@ -104,7 +93,7 @@ def test_a_part_of_a_pipeline_comes_out_under_its_librarys_names(tmp_path: Path)
     one, other = part(tmp_path / "one/unet", 0), part(tmp_path / "other/unet", 1)
     save_file(tensors(5), one / "diffusion_pytorch_model.fp16.safetensors")
     recipe = f"merge_method: linear\ndtype: float16\nmodels: [{{model: {one}}}, {{model: {other}}}]\n"
-    merged(recipe, tmp_path / "out")
+    merged(recipe, tmp_path / "out", card=True)
     found = tiny.read(tmp_path / "out")
     for name, tensor in found.items():
         assert torch.equal(tensor, ((tensors(0)[name] + tensors(1)[name]) / 2).half()), name

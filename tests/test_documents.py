@@ -12,10 +12,10 @@ import torch
 import vocabularies
 import yaml
 from loopback import LoopbackHub
+from merging import merged
 from test_hub_line import Command
 
 from merger import run
-from merger.plan.plan import Plan
 
 HIDDEN = 24  # no divisor of a block: methods that work on rows cut tensors elsewhere than those that work on entries
 STAGES = {
@@ -60,17 +60,6 @@ def filled(recipe: str, models: dict[str, Path], stage: str) -> str:
     for name, folder in models.items():
         recipe = recipe.replace(f"%{name}", str(folder))
     return recipe
-
-
-def merged(recipe: str, out: Path, threads: int = 2) -> Plan:
-    """Make a recipe in `out`; what was planned for it."""
-    path = out.with_suffix(".yaml")
-    path.write_text(recipe)
-    options = run.Options(to=str(out), threads=threads)
-    planned, store = run.plan(run.read(path), options)
-    for _ in run.run(planned, store, options):
-        pass
-    return planned
 
 
 def same(one: Path, other: Path) -> bool:
@@ -171,7 +160,7 @@ def test_a_tower_of_stages_costs_as_many_steps_as_it_has_floors(models: dict[str
 def test_card_and_lock_tell_of_stages_and_of_all_models(models: dict[str, Path], tmp_path: Path) -> None:
     """The parents are the stored models; a table says what was made of what."""
     documents = f"name: first\n{filled(STAGES['slerp'], models, '')}---\n{filled(RESULTS['ties'], models, 'first')}"
-    merged(documents, tmp_path / "out")
+    merged(documents, tmp_path / "out", card=True)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| first | SLERP | b, a |" in card
     assert "| the result | TIES | first, a, c |" in card

@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 from loopback import LoopbackHub
+from merging import merged
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from merger import run
 from merger.errors import ModelError
-from merger.plan.plan import Plan
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -88,16 +88,6 @@ def quantised(folder: Path, way: str, seed: int, **shape: int) -> tuple[Path, Pa
     tiny.write(folder / "stored", stored, quantization_config=said, **sizes)
     tiny.write(folder / "plain", plain, **sizes)
     return folder / "stored", folder / "plain"
-
-
-def merged(recipe: str, out: Path) -> Plan:
-    path = out.with_suffix(".yaml")
-    path.write_text(recipe)
-    options = run.Options(to=str(out), threads=2)
-    planned, store = run.plan(run.read(path), options)
-    for _ in run.run(planned, store, options):
-        pass
-    return planned
 
 
 def ties(one: object, other: object, base: object) -> str:

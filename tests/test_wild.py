@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 import vocabularies
+from merging import merged
 from recipe.conftest import WILD
 
-from merger import run
 from merger.methods.registry import methods
 from merger.recipe.parse import parse
 
@@ -44,11 +44,7 @@ def test_a_published_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.
     refs = parse(text, "wild.yaml", methods()).models
     for seed, ref in enumerate(sorted({ref.path for ref in refs}, key=len, reverse=True)):
         text = text.replace(ref, f"./{_model(tmp_path, name, ref, seed)}")
-    Path("mine.yaml").write_text(text)
-    options = run.Options(to="out", threads=1)
-    planned, store = run.plan(run.read(Path("mine.yaml")), options)
-    for _ in run.run(planned, store, options):
-        pass
+    planned = merged(text, Path("out"))
     found = tiny.read(Path("out"))
     assert set(found) == {job.name for job in planned.jobs}
     assert all(torch.isfinite(tensor).all() for tensor in found.values())

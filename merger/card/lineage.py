@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 
-from merger.checkpoints.checkpoint import index_name
+from merger.checkpoints.checkpoint import SUFFIX, index_name
 from merger.checkpoints.licence_file import licence_files
 from merger.checkpoints.sidefiles import CARD_NAME
 from merger.plan.lock import LockedModel
@@ -61,7 +61,7 @@ def _read(planned: Plan, model: LockedModel) -> list[str]:
     """The files of a model that are read for the merge."""
     tensors = {tensor.file for tensor in model.checkpoint.tensors.values()}
     taken = [name for name, number in planned.texts.taken.items() if planned.locked.models[number] is model]
-    index = (index_name(model.checkpoint.stem),) if len(tensors) > 1 else ()
+    index = (index_name(model.checkpoint.stem + SUFFIX),) if len(tensors) > 1 else ()
     licences = licence_files(model.located.files)
     wanted = {*tensors, *model.texts, *taken, *index, *licences, "config.json", CARD_NAME}
     return sorted(wanted & model.located.files.keys())

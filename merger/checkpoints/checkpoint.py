@@ -28,6 +28,7 @@ STEM = "model"
 """What the names of a model's files begin with, as transformers writes them; diffusers has another stem."""
 
 SUFFIX = ".safetensors"
+SINGLE = STEM + SUFFIX
 _INDEX_SUFFIX = ".safetensors.index.json"
 MAX_HEADER = 100_000_000
 _PICKLED = re.compile(r"(^|/)(pytorch_model.*\.bin|.*\.(pt|pth|ckpt))$")
@@ -75,9 +76,9 @@ def is_single(path: str) -> bool:
     return path.endswith(SUFFIX)
 
 
-def index_name(stem: str = STEM) -> str:
-    """The name of the index of files that begin with `stem`."""
-    return stem + _INDEX_SUFFIX
+def index_name(single: str = SINGLE) -> str:
+    """The name of the index of a model that would be called `single` if it were in one file."""
+    return f"{single}.index.json"
 
 
 def stem(files: Iterable[str]) -> str:
@@ -111,34 +112,36 @@ _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
 _NAMES_SHOWN = 3
 
 
-def weight_files(files: Iterable[str], index: str | None, stem: str = STEM) -> tuple[str, ...]:
-    """The safetensors files of a model, given its files' names and the text of its index, if it has one.
+def weight_files(files: Iterable[str], index: str | None, single: str = SINGLE) -> tuple[str, ...]:
+    """The files of a model's tensors, given its files' names and the text of its index, if it has one.
 
     Raises:
         ModelError: a damaged index, or one that names files which the model does not have.
     """
     present = tuple(files)
     if index is None:
-        return (stem + SUFFIX,)
-    shards = tuple(sorted(set(_weight_map(index, stem).values())))
+        return (single,)
+    shards = tuple(sorted(set(_weight_map(index, single).values())))
     for shard in shards:
         if _UNSAFE_NAME.search(shard):
-            raise ModelError(Problem(f"{index_name(stem)} points outside the model's folder: {shard!r}", hint=_DAMAGED))
+            raise ModelError(
+                Problem(f"{index_name(single)} points outside the model's folder: {shard!r}", hint=_DAMAGED)
+            )
         if shard not in present:
-            raise ModelError(Problem(f"{index_name(stem)} names {shard!r}, which is not there", hint=_DAMAGED))
+            raise ModelError(Problem(f"{index_name(single)} names {shard!r}, which is not there", hint=_DAMAGED))
     return shards
 
 
 _DAMAGED = "the model is incomplete or damaged: download it again, or ask its author"
 
 
-def _weight_map(index: str, stem: str) -> dict[str, str]:
+def _weight_map(index: str, single: str) -> dict[str, str]:
     try:
         found = json.loads(index)["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ModelError(Problem(f"{index_name(stem)} holds no weight_map", hint=_DAMAGED)) from None
+        raise ModelError(Problem(f"{index_name(single)} holds no weight_map", hint=_DAMAGED)) from None
     if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ModelError(Problem(f"{index_name(stem)}: the weight_map is no map of names to files", hint=_DAMAGED))
+        raise ModelError(Problem(f"{index_name(single)}: the weight_map is no map of names to files", hint=_DAMAGED))
     return found
 
 
@@ -152,7 +155,8 @@ def _without_safetensors(present: Iterable[str]) -> Problem:
     if pickled:
         return Problem(
             f"has no safetensors, only {pickled[0]}",
-            hint="such files can run code when they are read: convert the model with transformers' save_pretrained",
+            hint="such files can run code when they are loaded: convert the model with transformers' save_pretrained, "
+            "or let --allow-pickle look for its tensors without running it",
         )
     hint = f"name the folder that is meant: .../{parts[0]}" if parts else "is this a model that transformers can load?"
     return Problem("has no safetensors", hint=hint)
@@ -226,24 +230,24 @@ def _check_places(tensors: list[TensorInfo], file: str, first: int, size: int) -
         raise ModelError(Problem(f"{file}: has {size:,} bytes, its header promises {end:,}", hint=_DAMAGED))
 
 
-def gather(headers: Iterable[tuple[TensorInfo, ...]], index: str | None, stem: str = STEM) -> dict[str, TensorInfo]:
+def gather(headers: Iterable[tuple[TensorInfo, ...]], index: str | None, single: str = SINGLE) -> dict[str, TensorInfo]:
     """All files' tensors by name; where two files hold one name, the index decides.
 
     Raises:
         ModelError: the index names a tensor that its file does not hold, or does not decide.
     """
-    chosen = _weight_map(index, stem) if index is not None else {}
+    chosen = _weight_map(index, single) if index is not None else {}
     tensors: dict[str, TensorInfo] = {}
     for tensor in (tensor for header in headers for tensor in header):
         if tensor.name in tensors and tensor.name not in chosen:
             files = f"{tensor.file} and {tensors[tensor.name].file}"
-            what = f"{files} both hold {tensor.name}, and {index_name(stem)} names neither"
+            what = f"{files} both hold {tensor.name}, and {index_name(single)} names neither"
             raise ModelError(Problem(what, hint=_DAMAGED))
         if chosen.get(tensor.name, tensor.file) == tensor.file or tensor.name not in tensors:
             tensors[tensor.name] = tensor
     for name, file in chosen.items():
         if name not in tensors or tensors[name].file != file:
             raise ModelError(
-                Problem(f"{index_name(stem)} places {name!r} in {file}, which does not hold it", hint=_DAMAGED)
+                Problem(f"{index_name(single)} places {name!r} in {file}, which does not hold it", hint=_DAMAGED)
             )
     return tensors

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -34,6 +34,9 @@ from merger.checkpoints.checkpoint import (
 from merger.checkpoints.config import is_tied
 from merger.checkpoints.experts import are_fused, split
 from merger.checkpoints.licence_file import MOST_BYTES, licence_text, recognised
+from merger.checkpoints.pickled import SINGLE as PICKLED
+from merger.checkpoints.pickled import is_pickled
+from merger.checkpoints.pickled import tensors as pickled_tensors
 from merger.checkpoints.quantised import Scaled, unpacked
 from merger.errors import ModelError, Problem, RecipeError
 from merger.plan.sources import Dequantised, Made, Stored
@@ -256,13 +259,14 @@ def pins(text: str, path: str) -> dict[str, str]:
         raise RecipeError(Problem(f"{path} is no lock file", hint=hint)) from None
 
 
-def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) -> LockedRecipe:
+def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None, pickles: bool = False) -> LockedRecipe:
     """Find and read every model of the recipe.
 
     Args:
         recipe: the recipe.
         store: where its models are.
         pinned: the commits to take, by model as the recipe writes it; the others are taken as they are now.
+        pickles: of models without safetensors, look into files that torch.save wrote.
 
     Raises:
         ModelError: with every model that cannot be read.
@@ -270,7 +274,9 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None) 
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
         commits = [(pinned or {}).get(str(ref)) for ref in recipe.models]
-        attempts = list(models.map(lambda ref, pin: _attempt(ref, store, headers, pin), recipe.models, commits))
+        attempts = list(
+            models.map(lambda ref, pin: _attempt(ref, store, headers, pin, pickles), recipe.models, commits)
+        )
     problems = [problem for _, found in attempts for problem in found]
     if problems:
         raise ModelError(problems)
@@ -351,11 +357,11 @@ def _text(model: LockedModel, name: str, store: Store) -> bytes | Problem:
 
 
 def _attempt(
-    ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None
+    ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None, pickles: bool
 ) -> tuple[LockedModel | None, tuple[Problem, ...]]:
     """The model, or its problems at the place where the recipe names it."""
     try:
-        return _lock_model(ref, store, pool, commit), ()
+        return _lock_model(ref, store, pool, commit, pickles), ()
     except ModelError as error:
         return None, tuple(_at(problem, ref) for problem in error.problems)
 
@@ -364,12 +370,15 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
     return replace(problem, at=problem.at or ref.at, where=problem.where or f"models[{ref}]")
 
 
-def _lock_model(ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None) -> LockedModel:
+def _lock_model(
+    ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None, pickles: bool
+) -> LockedModel:
     located = store.locate(ref.path, commit or ref.revision)
     alone = is_single(located.name)
-    config = {} if alone else _config(located, store)
-    found = unpacked(tensors_of(located, store, pool), config)
-    checkpoint = Checkpoint(found.tensors, found.config, STEM if alone else _stem(located))
+    config = {} if alone else _config(located, store, pickles)
+    found = unpacked(tensors_of(located, store, pool, pickles), config)
+    begins = STEM if alone or (pickles and is_pickled(located.files)) else _stem(located)
+    checkpoint = Checkpoint(found.tensors, found.config, begins)
     card = _card(located, store)
     licence = None if stated_licence(card) else _licence_file(located, store)
     return LockedModel(ref, located, checkpoint, card, scaled=found.scaled, aside=found.aside, licence_file=licence)
@@ -397,9 +406,10 @@ def _stem(located: Located) -> str:
     return located.name.rpartition("/")[2].removesuffix(SUFFIX) if alone else stem(located.files)
 
 
-def _config(located: Located, store: Store) -> Mapping[str, Any]:
+def _config(located: Located, store: Store, pickles: bool) -> Mapping[str, Any]:
     if "config.json" not in located.files:
-        stem(located.files)  # what else is missing is told first
+        if not (pickles and is_pickled(located.files)):
+            stem(located.files)  # what else is missing is told first
         hint = "to merge tensors without a config, name their file: .../model.safetensors"
         raise ModelError(Problem("has no config.json", hint=hint))
     try:
@@ -411,20 +421,37 @@ def _config(located: Located, store: Store) -> Mapping[str, Any]:
     return config
 
 
-def tensors_of(located: Located, store: Store, pool: ThreadPoolExecutor) -> dict[str, TensorInfo]:
+def tensors_of(
+    located: Located, store: Store, pool: ThreadPoolExecutor, pickles: bool = False
+) -> dict[str, TensorInfo]:
     """A model's tensors by name, by the headers of its files.
 
+    Args:
+        located: the model.
+        store: where it is.
+        pool: reads headers.
+        pickles: where it has no safetensors, look into files that torch.save wrote.
+
     Raises:
-        ModelError: it has no safetensors that can be read.
+        ModelError: it has no files that can be read.
     """
-    begins = _stem(located)
-    name = index_name(begins)
+    pickled = pickles and is_pickled(located.files)
+    single = PICKLED if pickled else _stem(located) + SUFFIX
+    name = index_name(single)
     index = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
-    files = weight_files(located.files, index, begins)
-    tensors = gather(pool.map(lambda file: tensors_in(located, store, file), files), index, begins)
+    files = weight_files(located.files, index, single)
+    read = partial(_pickled_in, located, store) if pickled else partial(tensors_in, located, store)
+    tensors = gather(pool.map(read, files), index, single)
     if not tensors:
-        raise ModelError(Problem("its safetensors hold no tensor", hint="the model is incomplete: download it again"))
+        raise ModelError(Problem("its files hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
+
+
+def _pickled_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+    size = located.files[file].size
+    # a pool of its own: where each tensor is takes a request, and this one's pool waits for them
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        return pickled_tensors(file, size, lambda start, stop: store.fetch(located, file, start, stop), pool.map)
 
 
 def tensors_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:

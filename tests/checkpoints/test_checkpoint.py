@@ -281,7 +281,7 @@ def test_files_that_are_not_one_model_are_refused(files: list[str], sentence: st
 def test_the_single_file_is_taken_where_there_is_no_index() -> None:
     """As transformers writes it, and diffusers."""
     assert weight_files(["config.json", FILE, "other.safetensors"], None) == (FILE,)
-    assert weight_files(["x.safetensors"], None, "x") == ("x.safetensors",)
+    assert weight_files(["x.safetensors"], None, "x.safetensors") == ("x.safetensors",)
 
 
 def test_the_index_says_which_files_there_are() -> None:

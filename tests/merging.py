@@ -1,0 +1,27 @@
+"""A recipe made into a folder, for tests of what a merge holds: without its card, which takes longer than the merge.
+
+Not here: tests of cards, of destinations and of the command.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from merger import run
+from merger.plan.plan import Plan
+
+_NO_CARD = {"README.md": b"---\n---\n"}
+
+
+def merged(recipe: str, out: Path, card: bool = False, **options: Any) -> Plan:
+    """Make the recipe, written beside `out`, in `out`; what was planned for it."""
+    path = out.with_suffix(".yaml")
+    path.write_text(recipe)
+    chosen = run.Options(**{"to": str(out), "threads": 1, **options})
+    planned, store = run.plan(run.read(path), chosen)
+    with patch("merger.run.card_files", run.card_files if card else lambda *_: dict(_NO_CARD)):
+        for _ in run.run(planned, store, chosen):
+            pass
+    return planned
