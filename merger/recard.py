@@ -59,7 +59,7 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     recipe = merge.recipe
     if template is not None:
         recipe = replace(recipe, publish=replace(recipe.publish, template=template, template_at=None))
-    parents = stores([ref.path for ref in recipe.models], options.cache, options.read_token)
+    parents = stores([ref.path for ref in recipe.references], options.cache, options.read_token)
     locked = lock(recipe, parents, merge.held.pins)
     planned = planned_again(merge.held, locked, options)
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:
