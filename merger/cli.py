@@ -20,6 +20,7 @@ from merger.errors import MergerError, Problem, RecipeError, VerificationError, 
 
 if TYPE_CHECKING:
     from merger.plan.plan import Plan
+    from merger.recipe.model import Recipe
     from merger.run import Options, Part
     from merger.spread import Engine
 
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_run(commands)
     _add_publish(commands)
+    _add_extract(commands)
     _add_status(commands)
     _add_verify(commands)
     _add_diff(commands)
@@ -123,6 +125,24 @@ def _add_publish(commands: Commands) -> None:
     publish.set_defaults(command=_run, publish_only=True)
 
 
+def _add_extract(commands: Commands) -> None:
+    extract = commands.add_parser("extract-lora", help="take what a fine-tune changed in its base as a LoRA adapter")
+    extract.add_argument("model", metavar="FINE_TUNE", help="org/name, org/name@revision or ./folder")
+    extract.add_argument("base_model", metavar="BASE", help="the model that it was made from")
+    extract.add_argument("--rank", type=_positive, required=True, metavar="N", help="directions of each matrix")
+    extract.add_argument("--alpha", type=float, metavar="X", help="lora_alpha (default: the rank)")
+    extract.add_argument("--include", metavar="REGEX", help="only tensors whose names match it somewhere")
+    extract.add_argument("--exclude", metavar="REGEX", help="no tensors whose names match it")
+    extract.add_argument("--embed", action="store_true", help="take embeddings apart too (default: held whole)")
+    extract.add_argument("--distribute-scale", action="store_true", help="share singular values between A and B")
+    extract.add_argument("--skip-rest", action="store_true", help="leave out what is no matrix (default: held whole)")
+    extract.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the fine-tune's")
+    extract.add_argument("--license", metavar="ID", help="the licence that the card states")
+    _add_limits(extract)
+    _add_end(extract)
+    extract.set_defaults(command=_extract)
+
+
 def _add_end(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace a model at the destination")
     parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
@@ -172,6 +192,10 @@ def _add_card(commands: Commands) -> None:
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, or the lock file of a merge")
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="DEST", help="a folder, or hf://owner/name; default: the recipe's publish.repo")
     parser.add_argument(
         "--max-disk", type=_bytes, metavar="SIZE", help="the most disk the run may take at once, such as 10GB"
@@ -315,11 +339,25 @@ def _engine(arguments: argparse.Namespace) -> Engine | None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from merger.run import read
+
+    return _made(read(arguments.recipe), arguments)
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    from merger.run import extraction
+
+    keys = ("model", "base_model", "rank", "alpha", "include", "exclude", "distribute_scale", "skip_rest")
+    settings = {key: getattr(arguments, key) for key in keys} | {"embeddings": arguments.embed}
+    return _made(extraction(settings, arguments.dtype, arguments.license), arguments)
+
+
+def _made(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from merger import console
-    from merger.run import destination, fitted, plan, read, run
+    from merger.run import destination, fitted, plan, run
     from merger.spread import spread, suited
 
-    recipe, options, engine = read(arguments.recipe), _options(arguments), _engine(arguments)
+    options, engine = _options(arguments), _engine(arguments)
     options = fitted(options) if engine is None else suited(options, engine)
     destination(recipe, options)  # a missing destination is said before the models are asked for
     planned, store = plan(recipe, options)

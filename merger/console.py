@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from merger.card.licences import judge
 from merger.card.lineage import shown
-from merger.card.relations import Relation, Relations, same_models
+from merger.card.relations import Loss, Relation, Relations, same_models, strange_adapters
 from merger.errors import MergerError, Problem, few
 from merger.methods.registry import Method, Param
 from merger.plan.plan import Plan
@@ -70,7 +70,8 @@ def warning(problem: Problem) -> str:
 def plan_text(planned: Plan) -> str:
     """What will be made of what, what it takes, what is left out, and under which licence."""
     made = [*_models(planned), "", *_making(planned), "", *_costs(planned), *_accounting(planned)]
-    return "\n".join([*made, *_licence(planned), *(f"\nwarning: {doubt}" for doubt in same_models(planned))])
+    doubts = (*same_models(planned), *strange_adapters(planned))
+    return "\n".join([*made, *_licence(planned), *(f"\nwarning: {doubt}" for doubt in doubts)])
 
 
 def plan_json(planned: Plan) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def _models(planned: Plan) -> list[str]:
 
 
 def _making(planned: Plan) -> list[str]:
-    used = Counter("copy" if job.is_copy else job.method for job in planned.jobs)
+    used = Counter(job.kind for job in planned.jobs)
     methods = ", ".join(f"{name} {count}" for name, count in used.items())
     dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
     stages = ", ".join(f"{stage.name} ({len(stage.jobs)} tensors)" for stage in planned.locked.stages)
@@ -310,9 +311,16 @@ def ended(event: Done | PartDone) -> str:
         files = f"{event.shards} of {event.of} files"
         return f"{doubts}part {event.part} is there: {files}; after all parts: merger publish"
     commit = f" at commit {event.published.commit[:12]}" if event.published.commit else ""
+    doubts += losses_text(event.losses)
     return (
         doubts + f"{'merged into' if event.is_new else 'nothing to do: it is already'} {event.published.where}{commit}"
     )
+
+
+def losses_text(losses: Sequence[Loss]) -> str:
+    """What an adapter leaves out, in all and by layer."""
+    lines = [f"  {loss.where}: {loss.error:.2%}" for loss in losses]
+    return "\n".join(["left out of the matrices, as a share of their norm", *lines, ""]) if lines else ""
 
 
 def as_json(event: Done | PartDone) -> dict[str, Any]:
@@ -323,6 +331,7 @@ def as_json(event: Done | PartDone) -> dict[str, Any]:
         "new": event.is_new,
         "shards": [asdict(shard) for shard in event.shards],
         "doubts": event.doubts,
+        "losses": {loss.where: loss.error for loss in event.losses},
         **asdict(event.published),
     }
 

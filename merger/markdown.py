@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from merger.card.licences import judge
 from merger.card.lineage import shown
-from merger.card.relations import same_models
+from merger.card.relations import same_models, strange_adapters
 from merger.card.text import code as code  # shells show names with it
 from merger.card.text import escaped, fenced
 from merger.console import size
@@ -47,7 +47,7 @@ def _models(planned: Plan) -> list[str]:
 
 
 def _costs(planned: Plan, destination: str | None) -> list[str]:
-    used = Counter("copy" if job.is_copy else job.method for job in planned.jobs)
+    used = Counter(job.kind for job in planned.jobs)
     dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
     rows = [
         ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in used.items())),
@@ -78,7 +78,7 @@ def _minutes(planned: Plan) -> int:
 
 
 def _notes(planned: Plan) -> list[str]:
-    notes = [f"**Warning:** {_told(doubt)}" for doubt in same_models(planned)]
+    notes = [f"**Warning:** {_told(doubt)}" for doubt in (*same_models(planned), *strange_adapters(planned))]
     found = judge(planned)
     notes += [f"**Licence:** {_told(what)}" for what in (*(each.what for each in found.conflicts), *found.notes)]
     if found.override is not None and found.conflicts:

@@ -60,7 +60,7 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     if template is not None:
         recipe = replace(recipe, publish=replace(recipe.publish, template=template, template_at=None))
     own = recipe.publish.template or ""
-    paths = [*(ref.path for ref in recipe.models), *([own] if own.startswith(HUB) else [])]
+    paths = [*(ref.path for ref in recipe.references), *([own] if own.startswith(HUB) else [])]
     parents = stores(paths, options.cache, options.read_token)
     locked = lock(recipe, parents, merge.held.pins)
     planned = planned_again(merge.held, locked, options)

@@ -8,7 +8,9 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from merger import machine
 from merger.card.ancestors import family
@@ -18,7 +20,7 @@ from merger.card.lineage import lock_file
 from merger.card.notices import passed_on
 from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
-from merger.card.relations import Relations, relations
+from merger.card.relations import Loss, Relations, relations
 from merger.card.render import rehearse, render
 from merger.checkpoints.checkpoint import SUFFIX, index_name
 from merger.checkpoints.shard import Written, index
@@ -124,12 +126,14 @@ class PartDone:
 class Done:
     """The merge lies at its destination; without shards where it lay there before this run.
 
-    `doubts` are sentences that say why it may mean little; `card` and `lock` are those files where this run wrote them.
+    `doubts` are sentences that say why it may mean little; `losses` what an adapter leaves out; `card` and `lock` are
+    those files where this run wrote them.
     """
 
     published: Published
     shards: tuple[Written, ...]
     doubts: tuple[str, ...] = ()
+    losses: tuple[Loss, ...] = ()
     card: str = field(default="", repr=False)
     lock: str = field(default="", repr=False)
 
@@ -174,6 +178,25 @@ def _text(path: Path) -> str:
         raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
 
 
+def extraction(settings: Mapping[str, Any], dtype: str | None = None, license: str | None = None) -> Recipe:
+    """The recipe that takes what a fine-tune changed, as an adapter of its base.
+
+    Args:
+        settings: what stands under ``extract_lora:``; None for what is not given.
+        dtype: the adapter's, in place of the fine-tune's.
+        license: what the card states.
+
+    Raises:
+        RecipeError: with every problem of these settings.
+    """
+    content: dict[str, Any] = {
+        "extract_lora": {key: value for key, value in settings.items() if value not in (None, False)}
+    }
+    content |= {"dtype": dtype} if dtype else {}
+    content |= {"publish": {"license": license}} if license else {}
+    return parse(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "extract-lora", methods())
+
+
 def is_lock(path: Path) -> bool:
     """Whether a file is a lock file, by its name."""
     return path.name.endswith(LOCK_SUFFIX)
@@ -198,7 +221,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
     template = recipe.publish.template or ""
-    paths = [*(ref.path for ref in recipe.models), *([template] if template.startswith(HUB) else [])]
+    paths = [*(ref.path for ref in recipe.references), *([template] if template.startswith(HUB) else [])]
     store = stores(paths, options.cache, options.read_token, options.hub_only)
     path = Path(recipe.path)
     if is_lock(path) and path.is_file():
@@ -433,9 +456,16 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     to_hub = destination(planned.locked.recipe, options).startswith(HUB)
     written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token))
     files = written | _small_files(planned, store, shards, seen)
-    published = sink.finish(files, f"Merge of {', '.join(model.name for model in planned.locked.models)}")
+    published = sink.finish(files, _title(planned))
     doubts = (*related.doubts, *doubts)
-    yield Done(published, shards, doubts, files[CARD_NAME].decode(), files[LOCK_NAME].decode())
+    texts = files[CARD_NAME].decode(), files[LOCK_NAME].decode()
+    yield Done(published, shards, doubts, related.losses, *texts)
+
+
+def _title(planned: Plan) -> str:
+    """The commit's first line."""
+    lora, names = planned.locked.recipe.lora, ", ".join(model.name for model in planned.locked.merged)
+    return f"LoRA adapter of {planned.locked.models[0].name}" if lora and lora.extracted else f"Merge of {names}"
 
 
 def _shards_made(
@@ -524,8 +554,11 @@ def card_files(
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
     """
-    tree, inforce = family(planned, name, methods(), store, elders), parameters(planned, methods())
-    drawn = [portrait(tree), settings_plot(inforce), movement_plot(tracks(planned, seen))]
+    tree = family(planned, name, methods(), store, elders)
+    model = planned.locked.recipe.lora is None
+    inforce = parameters(planned, methods()) if model else ()
+    moved = tracks(planned, seen) if model else ()
+    drawn = [portrait(tree), settings_plot(inforce), movement_plot(moved)]
     pictures = {picture.name: picture for picture in drawn if picture is not None}
     parts = {"lineage": tree.tree(), "pictures": pictures}
     text = render(planned, methods(), name, relations(planned, seen), parts)
@@ -578,5 +611,5 @@ def model_files(planned: Plan) -> dict[str, bytes]:
             dict(sorted(weight_map.items())), total
         )
     if planned.config:
-        files["config.json"] = (json.dumps(planned.config, indent=2) + "\n").encode()
+        files[planned.config_name] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files

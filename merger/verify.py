@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -111,7 +111,9 @@ def verify(target: str, options: Options, extent: Extent) -> Iterator[Begun | Ma
         BudgetError: it does not fit into the memory.
     """
     merge = open_merge(target, options.read_token)
-    parents = stores([ref.path for ref in merge.recipe.models], options.cache, options.read_token)
+    if merge.recipe.lora is not None:  # its tensors are made in pairs, so that one alone cannot be
+        extent = replace(extent, everything=True)
+    parents = stores([ref.path for ref in merge.recipe.references], options.cache, options.read_token)
     locked = lock(merge.recipe, parents, merge.held.pins)
     problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
     planned = _planned(merge.held, locked, options, problems)

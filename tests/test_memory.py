@@ -125,6 +125,58 @@ def test_memory_is_kept_from_hub_to_hub(
     assert found["peak"] <= found["planned"] < 3 * found["peak"]
 
 
+@pytest.fixture(scope="module")
+def loras(parents: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """An adapter of rank 64 for each of them but the base."""
+    return {
+        size: [tiny.lora(of.parent / f"{of.name}-lora", of) for of in models[1:]] for size, models in parents.items()
+    }
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_memory_is_kept_with_adapters(
+    method: str, parents: dict[str, list[Path]], loras: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """A model with an adapter is never held as a whole: a larger one takes the same memory."""
+    found = {}
+    for size, (base, *others) in parents.items():
+        models = [str(base), *(f"{model}+{lora}" for model, lora in zip(others, loras[size], strict=True))]
+        found[size] = measured(method, models, tmp_path / size)
+        assert found[size]["code"] == 0
+        assert found[size]["peak"] <= found[size]["planned"] < 2.5 * found[size]["peak"]
+    assert found["large"]["peak"] < 1.15 * found["small"]["peak"]
+
+
+def test_memory_is_kept_with_adapters_from_the_hub(
+    served: LoopbackHub, parents: dict[str, list[Path]], loras: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """There the small matrices wait on disk, for each block needs one of them whole."""
+    base, *others = parents["large"]
+    named = {"org/lora-base": base, **{f"org/lora-{n}": model for n, model in enumerate(others)}}
+    for name, folder in {**named, **{f"org/lora-{n}-lora": lora for n, lora in enumerate(loras["large"])}}.items():
+        served.add_model(name, folder)
+    models = ["org/lora-base", *(f"org/lora-{n}+org/lora-{n}-lora" for n in range(len(others)))]
+    env = {**os.environ, **served.env(tmp_path / "home", "hf_writer_of_org")}
+    found = measured("linear", models, tmp_path / "hub", to="hf://org/lora-merged", env=env)
+    assert found["code"] == 0
+    assert found["peak"] <= found["planned"] < 3 * found["peak"]
+
+
+def test_memory_is_kept_while_matrices_are_taken_apart(parents: dict[str, list[Path]], tmp_path: Path) -> None:
+    """Not even a matrix is held: an embedding of 16 million entries takes little more than one of 4 million."""
+    found = {}
+    for size, (base, one, _) in parents.items():
+        settings = {"model": str(one), "base_model": str(base), "rank": 32, "embeddings": True}
+        settings["include"] = r"embed|layers\.0\."
+        (tmp_path / f"{size}.yaml").write_text(json.dumps({"extract_lora": settings}))
+        command = [sys.executable, "-c", RUN, str(tmp_path / f"{size}.yaml"), str(tmp_path / f"{size}-out"), "0"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[size] = json.loads(done.stdout)
+        assert found[size]["code"] == 0
+        assert found[size]["peak"] <= found[size]["planned"] < 2.5 * found[size]["peak"]
+    assert found["large"]["peak"] - found["small"]["peak"] < 100 << 20
+
+
 @pytest.mark.parametrize("option", ["--quiet", "--stream"])
 def test_memory_is_kept_when_xet_sends(
     option: str, served: LoopbackHub, parents: dict[str, list[Path]], tmp_path: Path

@@ -111,3 +111,22 @@ def read(folder: Path) -> dict[str, Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
     return found
+
+
+def lora(folder: Path, of: Path, rank: int = 64, seed: int = 7) -> Path:
+    """An adapter of a small Mistral, for all of its matrices but the head, in the layout of PEFT."""
+    draw, held = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    for name, tensor in read(of).items():
+        if tensor.dim() < 2 or name == "lm_head.weight":
+            continue
+        module, (rows, columns) = f"base_model.model.{name.removesuffix('.weight')}", tensor.shape
+        embedding = "embed_tokens" in name
+        first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        shapes = ((rank, rows), (columns, rank)) if embedding else ((rank, columns), (rows, rank))
+        for part, shape in zip((first, second), shapes, strict=True):
+            held[f"{module}.{part}"] = (torch.randn(shape, generator=draw) * 0.02).bfloat16()
+    folder.mkdir(parents=True)
+    save_file(held, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": of.name}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

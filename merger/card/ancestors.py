@@ -21,6 +21,7 @@ from merger.card.mixtures import TITLE
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import GatedError, MissingError
 from merger.plan.plan import Plan
+from merger.recipe.model import Recipe
 from merger.stores.ports import Located, Store
 
 GENERATIONS = 6
@@ -138,17 +139,25 @@ def family(
         hub: where their ancestors are; None: nobody is asked, and they are only named.
         seconds: how long it may take.
     """
-    used = dict.fromkeys(piece.method for document in planned.locked.recipe.documents for piece in document.slices)
+    recipe, models = planned.locked.recipe, planned.locked.models
+    held = [model for number, model in enumerate(models) if planned.locked.owner(number) == number]
     search = _Search(hub, methods, time.monotonic() + seconds)
-    made = f"merge by {', '.join(used)}" if planned.locked.recipe.mixture is None else TITLE.lower()
-    search.members.append(Member(title, made=made, parents=tuple(range(1, len(planned.locked.models) + 1))))
+    search.members.append(Member(title, made=_how(recipe), parents=tuple(range(1, len(held) + 1))))
     first: list[tuple[int, _Ask]] = []
-    for model in planned.locked.models:
+    for model in held:
         located = replace(model.located, card=model.card)
         place = search.add(_Ref(located.name, located.commit, is_local=located.commit is None))
         first.append((place, partial(_described, located, store, methods)))
     search.grow(first)
     return Family(tuple(search.members))
+
+
+def _how(recipe: Recipe) -> str:
+    """How the merge is made, in words."""
+    if recipe.lora is not None and recipe.lora.extracted:
+        return "LoRA extraction"
+    used = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
+    return f"merge by {', '.join(used)}" if recipe.mixture is None else TITLE.lower()
 
 
 @dataclass

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 
+from merger.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
 from merger.checkpoints.checkpoint import SUFFIX, index_name
 from merger.checkpoints.licence_file import licence_files
 from merger.checkpoints.sidefiles import CARD_NAME
@@ -26,6 +28,8 @@ _HASHED_FOLDERS = 1_000_000_000
 
 def shown(model: LockedModel) -> str:
     """A model's name for readers: as the recipe writes it on the Hub, of a folder its last part, of a stage its own."""
+    if model.adapter is not None:
+        return f"{shown(replace(model, ref=replace(model.ref, adapter=None), adapter=None))}+{shown(model.adapter)}"
     return str(model.ref) if model.located.commit else model.name
 
 
@@ -63,7 +67,7 @@ def _read(planned: Plan, model: LockedModel) -> list[str]:
     taken = [name for name, number in planned.texts.taken.items() if planned.locked.models[number] is model]
     index = (index_name(model.checkpoint.stem + SUFFIX),) if len(tensors) > 1 else ()
     licences = licence_files(model.located.files)
-    wanted = {*tensors, *model.texts, *taken, *index, *licences, "config.json", CARD_NAME}
+    wanted = {*tensors, *model.texts, *taken, *index, *licences, "config.json", ADAPTER_CONFIG, CARD_NAME}
     return sorted(wanted & model.located.files.keys())
 
 

@@ -52,9 +52,25 @@ def metadata(
         "tags": ["merge", "merger", *(method.name for method in used)],
         "base_model": parents,
         "base_model_relation": "merge" if parents else None,
+        **(_of_adapter(planned, used) if planned.locked.recipe.lora is not None else {}),
         **extra,
     }
     return {key: value for key, value in found.items() if value}
+
+
+def _of_adapter(planned: Plan, used: Sequence[Method | Told]) -> dict[str, Any]:
+    """What it says of a LoRA adapter: the model that it belongs to is its base, whatever it was made of."""
+    lora, config = planned.locked.recipe.lora, planned.config
+    base = config.get("base_model_name_or_path")
+    on_hub = isinstance(base, str) and _DATASET.fullmatch(base) is not None and "/" in base
+    made = ["merge", "merger", *(method.name for method in used)] if lora and not lora.extracted else ["merger"]
+    return {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation" if config.get("task_type") == "CAUSAL_LM" else None,
+        "tags": [*made, "lora"],
+        "base_model": base if on_hub else None,
+        "base_model_relation": "adapter" if on_hub else None,
+    }
 
 
 def front_matter(data: Mapping[str, Any]) -> str:
@@ -80,6 +96,8 @@ def library(config: Mapping[str, Any]) -> str | None:
     """What loads the result; None for tensors without a config."""
     if not config:
         return None
+    if "peft_type" in config:
+        return "peft"
     return "diffusers" if is_diffusion(config) else "transformers"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from merger.card.canvas import DASHES, HUES, MARKERS, WIDTH, Picture, legible, picture, shortened
@@ -134,7 +135,7 @@ def _draw(axes: Axes, places: Mapping[Layer, float], values: Mapping[Layer, floa
 def _stacks(layers: Sequence[Layer]) -> list[tuple[int, int]]:
     """Where each stack begins and ends."""
     starts = [number for number, layer in enumerate(layers) if number == 0 or layer[0] != layers[number - 1][0]]
-    return list(zip(starts, [*starts[1:], len(layers)], strict=True)) if layers else []
+    return list(pairwise([*starts, len(layers)]))
 
 
 def _axis(axes: Axes, places: Mapping[Layer, float]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from merger.checkpoints.architecture import Architecture
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job
+from merger.plan.lock import LockedModel
 from merger.plan.plan import Plan
+from merger.plan.sources import Factor
 
 _ALIKE, _OPPOSED, _STRANGERS = 0.9999, -0.3, 0.2
 """Cosines: of parents that are the same; of deltas that undo each other; of whole tensors without a common ancestor.
@@ -38,12 +41,29 @@ class Relation:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """How much of the matrices of a layer, or of all, an adapter of few directions leaves out.
+
+    Args:
+        where: ``layer 3``, what the matrices outside have in common, or ``all``.
+        error: the norm of what is left out, as a share of the whole's.
+    """
+
+    where: str
+    error: float
+
+
+@dataclass(frozen=True)
 class Relations:
-    """What was seen of the parents: in all, by layer, and what speaks against merging them."""
+    """What was seen of the parents: in all, by layer, and what speaks against merging them.
+
+    `losses`: of an adapter what it leaves out, in all and by layer.
+    """
 
     overall: tuple[Relation, ...]
     layers: tuple[Relation, ...]
     doubts: tuple[str, ...]
+    losses: tuple[Loss, ...] = ()
 
 
 def relations(planned: Plan, seen: Mapping[str, Geometry]) -> Relations:
@@ -65,8 +85,29 @@ def relations(planned: Plan, seen: Mapping[str, Geometry]) -> Relations:
         for job in mine:
             by_layer.setdefault(_layer(architecture, job.name), []).append(seen[job.name])
         for layer, parts in sorted(by_layer.items()):
-            layers.append(_relation(f"layer {layer}" if layer >= 0 else "outside of the layers", total(parts)))
-    return Relations(tuple(overall), tuple(layers), tuple(dict.fromkeys(doubts)))
+            layers.append(_relation(_named(layer), total(parts)))
+    return Relations(tuple(overall), tuple(layers), tuple(dict.fromkeys(doubts)), _losses(planned, seen, architecture))
+
+
+def _named(layer: int) -> str:
+    return f"layer {layer}" if layer >= 0 else "outside of the layers"
+
+
+def _losses(planned: Plan, seen: Mapping[str, Geometry], architecture: Architecture) -> tuple[Loss, ...]:
+    """What was seen while matrices were taken apart: each matrix once, with the first of the two it becomes."""
+    by_layer: dict[int, list[Geometry]] = {}
+    for job in planned.jobs:
+        source = job.inputs[0].source
+        if isinstance(source, Factor) and source.part == "A" and job.name in seen:
+            by_layer.setdefault(_layer(architecture, job.name), []).append(seen[job.name])
+    rows = [Loss(_named(layer), _left_out(parts)) for layer, parts in sorted(by_layer.items())]
+    everything = [part for parts in by_layer.values() for part in parts]
+    return (Loss("all", _left_out(everything)), *rows) if everything else ()
+
+
+def _left_out(parts: Sequence[Geometry]) -> float:
+    (square, kept), _ = total(parts).products
+    return math.sqrt(max(0.0, 1.0 - kept / square)) if square > 0 else 0.0
 
 
 def _parents(job: Job) -> tuple[tuple[int, ...], bool]:
@@ -113,8 +154,31 @@ def same_models(planned: Plan) -> list[str]:
     for model in planned.locked.models:
         files = {tensor.file: model.located.files[tensor.file].sha256 for tensor in model.checkpoint.tensors.values()}
         known = None not in files.values()
-        identity = frozenset(files.values()) if known else (model.located.where, model.located.commit)
+        own: object = frozenset(files.values()) if known else (model.located.where, model.located.commit)
+        identity = (own, None if model.adapter is None else model.adapter.located)
         if identity in found:
             doubts.append(f"{found[identity]} and {model.name} are the same model")
         found.setdefault(identity, model.name)
     return doubts
+
+
+def strange_adapters(planned: Plan) -> list[str]:
+    """Adapters that are added to another model than the one that they name as theirs, or merged with strangers."""
+    if planned.locked.recipe.merges_adapters:
+        trained = dict.fromkeys(model.lora.model for model in planned.locked.models if model.lora is not None)
+        on = [name for name in trained if name is not None]
+        return [f"the adapters were trained on different models: {', '.join(on)}"] if len(on) > 1 else []
+    found: dict[str, None] = {}
+    for model in planned.locked.models:
+        named = model.adapter.lora.model if model.adapter is not None and model.adapter.lora is not None else None
+        if model.adapter is not None and named and not _means(named, model):
+            what = f"{model.adapter.name} was trained on {named}, and the recipe adds it to {model.located.name}"
+            found[what] = None
+    return list(found)
+
+
+def _means(named: str, model: LockedModel) -> bool:
+    """Whether an adapter's config speaks of this model: by its repo id, or where either is a folder, its last part."""
+    on_hub = model.located.commit is not None and named.count("/") == 1 and not named.startswith((".", "/"))
+    theirs, ours = named.lower().rstrip("/"), (model.ref.path if on_hub else model.located.name).lower()
+    return theirs == ours if on_hub else theirs.split("/")[-1] == ours.split("/")[-1]

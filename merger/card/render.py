@@ -27,7 +27,7 @@ from merger.methods.registry import Method, Paper
 from merger.plan.plan import Plan
 from merger.recipe.model import Recipe
 
-GIVES, BASE, CONFIG_ONLY = "model", "base model", "config and tokenizer only"
+GIVES, BASE, ADAPTER, CONFIG_ONLY = "model", "base model", "LoRA adapter", "config and tokenizer only"
 
 NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "evaluation": None, "metadata": {}}
 """The parts of the card that are known only at the end, as they are before: the family as a tree of text; pictures by
@@ -114,6 +114,8 @@ def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method |
         "parents": parents,
         "givers": [parent.name for parent in parents if parent.role == GIVES],
         "bases": [parent.name for parent in parents if parent.role == BASE],
+        "adapters": [parent.name for parent in parents if parent.role == ADAPTER],
+        "lora": _lora(planned),
         "all_local": all(parent.commit is None for parent in parents),
         "stages": [_stage(planned, table, recipe) for recipe in documents] if len(documents) > 1 else [],
         "any_local": any(parent.commit is None for parent in parents),
@@ -126,6 +128,20 @@ def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method |
         "first_file": planned.shards[0].name,
         "class_name": planned.config.get("_class_name"),
         "auto_class": f"AutoModel{ending(planned.config) or ''}",
+    }
+
+
+def _lora(planned: Plan) -> dict[str, Any] | None:
+    """What the card says of a result that is a LoRA adapter."""
+    lora, config = planned.locked.recipe.lora, planned.config
+    if lora is None:
+        return None
+    return {
+        "extracted": lora.extracted,
+        "core": lora.core,
+        "rank": config["r"],
+        "model": config["base_model_name_or_path"] or "",
+        "auto_class": "AutoModelForCausalLM" if config["task_type"] == "CAUSAL_LM" else "AutoModel",
     }
 
 
@@ -209,7 +225,8 @@ def _parent(planned: Plan, number: int) -> Parent:
     mixture = planned.locked.recipe.mixture
     if mixture is not None and number not in [planned.locked.index(expert.source_model) for expert in mixture.experts]:
         bases.add(planned.locked.index(planned.locked.recipe.donor))
-    giving = any(entry.model == number for job in planned.jobs for entry in job.reads)
+    giving = any(number in job.givers for job in planned.jobs)
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
+    role = ADAPTER if model.lora is not None else role
     url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on
     return Parent(shown(model), address(url if model.located.commit else ""), model.located.commit, model.licence, role)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merger.engine.factors import Pairs
 from merger.engine.leaves import STORED_DTYPES, TORCH_DTYPES, Leaves, T
 from merger.engine.observe import observe
 from merger.engine.sources import load
@@ -170,7 +171,8 @@ class Making:
             given["measured"] = self.measured
         inputs, base = self.load(block)
         merged: Tensor = self.method.function(inputs, **given)
-        self.seen[block.start] = observe(inputs, merged, block.start, self.job.entries, base)
+        if block.start not in self.seen:
+            self.seen[block.start] = observe(inputs, merged, block.start, self.job.entries, base)
         return merged if base is None else merged.add_(base)
 
     def load(self, block: Block, step: int = 1) -> tuple[list[Tensor], Tensor | None]:
@@ -209,6 +211,7 @@ class Work:
         seed: for a method that draws random numbers.
         device: where the arithmetic is done.
         routers: those that were computed beforehand.
+        pairs: what two jobs of the run make together; None: this one is alone.
     """
 
     def __init__(
@@ -220,8 +223,9 @@ class Work:
         seed: int,
         device: torch.device,
         routers: Mapping[Routed, Tensor],
+        pairs: Pairs | None = None,
     ) -> None:
-        self.job, self.method = job, table[job.method]
+        self.job, self.method, self.pairs = job, table[job.method], pairs or Pairs()
         self.prepared: Future[None] | None = None
         self._reader, self._needs, self._routers = reader, needs(job, table), routers
         self._tickets = {leaf: first + place for place, leaf in enumerate(job.reads)}
@@ -331,6 +335,10 @@ class Work:
         made: T = found.result()
         return made
 
+    def tell(self, start: int, seen: Geometry) -> None:
+        """What was seen of the block that starts there while its source was read."""
+        self._making.seen[start] = seen
+
     def close(self) -> None:
         """No more blocks will be asked for."""
         if self._spool is not None:
@@ -348,6 +356,7 @@ class _Leaves:
         self._origin, self._shared = origin, shared
         self._block, self._loaded = (block.start, block.stop, step), dict[Stored, Tensor]()
         self.rows, self.router, self.once = origin.rows, origin.router, origin.once
+        self.pairs, self.tell = origin.pairs, origin.tell
 
     def entries(self, leaf: Stored | Made, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
         if isinstance(leaf, Made) or leaf not in self._shared or (start, stop, step) != self._block:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from merger.checkpoints.shard import ShardWriter, Written
 from merger.engine.blocks import Block, Work, blocks
+from merger.engine.factors import Pairs
 from merger.engine.gates import doubts, gates
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
@@ -126,9 +127,9 @@ def _work(
     device: torch.device,
     routers: Mapping[Routed, Tensor],
 ) -> Iterator[Work]:
-    first = 0
+    first, pairs = 0, Pairs()
     for job in (job for shard in shards for job in shard.jobs):
-        yield Work(job, table, first, reader, seed, device, routers)
+        yield Work(job, table, first, reader, seed, device, routers, pairs)
         first += len(job.reads)
 
 

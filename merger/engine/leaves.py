@@ -11,6 +11,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from merger.engine.factors import Pairs
+from merger.plan.geometry import Geometry
 from merger.plan.sources import Made, Numbers, Routed, Stored
 
 T = TypeVar("T")
@@ -55,3 +57,10 @@ class Leaves(Protocol):
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once a job."""
+
+    @property
+    def pairs(self) -> Pairs:
+        """What two jobs of the run make together."""
+
+    def tell(self, start: int, seen: Geometry) -> None:
+        """What was seen of the block that starts there, in place of what its entries tell."""

@@ -17,7 +17,7 @@ from merger.errors import Problem, did_you_mean
 from merger.methods.registry import Method, Param, declared
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
 from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Made, Source, Stored, ends
+from merger.plan.sources import Factor, Made, Source, Stored, ends
 from merger.plan.tokens import Tokens, disagreements, tokens
 from merger.recipe.model import Taken
 from merger.recipe.settings import Parameters, first_value
@@ -39,14 +39,18 @@ class Input:
     Args:
         source: where its entries come from.
         settings: the per-model numbers by the parameter's name.
+        named: the number of the model that it stands for, where that is not the one whose files are read first.
     """
 
     source: Source
     settings: Mapping[str, float] = field(default_factory=dict)
+    named: int | None = None
 
     @property
     def model(self) -> int:
         """The number of the model or stage that it stands for in the locked recipe."""
+        if self.named is not None:
+            return self.named
         return self.source.stage if isinstance(self.source, Made) else self.source.leaves[0].model
 
 
@@ -90,6 +94,13 @@ class Job:
         return tuple(entry.source for entry in (self.inputs if self.base is None else (*self.inputs, self.base)))
 
     @property
+    def givers(self) -> tuple[int, ...]:
+        """The numbers of the models and adapters that it takes anything of."""
+        inputs = self.inputs if self.base is None else (*self.inputs, self.base)
+        named = [entry.named for entry in inputs if entry.named is not None]
+        return tuple(dict.fromkeys([*named, *(leaf.model for leaf in self.reads)]))
+
+    @property
     def reads(self) -> tuple[Stored, ...]:
         """The stored tensors that are read for it, each once, those of the base last."""
         return tuple(dict.fromkeys(leaf for source in self.sources for leaf in source.leaves))
@@ -112,6 +123,11 @@ class Job:
         source = self.inputs[0].source
         return source if self.method == PASSTHROUGH and scale == 1.0 and source.dtype == self.dtype else None
 
+    @property
+    def kind(self) -> str:
+        """What is done, in a word: copy, low-rank, or the method's name."""
+        return "copy" if self.is_copy else "low-rank" if isinstance(self.inputs[0].source, Factor) else self.method
+
 
 @dataclass(frozen=True)
 class Making:
@@ -123,12 +139,16 @@ class Making:
             the layer's tensors, and its number there.
         has_head: whether the output's head is a tensor of its own, not the embedding.
         tokens: what the recipe's tokenizer block brings about, if it has one.
+        config: the output's config, where it is not the donor's.
+        reasons: why tensors of the models are left out, by their names, where that was decided on the way.
     """
 
     jobs: tuple[Job, ...]
     layers: Mapping[str, tuple[tuple[LockedModel, int], ...]]
     has_head: bool
-    tokens: Tokens | None
+    tokens: Tokens | None = None
+    config: Mapping[str, Any] | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
@@ -220,6 +240,9 @@ class _Maker:
         if self.tokens is None:
             return self._locked.source(number, tensor)
         return self.tokens.rows_of(self._locked, number, tensor, is_head(out))
+
+    def _named(self, number: int) -> int | None:
+        return number if self._locked.owner(number) != number else None
 
     def _stack(self, stack: str, cuts: Sequence[Cut]) -> Iterator[Job]:
         taken = self.layers.setdefault(stack, [])
@@ -317,10 +340,10 @@ class _Maker:
         base: Input | None = None
         for part, tensor, source in zip(piece.parts, tensors, sources, strict=True):
             if part.is_base and method.subtracts_base:
-                base = Input(source)
+                base = Input(source, named=self._named(part.number))
                 continue
             own = self._numbers(piece, method, (part.source.parameters, *levels), tensor.name, position, per_model=True)
-            inputs.append(Input(source, own))
+            inputs.append(Input(source, own, self._named(part.number)))
         settings = self._numbers(piece, method, levels, out, position, per_model=False)
         leading = tensors[piece.leader]
         dtype = self._dtype or self._donors_dtype(piece.parts[piece.leader].model, leading)

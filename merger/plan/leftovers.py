@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merger.checkpoints.architecture import Place, is_buffer
+from merger.checkpoints.architecture import Place, is_buffer, is_head
 from merger.checkpoints.config import (
     Kind,
     Layer,
@@ -38,17 +38,30 @@ class LeftOut:
 def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
     """Every stored tensor that is read for no tensor of the output; the first document that has its model says why."""
     read = _read(making)
-    documents = [*((stage.locked, stage.making) for stage in locked.stages), (locked, making)]
+    documents = [(stage.locked, stage.making, _read(stage.making)) for stage in locked.stages]
+    documents.append((locked, making, read))
     for number, model in enumerate(locked.models):
-        document, its = next(pair for pair in documents if model.ref in pair[0].recipe.parents)
-        used = _read(its).get(number, set())
-        places = [model.architecture.place(name) for name in used]
-        layers = {(place.stack, place.layer) for place in places}
-        for name in model.checkpoint.tensors:
-            if name not in read.get(number, set()):
-                made = f"nothing is made of what the stage {document.recipe.name} makes of it"
-                yield LeftOut(number, name, made if name in used else _why(document, model, name, layers))
+        rest = [name for name in model.checkpoint.tensors if name not in read.get(number, ())]
+        if locked.owner(number) != number:
+            continue
+        if model.lora is not None:
+            yield from (
+                LeftOut(number, name, making.reasons.get(name) or _why_of_adapter(model, name)) for name in rest
+            )
+            continue
+        document, its, used = next(of for of in documents if model.ref in of[0].recipe.parents)
+        mine = used.get(number, set())
+        layers = {(place.stack, place.layer) for place in map(model.architecture.place, mine)}
+        for name in rest:
+            made = f"nothing is made of what the stage {document.recipe.name} makes of it"
+            why = made if name in mine else its.reasons.get(name) or _why(document, model, name, layers)
+            yield LeftOut(number, name, why)
         yield from (LeftOut(number, name, "only a quantised model has a use for it") for name in model.aside)
+
+
+def _why_of_adapter(model: LockedModel, name: str) -> str:
+    tied = model.lora is not None and model.lora.tied and is_head(name)
+    return "the head is the embedding" if tied else "nothing is made of the tensor that it changes"
 
 
 def _read(making: Making) -> dict[int, set[str]]:
@@ -63,6 +76,10 @@ def _read(making: Making) -> dict[int, set[str]]:
 def _why(locked: LockedRecipe, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
     donor, recipe = locked.donor, locked.recipe
     place: Place = model.architecture.place(name)
+    if recipe.lora is not None:
+        return "the adapter holds the fine-tune's in its place"
+    if name in model.changes and model.changes[name].whole is not None:
+        return "its adapter holds the tensor whole"
     if model.ref not in recipe.merged:
         return "the recipe takes only tokens of this model"
     if not layers or (model.architecture.stacks and all(stack is None for stack, _ in layers)):
@@ -84,6 +101,8 @@ def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
     Raises:
         RecipeError: no config could describe the layers in this order, or a token that it names.
     """
+    if making.config is not None:
+        return making.config
     donor = locked.donor
     edited: Mapping[str, Any] = donor.checkpoint.config
     if not edited:

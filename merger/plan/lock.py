@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from merger.checkpoints import adapter as adapters
 from merger.checkpoints import chat, vocab
+from merger.checkpoints.adapter import Adapter, Change
 from merger.checkpoints.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.checkpoints.checkpoint import (
     FLOATS,
@@ -39,7 +41,7 @@ from merger.checkpoints.pickled import is_pickled
 from merger.checkpoints.pickled import tensors as pickled_tensors
 from merger.checkpoints.quantised import Scaled, unpacked
 from merger.errors import ModelError, Problem, RecipeError
-from merger.plan.sources import Dequantised, Made, Stored
+from merger.plan.sources import Added, Dequantised, LowRank, Made, Source, Stored
 from merger.recipe.model import ModelRef, Recipe
 from merger.recipe.tokenizer import AUTO
 from merger.stores.ports import FileInfo, Located, Store
@@ -67,6 +69,9 @@ class LockedModel:
         texts: of its tokenizer's files those that the plan needs, by name.
         scaled: the tensors that are stored as numbers and scales, by name.
         aside: the names of stored tensors that only a quantised model has a use for.
+        lora: what its files hold, of a LoRA adapter; its config is adapter_config.json.
+        adapter: the LoRA adapter that is added to it.
+        changes: what that makes of its tensors, by their names.
         licence_file: which licence the file beside it is, where its card names none.
     """
 
@@ -77,6 +82,9 @@ class LockedModel:
     texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     scaled: Mapping[str, Scaled] = field(default_factory=dict, repr=False)
     aside: tuple[str, ...] = field(default=(), repr=False)
+    lora: Adapter | None = field(default=None, repr=False)
+    adapter: LockedModel | None = field(default=None, repr=False)
+    changes: Mapping[str, Change] = field(default_factory=dict, repr=False)
     licence_file: str | None = None
 
     @cached_property
@@ -145,8 +153,8 @@ class LockedModel:
 
     @property
     def name(self) -> str:
-        """The name for readers: repo id, or the folder's last part."""
-        return self.located.name
+        """The name for readers: repo id, or the folder's last part; with that of its adapter."""
+        return self.located.name if self.adapter is None else f"{self.located.name}+{self.adapter.name}"
 
     @property
     def licence(self) -> str | None:
@@ -185,11 +193,13 @@ class StageModel(LockedModel):
 
 @dataclass(frozen=True)
 class LockedRecipe:
-    """A recipe and its models, in the order of ``recipe.models``; then its stages, once it is known what they make.
+    """A recipe and its models, in the order of ``recipe.models``; then the adapters that are added to them.
+
+    After them its stages count, once it is known what they make.
 
     Args:
         recipe: the recipe.
-        models: its models.
+        models: its models and adapters.
         stages: what its documents make before the last.
         templates: its own templates for the card, by name, once they are read (templates).
     """
@@ -221,17 +231,41 @@ class LockedRecipe:
         """The numbers of the models and stages of this document."""
         return tuple(self.index(ref) for ref in self.recipe.parents)
 
-    def source(self, number: int, tensor: TensorInfo) -> Stored | Made | Dequantised:
-        """Where the entries of a tensor of the model or stage of that number come from."""
+    def source(self, number: int, tensor: TensorInfo) -> Source:
+        """Where the entries of a tensor of the model or stage of that number come from, as its adapter changes them."""
         model = self.numbered(number)
+        if model.adapter is None or (change := model.changes.get(tensor.name)) is None:
+            return self._stored(number, tensor)
+        adapter = self.index(model.adapter.ref)
+        source = self._stored(number, tensor) if change.whole is None else Stored(adapter, change.whole)
+        if (low := change.low_rank) is not None:
+            lengths = None if low.magnitude is None else Stored(adapter, low.magnitude)
+            source = LowRank(source, Stored(adapter, low.a), Stored(adapter, low.b), low.scale, change.turned, lengths)
+        return source if change.added is None else Added(source, Stored(adapter, change.added), change.scale)
+
+    def _stored(self, number: int, tensor: TensorInfo) -> Source:
+        """The same without an adapter."""
+        model, owner = self.numbered(number), self.owner(number)
         if (scaled := model.scaled.get(tensor.name)) is not None:
-            numbers, scales = Stored(number, scaled.numbers), Stored(number, scaled.scales)
+            numbers, scales = Stored(owner, scaled.numbers), Stored(owner, scaled.scales)
             return Dequantised(numbers, scales, scaled.block, tensor.dtype)
         if not isinstance(model, StageModel):
-            return Stored(number, tensor)
+            return Stored(owner, tensor)
         job = model.jobs[tensor.name]
         passed = job.passed
         return passed if isinstance(passed, Stored | Made) else Made(number, tensor.name, model.seed, job)
+
+    @property
+    def merged(self) -> tuple[LockedModel, ...]:
+        """The models that are merged, without the adapters that are added to some of them."""
+        return tuple(model for model in self.models if model.lora is None or self.recipe.merges_adapters)
+
+    def owner(self, number: int) -> int:
+        """The number of the first model with the same files: one that is named with several adapters is read once."""
+        here = self.numbered(number)
+        if isinstance(here, StageModel):
+            return number
+        return next(first for first, model in enumerate(self.models) if model.located == here.located)
 
     @property
     def donor(self) -> LockedModel:
@@ -273,15 +307,29 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None, 
     """
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
-        commits = [(pinned or {}).get(str(ref)) for ref in recipe.models]
-        attempts = list(
-            models.map(lambda ref, pin: _attempt(ref, store, headers, pin, pickles), recipe.models, commits)
-        )
-    problems = [problem for _, found in attempts for problem in found]
-    if problems:
+        fetching = _Fetching(store, headers, pinned or {}, pickles)
+        fetch = fetching.adapter if recipe.merges_adapters else fetching.model
+        merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
+        loras = _found(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), merged)
+    found = _in_one_layout(_found(merged))
+    by_ref = {lora.ref: lora for lora in loras}
+    changed = _found(_attempt_with(model, by_ref) for model in found)
+    return LockedRecipe(recipe, (*_with_texts(recipe, changed, store), *loras))
+
+
+_Attempt = tuple[LockedModel | None, tuple[Problem, ...]]
+
+
+def _found(attempts: Iterable[_Attempt], others: Iterable[_Attempt] = ()) -> tuple[LockedModel, ...]:
+    """The models that were found.
+
+    Raises:
+        ModelError: with every problem of these attempts and of the others.
+    """
+    tried = list(attempts)
+    if problems := [problem for _, told in (*others, *tried) for problem in told]:
         raise ModelError(problems)
-    found = _in_one_layout([model for model, _ in attempts if model is not None])
-    return LockedRecipe(recipe, _with_texts(recipe, found, store))
+    return tuple(model for model, _ in tried if model is not None)
 
 
 def _in_one_layout(models: Sequence[LockedModel]) -> tuple[LockedModel, ...]:
@@ -300,7 +348,7 @@ def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -
     Raises:
         ModelError: with every file that cannot be read.
     """
-    wanted = set(_wanted(recipe, models))
+    wanted = set(_wanted(recipe, models)) if recipe.lora is None else set()
     held = [{name: info for name, info in model.located.files.items() if name in wanted} for model in models]
     places = {
         _content(info, number, name): (models[number], name)
@@ -356,32 +404,78 @@ def _text(model: LockedModel, name: str, store: Store) -> bytes | Problem:
         return _at(error.problems[0], model.ref)
 
 
-def _attempt(
-    ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None, pickles: bool
-) -> tuple[LockedModel | None, tuple[Problem, ...]]:
+def _attempt(ref: ModelRef, fetch: Callable[[ModelRef], LockedModel]) -> _Attempt:
     """The model, or its problems at the place where the recipe names it."""
     try:
-        return _lock_model(ref, store, pool, commit, pickles), ()
+        return fetch(ref), ()
     except ModelError as error:
         return None, tuple(_at(problem, ref) for problem in error.problems)
+
+
+def _attempt_with(model: LockedModel, loras: Mapping[ModelRef, LockedModel]) -> _Attempt:
+    """The model with what its adapter makes of it, if it has one that could be read."""
+    lora = loras.get(model.ref.adapter) if model.ref.adapter is not None else None
+    if lora is None or lora.lora is None:
+        return model, ()
+    held = model.checkpoint
+    try:
+        found = adapters.changes(lora.lora, held.tensors, held.config)
+    except ModelError as error:
+        return None, tuple(_at(problem, model.ref) for problem in error.problems)
+    return replace(model, adapter=lora, changes=found), ()
 
 
 def _at(problem: Problem, ref: ModelRef) -> Problem:
     return replace(problem, at=problem.at or ref.at, where=problem.where or f"models[{ref}]")
 
 
-def _lock_model(
-    ref: ModelRef, store: Store, pool: ThreadPoolExecutor, commit: str | None, pickles: bool
-) -> LockedModel:
-    located = store.locate(ref.path, commit or ref.revision)
-    alone = is_single(located.name)
-    config = {} if alone else _config(located, store, pickles)
-    found = unpacked(tensors_of(located, store, pool, pickles), config)
-    begins = STEM if alone or (pickles and is_pickled(located.files)) else _stem(located)
-    checkpoint = Checkpoint(found.tensors, found.config, begins)
+@dataclass(frozen=True)
+class _Fetching:
+    """Reads what is needed of models and adapters; `pinned`: the commits to take; `pickles`: see `lock`."""
+
+    store: Store
+    pool: ThreadPoolExecutor
+    pinned: Mapping[str, str]
+    pickles: bool
+
+    def _located(self, ref: ModelRef) -> Located:
+        return self.store.locate(ref.path, self.pinned.get(str(ref)) or ref.revision)
+
+    def model(self, ref: ModelRef) -> LockedModel:
+        located, store = self._located(ref), self.store
+        alone = is_single(located.name)
+        config = {} if alone else _config(located, store, self.pickles)
+        found = unpacked(tensors_of(located, store, self.pool, self.pickles), config)
+        begins = STEM if alone or (self.pickles and is_pickled(located.files)) else _stem(located)
+        checkpoint = Checkpoint(found.tensors, found.config, begins)
+        card, licence = _licensed(located, store)
+        return LockedModel(ref, located, checkpoint, card, scaled=found.scaled, aside=found.aside, licence_file=licence)
+
+    def adapter(self, ref: ModelRef) -> LockedModel:
+        located = self._located(ref)
+        _check_adapter_files(located)
+        config = _json(located, adapters.CONFIG, self.store)
+        tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, adapters.TENSORS)}
+        lora = adapters.read_adapter(config, tensors)
+        card, licence = _licensed(located, self.store)
+        return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
+
+
+def _check_adapter_files(located: Located) -> None:
+    if adapters.CONFIG not in located.files:
+        hint = "is it a LoRA adapter as PEFT saves it?"
+        raise ModelError(Problem(f"has no {adapters.CONFIG}", hint=hint))
+    if adapters.TENSORS not in located.files:
+        pickled = adapters.PICKLED in located.files
+        what = f"has no {adapters.TENSORS}" + (f", only {adapters.PICKLED}" if pickled else "")
+        hint = "such files can run code when they are read: load it with PEFT and save it with save_pretrained"
+        raise ModelError(Problem(what, hint=hint if pickled else "the adapter is incomplete: download it again"))
+
+
+def _licensed(located: Located, store: Store) -> tuple[Mapping[str, Any], str | None]:
+    """The metadata of its card; and where that names no licence, which one the file beside it is."""
     card = _card(located, store)
-    licence = None if stated_licence(card) else _licence_file(located, store)
-    return LockedModel(ref, located, checkpoint, card, scaled=found.scaled, aside=found.aside, licence_file=licence)
+    return card, None if stated_licence(card) else _licence_file(located, store)
 
 
 def stated_licence(card: Mapping[str, Any]) -> str | None:
@@ -407,18 +501,25 @@ def _stem(located: Located) -> str:
 
 
 def _config(located: Located, store: Store, pickles: bool) -> Mapping[str, Any]:
-    if "config.json" not in located.files:
-        if not (pickles and is_pickled(located.files)):
-            stem(located.files)  # what else is missing is told first
-        hint = "to merge tensors without a config, name their file: .../model.safetensors"
-        raise ModelError(Problem("has no config.json", hint=hint))
+    if "config.json" in located.files:
+        return _json(located, "config.json", store)
+    if adapters.CONFIG in located.files:
+        hint = f"add it to its model: org/model+{located.name}; or list adapters under adapters: to merge them"
+        raise ModelError(Problem("is a LoRA adapter, not a model", hint=hint))
+    if not (pickles and is_pickled(located.files)):
+        stem(located.files)  # what else is missing is told first
+    hint = "to merge tensors without a config, name their file: .../model.safetensors"
+    raise ModelError(Problem("has no config.json", hint=hint))
+
+
+def _json(located: Located, file: str, store: Store) -> Mapping[str, Any]:
     try:
-        config = json.loads(store.fetch(located, "config.json"))
+        content = json.loads(store.fetch(located, file))
     except (ValueError, RecursionError) as error:
-        raise ModelError(Problem(f"config.json is no JSON ({error})", hint="download the model again")) from None
-    if not isinstance(config, dict):
-        raise ModelError(Problem("config.json is no JSON object", hint="download the model again"))
-    return config
+        raise ModelError(Problem(f"{file} is no JSON ({error})", hint="download the model again")) from None
+    if not isinstance(content, dict):
+        raise ModelError(Problem(f"{file} is no JSON object", hint="download the model again"))
+    return content
 
 
 def tensors_of(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
+from merger.checkpoints.adapter import CONFIG, TENSORS
 from merger.checkpoints.checkpoint import ITEM_BYTES
 from merger.checkpoints.shard import header, shard_name
 from merger.errors import BudgetError, Problem
@@ -20,6 +21,7 @@ from merger.plan import moe, routing
 from merger.plan.jobs import Job, Making, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.lock import LockedRecipe
+from merger.plan.loras import make_lora
 from merger.plan.sources import Made, RowMap, RowPairs, held
 from merger.plan.stages import with_stages
 from merger.plan.texts import Texts, texts
@@ -82,7 +84,7 @@ class Plan:
         locked: the recipe and its models.
         shards: the output files.
         left_out: the tensors of the models that nothing is made of.
-        config: the output's config.json; empty: it has none.
+        config: the output's config.json, of an adapter its adapter_config.json; empty: it has none.
         tokens: the result's vocabulary, where the recipe has a tokenizer block.
         texts: the small files beside the tensors.
         seed: for methods that draw random numbers.
@@ -109,6 +111,11 @@ class Plan:
     read_bytes: int
     spool: int
     hash: str
+
+    @property
+    def config_name(self) -> str:
+        """The name of the output's config, which makes it look like a model or like an adapter."""
+        return "config.json" if self.locked.recipe.lora is None else CONFIG
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -195,17 +202,12 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         RecipeError, MismatchError: from `jobs.make`.
         BudgetError: it cannot fit into the memory.
     """
+    lora = locked.recipe.lora is not None
     locked = with_stages(locked, table, seed)
     seed = locked.recipe.seed if seed is None else seed
     making, edited = _made(locked, table, seed)
-    small = texts(locked, making.tokens)
-    shards = tuple(
-        _shards(
-            _in_file_order(making.jobs, locked.index(locked.holder.ref)),
-            budget.shard_bytes,
-            locked.holder.checkpoint.stem,
-        )
-    )
+    small = Texts({}) if lora else texts(locked, making.tokens)
+    shards = _whole_file(making.jobs) if lora else _files_of(locked, making.jobs, budget.shard_bytes)
     remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
     draft = Plan(
         locked=locked,
@@ -230,11 +232,22 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
     return _fitted(draft, table, budget)
 
 
+def _whole_file(jobs: tuple[Job, ...]) -> tuple[Shard, ...]:
+    """An adapter: one file, whatever its size. A and B stay side by side, for they are made together."""
+    return (Shard(TENSORS, _aligned(jobs)),)
+
+
+def _files_of(locked: LockedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[Shard, ...]:
+    holder = locked.holder
+    ordered = _in_file_order(jobs, locked.owner(locked.index(holder.ref)))
+    return tuple(_shards(ordered, limit, holder.checkpoint.stem))
+
+
 def _made(locked: LockedRecipe, table: Mapping[str, Method], seed: int) -> tuple[Making, Mapping[str, Any]]:
     """The jobs, and the output's config.json."""
     if locked.recipe.mixture is not None:
         return moe.make(locked, locked.recipe.mixture, seed)
-    making = make(locked, table)
+    making = make(locked, table) if locked.recipe.lora is None else make_lora(locked, table, seed)
     return making, config(locked, making)
 
 
@@ -269,9 +282,13 @@ def _shards(jobs: tuple[Job, ...], limit: int, stem: str) -> list[Shard]:
             held = 0
         groups[-1].append(job)
         held += job.nbytes
-    # Loaders want each tensor aligned to its own item size; larger items first keep them so.
-    ordered = [tuple(sorted(group, key=lambda job: -ITEM_BYTES[job.dtype])) for group in groups]
+    ordered = [_aligned(group) for group in groups]
     return [Shard(shard_name(number, len(ordered), stem), group) for number, group in enumerate(ordered, 1)]
+
+
+def _aligned(jobs: Sequence[Job]) -> tuple[Job, ...]:
+    """Loaders want each tensor aligned to its own item size; larger items first keep them so."""
+    return tuple(sorted(jobs, key=lambda job: -ITEM_BYTES[job.dtype]))
 
 
 def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:

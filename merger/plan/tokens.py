@@ -86,8 +86,11 @@ def _rows_in(locked: LockedRecipe, number: int, tensor: TensorInfo) -> Stored | 
     source, model = locked.source(number, tensor), locked.numbered(number)
     if isinstance(source, Stored | Made):
         return source
-    what = f"{model.name}: {tensor.name} is quantised, and its rows are to be put in another order"
-    raise MismatchError(_about(model, what, "take the model that it was quantised from, or leave out tokenizer:"))
+    why, hint = "is quantised", "take the model that it was quantised from, or leave out tokenizer:"
+    if model.adapter is not None:
+        why, hint = "is changed by an adapter", "merge the two with passthrough first, or leave out tokenizer:"
+    what = f"{model.name}: {tensor.name} {why}, and its rows are to be put in another order"
+    raise MismatchError(_about(model, what, hint))
 
 
 def _must_fit(model: LockedModel, tensor: TensorInfo) -> None:

@@ -92,6 +92,33 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """The result is a LoRA adapter: of the adapters that the recipe merges, or of what a fine-tune changed in its base.
+
+    Args:
+        rank: how many directions each matrix has at most; None: as many as all the adapters together.
+        alpha: the adapter's lora_alpha; None: its rank, with which B A counts once.
+        core: whether adapters are merged in the directions that they have (Core Space), not as whole matrices.
+        extracted: whether it is what a fine-tune changed.
+        include: a regular expression that the names of tensors must match somewhere; None: all do.
+        exclude: one that they must not match.
+        embeddings: whether embeddings are taken apart too; else the adapter holds them whole.
+        distribute_scale: whether singular values are shared between A and B; else B has them.
+        skip_rest: whether tensors that are no matrices are left out; else the adapter holds them whole.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    core: bool = False
+    extracted: bool = False
+    include: str | None = None
+    exclude: str | None = None
+    embeddings: bool = False
+    distribute_scale: bool = False
+    skip_rest: bool = False
+
+
+@dataclass(frozen=True)
 class Taken:
     """Tensors that one model gives as they are, whatever else the recipe says of them.
 
@@ -268,6 +295,7 @@ class Recipe:
         tokenizer: the result's tokenizer; None: that of the base model, else of the first model, as it is.
         chat_template: the result's chat template; None: the one that comes with its tokenizer.
         publish: where the result goes.
+        lora: for a result that is a LoRA adapter: of what kind; None: it is a model.
         mixture: the mixture of experts that the recipe asks for, or None.
         warnings: what is allowed but has no effect, or is likely not meant.
         at: where the document begins; `name_at`: where its name stands.
@@ -286,6 +314,7 @@ class Recipe:
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
     publish: Publish = field(default_factory=Publish)
+    lora: Lora | None = None
     mixture: Mixture | None = None
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
     at: Span | None = field(default=None, compare=False)
@@ -321,6 +350,21 @@ class Recipe:
         bases = [piece.base_model for piece in self.slices if piece.base_model is not None]
         own = [self.base_model] if self.base_model is not None else []
         return tuple(dict.fromkeys([*experts, *sources, *bases, *own, *(rule.model for rule in self.tensors)]))
+
+    @property
+    def merges_adapters(self) -> bool:
+        """Whether its models are adapters, and its result is one."""
+        return self.lora is not None and not self.lora.extracted
+
+    @property
+    def adapters(self) -> tuple[ModelRef, ...]:
+        """Every adapter that is added to one of the models once, in the order of the models."""
+        return tuple(dict.fromkeys(ref.adapter for ref in self.models if ref.adapter is not None))
+
+    @property
+    def references(self) -> tuple[ModelRef, ...]:
+        """All that is looked up: the models, then their adapters."""
+        return (*self.models, *self.adapters)
 
     @property
     def donor(self) -> ModelRef:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import Problem, RecipeError, Span
-from merger.recipe import checks, mixture, spans
+from merger.recipe import checks, loras, mixture, spans
 from merger.recipe.checks import Choice, Found
 from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
@@ -25,7 +25,7 @@ from merger.recipe.values import UNREADABLE, Block, filter_of, identity, paramet
 if TYPE_CHECKING:
     from merger.methods.registry import Method
 
-FORMS = ("models", "slices", "modules")
+FORMS = ("models", "slices", "modules", "adapters")
 TOKENS = ("tokenizer", "tokenizer_source", "chat_template")
 TOP = (
     "name",
@@ -39,7 +39,10 @@ TOP = (
     "seed",
     *TOKENS,
     "publish",
+    "lora",
+    "extract_lora",
 )
+EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "publish")
 MODEL = ("model", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
 SOURCE = ("model", "layer_range", "parameters")
@@ -82,6 +85,9 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
         hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
         raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
     recipes = [_Reader(top, table).recipe(path, text) for top in tops]
+    for top, of in zip(tops, recipes, strict=True):
+        if of.lora is not None and len(tops) > 1:
+            top.error("an adapter is made by a recipe of one document", "put it into a file of its own")
     recipe = recipes[0] if len(recipes) == 1 else joined(recipes, notes)
     problems = [*documents.problems, *notes.errors.values()]
     if problems:
@@ -120,6 +126,8 @@ class _Reader:
         fields = self.top.fields("a map with the key merge_method", TOP, _TOP_HINTS)
         if fields is None:
             return Recipe(path, text, (), at=self.top.at)
+        if "extract_lora" in fields.places:
+            return self._extraction(path, text, fields)
         block = parameters(fields)
         scope = _Scope(None, None, ()).below(fields, block, self.table)
         modules = self._modules(fields, scope)
@@ -158,9 +166,17 @@ class _Reader:
             seed=_seed(fields),
             chat_template=chat_template(fields),
             publish=_publish(fields),
+            lora=loras.lora(fields),
             at=self.top.at,
             name_at=name.at if name else None,
         )
+
+    def _extraction(self, path: str, text: str, fields: Fields) -> Recipe:
+        """A recipe that takes from a fine-tune what it changed: it merges nothing."""
+        for key in [key for key in fields.places if key not in EXTRACTING]:
+            fields.place.error(f"{key} has no meaning beside extract_lora", "take it out", fields.places[key].key)
+        found, module = loras.extraction(fields.places["extract_lora"])
+        return replace(self._of(path, text, fields, modules=(module,), base_model=_base(module)), lora=found)
 
     def _without_method(self, modules: tuple[Module, ...]) -> None:
         """A recipe may leave out merge_method if every slice names one."""
@@ -173,6 +189,16 @@ class _Reader:
 
     def _read_form(self, key: str, fields: Fields, scope: _Scope) -> list[Module]:
         place = fields.places[key]
+        if key == "adapters":
+            for other in (fields.get(name) for name in ("base_model", "tensors", *TOKENS)):
+                if other is not None:
+                    other.error("has no meaning beside adapters", "take it out", other.key)
+            method = loras.choice(scope.method) if scope.method else None
+            pieces = self._slices("models", place, replace(scope, method=method, base_model=None))
+            for source in pieces[0].sources:
+                if source.model.adapter is not None:
+                    place.error(f"{source.model} is a model and an adapter", "name the adapter alone", source.model.at)
+            return [Module(None, pieces)]
         if key != "modules":
             return [Module(None, self._slices(key, place, scope), at=place.key)]
         entries = place.entries("a map from the names of modules to what they are made of")
@@ -254,6 +280,10 @@ class _Reader:
     def _block(self, block: Block, pieces: Sequence[Slice]) -> None:
         """Look at a level's parameters with the methods in force anywhere below it."""
         checks.block(block, [self.table.get(piece.method) for piece in pieces], self.table)
+
+
+def _base(module: Module) -> ModelRef | None:
+    return module.slices[0].base_model if module.slices else None
 
 
 def _form(fields: Fields, forms: tuple[str, ...]) -> list[str]:

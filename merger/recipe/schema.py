@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from merger.recipe import mixture, parse, tokenizer, values
+from merger.recipe import loras, mixture, parse, tokenizer, values
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
 from merger.recipe.model import (
     Expert,
+    Lora,
     Mixture,
     ModelRef,
     Module,
@@ -43,12 +44,14 @@ _WORDS = {
     "models": "The models to merge, all of their layers each.",
     "slices": "The runs of layers that the result is made of, from the first layer to the last.",
     "modules": "The parts of the model by name, each with its own models or slices.",
+    "adapters": "The LoRA adapters to merge into one.",
+    "extract_lora": "The result is a LoRA adapter of what a fine-tune changed in its base model.",
     "out_dtype": "The dtype of the result; counts before dtype.",
     "tokenizer_source": "The source of the result's tokenizer: as much as tokenizer: {source: ...}.",
     "kind": "zero: a row of zeros; model_token: the row of another token.",
     "token_id": "The token's id in that model.",
     "residual_weight": "Has no effect.",
-    "lora": f"A LoRA adapter to be added to the model {_NOT_BUILT}.",
+    "lora": "A LoRA adapter that is added to the model.",
     "filter": "A part of the tensors' names that this value is for, case and all; without it: every tensor.",
     "value": "A number, or a gradient: numbers from the slice's first layer to its last.",
 }
@@ -75,6 +78,8 @@ def schema(table: Mapping[str, Method]) -> Json:
             "module": _module(),
             "expert": _expert(),
             "publish": _publish(),
+            "lora": _lora(loras.LORA),
+            "extract_lora": _lora(loras.EXTRACT) | {"required": ["model", "base_model", "rank"]},
             "tokenizer": _tokenizer(),
         },
     }
@@ -101,6 +106,9 @@ def _top() -> Json:
         "tokenizer_source": _ref("reference"),
         "chat_template": _or_null(_text()),
         "publish": _ref("publish"),
+        "adapters": _ref("models"),
+        "lora": _ref("lora"),
+        "extract_lora": _ref("extract_lora"),
         "experts": _list(_ref("expert")),
         "shared_experts": _or_null(_list(_ref("expert")) | {"maxItems": 1}),
         "gate_mode": {"enum": [*mixture.GATE_MODES, None]},
@@ -108,8 +116,8 @@ def _top() -> Json:
         "architecture": _or_null(_text()),
     }
     return _map((*parse.TOP, *mixture.MIXTURE), described, shapes) | {
-        "oneOf": [{"required": [form]} for form in (*parse.FORMS, "experts")],
-        "anyOf": [{"required": [key]} for key in ("merge_method", "slices", "modules", "experts")],
+        "oneOf": [{"required": [form]} for form in (*parse.FORMS, "experts", "extract_lora")],
+        "anyOf": [{"required": [key]} for key in ("merge_method", "slices", "modules", "experts", "extract_lora")],
         "dependentRequired": {key: ["experts"] for key in mixture.MIXTURE[1:]} | {"experts": ["base_model"]},
     }
 
@@ -173,6 +181,21 @@ def _publish() -> Json:
         "template": _or_null(_text()),
     }
     return _or_null(_map(parse.PUBLISH, _described(Publish), shapes))
+
+
+def _lora(keys: tuple[str, ...]) -> Json:
+    flag, text = {"type": ["boolean", "null"]}, _or_null(_text())
+    shapes = {
+        "model": _ref("reference"),
+        "base_model": _ref("reference"),
+        "rank": {"type": ["integer", "null"], "minimum": 1},
+        "alpha": {"type": ["number", "string", "null"], "exclusiveMinimum": 0},
+        "include": text,
+        "exclude": text,
+        **dict.fromkeys(("core", "embeddings", "distribute_scale", "skip_rest"), flag),
+    }
+    words = {"model": "The fine-tune.", "base_model": "The model that it was made from."}
+    return _map(keys, _described(Lora) | words, shapes)
 
 
 def _tokenizer() -> Json:

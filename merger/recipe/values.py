@@ -58,7 +58,7 @@ def _of_text(place: Place, text: str) -> ModelRef:
         place.error(f"{text!r} holds more than one +", "one adapter a model: org/name+adapter")
         return UNREADABLE
     found = _pinned(place, model)
-    return replace(found, adapter=_adapter(place, _pinned(place, adapters[0]))) if adapters else found
+    return replace(found, adapter=replace(_pinned(place, adapters[0]), at=place.at)) if adapters else found
 
 
 def _pinned(place: Place, text: str) -> ModelRef:
@@ -75,7 +75,7 @@ def _of_map(fields: Fields) -> ModelRef:
     lora = fields.get("lora")
     model = fields.need("model", _MAP)
     found = _path(model) if model else UNREADABLE
-    return replace(found, adapter=_adapter(lora, _path(lora))) if lora else found
+    return replace(found, adapter=replace(_path(lora), at=lora.at)) if lora else found
 
 
 def _path(place: Place) -> ModelRef:
@@ -95,12 +95,6 @@ def _checked(place: Place, found: ModelRef) -> ModelRef:
     if found.path.endswith(_PICKLED):
         hint = "such files can run code when they are read: convert it to safetensors first"
         place.error(f"{found.path} is not in safetensors", hint)
-    return found
-
-
-def _adapter(place: Place, found: ModelRef) -> ModelRef:
-    hint = "merge the adapter into its model first, and name the folder of the result"
-    place.error("LoRA adapters are not built yet", hint)
     return found
 
 

@@ -178,7 +178,7 @@ class FolderSink:
         if not self._force:
             what = f"the destination {self.name!r} exists and is not empty"
             raise UploadError(Problem(what, hint=f"{another}, or replace it with --force"))
-        if not any((self.folder / name).is_file() for name in ("config.json", LOCK_NAME)):
+        if not any((self.folder / name).is_file() for name in ("config.json", "adapter_config.json", LOCK_NAME)):
             what = f"the destination {self.name!r} holds something that is no model"
             raise UploadError(Problem(what, hint=f"--force replaces models only: {another}"))
 

@@ -144,12 +144,8 @@ MIXTURES = {
 NOT_BUILT = {
     "13-della-linear-filters-union-chatml": ["della_linear is not built yet"],
     "14-model-stock-ignored-weights": ["model_stock is not built yet"],
-    "15-model-stock-lora-refs": [
-        *["LoRA adapters are not built yet"] * 6,
-        "model_stock is not built yet",
-        "LoRA adapters are not built yet",
-    ],
-    "18-sce-lora-base": ["LoRA adapters are not built yet", "sce is not built yet"],
+    "15-model-stock-lora-refs": ["model_stock is not built yet"],
+    "18-sce-lora-base": ["sce is not built yet"],
     "20-breadcrumbs": ["breadcrumbs is not built yet"],
 }
 

@@ -1,0 +1,406 @@
+"""What a LoRA adapter's files hold, and what it changes in a model: names, ranks, scales and places, but no bytes.
+
+Follows PEFT's files: adapter_config.json, and adapter_model.safetensors with names such as
+``base_model.model.<module>.lora_A.weight``. Not here: fetching them (plan.lock), and the sum (engine.adapters).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merger.checkpoints.architecture import is_head
+from merger.checkpoints.checkpoint import FLOATS, TensorInfo
+from merger.checkpoints.config import is_tied
+from merger.errors import ModelError, Problem
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+
+_PREFIX = re.compile(r"^base_model\.model\.")
+_PART = re.compile(
+    r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_bias)"
+    r"(\.weight)?$"
+)
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)")
+TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+"""Kinds of models whose linear layers hold their matrices with the inputs first (transformers' Conv1D)."""
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_NOT_BUILT = {
+    "layer_replication": "it repeats layers of its model",
+    "trainable_token_indices": "it trains single rows of the embedding",
+    "target_parameters": "it changes parameters that are no module's weight",
+    "use_qalora": "it groups a quantised model's inputs",
+    "use_bdlora": "its matrices are block-diagonal",
+    "kasa_config": "it takes singular values away from its model",
+    "arrow_config": "it routes between adapters while it runs",
+    "alora_invocation_tokens": "it acts only after certain tokens",
+    "megatron_config": "its layers are Megatron's",
+}
+_SHOWN = 3
+_MERGE_FIRST = "merge it into its model with PEFT's merge_and_unload, and name the folder of the result"
+_DAMAGED = "the adapter is incomplete or damaged: download it again, or ask its author"
+
+
+@dataclass(frozen=True)
+class Module:
+    """What an adapter holds for one module of its model: the module's matrix gets ``scale * B @ A`` added.
+
+    Args:
+        name: the module's name in its model.
+        a: A, of `rank` rows, one column for each input.
+        b: B, one row for each output, of `rank` columns.
+        rank: the number of directions.
+        scale: what B A is multiplied by.
+        embedding: whether the module is an embedding: its matrix has its inputs (the tokens) as rows.
+        bias: what is added, times the scale, to the module's bias.
+        magnitude: DoRA's length of each of the sum's rows.
+    """
+
+    name: str
+    a: TensorInfo
+    b: TensorInfo
+    rank: int
+    scale: float
+    embedding: bool = False
+    bias: TensorInfo | None = None
+    magnitude: TensorInfo | None = None
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs the module has."""
+        return self.a.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs."""
+        return self.b.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter by itself.
+
+    Args:
+        model: the model that it was trained on, as its config names it.
+        modules: what it holds for the modules of its model, by their names.
+        whole: the tensors that it holds whole, in place of its model's, by the names that these have there.
+        turned: whether its config says that matrices have their inputs first.
+        tied: whether a head that it holds whole is its embedding once more.
+    """
+
+    model: str | None
+    modules: Mapping[str, Module] = field(repr=False)
+    whole: Mapping[str, TensorInfo] = field(repr=False)
+    turned: bool = False
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter makes of one tensor of its model, in this order.
+
+    Args:
+        whole: it is replaced by this one.
+        low_rank: a product of two small matrices is added to it.
+        turned: whether the tensor has the module's inputs as rows.
+        added: this is added to it, times `scale`.
+        scale: see there.
+    """
+
+    whole: TensorInfo | None = None
+    low_rank: Module | None = None
+    turned: bool = False
+    added: TensorInfo | None = None
+    scale: float = 1.0
+
+
+# ---- an adapter by itself -------------------------------------------------------------------------------------------
+
+
+def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Adapter:
+    """The adapter that these files hold.
+
+    Args:
+        config: adapter_config.json.
+        tensors: the tensors of adapter_model.safetensors by name.
+
+    Raises:
+        ModelError: it is no LoRA adapter, of a kind that is not built, or damaged; with every problem that was found.
+    """
+    problems = list(_config_problems(config))
+    if problems:
+        raise ModelError(problems)
+    parts, whole = _parted(tensors)
+    modules: dict[str, Module] = {}
+    for name, found in parts.items():
+        module = _module(name, found, config)
+        if isinstance(module, Problem):
+            problems.append(module)
+        else:
+            modules[name] = module
+    if not parts and not whole:
+        problems.append(Problem(f"{TENSORS} holds no tensor", hint=_DAMAGED))
+    if problems:
+        raise ModelError(problems[:_SHOWN])
+    named, flags = config.get("base_model_name_or_path"), ("fan_in_fan_out", "ensure_weight_tying")
+    return Adapter(
+        named if isinstance(named, str) else None, modules, whole, *(config.get(flag) is True for flag in flags)
+    )
+
+
+def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        said = f"is a {kind} adapter" if isinstance(kind, str) else f"{CONFIG} names no peft_type"
+        yield Problem(f"{said}; LoRA is the only kind that is built", hint=_MERGE_FIRST)
+        return
+    for key, why in _NOT_BUILT.items():
+        if config.get(key):
+            yield Problem(f"{CONFIG} has {key}: {why}, which is not built", hint=_MERGE_FIRST)
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        what = (
+            f"{CONFIG} has init_lora_weights: {start}, with which PEFT changes the model too, not only by the adapter"
+        )
+        hint = "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...) writes a plain adapter"
+        yield Problem(what, hint=hint)
+    yield from _number_problems(config)
+
+
+def _number_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    if not _is_number(rank) or not isinstance(rank, int) or rank < 1:
+        yield Problem(f"{CONFIG} has r: {rank!r}, which is no rank", hint=_DAMAGED)
+    if not _is_number(alpha):
+        yield Problem(f"{CONFIG} has lora_alpha: {alpha!r}, which is no number", hint=_DAMAGED)
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        sound = isinstance(patterns, Mapping) and all(_is_number(value) for value in patterns.values())
+        if not sound or not all(_compiles(pattern) for pattern in patterns):
+            yield Problem(f"{CONFIG}: {key} is no map of regular expressions to numbers", hint=_DAMAGED)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _parted(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """The tensors of each module by what they are to it, and those that stand for whole tensors of the model."""
+    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    whole: dict[str, TensorInfo] = {}
+    for name, tensor in tensors.items():
+        own = _PREFIX.sub("", name)
+        match = _PART.match(own.replace(".lora_B.bias", ".lora_bias"))
+        if match is None:
+            whole[_WRAPPED.sub("", own)] = tensor
+        else:
+            parts[match["module"]][match["part"]] = tensor
+    return parts, whole
+
+
+def _module(name: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Module | Problem:
+    """A module's tensors, if they belong together."""
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    lacking = [part for part in (first, second) if part not in parts]
+    if lacking:
+        return Problem(f"{name} has {', '.join(parts)}, but no {lacking[0]}", hint=_DAMAGED)
+    a, b = parts[first], parts[second]
+    rank = int(_of_pattern(config, "rank_pattern", name, config.get("r", 8)))
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        what = f"{name} is a convolution: its {first} has the shape {_shape(a)}"
+        return Problem(f"{what}, and only matrices are built", hint=_MERGE_FIRST)
+    if (a.shape[0], b.shape[1]) != (rank, rank):
+        what = f"{name}: {CONFIG} says rank {rank}, but {first} is {_shape(a)} and {second} is {_shape(b)}"
+        return Problem(what, hint=_DAMAGED)
+    odd = next((part for part in parts.values() if part.dtype not in FLOATS), None)
+    if odd is not None:
+        return Problem(f"{odd.name} is stored as {odd.dtype}, which is not read", hint=_MERGE_FIRST)
+    alpha = _of_pattern(config, "alpha_pattern", name, config.get("lora_alpha", 8))
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    module = Module(name, a, b, rank, scale, embedding, parts.get("lora_bias"), parts.get("lora_magnitude_vector"))
+    return _lengths(module, config) or module
+
+
+def _lengths(module: Module, config: Mapping[str, Any]) -> Problem | None:
+    """What is wrong with the vectors that go with the matrices."""
+    for vector, told in ((module.bias, "lora_B.bias"), (module.magnitude, "lora_magnitude_vector")):
+        if vector is not None and vector.entries != module.outputs:
+            what = f"{module.name}: {told} has {vector.entries:,} numbers, and lora_B {module.outputs:,} rows"
+            return Problem(what, hint=_DAMAGED)
+    if bool(config.get("use_dora")) != (module.magnitude is not None):
+        has = "has" if module.magnitude is not None else "has no"
+        what = f"{module.name} {has} lora_magnitude_vector, but {CONFIG} says use_dora: {bool(config.get('use_dora'))}"
+        return Problem(what, hint=_DAMAGED)
+    if module.magnitude is not None and module.embedding:
+        return Problem(f"{module.name} is an embedding with DoRA, which is not built", hint=_MERGE_FIRST)
+    return None
+
+
+def _of_pattern(config: Mapping[str, Any], key: str, module: str, otherwise: float) -> float:
+    """A module's number: of the first pattern that the end of its name matches, as in PEFT."""
+    patterns: Mapping[str, float] = config.get(key) or {}
+    return next((value for of, value in patterns.items() if re.match(rf"(.*\.)?({of})$", module)), otherwise)
+
+
+# ---- an adapter and its model ---------------------------------------------------------------------------------------
+
+
+def changes(adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Mapping[str, Change]:
+    """What an adapter makes of a model's tensors, by their names.
+
+    Args:
+        adapter: the adapter.
+        tensors: the model's tensors by name.
+        config: the model's config.json.
+
+    Raises:
+        ModelError: some part of it has no place in the model, or does not fit there.
+    """
+    fitting = _Fitting(adapter, tensors, config)
+    found = fitting.changes()
+    if fitting.problems:
+        raise ModelError(fitting.problems)
+    return found
+
+
+class _Fitting:
+    """One adapter held against one model."""
+
+    def __init__(self, adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
+        self._adapter, self._tensors, self._config = adapter, tensors, config
+        self._names = _Names(tensors)
+        self._homeless: list[str] = []
+        self.problems: list[Problem] = []
+
+    def changes(self) -> dict[str, Change]:
+        found: dict[str, Change] = {}
+        for name, tensor in self._adapter.whole.items():
+            if self._adapter.tied and is_head(name) and is_tied(self._config):
+                continue
+            if (place := self._place(name, tensor)) and self._same_shape(place, tensor):
+                found[place.name] = Change(whole=tensor)
+        places = [(module, self._place(f"{name}.weight", module.a)) for name, module in self._adapter.modules.items()]
+        settled = [(module, place) for module, place in places if place is not None and self._fits(module, place)]
+        usual = self._usually_turned(settled)
+        for module, place in settled:
+            turned = self._turned(module, place, usual)
+            if turned and module.magnitude is not None:
+                self._refuse(f"{module.name} has DoRA and its inputs first, which is not built", _MERGE_FIRST)
+            whole = found.get(place.name, Change()).whole
+            found[place.name] = Change(whole, module, turned)
+            self._bias(module, found)
+        self._tell_homeless()
+        return found
+
+    def _refuse(self, what: str, hint: str) -> None:
+        self.problems.append(Problem(what, hint=hint))
+
+    def _place(self, name: str, tensor: TensorInfo) -> TensorInfo | None:
+        """The model's tensor that the adapter calls `name`."""
+        place = self._names.find(name)
+        if is_head(name) and is_tied(self._config):
+            what = f"it changes {name}, which in this model is the embedding"
+            self._refuse(what, "untie the model first, or take an adapter that leaves the head alone")
+            return None
+        if place is None:
+            self._homeless.append(tensor.name)
+            return None
+        if self._tensors[place].dtype not in FLOATS:
+            self._refuse(f"it changes {place}, which is stored as {self._tensors[place].dtype}", _MERGE_FIRST)
+            return None
+        return self._tensors[place]
+
+    def _same_shape(self, place: TensorInfo, tensor: TensorInfo) -> bool:
+        if tensor.dtype not in FLOATS:
+            self._refuse(f"{tensor.name} is stored as {tensor.dtype}, which is not read", _MERGE_FIRST)
+        elif tensor.shape != place.shape:
+            what = f"{tensor.name} is {_shape(tensor)}, but the model's {place.name} {_shape(place)}"
+            self._refuse(what, f"take the model that it was trained on{self._told_model()}")
+        return tensor.dtype in FLOATS and tensor.shape == place.shape
+
+    def _fits(self, module: Module, place: TensorInfo) -> bool:
+        sizes = (module.outputs, module.inputs)
+        allowed = [sizes[::-1]] if module.embedding else [sizes, sizes[::-1]]
+        if place.shape in allowed:
+            return True
+        product = "x".join(map(str, allowed[0]))
+        what = f"{module.name}: B A is {product}, but the model's {place.name} is {_shape(place)}"
+        self._refuse(what, f"take the model that it was trained on{self._told_model()}")
+        return False
+
+    def _usually_turned(self, settled: Iterable[tuple[Module, TensorInfo]]) -> bool:
+        """Whether square matrices have their inputs first: as those do whose shape tells, else as the configs say."""
+        told = [place.shape == (module.inputs, module.outputs) for module, place in settled
+                if module.inputs != module.outputs and not module.embedding]  # fmt: skip
+        return any(told) if told else self._adapter.turned or self._config.get("model_type") in TURNED_MODELS
+
+    def _turned(self, module: Module, place: TensorInfo, usual: bool) -> bool:
+        if module.embedding or module.inputs != module.outputs:
+            return place.shape == (module.inputs, module.outputs)
+        return usual
+
+    def _bias(self, module: Module, found: dict[str, Change]) -> None:
+        if module.bias is None:
+            return
+        place = self._place(f"{module.name}.bias", module.bias)
+        if place is not None and self._same_shape(place, module.bias):
+            whole = found.get(place.name, Change()).whole
+            found[place.name] = Change(whole, added=module.bias, scale=module.scale)
+
+    def _tell_homeless(self) -> None:
+        if not self._homeless:
+            return
+        names, more = self._homeless[:_SHOWN], len(self._homeless) - _SHOWN
+        told = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+        what = f"the model has no place for {told}"
+        self._refuse(what, f"take the model that it was trained on{self._told_model()}")
+
+    def _told_model(self) -> str:
+        return f": {self._adapter.model}" if self._adapter.model else ""
+
+
+class _Names:
+    """Finds a model's tensor by the name that transformers gives it, with a prefix more or less than in the files."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self._endings: dict[str, list[str]] = defaultdict(list)
+        for name in self._names:
+            for ending in _endings(name):
+                self._endings[ending].append(name)
+
+    def find(self, name: str) -> str | None:
+        """The name in the files, if it is clear which."""
+        if name in self._names:
+            return name
+        longer = self._endings.get(name, [])
+        if longer:
+            return longer[0] if len(longer) == 1 else None
+        return next((ending for ending in _endings(name) if ending in self._names), None)
+
+
+def _endings(name: str) -> Iterator[str]:
+    """The name without its first part, without its first two, and so on: ``a.b.c`` -> ``b.c``, ``c``."""
+    while "." in name:
+        name = name.split(".", 1)[1]
+        yield name
+
+
+def _shape(tensor: TensorInfo) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single number"

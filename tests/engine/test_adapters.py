@@ -1,0 +1,99 @@
+"""A matrix with an adapter's product is read block by block: any cut gives the same bits, and the right numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from merger.checkpoints.checkpoint import TensorInfo
+from merger.engine.sources import load
+from merger.plan import sources
+from merger.plan.sources import Added, LowRank, Stored
+
+
+@dataclass
+class Held:
+    """Tensors in memory in the place of files, and how many entries of each were asked for at once at most."""
+
+    tensors: dict[str, Tensor]
+    most: dict[str, int] = field(default_factory=dict)
+
+    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
+        name = leaf.tensor.name
+        self.most[name] = max(self.most.get(name, 0), stop - start)
+        found = self.tensors[name].reshape(-1)[start:stop][-start % step :: step]
+        return out[: len(found)].copy_(found)
+
+
+def stored(name: str, *shape: int) -> Stored:
+    return Stored(0, TensorInfo(name, "F32", shape, "f", 0, 4 * torch.Size(shape).numel()))
+
+
+def drawn(seed: int, rows: int, columns: int, rank: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {"w": (rows, columns), "a": (rank, columns), "b": (rows, rank), "m": (rows,)}
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+
+def pieces(source: LowRank | Added, held: Held, cuts: Sequence[int]) -> Tensor:
+    """The source's entries, block by block as the cuts lie."""
+    entries = torch.Size(source.shape).numel()
+    places = sorted({0, entries, *(cut % (entries + 1) for cut in cuts)})
+    made = [load(source, start, stop, torch.empty(stop - start), held) for start, stop in pairwise(places)]
+    return torch.cat(made).view(source.shape)
+
+
+@pytest.mark.parametrize("kind", ["plain", "turned", "dora"])
+@given(
+    rows=st.integers(1, 40), columns=st.integers(1, 40), rank=st.integers(1, 5), seed=st.integers(0, 99),
+    cuts=st.lists(st.integers(0, 1600), max_size=6),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_blocks_of_any_size_make_the_same_sum(
+    kind: str, rows: int, columns: int, rank: int, seed: int, cuts: list[int]
+) -> None:
+    """Bit for bit that of one block, and the sum that torch makes of whole matrices."""
+    held = Held(drawn(seed, rows, columns, rank))
+    w, a, b, m = (held.tensors[name] for name in "wabm")
+    source = LowRank(stored("w", rows, columns), stored("a", rank, columns), stored("b", rows, rank), 0.7)
+    expected = w + 0.7 * (b @ a)
+    if kind == "turned":
+        held.tensors |= {"a": b.T.contiguous(), "b": a.T.contiguous()}
+        source = LowRank(source.of, stored("a", rank, rows), stored("b", columns, rank), 0.7, turned=True)
+    elif kind == "dora":
+        source = LowRank(source.of, source.a, source.b, 0.7, magnitude=stored("m", rows))
+        expected = m[:, None] * expected / expected.norm(dim=1, keepdim=True)
+    saved = sources.PRODUCT_ENTRIES
+    sources.PRODUCT_ENTRIES = 100
+    try:
+        whole = pieces(source, held, [])
+        assert torch.equal(whole, pieces(source, held, cuts))
+    finally:
+        sources.PRODUCT_ENTRIES = saved
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
+
+
+@given(size=st.integers(1, 50), cuts=st.lists(st.integers(0, 50), max_size=3))
+@settings(max_examples=20, deadline=None)
+def test_what_is_added_to_a_bias_is_added_in_any_blocks(size: int, cuts: list[int]) -> None:
+    """One small tensor and another, times the scale."""
+    held = Held({"to": torch.arange(float(size)), "plus": torch.ones(size)})
+    source = Added(stored("to", size), stored("plus", size), 0.25)
+    assert pieces(source, held, cuts).tolist() == [0.25 + n for n in range(size)]
+
+
+def test_a_block_reads_no_more_of_the_matrix_than_its_entries() -> None:
+    """So a file is read front to back, once, and only the small matrices are kept."""
+    held = Held(drawn(1, 64, 32, 2))
+    source = LowRank(stored("w", 64, 32), stored("a", 2, 32), stored("b", 64, 2), 1.0)
+    pieces(source, held, [500, 900])
+    assert held.most["w"] == 64 * 32 - 900
+    assert source.again == (source.a, source.b)
+    assert LowRank(source.of, source.a, source.b, 1.0, magnitude=stored("m", 64)).again[0] == source.of
