@@ -22,7 +22,7 @@ from merger.plan.lock import LockedModel
 from merger.plan.plan import Plan
 from merger.plan.scores import Score, memory
 from merger.recipe.evaluation import HUB_FILE
-from merger.recipe.model import Perplexity, Recipe
+from merger.recipe.model import Evaluate, Perplexity, Recipe
 from merger.stores.library import Library
 from merger.stores.ports import Sink, Ticket
 from merger.stores.scratch import Scratch, sweep
@@ -195,23 +195,27 @@ def carried_out(
         EvaluationError: a model cannot be measured; the merge waits.
     """
     evaluate = planned.locked.recipe.evaluate
-    parents = planned.locked.models if evaluate is not None and evaluate.parents else ()
+    assert evaluate is not None, "something is measured only where the recipe says so"
     with _folder() as folder:
         sink.lend(folder)
-        for name, content in files.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-        yield from _measured(folder, None, wanted)
-    for model in parents:
+        _write(folder, files)
+        yield from _measured(folder, None, wanted, evaluate)
+    for model in planned.locked.models if evaluate.parents else ():
         if model.ref.adapter is not None:
             continue  # its files are those of the model without it
         if model.located.commit is None:
-            yield from _measured(Path(model.located.where), shown(model), wanted)
+            yield from _measured(Path(model.located.where), shown(model), wanted, evaluate)
             continue
         with _folder() as folder:
             _copy(model, store, folder)
-            yield from _measured(folder, shown(model), wanted)
+            yield from _measured(folder, shown(model), wanted, evaluate)
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
 
 
 @contextmanager
@@ -225,7 +229,7 @@ def _folder() -> Iterator[Path]:
         scratch.close()
 
 
-def _measured(folder: Path, model: str | None, wanted: Wanted) -> Iterator[Measuring | Measured]:
+def _measured(folder: Path, model: str | None, wanted: Wanted, asked: Evaluate) -> Iterator[Measuring | Measured]:
     from merger.engine.evaluate import evaluated
 
     yield Measuring(model)
@@ -236,7 +240,7 @@ def _measured(folder: Path, model: str | None, wanted: Wanted) -> Iterator[Measu
         what = f"{model or 'the merge'} cannot be measured: {problem.what}"
         waits = "the merge is made and waits: the same command goes on from there, or without evaluate: publishes it"
         hint = f"{problem.hint}; {waits}" if problem.hint else waits
-        raise EvaluationError(Problem(what, hint=hint)) from None
+        raise EvaluationError(Problem(what, asked.at, "evaluate", hint)) from None
 
 
 def _copy(model: LockedModel, store: Library, folder: Path) -> None:
@@ -244,10 +248,7 @@ def _copy(model: LockedModel, store: Library, folder: Path) -> None:
     located, config = model.located, model.checkpoint.config
     weights = sorted({tensor.file for tensor in model.checkpoint.tensors.values()})
     small = [name for name in ("config.json", index_name(model.checkpoint.stem)) if name in located.files]
-    for name in (*small, *side_files(located.files, config)):
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(store.fetch(located, name))
+    _write(folder, {name: store.fetch(located, name) for name in (*small, *side_files(located.files, config))})
     tickets = [Ticket(located, name, 0, located.files[name].size) for name in weights]
     with closing(store.reader(tickets, _READ_AHEAD_BYTES)) as reader:
         for number, ticket in enumerate(tickets):
