@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from merger.engine.evaluate import _ended
 from merger.engine.scoring import loss
 from merger.errors import BudgetError, EvaluationError, RecipeError
 from merger.plan.scores import Score, kept, memory, read_scores
-from merger.run import Options, plan, read, run
+from merger.run import Options, Part, needed_disk, plan, read, run
 
 ZOO = Path(__file__).parents[1] / "examples/zoo"
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -178,6 +179,25 @@ def test_a_result_too_large_to_be_measured_is_refused_by_plan(tmp_path: Path) ->
     plan(read(mine), Options(max_memory=needed))
     smaller, _ = plan(read(recipe(tmp_path, block % "bfloat16")), Options())
     assert needed - memory(smaller) == 2 * planned.entries
+
+
+def test_copies_take_disk(tmp_path: Path) -> None:
+    """On the way to the Hub the merge comes back to be measured: so much disk it takes at once, at least."""
+    mine = recipe(tmp_path, f"{{perplexity: {{text: {tmp_path}/lines.txt}}}}")
+    planned, _ = plan(read(mine), Options())
+    assert (evaluation.disk(planned, staged=True), evaluation.disk(planned, staged=False)) == (planned.size, 0)
+    small = Options(to="hf://org/x", stream=True)
+    assert needed_disk(planned, small, planned.shards) == planned.size
+    assert needed_disk(planned, replace(small, part=Part(1, 2)), planned.shards) == 0
+
+
+def test_a_text_that_the_hub_does_not_have(served: LoopbackHub, command: Command, tmp_path: Path) -> None:
+    """It is told at its place before a tensor is read."""
+    served.add_model("org/text", {"a.txt": b"a"})
+    mine = recipe(tmp_path, "{perplexity: {text: hf://org/text/b.txt}}")
+    done = command("run", mine.name, "--to", "out", "--quiet", cwd=tmp_path, hub=served)
+    assert done.returncode == 3
+    assert "mine.yaml:4:31: evaluate.perplexity: org/text has no file b.txt" in done.stderr
 
 
 def test_what_is_not_installed_is_told_before_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
