@@ -16,7 +16,7 @@ from merger.plan.lock import lock
 from merger.plan.lockfile import changed_models, other_plan
 from merger.plan.scores import Score, read_scores
 from merger.published import Merge, open_merge
-from merger.run import Options, card_files, destination_sink, elders, planned_again
+from merger.run import Options, card_files, destination_sink, elders, planned_again, with_templates
 from merger.stores.ports import Published
 
 
@@ -60,9 +60,12 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     recipe = merge.recipe
     if template is not None:
         recipe = replace(recipe, publish=replace(recipe.publish, template=template, template_at=None))
-    parents = stores([ref.path for ref in recipe.models], options.cache, options.read_token)
+    own = recipe.publish.template or ""
+    paths = [*(ref.path for ref in recipe.models), *([own] if own.startswith(HUB) else [])]
+    parents = stores(paths, options.cache, options.read_token)
     locked = lock(recipe, parents, merge.held.pins)
     planned = planned_again(merge.held, locked, options)
+    planned = with_templates(planned, parents)
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:
         raise VerificationError(problems)
     elsewhere = elders(planned, merge.located.commit is not None, options.read_token)

@@ -215,10 +215,10 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     refuse(planned, published=_to(recipe, options).startswith(HUB))
     if options.part is None:
         check_memory(planned, options.max_memory)
-    return _with_templates(planned, store), store
+    return with_templates(planned, store), store
 
 
-def _with_templates(planned: Plan, store: Store) -> Plan:
+def with_templates(planned: Plan, store: Store) -> Plan:
     """The plan with the recipe's own templates for the card, which are tried."""
     templates = own_templates(planned.locked.recipe.publish, store)
     tried = replace(planned, locked=replace(planned.locked, templates=templates))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import tiny
 import torch
-from conftest import Command
 from loopback import LoopbackHub
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from merger import run
 from merger.errors import MergerError
 from merger.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from conftest import Command
 
 RAW = Path(__file__).parent / "recipe/wild/24-raw-pytorch.yaml"
 UNET = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.36.0", "sample_size": 8}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
 import torch
-from conftest import Command
 from loopback import LoopbackHub
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -18,6 +17,9 @@ from transformers import AutoModelForCausalLM
 from merger import run
 from merger.errors import ModelError
 from merger.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from conftest import Command
 
 FP8 = torch.float8_e4m3fn
 BLOCK = [5, 7]

@@ -28,7 +28,8 @@ OURS = Options()
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a template and a merge in out/."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own").mkdir()
+    (tmp_path / "own/parts").mkdir(parents=True)
+    (tmp_path / "own/parts/citation.md.j2").write_text("\n")
     (tmp_path / "mine.yaml").write_text(RECIPE.format(ZOO))
     chosen = Options(to="out")
     *_, last = run(*plan(read(Path("mine.yaml")), chosen), chosen)
@@ -43,19 +44,21 @@ def test_a_card_is_the_same_until_its_template_is_another(folder: Path) -> None:
     assert made.text.encode() == before["README.md"]
     assert "layer 3" in made.text
     assert keep(made, OURS) is None
+    (folder / "own/parts/citation.md.j2").unlink()
     (folder / "own/card.md.j2").write_text("# {{ title }}, {{ related.layers | length }} rows\n")
     kept = keep(recard("out", OURS), OURS)
     assert kept is not None
     assert kept.where == str(folder / "out")
     after = {path.name: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
-    assert after == {**before, "README.md": b"# out, 7 rows\n"}
+    assert after.pop("README.md").endswith(b"---\n# out, 7 rows\n")
+    assert after == {name: content for name, content in before.items() if name != "README.md"}
 
 
 def test_a_template_may_be_given_in_place_of_the_recipes(folder: Path) -> None:
     """Nothing is written by rendering; a template that cannot be rendered is refused."""
     before = (folder / "out/README.md").read_bytes()
-    (folder / "other.md").write_text("{{ recipe }}")
-    assert recard("out", OURS, "other.md").text == RECIPE.format(ZOO)
+    (folder / "other.md").write_text("{{ title }}")
+    assert recard("out", OURS, "other.md").text.endswith("---\nout\n")
     (folder / "other.md").write_text("{{ nobody }}")
     with pytest.raises(RecipeError, match="template cannot be rendered"):
         recard("out", OURS, "other.md")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
 import torch
 import transformers
-from conftest import Command
 from loopback import LoopbackHub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import BASE, model, rows
 
 from merger import run
 from merger.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from conftest import Command
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

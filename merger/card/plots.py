@@ -134,7 +134,7 @@ def _draw(axes: Axes, places: Mapping[Layer, float], values: Mapping[Layer, floa
 def _stacks(layers: Sequence[Layer]) -> list[tuple[int, int]]:
     """Where each stack begins and ends."""
     starts = [number for number, layer in enumerate(layers) if number == 0 or layer[0] != layers[number - 1][0]]
-    return list(zip(starts, [*starts[1:], len(layers)], strict=True))
+    return list(zip(starts, [*starts[1:], len(layers)], strict=True)) if layers else []
 
 
 def _axis(axes: Axes, places: Mapping[Layer, float]) -> None:

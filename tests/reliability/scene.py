@@ -183,7 +183,7 @@ class Scene:
         out, work = self.folder / "out", self.folder / "out.merging"
         done = sorted(item.name for item in (work / "done").glob("*.safetensors"))
         waiting = {name: digest(work / "new" / name) for name in done if (work / "new" / name).is_file()}
-        files = {item.name: digest(item) for item in out.iterdir()} if out.is_dir() else {}
+        files = {item.name: digest(item) for item in out.rglob("*") if item.is_file()} if out.is_dir() else {}
         others = sorted(item.name for item in self.folder.iterdir() if item != out)
         return State(files, int(out.is_dir()), waiting, others + sorted(os.listdir(self.temporary)))
 

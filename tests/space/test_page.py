@@ -9,11 +9,14 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from conftest import Visit, Visitor
 from loopback import LoopbackHub, Request
 from served import SCOPES, SECRET, ServedSpace
+
+if TYPE_CHECKING:
+    from conftest import Visit, Visitor
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 FIRST = "merger-zoo-kjv-python-task-arithmetic"
