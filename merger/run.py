@@ -441,6 +441,7 @@ def _made(
     shards = tuple(held[shard.name] for shard in planned.shards)
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
+    seen = {job.name: seen[job.name] for job in planned.jobs if job.name in seen}  # in whatever order they were made
     scores = (yield from _scored(wanted, planned, store, sink)) if wanted else ()
     related = relations(planned, seen)
     to_hub = destination(planned.locked.recipe, options).startswith(HUB)
