@@ -50,6 +50,12 @@ def family(root: Path, size: str, count: int) -> list[Path]:
     return [_member(root / f"{size}-{n}", n, torch.bfloat16, **BILLIONS[size]) for n in range(count + 1)]
 
 
+def small(root: Path, count: int) -> list[Path]:
+    """The same with two layers as wide as those of a model of a billion parameters, and not many tokens."""
+    shape = {"layers": 2, "hidden": 2048, "middle": 5632, "vocab": 4000, "heads": 32}
+    return [_member(root / f"small-{n}", n, torch.bfloat16, **shape) for n in range(count + 1)]
+
+
 def tiny(root: Path, dtype: torch.dtype = torch.float32, unit: float = 1.0) -> list[Path]:
     """A base and two fine-tunes of four layers, all entries multiplied by `unit`."""
     shape = {"layers": 4, "hidden": 64, "middle": 160, "vocab": 256, "heads": 4}

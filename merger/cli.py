@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="merger",
         description="Merge models from a YAML recipe, tensor by tensor in bounded memory, to a folder or the Hub.",
         epilog="Exit codes: 2 recipe, 3 a model cannot be read, 4 models do not fit each other, 5 not enough memory or "
-        "disk, 6 upload refused, 7 verification failed or models differ, 8 a part is not made. "
+        "disk, 6 upload refused, 7 verification failed or models differ, 8 a part is not made, "
+        "9 the result cannot be measured. "
         "Environment: HF_TOKEN, HF_ENDPOINT, HF_HOME.",
     )
     parser.add_argument("--version", action="version", version=f"merger {version('hub-merger')}")

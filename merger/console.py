@@ -14,8 +14,10 @@ from merger.card.licences import judge
 from merger.card.lineage import shown
 from merger.card.relations import Loss, Relation, Relations, same_models, strange_adapters
 from merger.errors import MergerError, Problem, few
+from merger.evaluation import Measured, Measuring
 from merger.methods.registry import Method, Param
 from merger.plan.plan import Plan
+from merger.plan.scores import memory
 from merger.run import Done, PartDone, Resumed
 from merger.spread import PartMade, PartStarted
 
@@ -139,7 +141,18 @@ def _costs(planned: Plan) -> list[str]:
         f"reads   {size(planned.read_bytes)}",
         f"memory  {size(planned.peak_memory)} at most, with {planned.threads} threads",
         f"disk    {size(planned.disk(staged=False))} for a folder, {size(planned.disk(staged=True))} for the Hub",
+        *_measuring(planned),
     ]
+
+
+def _measuring(planned: Plan) -> list[str]:
+    """What the result is tried on, and what that takes."""
+    wanted = planned.locked.recipe.evaluate
+    if wanted is None:
+        return []
+    tried = ", ".join([*(f"perplexity of {text.text}" for text in wanted.perplexity), *wanted.tasks])
+    whose = "the merge and its parents" if wanted.parents else "the merge"
+    return [f"then    measures {whose}: {tried}; about {size(memory(planned))} of memory"]
 
 
 def _accounting(planned: Plan) -> list[str]:
@@ -288,6 +301,11 @@ def show(event: object, progress: Progress) -> None:
     elif isinstance(event, PartMade):
         progress.add(event.nbytes)
         progress.say(f"part {event.part} is made: {size(event.nbytes)} by {event.where}")
+    elif isinstance(event, Measuring):
+        progress.say(f"measuring {event.model or 'the merge'}")
+    elif isinstance(event, Measured):
+        for score in event.scores:
+            progress.say(f"  {score.task}: {score.metric} {score.value:.4g}")
     elif isinstance(event, Resumed):
         progress.say(f"{event.shards} of {event.of} files are there from an earlier run or another part")
     elif isinstance(event, ShardDone):

@@ -119,6 +119,12 @@ class PartError(MergerError):
     exit_code = 8
 
 
+class EvaluationError(MergerError):
+    """The result is made but cannot be measured: it waits, and the same command goes on from there."""
+
+    exit_code = 9
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """The hint for a word that nothing is called: the nearest known one, else the list of them."""
     names = list(known)

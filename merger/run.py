@@ -22,9 +22,10 @@ from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import portrait
 from merger.card.relations import Loss, Relations, relations
 from merger.card.render import rehearse, render
+from merger.card.scores import told
 from merger.checkpoints.checkpoint import SUFFIX, index_name
 from merger.checkpoints.shard import Written, index
-from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, MEASURED_NAME
+from merger.checkpoints.sidefiles import CARD_NAME, EVALUATED_NAME, LOCK_NAME, MEASURED_NAME
 from merger.errors import (
     BudgetError,
     DamagedError,
@@ -35,6 +36,8 @@ from merger.errors import (
     UploadError,
     VerificationError,
 )
+from merger.evaluation import Measured, Measuring, carried_out, check, check_memory, prepared
+from merger.evaluation import disk as evaluation_disk
 from merger.locate import HUB, stores
 from merger.methods.registry import methods
 from merger.plan.geometry import Geometry, noted, recalled
@@ -44,6 +47,7 @@ from merger.plan.parts import Part as Part  # shells name it without knowing whe
 from merger.plan.parts import share
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.plan.plan import plan as make_plan
+from merger.plan.scores import Score, kept
 from merger.plan.templates import own_templates
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
@@ -52,6 +56,7 @@ from merger.stores.library import Library
 from merger.stores.ports import FileInfo, Leftover, Published, Sink, Store
 
 if TYPE_CHECKING:
+    from merger.engine.evaluate import Wanted
     from merger.engine.execute import Event
 
 LOCK_SUFFIX = ".lock.yaml"
@@ -220,6 +225,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
+    check(recipe)
     template = recipe.publish.template or ""
     paths = [*(ref.path for ref in recipe.references), *([template] if template.startswith(HUB) else [])]
     store = stores(paths, options.cache, options.read_token, options.hub_only)
@@ -232,6 +238,8 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
         locked = lock(recipe, store, _pins(lock_path(path)), options.allow_pickle)
         planned = make_plan(locked, methods(), _budget(recipe, options), options.seed)
     refuse(planned, published=_to(recipe, options).startswith(HUB))
+    if options.part is None:
+        check_memory(planned, options.max_memory)
     return with_templates(planned, store), store
 
 
@@ -323,6 +331,7 @@ def needed_disk(planned: Plan, options: Options, shards: Sequence[Shard]) -> int
     """
     staged = destination(planned.locked.recipe, options).startswith(HUB)
     needed = planned.spool if options.stream else planned.disk(staged, shards)
+    needed = needed if options.part else max(needed, evaluation_disk(planned, staged))
     if options.max_disk is not None and needed > options.max_disk:
         what = f"this merge needs {needed:,} bytes of disk at once, and {options.max_disk:,} are allowed"
         hint = f"raise --max-disk to {needed:,}" if options.stream else _smaller(planned, options.max_disk, staged)
@@ -411,7 +420,9 @@ def unmade(planned: Plan, options: Options, count: int) -> Done | tuple[Part, ..
     return tuple(part for part in parts if any(shard.name not in held for shard in share(planned.shards, part)))
 
 
-def run(planned: Plan, store: Library, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
+def run(
+    planned: Plan, store: Library, options: Options
+) -> Iterator[Event | Resumed | Measuring | Measured | Done | PartDone]:
     """Make what was planned and put it where it belongs; the last event is `Done`, of a part `PartDone`.
 
     Shards that an earlier run finished are not made again, and a model that is there already is not published again.
@@ -433,7 +444,9 @@ def run(planned: Plan, store: Library, options: Options) -> Iterator[Event | Res
     sink.leave()
 
 
-def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterator[Event | Resumed | Done | PartDone]:
+def _made(
+    planned: Plan, store: Library, sink: Sink, options: Options
+) -> Iterator[Event | Resumed | Measuring | Measured | Done | PartDone]:
     """The shards that are missing, and the end: of a part, or of the whole."""
     held, seen, doubts = dict(sink.held()), dict[str, Geometry](), tuple[str, ...]()
     mine = share(planned.shards, options.part)
@@ -443,6 +456,7 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     if missing and options.publish_only:
         raise _unfinished(missing, planned)
     sink.reserve(needed_disk(planned, options, missing))
+    wanted = None if options.part else prepared(planned, options.device, options.read_token)
     if missing:
         sink.check_card(render(planned, methods(), sink.name, relations(planned, seen)))
         doubts = yield from _shards_made(planned, missing, store, sink, options, held, seen)
@@ -452,9 +466,11 @@ def _made(planned: Plan, store: Library, sink: Sink, options: Options) -> Iterat
     shards = tuple(held[shard.name] for shard in planned.shards)
     for note in sink.notes() if len(missing) < len(planned.shards) else ():
         seen |= recalled(note)
+    seen = {job.name: seen[job.name] for job in planned.jobs if job.name in seen}  # in whatever order they were made
+    scores = (yield from _scored(wanted, planned, store, sink)) if wanted else ()
     related = relations(planned, seen)
     to_hub = destination(planned.locked.recipe, options).startswith(HUB)
-    written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token))
+    written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token), scores)
     files = written | _small_files(planned, store, shards, seen)
     published = sink.finish(files, _title(planned))
     doubts = (*related.doubts, *doubts)
@@ -466,6 +482,18 @@ def _title(planned: Plan) -> str:
     """The commit's first line."""
     lora, names = planned.locked.recipe.lora, ", ".join(model.name for model in planned.locked.merged)
     return f"LoRA adapter of {planned.locked.models[0].name}" if lora and lora.extracted else f"Merge of {names}"
+
+
+def _scored(
+    wanted: Wanted, planned: Plan, store: Library, sink: Sink
+) -> Generator[Measuring | Measured, None, tuple[Score, ...]]:
+    """What is measured of the result before it is published."""
+    found: tuple[Score, ...] = ()
+    for event in carried_out(wanted, planned, _used_files(planned, store), store, sink):
+        if isinstance(event, Measured):
+            found += event.scores
+        yield event
+    return found
 
 
 def _shards_made(
@@ -540,9 +568,14 @@ def destination_sink(to: str, token: str | None = None) -> Sink:
 
 
 def card_files(
-    planned: Plan, name: str, seen: Mapping[str, Geometry], store: Store, elders: Store | None
+    planned: Plan,
+    name: str,
+    seen: Mapping[str, Geometry],
+    store: Store,
+    elders: Store | None,
+    scores: Sequence[Score] = (),
 ) -> dict[str, bytes]:
-    """The card and its pictures: what can be rendered anew, so that the lock says nothing of it.
+    """The card, its pictures and scores: what can be rendered anew, so that the lock says nothing of it.
 
     Args:
         planned: what was made.
@@ -550,6 +583,7 @@ def card_files(
         seen: how parents and result lie to each other, by tensor.
         store: where the parents' cards are.
         elders: where those of their own parents are; None: nowhere.
+        scores: what was measured of the merge and its parents.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
@@ -560,10 +594,10 @@ def card_files(
     moved = tracks(planned, seen) if model else ()
     drawn = [portrait(tree), settings_plot(inforce), movement_plot(moved)]
     pictures = {picture.name: picture for picture in drawn if picture is not None}
-    parts = {"lineage": tree.tree(), "pictures": pictures}
+    parts = {"lineage": tree.tree(), "pictures": pictures, **told(scores, name)}
     text = render(planned, methods(), name, relations(planned, seen), parts)
     files = {file: content for picture in pictures.values() for file, content in picture.files.items()}
-    return {CARD_NAME: text.encode(), **files}
+    return {CARD_NAME: text.encode(), **files} | ({EVALUATED_NAME: kept(scores).encode()} if scores else {})
 
 
 def elders(planned: Plan, to_hub: bool, token: str | bool | None) -> Store | None:
@@ -579,15 +613,17 @@ def _small_files(
     planned: Plan, store: Library, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
 ) -> dict[str, bytes]:
     """All that stands beside shards and card; index and config come last, for they make it look like a model."""
-    proven = taken_files(planned, store)
-    proven |= passed_on(planned, store.fetch)
-    proven["recipe.yaml"] = planned.locked.recipe.text.encode()
-    proven[MEASURED_NAME] = noted(seen).encode()
-    proven |= model_files(planned)
+    proven = {"recipe.yaml": planned.locked.recipe.text.encode(), MEASURED_NAME: noted(seen).encode()}
+    proven |= passed_on(planned, store.fetch) | _used_files(planned, store)
     written = {shard.name: FileInfo(shard.size, shard.sha256) for shard in shards}
     written |= {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in proven.items()}
     lock = lock_file(planned, written, store.checksum)
     return {LOCK_NAME: lock.encode(), **proven}
+
+
+def _used_files(planned: Plan, store: Store) -> dict[str, bytes]:
+    """The small files that it takes to use the result."""
+    return taken_files(planned, store) | model_files(planned)
 
 
 def taken_files(planned: Plan, store: Store) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from merger.errors import PartError, Problem, RecipeError
+from merger.evaluation import Measured, Measuring
 from merger.locate import HUB
 from merger.methods.registry import methods
 from merger.plan.parts import Part, share
@@ -82,7 +83,7 @@ def suited(options: Options, engine: Engine) -> Options:
 
 def spread(
     planned: Plan, store: Library, options: Options, engine: Engine
-) -> Iterator[Event | Resumed | PartStarted | PartMade | PartDone | Done]:
+) -> Iterator[Event | Resumed | PartStarted | PartMade | Measuring | Measured | PartDone | Done]:
     """Have the missing parts made elsewhere, then publish; the last event is `Done`.
 
     Raises:

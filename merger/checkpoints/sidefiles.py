@@ -35,6 +35,9 @@ LOCK_NAME = "merger.lock.yaml"
 MEASURED_NAME = "merger.measured.json"
 """How parents and result lie to each other, as it was measured on the way: what a card is rendered from again."""
 
+EVALUATED_NAME = "merger.evaluation.json"
+"""What was measured of a result's use, beside it."""
+
 PICTURES = "pictures/"
 """The folder beside a card that holds its pictures."""
 

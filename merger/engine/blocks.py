@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,8 +109,9 @@ class Spool:
         os.preadv(self._file.fileno(), [out], self._starts[what] + offset)
 
     def close(self) -> None:
-        """Give the disk back."""
-        self._file.close()
+        """Give the disk back; what did not go onto a full one was told when it was written."""
+        with suppress(OSError):
+            self._file.close()
 
 
 @dataclass(eq=False)

@@ -278,6 +278,46 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class Perplexity:
+    """A text whose perplexity is measured.
+
+    Args:
+        text: a file, relative to the working directory, or ``hf://[datasets/]owner/name[@revision]/file`` on the Hub.
+        window: how many tokens the model sees at once, at most; fewer where the model was made for fewer.
+        stride: how many tokens the window moves at a time; half of it, unless it is said.
+        limit: how many characters of the text are read, from its beginning.
+        at: where the text is named.
+    """
+
+    text: str
+    window: int = 512
+    stride: int = 256
+    limit: int = 100_000
+    at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What is measured of the result before it is published: the recipe's `evaluate:` block.
+
+    Args:
+        perplexity: a text, or a list of texts.
+        tasks: tasks of lm-evaluation-harness: names, or YAML files of one's own.
+        limit: how many examples of each task are tried, from its beginning; all of them, unless it is said.
+        parents: measure the models that it is made of as well.
+        dtype: in what the models are run: ``float32``, or ``bfloat16`` for half of the memory.
+        at: where the block stands in the recipe.
+    """
+
+    perplexity: tuple[Perplexity, ...] = ()
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    parents: bool = False
+    dtype: str = "float32"
+    at: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole recipe.
 
@@ -294,6 +334,7 @@ class Recipe:
         seed: for methods that draw random numbers.
         tokenizer: the result's tokenizer; None: that of the base model, else of the first model, as it is.
         chat_template: the result's chat template; None: the one that comes with its tokenizer.
+        evaluate: what is measured of the result; None: nothing.
         publish: where the result goes.
         lora: for a result that is a LoRA adapter: of what kind; None: it is a model.
         mixture: the mixture of experts that the recipe asks for, or None.
@@ -313,6 +354,7 @@ class Recipe:
     seed: int = 0
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
+    evaluate: Evaluate | None = None
     publish: Publish = field(default_factory=Publish)
     lora: Lora | None = None
     mixture: Mixture | None = None

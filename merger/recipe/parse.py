@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from merger.errors import Problem, RecipeError, Span
 from merger.recipe import checks, loras, mixture, spans
 from merger.recipe.checks import Choice, Found
+from merger.recipe.evaluation import evaluate
 from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
 from merger.recipe.settings import Parameters
@@ -38,6 +39,7 @@ TOP = (
     "out_dtype",
     "seed",
     *TOKENS,
+    "evaluate",
     "publish",
     "lora",
     "extract_lora",
@@ -165,6 +167,7 @@ class _Reader:
             dtype=out_dtype or dtype,
             seed=_seed(fields),
             chat_template=chat_template(fields),
+            evaluate=evaluate(fields),
             publish=_publish(fields),
             lora=loras.lora(fields),
             at=self.top.at,

@@ -11,14 +11,16 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from merger.recipe import loras, mixture, parse, tokenizer, values
+from merger.recipe import evaluation, loras, mixture, parse, tokenizer, values
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
 from merger.recipe.model import (
+    Evaluate,
     Expert,
     Lora,
     Mixture,
     ModelRef,
     Module,
+    Perplexity,
     Publish,
     Recipe,
     Slice,
@@ -80,6 +82,7 @@ def schema(table: Mapping[str, Method]) -> Json:
             "publish": _publish(),
             "lora": _lora(loras.LORA),
             "extract_lora": _lora(loras.EXTRACT) | {"required": ["model", "base_model", "rank"]},
+            "evaluate": _evaluate(),
             "tokenizer": _tokenizer(),
         },
     }
@@ -105,6 +108,7 @@ def _top() -> Json:
         "tokenizer": _ref("tokenizer"),
         "tokenizer_source": _ref("reference"),
         "chat_template": _or_null(_text()),
+        "evaluate": _ref("evaluate"),
         "publish": _ref("publish"),
         "adapters": _ref("models"),
         "lora": _ref("lora"),
@@ -196,6 +200,20 @@ def _lora(keys: tuple[str, ...]) -> Json:
     }
     words = {"model": "The fine-tune.", "base_model": "The model that it was made from."}
     return _map(keys, _described(Lora) | words, shapes)
+
+
+def _evaluate() -> Json:
+    count = {"type": ["integer", "null"], "minimum": 1}
+    shapes = {"text": _text(), "window": count, "stride": count, "limit": count}
+    perplexity = _map(evaluation.PERPLEXITY, _described(Perplexity), shapes, ["text"])
+    shapes = {
+        "perplexity": {"anyOf": [perplexity, _list(perplexity), {"type": "null"}]},
+        "tasks": _or_null(_list(_text())),
+        "limit": count,
+        "parents": {"type": ["boolean", "null"]},
+        "dtype": {"enum": [*evaluation.DTYPES, None]},
+    }
+    return _or_null(_map(evaluation.EVALUATE, _described(Evaluate), shapes))
 
 
 def _tokenizer() -> Json:

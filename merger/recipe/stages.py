@@ -28,16 +28,25 @@ def joined(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
     named = _named(recipes, notes)
     for recipe in recipes:
         _check_references(recipe, named, notes)
-        if recipe is not result and recipe.mixture is not None:
-            hint = "make the mixture by a recipe of its own, and name the folder that it made"
-            _error(notes, "a mixture of experts cannot be a stage", recipe.mixture.at or recipe.at, hint)
-        if recipe is not result and recipe.publish != Publish():
-            _warn(notes, "publish has no effect in a stage", recipe.publish.at, "move it into the last document")
+        if recipe is not result:
+            _refuse_ends(recipe, notes)
     order = _ordered(result, named, notes)
     for name, recipe in named.items():
         if recipe is not result and recipe not in order:
             _warn(notes, f"nothing is made of the stage {name}", recipe.name_at, "name it as a model, or take it out")
     return replace(result, stages=tuple(recipe for recipe in order if recipe is not result))
+
+
+def _refuse_ends(recipe: Recipe, notes: Notes) -> None:
+    """A mixture is no stage, and what is done with a result is not done with one."""
+    if recipe.mixture is not None:
+        hint = "make the mixture by a recipe of its own, and name the folder that it made"
+        _error(notes, "a mixture of experts cannot be a stage", recipe.mixture.at or recipe.at, hint)
+    hint = "move it into the last document"
+    if recipe.publish != Publish():
+        _warn(notes, "publish has no effect in a stage", recipe.publish.at, hint)
+    if recipe.evaluate is not None:
+        _warn(notes, "evaluate has no effect in a stage", recipe.evaluate.at, hint)
 
 
 def _result(recipes: Sequence[Recipe], notes: Notes) -> Recipe:

@@ -278,6 +278,11 @@ class FolderSink:
                 (self._done / name).unlink()
                 (self._new / name).unlink()
 
+    def lend(self, folder: Path) -> None:
+        """Links to them."""
+        for name in self.held():
+            (folder / name).symlink_to(self._new / name)
+
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """Write the small files and give the folder its name."""
         with self._refusals():

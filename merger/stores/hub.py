@@ -6,8 +6,9 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, RepoFile, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -26,6 +27,8 @@ from merger.stores.digests import Beginnings, confirm
 from merger.stores.patience import patiently, status_of
 from merger.stores.ports import FileInfo, Located, Ticket
 from merger.stores.ranges import RangeClient, RangeReader
+
+LARGEST_TEXT_BYTES = 200_000_000
 
 
 class HubStore:
@@ -84,6 +87,23 @@ class HubStore:
                 self._ranges.fill(model, file, start, out)
 
         return RangeReader(tickets, budget, fill, beginnings=self._beginnings)
+
+
+def hub_file(repo: str, file: str, revision: str | None, of_dataset: bool, token: str | bool | None) -> bytes:
+    """A file of a model's or a data set's repo, by way of Hugging Face's cache.
+
+    Raises:
+        ModelError: it is not there, too large, or may not be read.
+    """
+    api, kind = HfApi(token=token), "dataset" if of_dataset else "model"
+    with _refusals(repo, revision):
+        found = patiently(lambda: api.get_paths_info(repo, [file], revision=revision, repo_type=kind))
+        size = next((item.size for item in found if isinstance(item, RepoFile)), None)
+        if size is None or size > LARGEST_TEXT_BYTES:
+            what = f"{repo} has no file {file}" if size is None else f"{repo}/{file} has {size:,} bytes"
+            raise ModelError(Problem(what, hint=f"name a file of at most {LARGEST_TEXT_BYTES:,} bytes"))
+        path = patiently(lambda: api.hf_hub_download(repo, file, revision=revision, repo_type=kind))
+    return Path(path).read_bytes()
 
 
 def trusted_publisher(repo: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from merger.checkpoints.shard import Outlet, Written
@@ -196,6 +197,14 @@ class Sink(Taker, Protocol):
 
         Raises:
             UploadError: that failed, and another run would go on from them.
+        """
+
+    def lend(self, folder: Path) -> None:
+        """Put all shards that were taken into a folder, to be read there: as links, or as copies.
+
+        Raises:
+            UploadError, ModelError: they cannot be had.
+            DamagedError: they are not what was made.
         """
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:

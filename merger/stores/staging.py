@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import yaml
 from huggingface_hub import (
@@ -30,9 +31,9 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
-from merger.checkpoints.shard import Outlet, Written
+from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import PICTURES, side_files
-from merger.errors import BudgetError, Problem, UploadError, VerificationError
+from merger.errors import BudgetError, DamagedError, Problem, UploadError, VerificationError
 from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
 from merger.stores.ports import FileInfo, Leftover, Located, Published
 from merger.stores.ranges import RangeClient
@@ -44,6 +45,7 @@ _STAGING, _NOTES = "merge-staging/", "merge-notes/"
 _CROSSED = (409, 412)
 _EXPIRED = (401, 403)
 _GONE = 404
+_COPY_BYTES = 16 << 20
 _REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
 
@@ -135,9 +137,12 @@ class HubSink:
         """The shards that commits of ours put on the branch; it also has the files that main had when it was made."""
         titles = {item.title for item in self._api.list_repo_commits(self.name, revision=self._branch)}
         info = self._api.model_info(self.name, revision=self._branch, files_metadata=True)
-        files = {item.rfilename: FileInfo(item.size or 0) for item in info.siblings or ()}
-        self._noted = Located(self.name, self.name, info.sha, files)
+        self._noted = self._located(info)
         return {name: shard for name, shard in _shards_of(info).items() if self._title(f"Stage {name}") in titles}
+
+    def _located(self, info: ModelInfo) -> Located:
+        files = {item.rfilename: FileInfo(item.size or 0) for item in info.siblings or ()}
+        return Located(self.name, self.name, info.sha, files)
 
     def _title(self, message: str) -> str:
         return f"{message} {self._ending}"
@@ -211,6 +216,25 @@ class HubSink:
         if names:
             with self._refusals():
                 self._commit([CommitOperationDelete(name) for name in names], "Take back shards", self._branch)
+
+    def lend(self, folder: Path) -> None:
+        """Copies of what is on the staging branch."""
+        self._settle()
+        with self._refusals():
+            info = patiently(lambda: self._api.model_info(self.name, revision=self._branch, files_metadata=True))
+            staged = self._located(info)
+            for shard in self._shards.values():
+                self._copy(staged, shard, folder / shard.name)
+
+    def _copy(self, staged: Located, shard: Written, to: Path) -> None:
+        with to.open("wb", buffering=0) as file:
+            for start in range(0, shard.size, _COPY_BYTES):
+                part = bytearray(min(_COPY_BYTES, shard.size - start))
+                self._ranges.fill(staged, shard.name, start, memoryview(part))
+                file.write(part)
+        if file_sha256(to) != shard.sha256:
+            what = f"{shard.name} did not come back from {self._branch} as it was made"
+            raise DamagedError(Problem(what, hint="remove that branch with merger clean, and run it again"))
 
     def finish(self, files: Mapping[str, bytes], message: str) -> Published:
         """One commit on main (or one pull request), checked; then the staging branch is removed."""

@@ -10,7 +10,7 @@ import pytest
 
 from merger.errors import RecipeError, Span
 from merger.methods.registry import Method, methods
-from merger.recipe.model import ModelRef, Publish, Recipe
+from merger.recipe.model import Evaluate, ModelRef, Perplexity, Publish, Recipe
 from merger.recipe.parse import parse
 
 from .conftest import HERE, WILD
@@ -293,6 +293,21 @@ def test_out_dtype_counts_before_dtype(read: Read) -> None:
     assert read(head).dtype is None
     assert read(head + "dtype: float32\nout_dtype: torch.bfloat16\n").dtype == "bfloat16"
     assert read(head + "dtype: float32\nout_dtype:\n").dtype == "float32"
+
+
+def test_evaluate(read: Read) -> None:
+    """One text or several, in windows of half a stride; everything that is not said has a value."""
+    start = "merge_method: linear\nmodels: [{model: org/a, parameters: {weight: 1}}]\n"
+    assert read(start).evaluate is None
+    short = read(start + "evaluate: {perplexity: {text: a.txt, window: 9}}\n").evaluate
+    assert short == Evaluate((Perplexity("a.txt", 9, 4, 100_000),), (), None, False, "float32")
+    assert short.perplexity[0].at == Span("mine.yaml", 3, 31)
+    long = read(
+        start + "evaluate:\n  perplexity: [{text: a.txt, limit: 50, stride: 1}, {text: hf://datasets/o/n@v1/b.txt}]\n"
+        "  tasks: [arc_easy, ./own.yaml]\n  limit: 10\n  parents: true\n  dtype: bfloat16\n"
+    ).evaluate
+    texts = (Perplexity("a.txt", 512, 1, 50), Perplexity("hf://datasets/o/n@v1/b.txt", 512, 256, 100_000))
+    assert long == Evaluate(texts, ("arc_easy", "./own.yaml"), 10, True, "bfloat16")
 
 
 def test_publish_and_seed(read: Read) -> None:
