@@ -244,11 +244,12 @@ class Progress:
 
     Args:
         total: the bytes that will be made.
-        stream: where it is shown.
+        stream: where it is shown; None: standard error as it is now.
         doing: what is done with them, in a word.
     """
 
-    def __init__(self, total: int, stream: TextIO = sys.stderr, doing: str = "merging") -> None:
+    def __init__(self, total: int, stream: TextIO | None = None, doing: str = "merging") -> None:
+        stream = stream or sys.stderr
         self._total, self._stream, self._doing = total, stream, doing
         self._made = 0
         self._start = self._told = time.monotonic()
