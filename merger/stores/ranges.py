@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
+import numpy as np
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 from urllib3 import BaseHTTPResponse
@@ -171,7 +172,7 @@ class _Piece:
     stop: int
     last_ticket: int
     left: int = 0
-    data: Future[bytearray] | None = field(default=None, repr=False)
+    data: Future[memoryview] | None = field(default=None, repr=False)
     digest: Digest[_Piece] | None = field(default=None, repr=False)
 
     @property
@@ -226,23 +227,23 @@ class RangeReader:
             piece = self._pieces[number]
             data = self._wanted(piece).result()
             size = min(len(out), piece.stop - place)
-            out[:size] = memoryview(data)[place - piece.start : place - piece.start + size]
+            out[:size] = data[place - piece.start : place - piece.start + size]
             self._taken(piece, size)
             out, place = out[size:], place + size
 
-    def _wanted(self, piece: _Piece) -> Future[bytearray]:
+    def _wanted(self, piece: _Piece) -> Future[memoryview]:
         with self._lock:
             return self._fetch(piece)
 
-    def _fetch(self, piece: _Piece) -> Future[bytearray]:
+    def _fetch(self, piece: _Piece) -> Future[memoryview]:
         if piece.data is None:
             self._held += piece.size
             piece.data = self._pool.submit(self._get, piece)
         return piece.data
 
-    def _get(self, piece: _Piece) -> bytearray:
-        data = bytearray(piece.size)
-        self._fill(piece.model, piece.file, piece.start, memoryview(data))
+    def _get(self, piece: _Piece) -> memoryview:
+        data = np.empty(piece.size, np.uint8).data  # a bytearray would be filled with zeros first
+        self._fill(piece.model, piece.file, piece.start, data)
         if (digest := piece.digest) is not None:
             for hashed in digest.add(piece.start, data, piece):
                 self._hashed(hashed)

@@ -108,7 +108,9 @@ class Files:
     def shard(self, shard: Written) -> CommitOperationAdd:
         """Its file by name, or open: what is open the client sends by LFS."""
         if not self._by_lfs:
-            return CommitOperationAdd(shard.name, str(self._path(shard.name)))
+            addition = CommitOperationAdd(shard.name, str(self._path(shard.name)))
+            addition.upload_info.sha256 = bytes.fromhex(shard.sha256)  # the client would read the file for it
+            return addition
         self._reading[shard.name] = self._path(shard.name).open("rb")
         return CommitOperationAdd(shard.name, self._reading[shard.name])
 
