@@ -10,10 +10,10 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from merger.checkpoints.architecture import is_head
+from merger.checkpoints.architecture import is_embedding, is_head
 from merger.checkpoints.checkpoint import FLOATS, TensorInfo
 from merger.checkpoints.config import is_tied
 from merger.errors import ModelError, Problem
@@ -27,7 +27,10 @@ _PART = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_bias)"
     r"(\.weight)?$"
 )
-_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)")
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+_UNTRAINED = re.compile(r"\.original_module\.")
+"""What PEFT keeps beside a module that is trained as a whole: the model's own, as it was."""
+
 TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Kinds of models whose linear layers hold their matrices with the inputs first (transformers' Conv1D)."""
 
@@ -93,6 +96,7 @@ class Adapter:
         whole: the tensors that it holds whole, in place of its model's, by the names that these have there.
         turned: whether its config says that matrices have their inputs first.
         tied: whether a head that it holds whole is its embedding once more.
+        aside: why some of its tensors are not read, by their names in its file.
     """
 
     model: str | None
@@ -100,6 +104,7 @@ class Adapter:
     whole: Mapping[str, TensorInfo] = field(repr=False)
     turned: bool = False
     tied: bool = False
+    aside: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     problems = list(_config_problems(config))
     if problems:
         raise ModelError(problems)
-    parts, whole = _parted(tensors)
+    parts, whole, aside = _parted(tensors)
     modules: dict[str, Module] = {}
     for name, found in parts.items():
         module = _module(name, found, config)
@@ -149,10 +154,15 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
         problems.append(Problem(f"{TENSORS} holds no tensor", hint=_DAMAGED))
     if problems:
         raise ModelError(problems[:_SHOWN])
-    named, flags = config.get("base_model_name_or_path"), ("fan_in_fan_out", "ensure_weight_tying")
-    return Adapter(
-        named if isinstance(named, str) else None, modules, whole, *(config.get(flag) is True for flag in flags)
-    )
+    named = config.get("base_model_name_or_path")
+    model = named if isinstance(named, str) else None
+    return Adapter(model, modules, whole, config.get("fan_in_fan_out") is True, _copies_head(config, modules), aside)
+
+
+def _copies_head(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
+    """Whether a head that is held whole is a tied model's embedding: so PEFT was told, or it trained neither."""
+    trained = [f"{name}.weight" for name in (*(config.get("modules_to_save") or ()), *modules)]
+    return config.get("ensure_weight_tying") is True or not any(is_embedding(n) or is_head(n) for n in trained)
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -199,18 +209,26 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def _parted(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """The tensors of each module by what they are to it, and those that stand for whole tensors of the model."""
-    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+_Parts = dict[str, dict[str, TensorInfo]]
+
+
+def _parted(tensors: Mapping[str, TensorInfo]) -> tuple[_Parts, dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of each module by what they are to it, those that stand for whole tensors, and why some do not."""
+    parts: _Parts = defaultdict(dict)
     whole: dict[str, TensorInfo] = {}
-    for name, tensor in tensors.items():
+    aside: dict[str, str] = {}
+    for name in sorted(tensors, key=lambda name: _WRAPPED.search(name) is not None):
         own = _PREFIX.sub("", name)
-        match = _PART.match(own.replace(".lora_B.bias", ".lora_bias"))
-        if match is None:
-            whole[_WRAPPED.sub("", own)] = tensor
+        match, stands_for = _PART.match(own.replace(".lora_B.bias", ".lora_bias")), _WRAPPED.sub("", own)
+        if match is not None:
+            parts[match["module"]][match["part"]] = tensors[name]
+        elif _UNTRAINED.search(own):
+            aside[name] = "the model's own, which PEFT saves beside what it trained in its place"
+        elif stands_for in whole:
+            aside[name] = "the adapter holds it under another name, too"
         else:
-            parts[match["module"]][match["part"]] = tensor
-    return parts, whole
+            whole[stands_for] = tensors[name]
+    return parts, whole, aside
 
 
 def _module(name: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Module | Problem:
@@ -283,7 +301,7 @@ class _Fitting:
     """One adapter held against one model."""
 
     def __init__(self, adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
-        self._adapter, self._tensors, self._config = adapter, tensors, config
+        self._adapter, self._tensors, self._config = adapter, dict(tensors), config
         self._names = _Names(tensors)
         self._homeless: list[str] = []
         self.problems: list[Problem] = []
@@ -291,10 +309,14 @@ class _Fitting:
     def changes(self) -> dict[str, Change]:
         found: dict[str, Change] = {}
         for name, tensor in self._adapter.whole.items():
-            if self._adapter.tied and is_head(name) and is_tied(self._config):
+            untied = is_head(name) and is_tied(self._config)
+            if untied and self._adapter.tied:
                 continue
-            if (place := self._place(name, tensor)) and self._same_shape(place, tensor):
+            place = self._embedding() if untied else self._place(name, tensor)
+            if place is not None and self._can_replace(place, tensor):
+                place = replace(place, name=name) if untied else place
                 found[place.name] = Change(whole=tensor)
+                self._tensors[place.name] = replace(place, shape=tensor.shape)
         places = [(module, self._place(f"{name}.weight", module.a)) for name, module in self._adapter.modules.items()]
         settled = [(module, place) for module, place in places if place is not None and self._fits(module, place)]
         usual = self._usually_turned(settled)
@@ -315,8 +337,8 @@ class _Fitting:
         """The model's tensor that the adapter calls `name`."""
         place = self._names.find(name)
         if is_head(name) and is_tied(self._config):
-            what = f"it changes {name}, which in this model is the embedding"
-            self._refuse(what, "untie the model first, or take an adapter that leaves the head alone")
+            what = f"it adds to {name}, which in this model is the embedding"
+            self._refuse(what, _MERGE_FIRST)
             return None
         if place is None:
             self._homeless.append(tensor.name)
@@ -326,13 +348,19 @@ class _Fitting:
             return None
         return self._tensors[place]
 
-    def _same_shape(self, place: TensorInfo, tensor: TensorInfo) -> bool:
+    def _embedding(self) -> TensorInfo | None:
+        """What a tied head is, so that one of its own has to be like it."""
+        return next((tensor for tensor in self._tensors.values() if _is_of_tokens(tensor)), None)
+
+    def _can_replace(self, place: TensorInfo, tensor: TensorInfo) -> bool:
+        """Whether a tensor can stand in the model's place: of its shape, or an embedding or head of other tokens."""
+        same = tensor.shape == place.shape or (_is_of_tokens(place) and tensor.shape[1:] == place.shape[1:])
         if tensor.dtype not in FLOATS:
             self._refuse(f"{tensor.name} is stored as {tensor.dtype}, which is not read", _MERGE_FIRST)
-        elif tensor.shape != place.shape:
+        elif not same:
             what = f"{tensor.name} is {_shape(tensor)}, but the model's {place.name} {_shape(place)}"
             self._refuse(what, f"take the model that it was trained on{self._told_model()}")
-        return tensor.dtype in FLOATS and tensor.shape == place.shape
+        return tensor.dtype in FLOATS and same
 
     def _fits(self, module: Module, place: TensorInfo) -> bool:
         sizes = (module.outputs, module.inputs)
@@ -341,7 +369,10 @@ class _Fitting:
             return True
         product = "x".join(map(str, allowed[0]))
         what = f"{module.name}: B A is {product}, but the model's {place.name} is {_shape(place)}"
-        self._refuse(what, f"take the model that it was trained on{self._told_model()}")
+        hint = f"take the model that it was trained on{self._told_model()}"
+        if _is_of_tokens(place):
+            hint += "; if it was given tokens before, give it those first (resize_token_embeddings in transformers)"
+        self._refuse(what, hint)
         return False
 
     def _usually_turned(self, settled: Iterable[tuple[Module, TensorInfo]]) -> bool:
@@ -359,7 +390,7 @@ class _Fitting:
         if module.bias is None:
             return
         place = self._place(f"{module.name}.bias", module.bias)
-        if place is not None and self._same_shape(place, module.bias):
+        if place is not None and self._can_replace(place, module.bias):
             whole = found.get(place.name, Change()).whole
             found[place.name] = Change(whole, added=module.bias, scale=module.scale)
 
@@ -400,6 +431,10 @@ def _endings(name: str) -> Iterator[str]:
     while "." in name:
         name = name.split(".", 1)[1]
         yield name
+
+
+def _is_of_tokens(tensor: TensorInfo) -> bool:
+    return len(tensor.shape) == 2 and (is_embedding(tensor.name) or is_head(tensor.name))
 
 
 def _shape(tensor: TensorInfo) -> str:

@@ -156,7 +156,7 @@ class Filling:
     def _subwords(self, number: int, places: Numbers) -> _Means:
         """The means of the pieces that the model's own tokenizer splits the tokens into."""
         model = self.locked.numbered(number)
-        text = model.texts.get(TOKENIZER)
+        text = model.speaker.texts.get(TOKENIZER)
         if not len(places):
             return _Means(places, places, places, places)
         if text is None:

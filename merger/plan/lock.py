@@ -33,13 +33,14 @@ from merger.checkpoints.checkpoint import (
     stem,
     weight_files,
 )
-from merger.checkpoints.config import is_tied
+from merger.checkpoints.config import is_tied, untied, with_vocabulary
 from merger.checkpoints.experts import are_fused, split
 from merger.checkpoints.licence_file import MOST_BYTES, licence_text, recognised
 from merger.checkpoints.pickled import SINGLE as PICKLED
 from merger.checkpoints.pickled import is_pickled
 from merger.checkpoints.pickled import tensors as pickled_tensors
 from merger.checkpoints.quantised import Scaled, unpacked
+from merger.checkpoints.sidefiles import tokenizer_files
 from merger.errors import ModelError, Problem, RecipeError
 from merger.plan.sources import Added, Dequantised, LowRank, Made, Source, Stored
 from merger.recipe.model import ModelRef, Recipe
@@ -55,6 +56,7 @@ _CARD_BYTES = 1 << 20
 _FRONT_MATTER = re.compile(r"\s*---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
 _TEXT_BYTES = 200 << 20
 _REQUESTS_AT_ONCE = 8
+_OTHER_ADAPTER = "take the model that it was trained on, or merge both with PEFT's merge_and_unload and name the result"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class LockedModel:
         lora: what its files hold, of a LoRA adapter; its config is adapter_config.json.
         adapter: the LoRA adapter that is added to it.
         changes: what that makes of its tensors, by their names.
+        brought: the names of tensors that are in the adapter alone.
         licence_file: which licence the file beside it is, where its card names none.
     """
 
@@ -85,6 +88,7 @@ class LockedModel:
     lora: Adapter | None = field(default=None, repr=False)
     adapter: LockedModel | None = field(default=None, repr=False)
     changes: Mapping[str, Change] = field(default_factory=dict, repr=False)
+    brought: tuple[str, ...] = ()
     licence_file: str | None = None
 
     @cached_property
@@ -142,6 +146,14 @@ class LockedModel:
         return named or (self.token_rows not in widths and not never_by_token(tensor.name))
 
     @property
+    def speaker(self) -> LockedModel:
+        """In whose files its tokenizer lies: in its adapter's, if that has one and holds the embedding whole."""
+        whole = (name for name, change in self.changes.items() if change.whole is not None)
+        if self.adapter is None or not any(is_embedding(name) for name in whole):
+            return self
+        return self.adapter if tokenizer_files(self.adapter.located.files) else self
+
+    @property
     def has_experts(self) -> bool:
         """Whether it is a mixture of experts."""
         return any(".experts." in name for name in self.checkpoint.tensors)
@@ -150,6 +162,10 @@ class LockedModel:
     def is_tied(self) -> bool:
         """Whether the head is the embedding: its config says so, and the embedding is what its files hold."""
         return is_tied(self.checkpoint.config) and any(is_embedding(tensor.name) for tensor in self.layer(None, None))
+
+    def is_tied_head(self, name: str) -> bool:
+        """Whether a tensor is the head of a model whose head is the embedding, so that nothing reads it."""
+        return self.head is not None and name == self.head.name and self.is_tied
 
     @property
     def name(self) -> str:
@@ -314,7 +330,7 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None, 
     found = _in_one_layout(_found(merged))
     by_ref = {lora.ref: lora for lora in loras}
     changed = _found(_attempt_with(model, by_ref) for model in found)
-    return LockedRecipe(recipe, (*_with_texts(recipe, changed, store), *loras))
+    return LockedRecipe(recipe, _with_texts(recipe, changed, loras, store))
 
 
 _Attempt = tuple[LockedModel | None, tuple[Problem, ...]]
@@ -342,14 +358,21 @@ def _in_one_layout(models: Sequence[LockedModel]) -> tuple[LockedModel, ...]:
     return tuple(replace(model, checkpoint=split_up.get(id(model), model.checkpoint)) for model in models)
 
 
-def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -> tuple[LockedModel, ...]:
-    """The models with those texts of their tokenizers that the plan needs; what is equal is fetched once.
+def _with_texts(
+    recipe: Recipe, merged: Sequence[LockedModel], loras: Sequence[LockedModel], store: Store
+) -> tuple[LockedModel, ...]:
+    """Models and adapters with those texts of their tokenizers that the plan needs; what is equal is fetched once.
 
     Raises:
         ModelError: with every file that cannot be read.
     """
-    wanted = set(_wanted(recipe, models)) if recipe.lora is None else set()
-    held = [{name: info for name, info in model.located.files.items() if name in wanted} for model in models]
+    wanted = set(_wanted(recipe, merged)) if recipe.lora is None else set()
+    models = (*merged, *loras)
+    speaking = [*merged, *(model.speaker for model in merged)]
+    held = [
+        {name: info for name, info in model.located.files.items() if name in wanted and model in speaking}
+        for model in models
+    ]
     places = {
         _content(info, number, name): (models[number], name)
         for number, files in enumerate(held)
@@ -363,13 +386,15 @@ def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -
     if problems:
         raise ModelError(problems)
     texts = {key: text for key, text in fetched.items() if not isinstance(text, Problem)}
-    return tuple(
+    found = [
         replace(model, texts={name: texts[_content(info, number, name)] for name, info in held[number].items()})
         for number, model in enumerate(models)
-    )
+    ]
+    read = {lora.ref: lora for lora in found[len(merged) :]}
+    return tuple(replace(model, adapter=read[model.adapter.ref]) if model.adapter else model for model in found)
 
 
-def _wanted(recipe: Recipe, models: tuple[LockedModel, ...]) -> Iterator[str]:
+def _wanted(recipe: Recipe, models: Sequence[LockedModel]) -> Iterator[str]:
     """The names of the files that decide which tokens mean what; none where the models' are known to be equal."""
     for document in recipe.documents:
         # what a stage's files hold is made of what its models' do
@@ -378,7 +403,7 @@ def _wanted(recipe: Recipe, models: tuple[LockedModel, ...]) -> Iterator[str]:
 
 def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
     told = [
-        {name: _content(info, number, name) for name, info in model.located.files.items() if name in vocab.FILES}
+        {name: _content(info, number, name) for name, info in model.speaker.located.files.items() if name in vocab.FILES}
         for number, model in enumerate(merged)
     ]
     if recipe.tokenizer is not None:
@@ -419,10 +444,44 @@ def _attempt_with(model: LockedModel, loras: Mapping[ModelRef, LockedModel]) -> 
         return model, ()
     held = model.checkpoint
     try:
-        found = adapters.changes(lora.lora, held.tensors, held.config)
+        changes = adapters.changes(lora.lora, held.tensors, held.config)
+        return _with_rows(replace(model, adapter=lora, changes=changes)), ()
     except ModelError as error:
         return None, tuple(_at(problem, model.ref) for problem in error.problems)
-    return replace(model, adapter=lora, changes=found), ()
+
+
+def _with_rows(model: LockedModel) -> LockedModel:
+    """The model with the head, and with as many rows for its tokens, as its adapter has for it.
+
+    Raises:
+        ModelError: not all that has a row for each token has the same number, or no tokenizer tells the new ones.
+    """
+    held = model.checkpoint
+    whole = {name: change.whole for name, change in model.changes.items() if change.whole is not None}
+    like = {name: tensor for name in whole if (tensor := held.tensors.get(name) or model.embedding) is not None}
+    new = {name: replace(tensor, name=name, shape=whole[name].shape) for name, tensor in like.items()}
+    if all(held.tensors.get(name) == tensor for name, tensor in new.items()):
+        return model
+    brought = tuple(name for name in new if name not in held.tensors)
+    config = untied(held.config) if any(is_head(name) for name in new) and model.is_tied else held.config
+    grown = replace(model, checkpoint=Checkpoint({**held.tensors, **new}, config, held.stem), brought=brought)
+    _check_rows(model, grown)
+    config = with_vocabulary(config, model.token_rows or 0, grown.token_rows or 0)
+    return replace(grown, checkpoint=replace(grown.checkpoint, config=config))
+
+
+def _check_rows(model: LockedModel, grown: LockedModel) -> None:
+    """See `_with_rows`; `grown` is the model with what its adapter has."""
+    tensors = [tensor for tensor in model.checkpoint.tensors.values() if model.by_token(tensor)]
+    names = [*(tensor.name for tensor in tensors), *grown.brought]
+    rows = {name: grown.checkpoint.tensors[name].shape[0] for name in names if not grown.is_tied_head(name)}
+    if len(set(rows.values())) > 1:
+        told = " and ".join(f"{count:,} rows in {name}" for name, count in rows.items())
+        raise ModelError(Problem(f"with the adapter there are {told}: not one for each token", hint=_OTHER_ADAPTER))
+    if grown.token_rows != model.token_rows and grown.speaker is grown:
+        what = f"the adapter's embedding has {grown.token_rows:,} rows, the model's {model.token_rows:,}"
+        hint = "put the tokenizer with which it was trained into the adapter's folder"
+        raise ModelError(Problem(f"{what}, and no tokenizer beside the adapter tells its tokens", hint=hint))
 
 
 def _at(problem: Problem, ref: ModelRef) -> Problem:

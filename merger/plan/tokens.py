@@ -88,7 +88,7 @@ def _rows_in(locked: LockedRecipe, number: int, tensor: TensorInfo) -> Stored | 
         return source
     why, hint = "is quantised", "take the model that it was quantised from, or leave out tokenizer:"
     if model.adapter is not None:
-        why, hint = "is changed by an adapter", "merge the two with passthrough first, or leave out tokenizer:"
+        why, hint = "is changed by an adapter", "put a document before this one that merges them by passthrough, and name that"
     what = f"{model.name}: {tensor.name} {why}, and its rows are to be put in another order"
     raise MismatchError(_about(model, what, hint))
 
@@ -138,7 +138,7 @@ def tokens(locked: LockedRecipe) -> Tokens | None:
     spelled = {number: held.spelled(known[source].spelling) for number, held in known.items()}
     whole = _whole(locked, block, spelled, source)
     new = len(whole.ids) - len(known[source].ids)
-    if new and vocab.TOKENIZER not in locked.numbered(source).texts:
+    if new and vocab.TOKENIZER not in locked.numbered(source).speaker.texts:
         what = f"{locked.numbered(source).name} has no {vocab.TOKENIZER}, so no tokens can be added to its tokenizer"
         raise ModelError(Problem(what, block.at, "tokenizer", _SAVE))
     filling = Filling(locked, block, spelled, whole, source)
@@ -177,7 +177,7 @@ def _vocabularies(models: Sequence[LockedModel]) -> list[Vocabulary | None]:
     Raises:
         ModelError: with every tokenizer that is damaged.
     """
-    texts = [{name: text for name, text in model.texts.items() if name in vocab.FILES} for model in models]
+    texts = [{name: text for name, text in model.speaker.texts.items() if name in vocab.FILES} for model in models]
     found: list[Vocabulary | None] = []
     problems = []
     for number, model in enumerate(models):
@@ -213,7 +213,7 @@ def disagreements(models: Iterable[LockedModel]) -> dict[ModelRef, str]:
         ModelError: with every tokenizer that is damaged.
     """
     all_models = tuple(models)
-    if all(model.texts == all_models[0].texts for model in all_models):
+    if all(model.speaker.texts == all_models[0].speaker.texts for model in all_models):
         return {}
     first, *others = _vocabularies(all_models)
     told = {}
