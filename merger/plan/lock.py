@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -368,11 +368,8 @@ def _with_texts(
     """
     wanted = set(_wanted(recipe, merged)) if recipe.lora is None else set()
     models = (*merged, *loras)
-    speaking = [*merged, *(model.speaker for model in merged)]
-    held = [
-        {name: info for name, info in model.located.files.items() if name in wanted and model in speaking}
-        for model in models
-    ]
+    speaking = {model.ref for one in merged for model in (one, one.speaker)}
+    held = [_texts_of(model, wanted) if model.ref in speaking else {} for model in models]
     places = {
         _content(info, number, name): (models[number], name)
         for number, files in enumerate(held)
@@ -394,6 +391,13 @@ def _with_texts(
     return tuple(replace(model, adapter=read[model.adapter.ref]) if model.adapter else model for model in found)
 
 
+def _texts_of(model: LockedModel, wanted: Container[str]) -> Mapping[str, FileInfo]:
+    """Its files of these names, but for those that would tell its vocabulary only if there were no better ones."""
+    files = model.located.files
+    idle = set(vocab.FILES).difference(vocab.told_by(files))
+    return {name: info for name, info in files.items() if name in wanted and name not in idle}
+
+
 def _wanted(recipe: Recipe, models: Sequence[LockedModel]) -> Iterator[str]:
     """The names of the files that decide which tokens mean what; none where the models' are known to be equal."""
     for document in recipe.documents:
@@ -403,8 +407,8 @@ def _wanted(recipe: Recipe, models: Sequence[LockedModel]) -> Iterator[str]:
 
 def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
     told = [
-        {name: _content(info, number, name) for name, info in model.speaker.located.files.items() if name in vocab.FILES}
-        for number, model in enumerate(merged)
+        {name: _content(files[name], number, name) for name in vocab.told_by(files)}
+        for number, files in enumerate(model.speaker.located.files for model in merged)
     ]
     if recipe.tokenizer is not None:
         yield from (*vocab.FILES, GENERATION)
