@@ -141,9 +141,18 @@ class LockedModel:
         loose = self.architecture.place(tensor.name).stack is None and tensor.dtype in FLOATS
         if not loose or tensor.shape[:1] != (self.token_rows,):
             return False
-        widths = {one.shape[1] for one in (self.embedding, self.head) if one is not None}
         named = is_embedding(tensor.name) or is_head(tensor.name)
-        return named or (self.token_rows not in widths and not never_by_token(tensor.name))
+        return named or (not self._as_wide_as_long and not never_by_token(tensor.name))
+
+    def across_tokens(self, tensor: TensorInfo) -> bool:
+        """Whether a tensor is one row with an entry for each token, as BART's final_logits_bias is."""
+        loose = self.architecture.place(tensor.name).stack is None
+        return loose and tensor.shape == (1, self.token_rows) and not self._as_wide_as_long
+
+    @property
+    def _as_wide_as_long(self) -> bool:
+        """Whether rows are as long as there are many, so that a shape does not tell what has one for each token."""
+        return self.token_rows in {one.shape[1] for one in (self.embedding, self.head) if one is not None}
 
     @property
     def speaker(self) -> LockedModel:

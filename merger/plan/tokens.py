@@ -63,11 +63,12 @@ class Tokens:
             MismatchError: rows are to come from a model that has no such tensor.
         """
         model, own = locked.numbered(number), locked.source(number, tensor)
-        if not model.by_token(tensor):
-            _must_fit(model, tensor)
-            return own
         seen = self.maps[number]
-        if seen.is_identity(number) and len(seen) == tensor.shape[0]:
+        same = seen.is_identity(number) and len(seen) == model.token_rows
+        if not model.by_token(tensor):
+            _must_fit(model, tensor, same)
+            return own
+        if same:
             return own
         others = [int(other) for other in np.unique(seen.leaves) if other != number]
         lent = [(other, _like(locked.numbered(other), model, tensor, as_head)) for other in others]
@@ -93,8 +94,13 @@ def _rows_in(locked: LockedRecipe, number: int, tensor: TensorInfo) -> Stored | 
     raise MismatchError(_about(model, what, hint))
 
 
-def _must_fit(model: LockedModel, tensor: TensorInfo) -> None:
-    """A head or an embedding with another number of rows than the embedding cannot follow the vocabulary."""
+def _must_fit(model: LockedModel, tensor: TensorInfo, same: bool) -> None:
+    """Some tensors cannot follow the vocabulary: a head or an embedding of other rows, and unless it is the same, a row
+    across all tokens.
+    """
+    if model.across_tokens(tensor) and not same:
+        what = f"{model.name}: {tensor.name} is one row across all tokens, and its entries are not put in another order"
+        raise MismatchError(_about(model, what, "take models of one vocabulary, without tokenizer:"))
     loose = model.architecture.place(tensor.name).stack is None
     if loose and len(tensor.shape) == 2 and (is_head(tensor.name) or is_embedding(tensor.name)):
         what = f"{model.name}: {tensor.name} has {tensor.shape[0]:,} rows, and the embedding {model.token_rows or 0:,}"

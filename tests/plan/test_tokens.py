@@ -82,7 +82,7 @@ def changed(name: str, tensor: str, *shape: int) -> Make:
 
     def change(root: Path) -> None:
         held = tiny.read(root / name)
-        del held[tensor]
+        held.pop(tensor, None)
         if shape:
             held[tensor] = torch.zeros(shape)
         tiny.write(root / name, held)
@@ -117,6 +117,7 @@ REFUSED = {
     ),
     "no embedding": Refused(BOTH + "tokenizer: {}", changed("other", "model.embed_tokens.weight"), 4),
     "a head with other rows": Refused(BOTH + "tokenizer: {}", changed("other", "lm_head.weight", 30, 16), 4),
+    "a row across all tokens": Refused(BOTH + "tokenizer: {}", changed("one", "final_logits_bias", 1, 37), 4),
     "a lender of another width": Refused(
         ONE + "tokenizer: {tokens: {<new>: {source: {kind: model_token, model: other, token: the}}}}",
         lambda root: tiny.write(root / "other", tiny.tensors(2, hidden=8, vocab=38)),
