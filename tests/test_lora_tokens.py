@@ -1,4 +1,4 @@
-"""Adapters that were trained after tokens were added: the embedding and the tokenizer that they bring are the model's."""
+"""Adapters that were trained after tokens were added bring their model an embedding, a head and a tokenizer."""
 
 from __future__ import annotations
 

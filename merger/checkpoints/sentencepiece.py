@@ -1,6 +1,6 @@
 """The pieces of a SentencePiece model, `tokenizer.model`, by their ids: what a tokenizer knows that has no other file.
 
-Follows sentencepiece_model.proto: field 1 of the file is a piece, and field 1 of that its text; all else is passed over.
+Follows sentencepiece_model.proto: field 1 of the file is a piece, field 1 of that its text. The rest is passed over.
 Not here: added tokens (vocab), and splitting text.
 """
 

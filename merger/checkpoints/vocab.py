@@ -85,7 +85,7 @@ class Vocabulary:
 
 
 def told_by(files: Container[str]) -> tuple[str, ...]:
-    """The files that tell a vocabulary, of those of a model: what lies beside tokenizer.json for old programs does not."""
+    """Those of a model's files that tell its vocabulary; tokenizer.model does only where there is no tokenizer.json."""
     return tuple(name for name in FILES if name in files and not (name == PIECES and TOKENIZER in files))
 
 

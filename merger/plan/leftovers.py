@@ -41,7 +41,8 @@ def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
     documents = [(stage.locked, stage.making, _read(stage.making)) for stage in locked.stages]
     documents.append((locked, making, read))
     for number, model in enumerate(locked.models):
-        rest = [name for name in model.checkpoint.tensors if name not in read.get(number, ()) and name not in model.brought]
+        taken = {*read.get(number, ()), *model.brought}
+        rest = [name for name in model.checkpoint.tensors if name not in taken]
         if locked.owner(number) != number:
             continue
         if model.lora is not None:

@@ -89,7 +89,8 @@ def _rows_in(locked: LockedRecipe, number: int, tensor: TensorInfo) -> Stored | 
         return source
     why, hint = "is quantised", "take the model that it was quantised from, or leave out tokenizer:"
     if model.adapter is not None:
-        why, hint = "is changed by an adapter", "put a document before this one that merges them by passthrough, and name that"
+        why = "is changed by an adapter"
+        hint = "put a document before this one that merges them by passthrough, and name that"
     what = f"{model.name}: {tensor.name} {why}, and its rows are to be put in another order"
     raise MismatchError(_about(model, what, hint))
 
