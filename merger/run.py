@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -432,7 +433,9 @@ def run(
     """
     sink = _sink(planned.locked.recipe, options, planned.locked)
     try:
-        found = sink.prepare(planned.identity, shared=options.part is not None)
+        with ThreadPoolExecutor(1) as meanwhile:  # the Hub's answers and torch's import take a second or two each
+            meanwhile.submit(warm)
+            found = sink.prepare(planned.identity, shared=options.part is not None)
         if found is None:
             yield from _made(planned, store, sink, options)
         else:

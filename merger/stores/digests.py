@@ -88,10 +88,10 @@ class Digest(Generic[Piece]):
     def __init__(self, file: File, begun: hashlib._Hash, place: int) -> None:
         self._file, self._hash, self._place = file, begun, place
         self._size = file[0].files[file[1]].size
-        self._waiting: list[tuple[int, bytearray, Piece]] = []
+        self._waiting: list[tuple[int, memoryview, Piece]] = []
         self._lock = threading.Lock()
 
-    def add(self, start: int, data: bytearray, piece: Piece) -> list[Piece]:
+    def add(self, start: int, data: memoryview, piece: Piece) -> list[Piece]:
         """Take a piece's bytes; the pieces whose bytes are no longer needed.
 
         Raises:
@@ -102,7 +102,7 @@ class Digest(Generic[Piece]):
             insort(self._waiting, (start, data, piece), key=itemgetter(0))
             while self._waiting and self._waiting[0][0] <= self._place:
                 start, data, piece = self._waiting.pop(0)
-                fresh = memoryview(data)[self._place - start :]
+                fresh = data[self._place - start :]
                 self._hash.update(fresh)
                 self._place += len(fresh)
                 done.append(piece)

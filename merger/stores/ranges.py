@@ -14,11 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
+import numpy as np
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
+from urllib3 import BaseHTTPResponse
+from urllib3.exceptions import HTTPError
 
 from merger.errors import ModelError, Problem
 from merger.stores import patience
+from merger.stores.connections import Connections, chunks
 from merger.stores.digests import Beginnings, Digest, File
 from merger.stores.patience import PASSING, asked_pause, pause
 from merger.stores.ports import Located, Ticket
@@ -28,6 +32,7 @@ CONNECTIONS = 8
 PIECE_BYTES = 16 << 20
 _GAP_BYTES = 64 << 10
 _NEAR_TICKETS = 64
+_REASON_BYTES = 64 << 10
 _SHARE_KEPT = 8
 """One part in so many of the budget may be bytes of a file that wait to be hashed in their turn."""
 
@@ -42,6 +47,7 @@ class RangeClient:
     def __init__(self, token: str | bool | None = None) -> None:
         self._headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
         self._addresses: dict[tuple[str, str | None, str], tuple[str, bool]] = {}
+        self._connections = Connections(CONNECTIONS)
 
     def fill(self, model: Located, file: str, start: int, out: memoryview) -> None:
         """Fill `out` with the file's bytes from `start` on; what arrived before a failure is kept.
@@ -56,7 +62,7 @@ class RangeClient:
                 for chunk in self._stream(model, file, start + done, start + len(out)):
                     out[done : done + len(chunk)] = chunk
                     done += len(chunk)
-            except (httpx.TransportError, _TryAgain) as error:
+            except (HTTPError, httpx.TransportError, _TryAgain) as error:
                 tries += 1
                 if tries == TRIES:
                     what = f"{model.name}: {file} could not be read after {TRIES} tries ({_in_words(error)})"
@@ -68,13 +74,13 @@ class RangeClient:
         address, foreign = self._address(model, file)
         headers = {"Accept-Encoding": "identity"} if foreign else dict(self._headers)
         headers["Range"] = f"bytes={start}-{stop - 1}"
-        with get_session().stream("GET", address, headers=headers, timeout=patience.TIMEOUT_SECONDS) as answer:
-            if foreign and answer.status_code in (401, 403):
+        with self._connections.get(address, headers) as answer:
+            if foreign and answer.status in (401, 403):
                 self._addresses.pop((model.where, model.commit, model.inside + file), None)
                 raise _TryAgain("the signed address expired")
-            _check(answer, start, stop, model.files[file].size)
+            _check(_told(answer, address), start, stop, model.files[file].size)
             got = 0
-            for chunk in answer.iter_raw():
+            for chunk in chunks(answer):
                 got += len(chunk)
                 if got > stop - start:
                     raise _TryAgain("the answer is longer than the range")
@@ -124,6 +130,13 @@ def _check_identity(answer: httpx.Response, sha256: str | None) -> None:
         raise _TryAgain("the Hub offers another file than the locked one")
 
 
+def _told(answer: BaseHTTPResponse, address: str) -> httpx.Response:
+    """What an answer says of itself, as the Hub's client would have it; the body only of a refusal."""
+    why = answer.read(_REASON_BYTES) if answer.status >= 400 else b""
+    request = httpx.Request("GET", address)
+    return httpx.Response(answer.status, headers=dict(answer.headers), content=why, request=request)
+
+
 def _check(answer: httpx.Response, start: int, stop: int, size: int) -> None:
     whole = (start, stop) == (0, size) and answer.headers.get("Content-Length") == str(size)
     if answer.status_code < 300 and answer.headers.get("Content-Encoding", "identity") != "identity":
@@ -132,7 +145,6 @@ def _check(answer: httpx.Response, start: int, stop: int, size: int) -> None:
         return  # a server may ignore a range; here that is the same bytes
     if answer.status_code != HTTPStatus.PARTIAL_CONTENT:
         if answer.status_code >= 400:
-            answer.read()
             _raise_for(answer)
         raise _TryAgain(f"HTTP {answer.status_code} in place of a part of the file")
     told, _, total = answer.headers.get("Content-Range", "").partition("/")
@@ -160,7 +172,7 @@ class _Piece:
     stop: int
     last_ticket: int
     left: int = 0
-    data: Future[bytearray] | None = field(default=None, repr=False)
+    data: Future[memoryview] | None = field(default=None, repr=False)
     digest: Digest[_Piece] | None = field(default=None, repr=False)
 
     @property
@@ -215,23 +227,23 @@ class RangeReader:
             piece = self._pieces[number]
             data = self._wanted(piece).result()
             size = min(len(out), piece.stop - place)
-            out[:size] = memoryview(data)[place - piece.start : place - piece.start + size]
+            out[:size] = data[place - piece.start : place - piece.start + size]
             self._taken(piece, size)
             out, place = out[size:], place + size
 
-    def _wanted(self, piece: _Piece) -> Future[bytearray]:
+    def _wanted(self, piece: _Piece) -> Future[memoryview]:
         with self._lock:
             return self._fetch(piece)
 
-    def _fetch(self, piece: _Piece) -> Future[bytearray]:
+    def _fetch(self, piece: _Piece) -> Future[memoryview]:
         if piece.data is None:
             self._held += piece.size
             piece.data = self._pool.submit(self._get, piece)
         return piece.data
 
-    def _get(self, piece: _Piece) -> bytearray:
-        data = bytearray(piece.size)
-        self._fill(piece.model, piece.file, piece.start, memoryview(data))
+    def _get(self, piece: _Piece) -> memoryview:
+        data = np.empty(piece.size, np.uint8).data  # a bytearray would be filled with zeros first
+        self._fill(piece.model, piece.file, piece.start, data)
         if (digest := piece.digest) is not None:
             for hashed in digest.add(piece.start, data, piece):
                 self._hashed(hashed)

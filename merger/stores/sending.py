@@ -107,10 +107,12 @@ class Files:
 
     def shard(self, shard: Written) -> CommitOperationAdd:
         """Its file by name, or open: what is open the client sends by LFS."""
-        if not self._by_lfs:
-            return CommitOperationAdd(shard.name, str(self._path(shard.name)))
-        self._reading[shard.name] = self._path(shard.name).open("rb")
-        return CommitOperationAdd(shard.name, self._reading[shard.name])
+        path = self._path(shard.name)
+        file = path.open("rb")
+        sample = file.read(_SAMPLE)
+        file.seek(0)
+        self._reading[shard.name] = file
+        return _addition(shard, sample, file if self._by_lfs else str(path))
 
     def small(self, name: str, content: bytes) -> CommitOperationAdd:
         """A large tokenizer counts as a large file too."""
@@ -118,14 +120,21 @@ class Files:
 
     def committed(self, name: str) -> None:
         """Free the disk."""
-        if name in self._reading:
-            self._reading.pop(name).close()
+        self._reading.pop(name).close()
         self._path(name).unlink()
 
     def close(self) -> None:
         """The folder is the sink's to remove."""
         for file in self._reading.values():
             file.close()
+
+
+def _addition(shard: Written, sample: bytes, source: str | bytes | io.BufferedReader) -> CommitOperationAdd:
+    """What the client would make of it, without reading all of it once more for a checksum that is known."""
+    addition = CommitOperationAdd(shard.name, b"\0")
+    addition.upload_info = type(addition.upload_info)(shard.size, sample, sha256=bytes.fromhex(shard.sha256))
+    addition.path_or_fileobj = source
+    return addition
 
 
 Refusals = Callable[[], AbstractContextManager[None]]
@@ -169,11 +178,8 @@ class Streams:
         if stream.finish() != (shard.size, shard.sha256):
             what = f"{shard.name}: what arrived on the Hub is not what was sent"
             raise VerificationError(Problem(what, hint="run it again: finished files are not made again"))
-        addition = CommitOperationAdd(shard.name, b"\0")
-        sha256 = bytes.fromhex(shard.sha256)
-        addition.upload_info = type(addition.upload_info)(shard.size, stream.sample, sha256=sha256)
+        addition = _addition(shard, stream.sample, b"")
         addition._upload_mode, addition._should_ignore, addition._is_uploaded = "lfs", False, True
-        addition.path_or_fileobj = b""
         return addition
 
     def small(self, name: str, content: bytes) -> CommitOperationAdd:
