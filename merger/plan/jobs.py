@@ -141,6 +141,7 @@ class Making:
         tokens: what the recipe's tokenizer block brings about, if it has one.
         config: the output's config, where it is not the donor's.
         reasons: why tensors of the models are left out, by their names, where that was decided on the way.
+        speaker: the number of the model whose tokenizer lies beside an adapter, where that has rows for other tokens.
     """
 
     jobs: tuple[Job, ...]
@@ -149,6 +150,7 @@ class Making:
     tokens: Tokens | None = None
     config: Mapping[str, Any] | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
+    speaker: int | None = None
 
 
 def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:

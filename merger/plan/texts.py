@@ -72,6 +72,12 @@ def texts(locked: LockedRecipe, tokens: Tokens | None) -> Texts:
     return small if template is None else replace(small, template=template)
 
 
+def beside_adapter(locked: LockedRecipe, speaker: int | None) -> Texts:
+    """The small files of a result that is an adapter: the tokenizer of the model of that number, if it needs one."""
+    files = () if speaker is None else tokenizer_files(locked.numbered(speaker).located.files)
+    return Texts({} if speaker is None else dict.fromkeys(files, speaker))
+
+
 def _small(locked: LockedRecipe, number: int) -> Texts:
     """The small files of a model, or those of a stage."""
     model = locked.numbered(number)
