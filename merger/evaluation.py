@@ -18,7 +18,7 @@ from merger.card.lineage import shown
 from merger.checkpoints.checkpoint import index_name
 from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, EvaluationError, ModelError, Problem, RecipeError
-from merger.plan.lock import LockedModel
+from merger.plan.locked import LockedModel
 from merger.plan.plan import Plan
 from merger.plan.scores import Score, memory
 from merger.recipe.evaluation import HUB_FILE

@@ -18,8 +18,8 @@ import numpy as np
 from merger.checkpoints.pieces import pieces
 from merger.checkpoints.vocab import TOKENIZER, Vocabulary
 from merger.errors import ModelError, Problem, RecipeError
-from merger.plan.lock import LockedRecipe
-from merger.plan.sources import ALL_ROWS, Numbers, RowMap, RowPairs
+from merger.plan.locked import LockedRecipe
+from merger.plan.rows import ALL_ROWS, Numbers, RowMap, RowPairs
 from merger.recipe.model import Tokenizer, TokenOf, TokenRow
 
 _SEVERAL, _ZEROS, _NOBODY = -1, -2, -3

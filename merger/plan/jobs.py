@@ -16,8 +16,9 @@ from merger.checkpoints.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.errors import Problem, did_you_mean
 from merger.methods.registry import Method, Param, declared
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
-from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Factor, Made, Source, Stored, ends
+from merger.plan.locked import LockedModel, LockedRecipe
+from merger.plan.products import Factor
+from merger.plan.sources import Made, Source, Stored, ends
 from merger.plan.tokens import Tokens, disagreements, tokens
 from merger.recipe.model import Taken
 from merger.recipe.settings import Parameters, first_value

@@ -22,7 +22,7 @@ from merger.checkpoints.config import (
 )
 from merger.errors import Problem, RecipeError, Span
 from merger.plan.jobs import Making
-from merger.plan.lock import LockedModel, LockedRecipe
+from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.tokens import Tokens
 
 

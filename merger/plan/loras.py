@@ -18,8 +18,9 @@ from merger.checkpoints.checkpoint import FLOATS, TensorInfo
 from merger.methods.registry import Method, declared
 from merger.plan.cuts import Findings, Part
 from merger.plan.jobs import DTYPES, PASSTHROUGH, Input, Job, Making, arguments
-from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Difference, Factor, LowRank, MergedDeltas, Source, Stored, Zeros
+from merger.plan.locked import LockedModel, LockedRecipe
+from merger.plan.products import Difference, Factor, LowRank, MergedDeltas
+from merger.plan.sources import Source, Stored, Zeros
 from merger.recipe.model import Lora
 from merger.recipe.settings import first_value
 

@@ -20,9 +20,10 @@ from merger.methods.registry import Method
 from merger.plan import moe, routing
 from merger.plan.jobs import Job, Making, make
 from merger.plan.leftovers import LeftOut, config, left_out
-from merger.plan.lock import LockedRecipe
+from merger.plan.locked import LockedRecipe
 from merger.plan.loras import make_lora
-from merger.plan.sources import Made, RowMap, RowPairs, held
+from merger.plan.rows import RowMap, RowPairs, held
+from merger.plan.sources import Made
 from merger.plan.stages import with_stages
 from merger.plan.texts import Texts, beside_adapter, texts
 from merger.plan.tokens import Tokens

@@ -15,7 +15,8 @@ from merger.checkpoints.config import renumbered
 from merger.checkpoints.sidefiles import side_files, tokenizer_files
 from merger.checkpoints.vocab import Json
 from merger.errors import ModelError, Problem
-from merger.plan.lock import GENERATION, LockedRecipe, StageModel
+from merger.plan.lock import GENERATION
+from merger.plan.locked import LockedRecipe, StageModel
 from merger.plan.tokens import Tokens
 from merger.recipe.tokenizer import AUTO, CHAT_TEMPLATES
 

@@ -17,8 +17,9 @@ from merger.checkpoints.checkpoint import TensorInfo
 from merger.checkpoints.vocab import Json, Vocabulary
 from merger.errors import MismatchError, ModelError, Problem, RecipeError
 from merger.plan.filling import Filling
-from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Made, Pursuit, RowMap, RowPairs, Rows, Source, Stored
+from merger.plan.locked import LockedModel, LockedRecipe
+from merger.plan.rows import Pursuit, RowMap, RowPairs, Rows
+from merger.plan.sources import Made, Source, Stored
 from merger.recipe.model import ModelRef, Tokenizer
 from merger.recipe.tokenizer import UNION
 

@@ -16,7 +16,8 @@ from vocabularies import BASE, model, sentencepiece, tokenizer
 
 from merger.errors import MergerError
 from merger.plan.plan import Plan
-from merger.plan.sources import Rows, Stored
+from merger.plan.rows import Rows
+from merger.plan.sources import Stored
 
 from .models import planned
 
