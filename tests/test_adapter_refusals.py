@@ -69,6 +69,16 @@ def tied(folder: Path, settings: dict[str, Any], held: dict[str, Tensor]) -> Non
     tensors(**head)(folder, settings, held)
 
 
+def rows_of_tokens(numbers: object) -> Damage:
+    name = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+    def damage(folder: Path, settings: dict[str, Any], held: dict[str, Tensor]) -> None:
+        tensors(**{name: torch.ones(2, 16), **NO_PRODUCT})(folder, settings, held)
+        settings["trainable_token_indices"] = numbers
+
+    return damage
+
+
 NO_PRODUCT = {"embed_tokens.lora_embedding_A": None, "embed_tokens.lora_embedding_B": None}
 CASES: Mapping[str, Damage] = {
     "no adapter_config.json": without("adapter_config.json"),
@@ -83,7 +93,10 @@ CASES: Mapping[str, Damage] = {
     "alpha that is none": config(lora_alpha=None),
     "pattern that is none": config(rank_pattern={"(": 4}),
     "repeated layers": config(layer_replication=[[0, 1], [0, 2]]),
-    "rows of tokens": config(trainable_token_indices=[1, 2]),
+    "rows of tokens that are not there": config(trainable_token_indices=[1, 2]),
+    "rows of tokens without their numbers": rows_of_tokens("1, 2"),
+    "more numbers than rows of tokens": rows_of_tokens([1, 2, 3]),
+    "rows of tokens beyond the model's": rows_of_tokens([1, 99]),
     "a start that changes the model": config(init_lora_weights="pissa_niter_4"),
     "another rank": config(rank_pattern={"q_proj": 3}),
     "DoRA without magnitudes": config(use_dora=True),

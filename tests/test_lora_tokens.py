@@ -30,6 +30,13 @@ CASES: Mapping[str, tuple[bool, Mapping[str, Any], bool]] = {  # tied before; ho
     "not trained": (False, AS_IT_WAS, False),
     "trained whole": (False, WHOLE, False),
     "trained by a product": (False, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, False),
+    "single rows trained": (False, {"trainable_token_indices": [3, len(BASE), len(BASE) + 1]}, False),
+    "single rows of both trained": (
+        False,
+        {"trainable_token_indices": {"embed_tokens": [3, 37], "lm_head": [36]}},
+        False,
+    ),
+    "tied, single rows trained": (True, {"trainable_token_indices": [len(BASE) + 1, 3]}, True),
     "tied, not trained": (True, AS_IT_WAS, True),
     "tied, trained whole": (True, WHOLE, False),
     "tied, the embedding trained whole": (True, ONE_WHOLE, False),
@@ -51,7 +58,7 @@ def grown(folder: Path, base: Path, **config: Any) -> Mapping[str, Tensor]:
         resized.resize_token_embeddings(len(tokenizer))
         peft = get_peft_model(resized, LoraConfig(**{"target_modules": ["q_proj"], "r": 4, **config}))
         for name, tensor in peft.state_dict().items():
-            if "lora_" in name or "modules_to_save" in name:
+            if "lora_" in name or "modules_to_save" in name or "trainable_tokens_delta" in name:
                 tensor.copy_(torch.randn(tensor.shape) * 0.1)
         peft.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -16,6 +16,7 @@ from typing import Any
 from merger.checkpoints.architecture import is_embedding, is_head
 from merger.checkpoints.checkpoint import FLOATS, TensorInfo
 from merger.checkpoints.config import is_tied
+from merger.checkpoints.tokenrows import TokenRows, rows_of, token_rows
 from merger.errors import ModelError, Problem
 
 CONFIG = "adapter_config.json"
@@ -27,7 +28,7 @@ _PART = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_bias)"
     r"(\.weight)?$"
 )
-_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+_WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|modules_to_save(\.default)?)(?=\.)")
 _UNTRAINED = re.compile(r"\.original_module\.")
 """What PEFT keeps beside a module that is trained as a whole: the model's own, as it was."""
 
@@ -37,7 +38,6 @@ TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 _NOT_BUILT = {
     "layer_replication": "it repeats layers of its model",
-    "trainable_token_indices": "it trains single rows of the embedding",
     "target_parameters": "it changes parameters that are no module's weight",
     "use_qalora": "it groups a quantised model's inputs",
     "use_bdlora": "its matrices are block-diagonal",
@@ -94,6 +94,7 @@ class Adapter:
         model: the model that it was trained on, as its config names it.
         modules: what it holds for the modules of its model, by their names.
         whole: the tensors that it holds whole, in place of its model's, by the names that these have there.
+        tokens: the single rows that it holds, in place of its model's, by the names of the tensors that have them.
         turned: whether its config says that matrices have their inputs first.
         tied: whether a head that it holds whole is its embedding once more.
         aside: why some of its tensors are not read, by their names in its file.
@@ -102,6 +103,7 @@ class Adapter:
     model: str | None
     modules: Mapping[str, Module] = field(repr=False)
     whole: Mapping[str, TensorInfo] = field(repr=False)
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict, repr=False)
     turned: bool = False
     tied: bool = False
     aside: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -113,6 +115,7 @@ class Change:
 
     Args:
         whole: it is replaced by this one.
+        tokens: some of its rows are replaced by these.
         low_rank: a product of two small matrices is added to it.
         turned: whether the tensor has the module's inputs as rows.
         added: this is added to it, times `scale`.
@@ -120,6 +123,7 @@ class Change:
     """
 
     whole: TensorInfo | None = None
+    tokens: TokenRows | None = None
     low_rank: Module | None = None
     turned: bool = False
     added: TensorInfo | None = None
@@ -150,13 +154,19 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
             problems.append(module)
         else:
             modules[name] = module
-    if not parts and not whole:
+    tokens: Mapping[str, TokenRows] = {}
+    try:
+        tokens = token_rows(tensors, config)
+    except ValueError as error:
+        problems.append(Problem(f"{CONFIG}: {error}", hint=_DAMAGED))
+    if not parts and not whole and not tokens:
         problems.append(Problem(f"{TENSORS} holds no tensor", hint=_DAMAGED))
     if problems:
         raise ModelError(problems[:_SHOWN])
     named = config.get("base_model_name_or_path")
     model = named if isinstance(named, str) else None
-    return Adapter(model, modules, whole, config.get("fan_in_fan_out") is True, _copies_head(config, modules), aside)
+    turned = config.get("fan_in_fan_out") is True
+    return Adapter(model, modules, whole, tokens, turned, _copies_head(config, modules), aside)
 
 
 def _copies_head(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
@@ -222,6 +232,8 @@ def _parted(tensors: Mapping[str, TensorInfo]) -> tuple[_Parts, dict[str, Tensor
         match, stands_for = _PART.match(own.replace(".lora_B.bias", ".lora_bias")), _WRAPPED.sub("", own)
         if match is not None:
             parts[match["module"]][match["part"]] = tensors[name]
+        elif rows_of(name) is not None:
+            continue
         elif _UNTRAINED.search(own):
             aside[name] = "the model's own, which PEFT saves beside what it trained in its place"
         elif stands_for in whole:
@@ -317,6 +329,7 @@ class _Fitting:
                 place = replace(place, name=name) if untied else place
                 found[place.name] = Change(whole=tensor)
                 self._tensors[place.name] = replace(place, shape=tensor.shape)
+        self._rows(found)
         places = [(module, self._place(f"{name}.weight", module.a)) for name, module in self._adapter.modules.items()]
         settled = [(module, place) for module, place in places if place is not None and self._fits(module, place)]
         usual = self._usually_turned(settled)
@@ -324,11 +337,29 @@ class _Fitting:
             turned = self._turned(module, place, usual)
             if turned and module.magnitude is not None:
                 self._refuse(f"{module.name} has DoRA and its inputs first, which is not built", _MERGE_FIRST)
-            whole = found.get(place.name, Change()).whole
-            found[place.name] = Change(whole, module, turned)
+            found[place.name] = replace(found.get(place.name, Change()), low_rank=module, turned=turned)
             self._bias(module, found)
         self._tell_homeless()
         return found
+
+    def _rows(self, found: dict[str, Change]) -> None:
+        """Single rows; of a head that is the embedding PEFT saves the embedding's once more."""
+        for name, tokens in self._adapter.tokens.items():
+            if is_head(name) and is_tied(self._config) and tokens.numbers in self._of_embeddings():
+                continue
+            place = self._place(name, tokens.rows)
+            if place is None:
+                continue
+            last = max(tokens.numbers, default=-1)
+            if last >= place.shape[0] or tokens.rows.shape[1:] != place.shape[1:]:
+                rows = f"it has rows of {tokens.rows.shape[-1]} numbers up to row {last}"
+                what = f"{rows} for {name}, but the model's {place.name} is {_shape(place)}"
+                self._refuse(what, f"take the model that it was trained on{self._told_model()}")
+            else:
+                found[place.name] = replace(found.get(place.name, Change()), tokens=tokens)
+
+    def _of_embeddings(self) -> list[tuple[int, ...]]:
+        return [tokens.numbers for name, tokens in self._adapter.tokens.items() if is_embedding(name)]
 
     def _refuse(self, what: str, hint: str) -> None:
         self.problems.append(Problem(what, hint=hint))
@@ -391,8 +422,7 @@ class _Fitting:
             return
         place = self._place(f"{module.name}.bias", module.bias)
         if place is not None and self._can_replace(place, module.bias):
-            whole = found.get(place.name, Change()).whole
-            found[place.name] = Change(whole, added=module.bias, scale=module.scale)
+            found[place.name] = replace(found.get(place.name, Change()), added=module.bias, scale=module.scale)
 
     def _tell_homeless(self) -> None:
         if not self._homeless:

@@ -20,6 +20,7 @@ from merger.checkpoints.config import (
     with_layers,
     with_vocabulary,
 )
+from merger.checkpoints.tokenrows import rows_of
 from merger.errors import Problem, RecipeError, Span
 from merger.plan.jobs import Making
 from merger.plan.locked import LockedModel, LockedRecipe
@@ -63,7 +64,7 @@ def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
 def _why_of_adapter(model: LockedModel, name: str) -> str:
     lora = model.lora
     assert lora is not None
-    tied = "the head is the embedding" if lora.tied and is_head(name) else None
+    tied = "the head is the embedding" if lora.tied and is_head(rows_of(name) or name) else None
     return lora.aside.get(name) or tied or "nothing is made of the tensor that it changes"
 
 

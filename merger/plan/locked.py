@@ -17,6 +17,7 @@ from merger.checkpoints.config import is_tied
 from merger.checkpoints.quantised import Scaled
 from merger.checkpoints.sidefiles import tokenizer_files
 from merger.plan.products import Added, LowRank
+from merger.plan.rows import with_rows
 from merger.plan.sources import Dequantised, Made, Source, Stored
 from merger.recipe.model import ModelRef, Recipe
 from merger.stores.ports import Located
@@ -123,9 +124,9 @@ class LockedModel:
 
     @property
     def speaker(self) -> LockedModel:
-        """In whose files its tokenizer lies: in its adapter's, if that has one and holds the embedding whole."""
-        whole = (name for name, change in self.changes.items() if change.whole is not None)
-        if self.adapter is None or not any(is_embedding(name) for name in whole):
+        """In whose files its tokenizer lies: in its adapter's, if that has one and rows for its tokens."""
+        trained = (name for name, change in self.changes.items() if change.whole or change.tokens)
+        if self.adapter is None or not any(is_embedding(name) for name in trained):
             return self
         return self.adapter if tokenizer_files(self.adapter.located.files) else self
 
@@ -230,6 +231,8 @@ class LockedRecipe:
             return self._stored(number, tensor)
         adapter = self.index(model.adapter.ref)
         source = self._stored(number, tensor) if change.whole is None else Stored(adapter, change.whole)
+        if change.tokens is not None:
+            source = with_rows(source, Stored(adapter, change.tokens.rows), change.tokens.numbers)
         if (low := change.low_rank) is not None:
             lengths = None if low.magnitude is None else Stored(adapter, low.magnitude)
             source = LowRank(source, Stored(adapter, low.a), Stored(adapter, low.b), low.scale, change.turned, lengths)

@@ -163,7 +163,8 @@ class _Blend:
         whole = [tensor for tensor in lora.whole.values() if not tensor.name.endswith(_FROZEN)]
         self.reasons |= dict.fromkeys((one.name for one in lora.whole.values() if one not in whole), _WHY_FROZEN)
         vectors = [vector for module in lora.modules.values() for vector in (module.bias, module.magnitude)]
-        rest = [*whole, *(vector for vector in vectors if vector is not None)]
+        rows = [tokens.rows for tokens in lora.tokens.values()]
+        rest = [*whole, *rows, *(vector for vector in vectors if vector is not None)]
         if rest:
             what = f"it holds more than A and B: {rest[0].name}" + (f" and {len(rest) - 1} more" * (len(rest) > 1))
             hint = "add each adapter to its model (org/model+org/adapter) and merge the models"

@@ -141,6 +141,15 @@ class Rows:
         return 24 * max(CHUNK_ENTRIES, self.width)
 
 
+def with_rows(source: Source, rows: Stored, numbers: Sequence[int]) -> Rows:
+    """A tensor with some of its rows replaced by these, each in the place of that number."""
+    assert isinstance(source, Stored | Made), "an embedding that is stored as it is"
+    count = source.shape[0]
+    leaves, taken = np.zeros(count, dtype=np.int64), np.arange(count)
+    leaves[list(numbers)], taken[list(numbers)] = 1, range(len(numbers))
+    return Rows((source, rows), RowMap(np.arange(count + 1), leaves, taken))
+
+
 PURSUED_ROWS = 64
 """How many rows are pursued together: always the same ones, so that no block changes a bit of them."""
 
