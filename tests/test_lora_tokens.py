@@ -26,16 +26,13 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 AS_IT_WAS: Mapping[str, Any] = {}
 WHOLE: Mapping[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"]}
 ONE_WHOLE: Mapping[str, Any] = {"modules_to_save": ["embed_tokens"]}
+ROWS_OF_BOTH = {"trainable_token_indices": {"embed_tokens": [3, len(BASE) + 1], "lm_head": [len(BASE)]}}
 CASES: Mapping[str, tuple[bool, Mapping[str, Any], bool]] = {  # tied before; how it is trained; tied afterwards
     "not trained": (False, AS_IT_WAS, False),
     "trained whole": (False, WHOLE, False),
     "trained by a product": (False, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, False),
     "single rows trained": (False, {"trainable_token_indices": [3, len(BASE), len(BASE) + 1]}, False),
-    "single rows of both trained": (
-        False,
-        {"trainable_token_indices": {"embed_tokens": [3, 37], "lm_head": [36]}},
-        False,
-    ),
+    "single rows of both trained": (False, ROWS_OF_BOTH, False),
     "tied, single rows trained": (True, {"trainable_token_indices": [len(BASE) + 1, 3]}, True),
     "tied, not trained": (True, AS_IT_WAS, True),
     "tied, trained whole": (True, WHOLE, False),
@@ -134,6 +131,20 @@ def test_an_adapter_without_more_rows_brings_its_tokenizer_too(tmp_path: Path) -
         assert len(AutoTokenizer.from_pretrained(tmp_path / f"out-{number}")) == expected
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (tmp_path / "lora" / name).unlink(missing_ok=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_single_rows_of_a_model_that_had_spare_ones(tied: bool, tmp_path: Path) -> None:
+    """The model's own embedding with these rows in place of its, and no other changed."""
+    base = model(tmp_path / "base", 1, rows=len(BASE) + 2, tied=tied)
+    numbers = [len(BASE) + 1, 4]
+    expected = grown(tmp_path / "lora", base, trainable_token_indices=numbers)
+    merged(passthrough(f"{base}+{tmp_path / 'lora'}"), tmp_path / "out")
+    found, before = tiny.read(tmp_path / "out")[EMBEDDING], tiny.read(base)[EMBEDDING]
+    assert torch.equal(found, expected[EMBEDDING])
+    assert sorted(numbers) == [row for row in range(len(found)) if not torch.equal(found[row], before[row])]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("<|im_end|>").input_ids == [len(BASE) + 1]
 
 
 @pytest.mark.filterwarnings("ignore")
