@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import yaml
+from loopback import LoopbackHub
 from merging import merged
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import BASE, model, rows
@@ -21,6 +24,7 @@ from merger.cli import main
 
 pytest.importorskip("peft")
 
+Command = Callable[..., CompletedProcess[str]]
 ADDED = ["<|im_start|>", "<|im_end|>"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 AS_IT_WAS: Mapping[str, Any] = {}
@@ -180,3 +184,22 @@ def test_what_peft_keeps_of_the_model_is_never_taken_for_trained(tmp_path: Path)
     save_file(held, file)
     merged(passthrough(f"{base}+{tmp_path / 'lora'}"), tmp_path / "out")
     assert torch.equal(tiny.read(tmp_path / "out")[HEAD], expected[HEAD])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_the_hub_brings_its_tokens(tmp_path: Path, served: LoopbackHub, command: Command) -> None:
+    """Rows and tokenizer come from its commit, which the lock file names with both; the result is verified."""
+    base = model(tmp_path / "base", 1)
+    expected = grown(tmp_path / "lora", base, trainable_token_indices=[3, len(BASE)])
+    for name in ("base", "lora"):
+        served.add_model(f"org/{name}", tmp_path / name)
+    (tmp_path / "mine.yaml").write_text(passthrough("org/base+org/lora", "publish: {repo: org/out}\n"))
+    done = command("run", "mine.yaml", cwd=tmp_path, hub=served)
+    assert done.returncode == 0, done.stderr
+    for name, tensor in load(served.read("org/out", "model.safetensors")).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=4e-7, atol=4e-8)
+    assert served.read("org/out", "tokenizer.json") == (tmp_path / "lora/tokenizer.json").read_bytes()
+    lock = yaml.safe_load(served.read("org/out", "merger.lock.yaml"))
+    files = {one["model"]: {item["file"] for item in one["files"]} for one in lock["models"]}
+    assert {"adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files["org/lora"]
+    assert command("verify", "hf://org/out", "--all", cwd=tmp_path, hub=served).returncode == 0
