@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import forks
 import pytest
 from loopback import Client, LoopbackHub
 
@@ -42,7 +43,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """The real command in a process of its own: `command("plan", "recipe.yaml", cwd=..., hub=...)`."""
+    """The real command in a process of its own, forked: `command("plan", "recipe.yaml", cwd=..., hub=...)`."""
 
     def run(
         *arguments: str, cwd: Path, hub: LoopbackHub, token: str = WRITER, env: Mapping[str, str] | None = None
@@ -50,6 +51,6 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
         home = tmp_path_factory.mktemp("home")
         environment = {**os.environ, **hub.env(home, token), "TMPDIR": str(home), **(env or {})}
         line = [sys.executable, "-m", "merger", *arguments]
-        return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return forks.run(line, cwd=cwd, env=environment)
 
     return run

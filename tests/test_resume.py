@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forks
 import pytest
 import tiny
 from loopback import LoopbackHub, Request
@@ -21,7 +22,7 @@ from loopback import LoopbackHub, Request
 WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "2kB")
 Command = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., forks.Forked]
 KILLED_AFTER = """
 import os, signal, sys
 from merger.cli import main
@@ -71,13 +72,11 @@ def start(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Start the command in a process that kills itself in the middle of the shard after `after` finished ones."""
     home = tmp_path_factory.mktemp("home")
     environment = {**os.environ, **served.env(home, WRITER), "TMPDIR": str(home)}
-    started: list[subprocess.Popen[str]] = []
+    started: list[forks.Forked] = []
 
-    def run(*arguments: str, cwd: Path, after: int = 10**6) -> subprocess.Popen[str]:
+    def run(*arguments: str, cwd: Path, after: int = 10**6) -> forks.Forked:
         line = [sys.executable, "-c", KILLED_AFTER, str(after), *arguments]
-        started.append(
-            subprocess.Popen(line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        started.append(forks.start(line, cwd=cwd, env=environment))
         return started[-1]
 
     yield run

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 import tiny
 from loopback import LoopbackHub
@@ -159,11 +160,8 @@ def test_an_interrupted_run_cancels_its_hub_jobs(at: Path, hub: LoopbackHub, tmp
     hub.fail(lambda request: "/commit/merge-staging" in request.path, times=99, headers=asked)
     down = hub.fail(lambda request: request.method == "GET" and "/api/jobs/" in request.path, None, times=3)
     line = [sys.executable, "-m", "merger", "run", "mine.yaml", "--to", "hf://org/stopped", *SHARD]
-    process = subprocess.Popen(
-        [*line, "--engine", "jobs", "--parts", "1"], cwd=at, env={**os.environ, **hub.env(tmp_path, WRITER)},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
+    env = {**os.environ, **hub.env(tmp_path, WRITER)}
+    process = forks.start([*line, "--engine", "jobs", "--parts", "1"], cwd=at, env=env)
     for text in process.stderr:
         if "part 1/1 is started" in text:
             break
@@ -201,10 +199,8 @@ def test_without_ray_it_is_said_how_to_get_it(at: Path, hub: LoopbackHub, tmp_pa
     """No traceback of an import."""
     hidden = "import sys; sys.modules['ray'] = None; from merger.cli import main; sys.exit(main(sys.argv[1:]))"
     line = ("run", "mine.yaml", "--to", "hf://org/none", "--engine", "ray", "--parts", "2", "--quiet")
-    done = subprocess.run(
-        [sys.executable, "-c", hidden, *line], cwd=at, env={**os.environ, **hub.env(tmp_path, WRITER)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    env = {**os.environ, **hub.env(tmp_path, WRITER)}
+    done = forks.run([sys.executable, "-c", hidden, *line], cwd=at, env=env)
     said = "Ray is not installed here\n    pip install 'hub-merger[ray]'\n"
     assert (done.returncode, done.stderr) == (8, said)
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forks
 import pytest
 import tiny
 from loopback import LoopbackHub
@@ -73,7 +74,7 @@ def test_a_killed_stream_goes_on_from_what_was_taken(
     """SIGKILL in the middle of the fourth shard: those that the branch has are not made again."""
     line = ("run", "mine.yaml", "--to", "hf://org/killed", *SHARD, "--stream")
     env = {**os.environ, **xet.env(tmp_path, WRITER), **XET, "TMPDIR": str(tmp_path)}
-    killed = subprocess.run([sys.executable, "-c", KILLED_AFTER, "3", *line], cwd=recipe, env=env, check=False)
+    killed = forks.run([sys.executable, "-c", KILLED_AFTER, "3", *line], cwd=recipe, env=env)
     assert killed.returncode == -signal.SIGKILL
     assert published(xet, "org/killed") == {}
     again = command(*line, cwd=recipe, hub=xet, env=XET)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -196,54 +195,3 @@ def test_a_file_that_shrinks_meanwhile_is_refused(parents: list[Path], tmp_path:
         list(run(planned, store, options))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.merging").exists()
-
-
-KILLED = """
-import json, os, shutil, signal, sys
-from pathlib import Path
-from merger.checkpoints.shard import ShardWriter
-from merger.cli import main
-from merger.stores.folder import FolderSink
-
-recipe, to = sys.argv[1:]
-
-def at_call(owner, name, wanted):
-    counted, real = [0], getattr(owner, name)
-    def dying(*args, **kwargs):
-        if counted[0] == wanted:
-            os.kill(os.getpid(), signal.SIGKILL)
-        counted[0] += 1
-        return real(*args, **kwargs)
-    setattr(owner, name, dying)
-
-points = [(ShardWriter, "write", n) for n in (0, 1, 5, 12, 25)] + [(ShardWriter, "close", n) for n in (0, 1)]
-points += [(FolderSink, name, 0) for name in ("prepare", "finish", "_rename")]
-points += [(Path, "write_bytes", n) for n in range(8)] + [(Path, "rename", n) for n in range(2)]
-points += [(Path, "unlink", 0)]
-for owner, name, wanted in points:
-    shutil.rmtree(to + ".merging", ignore_errors=True)  # else there would be less and less to do
-    child = os.fork()
-    if child == 0:
-        at_call(owner, name, wanted)
-        os._exit(main(["run", recipe, "--to", to, "--quiet", "--force", "--threads", "1", "--shard-size", "300kB"]))
-    _, status = os.waitpid(child, 0)
-    there = sorted(item.name for item in Path(to).iterdir()) if Path(to).exists() else None
-    print(json.dumps([f"{owner.__name__}.{name} {wanted}", os.WIFSIGNALED(status), there]), flush=True)
-"""
-
-
-def test_a_kill_at_any_point_leaves_no_half_model(parents: list[Path], tmp_path: Path) -> None:
-    """SIGKILL at every stage: the destination is absent or the whole model, and the next run goes through."""
-    path = recipe(tmp_path, "linear", parents)
-    whole = merge(path, tmp_path / "whole", shard_size=300_000)
-    names = sorted(item.name for item in (tmp_path / "whole").iterdir())
-    to = tmp_path / "out"
-    answer = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), str(to)], check=True, capture_output=True, text=True
-    )
-    points = [json.loads(line) for line in answer.stdout.splitlines()]
-    assert sum(killed for _, killed, _ in points) >= len(points) - 2, "a point was never reached"
-    for point, _, there in points:
-        assert there in (None, names), point
-    assert merge(path, to, shard_size=300_000) == whole
-    assert sorted(item.name for item in tmp_path.iterdir() if item.name.startswith("out")) == ["out"]
