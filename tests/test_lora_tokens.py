@@ -152,6 +152,18 @@ def test_single_rows_of_a_model_that_had_spare_ones(tied: bool, tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_tied_model_whose_files_hold_a_head_all_the_same_takes_the_adapters(tmp_path: Path) -> None:
+    """The stored head is nobody's; the trained one is the result's, and its config says that there is one."""
+    base = model(tmp_path / "base", 1, rows=len(BASE) + 2, tied=True)
+    expected = grown(tmp_path / "lora", base, **WHOLE)
+    stale = {**tiny.read(base), HEAD: torch.ones(len(BASE) + 2, 16)}
+    tiny.write(base, stale, vocab_size=len(BASE) + 2, tie_word_embeddings=True)
+    merged(passthrough(f"{base}+{tmp_path / 'lora'}"), tmp_path / "out")
+    assert torch.equal(tiny.read(tmp_path / "out")[HEAD], expected[HEAD])
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_product_for_tokens_in_another_order_takes_a_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

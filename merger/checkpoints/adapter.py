@@ -171,7 +171,8 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 def _copies_head(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
     """Whether a head that is held whole is a tied model's embedding: so PEFT was told, or it trained neither."""
-    trained = [f"{name}.weight" for name in (*(config.get("modules_to_save") or ()), *modules)]
+    saved = config.get("modules_to_save")
+    trained = [f"{name}.weight" for name in (*(saved if isinstance(saved, list) else ()), *modules)]
     return config.get("ensure_weight_tying") is True or not any(is_embedding(n) or is_head(n) for n in trained)
 
 

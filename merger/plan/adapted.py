@@ -42,14 +42,14 @@ def _with_rows(model: LockedModel) -> LockedModel:
     whole = {name: change.whole for name, change in model.changes.items() if change.whole is not None}
     like = {name: tensor for name in whole if (tensor := held.tensors.get(name) or model.embedding) is not None}
     new = {name: replace(tensor, name=name, shape=whole[name].shape) for name, tensor in like.items()}
-    if all(held.tensors.get(name) == tensor for name, tensor in new.items()):
-        return model
-    brought = tuple(name for name in new if name not in held.tensors)
     config = untied(held.config) if any(is_head(name) for name in new) and model.is_tied else held.config
+    brought = tuple(name for name in new if name not in held.tensors)
     grown = replace(model, checkpoint=Checkpoint({**held.tensors, **new}, config, held.stem), brought=brought)
     _check_rows(model, grown)
-    config = with_vocabulary(config, model.token_rows or 0, grown.token_rows or 0)
-    return replace(grown, checkpoint=replace(grown.checkpoint, config=config))
+    if grown.token_rows == model.token_rows:
+        return grown
+    sized = with_vocabulary(config, model.token_rows or 0, grown.token_rows or 0)
+    return replace(grown, checkpoint=replace(grown.checkpoint, config=sized))
 
 
 def _check_rows(model: LockedModel, grown: LockedModel) -> None:
