@@ -43,14 +43,24 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """The real command in a process of its own, forked: `command("plan", "recipe.yaml", cwd=..., hub=...)`."""
+    """The real command in a process of its own: `command("plan", "recipe.yaml", cwd=..., hub=...)`.
+
+    It is forked, unless the arguments must stand in the system's list of processes.
+    """
 
     def run(
-        *arguments: str, cwd: Path, hub: LoopbackHub, token: str = WRITER, env: Mapping[str, str] | None = None
+        *arguments: str,
+        cwd: Path,
+        hub: LoopbackHub,
+        token: str = WRITER,
+        env: Mapping[str, str] | None = None,
+        forked: bool = True,
     ) -> subprocess.CompletedProcess[str]:
         home = tmp_path_factory.mktemp("home")
         environment = {**os.environ, **hub.env(home, token), "TMPDIR": str(home), **(env or {})}
         line = [sys.executable, "-m", "merger", *arguments]
-        return forks.run(line, cwd=cwd, env=environment)
+        if forked:
+            return forks.run(line, cwd=cwd, env=environment)
+        return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
     return run

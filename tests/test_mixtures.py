@@ -653,5 +653,4 @@ def test_memory_is_planned_and_holds_one_layer(tmp_path: Path) -> None:
         found.append(json.loads(done.stdout))
         assert found[-1]["code"] == 0
         assert found[-1]["peak"] <= found[-1]["planned"] < 2 * found[-1]["peak"]
-    six_layers = 6 * 4 * 3 * 1024 * 2816  # their MLPs in float32 alone; how much malloc keeps for itself is chance
-    assert found[1]["peak"] - found[0]["peak"] < six_layers / 2
+    assert found[1]["peak"] < 1.3 * found[0]["peak"]  # six layers more would be half as much again

@@ -91,7 +91,7 @@ def test_the_token_is_nowhere(
     if option == "--quiet":
         lines += [("check", "mine.yaml"), ("plan", "mine.yaml", "--json"), ("status", f"hf://{repo}")]
     env = {**LOUD, "TMPDIR": str(work), "HF_HOME": str(work / "home")}
-    ended = [command(*line, cwd=work, hub=hub, token=token, env=env) for line in lines]
+    ended = [command(*line, cwd=work, hub=hub, token=token, env=env, forked=False) for line in lines]
     assert (ended[0].returncode == 0) == (end == "well"), ended[0].stderr
     texts = {f"{done.args} printed": f"{done.stdout}\n{done.stderr}".encode() for done in ended}
     texts |= everything(hub, repo, work)

@@ -18,7 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 from huggingface_hub.utils import httpx
 from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Timeout, make_headers
 
-from merger.stores.patience import TIMEOUT_SECONDS
+from merger.stores import patience
 
 CHUNK_BYTES = 1 << 20
 
@@ -42,13 +42,12 @@ class Connections:
         Raises:
             urllib3.exceptions.HTTPError: no answer, or not in time.
         """
-        patience = Timeout(connect=TIMEOUT_SECONDS, read=TIMEOUT_SECONDS)
         pool = self._pool(_proxy(address))
         answer = pool.request(
             "GET",
             address,
             headers=headers,
-            timeout=patience,
+            timeout=Timeout(connect=patience.TIMEOUT_SECONDS, read=patience.TIMEOUT_SECONDS),
             retries=False,
             redirect=False,
             preload_content=False,

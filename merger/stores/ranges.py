@@ -18,7 +18,7 @@ import numpy as np
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 from urllib3 import BaseHTTPResponse
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, ProtocolError, TimeoutError
 
 from merger.errors import ModelError, Problem
 from merger.stores import patience
@@ -156,6 +156,10 @@ def _check(answer: httpx.Response, start: int, stop: int, size: int) -> None:
 
 def _in_words(error: Exception) -> str:
     """What went wrong, without the address: a signed address is as good as a token."""
+    if isinstance(error, ProtocolError):
+        return "the connection broke off"
+    if isinstance(error, TimeoutError):
+        return "the connection stood still"
     return str(error) if isinstance(error, _TryAgain) else type(error).__name__
 
 
