@@ -291,7 +291,8 @@ def _check(arguments: argparse.Namespace) -> int:
             print(console.warning(note), file=sys.stderr)
         named = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
         methods = ", ".join([*named, *(["mixture of experts"] if recipe.mixture else [])])
-        print(f"{path}: well formed ({methods}; {len(recipe.models)} models)")
+        count = len(recipe.models)
+        print(f"{path}: well formed ({methods}; {count} {'model' if count == 1 else 'models'})")
     return code
 
 

@@ -18,7 +18,7 @@ from merger.card.lineage import shown
 from merger.checkpoints.checkpoint import index_name
 from merger.checkpoints.sidefiles import side_files
 from merger.errors import BudgetError, EvaluationError, ModelError, Problem, RecipeError
-from merger.plan.lock import LockedModel
+from merger.plan.locked import LockedModel
 from merger.plan.plan import Plan
 from merger.plan.scores import Score, memory
 from merger.recipe.evaluation import HUB_FILE
@@ -100,7 +100,7 @@ def disk(planned: Plan, staged: bool) -> int:
         return 0
     copied = [planned.size] if staged else []
     if wanted.parents:
-        copied += [model.checkpoint.nbytes for model in planned.locked.models if model.located.commit is not None]
+        copied += [model.checkpoint.nbytes for model in planned.locked.merged if model.located.commit is not None]
     return max(copied, default=0)
 
 
@@ -200,7 +200,7 @@ def carried_out(
         sink.lend(folder)
         _write(folder, files)
         yield from _measured(folder, None, wanted, evaluate)
-    for model in planned.locked.models if evaluate.parents else ():
+    for model in planned.locked.merged if evaluate.parents else ():
         if model.ref.adapter is not None:
             continue  # its files are those of the model without it
         if model.located.commit is None:

@@ -42,7 +42,8 @@ from merger.evaluation import disk as evaluation_disk
 from merger.locate import HUB, stores
 from merger.methods.registry import methods
 from merger.plan.geometry import Geometry, noted, recalled
-from merger.plan.lock import LockedRecipe, lock, pins
+from merger.plan.lock import lock, pins
+from merger.plan.locked import LockedRecipe
 from merger.plan.lockfile import Lock, changed_models, other_plan, read_lock
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.parts import share

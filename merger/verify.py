@@ -16,7 +16,8 @@ from merger.checkpoints.checkpoint import TensorInfo
 from merger.errors import MismatchError, Problem, RecipeError, VerificationError
 from merger.locate import stores
 from merger.methods.registry import methods
-from merger.plan.lock import LockedRecipe, lock
+from merger.plan.lock import lock
+from merger.plan.locked import LockedRecipe
 from merger.plan.lockfile import OURS, Lock, changed_models, other_plan
 from merger.plan.plan import Plan, Shard
 from merger.plan.proof import Difference, Piece, Sample, draw, whole

@@ -61,6 +61,25 @@ def cut(folder: Path, settings: dict[str, Any], held: dict[str, Tensor]) -> None
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def tied(folder: Path, settings: dict[str, Any], held: dict[str, Tensor]) -> None:
+    own = tiny.tensors()
+    del own["lm_head.weight"]
+    tiny.write(folder.parent / "base", own, tie_word_embeddings=True)
+    head = {"lm_head.lora_A.weight": torch.ones(4, 16), "lm_head.lora_B.weight": torch.ones(40, 4)}
+    tensors(**head)(folder, settings, held)
+
+
+def rows_of_tokens(numbers: object) -> Damage:
+    name = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+    def damage(folder: Path, settings: dict[str, Any], held: dict[str, Tensor]) -> None:
+        tensors(**{name: torch.ones(2, 16), **NO_PRODUCT})(folder, settings, held)
+        settings["trainable_token_indices"] = numbers
+
+    return damage
+
+
+NO_PRODUCT = {"embed_tokens.lora_embedding_A": None, "embed_tokens.lora_embedding_B": None}
 CASES: Mapping[str, Damage] = {
     "no adapter_config.json": without("adapter_config.json"),
     "no tensors": without("adapter_model.safetensors"),
@@ -74,7 +93,10 @@ CASES: Mapping[str, Damage] = {
     "alpha that is none": config(lora_alpha=None),
     "pattern that is none": config(rank_pattern={"(": 4}),
     "repeated layers": config(layer_replication=[[0, 1], [0, 2]]),
-    "rows of tokens": config(trainable_token_indices=[1, 2]),
+    "rows of tokens that are not there": config(trainable_token_indices=[1, 2]),
+    "rows of tokens without their numbers": rows_of_tokens("1, 2"),
+    "more numbers than rows of tokens": rows_of_tokens([1, 2, 3]),
+    "rows of tokens beyond the model's": rows_of_tokens([1, 99]),
     "a start that changes the model": config(init_lora_weights="pissa_niter_4"),
     "another rank": config(rank_pattern={"q_proj": 3}),
     "DoRA without magnitudes": config(use_dora=True),
@@ -92,6 +114,15 @@ CASES: Mapping[str, Damage] = {
         for layer in (7, 8) for part, shape in {"A": (4, 16), "B": (16, 4)}.items()
     }),
     "an unknown tensor": tensors(**{"model.layers.0.router.bias": torch.ones(3)}),
+    "rows of tokens that nobody tells": tensors(**{
+        "model.embed_tokens.weight": torch.ones(42, 16), "lm_head.weight": torch.ones(42, 16), **NO_PRODUCT,
+    }),
+    "more rows than the head has": tensors(**{"model.embed_tokens.weight": torch.ones(42, 16), **NO_PRODUCT}),
+    "rows of another width": tensors(**{"model.embed_tokens.weight": torch.ones(40, 8), **NO_PRODUCT}),
+    "a product for more tokens": tensors(**{
+        "lm_head.lora_A.weight": torch.ones(4, 16), "lm_head.lora_B.weight": torch.ones(42, 4),
+    }),
+    "a product for a tied head": tied,
 }  # fmt: skip
 
 
@@ -153,17 +184,6 @@ def test_an_adapter_in_the_place_of_a_model_is_told(pair: Path, capsys: pytest.C
         "exit code 3\nmine.yaml:3:12: models[./lora]: is a LoRA adapter, not a model\n"
         "    add it to its model: org/model+lora; or list adapters under adapters: to merge them\n"
     )
-
-
-def test_an_adapter_of_a_tied_head_is_refused(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It would change the embedding too."""
-    held = tiny.tensors()
-    del held["lm_head.weight"]
-    tiny.write(pair / "base", held, tie_word_embeddings=True)
-    damaged(pair / "lora", tensors(**{
-        "lm_head.lora_A.weight": torch.ones(4, 16), "lm_head.lora_B.weight": torch.ones(40, 4),
-    }))  # fmt: skip
-    assert "it changes lm_head.weight, which in this model is the embedding" in refused(capsys)
 
 
 def whole_norm(folder: Path) -> None:

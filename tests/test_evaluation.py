@@ -296,3 +296,15 @@ def test_the_hubs_client_reads_the_model_index() -> None:
 def test_texts_are_named_by_little_of_their_path(texts: list[str], names: list[str]) -> None:
     """As little as tells them apart: no place on a disk."""
     assert evaluation._names(texts) == (names if len(set(texts)) == len(texts) else texts)
+
+
+def test_of_a_model_with_an_adapter_neither_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter is no parent that computes, and the model's own files are those without it."""
+    monkeypatch.chdir(tmp_path)
+    tiny.lora(tmp_path / "lora", tiny.model(tmp_path / "base"), rank=2)
+    mine = recipe(tmp_path, "{perplexity: {text: lines.txt}, parents: true}", ("./base+./lora", "./base"))
+    measured: list[str | None] = []
+    monkeypatch.setattr(evaluation, "_measured", lambda folder, model, *_: measured.append(model) or ())
+    options = Options(to=str(tmp_path / "out"), threads=1)
+    list(run(*plan(read(mine), options), options))
+    assert measured == [None, "base"]

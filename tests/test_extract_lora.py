@@ -14,6 +14,7 @@ import adapters
 import pytest
 import tiny
 import torch
+import vocabularies
 import yaml
 from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from torch import Tensor
 from merger.cli import main
 from merger.engine.factors import decomposed
 
-pytest.importorskip("peft")
+PeftModel = pytest.importorskip("peft").PeftModel
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 QWEN2 = {
@@ -115,6 +116,28 @@ def test_a_change_of_full_rank_is_cut_to_the_best_of_its_rank_and_the_loss_is_to
     for layer, (error, whole) in by_layer.items():
         assert told[layer] == pytest.approx((error / whole) ** 0.5, rel=1e-4)
         assert f"| {layer} | {100 * told[layer]:.2f} % |" in card
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fine_tune_with_more_tokens_comes_back(tied: bool, tmp_path: Path) -> None:
+    """Embedding and head are held whole, beside the tokenizer: base and adapter are the fine-tune, by PEFT and here."""
+    base = vocabularies.model(tmp_path / "base", 1, tied=tied)
+    one = vocabularies.model(tmp_path / "one", 2, ["<|im_start|>", "<|im_end|>"], tied=tied)
+    extract(tmp_path, one, base, "--rank", "16", "--skip-rest")
+    recipe = f"merge_method: passthrough\nmodels: [{{model: {base}+{tmp_path / 'out'}}}]\n"
+    (tmp_path / "again.yaml").write_text(recipe)
+    assert main(["run", str(tmp_path / "again.yaml"), "--to", str(tmp_path / "again"), "--quiet"]) == 0
+    found, expected, plain = tiny.read(tmp_path / "again"), tiny.read(one), tiny.read(base)
+    norms = {name for name in plain if "norm" in name}  # left out by --skip-rest
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (plain if name in norms else expected)[name], rtol=2e-6, atol=2e-6)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (one / name).read_bytes()
+    resized = adapters.load(base)
+    resized.resize_token_embeddings(len(expected["model.embed_tokens.weight"]))
+    by_peft = PeftModel.from_pretrained(resized, str(tmp_path / "out")).merge_and_unload().state_dict()
+    for name in found:
+        torch.testing.assert_close(by_peft[name], found[name], rtol=2e-6, atol=2e-6)
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,6 +122,20 @@ models:
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_experts_and_the_base_of_a_mixture_may_have_adapters(tmp_path: Path) -> None:
+    """What the models with their adapters make is what they make once they are written out."""
+    base = adapters.base(tmp_path / "base", sliding_window=None)
+    adapter = adapters.lora(tmp_path / "lora", base)
+    plain = run(tmp_path, passthrough(f"{base}+{adapter}"))
+    tiny.write(tmp_path / "whole", plain)
+    shutil.copy(base / "config.json", tmp_path / "whole")
+    mixture = "gate_mode: random\nbase_model: {0}\nexperts: [{{source_model: {0}}}, {{source_model: {1}}}]\n"
+    found = run(tmp_path, mixture.format(f"{base}+{adapter}", base), "--force")
+    expected = run(tmp_path, mixture.format(tmp_path / "whole", base), "--force")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 WILD = Path(__file__).parent / "recipe/wild"
 
 

@@ -273,6 +273,37 @@ def test_deepseeks_names_are_those_of_its_later_models(dense: Mapping[str, Seque
     }
 
 
+def test_deepseeks_layout_computes_what_transformers_class_of_it_computes(
+    dense: Mapping[str, Sequence[Path]], tmp_path: Path
+) -> None:
+    """DeepSeek-OCR's language model is the published layer under Llama's attention; it takes no weights anew.
+
+    So every expert is asked: then the weights add up to 1 by themselves.
+    """
+    from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig
+    from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
+
+    held = mixed(recipe(CASES["deepseek"], dense["deepseek"], experts_per_token=2), tmp_path / "out")
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    sizes = (*SMALL, "rope_theta", "moe_intermediate_size", "n_routed_experts", "n_shared_experts",
+             "num_experts_per_tok")  # fmt: skip
+    config = DeepseekOcr2TextConfig(**{key: said[key] for key in sizes}, mlp_layer_types=["sparse"] * 3)
+    model = DeepseekOcr2TextModel(config).eval()
+    held.pop("lm_head.weight")
+    state = {name.removeprefix("model."): tensor for name, tensor in held.items() if ".experts." not in name}
+    for layer in range(3):
+        gates, ups, downs = (
+            torch.stack([held[f"model.layers.{layer}.mlp.experts.{number}.{matrix}.weight"] for number in range(2)])
+            for matrix in ("gate_proj", "up_proj", "down_proj")
+        )
+        fused = {"gate_up_proj": torch.cat([gates, ups], dim=1), "down_proj": downs}
+        state |= {f"layers.{layer}.mlp.experts.{name}": tensor for name, tensor in fused.items()}
+    model.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        found, ours = (one(TOKENS).last_hidden_state for one in (model, deepseek(tmp_path / "out").model))
+    assert torch.allclose(found, ours, rtol=1e-4, atol=1e-5)
+
+
 # ---- noise and chance -----------------------------------------------------------------------------------------------
 
 

@@ -13,9 +13,10 @@ import torch
 import transformers
 from loopback import LoopbackHub
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vocabularies import BASE, model, rows
+from vocabularies import BASE, model, rows, sentencepiece
 
 from merger import run
+from merger.errors import MismatchError
 from merger.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -300,6 +301,40 @@ def test_a_published_recipe_with_a_union_and_a_chat_template(tmp_path: Path) -> 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         assert torch.isfinite(loaded(torch.tensor([ids])).logits).all()
+
+
+def pieces_alone(folder: Path) -> Path:
+    """The model with its tokenizer as an old program wrote it."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(sentencepiece())
+    return folder
+
+
+def test_a_sentencepiece_model_tells_its_tokens(tmp_path: Path) -> None:
+    """Of a model without tokenizer.json rows follow by piece; the result's tokenizer is the other one's."""
+    turned = [*BASE[:2], *reversed(BASE[2:])]
+    one = model(tmp_path / "one", 1, ["<a>"], tokens=turned)
+    other = model(tmp_path / "other", 2)
+    theirs = rows(other)
+    pieces_alone(other)
+    merge(linear(one, other, more="tokenizer: {}"), tmp_path / "out")
+    found, first = rows(tmp_path / "out"), rows(one)
+    for token in BASE:
+        torch.testing.assert_close(found[token], (first[token] + theirs[token]) / 2)
+    assert torch.equal(found["<a>"], first["<a>"])
+    assert not (tmp_path / "out/tokenizer.model").exists()
+
+
+def test_a_sentencepiece_model_is_compared(tmp_path: Path) -> None:
+    """Without a block other pieces are told; one that lies beside tokenizer.json for old programs is not looked at."""
+    one, other, third = (model(tmp_path / name, seed) for seed, name in enumerate(("one", "other", "third")))
+    (one / "tokenizer.model").write_bytes(sentencepiece())
+    assert "tokenizer.model" not in planned(linear(one, third), tmp_path / "beside").locked.models[0].texts
+    pieces_alone(one)
+    planned(linear(one, pieces_alone(other)), tmp_path / "same")
+    (other / "tokenizer.model").write_bytes(sentencepiece([*BASE[:2], *reversed(BASE[2:])]))
+    with pytest.raises(MismatchError, match="row 2 is 'a' in one and 'and' in other"):
+        planned(linear(one, other), tmp_path / "different")
 
 
 def test_tokenizers_that_the_hub_knows_to_be_equal_are_not_fetched(

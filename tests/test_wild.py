@@ -25,15 +25,17 @@ RUN = (
 )  # fmt: skip
 ELSEWHERE = {
     "07-moe-hidden-clowncar": "test_mixtures", "08-moe-random-upcycle": "test_mixtures",
-    "25-moe-yaml-anchors": "test_mixtures", "15-model-stock-lora-refs": "adapters",
-    "18-sce-lora-base": "adapters",
+    "25-moe-yaml-anchors": "test_mixtures", "15-model-stock-lora-refs": "test_lora_sources",
+    "18-sce-lora-base": "test_lora_sources",
 }  # fmt: skip
-"""Those that do not run here, and where they run, or what they are about."""
+"""Those that do not run here, and where they do."""
 
 
-def test_every_published_recipe_is_listed() -> None:
-    """It runs here, or its kind has tests of its own."""
+def test_every_published_recipe_runs_somewhere() -> None:
+    """Here, or in the tests of its kind, which name it."""
     assert {file.stem for file in WILD} == {*RUN, *ELSEWHERE}
+    for name, module in ELSEWHERE.items():
+        assert f'"{name}"' in Path(__file__).with_name(f"{module}.py").read_text()
 
 
 @pytest.mark.parametrize("name", RUN)

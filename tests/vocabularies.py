@@ -11,6 +11,9 @@ import tiny
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers.utils.sentencepiece_model_pb2_new import ModelProto
+
+from merger.checkpoints.spelling import BYTES, SPACES, respelled
 
 CHARACTERS = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("an", "d")]
@@ -28,6 +31,16 @@ def tokenizer(added: Sequence[str] = (), tokens: Sequence[str] = BASE, special: 
     found.add_special_tokens([AddedToken(token, normalized=False) for token in ("<s>", "</s>")])
     found.add_tokens([AddedToken(token, normalized=False, special=special) for token in added])
     return found
+
+
+def sentencepiece(tokens: Sequence[str] = BASE) -> bytes:
+    """A SentencePiece model, tokenizer.model, that has these tokens of a byte-level tokenizer as its pieces."""
+    proto = ModelProto()
+    for number, token in enumerate(tokens):
+        kind = 3 if token in ("<s>", "</s>") else 1
+        proto.pieces.add(piece=respelled(token, BYTES, SPACES), score=-float(number), type=kind)
+    proto.trainer_spec.vocab_size = len(tokens)
+    return proto.SerializeToString()
 
 
 def model(

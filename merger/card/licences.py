@@ -14,7 +14,7 @@ from typing import Any
 from merger.card.lineage import shown
 from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind, Terms
 from merger.errors import MismatchError, Problem, RecipeError
-from merger.plan.lock import LockedModel
+from merger.plan.locked import LockedModel
 from merger.plan.plan import Plan
 from merger.recipe.model import Publish
 

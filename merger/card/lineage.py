@@ -15,7 +15,7 @@ from merger.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
 from merger.checkpoints.checkpoint import SUFFIX, index_name
 from merger.checkpoints.licence_file import licence_files
 from merger.checkpoints.sidefiles import CARD_NAME
-from merger.plan.lock import LockedModel
+from merger.plan.locked import LockedModel
 from merger.plan.lockfile import OURS, Lock, Parent
 from merger.plan.plan import Plan
 from merger.stores.ports import FileInfo, Located

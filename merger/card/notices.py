@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from merger.card.licences import judge
 from merger.checkpoints.licence_file import LICENCES, is_notice, licence_files
-from merger.plan.lock import LockedModel
+from merger.plan.locked import LockedModel
 from merger.plan.plan import Plan
 from merger.stores.ports import Located
 

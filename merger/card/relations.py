@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from merger.checkpoints.architecture import Architecture
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job
-from merger.plan.lock import LockedModel
+from merger.plan.locked import LockedModel
 from merger.plan.plan import Plan
-from merger.plan.sources import Factor
+from merger.plan.products import Factor
 
 _ALIKE, _OPPOSED, _STRANGERS = 0.9999, -0.3, 0.2
 """Cosines: of parents that are the same; of deltas that undo each other; of whole tensors without a common ancestor.

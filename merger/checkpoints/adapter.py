@@ -10,12 +10,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from merger.checkpoints.architecture import is_head
+from merger.checkpoints.architecture import is_embedding, is_head
 from merger.checkpoints.checkpoint import FLOATS, TensorInfo
 from merger.checkpoints.config import is_tied
+from merger.checkpoints.tokenrows import TokenRows, rows_of, token_rows
 from merger.errors import ModelError, Problem
 
 CONFIG = "adapter_config.json"
@@ -27,14 +28,16 @@ _PART = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_bias)"
     r"(\.weight)?$"
 )
-_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)")
+_WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|modules_to_save(\.default)?)(?=\.)")
+_UNTRAINED = re.compile(r"\.original_module\.")
+"""What PEFT keeps beside a module that is trained as a whole: the model's own, as it was."""
+
 TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Kinds of models whose linear layers hold their matrices with the inputs first (transformers' Conv1D)."""
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 _NOT_BUILT = {
     "layer_replication": "it repeats layers of its model",
-    "trainable_token_indices": "it trains single rows of the embedding",
     "target_parameters": "it changes parameters that are no module's weight",
     "use_qalora": "it groups a quantised model's inputs",
     "use_bdlora": "its matrices are block-diagonal",
@@ -91,15 +94,19 @@ class Adapter:
         model: the model that it was trained on, as its config names it.
         modules: what it holds for the modules of its model, by their names.
         whole: the tensors that it holds whole, in place of its model's, by the names that these have there.
+        tokens: the single rows that it holds, in place of its model's, by the names of the tensors that have them.
         turned: whether its config says that matrices have their inputs first.
         tied: whether a head that it holds whole is its embedding once more.
+        aside: why some of its tensors are not read, by their names in its file.
     """
 
     model: str | None
     modules: Mapping[str, Module] = field(repr=False)
     whole: Mapping[str, TensorInfo] = field(repr=False)
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict, repr=False)
     turned: bool = False
     tied: bool = False
+    aside: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,7 @@ class Change:
 
     Args:
         whole: it is replaced by this one.
+        tokens: some of its rows are replaced by these.
         low_rank: a product of two small matrices is added to it.
         turned: whether the tensor has the module's inputs as rows.
         added: this is added to it, times `scale`.
@@ -115,6 +123,7 @@ class Change:
     """
 
     whole: TensorInfo | None = None
+    tokens: TokenRows | None = None
     low_rank: Module | None = None
     turned: bool = False
     added: TensorInfo | None = None
@@ -137,7 +146,7 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     problems = list(_config_problems(config))
     if problems:
         raise ModelError(problems)
-    parts, whole = _parted(tensors)
+    parts, whole, aside = _parted(tensors)
     modules: dict[str, Module] = {}
     for name, found in parts.items():
         module = _module(name, found, config)
@@ -145,14 +154,26 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
             problems.append(module)
         else:
             modules[name] = module
-    if not parts and not whole:
+    tokens: Mapping[str, TokenRows] = {}
+    try:
+        tokens = token_rows(tensors, config)
+    except ValueError as error:
+        problems.append(Problem(f"{CONFIG}: {error}", hint=_DAMAGED))
+    if not parts and not whole and not tokens:
         problems.append(Problem(f"{TENSORS} holds no tensor", hint=_DAMAGED))
     if problems:
         raise ModelError(problems[:_SHOWN])
-    named, flags = config.get("base_model_name_or_path"), ("fan_in_fan_out", "ensure_weight_tying")
-    return Adapter(
-        named if isinstance(named, str) else None, modules, whole, *(config.get(flag) is True for flag in flags)
-    )
+    named = config.get("base_model_name_or_path")
+    model = named if isinstance(named, str) else None
+    turned = config.get("fan_in_fan_out") is True
+    return Adapter(model, modules, whole, tokens, turned, _copies_head(config, modules), aside)
+
+
+def _copies_head(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
+    """Whether a head that is held whole is a tied model's embedding: so PEFT was told, or it trained neither."""
+    saved = config.get("modules_to_save")
+    trained = [f"{name}.weight" for name in (*(saved if isinstance(saved, list) else ()), *modules)]
+    return config.get("ensure_weight_tying") is True or not any(is_embedding(n) or is_head(n) for n in trained)
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -199,18 +220,28 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def _parted(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """The tensors of each module by what they are to it, and those that stand for whole tensors of the model."""
-    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+_Parts = dict[str, dict[str, TensorInfo]]
+
+
+def _parted(tensors: Mapping[str, TensorInfo]) -> tuple[_Parts, dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of each module by what they are to it, those that stand for whole tensors, and why some do not."""
+    parts: _Parts = defaultdict(dict)
     whole: dict[str, TensorInfo] = {}
-    for name, tensor in tensors.items():
+    aside: dict[str, str] = {}
+    for name in sorted(tensors, key=lambda name: _WRAPPED.search(name) is not None):
         own = _PREFIX.sub("", name)
-        match = _PART.match(own.replace(".lora_B.bias", ".lora_bias"))
-        if match is None:
-            whole[_WRAPPED.sub("", own)] = tensor
+        match, stands_for = _PART.match(own.replace(".lora_B.bias", ".lora_bias")), _WRAPPED.sub("", own)
+        if match is not None:
+            parts[match["module"]][match["part"]] = tensors[name]
+        elif rows_of(name) is not None:
+            continue
+        elif _UNTRAINED.search(own):
+            aside[name] = "the model's own, which PEFT saves beside what it trained in its place"
+        elif stands_for in whole:
+            aside[name] = "the adapter holds it under another name, too"
         else:
-            parts[match["module"]][match["part"]] = tensor
-    return parts, whole
+            whole[stands_for] = tensors[name]
+    return parts, whole, aside
 
 
 def _module(name: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Module | Problem:
@@ -283,7 +314,7 @@ class _Fitting:
     """One adapter held against one model."""
 
     def __init__(self, adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
-        self._adapter, self._tensors, self._config = adapter, tensors, config
+        self._adapter, self._tensors, self._config = adapter, dict(tensors), config
         self._names = _Names(tensors)
         self._homeless: list[str] = []
         self.problems: list[Problem] = []
@@ -291,10 +322,15 @@ class _Fitting:
     def changes(self) -> dict[str, Change]:
         found: dict[str, Change] = {}
         for name, tensor in self._adapter.whole.items():
-            if self._adapter.tied and is_head(name) and is_tied(self._config):
+            untied = is_head(name) and is_tied(self._config)
+            if untied and self._adapter.tied:
                 continue
-            if (place := self._place(name, tensor)) and self._same_shape(place, tensor):
+            place = self._embedding() if untied else self._place(name, tensor)
+            if place is not None and self._can_replace(place, tensor):
+                place = replace(place, name=name) if untied else place
                 found[place.name] = Change(whole=tensor)
+                self._tensors[place.name] = replace(place, shape=tensor.shape)
+        self._rows(found)
         places = [(module, self._place(f"{name}.weight", module.a)) for name, module in self._adapter.modules.items()]
         settled = [(module, place) for module, place in places if place is not None and self._fits(module, place)]
         usual = self._usually_turned(settled)
@@ -302,11 +338,29 @@ class _Fitting:
             turned = self._turned(module, place, usual)
             if turned and module.magnitude is not None:
                 self._refuse(f"{module.name} has DoRA and its inputs first, which is not built", _MERGE_FIRST)
-            whole = found.get(place.name, Change()).whole
-            found[place.name] = Change(whole, module, turned)
+            found[place.name] = replace(found.get(place.name, Change()), low_rank=module, turned=turned)
             self._bias(module, found)
         self._tell_homeless()
         return found
+
+    def _rows(self, found: dict[str, Change]) -> None:
+        """Single rows; of a head that is the embedding PEFT saves the embedding's once more."""
+        for name, tokens in self._adapter.tokens.items():
+            if is_head(name) and is_tied(self._config) and tokens.numbers in self._of_embeddings():
+                continue
+            place = self._place(name, tokens.rows)
+            if place is None:
+                continue
+            last = max(tokens.numbers, default=-1)
+            if last >= place.shape[0] or tokens.rows.shape[1:] != place.shape[1:]:
+                rows = f"it has rows of {tokens.rows.shape[-1]} numbers up to row {last}"
+                what = f"{rows} for {name}, but the model's {place.name} is {_shape(place)}"
+                self._refuse(what, f"take the model that it was trained on{self._told_model()}")
+            else:
+                found[place.name] = replace(found.get(place.name, Change()), tokens=tokens)
+
+    def _of_embeddings(self) -> list[tuple[int, ...]]:
+        return [tokens.numbers for name, tokens in self._adapter.tokens.items() if is_embedding(name)]
 
     def _refuse(self, what: str, hint: str) -> None:
         self.problems.append(Problem(what, hint=hint))
@@ -315,8 +369,8 @@ class _Fitting:
         """The model's tensor that the adapter calls `name`."""
         place = self._names.find(name)
         if is_head(name) and is_tied(self._config):
-            what = f"it changes {name}, which in this model is the embedding"
-            self._refuse(what, "untie the model first, or take an adapter that leaves the head alone")
+            what = f"it adds to {name}, which in this model is the embedding"
+            self._refuse(what, _MERGE_FIRST)
             return None
         if place is None:
             self._homeless.append(tensor.name)
@@ -326,13 +380,19 @@ class _Fitting:
             return None
         return self._tensors[place]
 
-    def _same_shape(self, place: TensorInfo, tensor: TensorInfo) -> bool:
+    def _embedding(self) -> TensorInfo | None:
+        """What a tied head is, so that one of its own has to be like it."""
+        return next((tensor for tensor in self._tensors.values() if _is_of_tokens(tensor)), None)
+
+    def _can_replace(self, place: TensorInfo, tensor: TensorInfo) -> bool:
+        """Whether a tensor can stand in the model's place: of its shape, or an embedding or head of other tokens."""
+        same = tensor.shape == place.shape or (_is_of_tokens(place) and tensor.shape[1:] == place.shape[1:])
         if tensor.dtype not in FLOATS:
             self._refuse(f"{tensor.name} is stored as {tensor.dtype}, which is not read", _MERGE_FIRST)
-        elif tensor.shape != place.shape:
+        elif not same:
             what = f"{tensor.name} is {_shape(tensor)}, but the model's {place.name} {_shape(place)}"
             self._refuse(what, f"take the model that it was trained on{self._told_model()}")
-        return tensor.dtype in FLOATS and tensor.shape == place.shape
+        return tensor.dtype in FLOATS and same
 
     def _fits(self, module: Module, place: TensorInfo) -> bool:
         sizes = (module.outputs, module.inputs)
@@ -341,7 +401,10 @@ class _Fitting:
             return True
         product = "x".join(map(str, allowed[0]))
         what = f"{module.name}: B A is {product}, but the model's {place.name} is {_shape(place)}"
-        self._refuse(what, f"take the model that it was trained on{self._told_model()}")
+        hint = f"take the model that it was trained on{self._told_model()}"
+        if _is_of_tokens(place):
+            hint += "; if it was given tokens before, give it those first (resize_token_embeddings in transformers)"
+        self._refuse(what, hint)
         return False
 
     def _usually_turned(self, settled: Iterable[tuple[Module, TensorInfo]]) -> bool:
@@ -359,9 +422,8 @@ class _Fitting:
         if module.bias is None:
             return
         place = self._place(f"{module.name}.bias", module.bias)
-        if place is not None and self._same_shape(place, module.bias):
-            whole = found.get(place.name, Change()).whole
-            found[place.name] = Change(whole, added=module.bias, scale=module.scale)
+        if place is not None and self._can_replace(place, module.bias):
+            found[place.name] = replace(found.get(place.name, Change()), added=module.bias, scale=module.scale)
 
     def _tell_homeless(self) -> None:
         if not self._homeless:
@@ -400,6 +462,10 @@ def _endings(name: str) -> Iterator[str]:
     while "." in name:
         name = name.split(".", 1)[1]
         yield name
+
+
+def _is_of_tokens(tensor: TensorInfo) -> bool:
+    return len(tensor.shape) == 2 and (is_embedding(tensor.name) or is_head(tensor.name))
 
 
 def _shape(tensor: TensorInfo) -> str:

@@ -7,7 +7,7 @@ Not here: rows of embeddings (plan), and splitting text into tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.checkpoints.spelling import BYTES, PLAIN, respelled, spelling
+from merger.checkpoints.sentencepiece import pieces
+from merger.checkpoints.spelling import BYTES, PLAIN, SPACES, respelled, spelling
 
 TOKENIZER, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 WORDS = ("vocab.json", "vocab.txt")
-FILES = (TOKENIZER, SETTINGS, ADDED, *WORDS)
+PIECES = "tokenizer.model"
+FILES = (TOKENIZER, SETTINGS, ADDED, *WORDS, PIECES)
 """The files that a vocabulary is read from."""
 
 Json = dict[str, Any]
@@ -82,6 +84,11 @@ class Vocabulary:
         return mine == theirs
 
 
+def told_by(files: Container[str]) -> tuple[str, ...]:
+    """Those of a model's files that tell its vocabulary; tokenizer.model does only where there is no tokenizer.json."""
+    return tuple(name for name in FILES if name in files and not (name == PIECES and TOKENIZER in files))
+
+
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
@@ -96,12 +103,14 @@ def read(files: Mapping[str, bytes]) -> Vocabulary | None:
     """
     if TOKENIZER in files:
         return _numbered(_object(files, TOKENIZER), _further(files))
-    own = _words(files)
+    own, spelled = _words(files), BYTES if WORDS[0] in files else PLAIN
+    if own is None and PIECES in files:
+        own, spelled = _pieces(files), SPACES
     if own is None:
         return None
     given = {token: number for token, number in _further(files).items() if token not in own}
     records = {token: _record(token, number) for token, number in given.items()}
-    return _distinct(Vocabulary({**own, **given}, records, BYTES if WORDS[0] in files else PLAIN))
+    return _distinct(Vocabulary({**own, **given}, records, spelled))
 
 
 def _object(files: Mapping[str, bytes], name: str) -> Json:
@@ -187,6 +196,15 @@ def _words(files: Mapping[str, bytes]) -> dict[str, int] | None:
     except UnicodeDecodeError:
         raise ValueError(f"{WORDS[1]} is no UTF-8 text") from None
     return {line.strip(): number for number, line in enumerate(lines)}
+
+
+def _pieces(files: Mapping[str, bytes]) -> dict[str, int] | None:
+    """The pieces of a tokenizer that has no other file than its SentencePiece model."""
+    try:
+        found = pieces(files[PIECES])
+    except ValueError as error:
+        raise ValueError(f"{PIECES}: {error}") from None
+    return None if found is None else {piece: number for number, piece in enumerate(found)}
 
 
 def _distinct(found: Vocabulary) -> Vocabulary:

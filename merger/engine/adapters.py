@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from merger.plan.sources import Added, LowRank, Source, Stored
+from merger.plan.products import Added, LowRank
+from merger.plan.sources import Source, Stored
 
 Load = Callable[[Source, int, int, Tensor], Tensor]
 """Entries ``[start, stop)`` of a source in float32, in the front of a buffer."""

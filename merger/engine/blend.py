@@ -16,7 +16,8 @@ from merger.engine.adapters import Load
 from merger.methods._ops import Rng
 from merger.methods._spectral import TINY
 from merger.methods.registry import methods
-from merger.plan.sources import LowRank, MergedDeltas, Stored, Zeros
+from merger.plan.products import LowRank, MergedDeltas
+from merger.plan.sources import Stored, Zeros
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from merger.methods._ops import Rng
 from merger.methods.registry import Method, declared
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job, arguments
-from merger.plan.sources import Made, Numbers, Routed, Stored
+from merger.plan.rows import Numbers
+from merger.plan.sources import Made, Routed, Stored
 from merger.plan.work import BLOCK_ENTRIES, block_entries, needs
 from merger.stores.ports import Reader
 

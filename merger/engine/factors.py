@@ -20,7 +20,8 @@ from torch import Tensor
 from merger.engine.adapters import Load
 from merger.engine.blend import blended
 from merger.plan.geometry import Geometry
-from merger.plan.sources import FACTOR_ENTRIES, OVERSAMPLING, Factor, MergedDeltas, Source
+from merger.plan.products import FACTOR_ENTRIES, OVERSAMPLING, Factor, MergedDeltas
+from merger.plan.sources import Source
 
 _ROUNDS = 3
 """How often the directions are turned towards the large singular values: the error's part of the small ones falls with

@@ -24,7 +24,7 @@ from merger.engine.sources import load
 from merger.errors import ModelError, Problem, RecipeError
 from merger.methods.registry import Method
 from merger.plan.jobs import PASSTHROUGH, Input, Job
-from merger.plan.lock import LockedModel
+from merger.plan.locked import LockedModel
 from merger.plan.plan import Plan
 from merger.plan.routing import EMBEDDED, embedding, layers, prompts, routed
 from merger.plan.sources import Routed, Stored

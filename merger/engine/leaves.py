@@ -13,7 +13,8 @@ from torch import Tensor
 
 from merger.engine.factors import Pairs
 from merger.plan.geometry import Geometry
-from merger.plan.sources import Made, Numbers, Routed, Stored
+from merger.plan.rows import Numbers
+from merger.plan.sources import Made, Routed, Stored
 
 T = TypeVar("T")
 TORCH_DTYPES: Mapping[str, torch.dtype] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merger.engine.leaves import TORCH_DTYPES, Leaves
 from merger.engine.rows import rows_of_map
-from merger.plan.sources import PURSUED_ATOMS, PURSUED_ROWS, Pursuit
+from merger.plan.rows import PURSUED_ATOMS, PURSUED_ROWS, Pursuit
 
 _NOTHING = 1e-6
 """Less than this share of a vector's length is left of it where it is a sum of the others, but for rounding."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from merger.engine.leaves import Leaves
-from merger.plan.sources import ALL_ROWS, CHUNK_ENTRIES, Made, Numbers, RowMap, Rows, Stored
+from merger.plan.rows import ALL_ROWS, CHUNK_ENTRIES, Numbers, RowMap, Rows
+from merger.plan.sources import Made, Stored
 
 
 def rows_of_map(source: Rows, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:

@@ -21,23 +21,9 @@ from merger.engine.scaled import dequantised
 from merger.methods._normal import normal, uniform
 from merger.methods._ops import Rng
 from merger.plan.geometry import Geometry
-from merger.plan.sources import (
-    DRAWN_AT_ONCE,
-    Added,
-    Dequantised,
-    Difference,
-    Drawn,
-    Factor,
-    LowRank,
-    Made,
-    Noised,
-    Pursuit,
-    Routed,
-    Rows,
-    Source,
-    Stored,
-    Zeros,
-)
+from merger.plan.products import Added, Difference, Factor, LowRank
+from merger.plan.rows import Pursuit, Rows
+from merger.plan.sources import DRAWN_AT_ONCE, Dequantised, Drawn, Made, Noised, Routed, Source, Stored, Zeros
 
 
 def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, step: int = 1) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from merger.checkpoints.architecture import DEFAULT
 from merger.errors import MismatchError, Problem, RecipeError, Span, did_you_mean
 from merger.methods.registry import Method
-from merger.plan.lock import LockedModel, LockedRecipe
+from merger.plan.locked import LockedModel, LockedRecipe
 from merger.recipe.model import Module, Slice, Source
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from merger.checkpoints.pieces import pieces
 from merger.checkpoints.vocab import TOKENIZER, Vocabulary
 from merger.errors import ModelError, Problem, RecipeError
-from merger.plan.lock import LockedRecipe
-from merger.plan.sources import ALL_ROWS, Numbers, RowMap, RowPairs
+from merger.plan.locked import LockedRecipe
+from merger.plan.rows import ALL_ROWS, Numbers, RowMap, RowPairs
 from merger.recipe.model import Tokenizer, TokenOf, TokenRow
 
 _SEVERAL, _ZEROS, _NOBODY = -1, -2, -3
@@ -156,7 +156,7 @@ class Filling:
     def _subwords(self, number: int, places: Numbers) -> _Means:
         """The means of the pieces that the model's own tokenizer splits the tokens into."""
         model = self.locked.numbered(number)
-        text = model.texts.get(TOKENIZER)
+        text = model.speaker.texts.get(TOKENIZER)
         if not len(places):
             return _Means(places, places, places, places)
         if text is None:

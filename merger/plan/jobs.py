@@ -16,8 +16,9 @@ from merger.checkpoints.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.errors import Problem, did_you_mean
 from merger.methods.registry import Method, Param, declared
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
-from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Factor, Made, Source, Stored, ends
+from merger.plan.locked import LockedModel, LockedRecipe
+from merger.plan.products import Factor
+from merger.plan.sources import Made, Source, Stored, ends
 from merger.plan.tokens import Tokens, disagreements, tokens
 from merger.recipe.model import Taken
 from merger.recipe.settings import Parameters, first_value
@@ -141,6 +142,7 @@ class Making:
         tokens: what the recipe's tokenizer block brings about, if it has one.
         config: the output's config, where it is not the donor's.
         reasons: why tensors of the models are left out, by their names, where that was decided on the way.
+        speaker: the number of the model whose tokenizer lies beside an adapter, where that has rows for other tokens.
     """
 
     jobs: tuple[Job, ...]
@@ -149,6 +151,7 @@ class Making:
     tokens: Tokens | None = None
     config: Mapping[str, Any] | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
+    speaker: int | None = None
 
 
 def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:

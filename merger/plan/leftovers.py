@@ -20,9 +20,10 @@ from merger.checkpoints.config import (
     with_layers,
     with_vocabulary,
 )
+from merger.checkpoints.tokenrows import rows_of
 from merger.errors import Problem, RecipeError, Span
 from merger.plan.jobs import Making
-from merger.plan.lock import LockedModel, LockedRecipe
+from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.tokens import Tokens
 
 
@@ -41,7 +42,8 @@ def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
     documents = [(stage.locked, stage.making, _read(stage.making)) for stage in locked.stages]
     documents.append((locked, making, read))
     for number, model in enumerate(locked.models):
-        rest = [name for name in model.checkpoint.tensors if name not in read.get(number, ())]
+        taken = {*read.get(number, ()), *model.brought}
+        rest = [name for name in model.checkpoint.tensors if name not in taken]
         if locked.owner(number) != number:
             continue
         if model.lora is not None:
@@ -60,8 +62,10 @@ def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
 
 
 def _why_of_adapter(model: LockedModel, name: str) -> str:
-    tied = model.lora is not None and model.lora.tied and is_head(name)
-    return "the head is the embedding" if tied else "nothing is made of the tensor that it changes"
+    lora = model.lora
+    assert lora is not None
+    tied = "the head is the embedding" if lora.tied and is_head(rows_of(name) or name) else None
+    return lora.aside.get(name) or tied or "nothing is made of the tensor that it changes"
 
 
 def _read(making: Making) -> dict[int, set[str]]:
@@ -88,7 +92,7 @@ def _why(locked: LockedRecipe, model: LockedModel, name: str, layers: set[tuple[
         return "its layer is in no layer_range"
     if is_buffer(name):
         return "a constant, not a trained tensor"
-    if model.head is not None and name == model.head.name and model.is_tied:
+    if model.is_tied_head(name):
         return "the head is the embedding, as the model's config says"
     if name in donor.checkpoint.tensors:
         return "the recipe takes this tensor from another model"

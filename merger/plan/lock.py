@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import yaml
 
 from merger.checkpoints import adapter as adapters
 from merger.checkpoints import chat, vocab
-from merger.checkpoints.adapter import Adapter, Change
-from merger.checkpoints.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.checkpoints.checkpoint import (
-    FLOATS,
     STEM,
     SUFFIX,
     Checkpoint,
@@ -33,250 +30,24 @@ from merger.checkpoints.checkpoint import (
     stem,
     weight_files,
 )
-from merger.checkpoints.config import is_tied
 from merger.checkpoints.experts import are_fused, split
 from merger.checkpoints.licence_file import MOST_BYTES, licence_text, recognised
 from merger.checkpoints.pickled import SINGLE as PICKLED
 from merger.checkpoints.pickled import is_pickled
 from merger.checkpoints.pickled import tensors as pickled_tensors
-from merger.checkpoints.quantised import Scaled, unpacked
+from merger.checkpoints.quantised import unpacked
 from merger.errors import ModelError, Problem, RecipeError
-from merger.plan.sources import Added, Dequantised, LowRank, Made, Source, Stored
+from merger.plan.adapted import with_adapter
+from merger.plan.locked import LockedModel, LockedRecipe, stated_licence
 from merger.recipe.model import ModelRef, Recipe
 from merger.recipe.tokenizer import AUTO
 from merger.stores.ports import FileInfo, Located, Store
-
-if TYPE_CHECKING:
-    from merger.plan.jobs import Job, Making
-    from merger.plan.texts import Texts
 
 GENERATION = "generation_config.json"
 _CARD_BYTES = 1 << 20
 _FRONT_MATTER = re.compile(r"\s*---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
 _TEXT_BYTES = 200 << 20
 _REQUESTS_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class LockedModel:
-    """A model of the recipe as it was found.
-
-    Args:
-        ref: what the recipe says.
-        located: where it is, at which commit, with which files.
-        checkpoint: its tensors' names, shapes, dtypes and places, and its config.json.
-        card: the metadata of its own model card, empty where there is none.
-        texts: of its tokenizer's files those that the plan needs, by name.
-        scaled: the tensors that are stored as numbers and scales, by name.
-        aside: the names of stored tensors that only a quantised model has a use for.
-        lora: what its files hold, of a LoRA adapter; its config is adapter_config.json.
-        adapter: the LoRA adapter that is added to it.
-        changes: what that makes of its tensors, by their names.
-        licence_file: which licence the file beside it is, where its card names none.
-    """
-
-    ref: ModelRef
-    located: Located
-    checkpoint: Checkpoint = field(repr=False)
-    card: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
-    scaled: Mapping[str, Scaled] = field(default_factory=dict, repr=False)
-    aside: tuple[str, ...] = field(default=(), repr=False)
-    lora: Adapter | None = field(default=None, repr=False)
-    adapter: LockedModel | None = field(default=None, repr=False)
-    changes: Mapping[str, Change] = field(default_factory=dict, repr=False)
-    licence_file: str | None = None
-
-    @cached_property
-    def architecture(self) -> Architecture:
-        """What the tensors' names tell."""
-        return Architecture(self.checkpoint.tensors)
-
-    @cached_property
-    def by_layer(self) -> Mapping[tuple[str | None, int | None], list[TensorInfo]]:
-        """The tensors of each layer of each stack, under (None, None) those outside; in the order of their places."""
-        found: dict[tuple[str | None, int | None], list[TensorInfo]] = {}
-        for tensor in self.checkpoint.tensors.values():
-            place = self.architecture.place(tensor.name)
-            found.setdefault((place.stack, place.layer), []).append(tensor)
-        return found
-
-    def layer(self, stack: str | None, layer: int | None) -> list[TensorInfo]:
-        """The tensors of a layer, or with (None, None) those outside all stacks."""
-        return self.by_layer.get((stack, layer), [])
-
-    @cached_property
-    def dtypes(self) -> Mapping[tuple[str | None, str], str]:
-        """The dtype of each role in each stack, under None of the tensors outside."""
-        places = [(tensor, self.architecture.place(tensor.name)) for tensor in self.checkpoint.tensors.values()]
-        return {(place.stack, place.role): tensor.dtype for tensor, place in places}
-
-    @cached_property
-    def head(self) -> TensorInfo | None:
-        """The tensor that makes logits over the vocabulary, where the checkpoint holds exactly one."""
-        return self._only(is_head)
-
-    @cached_property
-    def embedding(self) -> TensorInfo | None:
-        """The tensor with a row for each token, where the checkpoint holds exactly one."""
-        return self._only(is_embedding)
-
-    def _only(self, wanted: Callable[[str], bool]) -> TensorInfo | None:
-        found = [tensor for tensor in self.layer(None, None) if wanted(tensor.name)]
-        return found[0] if len(found) == 1 else None
-
-    @cached_property
-    def token_rows(self) -> int | None:
-        """How many rows its embeddings have, one a token; None where it has none, or of different numbers."""
-        loose = self.layer(None, None)
-        found = {tensor.shape[0] for tensor in loose if is_embedding(tensor.name) and len(tensor.shape) == 2}
-        return found.pop() if len(found) == 1 else None
-
-    def by_token(self, tensor: TensorInfo) -> bool:
-        """Whether a tensor has a row for each token: an embedding, a head, or what else goes with them."""
-        loose = self.architecture.place(tensor.name).stack is None and tensor.dtype in FLOATS
-        if not loose or tensor.shape[:1] != (self.token_rows,):
-            return False
-        widths = {one.shape[1] for one in (self.embedding, self.head) if one is not None}
-        named = is_embedding(tensor.name) or is_head(tensor.name)
-        return named or (self.token_rows not in widths and not never_by_token(tensor.name))
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether it is a mixture of experts."""
-        return any(".experts." in name for name in self.checkpoint.tensors)
-
-    @property
-    def is_tied(self) -> bool:
-        """Whether the head is the embedding: its config says so, and the embedding is what its files hold."""
-        return is_tied(self.checkpoint.config) and any(is_embedding(tensor.name) for tensor in self.layer(None, None))
-
-    @property
-    def name(self) -> str:
-        """The name for readers: repo id, or the folder's last part; with that of its adapter."""
-        return self.located.name if self.adapter is None else f"{self.located.name}+{self.adapter.name}"
-
-    @property
-    def licence(self) -> str | None:
-        """The licence by the name that its card gives it, else as the file LICENSE beside it is known."""
-        return stated_licence(self.card) or self.licence_file
-
-
-@dataclass(frozen=True)
-class StageModel(LockedModel):
-    """What a stage of the recipe makes, as a model of the documents after it: its tensors are in no file.
-
-    `located` is where the files come from that are taken over: those of its own donor.
-
-    Args:
-        locked: the stage's document.
-        making: how its tensors are made.
-        small: which small files it would have.
-        seed: for methods that draw random numbers.
-    """
-
-    locked: LockedRecipe = field(kw_only=True, repr=False)
-    making: Making = field(kw_only=True, repr=False)
-    small: Texts = field(kw_only=True, repr=False)
-    seed: int = field(kw_only=True)
-
-    @cached_property
-    def jobs(self) -> Mapping[str, Job]:
-        """How each tensor is made."""
-        return {job.name: job for job in self.making.jobs}
-
-    @property
-    def name(self) -> str:
-        """The stage's name."""
-        return self.ref.path
-
-
-@dataclass(frozen=True)
-class LockedRecipe:
-    """A recipe and its models, in the order of ``recipe.models``; then the adapters that are added to them.
-
-    After them its stages count, once it is known what they make.
-
-    Args:
-        recipe: the recipe.
-        models: its models and adapters.
-        stages: what its documents make before the last.
-        templates: its own templates for the card, by name, once they are read (templates).
-    """
-
-    recipe: Recipe
-    models: tuple[LockedModel, ...]
-    stages: tuple[StageModel, ...] = ()
-    templates: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
-
-    def index(self, ref: ModelRef) -> int:
-        """The number of a model, or, counted on, of a stage."""
-        return next(number for number, model in enumerate(self.all) if model.ref == ref)
-
-    @property
-    def all(self) -> tuple[LockedModel, ...]:
-        """The models, and the stages after them."""
-        return (*self.models, *self.stages)
-
-    def numbered(self, number: int) -> LockedModel:
-        """The model or stage of that number."""
-        return self.all[number]
-
-    def model(self, ref: ModelRef) -> LockedModel:
-        """The model or stage that a reference means."""
-        return self.numbered(self.index(ref))
-
-    @property
-    def own(self) -> tuple[int, ...]:
-        """The numbers of the models and stages of this document."""
-        return tuple(self.index(ref) for ref in self.recipe.parents)
-
-    def source(self, number: int, tensor: TensorInfo) -> Source:
-        """Where the entries of a tensor of the model or stage of that number come from, as its adapter changes them."""
-        model = self.numbered(number)
-        if model.adapter is None or (change := model.changes.get(tensor.name)) is None:
-            return self._stored(number, tensor)
-        adapter = self.index(model.adapter.ref)
-        source = self._stored(number, tensor) if change.whole is None else Stored(adapter, change.whole)
-        if (low := change.low_rank) is not None:
-            lengths = None if low.magnitude is None else Stored(adapter, low.magnitude)
-            source = LowRank(source, Stored(adapter, low.a), Stored(adapter, low.b), low.scale, change.turned, lengths)
-        return source if change.added is None else Added(source, Stored(adapter, change.added), change.scale)
-
-    def _stored(self, number: int, tensor: TensorInfo) -> Source:
-        """The same without an adapter."""
-        model, owner = self.numbered(number), self.owner(number)
-        if (scaled := model.scaled.get(tensor.name)) is not None:
-            numbers, scales = Stored(owner, scaled.numbers), Stored(owner, scaled.scales)
-            return Dequantised(numbers, scales, scaled.block, tensor.dtype)
-        if not isinstance(model, StageModel):
-            return Stored(owner, tensor)
-        job = model.jobs[tensor.name]
-        passed = job.passed
-        return passed if isinstance(passed, Stored | Made) else Made(number, tensor.name, model.seed, job)
-
-    @property
-    def merged(self) -> tuple[LockedModel, ...]:
-        """The models that are merged, without the adapters that are added to some of them."""
-        return tuple(model for model in self.models if model.lora is None or self.recipe.merges_adapters)
-
-    def owner(self, number: int) -> int:
-        """The number of the first model with the same files: one that is named with several adapters is read once."""
-        here = self.numbered(number)
-        if isinstance(here, StageModel):
-            return number
-        return next(first for first, model in enumerate(self.models) if model.located == here.located)
-
-    @property
-    def donor(self) -> LockedModel:
-        """The model or stage whose config the result takes."""
-        return self.model(self.recipe.donor)
-
-    @property
-    def holder(self) -> LockedModel:
-        """The model in whose files that config lies: the donor, or the donor of the stage that is the donor."""
-        donor = self.donor
-        return donor.locked.holder if isinstance(donor, StageModel) else donor
 
 
 def pins(text: str, path: str) -> dict[str, str]:
@@ -314,7 +85,7 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None, 
     found = _in_one_layout(_found(merged))
     by_ref = {lora.ref: lora for lora in loras}
     changed = _found(_attempt_with(model, by_ref) for model in found)
-    return LockedRecipe(recipe, (*_with_texts(recipe, changed, store), *loras))
+    return LockedRecipe(recipe, _with_texts(recipe, changed, loras, store))
 
 
 _Attempt = tuple[LockedModel | None, tuple[Problem, ...]]
@@ -342,14 +113,18 @@ def _in_one_layout(models: Sequence[LockedModel]) -> tuple[LockedModel, ...]:
     return tuple(replace(model, checkpoint=split_up.get(id(model), model.checkpoint)) for model in models)
 
 
-def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -> tuple[LockedModel, ...]:
-    """The models with those texts of their tokenizers that the plan needs; what is equal is fetched once.
+def _with_texts(
+    recipe: Recipe, merged: Sequence[LockedModel], loras: Sequence[LockedModel], store: Store
+) -> tuple[LockedModel, ...]:
+    """Models and adapters with those texts of their tokenizers that the plan needs; what is equal is fetched once.
 
     Raises:
         ModelError: with every file that cannot be read.
     """
-    wanted = set(_wanted(recipe, models)) if recipe.lora is None else set()
-    held = [{name: info for name, info in model.located.files.items() if name in wanted} for model in models]
+    wanted = set(_wanted(recipe, merged)) if recipe.lora is None else set()
+    models = (*merged, *loras)
+    speaking = {model.ref for one in merged for model in (one, one.speaker)}
+    held = [_texts_of(model, wanted) if model.ref in speaking else {} for model in models]
     places = {
         _content(info, number, name): (models[number], name)
         for number, files in enumerate(held)
@@ -363,13 +138,22 @@ def _with_texts(recipe: Recipe, models: tuple[LockedModel, ...], store: Store) -
     if problems:
         raise ModelError(problems)
     texts = {key: text for key, text in fetched.items() if not isinstance(text, Problem)}
-    return tuple(
+    found = [
         replace(model, texts={name: texts[_content(info, number, name)] for name, info in held[number].items()})
         for number, model in enumerate(models)
-    )
+    ]
+    read = {lora.ref: lora for lora in found[len(merged) :]}
+    return tuple(replace(model, adapter=read[model.adapter.ref]) if model.adapter else model for model in found)
 
 
-def _wanted(recipe: Recipe, models: tuple[LockedModel, ...]) -> Iterator[str]:
+def _texts_of(model: LockedModel, wanted: Container[str]) -> Mapping[str, FileInfo]:
+    """Its files of these names, but for those that would tell its vocabulary only if there were no better ones."""
+    files = model.located.files
+    idle = set(vocab.FILES).difference(vocab.told_by(files))
+    return {name: info for name, info in files.items() if name in wanted and name not in idle}
+
+
+def _wanted(recipe: Recipe, models: Sequence[LockedModel]) -> Iterator[str]:
     """The names of the files that decide which tokens mean what; none where the models' are known to be equal."""
     for document in recipe.documents:
         # what a stage's files hold is made of what its models' do
@@ -378,8 +162,8 @@ def _wanted(recipe: Recipe, models: tuple[LockedModel, ...]) -> Iterator[str]:
 
 def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
     told = [
-        {name: _content(info, number, name) for name, info in model.located.files.items() if name in vocab.FILES}
-        for number, model in enumerate(merged)
+        {name: _content(files[name], number, name) for name in vocab.told_by(files)}
+        for number, files in enumerate(model.speaker.located.files for model in merged)
     ]
     if recipe.tokenizer is not None:
         yield from (*vocab.FILES, GENERATION)
@@ -415,14 +199,10 @@ def _attempt(ref: ModelRef, fetch: Callable[[ModelRef], LockedModel]) -> _Attemp
 def _attempt_with(model: LockedModel, loras: Mapping[ModelRef, LockedModel]) -> _Attempt:
     """The model with what its adapter makes of it, if it has one that could be read."""
     lora = loras.get(model.ref.adapter) if model.ref.adapter is not None else None
-    if lora is None or lora.lora is None:
-        return model, ()
-    held = model.checkpoint
     try:
-        found = adapters.changes(lora.lora, held.tensors, held.config)
+        return model if lora is None else with_adapter(model, lora), ()
     except ModelError as error:
         return None, tuple(_at(problem, model.ref) for problem in error.problems)
-    return replace(model, adapter=lora, changes=found), ()
 
 
 def _at(problem: Problem, ref: ModelRef) -> Problem:
@@ -476,15 +256,6 @@ def _licensed(located: Located, store: Store) -> tuple[Mapping[str, Any], str | 
     """The metadata of its card; and where that names no licence, which one the file beside it is."""
     card = _card(located, store)
     return card, None if stated_licence(card) else _licence_file(located, store)
-
-
-def stated_licence(card: Mapping[str, Any]) -> str | None:
-    """The name that a card gives to the licence; of several, all. None: it gives none."""
-    stated = card.get("license")
-    names = [name for name in (stated if isinstance(stated, list) else [stated]) if isinstance(name, str)]
-    if [name.strip().lower() for name in names] == ["other"] and isinstance(card.get("license_name"), str):
-        names = [card["license_name"]]
-    return " AND ".join(" ".join(name.split()) for name in names) or None
 
 
 def _licence_file(located: Located, store: Store) -> str | None:

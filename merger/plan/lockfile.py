@@ -16,7 +16,7 @@ import yaml
 
 from merger.checkpoints.sidefiles import CARD_NAME
 from merger.errors import Problem, RecipeError
-from merger.plan.lock import LockedModel, LockedRecipe
+from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.plan import FORMAT, Plan
 from merger.stores.ports import FileInfo, Located
 

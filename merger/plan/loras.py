@@ -18,8 +18,9 @@ from merger.checkpoints.checkpoint import FLOATS, TensorInfo
 from merger.methods.registry import Method, declared
 from merger.plan.cuts import Findings, Part
 from merger.plan.jobs import DTYPES, PASSTHROUGH, Input, Job, Making, arguments
-from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Difference, Factor, LowRank, MergedDeltas, Source, Stored, Zeros
+from merger.plan.locked import LockedModel, LockedRecipe
+from merger.plan.products import Difference, Factor, LowRank, MergedDeltas
+from merger.plan.sources import Source, Stored, Zeros
 from merger.recipe.model import Lora
 from merger.recipe.settings import first_value
 
@@ -45,7 +46,7 @@ def make_lora(locked: LockedRecipe, table: Mapping[str, Method], seed: int) -> M
     maker = _Extraction(locked, findings) if locked.recipe.lora.extracted else _Blend(locked, table, findings, seed)
     jobs = tuple(maker.jobs())
     findings.settle()
-    return Making(jobs, {}, False, config=maker.draft.config(), reasons=maker.reasons)
+    return Making(jobs, {}, False, config=maker.draft.config(), reasons=maker.reasons, speaker=maker.speaker)
 
 
 @dataclass
@@ -138,6 +139,7 @@ class _Blend:
             for source in self._piece.sources
         ]
         self.reasons: dict[str, str] = {}
+        self.speaker = None
         first = self._parts[0].model
         self.draft = _Draft(_of_first(first), self._lora)
 
@@ -161,7 +163,8 @@ class _Blend:
         whole = [tensor for tensor in lora.whole.values() if not tensor.name.endswith(_FROZEN)]
         self.reasons |= dict.fromkeys((one.name for one in lora.whole.values() if one not in whole), _WHY_FROZEN)
         vectors = [vector for module in lora.modules.values() for vector in (module.bias, module.magnitude)]
-        rest = [*whole, *(vector for vector in vectors if vector is not None)]
+        rows = [tokens.rows for tokens in lora.tokens.values()]
+        rest = [*whole, *rows, *(vector for vector in vectors if vector is not None)]
         if rest:
             what = f"it holds more than A and B: {rest[0].name}" + (f" and {len(rest) - 1} more" * (len(rest) > 1))
             hint = "add each adapter to its model (org/model+org/adapter) and merge the models"
@@ -282,6 +285,7 @@ class _Extraction:
         self._part = Part(locked.recipe.slices[0].sources[0], locked.index(self._tuned.ref), self._tuned, False)
         self._turned = self._base.checkpoint.config.get("model_type") in TURNED_MODELS
         self.reasons: dict[str, str] = {}
+        self.speaker: int | None = None
         self.draft = _Draft(
             {
                 "task_type": "CAUSAL_LM" if _is_causal(self._base.checkpoint.config) else None,
@@ -320,7 +324,7 @@ class _Extraction:
     def _fit(self, name: str, ours: TensorInfo, theirs: TensorInfo | None) -> bool:
         if theirs is None:
             self._refuse(f"{self._tuned.name} has no tensor {name}")
-        elif theirs.shape != ours.shape:
+        elif theirs.shape != ours.shape and not self._is_of_other_tokens(ours, theirs):
             mine, other = ("x".join(map(str, tensor.shape)) for tensor in (theirs, ours))
             self._refuse(f"{name} is {mine} in {self._tuned.name}, but {other} in {self._base.name}")
         elif theirs.dtype not in FLOATS or ours.dtype not in FLOATS:
@@ -328,6 +332,11 @@ class _Extraction:
         else:
             return True
         return False
+
+    def _is_of_other_tokens(self, ours: TensorInfo, theirs: TensorInfo) -> bool:
+        """Whether both have a row for each token, of which one model has more."""
+        by_token = self._base.by_token(ours) and self._tuned.by_token(theirs)
+        return by_token and theirs.shape != ours.shape and theirs.shape[1:] == ours.shape[1:]
 
     def _refuse(self, what: str) -> None:
         if len(self._findings.mismatches) < 3:
@@ -337,6 +346,10 @@ class _Extraction:
     def _tensor(self, ours: TensorInfo, theirs: TensorInfo) -> Iterator[Job]:
         dtype = DTYPES[self._locked.recipe.dtype] if self._locked.recipe.dtype else theirs.dtype
         embedding = self._is_embedding(ours)
+        if self._is_of_other_tokens(ours, theirs):
+            self.speaker = self._part.number
+            yield from self._whole(theirs, dtype, embedding=True)
+            return
         if len(ours.shape) != 2 or not ours.name.endswith(".weight") or (embedding and not self._lora.embeddings):
             yield from self._whole(theirs, dtype, embedding)
             return
@@ -377,8 +390,8 @@ class _Extraction:
 
     def _is_biased(self, module: str) -> bool:
         """Whether the module's matrix is taken apart, so that its bias belongs to a layer with an adapter."""
-        weight = self._base.checkpoint.tensors.get(f"{module}.weight")
-        if weight is None or not self._is_wanted(weight.name):
+        weight, theirs = (one.checkpoint.tensors.get(f"{module}.weight") for one in (self._base, self._tuned))
+        if weight is None or theirs is None or theirs.shape != weight.shape or not self._is_wanted(weight.name):
             return False
         return len(weight.shape) == 2 and not self._is_embedding(weight)
 

@@ -28,7 +28,7 @@ from merger.checkpoints.mixtures import (
 )
 from merger.errors import MismatchError, Problem
 from merger.plan.jobs import DTYPES, PASSTHROUGH, Input, Job, Making, shape_text
-from merger.plan.lock import LockedModel, LockedRecipe
+from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.sources import Drawn, Noised, Routed, Source, Zeros
 from merger.recipe.mixture import BY_CHANCE, matching
 from merger.recipe.model import Expert, Mixture

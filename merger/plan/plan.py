@@ -20,11 +20,12 @@ from merger.methods.registry import Method
 from merger.plan import moe, routing
 from merger.plan.jobs import Job, Making, make
 from merger.plan.leftovers import LeftOut, config, left_out
-from merger.plan.lock import LockedRecipe
+from merger.plan.locked import LockedRecipe
 from merger.plan.loras import make_lora
-from merger.plan.sources import Made, RowMap, RowPairs, held
+from merger.plan.rows import RowMap, RowPairs, held
+from merger.plan.sources import Made
 from merger.plan.stages import with_stages
-from merger.plan.texts import Texts, texts
+from merger.plan.texts import Texts, beside_adapter, texts
 from merger.plan.tokens import Tokens
 from merger.plan.work import below, block_entries, memory, spool
 
@@ -206,7 +207,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
     locked = with_stages(locked, table, seed)
     seed = locked.recipe.seed if seed is None else seed
     making, edited = _made(locked, table, seed)
-    small = Texts({}) if lora else texts(locked, making.tokens)
+    small = beside_adapter(locked, making.speaker) if lora else texts(locked, making.tokens)
     shards = _whole_file(making.jobs) if lora else _files_of(locked, making.jobs, budget.shard_bytes)
     remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
     draft = Plan(

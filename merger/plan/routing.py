@@ -14,7 +14,7 @@ from merger.checkpoints.mixtures import EMBEDDING, GATE, STACK
 from merger.methods.registry import Method
 from merger.plan import work
 from merger.plan.jobs import PASSTHROUGH, Input, Job
-from merger.plan.lock import LockedRecipe
+from merger.plan.locked import LockedRecipe
 from merger.plan.sources import Routed, Stored
 
 EMBEDDED = "cheap_embed"

@@ -12,7 +12,7 @@ from merger.checkpoints.checkpoint import Checkpoint, TensorInfo
 from merger.methods.registry import Method
 from merger.plan.jobs import Job, make
 from merger.plan.leftovers import config
-from merger.plan.lock import LockedRecipe, StageModel
+from merger.plan.locked import LockedRecipe, StageModel
 from merger.plan.texts import Texts, texts
 from merger.recipe.model import ModelRef
 

@@ -15,7 +15,8 @@ from merger.checkpoints.config import renumbered
 from merger.checkpoints.sidefiles import side_files, tokenizer_files
 from merger.checkpoints.vocab import Json
 from merger.errors import ModelError, Problem
-from merger.plan.lock import GENERATION, LockedRecipe, StageModel
+from merger.plan.lock import GENERATION
+from merger.plan.locked import LockedRecipe, StageModel
 from merger.plan.tokens import Tokens
 from merger.recipe.tokenizer import AUTO, CHAT_TEMPLATES
 
@@ -62,10 +63,8 @@ def texts(locked: LockedRecipe, tokens: Tokens | None) -> Texts:
     small = _small(locked, locked.index(locked.donor.ref))
     if tokens is not None:
         theirs = _small(locked, tokens.source)
-        kept = {name: number for name, number in small.taken.items() if name not in tokenizer_files(small.taken)}
-        given = {name: theirs.taken[name] for name in tokenizer_files(theirs.taken)}
         small = Texts(
-            dict(sorted((kept | given).items())),
+            _speaking(small.taken, theirs.taken),
             theirs.added if tokens.added is None else tokens.added,
             theirs.template,
             _generation(locked, tokens) or small.generation,
@@ -74,12 +73,28 @@ def texts(locked: LockedRecipe, tokens: Tokens | None) -> Texts:
     return small if template is None else replace(small, template=template)
 
 
+def beside_adapter(locked: LockedRecipe, speaker: int | None) -> Texts:
+    """The small files of a result that is an adapter: the tokenizer of the model of that number, if it needs one."""
+    files = () if speaker is None else tokenizer_files(locked.numbered(speaker).located.files)
+    return Texts({} if speaker is None else dict.fromkeys(files, speaker))
+
+
 def _small(locked: LockedRecipe, number: int) -> Texts:
     """The small files of a model, or those of a stage."""
     model = locked.numbered(number)
     if isinstance(model, StageModel):
         return model.small
-    return Texts(dict.fromkeys(sorted(side_files(model.located.files, model.checkpoint.config)), number))
+    own = dict.fromkeys(side_files(model.located.files, model.checkpoint.config), number)
+    if model.speaker is model:
+        return Texts(own)
+    speaker = model.speaker
+    return Texts(_speaking(own, dict.fromkeys(side_files(speaker.located.files, {}), locked.index(speaker.ref))))
+
+
+def _speaking(taken: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
+    """The files with the tokenizer and the chat template of others in place of their own."""
+    kept = {name: number for name, number in taken.items() if name not in tokenizer_files(taken)}
+    return dict(sorted((kept | {name: others[name] for name in tokenizer_files(others)}).items()))
 
 
 def _template(locked: LockedRecipe) -> str | None:
@@ -93,7 +108,7 @@ def _template(locked: LockedRecipe) -> str | None:
         return asked.text
     own = [locked.numbered(number) for number in locked.own]
     models = [locked.donor, *(model for model in own if model is not locked.donor)]
-    held = [chat.template(model.texts) for model in models if model.ref in locked.recipe.merged]
+    held = [chat.template(model.speaker.texts) for model in models if model.ref in locked.recipe.merged]
     most = Counter(text for text in held if text is not None).most_common(1)
     return most[0][0] if most else None
 

@@ -17,8 +17,9 @@ from merger.checkpoints.checkpoint import TensorInfo
 from merger.checkpoints.vocab import Json, Vocabulary
 from merger.errors import MismatchError, ModelError, Problem, RecipeError
 from merger.plan.filling import Filling
-from merger.plan.lock import LockedModel, LockedRecipe
-from merger.plan.sources import Made, Pursuit, RowMap, RowPairs, Rows, Source, Stored
+from merger.plan.locked import LockedModel, LockedRecipe
+from merger.plan.rows import Pursuit, RowMap, RowPairs, Rows
+from merger.plan.sources import Made, Source, Stored
 from merger.recipe.model import ModelRef, Tokenizer
 from merger.recipe.tokenizer import UNION
 
@@ -63,11 +64,12 @@ class Tokens:
             MismatchError: rows are to come from a model that has no such tensor.
         """
         model, own = locked.numbered(number), locked.source(number, tensor)
-        if not model.by_token(tensor):
-            _must_fit(model, tensor)
-            return own
         seen = self.maps[number]
-        if seen.is_identity(number) and len(seen) == tensor.shape[0]:
+        same = seen.is_identity(number) and len(seen) == model.token_rows
+        if not model.by_token(tensor):
+            _must_fit(model, tensor, same)
+            return own
+        if same:
             return own
         others = [int(other) for other in np.unique(seen.leaves) if other != number]
         lent = [(other, _like(locked.numbered(other), model, tensor, as_head)) for other in others]
@@ -88,13 +90,19 @@ def _rows_in(locked: LockedRecipe, number: int, tensor: TensorInfo) -> Stored | 
         return source
     why, hint = "is quantised", "take the model that it was quantised from, or leave out tokenizer:"
     if model.adapter is not None:
-        why, hint = "is changed by an adapter", "merge the two with passthrough first, or leave out tokenizer:"
+        why = "is changed by an adapter"
+        hint = "put a document before this one that merges them by passthrough, and name that"
     what = f"{model.name}: {tensor.name} {why}, and its rows are to be put in another order"
     raise MismatchError(_about(model, what, hint))
 
 
-def _must_fit(model: LockedModel, tensor: TensorInfo) -> None:
-    """A head or an embedding with another number of rows than the embedding cannot follow the vocabulary."""
+def _must_fit(model: LockedModel, tensor: TensorInfo, same: bool) -> None:
+    """Some tensors cannot follow the vocabulary: a head or an embedding of other rows, and unless it is the same, a row
+    across all tokens.
+    """
+    if model.across_tokens(tensor) and not same:
+        what = f"{model.name}: {tensor.name} is one row across all tokens, and its entries are not put in another order"
+        raise MismatchError(_about(model, what, "take models of one vocabulary, without tokenizer:"))
     loose = model.architecture.place(tensor.name).stack is None
     if loose and len(tensor.shape) == 2 and (is_head(tensor.name) or is_embedding(tensor.name)):
         what = f"{model.name}: {tensor.name} has {tensor.shape[0]:,} rows, and the embedding {model.token_rows or 0:,}"
@@ -138,7 +146,7 @@ def tokens(locked: LockedRecipe) -> Tokens | None:
     spelled = {number: held.spelled(known[source].spelling) for number, held in known.items()}
     whole = _whole(locked, block, spelled, source)
     new = len(whole.ids) - len(known[source].ids)
-    if new and vocab.TOKENIZER not in locked.numbered(source).texts:
+    if new and vocab.TOKENIZER not in locked.numbered(source).speaker.texts:
         what = f"{locked.numbered(source).name} has no {vocab.TOKENIZER}, so no tokens can be added to its tokenizer"
         raise ModelError(Problem(what, block.at, "tokenizer", _SAVE))
     filling = Filling(locked, block, spelled, whole, source)
@@ -177,7 +185,7 @@ def _vocabularies(models: Sequence[LockedModel]) -> list[Vocabulary | None]:
     Raises:
         ModelError: with every tokenizer that is damaged.
     """
-    texts = [{name: text for name, text in model.texts.items() if name in vocab.FILES} for model in models]
+    texts = [{name: text for name, text in model.speaker.texts.items() if name in vocab.FILES} for model in models]
     found: list[Vocabulary | None] = []
     problems = []
     for number, model in enumerate(models):
@@ -213,7 +221,7 @@ def disagreements(models: Iterable[LockedModel]) -> dict[ModelRef, str]:
         ModelError: with every tokenizer that is damaged.
     """
     all_models = tuple(models)
-    if all(model.texts == all_models[0].texts for model in all_models):
+    if all(model.speaker.texts == all_models[0].speaker.texts for model in all_models):
         return {}
     first, *others = _vocabularies(all_models)
     told = {}

@@ -136,28 +136,19 @@ class Place:
     def _stem(self) -> str:
         return f"{self.where}." if self.where else ""
 
-    def fields(
-        self, what: str, known: tuple[str, ...], hints: Hints | None = None, unbuilt: Hints | None = None
-    ) -> Fields | None:
+    def fields(self, what: str, known: tuple[str, ...], hints: Hints | None = None) -> Fields | None:
         """A map of which all keys are known. A misspelt key is an error, and then read as what it resembles."""
         found = self.entries(what)
         if found is None:
             return None
         for key in [key for key in found if key not in known]:
             place = found.pop(key)
-            if unbuilt and key in unbuilt:
-                self._unbuilt(key, unbuilt[key], place)
-                continue
             meant = nearest(key, known)
             elsewhere = (hints or {}).get(nearest(key, hints or {}) or "") if meant is None else None
             self.error(f"unknown key {key!r}", elsewhere or did_you_mean(key, known), place.key)
             if meant and meant not in found:
                 found[meant] = replace(place, where=f"{self._stem}{meant}")
         return Fields(self, found)
-
-    def _unbuilt(self, key: str, hint: str, place: Place) -> None:
-        if not place.empty:
-            self.error(f"{key} is not built yet", hint, place.key)
 
 
 @dataclass(frozen=True)

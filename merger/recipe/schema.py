@@ -53,6 +53,7 @@ _WORDS = {
     "kind": "zero: a row of zeros; model_token: the row of another token.",
     "token_id": "The token's id in that model.",
     "residual_weight": "Has no effect.",
+    "override_architecture": "Has no effect.",
     "lora": "A LoRA adapter that is added to the model.",
     "filter": "A part of the tensors' names that this value is for, case and all; without it: every tensor.",
     "value": "A number, or a gradient: numbers from the slice's first layer to its last.",
@@ -128,11 +129,10 @@ def _top() -> Json:
 
 def _reference() -> Json:
     hover = "org/name, org/name@revision, or a folder such as ./name"
-    described = _WORDS | _described(ModelRef) | {key: f"{key} {_NOT_BUILT}" for key in values.REFERENCE_NOT_BUILT}
+    described = _WORDS | _described(ModelRef) | {"model": "The model."}
     path = {"anyOf": [_text(pattern=f"^{_PART}$"), _ref("path")]}
-    shapes = {"model": path, "lora": path, **{key: {} for key in values.REFERENCE_NOT_BUILT}}
-    keys = (*values.REFERENCE, *values.REFERENCE_NOT_BUILT)
-    as_map = _map(keys, described | {"model": "The model."}, shapes, ["model"])
+    shapes = {"model": path, "lora": path, "override_architecture": {}}
+    as_map = _map(values.REFERENCE, described, shapes, ["model"])
     return {"description": hover, "anyOf": [_text(pattern=rf"^{_PART}(\+{_PART})?$"), as_map, {"type": "null"}]}
 
 

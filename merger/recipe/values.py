@@ -19,10 +19,9 @@ from merger.recipe.places import Fields, Place
 from merger.recipe.settings import Parameters, Rule, Setting
 from merger.recipe.spans import Node, Scalar
 
-REFERENCE = ("model", "lora")
+REFERENCE = ("model", "lora", "override_architecture")
 PATH = ("path", "revision")
 RULE = ("value", "filter")
-REFERENCE_NOT_BUILT = {"override_architecture": "leave it out: the architecture is learned from the tensors' names"}
 
 UNREADABLE = ModelRef("?")
 """Stands for a model that could not be read, while the rest of the recipe is looked at."""
@@ -36,7 +35,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 def reference(place: Place) -> ModelRef:
     """The model that stands at `place`, else UNREADABLE."""
     if isinstance(place.node, spans.Mapping):
-        fields = place.fields(_A_MODEL, REFERENCE, {"path": _MAP, "revision": _MAP}, REFERENCE_NOT_BUILT)
+        fields = place.fields(_A_MODEL, REFERENCE, {"path": _MAP, "revision": _MAP})
         found = _of_map(fields) if fields else UNREADABLE
     else:
         text = place.text(_A_MODEL)
@@ -72,7 +71,10 @@ def _pinned(place: Place, text: str) -> ModelRef:
 
 
 def _of_map(fields: Fields) -> ModelRef:
-    lora = fields.get("lora")
+    lora, named = fields.get("lora"), fields.get("override_architecture")
+    if named:
+        what = "override_architecture has no effect: the architecture is learned from the tensors' names"
+        named.warn(what, "take it out", named.key)
     model = fields.need("model", _MAP)
     found = _path(model) if model else UNREADABLE
     return replace(found, adapter=replace(_path(lora), at=lora.at)) if lora else found

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from vocabularies import BASE, tokenizer
+from vocabularies import BASE, sentencepiece, tokenizer
 
 from merger.checkpoints import vocab
 from merger.checkpoints.spelling import BYTES, PLAIN, SPACES, respelled, spelling
@@ -213,3 +213,32 @@ def test_large_vocabularies_are_fast(tmp_path: Path, size: int) -> None:
     found = [held.rows(whole.tokens, size) for held in (one, other)]
     assert time.process_time() - start < 2
     assert all(len(rows) == size + 1 and rows[-1] == -1 for rows in found)
+
+
+@pytest.mark.parametrize("size", [3, 300, 70_000])
+def test_pieces_of_a_sentencepiece_model(size: int) -> None:
+    """As many as its own library wrote, in their order, with what the small files add behind them."""
+    tokens = [f"word{number}" for number in range(size)]
+    files = {
+        "tokenizer.model": sentencepiece(tokens),
+        "added_tokens.json": text({"<b>": size + 1, "word0": 7}),
+        "tokenizer_config.json": text({"added_tokens_decoder": {str(size): {"content": "<a>"}}}),
+    }
+    found = read(files)
+    assert found is not None
+    assert found.spelling == SPACES
+    assert found.tokens == (*tokens, "<a>", "<b>")
+    assert list(found.added) == ["<a>", "<b>"]
+
+
+@given(st.integers(1, 900), st.binary(max_size=12))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_damaged_sentencepiece_model_is_no_crash(end: int, more: bytes) -> None:
+    """Cut anywhere, with anything behind: read as far as it makes sense, or refused; what begins otherwise is none."""
+    told = "read"
+    try:
+        read({"tokenizer.model": sentencepiece()[:end] + more})
+    except ValueError as error:
+        told = str(error)
+    assert re.match(r"read$|tokenizer\.model: it is no whole SentencePiece model$|its tokens .* have one id", told)
+    assert read({"tokenizer.model": b"IQ== 0\nIg== 1\n"}) is None

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from merger.checkpoints.checkpoint import TensorInfo
 from merger.engine.sources import load
-from merger.plan import sources
-from merger.plan.sources import Added, LowRank, Stored
+from merger.plan import products
+from merger.plan.products import Added, LowRank
+from merger.plan.sources import Stored
 
 
 @dataclass
@@ -70,13 +71,13 @@ def test_blocks_of_any_size_make_the_same_sum(
     elif kind == "dora":
         source = LowRank(source.of, source.a, source.b, 0.7, magnitude=stored("m", rows))
         expected = m[:, None] * expected / expected.norm(dim=1, keepdim=True)
-    saved = sources.PRODUCT_ENTRIES
-    sources.PRODUCT_ENTRIES = 100
+    saved = products.PRODUCT_ENTRIES
+    products.PRODUCT_ENTRIES = 100
     try:
         whole = pieces(source, held, [])
         assert torch.equal(whole, pieces(source, held, cuts))
     finally:
-        sources.PRODUCT_ENTRIES = saved
+        products.PRODUCT_ENTRIES = saved
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from merger.checkpoints.checkpoint import TensorInfo
 from merger.engine.pursuit import Atoms, pursue
 from merger.engine.sources import load
-from merger.plan import sources
-from merger.plan.sources import ALL_ROWS, Pursuit, RowMap, RowPairs, Rows, Stored
+from merger.plan.rows import ALL_ROWS, Numbers, Pursuit, RowMap, RowPairs, Rows
+from merger.plan.sources import Stored
 
 
 class Tables:
@@ -31,7 +31,7 @@ class Tables:
         found = self._tables[leaf].reshape(-1)[start:stop][-start % step :: step]
         return out[: len(found)].copy_(found)
 
-    def rows(self, leaf: Stored, numbers: sources.Numbers, out: Tensor) -> None:
+    def rows(self, leaf: Stored, numbers: Numbers, out: Tensor) -> None:
         out.copy_(self._tables[leaf][torch.from_numpy(numbers)].reshape(out.shape))
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 from merger.checkpoints.checkpoint import ITEM_BYTES
 from merger.methods.registry import methods
 from merger.plan.jobs import Job, Making, make
-from merger.plan.lock import LockedRecipe, lock
+from merger.plan.lock import lock
+from merger.plan.locked import LockedRecipe
 from merger.plan.plan import Budget, Plan, plan
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderStore

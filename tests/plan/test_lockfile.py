@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merger.errors import RecipeError
-from merger.plan.lock import LockedRecipe
+from merger.plan.locked import LockedRecipe
 from merger.plan.lockfile import Lock, Parent, changed_models, other_plan, read_lock
 from merger.stores.ports import FileInfo, Located
 

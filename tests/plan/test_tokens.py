@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from vocabularies import BASE, model, tokenizer
+from vocabularies import BASE, model, sentencepiece, tokenizer
 
 from merger.errors import MergerError
 from merger.plan.plan import Plan
-from merger.plan.sources import Rows, Stored
+from merger.plan.rows import Rows
+from merger.plan.sources import Stored
 
 from .models import planned
 
@@ -46,9 +47,19 @@ def only(*names: str) -> Make:
         if "vocab.json" in names:
             (root / "other/vocab.json").write_text(json.dumps({token: n for n, token in enumerate(BASE)}))
         if "tokenizer.model" in names:
-            (root / "other/tokenizer.model").write_text("pieces")
+            (root / "other/tokenizer.model").write_text("dGhl 0\naW4= 1\n")
 
     return change
+
+
+def pieces_only(root: Path) -> None:
+    only()(root)
+    (root / "other/tokenizer.model").write_bytes(sentencepiece(BASE))
+
+
+def cut_short(root: Path) -> None:
+    only()(root)
+    (root / "other/tokenizer.model").write_bytes(sentencepiece(BASE)[:-20])
 
 
 def gaps(root: Path) -> None:
@@ -72,7 +83,7 @@ def changed(name: str, tensor: str, *shape: int) -> Make:
 
     def change(root: Path) -> None:
         held = tiny.read(root / name)
-        del held[tensor]
+        held.pop(tensor, None)
         if shape:
             held[tensor] = torch.zeros(shape)
         tiny.write(root / name, held)
@@ -87,7 +98,11 @@ REFUSED = {
     "no block, and a damaged tokenizer": Refused(BOTH, write("other/tokenizer.json", "{}")),
     "a damaged tokenizer": Refused(BOTH + "tokenizer: {}", write("one/tokenizer.json", '{"model": {"vocab": [7]}}')),
     "damaged settings": Refused(BOTH + "tokenizer: {}", write("one/tokenizer_config.json", "[]")),
-    "a SentencePiece model alone": Refused(BOTH + "tokenizer: {}", only("tokenizer.model")),
+    "a tiktoken file alone": Refused(BOTH + "tokenizer: {}", only("tokenizer.model")),
+    "half a SentencePiece model": Refused(BOTH + "tokenizer: {}", cut_short),
+    "a SentencePiece model that is to know more": Refused(
+        "models: [{model: other}, {model: one}]\nmerge_method: linear\ntokenizer: {}", pieces_only
+    ),
     "no tokenizer": Refused(BOTH + "tokenizer: {}", only()),
     "nothing to write new tokens into": Refused(
         BOTH + "tokenizer: {source: other, tokens: {<new>: }}", only("vocab.json")
@@ -103,6 +118,7 @@ REFUSED = {
     ),
     "no embedding": Refused(BOTH + "tokenizer: {}", changed("other", "model.embed_tokens.weight"), 4),
     "a head with other rows": Refused(BOTH + "tokenizer: {}", changed("other", "lm_head.weight", 30, 16), 4),
+    "a row across all tokens": Refused(BOTH + "tokenizer: {}", changed("one", "final_logits_bias", 1, 37), 4),
     "a lender of another width": Refused(
         ONE + "tokenizer: {tokens: {<new>: {source: {kind: model_token, model: other, token: the}}}}",
         lambda root: tiny.write(root / "other", tiny.tensors(2, hidden=8, vocab=38)),

@@ -368,6 +368,17 @@ def test_what_is_likely_not_meant_is_warned_of(read: Read) -> None:
     ]
 
 
+def test_an_overridden_architecture_is_warned_of(read: Read) -> None:
+    """mergekit's key for models that it does not know: there is nothing to override, so the recipe runs without it."""
+    recipe = read(
+        "merge_method: passthrough\nmodels:\n"
+        "  - model: {model: {path: org/a}, override_architecture: MistralForCausalLM}\n"
+    )
+    assert [str(model) for model in recipe.models] == ["org/a"]
+    what = "override_architecture has no effect: the architecture is learned from the tensors' names"
+    assert warnings(recipe) == [f"3:35: models[org/a].model.override_architecture: {what}"]
+
+
 def test_residual_weight_is_warned_of(read: Read) -> None:
     """A key that other tools read and never use has no effect here either."""
     recipe = read(
