@@ -20,7 +20,8 @@ import speed
 
 from merger import run as line
 from merger.engine import blocks
-from merger.run import Options, plan, read
+from merger.options import Options
+from merger.planning import plan, read
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")
 RUNS = 5

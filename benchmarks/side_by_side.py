@@ -15,8 +15,10 @@ import models
 import yaml
 from torch import Tensor
 
+from merger.options import Options
 from merger.plan.plan import Plan
-from merger.run import Options, plan, read, run
+from merger.planning import plan, read
+from merger.run import run
 
 ZOO = [Path(__file__).resolve().parents[1] / "examples" / "zoo" / name for name in ("base", "kjv", "python")]
 

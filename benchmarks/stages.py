@@ -19,7 +19,9 @@ import speed
 
 from merger.checkpoints.shard import ShardWriter
 from merger.engine import blocks
-from merger.run import Options, plan, read, run
+from merger.options import Options
+from merger.planning import plan, read
+from merger.run import run
 from merger.stores.folder import FolderReader
 
 SECONDS: defaultdict[str, float] = defaultdict(float)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from merger.card.ancestors import Family, Member
 from merger.card.portrait import portrait
-from merger.run import Options, plan, read, run
+from merger.options import Options
+from merger.planning import plan, read
+from merger.run import run
 
 DOCS = Path(__file__).resolve().parent
 ZOO = DOCS.parent / "examples" / "zoo"

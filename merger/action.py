@@ -23,21 +23,9 @@ from merger.errors import MergerError, Problem, RecipeError, UploadError
 from merger.github import Api, Event, GitHubError, Log, write_outputs, write_summary
 from merger.inputs import SECRETS, Inputs, top, variable
 from merger.locate import HUB
-from merger.run import (
-    LOCK_SUFFIX,
-    Done,
-    Options,
-    PartDone,
-    Resumed,
-    destination,
-    fitted,
-    lock_path,
-    lock_text,
-    plan,
-    read,
-    run,
-    trusted_publishing,
-)
+from merger.options import Options, destination, fitted
+from merger.planning import LOCK_SUFFIX, lock_path, plan, read
+from merger.run import Done, PartDone, Resumed, lock_text, run, trusted_publishing
 
 if TYPE_CHECKING:
     from merger.plan.plan import Plan

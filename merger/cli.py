@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from merger.errors import MergerError, Problem, RecipeError, VerificationError, did_you_mean
 
 if TYPE_CHECKING:
+    from merger.options import Options, Part
     from merger.plan.plan import Plan
     from merger.recipe.model import Recipe
-    from merger.run import Options, Part
     from merger.spread import Engine
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -252,7 +252,7 @@ def _bytes(text: str) -> int:
 
 
 def _part(text: str) -> Part:
-    from merger.run import Part
+    from merger.options import Part
 
     try:
         return Part.parse(text)
@@ -277,7 +277,7 @@ def _duration(text: str) -> str:
 
 def _check(arguments: argparse.Namespace) -> int:
     from merger import console
-    from merger.run import read
+    from merger.planning import read
 
     code = 0
     for path in arguments.recipes:
@@ -297,7 +297,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> Options:
-    from merger.run import Options
+    from merger.options import Options
 
     return Options(
         to=arguments.to,
@@ -318,7 +318,8 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from merger import console
-    from merger.run import looked, needed_disk, plan, read
+    from merger.options import needed_disk
+    from merger.planning import looked, plan, read
 
     recipe = read(arguments.recipe)
     options = _options(arguments)
@@ -344,13 +345,13 @@ def _engine(arguments: argparse.Namespace) -> Engine | None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from merger.run import read
+    from merger.planning import read
 
     return _made(read(arguments.recipe), arguments)
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    from merger.run import extraction
+    from merger.planning import extraction
 
     keys = ("model", "base_model", "rank", "alpha", "include", "exclude", "distribute_scale", "skip_rest")
     settings = {key: getattr(arguments, key) for key in keys} | {"embeddings": arguments.embed}
@@ -359,7 +360,9 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 def _made(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from merger import console
-    from merger.run import destination, fitted, plan, run
+    from merger.options import destination, fitted
+    from merger.planning import plan
+    from merger.run import run
     from merger.spread import spread, suited
 
     options, engine = _options(arguments), _engine(arguments)
@@ -417,7 +420,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from merger import console, reports
-    from merger.run import Options, fitted
+    from merger.options import Options, fitted
     from merger.verify import Begun, Extent, Report, verify
 
     means = Options(max_memory=arguments.max_memory, threads=arguments.threads, cache=arguments.cache)
@@ -458,8 +461,8 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 def _card(arguments: argparse.Namespace) -> int:
     from merger import console
+    from merger.options import Options
     from merger.recard import keep, recard
-    from merger.run import Options
 
     made = recard(arguments.model, Options(), arguments.template)
     if arguments.print_only:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from merger import console
 from merger.errors import Problem, RecipeError, did_you_mean
-from merger.run import Options, Part
+from merger.options import Options, Part
 
 MODES = ("auto", "check", "plan", "run", "publish")
 SECRETS = ("hf-token", "hf-read-token", "github-token")

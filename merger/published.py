@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+from merger.beside import model_files
 from merger.checkpoints.checkpoint import TensorInfo
 from merger.checkpoints.shard import header
 from merger.checkpoints.sidefiles import LOCK_NAME
@@ -18,8 +19,8 @@ from merger.locate import find
 from merger.plan.lock import tensors_in
 from merger.plan.lockfile import Lock, read_lock
 from merger.plan.plan import Plan, Shard
+from merger.planning import recipe_of
 from merger.recipe.model import Recipe
-from merger.run import model_files, recipe_of
 from merger.stores.library import Library
 from merger.stores.ports import FileInfo, Located
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from merger.beside import card_files, elders
 from merger.checkpoints.sidefiles import CARD_NAME, EVALUATED_NAME, MEASURED_NAME
 from merger.errors import Problem, RecipeError, VerificationError
 from merger.locate import HUB, stores
+from merger.options import Options
 from merger.plan.geometry import Geometry, recalled
 from merger.plan.lock import lock
 from merger.plan.lockfile import changed_models, other_plan
 from merger.plan.scores import Score, read_scores
+from merger.planning import planned_again, with_templates
 from merger.published import Merge, open_merge
-from merger.run import Options, card_files, destination_sink, elders, planned_again, with_templates
+from merger.run import destination_sink
 from merger.stores.ports import Published
 
 

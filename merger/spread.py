@@ -19,10 +19,12 @@ from merger.errors import PartError, Problem, RecipeError
 from merger.evaluation import Measured, Measuring
 from merger.locate import HUB
 from merger.methods.registry import methods
+from merger.options import Options, destination, fitted
 from merger.plan.parts import Part, share
 from merger.plan.plan import Plan
+from merger.planning import is_lock, plan
 from merger.recipe.parse import parse
-from merger.run import Done, Options, PartDone, Resumed, destination, fitted, is_lock, plan, run, unmade
+from merger.run import Done, PartDone, Resumed, run, unmade
 from merger.stores.library import Library
 
 if TYPE_CHECKING:

@@ -12,17 +12,19 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from merger.beside import taken_files
 from merger.checkpoints.checkpoint import TensorInfo
 from merger.errors import MismatchError, Problem, RecipeError, VerificationError
 from merger.locate import stores
 from merger.methods.registry import methods
+from merger.options import Options
 from merger.plan.lock import lock
 from merger.plan.locked import LockedRecipe
 from merger.plan.lockfile import OURS, Lock, changed_models, other_plan
 from merger.plan.plan import Plan, Shard
 from merger.plan.proof import Difference, Piece, Sample, draw, whole
+from merger.planning import planned_again
 from merger.published import Merge, comparable, open_merge, other_contents, other_files, other_taken
-from merger.run import Options, planned_again, taken_files
 from merger.stores.library import Library
 
 if TYPE_CHECKING:

@@ -20,7 +20,9 @@ from typing import Any, NoReturn, TextIO
 
 from merger import console
 from merger.errors import MergerError
-from merger.run import Done, Options, Resumed, plan, read, run
+from merger.options import Options
+from merger.planning import plan, read
+from merger.run import Done, Resumed, run
 
 RECIPE = "recipe.yaml"
 _SECONDS = 0.2

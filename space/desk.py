@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from merger.beside import card_files, elders
 from merger.errors import Problem, RecipeError
 from merger.locate import HUB
-from merger.run import Options, card_files, elders
+from merger.options import Options
 from space import rules
 from space.jobs import AS_SAID, How, Job
 from space.keeper import Keeper, Token

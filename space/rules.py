@@ -1,7 +1,7 @@
 """Recipe and plan, as the Space does them: from the Hub alone, within the rules for strangers and the Space's limits.
 
 Whatever is refused is refused with a sentence, and with its place where it has one. Not here: the language and the
-planning themselves (merger.run).
+planning themselves (merger.planning).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from merger import console
 from merger.errors import BudgetError, MergerError, Problem, RecipeError
-from merger.run import Options, needed_disk, plan, read_text
+from merger.options import Options, needed_disk
+from merger.planning import plan, read_text
 from space.limits import Limits
 
 if TYPE_CHECKING:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from merger import run
+from merger import beside, run
+from merger.options import Options
 from merger.plan.plan import Plan
+from merger.planning import plan, read
 
 _NO_CARD = {"README.md": b"---\n---\n"}
 
@@ -19,9 +21,9 @@ def merged(recipe: str, out: Path, card: bool = False, **options: Any) -> Plan:
     """Make the recipe, written beside `out`, in `out`; what was planned for it."""
     path = out.with_suffix(".yaml")
     path.write_text(recipe)
-    chosen = run.Options(**{"to": str(out), "threads": 1, **options})
-    planned, store = run.plan(run.read(path), chosen)
-    with patch("merger.run.card_files", run.card_files if card else lambda *_: dict(_NO_CARD)):
+    chosen = Options(**{"to": str(out), "threads": 1, **options})
+    planned, store = plan(read(path), chosen)
+    with patch("merger.run.card_files", beside.card_files if card else lambda *_: dict(_NO_CARD)):
         for _ in run.run(planned, store, chosen):
             pass
     return planned

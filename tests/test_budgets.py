@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from merger.cli import main
-from merger.run import Options, fitted
+from merger.options import Options, fitted
 
 
 @pytest.fixture

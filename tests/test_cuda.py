@@ -8,7 +8,9 @@ import pytest
 import tiny
 import torch
 
-from merger.run import Options, plan, read, run
+from merger.options import Options
+from merger.planning import plan, read
+from merger.run import run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU on this machine")
 RECIPES = sorted((Path(__file__).parents[1] / "templates/recipes").glob("*.yaml"))

@@ -11,7 +11,9 @@ import demo
 import pytest
 from transformers import AutoModelForCausalLM
 
-from merger.run import Done, Options, plan, read, run
+from merger.options import Options
+from merger.planning import plan, read
+from merger.run import Done, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "examples" / "recipes"

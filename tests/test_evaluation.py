@@ -28,8 +28,10 @@ from merger.cli import main
 from merger.engine.evaluate import _ended
 from merger.engine.scoring import loss
 from merger.errors import BudgetError, EvaluationError, RecipeError
+from merger.options import Options, Part, needed_disk
 from merger.plan.scores import Score, kept, memory, read_scores
-from merger.run import Options, Part, needed_disk, plan, read, run
+from merger.planning import plan, read
+from merger.run import run
 
 ZOO = Path(__file__).parents[1] / "examples/zoo"
 Command = Callable[..., subprocess.CompletedProcess[str]]

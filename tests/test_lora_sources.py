@@ -20,7 +20,8 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from merger.cli import main
-from merger.run import Options, plan, read
+from merger.options import Options
+from merger.planning import plan, read
 
 pytest.importorskip("peft")
 

@@ -17,7 +17,8 @@ METHODS = {"linear": "{}", "slerp": "{t: 0.5}", "ties": "{density: 0.5}", "dare_
 RUN = """
 import json, sys
 from merger.cli import main
-from merger.run import Options, plan, read
+from merger.options import Options
+from merger.planning import plan, read
 from pathlib import Path
 recipe, to, memory, *more = sys.argv[1:]
 planned, _ = plan(read(Path(recipe)), Options(to=to, threads=2, max_memory=int(memory) or None))

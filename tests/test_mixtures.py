@@ -26,6 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from merger import run
 from merger.cli import main
+from merger.options import Options
+from merger.planning import plan, read
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "examples" / "zoo"
@@ -145,8 +147,8 @@ def mixed(written: Mapping[str, Any], out: Path, **options: Any) -> dict[str, Te
     """Make the mixture of a recipe; its tensors."""
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(dict(written), sort_keys=False))
-    chosen = run.Options(to=str(out), **{"threads": 2, **options})
-    planned, store = run.plan(run.read(path), chosen)
+    chosen = Options(to=str(out), **{"threads": 2, **options})
+    planned, store = plan(read(path), chosen)
     for _ in run.run(planned, store, chosen):
         pass
     return tiny.read(out)
@@ -367,8 +369,8 @@ def test_the_same_bytes_whatever_the_threads_and_shards(mode: str, tmp_path: Pat
     path.write_text(yaml.safe_dump(written))
     events: list[object] = []
     for part in (run.Part(2, 3), None):
-        options = run.Options(to=str(tmp_path / "parts"), threads=2, shard_size=400_000, part=part)
-        planned, store = run.plan(run.read(path), options)
+        options = Options(to=str(tmp_path / "parts"), threads=2, shard_size=400_000, part=part)
+        planned, store = plan(read(path), options)
         events += run.run(planned, store, options)
     assert any(isinstance(event, run.Resumed) for event in events)
     assert sha256(tmp_path / "parts") == sha256(tmp_path / "one")
@@ -516,8 +518,8 @@ def test_prompts_too_similar_are_told_of(tmp_path: Path) -> None:
         expert["positive_prompts"] = ["The same words" + " again" * number + "."]
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(written))
-    options = run.Options(to=str(tmp_path / "out"), threads=1)
-    planned, store = run.plan(run.read(path), options)
+    options = Options(to=str(tmp_path / "out"), threads=1)
+    planned, store = plan(read(path), options)
     *_, done = run.run(planned, store, options)
     assert isinstance(done, run.Done)
     (doubt,) = done.doubts
@@ -629,7 +631,8 @@ MEASURED = """
 import json, sys
 from pathlib import Path
 from merger.cli import main
-from merger.run import Options, plan, read
+from merger.options import Options
+from merger.planning import plan, read
 recipe, to = sys.argv[1:]
 planned, _ = plan(read(Path(recipe)), Options(to=to, threads=2))
 assert "torch" not in sys.modules and "transformers" not in sys.modules

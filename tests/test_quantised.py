@@ -15,8 +15,9 @@ from merging import merged
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from merger import run
 from merger.errors import ModelError
+from merger.options import Options
+from merger.planning import plan, read
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -180,7 +181,7 @@ def test_what_cannot_be_read_back_is_refused(case: str, tmp_path: Path) -> None:
     tiny.write(tmp_path / "one", tiny.tensors() | dict(tensors), **changed)
     (tmp_path / "mine.yaml").write_text(f"merge_method: passthrough\nmodels: [{{model: {tmp_path}/one}}]\n")
     with pytest.raises(ModelError) as caught:
-        run.plan(run.read(tmp_path / "mine.yaml"), run.Options())
+        plan(read(tmp_path / "mine.yaml"), Options())
     (problem,) = caught.value.problems
     assert problem.what.startswith(sentence)
     assert problem.at is not None

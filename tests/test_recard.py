@@ -10,8 +10,10 @@ from loopback import Client, LoopbackHub
 from loopback.wire import Answer
 
 from merger.errors import RecipeError, VerificationError
+from merger.options import Options
+from merger.planning import plan, read
 from merger.recard import keep, recard
-from merger.run import Done, Options, plan, read, run
+from merger.run import Done, run
 
 ZOO = Path(__file__).parent.parent / "examples/zoo"
 RECIPE = """\

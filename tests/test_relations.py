@@ -14,8 +14,10 @@ from torch import Tensor
 from merger.cli import main
 from merger.engine.execute import Observed
 from merger.engine.observe import observe
+from merger.options import Options
 from merger.plan.geometry import Geometry, noted, recalled, total
-from merger.run import Options, plan, read, run
+from merger.planning import plan, read
+from merger.run import run
 
 ZOO = Path(__file__).parents[1] / "examples/zoo"
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]

@@ -13,8 +13,10 @@ import tiny
 import torch
 
 from merger.methods.registry import methods
+from merger.options import Options
+from merger.planning import plan, read
 from merger.recipe.model import Recipe
-from merger.run import Done, Options, plan, read, run
+from merger.run import Done, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "templates" / "recipes"

@@ -17,7 +17,9 @@ from vocabularies import BASE, model, rows, sentencepiece
 
 from merger import run
 from merger.errors import MismatchError
+from merger.options import Options
 from merger.plan.plan import Plan
+from merger.planning import plan, read
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -28,14 +30,14 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def planned(recipe: str, out: Path) -> Plan:
     path = out.with_suffix(".yaml")
     path.write_text(recipe)
-    return run.plan(run.read(path), run.Options(to=str(out), threads=1))[0]
+    return plan(read(path), Options(to=str(out), threads=1))[0]
 
 
 def merge(recipe: str, out: Path) -> Plan:
     path = out.with_suffix(".yaml")
     path.write_text(recipe)
-    options = run.Options(to=str(out), threads=2)
-    made, store = run.plan(run.read(path), options)
+    options = Options(to=str(out), threads=2)
+    made, store = plan(read(path), options)
     for _ in run.run(made, store, options):
         pass
     return made

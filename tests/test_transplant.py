@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merger import run
+from merger.options import Options
+from merger.planning import plan, read
 
 ZOO = Path(__file__).resolve().parents[1] / "examples/zoo"
 EMBEDDING = "model.embed_tokens.weight"
@@ -73,8 +75,8 @@ def transplanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         path = root / f"{way}.yaml"
         block = f"tokenizer: {{source: {donor}, missing: {way}}}"
         path.write_text(f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n{block}\n")
-        options = run.Options(to=str(root / way), threads=2)
-        planned, store = run.plan(run.read(path), options)
+        options = Options(to=str(root / way), threads=2)
+        planned, store = plan(read(path), options)
         for _ in run.run(planned, store, options):
             pass
     return {way: root / way for way in ("omp", "subword", "mean", "zero")}

@@ -14,8 +14,10 @@ from calls import Said, called
 from loopback import Client, LoopbackHub
 
 from merger.checkpoints.checkpoint import read_header
+from merger.options import Options
 from merger.plan.proof import whole
-from merger.run import Done, Options, plan, read, run
+from merger.planning import plan, read
+from merger.run import Done, run
 from merger.verify import Extent, Report, verify
 
 ZOO = Path(__file__).parent.parent / "examples/zoo"

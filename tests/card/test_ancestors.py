@@ -17,7 +17,8 @@ from loopback import LoopbackHub
 from merger.card.ancestors import GENERATIONS, Family, Member, family
 from merger.errors import GatedError, MissingError, ModelError, Problem
 from merger.methods.registry import methods
-from merger.run import Options, plan, read
+from merger.options import Options
+from merger.planning import plan, read
 from merger.stores.ports import FileInfo, Located
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -15,7 +15,8 @@ from markdown_it import MarkdownIt
 from merger.card.relations import Relation, Relations
 from merger.card.render import render
 from merger.methods.registry import methods
-from merger.run import Options, plan, read
+from merger.options import Options
+from merger.planning import plan, read
 
 PLAIN = "plain"
 PLACES = ("folder", "licence", "comment", "field", "why", "title", "measured")

@@ -12,9 +12,11 @@ from torch import Tensor
 from merger.card.layers import OUTSIDE, Parameter, parameters, tracks
 from merger.engine.execute import Observed
 from merger.methods.registry import methods
+from merger.options import Options
 from merger.plan.geometry import Geometry
 from merger.plan.plan import Plan
-from merger.run import Options, plan, read, run
+from merger.planning import plan, read
+from merger.run import run
 
 STACK = "model.layers"
 TASK = """\

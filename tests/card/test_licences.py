@@ -19,9 +19,11 @@ from merger.card.render import render
 from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind
 from merger.errors import MergerError, MismatchError, RecipeError
 from merger.methods.registry import methods
+from merger.options import Options
 from merger.plan.plan import Plan
+from merger.planning import plan, read
 from merger.recipe.model import Publish
-from merger.run import Done, Options, plan, read, run
+from merger.run import Done, run
 
 Planned = Callable[..., Plan]
 

@@ -18,7 +18,8 @@ from merger.card.metadata import front_matter
 from merger.card.relations import Relations
 from merger.card.render import render
 from merger.methods.registry import methods
-from merger.run import Options, plan, read
+from merger.options import Options
+from merger.planning import plan, read
 
 RECIPE = """\
 merge_method: task_arithmetic

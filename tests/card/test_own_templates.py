@@ -12,7 +12,8 @@ from merger.card.relations import Relations
 from merger.card.render import render
 from merger.errors import RecipeError
 from merger.methods.registry import methods
-from merger.run import Options, plan, read
+from merger.options import Options
+from merger.planning import plan, read
 
 RECIPE = """\
 merge_method: linear

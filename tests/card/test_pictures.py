@@ -21,7 +21,9 @@ from merger.card.canvas import Picture, picture
 from merger.card.layers import OUTSIDE, Apart, Line, Parameter, Track
 from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import columns, portrait
-from merger.run import Options, plan, read, run
+from merger.options import Options
+from merger.planning import plan, read
+from merger.run import run
 
 COMMIT = "0123456789" * 4
 KIN = Family(

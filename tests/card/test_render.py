@@ -15,8 +15,9 @@ from merger.card.lineage import lock_file
 from merger.card.relations import Relations
 from merger.card.render import render
 from merger.methods.registry import methods
+from merger.options import Options
 from merger.plan.plan import Plan
-from merger.run import Options, plan, read
+from merger.planning import plan, read
 from merger.stores.library import Library
 from merger.stores.ports import FileInfo
 

@@ -9,7 +9,8 @@ import tiny
 import yaml
 
 from merger.card.recipe import shown_recipe
-from merger.run import Options, plan, read
+from merger.options import Options
+from merger.planning import plan, read
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ import torch
 from merger.engine.execute import ShardDone, execute
 from merger.errors import MismatchError, ModelError
 from merger.methods.registry import methods
-from merger.run import Done, Options, plan, read, run
+from merger.options import Options
+from merger.planning import plan, read
+from merger.run import Done, run
 from merger.stores.folder import FolderReader, FolderSink, FolderStore
 from merger.stores.ports import Ticket
 

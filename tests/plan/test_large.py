@@ -10,7 +10,8 @@ from pathlib import Path
 import big
 import pytest
 
-from merger.run import Options, plan, read
+from merger.options import Options
+from merger.planning import plan, read
 
 PARENTS = 4
 

@@ -17,7 +17,9 @@ import pytest
 import tiny
 from loopback import LoopbackHub, Request
 
-from merger.run import Done, Options, plan, read, run
+from merger.options import Options
+from merger.planning import plan, read
+from merger.run import Done, run
 from space.jobs import Job, JobError
 from space.keeper import Keeper, Token
 from space.limits import Limits

@@ -1,0 +1,110 @@
+"""The small files beside tensors: card, pictures, lock, config, tokenizer. Not here: what a card says (card)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+from merger.card.ancestors import family
+from merger.card.layers import parameters, tracks
+from merger.card.lineage import lock_file
+from merger.card.notices import passed_on
+from merger.card.plots import movement_plot, settings_plot
+from merger.card.portrait import portrait
+from merger.card.relations import relations
+from merger.card.render import render
+from merger.card.scores import told
+from merger.checkpoints.checkpoint import SUFFIX, index_name
+from merger.checkpoints.shard import Written, index
+from merger.checkpoints.sidefiles import CARD_NAME, EVALUATED_NAME, LOCK_NAME, MEASURED_NAME
+from merger.methods.registry import methods
+from merger.plan.geometry import Geometry, noted
+from merger.plan.plan import Plan
+from merger.plan.scores import Score, kept
+from merger.stores.library import Library
+from merger.stores.ports import FileInfo, Store
+
+
+def card_files(
+    planned: Plan,
+    name: str,
+    seen: Mapping[str, Geometry],
+    store: Store,
+    elders: Store | None,
+    scores: Sequence[Score] = (),
+) -> dict[str, bytes]:
+    """The card, its pictures and scores: what can be rendered anew, so that the lock says nothing of it.
+
+    Args:
+        planned: what was made.
+        name: ``owner/name``, or the folder's last part.
+        seen: how parents and result lie to each other, by tensor.
+        store: where the parents' cards are.
+        elders: where those of their own parents are; None: nowhere.
+        scores: what was measured of the merge and its parents.
+
+    Raises:
+        RecipeError: the recipe's own template cannot be rendered.
+    """
+    tree = family(planned, name, methods(), store, elders)
+    model = planned.locked.recipe.lora is None
+    inforce = parameters(planned, methods()) if model else ()
+    moved = tracks(planned, seen) if model else ()
+    drawn = [portrait(tree), settings_plot(inforce), movement_plot(moved)]
+    pictures = {picture.name: picture for picture in drawn if picture is not None}
+    parts = {"lineage": tree.tree(), "pictures": pictures, **told(scores, name)}
+    text = render(planned, methods(), name, relations(planned, seen), parts)
+    files = {file: content for picture in pictures.values() for file, content in picture.files.items()}
+    return {CARD_NAME: text.encode(), **files} | ({EVALUATED_NAME: kept(scores).encode()} if scores else {})
+
+
+def elders(planned: Plan, to_hub: bool, token: str | bool | None) -> Store | None:
+    """Where the parents' own parents are looked up; nowhere, for a merge that has nothing to do with the Hub."""
+    if not to_hub and all(model.located.commit is None for model in planned.locked.models):
+        return None
+    from merger.stores.hub import HubStore
+
+    return HubStore(token)
+
+
+def small_files(
+    planned: Plan, store: Library, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
+) -> dict[str, bytes]:
+    """All that stands beside shards and card; index and config come last, for they make it look like a model."""
+    proven = {"recipe.yaml": planned.locked.recipe.text.encode(), MEASURED_NAME: noted(seen).encode()}
+    proven |= passed_on(planned, store.fetch) | used_files(planned, store)
+    written = {shard.name: FileInfo(shard.size, shard.sha256) for shard in shards}
+    written |= {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in proven.items()}
+    lock = lock_file(planned, written, store.checksum)
+    return {LOCK_NAME: lock.encode(), **proven}
+
+
+def used_files(planned: Plan, store: Store) -> dict[str, bytes]:
+    """The small files that it takes to use the result."""
+    return taken_files(planned, store) | model_files(planned)
+
+
+def taken_files(planned: Plan, store: Store) -> dict[str, bytes]:
+    """The models' small files that the result has, with all that is written into them anew.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    models = planned.locked.models
+    taken = {name: store.fetch(models[number].located, name) for name, number in planned.texts.taken.items()}
+    return planned.texts.edited(taken)
+
+
+def model_files(planned: Plan) -> dict[str, bytes]:
+    """The index, where there are several shards, and config.json: all that the plan says of them."""
+    files = {}
+    if len(planned.shards) > 1:
+        weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
+        total = sum(job.nbytes for job in planned.jobs)
+        files[index_name(planned.locked.holder.checkpoint.stem + SUFFIX)] = index(
+            dict(sorted(weight_map.items())), total
+        )
+    if planned.config:
+        files[planned.config_name] = (json.dumps(planned.config, indent=2) + "\n").encode()
+    return files

@@ -1,0 +1,172 @@
+"""From a recipe's file, or a lock file, to a plan: all that is decided before a tensor is read. Not here: the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merger.card.licences import refuse
+from merger.card.relations import Relations, relations
+from merger.card.render import rehearse
+from merger.errors import ModelError, Problem, RecipeError, VerificationError
+from merger.evaluation import check, check_memory
+from merger.locate import HUB, stores
+from merger.methods.registry import methods
+from merger.options import Options, budget_of, stated_destination
+from merger.plan.lock import lock, pins
+from merger.plan.locked import LockedRecipe
+from merger.plan.lockfile import Lock, changed_models, other_plan, read_lock
+from merger.plan.plan import Plan
+from merger.plan.plan import plan as make_plan
+from merger.plan.templates import own_templates
+from merger.recipe.model import Recipe
+from merger.recipe.parse import parse
+from merger.stores.library import Library
+from merger.stores.ports import Store
+
+LOCK_SUFFIX = ".lock.yaml"
+
+
+def read(path: Path) -> Recipe:
+    """Read a recipe's file, or the recipe in a lock file, and check all that can be known without its models.
+
+    Raises:
+        RecipeError: with every problem of the file.
+    """
+    text = _text(path)
+    if is_lock(path):
+        return recipe_of(read_lock(text, str(path)), str(path))
+    return read_text(text, str(path))
+
+
+def read_text(text: str, name: str) -> Recipe:
+    """The same for a recipe that stands in no file; positions in errors begin with `name`.
+
+    Raises:
+        RecipeError: with every problem of the text.
+    """
+    return parse(text, name, methods())
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
+
+
+def extraction(settings: Mapping[str, Any], dtype: str | None = None, license: str | None = None) -> Recipe:
+    """The recipe that takes what a fine-tune changed, as an adapter of its base.
+
+    Args:
+        settings: what stands under ``extract_lora:``; None for what is not given.
+        dtype: the adapter's, in place of the fine-tune's.
+        license: what the card states.
+
+    Raises:
+        RecipeError: with every problem of these settings.
+    """
+    content: dict[str, Any] = {
+        "extract_lora": {key: value for key, value in settings.items() if value not in (None, False)}
+    }
+    content |= {"dtype": dtype} if dtype else {}
+    content |= {"publish": {"license": license}} if license else {}
+    return parse(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "extract-lora", methods())
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is a lock file, by its name."""
+    return path.name.endswith(LOCK_SUFFIX)
+
+
+def recipe_of(held: Lock, path: str) -> Recipe:
+    """The recipe that stands in a lock file; its positions count from the recipe's own first line.
+
+    Raises:
+        RecipeError: with every problem of the recipe.
+    """
+    return replace(parse(held.recipe, f"{path} (recipe)", methods()), path=path)
+
+
+def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
+    """Pin the recipe's models and decide what will be made; no tensor's byte is read.
+
+    A lock file beside the recipe, of mine.yaml mine.lock.yaml, says at which commits. A recipe that was read from a
+    lock file is planned as it was then, or refused.
+
+    Raises:
+        ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
+    """
+    check(recipe)
+    template = recipe.publish.template or ""
+    paths = [*(ref.path for ref in recipe.references), *([template] if template.startswith(HUB) else [])]
+    store = stores(paths, options.cache, options.read_token, options.hub_only)
+    path = Path(recipe.path)
+    if is_lock(path) and path.is_file():
+        # the card's templates of who made the lock lie on another machine, unless they are on the Hub
+        recipe = recipe if template.startswith(HUB) else replace(recipe, publish=replace(recipe.publish, template=None))
+        planned = _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
+    else:
+        locked = lock(recipe, store, _pins(lock_path(path)), options.allow_pickle)
+        planned = make_plan(locked, methods(), budget_of(recipe, options), options.seed)
+    refuse(planned, published=stated_destination(recipe, options).startswith(HUB))
+    if options.part is None:
+        check_memory(planned, options.max_memory)
+    return with_templates(planned, store), store
+
+
+def with_templates(planned: Plan, store: Store) -> Plan:
+    """The plan with the recipe's own templates for the card, which are tried."""
+    templates = own_templates(planned.locked.recipe.publish, store)
+    tried = replace(planned, locked=replace(planned.locked, templates=templates))
+    rehearse(tried, methods())
+    return tried
+
+
+def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:
+    for word, said, was in (("seed", options.seed, held.seed), ("shard-size", options.shard_size, held.shard_bytes)):
+        if said not in (None, was):
+            what = f"--{word} {said} makes another merge than the lock's, which has {was}"
+            raise RecipeError(Problem(what, hint=f"leave out --{word}, or run the recipe in place of its lock"))
+    locked = lock(recipe, store, held.pins, options.allow_pickle)
+    if changed := changed_models(locked, held, store.checksum):
+        raise ModelError(changed)
+    planned = planned_again(held, locked, options)
+    if other := other_plan(planned, held):
+        raise VerificationError(other)
+    return planned
+
+
+def planned_again(held: Lock, locked: LockedRecipe, options: Options) -> Plan:
+    """The plan of a lock's recipe, with the lock's seed and shard size.
+
+    Raises:
+        RecipeError, MismatchError, BudgetError: as the plan does.
+    """
+    budget = replace(budget_of(locked.recipe, options), shard_bytes=held.shard_bytes)
+    return make_plan(locked, methods(), budget, held.seed)
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where the lock file of a recipe lies, if it has one."""
+    return recipe.with_suffix(LOCK_SUFFIX)
+
+
+def _pins(path: Path) -> dict[str, str]:
+    return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+
+
+def looked(planned: Plan, store: Store) -> Relations:
+    """How the parents relate, by a sample of their tensors that is read now.
+
+    Raises:
+        ModelError: bytes of a model cannot be read.
+    """
+    from merger.engine.look import look  # imports torch
+
+    return relations(planned, dict(look(planned, store)))
