@@ -142,7 +142,7 @@ def _dies(to: str, after: str | None, until: str | None, scene: Scene, thorough:
     changes = scene.undisturbed(to)[0].changes
     first = 0 if after is None else _last(changes, after) + 1
     last = len(changes) if until is None else _last(changes, until) + 1
-    step = 1 if thorough else max(1, (last - first) // 5)
+    step = 1 if thorough else max(1, (last - first) // 3)
     for number in sorted({*range(first, last, step), last - 1}):
         yield Case(f"killed at {to}'s change {number}: {changes[number]}", to, _nothing, dies_at=number)
 
