@@ -88,7 +88,7 @@ def needed_disk(planned: Plan, options: Options, shards: Sequence[Shard]) -> int
     Raises:
         BudgetError: more than the options allow.
     """
-    staged = destination(planned.locked.recipe, options).startswith(HUB)
+    staged = to_hub(planned.locked.recipe, options)
     needed = planned.spool if options.stream else planned.disk(staged, shards)
     needed = needed if options.part else max(needed, evaluation_disk(planned, staged))
     if options.max_disk is not None and needed > options.max_disk:
@@ -123,6 +123,15 @@ def destination(recipe: Recipe, options: Options) -> str:
     if options.stream and not to.startswith(HUB):
         raise RecipeError(Problem(f"--stream is for the Hub, and {to!r} is a folder", hint="leave out --stream"))
     return to
+
+
+def to_hub(recipe: Recipe, options: Options) -> bool:
+    """Whether the result goes onto the Hub.
+
+    Raises:
+        RecipeError: see `destination`.
+    """
+    return destination(recipe, options).startswith(HUB)
 
 
 def stated_destination(recipe: Recipe, options: Options) -> str:

@@ -19,7 +19,7 @@ from merger.errors import DamagedError, MergerError, Problem, UploadError
 from merger.evaluation import Measured, Measuring, carried_out, prepared
 from merger.locate import HUB
 from merger.methods.registry import methods
-from merger.options import Options, destination, needed_disk
+from merger.options import Options, destination, needed_disk, to_hub
 from merger.plan.geometry import Geometry, recalled
 from merger.plan.locked import LockedRecipe
 from merger.plan.parts import Part, share
@@ -147,8 +147,11 @@ def run(
     """
     sink = _sink(planned.locked.recipe, options, planned.locked)
     try:
-        with ThreadPoolExecutor(1) as meanwhile:  # the Hub's answers and torch's import take a second or two each
-            meanwhile.submit(warm)
+        with ThreadPoolExecutor(1) as meanwhile:
+            if (
+                to_hub(planned.locked.recipe, options) and not options.publish_only
+            ):  # its answers and torch's import take a second or two each
+                meanwhile.submit(warm)
             found = sink.prepare(planned.identity, shared=options.part is not None)
         if found is None:
             yield from _made(planned, store, sink, options)
@@ -186,8 +189,8 @@ def _made(
     seen = {job.name: seen[job.name] for job in planned.jobs if job.name in seen}  # in whatever order they were made
     scores = (yield from _scored(wanted, planned, store, sink)) if wanted else ()
     related = relations(planned, seen)
-    to_hub = destination(planned.locked.recipe, options).startswith(HUB)
-    written = card_files(planned, sink.name, seen, store, elders(planned, to_hub, options.read_token), scores)
+    ancestors = elders(planned, to_hub(planned.locked.recipe, options), options.read_token)
+    written = card_files(planned, sink.name, seen, store, ancestors, scores)
     files = written | small_files(planned, store, shards, seen)
     published = sink.finish(files, _title(planned))
     doubts = (*related.doubts, *doubts)

@@ -1,8 +1,8 @@
 """Connections that tensors come over: urllib3's, with the environment's proxies and the TLS roots of the Hub's client.
 
 The Hub's own client is for questions: it hands bytes on in small pieces, several times copied, and with eight
-connections at once takes three to seven times as long for the same gigabyte (`benchmarks/hub.py`). Not here: which
-bytes, and what to do when they do not come (ranges).
+connections at once took two to seven times as long for the same gigabyte. Not here: which bytes, and what to do when
+they do not come (ranges).
 """
 
 from __future__ import annotations
