@@ -26,7 +26,7 @@ from merger.plan.geometry import Geometry, noted
 from merger.plan.jobs import Job
 from merger.plan.plan import BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
 from merger.plan.sources import Routed
-from merger.plan.work import BLOCK_ENTRIES
+from merger.plan.work import BLOCK_ENTRIES, needs
 from merger.stores.ports import Reader, Store, Taker, Ticket
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -65,14 +65,15 @@ class Doubted:
 Event = Made | Observed | ShardDone | Doubted
 
 
-def tickets(plan: Plan, shards: Sequence[Shard]) -> list[Ticket]:
+def tickets(plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method]) -> list[Ticket]:
     """All that is read to make these shards, in that order: each job's inputs, then its base."""
-    return [
-        Ticket(plan.locked.models[entry.model].located, entry.tensor.file, entry.tensor.start, entry.tensor.stop)
-        for shard in shards
-        for job in shard.jobs
-        for entry in job.reads
-    ]
+    found: list[Ticket] = []
+    for job in (job for shard in shards for job in shard.jobs):
+        turn = None if needs(job, table).kept else len(found)  # one that is kept is read whole before the next
+        for leaf in job.reads:
+            located, tensor = plan.locked.models[leaf.model].located, leaf.tensor
+            found.append(Ticket(located, tensor.file, tensor.start, tensor.stop, turn))
+    return found
 
 
 def execute(
@@ -100,7 +101,7 @@ def execute(
     routers = gates(plan, [job for shard in shards for job in shard.jobs], table, store)
     yield from map(Doubted, doubts(routers))
     _keep_freed_memory()
-    with closing(store.reader(tickets(plan, shards), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
+    with closing(store.reader(tickets(plan, shards, table), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
         made = pool.in_order(_work(plan.seed, shards, table, reader, place, routers))
         for shard in shards:
             yield from _shard(sink, shard, table, made)

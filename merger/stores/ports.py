@@ -52,12 +52,16 @@ class Located:
 
 @dataclass(frozen=True)
 class Ticket:
-    """A run of bytes ``[start, stop)`` of a model's file that a run will read once, front to back."""
+    """A run of bytes ``[start, stop)`` of a model's file that a run will read once, front to back.
+
+    Tickets of one `turn` are read side by side, a part of each in turn; one without a turn is read by itself.
+    """
 
     model: Located
     file: str
     start: int
     stop: int
+    turn: int | None = None
 
 
 class Reader(Protocol):

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import pairwise
+from operator import attrgetter
 
 import numpy as np
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
+from numpy.typing import NDArray
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError, ProtocolError, TimeoutError
 
@@ -166,22 +169,49 @@ def _in_words(error: Exception) -> str:
 # ---- reading ahead --------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class _Piece:
-    """A run of bytes fetched by one request; `left` counts those that tickets still want, `digest` may wait for it."""
+    """A run of bytes fetched by one request; `left` counts those that tickets still want, `digest` may wait for it.
+
+    `due` sorts pieces by their first need: the number of the turn, and how far into its ticket the piece begins.
+    """
 
     model: Located
     file: str
     start: int
     stop: int
+    due: tuple[int, float]
     last_ticket: int
     left: int = 0
     data: Future[memoryview] | None = field(default=None, repr=False)
+    room: NDArray[np.uint8] | None = field(default=None, repr=False)
     digest: Digest[_Piece] | None = field(default=None, repr=False)
 
     @property
     def size(self) -> int:
         return self.stop - self.start
+
+
+class _Rooms:
+    """Buffers that pieces were in, for the next ones: the kernel clears fresh memory, which costs more than filling it.
+
+    They have the size of the largest piece, and pieces of at most half of it get their own, so that less than twice
+    the budget is taken. Not safe for threads: its owner locks.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """Room for so many bytes."""
+        if size <= PIECE_BYTES // 2:
+            return np.empty(size, np.uint8)  # a bytearray would be filled with zeros first
+        return self._free.pop() if self._free else np.empty(PIECE_BYTES, np.uint8)
+
+    def give(self, room: NDArray[np.uint8]) -> None:
+        """Nobody looks at it any more."""
+        if room.nbytes == PIECE_BYTES:
+            self._free.append(room)
 
 
 class RangeReader:
@@ -208,7 +238,7 @@ class RangeReader:
         self._tickets = tickets
         self._budget = budget
         self._fill = fill
-        self._pieces, self._first = _pieces(tickets)
+        self._pieces, self._of = _pieces(tickets)
         if beginnings is not None:
             spans = (((piece.model, piece.file), (piece.start, piece.stop)) for piece in self._pieces)
             digests: Mapping[File, Digest[_Piece]] = beginnings.whole(spans, budget // _SHARE_KEPT)
@@ -216,6 +246,7 @@ class RangeReader:
                 piece.digest = digests.get((piece.model, piece.file))
         self._next = 0
         self._held = 0
+        self._rooms = _Rooms()
         self._closed = False
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(connections, thread_name_prefix="range")
@@ -224,11 +255,9 @@ class RangeReader:
     def read(self, ticket: int, offset: int, out: memoryview) -> None:
         """Fill `out` from the ticket's pieces, waiting for them if need be."""
         place = self._tickets[ticket].start + offset
-        number = self._first[ticket]
-        while len(out):
-            while self._pieces[number].stop <= place:
-                number += 1
-            piece = self._pieces[number]
+        for piece in self._of[ticket]:
+            if piece.stop <= place or not len(out):
+                continue
             data = self._wanted(piece).result()
             size = min(len(out), piece.stop - place)
             out[:size] = data[place - piece.start : place - piece.start + size]
@@ -246,7 +275,9 @@ class RangeReader:
         return piece.data
 
     def _get(self, piece: _Piece) -> memoryview:
-        data = np.empty(piece.size, np.uint8).data  # a bytearray would be filled with zeros first
+        with self._lock:
+            piece.room = self._rooms.take(piece.size)
+        data = piece.room.data[: piece.size]
         self._fill(piece.model, piece.file, piece.start, data)
         if (digest := piece.digest) is not None:
             for hashed in digest.add(piece.start, data, piece):
@@ -257,17 +288,22 @@ class RangeReader:
         with self._lock:
             piece.digest = None
             if piece.left == 0:
-                self._held -= piece.size
+                self._let_go(piece)
         self._advance()
 
     def _taken(self, piece: _Piece, size: int) -> None:
         with self._lock:
             piece.left -= size
-            if piece.left == 0:
-                piece.data = None
-                if piece.digest is None:
-                    self._held -= piece.size
+            if piece.left == 0 and piece.digest is None:
+                self._let_go(piece)
         self._advance()
+
+    def _let_go(self, piece: _Piece) -> None:
+        """Nobody wants its bytes any more."""
+        assert piece.room is not None
+        self._held -= piece.size
+        self._rooms.give(piece.room)
+        piece.data = piece.room = None
 
     def _advance(self) -> None:
         with self._lock:
@@ -290,25 +326,31 @@ class RangeReader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _pieces(tickets: Sequence[Ticket]) -> tuple[list[_Piece], list[int]]:
-    """The pieces in the order of their first need, and for each ticket the number of its first piece."""
-    pieces: list[_Piece] = []
-    first: list[int] = []
-    last: dict[File, int] = {}
-    starts = _starts(tickets)
+def _pieces(tickets: Sequence[Ticket]) -> tuple[list[_Piece], list[list[_Piece]]]:
+    """The pieces in the order of their first need, and for each ticket its own, front to back."""
+    of: list[list[_Piece]] = []
+    last: dict[File, _Piece] = {}
+    starts, turns = _starts(tickets), dict[int, int]()
     for number, ticket in enumerate(tickets):
         key = (ticket.model, ticket.file)
-        if key in last and _join(pieces[last[key]], ticket, number, starts[key]):
-            first.append(last[key])
+        if key in last and _join(last[key], ticket, number, starts[key]):
+            of.append([last[key]])
             continue
-        first.append(len(pieces))
-        if ticket.start == ticket.stop:
-            continue  # a tensor without entries
-        for start in range(ticket.start, ticket.stop, PIECE_BYTES):
-            stop = min(start + PIECE_BYTES, ticket.stop)
-            pieces.append(_Piece(ticket.model, ticket.file, start, stop, number, left=stop - start))
-        last[key] = len(pieces) - 1
-    return pieces, first
+        turn = number if ticket.turn is None else turns.setdefault(ticket.turn, number)
+        of.append(_cut(ticket, turn, number))
+        if of[-1]:  # a tensor without entries has none
+            last[key] = of[-1][-1]
+    return sorted(dict.fromkeys(piece for own in of for piece in own), key=attrgetter("due")), of
+
+
+def _cut(ticket: Ticket, turn: int, number: int) -> list[_Piece]:
+    """A ticket's pieces."""
+    model, file, size = ticket.model, ticket.file, ticket.stop - ticket.start
+    edges = [*range(ticket.start, ticket.stop, PIECE_BYTES), ticket.stop]
+    return [
+        _Piece(model, file, start, stop, (turn, (start - ticket.start) / size), number, left=stop - start)
+        for start, stop in pairwise(edges)
+    ]
 
 
 def _starts(tickets: Sequence[Ticket]) -> dict[File, list[int]]:

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from merger.engine.execute import ShardDone, execute
+from merger.engine.execute import ShardDone, execute, tickets
 from merger.errors import MismatchError, ModelError
 from merger.methods.registry import methods
 from merger.options import Options
@@ -182,6 +182,19 @@ def test_each_byte_is_transferred_once(method: str, parents: list[Path], tmp_pat
     assert len(shards) == len(planned.shards)
     assert store.opened.read_bytes == planned.read_bytes
     assert checksums(sink._new) == expected
+
+
+@pytest.mark.parametrize(("method", "abreast"), [("linear", True), ("ties", False)])
+def test_what_is_read_block_by_block_is_asked_for_side_by_side(
+    method: str, abreast: bool, parents: list[Path], tmp_path: Path
+) -> None:
+    """A tensor's parents come in one turn, but where each is kept whole, one after the other."""
+    planned, _ = plan(read(recipe(tmp_path, method, parents)), Options())
+    asked = iter(tickets(planned, planned.shards, methods()))
+    turns = [{next(asked).turn for _ in job.reads} for shard in planned.shards for job in shard.jobs]
+    assert list(asked) == []
+    assert len(set.union(*turns)) == (len(turns) if abreast else 1)
+    assert all(len(turn) == 1 and (None in turn) is not abreast for turn in turns)
 
 
 def test_a_file_that_shrinks_meanwhile_is_refused(parents: list[Path], tmp_path: Path) -> None:

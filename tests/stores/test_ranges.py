@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from huggingface_hub.utils import httpx
 from hypothesis import example, given, settings
@@ -53,8 +54,8 @@ def small() -> Iterator[None]:
         yield
 
 
-def ticket(model: int = 0, file: str = "x", start: int = 0, size: int = 10) -> Ticket:
-    return Ticket(MODELS[model], file, start, start + size)
+def ticket(model: int = 0, file: str = "x", start: int = 0, size: int = 10, turn: int | None = None) -> Ticket:
+    return Ticket(MODELS[model], file, start, start + size, turn)
 
 
 def read_all(reader: RangeReader, tickets: Sequence[Ticket], numbers: Sequence[int], step: int) -> dict[int, bytes]:
@@ -70,7 +71,12 @@ def read_all(reader: RangeReader, tickets: Sequence[Ticket], numbers: Sequence[i
 
 TICKETS = st.lists(
     st.builds(
-        ticket, st.integers(0, 1), st.sampled_from("xy"), st.integers(0, 300), st.integers(0, 20) | st.integers(0, 300)
+        ticket,
+        st.integers(0, 1),
+        st.sampled_from("xy"),
+        st.integers(0, 300),
+        st.integers(0, 20) | st.integers(0, 300),
+        st.none() | st.integers(0, 2),
     ),
     max_size=12,
 )
@@ -185,6 +191,34 @@ def test_large_tensors_are_fetched_in_pieces() -> None:
     read_all(reader, tickets, [0], 200)
     reader.close()
     assert [asked[2:] for asked in source.asked] == [(0, 64), (64, 128), (128, 192), (192, 200)]
+
+
+def test_tickets_of_one_turn_are_fetched_side_by_side() -> None:
+    """Else the first of several large tensors would fill the budget, and each block would wait for all the others."""
+    tickets = [ticket(model, "x", size=150, turn=3) for model in (0, 1)] + [ticket(start=500, size=70)]
+    source = Source()
+    reader = RangeReader(tickets, 10_000, source.fill, connections=1)
+    reader._pool.shutdown(wait=True)
+    asked = [(model.name, start) for model, _, start, _ in source.asked]
+    abreast = [(f"org/{name}", start) for start in (0, 64, 128) for name in "ab"]
+    assert asked == [*abreast, ("org/a", 500), ("org/a", 564)]
+
+
+def test_room_for_a_piece_is_used_again() -> None:
+    """Pieces of various sizes that are taken one after the other lie in one buffer, and none shows another's bytes."""
+    sizes = [64, 40, 63, 33, 64]
+    tickets = [ticket(start=1000 * n, size=size) for n, size in enumerate(sizes)]
+    rooms: set[int] = set()
+
+    def fill(model: Located, file: str, start: int, out: memoryview) -> None:
+        rooms.add(np.frombuffer(out, np.uint8).ctypes.data)
+        out[:] = content(model, file, start, start + len(out))
+
+    reader = RangeReader(tickets, 0, fill, connections=1)
+    found = read_all(reader, tickets, range(len(tickets)), 16)
+    reader.close()
+    assert len(rooms) == 1
+    assert found == {n: content(t.model, t.file, t.start, t.stop) for n, t in enumerate(tickets)}
 
 
 @pytest.mark.parametrize(("budget", "ahead"), [(0, 0), (64, 1), (200, 3), (10_000, 10)])
