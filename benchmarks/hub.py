@@ -1,6 +1,6 @@
 """The same merge from Hub to Hub and from folder to folder: what the network's part of a run costs.
 
-`python benchmarks/hub.py` makes checkpoints of half a billion parameters, serves them from the loopback Hub of the
+`python benchmarks/hub.py` makes checkpoints of half a billion parameters or more, serves them from the loopback Hub of the
 tests in a process of its own, and merges three of them with the real command: between folders, over the bare loopback,
 and over a link with a latency for each request and a rate for each connection. The *link's time* of a run is what its
 bytes take if nothing else did: those downloaded on all connections that a reader uses, or those uploaded on the one
@@ -127,6 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / ".work", help="where checkpoints are kept")
     parser.add_argument("--methods", nargs="*", default=["linear", "ties"])
+    parser.add_argument("--size", default="0.5B", choices=("0.5B", "1.2B"), help="how large the models are")
     parser.add_argument("--shard", default="250MB", help="the size of a file of the result")
     parser.add_argument("--latency", type=float, default=50, help="of the slower link, in milliseconds")
     parser.add_argument("--rate", type=float, default=100, help="of each of its connections, in MB a second")
@@ -134,9 +135,9 @@ def main() -> int:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     # In a process of its own: what it held would stay with this one.
-    made = f"import models, pathlib; models.family(pathlib.Path({str(given.work)!r}), '0.5B', 3)"
+    made = f"import models, pathlib; models.family(pathlib.Path({str(given.work)!r}), '{given.size}', 3)"
     subprocess.run([sys.executable, "-c", made], check=True, cwd=Path(__file__).parent)
-    parents = [given.work / f"0.5B-{number}" for number in range(4)]
+    parents = [given.work / f"{given.size}-{number}" for number in range(4)]
     context = multiprocessing.get_context("spawn")
     link, other = context.Pipe()
     server = context.Process(target=serve, args=(other, given.work, parents))

@@ -93,6 +93,9 @@ def _strange(recipe: Recipe) -> list[Problem]:
     if len(recipe.models) > MOST_MODELS:
         what = f"the recipe names {len(recipe.models)} models, and this Space merges {MOST_MODELS} at most"
         found.append(Problem(what, hint="merge a few first, and go on with the result"))
+    if recipe.evaluate is not None:
+        hint = "leave it out here: merger run and the Action measure"
+        found.append(Problem("the Space measures nothing", recipe.evaluate.at, "evaluate", hint))
     if recipe.publish.template is not None:
         hint = "leave it out: the card is made by Merger's own template"
         found.append(Problem("the Space takes no templates", recipe.publish.template_at, "publish.template", hint))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import tiny
 from loopback import Client, ClientError, LoopbackHub
 
 from merger.errors import MergerError
+from merger.recipe import model
 from space import rules
 from space.limits import Limits
 
@@ -51,10 +54,78 @@ def test_a_revision_is_one(revision: str) -> None:
     assert f"'{revision}' is no branch, tag or commit" in refused(TWO.format(f"org/a@{revision}"))
 
 
-def test_a_base_model_too() -> None:
-    """Models are looked at wherever a recipe names them."""
-    told = refused(TWO.format("org/a") + "base_model: ./secret\n")
-    assert "'./secret' is no model on the Hub" in told
+BODY = "merge_method: linear\nmodels:\n  - model: org/a\n  - model: org/b\nparameters: {weight: 1}\n"
+PLACES = {
+    "base_model": BODY + "base_model: MODEL\n",
+    "an adapter": BODY.replace("org/b", "org/b+MODEL"),
+    "a slice's source": """\
+slices:
+  - sources: [{model: org/a, layer_range: [0, 1]}, {model: "MODEL", layer_range: [0, 1]}]
+merge_method: slerp
+base_model: org/a
+parameters: {t: 0.5}
+""",
+    "tensors": BODY + "tensors: [{filter: norm, model: 'MODEL'}]\n",
+    "tokenizer_source": BODY + "tokenizer_source: MODEL\n",
+    "a token's source": BODY
+    + "tokenizer: {source: org/a, tokens: {x: {source: {kind: model_token, model: 'MODEL', token: y}}}}\n",
+    "an expert": "base_model: org/a\nexperts:\n  - {source_model: 'MODEL', positive_prompts: [a]}\n",
+    "a shared expert": """\
+base_model: org/a
+experts: [{source_model: org/a, positive_prompts: [a]}]
+shared_experts: [{source_model: 'MODEL'}]
+""",
+    "a fine-tune to extract": "extract_lora: {model: 'MODEL', base_model: org/a, rank: 4}\n",
+    "a base to extract from": "extract_lora: {model: org/a, base_model: 'MODEL', rank: 4}\n",
+    "adapters to merge": "merge_method: linear\nadapters: [{model: 'MODEL', parameters: {weight: 1}}]\n",
+    "a stage": """\
+name: first
+merge_method: linear
+parameters: {weight: 1}
+models: [{model: 'MODEL'}]
+---
+merge_method: linear
+parameters: {weight: 1}
+models: [{model: first}, {model: org/b}]
+""",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_wherever_a_recipe_names_a_model(place: str) -> None:
+    """It is on the Hub, or the recipe is refused at that place; a stage's own name is no model."""
+    assert refused(PLACES[place].replace("MODEL", "org/c")) == ""
+    told = refused(PLACES[place].replace("MODEL", "../secret"))
+    assert re.search(r"^recipe.yaml:[1-9]\d*:\d+: .*'../secret' is no model on the Hub$", told, re.MULTILINE)
+
+
+WORDS = {"Slice.method", "Module.name", "Lora.include", "Lora.exclude", "Taken.filter", "TokenOf.token"}
+WORDS |= {"TokenRow.token", "Tokenizer.missing", "ChatTemplate.text", "Mixture.gate_mode", "Mixture.architecture"}
+WORDS |= {"Expert.positive_prompts", "Expert.negative_prompts", "Recipe.path", "Recipe.text", "Recipe.name"}
+WORDS |= {"Recipe.dtype", "Publish.repo", "Publish.license", "Publish.license_name", "Publish.license_link"}
+WORDS |= {"Publish.license_override", "TokenRow.source", "Tokenizer.source"}
+PLACED = {"ModelRef.path", "ModelRef.revision", "Publish.template"}
+REFUSED = {"Perplexity.text", "Evaluate.tasks", "Evaluate.dtype"}
+
+
+def test_no_word_of_the_language_was_forgotten() -> None:
+    """Each text that a recipe may hold is a word and opens nothing, or is looked at, or is refused with its block."""
+    found = {
+        f"{kind.__name__}.{field.name}"
+        for kind in vars(model).values()
+        if is_dataclass(kind) and kind.__module__ == model.__name__
+        for field in fields(kind)
+        if re.search(r"\bstr\b", str(field.type))
+    }
+    assert found == WORDS | PLACED | REFUSED
+
+
+@pytest.mark.parametrize("block", ["{perplexity: {text: /etc/passwd}}", "{tasks: [./mine.yaml]}"])
+def test_nothing_is_measured(block: str) -> None:
+    """A text or a task may be a file of the machine, and a task's file may run code."""
+    told = refused(TWO.format("org/a") + f"evaluate: {block}\n")
+    assert told.startswith("recipe.yaml:6:")
+    assert "evaluate: the Space measures nothing\n" in told
 
 
 def test_no_templates() -> None:
