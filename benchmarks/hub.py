@@ -1,10 +1,10 @@
 """The same merge from Hub to Hub and from folder to folder: what the network's part of a run costs.
 
-`python benchmarks/hub.py` makes checkpoints of half a billion parameters or more, serves them from the loopback Hub of the
-tests in a process of its own, and merges three of them with the real command: between folders, over the bare loopback,
-and over a link with a latency for each request and a rate for each connection. The *link's time* of a run is what its
-bytes take if nothing else did: those downloaded on all connections that a reader uses, or those uploaded on the one
-that an upload uses, whichever is longer; both go on at once. Not here: the real Hub.
+`python benchmarks/hub.py` makes checkpoints of half a billion parameters or more, serves them from the loopback Hub of
+the tests in a process of its own, and merges three of them with the real command: between folders, over the bare
+loopback, and over a link with a latency for each request and a rate for each connection. The *link's time* of a run is
+what its bytes take if nothing else did: those downloaded on all connections that a reader uses, or those uploaded on
+the one that an upload uses, whichever is longer; both go on at once. Not here: the real Hub.
 """
 
 from __future__ import annotations
