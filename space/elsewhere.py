@@ -15,8 +15,8 @@ STEPS = """\
 repository on GitHub, the workflow below into `.github/workflows/merge.yml`, and a token of the Hub that may write into
 the repository's secret `HF_TOKEN`. The workflow shares the merge between several runners.
 
-**Or as Jobs on the Hub**, which cost money, under your own account:
-`merger run mine.yaml --engine jobs --parts 4`
+**Or as Jobs on the Hub**, which cost money, under your own account: `merger run mine.yaml --engine jobs --parts 4` on
+your own machine. No button here starts them: that would take a right to spend your money, and signing in asks for none.
 """
 
 

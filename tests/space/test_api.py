@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from gradio_client import Client
 from loopback import LoopbackHub
 from mcp import ClientSession
 from mcp.client.streamable_http import streamablehttp_client
-from served import ServedSpace
+from served import ROOT, ServedSpace
 
 CROWD = 20
 PAGE_BYTES = 1_000_000_000
@@ -56,7 +57,7 @@ def ended(caller: Client, job: dict[str, Any], seconds: float = 60) -> dict[str,
     end = time.monotonic() + seconds
     while (now := caller.predict(job["id"], api_name="/job"))["state"] in ("queued", "running"):
         assert time.monotonic() < end, now
-        time.sleep(0.5)
+        time.sleep(1)
     found: dict[str, Any] = now
     return found
 
@@ -82,6 +83,20 @@ def test_asking_without_a_token(space: ServedSpace) -> None:
     assert "memory" in planned["text"]
     for told in (caller.predict(RECIPE, "org/x", api_name="/merge"), caller.predict("x", api_name="/job")):
         assert told["problems"][0]["what"] == "there is no token"
+
+
+def test_the_documents_example(
+    space: ServedSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The program in docs/space.md queues a merge and prints how it stands."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/space.md").read_text("utf-8"), re.DOTALL)
+    for said, here in (("https://owner-merger.hf.space", space.url), ("hf_...", "hf_user2"), ("you/", "user2/")):
+        assert said in example
+        example = example.replace(said, here)
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.splitlines()[-1] in ("queued", "running", "done")
 
 
 def test_a_token_nobody_knows(space: ServedSpace) -> None:
@@ -179,9 +194,9 @@ def test_twenty_at_once(space: ServedSpace, hub: LoopbackHub) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    callers = [client(space, f"user{number}") for number in range(CROWD)]
-    began = time.monotonic()
     with ThreadPoolExecutor(CROWD) as threads:
+        callers = list(threads.map(lambda number: client(space, f"user{number}"), range(CROWD)))
+        began = time.monotonic()
         jobs = list(
             threads.map(
                 lambda one: one[1].predict(RECIPE, f"user{one[0]}/crowd", api_name="/merge"), enumerate(callers)

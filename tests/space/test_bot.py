@@ -193,6 +193,14 @@ def test_a_changed_merge_yaml_is_merged_into_its_repo(hooks: Hooks, served: Loop
     assert {"merge.yaml", "model-00003-of-00003.safetensors"} <= set(served.files("alice/filed"))
 
 
+def test_a_merge_yaml_may_ask_for_a_pull_request(hooks: Hooks, served: LoopbackHub) -> None:
+    """Then main stays as it is until somebody merges it."""
+    served.add_model("alice/reviewed", {"README.md": b"mine\n"})
+    assert hooks.send(hooks.push("alice/reviewed", {"merge.yaml": RECIPE + "publish: {create_pr: true}\n"}))[0] == 200
+    assert "/alice/reviewed/discussions/" in hooks.until("alice/reviewed", 1, "Published")
+    assert len(served.commits("alice/reviewed")) == 2
+
+
 def test_a_wrong_merge_yaml_becomes_a_discussion(hooks: Hooks, served: LoopbackHub) -> None:
     """With the problem at its line, and nothing of it is Markdown or calls anybody."""
     served.add_model("alice/wrong", {"README.md": b"mine\n"})

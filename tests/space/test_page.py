@@ -241,13 +241,16 @@ def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> N
 
 
 def test_too_big_for_here(visit: Visit) -> None:
-    """What is too big is refused by its plan, with a workflow for the Action to copy."""
+    """What is too big is refused by its plan, with a workflow for the Action to copy, and the command for Jobs."""
     visitor = visit()
     layers = "  - sources: [{model: maker/merger-zoo-kjv, layer_range: [0, 6]}]\n"
     visitor.write("merge_method: passthrough\nslices:\n" + 12 * layers)
     visitor.page.get_by_role("button", name="Plan").click()
     visitor.page.locator("#refused").get_by_text("too big for this Space").wait_for()
     assert "uses: OWNER/merger@v1" in visitor.page.locator("#elsewhere .cm-content").inner_text()
+    told = visitor.page.locator("#elsewhere").inner_text()
+    assert "merger run mine.yaml --engine jobs --parts 4" in told
+    assert "No button here starts them" in told
 
 
 UNNAMED = """
