@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
@@ -85,15 +86,13 @@ def _watch(folder: str, temporary: str, dies_at: int | None) -> None:
 
     With -1 it lives, and tells of each.
     """
-    seen = 0
+    seen = count()
 
     def change(what: str) -> None:
-        nonlocal seen
-        if seen == dies_at:
+        if next(seen) == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
         if dies_at == -1:
-            os.write(2, f"change: {what}\n".encode())
+            os.write(2, f"\nchange: {what}\n".encode())  # a line of its own, wherever another thread is with its words
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in CHANGES and _changes(event, arguments, (folder, temporary)):
@@ -105,8 +104,11 @@ def _watch(folder: str, temporary: str, dies_at: int | None) -> None:
 
 
 def _changes(event: str, arguments: tuple[Any, ...], places: tuple[str, str]) -> bool:
+    """A file without a name is none: it is gone with its process, and how many there are differs from run to run."""
     path = arguments[0]
     if not isinstance(path, (str, os.PathLike)) or not os.path.abspath(path).startswith(places):
+        return False
+    if event == "open" and os.path.isdir(path):
         return False
     return event != "open" or bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
 
