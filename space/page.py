@@ -144,7 +144,14 @@ class Page:
                 self.card = gr.Markdown(elem_id="card", latex_delimiters=[])
         with gr.Column(visible=False, elem_id="elsewhere") as self.elsewhere:
             gr.Markdown(elsewhere.STEPS)
-            gr.Code(elsewhere.workflow(), language="yaml", label=".github/workflows/merge.yml", max_lines=16)
+            gr.Code(
+                elsewhere.workflow(),
+                language="yaml",
+                label=".github/workflows/merge.yml",
+                max_lines=16,
+                show_line_numbers=False,  # measured while it is hidden, they would stand beside the wrong lines
+                wrap_lines=True,
+            )
 
     def _lay_out_jobs(self) -> None:
         gr.Markdown("## Your merges", elem_id="merges")
