@@ -25,6 +25,7 @@ from merger.stores.scratch import Scratch
 
 _SECONDS = 60.0
 _XET_BYTES = 512 << 20  # up to 425 MB more than without were seen
+_LFS_AT_ONCE = 2  # each has one connection, and waits for some answers: with one a merge waited for both
 _UNKNOWN_ROUTE = (404, 405, 501)
 _SAMPLE = 512
 _SET_BY_US = frozenset({"path_or_fileobj", "upload_info", "_upload_mode", "_should_ignore", "_is_uploaded"})
@@ -37,6 +38,9 @@ logging.getLogger("huggingface_hub._commit_api").addFilter(lambda record: "binar
 
 class Sending(Protocol):
     """One way for shards and small files to travel."""
+
+    at_once: int
+    """How many shards may be on their way."""
 
     def open(self, name: str) -> Outlet:
         """A place for the bytes of a shard."""
@@ -92,10 +96,11 @@ class Files:
     Args:
         scratch: that folder.
         by_lfs: keep a client that would use Xet from it.
+        at_once: how many may be on their way.
     """
 
-    def __init__(self, scratch: Scratch, by_lfs: bool = False) -> None:
-        self._scratch, self._by_lfs = scratch, by_lfs
+    def __init__(self, scratch: Scratch, by_lfs: bool = False, at_once: int = 1) -> None:
+        self._scratch, self._by_lfs, self.at_once = scratch, by_lfs, at_once
         self._reading: dict[str, io.BufferedReader] = {}
 
     def open(self, name: str) -> Outlet:
@@ -147,6 +152,8 @@ class Streams:
         to: the repo.
         refusals: turns what goes wrong into a sentence.
     """
+
+    at_once = 1
 
     def __init__(self, to: Destination, refusals: Refusals) -> None:
         self._to, self._refusals = to, refusals
@@ -242,7 +249,9 @@ def streams(to: Destination, refusals: Refusals) -> Streams:
 
 def files(to: Destination, scratch: Scratch) -> Files:
     """The way that every Hub has."""
-    return Files(scratch, by_lfs=_client_has_xet() and not to.has_xet())
+    if _client_has_xet() and to.has_xet():
+        return Files(scratch)  # Xet has connections enough for one, and two would hold twice its memory
+    return Files(scratch, by_lfs=_client_has_xet(), at_once=_LFS_AT_ONCE)
 
 
 def memory() -> int:

@@ -11,10 +11,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 import yaml
 from huggingface_hub import (
@@ -76,8 +77,9 @@ class HubSink:
         self._ranges = RangeClient(token)
         self._scratch = Scratch()
         self._sending: Sending = Files(self._scratch)
-        self._upload = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._pending: Future[None] | None = None
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._under_way: set[Future[None]] = set()
+        self._commits = Lock()
         self._shards: dict[str, Written] = {}
         self._noted: Located | None = None
         self._branch = self._identity = self._head = ""
@@ -102,6 +104,7 @@ class HubSink:
             self._refuse_loss(is_private=bool(info.private))
             to = Destination(self._api, self.name)
             self._sending = patiently(lambda: streams(to, self._refusals) if self._stream else files(to, self._scratch))
+            self._uploads = ThreadPoolExecutor(self._sending.at_once, thread_name_prefix="upload")
             patiently(
                 lambda: self._api.create_branch(self.name, branch=self._branch, revision=self._head, exist_ok=True)
             )
@@ -179,14 +182,14 @@ class HubSink:
             raise UploadError(Problem(what, hint="change publish: in the recipe, or its template")) from None
 
     def open(self, name: str) -> Outlet:
-        """A file in a temporary folder, or a stream."""
+        """A file in a temporary folder, or a stream; not before at most one other shard is on this disk."""
+        self._settle(but=1)
         return self._sending.open(name)
 
     def take(self, shard: Written, note: str = "") -> None:
-        """Upload the shard while the next one is made; at most one upload is under way."""
-        self._settle()
+        """Upload the shard while what follows is made."""
         self._shards[shard.name] = shard
-        self._pending = self._upload.submit(self._stage, shard, note)
+        self._under_way.add(self._uploads.submit(self._stage, shard, note))
 
     def _stage(self, shard: Written, note: str) -> None:
         """The note goes into the same commit, so that there is none without the other; it never reaches main."""
@@ -205,10 +208,16 @@ class HubSink:
                     self._ranges.fill(self._noted, _note(name), 0, memoryview(content))
                 yield content.decode()
 
-    def _settle(self) -> None:
-        if self._pending is not None:
+    def _settle(self, but: int = 0) -> None:
+        """Wait until all uploads but so many are over, and tell of one that failed."""
+        while True:
+            patience = None if len(self._under_way) > but else 0
+            over, self._under_way = wait(self._under_way, patience, FIRST_COMPLETED)
+            if not over:
+                return
             with self._refusals():
-                self._pending.result()
+                for upload in over:
+                    upload.result()
 
     def forget(self, names: Sequence[str]) -> None:
         """Remove them from the staging branch."""
@@ -285,19 +294,22 @@ class HubSink:
         branch: str,
     ) -> CommitInfo:
         """Commit once: when the answer is lost, the history tells whether it was done before it is tried again."""
-        title = self._title(message)
+        title, operations = self._title(message), list(operations)
         on_main = branch == "main"
         tries = 0
         while True:
             try:
-                return self._api.create_commit(
-                    self.name,
-                    list(operations),
-                    commit_message=title,
-                    revision=branch,
-                    parent_commit=self._head if on_main else None,
-                    create_pr=on_main and self._create_pr,
-                )
+                if not on_main:  # files travel side by side; commits of ours must not cross
+                    self._api.preupload_lfs_files(self.name, _additions(operations), revision=branch, free_memory=False)
+                with self._commits:
+                    return self._api.create_commit(
+                        self.name,
+                        operations,
+                        commit_message=title,
+                        revision=branch,
+                        parent_commit=self._head if on_main else None,
+                        create_pr=on_main and self._create_pr,
+                    )
             except (HfHubHTTPError, httpx.TransportError, RuntimeError) as failed:
                 tries += 1
                 error = _cause(failed)
@@ -368,7 +380,7 @@ class HubSink:
             patiently(lambda: self._api.delete_branch(self.name, branch=leftover.where))
 
     def _clean(self) -> None:
-        self._upload.shutdown(wait=True, cancel_futures=True)
+        self._uploads.shutdown(wait=True, cancel_futures=True)
         self._sending.close()
         self._scratch.close()
 
@@ -393,6 +405,10 @@ def _plain(words: str) -> str:
     with suppress(ValueError, KeyError, TypeError):
         words = "; ".join(str(item["message"]) for item in json.loads(words)["errors"])
     return " ".join(words.split())
+
+
+def _additions(operations: Iterable[object]) -> list[CommitOperationAdd]:
+    return [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
 
 
 def _note(shard: str) -> str:
