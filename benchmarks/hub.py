@@ -4,7 +4,7 @@
 the tests in a process of its own, and merges three of them with the real command: between folders, over the bare
 loopback, and over a link with a latency for each request and a rate for each connection. The *link's time* of a run is
 what its bytes take if nothing else did: those downloaded on all connections that a reader uses, or those uploaded on
-the one that an upload uses, whichever is longer; both go on at once. Not here: the real Hub.
+one, whichever is longer; both go on at once. (Two files may go up at once: then it is half.) Not here: the real Hub.
 """
 
 from __future__ import annotations
