@@ -73,8 +73,10 @@ def live(worker: socket.socket, folder: Path) -> NoReturn:
 
 
 def _end_with_the_worker(hears: TextIO) -> None:
-    hears.read()
-    os._exit(1)
+    try:
+        hears.read()
+    finally:  # a worker that was killed before it read all it was told resets the connection
+        os._exit(1)
 
 
 def _told(asked: dict[str, Any], out: TextIO) -> int:

@@ -1,10 +1,11 @@
 """The queue of the Space and its worker: real children that run real merges against the loopback Hub.
 
-Not here: the page (test_page), and twenty users and a killed app at once (test_crowd).
+Not here: the page and a killed Space (test_page), and twenty users at once (test_api).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from loopback import LoopbackHub, Request
 from merger.options import Options
 from merger.planning import plan, read
 from merger.run import Done, run
-from space.jobs import Job, JobError
+from space.jobs import How, Job, JobError
 from space.keeper import Keeper, Token
 from space.limits import Limits
 
@@ -292,5 +293,22 @@ def test_a_child_ends_with_its_worker(keep: Keep, hub: LoopbackHub) -> None:
     assert reached.wait(30)
     child = only_child(keeper)
     keeper._children[job.id].shutdown(socket.SHUT_WR)
+    assert is_gone(child)
+    go.set()
+
+
+def test_a_child_ends_with_a_worker_that_never_listened(keep: Keep, hub: LoopbackHub, tmp_path: Path) -> None:
+    """A worker that is killed before it has read all it was told leaves no end of a text, but a broken connection."""
+    reached, go = threading.Event(), threading.Event()
+    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    keeper = keep(start=False)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    asked = {"to": "hf://alice/unheard", "token": ALICE.value, **vars(How()), **keeper.limits.for_a_job()}
+    worker = keeper._nursery.child(tmp_path)
+    worker.sendall(json.dumps(asked).encode() + b"\n")
+    assert reached.wait(30)
+    child = only_child(keeper)
+    assert worker.recv(1, socket.MSG_PEEK)
+    worker.close()
     assert is_gone(child)
     go.set()
