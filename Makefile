@@ -10,7 +10,7 @@ demo: .venv/set-up
 	$(BIN)/python examples/demo.py
 
 test: .venv/set-up
-	$(BIN)/pytest -n auto --maxprocesses 4
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Every case of docs/reliability.md and the memory of more methods, where make test tries some: some minutes.
 reliability: .venv/set-up
