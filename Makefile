@@ -12,9 +12,9 @@ demo: .venv/set-up
 test: .venv/set-up
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
-# Every case of docs/reliability.md and the memory of more methods, where make test tries some: some minutes.
+# Every case of docs/reliability.md, where make test tries some, and a merge larger than its memory: some minutes.
 reliability: .venv/set-up
-	RELIABILITY=all $(BIN)/pytest -n auto --maxprocesses 4 tests/test_reliability.py tests/test_disk.py tests/test_memory.py
+	RELIABILITY=all $(BIN)/pytest -n auto --maxprocesses 4 tests/test_reliability.py tests/test_disk.py
 
 lint: .venv/set-up-lint
 	$(BIN)/ruff check

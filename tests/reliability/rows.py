@@ -142,7 +142,7 @@ def _dies(to: str, after: str | None, until: str | None, scene: Scene, thorough:
     changes = scene.undisturbed(to)[0].changes
     first = 0 if after is None else _last(changes, after) + 1
     last = len(changes) if until is None else _last(changes, until) + 1
-    step = 1 if thorough else max(1, (last - first) // 2)
+    step = 1 if thorough else max(1, (last - first) // 3)
     for number in sorted({*range(first, last, step), last - 1}):
         yield Case(f"killed at {to}'s change {number}: {changes[number]}", to, _nothing, dies_at=number)
 
@@ -184,9 +184,8 @@ def rows_trouble() -> Iterator[Row]:
 
 def _trouble(step: str, scene: Scene, thorough: bool) -> Iterator[Case]:
     place = list(faults.STEPS).index(step)
-    quick = "answer lost" if place % 2 else list(_ANSWERS)[place // 2 % len(_ANSWERS)]
     for name, fault in {**_ANSWERS, "answer lost": faults.lost}.items():
-        if thorough or name == quick:
+        if thorough or name in ("answer lost", list(_ANSWERS)[place % len(_ANSWERS)]):
             patience = NO_ANSWER_SECONDS if name == "stalled" else None
             yield Case(f"{name} once: {step}", HUB, _fault(fault, at(step), 1), once=True, timeout=patience)
     for name, fault in _ANSWERS.items():
