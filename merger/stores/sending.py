@@ -25,7 +25,6 @@ from merger.stores.scratch import Scratch
 
 _SECONDS = 60.0
 _XET_BYTES = 512 << 20  # up to 425 MB more than without were seen
-_LFS_AT_ONCE = 2  # each has one connection, and waits for some answers: with one a merge waited for both
 _UNKNOWN_ROUTE = (404, 405, 501)
 _SAMPLE = 512
 _SET_BY_US = frozenset({"path_or_fileobj", "upload_info", "_upload_mode", "_should_ignore", "_is_uploaded"})
@@ -95,12 +94,13 @@ class Files:
 
     Args:
         scratch: that folder.
-        by_lfs: keep a client that would use Xet from it.
-        at_once: how many may be on their way.
+        by_xet: where it is not to be used, a client that would is kept from it.
     """
 
-    def __init__(self, scratch: Scratch, by_lfs: bool = False, at_once: int = 1) -> None:
-        self._scratch, self._by_lfs, self.at_once = scratch, by_lfs, at_once
+    def __init__(self, scratch: Scratch, by_xet: bool = False) -> None:
+        self._scratch, self._by_xet = scratch, by_xet
+        # Xet has connections enough for one shard, and two would hold twice its memory. By LFS each has one connection.
+        self.at_once = 1 if by_xet else 2
         self._reading: dict[str, io.BufferedReader] = {}
 
     def open(self, name: str) -> Outlet:
@@ -117,11 +117,11 @@ class Files:
         sample = file.read(_SAMPLE)
         file.seek(0)
         self._reading[shard.name] = file
-        return _addition(shard, sample, file if self._by_lfs else str(path))
+        return _addition(shard, sample, str(path) if self._by_xet else file)
 
     def small(self, name: str, content: bytes) -> CommitOperationAdd:
         """A large tokenizer counts as a large file too."""
-        return CommitOperationAdd(name, io.BytesIO(content) if self._by_lfs else content)
+        return CommitOperationAdd(name, content if self._by_xet else io.BytesIO(content))
 
     def committed(self, name: str) -> None:
         """Free the disk."""
@@ -249,9 +249,7 @@ def streams(to: Destination, refusals: Refusals) -> Streams:
 
 def files(to: Destination, scratch: Scratch) -> Files:
     """The way that every Hub has."""
-    if _client_has_xet() and to.has_xet():
-        return Files(scratch)  # Xet has connections enough for one, and two would hold twice its memory
-    return Files(scratch, by_lfs=_client_has_xet(), at_once=_LFS_AT_ONCE)
+    return Files(scratch, by_xet=to.has_xet())
 
 
 def memory() -> int:

@@ -108,9 +108,9 @@ def _changes(event: str, arguments: tuple[Any, ...], places: tuple[str, str]) ->
     path = arguments[0]
     if not isinstance(path, (str, os.PathLike)) or not os.path.abspath(path).startswith(places):
         return False
-    if event == "open" and os.path.isdir(path):
-        return False
-    return event != "open" or bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+    if event == "open":
+        return not os.path.isdir(path) and bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+    return True
 
 
 def _before_each_write(change: Callable[[str], None]) -> None:
