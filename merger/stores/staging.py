@@ -5,6 +5,7 @@ Never deletes a repo and never touches main before the last step. Not here: read
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -297,10 +298,12 @@ class HubSink:
         title, operations = self._title(message), list(operations)
         on_main = branch == "main"
         tries = 0
+        additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
         while True:
             try:
+                _rewind(additions)
                 if not on_main:  # files travel side by side; commits of ours must not cross
-                    self._api.preupload_lfs_files(self.name, _additions(operations), revision=branch, free_memory=False)
+                    self._api.preupload_lfs_files(self.name, additions, revision=branch, free_memory=False)
                 with self._commits:
                     return self._api.create_commit(
                         self.name,
@@ -407,8 +410,11 @@ def _plain(words: str) -> str:
     return " ".join(words.split())
 
 
-def _additions(operations: Iterable[object]) -> list[CommitOperationAdd]:
-    return [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+def _rewind(additions: Iterable[CommitOperationAdd]) -> None:
+    """The client leaves an open file where an upload of it broke off, and would go on there."""
+    for addition in additions:
+        if isinstance(addition.path_or_fileobj, io.BufferedIOBase):
+            addition.path_or_fileobj.seek(0)
 
 
 def _note(shard: str) -> str:
