@@ -7,13 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from loopback import LoopbackHub
+from loopback import LoopbackHub, Request
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT / "examples" / "zoo"
@@ -27,6 +28,18 @@ def zoo(hub: LoopbackHub) -> None:
         hub.add_model(f"maker/merger-zoo-{name}", ZOO / name)
     for name in ("alice", "bob"):
         hub.add_user(name, token=f"hf_token_of_{name}")
+
+
+def staged(request: Request) -> bool:
+    """A shard is put on its staging branch."""
+    return request.method == "POST" and "/commit/merge-staging" in request.path
+
+
+def halted(hub: LoopbackHub) -> tuple[threading.Event, threading.Event]:
+    """The next merge stands still where its first shard is staged: set when it is there, and to let it go on."""
+    reached, go = threading.Event(), threading.Event()
+    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    return reached, go
 
 
 class ServedSpace:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import tiny
 from loopback import LoopbackHub, Request
+from served import halted, staged
 
 from merger.options import Options
 from merger.planning import plan, read
@@ -90,10 +91,6 @@ def is_gone(pid: int) -> bool:
     while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
         time.sleep(0.01)
     return not Path(f"/proc/{pid}").exists()
-
-
-def staged(request: Request) -> bool:
-    return request.method == "POST" and "/commit/merge-staging" in request.path
 
 
 def test_a_job_publishes_what_a_run_makes(
@@ -172,8 +169,7 @@ def test_a_stopped_space_goes_on_once_the_owner_is_back(keep: Keep, hub: Loopbac
 
 def test_cancelling(keep: Keep, hub: LoopbackHub) -> None:
     """A job that waits its turn is cancelled at once, one at work ends within a moment; main stays as it was."""
-    reached, go = threading.Event(), threading.Event()
-    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    reached, go = halted(hub)
     keeper = keep()
     running = submit(keeper, "alice", "stopped")
     queued = submit(keeper, "alice", "never")
@@ -227,8 +223,7 @@ def test_a_refusal_is_told(keep: Keep) -> None:
 
 def test_no_token_is_kept(keep: Keep, hub: LoopbackHub, tmp_path: Path) -> None:
     """A token is in no file, in no argument and in no environment; when its owner's jobs are over it is forgotten."""
-    reached, go = threading.Event(), threading.Event()
-    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    reached, go = halted(hub)
     keeper = keep()
     job = submit(keeper, "alice", "secret")
     assert reached.wait(30)
@@ -256,8 +251,7 @@ def test_a_nursery_that_is_killed(keep: Keep) -> None:
 
 def test_a_child_that_is_killed(keep: Keep, hub: LoopbackHub) -> None:
     """A child that ends without a word, for want of memory say, leaves a job that has failed and says so."""
-    reached, go = threading.Event(), threading.Event()
-    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    reached, go = halted(hub)
     keeper = keep()
     job = submit(keeper, "alice", "starved")
     assert reached.wait(30)
@@ -286,8 +280,7 @@ def test_old_jobs_go(keep: Keep) -> None:
 
 def test_a_child_ends_with_its_worker(keep: Keep, hub: LoopbackHub) -> None:
     """When the worker's end of its socket is gone, by a kill say, a child is gone."""
-    reached, go = threading.Event(), threading.Event()
-    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    reached, go = halted(hub)
     keeper = keep()
     job = submit(keeper, "alice", "orphan")
     assert reached.wait(30)
@@ -299,8 +292,7 @@ def test_a_child_ends_with_its_worker(keep: Keep, hub: LoopbackHub) -> None:
 
 def test_a_child_ends_with_a_worker_that_never_listened(keep: Keep, hub: LoopbackHub, tmp_path: Path) -> None:
     """A worker that is killed before it has read all it was told leaves no end of a text, but a broken connection."""
-    reached, go = threading.Event(), threading.Event()
-    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    reached, go = halted(hub)
     keeper = keep(start=False)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     asked = {"to": "hf://alice/unheard", "token": ALICE.value, **vars(How()), **keeper.limits.for_a_job()}

@@ -13,17 +13,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loopback import LoopbackHub, Request
-from served import SCOPES, SECRET, ServedSpace
+from served import SCOPES, SECRET, ServedSpace, halted, staged
 
 if TYPE_CHECKING:
     from conftest import Visit, Visitor
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 FIRST = "merger-zoo-kjv-python-task-arithmetic"
-
-
-def staged(request: Request) -> bool:
-    return request.method == "POST" and "/commit/merge-staging" in request.path
 
 
 def published(hub: LoopbackHub, repo: str) -> dict[str, str]:
@@ -137,8 +133,7 @@ def test_nobody_is_signed_in(visit: Visit) -> None:
 
 def test_the_tab_is_closed(visit: Visit, hub: LoopbackHub) -> None:
     """A merge goes on without its page, and is found when its owner is back."""
-    reached, go = threading.Event(), threading.Event()
-    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    reached, go = halted(hub)
     alice = visit()
     alice.sign_in("alice")
     named(alice, "alice/closed")
@@ -160,8 +155,7 @@ def test_the_tab_is_closed(visit: Visit, hub: LoopbackHub) -> None:
 
 def test_cancelling(visit: Visit, hub: LoopbackHub) -> None:
     """A merge at work is cancelled by its owner; main stays as it was, and the recipe can be taken again."""
-    reached, go = threading.Event(), threading.Event()
-    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    reached, go = halted(hub)
     alice = visit()
     alice.sign_in("alice")
     named(alice, "alice/cancelled")
@@ -178,8 +172,7 @@ def test_cancelling(visit: Visit, hub: LoopbackHub) -> None:
 
 def test_another_user(visit: Visit, hub: LoopbackHub) -> None:
     """A second user sees nothing of the first, and cannot stop their merge by its name either."""
-    reached, go = threading.Event(), threading.Event()
-    hub.fail(lambda request: staged(request) and bool(reached.set() or True), status=None, stall=go)
+    reached, go = halted(hub)
     alice = visit()
     alice.sign_in("alice")
     named(alice, "alice/hers")
