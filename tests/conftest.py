@@ -8,7 +8,13 @@ from pathlib import Path
 
 import forks
 import pytest
+from hypothesis import HealthCheck, settings
 from loopback import Client, LoopbackHub
+from waiting import HANGS_SECONDS
+
+# A busy machine is slow: no law is about time.
+settings.register_profile("merger", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("merger")
 
 WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
 
@@ -61,6 +67,8 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
         line = [sys.executable, "-m", "merger", *arguments]
         if forked:
             return forks.run(line, cwd=cwd, env=environment)
-        return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(
+            line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANGS_SECONDS, check=False
+        )
 
     return run

@@ -27,6 +27,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from waiting import HANGS_SECONDS
+
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (
     "merger.cli", "merger.console", "merger.run", "merger.engine.execute", "merger.engine.look", "merger.card.plots",
@@ -49,7 +51,7 @@ class Forked:
         for its in (its_out, its_err, its_news):
             os.close(its)
         self.stdout, self.stderr = os.fdopen(out, encoding="utf-8"), os.fdopen(err, encoding="utf-8")
-        self.pid = self._told(60)
+        self.pid = self._told(HANGS_SECONDS)
 
     def _told(self, timeout: float | None) -> int:
         if not select.select([self._news], [], [], timeout)[0]:
@@ -102,7 +104,7 @@ def run(
     *,
     cwd: str | os.PathLike[str] = ".",
     env: Mapping[str, str] | None = None,
-    timeout: float = 120,
+    timeout: float = HANGS_SECONDS,
 ) -> subprocess.CompletedProcess[str]:
     """Wait for its end."""
     process = start(line, cwd=cwd, env=env)

@@ -22,6 +22,7 @@ import yaml
 from actions import NOTHING, Checkout, environment, pull_request, push
 from loopback import LoopbackGitHub, LoopbackHub
 from loopback.github import IDENTITY, READ_ONLY, TOKEN
+from waiting import HANGS_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 ACT = shutil.which("act", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -164,7 +165,7 @@ def runner(clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, reposit
         path = os.pathsep.join([str(stand_in), os.environ["PATH"]])
         outside = {"PATH": path, "HOME": str(tmp_path / "home"), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
         done = subprocess.run(
-            line, cwd=clone.root, env=outside, capture_output=True, text=True, timeout=120, check=False
+            line, cwd=clone.root, env=outside, capture_output=True, text=True, timeout=HANGS_SECONDS, check=False
         )
         outputs = json.loads(told.read_text()) if told.exists() else {}
         return Ran(done.returncode, done.stdout + done.stderr, outputs, summary.read_text() if summary.exists() else "")
@@ -315,7 +316,13 @@ def step(hub: LoopbackHub, clone: Checkout, place: Path, *line: str, **given: st
     settings |= {**hub.env(place / "home"), **inputs, "TMPDIR": str(place)}
     line = (sys.executable, "-P", *(line or ("-m", "merger.action")))
     return subprocess.run(
-        line, cwd=clone.root, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False
+        line,
+        cwd=clone.root,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_SECONDS,
+        check=False,
     )
 
 

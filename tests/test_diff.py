@@ -15,6 +15,7 @@ import torch
 from loopback import LoopbackHub
 from plan.models import model
 from torch import Tensor
+from waiting import HANGS_SECONDS
 
 from merger.diff import Contrast, contrast, pair
 from merger.errors import ModelError
@@ -165,7 +166,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         model(tmp_path / name, layers=1, hidden=4096, vocab=1000)
     assert (tmp_path / "one/model.safetensors").stat().st_size > 3.3e8
     line = [sys.executable, "-c", PEAK, str(tmp_path / "one"), str(tmp_path / "other")]
-    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=HANGS_SECONDS)
     code, before, peak = map(int, done.stdout.splitlines()[-1].split())
     assert code == 0
     assert (peak - before) * 1024 < 1e8

@@ -19,6 +19,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import pytest
 from loopback import Client, ClientError, LoopbackHub
+from waiting import HANGS_SECONDS, until
 
 ALICE, BOB, READER = "hf_alice_test", "hf_bob_test", "hf_reader_test"
 SHARD = bytes(range(256)) * 8
@@ -213,7 +214,7 @@ class Still(HTTPRedirectHandler):
 def ask(url: str, method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
     wanted = Request(url, body, headers, method=method)
     try:
-        with build_opener(Still).open(wanted, timeout=10) as answer:
+        with build_opener(Still).open(wanted, timeout=HANGS_SECONDS) as answer:
             return answer.status, dict(answer.headers), answer.read()
     except HTTPError as answer:
         with answer:
@@ -630,10 +631,7 @@ def test_close_lets_go() -> None:
         link.request("GET", "/api/agent-harnesses")
         link.getresponse().read()
     link.close()
-    end = time.monotonic() + 2
-    while set(threading.enumerate()) - before and time.monotonic() < end:
-        time.sleep(0.01)
-    assert set(threading.enumerate()) <= before
+    until(lambda: set(threading.enumerate()) <= before, threading.enumerate)
     assert not other.root.exists()
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pytest
 import tiny
 from loopback import LoopbackHub
 from loopback.jobs import Job
+from waiting import HANGS_SECONDS, until
 
 from merger.errors import ModelError, PartError, Problem, Span
 
@@ -165,10 +165,9 @@ def test_an_interrupted_run_cancels_its_hub_jobs(at: Path, hub: LoopbackHub, tmp
     for text in process.stderr:
         if "part 1/1 is started" in text:
             break
-    while down.left and process.poll() is None:
-        time.sleep(0.05)
+    until(lambda: not down.left or process.poll() is not None)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=HANGS_SECONDS)
     assert process.returncode == 130, said
     assert [job.stage for job in started(hub, "org/stopped")] == ["CANCELED"]
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 from loopback import LoopbackHub
+from waiting import HANGS_SECONDS, until
 
 WRITER = "hf_writer_of_org"
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -73,7 +73,7 @@ class Driver:
 
     def close(self) -> None:
         """End Ray."""
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=HANGS_SECONDS)
         shutil.rmtree(self.folder)
 
 
@@ -139,12 +139,9 @@ def a_part_whose_worker_is_killed_is_made_anew(ray: Driver, at: Path, command: C
     hub.clear_log()
     hub.latency(0.05)
     ray.start(*line, "hf://org/ray", "--engine", "ray", "--parts", "4")
-    end = time.monotonic() + 60
-    while not [request for request in hub.log if "/commit/merge-staging" in request.path]:
-        assert time.monotonic() < end, (ray.folder / "said").read_text()
-        time.sleep(0.05)
-    while not kill_one_at_work(ray.process.pid):
-        assert time.monotonic() < end
+    said = (ray.folder / "said").read_text
+    until(lambda: [request for request in hub.log if "/commit/merge-staging" in request.path], said)
+    until(lambda: kill_one_at_work(ray.process.pid), said)
     hub.latency(0)
     code, said = ray.ended()
     assert code == 0, said

@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
+from waiting import HANGS_SECONDS
+
 
 class ClientError(Exception):
     """What a function raised in the child: `kinds` are the names of its class and all above it, `status` is HTTP's."""
@@ -31,7 +33,7 @@ class Client:
         settings = dict(environment)
         self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(settings,))
 
-    def __call__(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> Any:
+    def __call__(self, function: Callable[..., Any], *args: Any, timeout: float = HANGS_SECONDS) -> Any:
         """Run the function in the child; raises ClientError for what it raises."""
         return self._pool.submit(_call, function, args).result(timeout)
 

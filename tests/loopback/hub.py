@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from waiting import HANGS_SECONDS
+
 from . import api, commits, discussions, lfs, xet
 from .jobs import Jobs
 from .journal import Fault, Request
@@ -51,6 +53,7 @@ class LoopbackHub:
 
     def close(self) -> None:
         """Stop both servers; a folder that the Hub made itself goes with it."""
+        self.clear_faults()
         self.jobs.close()
         self._hub.stop()
         self._cdn.stop()
@@ -71,7 +74,8 @@ class LoopbackHub:
         """The environment in which the real client talks to this Hub and to nothing else, with an empty cache."""
         off = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         direct = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        return {"HF_ENDPOINT": self.url, "HF_HOME": os.fspath(home), "HF_TOKEN": token, **direct, **off}
+        patient = dict.fromkeys(("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"), str(round(HANGS_SECONDS)))
+        return {"HF_ENDPOINT": self.url, "HF_HOME": os.fspath(home), "HF_TOKEN": token, **direct, **off, **patient}
 
     # The scene
 

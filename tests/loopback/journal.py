@@ -1,14 +1,12 @@
 """What the server saw (the log) and what it was told to do wrong (the faults). It does not touch sockets or state."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-QUIET = 1.0
-LONGEST_STALL = 20.0
+from waiting import HANGS_SECONDS
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._entries: list[list[Request]] = []
-        self._active = 0
+        self._at_work: dict[int, list[Request]] = {}
         self._changed = threading.Condition()
 
     @contextmanager
@@ -43,17 +41,29 @@ class Journal:
         """Mark a request as begun; it is filed in the list that this gives, which keeps its place in the log."""
         place: list[Request] = []
         with self._changed:
-            self._active += 1
             self._entries.append(place)
+            self._at_work[threading.get_ident()] = place
         try:
             yield place
         finally:
             with self._changed:
-                self._active -= 1
+                del self._at_work[threading.get_ident()]
                 self._changed.notify_all()
 
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """Mark this thread's request as one that a test holds up: nobody waits for its entry meanwhile."""
+        with self._changed:
+            place = self._at_work.pop(threading.get_ident())
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._at_work[threading.get_ident()] = place
+
     def read(self) -> list[Request]:
-        """The log. A client holds its answer a moment before the entry is written: wait for those, but not for long."""
+        """The log. A client holds its answer a moment before the entry is written: wait for those."""
         with self._changed:
             self._settle()
             return [request for place in self._entries for request in place]
@@ -65,9 +75,8 @@ class Journal:
             self._entries.clear()
 
     def _settle(self) -> None:
-        end = time.monotonic() + QUIET
-        while self._active and (left := end - time.monotonic()) > 0:
-            self._changed.wait(left)
+        now = {id(place) for thread, place in self._at_work.items() if thread != threading.get_ident()}
+        self._changed.wait_for(lambda: now.isdisjoint(map(id, self._at_work.values())), HANGS_SECONDS)
 
 
 @dataclass
@@ -94,7 +103,7 @@ class Fault:
     def wait(self) -> None:
         """Say nothing until the test has seen enough."""
         if self.stall is not None:
-            self.stall.wait(LONGEST_STALL)
+            self.stall.wait(HANGS_SECONDS)
 
 
 class Faults:
@@ -111,8 +120,11 @@ class Faults:
         return fault
 
     def clear(self) -> None:
-        """Forget those not used up."""
+        """Forget those not used up, and hold nobody up any more."""
         with self._lock:
+            for fault in self._faults:
+                if fault.stall is not None:
+                    fault.stall.set()
             self._faults.clear()
 
     def take(self, request: Request) -> Fault | None:

@@ -16,6 +16,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from waiting import HANGS_SECONDS
+
 from .blobs import CHUNK
 from .journal import Fault
 from .repos import HubError
@@ -60,7 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault is None or fault.cut_body_at is not None:
             return answer
         if fault.spoil is not None:
-            spoilt: Answer | None = fault.spoil(answer)
+            with self.server.context.journal.held_up():
+                spoilt: Answer | None = fault.spoil(answer)
             return spoilt
         if fault.status is None:
             return None
@@ -85,7 +88,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _hang_up(self, fault: Fault | None) -> None:
         if fault is not None:
-            fault.wait()
+            with self.server.context.journal.held_up():
+                fault.wait()
         self.close_connection = True
         _shut(self.connection)
 
@@ -142,7 +146,7 @@ class Origin(ThreadingHTTPServer):
         with self._changed:
             for connection in self._open:
                 _shut(connection)
-            self._changed.wait_for(lambda: not self._open, timeout=2)
+            self._changed.wait_for(lambda: not self._open, timeout=HANGS_SECONDS)
         self.server_close()
 
     def dispatch(self, x: Exchange) -> Answer:

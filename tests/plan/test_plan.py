@@ -213,21 +213,20 @@ def test_a_plan_is_plain_data(pair: str) -> None:
 # ---- at size --------------------------------------------------------------------------------------------------------
 
 PLAN_IT = """
-import json, sys, time
+import json, sys
 from merger.methods.registry import methods
 from merger.plan.lock import lock
 from merger.plan.plan import Budget, plan
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderStore
-start = time.perf_counter()
 found = plan(lock(parse(sys.stdin.read(), "r.yaml", methods()), FolderStore()), methods(), Budget(threads=2))
 json.dumps(found.as_json())
-print(json.dumps({"seconds": time.perf_counter() - start, "torch": "torch" in sys.modules, "jobs": len(found.jobs),
+print(json.dumps({"torch": "torch" in sys.modules, "jobs": len(found.jobs),
                   "bytes": found.size, "peak": found.peak_memory, "shards": len(found.shards)}))
 """
 
 
-def test_three_models_of_seventy_billion_are_planned_in_seconds_without_torch(tmp_path: Path) -> None:
+def test_three_models_of_seventy_billion_are_planned_in_little_memory_without_torch(tmp_path: Path) -> None:
     """80 layers, 8192 wide, 128,256 tokens: 141 GB in shards of 5 GB, made in about a gigabyte of memory."""
     wide, middle, keys, vocab = 8192, 28672, 1024, 128256
     roles = {
@@ -251,7 +250,6 @@ def test_three_models_of_seventy_billion_are_planned_in_seconds_without_torch(tm
     assert found["shards"] == 30
     assert found["torch"] is False
     assert found["peak"] < 2 << 30
-    assert found["seconds"] < 10
 
 
 def test_the_budgets_defaults_are_one_thread_and_shards_of_five_gigabytes() -> None:

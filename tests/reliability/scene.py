@@ -100,7 +100,7 @@ class Nursery:
 
     def kill(self) -> None:
         """End the run that is under way, at once."""
-        os.kill(self._child.result(5), signal.SIGKILL)
+        os.kill(self._child.result(HANGS_SECONDS), signal.SIGKILL)
 
     def close(self) -> None:
         """No more runs."""

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from loopback import LoopbackHub
 from served import ROOT, ServedSpace
+from waiting import HANGS_SECONDS
 
 TOKEN = "hf_token_of_the_maker"
 
@@ -20,7 +21,7 @@ TOKEN = "hf_token_of_the_maker"
 def publish(hub: LoopbackHub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **hub.env(home, TOKEN), "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "space.publish", *arguments]
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=HANGS_SECONDS, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import HANGS_SECONDS
 
 from merger.errors import DamagedError
 from merger.stores import ranges
@@ -21,7 +22,7 @@ from merger.stores.ranges import RangeReader
 SIZE, HEADER = 3000, 24
 BYTES = bytes(n * 7 % 251 for n in range(SIZE))
 MODEL = Located("org/a", "org/a", "c" * 40, {"x": FileInfo(SIZE, hashlib.sha256(BYTES).hexdigest())})
-WIDE, TIMEOUT = 100 * SIZE, 20
+WIDE, TIMEOUT = 100 * SIZE, HANGS_SECONDS
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -258,7 +258,7 @@ def test_the_same_result_is_not_made_twice(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, time
+import sys
 from pathlib import Path
 from merger.stores.folder import FolderSink
 sink = FolderSink(Path(sys.argv[1]))
@@ -267,7 +267,7 @@ sink.prepare("a" * 64)
 (sink._new / "templates").mkdir()
 (sink._new / "templates/left.jinja").write_bytes(b"left")
 print("ready", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
@@ -290,7 +290,9 @@ sink.finish({{"config.json": b"new"}}, "")
 def test_another_run_is_left_alone_while_it_lives_and_cleared_away_once_it_is_killed(tmp_path: Path) -> None:
     """Two runs never write to one folder; the leftover of a killed one is no obstacle and does not get in."""
     out = tmp_path / "out"
-    other = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True)
+    line = [sys.executable, "-c", KILLED, str(out)]
+    other = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin is not None
     assert other.stdout is not None
     try:
         assert other.stdout.readline() == "ready\n"
@@ -301,8 +303,7 @@ def test_another_run_is_left_alone_while_it_lives_and_cleared_away_once_it_is_ki
         assert (tmp_path / "out.merging/new/model.safetensors").read_bytes() == b"half a shard"
     finally:
         other.send_signal(signal.SIGKILL)
-        other.wait()
-        other.stdout.close()
+        other.communicate()
     sink = FolderSink(out)
     sink.prepare("b" * 64)
     assert os.listdir(sink._new) == []

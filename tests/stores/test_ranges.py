@@ -18,13 +18,14 @@ from huggingface_hub.utils import httpx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loopback import Client, ClientError, LoopbackHub, Request
+from waiting import HANGS_SECONDS
 
 from merger.stores import ranges
 from merger.stores.ports import FileInfo, Located, Ticket
 from merger.stores.ranges import RangeClient, RangeReader
 
 MODELS = [Located(f"org/{name}", f"org/{name}", "c" * 40, {}) for name in "ab"]
-TIMEOUT = 20
+TIMEOUT = HANGS_SECONDS
 
 
 # ---- reading ahead: pure logic --------------------------------------------------------------------------------------

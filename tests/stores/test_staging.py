@@ -20,6 +20,7 @@ from unittest.mock import patch
 import pytest
 from loopback import Client, ClientError, LoopbackHub, Request
 from loopback.wire import Answer
+from waiting import HANGS_SECONDS, until
 
 from merger.checkpoints.shard import Written
 
@@ -153,7 +154,7 @@ def test_two_shards_travel_at_once_by_lfs(hub: LoopbackHub, client: Client, repo
     both = Barrier(2)
 
     def meet(answer: Answer) -> Answer:
-        both.wait(20)
+        both.wait(HANGS_SECONDS)
         return answer
 
     fault = hub.fail(lambda r: r.method == "PUT", spoil=meet, times=2)
@@ -447,15 +448,13 @@ def test_a_run_that_is_killed_leaves_main_untouched_and_the_next_one_finishes(
         """The first shard is on the branch by then; its file goes at the same moment."""
         if not commits_to(BRANCH)(request) or next(seen) != 1:
             return False
-        end = time.monotonic() + 5
-        while len(shards()) > 1 and time.monotonic() < end:
-            time.sleep(0.01)
+        until(lambda: len(shards()) <= 1)
         return other.kill() is None
 
     fault = hub.fail(second)
     other = subprocess.Popen(line, env=env, stderr=subprocess.PIPE)
     try:
-        assert other.wait(30) == -signal.SIGKILL, other.stderr.read() if other.stderr else ""
+        assert other.wait(HANGS_SECONDS) == -signal.SIGKILL, other.stderr.read() if other.stderr else ""
     finally:
         other.kill()
         other.communicate()
