@@ -40,9 +40,10 @@ clean:
 # A Python's own pip may be too old to install a dependency group, so the newer one comes first.
 .venv/set-up: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@echo "setting up .venv, once: some minutes, 2.5 GB with torch and what the tests need"
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt --group test -e .
+	$(BIN)/python -m pip install -c constraints.txt --group test -e .
 	@touch $@
 
 .venv/set-up-lint: .venv/set-up

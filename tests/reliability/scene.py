@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import tiny
 from loopback import LoopbackHub, Request
+from waiting import HANGS_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_writer_of_org"
