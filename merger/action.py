@@ -26,6 +26,7 @@ from merger.locate import HUB
 from merger.options import Options, destination, fitted
 from merger.planning import LOCK_SUFFIX, lock_path, plan, read
 from merger.run import Done, PartDone, Resumed, lock_text, run, trusted_publishing
+from merger.safety.paths import inside
 
 if TYPE_CHECKING:
     from merger.plan.plan import Plan
@@ -87,7 +88,7 @@ def _named(inputs: Inputs, top: Path) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in inputs.recipe.splitlines():
         for name in _files(pattern.strip(), inputs.folder):
-            if not (inputs.folder / name).resolve().is_relative_to(top):
+            if inside(inputs.folder / name, top) is None:
                 raise RecipeError(
                     Problem(f"input recipe: {name!r} is outside of this repository", hint="name one inside")
                 )

@@ -189,7 +189,7 @@ def _add_diff(commands: Commands) -> None:
 def _add_card(commands: Commands) -> None:
     card = commands.add_parser("card", help="render the card of a finished merge again, without merging")
     card.add_argument("model", metavar="MODEL", help="hf://owner/name, owner/name or a folder")
-    card.add_argument("--template", metavar="FILE", help="in place of the recipe's publish.template")
+    card.add_argument("--template", metavar="FILE", help="in place of the lock's publish.template")
     card.add_argument("--print", dest="print_only", action="store_true", help="print it, and write nothing")
     card.set_defaults(command=_card)
 
@@ -465,6 +465,8 @@ def _card(arguments: argparse.Namespace) -> int:
     from merger.recard import keep, recard
 
     made = recard(arguments.model, Options(), arguments.template)
+    for note in made.merge.recipe.warnings if arguments.template is None else ():
+        print(console.warning(note), file=sys.stderr)
     if arguments.print_only:
         print(made.text, end="")
     else:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 from merger.card.lineage import shown
 from merger.checkpoints.checkpoint import index_name
 from merger.checkpoints.sidefiles import side_files
-from merger.errors import BudgetError, EvaluationError, ModelError, Problem, RecipeError
+from merger.errors import BudgetError, EvaluationError, ModelError, Problem, RecipeError, Span
 from merger.plan.locked import LockedModel
 from merger.plan.plan import Plan
 from merger.plan.scores import Score, memory
-from merger.recipe.evaluation import HUB_FILE
+from merger.recipe.evaluation import HUB_FILE, PERPLEXITY_AT, files
 from merger.recipe.model import Evaluate, Perplexity, Recipe
+from merger.safety.paths import ANYWHERE, read_named, regular
 from merger.stores.library import Library
 from merger.stores.ports import Sink, Ticket
 from merger.stores.scratch import Scratch, sweep
@@ -49,29 +50,27 @@ class Measured:
     scores: tuple[Score, ...]
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, root: Path | None = ANYWHERE) -> None:
     """Find what is wrong with the block without reading a model.
 
+    Args:
+        recipe: the recipe.
+        root: inside of which the files that it names have to lie (safety.paths).
+
     Raises:
-        RecipeError: a file that it names is not there.
+        RecipeError: a file that it names is not there, or may not be read.
     """
-    wanted = recipe.evaluate
-    if wanted is None:
+    if recipe.evaluate is None:
         return
-    missing = [
-        text for text in wanted.perplexity if not HUB_FILE.fullmatch(text.text) and not Path(text.text).is_file()
-    ]
-    problems = [_no_text(text, "is not there") for text in missing]
-    tasks = [task for task in wanted.tasks if task.endswith((".yaml", ".yml")) and not Path(task).is_file()]
-    hint = "paths are relative to the working directory"
-    problems += [Problem(f"there is no task file {task!r}", wanted.at, "evaluate.tasks", hint) for task in tasks]
-    if problems:
+    if problems := [problem for named in files(recipe.evaluate) for problem in _unread(*named, root)]:
         raise RecipeError(problems)
 
 
-def _no_text(text: Perplexity, why: str) -> Problem:
-    hint = "paths are relative to the working directory"
-    return Problem(f"{text.text!r} {why}", text.at, "evaluate.perplexity", hint)
+def _unread(path: str, at: Span | None, where: str, root: Path | None) -> Iterator[Problem]:
+    try:
+        regular(path, root)
+    except ModelError as error:
+        yield from (replace(problem, at=at, where=where) for problem in error.problems)
 
 
 def check_memory(planned: Plan, allowed: int | None) -> None:
@@ -104,13 +103,14 @@ def disk(planned: Plan, staged: bool) -> int:
     return max(copied, default=0)
 
 
-def prepared(planned: Plan, device: str, token: str | bool | None) -> Wanted | None:
+def prepared(planned: Plan, device: str, token: str | bool | None, root: Path | None = ANYWHERE) -> Wanted | None:
     """All that measuring takes, at hand before the merge is begun; None where nothing is measured.
 
     Args:
         planned: the merge.
         device: where models are run.
         token: the reader's, for texts on the Hub.
+        root: inside of which texts and tasks of this machine have to lie (safety.paths).
 
     Raises:
         RecipeError: a text or a task is not there.
@@ -120,7 +120,7 @@ def prepared(planned: Plan, device: str, token: str | bool | None) -> Wanted | N
     wanted = planned.locked.recipe.evaluate
     if wanted is None:
         return None
-    check(planned.locked.recipe)
+    check(planned.locked.recipe, root)
     _need_installed("transformers", *(("lm_eval",) if wanted.tasks else ()))
     from merger.engine.evaluate import Wanted, unknown_tasks
 
@@ -130,7 +130,7 @@ def prepared(planned: Plan, device: str, token: str | bool | None) -> Wanted | N
             Problem(what, wanted.at, "evaluate.tasks", "see lm_eval ls tasks, or name the YAML file of one")
         )
     names = _names([text.text for text in wanted.perplexity])
-    texts = tuple(_text(text, name, token) for text, name in zip(wanted.perplexity, names, strict=True))
+    texts = tuple(_text(text, name, token, root) for text, name in zip(wanted.perplexity, names, strict=True))
     return Wanted(texts, wanted.tasks, wanted.limit, wanted.dtype, device, planned.threads)
 
 
@@ -153,19 +153,26 @@ def _names(texts: Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def _text(wanted: Perplexity, name: str, token: str | bool | None) -> Text:
+def _text(wanted: Perplexity, name: str, token: str | bool | None, root: Path | None) -> Text:
     """The beginning of a text."""
     from merger.engine.evaluate import Text
 
     found = HUB_FILE.fullmatch(wanted.text)
     try:
-        data = _of_hub(found, wanted, token) if found else Path(wanted.text).read_bytes()
+        data = _of_hub(found, wanted, token) if found else _of_folder(wanted, root)
         text = data.decode("utf-8")[: wanted.limit]
-    except (OSError, UnicodeDecodeError) as error:
-        why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "is not UTF-8 text"
-        raise RecipeError(_no_text(wanted, why)) from None
+    except UnicodeDecodeError:
+        what = f"{wanted.text!r} is not UTF-8 text"
+        raise RecipeError(Problem(what, wanted.at, PERPLEXITY_AT, "save it as UTF-8, or name another")) from None
     digest = f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return Text(name, text, digest, wanted.window, wanted.stride)
+
+
+def _of_folder(wanted: Perplexity, root: Path | None) -> bytes:
+    try:
+        return read_named(wanted.text, root)
+    except ModelError as error:
+        raise RecipeError(replace(problem, at=wanted.at, where=PERPLEXITY_AT) for problem in error.problems) from None
 
 
 def _of_hub(named: re.Match[str], wanted: Perplexity, token: str | bool | None) -> bytes:
@@ -174,9 +181,7 @@ def _of_hub(named: re.Match[str], wanted: Perplexity, token: str | bool | None) 
     try:
         return hub_file(named["repo"], named["file"], named["revision"], bool(named["datasets"]), token)
     except ModelError as error:
-        raise ModelError(
-            replace(problem, at=wanted.at, where="evaluate.perplexity") for problem in error.problems
-        ) from None
+        raise ModelError(replace(problem, at=wanted.at, where=PERPLEXITY_AT) for problem in error.problems) from None
 
 
 def carried_out(

@@ -11,6 +11,7 @@ from typing import TypeVar
 from merger import console
 from merger.errors import Problem, RecipeError, did_you_mean
 from merger.options import Options, Part
+from merger.safety.paths import inside
 
 MODES = ("auto", "check", "plan", "run", "publish")
 SECRETS = ("hf-token", "hf-read-token", "github-token")
@@ -54,6 +55,7 @@ class Inputs:
                 part=given.part("part"),
                 read_token=given.secret("hf-read-token") or None,
                 write_token=given.secret("hf-token") or None,
+                root=top(environment),
             ),
             part_size=given.size("part-size") or 60 * 10**9,
             time_limit=given.minutes("time-limit"),
@@ -109,10 +111,10 @@ class _Given:
     def folder(self, name: str) -> Path:
         """A folder of the repository."""
         root = top(self._environment)
-        folder = (root / self.text(name)).resolve()
-        if not os.path.isdir(folder) or not folder.is_relative_to(root):
+        folder = inside(root / self.text(name), root)
+        if folder is None or not os.path.isdir(folder):
             self._wrong(name, f"{self.text(name)!r} is no folder of this repository", "is it checked out?")
-        return folder
+        return folder or root
 
     def _parsed(self, name: str, parse: Callable[[str], T]) -> T | None:
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from merger.safety.paths import ANYWHERE
 from merger.stores.folder import FolderStore
 from merger.stores.library import Library
 from merger.stores.ports import Located
@@ -11,17 +13,17 @@ from merger.stores.ports import Located
 HUB = "hf://"
 
 
-def stores(paths: Sequence[str], cache: bool, token: str | bool | None, hub_only: bool = False) -> Library:
+def stores(paths: Sequence[str], cache: bool, token: str | bool | None, root: Path | None = ANYWHERE) -> Library:
     """Where models with these paths come from: folders first, then the Hub, if one of them is no folder.
 
     Args:
         paths: folders or repo ids.
         cache: read files where Hugging Face's cache on this disk has them.
         token: the reader's token; None takes the environment's, False none.
-        hub_only: leave folders out, even those that are called like a repo.
+        root: inside of which folders may lie, by whose words they are named (safety.paths).
     """
-    folders = FolderStore()
-    if not hub_only and all(folders.has(path) for path in paths):
+    folders = FolderStore(root)
+    if all(folders.has(path) for path in paths):
         return Library([folders])
     # The Hub's client takes a while to import: not for recipes that need no Hub.
     from merger.stores.cache import CachedStore
@@ -29,7 +31,7 @@ def stores(paths: Sequence[str], cache: bool, token: str | bool | None, hub_only
 
     hub = HubStore(token)
     remote = CachedStore(hub) if cache else hub
-    return Library([remote] if hub_only else [folders, remote])
+    return Library([folders, remote])
 
 
 def find(target: str, token: str | bool | None = None) -> tuple[Library, Located]:

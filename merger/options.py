@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from merger import machine
 from merger.errors import BudgetError, Problem, RecipeError
@@ -12,6 +13,7 @@ from merger.locate import HUB
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.recipe.model import Recipe
+from merger.safety.paths import ANYWHERE
 
 _HEADER_BYTES = 1_000_000
 
@@ -35,7 +37,8 @@ class Options:
         stream: send shards to the Hub as they are made, without a file on disk.
         allow_pickle: look for tensors in files that torch.save wrote, of models without safetensors; nothing is run.
         cache: read files of models where Hugging Face's cache on this disk has them.
-        hub_only: a model is a repo on the Hub, even where this machine has a folder of its name.
+        root: inside of which lies what the recipe may name on this machine, by whose words it is: `ANYWHERE` for a
+            person's own command line, a checkout for a recipe out of it; None: nothing, all is on the Hub.
         read_token: for the models; None: the environment's, False: none.
         write_token: for the destination; None: the environment's.
     """
@@ -54,7 +57,7 @@ class Options:
     stream: bool = False
     allow_pickle: bool = False
     cache: bool = True
-    hub_only: bool = False
+    root: Path | None = ANYWHERE
     read_token: str | bool | None = field(default=None, repr=False)
     write_token: str | None = field(default=None, repr=False)
 

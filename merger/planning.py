@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from merger.card.licences import refuse
 from merger.card.relations import Relations, relations
 from merger.card.render import rehearse
-from merger.errors import ModelError, Problem, RecipeError, VerificationError
+from merger.errors import ModelError, Problem, RecipeError, Span, VerificationError
 from merger.evaluation import check, check_memory
 from merger.locate import HUB, stores
 from merger.methods.registry import methods
@@ -23,8 +24,11 @@ from merger.plan.lockfile import Lock, changed_models, other_plan, read_lock
 from merger.plan.plan import Plan
 from merger.plan.plan import plan as make_plan
 from merger.plan.templates import own_templates
+from merger.recipe.evaluation import files, without_files
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
+from merger.safety.paths import ANYWHERE, read_named
+from merger.stores.folder import FolderStore
 from merger.stores.library import Library
 from merger.stores.ports import Store
 
@@ -87,10 +91,27 @@ def is_lock(path: Path) -> bool:
 def recipe_of(held: Lock, path: str) -> Recipe:
     """The recipe that stands in a lock file; its positions count from the recipe's own first line.
 
+    Of the machine it names its models' folders alone. Templates and files to measure on lie where the lock was made;
+    here the same path may be anything, and what is read of it would be published.
+
     Raises:
         RecipeError: with every problem of the recipe.
     """
-    return replace(parse(held.recipe, f"{path} (recipe)", methods()), path=path)
+    recipe = parse(held.recipe, f"{path} (recipe)", methods())
+    publish, evaluate, notes = recipe.publish, recipe.evaluate, list[Problem]()
+    if publish.template is not None and not publish.template.startswith(HUB):
+        notes.append(_left_out(publish.template, publish.template_at, "publish.template"))
+        publish = replace(publish, template=None, left_out=publish.template)
+    if evaluate is not None:
+        notes += [_left_out(*named) for named in files(evaluate)]
+        evaluate = without_files(evaluate)
+    warnings = (*recipe.warnings, *notes)
+    return replace(recipe, path=path, publish=publish, evaluate=evaluate, warnings=warnings)
+
+
+def _left_out(name: str, at: Span | None, where: str) -> Problem:
+    what = f"{name!r} is left out: a lock names nothing of the machine but the folders of its models"
+    return Problem(what, at, where, "run the recipe in place of its lock; merger card is given templates by --template")
 
 
 def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
@@ -102,27 +123,25 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
-    check(recipe)
+    check(recipe, options.root)
     template = recipe.publish.template or ""
     paths = [*(ref.path for ref in recipe.references), *([template] if template.startswith(HUB) else [])]
-    store = stores(paths, options.cache, options.read_token, options.hub_only)
+    store = stores(paths, options.cache, options.read_token, options.root)
     path = Path(recipe.path)
     if is_lock(path) and path.is_file():
-        # the card's templates of who made the lock lie on another machine, unless they are on the Hub
-        recipe = recipe if template.startswith(HUB) else replace(recipe, publish=replace(recipe.publish, template=None))
         planned = _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
     else:
-        locked = lock(recipe, store, _pins(lock_path(path)), options.allow_pickle)
+        locked = lock(recipe, store, _pins(lock_path(path), options.root), options.allow_pickle)
         planned = make_plan(locked, methods(), budget_of(recipe, options), options.seed)
     refuse(planned, published=stated_destination(recipe, options).startswith(HUB))
     if options.part is None:
         check_memory(planned, options.max_memory)
-    return with_templates(planned, store), store
+    return with_templates(planned, store, options.root), store
 
 
-def with_templates(planned: Plan, store: Store) -> Plan:
-    """The plan with the recipe's own templates for the card, which are tried."""
-    templates = own_templates(planned.locked.recipe.publish, store)
+def with_templates(planned: Plan, store: Store, root: Path | None = ANYWHERE) -> Plan:
+    """The plan with the recipe's own templates for the card, which are tried; see `own_templates`."""
+    templates = own_templates(planned.locked.recipe.publish, store, FolderStore(root))
     tried = replace(planned, locked=replace(planned.locked, templates=templates))
     rehearse(tried, methods())
     return tried
@@ -157,8 +176,13 @@ def lock_path(recipe: Path) -> Path:
     return recipe.with_suffix(LOCK_SUFFIX)
 
 
-def _pins(path: Path) -> dict[str, str]:
-    return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+def _pins(path: Path, root: Path | None) -> dict[str, str]:
+    if not os.path.lexists(path):
+        return {}
+    try:
+        return pins(read_named(str(path), root).decode("utf-8", "replace"), str(path))
+    except ModelError as error:
+        raise RecipeError(error.problems) from None
 
 
 def looked(planned: Plan, store: Store) -> Relations:

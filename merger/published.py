@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from merger.beside import model_files
 from merger.checkpoints.checkpoint import TensorInfo
@@ -21,6 +22,7 @@ from merger.plan.lockfile import Lock, read_lock
 from merger.plan.plan import Plan, Shard
 from merger.planning import recipe_of
 from merger.recipe.model import Recipe
+from merger.safety.paths import ANYWHERE
 from merger.stores.library import Library
 from merger.stores.ports import FileInfo, Located
 
@@ -45,6 +47,11 @@ class Merge:
     held: Lock
     recipe: Recipe
 
+    @property
+    def root(self) -> Path | None:
+        """How far its lock's words reach (safety.paths): of a folder that somebody has here, to folders of models."""
+        return None if self.located.commit else ANYWHERE
+
 
 def open_merge(target: str, token: str | bool | None) -> Merge:
     """Find a merge and read its lock.
@@ -64,9 +71,13 @@ def open_merge(target: str, token: str | bool | None) -> Merge:
         raise VerificationError(Problem(f"{located.name} holds no {LOCK_NAME}", hint=hint))
     try:
         held = read_lock(store.fetch(located, LOCK_NAME).decode("utf-8", "replace"), f"{located.name}/{LOCK_NAME}")
-        return Merge(store, located, held, recipe_of(held, LOCK_NAME))
+        merge = Merge(store, located, held, recipe_of(held, LOCK_NAME))
     except RecipeError as error:
         raise VerificationError(error.problems) from None
+    if folders := [parent.model for parent in held.models if parent.commit is None and merge.root is None]:
+        what = f"{located.name} was made of folders of another machine ({few(folders)}), which are nowhere to be found"
+        raise ModelError(Problem(what, hint="download it to where they are, and name the folder that it is in then"))
+    return merge
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     Args:
         target: a folder, or ``owner/name`` on the Hub, with or without ``hf://``.
         options: the token to read with, and whether the cache is used.
-        template: a file or folder of templates, in place of the recipe's.
+        template: a file or folder of templates, in place of the lock's, which are on the Hub or left out.
 
     Raises:
         RecipeError: a revision is named, but a card can only go to main; or the template cannot be rendered.
@@ -65,10 +65,10 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
         recipe = replace(recipe, publish=replace(recipe.publish, template=template, template_at=None))
     own = recipe.publish.template or ""
     paths = [*(ref.path for ref in recipe.references), *([own] if own.startswith(HUB) else [])]
-    parents = stores(paths, options.cache, options.read_token)
+    parents = stores(paths, options.cache, options.read_token, merge.root)
     locked = lock(recipe, parents, merge.held.pins)
     planned = planned_again(merge.held, locked, options)
-    planned = with_templates(planned, parents)
+    planned = with_templates(planned, parents, options.root)  # the lock names none of this machine
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:
         raise VerificationError(problems)
     elsewhere = elders(planned, merge.located.commit is not None, options.read_token)

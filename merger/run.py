@@ -176,7 +176,7 @@ def _made(
     if missing and options.publish_only:
         raise _unfinished(missing, planned)
     sink.reserve(needed_disk(planned, options, missing))
-    wanted = None if options.part else prepared(planned, options.device, options.read_token)
+    wanted = None if options.part else prepared(planned, options.device, options.read_token, options.root)
     if missing:
         sink.check_card(render(planned, methods(), sink.name, relations(planned, seen)))
         doubts = yield from _shards_made(planned, missing, store, sink, options, held, seen)

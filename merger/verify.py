@@ -116,7 +116,7 @@ def verify(target: str, options: Options, extent: Extent) -> Iterator[Begun | Ma
     merge = open_merge(target, options.read_token)
     if merge.recipe.lora is not None:  # its tensors are made in pairs, so that one alone cannot be
         extent = replace(extent, everything=True)
-    parents = stores([ref.path for ref in merge.recipe.references], options.cache, options.read_token)
+    parents = stores([ref.path for ref in merge.recipe.references], options.cache, options.read_token, merge.root)
     locked = lock(merge.recipe, parents, merge.held.pins)
     problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
     planned = _planned(merge.held, locked, options, problems)

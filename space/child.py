@@ -97,7 +97,7 @@ def _make(asked: dict[str, Any], out: TextIO) -> None:
         threads=asked["threads"],
         shard_size=asked["shard_size"],
         cache=False,
-        hub_only=True,
+        root=None,
         force=asked["force"],
         create_pr=asked["create_pr"],
         read_token=False if asked["is_public"] else asked["token"],

@@ -120,7 +120,7 @@ def options(token: str | None, limits: Limits) -> Options:
         shard_size=limits.shard_size,
         threads=limits.for_a_job()["threads"],
         cache=False,
-        hub_only=True,
+        root=None,
         read_token=token or False,
     )
 

@@ -47,11 +47,10 @@ class Told:
 Step = Callable[..., Told]
 
 
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two models."""
-    root = tmp_path_factory.mktemp("parents")
-    return {name: tiny.model(root / name, seed) for seed, name in enumerate(("one", "two"))}
+@pytest.fixture
+def parents(clone: Checkout) -> dict[str, Path]:
+    """Two models in the clone, which git does not know."""
+    return {name: tiny.model(clone.root / "models" / name, seed) for seed, name in enumerate(("one", "two"))}
 
 
 @pytest.fixture
@@ -553,6 +552,34 @@ def test_a_long_text_is_cut_at_a_line_and_says_so() -> None:
     """GitHub refuses longer ones."""
     assert github.shortened("one\ntwo\nthree", 8) == "one\ntwo\n\n(the rest is in the job's log)"
     assert github.shortened("one\ntwo", 7) == "one\ntwo"
+
+
+WORDS = {
+    "a model outside": ("./models/one", "../elsewhere", 3),
+    "a model by a link": ("./models/one", "./outward", 3),
+    "the environment as a template": ("parameters:", "publish: {template: /proc/self/environ}\nparameters:", 2),
+    "a template by a link": ("parameters:", "publish: {template: ./outward/secret.md}\nparameters:", 2),
+    "a text outside": ("parameters:", "evaluate: {perplexity: {text: ../elsewhere/secret.md}}\nparameters:", 2),
+    "a task outside": ("parameters:", "evaluate: {tasks: [/etc/task.yaml]}\nparameters:", 2),
+}
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_a_recipe_names_nothing_of_the_runner_but_the_repository(
+    kind: str, clone: Checkout, step: Step, parents: dict[str, Path]
+) -> None:
+    """After all links; the refusal stands at its line and tells nothing of what is there."""
+    tiny.model(clone.root.parent / "elsewhere", 3)
+    (clone.root.parent / "elsewhere/secret.md").write_text("not-a-real-secret")
+    (clone.root / "outward").symlink_to("../elsewhere")
+    old, new, code = WORDS[kind]
+    text = LINEAR.format(one="./models/one", two="./models/two").replace(old, new)
+    after = clone.commit({"merges/mine.yaml": text})
+    done = step("push", push(NOTHING, after), mode="plan")
+    assert done.code == code, done.log
+    assert "is outside of clone, and its recipes name nothing else of the machine" in done.log
+    assert "not-a-real-secret" not in done.log + done.summary
+    assert any(line.startswith("::error file=merges/mine.yaml,line=") for line in done.commands)
 
 
 def test_a_matrix_has_as_many_parts_as_bytes_ask_for_but_no_more_than_files(

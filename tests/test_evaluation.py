@@ -153,8 +153,7 @@ def test_missing_texts_and_tasks_are_told_by_plan(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as refused:
         plan(read(mine), Options())
     assert [str(problem) for problem in refused.value.problems] == [
-        f"{mine}:4:1: evaluate.tasks: there is no task file 'mine/none.yaml'\n"
-        "    paths are relative to the working directory",
+        f"{mine}:4:1: evaluate.tasks: 'mine/none.yaml' is not there\n    paths are relative to the working directory",
         f"{mine}:5:23: evaluate.perplexity: 'none.txt' is not there\n    paths are relative to the working directory",
         f"{mine}:5:41: evaluate.perplexity: 'lines.txt' is not there\n    paths are relative to the working directory",
     ]

@@ -43,18 +43,31 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_card_is_the_same_until_its_template_is_another(folder: Path) -> None:
     """Also the tables of what was measured are; with another template the card alone is written."""
     before = {path.name: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
-    made = recard("./out", OURS)
+    made = recard("./out", OURS, "own")
     assert made.text.encode() == before["README.md"]
     assert "layer 3" in made.text
     assert keep(made, OURS) is None
     (folder / "own/parts/citation.md.j2").unlink()
     (folder / "own/card.md.j2").write_text("# {{ title }}, {{ related.layers | length }} rows\n")
-    kept = keep(recard("out", OURS), OURS)
+    kept = keep(recard("out", OURS, "own"), OURS)
     assert kept is not None
     assert kept.where == str(folder / "out")
     after = {path.name: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
     assert after.pop("README.md").endswith(b"---\n# out, 7 rows\n")
     assert after == {name: content for name, content in before.items() if name != "README.md"}
+
+
+def test_without_a_template_given_it_is_ours_and_that_is_said(folder: Path) -> None:
+    """What the lock names of a machine is not looked for on this one; the recipe in the card does not tell where."""
+    lock = folder / "out/merger.lock.yaml"
+    lock.write_text(lock.read_text().replace("template: own", "template: /home/somebody/own"))
+    made = recard("out", OURS)
+    assert "## Recipe" in made.text
+    assert "template: ./own" in made.text
+    assert [str(note).split(": ", 1)[1] for note in made.merge.recipe.warnings] == [
+        "publish.template: '/home/somebody/own' is left out: a lock names nothing of the machine but the folders of "
+        "its models\n    run the recipe in place of its lock; merger card is given templates by --template"
+    ]
 
 
 def test_a_template_may_be_given_in_place_of_the_recipes(folder: Path) -> None:
@@ -96,15 +109,16 @@ def test_on_the_hub_it_is_one_commit_of_the_card_alone(served: LoopbackHub, clie
     line = ["run", str(recipe), "--to", "hf://org/carded", "--quiet"]
     assert client(called, line).code == 0
     before, commits = served.tree("org/carded"), served.commits("org/carded")
-    said: Said = client(called, ["card", "org/carded"])
+    mine = ["card", "org/carded", "--template", str(template)]
+    said: Said = client(called, mine)
     assert (said.code, said.out) == (0, "nothing to do: the card of org/carded is the same\n"), said.err
     assert served.commits("org/carded") == commits
 
     template.write_text("# two\n")
     served.commit("cards/kjv", {"README.md": b"moved on"})
-    printed = client(called, ["card", "hf://org/carded", "--print"])
+    printed = client(called, [*mine, "--print"])
     assert (printed.out.split("---\n")[2], served.commits("org/carded")) == ("# two\n", commits)
-    said = client(called, ["card", "hf://org/carded"])
+    said = client(called, mine)
     head = served.head("org/carded")
     assert said.out == f"wrote the card of {served.url}/org/carded at commit {head[:12]}\n", said.err
     assert served.read("org/carded", "README.md").decode() == printed.out
@@ -125,7 +139,7 @@ def test_on_the_hub_it_is_one_commit_of_the_card_alone(served: LoopbackHub, clie
         lambda request: request.path.endswith("/api/validate-yaml"),
         spoil=lambda _: Answer(400, {}, b'{"errors": [{"message": "no such card"}], "warnings": []}'),
     )
-    refused = client(called, ["card", "org/carded"])
+    refused = client(called, mine)
     assert refused.code == 6
     assert "the Hub refuses the card" in refused.err
     assert client(called, ["card", "org/carded@main"]).code == 2

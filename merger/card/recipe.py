@@ -34,7 +34,7 @@ def shown_recipe(planned: Plan) -> str:
 
 
 def _template(publish: Publish) -> Mapping[str, str]:
-    path = publish.template
+    path = publish.template or publish.left_out
     return {} if path is None or path.startswith("hf://") else {path: f"./{path.rstrip('/').split('/')[-1]}"}
 
 

@@ -76,6 +76,12 @@ def is_single(path: str) -> bool:
     return path.endswith(SUFFIX)
 
 
+def is_weights(file: str) -> bool:
+    """Whether a file holds tensors, by its name, or says which files do."""
+    name = file.removesuffix(".index.json")
+    return name.endswith(SUFFIX) or _PICKLED.search(name) is not None
+
+
 def index_name(single: str = SINGLE) -> str:
     """The name of the index of a model that would be called `single` if it were in one file."""
     return f"{single}.index.json"

@@ -50,6 +50,11 @@ def side_files(files: Collection[str], config: Mapping[str, Any]) -> tuple[str, 
     return tuple(sorted([*wanted, *(name for name in licence_files(files) if not is_notice(name))]))
 
 
+def read_beside(files: Collection[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of a model's files beside tensors and config that its merge takes over, or reads for what it publishes."""
+    return tuple(dict.fromkeys([*side_files(files, config), *licence_files(files), *({CARD_NAME} & set(files))]))
+
+
 def tokenizer_files(files: Collection[str]) -> tuple[str, ...]:
     """Those of a model's side files that make up its tokenizer and its chat template."""
     return tuple(name for name in side_files(files, {}) if _OF_A_TOKENIZER.search(name))

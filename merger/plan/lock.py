@@ -36,11 +36,13 @@ from merger.checkpoints.pickled import SINGLE as PICKLED
 from merger.checkpoints.pickled import is_pickled
 from merger.checkpoints.pickled import tensors as pickled_tensors
 from merger.checkpoints.quantised import unpacked
+from merger.checkpoints.sidefiles import read_beside
 from merger.errors import ModelError, Problem, RecipeError
 from merger.plan.adapted import with_adapter
 from merger.plan.locked import LockedModel, LockedRecipe, stated_licence
 from merger.recipe.model import ModelRef, Recipe
 from merger.recipe.tokenizer import AUTO
+from merger.safety.paths import COPY
 from merger.stores.ports import FileInfo, Located, Store
 
 GENERATION = "generation_config.json"
@@ -225,6 +227,7 @@ class _Fetching:
         located, store = self._located(ref), self.store
         alone = is_single(located.name)
         config = {} if alone else _config(located, store, self.pickles)
+        _refuse_barred(located, config)
         found = unpacked(tensors_of(located, store, self.pool, self.pickles), config)
         begins = STEM if alone or (self.pickles and is_pickled(located.files)) else _stem(located)
         checkpoint = Checkpoint(found.tensors, found.config, begins)
@@ -235,10 +238,18 @@ class _Fetching:
         located = self._located(ref)
         _check_adapter_files(located)
         config = _json(located, adapters.CONFIG, self.store)
+        _refuse_barred(located, {})
         tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, adapters.TENSORS)}
         lora = adapters.read_adapter(config, tensors)
         card, licence = _licensed(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
+
+
+def _refuse_barred(located: Located, config: Mapping[str, Any]) -> None:
+    """What a merge would publish of a model, or read for its card, must be the model's own."""
+    barred = {name: located.files[name].barred for name in read_beside(located.files, config)}
+    if problems := [Problem(f"{name} {why}", hint=COPY) for name, why in barred.items() if why]:
+        raise ModelError(problems)
 
 
 def _check_adapter_files(located: Located) -> None:

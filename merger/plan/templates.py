@@ -1,16 +1,17 @@
-"""The recipe's own templates for the card, fetched from where its models come from: a folder, a file, or the Hub.
+"""The recipe's own templates for the card: a folder or a file of this machine, as far as its words reach, or the Hub.
 
 Not here: what is written with them (card).
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NoReturn
 
-from merger.errors import ModelError, Problem, RecipeError
+from merger.errors import MissingError, ModelError, Problem, RecipeError
 from merger.recipe.model import Publish
 from merger.stores.ports import Located, Store
 
@@ -20,8 +21,13 @@ _HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:/(?P<path>[^@]+))?(?:@(?P<rev
 _EXTENSION = ".j2"
 
 
-def own_templates(publish: Publish, store: Store) -> Mapping[str, str]:
+def own_templates(publish: Publish, store: Store, folders: Store) -> Mapping[str, str]:
     """The texts by name: a file stands in for the layout of the card, a folder's files for ours of the same names.
+
+    Args:
+        publish: which names them.
+        store: reads those on the Hub.
+        folders: reads those of this machine, as far as the recipe's words reach.
 
     Raises:
         RecipeError: there is no such template, or no text in it.
@@ -29,7 +35,20 @@ def own_templates(publish: Publish, store: Store) -> Mapping[str, str]:
     """
     if publish.template is None:
         return {}
-    located, path = _located(publish, publish.template, store)
+    found = _HUB.fullmatch(publish.template)
+    if found is not None:
+        return _texts(publish, *_on_the_hub(publish, found, store), store)
+    try:
+        return _texts(publish, *_here(publish, publish.template, folders), folders)
+    except ModelError as error:
+        raise RecipeError(_at(publish, error)) from None
+
+
+def _at(publish: Publish, error: ModelError) -> list[Problem]:
+    return [replace(problem, at=publish.template_at, where="publish.template") for problem in error.problems]
+
+
+def _texts(publish: Publish, located: Located, path: str, store: Store) -> Mapping[str, str]:
     stem = f"{path.rstrip('/')}/" if path else ""
     inside = [name for name in located.files if name.startswith(stem) and name.endswith(_EXTENSION)]
     named = {LAYOUT: path} if path in located.files else {name.removeprefix(stem): name for name in inside}
@@ -38,31 +57,25 @@ def own_templates(publish: Publish, store: Store) -> Mapping[str, str]:
     return {name: _text(publish, located, file, store) for name, file in named.items()}
 
 
-def _located(publish: Publish, template: str, store: Store) -> tuple[Located, str]:
-    """The repo or folder, and the path in it."""
-    found = _HUB.fullmatch(template)
-    if found is None:
-        return _in_a_folder(publish, template, store)
+def _on_the_hub(publish: Publish, found: re.Match[str], store: Store) -> tuple[Located, str]:
+    """The repo, and the path in it."""
     try:
         located = store.locate(found["repo"], found["revision"])
     except ModelError as error:
-        raise ModelError(
-            replace(problem, at=publish.template_at, where="publish.template") for problem in error.problems
-        ) from None
+        raise ModelError(_at(publish, error)) from None
     if located.commit is None:
         what = f"{found['repo']} is a folder here, and the template is to come from the Hub"
         _refuse(publish, what, "rename the folder, or run it from another one")
     return located, found["path"] or ""
 
 
-def _in_a_folder(publish: Publish, template: str, store: Store) -> tuple[Located, str]:
-    written = template if template.startswith(("/", "~", "./", "../")) else f"./{template}"
-    folder, _, name = written.rstrip("/").rpartition("/")
+def _here(publish: Publish, template: str, folders: Store) -> tuple[Located, str]:
+    """The folder, or the file and its name."""
     try:
-        beside = store.locate(folder or "/", None)
-        return (beside, name) if name in beside.files else (store.locate(written, None), "")
-    except ModelError:
+        located = folders.locate(template, None)
+    except MissingError:
         _missing(publish)
+    return located, "" if os.path.isdir(os.path.expanduser(template)) else located.name
 
 
 def _text(publish: Publish, located: Located, file: str, store: Store) -> str:

@@ -9,7 +9,10 @@ Not here: the measuring (engine), and whether the texts are there (evaluation).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 
+from merger.errors import Span
 from merger.recipe import spans
 from merger.recipe.model import Evaluate, Perplexity
 from merger.recipe.places import Fields, Place, nearest
@@ -17,6 +20,7 @@ from merger.recipe.spans import number
 
 EVALUATE = ("perplexity", "tasks", "limit", "parents", "dtype")
 PERPLEXITY = ("text", "window", "stride", "limit")
+PERPLEXITY_AT = "evaluate.perplexity"
 DTYPES = ("float32", "bfloat16")
 HUB_FILE = re.compile(r"hf://(?P<datasets>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?/(?P<file>.+)")
 MAX_WINDOW = 1 << 17
@@ -43,6 +47,24 @@ def evaluate(fields: Fields) -> Evaluate | None:
         dtype=_dtype(keys.get("dtype")),
         at=place.key,
     )
+
+
+def files(wanted: Evaluate) -> Iterator[tuple[str, Span | None, str]]:
+    """The files of the machine that the block names: each with its place in the recipe, and the words for that."""
+    yield from ((task, wanted.at, "evaluate.tasks") for task in wanted.tasks if _is_file(task))
+    texts = [text for text in wanted.perplexity if not HUB_FILE.fullmatch(text.text)]
+    yield from ((text.text, text.at, PERPLEXITY_AT) for text in texts)
+
+
+def without_files(wanted: Evaluate) -> Evaluate | None:
+    """The block without them; None where nothing is left of it."""
+    texts = tuple(text for text in wanted.perplexity if HUB_FILE.fullmatch(text.text))
+    tasks = tuple(task for task in wanted.tasks if not _is_file(task))
+    return replace(wanted, perplexity=texts, tasks=tasks) if texts or tasks else None
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
 
 
 def _perplexities(place: Place) -> tuple[Perplexity, ...]:

@@ -261,6 +261,7 @@ class Publish:
         create_pr: open a pull request instead of committing to main.
         template: Jinja2 templates for the card: a file or folder, relative to the working directory, or on the Hub
             hf://owner/name/path@revision.
+        left_out: the templates that a lock names of the machine on which it was made: they are not read.
         at: where the block stands in the recipe; `license_at`, `template_at`: those values.
     """
 
@@ -272,6 +273,7 @@ class Publish:
     license_override: str | None = None
     create_pr: bool = False
     template: str | None = None
+    left_out: str | None = None
     at: Span | None = field(default=None, compare=False)
     license_at: Span | None = field(default=None, compare=False)
     template_at: Span | None = field(default=None, compare=False)

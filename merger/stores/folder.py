@@ -15,10 +15,12 @@ from typing import Any
 
 import yaml
 
-from merger.checkpoints.checkpoint import is_single
+from merger.checkpoints.checkpoint import is_single, is_weights
 from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import LOCK_NAME
-from merger.errors import BudgetError, ModelError, Problem, UploadError
+from merger.errors import BudgetError, MissingError, ModelError, Problem, UploadError
+from merger.safety import paths
+from merger.safety.paths import ANYWHERE, BarredError
 from merger.stores.ports import FileInfo, Leftover, Located, Published, Ticket
 
 _MARK, _WORK = ".merger-in-work", ".merging"
@@ -27,47 +29,64 @@ _MARK, _WORK = ".merger-in-work", ".merging"
 class FolderStore:
     """Models in folders of this machine, written with ``/`` or ``~`` and relative to the working directory.
 
-    A single file of safetensors is one, too.
+    A single file of safetensors is one, too. What is not weights is read only where it lies in the model's own folder.
+
+    Args:
+        root: inside of which models have to lie, by whose words they are named (safety.paths); None: nowhere.
     """
+
+    def __init__(self, root: Path | None = ANYWHERE) -> None:
+        self._root = root
 
     def has(self, path: str) -> bool:
         """A path is ours when it exists or is written as one; a name such as ``org/model`` is not."""
         written_as_one = path.startswith(("./", "../", "/", "~", ".\\")) or path[1:2] == ":"
         alone = "/" not in path and is_single(path)
-        return written_as_one or alone or os.path.exists(os.path.expanduser(path))
+        return written_as_one or alone or (self._root is not None and os.path.exists(os.path.expanduser(path)))
 
     def locate(self, path: str, revision: str | None) -> Located:
-        """Find the folder's files; a folder has no revisions."""
+        """Find the folder's files, or the one file; they have no revisions."""
+        root = self._root
+        paths.resolve(path, root)
         folder, kind = Path(os.path.expanduser(path)), "file" if is_single(path) else "folder"
-        if not (os.path.isfile(folder) if is_single(path) else os.path.isdir(folder)):
+        if not os.path.lexists(folder):
             hint = "paths are relative to the working directory"
-            raise ModelError(Problem(f"there is no {kind} {path!r}", hint=hint))
+            raise MissingError(Problem(f"there is no {kind} {path!r}", hint=hint))
         if revision is not None:
             raise ModelError(Problem(f"{path!r} is a {kind}, which has no revision {revision!r}", hint="drop the '@…'"))
-        if is_single(path):
-            return Located(folder.name, str(folder.parent), None, {folder.name: _info(folder)})
-        files = {item.relative_to(folder).as_posix(): _info(item) for item in _files(folder)}
+        if not os.path.isdir(folder):
+            info = _info(folder.parent, folder.name, root)
+            return Located(folder.name, str(folder.parent), None, {folder.name: info})
+        files = {name: _info(folder, name, root) for name in _files(folder)}
         return Located(folder.resolve().name, str(folder), None, files)
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read a file or a part of it."""
-        with _readable(model, file), (Path(model.where) / file).open("rb") as source:
-            source.seek(start)
-            return source.read(-1 if stop is None else stop - start)
+        with _readable(model, file):
+            return paths.read(_reached(model.where, file, self._root), start, stop)
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> FolderReader:
         """A reader that asks the disk each time: the system's page cache is the read-ahead."""
-        return FolderReader(tickets)
+        return FolderReader(tickets, self._root)
 
 
-def _info(file: Path) -> FileInfo:
-    stat = file.stat()
+def _reached(folder: str, file: str, root: Path | None) -> Path:
+    """What lies behind a name; a link out of the folder is followed to weights alone, for all else may be published."""
+    return paths.reach(folder, file, root, leaves=is_weights(file))
+
+
+def _info(folder: Path, name: str, root: Path | None) -> FileInfo:
+    try:
+        stat = _reached(str(folder), name, root).stat()
+    except BarredError as why:
+        return FileInfo(0, barred=str(why))
     return FileInfo(stat.st_size, changed=stat.st_mtime_ns)
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> list[str]:
     """The files directly in the folder and one level below, sorted, so that every machine lists them alike."""
-    return sorted(item for pattern in ("*", "*/*") for item in folder.glob(pattern) if item.is_file())
+    found = sorted(item for pattern in ("*", "*/*") for item in folder.glob(pattern) if not os.path.isdir(item))
+    return [item.relative_to(folder).as_posix() for item in found]
 
 
 @contextmanager
@@ -75,6 +94,8 @@ def _readable(model: Located, file: str) -> Iterator[None]:
     """Turn the disk's errors into a sentence and a next step."""
     try:
         yield
+    except BarredError as why:
+        raise ModelError(Problem(f"{model.name}: {file} {why}", hint=paths.COPY)) from None
     except OSError as error:
         what = f"{model.name}: {file} cannot be read ({error.strerror})"
         raise ModelError(Problem(what, hint=f"look at its rights and its disk: {model.where}")) from None
@@ -83,10 +104,10 @@ def _readable(model: Located, file: str) -> Iterator[None]:
 class FolderReader:
     """Reads tickets with pread: mapped pages would count as this process's memory."""
 
-    def __init__(self, tickets: Sequence[Ticket]) -> None:
+    def __init__(self, tickets: Sequence[Ticket], root: Path | None = ANYWHERE) -> None:
         self._tickets = tickets
-        self._paths = [os.path.join(ticket.model.where, ticket.file) for ticket in tickets]
-        self._open: dict[str, int] = {}
+        self._root = root
+        self._open: dict[tuple[str, str], int] = {}
 
     def read(self, ticket: int, offset: int, out: memoryview) -> None:
         """Fill `out` from the ticket's file."""
@@ -94,19 +115,21 @@ class FolderReader:
         done = 0
         with _readable(wanted.model, wanted.file):
             while done < len(out):
-                got = os.preadv(self._descriptor(self._paths[ticket]), [out[done:]], wanted.start + offset + done)
+                descriptor = self._descriptor(wanted.model.where, wanted.file)
+                got = os.preadv(descriptor, [out[done:]], wanted.start + offset + done)
                 if got == 0:
                     what = f"{wanted.model.name}: {wanted.file} became shorter while it was read"
                     raise ModelError(Problem(what, hint="let nothing write to the models, and run it again"))
                 done += got
 
-    def _descriptor(self, path: str) -> int:
-        if path not in self._open:
+    def _descriptor(self, folder: str, file: str) -> int:
+        key = (folder, file)
+        if key not in self._open:
             # Two threads may open the same file at once: the loser's descriptor is closed again.
-            opened = os.open(path, os.O_RDONLY)
-            if self._open.setdefault(path, opened) != opened:
+            opened = paths.opened(_reached(folder, file, self._root))
+            if self._open.setdefault(key, opened) != opened:
                 os.close(opened)
-        return self._open[path]
+        return self._open[key]
 
     def repeatable(self, ticket: int) -> bool:
         """A disk can be read again."""
@@ -301,8 +324,12 @@ class FolderSink:
             for name, content in small.items():
                 target = self.folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.parent.resolve().is_relative_to(self.folder):
+                    raise OSError(errno.EINVAL, f"{name} lies behind a link that leads out of it")
                 unfinished = target.with_name(f".{target.name}.unfinished")
-                unfinished.write_bytes(content)
+                unfinished.unlink(missing_ok=True)  # whoever made the folder may have made it a link
+                with unfinished.open("xb") as file:
+                    file.write(content)
                 unfinished.replace(target)
         return Published(str(self.folder))
 
@@ -378,10 +405,10 @@ def _is_free(path: Path) -> bool:
 def _holds(folder: Path, identity: str) -> bool:
     """Whether the finished result of this very run lies there, as its lock file says."""
     try:
-        content = yaml.safe_load((folder / LOCK_NAME).read_text(encoding="utf-8"))
+        content = yaml.safe_load(paths.read(_reached(str(folder), LOCK_NAME, ANYWHERE)).decode())
         shards = {item["file"]: item["size"] for item in content["output"]}
         sizes = {name: (folder / name).stat().st_size for name in shards}
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (BarredError, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return False
     return bool(content.get("identity") == identity and sizes == shards)
 

@@ -17,14 +17,15 @@ from merger.checkpoints.shard import Outlet, Written
 class FileInfo:
     """A file of a model: its size in bytes, and its SHA-256 where the store knows it without reading.
 
-    In a folder, where nothing pins a file, also when it was last changed (nanoseconds since 1970); on the Hub also the
-    name that git gives to its content.
+    In a folder, where nothing pins a file, also when it was last changed (nanoseconds since 1970), and why nothing may
+    be read of it, where that is so; on the Hub also the name that git gives to its content.
     """
 
     size: int
     sha256: str | None = None
     changed: int | None = None
     oid: str | None = None
+    barred: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 from loopback import Client, ClientError, LoopbackHub
+from naming import PLACES
 
 from merger.errors import MergerError
 from merger.recipe import model
@@ -54,43 +55,6 @@ def test_a_revision_is_one(revision: str) -> None:
     assert f"'{revision}' is no branch, tag or commit" in refused(TWO.format(f"org/a@{revision}"))
 
 
-BODY = "merge_method: linear\nmodels:\n  - model: org/a\n  - model: org/b\nparameters: {weight: 1}\n"
-PLACES = {
-    "base_model": BODY + "base_model: MODEL\n",
-    "an adapter": BODY.replace("org/b", "org/b+MODEL"),
-    "a slice's source": """\
-slices:
-  - sources: [{model: org/a, layer_range: [0, 1]}, {model: "MODEL", layer_range: [0, 1]}]
-merge_method: slerp
-base_model: org/a
-parameters: {t: 0.5}
-""",
-    "tensors": BODY + "tensors: [{filter: norm, model: 'MODEL'}]\n",
-    "tokenizer_source": BODY + "tokenizer_source: MODEL\n",
-    "a token's source": BODY
-    + "tokenizer: {source: org/a, tokens: {x: {source: {kind: model_token, model: 'MODEL', token: y}}}}\n",
-    "an expert": "base_model: org/a\nexperts:\n  - {source_model: 'MODEL', positive_prompts: [a]}\n",
-    "a shared expert": """\
-base_model: org/a
-experts: [{source_model: org/a, positive_prompts: [a]}]
-shared_experts: [{source_model: 'MODEL'}]
-""",
-    "a fine-tune to extract": "extract_lora: {model: 'MODEL', base_model: org/a, rank: 4}\n",
-    "a base to extract from": "extract_lora: {model: org/a, base_model: 'MODEL', rank: 4}\n",
-    "adapters to merge": "merge_method: linear\nadapters: [{model: 'MODEL', parameters: {weight: 1}}]\n",
-    "a stage": """\
-name: first
-merge_method: linear
-parameters: {weight: 1}
-models: [{model: 'MODEL'}]
----
-merge_method: linear
-parameters: {weight: 1}
-models: [{model: first}, {model: org/b}]
-""",
-}
-
-
 @pytest.mark.parametrize("place", PLACES)
 def test_wherever_a_recipe_names_a_model(place: str) -> None:
     """It is on the Hub, or the recipe is refused at that place; a stage's own name is no model."""
@@ -103,7 +67,7 @@ WORDS = {"Slice.method", "Module.name", "Lora.include", "Lora.exclude", "Taken.f
 WORDS |= {"TokenRow.token", "Tokenizer.missing", "ChatTemplate.text", "Mixture.gate_mode", "Mixture.architecture"}
 WORDS |= {"Expert.positive_prompts", "Expert.negative_prompts", "Recipe.path", "Recipe.text", "Recipe.name"}
 WORDS |= {"Recipe.dtype", "Publish.repo", "Publish.license", "Publish.license_name", "Publish.license_link"}
-WORDS |= {"Publish.license_override", "TokenRow.source", "Tokenizer.source"}
+WORDS |= {"Publish.license_override", "Publish.left_out", "TokenRow.source", "Tokenizer.source"}
 PLACED = {"ModelRef.path", "ModelRef.revision", "Publish.template"}
 REFUSED = {"Perplexity.text", "Evaluate.tasks", "Evaluate.dtype"}
 

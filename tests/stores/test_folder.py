@@ -436,6 +436,21 @@ def test_a_destination_that_cannot_be_is_a_refusal(name: str, tmp_path: Path) ->
     assert hint(refusal.value)
 
 
+def test_a_card_is_written_into_the_folder_and_through_no_link(tmp_path: Path) -> None:
+    """Whoever made the folder may have laid some where we write: to a file, and to a folder elsewhere."""
+    out = a_model(tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/mine").write_bytes(b"mine")
+    (out / ".README.md.unfinished").symlink_to("../elsewhere/mine")
+    (out / "README.md").symlink_to("../elsewhere/mine")
+    FolderSink(out).amend({"README.md": b"a card"}, "", located(out))
+    assert (out / "README.md").read_bytes() == b"a card"
+    (out / "pictures").symlink_to("../elsewhere")
+    with pytest.raises(UploadError, match=r"pictures/a\.svg lies behind a link that leads out of it"):
+        FolderSink(out).amend({"pictures/a.svg": b"drawn"}, "", located(out))
+    assert listing(tmp_path / "elsewhere") == {"mine": b"mine"}
+
+
 def test_a_disk_that_fails_at_the_end_puts_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the new folder cannot take the name, the old one has it again."""
     out = a_model(tmp_path / "out")
