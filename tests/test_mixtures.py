@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -507,7 +508,7 @@ def copy_with_tokenizer(model: Path, folder: Path) -> Path:
     folder.mkdir()
     tokenizer = [ZOO / "base" / file for file in ("tokenizer.json", "tokenizer_config.json")]
     for name, file in {file.name: file for file in (*model.iterdir(), *tokenizer)}.items():
-        (folder / name).symlink_to(file)
+        shutil.copy(file, folder / name)
     return folder
 
 

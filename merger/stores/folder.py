@@ -95,10 +95,15 @@ def _readable(model: Located, file: str) -> Iterator[None]:
     try:
         yield
     except BarredError as why:
-        raise ModelError(Problem(f"{model.name}: {file} {why}", hint=paths.COPY)) from None
+        raise ModelError(Problem(f"{_called(model, file)} {why}", hint=paths.COPY)) from None
     except OSError as error:
-        what = f"{model.name}: {file} cannot be read ({error.strerror})"
+        what = f"{_called(model, file)} cannot be read ({error.strerror})"
         raise ModelError(Problem(what, hint=f"look at its rights and its disk: {model.where}")) from None
+
+
+def _called(model: Located, file: str) -> str:
+    """Several models have files of the same name; a single file is its own."""
+    return file if file == model.name else f"{model.name}: {file}"
 
 
 class FolderReader:

@@ -76,15 +76,16 @@ RECIPES = {
 class Hub(FolderStore):
     """Folders of this machine that stand in for repos of the Hub at a commit, and for folders elsewhere."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
 
     def locate(self, path: str, revision: str | None) -> Located:
-        folder = super().locate(str(self._root / path.rstrip("/").split("/")[-1]), None)
+        folder = super().locate(str(self._folder / path.rstrip("/").split("/")[-1]), None)
         return replace(folder, name=path, where=path, commit=COMMITS[path]) if path in COMMITS else folder
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
-        folder = replace(model, where=str(self._root / model.name.split("/")[-1]))
+        folder = replace(model, where=str(self._folder / model.name.split("/")[-1]))
         return super().fetch(folder, file, start, stop)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def planned(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
             folder = tmp_path / name
             folder.mkdir(exist_ok=True)
             for file in (models / name).iterdir():
-                (folder / file.name).exists() or (folder / file.name).symlink_to(file)
+                (folder / file.name).exists() or os.link(file, folder / file.name)
             card = licence if isinstance(licence, dict) else {"license": licence} if licence else {}
             (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
         recipe = {"merge_method": "linear", "models": [{"model": "./one"}, {"model": "./two"}],

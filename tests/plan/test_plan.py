@@ -148,6 +148,7 @@ class Pinned(FolderStore):
     """Folders that claim to be at a commit."""
 
     def __init__(self, commit: str) -> None:
+        super().__init__()
         self.commit = commit
 
     def locate(self, path: str, revision: str | None) -> Located:
