@@ -96,8 +96,8 @@ def other_files(merge: Merge, everything: bool) -> dict[str, Problem]:
 
 def _wrong(merge: Merge, name: str, info: FileInfo, everything: bool) -> str | None:
     found = merge.located.files.get(name)
-    if found is None:
-        return "is missing"
+    if found is None or found.barred:
+        return "is missing" if found is None else found.barred
     if found.size != info.size:
         return f"has {found.size:,} bytes, the lock says {info.size:,}"
     sha256 = merge.store.checksum(merge.located, name) if everything else found.sha256
