@@ -13,14 +13,14 @@ import yaml
 from merger.card.licences import refuse
 from merger.card.relations import Relations, relations
 from merger.card.render import rehearse
-from merger.errors import ModelError, Problem, RecipeError, Span, VerificationError
+from merger.errors import MismatchError, ModelError, Problem, RecipeError, Span, VerificationError
 from merger.evaluation import check, check_memory
 from merger.locate import HUB, stores
 from merger.methods.registry import methods
 from merger.options import Options, budget_of, stated_destination
 from merger.plan.lock import lock, pins
 from merger.plan.locked import LockedRecipe
-from merger.plan.lockfile import Lock, changed_models, other_plan, read_lock
+from merger.plan.lockfile import Lock, changed_models, other_meaning, other_numbers, other_plan, read_lock
 from merger.plan.plan import Plan
 from merger.plan.plan import plan as make_plan
 from merger.plan.templates import own_templates
@@ -156,19 +156,28 @@ def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Opti
     if changed := changed_models(locked, held, store.checksum):
         raise ModelError(changed)
     planned = planned_again(held, locked, options)
-    if other := other_plan(planned, held):
+    if other := other_plan(planned, held) or other_numbers(planned, held):
         raise VerificationError(other)
     return planned
 
 
 def planned_again(held: Lock, locked: LockedRecipe, options: Options) -> Plan:
-    """The plan of a lock's recipe, with the lock's seed and shard size.
+    """The plan of a lock's recipe, with the lock's seed, shard size and format.
 
     Raises:
         RecipeError, MismatchError, BudgetError: as the plan does.
+        VerificationError: an earlier version made it, and the recipe means something else by now.
     """
     budget = replace(budget_of(locked.recipe, options), shard_bytes=held.shard_bytes)
-    return make_plan(locked, methods(), budget, held.seed)
+    try:
+        planned = make_plan(locked, methods(), budget, held.seed, held.format)
+    except (RecipeError, MismatchError):
+        if earlier := other_meaning(None, held):
+            raise VerificationError(earlier) from None
+        raise
+    if earlier := other_meaning(planned, held):
+        raise VerificationError(earlier)
+    return planned
 
 
 def lock_path(recipe: Path) -> Path:

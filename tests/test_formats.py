@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import adapters
 import numpy as np
@@ -19,9 +21,12 @@ import tiny
 import torch
 import vocabularies
 import yaml
-from calls import called
+from calls import Said, called
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from merger.plan import formats
+from merger.plan import plan as plan_module
 
 GOLDEN = Path(__file__).parent / "golden" / "locks"
 OF_THE_MACHINE = {"extract", "lora"}
@@ -171,9 +176,6 @@ def made(kind: str, parents: Path, out: Path) -> Path:
 # ---- what holds -----------------------------------------------------------------------------------------------------
 
 
-Run = Callable[[str], Path]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lock_of_an_earlier_version_makes_its_bytes_and_is_verified(
     kind: str, parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -192,3 +194,94 @@ def test_a_lock_of_an_earlier_version_makes_its_bytes_and_is_verified(
         (out / "merger.lock.yaml").write_bytes(golden.read_bytes())
     verified = called(["verify", str(out), "--all"])
     assert verified.code == 0, verified.err
+
+
+# ---- and where anything is otherwise by now -------------------------------------------------------------------------
+
+LATER = formats.Change(2, "layers are counted from 1")
+OTHER_BITS = formats.Change(2, "task_arithmetic rounds otherwise", frozenset({"task_arithmetic"}))
+SAYS = (
+    "merger 0.1.0 made it (format 1), and {} makes another merge of the same recipe: {}\n"
+    "    use the version that made it: pip install 'hub-merger==0.1.0'"
+)
+
+
+@pytest.fixture
+def merge(parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A merge of today, as somebody has published it; the tests go on a version later."""
+    monkeypatch.chdir(parents)
+    made("gradients", parents, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def later(monkeypatch: pytest.MonkeyPatch, change: formats.Change) -> str:
+    """From now on this is a version with the change; what it says of an earlier lock."""
+    monkeypatch.setattr(formats, "FORMAT", 2)
+    monkeypatch.setattr(formats, "CHANGES", (change,))
+    return SAYS.format(version("hub-merger"), change.what)
+
+
+def again(merge: Path, command: str) -> Said:
+    """The command, told of the lock of the merge."""
+    line = ["verify", str(merge), "--all"]
+    return called(line if command == "verify" else ["run", str(merge / "merger.lock.yaml"), "--to", f"{merge}-again"])
+
+
+both = pytest.mark.parametrize("command", ["run", "verify"])
+
+
+@both
+def test_a_change_that_does_not_touch_a_recipe_leaves_its_bytes(
+    command: str, merge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock that is written names the format by whose meaning it was planned."""
+    later(monkeypatch, LATER)
+    done = again(merge, command)
+    assert done.code == 0, done.err
+    if command == "run":
+        assert (Path(f"{merge}-again") / "merger.lock.yaml").read_bytes() == (merge / "merger.lock.yaml").read_bytes()
+
+
+@both
+def test_a_recipe_that_means_something_else_by_now_is_said_to_and_not_to_be_forged(
+    command: str, merge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which version made it, what has changed since, and how to get that version."""
+    says = later(monkeypatch, LATER)
+    real = plan_module._made
+
+    def otherwise(*given: Any) -> Any:
+        making, config = real(*given)
+        return making, {**config, "counted": 1}
+
+    monkeypatch.setattr(plan_module, "_made", otherwise)
+    done = again(merge, command)
+    assert (done.code, done.err.strip()) == (7, says)
+
+
+@both
+def test_bits_that_come_out_otherwise_by_now_are_said_to_and_not_to_be_forged(
+    command: str, merge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the plan is the same and the method makes other numbers of it."""
+    says = later(monkeypatch, OTHER_BITS)
+    shard = merge / "model.safetensors"
+    held = {name: tensor * 2 for name, tensor in load_file(shard).items()}
+    save_file(held, shard, metadata={"format": "pt"})
+    done = again(merge, command)
+    assert done.code == 7
+    assert says.splitlines()[0] in done.out + done.err
+    assert says.splitlines()[1] in done.out + done.err
+
+
+@both
+def test_a_lock_of_a_later_version_is_refused_by_its_format(command: str, merge: Path) -> None:
+    """It may say what this one cannot understand."""
+    lock = merge / "merger.lock.yaml"
+    lock.write_text(
+        lock.read_text().replace("format: 1", "format: 3").replace("hub-merger: 0.1.0", "hub-merger: 0.9.0")
+    )
+    done = again(merge, command)
+    assert done.code == 7
+    assert "is of format 3, and merger 0.1.0 knows 1 at most" in done.err
+    assert "pip install 'hub-merger==0.9.0'" in done.err

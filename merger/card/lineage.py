@@ -48,6 +48,7 @@ def lock_file(planned: Plan, output: Mapping[str, FileInfo], checksum: Checksum)
     return Lock(
         plan=planned.hash,
         identity=planned.identity,
+        format=planned.format,
         seed=planned.seed,
         shard_bytes=planned.shard_bytes,
         made_with={"python": platform.python_version(), **{package: version(package) for package in _MADE_WITH}},

@@ -7,7 +7,7 @@ of a run (card.lineage), and the commits alone that a lock file beside a recipe 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import yaml
 
 from merger.checkpoints.sidefiles import CARD_NAME
-from merger.errors import Problem, RecipeError
+from merger.errors import Problem, RecipeError, VerificationError
+from merger.plan import formats
+from merger.plan.formats import Change
 from merger.plan.locked import LockedModel, LockedRecipe
-from merger.plan.plan import FORMAT, Plan
+from merger.plan.plan import Plan
 from merger.stores.ports import FileInfo, Located
 
 OURS = "hub-merger"
@@ -54,6 +56,7 @@ class Lock:
         recipe: the recipe's text.
         models: its models, in the order of its first mention of each.
         output: the files that were written but for the card, its pictures and this lock, the shards first.
+        format: by whose meaning of a recipe it was planned.
     """
 
     plan: str
@@ -64,6 +67,7 @@ class Lock:
     recipe: str
     models: tuple[Parent, ...]
     output: Mapping[str, FileInfo]
+    format: int = formats.FORMAT
 
     @property
     def pins(self) -> dict[str, str]:
@@ -73,7 +77,7 @@ class Lock:
     def text(self) -> str:
         """As YAML."""
         content: dict[str, Any] = {
-            "format": FORMAT,
+            "format": self.format,
             "plan": self.plan,
             "identity": self.identity,
             "seed": self.seed,
@@ -118,16 +122,28 @@ def read_lock(text: str, path: str) -> Lock:
 
     Raises:
         RecipeError: it is no lock file, or one from before they held a recipe.
+        VerificationError: a later version wrote it.
     """
     try:
         content = yaml.safe_load(text)
         if "recipe" not in content and "made_with" in content:
             hint = "run the recipe itself, with this file beside it: mine.lock.yaml beside mine.yaml"
             raise RecipeError(Problem(f"{path} holds no recipe: an earlier version of merger wrote it", hint=hint))
+        _refuse_later(_is(int, content["format"]), content, path)
         return _lock(content)
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         hint = "take the merger.lock.yaml of a result"
         raise RecipeError(Problem(f"{path} is no lock file", hint=hint)) from None
+
+
+def _refuse_later(format: int, content: Any, path: str) -> None:
+    if format > formats.FORMAT:
+        what = f"{path} is of format {format}, and merger {version(OURS)} knows {formats.FORMAT} at most"
+        raise VerificationError(Problem(what, hint=_install(_is(str, content["made_with"][OURS]))))
+
+
+def _install(number: str) -> str:
+    return f"use the version that made it: pip install '{OURS}=={number}'"
 
 
 def _lock(content: Any) -> Lock:
@@ -140,6 +156,7 @@ def _lock(content: Any) -> Lock:
         recipe=_is(str, content["recipe"]),
         models=tuple(_parent(item) for item in _is(list, content["models"])),
         output=_files(content["output"]),
+        format=_is(int, content["format"]),
     )
 
 
@@ -226,6 +243,31 @@ def _other(located: Located, name: str, info: FileInfo, checksum: Checksum) -> s
     sha256 = checksum(located, name) if checksum and is_read else found.sha256
     same = None in (sha256, info.sha256) or sha256 == info.sha256
     return None if same else f"is another file: its SHA-256 is {sha256}, the lock says {info.sha256}"
+
+
+def other_meaning(planned: Plan | None, held: Lock) -> list[Problem]:
+    """That an earlier version made the merge, and this one plans another of the same recipe.
+
+    Args:
+        planned: the plan made anew; None: there can be none any more.
+        held: the lock.
+    """
+    same = planned is not None and planned.hash == held.plan
+    return [] if same else _said(formats.since(held.format), held)
+
+
+def other_numbers(planned: Plan, held: Lock) -> list[Problem]:
+    """That an earlier version made the merge, and the same plan comes out with other numbers now."""
+    methods = {job.method for job in (*planned.jobs, *(made.job for made in planned.stages))}
+    return _said([change for change in formats.since(held.format) if change.methods & methods], held)
+
+
+def _said(changes: Sequence[Change], held: Lock) -> list[Problem]:
+    if not changes:
+        return []
+    then = held.made_with.get(OURS, "an unknown version")
+    what = f"merger {then} made it (format {held.format}), and {version(OURS)} makes another merge of the same recipe"
+    return [Problem(f"{what}: {'; '.join(change.what for change in changes)}", hint=_install(then))]
 
 
 def other_plan(planned: Plan, held: Lock) -> list[Problem]:

@@ -17,7 +17,7 @@ from merger.checkpoints.checkpoint import ITEM_BYTES
 from merger.checkpoints.shard import header, shard_name
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
-from merger.plan import moe, routing
+from merger.plan import formats, moe, routing
 from merger.plan.jobs import Job, Making, make
 from merger.plan.leftovers import LeftOut, config, left_out
 from merger.plan.locked import LockedRecipe
@@ -28,9 +28,6 @@ from merger.plan.stages import with_stages
 from merger.plan.texts import Texts, beside_adapter, texts
 from merger.plan.tokens import Tokens
 from merger.plan.work import below, block_entries, memory, spool
-
-FORMAT = 1
-"""Counts up whenever the same plan would give other bytes than before: part of every plan's hash."""
 
 SHARD_BYTES = 5_000_000_000
 BLOCKS_IN_FLIGHT = 4
@@ -96,6 +93,7 @@ class Plan:
         read_bytes: how many bytes of tensors are read.
         spool: the most bytes of temporary disk for tensors that are read twice, and for what stages make.
         hash: names what is made: equal for equal results.
+        format: by whose meaning it is hashed: ours, or that of the lock that it is made from again.
     """
 
     locked: LockedRecipe = field(repr=False)
@@ -112,6 +110,7 @@ class Plan:
     read_bytes: int
     spool: int
     hash: str
+    format: int
 
     @property
     def config_name(self) -> str:
@@ -190,7 +189,13 @@ class Plan:
         return plain
 
 
-def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed: int | None = None) -> Plan:
+def plan(
+    locked: LockedRecipe,
+    table: Mapping[str, Method],
+    budget: Budget,
+    seed: int | None = None,
+    format: int | None = None,
+) -> Plan:
     """Decide what will be made and what it takes.
 
     Args:
@@ -198,6 +203,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
         table: the merge methods by name.
         budget: what the run may use.
         seed: in place of the recipe's own.
+        format: of the lock that it is planned from again; None: ours.
 
     Raises:
         RecipeError, MismatchError: from `jobs.make`.
@@ -206,6 +212,7 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
     lora = locked.recipe.lora is not None
     locked = with_stages(locked, table, seed)
     seed = locked.recipe.seed if seed is None else seed
+    format = formats.FORMAT if format is None else format
     making, edited = _made(locked, table, seed)
     small = beside_adapter(locked, making.speaker) if lora else texts(locked, making.tokens)
     shards = _whole_file(making.jobs) if lora else _files_of(locked, making.jobs, budget.shard_bytes)
@@ -228,7 +235,8 @@ def plan(locked: LockedRecipe, table: Mapping[str, Method], budget: Budget, seed
             _spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
             routing.spooled(locked, making.jobs, table, remote),
         ),
-        hash=_hash(locked, shards, edited, seed, small),
+        hash=_hash(locked, shards, edited, seed, small, format),
+        format=format,
     )
     return _fitted(draft, table, budget)
 
@@ -331,14 +339,16 @@ def _tokenizer_memory(plan: Plan) -> int:
     return sum(sizes) + _TIMES_PARSED * max(sizes)
 
 
-def _hash(locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, Any], seed: int, small: Texts) -> str:
+def _hash(
+    locked: LockedRecipe, shards: tuple[Shard, ...], config: Mapping[str, Any], seed: int, small: Texts, format: int
+) -> str:
     """Of all that decides the result's bytes: the inputs' identity, the jobs, the layout, the seed."""
     models = [
         {"where": model.located.commit or model.located.name, "files": _files(model.located.files)}
         for model in locked.models
     ]
     work = [[shard.name, shard.jobs] for shard in shards]
-    content = {"format": FORMAT, "models": models, "shards": work, "config": config, "seed": seed}
+    content = {"format": format, "models": models, "shards": work, "config": config, "seed": seed}
     if written := {key: value for key, value in vars(small).items() if key != "taken" and value is not None}:
         content["texts"] = written
     if stages := _stages([job for shard in shards for job in shard.jobs]):

@@ -1,0 +1,35 @@
+"""The FORMAT of a lock: by which version's meaning a merge was made, and what has changed since.
+
+A change of meaning (another plan of the same recipe and models) or of bits (other bytes of the same plan) counts FORMAT
+up by one and gets its line in CHANGES. Not here: how a lock is read and compared (lockfile).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a recipe means otherwise, or what comes out otherwise, from a format on.
+
+    Args:
+        format: the first that has it.
+        what: a sentence for readers, such as "dare_ties draws other masks".
+        methods: those of which the same plan gives other bits; a change of meaning shows in the plan itself.
+    """
+
+    format: int
+    what: str
+    methods: frozenset[str] = frozenset()
+
+
+CHANGES: tuple[Change, ...] = ()
+
+FORMAT = 1
+"""That of a plan made now: a part of its hash."""
+
+
+def since(format: int) -> tuple[Change, ...]:
+    """What has changed after a format, in order."""
+    return tuple(change for change in CHANGES if change.format > format)
