@@ -33,7 +33,10 @@ def report_text(report: Report) -> str:
     if report.left_out:
         lines.append(f"left out  {few(report.left_out)}: too many bytes for a sample (see --tensors and --all)")
     lines += [each for problem in report.problems for each in str(problem).splitlines()]
-    lines += [*map(_difference_text, report.differences), *(f"note: {each}" for each in (*report.notes, *report.doubts))]
+    lines += [
+        *map(_difference_text, report.differences),
+        *(f"note: {each}" for each in (*report.notes, *report.doubts)),
+    ]
     return lined([*lines, _verdict(report)])
 
 
