@@ -80,8 +80,7 @@ def curves(setting: Setting, name: str) -> str:
     told = "; ".join(f"{label or 'all'}: {', '.join(f'{y:g}' for y in line)}" for label, line in drawn)
     rest = "the rest" if len(drawn) > 1 else "all tensors"
     key = "".join(
-        f'<span class="curve c{number % 4}">{_text(label or rest)}</span>'
-        for number, (label, _) in enumerate(drawn)
+        f'<span class="curve c{number % 4}">{_text(label or rest)}</span>' for number, (label, _) in enumerate(drawn)
     )
     return (
         f'<figure class="curves"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '

@@ -14,8 +14,8 @@ TOKENIZER, TEMPLATE, CONFIG, UNKNOWN = "of a tokenizer", "a template", "a config
 _READ = {
     ADAPTER: r"(^|/) adapter_[^/]*$",
     WEIGHTS: r"""\.( safetensors | bin | pt[12ehl]? | pth | ckpt | h5 | hdf5 | keras | msgpack | gguf | ggml | onnx
-        | onnx_data | ort | npz | npy | pkl | pickle | joblib | dill | pdparams | pdmodel | nemo | tflite | mlmodel | mar
-        | engine | plan | distcp | safetensors\.index\.json | bin\.index\.json )$""",
+        | onnx_data | ort | npz | npy | pkl | pickle | joblib | dill | pdparams | pdmodel | nemo | tflite | mlmodel
+        | mar | engine | plan | distcp | safetensors\.index\.json | bin\.index\.json )$""",
     CODE: r"""\.( py[cdiow]? | so(\.[\d.]+)? | dll | dylib | sh | bash | bat | ps1 | js | mjs | ts | wasm | ipynb | exe
         | c | cc | cpp | cu | h | jar | lua | rb | pl | php | rs | go )$
         | (^|/) custom_generate/ | (^|/) (requirements|constraints)[^/]*\.txt$""",
@@ -25,8 +25,8 @@ _READ = {
     TEMPLATE: r"""\.( jinja2? | j2 | tmpl | tpl )$ | (^|/) (chat_template | additional_chat_templates/)
         | (^|/) system_prompt\.txt$""",
 }
-_HARMLESS = r"""\.( md | markdown | mdx | rst | txt | pdf | tex | bib | html? | css | log | csv | tsv | png | jpe?g | gif
-        | webp | svg | avif | bmp | ico | tiff? | mp3 | wav | flac | ogg | mp4 | webm | mov )$
+_HARMLESS = r"""\.( md | markdown | mdx | rst | txt | pdf | tex | bib | html? | css | log | csv | tsv | png | jpe?g
+        | gif | webp | svg | avif | bmp | ico | tiff? | mp3 | wav | flac | ogg | mp4 | webm | mov )$
     | (^|/) (licen[sc]e | copying | notice | authors | citation | changelog | readme | use_policy) [^/.]*$
     | (^|/) \.(gitattributes | gitignore | gitkeep | ds_store)$ | (^|/) events\.out\.tfevents\.
     | ^ (merge | recipe | mergekit_config) (\.lock)? \.ya?ml$"""
