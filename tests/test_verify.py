@@ -399,8 +399,8 @@ READ = [
     "chat_template.jinja", "additional_chat_templates/tool.jinja", "special_tokens_map.json", "tokenizer.model",
     "vocab.txt", "merges.txt", "modeling_tiny.py", "code/modeling_tiny.py", "custom_generate/x/generate.py",
     "custom_generate/notes.md", "custom_generate/requirements.txt", "setup.sh", "params.json",
-    "preprocessor_config.json", "1_Pooling/config.json", "hyperparams.yaml", "SYSTEM_PROMPT.txt", "unknown.kind", "no-ending",
-    "LICENSE.py", ".hidden/x.py", "a name\nof two lines.bin", "pictures/model.onnx",
+    "preprocessor_config.json", "1_Pooling/config.json", "hyperparams.yaml", "SYSTEM_PROMPT.txt", "unknown.kind",
+    "no-ending", "LICENSE.py", ".hidden/x.py", "a name\nof two lines.bin", "pictures/model.onnx",
 ]  # fmt: skip
 """What a loader may read, or what nobody here knows: fit for a table that grows."""
 
