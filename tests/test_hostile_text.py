@@ -338,10 +338,12 @@ class _Terminal(io.StringIO):
 
 
 def test_a_bar_may_go_back_on_a_terminal_and_nowhere_else() -> None:
-    """To the beginning of its own line."""
-    for stream, shown in ((_Terminal(), "\rmerging: 5%\\x1b[2J"), (io.StringIO(), "\\rmerging: 5%\\x1b[2J")):
-        text.Guarded(stream).write("\rmerging: 5%\x1b[2J")
-        assert stream.getvalue() == shown
+    """To the beginning of its own line, and up to another's."""
+    pieces = ["\rmerging: 5%\x1b[2J", "\r  \r", "\x1b[A", "\x1b[Aa"]
+    shown = ["\rmerging: 5%\\x1b[2J", "\r  \r", "\x1b[A", "\\x1b[Aa"]
+    for stream, told in ((_Terminal(), shown), (io.StringIO(), list(map(text.line, pieces)))):
+        text.Guarded(stream).writelines(pieces)
+        assert stream.getvalue() == "".join(told)
 
 
 @pytest.mark.parametrize("command", [["merger.cli", "_parser"], ["merger.action", "_step"]])

@@ -23,6 +23,8 @@ _NAMED = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 # GitHub's runner takes a line for a command that begins with :: after blanks, or has ##[ anywhere
 _COMMAND = re.compile(r"^([^\S\n]*)(?=:(?::|\Z))|##(?=\[)", re.MULTILINE)
 
+_UP = re.compile(r"(\x1b\[A)+")
+
 LONGEST = 4_000
 """Characters of one line that are shown; of a longer one the beginning, and how many more there are."""
 
@@ -83,11 +85,11 @@ class Guarded:
         self._begun = False
 
     def write(self, text: str) -> int:
-        """Write it, made visible; on a terminal a bar may go back to the beginning of its line."""
-        back = "\r" if text.startswith("\r") and self._stream.isatty() else ""
-        shown = visible(text[len(back) :])
+        """Write it, made visible; on a terminal bars may move."""
+        before, words, after = _moves(text) if self._stream.isatty() else ("", text, "")
+        shown = visible(words)
         shown = _disarmed("x" + shown)[1:] if self._begun else _disarmed(shown)
-        self._stream.write(back + shown)
+        self._stream.write(before + shown + after)
         if shown:
             self._begun = bool(shown.rpartition("\n")[2].strip())
         return len(text)
@@ -99,6 +101,14 @@ class Guarded:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _moves(text: str) -> tuple[str, str, str]:
+    """What tqdm writes: lines up and nothing else, or a line with the way back to its beginning at one end or both."""
+    if _UP.fullmatch(text):
+        return text, "", ""
+    before, after = "\r" * text.startswith("\r"), "\r" * (len(text) > 1 and text.endswith("\r"))
+    return before, text[len(before) : len(text) - len(after)], after
 
 
 @contextmanager
