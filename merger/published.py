@@ -166,7 +166,7 @@ def _is_ours(name: str, merge: Merge) -> bool:
 
 
 def _may_read(what: str) -> str:
-    return f"it was added after the merge was made, and a loader may read it: it is {what}"
+    return f"it was added beside the merge, and a loader may read it: it is {what}"
 
 
 def _told_by_git(merge: Merge, planned: Plan) -> list[str]:

@@ -145,7 +145,7 @@ def verify(target: str, options: Options, extent: Extent) -> Iterator[Begun | Ma
     whole_shards = [shard for shard in planned.shards if extent.everything or shard.name in others]
     check = _Check(merge, planned, parents, tensors, whole_shards)
     yield from check.run(extent)
-    notes = [f"{name} was added after the merge was made" for name in added if not kind(name)]
+    notes = [f"{name} was added beside the merge" for name in added if not kind(name)]
     notes += edited(merge, planned, parents, options.read_token)
     yield replace(check.report(problems), added=tuple(added), notes=tuple(notes))
 

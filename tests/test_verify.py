@@ -445,7 +445,7 @@ def test_whatever_was_added_is_named_and_what_a_loader_may_read_fails(everything
     assert list(found.added) == sorted([*READ, *NOT_READ, "linked/"])
     shown = [name.replace("\n", "\\n") for name in sorted([*READ, "linked/"])]
     assert [problem.what for problem in found.problems] == [f"{name} is no file of this merge" for name in shown]
-    assert list(found.notes) == [f"{name} was added after the merge was made" for name in sorted(NOT_READ)]
+    assert list(found.notes) == [f"{name} was added beside the merge" for name in sorted(NOT_READ)]
 
 
 def test_what_no_loader_reads_is_a_line(out: Path) -> None:
@@ -453,7 +453,7 @@ def test_what_no_loader_reads_is_a_line(out: Path) -> None:
     added(out, NOT_READ)
     said = called(["verify", str(out)])
     assert said.code == 0
-    assert "note: notes.txt was added after the merge was made" in said.out
+    assert "note: notes.txt was added beside the merge" in said.out
     assert said.out.endswith("the same: all that was compared\n")
 
 
@@ -467,10 +467,8 @@ def test_added_files_are_named_on_the_hub_too(copy: str, served: LoopbackHub, cl
     served.commit(copy, {LOCK: listed.encode(), "notes.md": b"x"} | dict.fromkeys(names, b"{}"))
     said = client(called, ["verify", copy])
     assert said.code == 7
-    assert (
-        "model.gguf is no file of this merge\n    it was added after the merge was made, and a loader may" in said.out
-    )
-    assert "note: notes.md was added after the merge was made" in said.out
+    assert "model.gguf is no file of this merge\n    it was added beside the merge, and a loader may" in said.out
+    assert "note: notes.md was added beside the merge" in said.out
     data = client(called, ["verify", copy, "--json"]).report
     assert data["added"] == ["custom_generate/x/generate.py", "model.gguf", "notes.md"]
     assert [problem["what"].split()[0] for problem in data["problems"]] == sorted(names)
