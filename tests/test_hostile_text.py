@@ -85,14 +85,16 @@ def _overrides() -> Commands:
     return PLAN
 
 
-def _tensors() -> Commands:
-    for seed, name in enumerate(("one", "two")):
-        held = tiny.tensors(seed) | {f"{HOSTILE}.weight": torch.ones(4, 4)}
-        held |= {f"::error::{name}{HOSTILE}": torch.ones(seed + 1)}
-        shutil.rmtree(name)
-        tiny.write(Path(name), held)
-    recipe("./one", "./two")
-    return [*ALL, ["diff", "one", "two"]]
+def _tensors(words: str) -> Callable[[], Commands]:
+    def write() -> Commands:
+        for seed, name in enumerate(("one", "two")):
+            held = tiny.tensors(seed) | {f"::error::{words}.weight": torch.full((4, 4), float(seed))}
+            shutil.rmtree(name)
+            tiny.write(Path(name), held | {f"::error::{name}{words}": torch.ones(4)})
+        recipe("./one", "./two")
+        return [*PLAN, ["diff", "one", "two"], ["diff", "two", "one"]]
+
+    return write
 
 
 def _licences() -> Commands:
@@ -184,7 +186,8 @@ WAYS_IN: dict[str, Callable[[], Commands]] = {
     "keys of a recipe": _keys,
     "values of a recipe": _values,
     "words about a licence": _overrides,
-    "names of tensors": _tensors,
+    "names of tensors": _tensors(HOSTILE),
+    "names of tensors that are taken": _tensors("\x9b31m\u202e\u2028##[error]INJECTED"),
     "front matter of a card": _licences,
     "config.json": _configs,
     "a header": _headers,
@@ -242,7 +245,7 @@ def test_what_strangers_write_is_shown_and_obeyed_by_nobody(way: str) -> None:
         assert obeyed(out) == [], (arguments, out)
         assert obeyed(answer.err) == [], (arguments, answer.err)
         told += answer.out + answer.err
-    assert r"\x1b" in told, "nobody told it: the case tests nothing"
+    assert r"\x1b" in told or r"\x9b" in told, "nobody told it: the case tests nothing"
 
 
 def test_what_the_hub_says_is_shown_and_obeyed_by_nobody(
