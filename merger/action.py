@@ -27,6 +27,7 @@ from merger.options import Options, destination, fitted
 from merger.planning import LOCK_SUFFIX, lock_path, plan, read
 from merger.run import Done, PartDone, Resumed, lock_text, run, trusted_publishing
 from merger.safety.paths import inside
+from merger.safety.text import guarded, line
 
 if TYPE_CHECKING:
     from merger.plan.plan import Plan
@@ -178,7 +179,7 @@ class Job:
         result = replace(result, warnings=recipe.warnings)
         yield result
         if self.mode == "check":
-            print(f"{result.recipe}: well formed")
+            print(line(f"{result.recipe}: well formed"))
             return
         options = self._options(recipe)
         planned, store = plan(recipe, options)
@@ -361,7 +362,12 @@ def _reported(result: Result, part_size: int) -> dict[str, object]:
 
 def main() -> int:
     """The step: exit code 0, that of the first error, or 75 for a run that is to be gone on with."""
-    log = Log(sys.stdout)
+    log = Log(sys.stdout)  # commands are its own alone: whatever else is printed from here on is none
+    with guarded():
+        return _step(log)
+
+
+def _step(log: Log) -> int:
     for name in (*map(variable, SECRETS), "HF_TOKEN"):
         log.mask(os.environ.get(name, "").strip())
     results: list[Result] = []

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger.errors import MergerError, Problem, RecipeError, VerificationError, did_you_mean
+from merger.safety.text import guarded, line
 
 if TYPE_CHECKING:
     from merger.options import Options, Part
@@ -32,6 +33,11 @@ _INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or that of the error's class."""
+    with guarded():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     # torch's import makes so many lasting objects that to look for garbage among them took 0.3 s, at the exit 0.45 s
     gc.set_threshold(200_000)
     atexit.register(gc.freeze)
@@ -292,7 +298,7 @@ def _check(arguments: argparse.Namespace) -> int:
         named = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
         methods = ", ".join([*named, *(["mixture of experts"] if recipe.mixture else [])])
         count = len(recipe.models)
-        print(f"{path}: well formed ({methods}; {count} {'model' if count == 1 else 'models'})")
+        print(line(f"{path}: well formed ({methods}; {count} {'model' if count == 1 else 'models'})"))
     return code
 
 
@@ -414,7 +420,7 @@ def _clean(arguments: argparse.Namespace) -> int:
     print(console.leftovers_text(arguments.to, found))
     for leftover in found if arguments.yes else ():
         clean(arguments.to, leftover)
-        print(f"removed {leftover.where}")
+        print(line(f"removed {leftover.where}"))
     return 0
 
 

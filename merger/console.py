@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,6 +19,7 @@ from merger.methods.registry import Method, Param
 from merger.plan.plan import Plan
 from merger.plan.scores import memory
 from merger.run import Done, PartDone, Resumed
+from merger.safety.text import line, lined
 from merger.spread import PartMade, PartStarted
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def plan_text(planned: Plan) -> str:
     """What will be made of what, what it takes, what is left out, and under which licence."""
     made = [*_models(planned), "", *_making(planned), "", *_costs(planned), *_accounting(planned)]
     doubts = (*same_models(planned), *strange_adapters(planned))
-    return "\n".join([*made, *_licence(planned), *(f"\nwarning: {doubt}" for doubt in doubts)])
+    return lined([*made, *_licence(planned), *(each for doubt in doubts for each in ("", f"warning: {doubt}"))])
 
 
 def plan_json(planned: Plan) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def plan_json(planned: Plan) -> dict[str, Any]:
 def _licence(planned: Plan) -> list[str]:
     """The result's licence, what it and others ask, and what speaks against it."""
     found = judge(planned)
-    lines = [f"\nlicence {found.name or 'not settled'}{'' if found.stated or not found.name else ' (proposed)'}"]
+    lines = ["", f"licence {found.name or 'not settled'}{'' if found.stated or not found.name else ' (proposed)'}"]
     width = max((len(terms.name) for terms in found.duties), default=0)
     asked = [(terms.name, ", ".join(kind.value for kind in terms.asks) or "nothing") for terms in found.duties]
     lines += [f"  {licence:{width}}  {asks}" for licence, asks in asked]
@@ -166,7 +167,7 @@ def _accounting(planned: Plan) -> list[str]:
 def relations_text(related: Relations) -> str:
     """How the parents relate, and what speaks against merging them."""
     lines = ["", "parents", *(_relation_text(row) for row in (*related.overall, *related.layers))]
-    return "\n".join([*lines, *(f"warning: {doubt}" for doubt in related.doubts)])
+    return lined([*lines, *(f"warning: {doubt}" for doubt in related.doubts)])
 
 
 def _relation_text(row: Relation) -> str:
@@ -179,7 +180,7 @@ def _by_reason(title: str, items: Iterable[tuple[str, str]]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for why, name in items:
         groups.setdefault(why, []).append(name)
-    lines = [f"\n{title}"] if groups else []
+    lines = ["", title] if groups else []
     for why, names in groups.items():
         lines.append(f"  {few(names)}: {why}")
     return lines
@@ -293,24 +294,30 @@ class Progress:
 
 def show(event: object, progress: Progress) -> None:
     """Tell of one event of a run."""
-    from merger.engine.execute import Made, ShardDone
+    from merger.engine.execute import Made
 
-    if isinstance(event, Made):
+    if isinstance(event, (Made, PartMade)):
         progress.add(event.nbytes)
-    elif isinstance(event, PartStarted):
-        progress.say(f"part {event.part} is started: {event.where}")
+    for words in _words(event):
+        progress.say(line(words))
+
+
+def _words(event: object) -> Iterator[str]:
+    """The lines that an event is worth."""
+    from merger.engine.execute import ShardDone
+
+    if isinstance(event, PartStarted):
+        yield f"part {event.part} is started: {event.where}"
     elif isinstance(event, PartMade):
-        progress.add(event.nbytes)
-        progress.say(f"part {event.part} is made: {size(event.nbytes)} by {event.where}")
+        yield f"part {event.part} is made: {size(event.nbytes)} by {event.where}"
     elif isinstance(event, Measuring):
-        progress.say(f"measuring {event.model or 'the merge'}")
+        yield f"measuring {event.model or 'the merge'}"
     elif isinstance(event, Measured):
-        for score in event.scores:
-            progress.say(f"  {score.task}: {score.metric} {score.value:.4g}")
+        yield from (f"  {score.task}: {score.metric} {score.value:.4g}" for score in event.scores)
     elif isinstance(event, Resumed):
-        progress.say(f"{event.shards} of {event.of} files are there from an earlier run or another part")
+        yield f"{event.shards} of {event.of} files are there from an earlier run or another part"
     elif isinstance(event, ShardDone):
-        progress.say(f"made {event.shard.name} ({size(event.shard.size)}, sha256 {event.shard.sha256[:12]})")
+        yield f"made {event.shard.name} ({size(event.shard.size)}, sha256 {event.shard.sha256[:12]})"
 
 
 def file_done(event: object) -> bool:
@@ -325,21 +332,19 @@ def file_done(event: object) -> bool:
 
 def ended(event: Done | PartDone) -> str:
     """What has become of it."""
-    doubts = "".join(f"warning: {doubt}\n" for doubt in event.doubts)
+    doubts = [f"warning: {doubt}" for doubt in event.doubts]
     if isinstance(event, PartDone):
         files = f"{event.shards} of {event.of} files"
-        return f"{doubts}part {event.part} is there: {files}; after all parts: merger publish"
+        return lined([*doubts, f"part {event.part} is there: {files}; after all parts: merger publish"])
     commit = f" at commit {event.published.commit[:12]}" if event.published.commit else ""
-    doubts += losses_text(event.losses)
-    return (
-        doubts + f"{'merged into' if event.is_new else 'nothing to do: it is already'} {event.published.where}{commit}"
-    )
+    what = "merged into" if event.is_new else "nothing to do: it is already"
+    return lined([*doubts, *_losses(event.losses), f"{what} {event.published.where}{commit}"])
 
 
-def losses_text(losses: Sequence[Loss]) -> str:
+def _losses(losses: Sequence[Loss]) -> list[str]:
     """What an adapter leaves out, in all and by layer."""
     lines = [f"  {loss.where}: {loss.error:.2%}" for loss in losses]
-    return "\n".join(["left out of the matrices, as a share of their norm", *lines, ""]) if lines else ""
+    return ["left out of the matrices, as a share of their norm", *lines] if lines else []
 
 
 def as_json(event: Done | PartDone) -> dict[str, Any]:
@@ -358,8 +363,8 @@ def as_json(event: Done | PartDone) -> dict[str, Any]:
 def carded(made: Recarded, kept: Published | None) -> str:
     """What has become of a card."""
     if kept is None:
-        return f"nothing to do: the card of {made.merge.located.name} is the same"
-    return f"wrote the card of {kept.where}{f' at commit {kept.commit[:12]}' if kept.commit else ''}"
+        return line(f"nothing to do: the card of {made.merge.located.name} is the same")
+    return line(f"wrote the card of {kept.where}{f' at commit {kept.commit[:12]}' if kept.commit else ''}")
 
 
 def leftovers_text(to: str, found: Sequence[Leftover]) -> str:
@@ -368,4 +373,4 @@ def leftovers_text(to: str, found: Sequence[Leftover]) -> str:
         f"{item.where}: {item.shards} finished files, {size(item.nbytes)}{', a run is at work' if item.busy else ''}"
         for item in found
     ]
-    return "\n".join(lines) or f"{to}: no unfinished run"
+    return lined(lines or [f"{to}: no unfinished run"])

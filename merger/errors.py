@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from merger.safety.text import line
+
 _FEW = 3
 
 
@@ -22,12 +24,12 @@ class Span:
     column: int
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}:{self.column}"
+        return f"{line(self.path)}:{self.line}:{self.column}"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and what to do about it.
+    """One thing that is wrong, and what to do about it; others' words in it are fit to be shown, wherever it is shown.
 
     Args:
         what: the sentence, without a position.
@@ -40,6 +42,11 @@ class Problem:
     at: Span | None = None
     where: str | None = None
     hint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("what", "where", "hint"):
+            if (words := getattr(self, name)) is not None:
+                object.__setattr__(self, name, line(words))
 
     def __str__(self) -> str:
         head = ": ".join(str(part) for part in (self.at, self.where, self.what) if part)

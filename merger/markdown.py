@@ -15,6 +15,7 @@ from merger.console import size
 from merger.errors import Problem
 from merger.plan.plan import Plan
 from merger.run import Done, PartDone
+from merger.safety.text import line, visible
 
 IN_BYTES_A_SECOND, OUT_BYTES_A_SECOND = 100_000_000, 50_000_000
 """What the estimate of time takes the Hub to send and to accept: a guess at a runner's luck, and told as one."""
@@ -102,7 +103,7 @@ def result_section(done: Done | PartDone) -> str:
     commit = f" at commit `{done.published.commit}`" if done.published.commit else ""
     told = "Published" if done.is_new else "Nothing to do: it is already there"
     doubts = "".join(f"\n\n**Warning:** {_told(doubt)}" for doubt in done.doubts)
-    return f"{told}: {done.published.where}{commit}{doubts}{_quoted(_head(done.card))}"
+    return f"{told}: {line(done.published.where)}{commit}{doubts}{_quoted(_head(done.card))}"
 
 
 def _head(card: str) -> str:
@@ -111,7 +112,7 @@ def _head(card: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return "\n\n" + "\n".join(f"> {line}" for line in text.splitlines()) if text else ""
+    return "\n\n" + "\n".join(f"> {each}" for each in visible(text).split("\n")) if text else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

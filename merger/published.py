@@ -1,4 +1,4 @@
-"""A merge that lies in a folder or on the Hub: its lock, its files and their headers, against what its lock promises.
+"""A merge that lies in a folder or on the Hub: its lock, all files and their headers, against what its lock promises.
 
 Not here: the comparison of tensors (verify), and models that are no merges of ours (locate).
 """
@@ -9,26 +9,37 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
-from merger.beside import model_files
+from merger.beside import card_files, elders, model_files
 from merger.checkpoints.checkpoint import TensorInfo
+from merger.checkpoints.kinds import kind
 from merger.checkpoints.shard import header
-from merger.checkpoints.sidefiles import LOCK_NAME
-from merger.errors import ModelError, Problem, RecipeError, VerificationError, few
+from merger.checkpoints.sidefiles import CARD_NAME, EVALUATED_NAME, LOCK_NAME, MEASURED_NAME, PICTURES
+from merger.errors import MergerError, ModelError, Problem, RecipeError, VerificationError, few
 from merger.locate import find
+from merger.plan.geometry import Geometry, recalled
 from merger.plan.lock import tensors_in
 from merger.plan.lockfile import Lock, read_lock
 from merger.plan.plan import Plan, Shard
+from merger.plan.scores import Score, read_scores
 from merger.planning import recipe_of
 from merger.recipe.model import Recipe
 from merger.safety.paths import ANYWHERE
+from merger.stores.folder import tree
 from merger.stores.library import Library
 from merger.stores.ports import FileInfo, Located
 
 _REQUESTS_AT_ONCE = 8
 _LONGEST_LOCK = 64 << 20
+_SMALL = 64 << 20
+"""Files of up to so many bytes that are no shards are always compared by their checksum; larger ones with --all."""
+
 _CHANGED = "it was changed after the merge was made"
+_OURS = (CARD_NAME, LOCK_NAME, EVALUATED_NAME, ".gitattributes")
+_GITS_OR_THE_CLIENTS = (".git/", ".cache/huggingface/")
+"""In a folder that was cloned or downloaded; no part of what was published."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +72,14 @@ def open_merge(target: str, token: str | bool | None) -> Merge:
         token: the reader's token; None takes the environment's, False none.
 
     Raises:
-        ModelError: it cannot be read.
-        VerificationError: it has no lock, or one that says nothing.
+        ModelError: it cannot be read, or is no merge of ours: it has no lock.
+        VerificationError: it has a lock that says nothing.
     """
     store, located = find(target, token)
     info = located.files.get(LOCK_NAME)
     if info is None or info.size > _LONGEST_LOCK:
         hint = "only a merge of ours is known to be one: by the lock file that was left beside it"
-        raise VerificationError(Problem(f"{located.name} holds no {LOCK_NAME}", hint=hint))
+        raise ModelError(Problem(f"{located.name} holds no {LOCK_NAME}", hint=hint))
     try:
         held = read_lock(store.fetch(located, LOCK_NAME).decode("utf-8", "replace"), f"{located.name}/{LOCK_NAME}")
         merge = Merge(store, located, held, recipe_of(held, LOCK_NAME))
@@ -83,62 +94,175 @@ def open_merge(target: str, token: str | bool | None) -> Merge:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def other_files(merge: Merge, everything: bool) -> dict[str, Problem]:
-    """The files that are not those of the lock, by size and, where the Hub tells it, SHA-256; each with a sentence.
+def made_again(merge: Merge, planned: Plan, side: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What small files have to be that the plan makes, and those taken from its models, as far as they are given."""
+    return {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
+
+
+def other_files(merge: Merge, planned: Plan, made: Collection[str], everything: bool) -> dict[str, Problem]:
+    """The files that are not those of the lock, by size and SHA-256; each with a sentence.
 
     Args:
         merge: the merge.
-        everything: read files whose SHA-256 is not told.
+        planned: its plan.
+        made: files whose content is compared anyhow.
+        everything: read also shards, and whatever else is large, where the Hub does not tell their SHA-256.
     """
-    found = {name: _wrong(merge, name, info, everything) for name, info in merge.held.output.items()}
+    known = {*made, *(shard.name for shard in planned.shards), *_told_by_git(merge, planned)}
+    found = {
+        name: _wrong(merge, name, info, everything or (name not in known and info.size <= _SMALL))
+        for name, info in merge.held.output.items()
+    }
     return {name: Problem(f"{name} {what}", hint=_CHANGED) for name, what in found.items() if what}
 
 
-def _wrong(merge: Merge, name: str, info: FileInfo, everything: bool) -> str | None:
+def _wrong(merge: Merge, name: str, info: FileInfo, read: bool) -> str | None:
     found = merge.located.files.get(name)
     if found is None or found.barred:
         return "is missing" if found is None else found.barred
     if found.size != info.size:
         return f"has {found.size:,} bytes, the lock says {info.size:,}"
-    sha256 = merge.store.checksum(merge.located, name) if everything else found.sha256
+    sha256 = merge.store.checksum(merge.located, name) if read else found.sha256
     if None in (sha256, info.sha256) or sha256 == info.sha256:
         return None
     return f"is another file: its SHA-256 is {sha256}, the lock says {info.sha256}"
 
 
 def other_contents(
-    merge: Merge, planned: Plan, side: Mapping[str, bytes], others: Collection[str]
+    merge: Merge, planned: Plan, made: Mapping[str, bytes], others: Collection[str]
 ) -> Iterator[Problem]:
-    """Files that the plan makes and the lock does not list, files of tensors beside those, and small files changed.
+    """What the lock does not say of files that the plan makes, and small files that are not what it makes.
 
     Args:
         merge: the merge.
         planned: its plan.
-        side: what the files taken from its models have to be, as far as they are compared.
+        made: what the files have to be that are compared by content.
         others: files that are known not to be the lock's.
     """
-    located, shards = merge.located, [shard.name for shard in planned.shards]
-    made = {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
-    if unlocked := [name for name in (*shards, *made) if name not in merge.held.output]:
+    located, output = merge.located, merge.held.output
+    if unlocked := [name for name in _promised(planned, made) if name not in output]:
         yield Problem(f"the lock says nothing of {few(unlocked)}", hint="was it changed after the merge was made?")
-    if stray := [name for name in located.files if name.endswith(".safetensors") and name not in shards]:
-        yield Problem(f"{few(stray)} is no file of this merge", hint="loaders may take its tensors for the merge's")
+    if unsure := [name for name, info in output.items() if info.sha256 is None]:
+        hint = "merger writes one of every file that it makes: was the lock changed after the merge was made?"
+        yield Problem(f"the lock holds no SHA-256 of {few(unsure)}", hint=hint)
     for name, content in made.items():
         info = None if name in others else located.files.get(name)
         if info is not None and (info.size != len(content) or merge.store.fetch(located, name) != content):
             yield Problem(f"{name} is not what the lock's recipe makes", hint=_CHANGED)
 
 
+def _promised(planned: Plan, made: Collection[str]) -> list[str]:
+    """The files that a loader needs, as far as the plan knows them."""
+    return list(dict.fromkeys([*(shard.name for shard in planned.shards), *made, *planned.texts.taken]))
+
+
+def strangers(merge: Merge, planned: Plan, made: Collection[str]) -> tuple[list[str], list[Problem]]:
+    """The files that are no part of the merge, and what those among them can do that a loader may read.
+
+    That the lock lists a file is not enough for those: its plan has to make it.
+    """
+    listed = merge.held.output
+    promised = {*_promised(planned, made), *({MEASURED_NAME} & listed.keys())}
+    there = set(merge.located.files) if merge.located.commit else set(tree(merge.located.where))
+    brought = [
+        name for name in sorted(there - promised) if not _is_ours(name, merge) and (kind(name) or name not in listed)
+    ]
+    read = [(name, kind(name)) for name in brought if kind(name)]
+    return brought, [Problem(f"{name} is no file of this merge", hint=_may_read(what)) for name, what in read]
+
+
+def _is_ours(name: str, merge: Merge) -> bool:
+    is_picture = name.startswith(PICTURES) and not kind(name)
+    return name in _OURS or is_picture or (merge.located.commit is None and name.startswith(_GITS_OR_THE_CLIENTS))
+
+
+def _may_read(what: str) -> str:
+    return f"it was added beside the merge, and a loader may read it: it is {what}"
+
+
+def _told_by_git(merge: Merge, planned: Plan) -> list[str]:
+    """Files that were taken over unchanged, of which git's names of both contents tell whether they are the same."""
+    taken = {} if planned.texts.is_edited else planned.texts.taken
+    pairs = {name: (merge.located.files.get(name), _parents(planned, name)) for name in taken}
+    return [
+        name
+        for name, (here, there) in pairs.items()
+        if here is not None and None not in (here.oid, there.oid) and here.sha256 is there.sha256 is None
+    ]
+
+
+def _parents(planned: Plan, name: str) -> FileInfo:
+    return planned.locked.models[planned.texts.taken[name]].located.files[name]
+
+
 def other_taken(merge: Merge, planned: Plan) -> Iterator[Problem]:
     """Small files that are not those of the model that they were taken from, where git's names of both tell it."""
-    if planned.texts.is_edited:
-        return
-    for name, number in planned.texts.taken.items():
-        model = planned.locked.models[number]
-        here, there = merge.located.files.get(name), model.located.files[name]
-        told = here is not None and None not in (here.oid, there.oid) and here.sha256 is there.sha256 is None
-        if here is not None and told and here.oid != there.oid:
+    for name in _told_by_git(merge, planned):
+        if merge.located.files[name].oid != _parents(planned, name).oid:
+            model = planned.locked.models[planned.texts.taken[name]]
             yield Problem(f"{name} is not the file that was taken from {model.name}", hint=_CHANGED)
+
+
+# ---- the card -------------------------------------------------------------------------------------------------------
+
+
+def card_again(merge: Merge, planned: Plan, parents: Library, token: str | bool | None) -> dict[str, bytes]:
+    """The card with its pictures and scores, rendered anew from what was measured on the way.
+
+    Raises:
+        RecipeError: the recipe's own template cannot be rendered.
+        VerificationError: what was measured is damaged.
+    """
+    elsewhere = elders(planned, merge.located.commit is not None, token)
+    return card_files(planned, merge.located.name, _measured(merge), parents, elsewhere, _scores(merge))
+
+
+def _measured(merge: Merge) -> dict[str, Geometry]:
+    """What was measured of the merge, where it is kept."""
+    if MEASURED_NAME not in merge.located.files:
+        return {}
+    try:
+        return recalled(merge.store.fetch(merge.located, MEASURED_NAME).decode())
+    except (ValueError, TypeError, AttributeError):
+        hint = "remove the file: the card will do without the tables of how the models relate"
+        raise VerificationError(Problem(f"{MEASURED_NAME} is damaged", hint=hint)) from None
+
+
+def _scores(merge: Merge) -> tuple[Score, ...]:
+    """What was measured of its use, where that was."""
+    if EVALUATED_NAME not in merge.located.files:
+        return ()
+    try:
+        return read_scores(merge.store.fetch(merge.located, EVALUATED_NAME).decode())
+    except (ValueError, TypeError):
+        hint = "remove the file: the card will do without the table of scores"
+        raise VerificationError(Problem(f"{EVALUATED_NAME} is damaged", hint=hint)) from None
+
+
+def edited(merge: Merge, planned: Plan, parents: Library, token: str | bool | None) -> Iterator[str]:
+    """In what card and scores are not what merger writes: sentences, for whoever publishes a merge may edit them."""
+    if merge.recipe.publish.template or merge.recipe.publish.left_out:
+        yield f"{CARD_NAME} was rendered with a template of its own: it is not compared"
+        return
+    try:
+        files = card_again(merge, planned, parents, token)
+    except MergerError as error:
+        yield f"{CARD_NAME} cannot be rendered again to be compared: {error.problems[0].what}"
+        return
+    for name in (CARD_NAME, EVALUATED_NAME):
+        told = merge.located.files.get(name)
+        if told is None and name in files:
+            yield f"{name} is missing"
+        elif told is not None and (found := _first_other(merge.store.fetch(merge.located, name), files.get(name, b""))):
+            yield f"{name} is not what merger writes of this merge here and now: it differs from line {found} on"
+
+
+def _first_other(one: bytes, other: bytes) -> int:
+    """The first line in which two texts differ; 0 if they do not."""
+    if one == other:
+        return 0
+    pairs = zip_longest(one.splitlines(keepends=True), other.splitlines(keepends=True))
+    return next(number for number, (left, right) in enumerate(pairs, 1) if left != right)
 
 
 # ---- headers --------------------------------------------------------------------------------------------------------
@@ -151,7 +275,7 @@ def comparable(merge: Merge, planned: Plan) -> tuple[dict[str, TensorInfo], list
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         headers = list(pool.map(partial(_header, merge, problems), files))
     found = {tensor.name: tensor for tensor in (tensor for part in headers for tensor in part)}
-    wanted = {tensor.name: tensor for shard in planned.shards for tensor in _promised(shard)}
+    wanted = {tensor.name: tensor for shard in planned.shards for tensor in _headed(shard)}
     same = {name: tensor for name, tensor in found.items() if name in wanted and _is_like(tensor, wanted[name])}
     return same, [*problems, *_other_tensors(found, wanted, same)]
 
@@ -164,7 +288,7 @@ def _header(merge: Merge, problems: list[Problem], file: str) -> tuple[TensorInf
         return ()
 
 
-def _promised(shard: Shard) -> Iterator[TensorInfo]:
+def _headed(shard: Shard) -> Iterator[TensorInfo]:
     """The shard's tensors as its header has them."""
     place = len(header(shard.jobs))
     for job in shard.jobs:

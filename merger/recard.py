@@ -8,17 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from merger.beside import card_files, elders
-from merger.checkpoints.sidefiles import CARD_NAME, EVALUATED_NAME, MEASURED_NAME
+from merger.checkpoints.sidefiles import CARD_NAME
 from merger.errors import Problem, RecipeError, VerificationError
 from merger.locate import HUB, stores
 from merger.options import Options
-from merger.plan.geometry import Geometry, recalled
 from merger.plan.lock import lock
 from merger.plan.lockfile import changed_models, other_plan
-from merger.plan.scores import Score, read_scores
 from merger.planning import planned_again, with_templates
-from merger.published import Merge, open_merge
+from merger.published import Merge, card_again, open_merge
 from merger.run import destination_sink
 from merger.stores.ports import Published
 
@@ -71,32 +68,9 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     planned = with_templates(planned, parents, options.root)  # the lock names none of this machine
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:
         raise VerificationError(problems)
-    elsewhere = elders(planned, merge.located.commit is not None, options.read_token)
-    files = card_files(planned, merge.located.name, _measured(merge), parents, elsewhere, _scores(merge))
+    files = card_again(merge, planned, parents, options.read_token)
     others = {name: content for name, content in files.items() if not _holds(merge, name, content)}
     return Recarded(merge, others, files[CARD_NAME].decode())
-
-
-def _measured(merge: Merge) -> dict[str, Geometry]:
-    """What was measured of the merge, where it is kept."""
-    if MEASURED_NAME not in merge.located.files:
-        return {}
-    try:
-        return recalled(merge.store.fetch(merge.located, MEASURED_NAME).decode())
-    except (ValueError, TypeError, AttributeError):
-        hint = "remove the file: the card will do without the tables of how the models relate"
-        raise VerificationError(Problem(f"{MEASURED_NAME} is damaged", hint=hint)) from None
-
-
-def _scores(merge: Merge) -> tuple[Score, ...]:
-    """What was measured of its use, where that was."""
-    if EVALUATED_NAME not in merge.located.files:
-        return ()
-    try:
-        return read_scores(merge.store.fetch(merge.located, EVALUATED_NAME).decode())
-    except (ValueError, TypeError):
-        hint = "remove the file: the card will do without the table of scores"
-        raise VerificationError(Problem(f"{EVALUATED_NAME} is damaged", hint=hint)) from None
 
 
 def _holds(merge: Merge, name: str, content: bytes) -> bool:

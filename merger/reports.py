@@ -13,6 +13,7 @@ from merger.diff import Contrast, Row, Side
 from merger.errors import few
 from merger.plan.lockfile import OURS
 from merger.plan.proof import Difference
+from merger.safety.text import lined
 from merger.verify import Report
 
 _ROWS_SHOWN = 20
@@ -31,9 +32,12 @@ def report_text(report: Report) -> str:
     ]
     if report.left_out:
         lines.append(f"left out  {few(report.left_out)}: too many bytes for a sample (see --tensors and --all)")
-    lines += [*map(str, report.problems), *map(_difference_text, report.differences)]
-    lines += [f"note: {doubt}" for doubt in report.doubts]
-    return "\n".join([*lines, _verdict(report)])
+    lines += [each for problem in report.problems for each in str(problem).splitlines()]
+    lines += [
+        *map(_difference_text, report.differences),
+        *(f"note: {each}" for each in (*report.notes, *report.doubts)),
+    ]
+    return lined([*lines, _verdict(report)])
 
 
 def _compared(report: Report) -> str:
@@ -71,7 +75,7 @@ def contrast_text(found: Contrast) -> str:
     """What only one of the two has; and of what both have the most different tensors, and the layers."""
     lines = [f"A  {_side(found.one)}", f"B  {_side(found.other)}"]
     if found.same:
-        return "\n".join([*lines, f"the same: all {len(found.tensors)} tensors, bit for bit"])
+        return lined([*lines, f"the same: all {len(found.tensors)} tensors, bit for bit"])
     for side, names in (("A", found.only_one), ("B", found.only_other)):
         lines += [f"only in {side}: {len(names)} tensors, {few(names)}"] if names else []
     lines += [f"two shapes: {name} is {_shape(one)} in A, {_shape(other)} in B" for name, one, other in found.shapes]
@@ -79,7 +83,7 @@ def contrast_text(found: Contrast) -> str:
     others = [row for row in found.tensors if row.distance.differing or len(set(row.dtypes)) > 1]
     more = f", the first {_ROWS_SHOWN} of {len(others)}" if len(others) > _ROWS_SHOWN else ""
     lines += ["", *_table(f"tensor{more}", others[:_ROWS_SHOWN])]
-    return "\n".join([*lines, "", *_table("layer", [row for row in found.layers if row.distance.differing])])
+    return lined([*lines, "", *_table("layer", [row for row in found.layers if row.distance.differing])])
 
 
 def _side(side: Side) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,7 +16,7 @@ from merger.card.relations import Loss, relations
 from merger.card.render import render
 from merger.checkpoints.shard import Written
 from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME
-from merger.errors import DamagedError, MergerError, Problem, UploadError
+from merger.errors import DamagedError, MergerError, MissingError, Problem, UploadError
 from merger.evaluation import Measured, Measuring, carried_out, prepared
 from merger.locate import HUB
 from merger.methods.registry import methods
@@ -264,9 +265,14 @@ def leftovers(to: str) -> list[Leftover]:
     """What runs that did not finish left at a destination.
 
     Raises:
+        MissingError: nothing is there, neither a result nor what a run left.
         UploadError: the destination cannot be asked.
     """
-    return destination_sink(to).leftovers()
+    found = destination_sink(to).leftovers()
+    if not found and not to.startswith(HUB) and not os.path.lexists(os.path.expanduser(to)):
+        what = f"there is no folder {to!r}, nor a run that was to make it"
+        raise MissingError(Problem(what, hint="paths are relative to the working directory; a repo starts with hf://"))
+    return found
 
 
 def clean(to: str, leftover: Leftover) -> None:

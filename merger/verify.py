@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from merger.beside import taken_files
 from merger.checkpoints.checkpoint import TensorInfo
+from merger.checkpoints.kinds import kind
 from merger.errors import MismatchError, Problem, RecipeError, VerificationError
 from merger.locate import stores
 from merger.methods.registry import methods
@@ -24,7 +25,17 @@ from merger.plan.lockfile import OURS, Lock, changed_models, other_numbers, othe
 from merger.plan.plan import Plan, Shard
 from merger.plan.proof import Difference, Piece, Sample, draw, whole
 from merger.planning import planned_again
-from merger.published import Merge, comparable, open_merge, other_contents, other_files, other_taken
+from merger.published import (
+    Merge,
+    comparable,
+    edited,
+    made_again,
+    open_merge,
+    other_contents,
+    other_files,
+    other_taken,
+    strangers,
+)
 from merger.stores.library import Library
 
 if TYPE_CHECKING:
@@ -82,6 +93,8 @@ class Report:
         problems: what is wrong with the lock, its models and files.
         differences: the tensors that are others, with the first entry of each.
         doubts: why a difference may be nobody's fault.
+        added: the files that are no part of the merge; those that a loader may read are among the problems too.
+        notes: what was added or edited that no loader reads.
     """
 
     model: str
@@ -98,6 +111,8 @@ class Report:
     problems: tuple[Problem, ...]
     differences: tuple[Difference, ...]
     doubts: tuple[str, ...]
+    added: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -120,15 +135,19 @@ def verify(target: str, options: Options, extent: Extent) -> Iterator[Begun | Ma
     locked = lock(merge.recipe, parents, merge.held.pins)
     problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
     planned = _planned(merge.held, locked, options, problems)
-    others = other_files(merge, extent.everything)
+    is_made = extent.everything or planned.texts.is_edited
+    made = made_again(merge, planned, taken_files(planned, parents) if is_made else {})
+    others = other_files(merge, planned, made, extent.everything)
+    added, readable = strangers(merge, planned, made)
     tensors, misplaced = comparable(merge, planned)
-    taken = taken_files(planned, parents) if extent.everything else {}
-    contents = [*other_contents(merge, planned, taken, others), *other_taken(merge, planned)]
-    problems += [*other_plan(planned, merge.held), *others.values(), *contents, *misplaced]
+    contents = [*other_contents(merge, planned, made, others), *other_taken(merge, planned)]
+    problems += [*other_plan(planned, merge.held), *others.values(), *contents, *readable, *misplaced]
     whole_shards = [shard for shard in planned.shards if extent.everything or shard.name in others]
     check = _Check(merge, planned, parents, tensors, whole_shards)
     yield from check.run(extent)
-    yield check.report(problems)
+    notes = [f"{name} was added beside the merge" for name in added if not kind(name)]
+    notes += edited(merge, planned, parents, options.read_token)
+    yield replace(check.report(problems), added=tuple(added), notes=tuple(notes))
 
 
 def _planned(held: Lock, locked: LockedRecipe, options: Options, problems: Sequence[Problem]) -> Plan:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from merger.console import size
 from merger.errors import Problem
+from merger.safety.text import lined
 from space.form import Setting
 from space.jobs import Job
 from space.rules import Looked
@@ -43,6 +44,11 @@ def problems(looked: Looked) -> str:
     return f"<style>{marks}</style>{_list(found)}"
 
 
+def _text(words: str) -> str:
+    """Words of others as text of a page, with the lines that they have."""
+    return html.escape(lined(words.split("\n")))
+
+
 def refusal(found: Sequence[Problem]) -> str:
     """Why something was not done."""
     return f'<div role="alert">{_list([("error", problem) for problem in found])}</div>'
@@ -54,8 +60,8 @@ def _list(found: Sequence[tuple[str, Problem]]) -> str:
 
 def _problem(kind: str, problem: Problem) -> str:
     place = f'<span class="place">line {problem.at.line}</span> ' if problem.at else ""
-    hint = f'<div class="hint">{html.escape(problem.hint)}</div>' if problem.hint else ""
-    what = html.escape(str(replace(problem, at=None, hint=None)))
+    hint = f'<div class="hint">{_text(problem.hint)}</div>' if problem.hint else ""
+    what = _text(str(replace(problem, at=None, hint=None)))
     return f'<li class="{kind}"><span class="kind">{kind}</span> {place}{what}{hint}</li>'
 
 
@@ -74,12 +80,11 @@ def curves(setting: Setting, name: str) -> str:
     told = "; ".join(f"{label or 'all'}: {', '.join(f'{y:g}' for y in line)}" for label, line in drawn)
     rest = "the rest" if len(drawn) > 1 else "all tensors"
     key = "".join(
-        f'<span class="curve c{number % 4}">{html.escape(label or rest)}</span>'
-        for number, (label, _) in enumerate(drawn)
+        f'<span class="curve c{number % 4}">{_text(label or rest)}</span>' for number, (label, _) in enumerate(drawn)
     )
     return (
         f'<figure class="curves"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{html.escape(name)} from the first layer to the last; {html.escape(told)}">'
+        f'aria-label="{_text(name)} from the first layer to the last; {_text(told)}">'
         f'<line x1="{_EDGE}" x2="{_WIDTH - _EDGE}" y1="{_y(0, low, high)}" y2="{_y(0, low, high)}" class="zero"/>'
         f"{lines}</svg><figcaption>first layer <span>{key}</span> last layer</figcaption></figure>"
     )
@@ -107,7 +112,7 @@ def address(png: bytes) -> str:
 def lineage(files: Mapping[str, bytes], models: Sequence[str]) -> str:
     """The card's picture of where the merge comes from, if it has one."""
     png = files.get("pictures/lineage.png")
-    alt = html.escape(f"Lineage of the merge: made of {', '.join(models)}")
+    alt = _text(f"Lineage of the merge: made of {', '.join(models)}")
     return "" if png is None else f'<img class="picture" src="{address(png)}" alt="{alt}">'
 
 
@@ -129,18 +134,18 @@ def job(found: Job, ahead: int) -> str:
             f"</progress><p class='figures'>{_figures(found, share)}</p>"
         )
     if found.problems:
-        parts.append("".join(f'<pre class="failure">{html.escape(problem)}</pre>' for problem in found.problems))
+        parts.append("".join(f'<pre class="failure">{_text(problem)}</pre>' for problem in found.problems))
     return f'<article class="job">{"".join(parts)}</article>'
 
 
 def log(found: Job) -> str:
     """What a job has said."""
-    lines = html.escape("\n".join(found.log))
+    lines = _text("\n".join(found.log))
     return f'<pre class="log" tabindex="0">{lines}</pre>'
 
 
 def _state(found: Job, ahead: int) -> str:
-    repo = html.escape(found.to.removeprefix("hf://"))
+    repo = _text(found.to.removeprefix("hf://"))
     match found.state:
         case "queued":
             return f"<b>{repo}</b> waits its turn: {_before(ahead)}."
@@ -150,7 +155,7 @@ def _state(found: Job, ahead: int) -> str:
             return f"<b>{repo}</b> waits for you: the Space was started anew. It goes on while you are signed in."
         case "done":
             told = "is published" if found.is_new else "was there already"
-            where = html.escape(found.where)
+            where = _text(found.where)
             return f'<b>{repo}</b> {told}: <a href="{where}" target="_blank" rel="noopener">open it on the Hub</a>'
         case "failed":
             return f"<b>{repo}</b> was not made."

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 from actions import NOTHING, Checkout, commands, environment, outputs, pull_request, push
+from hostile import HOSTILE, obeyed
 from loopback import LoopbackGitHub
 from loopback.github import READ_ONLY, TOKEN
 
@@ -506,6 +507,25 @@ def test_a_recipes_name_and_words_run_nothing_and_command_nothing(
     (body,) = comments(hosted)
     titles = [line for line in body.splitlines() if line.startswith("### ")]
     assert titles == [f"### {markdown.code(name)}: {told.outputs['state']}"]
+
+
+@pytest.mark.parametrize("text", [WRONG, json.dumps({HOSTILE: HOSTILE, "models": [HOSTILE]}), None])
+def test_what_strangers_write_is_shown_and_obeyed_by_nobody(
+    text: str | None, clone: Checkout, step: Step, recipe: str, hosted: LoopbackGitHub
+) -> None:
+    """In the name of a recipe's file and in it: log, summary and comment hold no sign that is not one of ours."""
+    base = clone.commit({})
+    head = clone.commit({f"merges/{HOSTILE}.yaml": text or recipe})
+    told = step("pull_request", pull_request(base, head, number=7), hosted.url)
+    (body,) = comments(hosted)
+    ours = [line for line in told.log.splitlines() if line.startswith("::")]  # Log's: see above
+    rest = "\n".join(line for line in told.log.splitlines() if not line.startswith("::"))
+    assert obeyed(rest) == []
+    assert r"\x1b" in "".join(ours)
+    assert obeyed("".join(ours).replace("::", "").replace("##[", "")) == []
+    for shown in (told.summary, body):
+        assert r"\x1b" in shown
+        assert obeyed(shown.replace("##[", "")) == []  # they are no logs
 
 
 @pytest.mark.parametrize(

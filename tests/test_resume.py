@@ -248,3 +248,18 @@ def test_clean_removes_staging_branches_and_nothing_else(
     assert "removed merge-staging/" in removed.stdout
     assert "no unfinished run" in command("status", to, cwd=afar, hub=hub).stdout
     assert hub.exists("org/stale")
+
+
+@pytest.mark.parametrize("name", ["status", "clean"])
+def test_nothing_is_said_of_a_place_that_does_not_exist(
+    name: str, tmp_path: Path, command: Command, hub: LoopbackHub
+) -> None:
+    """Exit code 3: what is said of a name with a slip in it would be taken for what is so of the one that was meant."""
+    (tmp_path / "empty").mkdir()
+    assert command(name, "empty", cwd=tmp_path, hub=hub).returncode == 0
+    nowhere = command(name, "./nothing", cwd=tmp_path, hub=hub)
+    assert (nowhere.returncode, nowhere.stdout) == (3, "")
+    assert nowhere.stderr.startswith("there is no folder './nothing', nor a run that was to make it\n")
+    missing = command(name, "hf://org/nothing", cwd=tmp_path, hub=hub)
+    assert (missing.returncode, missing.stdout) == (3, "")
+    assert missing.stderr.startswith("there is no repo org/nothing that we may read\n")

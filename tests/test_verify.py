@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,9 +218,9 @@ def test_a_commit_that_is_gone_is_a_model_that_cannot_be_read(copy: str, served:
 
 
 def test_what_is_no_merge_of_ours_cannot_be_verified(published: str, client: Client) -> None:
-    """Without a lock there is no promise: exit code 7. What is not there at all is a model that cannot be read."""
+    """Without a lock nothing is promised: like what is not there at all, it cannot be read."""
     said = client(called, ["verify", "proof/base"])
-    assert (said.code, said.err.splitlines()[0]) == (7, f"proof/base holds no {LOCK}")
+    assert (said.code, said.err.splitlines()[0]) == (3, f"proof/base holds no {LOCK}")
     assert client(called, ["verify", "proof/nothing"]).code == 3
     assert client(called, ["verify", "proof/base@nowhere"]).code == 3
 
@@ -364,14 +366,14 @@ def test_other_files_are_compared_too(
     assert [problem.what for problem in report(out, seed=1).problems] == [said]
 
 
-def test_a_changed_tokenizer_is_seen_with_all(tmp_path: Path) -> None:
-    """Its bytes are not read for a sample, its size alone is compared."""
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "merger.measured.json"])
+def test_a_small_file_that_was_changed_is_seen_by_any_sample(name: str, tmp_path: Path) -> None:
+    """Small files are read whole, so that it takes no --all."""
     out = merged(tmp_path, RECIPE.format(method="linear"))
-    tokenizer = out / "tokenizer.json"
-    tokenizer.write_bytes(flipped(tokenizer.read_bytes(), 100))
-    assert report(out, seed=1).passed
-    (problem,) = report(out, everything=True).problems
-    assert problem.what.startswith("tokenizer.json is another file: its SHA-256 is ")
+    file = out / name
+    file.write_bytes(flipped(file.read_bytes(), 100))
+    (problem,) = report(out, seed=1).problems
+    assert problem.what.startswith(f"{name} is another file: its SHA-256 is ")
 
 
 def test_a_parents_other_file_in_a_folder_is_told(tmp_path: Path) -> None:
@@ -387,3 +389,124 @@ def test_a_parents_other_file_in_a_folder_is_told(tmp_path: Path) -> None:
     assert found.problems[0].what.startswith("kjv: model.safetensors is another file: its SHA-256 is ")
     assert len(found.differences) > 5
     assert found.of > sum(whole("", job).cost for job in planned.jobs)
+
+
+# What lies beside a merge
+
+READ = [
+    "pytorch_model.bin", "model.gguf", "extra.safetensors", "weights/more.safetensors", "model.safetensors.index.json",
+    "adapter_config.json", "adapter_model.safetensors", "adapter/adapter_model.bin", "optimizer.pt", "a/b/c/d.pkl",
+    "chat_template.jinja", "additional_chat_templates/tool.jinja", "special_tokens_map.json", "tokenizer.model",
+    "vocab.txt", "merges.txt", "modeling_tiny.py", "code/modeling_tiny.py", "custom_generate/x/generate.py",
+    "custom_generate/notes.md", "custom_generate/requirements.txt", "setup.sh", "params.json",
+    "preprocessor_config.json", "1_Pooling/config.json", "hyperparams.yaml", "SYSTEM_PROMPT.txt", "unknown.kind",
+    "no-ending", "LICENSE.py", ".hidden/x.py", "a name\nof two lines.bin", "pictures/model.onnx",
+]  # fmt: skip
+"""What a loader may read, or what nobody here knows: fit for a table that grows."""
+
+NOT_READ = [
+    "notes.txt",
+    "docs/usage.md",
+    "plot.png",
+    "LICENSE",
+    "results.csv",
+    "merge.yaml",
+    "merge.lock.yaml",
+    ".gitignore",
+]
+SILENT = [".gitattributes", "pictures/own.png", ".git/objects/ab/cd", ".cache/huggingface/download/x.metadata"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merge in a folder, to be copied."""
+    return merged(tmp_path_factory.mktemp("made"), RECIPE.format(method="linear"))
+
+
+@pytest.fixture
+def out(made: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def added(folder: Path, names: list[str]) -> None:
+    """Files of these names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_whatever_was_added_is_named_and_what_a_loader_may_read_fails(everything: bool, out: Path) -> None:
+    """However deep it lies, and with or without --all; pictures, .gitattributes and what a clone holds are ours."""
+    added(out, [*READ, *NOT_READ, *SILENT])
+    (out / "linked").symlink_to(out.parent)
+    found = report(out, everything=everything, seed=1)
+    assert list(found.added) == sorted([*READ, *NOT_READ, "linked/"])
+    shown = [name.replace("\n", "\\n") for name in sorted([*READ, "linked/"])]
+    assert [problem.what for problem in found.problems] == [f"{name} is no file of this merge" for name in shown]
+    assert list(found.notes) == [f"{name} was added beside the merge" for name in sorted(NOT_READ)]
+
+
+def test_what_no_loader_reads_is_a_line(out: Path) -> None:
+    """Exit code 0."""
+    added(out, NOT_READ)
+    said = called(["verify", str(out)])
+    assert said.code == 0
+    assert "note: notes.txt was added beside the merge" in said.out
+    assert said.out.endswith("the same: all that was compared\n")
+
+
+def test_added_files_are_named_on_the_hub_too(copy: str, served: LoopbackHub, client: Client) -> None:
+    """In words and as data, whatever the lock says of them."""
+    names = ["model.gguf", "custom_generate/x/generate.py"]
+    lock = served.read(copy, LOCK).decode()
+    listed = lock.replace(
+        "output:\n", f"output:\n- {{file: model.gguf, size: 2, sha256: {hashlib.sha256(b'{}').hexdigest()}}}\n"
+    )
+    served.commit(copy, {LOCK: listed.encode(), "notes.md": b"x"} | dict.fromkeys(names, b"{}"))
+    said = client(called, ["verify", copy])
+    assert said.code == 7
+    assert "model.gguf is no file of this merge\n    it was added beside the merge, and a loader may" in said.out
+    assert "note: notes.md was added beside the merge" in said.out
+    data = client(called, ["verify", copy, "--json"]).report
+    assert data["added"] == ["custom_generate/x/generate.py", "model.gguf", "notes.md"]
+    assert [problem["what"].split()[0] for problem in data["problems"]] == sorted(names)
+
+
+def test_a_lock_without_a_checksum_or_a_file_is_told(out: Path) -> None:
+    """merger writes both of every file: nothing that was left out goes unsaid."""
+    content = yaml.safe_load((out / LOCK).read_text())
+    content["output"][0]["sha256"] = None
+    content["output"] = [
+        each for each in content["output"] if each["file"] not in ("tokenizer.json", "merger.measured.json")
+    ]
+    (out / LOCK).write_text(yaml.safe_dump(content))
+    assert [problem.what for problem in report(out, seed=1).problems] == [
+        "the lock says nothing of tokenizer.json",
+        "the lock holds no SHA-256 of model.safetensors",
+        "merger.measured.json is no file of this merge",
+    ]
+
+
+def test_an_edited_card_is_told_and_fails_nothing(out: Path) -> None:
+    """From which line on it is another one; where it has a template of its own, that it is not compared."""
+    card = (out / "README.md").read_text().splitlines(keepends=True)
+    card[8] = "edited\n"
+    (out / "README.md").write_text("".join(card))
+    (out / "merger.evaluation.json").write_text("[ ]")
+    said = report(out, seed=1)
+    assert said.passed
+    assert said.notes == (
+        "README.md is not what merger writes of this merge here and now: it differs from line 9 on",
+        "merger.evaluation.json is not what merger writes of this merge here and now: it differs from line 1 on",
+    )
+
+
+def test_a_card_from_a_template_of_its_own_is_not_compared(tmp_path: Path) -> None:
+    """A lock's template is a stranger's: verify runs none."""
+    (tmp_path / "own.md.j2").write_text("# {{ title }}\n")
+    text = RECIPE.format(method="linear") + f"publish: {{template: {tmp_path}/own.md.j2}}\n"
+    assert report(merged(tmp_path, text), seed=1).notes == (
+        "README.md was rendered with a template of its own: it is not compared",
+    )

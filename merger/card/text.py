@@ -12,6 +12,8 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from merger.safety.text import visible
+
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
 # \\( and $$ open a formula on the Hub whether they are escaped or not; an entity does not
 _ENTITIES = _HTML | {"\\": "&#92;", "$": "&#36;", "@": "&#64;"}
@@ -28,7 +30,7 @@ def escaped(text: object) -> Markup:
 
 def inline(text: str) -> Markup:
     """The same of text that stands between other text, with the spaces at its ends."""
-    return Markup(_INLINE.sub(_stands, text))
+    return Markup(_INLINE.sub(_stands, visible(text)))
 
 
 def _stands(found: re.Match[str]) -> str:
@@ -37,6 +39,7 @@ def _stands(found: re.Match[str]) -> str:
 
 def fenced(text: str, language: str = "") -> Markup:
     """Text as a code block that nothing inside can end."""
+    text = visible(text)
     fence = "`" * max(3, _longest(text) + 1)
     return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")
 
@@ -47,7 +50,7 @@ def code(text: object) -> Markup:
     >>> print(code("a`b|c"))
     `` a`b\\|c ``
     """
-    flat = " ".join(str(text).split()).replace("|", "\\|")
+    flat = visible(" ".join(str(text).split())).replace("|", "\\|")
     fence = "`" * (_longest(flat) + 1)
     return Markup(f"{fence} {flat} {fence}" if "`" in flat or not flat else f"`{flat}`")
 
@@ -63,7 +66,7 @@ def literal(text: str) -> Markup:
 
 def shell(text: str) -> Markup:
     """Text as one word of a shell's line, inside a code block."""
-    return Markup(shlex.quote(" ".join(text.split())))
+    return Markup(shlex.quote(visible(" ".join(text.split()))))
 
 
 def address(url: str) -> Markup:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -87,6 +87,24 @@ def _files(folder: Path) -> list[str]:
     """The files directly in the folder and one level below, sorted, so that every machine lists them alike."""
     found = sorted(item for pattern in ("*", "*/*") for item in folder.glob(pattern) if not os.path.isdir(item))
     return [item.relative_to(folder).as_posix() for item in found]
+
+
+def tree(folder: str) -> list[str]:
+    """The names of all files below a folder, however deep; of a link to a folder its own alone, and a ``/``.
+
+    Raises:
+        ModelError: a folder cannot be looked into.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        what = f"{error.filename!r} cannot be looked into ({error.strerror})"
+        raise ModelError(Problem(what, hint="look at its rights and its disk")) from None
+
+    found = []
+    for at, folders, files in os.walk(folder, onerror=refuse):
+        links = (f"{name}/" for name in folders if os.path.islink(os.path.join(at, name)))
+        found += [os.path.join(os.path.relpath(at, folder), name) for name in (*files, *links)]
+    return sorted(name.removeprefix("./") for name in found)
 
 
 @contextmanager

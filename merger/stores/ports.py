@@ -242,6 +242,7 @@ class Sink(Taker, Protocol):
         """What unfinished runs left here.
 
         Raises:
+            MissingError: there is no such place.
             UploadError: the destination cannot be asked.
         """
 

@@ -30,12 +30,12 @@ from huggingface_hub import (
     ModelInfo,
     constants,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 
 from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import PICTURES, side_files
-from merger.errors import BudgetError, DamagedError, Problem, UploadError, VerificationError
+from merger.errors import BudgetError, DamagedError, MissingError, Problem, UploadError, VerificationError
 from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
 from merger.stores.ports import FileInfo, Leftover, Located, Published
 from merger.stores.ranges import RangeClient
@@ -368,7 +368,11 @@ class HubSink:
     def leftovers(self) -> list[Leftover]:
         """The staging branches of the repo."""
         with self._refusals():
-            branches = patiently(lambda: self._api.list_repo_refs(self.name)).branches
+            try:
+                branches = patiently(lambda: self._api.list_repo_refs(self.name)).branches
+            except RepositoryNotFoundError:
+                hint = "check the spelling; for a private repo set HF_TOKEN"
+                raise MissingError(Problem(f"there is no repo {self.name} that we may read", hint=hint)) from None
             return [self._leftover(item.name) for item in branches if item.name.startswith(_STAGING)]
 
     def _leftover(self, branch: str) -> Leftover:

@@ -17,6 +17,7 @@ from merger.card.render import render
 from merger.methods.registry import methods
 from merger.options import Options
 from merger.planning import plan, read
+from merger.safety.text import visible
 
 PLAIN = "plain"
 PLACES = ("folder", "licence", "comment", "field", "why", "title", "measured")
@@ -30,6 +31,7 @@ NASTY = {
     "fence": "```\n\n# Evil\n\n~~~",
     "heading": "# Evil\n===",
     "autolink": "https://evil.example www.evil.example <https://evil.example>",
+    "reading order": "\u202elive\u2066 \u200fx",
     "entity": "&lt;script&gt; &#60;b&#62;",
 }
 HUB = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
@@ -108,7 +110,7 @@ def test_words_of_others_change_their_own_text_alone(place: str, kind: str) -> N
     assert data == plain_data
     assert page.tags == plain.tags
     if place != "field":  # of which nothing is taken over that is not in the form of its key
-        first = words.splitlines()[0].replace("/", "∕")
+        first = visible(words.splitlines()[0].replace("/", "∕"))
         assert "".join(first.split()) in "".join(page.text.replace("/", "∕").split())
 
 

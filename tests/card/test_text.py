@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from merger.card.text import address, code, escaped, fenced, literal, shell
+from merger.safety.text import visible
 
 MARKDOWN = MarkdownIt("gfm-like", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
 NASTY = [
@@ -24,6 +25,7 @@ NASTY = [
     "{{ 7 * 7 }} {% raw %}",
     "line\n\n# another\n```\ncode",
     "\"quoted\" 'twice'",
+    "\x1b[2J \x9b31m \u202e \u2066 \x00",
 ]  # fmt: skip
 any_text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=40)
 
@@ -40,14 +42,14 @@ def shown(text: str) -> str:
 @pytest.mark.parametrize("text", NASTY)
 def test_text_stands_for_itself(text: str) -> None:
     """Markdown, HTML, formulas and tables in it are read as the signs they are, on one line."""
-    assert shown(escaped(text)) == " ".join(text.split())
+    assert shown(escaped(text)) == visible(" ".join(text.split()))
 
 
 @given(any_text)
 def test_any_text_stands_for_itself(text: str) -> None:
     """The same of whatever signs."""
     if flat := " ".join(text.split()):
-        assert shown(escaped(text)) == flat
+        assert shown(escaped(text)) == visible(flat)
 
 
 @given(any_text)
@@ -73,7 +75,7 @@ def test_nothing_ends_a_code_block(text: str, language: str) -> None:
     page = MARKDOWN.render(fenced(text, language))
     inside = re.fullmatch(r"(?s)<pre><code[^>]*>(.*)</code></pre>\n", page)
     assert inside
-    assert html.unescape(inside[1]).rstrip("\n") == text.rstrip().replace("\u0000", "\ufffd")
+    assert html.unescape(inside[1]).rstrip("\n") == visible(text).rstrip()
 
 
 @given(any_text)
@@ -83,7 +85,7 @@ def test_code_in_a_cell(text: str) -> None:
     (cell,) = re.findall(r"<td>(.*)</td>", page)
     inside = re.fullmatch(r"<code>(.*)</code>", cell)
     assert inside
-    assert html.unescape(inside[1]).strip() == " ".join(text.split())
+    assert html.unescape(inside[1]).strip() == visible(" ".join(text.split()))
 
 
 def test_for_python_shells_and_links() -> None:

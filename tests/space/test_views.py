@@ -5,11 +5,13 @@ Not here: where they stand on the page (test_page).
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from dataclasses import replace
 
 import pytest
+from hostile import HOSTILE, obeyed
 
 from merger.errors import Problem
 from space import rules, views
@@ -61,6 +63,23 @@ def test_words_of_others_are_escaped() -> None:
     assert "<img" not in told
     assert "&lt;img" in told
     assert "<script" not in views.curves(Setting({"<script>": (0.0, float("nan"), 1.0)}), "<script>")
+
+
+def test_words_of_others_turn_nothing_and_are_no_lines_of_ours() -> None:
+    """In lists of problems, in a job's name, place, log and failure, and beside a curve."""
+    job = replace(JOB, state="done", to=f"hf://a/{HOSTILE}", where=HOSTILE, log=(HOSTILE,), problems=(HOSTILE,))
+    recipe = f"merge_method: linear\n{json.dumps(HOSTILE)}: 1\nmodels: [{{model: {json.dumps(HOSTILE)}}}]\n"
+    pages = [
+        views.job(job, 0),
+        views.log(job),
+        views.problems(rules.look(recipe)),
+        views.refusal([Problem(HOSTILE, hint=HOSTILE)]),
+        views.curves(Setting({HOSTILE: (0.0, 1.0)}), HOSTILE),
+        views.lineage({"pictures/lineage.png": b""}, [HOSTILE]),
+    ]
+    for page in pages:
+        assert "\\x1b" in page
+        assert [each for each in obeyed(page) if "a line" not in each] == [], page
 
 
 def test_a_problem_without_a_place() -> None:
