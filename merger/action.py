@@ -51,11 +51,13 @@ def mode_of(inputs: Inputs, event: Event) -> str:
     """What is to be done with the recipes.
 
     Raises:
-        RecipeError: a pull request of strangers shall be run.
+        RecipeError: what strangers have a hand in shall be run.
     """
-    if inputs.mode in RUNNING and (event.is_foreign or event.name == "pull_request_target"):
-        what = f"input mode: {inputs.mode} is not for pull_request_target, nor for pull requests of other repositories"
-        raise RecipeError(Problem(what, hint="leave mode out: they are planned, and merged once they are in"))
+    if inputs.mode in RUNNING and (event.is_foreign or not (event.is_ours or event.name == "pull_request")):
+        why = "its recipes may be a stranger's" if event.is_foreign else "strangers can start it"
+        what = f"input mode: {inputs.mode} is not for this event, {event.name}: {why}"
+        hint = "leave mode out, and recipes are planned; they are merged by push, workflow_dispatch or schedule"
+        raise RecipeError(Problem(what, hint=hint))
     if inputs.mode != "auto":
         return inputs.mode
     return "run" if event.name in STARTED_TO_RUN else "plan"
@@ -190,6 +192,8 @@ class Job:
 
     def _options(self, recipe: Recipe) -> Options:
         """The inputs' options, with what this machine and this job add to them."""
+        if self.event.is_foreign:  # neither a token nor what a token has brought into the cache reads for a stranger
+            return replace(self.inputs.options, read_token=False)
         options = _reading(replace(self.inputs.options, publish_only=self.mode == "publish"))
         if self.mode not in RUNNING:
             return options

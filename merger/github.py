@@ -23,6 +23,9 @@ from merger.errors import MergerError, Problem
 if TYPE_CHECKING:
     from requests import Response
 
+_OURS = ("", "push", "merge_group", "schedule", "workflow_dispatch", "repository_dispatch", "release", "create")
+"""Events that need a right to write, without a name what is started by hand. Whatever GitHub adds is none of them."""
+
 _NO_COMMIT = re.compile(r"^0*$")
 _ENDS = re.compile(r"^([0-9a-f]{40,64}|refs/[^\0]+)\.{2,3}[0-9a-f]{40,64}$")
 _SECONDS = 30
@@ -62,17 +65,30 @@ class Event:
     @property
     def pull(self) -> int | None:
         """The pull request's number."""
-        pull = self.payload.get("pull_request") if self.name.startswith("pull_request") else None
-        return int(pull["number"]) if pull else None
+        number = self._told("pull_request", "number") if self.name.startswith("pull_request") else None
+        return number if isinstance(number, int) else None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether only those who may write to the repository can start it, with what is in the repository."""
+        return self.name in _OURS
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it is a pull request from another repository, whose files nobody here has looked at."""
-        if self.pull is None:
+        """Whether its recipes may be of somebody who may not write here: of a fork, or of nobody knows where."""
+        if self.is_ours:
             return False
-        pull = self.payload["pull_request"]
-        own, head = pull["base"]["repo"]["full_name"], pull["head"].get("repo")
-        return head is None or head["full_name"] != own
+        head = self._told("pull_request", "head", "repo", "full_name") or self._told(
+            "workflow_run", "head_repository", "full_name"
+        )
+        return head is None or head != self._told("repository", "full_name")
+
+    def _told(self, *keys: str) -> Any:
+        """What the payload has there; None where it has nothing."""
+        found: Any = self.payload
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
 
     def changed(self, root: Path, api: Api) -> set[str] | None:
         """The files that a push or a pull request added or changed, from the top of the repository; None: all count.
