@@ -186,7 +186,7 @@ class Job:
         planned, store = plan(recipe, options)
         result = replace(result, state="planned", plan=planned, to=_destination(recipe, options))
         yield result
-        print(console.plan_text(planned), flush=True)
+        print(console.plan_text(planned, result.to), flush=True)
         if self.mode in RUNNING:
             yield self._made(result, planned, store, options)
 
@@ -357,7 +357,7 @@ def _reported(result: Result, part_size: int) -> dict[str, object]:
         "problems": [asdict(problem) for problem in result.problems],
         "warnings": [asdict(problem) for problem in result.warnings],
         "to": result.to,
-        "plan": console.plan_json(result.plan) if result.plan else None,
+        "plan": console.plan_json(result.plan, result.to) if result.plan else None,
         "matrix": matrix(result.plan, part_size) if result.plan else [],
         "done": console.as_json(result.done) if result.done else None,
     }

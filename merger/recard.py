@@ -71,7 +71,7 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     planned = with_templates(planned, parents, options.root)  # the lock names none of this machine
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:
         raise VerificationError(problems)
-    elsewhere = elders(planned, merge.located.commit is not None, options.read_token)
+    elsewhere = elders(planned, merge.located.commit is not None)
     files = card_files(planned, merge.located.name, _measured(merge), parents, elsewhere, _scores(merge))
     others = {name: content for name, content in files.items() if not _holds(merge, name, content)}
     return Recarded(merge, others, files[CARD_NAME].decode())
