@@ -60,8 +60,8 @@ class PartDone:
 class Done:
     """The merge lies at its destination; without shards where it lay there before this run.
 
-    `doubts` are sentences that say why it may mean little, or who reads of it now; `losses` what an adapter leaves out; `card` and `lock` are
-    those files where this run wrote them.
+    `doubts` are sentences that say why it may mean little, or who reads of it now; `losses` what an adapter leaves out;
+    `card` and `lock` are those files where this run wrote them.
     """
 
     published: Published

@@ -1,7 +1,8 @@
 """The family of a merge: its parents, their own parents and so on, as far as cards and locks tell; and as a text tree.
 
 All of it is somebody else's word: nothing here fails for what a card says or a Hub refuses. No place on a disk is ever
-named, and of what only some may read no more than everybody may read elsewhere. Not here: the lock file of this merge (lineage), and the picture (portrait).
+named, and of what only some may read no more than everybody may read elsewhere. Not here: the lock file of this merge
+(lineage), and the picture (portrait).
 """
 
 from __future__ import annotations
