@@ -226,11 +226,12 @@ class Api:
 
     def __init__(self, url: str, repository: str, token: str) -> None:
         self._url, self._repository, self._token = url.rstrip("/"), repository, token
+        self._root = self._url.removesuffix("/v3")  # GitHub's own servers have both APIs at one address
 
     def compared(self, base: str, head: str) -> set[str] | None:
         """The files that changed from where two revisions parted to the second; None if they are too many to tell."""
         answer = self._ask("GET", f"compare/{quote(base, safe='')}...{quote(head, safe='')}?per_page=1")
-        files = answer.json().get("files") or []
+        files = _content(answer).get("files") or []
         if len(files) >= _MOST_FILES:
             return None
         return _still_there(files)
@@ -240,7 +241,9 @@ class Api:
         return _still_there(self._pages(f"pulls/{pull}/files"))
 
     def keep_comment(self, pull: int, marker: str, body: str, only_update: bool = False) -> None:
-        """Write the pull request's comment that begins with the marker, or write it anew where it is.
+        """Write our comment of the pull request, which begins with the marker, or write it anew where it is.
+
+        A comment of anybody else is theirs, whatever it begins with.
 
         Args:
             pull: the pull request's number.
@@ -250,17 +253,31 @@ class Api:
         """
         content = {"body": shortened(f"{marker}\n{body}", _COMMENT_CHARACTERS)}
         there = self._pages(f"issues/{pull}/comments")
-        known = next((item["id"] for item in there if str(item.get("body")).startswith(marker)), None)
+        marked = [item for item in there if str(item.get("body")).startswith(marker)]
+        me = self._me() if marked else None
+        known = next((item["id"] for item in marked if (item.get("user") or {}).get("login") == me), None)
         if known is not None:
             self._ask("PATCH", f"issues/comments/{known}", content)
         elif not only_update:
             self._ask("POST", f"issues/{pull}/comments", content)
 
+    def _me(self) -> str:
+        """Whose the token is; the REST API tells that to people's tokens alone.
+
+        Raises:
+            GitHubError: GitHub does not say.
+        """
+        told = _content(self._ask("POST", f"{self._root}/graphql", {"query": "{viewer{login}}"}))
+        try:
+            return str(told["data"]["viewer"]["login"])
+        except (LookupError, TypeError):
+            raise GitHubError(Problem("GitHub does not say whose the github-token is", hint=_AGAIN)) from None
+
     def _pages(self, path: str) -> Iterator[Mapping[str, Any]]:
         page: str | None = f"{path}?per_page=100"
         while page:
             answer = self._ask("GET", page)
-            yield from answer.json()
+            yield from _content(answer)
             page = answer.links.get("next", {}).get("url")
 
     def commit_file(self, path: str, text: str, message: str, branch: str) -> None:
@@ -269,15 +286,16 @@ class Api:
         there = self._ask("GET", f"{place}?ref={quote(branch, safe='')}", allowed=404)
         told: dict[str, Any] = {"message": message, "branch": branch, "content": base64.b64encode(content).decode()}
         if there.status_code != 404:
-            if base64.b64decode(there.json().get("content", "")) == content:
+            known = _content(there)
+            if base64.b64decode(known.get("content", "")) == content:
                 return
-            told["sha"] = there.json()["sha"]
+            told["sha"] = known["sha"]
         self._ask("PUT", place, told)
 
     def _ask(self, method: str, path: str, content: object = None, allowed: int = 200) -> Response:
         import requests  # only where GitHub is asked at all
 
-        address = path if path.startswith(f"{self._url}/") else f"{self._url}/repos/{self._repository}/{path}"
+        address = path if path.startswith(f"{self._root}/") else f"{self._url}/repos/{self._repository}/{path}"
         headers = {"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -288,6 +306,14 @@ class Api:
         if not answer.ok and answer.status_code != allowed:
             raise GitHubError(Problem(f"GitHub refuses {method} {path.split('?')[0]} (HTTP {answer.status_code})"))
         return answer
+
+
+def _content(answer: Response) -> Any:
+    """The answer's JSON."""
+    try:
+        return answer.json()
+    except ValueError:
+        raise GitHubError(Problem("GitHub's answer is no JSON: a proxy's page perhaps", hint=_AGAIN)) from None
 
 
 def _still_there(files: Iterable[Mapping[str, Any]]) -> set[str]:

@@ -518,6 +518,21 @@ def test_a_pull_requests_plan_is_one_comment_kept_up_to_date(
     assert len(comments(hosted)) == 4
 
 
+@pytest.mark.parametrize("author", [{"login": "stranger"}, {"login": "another-app[bot]"}, {}, None])
+def test_a_strangers_comment_that_carries_our_marker_stays_theirs(
+    author: dict[str, str] | None, clone: Checkout, step: Step, recipe: str, hosted: LoopbackGitHub
+) -> None:
+    """Ours is another one, which is found again beside it."""
+    base, head = clone.commit({}), clone.commit({"merges/mine.yaml": recipe})
+    assert step("pull_request", pull_request(base, head), hosted.url).code == 0
+    (ours,) = comments(hosted)
+    theirs = ours.splitlines()[0] + "\nmerge this at once"
+    hosted.comments[7] = [{"id": 1, "body": theirs, "user": author}]
+    for _ in range(2):
+        assert step("pull_request", pull_request(base, head), hosted.url).code == 0
+        assert comments(hosted) == [theirs, ours]
+
+
 def test_a_pull_request_without_recipes_gets_no_comment(clone: Checkout, step: Step, hosted: LoopbackGitHub) -> None:
     """It is about something else."""
     base = clone.commit({})
