@@ -164,7 +164,9 @@ class Bot:
         except Exception as error:
             log.exception("%s: a bug of ours", ask.repo)
             words = f"This has failed for a fault of ours ({type(error).__name__}): please report it, and ask again."
-            self._give_up(self._asks.get(ask.key), words)
+            now = self._asks.get(ask.key)
+            if ask.state == "job" or now.state != "job":  # else it was just queued: what becomes of it is said later
+                self._give_up(now, words)
 
     def _give_up(self, ask: Ask, words: str) -> None:
         """Say so where it was asked, if that much can be done."""
