@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+import waiting
 from huggingface_hub import DiscussionComment, HfApi
 from loopback import LoopbackHub
 from served import ServedSpace, halted, zoo
@@ -78,13 +79,10 @@ class Hooks:
 
     def until(self, repo: str, num: int, words: str) -> str:
         """Wait until it has said something with these words."""
-        end = time.monotonic() + 300
-        while True:
-            found = next((said for said in self.said(repo, num) if words in said), None)
-            if found is not None:
-                return found
-            assert time.monotonic() < end, (self.said(repo, num), self.space.log())
-            time.sleep(0.2)
+        return waiting.until(
+            lambda: next((said for said in self.said(repo, num) if words in said), ""),
+            lambda: (self.said(repo, num), self.space.log()),
+        )
 
     def push(self, repo: str, files: Mapping[str, str]) -> dict[str, Any]:
         """A commit to main, and the payload that tells of it."""
