@@ -52,11 +52,13 @@ def mode_of(inputs: Inputs, event: Event) -> str:
     """What is to be done with the recipes.
 
     Raises:
-        RecipeError: a pull request of strangers shall be run.
+        RecipeError: what strangers have a hand in shall be run.
     """
-    if inputs.mode in RUNNING and (event.is_foreign or event.name == "pull_request_target"):
-        what = f"input mode: {inputs.mode} is not for pull_request_target, nor for pull requests of other repositories"
-        raise RecipeError(Problem(what, hint="leave mode out: they are planned, and merged once they are in"))
+    if inputs.mode in RUNNING and (event.is_foreign or not (event.is_ours or event.name == "pull_request")):
+        why = "its recipes may be a stranger's" if event.is_foreign else "strangers can start it"
+        what = f"input mode: {inputs.mode} is not for this event, {event.name}: {why}"
+        hint = "leave mode out, and recipes are planned; they are merged by push, workflow_dispatch or schedule"
+        raise RecipeError(Problem(what, hint=hint))
     if inputs.mode != "auto":
         return inputs.mode
     return "run" if event.name in STARTED_TO_RUN else "plan"
@@ -185,12 +187,14 @@ class Job:
         planned, store = plan(recipe, options)
         result = replace(result, state="planned", plan=planned, to=_destination(recipe, options))
         yield result
-        print(console.plan_text(planned), flush=True)
+        print(console.plan_text(planned, result.to), flush=True)
         if self.mode in RUNNING:
             yield self._made(result, planned, store, options)
 
     def _options(self, recipe: Recipe) -> Options:
         """The inputs' options, with what this machine and this job add to them."""
+        if self.event.is_foreign:  # neither a token nor what a token has brought into the cache reads for a stranger
+            return replace(self.inputs.options, read_token=False)
         options = _reading(replace(self.inputs.options, publish_only=self.mode == "publish"))
         if self.mode not in RUNNING:
             return options
@@ -354,7 +358,7 @@ def _reported(result: Result, part_size: int) -> dict[str, object]:
         "problems": [asdict(problem) for problem in result.problems],
         "warnings": [asdict(problem) for problem in result.warnings],
         "to": result.to,
-        "plan": console.plan_json(result.plan) if result.plan else None,
+        "plan": console.plan_json(result.plan, result.to) if result.plan else None,
         "matrix": matrix(result.plan, part_size) if result.plan else [],
         "done": console.as_json(result.done) if result.done else None,
     }

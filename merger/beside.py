@@ -59,13 +59,16 @@ def card_files(
     return {CARD_NAME: text.encode(), **files} | ({EVALUATED_NAME: kept(scores).encode()} if scores else {})
 
 
-def elders(planned: Plan, to_hub: bool, token: str | bool | None) -> Store | None:
-    """Where the parents' own parents are looked up; nowhere, for a merge that has nothing to do with the Hub."""
+def elders(planned: Plan, to_hub: bool) -> Store | None:
+    """Where the parents' own parents are looked up; nowhere, for a merge that has nothing to do with the Hub.
+
+    Without a token: which they are is a stranger's word, and what is found is told to whoever reads the card.
+    """
     if not to_hub and all(model.located.commit is None for model in planned.locked.models):
         return None
     from merger.stores.hub import HubStore
 
-    return HubStore(token)
+    return HubStore(False)
 
 
 def small_files(

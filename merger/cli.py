@@ -324,7 +324,7 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from merger import console
-    from merger.options import needed_disk
+    from merger.options import needed_disk, stated_destination
     from merger.planning import looked, plan, read
 
     recipe = read(arguments.recipe)
@@ -334,7 +334,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         needed_disk(planned, options, planned.shards)
     for note in recipe.warnings:
         print(console.warning(note), file=sys.stderr)
-    print(json.dumps(console.plan_json(planned)) if arguments.json else console.plan_text(planned))
+    to = stated_destination(recipe, options)
+    print(json.dumps(console.plan_json(planned, to)) if arguments.json else console.plan_text(planned, to))
     if arguments.look:
         print(console.relations_text(looked(planned, store)), file=sys.stderr if arguments.json else sys.stdout)
     return 0
@@ -373,12 +374,12 @@ def _made(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     options, engine = _options(arguments), _engine(arguments)
     options = fitted(options) if engine is None else suited(options, engine)
-    destination(recipe, options)  # a missing destination is said before the models are asked for
+    to = destination(recipe, options)  # a missing destination is said before the models are asked for
     planned, store = plan(recipe, options)
     quiet = arguments.quiet
     if not quiet:
         notes = [console.warning(note) for note in recipe.warnings]
-        print("\n".join([*notes, console.plan_text(planned), ""]), file=sys.stderr)
+        print("\n".join([*notes, console.plan_text(planned, to), ""]), file=sys.stderr)
     progress = None if quiet else console.Progress(sum(job.nbytes for job in planned.jobs))
     event: object = None
     try:

@@ -16,6 +16,7 @@ from merger.card.relations import Loss, Relation, Relations, same_models, strang
 from merger.errors import MergerError, Problem, few
 from merger.evaluation import Measured, Measuring
 from merger.methods.registry import Method, Param
+from merger.options import exposed
 from merger.plan.plan import Plan
 from merger.plan.scores import memory
 from merger.run import Done, PartDone, Resumed
@@ -70,14 +71,19 @@ def warning(problem: Problem) -> str:
     return f"warning: {problem}"
 
 
-def plan_text(planned: Plan) -> str:
+def plan_text(planned: Plan, to: str | None = None) -> str:
     """What will be made of what, what it takes, what is left out, and under which licence."""
     made = [*_models(planned), "", *_making(planned), "", *_costs(planned), *_accounting(planned)]
-    doubts = (*same_models(planned), *strange_adapters(planned))
+    doubts = plan_doubts(planned, to)
     return lined([*made, *_licence(planned), *(each for doubt in doubts for each in ("", f"warning: {doubt}"))])
 
 
-def plan_json(planned: Plan) -> dict[str, Any]:
+def plan_doubts(planned: Plan, to: str | None) -> list[str]:
+    """Sentences on what is likely not meant."""
+    return [*same_models(planned), *strange_adapters(planned), *exposed(planned, to)]
+
+
+def plan_json(planned: Plan, to: str | None = None) -> dict[str, Any]:
     """The same for machines."""
     found = judge(planned)
     licence = {
@@ -88,7 +94,7 @@ def plan_json(planned: Plan) -> dict[str, Any]:
         "notes": found.notes,
         "asks": {terms.name: [kind.value for kind in terms.asks] for terms in found.duties},
     }
-    return {**planned.as_json(), "licence": licence}
+    return {**planned.as_json(), "licence": licence, "warnings": plan_doubts(planned, to)}
 
 
 def _licence(planned: Plan) -> list[str]:

@@ -24,6 +24,9 @@ from merger.safety.text import visible
 if TYPE_CHECKING:
     from requests import Response
 
+_OURS = ("", "push", "merge_group", "schedule", "workflow_dispatch", "repository_dispatch", "release", "create")
+"""Events that need a right to write, without a name what is started by hand. Whatever GitHub adds is none of them."""
+
 _NO_COMMIT = re.compile(r"^0*$")
 _ENDS = re.compile(r"^([0-9a-f]{40,64}|refs/[^\0]+)\.{2,3}[0-9a-f]{40,64}$")
 _SECONDS = 30
@@ -63,17 +66,30 @@ class Event:
     @property
     def pull(self) -> int | None:
         """The pull request's number."""
-        pull = self.payload.get("pull_request") if self.name.startswith("pull_request") else None
-        return int(pull["number"]) if pull else None
+        number = self._told("pull_request", "number") if self.name.startswith("pull_request") else None
+        return number if isinstance(number, int) else None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether only those who may write to the repository can start it, with what is in the repository."""
+        return self.name in _OURS
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it is a pull request from another repository, whose files nobody here has looked at."""
-        if self.pull is None:
+        """Whether its recipes may be of somebody who may not write here: of a fork, or of nobody knows where."""
+        if self.is_ours:
             return False
-        pull = self.payload["pull_request"]
-        own, head = pull["base"]["repo"]["full_name"], pull["head"].get("repo")
-        return head is None or head["full_name"] != own
+        head = self._told("pull_request", "head", "repo", "full_name") or self._told(
+            "workflow_run", "head_repository", "full_name"
+        )
+        return head is None or head != self._told("repository", "full_name")
+
+    def _told(self, *keys: str) -> Any:
+        """What the payload has there; None where it has nothing."""
+        found: Any = self.payload
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
 
     def changed(self, root: Path, api: Api) -> set[str] | None:
         """The files that a push or a pull request added or changed, from the top of the repository; None: all count.
@@ -211,11 +227,12 @@ class Api:
 
     def __init__(self, url: str, repository: str, token: str) -> None:
         self._url, self._repository, self._token = url.rstrip("/"), repository, token
+        self._root = self._url.removesuffix("/v3")  # GitHub's own servers have both APIs at one address
 
     def compared(self, base: str, head: str) -> set[str] | None:
         """The files that changed from where two revisions parted to the second; None if they are too many to tell."""
         answer = self._ask("GET", f"compare/{quote(base, safe='')}...{quote(head, safe='')}?per_page=1")
-        files = answer.json().get("files") or []
+        files = _content(answer).get("files") or []
         if len(files) >= _MOST_FILES:
             return None
         return _still_there(files)
@@ -225,7 +242,9 @@ class Api:
         return _still_there(self._pages(f"pulls/{pull}/files"))
 
     def keep_comment(self, pull: int, marker: str, body: str, only_update: bool = False) -> None:
-        """Write the pull request's comment that begins with the marker, or write it anew where it is.
+        """Write our comment of the pull request, which begins with the marker, or write it anew where it is.
+
+        A comment of anybody else is theirs, whatever it begins with.
 
         Args:
             pull: the pull request's number.
@@ -235,17 +254,31 @@ class Api:
         """
         content = {"body": shortened(f"{marker}\n{body}", _COMMENT_CHARACTERS)}
         there = self._pages(f"issues/{pull}/comments")
-        known = next((item["id"] for item in there if str(item.get("body")).startswith(marker)), None)
+        marked = [item for item in there if str(item.get("body")).startswith(marker)]
+        me = self._me() if marked else None
+        known = next((item["id"] for item in marked if (item.get("user") or {}).get("login") == me), None)
         if known is not None:
             self._ask("PATCH", f"issues/comments/{known}", content)
         elif not only_update:
             self._ask("POST", f"issues/{pull}/comments", content)
 
+    def _me(self) -> str:
+        """Whose the token is; the REST API tells that to people's tokens alone.
+
+        Raises:
+            GitHubError: GitHub does not say.
+        """
+        told = _content(self._ask("POST", f"{self._root}/graphql", {"query": "{viewer{login}}"}))
+        try:
+            return str(told["data"]["viewer"]["login"])
+        except (LookupError, TypeError):
+            raise GitHubError(Problem("GitHub does not say whose the github-token is", hint=_AGAIN)) from None
+
     def _pages(self, path: str) -> Iterator[Mapping[str, Any]]:
         page: str | None = f"{path}?per_page=100"
         while page:
             answer = self._ask("GET", page)
-            yield from answer.json()
+            yield from _content(answer)
             page = answer.links.get("next", {}).get("url")
 
     def commit_file(self, path: str, text: str, message: str, branch: str) -> None:
@@ -254,15 +287,16 @@ class Api:
         there = self._ask("GET", f"{place}?ref={quote(branch, safe='')}", allowed=404)
         told: dict[str, Any] = {"message": message, "branch": branch, "content": base64.b64encode(content).decode()}
         if there.status_code != 404:
-            if base64.b64decode(there.json().get("content", "")) == content:
+            known = _content(there)
+            if base64.b64decode(known.get("content", "")) == content:
                 return
-            told["sha"] = there.json()["sha"]
+            told["sha"] = known["sha"]
         self._ask("PUT", place, told)
 
     def _ask(self, method: str, path: str, content: object = None, allowed: int = 200) -> Response:
         import requests  # only where GitHub is asked at all
 
-        address = path if path.startswith(f"{self._url}/") else f"{self._url}/repos/{self._repository}/{path}"
+        address = path if path.startswith(f"{self._root}/") else f"{self._url}/repos/{self._repository}/{path}"
         headers = {"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -273,6 +307,14 @@ class Api:
         if not answer.ok and answer.status_code != allowed:
             raise GitHubError(Problem(f"GitHub refuses {method} {path.split('?')[0]} (HTTP {answer.status_code})"))
         return answer
+
+
+def _content(answer: Response) -> Any:
+    """The answer's JSON."""
+    try:
+        return answer.json()
+    except ValueError:
+        raise GitHubError(Problem("GitHub's answer is no JSON: a proxy's page perhaps", hint=_AGAIN)) from None
 
 
 def _still_there(files: Iterable[Mapping[str, Any]]) -> set[str]:

@@ -18,7 +18,8 @@ def stores(paths: Sequence[str], cache: bool, token: str | bool | None, root: Pa
 
     Args:
         paths: folders or repo ids.
-        cache: read files where Hugging Face's cache on this disk has them.
+        cache: read files where Hugging Face's cache on this disk has them; without a token none, for what lies there
+            may have been let in by one.
         token: the reader's token; None takes the environment's, False none.
         root: inside of which folders may lie, by whose words they are named (safety.paths).
     """
@@ -30,7 +31,7 @@ def stores(paths: Sequence[str], cache: bool, token: str | bool | None, root: Pa
     from merger.stores.hub import HubStore
 
     hub = HubStore(token)
-    remote = CachedStore(hub) if cache else hub
+    remote = CachedStore(hub) if cache and token is not False else hub
     return Library([folders, remote])
 
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 from merger.card.licences import judge
 from merger.card.lineage import shown
-from merger.card.relations import same_models, strange_adapters
 from merger.card.text import code as code  # shells show names with it
 from merger.card.text import escaped, fenced
-from merger.console import size
+from merger.console import plan_doubts, size
 from merger.errors import Problem
 from merger.plan.plan import Plan
 from merger.run import Done, PartDone
@@ -31,7 +30,7 @@ def _told(text: str) -> str:
 
 def plan_section(planned: Plan, destination: str | None) -> str:
     """What will be made, of what, and what that takes."""
-    return "\n".join([*_models(planned), "", *_costs(planned, destination), *_notes(planned)])
+    return "\n".join([*_models(planned), "", *_costs(planned, destination), *_notes(planned, destination)])
 
 
 def _models(planned: Plan) -> list[str]:
@@ -78,8 +77,8 @@ def _minutes(planned: Plan) -> int:
     return 1 + int((planned.read_bytes / IN_BYTES_A_SECOND + planned.size / OUT_BYTES_A_SECOND) / 60)
 
 
-def _notes(planned: Plan) -> list[str]:
-    notes = [f"**Warning:** {_told(doubt)}" for doubt in (*same_models(planned), *strange_adapters(planned))]
+def _notes(planned: Plan, to: str | None) -> list[str]:
+    notes = [f"**Warning:** {_told(doubt)}" for doubt in plan_doubts(planned, to)]
     found = judge(planned)
     notes += [f"**Licence:** {_told(what)}" for what in (*(each.what for each in found.conflicts), *found.notes)]
     if found.override is not None and found.conflicts:

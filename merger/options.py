@@ -137,6 +137,23 @@ def to_hub(recipe: Recipe, options: Options) -> bool:
     return destination(recipe, options).startswith(HUB)
 
 
+def exposed(planned: Plan, to: str | None) -> list[str]:
+    """Sentences about private models of which all will read who may read the result.
+
+    Args:
+        planned: what is made.
+        to: where it goes; None: that is not said yet, and may be the Hub.
+    """
+    if planned.locked.recipe.publish.private or not (to or HUB).startswith(HUB):
+        return []
+    models = planned.locked.models
+    found = [each for model in models for each in (model, model.adapter) if each is not None and each.located.private]
+    what = "is private, and the result is public, unless its repo is there already and private: card and lock tell its"
+    keep = "write publish: {private: true} for a private result"
+    names = dict.fromkeys(model.located.name for model in found)
+    return [f"{name} {what} name, commit, licence and checksums; {keep}" for name in names]
+
+
 def stated_destination(recipe: Recipe, options: Options) -> str:
     """Where the result goes, if anything says it."""
     if options.to is not None:

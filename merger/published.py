@@ -206,14 +206,14 @@ def other_taken(merge: Merge, planned: Plan) -> Iterator[Problem]:
 # ---- the card -------------------------------------------------------------------------------------------------------
 
 
-def card_again(merge: Merge, planned: Plan, parents: Library, token: str | bool | None) -> dict[str, bytes]:
+def card_again(merge: Merge, planned: Plan, parents: Library) -> dict[str, bytes]:
     """The card with its pictures and scores, rendered anew from what was measured on the way.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
         VerificationError: what was measured is damaged.
     """
-    elsewhere = elders(planned, merge.located.commit is not None, token)
+    elsewhere = elders(planned, merge.located.commit is not None)
     return card_files(planned, merge.located.name, _measured(merge), parents, elsewhere, _scores(merge))
 
 
@@ -239,13 +239,13 @@ def _scores(merge: Merge) -> tuple[Score, ...]:
         raise VerificationError(Problem(f"{EVALUATED_NAME} is damaged", hint=hint)) from None
 
 
-def edited(merge: Merge, planned: Plan, parents: Library, token: str | bool | None) -> Iterator[str]:
+def edited(merge: Merge, planned: Plan, parents: Library) -> Iterator[str]:
     """In what card and scores are not what merger writes: sentences, for whoever publishes a merge may edit them."""
     if merge.recipe.publish.template or merge.recipe.publish.left_out:
         yield f"{CARD_NAME} was rendered with a template of its own: it is not compared"
         return
     try:
-        files = card_again(merge, planned, parents, token)
+        files = card_again(merge, planned, parents)
     except MergerError as error:
         yield f"{CARD_NAME} cannot be rendered again to be compared: {error.problems[0].what}"
         return

@@ -20,7 +20,7 @@ from merger.errors import DamagedError, MergerError, MissingError, Problem, Uplo
 from merger.evaluation import Measured, Measuring, carried_out, prepared
 from merger.locate import HUB
 from merger.methods.registry import methods
-from merger.options import Options, destination, needed_disk, to_hub
+from merger.options import Options, destination, exposed, needed_disk, to_hub
 from merger.plan.geometry import Geometry, recalled
 from merger.plan.locked import LockedRecipe
 from merger.plan.parts import Part, share
@@ -61,8 +61,8 @@ class PartDone:
 class Done:
     """The merge lies at its destination; without shards where it lay there before this run.
 
-    `doubts` are sentences that say why it may mean little; `losses` what an adapter leaves out; `card` and `lock` are
-    those files where this run wrote them.
+    `doubts` are sentences that say why it may mean little, or who reads of it now; `losses` what an adapter leaves out;
+    `card` and `lock` are those files where this run wrote them.
     """
 
     published: Published
@@ -190,11 +190,11 @@ def _made(
     seen = {job.name: seen[job.name] for job in planned.jobs if job.name in seen}  # in whatever order they were made
     scores = (yield from _scored(wanted, planned, store, sink)) if wanted else ()
     related = relations(planned, seen)
-    ancestors = elders(planned, to_hub(planned.locked.recipe, options), options.read_token)
+    ancestors = elders(planned, to_hub(planned.locked.recipe, options))
     written = card_files(planned, sink.name, seen, store, ancestors, scores)
     files = written | small_files(planned, store, shards, seen)
     published = sink.finish(files, _title(planned))
-    doubts = (*related.doubts, *doubts)
+    doubts = (*related.doubts, *doubts, *exposed(planned, destination(planned.locked.recipe, options)))
     texts = files[CARD_NAME].decode(), files[LOCK_NAME].decode()
     yield Done(published, shards, doubts, related.losses, *texts)
 

@@ -146,7 +146,7 @@ def verify(target: str, options: Options, extent: Extent) -> Iterator[Begun | Ma
     check = _Check(merge, planned, parents, tensors, whole_shards)
     yield from check.run(extent)
     notes = [f"{name} was added beside the merge" for name in added if not kind(name)]
-    notes += edited(merge, planned, parents, options.read_token)
+    notes += edited(merge, planned, parents)
     yield replace(check.report(problems), added=tuple(added), notes=tuple(notes))
 
 

@@ -28,9 +28,12 @@ class Ask:
         num: the discussion's number; None for a commit, until one is opened about it.
         comment: the comment's id; empty for a commit.
         old, new: main before and after a commit.
-        state: new, job (a merge is under way), or over.
+        state: new, waits (for its turn), job (a merge is under way), or over.
         job: the job's id.
+        main: the commit that main stood at when the merge was queued.
         is_begun: whether it was said that the merge has begun.
+        is_meant: whether it is known that it asks us.
+        again: when it is looked at again, in seconds since 1970.
         tries: how many times the Hub failed us.
         at: seconds since 1970.
     """
@@ -41,9 +44,12 @@ class Ask:
     comment: str = ""
     old: str = ""
     new: str = ""
-    state: Literal["new", "job", "over"] = "new"
+    state: Literal["new", "waits", "job", "over"] = "new"
     job: str = ""
+    main: str = ""
     is_begun: bool = False
+    is_meant: bool = False
+    again: float = 0.0
     tries: int = 0
     at: float = field(default_factory=time.time)
 
@@ -79,6 +85,10 @@ class Asks:
             if old.state == "over":
                 self._disk.pop_data(_KEY + old.key)
         return [ask for ask in found if ask.state != "over"]
+
+    def is_busy(self, repo: str) -> bool:
+        """Whether a merge into a repo is under way."""
+        return any(ask.repo == repo and ask.state == "job" for ask in self._all())
 
     def _all(self) -> list[Ask]:
         items = self._disk.result_items().items()

@@ -2,7 +2,7 @@
 
 The Hub tells of both by a webhook. What a webhook says is only taken for where to look: who wrote what is then read
 from the Hub itself. The bot reads models without any token, and writes into a repo only for those who might do so
-themselves. Not here: planning and queueing (desk), and what was asked before (asks).
+themselves. Not here: planning and queueing (desk), reading comments (comments), and what was asked before (asks).
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import logging
 import re
 import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from huggingface_hub import DiscussionComment, HfApi, WebhookPayload
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import DiscussionComment, GitCommitInfo, HfApi, RepoFile, WebhookPayload
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from pydantic import ValidationError
 
@@ -28,7 +30,8 @@ from merger import console, markdown
 from merger.errors import MergerError, Problem, RecipeError
 from space import rules
 from space.asks import Ask, Asks
-from space.jobs import How, Job
+from space.comments import block, command
+from space.jobs import How, Job, JobError
 from space.keeper import Token
 
 if TYPE_CHECKING:
@@ -42,8 +45,19 @@ MARK = "@"
 _MOST_BYTES = 1 << 20
 _PAUSE = 1.0
 _TRIES = 10
-_BLOCK = re.compile(r"^```ya?ml[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+_LATER = 60.0
+"""Seconds until what the queue has no room for is tried again."""
+
+_MOST_NUM = 1 << 31
+_SHA = re.compile(r"(?!0+$)[0-9a-f]{40}(?:[0-9a-f]{24})?", re.ASCII)
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_NOBODY = "deleted"
+"""What the Hub's client calls an author who is gone."""
+
 _FOLLOWS = "What becomes of it will be said here."
+_MOVED = "There is a newer commit on main: it is looked at again."
+_AGAIN = "It is tried again by itself."
+_SERVER_FAULT = 500
 
 log = logging.getLogger("space.bot")
 
@@ -108,64 +122,94 @@ class Bot:
             body += part
             if len(body) > _MOST_BYTES:
                 return JSONResponse({"error": f"a webhook has {_MOST_BYTES:,} bytes at most"}, 413)
+        status, told = self.hear(body)
+        return JSONResponse(told, status)
+
+    def hear(self, body: bytes) -> tuple[int, dict[str, str]]:
+        """Take note of a webhook of ours; the answer's status and content."""
         try:
             ask = asked(WebhookPayload.model_validate_json(body))
         except ValidationError:
-            return JSONResponse({"error": "this is no webhook of the Hub's, version 3"}, 400)
+            return 400, {"error": "this is no webhook of the Hub's, version 3"}
         if ask is None:
-            return JSONResponse({"state": "nothing to do"})
+            return 200, {"state": "nothing to do"}
         is_new = self._asks.add(ask)
         self._wake.set()
-        return JSONResponse({"state": "heard" if is_new else "known already"})
+        return 200, {"state": "heard" if is_new else "known already"}
 
     # ---- answering ---------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while not self._is_stopping:
             self._wake.clear()
-            for ask in self._asks.open():
-                self._step_safely(ask)
+            self.turn()
             self._wake.wait(_PAUSE)
 
+    def turn(self) -> None:
+        """One step with all that is open."""
+        for ask in self._asks.open():
+            self._step_safely(ask)
+
     def _step_safely(self, ask: Ask) -> None:
-        """A step that fails for the Hub's sake is taken again, some times; then who asked can ask again."""
+        """A step that fails for the Hub's sake is taken again, some times; then it is said, and can be asked again."""
         try:
             self._step(ask)
         except (HfHubHTTPError, httpx.HTTPError) as error:
             log.warning("%s: the Hub refused (%s)", ask.repo, type(error).__name__)
             now = self._asks.get(ask.key)
-            self._asks.change(now, tries=now.tries + 1, state="over" if now.tries == _TRIES else now.state)
-        except Exception:
+            if now.tries < _TRIES:
+                self._asks.change(now, tries=now.tries + 1)
+            else:
+                self._give_up(now, "The Hub has refused it too often: please ask again later.")
+        except Exception as error:
             log.exception("%s: a bug of ours", ask.repo)
-            self._asks.change(self._asks.get(ask.key), state="over")
+            words = f"This has failed for a fault of ours ({type(error).__name__}): please report it, and ask again."
+            now = self._asks.get(ask.key)
+            if ask.state == "job" or now.state != "job":  # else it was just queued: what becomes of it is said later
+                self._give_up(now, words)
+
+    def _give_up(self, ask: Ask, words: str) -> None:
+        """Say so where it was asked, if that much can be done."""
+        self._asks.change(ask, state="over")
+        if ask.is_meant:
+            try:
+                self._close(ask, words)
+            except Exception:
+                log.exception("%s: nobody could be told", ask.repo)
 
     def _step(self, ask: Ask) -> None:
         if ask.state == "job":
             self._follow(ask)
+        elif ask.state == "waits" and (time.time() < ask.again or self._asks.is_busy(ask.repo)):
+            return
         elif ask.comment:
             self._answer(ask)
-        else:
+        elif not self._asks.is_busy(ask.repo):
             self._merge_file(ask)
 
     def _answer(self, ask: Ask) -> None:
         """What a comment asks for, if it asks us."""
         comment = self._comment(ask)
-        verb = None if comment is None else command(comment.content, self.name)
-        if comment is None or verb is None:
-            self._asks.change(ask, state="over")
-            return
         try:
+            verb = None if comment is None else command(comment.content, self.name)
+            if comment is None or verb is None:
+                self._close(ask)
+                return
+            ask = self._asks.change(ask, is_meant=True)
             text = block(comment.content)
             planned = self._plan(text, ask.repo)
             if verb == "plan":
-                self._say(ask, plan_words(planned, ask.repo))
-                self._asks.change(ask, state="over")
+                self._close(ask, plan_words(planned, ask.repo))
                 return
             create_pr = not self._may_write(comment.author, ask.repo)
-            self._queue(ask, comment.author, text, planned, create_pr=create_pr)
+            if self._asks.is_busy(ask.repo):
+                self._put_off(ask, [Problem(f"another merge into {ask.repo} is under way")])
+            else:
+                self._queue(ask, comment.author, text, planned, create_pr=create_pr)
+        except JobError as error:
+            self._put_off(ask, error.problems, _LATER)
         except MergerError as error:
-            self._say(ask, markdown.problems_section("Not merged", error.problems))
-            self._asks.change(ask, state="over")
+            self._close(ask, markdown.problems_section("Not merged", error.problems))
 
     def _comment(self, ask: Ask) -> DiscussionComment | None:
         """The comment as the Hub has it now; None if it is gone, or somebody else had a hand in it, or it is ours."""
@@ -173,33 +217,54 @@ class Bot:
         num = ask.num
         events = self._api.get_discussion_details(ask.repo, num).events
         found = next((event for event in events if event.id == ask.comment), None)
-        if not isinstance(found, DiscussionComment) or found.hidden or found.author == self.name:
+        if not isinstance(found, DiscussionComment) or found.hidden or found.author in (self.name, _NOBODY):
             return None
         return None if found.edited and found.last_edited_by != found.author else found
 
     def _merge_file(self, ask: Ask) -> None:
-        """A commit to main that changed merge.yaml: it is merged into its repo, or the problems become a discussion."""
-        text = self._file(ask.repo, ask.new)
-        made = self._api.list_repo_commits(ask.repo, revision=ask.new)[0]
-        if text is None or self.name in made.authors or text == self._file(ask.repo, ask.old):
-            self._asks.change(ask, state="over")
+        """A commit to main since which merge.yaml is another: what main has now is merged, once, or refused."""
+        head = self._head(ask.repo)
+        if head is None or head.text == self._file(ask.repo, ask.old):
+            self._close(ask)
             return
+        if head.changed != ask.new:  # that commit is dealt with in the place of all before it, or was already
+            self._asks.add(_of_commit(ask.repo, ask.old, head.changed))
+            self._close(ask, f"A newer {FILE} is merged in its place." if ask.num else "")
+            return
+        made = self._api.list_repo_commits(ask.repo, revision=head.changed)[0]
+        if self.name in made.authors:
+            self._close(ask)
+            return
+        ask = self._asks.change(ask, is_meant=True)
         try:
-            planned = self._plan(text, ask.repo)
-            self._queue(ask, made.authors[0], text, planned, force=True)
+            self._queue(ask, _author(made, ask.repo), head.text, self._plan(head.text, ask.repo), force=True)
+        except JobError as error:
+            self._put_off(ask, error.problems, _LATER)
         except MergerError as error:
-            words = markdown.problems_section(f"{FILE} of {ask.new[:12]} is not merged", error.problems)
-            self._open(ask, words)
-            self._asks.change(self._asks.get(ask.key), state="over")
+            self._close(ask, markdown.problems_section(f"{FILE} of {ask.new[:12]} is not merged", error.problems))
+
+    def _head(self, repo: str) -> _Head | None:
+        """merge.yaml as main has it now; None where it has none."""
+        commit = self._main(repo)
+        found = self._api.get_paths_info(repo, [FILE], revision=commit, expand=True)
+        last = found[0].last_commit if found else None
+        text = self._file(repo, commit) if last is not None else None
+        return None if text is None or last is None else _Head(last.oid, text)
+
+    def _main(self, repo: str) -> str:
+        return self._api.model_info(repo, revision="main").sha or ""
 
     def _file(self, repo: str, commit: str) -> str | None:
         """The text of merge.yaml at a commit; None where there is none."""
         if not commit:
             return None
-        found = self._api.get_paths_info(repo, [FILE], revision=commit)
-        if not found:
+        try:
+            found = self._api.get_paths_info(repo, [FILE], revision=commit)
+        except RevisionNotFoundError:  # it was pushed away
             return None
-        if getattr(found[0], "size", 0) > rules.MOST_BYTES:
+        if not found or not isinstance(found[0], RepoFile):
+            return None
+        if found[0].size > rules.MOST_BYTES:
             return " " * (rules.MOST_BYTES + 1)  # refused by its size, like any other text
         with tempfile.TemporaryDirectory() as folder:
             path = self._api.hf_hub_download(repo, FILE, revision=commit, local_dir=folder)
@@ -230,40 +295,72 @@ class Bot:
     def _members(self, namespace: str) -> set[str]:
         try:
             return {member.username for member in self._api.list_organization_members(namespace)}
-        except HfHubHTTPError:
-            return set()
+        except HfHubHTTPError as error:
+            if error.response.status_code >= _SERVER_FAULT:
+                raise
+            return set()  # it is no organisation, or none that tells
 
     def _queue(
         self, ask: Ask, author: str, text: str, planned: Planned, create_pr: bool = False, force: bool = False
     ) -> None:
+        main = self._main(ask.repo)
         how = How(is_public=True, create_pr=create_pr, force=force)
         job = self._desk.submit(MARK + author, self._token, text, ask.repo, how)
-        ask = self._asks.change(ask, state="job", job=job.id)
-        words = f"{plan_words(planned, ask.repo)}\n\n{place_words(self._desk.keeper.ahead(job))} {_FOLLOWS}"
-        if ask.num is None:
-            self._open(ask, words)
-        else:
-            self._say(ask, words)
+        ask = self._asks.change(ask, state="job", job=job.id, main=main, is_begun=False)
+        self._say(ask, f"{plan_words(planned, ask.repo)}\n\n{place_words(self._desk.keeper.ahead(job))} {_FOLLOWS}")
+
+    def _put_off(self, ask: Ask, problems: Sequence[Problem], seconds: float = 0.0) -> None:
+        """Wait for a while, and until the merge under way in its repo is over; that is said once."""
+        if ask.state == "new":
+            ask = self._say(ask, f"{markdown.problems_section('Not yet', problems)}\n\n{_AGAIN}")
+        self._asks.change(ask, state="waits", again=time.time() + seconds)
 
     def _follow(self, ask: Ask) -> None:
         """Say what has become of a merge, where there is news."""
         job = self._desk.keeper.store.get(ask.job)
-        if job is None or job.is_over:
-            self._say(ask, result_words(job))
-            self._asks.change(ask, state="over")
+        if job is not None and job.state == "failed" and self._main(ask.repo) != ask.main:
+            ask = self._say(ask, f"{result_words(job)}\n\n{_MOVED}")
+            self._asks.change(ask, state="waits", again=0.0)
+        elif job is None or job.is_over:
+            self._close(ask, result_words(job))
         elif job.state == "running" and not ask.is_begun:
-            self._say(ask, f"The merge has begun: {console.size(job.total)} to make.")
+            ask = self._say(ask, f"The merge has begun: {console.size(job.total)} to make.")
             self._asks.change(ask, is_begun=True)
 
-    def _say(self, ask: Ask, words: str) -> None:
-        if ask.num is not None:
-            num = ask.num
-            self._api.comment_discussion(ask.repo, num, words)
+    def _close(self, ask: Ask, words: str = "") -> None:
+        """The end of it, with what there is to say."""
+        ask = self._say(ask, words) if words else ask
+        self._asks.change(ask, state="over")
 
-    def _open(self, ask: Ask, words: str) -> None:
-        title = f"{FILE} at {ask.new[:12]}"
-        made = self._api.create_discussion(ask.repo, title, description=words)
-        self._asks.change(ask, num=made.num)
+    def _say(self, ask: Ask, words: str) -> Ask:
+        """Say something where it was asked; of a commit, in a discussion that is opened about it."""
+        if ask.num is not None:
+            self._api.comment_discussion(ask.repo, ask.num, words)
+            return ask
+        made = self._api.create_discussion(ask.repo, f"{FILE} at {ask.new[:12]}", description=words)
+        return self._asks.change(ask, num=made.num)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """merge.yaml on main.
+
+    Args:
+        changed: the commit that made it what it is.
+        text: the file's.
+    """
+
+    changed: str
+    text: str
+
+
+def _of_commit(repo: str, old: str, new: str) -> Ask:
+    return Ask(f"{repo}@{new}", repo, old=old, new=new)
+
+
+def _author(made: GitCommitInfo, repo: str) -> str:
+    """Whose merge it is: who may write to main has committed it, so where nobody is named, the repo's owner's."""
+    return next((name for name in made.authors if name), repo.split("/")[0])
 
 
 def asked(payload: WebhookPayload) -> Ask | None:
@@ -271,38 +368,16 @@ def asked(payload: WebhookPayload) -> Ask | None:
     repo, scope = payload.repo.name, payload.event.scope
     if payload.repo.type != "model" or rules.REPO.fullmatch(repo) is None:
         return None
-    comment = payload.comment
-    if payload.discussion is not None and comment is not None and payload.event.action == "create":
-        return Ask(f"{repo}/{payload.discussion.num}/{comment.id}", repo, payload.discussion.num, comment.id)
+    comment, talk = payload.comment, payload.discussion
+    if talk is not None and comment is not None and payload.event.action == "create":
+        is_one = 0 < talk.num < _MOST_NUM and _ID.fullmatch(comment.id)
+        return Ask(f"{repo}/{talk.num}/{comment.id}", repo, talk.num, comment.id) if is_one else None
     if scope.startswith("repo"):
         for moved in payload.updatedRefs or ():
-            if moved.ref == "refs/heads/main" and moved.newSha:
-                return Ask(f"{repo}@{moved.newSha}", repo, old=moved.oldSha or "", new=moved.newSha)
+            old, new = moved.oldSha or "", moved.newSha or ""
+            if moved.ref == "refs/heads/main" and _SHA.fullmatch(new):
+                return _of_commit(repo, old if _SHA.fullmatch(old) else "", new)
     return None
-
-
-def command(text: str, name: str) -> str | None:
-    """``plan`` or ``merge``, if a line of the text outside its code blocks says ``@name plan`` or ``@name merge``.
-
-    >>> command("Please\\n@mergebot plan\\n", "mergebot")
-    'plan'
-    """
-    said = re.compile(rf"^@{re.escape(name)}[ \t]+(plan|merge)[ \t]*$", re.MULTILINE)
-    found = said.search(re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
-    return found[1] if found else None
-
-
-def block(text: str) -> str:
-    """The recipe in the text's one YAML block.
-
-    Raises:
-        RecipeError: there is none, or several.
-    """
-    found = _BLOCK.findall(text)
-    if len(found) != 1:
-        what = "there is no YAML block" if not found else f"there are {len(found)} YAML blocks"
-        raise RecipeError(Problem(f"{what} in the comment", hint="put one recipe between ```yaml and ```"))
-    return str(found[0])
 
 
 def plan_words(planned: Planned, repo: str) -> str:

@@ -38,7 +38,7 @@ class Planned:
 
     def card(self) -> dict[str, bytes]:
         """The card's files, README.md and pictures, as far as they are known before anything is made."""
-        older = elders(self.plan, True, self.options.read_token)
+        older = elders(self.plan, True)
         return card_files(self.plan, self.recipe.publish.repo or "your-name/merge", {}, self.store, older)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from merger import action, github, markdown
 from merger.errors import RecipeError
 from merger.github import Api, Event, GitHubError
 from merger.inputs import Inputs
+from merger.planning import read_text
 from merger.stores.ports import Published
 
 LINEAR = "merge_method: linear\nmodels:\n  - model: {one}\n  - model: {two}\nparameters: {{weight: 0.5}}\n"
@@ -255,15 +257,77 @@ def test_an_event_decides_between_plan_and_run(event: str, mode: str, clone: Che
     assert action.mode_of(inputs(clone), Event(event, {})) == mode
 
 
-@pytest.mark.parametrize("head", ["stranger/recipes", None, "org/recipes"])
-def test_a_pull_request_is_planned_and_a_strangers_never_run(head: str | None, clone: Checkout) -> None:
-    """Whatever the workflow says; with pull_request_target, that has secrets, nobody's is."""
-    event = Event("pull_request", pull_request("1" * 40, "2" * 40, head))
-    assert action.mode_of(inputs(clone), event) == "plan"
-    assert action.mode_of(inputs(clone, mode="check"), event) == "check"
-    for name in ["pull_request_target", *([] if head == "org/recipes" else ["pull_request"])]:
-        with pytest.raises(RecipeError, match="not for pull_request_target, nor"):
-            action.mode_of(inputs(clone, mode="run"), replace(event, name=name))
+OWN, FORK, GONE = "org/recipes", "stranger/recipes", None
+REPO = {"repository": {"full_name": OWN}}
+
+
+def pulled(head: str | None) -> dict[str, Any]:
+    """A pull request from that repository, which may be gone."""
+    return pull_request("1" * 40, "2" * 40, head)
+
+
+def after(head: str | None) -> dict[str, Any]:
+    """The end of another workflow, that ran for a commit of that repository."""
+    return {"workflow_run": {"head_repository": head and {"full_name": head}}, **REPO}
+
+
+RUNS, PLANS, WITHOUT = "runs", "plans", "plans without a token"
+EVENTS: list[tuple[str, dict[str, Any], str]] = [
+    *((name, dict[str, Any](), RUNS) for name in ("", "push", "schedule", "workflow_dispatch", "repository_dispatch")),
+    *((name, dict[str, Any](), RUNS) for name in ("merge_group", "release", "create")),
+    ("pull_request", pulled(OWN), RUNS),
+    ("pull_request", pulled(FORK), WITHOUT),
+    ("pull_request", pulled(GONE), WITHOUT),
+    ("pull_request_target", pulled(OWN), PLANS),
+    ("pull_request_target", pulled(FORK), WITHOUT),
+    ("pull_request_target", pulled(GONE), WITHOUT),
+    ("pull_request_review", pulled(OWN), PLANS),
+    ("pull_request_review", pulled(FORK), WITHOUT),
+    ("pull_request_review_comment", pulled(FORK), WITHOUT),
+    ("workflow_run", after(OWN), PLANS),
+    ("workflow_run", after(FORK), WITHOUT),
+    ("workflow_run", after(GONE), WITHOUT),
+    *((name, REPO, WITHOUT) for name in ("issue_comment", "issues", "discussion", "discussion_comment", "gollum")),
+    *((name, REPO, WITHOUT) for name in ("fork", "watch", "check_suite", "status", "an_event_of_tomorrow")),
+    *((name, {}, WITHOUT) for name in ("pull_request", "pull_request_target", "workflow_run", "issue_comment")),
+    ("pull_request", {"pull_request": [7], "repository": "org"}, WITHOUT),
+]
+NAMED = [f"{name or 'no event'}-{kind}-{number}" for number, (name, _, kind) in enumerate(EVENTS)]
+
+
+@pytest.mark.parametrize(("event", "payload", "kind"), EVENTS, ids=NAMED)
+def test_what_strangers_have_a_hand_in_is_never_run_and_read_without_a_token(
+    event: str, payload: dict[str, Any], kind: str, clone: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the workflow says; an event that nobody here has heard of is a stranger's."""
+    found = Event(event, payload)
+    if kind != RUNS:
+        assert action.mode_of(inputs(clone), found) == "plan"
+    for mode in ("run", "publish"):
+        if kind == RUNS:
+            assert action.mode_of(inputs(clone, mode=mode), found) == mode
+        else:
+            with pytest.raises(RecipeError, match=f"input mode: {mode} is not for this event, {event}: "):
+                action.mode_of(inputs(clone, mode=mode), found)
+    for mode in ("plan", "check"):
+        assert action.mode_of(inputs(clone, mode=mode), found) == mode
+    given = inputs(clone, mode="plan", hf_token="hf_writes", hf_read_token="hf_reads")
+    with monkeypatch.context() as patch:
+        patch.setattr(Event, "read", lambda environment: found)
+        job = action.Job(given, {"GITHUB_WORKSPACE": str(clone.root)}, github.Log(sys.stdout))
+    recipe = read_text(LINEAR.format(one="org/one", two="org/two"), "recipe.yaml")
+    assert job._options(recipe).read_token == (False if kind == WITHOUT else "hf_reads")
+
+
+@pytest.mark.parametrize("head", [FORK, GONE, OWN])
+def test_a_pull_request_is_planned_and_a_strangers_never_run(head: str | None, clone: Checkout, step: Step) -> None:
+    """With a sentence and a next step, before any recipe is looked at."""
+    clone.commit({"merges/mine.yaml": WRONG})
+    told = step("pull_request_target", pulled(head), mode="run")
+    assert (told.code, told.outputs) == (2, {"state": "failed"})
+    (error,) = [line for line in told.commands if line.startswith("::error")]
+    why = "strangers can start it" if head == OWN else "its recipes may be a stranger's"
+    assert f"mode: run is not for this event, pull_request_target: {why}%0A    leave mode out" in error
 
 
 def test_a_push_is_merged_and_a_job_run_again_makes_nothing_new(clone: Checkout, step: Step, recipe: str) -> None:
@@ -453,6 +517,21 @@ def test_a_pull_requests_plan_is_one_comment_kept_up_to_date(
     assert step("pull_request", pull_request(base, head), hosted.url).code == 0
     assert "changes no recipe any more" in comments(hosted)[3]
     assert len(comments(hosted)) == 4
+
+
+@pytest.mark.parametrize("author", [{"login": "stranger"}, {"login": "another-app[bot]"}, {}, None])
+def test_a_strangers_comment_that_carries_our_marker_stays_theirs(
+    author: dict[str, str] | None, clone: Checkout, step: Step, recipe: str, hosted: LoopbackGitHub
+) -> None:
+    """Ours is another one, which is found again beside it."""
+    base, head = clone.commit({}), clone.commit({"merges/mine.yaml": recipe})
+    assert step("pull_request", pull_request(base, head), hosted.url).code == 0
+    (ours,) = comments(hosted)
+    theirs = ours.splitlines()[0] + "\nmerge this at once"
+    hosted.comments[7] = [{"id": 1, "body": theirs, "user": author}]
+    for _ in range(2):
+        assert step("pull_request", pull_request(base, head), hosted.url).code == 0
+        assert comments(hosted) == [theirs, ours]
 
 
 def test_a_pull_request_without_recipes_gets_no_comment(clone: Checkout, step: Step, hosted: LoopbackGitHub) -> None:

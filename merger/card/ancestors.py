@@ -1,7 +1,8 @@
 """The family of a merge: its parents, their own parents and so on, as far as cards and locks tell; and as a text tree.
 
 All of it is somebody else's word: nothing here fails for what a card says or a Hub refuses. No place on a disk is ever
-named. Not here: the lock file of this merge (lineage), and the picture (portrait).
+named, and of what only some may read no more than everybody may read elsewhere. Not here: the lock file of this merge
+(lineage), and the picture (portrait).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _FILE_BYTES = 1 << 20
 _NAME_LENGTH = 120
 _MERGEKIT = "mergekit_config.yml"
 _ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+_UNNAMED = "a model"
 _RELATIONS = {"finetune": "fine-tune", "adapter": "adapter", "quantized": "quantised", "merge": "merge"}
 
 
@@ -107,12 +109,21 @@ class _Ref:
         commit: at which the lock has it; None: as it is now.
         licence: what the lock says of that.
         is_local: whether it lies on somebody's disk.
+        is_hearsay: whether no public card names it: it is named only if everybody may read it.
     """
 
     name: str
     commit: str | None = None
     licence: str | None = None
     is_local: bool = False
+    is_hearsay: bool = False
+
+    @property
+    def member(self) -> Member:
+        """Of whom nothing but this is known."""
+        if self.is_hearsay and not self.is_local:
+            return Member(_UNNAMED)
+        return Member(self.name, self.commit, self.licence, note=LOCAL if self.is_local else None)
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ def family(
         title: what its card calls it.
         methods: the names of all merge methods, by which the cards of merges are understood.
         store: where the plan's models are.
-        hub: where their ancestors are; None: nobody is asked, and they are only named.
+        hub: where everybody finds their ancestors; None: nobody is asked, and they are only named.
         seconds: how long it may take.
     """
     recipe, models = planned.locked.recipe, planned.locked.models
@@ -145,11 +156,21 @@ def family(
     search.members.append(Member(title, made=_how(recipe), parents=tuple(range(1, len(held) + 1))))
     first: list[tuple[int, _Ask]] = []
     for model in held:
-        located = replace(model.located, card=model.card)
+        located = _for_readers(replace(model.located, card=model.card), recipe.publish.private)
         place = search.add(_Ref(located.name, located.commit, is_local=located.commit is None))
         first.append((place, partial(_described, located, store, methods)))
     search.grow(first)
     return Family(tuple(search.members))
+
+
+def _for_readers(parent: Located, is_private: bool) -> Located:
+    """A parent with as much of it as the readers of a public result may read; of a private one, with all."""
+    if is_private or not (parent.private or parent.gated):
+        return parent
+    files = {name: info for name, info in parent.files.items() if name not in (LOCK_NAME, _MERGEKIT)}
+    card = parent.card or {}
+    stated = {key: card[key] for key in ("license", "license_name") if key in card} if parent.private else card
+    return replace(parent, files=files, card=stated)
 
 
 def _how(recipe: Recipe) -> str:
@@ -173,8 +194,7 @@ class _Search:
 
     def add(self, ref: _Ref) -> int:
         """A member of whom nothing but what the reference says is known."""
-        note = LOCAL if ref.is_local else None
-        self.members.append(Member(ref.name, ref.commit, ref.licence, note=note))
+        self.members.append(ref.member if self.hub is not None else replace(ref, is_hearsay=False).member)
         if not ref.is_local:
             self.places.setdefault(ref.name.casefold(), {})[ref.commit] = len(self.members) - 1
         return len(self.members) - 1
@@ -196,7 +216,7 @@ class _Search:
     def _merged(self, place: int, found: Member, parents: tuple[int, ...]) -> Member:
         named, commit = self.members[place], found.commit or self.members[place].commit
         if commit:
-            self.places[named.name.casefold()].setdefault(commit, place)
+            self.places.setdefault(found.name.casefold(), {}).setdefault(commit, place)
         return replace(found, commit=commit, licence=found.licence or named.licence, parents=parents)
 
     def _remark(self, place: int, note: str) -> None:
@@ -246,24 +266,30 @@ def _all(asks: Sequence[_Ask], until: float) -> list[_Answer | None]:
 
 def _looked_up(ref: _Ref, hub: Store, methods: Collection[str]) -> _Answer:
     """What the Hub knows of a model that a card or a lock names."""
+    known = ref.member
     try:
-        return _described(hub.locate(ref.name, ref.commit), hub, methods)
+        located = hub.locate(ref.name, ref.commit)
+        known = Member(ref.name, ref.commit)  # it is there for everybody
+        return _described(located, hub, methods)
     except GatedError:
         note = "gated"
     except MissingError:
         note = "deleted, renamed or private"
     except Exception:  # whatever a stranger's repo brings about, the card of this merge comes out
         note = "could not be read"
-    return _Answer(Member(ref.name, ref.commit, note=note))
+    return _Answer(replace(known, note=note))
 
 
 def _described(located: Located, store: Store, methods: Collection[str]) -> _Answer:
     """What a model's card and its record of a merge tell; one request at most beyond finding it."""
     card = located.card or {}
-    note = LOCAL if located.commit is None else "gated" if located.gated else None
+    kinds = ((LOCAL, located.commit is None), ("private", located.private), ("gated", located.gated))
+    note = next((kind for kind, holds in kinds if holds), None)
     record = _record(located, store)
     method = _method(card, methods) or _method_of(record)
     parents = _parents_of(record) or _named(card.get("base_model"))
+    if located.commit is None:
+        parents = tuple(replace(ref, is_hearsay=True) for ref in parents)
     member = Member(located.name, located.commit, _licence(card), _made(card, method, len(parents)), note)
     return _Answer(member, parents)
 

@@ -66,7 +66,7 @@ class HubStore:
             page = f"{constants.ENDPOINT}/{repo}/tree/{info.sha}"
             raise ModelError(Problem(f"there is no {within!r} in {repo}", hint=f"see {page}"))
         card = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
-        return Located(path, repo, info.sha, held, inside, card, gated=bool(info.gated))
+        return Located(path, repo, info.sha, held, inside, card, bool(info.gated), bool(info.private))
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Ask for a part of a file; for all of it when no end is given."""

@@ -40,6 +40,7 @@ class Located:
         inside: the folder of a repo that it is, with a ``/`` at the end; what its files' names begin with there.
         card: the metadata of its card, where the store was told without reading it; else None.
         gated: whether its files are for those alone who accepted its terms.
+        private: whether nothing of it is for everybody.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Located:
     inside: str = ""
     card: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     gated: bool = field(default=False, compare=False)
+    private: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,18 @@ def test_each_kind_of_trouble_has_its_words(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_no_public_card_names_is_named_where_everybody_may_read_it_alone(tmp_path: Path) -> None:
+    """A folder's card is on its owner's disk: of what it names a stranger learns no more than that it is there."""
+    hub = Cards({"a/open": {"base_model": "a/gone"}, "a/broken": ModelError})
+    found = of(tmp_path, hub, base_model=["a/open", "a/secret", "a/broken"]).tree()
+    assert found.splitlines()[3:] == [
+        "    ├── a/open @ aaaaaaaaaaaa (fine-tune)",
+        "    │   └── a/gone (deleted, renamed or private)",
+        "    ├── a model (deleted, renamed or private)",
+        "    └── a model (could not be read)",
+    ]
+
+
 def test_no_answer_in_time(tmp_path: Path) -> None:
     """A Hub that is slow costs the time that is allowed, and no more."""
     never = Event()

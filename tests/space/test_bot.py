@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+import waiting
 from huggingface_hub import DiscussionComment, HfApi
 from loopback import LoopbackHub
-from served import ServedSpace, zoo
+from served import ServedSpace, halted, zoo
 
-from space.bot import ROUTE, command
+from space.bot import ROUTE
 
 SECRET, TOKEN = "what-only-the-hub-knows", "hf_token_of_the_bot"
 BOT = "mergebot"
@@ -78,13 +79,10 @@ class Hooks:
 
     def until(self, repo: str, num: int, words: str) -> str:
         """Wait until it has said something with these words."""
-        end = time.monotonic() + 60
-        while True:
-            found = next((said for said in self.said(repo, num) if words in said), None)
-            if found is not None:
-                return found
-            assert time.monotonic() < end, (self.said(repo, num), self.space.log())
-            time.sleep(0.2)
+        return waiting.until(
+            lambda: next((said for said in self.said(repo, num) if words in said), ""),
+            lambda: (self.said(repo, num), self.space.log()),
+        )
 
     def push(self, repo: str, files: Mapping[str, str]) -> dict[str, Any]:
         """A commit to main, and the payload that tells of it."""
@@ -238,7 +236,8 @@ def test_what_a_webhook_claims_is_read_from_the_hub(hooks: Hooks, served: Loopba
     served.add_model("alice/claimed", {"README.md": b"mine\n"})
     num = hooks.comment("eve", "alice/claimed", "nothing", content=asking("merge"), author={"id": "alice"})
     assert hooks.send(commented("alice/claimed", num, "0123", asking("merge")))[0] == 200
-    time.sleep(1.5)
+    later = hooks.comment("eve", "alice/claimed", asking("plan"))
+    hooks.until("alice/claimed", later, "| method |")  # what came before is answered before
     assert hooks.said("alice/claimed", num) == []
     assert len(served.commits("alice/claimed")) == 1
 
@@ -262,6 +261,37 @@ def test_a_forged_or_broken_webhook_is_refused(body: bytes, secret: str, status:
     assert TOKEN not in hooks.space.log()
 
 
+def test_the_newer_of_two_quick_commits_is_what_stands_there_in_the_end(hooks: Hooks, served: LoopbackHub) -> None:
+    """It comes while the older one is being merged, and waits until that has found that main has moved."""
+    served.add_model("alice/quick", {"README.md": b"mine\n"})
+    older = hooks.push("alice/quick", {"merge.yaml": RECIPE})
+    reached, go = halted(served)
+    assert hooks.send(older)[0] == 200
+    assert reached.wait(300), hooks.space.log()
+    newer = hooks.push("alice/quick", {"merge.yaml": RECIPE.replace("0.5", "0.25")})
+    assert hooks.send(newer) == (200, {"state": "heard"})
+    go.set()
+    hooks.until("alice/quick", 1, "A newer merge.yaml is merged in its place")
+    hooks.until("alice/quick", 2, "Published")
+    assert b"0.25" in served.read("alice/quick", "recipe.yaml")
+    assert len(served.commits("alice/quick")) == 4
+
+
+def test_a_merge_that_main_moved_away_from_is_made_again(hooks: Hooks, served: LoopbackHub) -> None:
+    """On top of a commit that has nothing to do with it; that commit's own webhook asks for nothing."""
+    served.add_model("alice/moved", {"README.md": b"mine\n"})
+    first = hooks.push("alice/moved", {"merge.yaml": RECIPE})
+    reached, go = halted(served)
+    assert hooks.send(first)[0] == 200
+    assert reached.wait(300), hooks.space.log()
+    assert hooks.send(hooks.push("alice/moved", {"notes.txt": "mine"}))[0] == 200
+    go.set()
+    hooks.until("alice/moved", 1, "There is a newer commit on main")
+    hooks.until("alice/moved", 1, "Published")
+    assert {"notes.txt", "model-00003-of-00003.safetensors"} <= set(served.files("alice/moved"))
+    assert len(served.commits("alice/moved")) == 4
+
+
 def test_a_killed_bot_goes_on_by_itself(hooks: Hooks, served: LoopbackHub) -> None:
     """What it was asked before it was killed it does after it is started again, without anybody's help."""
     served.add_model("alice/killed", {"README.md": b"mine\n"})
@@ -273,20 +303,3 @@ def test_a_killed_bot_goes_on_by_itself(hooks: Hooks, served: LoopbackHub) -> No
     hooks.space.start()
     hooks.until("alice/killed", num, "Published")
     assert len(served.commits("alice/killed")) == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("@mergebot plan", "plan"),
-        ("hello\n@mergebot merge  \nbye", "merge"),
-        ("@mergebot merged", None),
-        ("say @mergebot plan", None),
-        ("> @mergebot merge", None),
-        ("```\n@mergebot merge\n```", None),
-        ("@mergebots plan", None),
-    ],
-)
-def test_a_command_is_a_line_of_its_own(text: str, found: str | None) -> None:
-    """Neither a quotation nor an example in a code block asks for anything."""
-    assert command(text, BOT) == found
