@@ -25,6 +25,7 @@ from merger.plan.plan import plan as make_plan
 from merger.plan.templates import own_templates
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
+from merger.safety import limits
 from merger.stores.library import Library
 from merger.stores.ports import Store
 
@@ -54,7 +55,7 @@ def read_text(text: str, name: str) -> Recipe:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return limits.read_text(path, limits.LOCK if is_lock(path) else limits.RECIPE, RecipeError)
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
@@ -158,7 +159,9 @@ def lock_path(recipe: Path) -> Path:
 
 
 def _pins(path: Path) -> dict[str, str]:
-    return pins(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return pins(limits.read_text(path, limits.LOCK, RecipeError, "replace"), str(path))
 
 
 def looked(planned: Plan, store: Store) -> Relations:

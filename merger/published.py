@@ -21,11 +21,11 @@ from merger.plan.lockfile import Lock, read_lock
 from merger.plan.plan import Plan, Shard
 from merger.planning import recipe_of
 from merger.recipe.model import Recipe
+from merger.safety.limits import MODEL_TENSORS, Tally
 from merger.stores.library import Library
 from merger.stores.ports import FileInfo, Located
 
 _REQUESTS_AT_ONCE = 8
-_LONGEST_LOCK = 64 << 20
 _CHANGED = "it was changed after the merge was made"
 
 
@@ -59,7 +59,7 @@ def open_merge(target: str, token: str | bool | None) -> Merge:
     """
     store, located = find(target, token)
     info = located.files.get(LOCK_NAME)
-    if info is None or info.size > _LONGEST_LOCK:
+    if info is None:
         hint = "only a merge of ours is known to be one: by the lock file that was left beside it"
         raise VerificationError(Problem(f"{located.name} holds no {LOCK_NAME}", hint=hint))
     try:
@@ -137,17 +137,18 @@ def comparable(merge: Merge, planned: Plan) -> tuple[dict[str, TensorInfo], list
     """The published tensors that have the plan's names, dtypes and shapes; and what is wrong with the others."""
     problems: list[Problem] = []
     files = [shard.name for shard in planned.shards if shard.name in merge.located.files]
+    tally = Tally(MODEL_TENSORS)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        headers = list(pool.map(partial(_header, merge, problems), files))
+        headers = list(pool.map(partial(_header, merge, problems, tally), files))
     found = {tensor.name: tensor for tensor in (tensor for part in headers for tensor in part)}
     wanted = {tensor.name: tensor for shard in planned.shards for tensor in _promised(shard)}
     same = {name: tensor for name, tensor in found.items() if name in wanted and _is_like(tensor, wanted[name])}
     return same, [*problems, *_other_tensors(found, wanted, same)]
 
 
-def _header(merge: Merge, problems: list[Problem], file: str) -> tuple[TensorInfo, ...]:
+def _header(merge: Merge, problems: list[Problem], tally: Tally, file: str) -> tuple[TensorInfo, ...]:
     try:
-        return tensors_in(merge.located, merge.store, file)
+        return tensors_in(merge.located, merge.store, file, tally)
     except ModelError as error:
         problems.extend(error.problems)
         return ()

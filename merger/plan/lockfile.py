@@ -14,10 +14,12 @@ from typing import Any
 
 import yaml
 
+from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.sidefiles import CARD_NAME
 from merger.errors import Problem, RecipeError
 from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.plan import FORMAT, Plan
+from merger.safety.limits import LOCK
 from merger.stores.ports import FileInfo, Located
 
 OURS = "hub-merger"
@@ -120,7 +122,7 @@ def read_lock(text: str, path: str) -> Lock:
         RecipeError: it is no lock file, or one from before they held a recipe.
     """
     try:
-        content = yaml.safe_load(text)
+        content = load(text, LOCK)
         if "recipe" not in content and "made_with" in content:
             hint = "run the recipe itself, with this file beside it: mine.lock.yaml beside mine.yaml"
             raise RecipeError(Problem(f"{path} holds no recipe: an earlier version of merger wrote it", hint=hint))

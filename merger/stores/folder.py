@@ -16,10 +16,12 @@ from typing import Any
 import yaml
 
 from merger.checkpoints.checkpoint import is_single
+from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import BudgetError, ModelError, Problem, UploadError
-from merger.stores.ports import FileInfo, Leftover, Located, Published, Ticket
+from merger.safety import limits
+from merger.stores.ports import FileInfo, Leftover, Located, Published, Ticket, refuse_large
 
 _MARK, _WORK = ".merger-in-work", ".merging"
 
@@ -51,9 +53,15 @@ class FolderStore:
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read a file or a part of it."""
+        limit = limits.of(file)
+        if stop is None:
+            refuse_large(model, file, model.files[file].size, limit)
         with _readable(model, file), (Path(model.where) / file).open("rb") as source:
             source.seek(start)
-            return source.read(-1 if stop is None else stop - start)
+            data = source.read(limit.most + 1 if stop is None else stop - start)
+        if stop is None:  # it may have grown, and some files have no size at all
+            refuse_large(model, file, len(data), limit)
+        return data
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> FolderReader:
         """A reader that asks the disk each time: the system's page cache is the read-ahead."""
@@ -378,10 +386,10 @@ def _is_free(path: Path) -> bool:
 def _holds(folder: Path, identity: str) -> bool:
     """Whether the finished result of this very run lies there, as its lock file says."""
     try:
-        content = yaml.safe_load((folder / LOCK_NAME).read_text(encoding="utf-8"))
+        content = load(limits.read_text(folder / LOCK_NAME, limits.LOCK, UploadError), limits.LOCK)
         shards = {item["file"]: item["size"] for item in content["output"]}
         sizes = {name: (folder / name).stat().st_size for name in shards}
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, UploadError, yaml.YAMLError):
         return False
     return bool(content.get("identity") == identity and sizes == shards)
 

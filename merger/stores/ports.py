@@ -1,4 +1,4 @@
-"""The two ports of the line: a Store that models come from, a Sink that shards go to. Protocols and their data only.
+"""The two ports of the line: a Store that models come from, a Sink that shards go to. Protocols, their data and limits.
 
 A run reads tensors through a Reader, which is told beforehand what will be read in which order.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from merger.checkpoints.shard import Outlet, Written
+from merger.errors import ModelError
+from merger.safety.limits import Limit, excess
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ class Ticket:
     turn: int | None = None
 
 
+def refuse_large(model: Located, file: str, size: int, limit: Limit) -> None:
+    """Of a file that would be read whole, before it is.
+
+    Raises:
+        ModelError: it is larger than its limit.
+    """
+    if problem := excess(f"{model.name}: {file}", size, limit):
+        raise ModelError(problem)
+
+
 class Reader(Protocol):
     """Hands out the bytes of tickets, which should be taken about in their order."""
 
@@ -97,8 +109,10 @@ class Store(Protocol):
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """The bytes of a small file, or a small part of a large one.
 
+        Without an end the file is read whole: at most as much as `limits.of` says of its name.
+
         Raises:
-            ModelError: they cannot be read.
+            ModelError: they cannot be read, or are more than are read whole.
         """
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> Reader:
