@@ -22,8 +22,9 @@ from merger.plan.plan import Plan, Shard
 from merger.planning import recipe_of
 from merger.recipe.model import Recipe
 from merger.safety.limits import MODEL_TENSORS, Tally
+from merger.stores.content import sha256_of, size_of
 from merger.stores.library import Library
-from merger.stores.ports import FileInfo, Located
+from merger.stores.ports import Content, FileInfo, Located
 
 _REQUESTS_AT_ONCE = 8
 _CHANGED = "it was changed after the merge was made"
@@ -96,7 +97,7 @@ def _wrong(merge: Merge, name: str, info: FileInfo, everything: bool) -> str | N
 
 
 def other_contents(
-    merge: Merge, planned: Plan, side: Mapping[str, bytes], others: Collection[str]
+    merge: Merge, planned: Plan, side: Mapping[str, Content], others: Collection[str]
 ) -> Iterator[Problem]:
     """Files that the plan makes and the lock does not list, files of tensors beside those, and small files changed.
 
@@ -107,15 +108,22 @@ def other_contents(
         others: files that are known not to be the lock's.
     """
     located, shards = merge.located, [shard.name for shard in planned.shards]
-    made = {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
+    made: dict[str, Content] = {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
     if unlocked := [name for name in (*shards, *made) if name not in merge.held.output]:
         yield Problem(f"the lock says nothing of {few(unlocked)}", hint="was it changed after the merge was made?")
     if stray := [name for name in located.files if name.endswith(".safetensors") and name not in shards]:
         yield Problem(f"{few(stray)} is no file of this merge", hint="loaders may take its tensors for the merge's")
     for name, content in made.items():
         info = None if name in others else located.files.get(name)
-        if info is not None and (info.size != len(content) or merge.store.fetch(located, name) != content):
+        if info is not None and not holds(merge, name, content):
             yield Problem(f"{name} is not what the lock's recipe makes", hint=_CHANGED)
+
+
+def holds(merge: Merge, name: str, content: Content) -> bool:
+    """Whether this is what the merge's file of that name holds."""
+    info = merge.located.files.get(name)
+    same_size = info is not None and info.size == size_of(content)
+    return same_size and merge.store.checksum(merge.located, name) == sha256_of(content)
 
 
 def other_taken(merge: Merge, planned: Plan) -> Iterator[Problem]:

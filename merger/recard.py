@@ -18,7 +18,7 @@ from merger.plan.lock import lock
 from merger.plan.lockfile import changed_models, other_plan
 from merger.plan.scores import Score, read_scores
 from merger.planning import planned_again, with_templates
-from merger.published import Merge, open_merge
+from merger.published import Merge, holds, open_merge
 from merger.run import destination_sink
 from merger.stores.ports import Published
 
@@ -73,7 +73,7 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
         raise VerificationError(problems)
     elsewhere = elders(planned, merge.located.commit is not None, options.read_token)
     files = card_files(planned, merge.located.name, _measured(merge), parents, elsewhere, _scores(merge))
-    others = {name: content for name, content in files.items() if not _holds(merge, name, content)}
+    others = {name: content for name, content in files.items() if not holds(merge, name, content)}
     return Recarded(merge, others, files[CARD_NAME].decode())
 
 
@@ -97,11 +97,6 @@ def _scores(merge: Merge) -> tuple[Score, ...]:
     except (ValueError, TypeError):
         hint = "remove the file: the card will do without the table of scores"
         raise VerificationError(Problem(f"{EVALUATED_NAME} is damaged", hint=hint)) from None
-
-
-def _holds(merge: Merge, name: str, content: bytes) -> bool:
-    info = merge.located.files.get(name)
-    return info is not None and info.size == len(content) and merge.store.fetch(merge.located, name) == content
 
 
 def keep(made: Recarded, options: Options) -> Published | None:

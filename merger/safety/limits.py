@@ -74,6 +74,7 @@ CHAT = Limit("a chat template", 1_000_000, "the longest have 30 kB; none is rend
 LICENCE = Limit("a licence or a notice that is passed on", 1_000_000, "the longest have 100 kB",
                 files=_named(r"(licen[cs]e|copying|use_policy|notice)([-_.][^/]*)?|licences/.*"))  # fmt: skip
 SIDE = Limit("any other file that is passed on as it is", 120_000_000, "it is copied in pieces, never held whole")
+SIDES = Limit("the files that are passed on beside the tensors, together", 500_000_000, "a tokenizer's have 60 MB")
 TEMPLATE = Limit("a recipe's own template for the card", 1_000_000, "ours have 10 kB together",
                  files=_named(r"[^/]*\.j2"))  # fmt: skip
 TEMPLATES = Limit("the files of a folder of templates", 100, "ours are 20", "files")
@@ -107,8 +108,8 @@ BODY = Limit("the body of a request to the Space: form, API, upload, webhook", 1
              "a recipe there has 64 kB at most; counted as it comes, before anything of it is parsed")  # fmt: skip
 
 TABLE = (
-    CONFIG, INDEX, HEADER, MODEL_TENSORS, ALL_TENSORS, TENSOR_NAME, TOKENIZER, TOKENIZERS, CHAT, LICENCE, SIDE, CARD,
-    RECORD, LOCK, MEASURED, OTHER, TEMPLATE, TEMPLATES, RECIPE, DOCUMENTS, EXPRESSION, EXPRESSIONS, TEXT, EVENT, GITHUB,
+    CONFIG, INDEX, HEADER, MODEL_TENSORS, ALL_TENSORS, TENSOR_NAME, TOKENIZER, TOKENIZERS, CHAT, LICENCE, SIDE, SIDES,
+    CARD, RECORD, LOCK, MEASURED, OTHER, TEMPLATE, TEMPLATES, RECIPE, DOCUMENTS, EXPRESSION, EXPRESSIONS, TEXT, EVENT, GITHUB,
     BODY,
 )  # fmt: skip
 """All of them, as docs/security.md shows them."""

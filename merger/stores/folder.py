@@ -21,7 +21,8 @@ from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import BudgetError, ModelError, Problem, UploadError
 from merger.safety import limits
-from merger.stores.ports import FileInfo, Leftover, Located, Published, Ticket, refuse_large
+from merger.stores.content import write
+from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, Ticket, refuse_large
 
 _MARK, _WORK = ".merger-in-work", ".merging"
 
@@ -291,14 +292,12 @@ class FolderSink:
         for name in self.held():
             (folder / name).symlink_to(self._new / name)
 
-    def finish(self, files: Mapping[str, bytes], message: str) -> Published:
+    def finish(self, files: Mapping[str, Content], message: str) -> Published:
         """Write the small files and give the folder its name."""
         with self._refusals():
             self._refuse_loss()  # the destination may have been filled in the meantime
             for name, content in files.items():
-                target = self._new / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
+                write(content, self._new / name)
             self._rename()
             self._remove_work()
         return Published(str(self.folder))
