@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 MEMORY_BYTES = 192 << 20
 """What it may take beyond the interpreter and the imports; where the system cannot limit that, time does."""
@@ -62,24 +62,23 @@ def call(function: str, argument: Any, bounds: Bounds = Bounds()) -> Any:
     with tempfile.TemporaryFile() as asked:
         pickle.dump(argument, asked)
         asked.seek(0)
-        environment = _environment()
         process = subprocess.Popen(
-            line, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            line, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_environment()
         )
+    until = time.monotonic() + 2 * bounds.seconds
+    with process:  # waits for its end
         try:
-            assert process.stdout is not None
-            answer = _read(process.stdout, time.monotonic() + 2 * bounds.seconds)
-        finally:
+            answer = _read(process, bounds, until)
+        except BaseException:
             process.kill()
-            code = process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-    if answer is None or code == -signal.SIGXCPU:
-        raise BeyondError(f"takes more than {bounds.seconds} s")
-    if len(answer) > _ANSWER_BYTES:
-        raise BeyondError(f"makes more than {_ANSWER_BYTES:,} bytes")
-    if not answer:
+            raise
+        code = process.wait()
+    if code == -signal.SIGXCPU:
+        raise BeyondError(_too_long(bounds))
+    if code == _MUCH_MEMORY:
         raise BeyondError(f"needs more than {bounds.memory >> 20} MB of memory")
+    if code:
+        raise BeyondError(f"ends its process ({code})")
     return json.loads(answer)
 
 
@@ -89,18 +88,24 @@ def _environment() -> Mapping[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path)}
 
 
-def _read(stream: IO[bytes], until: float) -> bytes | None:
-    """All that comes, as far as more than an answer may be; None: the time is over."""
+def _read(process: subprocess.Popen[bytes], bounds: Bounds, until: float) -> bytes:
+    """All that the process writes."""
+    assert process.stdout is not None
     data = bytearray()
-    while len(data) <= _ANSWER_BYTES:
-        ready, _, _ = select.select([stream], [], [], max(0.0, until - time.monotonic()))
+    while True:
+        ready, _, _ = select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))
         if not ready:
-            return None
-        piece = os.read(stream.fileno(), _READ_BYTES)
+            raise BeyondError(_too_long(bounds))
+        piece = os.read(process.stdout.fileno(), _READ_BYTES)
         if not piece:
-            break
+            return bytes(data)
         data += piece
-    return bytes(data)
+        if len(data) > _ANSWER_BYTES:
+            raise BeyondError(f"makes more than {_ANSWER_BYTES:,} bytes")
+
+
+def _too_long(bounds: Bounds) -> str:
+    return f"takes more than {bounds.seconds} s"
 
 
 # ---- in that process ------------------------------------------------------------------------------------------------
@@ -124,14 +129,14 @@ def _limit(seconds: int, memory: int) -> None:
     import resource  # not on Windows, where nothing of this package runs
 
     wanted = {
-        resource.RLIMIT_CPU: seconds,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_AS: _mapped() + memory,
+        resource.RLIMIT_CPU: (seconds, seconds + 1),  # at the second one it is killed without a word
+        resource.RLIMIT_CORE: (0, 0),
+        resource.RLIMIT_FSIZE: (0, 0),
+        resource.RLIMIT_AS: (_mapped() + memory,) * 2,
     }
     for kind, most in wanted.items():
         with suppress(OSError, ValueError):
-            resource.setrlimit(kind, (most, most))
+            resource.setrlimit(kind, most)
 
 
 def _mapped() -> int:
