@@ -154,8 +154,8 @@ class _Reader:
                     self.anchors.clear()
                     roots.append(self._node(next(self.events), 1))
                     if len(roots) > DOCUMENTS.most:
-                        what = f"the recipe has more than {DOCUMENTS.most} documents"
-                        self._stop(what, roots[-1].at, "each is a stage of the merge: join some")
+                        what = f"the file holds more than {DOCUMENTS.most} documents"
+                        self._stop(what, roots[-1].at, "make some of them first, and name the folders they made")
         except yaml.MarkedYAMLError as error:
             self._not_yaml(error)
         except yaml.YAMLError as error:

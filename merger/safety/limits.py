@@ -75,7 +75,8 @@ LICENCE = Limit("a licence or a notice that is passed on", 1_000_000, "the longe
                 files=_named(r"(licen[cs]e|copying|use_policy|notice)([-_.][^/]*)?|licences/.*"))  # fmt: skip
 SIDE = Limit("any other file that is passed on as it is", 120_000_000, "it is copied in pieces, never held whole")
 SIDES = Limit("the files that are passed on beside the tensors, together", 500_000_000, "a tokenizer's have 60 MB")
-TEMPLATE = Limit("a recipe's own templates for the card, all together", 1_000_000, "ours have 20 kB; they are filled in in a process of its own, of 3 s and 192 MB",
+TEMPLATE = Limit("a recipe's own templates for the card, all together", 1_000_000,
+                 "ours have 20 kB; they are filled in by a process of its own with 3 s and 192 MB",
                  files=_named(r"[^/]*\.j2"))  # fmt: skip
 TEMPLATES = Limit("the files of a folder of templates", 100, "ours are fewer than 20", "files")
 CARD = Limit("the card of a parent or an ancestor (README.md)", 1_000_000,
@@ -97,7 +98,7 @@ MODEL_TENSORS = Limit("the headers of a model's files together", 300_000,
 ALL_TENSORS = Limit("the headers of all models of a recipe", 600_000, "each takes 2 kB in the plan", _TENSORS)
 TENSOR_NAME = Limit("a tensor's name", 1_000, "the longest have 150", "characters")
 RECIPE = Limit("a recipe", 1_000_000, "the longest have 20 kB", values=20_000)
-DOCUMENTS = Limit("the documents of a recipe", 64, "each is a stage; six are the most that were seen", "documents")
+DOCUMENTS = Limit("the documents of a recipe", 50, "each is a stage; six are the most that were seen", "documents")
 EXPRESSION = Limit("a regular expression (include, exclude, rank_pattern, alpha_pattern)", 1_000,
                    "it is tried in a process of its own, of 3 s", "characters")  # fmt: skip
 EXPRESSIONS = Limit("the regular expressions of an adapter", 10_000, "PEFT writes one for each module", "expressions")
