@@ -153,7 +153,8 @@ def licences_table() -> str:
 
 def limits_table() -> str:
     """A row for each thing that is read whole."""
-    rows = [(limit.what, f"{limit.most:,} {limit.unit}", limit.why) for limit in TABLE]
+    most = {limit: f", {limit.values:,} values" if limit.values else "" for limit in TABLE}
+    rows = [(limit.what, f"{limit.most:,} {limit.unit}{most[limit]}", limit.why) for limit in TABLE]
     return table(("what is read", "at most", "why so much"), rows)
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import IO, Any
 
 from merger.errors import MergerError, Problem
 
 MAX_DEPTH = 64
 """How deep lists and maps of JSON or YAML may stand in each other; real files have fewer than ten levels."""
 
+_PIECE_BYTES = 1 << 20
 MAX_DIGITS = 40
 """Of a whole number in JSON; tokenizers write 1e30 where there is no limit to a text."""
 
@@ -86,8 +88,8 @@ RECORD = Limit("an ancestor's record of its merge (its lock, mergekit_config.yml
                "of a longer one nothing is known", values=60_000, files=_named(r"mergekit_config\.yml"))  # fmt: skip
 LOCK = Limit("a lock", 16_000_000, "one line for each file: that of 16 models of 160 shards has 0.5 MB",
              values=300_000, files=_named(r"[^/]*\.lock\.yaml"))  # fmt: skip
-MEASURED = Limit("merger.measured.json, merger.evaluation.json", 200_000_000,
-                 "600 bytes a tensor, of a merge of 45,000 tensors 30 MB", values=40_000_000,
+MEASURED = Limit("merger.measured.json, merger.evaluation.json", 64_000_000,
+                 "up to 700 bytes a tensor that is merged of three", values=6_000_000,
                  files=_named(r"merger\.(measured|evaluation)\.json"))  # fmt: skip
 OTHER = Limit("any other file of a model that is looked into", 1_000_000, "recipe.yaml and what is yet to come")
 _TENSOR_BYTES = 400
@@ -144,9 +146,9 @@ def read(path: Path, limit: Limit, kind: type[MergerError]) -> bytes:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        data = file.read(limit.most + 1)
-        size = len(data) if len(data) <= limit.most else max(len(data), path.stat().st_size)
-    if problem := excess(str(path), size, limit):
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > limit.most else read_from(file, limit)
+    if problem := excess(str(path), max(size, len(data)), limit):
         raise kind(problem)
     return data
 
@@ -155,6 +157,15 @@ def tensors(length: int, header: bytes = b"") -> int:
     """As how many tensors a header counts: by its length alone, or by what may come of it."""
     lists, parts = header.count(b"[") // 2, header.count(b",") // 8
     return max(length // _TENSOR_BYTES, header.count(b"{"), lists, parts)
+
+
+def read_from(file: IO[bytes], limit: Limit) -> bytes:
+    """The rest of a file, but no more of it than a byte beyond the limit."""
+    data = bytearray()
+    # piece by piece: memory is taken for as much as is asked for
+    while piece := file.read(min(_PIECE_BYTES, limit.most + 1 - len(data))):
+        data += piece
+    return bytes(data)
 
 
 def read_text(path: Path, limit: Limit, kind: type[MergerError], errors: str = "strict") -> str:

@@ -59,7 +59,7 @@ class FolderStore:
             refuse_large(model, file, model.files[file].size, limit)
         with _readable(model, file), (Path(model.where) / file).open("rb") as source:
             source.seek(start)
-            data = source.read(limit.most + 1 if stop is None else stop - start)
+            data = limits.read_from(source, limit) if stop is None else source.read(stop - start)
         if stop is None:  # it may have grown, and some files have no size at all
             refuse_large(model, file, len(data), limit)
         return data
