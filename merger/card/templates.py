@@ -35,12 +35,13 @@ from merger.card import text
 from merger.errors import Problem, RecipeError, did_you_mean
 from merger.plan.templates import LAYOUT
 from merger.recipe.model import Publish
-from merger.safety.apart import BeyondError, call
+from merger.safety.apart import BeyondError, Bounds, call
 
 OURS = "merger/"
 """What stands before a name of a template of ours where a recipe's own template has the same name."""
 
 MAX_CHARACTERS = 1_000_000
+_BOUNDS = Bounds()
 _SAID = 1_000
 _SIMPLER = "a template puts words and values in their places: leave out what counts far or makes long texts"
 _UNESCAPING = ("e", "escape", "forceescape", "safe", "tojson", "urlize", "xmlattr")
@@ -63,7 +64,7 @@ def fill(own: Mapping[str, str], publish: Publish, content: Mapping[str, Any]) -
         return _rendered(_Loader({}, ""), content)
     origin = publish.template or ""
     try:
-        answer = call(f"{__name__}:{tried.__name__}", (dict(own), origin, _data(content)))
+        answer = call(f"{__name__}:{tried.__name__}", (dict(own), origin, _data(content)), _BOUNDS)
     except BeyondError as error:
         answer = {"what": f"{origin}: to fill in the card's template {error}", "hint": _SIMPLER}
     if "made" not in answer:
