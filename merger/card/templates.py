@@ -101,7 +101,8 @@ def _rendered(loader: _Loader, content: Mapping[str, Any]) -> str:
 def _data(value: Any) -> Any:
     """The same without our classes: the process that fills templates in need not import what they are made for."""
     if is_dataclass(value):
-        return SimpleNamespace(**{name: _data(held) for name, held in vars(value).items()})
+        told = [name for name in dir(type(value)) if isinstance(getattr(type(value), name), property)]
+        return SimpleNamespace(**{name: _data(getattr(value, name)) for name in (*vars(value), *told)})
     if isinstance(value, Mapping):
         return {name: _data(held) for name, held in value.items()}
     return type(value)(map(_data, value)) if isinstance(value, list | tuple) else value

@@ -192,7 +192,7 @@ def test_a_template_that_is_no_text(folder: Path) -> None:
 ENDLESS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}",
     "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
-    "{{ 10 ** 10 ** 10 }}",
+    "{{ 10 ** (10 ** 10) }}",
 ]
 LARGE = [
     "{{ 'a' * 10 ** 10 }}",
