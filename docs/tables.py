@@ -19,6 +19,7 @@ from merger.console import needs
 from merger.errors import MergerError
 from merger.methods.registry import Method, Param, methods
 from merger.recipe.checks import FIELD_METHODS
+from merger.safety.limits import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -26,6 +27,7 @@ METHODS = ROOT / "docs" / "methods.md"
 MERGEKIT = ROOT / "docs" / "mergekit.md"
 ACTION = ROOT / "docs" / "action.md"
 CARDS = ROOT / "docs" / "cards.md"
+SECURITY = ROOT / "docs" / "security.md"
 DEPARTS = "Departs from mergekit: "
 
 
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         ACTION: filled(ACTION, in_action | {"workflow-parts": example("workflow-parts")}),
         CARDS: filled(CARDS, in_cards),
         METHODS: methods_page(built),
+        SECURITY: filled(SECURITY, {"limits": limits_table()}),
         MERGEKIT: filled(MERGEKIT, {"departures": departures(built)}),
     }
     stale = [page for page, text in wanted.items() if not page.exists() or page.read_text("utf-8") != text]
@@ -146,6 +149,13 @@ def licences_table() -> str:
         for terms in TERMS.values()
     ]
     return table(("licence", "text", "asks"), rows)
+
+
+def limits_table() -> str:
+    """A row for each thing that is read whole."""
+    most = {limit: f", {limit.values:,} values" if limit.values else "" for limit in TABLE}
+    rows = [(limit.what, f"{limit.most:,} {limit.unit}{most[limit]}", limit.why) for limit in TABLE]
+    return table(("what is read", "at most", "why so much"), rows)
 
 
 def example(name: str) -> str:

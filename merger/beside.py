@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
@@ -22,8 +21,9 @@ from merger.methods.registry import methods
 from merger.plan.geometry import Geometry, noted
 from merger.plan.plan import Plan
 from merger.plan.scores import Score, kept
+from merger.stores.content import sha256_of, size_of
 from merger.stores.library import Library
-from merger.stores.ports import FileInfo, Store
+from merger.stores.ports import Content, FileInfo, Store
 
 
 def card_files(
@@ -73,30 +73,33 @@ def elders(planned: Plan, to_hub: bool) -> Store | None:
 
 def small_files(
     planned: Plan, store: Library, shards: tuple[Written, ...], seen: Mapping[str, Geometry]
-) -> dict[str, bytes]:
+) -> dict[str, Content]:
     """All that stands beside shards and card; index and config come last, for they make it look like a model."""
-    proven = {"recipe.yaml": planned.locked.recipe.text.encode(), MEASURED_NAME: noted(seen).encode()}
-    proven |= passed_on(planned, store.fetch) | used_files(planned, store)
+    proven: dict[str, Content] = {"recipe.yaml": planned.locked.recipe.text.encode()}
+    proven |= {MEASURED_NAME: noted(seen).encode()} | passed_on(planned, store.taken) | used_files(planned, store)
     written = {shard.name: FileInfo(shard.size, shard.sha256) for shard in shards}
-    written |= {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in proven.items()}
+    written |= {name: FileInfo(size_of(data), sha256_of(data)) for name, data in proven.items()}
     lock = lock_file(planned, written, store.checksum)
     return {LOCK_NAME: lock.encode(), **proven}
 
 
-def used_files(planned: Plan, store: Store) -> dict[str, bytes]:
+def used_files(planned: Plan, store: Library) -> dict[str, Content]:
     """The small files that it takes to use the result."""
     return taken_files(planned, store) | model_files(planned)
 
 
-def taken_files(planned: Plan, store: Store) -> dict[str, bytes]:
+def taken_files(planned: Plan, store: Library) -> dict[str, Content]:
     """The models' small files that the result has, with all that is written into them anew.
 
     Raises:
         ModelError: one of them cannot be read.
     """
-    models = planned.locked.models
-    taken = {name: store.fetch(models[number].located, name) for name, number in planned.texts.taken.items()}
-    return planned.texts.edited(taken)
+    places = {name: planned.locked.models[number].located for name, number in planned.texts.taken.items()}
+    edited = {name: store.fetch(places[name], name) for name in planned.texts.changing if name in places}
+    copied = [name for name in places if name not in edited]
+    found = store.taken([(places[name], name) for name in copied])
+    made = {**edited, **dict(zip(copied, found, strict=True))}
+    return {name: made[name] for name in places} | planned.texts.edited(edited)
 
 
 def model_files(planned: Plan) -> dict[str, bytes]:

@@ -23,9 +23,11 @@ from merger.plan.plan import Plan
 from merger.plan.scores import Score, memory
 from merger.recipe.evaluation import HUB_FILE, PERPLEXITY_AT, files
 from merger.recipe.model import Evaluate, Perplexity, Recipe
+from merger.safety.limits import TEXT
 from merger.safety.paths import ANYWHERE, read_named, regular
+from merger.stores.content import write
 from merger.stores.library import Library
-from merger.stores.ports import Sink, Ticket
+from merger.stores.ports import Content, Sink, Ticket
 from merger.stores.scratch import Scratch, sweep
 
 if TYPE_CHECKING:
@@ -170,7 +172,7 @@ def _text(wanted: Perplexity, name: str, token: str | bool | None, root: Path | 
 
 def _of_folder(wanted: Perplexity, root: Path | None) -> bytes:
     try:
-        return read_named(wanted.text, root)
+        return read_named(wanted.text, root, TEXT)
     except ModelError as error:
         raise RecipeError(replace(problem, at=wanted.at, where=PERPLEXITY_AT) for problem in error.problems) from None
 
@@ -185,7 +187,7 @@ def _of_hub(named: re.Match[str], wanted: Perplexity, token: str | bool | None) 
 
 
 def carried_out(
-    wanted: Wanted, planned: Plan, files: Mapping[str, bytes], store: Library, sink: Sink
+    wanted: Wanted, planned: Plan, files: Mapping[str, Content], store: Library, sink: Sink
 ) -> Iterator[Measuring | Measured]:
     """Measure the merge, then its parents if the recipe says so.
 
@@ -216,11 +218,9 @@ def carried_out(
             yield from _measured(folder, shown(model), wanted, evaluate)
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+def _write(folder: Path, files: Mapping[str, Content]) -> None:
     for name, content in files.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
+        write(content, folder / name)
 
 
 @contextmanager
@@ -253,7 +253,8 @@ def _copy(model: LockedModel, store: Library, folder: Path) -> None:
     located, config = model.located, model.checkpoint.config
     weights = sorted({tensor.file for tensor in model.checkpoint.tensors.values()})
     small = [name for name in ("config.json", index_name(model.checkpoint.stem)) if name in located.files]
-    _write(folder, {name: store.fetch(located, name) for name in (*small, *side_files(located.files, config))})
+    beside = [*small, *side_files(located.files, config)]
+    _write(folder, dict(zip(beside, store.taken([(located, name) for name in beside]), strict=True)))
     tickets = [Ticket(located, name, 0, located.files[name].size) for name in weights]
     with closing(store.reader(tickets, _READ_AHEAD_BYTES)) as reader:
         for number, ticket in enumerate(tickets):

@@ -6,7 +6,6 @@ Not here: what is merged (action), and how a plan reads (markdown).
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 import secrets
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote
 
 from merger.errors import MergerError, Problem
+from merger.safety.limits import EVENT, GITHUB, parsed, read
 from merger.safety.text import visible
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _SECONDS = 30
 _MOST_FILES = 300
 """A comparison by GitHub names no more files than these."""
 
+_PIECE_BYTES = 64 << 10
 _COMMENT_CHARACTERS = 65_000
 _SUMMARY_BYTES = 1_000_000
 
@@ -60,7 +61,7 @@ class Event:
     def read(cls, environment: Mapping[str, str]) -> Event:
         """The event of this job; outside GitHub one without a name."""
         path = environment.get("GITHUB_EVENT_PATH")
-        payload = json.loads(Path(path).read_text("utf-8")) if path and os.path.isfile(path) else {}
+        payload = parsed(read(Path(path), EVENT, GitHubError)) if path and os.path.isfile(path) else {}
         return cls(environment.get("GITHUB_EVENT_NAME", ""), payload)
 
     @property
@@ -301,7 +302,8 @@ class Api:
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         try:
-            answer = requests.request(method, address, json=content, headers=headers, timeout=_SECONDS)
+            answer = requests.request(method, address, json=content, headers=headers, timeout=_SECONDS, stream=True)
+            _read(answer)
         except requests.RequestException as error:
             raise GitHubError(Problem(f"GitHub cannot be reached ({type(error).__name__})", hint=_AGAIN)) from None
         if not answer.ok and answer.status_code != allowed:
@@ -315,6 +317,17 @@ def _content(answer: Response) -> Any:
         return answer.json()
     except ValueError:
         raise GitHubError(Problem("GitHub's answer is no JSON: a proxy's page perhaps", hint=_AGAIN)) from None
+
+
+def _read(answer: Response) -> None:
+    """The body, where it is not longer than an answer may be."""
+    body = bytearray()
+    for piece in answer.iter_content(_PIECE_BYTES):
+        body += piece
+        if len(body) > GITHUB.most:
+            answer.close()
+            raise GitHubError(Problem(f"GitHub's answer has more than {GITHUB.most:,} bytes", hint=_AGAIN))
+    answer._content = bytes(body)  # what requests itself does with a body that it reads whole
 
 
 def _still_there(files: Iterable[Mapping[str, Any]]) -> set[str]:

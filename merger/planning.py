@@ -27,6 +27,7 @@ from merger.plan.templates import own_templates
 from merger.recipe.evaluation import files, without_files
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
+from merger.safety import limits
 from merger.safety.paths import ANYWHERE, read_named
 from merger.stores.folder import FolderStore
 from merger.stores.library import Library
@@ -58,7 +59,7 @@ def read_text(text: str, name: str) -> Recipe:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return limits.read_text(path, limits.LOCK if is_lock(path) else limits.RECIPE, RecipeError)
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
@@ -189,7 +190,7 @@ def _pins(path: Path, root: Path | None) -> dict[str, str]:
     if not os.path.lexists(path):
         return {}
     try:
-        return pins(read_named(str(path), root).decode("utf-8", "replace"), str(path))
+        return pins(read_named(str(path), root, limits.LOCK).decode("utf-8", "replace"), str(path))
     except ModelError as error:
         raise RecipeError(error.problems) from None
 

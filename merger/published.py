@@ -26,13 +26,14 @@ from merger.plan.plan import Plan, Shard
 from merger.plan.scores import Score, read_scores
 from merger.planning import recipe_of
 from merger.recipe.model import Recipe
+from merger.safety.limits import MODEL_TENSORS, Tally
 from merger.safety.paths import ANYWHERE
+from merger.stores.content import sha256_of, size_of
 from merger.stores.folder import tree
 from merger.stores.library import Library
-from merger.stores.ports import FileInfo, Located
+from merger.stores.ports import Content, FileInfo, Located
 
 _REQUESTS_AT_ONCE = 8
-_LONGEST_LOCK = 64 << 20
 _SMALL = 64 << 20
 """Files of up to so many bytes that are no shards are always compared by their checksum; larger ones with --all."""
 
@@ -77,7 +78,7 @@ def open_merge(target: str, token: str | bool | None) -> Merge:
     """
     store, located = find(target, token)
     info = located.files.get(LOCK_NAME)
-    if info is None or info.size > _LONGEST_LOCK:
+    if info is None:
         hint = "only a merge of ours is known to be one: by the lock file that was left beside it"
         raise ModelError(Problem(f"{located.name} holds no {LOCK_NAME}", hint=hint))
     try:
@@ -94,7 +95,7 @@ def open_merge(target: str, token: str | bool | None) -> Merge:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def made_again(merge: Merge, planned: Plan, side: Mapping[str, bytes]) -> dict[str, bytes]:
+def made_again(merge: Merge, planned: Plan, side: Mapping[str, Content]) -> dict[str, Content]:
     """What small files have to be that the plan makes, and those taken from its models, as far as they are given."""
     return {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
 
@@ -129,7 +130,7 @@ def _wrong(merge: Merge, name: str, info: FileInfo, read: bool) -> str | None:
 
 
 def other_contents(
-    merge: Merge, planned: Plan, made: Mapping[str, bytes], others: Collection[str]
+    merge: Merge, planned: Plan, made: Mapping[str, Content], others: Collection[str]
 ) -> Iterator[Problem]:
     """What the lock does not say of files that the plan makes, and small files that are not what it makes.
 
@@ -147,7 +148,7 @@ def other_contents(
         yield Problem(f"the lock holds no SHA-256 of {few(unsure)}", hint=hint)
     for name, content in made.items():
         info = None if name in others else located.files.get(name)
-        if info is not None and (info.size != len(content) or merge.store.fetch(located, name) != content):
+        if info is not None and not holds(merge, name, content):
             yield Problem(f"{name} is not what the lock's recipe makes", hint=_CHANGED)
 
 
@@ -193,6 +194,13 @@ def _told_by_git(merge: Merge, planned: Plan) -> list[str]:
 
 def _parents(planned: Plan, name: str) -> FileInfo:
     return planned.locked.models[planned.texts.taken[name]].located.files[name]
+
+
+def holds(merge: Merge, name: str, content: Content) -> bool:
+    """Whether this is what the merge's file of that name holds."""
+    info = merge.located.files.get(name)
+    same_size = info is not None and info.size == size_of(content)
+    return same_size and merge.store.checksum(merge.located, name) == sha256_of(content)
 
 
 def other_taken(merge: Merge, planned: Plan) -> Iterator[Problem]:
@@ -272,17 +280,18 @@ def comparable(merge: Merge, planned: Plan) -> tuple[dict[str, TensorInfo], list
     """The published tensors that have the plan's names, dtypes and shapes; and what is wrong with the others."""
     problems: list[Problem] = []
     files = [shard.name for shard in planned.shards if shard.name in merge.located.files]
+    tally = Tally(MODEL_TENSORS)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        headers = list(pool.map(partial(_header, merge, problems), files))
+        headers = list(pool.map(partial(_header, merge, problems, tally), files))
     found = {tensor.name: tensor for tensor in (tensor for part in headers for tensor in part)}
     wanted = {tensor.name: tensor for shard in planned.shards for tensor in _headed(shard)}
     same = {name: tensor for name, tensor in found.items() if name in wanted and _is_like(tensor, wanted[name])}
     return same, [*problems, *_other_tensors(found, wanted, same)]
 
 
-def _header(merge: Merge, problems: list[Problem], file: str) -> tuple[TensorInfo, ...]:
+def _header(merge: Merge, problems: list[Problem], tally: Tally, file: str) -> tuple[TensorInfo, ...]:
     try:
-        return tensors_in(merge.located, merge.store, file)
+        return tensors_in(merge.located, merge.store, file, tally)
     except ModelError as error:
         problems.extend(error.problems)
         return ()

@@ -15,7 +15,7 @@ from merger.options import Options
 from merger.plan.lock import lock
 from merger.plan.lockfile import changed_models, other_plan
 from merger.planning import planned_again, with_templates
-from merger.published import Merge, card_again, open_merge
+from merger.published import Merge, card_again, holds, open_merge
 from merger.run import destination_sink
 from merger.stores.ports import Published
 
@@ -69,13 +69,8 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:
         raise VerificationError(problems)
     files = card_again(merge, planned, parents)
-    others = {name: content for name, content in files.items() if not _holds(merge, name, content)}
+    others = {name: content for name, content in files.items() if not holds(merge, name, content)}
     return Recarded(merge, others, files[CARD_NAME].decode())
-
-
-def _holds(merge: Merge, name: str, content: bytes) -> bool:
-    info = merge.located.files.get(name)
-    return info is not None and info.size == len(content) and merge.store.fetch(merge.located, name) == content
 
 
 def keep(made: Recarded, options: Options) -> Published | None:

@@ -27,6 +27,7 @@ from merger.plan.parts import Part, share
 from merger.plan.plan import Plan, Shard
 from merger.plan.scores import Score
 from merger.recipe.model import Recipe
+from merger.stores.content import bytes_of
 from merger.stores.folder import FolderSink
 from merger.stores.library import Library
 from merger.stores.ports import Leftover, Published, Sink, Store
@@ -192,10 +193,10 @@ def _made(
     related = relations(planned, seen)
     ancestors = elders(planned, to_hub(planned.locked.recipe, options))
     written = card_files(planned, sink.name, seen, store, ancestors, scores)
-    files = written | small_files(planned, store, shards, seen)
-    published = sink.finish(files, _title(planned))
+    small = small_files(planned, store, shards, seen)
+    published = sink.finish({**written, **small}, _title(planned))
     doubts = (*related.doubts, *doubts, *exposed(planned, destination(planned.locked.recipe, options)))
-    texts = files[CARD_NAME].decode(), files[LOCK_NAME].decode()
+    texts = (bytes_of(content).decode() for content in (written[CARD_NAME], small[LOCK_NAME]))
     yield Done(published, shards, doubts, related.losses, *texts)
 
 

@@ -15,6 +15,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
+from space.body_limit import BodyLimit
 from space.bot import Bot
 from space.desk import Desk
 from space.keeper import Keeper
@@ -40,6 +41,7 @@ def folder() -> Path:
 def served(desk: Desk, bot: Bot | None = None) -> FastAPI:
     """Page, API and the bot's webhook as one web application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BodyLimit)
     if bot is not None:
         bot.offer(app)  # before the page, which takes all other addresses
     blocks = build(desk, with_login="OAUTH_CLIENT_ID" in os.environ)

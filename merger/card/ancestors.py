@@ -16,13 +16,13 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
-import yaml
-
 from merger.card.mixtures import TITLE
+from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import GatedError, MissingError
 from merger.plan.plan import Plan
 from merger.recipe.model import Recipe
+from merger.safety.limits import RECORD
 from merger.stores.ports import Located, Store
 
 GENERATIONS = 6
@@ -36,7 +36,6 @@ SECONDS = 20.0
 
 LOCAL = "local folder"
 _AT_ONCE = 8
-_FILE_BYTES = 1 << 20
 _NAME_LENGTH = 120
 _MERGEKIT = "mergekit_config.yml"
 _ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -297,10 +296,10 @@ def _described(located: Located, store: Store, methods: Collection[str]) -> _Ans
 def _record(located: Located, store: Store) -> Any:
     """What lies beside a merge to say what it was made of: our lock file, or mergekit's copy of the recipe."""
     name = next((name for name in (LOCK_NAME, _MERGEKIT) if name in located.files), None)
-    if name is None or located.files[name].size > _FILE_BYTES:
+    if name is None or located.files[name].size > RECORD.most:
         return None
     try:
-        return yaml.safe_load(store.fetch(located, name).decode("utf-8", "replace"))
+        return load(store.fetch(located, name).decode("utf-8", "replace"), RECORD)
     except Exception:  # gated, damaged, several documents, or built to hurt: what the card says has to do
         return None
 

@@ -6,48 +6,55 @@ Not here: the donor's own licence files, which are taken over like its tokenizer
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from merger.card.licences import judge
 from merger.checkpoints.licence_file import LICENCES, is_notice, licence_files
 from merger.plan.locked import LockedModel
 from merger.plan.plan import Plan
-from merger.stores.ports import Located
+from merger.stores.content import bytes_of, sha256_of
+from merger.stores.ports import Content, Located
 
 NOTICE = "NOTICE"
 
 
-def passed_on(planned: Plan, fetch: Callable[[Located, str], bytes]) -> dict[str, bytes]:
+def passed_on(planned: Plan, take: Callable[[Sequence[tuple[Located, str]]], list[Content]]) -> dict[str, Content]:
     """The files by name; none where no parent brings any and no licence asks for one.
 
     Args:
         planned: the merge.
-        fetch: reads a parent's file.
+        take: what parents' files hold.
 
     Raises:
         ModelError: one of them cannot be read.
     """
     models = planned.locked.models
-    held = [
-        (model, name, fetch(model.located, name)) for model in models for name in licence_files(model.located.files)
-    ]
-    notices = [content.decode("utf-8", "replace").strip() for _, name, content in held if is_notice(name)]
+    found = [(model, name) for model in models for name in licence_files(model.located.files)]
+    contents = take([(model.located, name) for model, name in found])
+    held = [(model, name, content) for (model, name), content in zip(found, contents, strict=True)]
+    notices = [_text(content) for _, name, content in held if is_notice(name)]
     asked = [terms.notice for terms in judge(planned).duties if terms.notice]
     missing = [sentence for sentence in asked if not any(sentence in notice for notice in notices)]
     text = "\n\n".join(dict.fromkeys([*notices, *missing]))
-    donors = {content for model, name, content in held if planned.texts.taken.get(name) == models.index(model)}
-    files = {_place(model, name): content for model, name, content in _others(held, donors)}
+    donors = {
+        sha256_of(content) for model, name, content in held if planned.texts.taken.get(name) == models.index(model)
+    }
+    files: dict[str, Content] = {_place(model, name): content for model, name, content in _others(held, donors)}
     return files | ({NOTICE: f"{text}\n".encode()} if text else {})
 
 
-_Held = tuple[LockedModel, str, bytes]
+def _text(content: Content) -> str:
+    return bytes_of(content).decode("utf-8", "replace").strip()
 
 
-def _others(held: list[_Held], known: set[bytes]) -> Iterator[_Held]:
+_Held = tuple[LockedModel, str, Content]
+
+
+def _others(held: list[_Held], known: set[str]) -> Iterator[_Held]:
     """Each text once that is not among the known."""
     for model, name, content in held:
-        if not is_notice(name) and content not in known:
-            known.add(content)
+        if not is_notice(name) and (sha256 := sha256_of(content)) not in known:
+            known.add(sha256)
             yield model, name, content
 
 

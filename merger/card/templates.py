@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from functools import cache, wraps
 from pathlib import Path
-from types import GeneratorType
+from types import GeneratorType, SimpleNamespace
 from typing import Any
 
 from jinja2 import (
@@ -34,11 +35,15 @@ from merger.card import text
 from merger.errors import Problem, RecipeError, did_you_mean
 from merger.plan.templates import LAYOUT
 from merger.recipe.model import Publish
+from merger.safety.apart import BeyondError, Bounds, call
 
 OURS = "merger/"
 """What stands before a name of a template of ours where a recipe's own template has the same name."""
 
 MAX_CHARACTERS = 1_000_000
+_BOUNDS = Bounds()
+_SAID = 1_000
+_SIMPLER = "a template puts words and values in their places: leave out what counts far or makes long texts"
 _UNESCAPING = ("e", "escape", "forceescape", "safe", "tojson", "urlize", "xmlattr")
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = next((f for f in (_HERE.parent / "templates", _HERE.parents[1] / "templates") if f.is_dir()), _HERE)
@@ -55,19 +60,52 @@ def fill(own: Mapping[str, str], publish: Publish, content: Mapping[str, Any]) -
     Raises:
         RecipeError: a template of the recipe cannot be filled in.
     """
-    loader = _Loader(own, publish.template or "")
+    if not own:
+        return _rendered(_Loader({}, ""), content)
+    origin = publish.template or ""
     try:
-        made = _environment(loader).get_template(LAYOUT).render(content)
-        if len(made) > MAX_CHARACTERS:
-            raise TemplateError(f"it makes a card of {len(made):,} characters; {MAX_CHARACTERS:,} are allowed")
-        if made.lstrip().startswith("---\n"):
-            raise TemplateError("it begins with front matter, which is made without it: leave that out")
-    except Exception as error:  # a template may raise whatever Python can
-        if not own:
-            raise
-        what = f"{loader.place(error)}: {_sentence(error)}"
-        raise RecipeError(Problem(what, publish.template_at, "publish.template", _hint(error, content))) from None
+        answer = call(f"{__name__}:{tried.__name__}", (dict(own), origin, _data(content)), _BOUNDS)
+    except BeyondError as error:
+        answer = {"what": f"{origin}: to fill in the card's template {error}", "hint": _SIMPLER}
+    if "made" not in answer:
+        raise RecipeError(Problem(answer["what"], publish.template_at, "publish.template", answer["hint"]))
+    made: str = answer["made"]
     return made
+
+
+def tried(asked: tuple[Mapping[str, str], str, Mapping[str, Any]]) -> dict[str, str]:
+    """What comes of a recipe's own templates, or why nothing does; without any limit of time or memory.
+
+    Args:
+        asked: the templates, where they come from, and what they may name.
+    """
+    own, origin, content = asked
+    loader = _Loader(own, origin)
+    try:
+        return {"made": _rendered(loader, content)}
+    except MemoryError:
+        raise
+    except Exception as error:  # a template may raise whatever Python can
+        return {"what": f"{loader.place(error)}: {_sentence(error)}", "hint": _hint(error, content)}
+
+
+def _rendered(loader: _Loader, content: Mapping[str, Any]) -> str:
+    made = _environment(loader).get_template(LAYOUT).render(content)
+    if len(made) > MAX_CHARACTERS:
+        raise TemplateError(f"it makes a card of {len(made):,} characters; {MAX_CHARACTERS:,} are allowed")
+    if made.lstrip().startswith("---\n"):
+        raise TemplateError("it begins with front matter, which is made without it: leave that out")
+    return made
+
+
+def _data(value: Any) -> Any:
+    """The same without our classes: the process that fills templates in need not import what they are made for."""
+    if is_dataclass(value):
+        told = [name for name in dir(type(value)) if isinstance(getattr(type(value), name), property)]
+        return SimpleNamespace(**{name: _data(getattr(value, name)) for name in (*vars(value), *told)})
+    if isinstance(value, Mapping):
+        return {name: _data(held) for name, held in value.items()}
+    return type(value)(map(_data, value)) if isinstance(value, list | tuple) else value
 
 
 def refuse_unused(own: Mapping[str, str], publish: Publish) -> None:
@@ -119,7 +157,7 @@ class _Loader(BaseLoader):
 def _sentence(error: Exception) -> str:
     said = (error.message if isinstance(error, TemplateError) else str(error)) or type(error).__name__
     kind = next((words for kind, words in _KINDS.items() if isinstance(error, kind)), f"{type(error).__name__}: ")
-    return f"the card's template cannot be rendered: {kind}{' '.join(said.split()).rstrip('.')}"
+    return f"the card's template cannot be rendered: {kind}{' '.join(said[:_SAID].split()).rstrip('.')}"
 
 
 _KINDS: Mapping[type[Exception], str] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,9 @@ from merger.checkpoints.checkpoint import FLOATS, TensorInfo
 from merger.checkpoints.config import is_tied
 from merger.checkpoints.tokenrows import TokenRows, rows_of, token_rows
 from merger.errors import ModelError, Problem
+from merger.safety.apart import BeyondError
+from merger.safety.expressions import compiles, first
+from merger.safety.limits import EXPRESSIONS, excess
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -148,8 +151,13 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
         raise ModelError(problems)
     parts, whole, aside = _parted(tensors)
     modules: dict[str, Module] = {}
+    try:
+        ranks = _by_pattern(config, "rank_pattern", list(parts), config.get("r", 8))
+        alphas = _by_pattern(config, "alpha_pattern", list(parts), config.get("lora_alpha", 8))
+    except BeyondError as error:
+        raise ModelError(Problem(f"{CONFIG}: to try its regular expressions {error}", hint=_DAMAGED)) from None
     for name, found in parts.items():
-        module = _module(name, found, config)
+        module = _module(name, found, int(ranks[name]), alphas[name], config)
         if isinstance(module, Problem):
             problems.append(module)
         else:
@@ -204,20 +212,14 @@ def _number_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         sound = isinstance(patterns, Mapping) and all(_is_number(value) for value in patterns.values())
-        if not sound or not all(_compiles(pattern) for pattern in patterns):
+        if sound and (problem := excess(f"{CONFIG}: {key}", len(patterns), EXPRESSIONS)):
+            yield problem
+        elif not sound or any(compiles(pattern) for pattern in patterns):
             yield Problem(f"{CONFIG}: {key} is no map of regular expressions to numbers", hint=_DAMAGED)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
 
 
 _Parts = dict[str, dict[str, TensorInfo]]
@@ -244,7 +246,9 @@ def _parted(tensors: Mapping[str, TensorInfo]) -> tuple[_Parts, dict[str, Tensor
     return parts, whole, aside
 
 
-def _module(name: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Module | Problem:
+def _module(
+    name: str, parts: Mapping[str, TensorInfo], rank: int, alpha: float, config: Mapping[str, Any]
+) -> Module | Problem:
     """A module's tensors, if they belong together."""
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -252,7 +256,6 @@ def _module(name: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any
     if lacking:
         return Problem(f"{name} has {', '.join(parts)}, but no {lacking[0]}", hint=_DAMAGED)
     a, b = parts[first], parts[second]
-    rank = int(_of_pattern(config, "rank_pattern", name, config.get("r", 8)))
     if len(a.shape) != 2 or len(b.shape) != 2:
         what = f"{name} is a convolution: its {first} has the shape {_shape(a)}"
         return Problem(f"{what}, and only matrices are built", hint=_MERGE_FIRST)
@@ -262,7 +265,6 @@ def _module(name: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any
     odd = next((part for part in parts.values() if part.dtype not in FLOATS), None)
     if odd is not None:
         return Problem(f"{odd.name} is stored as {odd.dtype}, which is not read", hint=_MERGE_FIRST)
-    alpha = _of_pattern(config, "alpha_pattern", name, config.get("lora_alpha", 8))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     module = Module(name, a, b, rank, scale, embedding, parts.get("lora_bias"), parts.get("lora_magnitude_vector"))
     return _lengths(module, config) or module
@@ -283,10 +285,12 @@ def _lengths(module: Module, config: Mapping[str, Any]) -> Problem | None:
     return None
 
 
-def _of_pattern(config: Mapping[str, Any], key: str, module: str, otherwise: float) -> float:
-    """A module's number: of the first pattern that the end of its name matches, as in PEFT."""
+def _by_pattern(config: Mapping[str, Any], key: str, modules: Sequence[str], otherwise: float) -> Mapping[str, float]:
+    """The modules' numbers: of the first pattern that the end of a name matches, as in PEFT."""
     patterns: Mapping[str, float] = config.get(key) or {}
-    return next((value for of, value in patterns.items() if re.match(rf"(.*\.)?({of})$", module)), otherwise)
+    values = list(patterns.values())
+    found = first(list(patterns), modules, at_end=True)
+    return {name: otherwise if place is None else values[place] for name, place in zip(modules, found, strict=True)}
 
 
 # ---- an adapter and its model ---------------------------------------------------------------------------------------

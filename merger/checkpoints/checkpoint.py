@@ -6,7 +6,6 @@ Not here: fetching those bytes (stores), and what a tensor's name means (archite
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merger.errors import ModelError, Problem
+from merger.safety.limits import HEADER, INDEX, TENSOR_NAME, excess, parsed
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
@@ -30,7 +30,7 @@ STEM = "model"
 SUFFIX = ".safetensors"
 SINGLE = STEM + SUFFIX
 _INDEX_SUFFIX = ".safetensors.index.json"
-MAX_HEADER = 100_000_000
+MAX_HEADER = HEADER.most
 _PICKLED = re.compile(r"(^|/)(pytorch_model.*\.bin|.*\.(pt|pth|ckpt))$")
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|^[/\\~]|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z]:[/\\]")
 
@@ -116,6 +116,7 @@ def _only(found: list[str], ending: str) -> str:
 
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
 _NAMES_SHOWN = 3
+_SHOWN = 60
 
 
 def weight_files(files: Iterable[str], index: str | None, single: str = SINGLE) -> tuple[str, ...]:
@@ -143,8 +144,8 @@ _DAMAGED = "the model is incomplete or damaged: download it again, or ask its au
 
 def _weight_map(index: str, single: str) -> dict[str, str]:
     try:
-        found = json.loads(index)["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = parsed(index, INDEX)["weight_map"]
+    except (ValueError, KeyError, TypeError):
         raise ModelError(Problem(f"{index_name(single)} holds no weight_map", hint=_DAMAGED)) from None
     if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise ModelError(Problem(f"{index_name(single)}: the weight_map is no map of names to files", hint=_DAMAGED))
@@ -192,11 +193,11 @@ def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
         ModelError: the header is damaged, or does not fit the file's size.
     """
     try:
-        entries = json.loads(raw.decode(), object_pairs_hook=_once_each)
+        entries = parsed(raw.decode(), object_pairs_hook=_once_each)
         entries.pop("__metadata__", None)
         first = 8 + len(raw)
         tensors = [_tensor(name, entry, file, first) for name, entry in entries.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(Problem(f"{file}: the safetensors header is damaged ({error})", hint=_DAMAGED)) from None
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_places(tensors, file, first, size)
@@ -206,10 +207,12 @@ def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
 def _tensor(name: str, entry: Mapping[str, Any], file: str, first: int) -> TensorInfo:
     start, stop = entry["data_offsets"]
     shape = entry["shape"]
+    if problem := excess(f"the tensor {name[:_SHOWN]}…", len(name), TENSOR_NAME):
+        raise ValueError(problem.what)
     if _UNSAFE_NAME.search(name):
         raise ValueError(f"a tensor's name points outside the model: {name!r}")
     if entry["dtype"] not in ITEM_BYTES:
-        raise ValueError(f"{name} has dtype {entry['dtype']!r}, which is not read here")
+        raise ValueError(f"{name} has dtype {str(entry['dtype'])[:_SHOWN]!r}, which is not read here")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"{name} has a shape or place that is no whole number")
     if math.prod(shape) * ITEM_BYTES[entry["dtype"]] != stop - start:

@@ -14,8 +14,9 @@ LICENCES = "licences/"
 _NOTICE = re.compile(r"NOTICE(\.(txt|md))?", re.IGNORECASE)
 _FILES = re.compile(rf"(LICEN[CS]E|COPYING|USE_POLICY)([-_.][\w.-]*)?|{_NOTICE.pattern}", re.IGNORECASE)
 _TEXTS = re.compile(r"(LICEN[CS]E|COPYING)([-_.][\w.-]*)?", re.IGNORECASE)
-MOST_BYTES = 300_000
 _TITLE_CHARACTERS = 3_000
+TITLE_BYTES = 4 * _TITLE_CHARACTERS
+"""How much of a licence's text is looked at to tell which it is."""
 
 _TITLES = (
     ("llama4", r"llama 4 community licen[cs]e"),

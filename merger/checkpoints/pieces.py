@@ -5,10 +5,10 @@ Not here: how tokens are spelled (spelling), and which rows the pieces have (pla
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from merger.checkpoints.spelling import PLAIN, respelled, spelling
+from merger.safety.limits import parsed
 
 _INSIDE = "##"
 """What WordPiece writes before a token that begins inside of a word."""
@@ -31,7 +31,7 @@ def pieces(tokenizer: bytes, tokens: Sequence[str], written: str) -> list[list[i
         model = Tokenizer.from_buffer(tokenizer).model
     except Exception as error:  # the library raises nothing more special
         raise ValueError(f"tokenizer.json is not read by the tokenizers library ({error})") from None
-    wanted = spelling(json.loads(tokenizer))
+    wanted = spelling(parsed(tokenizer))
     return [[piece.id for piece in model.tokenize(_text(token, written, wanted))] for token in tokens]
 
 

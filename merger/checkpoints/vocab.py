@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from merger.checkpoints.sentencepiece import pieces
 from merger.checkpoints.spelling import BYTES, PLAIN, SPACES, respelled, spelling
+from merger.safety.limits import of, parsed
 
 TOKENIZER, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 WORDS = ("vocab.json", "vocab.txt")
@@ -25,8 +26,12 @@ PIECES = "tokenizer.model"
 FILES = (TOKENIZER, SETTINGS, ADDED, *WORDS, PIECES)
 """The files that a vocabulary is read from."""
 
+EXTENDED = (TOKENIZER, SETTINGS, ADDED)
+"""Those that are written anew where tokens are added."""
+
 Json = dict[str, Any]
 Ids = NDArray[np.int64]
+_MOST_ROWS = 1 << 24  # a list with a place for each is made of them
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
 
@@ -115,8 +120,8 @@ def read(files: Mapping[str, bytes]) -> Vocabulary | None:
 
 def _object(files: Mapping[str, bytes], name: str) -> Json:
     try:
-        found = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
+        found = parsed(files[name], of(name))
+    except ValueError as error:
         raise ValueError(f"{name} is no JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{name} is no JSON object")
@@ -140,7 +145,7 @@ def _of_tokenizer(content: Json) -> tuple[dict[str, int], list[Json]]:
 
 
 def _is_id(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < _MOST_ROWS
 
 
 def _is_record(value: object) -> bool:
@@ -254,7 +259,7 @@ def rewritten(files: Mapping[str, bytes], added: Iterable[Json]) -> dict[str, by
     """Those of a tokenizer's files that must be written anew so that it knows more tokens.
 
     Args:
-        files: those of `FILES` that it has, tokenizer.json among them.
+        files: those of `EXTENDED` that it has, tokenizer.json among them.
         added: what tokenizer.json is to say of each added token, as `extended` gives it.
     """
     content = _object(files, TOKENIZER)

@@ -7,7 +7,6 @@ thread, so that no number depends on the others. Not here: routers drawn by chan
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -28,6 +27,7 @@ from merger.plan.locked import LockedModel
 from merger.plan.plan import Plan
 from merger.plan.routing import EMBEDDED, embedding, layers, prompts, routed
 from merger.plan.sources import Routed, Stored
+from merger.safety.limits import of, parsed
 from merger.stores.ports import Reader, Store, Ticket
 
 _CONDITION = 5.0
@@ -123,12 +123,17 @@ def _unit(row: Tensor) -> Tensor:
 # ---- prompts --------------------------------------------------------------------------------------------------------
 
 
+_READ = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
 def _tokens(plan: Plan, store: Store, texts: Sequence[str]) -> dict[str, list[int]]:
     """Each prompt's tokens behind the one that begins a text, if the tokenizer has one; no chat template is put on."""
     from tokenizers import Tokenizer
 
     models = plan.locked.models
-    files = {name: store.fetch(models[number].located, name) for name, number in plan.texts.taken.items()}
+    files = {
+        name: store.fetch(models[number].located, name) for name, number in plan.texts.taken.items() if name in _READ
+    }
     donor = plan.locked.donor
     try:
         tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
@@ -145,9 +150,9 @@ def _tokens(plan: Plan, store: Store, texts: Sequence[str]) -> dict[str, list[in
 
 def _begin(files: Mapping[str, bytes]) -> str:
     """The text of the token that begins a text, empty where there is none."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+    for file in _READ[1:]:
         try:
-            said = json.loads(files.get(file, b"{}"))
+            said = parsed(files.get(file, b"{}"), of(file))
         except ValueError:
             said = {}
         token = said.get("bos_token") if isinstance(said, dict) else None

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from merger.safety.limits import MEASURED, parsed
+
 Table = tuple[tuple[float, ...], ...]
 
 
@@ -82,5 +84,5 @@ def recalled(text: str) -> dict[str, Geometry]:
     """What such a text says."""
     return {
         name: Geometry(tuple(map(tuple, products)), opposed, sampled, tuple(against), tuple(moved), tuple(base))
-        for name, (products, opposed, sampled, against, moved, base) in json.loads(text).items()
+        for name, (products, opposed, sampled, against, moved, base) in parsed(text, MEASURED).items()
     }

@@ -5,12 +5,10 @@ Not here: what is made of them (jobs).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import yaml
@@ -31,10 +29,11 @@ from merger.checkpoints.checkpoint import (
     weight_files,
 )
 from merger.checkpoints.experts import are_fused, split
-from merger.checkpoints.licence_file import MOST_BYTES, licence_text, recognised
+from merger.checkpoints.licence_file import TITLE_BYTES, licence_text, recognised
 from merger.checkpoints.pickled import SINGLE as PICKLED
 from merger.checkpoints.pickled import is_pickled
 from merger.checkpoints.pickled import tensors as pickled_tensors
+from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.quantised import unpacked
 from merger.checkpoints.sidefiles import read_beside
 from merger.errors import ModelError, Problem, RecipeError
@@ -42,13 +41,12 @@ from merger.plan.adapted import with_adapter
 from merger.plan.locked import LockedModel, LockedRecipe, stated_licence
 from merger.recipe.model import ModelRef, Recipe
 from merger.recipe.tokenizer import AUTO
+from merger.safety import limits
 from merger.safety.paths import COPY
 from merger.stores.ports import FileInfo, Located, Store
 
 GENERATION = "generation_config.json"
-_CARD_BYTES = 1 << 20
 _FRONT_MATTER = re.compile(r"\s*---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
-_TEXT_BYTES = 200 << 20
 _REQUESTS_AT_ONCE = 8
 
 
@@ -59,7 +57,7 @@ def pins(text: str, path: str) -> dict[str, str]:
         RecipeError: it is no lock file.
     """
     try:
-        models = yaml.safe_load(text)["models"]
+        models = load(text, limits.LOCK)["models"]
         return {str(item["model"]): str(item["commit"]) for item in models if item["commit"]}
     except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
         hint = "take the merger.lock.yaml of a result, or remove it"
@@ -80,7 +78,7 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None, 
     """
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
-        fetching = _Fetching(store, headers, pinned or {}, pickles)
+        fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(limits.ALL_TENSORS))
         fetch = fetching.adapter if recipe.merges_adapters else fetching.model
         merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
         loras = _found(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), merged)
@@ -132,6 +130,9 @@ def _with_texts(
         for number, files in enumerate(held)
         for name, info in files.items()
     }
+    size = sum(model.located.files[name].size for model, name in places.values())
+    if problem := limits.excess(limits.TOKENIZERS.what, size, limits.TOKENIZERS):
+        raise ModelError(problem)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         fetched = dict(
             zip(places, pool.map(lambda place: _text(place[0], place[1], store), places.values()), strict=True)
@@ -181,9 +182,6 @@ def _content(info: FileInfo, model: int, name: str) -> object:
 
 
 def _text(model: LockedModel, name: str, store: Store) -> bytes | Problem:
-    if model.located.files[name].size > _TEXT_BYTES:
-        what = f"{name} has {model.located.files[name].size:,} bytes, which is more than a tokenizer takes"
-        return _at(Problem(what, hint="is it the right file? download the model again"), model.ref)
     try:
         return store.fetch(model.located, name)
     except ModelError as error:
@@ -213,12 +211,16 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
 
 @dataclass(frozen=True)
 class _Fetching:
-    """Reads what is needed of models and adapters; `pinned`: the commits to take; `pickles`: see `lock`."""
+    """Reads what is needed of models and adapters; `pinned`: the commits to take; `pickles`: see `lock`.
+
+    `tally` counts the tensors of all of them.
+    """
 
     store: Store
     pool: ThreadPoolExecutor
     pinned: Mapping[str, str]
     pickles: bool
+    tally: limits.Tally
 
     def _located(self, ref: ModelRef) -> Located:
         return self.store.locate(ref.path, self.pinned.get(str(ref)) or ref.revision)
@@ -228,7 +230,7 @@ class _Fetching:
         alone = is_single(located.name)
         config = {} if alone else _config(located, store, self.pickles)
         _refuse_barred(located, config)
-        found = unpacked(tensors_of(located, store, self.pool, self.pickles), config)
+        found = unpacked(tensors_of(located, store, self.pool, self.pickles, self.tally), config)
         begins = STEM if alone or (self.pickles and is_pickled(located.files)) else _stem(located)
         checkpoint = Checkpoint(found.tensors, found.config, begins)
         card, licence = _licensed(located, store)
@@ -239,7 +241,7 @@ class _Fetching:
         _check_adapter_files(located)
         config = _json(located, adapters.CONFIG, self.store)
         _refuse_barred(located, {})
-        tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, adapters.TENSORS)}
+        tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, adapters.TENSORS, self.tally)}
         lora = adapters.read_adapter(config, tensors)
         card, licence = _licensed(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
@@ -271,9 +273,10 @@ def _licensed(located: Located, store: Store) -> tuple[Mapping[str, Any], str | 
 
 def _licence_file(located: Located, store: Store) -> str | None:
     file = licence_text(located.files)
-    if file is None or located.files[file].size > MOST_BYTES:
+    if file is None:
         return None
-    return recognised(store.fetch(located, file).decode("utf-8", "replace"))
+    opening = store.fetch(located, file, 0, min(located.files[file].size, TITLE_BYTES))
+    return recognised(opening.decode("utf-8", "replace"))
 
 
 def _stem(located: Located) -> str:
@@ -296,8 +299,8 @@ def _config(located: Located, store: Store, pickles: bool) -> Mapping[str, Any]:
 
 def _json(located: Located, file: str, store: Store) -> Mapping[str, Any]:
     try:
-        content = json.loads(store.fetch(located, file))
-    except (ValueError, RecursionError) as error:
+        content = limits.parsed(store.fetch(located, file), limits.of(file))
+    except ValueError as error:
         raise ModelError(Problem(f"{file} is no JSON ({error})", hint="download the model again")) from None
     if not isinstance(content, dict):
         raise ModelError(Problem(f"{file} is no JSON object", hint="download the model again"))
@@ -305,7 +308,7 @@ def _json(located: Located, file: str, store: Store) -> Mapping[str, Any]:
 
 
 def tensors_of(
-    located: Located, store: Store, pool: ThreadPoolExecutor, pickles: bool = False
+    located: Located, store: Store, pool: ThreadPoolExecutor, pickles: bool = False, *tallies: limits.Tally
 ) -> dict[str, TensorInfo]:
     """A model's tensors by name, by the headers of its files.
 
@@ -314,6 +317,7 @@ def tensors_of(
         store: where it is.
         pool: reads headers.
         pickles: where it has no safetensors, look into files that torch.save wrote.
+        tallies: what else counts its tensors.
 
     Raises:
         ModelError: it has no files that can be read.
@@ -323,29 +327,48 @@ def tensors_of(
     name = index_name(single)
     index = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
     files = weight_files(located.files, index, single)
-    read = partial(_pickled_in, located, store) if pickled else partial(tensors_in, located, store)
-    tensors = gather(pool.map(read, files), index, single)
+    counted = limits.Tally(limits.MODEL_TENSORS), *tallies
+    headers = _pickled_in if pickled else tensors_in
+    tensors = gather(pool.map(lambda file: headers(located, store, file, *counted), files), index, single)
     if not tensors:
         raise ModelError(Problem("its files hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
 
 
-def _pickled_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
     size = located.files[file].size
     # a pool of its own: where each tensor is takes a request, and this one's pool waits for them
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        return pickled_tensors(file, size, lambda start, stop: store.fetch(located, file, start, stop), pool.map)
+        found = pickled_tensors(file, size, lambda start, stop: store.fetch(located, file, start, stop), pool.map)
+    _count(tallies, file, len(found))
+    return found
 
 
-def tensors_in(located: Located, store: Store, file: str) -> tuple[TensorInfo, ...]:
+def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
     """The tensors of one safetensors file, by its header, in the order of their places.
 
+    Args:
+        located: the model.
+        store: where it is.
+        file: the file.
+        tallies: what counts the tensors, before anything is made of them.
+
     Raises:
-        ModelError: it cannot be read, or is damaged.
+        ModelError: it cannot be read, is damaged, or holds too many tensors.
     """
     size = located.files[file].size
     length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
-    return read_header(store.fetch(located, file, 8, 8 + length), file, size)
+    tallies = tallies or (limits.Tally(limits.MODEL_TENSORS),)
+    _count(tallies, file, by_length := limits.tensors(length))
+    raw = store.fetch(located, file, 8, 8 + length)
+    _count(tallies, file, limits.tensors(length, raw) - by_length)
+    return read_header(raw, file, size)
+
+
+def _count(tallies: Iterable[limits.Tally], file: str, tensors: int) -> None:
+    for tally in tallies:
+        if problem := tally.add(file, tensors):
+            raise ModelError(problem)
 
 
 def _card(located: Located, store: Store) -> Mapping[str, Any]:
@@ -354,14 +377,14 @@ def _card(located: Located, store: Store) -> Mapping[str, Any]:
     All that is no list and no map is text: YAML 1.1 would take the language no for false, and the licence 1.10 for 1.1.
     """
     info = located.files.get("README.md")
-    if info is None or info.size > _CARD_BYTES:
+    if info is None or info.size > limits.CARD.most:
         return {}
     text = store.fetch(located, "README.md").decode("utf-8", "replace").replace("\r\n", "\n")
     front = _FRONT_MATTER.match(text)
     if front is None:
         return {}
     try:
-        metadata = yaml.load(front[1], yaml.BaseLoader)
+        metadata = load(front[1], limits.CARD, only_text=True)
     except Exception:  # on strange input the YAML library raises whatever it comes across, not only its own errors
         return {}
     return metadata if isinstance(metadata, dict) else {}

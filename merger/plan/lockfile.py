@@ -14,12 +14,14 @@ from typing import Any
 
 import yaml
 
+from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.sidefiles import CARD_NAME
 from merger.errors import Problem, RecipeError, VerificationError
 from merger.plan import formats
 from merger.plan.formats import Change
 from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.plan import Plan
+from merger.safety.limits import LOCK
 from merger.stores.ports import FileInfo, Located
 
 OURS = "hub-merger"
@@ -125,7 +127,7 @@ def read_lock(text: str, path: str) -> Lock:
         VerificationError: a later version wrote it.
     """
     try:
-        content = yaml.safe_load(text)
+        content = load(text, LOCK)
         if "recipe" not in content and "made_with" in content:
             hint = "run the recipe itself, with this file beside it: mine.lock.yaml beside mine.yaml"
             raise RecipeError(Problem(f"{path} holds no recipe: an earlier version of merger wrote it", hint=hint))

@@ -10,11 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from merger.checkpoints.adapter import TURNED_MODELS, Module
 from merger.checkpoints.architecture import Architecture, is_before_layers, is_buffer, is_embedding, is_head
 from merger.checkpoints.checkpoint import FLOATS, TensorInfo
+from merger.errors import Problem, RecipeError
 from merger.methods.registry import Method, declared
 from merger.plan.cuts import Findings, Part
 from merger.plan.jobs import DTYPES, PASSTHROUGH, Input, Job, Making, arguments
@@ -23,6 +25,9 @@ from merger.plan.products import Difference, Factor, LowRank, MergedDeltas
 from merger.plan.sources import Source, Stored, Zeros
 from merger.recipe.model import Lora
 from merger.recipe.settings import first_value
+from merger.recipe.spans import shortened
+from merger.safety.apart import BeyondError
+from merger.safety.expressions import first
 
 _PREFIX = "base_model.model."
 _HEAD = "lm_head"
@@ -318,8 +323,25 @@ class _Extraction:
         return name not in self.reasons
 
     def _is_wanted(self, name: str) -> bool:
-        included = self._lora.include is None or re.search(self._lora.include, name) is not None
-        return included and (self._lora.exclude is None or re.search(self._lora.exclude, name) is None)
+        return name in self._wanted
+
+    @cached_property
+    def _wanted(self) -> frozenset[str]:
+        """The names that the recipe asks for, tried all at once."""
+        names = list({**self._base.checkpoint.tensors, **self._tuned.checkpoint.tensors})
+        for expression, kept in ((self._lora.include, True), (self._lora.exclude, False)):
+            if expression is not None:
+                names = [name for name, place in zip(names, self._tried(expression, names), strict=True)
+                         if (place is not None) == kept]  # fmt: skip
+        return frozenset(names)
+
+    def _tried(self, expression: str, names: Sequence[str]) -> list[int | None]:
+        try:
+            return first([expression], names)
+        except BeyondError as error:
+            what = f"to try the regular expression {shortened(expression)} {error}"
+            at = self._locked.recipe.slices[0].at
+            raise RecipeError(Problem(what, at, "extract_lora", "write one without repetition in repetition")) from None
 
     def _fit(self, name: str, ours: TensorInfo, theirs: TensorInfo | None) -> bool:
         if theirs is None:

@@ -25,9 +25,10 @@ from merger.plan.loras import make_lora
 from merger.plan.rows import RowMap, RowPairs, held
 from merger.plan.sources import Made
 from merger.plan.stages import with_stages
-from merger.plan.texts import Texts, beside_adapter, texts
+from merger.plan.texts import Texts, beside_adapter, passed_on, texts
 from merger.plan.tokens import Tokens
 from merger.plan.work import below, block_entries, memory, spool
+from merger.stores.content import HELD_BYTES
 
 SHARD_BYTES = 5_000_000_000
 BLOCKS_IN_FLIGHT = 4
@@ -40,6 +41,9 @@ READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
 _BASELINE_BYTES = 420 << 20
 _BYTES_A_JOB = 6_000
+_COMMITTED_BYTES, _TIMES_COMMITTED = 10_000_000, 3
+"""The Hub takes files beyond that as large ones, piece by piece; the others are text in the commit."""
+
 _TIMES_PARSED = 8
 """How many times its size a tokenizer.json takes in memory while it is read or written: 6.4 to 6.8 were measured."""
 
@@ -215,6 +219,7 @@ def plan(
     format = formats.FORMAT if format is None else format
     making, edited = _made(locked, table, seed)
     small = beside_adapter(locked, making.speaker) if lora else texts(locked, making.tokens)
+    passed_on(locked, small)  # a file that is too large is told before all else is worked out
     shards = _whole_file(making.jobs) if lora else _files_of(locked, making.jobs, budget.shard_bytes)
     remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
     draft = Plan(
@@ -329,8 +334,14 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
     made = [*plan.jobs, *(made.job for made in plan.stages)]
     tokens = _tokenizer_memory(plan) + sum(held(source) for job in made for source in job.sources)
     before, kept = routing.memory(plan.locked, plan.jobs, table, plan.threads)
-    work = max(plan.threads * thread + waiting, before) + kept
+    work = max(plan.threads * thread + waiting, before, _side_memory(plan)) + kept
     return _BASELINE_BYTES + work + 2 * plan.read_ahead + jobs + tokens
+
+
+def _side_memory(plan: Plan) -> int:
+    """What is held of files that are passed on, once the tensors are done: in a commit as text, but for large ones."""
+    small = sum(info.size for info in passed_on(plan.locked, plan.texts) if info.size <= _COMMITTED_BYTES)
+    return min(small, HELD_BYTES) + _TIMES_COMMITTED * small
 
 
 def _tokenizer_memory(plan: Plan) -> int:

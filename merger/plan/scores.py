@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from merger.plan.plan import Plan
+from merger.safety.limits import MEASURED, parsed
 
 _MERGING_BYTES, _LOADING_BYTES, _HARNESS_BYTES = 420 << 20, 700 << 20, 500 << 20
 """What this process keeps, what torch and transformers take beside a model, and lm-evaluation-harness."""
@@ -54,7 +55,7 @@ def read_scores(text: str) -> tuple[Score, ...]:
     Raises:
         ValueError, TypeError: it is none.
     """
-    return tuple(Score(**item) for item in json.loads(text))
+    return tuple(Score(**item) for item in parsed(text, MEASURED))
 
 
 def memory(planned: Plan) -> int:

@@ -13,10 +13,10 @@ from typing import NoReturn
 
 from merger.errors import MissingError, ModelError, Problem, RecipeError
 from merger.recipe.model import Publish
+from merger.safety.limits import TEMPLATE, TEMPLATES, excess
 from merger.stores.ports import Located, Store
 
 LAYOUT = "card.md.j2"
-MOST_BYTES = 1 << 20
 _HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:/(?P<path>[^@]+))?(?:@(?P<revision>.+))?")
 _EXTENSION = ".j2"
 
@@ -54,6 +54,9 @@ def _texts(publish: Publish, located: Located, path: str, store: Store) -> Mappi
     named = {LAYOUT: path} if path in located.files else {name.removeprefix(stem): name for name in inside}
     if not named:
         _missing(publish)
+    for size, limit in ((sum(located.files[file].size for file in named.values()), TEMPLATE), (len(named), TEMPLATES)):
+        if problem := excess(f"the template {publish.template}", size, limit):
+            _refuse(publish, problem.what, problem.hint or "")
     return {name: _text(publish, located, file, store) for name, file in named.items()}
 
 
@@ -79,8 +82,6 @@ def _here(publish: Publish, template: str, folders: Store) -> tuple[Located, str
 
 
 def _text(publish: Publish, located: Located, file: str, store: Store) -> str:
-    if located.files[file].size > MOST_BYTES:
-        _refuse(publish, f"the template {file} is larger than {MOST_BYTES:,} bytes", "a template holds text alone")
     try:
         return store.fetch(located, file).decode("utf-8")
     except UnicodeDecodeError:

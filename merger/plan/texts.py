@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from merger.checkpoints import chat, vocab
 from merger.checkpoints.config import renumbered
+from merger.checkpoints.licence_file import licence_files
 from merger.checkpoints.sidefiles import side_files, tokenizer_files
 from merger.checkpoints.vocab import Json
 from merger.errors import ModelError, Problem
@@ -19,6 +20,8 @@ from merger.plan.lock import GENERATION
 from merger.plan.locked import LockedRecipe, StageModel
 from merger.plan.tokens import Tokens
 from merger.recipe.tokenizer import AUTO, CHAT_TEMPLATES
+from merger.safety.limits import CONFIG, LICENCE, SIDE, SIDES, excess, parsed
+from merger.stores.ports import FileInfo
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,14 @@ class Texts:
         """Whether anything is written into the files that are taken over."""
         return any(text is not None for text in (self.added, self.template, self.generation))
 
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """The names of those files that have to be read whole, since something is written into them."""
+        vocabulary = vocab.EXTENDED if self.added is not None else ()
+        return tuple(dict.fromkeys([*vocabulary, *(chat.FILES if self.template is not None else ())]))
+
     def edited(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
-        """The files that were taken over, with all that is to be written into them."""
+        """The files `changing` that were taken over, with all that is to be written into them."""
         made = dict(files)
         if self.added is not None:
             made |= vocab.rewritten(made, self.added)
@@ -77,6 +86,25 @@ def beside_adapter(locked: LockedRecipe, speaker: int | None) -> Texts:
     """The small files of a result that is an adapter: the tokenizer of the model of that number, if it needs one."""
     files = () if speaker is None else tokenizer_files(locked.numbered(speaker).located.files)
     return Texts({} if speaker is None else dict.fromkeys(files, speaker))
+
+
+def passed_on(locked: LockedRecipe, small: Texts) -> list[FileInfo]:
+    """The files of models that the result will have: those that are taken over, and all models' licences.
+
+    Raises:
+        ModelError: one of them, or all together, are larger than is passed on.
+    """
+    models = locked.models
+    licences = [(number, name) for number, model in enumerate(models) for name in licence_files(model.located.files)]
+    places = dict.fromkeys([*licences, *((number, name) for name, number in small.taken.items())])
+    for number, name in places:
+        model, limit = models[number], LICENCE if name in licence_files((name,)) else SIDE
+        if problem := excess(name, model.located.files[name].size, limit):
+            raise ModelError(replace(problem, at=model.ref.at, where=f"models[{model.ref}]"))
+    found = [models[number].located.files[name] for number, name in places]
+    if problem := excess(SIDES.what, sum(info.size for info in found), SIDES):
+        raise ModelError(problem)
+    return found
 
 
 def _small(locked: LockedRecipe, number: int) -> Texts:
@@ -120,10 +148,10 @@ def _generation(locked: LockedRecipe, tokens: Tokens) -> str | None:
         return None
     source = locked.numbered(tokens.source)
     try:
-        own = json.loads(text)
-        theirs = json.loads(source.texts.get(GENERATION, b"{}"))
+        own = parsed(text, CONFIG)
+        theirs = parsed(source.texts.get(GENERATION, b"{}"), CONFIG)
         found, _ = renumbered(own, tokens.follow, {**source.checkpoint.config, **theirs})
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError):
         what = f"{GENERATION} of {locked.donor.name} or {source.name} is damaged"
         hint = "download the model again, or take the file out"
         raise ModelError(Problem(what, locked.donor.ref.at, f"models[{locked.donor.ref}]", hint)) from None

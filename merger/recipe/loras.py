@@ -9,13 +9,14 @@ Not here: how models and parameters are written (values), and what the adapters 
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from merger.recipe.checks import Choice
 from merger.recipe.model import Lora, ModelRef, Module, Slice, Source
 from merger.recipe.places import Fields, Place
+from merger.recipe.spans import shortened
 from merger.recipe.values import UNREADABLE, reference
+from merger.safety.expressions import compiles
 
 LORA = ("rank", "alpha", "core")
 EXTRACT = (
@@ -102,9 +103,6 @@ def _flag(fields: Fields, key: str) -> bool:
 def _regex(fields: Fields, key: str) -> str | None:
     place = fields.get(key)
     text = place.text("a regular expression") if place else None
-    try:
-        re.compile(text or "")
-    except (re.error, RecursionError, OverflowError) as error:
-        assert place is not None
-        place.error(f"{text!r} is no regular expression ({error})", "write for example layers\\.[0-3]\\.")
+    if place and text and (wrong := compiles(text)):
+        place.error(f"{shortened(text)} is no regular expression ({wrong})", "write for example layers\\.[0-3]\\.")
     return text

@@ -16,9 +16,10 @@ from typing import Any, NoReturn, TypeAlias
 import yaml
 
 from merger.errors import Problem, RecipeError, Span
+from merger.safety.limits import DOCUMENTS, RECIPE
 
-MAX_CHARACTERS = 1_000_000
-MAX_NODES = 20_000
+MAX_CHARACTERS = RECIPE.most
+MAX_NODES = RECIPE.values or 0
 MAX_DEPTH = 40
 MAX_DIGITS = 400  # PyYAML takes minutes over 1:1:1:... of a megabyte
 
@@ -152,6 +153,9 @@ class _Reader:
                 if isinstance(event, yaml.DocumentStartEvent):
                     self.anchors.clear()
                     roots.append(self._node(next(self.events), 1))
+                    if len(roots) > DOCUMENTS.most:
+                        what = f"the file holds more than {DOCUMENTS.most} documents"
+                        self._stop(what, roots[-1].at, "make some of them first, and name the folders they made")
         except yaml.MarkedYAMLError as error:
             self._not_yaml(error)
         except yaml.YAMLError as error:

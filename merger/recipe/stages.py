@@ -14,16 +14,11 @@ from merger.errors import Problem, Span
 from merger.recipe.model import ModelRef, Publish, Recipe
 from merger.recipe.places import Notes, nearest
 
-MAX_DOCUMENTS = 50
 _NO_NAME = re.compile(r"[/\\@+]|^[.~]")
 
 
 def joined(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
     """The result's document, with the others as its stages; problems go to the notes."""
-    if len(recipes) > MAX_DOCUMENTS:
-        what = f"the file holds {len(recipes)} documents; at most {MAX_DOCUMENTS} are read"
-        _error(notes, what, recipes[MAX_DOCUMENTS].at, "make some of them first, and name the folders they made")
-        return recipes[-1]
     result = _result(recipes, notes)
     named = _named(recipes, notes)
     for recipe in recipes:

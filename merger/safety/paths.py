@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 
 from merger.errors import ModelError, Problem
+from merger.safety.limits import Limit, excess
 
 ANYWHERE = Path("/")
 """The root of a person's own words."""
@@ -107,14 +108,24 @@ def opened(place: Path) -> int:
     return descriptor
 
 
-def read(place: Path, start: int = 0, stop: int | None = None) -> bytes:
+def read(place: Path, start: int = 0, stop: int | None = None, limit: Limit | None = None) -> bytes:
     """The bytes of a regular file, as many as the disk says; the kernel's own, such as /proc's, hold others.
 
+    Args:
+        place: where it was reached.
+        start: the first byte.
+        stop: after the last one; None: the file's end.
+        limit: how much may be read up to that end, whatever the file's size was before.
+
     Raises:
+        ModelError: it is larger.
         OSError: it cannot be read, or has more or fewer.
     """
     with os.fdopen(opened(place), "rb") as source:
-        wanted = (os.fstat(source.fileno()).st_size if stop is None else stop) - start
+        size = os.fstat(source.fileno()).st_size
+        if stop is None and limit is not None and (problem := excess(str(place), size, limit)):
+            raise ModelError(problem)
+        wanted = (size if stop is None else stop) - start
         source.seek(start)
         data = source.read(wanted)
         if len(data) != wanted or (stop is None and source.read(1)):
@@ -122,15 +133,15 @@ def read(place: Path, start: int = 0, stop: int | None = None) -> bytes:
     return data
 
 
-def read_named(path: str, root: Path | None) -> bytes:
+def read_named(path: str, root: Path | None, limit: Limit) -> bytes:
     """The bytes of a file that words name, and that is not published as it is.
 
     Raises:
-        ModelError: it lies outside of the root, or is no regular file.
+        ModelError: it lies outside of the root, is no regular file, or larger than the limit.
     """
     place = regular(path, root)
     try:
-        return read(place)
+        return read(place, limit=limit)
     except OSError as error:
         raise ModelError(Problem(f"{path!r} cannot be read ({error.strerror})", hint=_RELATIVE)) from None
 

@@ -16,12 +16,14 @@ from typing import Any, NoReturn
 import yaml
 
 from merger.checkpoints.checkpoint import is_single, is_weights
+from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import BudgetError, MissingError, ModelError, Problem, UploadError
-from merger.safety import paths
+from merger.safety import limits, paths
 from merger.safety.paths import ANYWHERE, BarredError
-from merger.stores.ports import FileInfo, Leftover, Located, Published, Ticket
+from merger.stores.content import write
+from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, Ticket, refuse_large
 
 _MARK, _WORK = ".merger-in-work", ".merging"
 
@@ -62,8 +64,11 @@ class FolderStore:
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read a file or a part of it."""
+        limit = limits.of(file)
+        if stop is None:
+            refuse_large(model, file, model.files[file].size, limit)
         with _readable(model, file):
-            return paths.read(_reached(model.where, file, self._root), start, stop)
+            return paths.read(_reached(model.where, file, self._root), start, stop, limit)
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> FolderReader:
         """A reader that asks the disk each time: the system's page cache is the read-ahead."""
@@ -329,14 +334,12 @@ class FolderSink:
         for name in self.held():
             (folder / name).symlink_to(self._new / name)
 
-    def finish(self, files: Mapping[str, bytes], message: str) -> Published:
+    def finish(self, files: Mapping[str, Content], message: str) -> Published:
         """Write the small files and give the folder its name."""
         with self._refusals():
             self._refuse_loss()  # the destination may have been filled in the meantime
             for name, content in files.items():
-                target = self._new / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
+                write(content, self._new / name)
             self._rename()
             self._remove_work()
         return Published(str(self.folder))
@@ -428,10 +431,10 @@ def _is_free(path: Path) -> bool:
 def _holds(folder: Path, identity: str) -> bool:
     """Whether the finished result of this very run lies there, as its lock file says."""
     try:
-        content = yaml.safe_load(paths.read(_reached(str(folder), LOCK_NAME, ANYWHERE)).decode())
+        content = load(paths.read(_reached(str(folder), LOCK_NAME, ANYWHERE), limit=limits.LOCK).decode(), limits.LOCK)
         shards = {item["file"]: item["size"] for item in content["output"]}
         sizes = {name: (folder / name).stat().st_size for name in shards}
-    except (BarredError, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (BarredError, ModelError, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return False
     return bool(content.get("identity") == identity and sizes == shards)
 

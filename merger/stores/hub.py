@@ -23,12 +23,11 @@ from huggingface_hub.utils import httpx
 
 from merger.checkpoints.checkpoint import is_single
 from merger.errors import GatedError, MissingError, ModelError, Problem, UploadError
+from merger.safety import limits
 from merger.stores.digests import Beginnings, confirm
 from merger.stores.patience import patiently, status_of
-from merger.stores.ports import FileInfo, Located, Ticket
+from merger.stores.ports import FileInfo, Located, Ticket, refuse_large
 from merger.stores.ranges import RangeClient, RangeReader
-
-LARGEST_TEXT_BYTES = 200_000_000
 
 
 class HubStore:
@@ -71,6 +70,8 @@ class HubStore:
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Ask for a part of a file; for all of it when no end is given."""
         whole = model.files[file].size
+        if stop is None:
+            refuse_large(model, file, whole, limits.of(file))
         data = bytearray((whole if stop is None else stop) - start)
         with _refusals(model.where, model.commit):
             self._ranges.fill(model, file, start, memoryview(data))
@@ -99,11 +100,12 @@ def hub_file(repo: str, file: str, revision: str | None, of_dataset: bool, token
     with _refusals(repo, revision):
         found = patiently(lambda: api.get_paths_info(repo, [file], revision=revision, repo_type=kind))
         size = next((item.size for item in found if isinstance(item, RepoFile)), None)
-        if size is None or size > LARGEST_TEXT_BYTES:
-            what = f"{repo} has no file {file}" if size is None else f"{repo}/{file} has {size:,} bytes"
-            raise ModelError(Problem(what, hint=f"name a file of at most {LARGEST_TEXT_BYTES:,} bytes"))
+        if size is None:
+            raise ModelError(Problem(f"{repo} has no file {file}", hint="look at the repo's files"))
+        if problem := limits.excess(f"{repo}/{file}", size, limits.TEXT):
+            raise ModelError(problem)
         path = patiently(lambda: api.hf_hub_download(repo, file, revision=revision, repo_type=kind))
-    return Path(path).read_bytes()
+    return limits.read(Path(path), limits.TEXT, ModelError)
 
 
 def trusted_publisher(repo: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from merger.stores.ports import Located, Reader, Store, Ticket
+from merger.stores.content import taken
+from merger.stores.ports import Content, Located, Reader, Store, Ticket
 
 _HASHED_AT_ONCE = 16 << 20
 
@@ -35,6 +36,14 @@ class Library:
         if start == 0 and len(data) == model.files[file].size:
             self._checksums[_content(model, file)] = hashlib.sha256(data).hexdigest()
         return data
+
+    def taken(self, files: Sequence[tuple[Located, str]]) -> list[Content]:
+        """What some files hold that go into a result as they are.
+
+        Raises:
+            ModelError: one of them cannot be read.
+        """
+        return taken(files, self, self.checksum)
 
     def checksum(self, model: Located, file: str) -> str:
         """The SHA-256 of a file; it is read for that if neither its store tells nor somebody has read it whole.

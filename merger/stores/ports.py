@@ -1,16 +1,22 @@
-"""The two ports of the line: a Store that models come from, a Sink that shards go to. Protocols and their data only.
+"""The two ports of the line: a Store that models come from, a Sink that shards go to. Protocols and their data.
 
 A run reads tensors through a Reader, which is told beforehand what will be read in which order.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from merger.checkpoints.shard import Outlet, Written
+from merger.errors import DamagedError, ModelError, Problem
+from merger.safety.limits import Limit, excess
+
+PIECE_BYTES = 4 << 20
+"""How much of a file that is copied is held at once."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,16 @@ class Ticket:
     turn: int | None = None
 
 
+def refuse_large(model: Located, file: str, size: int, limit: Limit) -> None:
+    """Of a file that would be read whole, before it is.
+
+    Raises:
+        ModelError: it is larger than its limit.
+    """
+    if problem := excess(f"{model.name}: {file}", size, limit):
+        raise ModelError(problem)
+
+
 class Reader(Protocol):
     """Hands out the bytes of tickets, which should be taken about in their order."""
 
@@ -100,12 +116,55 @@ class Store(Protocol):
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """The bytes of a small file, or a small part of a large one.
 
+        Without an end the file is read whole: at most as much as `limits.of` says of its name.
+
         Raises:
-            ModelError: they cannot be read.
+            ModelError: they cannot be read, or are more than are read whole.
         """
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> Reader:
         """A reader of these tickets that holds about `budget` bytes at most beyond what it is asked for."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A model's file as it is, of which nothing is held.
+
+    Args:
+        store: where the model is.
+        model: the model.
+        file: its file.
+        sha256: what it was when that was found out.
+    """
+
+    store: Store = field(repr=False)
+    model: Located
+    file: str
+    sha256: str
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.model.files[self.file].size
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes.
+
+        Raises:
+            ModelError: they cannot be read.
+            DamagedError: they are others by now; the last piece has been handed out then.
+        """
+        found = hashlib.sha256()
+        for start in range(0, self.size, PIECE_BYTES):
+            piece = self.store.fetch(self.model, self.file, start, min(start + PIECE_BYTES, self.size))
+            found.update(piece)
+            yield piece
+        if found.hexdigest() != self.sha256:
+            what = f"{self.model.name}: {self.file} changed while it was copied"
+            raise DamagedError(Problem(what, hint="let nothing write to the models, and run it again"))
+
+
+Content: TypeAlias = bytes | Copy
 
 
 @dataclass(frozen=True)
@@ -214,7 +273,7 @@ class Sink(Taker, Protocol):
             DamagedError: they are not what was made.
         """
 
-    def finish(self, files: Mapping[str, bytes], message: str) -> Published:
+    def finish(self, files: Mapping[str, Content], message: str) -> Published:
         """Put the small files beside the shards and make the whole visible at once.
 
         Raises:

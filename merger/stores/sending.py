@@ -50,6 +50,9 @@ class Sending(Protocol):
     def small(self, name: str, content: bytes) -> CommitOperationAdd:
         """What a commit takes to add a small file."""
 
+    def file(self, name: str, path: Path) -> CommitOperationAdd:
+        """What a commit takes to add a file of this disk."""
+
     def committed(self, name: str) -> None:
         """The shard is on the Hub: keep nothing of it."""
 
@@ -123,6 +126,13 @@ class Files:
         """A large tokenizer counts as a large file too."""
         return CommitOperationAdd(name, content if self._by_xet else io.BytesIO(content))
 
+    def file(self, name: str, path: Path) -> CommitOperationAdd:
+        """By name, or open, as a shard."""
+        if self._by_xet:
+            return CommitOperationAdd(name, str(path))
+        self._reading[name] = path.open("rb")
+        return CommitOperationAdd(name, self._reading[name])
+
     def committed(self, name: str) -> None:
         """Free the disk."""
         self._reading.pop(name).close()
@@ -192,6 +202,10 @@ class Streams:
     def small(self, name: str, content: bytes) -> CommitOperationAdd:
         """As it is."""
         return CommitOperationAdd(name, content)
+
+    def file(self, name: str, path: Path) -> CommitOperationAdd:
+        """By name."""
+        return CommitOperationAdd(name, str(path))
 
     def committed(self, name: str) -> None:
         """Forget it."""

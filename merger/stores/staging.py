@@ -36,14 +36,16 @@ from huggingface_hub.utils import httpx
 from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import PICTURES, side_files
 from merger.errors import BudgetError, DamagedError, MissingError, Problem, UploadError, VerificationError
+from merger.safety.limits import MEASURED
+from merger.stores.content import write
 from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
-from merger.stores.ports import FileInfo, Leftover, Located, Published
+from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, refuse_large
 from merger.stores.ranges import RangeClient
 from merger.stores.scratch import Scratch, sweep
 from merger.stores.sending import Destination, Files, Sending, files, refuse_no_streams, streams
 
 _MODEL_FILE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|index\.json)$|^(adapter_)?config\.json$")
-_STAGING, _NOTES = "merge-staging/", "merge-notes/"
+_STAGING, _NOTES, _COPIES = "merge-staging/", "merge-notes/", "copies"
 _CROSSED = (409, 412)
 _EXPIRED = (401, 403)
 _GONE = 404
@@ -204,6 +206,7 @@ class HubSink:
         """Those that lay beside the shards on the staging branch when it was found again."""
         for name in self._shards:
             if self._noted is not None and (file := self._noted.files.get(_note(name))) is not None:
+                refuse_large(self._noted, _note(name), file.size, MEASURED)
                 content = bytearray(file.size)
                 with self._refusals():
                     self._ranges.fill(self._noted, _note(name), 0, memoryview(content))
@@ -246,7 +249,7 @@ class HubSink:
             what = f"{shard.name} did not come back from {self._branch} as it was made"
             raise DamagedError(Problem(what, hint="remove that branch with merger clean, and run it again"))
 
-    def finish(self, files: Mapping[str, bytes], message: str) -> Published:
+    def finish(self, files: Mapping[str, Content], message: str) -> Published:
         """One commit on main (or one pull request), checked; then the staging branch is removed."""
         self._settle()
         with self._refusals():
@@ -276,7 +279,7 @@ class HubSink:
             if status_of(error) != _GONE:
                 raise
 
-    def _publish(self, files: Mapping[str, bytes], message: str) -> CommitInfo:
+    def _publish(self, files: Mapping[str, Content], message: str) -> CommitInfo:
         shards = list(self._shards)
         # An old tokenizer, template or picture beside the new model would be taken for its own.
         others = (name for name in self._old_files if _MODEL_FILE.search(name) or name.startswith(PICTURES))
@@ -284,9 +287,17 @@ class HubSink:
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
             *(CommitOperationDelete(name) for name in sorted(old - {*shards, *files})),
             *(CommitOperationCopy(name, name, src_revision=self._branch) for name in shards),
-            *(self._sending.small(name, content) for name, content in files.items()),
+            *(self._small(name, content) for name, content in files.items()),
         ]
         return self._commit(operations, message, "main")
+
+    def _small(self, name: str, content: Content) -> CommitOperationAdd:
+        """What is copied from a model lies on this disk until the commit is made."""
+        if isinstance(content, bytes):
+            return self._sending.small(name, content)
+        path = self._scratch.folder() / _COPIES / name
+        write(content, path)
+        return self._sending.file(name, path)
 
     def _commit(
         self,

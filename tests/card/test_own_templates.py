@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -14,6 +19,7 @@ from merger.errors import RecipeError
 from merger.methods.registry import methods
 from merger.options import Options
 from merger.planning import plan, read
+from merger.safety.apart import Bounds
 
 RECIPE = """\
 merge_method: linear
@@ -180,4 +186,54 @@ def test_a_template_that_is_no_text(folder: Path) -> None:
     (folder / "own.md").write_bytes(b"\xff\xfe")
     assert "the template own.md is no UTF-8 text" in refusal("own.md")
     (folder / "own.md").write_bytes(b"a" * 1_100_000)
-    assert "the template own.md is larger than 1,048,576 bytes" in refusal("own.md")
+    assert "the template own.md has 1,100,000 bytes, and at most 1,000,000 are read" in refusal("own.md")
+
+
+ENDLESS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}",
+    "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ 10 ** (10 ** 10) }}",
+]
+LARGE = [
+    "{{ 'a' * 10 ** 10 }}",
+    "{{ '%9999999999d' % 1 }}",
+    "{{ '%999999999d' % 1 }}",
+    "{{ '{:999999999}'.format(1) }}",
+    "{{ 'a' | center(10 ** 9) }}",
+    "{{ 'a' | indent(10 ** 9, first=true) }}",
+    "{{ [1] * 10 ** 9 }}",
+    "{{ [1] | batch(10 ** 9, 'x') | list }}",
+    "{{ 'a' | format }}{{ 'x'.ljust(10 ** 10) }}",
+    "{% set x = namespace(a='a') %}{% for i in range(99) %}{% set x.a = x.a ~ x.a %}{% endfor %}",
+    "{{ [1] | slice(10 ** 9) | list }}",
+    "{{ (1,) * 10 ** 10 }}",
+]
+
+
+@pytest.mark.parametrize("template", [*ENDLESS, *LARGE])
+def test_a_template_without_end_or_measure_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its name, and neither this process nor the machine suffers from it."""
+    monkeypatch.setattr("merger.card.templates._BOUNDS", Bounds(seconds=1))
+    Path("own.md").write_text(template)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.monotonic()
+    assert "own.md" in refusal("own.md")
+    assert time.monotonic() - begun < 60  # two or three seconds, on a quiet machine
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 600_000
+
+
+def test_a_template_is_filled_in_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a way out of the sandbox would find, it is no secret of ours."""
+    monkeypatch.setenv("HF_TOKEN", "hf_a_secret_of_ours")
+    asked: list[Mapping[str, str]] = []
+    real = subprocess.Popen
+
+    def heard(*line: Any, **how: Any) -> Any:
+        asked.append(how["env"])
+        return real(*line, **how)
+
+    monkeypatch.setattr("merger.safety.apart.subprocess.Popen", heard)
+    assert of("# {{ title }}\n") == "# a\\_b\n"
+    assert asked
+    assert "hf_a_secret_of_ours" not in str(asked)

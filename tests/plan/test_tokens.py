@@ -164,13 +164,6 @@ def test_what_cannot_be_is_refused_word_for_word(name: str, folders: Path) -> No
     assert list(expected) == list(REFUSED)
 
 
-def test_a_file_too_large_for_a_tokenizer_is_not_read(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text of some hundred megabytes is refused by its size alone."""
-    monkeypatch.setattr("merger.plan.lock._TEXT_BYTES", 500)
-    with pytest.raises(MergerError, match=r"tokenizer\.json has [\d,]+ bytes, which is more than a tokenizer takes"):
-        planned(BOTH + "tokenizer: {}")
-
-
 def rows(found: Plan, name: str = "model.embed_tokens.weight") -> list[Rows | Stored]:
     job = next(job for job in found.jobs if job.name == name)
     return [source for source in job.sources if isinstance(source, Rows | Stored)]

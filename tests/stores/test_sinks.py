@@ -21,7 +21,8 @@ import pytest
 from loopback import Client, ClientError, LoopbackHub, Request
 
 from merger.checkpoints.shard import ShardWriter, Written
-from merger.stores.ports import Sink
+from merger.stores.folder import FolderStore
+from merger.stores.ports import Copy, Sink
 
 WRITER = "hf_writer_of_org"
 IDENTITY = "fedcba9876543210" * 4
@@ -127,8 +128,17 @@ def finish(way: str, to: str) -> list[str]:
             if name not in sink.held():
                 sink.take(made(sink, name))
         at_most = os.listdir(tempfile.gettempdir())
-        sink.finish(FILES, "Merge of a, b")
+        with tempfile.TemporaryDirectory() as folder:
+            sink.finish({**FILES, **copied(Path(folder))}, "Merge of a, b")
         return at_most
+
+
+def copied(folder: Path) -> dict[str, Copy]:
+    """One of the small files as a model's file that is not held, which travels piece by piece."""
+    content = FILES["tokenizer.model"]
+    (folder / "tokenizer.model").write_bytes(content)
+    model = FolderStore().locate(str(folder), None)
+    return {"tokenizer.model": Copy(FolderStore(), model, "tokenizer.model", hashlib.sha256(content).hexdigest())}
 
 
 def broken_folder(way: str, to: str) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from merger.safety.limits import parsed
+
 JINJA, SETTINGS, PROCESSOR = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 FILES = (JINJA, PROCESSOR, SETTINGS)
 """The files that may hold a chat template; the first that does is the one that counts."""
@@ -36,8 +38,8 @@ def template(files: Mapping[str, bytes]) -> str | None:
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parsed(text)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -1,0 +1,63 @@
+"""No request's body is taken in that is longer than the Space reads: by its stated length, and counted as it comes.
+
+Form, API, upload and webhook alike, before anything of it is parsed. Not here: what a body may say (page, api, bot).
+"""
+
+from __future__ import annotations
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from merger.safety.limits import BODY
+
+
+class BodyLimit:
+    """The application behind it sees bodies that are whole and short, and none else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            messages = None if _stated(scope) > BODY.most else await _taken(receive)
+        except ClientDisconnect:
+            return
+        if messages is None:
+            told = {"error": f"a request has {BODY.most:,} bytes at most"}
+            await JSONResponse(told, 413, {"Connection": "close"})(scope, receive, send)
+            return
+        first = iter(messages)
+
+        async def replayed() -> Message:
+            return next(first, None) or await receive()
+
+        await self._app(scope, replayed, send)
+
+
+def _stated(scope: Scope) -> int:
+    stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    return int(stated) if stated.isdigit() else 0
+
+
+async def _taken(receive: Receive) -> list[Message] | None:
+    """The parts of a body; None: there are more bytes than are read.
+
+    Raises:
+        ClientDisconnect: who asked is gone.
+    """
+    messages, so_far, more = list[Message](), 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        so_far += len(message.get("body", b""))
+        if so_far > BODY.most:
+            return None
+        more = message.get("more_body", False)
+        messages.append(message)
+    return messages
