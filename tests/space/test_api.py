@@ -111,6 +111,9 @@ def test_refusals_are_answers(space: ServedSpace) -> None:
     told = client(space, "user0").predict(RECIPE.replace("org/two", "./two"), "", api_name="/merge")
     assert (told["ok"], told["exit_code"]) == (False, 2)
     assert "is no model on the Hub" in told["problems"][0]["what"]
+    for name in ("user0/..", "user0/a--b", "user0/a.git", "user0/" + 97 * "a"):
+        told = client(space, "user0").predict(RECIPE, name, api_name="/merge")
+        assert (told["exit_code"], told["problems"][0]["what"]) == (2, f"{name!r} is no repo's name on the Hub")
     assert "where shall the result go?" in json.dumps(client(space, "user0").predict(RECIPE, "", api_name="/merge"))
 
 
