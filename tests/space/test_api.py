@@ -20,7 +20,7 @@ from gradio_client import Client
 from loopback import LoopbackHub
 from mcp import ClientSession
 from mcp.client.streamable_http import streamablehttp_client
-from served import ROOT, ServedSpace
+from served import ROOT, ServedSpace, halted
 
 CROWD = 20
 PAGE_BYTES = 1_000_000_000
@@ -104,6 +104,21 @@ def test_a_token_nobody_knows(space: ServedSpace) -> None:
     told = client(space, "stranger").predict(RECIPE, "org/x", api_name="/merge")
     assert told["problems"][0]["what"].startswith("the Hub does not say whose this token is")
     assert "hf_stranger" not in json.dumps(told) + space.log()
+
+
+def test_a_script_that_only_reads_leaves_the_merge_alone(space: ServedSpace, hub: LoopbackHub) -> None:
+    """It may look at its owner's merge, which goes on with the token that it was asked with; it may begin none."""
+    hub.add_user("user3", token="hf_reader3", role="read")
+    reached, go = halted(hub)
+    writer, reader = client(space, "user3"), client(space, "reader3")
+    first = writer.predict(RECIPE, "user3/first", api_name="/merge")
+    second = writer.predict(RECIPE, "user3/second", api_name="/merge")
+    assert reached.wait(120)
+    assert [reader.predict(job["id"], api_name="/job")["ok"] for job in (first, second)] == [True, True]
+    told = reader.predict(RECIPE, "user3/third", api_name="/merge")
+    assert told["problems"][0]["what"] == "this token only reads"
+    go.set()
+    assert [ended(writer, job)["state"] for job in (first, second)] == ["done", "done"]
 
 
 def test_refusals_are_answers(space: ServedSpace) -> None:
