@@ -90,14 +90,15 @@ class Sessions:
 
     Args:
         app: what is behind it.
-        is_framed: it is served by https, and shown in the Hub's frame: the cookie must go along there.
+        is_framed: it is served by https, and shown in the Hub's frame: the cookie must go along there, and is then
+            kept apart from the one of the Space's own tab, and from those that other sites' pages could send.
         table: where sessions are kept.
     """
 
     def __init__(self, app: ASGIApp, is_framed: bool, table: Table) -> None:
         self._app, self._table = app, table
         self._cookie = "__Host-merger" if is_framed else "merger"
-        self._flags = "Path=/; HttpOnly; " + ("Secure; SameSite=None" if is_framed else "SameSite=Lax")
+        self._flags = "Path=/; HttpOnly; " + ("Secure; SameSite=None; Partitioned" if is_framed else "SameSite=Lax")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):

@@ -5,6 +5,7 @@ Each connection carries one request, so that the proxy need not know where a bod
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import socket
 import ssl
@@ -30,28 +31,32 @@ class Relay:
         self._context.load_cert_chain(_certificate(name, folder))
         self._listens = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listens.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._thread.start()
 
     def close(self) -> None:
-        """Take no more connections."""
-        self._listens.close()
+        """End, with all that is open."""
+        self._end.set()
+        self._thread.join()
 
-    def _serve(self) -> None:
-        with suppress(OSError):  # it was closed
-            while True:
-                threading.Thread(target=self._pass_on, args=(self._listens.accept()[0],), daemon=True).start()
+    async def _serve(self) -> None:
+        async with await asyncio.start_server(self._pass_on, sock=self._listens, ssl=self._context):
+            await asyncio.to_thread(self._end.wait)
 
-    def _pass_on(self, plain: socket.socket) -> None:
-        with suppress(OSError), self._context.wrap_socket(plain, server_side=True) as browser:
-            head = b""
-            while b"\r\n\r\n" not in head:
-                if not (part := browser.recv(_BYTES)):
-                    return
-                head += part
-            with socket.create_connection(("127.0.0.1", self._to)) as space:
-                space.sendall(_marked(head))
-                threading.Thread(target=_pump, args=(browser, space), daemon=True).start()
-                _pump(space, browser)
+    async def _pass_on(self, browser: asyncio.StreamReader, answers: asyncio.StreamWriter) -> None:
+        open_ends = [answers]
+        try:
+            head = await browser.readuntil(b"\r\n\r\n")
+            space, asks = await asyncio.open_connection("127.0.0.1", self._to)
+            open_ends.append(asks)
+            asks.write(_marked(head))
+            await asyncio.wait([asyncio.create_task(_pump(*way)) for way in ((browser, asks), (space, answers))])
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # an end is gone
+        finally:
+            for end in open_ends:
+                end.transport.abort()
 
 
 def _marked(head: bytes) -> bytes:
@@ -60,12 +65,14 @@ def _marked(head: bytes) -> bytes:
     return b"\r\n".join([first, b"X-Forwarded-Proto: https", b"Connection: close", *kept])
 
 
-def _pump(source: socket.socket, target: socket.socket) -> None:
+async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    """All that comes, until either end is gone: then so is the other."""
     with suppress(OSError):
-        while part := source.recv(_BYTES):
-            target.sendall(part)
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_RDWR)
+        while part := await source.read(_BYTES):
+            target.write(part)
+            await target.drain()
+        await target.drain()
+    target.close()
 
 
 def _certificate(name: str, folder: Path) -> Path:
