@@ -282,7 +282,9 @@ def test_what_is_no_repos_name_is_refused_before_the_hub_is_asked(
     hub: LoopbackHub, refused: Refused, name: str
 ) -> None:
     """Else a repo of another name would be made."""
-    assert "is no repo's name on the Hub\n    write it as its address" in refused(publish_with, name, {"upto": "prepare"})
+    assert "is no repo's name on the Hub\n    write it as its address" in refused(
+        publish_with, name, {"upto": "prepare"}
+    )
     assert [r for r in hub.log if r.path.startswith("/api/repos")] == []
 
 
