@@ -13,6 +13,7 @@ from merger.locate import HUB
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.recipe.model import Recipe
+from merger.safety.names import need_repo
 from merger.safety.paths import ANYWHERE
 
 _HEADER_BYTES = 1_000_000
@@ -117,7 +118,7 @@ def destination(recipe: Recipe, options: Options) -> str:
     """Where the result goes: as the options say, else as the recipe does.
 
     Raises:
-        RecipeError: neither says it, or a folder shall take a stream.
+        RecipeError: neither says it, it is no name on the Hub, or a folder shall take a stream.
     """
     to = stated_destination(recipe, options)
     if not to:
@@ -155,7 +156,13 @@ def exposed(planned: Plan, to: str | None) -> list[str]:
 
 
 def stated_destination(recipe: Recipe, options: Options) -> str:
-    """Where the result goes, if anything says it."""
+    """Where the result goes, if anything says it.
+
+    Raises:
+        RecipeError: a place on the Hub that cannot be called so.
+    """
     if options.to is not None:
+        if options.to.startswith(HUB):
+            need_repo(options.to.removeprefix(HUB))
         return options.to
     return "" if recipe.publish.repo is None else HUB + recipe.publish.repo

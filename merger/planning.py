@@ -132,7 +132,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     if is_lock(path) and path.is_file():
         planned = _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
     else:
-        locked = lock(recipe, store, _pins(lock_path(path), options.root), options.allow_pickle)
+        locked = lock(recipe, store, _pins(lock_path(path), options.root or path.parent), options.allow_pickle)
         planned = make_plan(locked, methods(), budget_of(recipe, options), options.seed)
     refuse(planned, published=stated_destination(recipe, options).startswith(HUB))
     if options.part is None:

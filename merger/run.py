@@ -27,6 +27,7 @@ from merger.plan.parts import Part, share
 from merger.plan.plan import Plan, Shard
 from merger.plan.scores import Score
 from merger.recipe.model import Recipe
+from merger.safety.names import need_repo
 from merger.stores.content import bytes_of
 from merger.stores.folder import FolderSink
 from merger.stores.library import Library
@@ -286,9 +287,14 @@ def clean(to: str, leftover: Leftover) -> None:
 
 
 def destination_sink(to: str, token: str | None = None) -> Sink:
-    """What is at a destination, for all but making a merge there."""
+    """What is at a destination, for all but making a merge there.
+
+    Raises:
+        RecipeError: a place on the Hub that cannot be called so.
+    """
     if not to.startswith(HUB):
         return FolderSink(Path(to))
+    need_repo(to.removeprefix(HUB))
     from merger.stores.staging import HubSink
 
     return HubSink(to.removeprefix(HUB), token=token)

@@ -78,7 +78,7 @@ class Api:
         """
         try:
             owner, token = _caller(request)
-            return self._about(self._desk.submit(owner, Token(token), recipe, to or None))
+            return self._about(self._desk.submit(owner, token, recipe, to or None))
         except MergerError as error:
             return _told(error)
 
@@ -90,7 +90,7 @@ class Api:
         """
         try:
             owner, token = _caller(request)
-            self._desk.keeper.welcome(owner, Token(token))
+            self._desk.keeper.welcome(owner, token)
             return self._about(self._desk.keeper.job(owner, id))
         except MergerError as error:
             return _told(error)
@@ -118,11 +118,12 @@ def _token(request: gr.Request) -> str | None:
     return given.removeprefix("Bearer ").strip() or None
 
 
-def _caller(request: gr.Request) -> tuple[str, str]:
+def _caller(request: gr.Request) -> tuple[str, Token]:
     token = _token(request)
     if token is None:
         raise JobError(Problem("there is no token", hint="send one of yours in the header Authorization: Bearer hf_…"))
-    return hub.owner_of(token), token
+    owner, reach = hub.owner_of(token)
+    return owner, Token(token, reach=reach)
 
 
 def _told(error: MergerError) -> dict[str, Any]:

@@ -14,10 +14,13 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from huggingface_hub import constants
 
+from space import sessions
 from space.body_limit import BodyLimit
 from space.bot import Bot
 from space.desk import Desk
+from space.door import Door, own_origins
 from space.keeper import Keeper
 from space.limits import Limits
 from space.page import CSS, build
@@ -40,14 +43,15 @@ def folder() -> Path:
 
 def served(desk: Desk, bot: Bot | None = None) -> FastAPI:
     """Page, API and the bot's webhook as one web application."""
+    own, with_login = own_origins(os.environ), "OAUTH_CLIENT_ID" in os.environ
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit)
     if bot is not None:
         bot.offer(app)  # before the page, which takes all other addresses
-    blocks = build(desk, with_login="OAUTH_CLIENT_ID" in os.environ)
+    blocks = build(desk, with_login)
     blocks.queue(max_size=_MOST_WAITING, default_concurrency_limit=_AT_ONCE)
     blocks.space_id = None  # else the page loads the Space's header, and its fonts, from two other servers
-    return gr.mount_gradio_app(  # type: ignore[no-any-return]
+    gr.mount_gradio_app(
         app,
         blocks,
         path="/",
@@ -61,6 +65,10 @@ def served(desk: Desk, bot: Bot | None = None) -> FastAPI:
         theme=gr.themes.Base(primary_hue="blue", font=_FONTS, font_mono=_MONO),
         css=CSS,
     )
+    if with_login:
+        sessions.install(app, is_framed=bool(own))
+    app.add_middleware(Door, own=own, hub=constants.ENDPOINT)  # the last one, for it stands before all others
+    return app
 
 
 def main() -> None:

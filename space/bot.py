@@ -28,6 +28,7 @@ from pydantic import ValidationError
 
 from merger import console, markdown
 from merger.errors import MergerError, Problem, RecipeError
+from merger.safety.names import is_repo
 from space import rules
 from space.asks import Ask, Asks
 from space.comments import block, command
@@ -360,7 +361,7 @@ def _author(made: GitCommitInfo, repo: str) -> str:
 def asked(payload: WebhookPayload) -> Ask | None:
     """The event, if it is one that may ask for something."""
     repo, scope = payload.repo.name, payload.event.scope
-    if payload.repo.type != "model" or rules.REPO.fullmatch(repo) is None:
+    if payload.repo.type != "model" or not is_repo(repo):
         return None
     comment, talk = payload.comment, payload.discussion
     if talk is not None and comment is not None and payload.event.action == "create":

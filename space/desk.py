@@ -12,6 +12,7 @@ from merger.beside import card_files, elders
 from merger.errors import Problem, RecipeError
 from merger.locate import HUB
 from merger.options import Options
+from merger.safety.names import need_repo
 from space import rules
 from space.jobs import AS_SAID, How, Job
 from space.keeper import Keeper, Token
@@ -78,8 +79,8 @@ class Desk:
         """
         found = self.plan(text, None if how.is_public else token.value)
         to = to or found.recipe.publish.repo
-        if to is None or rules.REPO.fullmatch(to) is None:
-            what = "where shall the result go?" if to is None else f"{to!r} is no repo's name"
-            raise RecipeError(Problem(what, hint=f"write for example {owner}/my-merge"))
+        if to is None:
+            raise RecipeError(Problem("where shall the result go?", hint=f"write for example {owner}/my-merge"))
+        need_repo(to)
         total = sum(job.nbytes for job in found.plan.jobs)
         return self.keeper.submit(owner, token, text, HUB + to, rules.pins(found.plan), total, how)

@@ -26,6 +26,8 @@ MOST_BRACKETS = 200
 MOST_CHARACTERS = 16_000
 """A longer recipe is for the text alone: reading it with its comments takes a second for every 50,000 of them."""
 
+_NAME_CHARACTERS = 90
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -306,5 +308,6 @@ def suggested(form: Form, user: str) -> str:
     words = [part.split("-") for part in parts]
     shared = next((at for at, same in enumerate(zip(*words, strict=False)) if len(set(same)) > 1), 0)
     told = words[0] + [word for each in words[1:] for word in each[shared:]] if words else []
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([*told, form.method or "merge"]).replace("_", "-"))
-    return f"{user}/{name.strip('-.')[:90] or 'merge'}"
+    name = re.sub(r"(?:[^A-Za-z0-9.]|\.(?=[^A-Za-z0-9]))+", "-", "-".join([*told, form.method or "merge"]))
+    name = re.sub(r"^[-.]+|(?:\.git|[-.])+$", "", name[:_NAME_CHARACTERS])
+    return f"{user}/{name or 'merge'}"

@@ -5,14 +5,17 @@ Not here: reading and writing models (merger.stores).
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import httpx
 
 from merger.errors import Problem
-from space.jobs import JobError
+from space.jobs import JobError, Reach
 
 FOUND = 12
+_WRITING = ("repo.write", "discussion.write")
 
 
 def search(words: str, token: str | None) -> list[str]:
@@ -26,17 +29,30 @@ def search(words: str, token: str | None) -> list[str]:
         return []
 
 
-def owner_of(token: str) -> str:
-    """The user's name behind a token.
+def owner_of(token: str) -> tuple[str, Reach]:
+    """The user's name behind a token, and what the token may write as far as the Hub says it.
 
     Raises:
         JobError: the Hub does not know it, or does not answer.
     """
     try:
-        return str(HfApi(token=token).whoami()["name"])
-    except (HfHubHTTPError, httpx.HTTPError, LocalTokenNotFoundError, ValueError, KeyError) as error:
+        about = HfApi(token=token).whoami()
+        return str(about["name"]), _reach((about.get("auth") or {}).get("accessToken") or {})
+    except (HfHubHTTPError, httpx.HTTPError, LocalTokenNotFoundError, ValueError, KeyError, AttributeError) as error:
         what = f"the Hub does not say whose this token is ({type(error).__name__})"
         raise JobError(Problem(what, hint="send a token of yours in the header Authorization: Bearer hf_…")) from None
+
+
+def _reach(token: dict[str, Any]) -> Reach:
+    """Of what whoami says of a token; an app's has no role."""
+    named = token.get("fineGrained") or {}
+    allowed = {
+        *(named.get("global") or ()),
+        *(right for each in named.get("scoped") or () for right in each["permissions"]),
+    }
+    if token.get("role") == "fineGrained":
+        return Reach.SOME if allowed.intersection(_WRITING) else Reach.READS
+    return Reach.READS if token.get("role") == "read" else Reach.ALL
 
 
 def page_of(repo: str) -> str:

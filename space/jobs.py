@@ -10,6 +10,7 @@ import secrets
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
 from typing import Any, Literal
 
 from huey import SqliteHuey
@@ -23,6 +24,14 @@ KEPT = 20
 """How many jobs of one owner that are over are kept."""
 
 _KEY = "job:"
+
+
+class Reach(IntEnum):
+    """What a token may write: nothing, what it names, or whatever its owner may."""
+
+    READS = 0
+    SOME = 1
+    ALL = 2
 
 
 class JobError(MergerError):

@@ -1,8 +1,8 @@
-"""The keeper of the queue: whose turn it is, the tokens of those who are here, and the children that do the work.
+"""The keeper of the queue: whose turn it is, the token of each job, and the children that do the work.
 
-The queue is Huey's, on SQLite. A job goes through it by its name alone; what is known of it is in the store. Tokens
-are held in memory while their owners have jobs that are not over, and reach a child by its socket. After a restart
-there are none: every job that was not over waits until its owner is back. Not here: what a job makes (child).
+The queue is Huey's, on SQLite. A job goes through it by its name alone; what is known of it is in the store. A job's
+token is held in memory while the job is not over, and reaches its child by a socket. After a restart there are none:
+every job that was not over waits until its owner is back. Not here: what a job makes (child).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from huey.consumer import Consumer
 
 from merger.errors import Problem
 from space.child import RECIPE
-from space.jobs import AS_SAID, How, Job, JobError, Store, new_id, not_yours
+from space.jobs import AS_SAID, How, Job, JobError, Reach, Store, new_id, not_yours
 from space.limits import Limits
 from space.nursery import Nursery
 
@@ -36,15 +36,22 @@ _NO_WORD = (
 
 @dataclass(frozen=True)
 class Token:
-    """What lets a child act as an owner, and until when (seconds since 1970)."""
+    """What lets a child act as an owner, until when (seconds since 1970), and what it may write as far as is known."""
 
     value: str = field(repr=False)
     expires: float = float("inf")
+    reach: Reach = Reach.ALL
 
     @property
     def is_good(self) -> bool:
-        """Whether it lasts for long enough to begin something."""
-        return time.time() + _SPARE_SECONDS < self.expires
+        """Whether a merge can begin with it: it may write, and lasts for long enough."""
+        return self.reach > Reach.READS and time.time() + _SPARE_SECONDS < self.expires
+
+    def is_better(self, than: Token | None) -> bool:
+        """Whether a job is better off with it: it may write as much and lasts longer, or the other is good no more."""
+        if than is None or not than.is_good:
+            return self.is_good
+        return self.reach >= than.reach and self.expires > than.expires
 
 
 class _Workers(Consumer):  # type: ignore[misc]
@@ -99,8 +106,10 @@ class Keeper:
             how: how it is made besides.
 
         Raises:
-            JobError: the owner has too many jobs that are not over, or the queue is full.
+            JobError: the token only reads, the owner has too many jobs that are not over, or the queue is full.
         """
+        if token.reach == Reach.READS:
+            raise JobError(Problem("this token only reads", hint="send one that may write: the result is published"))
         with self.store.lock:
             mine = [job for job in self.store.of(owner) if not job.is_over]
             if len(mine) >= self.limits.jobs_each:
@@ -112,18 +121,17 @@ class Keeper:
                 raise JobError(Problem("the queue of this Space is full", hint="try again in a while"))
             job = Job(new_id(), owner, recipe, to, dict(pins), total, created=time.time(), how=how)
             self.store.put(job)
-            self._tokens[owner] = token
+            self._tokens[job.id] = token
             return self._enqueue(job)
 
     def welcome(self, owner: str, token: Token) -> None:
-        """Somebody is here: their jobs that are not over may go on with this token, those that waited are queued."""
+        """Somebody is here: their jobs that want a better token take this one, those that waited for it are queued."""
         with self.store.lock:
-            mine = [job for job in self.store.of(owner) if not job.is_over]
-            if mine and token.is_good:
-                self._tokens[owner] = token
-                for job in mine:
-                    if job.state == "waiting":
-                        self._enqueue(self.store.change(job.id, state="queued"))
+            for job in [job for job in self.store.of(owner) if not job.is_over]:
+                if token.is_better(self._tokens.get(job.id)):
+                    self._tokens[job.id] = token
+                if job.state == "waiting" and self._has_good_token(job):
+                    self._enqueue(self.store.change(job.id, state="queued"))
 
     def job(self, owner: str, id: str) -> Job:
         """One of somebody's own jobs.
@@ -152,7 +160,7 @@ class Keeper:
             if job.is_over:
                 return job
             job = self.store.change(id, state="cancelled", ended=time.time())
-            self._forget_token(owner)
+            self._tokens.pop(id, None)
             if (child := self._children.get(id)) is not None:
                 _end(child)
             return job
@@ -192,10 +200,10 @@ class Keeper:
             if job is None or job.state != "queued":
                 return
             self._round = max(self._round, job.turn)
-            token = self._tokens.get(job.owner)
-            if token is None or not token.is_good:
+            if not self._has_good_token(job):
                 self.store.change(id, state="waiting")
                 return
+            token = self._tokens[id]
             job = self.store.change(id, state="running", started=time.time(), made=0, kept=0)
         folder = self._work / id
         try:
@@ -207,7 +215,7 @@ class Keeper:
             shutil.rmtree(folder, ignore_errors=True)
             with self.store.lock:
                 self._children.pop(id, None)
-                self._forget_token(job.owner)
+                self._forget_token(id)
 
     def _make(self, job: Job, token: Token, folder: Path) -> None:
         folder.mkdir()
@@ -256,9 +264,14 @@ class Keeper:
                 problems = tuple(told.get("failed") or [_NO_WORD])
                 self.store.change(id, state="failed", problems=problems, ended=time.time())
 
-    def _forget_token(self, owner: str) -> None:
-        if all(job.is_over for job in self.store.of(owner)):
-            self._tokens.pop(owner, None)
+    def _has_good_token(self, job: Job) -> bool:
+        token = self._tokens.get(job.id)
+        return token is not None and token.is_good
+
+    def _forget_token(self, id: str) -> None:
+        job = self.store.get(id)
+        if job is None or job.is_over:
+            self._tokens.pop(id, None)
 
 
 def _order(job: Job) -> tuple[int, float]:

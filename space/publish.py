@@ -13,8 +13,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from merger.safety.names import is_repo
 from space.examples import ZOO, zoo_repo
-from space.rules import REPO
 
 _ROOT = Path(__file__).resolve().parents[1]
 _AT_THE_TOP = {
@@ -30,7 +30,7 @@ _HUBS_OWN = ".gitattributes"
 
 def main(arguments: list[str]) -> int:
     """Publish; the exit code is 2 where the name is none."""
-    if len(arguments) != 1 or REPO.fullmatch(arguments[0]) is None:
+    if len(arguments) != 1 or not is_repo(arguments[0]):
         print("usage: python -m space.publish owner/name", file=sys.stderr)
         return 2
     api, repo = HfApi(), arguments[0]

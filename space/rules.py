@@ -15,6 +15,7 @@ from merger import console
 from merger.errors import BudgetError, MergerError, Problem, RecipeError
 from merger.options import Options, needed_disk
 from merger.planning import plan, read_text
+from merger.safety.names import is_repo
 from space.limits import Limits
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 NAME = "recipe.yaml"
 MOST_BYTES = 64_000
 MOST_MODELS = 16
-REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9._-]{1,96}", re.ASCII)
 
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}", re.ASCII)
 _MODEL = re.compile(r"\bmodel[\"']?\s*:")
@@ -104,7 +104,7 @@ def _strange(recipe: Recipe) -> list[Problem]:
 
 def _of_model(ref: ModelRef) -> Problem | None:
     where = f"models[{ref.path}]"
-    if REPO.fullmatch(ref.path) is None or ".." in ref.path:
+    if not is_repo(ref.path):
         return Problem(f"{ref.path!r} is no model on the Hub", ref.at, where, _HERE)
     if ref.revision is not None and (_REVISION.fullmatch(ref.revision) is None or ".." in ref.revision):
         return Problem(f"{ref.revision!r} is no branch, tag or commit", ref.at, where, _HERE)

@@ -6,7 +6,6 @@ is named and a parameter given (values), and whether methods, models and paramet
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from merger.recipe.spans import number
 from merger.recipe.stages import joined
 from merger.recipe.tokenizer import chat_template, tokenizer
 from merger.recipe.values import UNREADABLE, Block, filter_of, identity, parameters, reference
+from merger.safety import names
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method
@@ -57,7 +57,6 @@ PUBLISH = (
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_SEED = 2**63 - 1
 
-REPO = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9._-]{1,96}$"
 
 _MEANT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _RANGE = "a pair [start, end]"
@@ -412,7 +411,7 @@ def _with_other(fields: Fields, key: str, what: str) -> str | None:
 
 def _repo(place: Place) -> str | None:
     text = place.text("owner/name")
-    if text is None or re.fullmatch(REPO, text):
+    if text is None or names.is_repo(text):
         return text
-    place.error(f"{text!r} is not owner/name", "write the repo as its address on the Hub ends: repo: owner/name")
+    place.error(f"{text!r} is no repo's name on the Hub", names.HINT)
     return None

@@ -30,6 +30,7 @@ from merger.recipe.model import (
     TokenOf,
     TokenRow,
 )
+from merger.safety import names
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
@@ -178,7 +179,7 @@ def _expert() -> Json:
 def _publish() -> Json:
     flag = {"type": ["boolean", "null"]}
     shapes = {
-        "repo": _or_null(_text(pattern=parse.REPO)),
+        "repo": _or_null(_text(pattern=names.REPO)),
         "private": flag,
         **{key: _or_null(_text()) for key in ("license", "license_name", "license_link", "license_override")},
         "create_pr": flag,

@@ -37,6 +37,7 @@ from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import PICTURES, side_files
 from merger.errors import BudgetError, DamagedError, MissingError, Problem, UploadError, VerificationError
 from merger.safety.limits import MEASURED
+from merger.safety.names import HINT, is_repo
 from merger.stores.content import write
 from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
 from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, refuse_large
@@ -50,7 +51,6 @@ _CROSSED = (409, 412)
 _EXPIRED = (401, 403)
 _GONE = 404
 _COPY_BYTES = 16 << 20
-_REPO = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
 
 
 class HubSink:
@@ -90,8 +90,8 @@ class HubSink:
 
     def prepare(self, identity: str, shared: bool = False) -> Published | None:
         """Create the repo if there is none, see what is in it, and open the staging branch or find it again."""
-        if not _REPO.match(self.name):
-            raise UploadError(Problem(f"{self.name!r} is no repo's name", hint="write hf://owner/name"))
+        if not is_repo(self.name):
+            raise UploadError(Problem(f"{self.name!r} is no repo's name on the Hub", hint=HINT))
         sweep()  # what killed runs left takes the room of what is to come
         if self._stream:
             refuse_no_streams()

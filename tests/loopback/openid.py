@@ -55,16 +55,19 @@ class OpenId:
             f'<p><a href="/oauth/allow?{html.escape(urlencode({**asked, "user": name}))}">Authorize as {name}</a></p>'
             for name in names
         )
+        links += f'<p><a href="/oauth/deny?{html.escape(urlencode(asked))}">Cancel</a></p>'
         page = f"<!doctype html><title>Loopback Hub</title><h1>Authorize {html.escape(asked['client_id'])}</h1>{links}"
         return Answer(200, {"Content-Type": "text/html; charset=utf-8"}, page.encode())
+
+    def deny(self, context: Context, x: Exchange) -> Answer:
+        """The user's no: back to the application, which is told."""
+        return _back(x, error="access_denied", error_description="The user denied the request")
 
     def allow(self, context: Context, x: Exchange) -> Answer:
         """The user's yes: back to the application, with a code."""
         code = secrets.token_urlsafe(16)
         self.grants.codes[code] = {name: values[0] for name, values in x.params.items()}
-        to = x.param("redirect_uri")
-        query = urlencode({"code": code, "state": x.param("state")})
-        return Answer(302, {"Location": f"{to}{'&' if '?' in to else '?'}{query}"})
+        return _back(x, code=code)
 
     def token(self, context: Context, x: Exchange) -> Answer:
         """A token for a code, or for a CI job."""
@@ -108,8 +111,15 @@ class OpenId:
         yield Route("GET", "/oauth/jwks", self.keys)
         yield Route("GET", "/oauth/authorize", self.authorize)
         yield Route("GET", "/oauth/allow", self.allow)
+        yield Route("GET", "/oauth/deny", self.deny)
         yield Route("GET", "/oauth/userinfo", self.userinfo)
         yield Route("POST", "/oauth/token", self.token)
+
+
+def _back(x: Exchange, **says: str) -> Answer:
+    to = x.param("redirect_uri")
+    query = urlencode({**says, "state": x.param("state")})
+    return Answer(302, {"Location": f"{to}{'&' if '?' in to else '?'}{query}"})
 
 
 @cache

@@ -34,15 +34,27 @@ def space(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """The Chromium of this machine, such as Debian's."""
+def launch() -> Iterator[Callable[[list[str]], Browser]]:
+    """Starts the Chromium of this machine, such as Debian's, with arguments; all end with the tests."""
     playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested where playwright is installed")
     if CHROMIUM is None:
         pytest.skip("the page is tested where there is Chromium: apt-get install chromium")
     with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=CHROMIUM, args=ALONE)
-        yield started
-        started.close()
+        started: list[Browser] = []
+
+        def browser(arguments: list[str]) -> Browser:
+            started.append(running.chromium.launch(executable_path=CHROMIUM, args=arguments))
+            return started[-1]
+
+        yield browser
+        for each in started:
+            each.close()
+
+
+@pytest.fixture(scope="session")
+def browser(launch: Callable[[list[str]], Browser]) -> Browser:
+    """A browser that knows no other machine."""
+    return launch(ALONE)
 
 
 class Visitor:
@@ -52,7 +64,7 @@ class Visitor:
         self.context, self.url, self.clicks = context, url, 0
         self.outside: list[str] = []
         context.set_default_timeout(20_000)
-        context.route(lambda address: not address.startswith("http://127.0.0.1:"), self._refuse)
+        context.route(lambda address: not address.startswith(("http://127.0.0.1:", url)), self._refuse)
         self.page = context.new_page()
 
     def _refuse(self, route: Any) -> None:

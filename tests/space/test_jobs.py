@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -22,7 +23,8 @@ from served import halted, staged
 from merger.options import Options
 from merger.planning import plan, read
 from merger.run import Done, run
-from space.jobs import How, Job, JobError
+from space.hub import _reach
+from space.jobs import How, Job, JobError, Reach
 from space.keeper import Keeper, Token
 from space.limits import Limits
 
@@ -230,7 +232,7 @@ def test_no_token_is_kept(keep: Keep, hub: LoopbackHub, tmp_path: Path) -> None:
     process = Path(f"/proc/{only_child(keeper)}")
     told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
     files = [path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()]
-    assert ALICE.value in keeper._tokens["alice"].value
+    assert keeper._tokens == {job.id: ALICE}
     assert not any(secret in text for text in (told, *files) for secret in (b"hf_alice_secret", b"hf_of_the_space"))
     assert b"alice/secret" in b"".join(files)
     go.set()
@@ -304,3 +306,80 @@ def test_a_child_ends_with_a_worker_that_never_listened(keep: Keep, hub: Loopbac
     worker.close()
     assert is_gone(child)
     go.set()
+
+
+LATER = 9e9
+READS, SOME = Token("hf_reads", reach=Reach.READS), Token("hf_some", reach=Reach.SOME)
+SHORT, LONG, FORGOTTEN = Token("hf_short", time.time() + 600), Token("hf_long", LATER), Token("hf_past", 1.0)
+TAKEN = [
+    # what the job has, what its owner comes with, what it has then
+    (ALICE, READS, ALICE),
+    (ALICE, SOME, ALICE),
+    (ALICE, LONG, ALICE),
+    (ALICE, Token("hf_other"), ALICE),
+    (SHORT, LONG, LONG),
+    (LONG, SHORT, LONG),
+    (SHORT, SOME, SHORT),
+    (SHORT, READS, SHORT),
+    (SOME, ALICE, SOME),
+    (FORGOTTEN, SHORT, SHORT),
+    (FORGOTTEN, SOME, SOME),
+    (FORGOTTEN, READS, FORGOTTEN),
+    (FORGOTTEN, Token("hf_past", 2.0), FORGOTTEN),
+]
+
+
+@pytest.mark.parametrize(("has", "comes", "then"), TAKEN)
+def test_a_better_token_stays(keep: Keep, has: Token, comes: Token, then: Token) -> None:
+    """A job's token gives way to one that may write as much and lasts longer, or where it is good no more."""
+    keeper = keep(start=False)
+    job = submit(keeper, "alice", "kept", has)
+    keeper.welcome("alice", comes)
+    assert keeper._tokens == {job.id: then}
+
+
+def test_each_job_has_its_own_token(keep: Keep) -> None:
+    """A second merge brings a second token, which is not the first one's; each is forgotten with its job."""
+    keeper = keep(start=False)
+    first = submit(keeper, "alice", "first", LONG)
+    second = submit(keeper, "alice", "second", SHORT)
+    assert keeper._tokens == {first.id: LONG, second.id: SHORT}
+    keeper.cancel("alice", first.id)
+    assert keeper._tokens == {second.id: SHORT}
+
+
+def test_a_token_that_only_reads_begins_nothing(keep: Keep) -> None:
+    """It is refused before anything is queued, and a job that waits for its owner goes on waiting."""
+    keeper = keep(start=False)
+    with pytest.raises(JobError, match="this token only reads\n    send one that may write"):
+        submit(keeper, "alice", "read", READS)
+    assert keeper.store.all() == []
+    job = submit(keeper, "alice", "written", FORGOTTEN)
+    keeper.start()
+    until(keeper, job, "waiting")
+    keeper.welcome("alice", READS)
+    assert keeper.job("alice", job.id).state == "waiting"
+    keeper.welcome("alice", ALICE)
+    until(keeper, job, "done")
+
+
+FINE = {"role": "fineGrained", "fineGrained": {"global": ["discussion.write"], "scoped": []}}
+NARROW = {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": {"name": "a"}, "permissions": ["repo.write"]}]}}
+READING = {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": {}, "permissions": ["repo.content.read"]}]}}
+
+
+@pytest.mark.parametrize(
+    ("said", "reach"),
+    [
+        ({"role": "write"}, Reach.ALL),
+        ({}, Reach.ALL),
+        ({"role": "read"}, Reach.READS),
+        (FINE, Reach.SOME),
+        (NARROW, Reach.SOME),
+        (READING, Reach.READS),
+        ({"role": "fineGrained"}, Reach.READS),
+    ],
+)
+def test_what_a_token_may_write(said: dict[str, Any], reach: Reach) -> None:
+    """As the Hub says it; an app's token has no role there."""
+    assert _reach(said) == reach

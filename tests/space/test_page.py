@@ -205,7 +205,7 @@ async id => {
 
 
 def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
-    """Killed in the middle of a merge and started again, it goes on when the owner is back, to the same bytes."""
+    """Killed in the middle of a merge and started again, it goes on when the owner signs in, to the same bytes."""
     reached, go, seen = threading.Event(), threading.Event(), []
 
     def second(request: Request) -> bool:
@@ -224,6 +224,7 @@ def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> N
     hub.clear_log()
     space.start()
     alice.open()
+    alice.sign_in("alice")
     alice.job("done")
     assert "from an earlier run" in alice.page.locator("#log .log").inner_text()
     assert len([request for request in hub.log if staged(request)]) == 2

@@ -277,12 +277,14 @@ def test_what_shall_be_private_is_not_put_into_a_public_repo(hub: LoopbackHub, r
     assert "is there already and public" in refused(publish_with, repo, {"private": True, "upto": "prepare"})
 
 
-@pytest.mark.parametrize("name", ["alone", "a/b/c", "org/", "org/na me", "datasets/org/name"])
+@pytest.mark.parametrize("name", ["alone", "a/b/c", "org/", "org/na me", "datasets/org/name", "org/..", "org/name\n"])
 def test_what_is_no_repos_name_is_refused_before_the_hub_is_asked(
     hub: LoopbackHub, refused: Refused, name: str
 ) -> None:
     """Else a repo of another name would be made."""
-    assert "is no repo's name\n    write hf://owner/name" in refused(publish_with, name, {"upto": "prepare"})
+    assert "is no repo's name on the Hub\n    write it as its address" in refused(
+        publish_with, name, {"upto": "prepare"}
+    )
     assert [r for r in hub.log if r.path.startswith("/api/repos")] == []
 
 
