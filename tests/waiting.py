@@ -9,10 +9,10 @@ HANGS_SECONDS = 600.0
 T = TypeVar("T")
 
 
-def until(holds: Callable[[], T], told: Callable[[], object] = str) -> T:
+def until(holds: Callable[[], T], told: Callable[[], object] = str, pause: float = 0.01) -> T:
     """Ask again and again until the answer is true, and return it; `told` is what to say of one that never is."""
     end = time.monotonic() + HANGS_SECONDS
     while not (found := holds()):
         assert time.monotonic() < end, told()
-        time.sleep(0.01)
+        time.sleep(pause)
     return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from loopback import LoopbackHub
 from served import ServedSpace, zoo
+from waiting import HANGS_SECONDS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -63,7 +64,7 @@ class Visitor:
     def __init__(self, context: BrowserContext, url: str) -> None:
         self.context, self.url, self.clicks = context, url, 0
         self.outside: list[str] = []
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(1000 * HANGS_SECONDS)
         context.route(lambda address: not address.startswith(("http://127.0.0.1:", url)), self._refuse)
         self.page = context.new_page()
 
@@ -117,16 +118,16 @@ class Visitor:
         box.press_sequentially(words, delay=20)
         self.page.get_by_role("option", name=option, exact=exact).first.click()
 
-    def until(self, holds: Callable[[], bool], seconds: float = 20) -> None:
-        """Wait for something that is about to be."""
-        end = time.monotonic() + seconds
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for something that is about to be; the page goes on meanwhile."""
+        end = time.monotonic() + HANGS_SECONDS
         while not holds():
             assert time.monotonic() < end, self.page.locator("body").inner_text()
             self.page.wait_for_timeout(50)
 
     def job(self, state: str) -> None:
         """Wait until the job that is shown is in this state."""
-        self.page.locator(f"#job .state.{state}").wait_for(timeout=40_000)
+        self.page.locator(f"#job .state.{state}").wait_for()
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loopback import LoopbackHub, Request
+from waiting import HANGS_SECONDS, until
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT / "examples" / "zoo"
@@ -65,11 +65,8 @@ class ServedSpace:
         with (self.folder / "log.txt").open("ab") as log:
             line = [sys.executable, *self._line]
             self.process = subprocess.Popen(line, cwd=self._root, env=self._environment(), stdout=log, stderr=log)
-        end = time.monotonic() + 60
-        while not _answers(self.url):
-            assert self.process.poll() is None, self.log()
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.1)
+        until(lambda: _answers(self.url) or self.process.poll() is not None, self.log)
+        assert self.process.poll() is None, self.log()
 
     def kill(self) -> None:
         """End it as a machine does that loses its power."""
@@ -116,7 +113,7 @@ def _free_port() -> int:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with urllib.request.urlopen(url, timeout=HANGS_SECONDS) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

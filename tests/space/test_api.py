@@ -21,6 +21,7 @@ from loopback import LoopbackHub
 from mcp import ClientSession
 from mcp.client.streamable_http import streamablehttp_client
 from served import ROOT, ServedSpace, halted
+from waiting import HANGS_SECONDS, until
 
 CROWD = 20
 PAGE_BYTES = 1_000_000_000
@@ -52,13 +53,15 @@ def client(space: ServedSpace, user: str | None = None) -> Client:
     return Client(space.url, headers=headers, verbose=False, analytics_enabled=False)
 
 
-def ended(caller: Client, job: dict[str, Any], seconds: float = 60) -> dict[str, Any]:
+def ended(caller: Client, job: dict[str, Any]) -> dict[str, Any]:
     """A job's last word."""
-    end = time.monotonic() + seconds
-    while (now := caller.predict(job["id"], api_name="/job"))["state"] in ("queued", "running"):
-        assert time.monotonic() < end, now
-        time.sleep(1)
-    found: dict[str, Any] = now
+    found: dict[str, Any] = {}
+
+    def is_over() -> bool:
+        found.update(caller.predict(job["id"], api_name="/job"))
+        return found["state"] not in ("queued", "running")
+
+    until(is_over, lambda: found, pause=1.0)
     return found
 
 
@@ -113,7 +116,7 @@ def test_a_script_that_only_reads_leaves_the_merge_alone(space: ServedSpace, hub
     writer, reader = client(space, "user3"), client(space, "reader3")
     first = writer.predict(RECIPE, "user3/first", api_name="/merge")
     second = writer.predict(RECIPE, "user3/second", api_name="/merge")
-    assert reached.wait(120)
+    assert reached.wait(HANGS_SECONDS)
     assert [reader.predict(job["id"], api_name="/job")["ok"] for job in (first, second)] == [True, True]
     told = reader.predict(RECIPE, "user3/third", api_name="/merge")
     assert told["problems"][0]["what"] == "this token only reads"
@@ -227,7 +230,7 @@ def test_twenty_at_once(space: ServedSpace, hub: LoopbackHub) -> None:
         strange += [
             caller.predict(jobs[number - 1]["id"], api_name="/cancel") for number, caller in enumerate(callers[:5])
         ]
-        last = list(threads.map(lambda one: ended(one[0], one[1], 120), zip(callers, jobs, strict=True)))
+        last = list(threads.map(lambda one: ended(*one), zip(callers, jobs, strict=True)))
     stop.set()
     watcher.join()
     took = time.monotonic() - began

@@ -13,6 +13,7 @@ from served import ServedSpace
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
+from waiting import HANGS_SECONDS
 
 from merger.safety.limits import BODY
 from space.body_limit import BodyLimit
@@ -88,7 +89,7 @@ PATHS = ["/gradio_api/call/check", "/gradio_api/queue/join", "/gradio_api/upload
 def test_the_space_refuses_a_long_body_before_it_comes(space: ServedSpace, path: str) -> None:
     """Of 60 MB it wants not one byte."""
     at = urlsplit(space.url)
-    with socket.create_connection((str(at.hostname), at.port or 80), timeout=300) as connection:
+    with socket.create_connection((str(at.hostname), at.port or 80), timeout=HANGS_SECONDS) as connection:
         head = f"POST {path} HTTP/1.1\r\nHost: {at.netloc}\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: 60000000\r\n\r\n".encode())
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")

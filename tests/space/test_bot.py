@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -137,8 +136,7 @@ def test_an_answer_that_the_hub_refuses_is_given_again(hooks: Hooks, served: Loo
     made = hooks.api("eve").comment_discussion("alice/troubled", num, asking("plan"))
     trouble = served.fail(lambda request: "alice/troubled/discussions" in request.path, times=3)
     assert hooks.send(commented("alice/troubled", num, made.id, ""))[0] == 200
-    while trouble.left:
-        time.sleep(0.2)
+    waiting.until(lambda: not trouble.left)
     assert "maker/merger-zoo-kjv" in hooks.until("alice/troubled", num, "| method |")
     assert len(hooks.said("alice/troubled", num)) == 1
 
@@ -267,7 +265,7 @@ def test_the_newer_of_two_quick_commits_is_what_stands_there_in_the_end(hooks: H
     older = hooks.push("alice/quick", {"merge.yaml": RECIPE})
     reached, go = halted(served)
     assert hooks.send(older)[0] == 200
-    assert reached.wait(300), hooks.space.log()
+    assert reached.wait(waiting.HANGS_SECONDS), hooks.space.log()
     newer = hooks.push("alice/quick", {"merge.yaml": RECIPE.replace("0.5", "0.25")})
     assert hooks.send(newer) == (200, {"state": "heard"})
     go.set()
@@ -283,7 +281,7 @@ def test_a_merge_that_main_moved_away_from_is_made_again(hooks: Hooks, served: L
     first = hooks.push("alice/moved", {"merge.yaml": RECIPE})
     reached, go = halted(served)
     assert hooks.send(first)[0] == 200
-    assert reached.wait(300), hooks.space.log()
+    assert reached.wait(waiting.HANGS_SECONDS), hooks.space.log()
     assert hooks.send(hooks.push("alice/moved", {"notes.txt": "mine"}))[0] == 200
     go.set()
     hooks.until("alice/moved", 1, "There is a newer commit on main")

@@ -237,7 +237,6 @@ def visitor(launch: Callable[[list[str]], Browser], space: ServedSpace, tmp_path
     near = "--disable-features=LocalNetworkAccessChecks,PrivateNetworkAccessRespectPreflightResults"
     browser = launch(["--no-sandbox", near, f"--host-resolver-rules={rules}"])
     found = Visitor(browser.new_context(ignore_https_errors=True), OWN)
-    found.context.set_default_timeout(180_000)
     yield found
     browser.close()
     relay.close()

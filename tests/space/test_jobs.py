@@ -17,14 +17,16 @@ from typing import Any
 
 import pytest
 import tiny
+import waiting
 from loopback import LoopbackHub, Request
 from served import halted, staged
+from waiting import HANGS_SECONDS
 
 from merger.options import Options
 from merger.planning import plan, read
 from merger.run import Done, run
 from space.hub import _reach
-from space.jobs import How, Job, JobError, Reach
+from space.jobs import OVER, How, Job, JobError, Reach
 from space.keeper import Keeper, Token
 from space.limits import Limits
 
@@ -70,13 +72,11 @@ def submit(keeper: Keeper, owner: str, name: str, token: Token | None = None) ->
     return keeper.submit(owner, token, RECIPE, f"hf://{owner}/{name}", {}, 30_000)
 
 
-def until(keeper: Keeper, job: Job, *states: str, seconds: float = 40) -> Job:
+def until(keeper: Keeper, job: Job, *states: str) -> Job:
     """The job once it is in one of the states; any that is over ends the waiting."""
-    end = time.monotonic() + seconds
-    while (now := keeper.job(job.owner, job.id)).state not in states:
-        assert not now.is_over, now
-        assert time.monotonic() < end, now
-        time.sleep(0.02)
+    now = waiting.until(lambda: (each := keeper.job(job.owner, job.id)).state in states + OVER and each)
+    assert isinstance(now, Job)
+    assert now.state in states, now
     return now
 
 
@@ -88,11 +88,8 @@ def only_child(keeper: Keeper) -> int:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process ends within a moment."""
-    end = time.monotonic() + 5
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
-        time.sleep(0.01)
-    return not Path(f"/proc/{pid}").exists()
+    """That a process ends."""
+    return waiting.until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_a_job_publishes_what_a_run_makes(
@@ -150,7 +147,7 @@ def test_a_stopped_space_goes_on_once_the_owner_is_back(keep: Keep, hub: Loopbac
     hub.fail(third, status=None, stall=go)
     first = keep()
     job = submit(first, "alice", "later")
-    assert reached.wait(30)
+    assert reached.wait(HANGS_SECONDS)
     first.stop()
     go.set()
     kept = [
@@ -160,8 +157,9 @@ def test_a_stopped_space_goes_on_once_the_owner_is_back(keep: Keep, hub: Loopbac
     hub.clear_log()
     second = keep()
     assert until(second, job, "waiting").owner == "alice"
-    time.sleep(0.3)
+    until(second, submit(second, "bob", "meanwhile"), "done")
     assert second.job("alice", job.id).state == "waiting"
+    hub.clear_log()
     second.welcome("alice", ALICE)
     ended = until(second, job, "done")
     assert ended.kept > 0
@@ -175,7 +173,7 @@ def test_cancelling(keep: Keep, hub: LoopbackHub) -> None:
     keeper = keep()
     running = submit(keeper, "alice", "stopped")
     queued = submit(keeper, "alice", "never")
-    assert reached.wait(30)
+    assert reached.wait(HANGS_SECONDS)
     assert keeper.cancel("alice", queued.id).state == "cancelled"
     child = only_child(keeper)
     assert keeper.cancel("alice", running.id).state == "cancelled"
@@ -228,7 +226,7 @@ def test_no_token_is_kept(keep: Keep, hub: LoopbackHub, tmp_path: Path) -> None:
     reached, go = halted(hub)
     keeper = keep()
     job = submit(keeper, "alice", "secret")
-    assert reached.wait(30)
+    assert reached.wait(HANGS_SECONDS)
     process = Path(f"/proc/{only_child(keeper)}")
     told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
     files = [path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()]
@@ -237,8 +235,7 @@ def test_no_token_is_kept(keep: Keep, hub: LoopbackHub, tmp_path: Path) -> None:
     assert b"alice/secret" in b"".join(files)
     go.set()
     until(keeper, job, "done")
-    time.sleep(0.2)
-    assert keeper._tokens == {}
+    waiting.until(lambda: keeper._tokens == {})
     assert "hf_alice" not in repr(ALICE)
 
 
@@ -256,7 +253,7 @@ def test_a_child_that_is_killed(keep: Keep, hub: LoopbackHub) -> None:
     reached, go = halted(hub)
     keeper = keep()
     job = submit(keeper, "alice", "starved")
-    assert reached.wait(30)
+    assert reached.wait(HANGS_SECONDS)
     os.kill(only_child(keeper), signal.SIGKILL)
     go.set()
     assert "ended without a word" in until(keeper, job, "failed").problems[0]
@@ -285,7 +282,7 @@ def test_a_child_ends_with_its_worker(keep: Keep, hub: LoopbackHub) -> None:
     reached, go = halted(hub)
     keeper = keep()
     job = submit(keeper, "alice", "orphan")
-    assert reached.wait(30)
+    assert reached.wait(HANGS_SECONDS)
     child = only_child(keeper)
     keeper._children[job.id].shutdown(socket.SHUT_WR)
     assert is_gone(child)
@@ -300,7 +297,7 @@ def test_a_child_ends_with_a_worker_that_never_listened(keep: Keep, hub: Loopbac
     asked = {"to": "hf://alice/unheard", "token": ALICE.value, **vars(How()), **keeper.limits.for_a_job()}
     worker = keeper._nursery.child(tmp_path)
     worker.sendall(json.dumps(asked).encode() + b"\n")
-    assert reached.wait(30)
+    assert reached.wait(HANGS_SECONDS)
     child = only_child(keeper)
     assert worker.recv(1, socket.MSG_PEEK)
     worker.close()

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from loopback import LoopbackHub, Request
 from served import SCOPES, SECRET, ServedSpace, halted, staged
+from waiting import HANGS_SECONDS, until
 
 if TYPE_CHECKING:
     from conftest import Visit, Visitor
@@ -36,14 +36,12 @@ def named(visitor: Visitor, repo: str) -> None:
 
 
 def test_a_first_visit(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
-    """From opening the page to a published merge in three clicks and seconds; the link leads to the repo."""
-    began = time.monotonic()
+    """From opening the page to a published merge in three clicks; the link leads to the repo."""
     alice = visit()
     alice.sign_in("alice")
     alice.click("button", "Merge and publish")
     alice.job("done")
     assert alice.clicks <= 5
-    assert time.monotonic() - began < 120
     assert len(published(hub, f"alice/{FIRST}")) == 3
     assert alice.page.get_by_role("link", name="open it on the Hub").get_attribute("href") == f"{hub.url}/alice/{FIRST}"
     with alice.context.expect_page() as opened:
@@ -139,13 +137,10 @@ def test_the_tab_is_closed(visit: Visit, hub: LoopbackHub) -> None:
     named(alice, "alice/closed")
     alice.click("button", "Merge and publish")
     alice.job("running")
-    assert reached.wait(20)
+    assert reached.wait(HANGS_SECONDS)
     alice.page.close()
     go.set()
-    end = time.monotonic() + 30
-    while not (hub.exists("alice/closed") and published(hub, "alice/closed")):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: hub.exists("alice/closed") and published(hub, "alice/closed"))
     alice.page = alice.context.new_page()
     alice.open()
     alice.job("done")
@@ -160,7 +155,7 @@ def test_cancelling(visit: Visit, hub: LoopbackHub) -> None:
     alice.sign_in("alice")
     named(alice, "alice/cancelled")
     alice.click("button", "Merge and publish")
-    assert reached.wait(20)
+    assert reached.wait(HANGS_SECONDS)
     alice.page.get_by_role("button", name="Cancel this merge").click()
     alice.job("cancelled")
     go.set()
@@ -177,7 +172,7 @@ def test_another_user(visit: Visit, hub: LoopbackHub) -> None:
     alice.sign_in("alice")
     named(alice, "alice/hers")
     alice.click("button", "Merge and publish")
-    assert reached.wait(20)
+    assert reached.wait(HANGS_SECONDS)
     hers = alice.page.get_by_role("radio", name="alice/hers").get_attribute("value")
     bob = visit()
     bob.sign_in("bob")
@@ -217,7 +212,7 @@ def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> N
     alice.sign_in("alice")
     named(alice, "alice/killed")
     alice.click("button", "Merge and publish")
-    assert reached.wait(20)
+    assert reached.wait(HANGS_SECONDS)
     space.kill()
     go.set()
     assert published(hub, "alice/killed") == {}
@@ -230,7 +225,7 @@ def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> N
     assert len([request for request in hub.log if staged(request)]) == 2
     named(alice, "alice/undisturbed")
     alice.click("button", "Merge and publish")
-    alice.page.locator("#job .state.done").get_by_text("alice/undisturbed").wait_for(timeout=40_000)
+    alice.page.locator("#job .state.done").get_by_text("alice/undisturbed").wait_for()
     assert published(hub, "alice/killed") == published(hub, "alice/undisturbed") != {}
 
 
@@ -281,7 +276,7 @@ def _picture(visitor: Visitor, name: str) -> None:
     visitor.until(lambda: "filter: mlp" in visitor.recipe())
     named(visitor, f"alice/{name}")
     visitor.click("button", "Merge and publish")
-    visitor.page.locator("#job .state.done").get_by_text(f"alice/{name}").wait_for(timeout=40_000)
+    visitor.page.locator("#job .state.done").get_by_text(f"alice/{name}").wait_for()
     visitor.page.get_by_role("button", name="Plan").click()
     visitor.page.locator("#table").get_by_text(f"alice/{name}").wait_for()
     visitor.page.mouse.move(0, 0)

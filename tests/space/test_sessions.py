@@ -15,6 +15,7 @@ import httpx
 import pytest
 from loopback import LoopbackHub
 from served import SECRET, ServedSpace, zoo
+from waiting import HANGS_SECONDS, until
 
 from space.sessions import Table
 
@@ -51,7 +52,7 @@ class Browser:
     def _kept(self, method: str, path: str, headers: dict[str, str], **how: Any) -> httpx.Response:
         headers |= {"Host": HOST, "X-Forwarded-Proto": "https"}
         headers |= {"Cookie": f"{COOKIE}={self.cookie}"} if self.cookie else {}
-        found = httpx.request(method, self.space.url + path, headers=headers, timeout=120, **how)
+        found = httpx.request(method, self.space.url + path, headers=headers, timeout=HANGS_SECONDS, **how)
         for line in found.headers.get_list("set-cookie"):
             self.set.append(line)
             self.cookie = line.split(";")[0].removeprefix(f"{COOKIE}=")
@@ -132,10 +133,7 @@ def test_no_token_is_told(space: ServedSpace, hub: LoopbackHub) -> None:
     assert '"success":true' in alice.event("plan", [RECIPE]).replace(" ", "")
     merged = alice.event("merge", [RECIPE])
     assert "alice/by-http" in merged
-    end = time.monotonic() + 300
-    while not hub.exists("alice/by-http") or "model.safetensors" not in hub.tree("alice/by-http"):
-        assert time.monotonic() < end, space.log()
-        time.sleep(0.1)
+    until(lambda: hub.exists("alice/by-http") and "model.safetensors" in hub.tree("alice/by-http"), space.log)
     alice.event("jobs", [None])
     alice.get("/logout")
     alice.get("/login/callback?code=x&state=y")

@@ -22,6 +22,7 @@ from loopback import Client, LoopbackHub
 from loopback.wire import Answer
 from served import zoo
 from test_bot import BOT, RECIPE, SECRET, TOKEN, asking, commented, payload
+from waiting import HANGS_SECONDS
 
 from space.bot import Bot
 from space.desk import Desk
@@ -82,7 +83,7 @@ class Scene:
     client: Client
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return self.client(function, *arguments, timeout=300)
+        return self.client(function, *arguments, timeout=HANGS_SECONDS)
 
     def push(self, repo: str, recipe: str, **files: str) -> dict[str, Any]:
         """A commit to main, and its webhook."""
