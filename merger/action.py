@@ -23,6 +23,7 @@ from merger.errors import MergerError, Problem, RecipeError, UploadError
 from merger.github import Api, Event, GitHubError, Log, write_outputs, write_summary
 from merger.inputs import SECRETS, Inputs, top, variable
 from merger.locate import HUB
+from merger.machine import limits_told
 from merger.options import Options, destination, fitted
 from merger.planning import LOCK_SUFFIX, lock_path, plan, read
 from merger.run import Done, PartDone, Resumed, lock_text, run, trusted_publishing
@@ -169,7 +170,8 @@ class Job:
         """What comes of a recipe, told on the way."""
         known = [Result(os.path.relpath(self.inputs.folder / path, self.top))]
         try:
-            known.extend(self._steps(path, known[0]))
+            with limits_told():
+                known.extend(self._steps(path, known[0]))
         except MergerError as error:
             print(console.problems(error))
             return replace(known[-1], state="failed", problems=error.problems, exit_code=error.exit_code)

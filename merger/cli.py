@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger.errors import MergerError, Problem, RecipeError, VerificationError, did_you_mean
+from merger.machine import limits_told
 from merger.safety.text import guarded, line
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def _main(argv: Sequence[str] | None) -> int:
     atexit.register(gc.freeze)
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.command(arguments))
+        with limits_told():
+            return int(arguments.command(arguments))
     except MergerError as error:
         _report(error, getattr(arguments, "json", False))
         return error.exit_code

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from merger.card.licences import judge
 from merger.card.lineage import shown
-from merger.card.relations import Loss, Relation, Relations, same_models, strange_adapters
+from merger.card.relations import Loss, Relation, Relations, warnings
 from merger.errors import MergerError, Problem, few
 from merger.evaluation import Measured, Measuring
 from merger.methods.registry import Method, Param
@@ -80,7 +80,7 @@ def plan_text(planned: Plan, to: str | None = None) -> str:
 
 def plan_doubts(planned: Plan, to: str | None) -> list[str]:
     """Sentences on what is likely not meant."""
-    return [*same_models(planned), *strange_adapters(planned), *exposed(planned, to)]
+    return [*warnings(planned), *exposed(planned, to)]
 
 
 def plan_json(planned: Plan, to: str | None = None) -> dict[str, Any]:

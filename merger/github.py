@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from urllib.parse import quote
 
 from merger.errors import MergerError, Problem
+from merger.retries import PASSING, again
 from merger.safety.limits import EVENT, GITHUB, parsed, read
 from merger.safety.text import visible
 
@@ -35,6 +36,7 @@ _MOST_FILES = 300
 
 _PIECE_BYTES = 64 << 10
 _COMMENT_CHARACTERS = 65_000
+T = TypeVar("T")
 _SUMMARY_BYTES = 1_000_000
 
 
@@ -232,15 +234,17 @@ class Api:
 
     def compared(self, base: str, head: str) -> set[str] | None:
         """The files that changed from where two revisions parted to the second; None if they are too many to tell."""
-        answer = self._ask("GET", f"compare/{quote(base, safe='')}...{quote(head, safe='')}?per_page=1")
-        files = _content(answer).get("files") or []
-        if len(files) >= _MOST_FILES:
-            return None
-        return _still_there(files)
+        ends = f"{quote(base, safe='')}...{quote(head, safe='')}"
+
+        def compare() -> set[str] | None:
+            files = self._ask("GET", f"compare/{ends}?per_page=1").json()["files"]
+            return None if len(files) >= _MOST_FILES else _still_there(files)
+
+        return _patiently(compare)
 
     def files_of(self, pull: int) -> set[str]:
         """The files that a pull request adds or changes."""
-        return _still_there(self._pages(f"pulls/{pull}/files"))
+        return _patiently(lambda: _still_there(self._pages(f"pulls/{pull}/files")))
 
     def keep_comment(self, pull: int, marker: str, body: str, only_update: bool = False) -> None:
         """Write our comment of the pull request, which begins with the marker, or write it anew where it is.
@@ -253,6 +257,9 @@ class Api:
             body: what the comment says.
             only_update: leave it be if there is none yet.
         """
+        _patiently(lambda: self._kept(pull, marker, body, only_update))
+
+    def _kept(self, pull: int, marker: str, body: str, only_update: bool) -> None:
         content = {"body": shortened(f"{marker}\n{body}", _COMMENT_CHARACTERS)}
         there = self._pages(f"issues/{pull}/comments")
         marked = [item for item in there if str(item.get("body")).startswith(marker)]
@@ -269,7 +276,7 @@ class Api:
         Raises:
             GitHubError: GitHub does not say.
         """
-        told = _content(self._ask("POST", f"{self._root}/graphql", {"query": "{viewer{login}}"}))
+        told = self._ask("POST", f"{self._root}/graphql", {"query": "{viewer{login}}"}).json()
         try:
             return str(told["data"]["viewer"]["login"])
         except (LookupError, TypeError):
@@ -279,16 +286,19 @@ class Api:
         page: str | None = f"{path}?per_page=100"
         while page:
             answer = self._ask("GET", page)
-            yield from _content(answer)
+            yield from answer.json()
             page = answer.links.get("next", {}).get("url")
 
     def commit_file(self, path: str, text: str, message: str, branch: str) -> None:
         """Commit one file to a branch, unless it stands there already."""
+        _patiently(lambda: self._committed(path, text, message, branch))
+
+    def _committed(self, path: str, text: str, message: str, branch: str) -> None:
         place, content = f"contents/{quote(path)}", text.encode()
         there = self._ask("GET", f"{place}?ref={quote(branch, safe='')}", allowed=404)
         told: dict[str, Any] = {"message": message, "branch": branch, "content": base64.b64encode(content).decode()}
         if there.status_code != 404:
-            known = _content(there)
+            known = there.json()
             if base64.b64decode(known.get("content", "")) == content:
                 return
             told["sha"] = known["sha"]
@@ -301,22 +311,18 @@ class Api:
         headers = {"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
+        said = f"{method} {path.split('?')[0]}"
         try:
             answer = requests.request(method, address, json=content, headers=headers, timeout=_SECONDS, stream=True)
             _read(answer)
         except requests.RequestException as error:
-            raise GitHubError(Problem(f"GitHub cannot be reached ({type(error).__name__})", hint=_AGAIN)) from None
+            raise _Passing(Problem(f"GitHub cannot be reached ({type(error).__name__})", hint=_AGAIN)) from None
+        if answer.status_code in PASSING:
+            raise _Passing(Problem(f"GitHub is in trouble with {said} (HTTP {answer.status_code})", hint=_AGAIN))
         if not answer.ok and answer.status_code != allowed:
-            raise GitHubError(Problem(f"GitHub refuses {method} {path.split('?')[0]} (HTTP {answer.status_code})"))
+            raise GitHubError(Problem(f"GitHub refuses {said} (HTTP {answer.status_code})"))
+        answer.json()  # a page with status 200 has done nothing that it was asked to
         return answer
-
-
-def _content(answer: Response) -> Any:
-    """The answer's JSON."""
-    try:
-        return answer.json()
-    except ValueError:
-        raise GitHubError(Problem("GitHub's answer is no JSON: a proxy's page perhaps", hint=_AGAIN)) from None
 
 
 def _read(answer: Response) -> None:
@@ -328,6 +334,27 @@ def _read(answer: Response) -> None:
             answer.close()
             raise GitHubError(Problem(f"GitHub's answer has more than {GITHUB.most:,} bytes", hint=_AGAIN))
     answer._content = bytes(body)  # what requests itself does with a body that it reads whole
+
+
+class _Passing(GitHubError):
+    """Another try may mend it."""
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """What GitHub says, after as many tries as the Hub is given; `ask` looks first at what an earlier try has done.
+
+    Raises:
+        GitHubError: it refuses, or its answer is none of its own.
+    """
+    try:
+        return again(ask, lambda error: 0.0 if isinstance(error, (_Passing, *_STRANGE)) else None)
+    except _STRANGE as error:
+        what = f"an answer is none of GitHub's ({type(error).__name__})"
+        raise GitHubError(Problem(what, hint="does a proxy of the network answer in its place?")) from None
+
+
+_STRANGE = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading a page of HTML in place of JSON ends in, or JSON that lacks a value."""
 
 
 def _still_there(files: Iterable[Mapping[str, Any]]) -> set[str]:

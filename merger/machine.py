@@ -1,15 +1,42 @@
 """What this machine lets a run use: memory and cores, as its control group (a container, a runner) allows.
 
-Linux tells; elsewhere nothing is known, and nothing is refused. Not here: what a run needs (plan).
+Linux tells; elsewhere nothing is known, and nothing is refused. And its refusals in the midst of the work, put into
+words. Not here: what a run needs (plan).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from merger.errors import BudgetError, MergerError, Problem
+
 _ROOT = Path("/")
+
+_USED_UP = {
+    errno.ENOSPC: "free some disk, and run it again",
+    errno.EDQUOT: "your share of that disk is used up: remove files of yours, or choose another disk",
+    errno.EFBIG: "no file may be so large there: write a smaller --shard-size, or choose another disk",
+    errno.EMFILE: "let this process open more files (ulimit -n 4096), or write a smaller --threads",
+    errno.ENFILE: "all programs of this machine together have too many files open: end some, and run it again",
+    errno.ENOMEM: "end other programs, or write a smaller --max-memory and --threads",
+}
+_REFUSED = {
+    errno.EACCES: "look at the rights of it and of the folders above: this user may not",
+    errno.EPERM: "look at the rights of it and of the folders above: this user may not",
+    errno.EROFS: "that disk can only be read: choose another",
+    errno.EIO: "the disk itself fails: the system's log says more; choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "links lead in a circle there: name the folder itself",
+    errno.ENOTDIR: "one of the folders above is a file: choose another place",
+    errno.ESTALE: "a disk of the network went away: mount it again, and run it again",
+}
+_THREADS = "write a smaller --threads, or let this user or container have more (ulimit -u, or its limit of pids)"
+_IN_WORDS = {"can't start new thread": _THREADS, "can't allocate memory": _USED_UP[errno.ENOMEM]}
+"""What Python and torch say with no more than a RuntimeError."""
 
 
 def memory(root: Path = _ROOT) -> int | None:
@@ -58,3 +85,57 @@ def _text(path: Path) -> str | None:
         return path.read_text()
     except OSError:
         return None
+
+
+# ---- what it refuses ------------------------------------------------------------------------------------------------
+
+
+def refused(what: str, error: OSError, otherwise: type[MergerError], hint: str) -> MergerError:
+    """A refusal of the system's as one of ours: of the kind `otherwise`, or BudgetError where something is used up.
+
+    Args:
+        what: what could not be done.
+        error: the system's refusal.
+        otherwise: the kind where nothing is used up.
+        hint: the next step where the system's word suggests none.
+    """
+    known = _USED_UP | _REFUSED
+    kind = BudgetError if error.errno in _USED_UP else otherwise
+    return kind(Problem(f"{what} ({error.strerror or error})", hint=known.get(error.errno or 0, hint)))
+
+
+def lacking(error: BaseException) -> BudgetError | None:
+    """What this machine has no more of, where that lies at the bottom of an error, whoever came across it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _USED_UP:
+            at = "" if cause.filename is None else f" at {cause.filename}"
+            found = refused(f"the work cannot go on{at}", cause, BudgetError, "")
+            assert isinstance(found, BudgetError)
+            return found
+        if (hint := _said(cause)) is not None:
+            return BudgetError(Problem(f"the work cannot go on ({str(cause) or 'no memory is left'})", hint=hint))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def _said(error: BaseException) -> str | None:
+    if isinstance(error, MemoryError):
+        return _USED_UP[errno.ENOMEM]
+    told = (hint for words, hint in _IN_WORDS.items() if isinstance(error, RuntimeError) and words in str(error))
+    return next(told, None)
+
+
+@contextmanager
+def limits_told() -> Iterator[None]:
+    """What this machine has no more of inside is told as a refusal; all else passes as it is.
+
+    Raises:
+        BudgetError: files, disk, memory or threads are used up.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (found := lacking(error)) is None:
+            raise
+        raise found from None

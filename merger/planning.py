@@ -18,7 +18,7 @@ from merger.evaluation import check, check_memory
 from merger.locate import HUB, stores
 from merger.methods.registry import methods
 from merger.options import Options, budget_of, stated_destination
-from merger.plan.lock import lock, pins
+from merger.plan.lock import Pin, lock, pins
 from merger.plan.locked import LockedRecipe
 from merger.plan.lockfile import Lock, changed_models, other_meaning, other_numbers, other_plan, read_lock
 from merger.plan.plan import Plan
@@ -186,7 +186,7 @@ def lock_path(recipe: Path) -> Path:
     return recipe.with_suffix(LOCK_SUFFIX)
 
 
-def _pins(path: Path, root: Path | None) -> dict[str, str]:
+def _pins(path: Path, root: Path | None) -> dict[str, Pin]:
     if not os.path.lexists(path):
         return {}
     try:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TextIO
 
 from merger import console
 from merger.errors import MergerError
+from merger.machine import limits_told
 from merger.options import Options
 from merger.planning import plan, read
 from merger.run import Done, Resumed, run
@@ -82,7 +83,8 @@ def _end_with_the_worker(hears: TextIO) -> None:
 def _told(asked: dict[str, Any], out: TextIO) -> int:
     """The exit code; a refusal is told to the worker."""
     try:
-        _make(asked, out)
+        with limits_told():
+            _make(asked, out)
     except MergerError as error:
         print(json.dumps({"failed": [str(problem) for problem in error.problems]}), file=out, flush=True)
         return error.exit_code

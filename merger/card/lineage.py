@@ -75,4 +75,4 @@ def _read(planned: Plan, model: LockedModel) -> list[str]:
 def _parent(planned: Plan, model: LockedModel, checksum: Checksum) -> Parent:
     located = model.located
     files = {name: FileInfo(located.files[name].size, checksum(located, name)) for name in _read(planned, model)}
-    return Parent(shown(model), located.commit, model.licence, files)
+    return Parent(shown(model), located.commit, model.licence, files, located.name if located.moved else None)

@@ -147,6 +147,13 @@ def _doubts(names: Sequence[str], seen: Geometry, subtracted: bool) -> list[str]
     return found
 
 
+def warnings(planned: Plan) -> list[str]:
+    """What is to be said of the models before a tensor is read."""
+    located = [model.located for model in planned.locked.models]
+    moved = [f"{each.moved} is now {each.where}" for each in located if each.moved]
+    return [*dict.fromkeys(moved), *same_models(planned), *strange_adapters(planned)]
+
+
 def same_models(planned: Plan) -> list[str]:
     """What can be doubted before a tensor is read: models of the recipe that are one and the same."""
     found: dict[object, str] = {}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from merger import machine
 from merger.checkpoints.shard import ShardWriter, Written
 from merger.engine.blocks import Block, Work, blocks
 from merger.engine.factors import Pairs
@@ -150,9 +151,7 @@ def _shard(
                     yield Observed(job, seen[job.name])
             written = writer.close()
     except OSError as error:
-        raise BudgetError(
-            Problem(f"{shard.name} cannot be written ({error.strerror})", hint="free some disk")
-        ) from None
+        raise machine.refused(f"{shard.name} cannot be written", error, BudgetError, "look at its disk") from None
     sink.take(written, noted(seen))
     yield ShardDone(written)
 

@@ -36,7 +36,7 @@ from merger.checkpoints.pickled import tensors as pickled_tensors
 from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.quantised import unpacked
 from merger.checkpoints.sidefiles import read_beside
-from merger.errors import ModelError, Problem, RecipeError
+from merger.errors import MissingError, ModelError, Problem, RecipeError
 from merger.plan.adapted import with_adapter
 from merger.plan.locked import LockedModel, LockedRecipe, stated_licence
 from merger.recipe.model import ModelRef, Recipe
@@ -50,7 +50,15 @@ _FRONT_MATTER = re.compile(r"\s*---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
 _REQUESTS_AT_ONCE = 8
 
 
-def pins(text: str, path: str) -> dict[str, str]:
+@dataclass(frozen=True)
+class Pin:
+    """What a lock says of a model on the Hub: its commit, and the name its repo went by, if it was renamed."""
+
+    commit: str
+    now: str | None = None
+
+
+def pins(text: str, path: str) -> dict[str, Pin]:
     """The commits by model that a lock file names, such as lies beside every result.
 
     Raises:
@@ -58,13 +66,17 @@ def pins(text: str, path: str) -> dict[str, str]:
     """
     try:
         models = load(text, limits.LOCK)["models"]
-        return {str(item["model"]): str(item["commit"]) for item in models if item["commit"]}
-    except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError):
+        return {str(item["model"]): _pin(item["commit"], item.get("now")) for item in models if item["commit"]}
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         hint = "take the merger.lock.yaml of a result, or remove it"
         raise RecipeError(Problem(f"{path} is no lock file", hint=hint)) from None
 
 
-def lock(recipe: Recipe, store: Store, pinned: Mapping[str, str] | None = None, pickles: bool = False) -> LockedRecipe:
+def _pin(commit: object, now: object) -> Pin:
+    return Pin(str(commit), None if now is None else str(now))
+
+
+def lock(recipe: Recipe, store: Store, pinned: Mapping[str, Pin] | None = None, pickles: bool = False) -> LockedRecipe:
     """Find and read every model of the recipe.
 
     Args:
@@ -218,12 +230,22 @@ class _Fetching:
 
     store: Store
     pool: ThreadPoolExecutor
-    pinned: Mapping[str, str]
+    pinned: Mapping[str, Pin]
     pickles: bool
     tally: limits.Tally
 
     def _located(self, ref: ModelRef) -> Located:
-        return self.store.locate(ref.path, self.pinned.get(str(ref)) or ref.revision)
+        pin = self.pinned.get(str(ref))
+        if pin is None:
+            return self.store.locate(ref.path, ref.revision)
+        try:
+            return self.store.locate(ref.path, pin.commit)
+        except MissingError:
+            # The Hub sends on from a former name only until somebody else takes it.
+            if pin.now is None:
+                raise
+            former = "/".join(ref.path.split("/")[:2])
+            return replace(self.store.locate(pin.now, pin.commit), moved=former)
 
     def model(self, ref: ModelRef) -> LockedModel:
         located, store = self._located(ref), self.store

@@ -19,6 +19,7 @@ from merger.checkpoints.sidefiles import CARD_NAME
 from merger.errors import Problem, RecipeError, VerificationError
 from merger.plan import formats
 from merger.plan.formats import Change
+from merger.plan.lock import Pin
 from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.plan import Plan
 from merger.safety.limits import LOCK
@@ -37,12 +38,14 @@ class Parent:
         commit: on the Hub; None for a folder.
         licence: the one that its card stated.
         files: those that were read, with the SHA-256 where it is known.
+        now: how its repo was called by then, where the recipe writes a former name.
     """
 
     model: str
     commit: str | None
     licence: str | None
     files: Mapping[str, FileInfo]
+    now: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,9 @@ class Lock:
     format: int = formats.FORMAT
 
     @property
-    def pins(self) -> dict[str, str]:
+    def pins(self) -> dict[str, Pin]:
         """The commits by model."""
-        return {parent.model: parent.commit for parent in self.models if parent.commit}
+        return {parent.model: Pin(parent.commit, parent.now) for parent in self.models if parent.commit}
 
     def text(self) -> str:
         """As YAML."""
@@ -86,7 +89,13 @@ class Lock:
             "shard_size": self.shard_bytes,
             "made_with": dict(self.made_with),
             "models": [
-                {"model": item.model, "commit": item.commit, "licence": item.licence, "files": _listed(item.files)}
+                {
+                    "model": item.model,
+                    **({"now": item.now} if item.now else {}),
+                    "commit": item.commit,
+                    "licence": item.licence,
+                    "files": _listed(item.files),
+                }
                 for item in self.models
             ],
             "output": _listed(self.output),
@@ -163,12 +172,13 @@ def _lock(content: Any) -> Lock:
 
 
 def _parent(item: Any) -> Parent:
-    commit, licence = item["commit"], item["licence"]
+    commit, licence, now = item["commit"], item["licence"], item.get("now")
     return Parent(
         _is(str, item["model"]),
         None if commit is None else _matching(_COMMIT, commit),
         None if licence is None else _is(str, licence),
         _files(item["files"]),
+        None if now is None else _is(str, now),
     )
 
 

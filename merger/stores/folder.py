@@ -7,14 +7,16 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from merger import machine
 from merger.checkpoints.checkpoint import is_single, is_weights
 from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.shard import Outlet, Written, file_sha256
@@ -26,6 +28,8 @@ from merger.stores.content import write
 from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, Ticket, refuse_large
 
 _MARK, _WORK = ".merger-in-work", ".merging"
+_OPEN_FILES = 64
+"""So many stay open for the next read: a process may have about a thousand, and a merge may read more."""
 
 
 class FolderStore:
@@ -120,8 +124,8 @@ def _readable(model: Located, file: str) -> Iterator[None]:
     except BarredError as why:
         raise ModelError(Problem(f"{_called(model, file)} {why}", hint=paths.COPY)) from None
     except OSError as error:
-        what = f"{_called(model, file)} cannot be read ({error.strerror})"
-        raise ModelError(Problem(what, hint=f"look at its rights and its disk: {model.where}")) from None
+        hint = f"look at its rights and its disk: {model.where}"
+        raise machine.refused(f"{_called(model, file)} cannot be read", error, ModelError, hint) from None
 
 
 def _called(model: Located, file: str) -> str:
@@ -135,29 +139,39 @@ class FolderReader:
     def __init__(self, tickets: Sequence[Ticket], root: Path | None = ANYWHERE) -> None:
         self._tickets = tickets
         self._root = root
-        self._open: dict[tuple[str, str], int] = {}
+        self._open: dict[tuple[str, str], _Open] = {}
+        self._lock = threading.Lock()
 
     def read(self, ticket: int, offset: int, out: memoryview) -> None:
         """Fill `out` from the ticket's file."""
         wanted = self._tickets[ticket]
         done = 0
-        with _readable(wanted.model, wanted.file):
+        with _readable(wanted.model, wanted.file), self._opened(wanted.model.where, wanted.file) as descriptor:
             while done < len(out):
-                descriptor = self._descriptor(wanted.model.where, wanted.file)
                 got = os.preadv(descriptor, [out[done:]], wanted.start + offset + done)
                 if got == 0:
                     what = f"{wanted.model.name}: {wanted.file} became shorter while it was read"
                     raise ModelError(Problem(what, hint="let nothing write to the models, and run it again"))
                 done += got
 
-    def _descriptor(self, folder: str, file: str) -> int:
-        key = (folder, file)
-        if key not in self._open:
-            # Two threads may open the same file at once: the loser's descriptor is closed again.
-            opened = paths.opened(_reached(folder, file, self._root))
-            if self._open.setdefault(key, opened) != opened:
-                os.close(opened)
-        return self._open[key]
+    @contextmanager
+    def _opened(self, folder: str, file: str) -> Iterator[int]:
+        with self._lock:
+            found = self._open.pop((folder, file), None) or _Open(paths.opened(_reached(folder, file, self._root)))
+            self._open[folder, file] = found  # the last in the row now
+            found.readers += 1
+        try:
+            yield found.descriptor
+        finally:
+            with self._lock:
+                found.readers -= 1
+                self._close_all_but(_OPEN_FILES)
+
+    def _close_all_but(self, most: int) -> None:
+        """Close those that were read longest ago, and that nobody reads."""
+        idle = [key for key, file in self._open.items() if file.readers == 0]
+        for key in idle[: max(0, len(self._open) - most)]:
+            os.close(self._open.pop(key).descriptor)
 
     def repeatable(self, ticket: int) -> bool:
         """A disk can be read again."""
@@ -165,9 +179,16 @@ class FolderReader:
 
     def close(self) -> None:
         """Close the files."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        with self._lock:
+            self._close_all_but(0)
+
+
+@dataclass
+class _Open:
+    """A file that is open, and how many threads read it at this moment."""
+
+    descriptor: int
+    readers: int = 0
 
 
 class FolderSink:
@@ -417,10 +438,8 @@ class FolderSink:
         try:
             yield
         except OSError as error:
-            what = f"cannot write to the destination {str(self.folder)!r} ({error.strerror})"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise BudgetError(Problem(what, hint="free some disk, and run it again")) from None
-            raise UploadError(Problem(what, hint="look at its rights and its disk, or choose another")) from None
+            what, hint = f"cannot write to the destination {str(self.folder)!r}", "look at its disk, or choose another"
+            raise machine.refused(what, error, UploadError, hint) from None
 
 
 def _is_free(path: Path) -> bool:

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, RepoFile, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     OIDCError,
     RepositoryNotFoundError,
@@ -23,11 +23,14 @@ from huggingface_hub.utils import httpx
 
 from merger.checkpoints.checkpoint import is_single
 from merger.errors import GatedError, MissingError, ModelError, Problem, UploadError
+from merger.machine import lacking
 from merger.safety import limits
 from merger.stores.digests import Beginnings, confirm
-from merger.stores.patience import patiently, status_of
+from merger.stores.patience import UnreadableAnswer, is_passing, patiently, status_of
 from merger.stores.ports import FileInfo, Located, Ticket, refuse_large
 from merger.stores.ranges import RangeClient, RangeReader
+
+_NO_ANSWER = "does a proxy or a sign-in page of the network answer in its place? then check HF_ENDPOINT, and try again"
 
 
 class HubStore:
@@ -65,7 +68,9 @@ class HubStore:
             page = f"{constants.ENDPOINT}/{repo}/tree/{info.sha}"
             raise ModelError(Problem(f"there is no {within!r} in {repo}", hint=f"see {page}"))
         card = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
-        return Located(path, repo, info.sha, held, inside, card, bool(info.gated), bool(info.private))
+        name = f"{info.id}/{within}" if within else info.id
+        moved = repo if info.id != repo else None
+        return Located(name, info.id, info.sha, held, inside, card, bool(info.gated), bool(info.private), moved)
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Ask for a part of a file; for all of it when no end is given."""
@@ -112,17 +117,33 @@ def trusted_publisher(repo: str) -> str:
     """The token that the Hub gives to this CI job for one repo; from now on its client takes it, and renews it.
 
     Raises:
-        UploadError: the Hub does not trust this job with that repo.
+        UploadError: the Hub does not trust this job with that repo, or cannot tell.
     """
     os.environ["HF_OIDC_RESOURCE"] = repo
     try:
-        return get_token() or ""
-    except (OIDCError, httpx.HTTPError) as error:
-        status = status_of(error)
+        return patiently(_published_token)
+    except (OIDCError, ValueError, httpx.HTTPError) as error:
+        raise lacking(error) or UploadError(no_token(error, repo)) from None
+
+
+def _published_token() -> str:
+    token = get_token()
+    if not isinstance(token, str) or not token:
+        raise UnreadableAnswer("no token in it")
+    return token
+
+
+def no_token(error: Exception, repo: str) -> Problem:
+    """Why a CI job gets no token for a repo."""
+    status, what = status_of(error), f"the Hub gives this job no token for {repo}"
+    if isinstance(error, UnreadableAnswer | ValueError):
+        return Problem(f"{what}: an answer on the way to it is none of the Hub's or GitHub's", hint=_NO_ANSWER)
+    if isinstance(error, httpx.HTTPError) and is_passing(error):
         why = f"HTTP {status}" if status else type(error).__name__
-        page = f"{constants.ENDPOINT}/{repo}/settings"
-        hint = f"the repo has to exist, and to name this workflow as a trusted publisher in {page}"
-        raise UploadError(Problem(f"the Hub gives this job no token for {repo} ({why})", hint=hint)) from None
+        return Problem(f"{what}: GitHub or the Hub is in trouble ({why})", hint="run the job again later")
+    page = f"{constants.ENDPOINT}/{repo}/settings"
+    hint = f"the repo has to exist, and to name this workflow as a trusted publisher in {page}"
+    return Problem(f"{what} ({f'HTTP {status}' if status else error})", hint=hint)
 
 
 @contextmanager
@@ -130,8 +151,8 @@ def _refusals(path: str, revision: str | None) -> Iterator[None]:
     """Turn the client's errors into a sentence and a next step."""
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError) as error:
-        raise _kind(error)(_in_words(error, path, revision)) from None
+    except (OIDCError, OfflineModeIsEnabled, EntryNotFoundError, ValueError, httpx.HTTPError) as error:
+        raise lacking(error) or _kind(error)(_in_words(error, path, revision)) from None
 
 
 def _kind(error: Exception) -> type[ModelError]:
@@ -152,12 +173,18 @@ def _in_words(error: Exception, path: str, revision: str | None) -> Problem:
             return Problem(f"there is no model {path} on the Hub that we may read", hint=hint)
         case RevisionNotFoundError():
             return Problem(f"{path} has no revision {revision!r}", hint=f"see {page}/commits/main")
+        case LocalEntryNotFoundError():
+            return Problem(f"the Hub cannot be reached for {path}", hint="check the network, then HF_ENDPOINT")
         case EntryNotFoundError():
             return Problem(f"{path}: a file of it is gone", hint=f"see {page}/tree/main")
         case HFValidationError():
             return Problem(f"{path!r} is no model's name", hint="write owner/name, or ./folder")
         case OfflineModeIsEnabled():
             return Problem(f"{path} is on the Hub, and HF_HUB_OFFLINE forbids to ask it", hint="unset HF_HUB_OFFLINE")
+        case OIDCError():
+            return no_token(error, path)
+        case UnreadableAnswer() | ValueError() if status_of(error) is None:
+            return Problem(f"the answer for {path} is none of the Hub's", hint=_NO_ANSWER)
     match status_of(error):
         case None:
             what = f"the Hub cannot be reached for {path} ({type(error).__name__})"

@@ -1,4 +1,4 @@
-"""How long to wait for the Hub's answer, when to ask again, and after how long. Not here: what is asked.
+"""How long to wait for the Hub's answer, and which of its answers are worth another try. Not here: what is asked.
 
 The client by itself waits for ever, and its words about a second try show addresses whose signature is as good as a
 token: from here on, for the whole process, it does neither.
@@ -6,17 +6,20 @@ token: from here on, for the whole process, it does neither.
 
 from __future__ import annotations
 
+import json
 import logging
-import random
 import re
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from traceback import walk_tb
 from typing import TypeVar
 
 from huggingface_hub import set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import httpx, parse_ratelimit_headers
+from huggingface_hub.utils import build_hf_headers, httpx, parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
+
+from merger.retries import PASSING, TOO_MANY, again
 
 TIMEOUT_SECONDS = 30.0
 """How long a connection may stand still while bytes travel."""
@@ -24,13 +27,40 @@ TIMEOUT_SECONDS = 30.0
 ANSWER_SECONDS = 150.0
 """How long an answer may take to begin: the Hub gives a commit a minute, the end of a large upload may take longer."""
 
-TRIES = 4
-LONGEST_PAUSE_SECONDS = 300.0
-TOO_MANY = 429
-PASSING = frozenset({408, TOO_MANY, 500, 502, 503, 504})
-"""Answers that another try may mend."""
-
 T = TypeVar("T")
+
+
+class UnreadableAnswer(httpx.TransportError):
+    """An answer that says all is well, and is none that the Hub or GitHub gives: a proxy's page, JSON without a value.
+
+    As good as no answer: another try may mend it.
+    """
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Around calls of the Hub's client, which takes it for granted that every answer is what it should be.
+
+    Raises:
+        UnreadableAnswer: it stumbled over one that is not.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+        if any(name.partition(".")[0] == "huggingface_hub" for name in frames):
+            raise UnreadableAnswer(type(error).__name__) from None
+        raise  # a fault of ours
+
+
+def headers_now(token: str | bool | None) -> dict[str, str]:
+    """The headers that tell the Hub who asks, for one request: a token of trusted publishing is renewed each hour.
+
+    Raises:
+        OIDCError, HTTPError: it could not be renewed.
+    """
+    with understood():
+        return build_hf_headers(token=token)
 
 
 def patiently(ask: Callable[[], T]) -> T:
@@ -39,14 +69,17 @@ def patiently(ask: Callable[[], T]) -> T:
     Raises:
         HfHubHTTPError, TransportError: as the last try did.
     """
-    for tries in range(1, TRIES):
-        try:
+
+    def understand() -> T:
+        with understood():
             return ask()
-        except (HfHubHTTPError, httpx.TransportError) as error:
-            if not is_passing(error):
-                raise
-            time.sleep(pause(tries, asked(error)))
-    return ask()
+
+    return again(understand, _worth)
+
+
+def _worth(error: Exception) -> float | None:
+    is_known = isinstance(error, HfHubHTTPError | httpx.TransportError)
+    return asked(error) if is_known and is_passing(error) else None
 
 
 def is_passing(error: Exception) -> bool:
@@ -64,19 +97,14 @@ def status_of(error: Exception) -> int | None:
 def asked(error: Exception) -> float:
     """How many seconds the server asked us to wait."""
     response = error.response if isinstance(error, HfHubHTTPError) else None
-    return 0.0 if response is None else asked_pause(response)
+    return 0.0 if response is None else asked_pause(response.status_code, response.headers)
 
 
-def asked_pause(answer: httpx.Response) -> float:
+def asked_pause(status: int, headers: Mapping[str, str]) -> float:
     """How many seconds an answer asks us to wait, in one of the two ways it may say so."""
-    after = answer.headers.get("Retry-After", "")
-    limit = parse_ratelimit_headers(answer.headers) if answer.status_code == TOO_MANY else None
-    return float(after) if after.isdigit() else float(limit.reset_in_seconds) if limit else 0.0
-
-
-def pause(tries: int, asked: float) -> float:
-    """Seconds until the next try: twice as long each time, spread so that many workers do not come back at once."""
-    return max(min(asked, LONGEST_PAUSE_SECONDS), min(30.0, 0.25 * 2.0**tries) * random.uniform(0.5, 1.0))
+    after = headers.get("Retry-After", "")
+    limit = parse_ratelimit_headers(headers) if status == TOO_MANY else None
+    return float(after) if after.isdecimal() else float(limit.reset_in_seconds) if limit else 0.0
 
 
 def _client() -> httpx.Client:

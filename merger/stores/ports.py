@@ -47,6 +47,7 @@ class Located:
         card: the metadata of its card, where the store was told without reading it; else None.
         gated: whether its files are for those alone who accepted its terms.
         private: whether nothing of it is for everybody.
+        moved: the repo's former name, if that is what it was asked for by.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Located:
     card: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     gated: bool = field(default=False, compare=False)
     private: bool = field(default=False, compare=False)
+    moved: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

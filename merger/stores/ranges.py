@@ -1,7 +1,8 @@
 """Bytes of remote files by range: resolved once, retried, checked, read ahead under a byte budget.
 
-A file's address on the Hub answers with a signed address elsewhere, good for about an hour; ranges are asked there,
-without the token. Not here: what the Hub knows about a model (hub), and what the bytes mean.
+A file's address on the Hub answers with another there, if its repo was renamed, and then with a signed address
+elsewhere, good for about an hour; ranges are asked there, without the token. Not here: what the Hub knows about a
+model (hub), and what the bytes mean.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from operator import attrgetter
 
 import numpy as np
 from huggingface_hub import constants, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import get_session, hf_raise_for_status, httpx
 from numpy.typing import NDArray
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError, ProtocolError, TimeoutError
 
+from merger import machine
 from merger.errors import ModelError, Problem
+from merger.retries import PASSING, pause
 from merger.stores import patience
 from merger.stores.connections import Connections, chunks
 from merger.stores.digests import Beginnings, Digest, File
-from merger.stores.patience import PASSING, asked_pause, pause
+from merger.stores.patience import asked_pause
 from merger.stores.ports import Located, Ticket
 
 TRIES = 6
@@ -36,6 +40,8 @@ PIECE_BYTES = 16 << 20
 _GAP_BYTES = 64 << 10
 _NEAR_TICKETS = 64
 _REASON_BYTES = 64 << 10
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MOST_HOPS = 20  # as many as the Hub's client follows
 _SHARE_KEPT = 8
 """One part in so many of the budget may be bytes of a file that wait to be hashed in their turn."""
 
@@ -48,8 +54,8 @@ class RangeClient:
     """
 
     def __init__(self, token: str | bool | None = None) -> None:
-        self._headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
-        self._addresses: dict[tuple[str, str | None, str], tuple[str, bool]] = {}
+        self._token = token
+        self._addresses: dict[_Key, _Address] = {}
         self._connections = Connections(CONNECTIONS)
 
     def fill(self, model: Located, file: str, start: int, out: memoryview) -> None:
@@ -65,51 +71,117 @@ class RangeClient:
                 for chunk in self._stream(model, file, start + done, start + len(out)):
                     out[done : done + len(chunk)] = chunk
                     done += len(chunk)
+            except _Astray as error:
+                what = f"{model.name}: {file} cannot be read: the Hub {error}"
+                raise ModelError(Problem(what, hint="try again later, and check HF_ENDPOINT")) from None
             except (HTTPError, httpx.TransportError, _TryAgain) as error:
                 tries += 1
                 if tries == TRIES:
                     what = f"{model.name}: {file} could not be read after {TRIES} tries ({_in_words(error)})"
-                    raise ModelError(Problem(what, hint="the Hub or the network is in trouble: run it again")) from None
+                    hint = "the Hub or the network is in trouble: run it again"
+                    raise machine.lacking(error) or ModelError(Problem(what, hint=hint)) from None
                 time.sleep(pause(tries, error.seconds if isinstance(error, _TryAgain) else 0.0))
 
     def _stream(self, model: Located, file: str, start: int, stop: int) -> Iterator[bytes]:
         """The answer to one request, in chunks; anything but exactly the range asked for is an error."""
-        address, foreign = self._address(model, file)
-        headers = {"Accept-Encoding": "identity"} if foreign else dict(self._headers)
-        headers["Range"] = f"bytes={start}-{stop - 1}"
-        with self._connections.get(address, headers) as answer:
-            if foreign and answer.status in (401, 403):
-                self._addresses.pop((model.where, model.commit, model.inside + file), None)
-                raise _TryAgain("the signed address expired")
-            _check(_told(answer, address), start, stop, model.files[file].size)
-            got = 0
-            for chunk in chunks(answer):
-                got += len(chunk)
-                if got > stop - start:
-                    raise _TryAgain("the answer is longer than the range")
-                yield chunk
-            if got < stop - start:
-                raise _TryAgain("the answer was cut short")
-
-    def _address(self, model: Located, file: str) -> tuple[str, bool]:
-        """Where the file's bytes are, and whether that is another host, which must not see the token."""
         key = (model.where, model.commit, model.inside + file)
+        while True:
+            address = self._address(key, model.files[file].sha256)
+            headers = self._headers(address) | {"Range": f"bytes={start}-{stop - 1}"}
+            with self._connections.get(address.url, headers) as answer:
+                if (further := address.further(answer.status, answer.headers)) is not None:
+                    self._addresses[key] = further
+                    continue
+                if address.is_foreign and answer.status in (401, 403):
+                    self._addresses.pop(key, None)
+                    raise _TryAgain("the signed address expired")
+                _check(_told(answer, address.url), start, stop, model.files[file].size)
+                got = 0
+                for chunk in chunks(answer):
+                    got += len(chunk)
+                    if got > stop - start:
+                        raise _TryAgain("the answer is longer than the range")
+                    yield chunk
+                if got < stop - start:
+                    raise _TryAgain("the answer was cut short")
+                return
+
+    def _address(self, key: _Key, sha256: str | None) -> _Address:
+        """Where the file's bytes are: the last address on the Hub, or the first that is elsewhere."""
         known = self._addresses.get(key)  # once: another thread may forget it at any moment
         if known is None:
-            url = hf_hub_url(model.where, model.inside + file, revision=model.commit, endpoint=constants.ENDPOINT)
-            answer = get_session().request(
-                "HEAD", url, headers=self._headers, timeout=patience.TIMEOUT_SECONDS, follow_redirects=False
-            )
-            _raise_for(answer)
-            _check_identity(answer, model.files[file].sha256)
-            location = answer.headers.get("Location")
-            known = self._addresses[key] = (url, False) if location is None else _beside(url, location)
+            where, commit, file = key
+            known = _Address(hf_hub_url(where, file, revision=commit, endpoint=constants.ENDPOINT))
+            further: _Address | None = known
+            while further is not None and not further.is_foreign:
+                known, further = further, self._looked(further, sha256)
+            known = self._addresses[key] = further or known
         return known
 
+    def _looked(self, address: _Address, sha256: str | None) -> _Address | None:
+        """Where an address on the Hub leads on to."""
+        answer = get_session().request(
+            "HEAD",
+            address.url,
+            headers=self._headers(address),
+            timeout=patience.TIMEOUT_SECONDS,
+            follow_redirects=False,
+        )
+        _raise_for(answer)
+        _check_identity(answer, sha256)
+        return address.further(answer.status_code, answer.headers)
 
-def _beside(url: str, location: str) -> tuple[str, bool]:
-    there = httpx.URL(url).join(location)
-    return str(there), (there.scheme, there.netloc) != (httpx.URL(url).scheme, httpx.URL(url).netloc)
+    def _headers(self, address: _Address) -> dict[str, str]:
+        try:
+            who = {} if address.is_foreign else patience.headers_now(self._token)
+        except HfHubHTTPError as error:
+            if not patience.is_passing(error):
+                raise
+            raise _TryAgain(f"HTTP {patience.status_of(error)} for a new token", patience.asked(error)) from None
+        return who | {"Accept-Encoding": "identity"}
+
+
+_Key = tuple[str, str | None, str]
+"""A file: its repo, commit and name there."""
+
+
+@dataclass(frozen=True)
+class _Address:
+    """Where bytes may be, after so many others that led there.
+
+    `is_foreign`: another origin than the Hub's was on the way, and from there on nobody sees the token.
+    """
+
+    url: str
+    is_foreign: bool = False
+    hops: int = 0
+
+    def further(self, status: int, headers: Mapping[str, str]) -> _Address | None:
+        """Where an answer sends us; None: here is the right place.
+
+        Raises:
+            _Astray: it must not be gone there.
+        """
+        location = headers.get("Location")
+        if status not in _REDIRECTS or location is None:
+            return None
+        if self.hops == _MOST_HOPS:
+            raise _Astray(f"sends us on from place to place, {_MOST_HOPS} times by now")
+        try:
+            here, there = httpx.URL(self.url), httpx.URL(self.url).join(location)
+        except httpx.InvalidURL:
+            raise _Astray("sends us to what is no address") from None
+        if there.scheme not in ("https", here.scheme) or not there.host:
+            raise _Astray(f"sends us from {here.scheme} to {there.scheme}, where others could read along")
+        return _Address(str(there), self.is_foreign or _origin(here) != _origin(there), self.hops + 1)
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
+
+
+class _Astray(Exception):
+    """A redirect that is not followed, and why, in words that go on from "the Hub"."""
 
 
 class _TryAgain(Exception):
@@ -122,7 +194,7 @@ class _TryAgain(Exception):
 
 def _raise_for(answer: httpx.Response) -> None:
     if answer.status_code in PASSING:
-        raise _TryAgain(f"HTTP {answer.status_code}", asked_pause(answer))
+        raise _TryAgain(f"HTTP {answer.status_code}", asked_pause(answer.status_code, answer.headers))
     hf_raise_for_status(answer)
 
 
@@ -163,6 +235,8 @@ def _in_words(error: Exception) -> str:
         return "the connection broke off"
     if isinstance(error, TimeoutError):
         return "the connection stood still"
+    if isinstance(error, patience.UnreadableAnswer):
+        return "an answer that is none of the Hub's"
     return str(error) if isinstance(error, _TryAgain) else type(error).__name__
 
 

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from merger.checkpoints.shard import Outlet, Written
 from merger.errors import Problem, UploadError, VerificationError
+from merger.stores.patience import headers_now
 from merger.stores.scratch import Scratch
 
 _SECONDS = 60.0
@@ -70,7 +71,7 @@ class Destination:
     @property
     def headers(self) -> dict[str, str]:
         """With the token, so only for the Hub itself."""
-        return build_hf_headers(token=self.api.token)
+        return headers_now(self.api.token)
 
     @property
     def xet_token_url(self) -> str:

@@ -36,10 +36,11 @@ from huggingface_hub.utils import httpx
 from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import PICTURES, side_files
 from merger.errors import BudgetError, DamagedError, MissingError, Problem, UploadError, VerificationError
+from merger.retries import TRIES, pause
 from merger.safety.limits import MEASURED
 from merger.safety.names import HINT, is_repo
 from merger.stores.content import write
-from merger.stores.patience import TRIES, asked, is_passing, patiently, pause, status_of
+from merger.stores.patience import asked, is_passing, patiently, status_of
 from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, refuse_large
 from merger.stores.ranges import RangeClient
 from merger.stores.scratch import Scratch, sweep

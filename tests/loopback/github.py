@@ -22,7 +22,8 @@ Answer = tuple[int, Any]
 class LoopbackGitHub:
     """One repository's side of the REST API; `comments` by pull request, `files` by path, `log` of all that was asked.
 
-    `compared` holds the changed files by what is compared, ``base...head`` or ``pull 7``.
+    `compared` holds the changed files by what is compared, ``base...head`` or ``pull 7``; `strange` the answers that
+    come in place of its own, in their order, each to the next request of a method and path that fits its pattern.
 
     Args:
         repository: ``owner/name``.
@@ -35,6 +36,7 @@ class LoopbackGitHub:
         self.compared: dict[str, list[dict[str, str]]] = {}
         self.log: list[str] = []
         self.page = 100
+        self.strange: list[tuple[str, int, bytes]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
@@ -53,6 +55,10 @@ class LoopbackGitHub:
         path, _, query = target.partition("?")
         self.log.append(f"{method} {path}")
         asked = {key: values[0] for key, values in parse_qs(query).items()}
+        for scripted in self.strange:
+            if re.fullmatch(scripted[0], f"{method} {path}"):
+                self.strange.remove(scripted)
+                return scripted[1:]
         if path == "/identity":
             return (200, {"value": self._identity(asked["audience"])}) if token == IDENTITY else (401, {})
         if token not in (TOKEN, READ_ONLY):
@@ -125,7 +131,7 @@ def _handler(github: LoopbackGitHub) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
             status, told = github.answer(self.command, self.path, json.loads(body) if body else None, token)
-            raw = json.dumps(told).encode()
+            raw = told if isinstance(told, bytes) else json.dumps(told).encode()
             self.send_response(status)
             if isinstance(told, list) and len(told) == github.page:
                 page = int((re.search(r"[?&]page=([0-9]+)", self.path) or ["", "1"])[1])

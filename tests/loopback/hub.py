@@ -123,6 +123,14 @@ class LoopbackHub:
             found = self._repo(repo)
             found.point(f"refs/heads/{name}", found.resolve(start).sha)
 
+    def rename(self, repo: str, new: str) -> None:
+        """Give a repo another name; its former one leads there until a repo takes it, also by another renaming."""
+        with self.world.lock:
+            found = self.world.repos.pop(repo)
+            found.key = new
+            self.world.create(found)
+            self.world.renamed[repo] = new
+
     def grant(self, repo: str, user: str) -> None:
         """Let a user see the files of a gated repo."""
         with self.world.lock:

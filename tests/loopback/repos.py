@@ -207,10 +207,12 @@ class World:
         self.blobs = Blobs(root / "blobs")
         self.users: dict[str, User] = {}
         self.repos: dict[str, Repo] = {}
+        self.renamed: dict[str, str] = {}  # former keys, and the key to which the Hub sends on from there
         self.publishers: dict[str, str] = {}  # by repo, the repository of GitHub's whose jobs may write to it
 
     def create(self, repo: Repo) -> Repo:
-        """Add a repo that has no commit yet."""
+        """Add a repo that has no commit yet; whoever takes a former name ends the sending on."""
+        self.renamed.pop(repo.key, None)
         self.repos[repo.key] = repo
         return repo
 

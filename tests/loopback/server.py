@@ -22,7 +22,7 @@ from .blobs import CHUNK
 from .journal import Fault
 from .repos import HubError
 from .rights import authenticate
-from .wire import Answer, Body, Context, Exchange, FilePart, Loaded, Pace, Route, refusal
+from .wire import Answer, Body, Context, Exchange, FilePart, Loaded, Pace, Route, moved, refusal
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -171,6 +171,8 @@ class Origin(ThreadingHTTPServer):
         raise HubError(404, f"the loopback Hub has no {x.method} {x.path}")
 
     def _run(self, route: Route, x: Exchange) -> Answer:
+        if self.side == "hub" and (there := moved(self.context.world, x)) is not None:
+            return there
         if not route.locked:
             return route.handle(self.context, x)
         x.body = Loaded(x.body)

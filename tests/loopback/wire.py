@@ -216,6 +216,16 @@ def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
     return Answer(status, {"Content-Type": "application/json; charset=utf-8", **(headers or {})}, body)
 
 
+def moved(world: World, x: Exchange) -> Answer | None:
+    """Where a renamed repo is now: the same address with its new name, without the host, as the Hub writes it."""
+    new = world.renamed.get(x.key) if "ns" in x.args else None
+    if new is None:
+        return None
+    place = x.path.replace(f"/{x.args['ns']}/{x.args['name']}", "/" + "/".join(new.split("/")[-2:]), 1)
+    place += f"?{x.query}" if x.query else ""
+    return Answer(307, {"Location": place}, f"Temporary Redirect. Redirecting to {place}".encode())
+
+
 def refusal(error: HubError) -> Answer:
     """An error as the Hub words it: in the body and in the headers that the client looks at."""
     headers = {"X-Error-Message": error.message.encode("ascii", "replace").decode().replace("\n", " "), **error.headers}

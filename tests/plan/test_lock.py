@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from merger.errors import ModelError, RecipeError
-from merger.plan.lock import pins
+from merger.plan.lock import Pin, pins
 
 from .models import llama, locked, model, write
 
@@ -122,7 +122,7 @@ def test_the_licence_is_read_from_the_card_if_it_can_be(tmp_path: Path, card: st
 def test_a_lock_file_names_the_commits_of_models_on_the_hub() -> None:
     """Folders have none."""
     models = "models:\n- {model: org/a@main, commit: 1f}\n- {model: folder, commit: null}\n"
-    assert pins(models, "mine.lock.yaml") == {"org/a@main": "1f"}
+    assert pins(models, "mine.lock.yaml") == {"org/a@main": Pin("1f")}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merger.errors import RecipeError
+from merger.plan.lock import Pin
 from merger.plan.locked import LockedRecipe
 from merger.plan.lockfile import Lock, Parent, changed_models, other_plan, read_lock
 from merger.stores.ports import FileInfo, Located
@@ -48,7 +49,7 @@ def test_it_is_readable_by_people() -> None:
     text = Lock(**{**vars(LOCK), "recipe": "# mine\nmerge_method: linear\nmodels: []\n"}).text()
     assert text.endswith("recipe: |\n  # mine\n  merge_method: linear\n  models: []\n")
     assert "- file: config.json\n  size: 3\n  sha256: null\n" in text
-    assert read_lock(text, "x").pins == {"org/a@main": "1f" * 20}
+    assert read_lock(text, "x").pins == {"org/a@main": Pin("1f" * 20)}
 
 
 @pytest.mark.parametrize(

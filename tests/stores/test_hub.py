@@ -35,10 +35,10 @@ def commit(served: LoopbackHub) -> str:
 
 
 def locate(repo: str, revision: str | None = None, token: str | None = None) -> Located:
-    from merger.stores import patience
+    from merger import retries
     from merger.stores.hub import HubStore
 
-    with patch.object(patience, "time", SimpleNamespace(sleep=lambda seconds: None)):
+    with patch.object(retries, "time", SimpleNamespace(sleep=lambda seconds: None)):
         return HubStore(token).locate(repo, revision)
 
 
@@ -67,13 +67,13 @@ def locate_at(endpoint: str, repo: str) -> Located:
     """With an endpoint of its own: the child is already bound to its Hub."""
     from huggingface_hub import HfApi, constants
 
-    from merger.stores import patience
+    from merger import retries
     from merger.stores.hub import HubStore
 
     store = HubStore()
     store._api = HfApi(endpoint=endpoint)
     with (
-        patch.object(patience, "time", SimpleNamespace(sleep=lambda seconds: None)),
+        patch.object(retries, "time", SimpleNamespace(sleep=lambda seconds: None)),
         patch.object(constants, "ENDPOINT", endpoint),
     ):
         return store.locate(repo, None)

@@ -1,0 +1,93 @@
+"""GitHub's REST API as the Action asks it: what is no answer of GitHub's, or passing trouble, over real sockets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+from loopback import LoopbackGitHub
+from loopback.github import TOKEN
+
+from merger import retries
+from merger.github import Api, GitHubError
+
+PAGE = b"<!doctype html><title>Sign in to the network</title>"
+FILES = [{"filename": "a.yaml", "status": "added"}, {"filename": "b.yaml", "status": "removed"}]
+Call = Callable[[Api], object]
+
+CALLS: dict[str, tuple[str, Call]] = {
+    "compare": ("GET .*/compare/.*", lambda api: api.compared("main", "new")),
+    "files of a pull request": ("GET .*/pulls/7/files", lambda api: api.files_of(7)),
+    "look at comments": ("GET .*/issues/7/comments", lambda api: api.keep_comment(7, "<!-- ours -->", "the plan")),
+    "write a comment": ("POST .*/issues/7/comments", lambda api: api.keep_comment(7, "<!-- ours -->", "the plan")),
+    "look at a file": ("GET .*/contents/.*", lambda api: api.commit_file("a.lock.yaml", "new", "Lock", "main")),
+    "commit a file": ("PUT .*/contents/.*", lambda api: api.commit_file("a.lock.yaml", "new", "Lock", "main")),
+}
+"""Each request that there is, and the call that makes it."""
+
+PASSING = {"500": (500, b"{}"), "503 with a page": (503, PAGE), "a page": (200, PAGE), "nothing": (200, b"")}
+NO_ANSWERS = {
+    **{f"{name}, for good": answer for name, answer in PASSING.items()},
+    "text": (200, b'"text"'),
+    "a list of numbers": (200, b"[1, 2]"),
+    "no fields": (200, b'[{"status": "added"}, {"body": "<!-- ours -->"}]'),
+    "not Unicode": (200, b"\xff\xfe\x00"),
+    "a number for content": (200, b'{"content": 7, "sha": "1f"}'),
+    "a number for files": (200, b'{"files": 7}'),
+}
+READING = ("compare", "files of a pull request", "look at comments", "look at a file")
+
+
+@pytest.fixture
+def github(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackGitHub]:
+    """A GitHub with one file and two changes; nobody waits between tries."""
+    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=lambda seconds: None))
+    with LoopbackGitHub() as server:
+        server.files["a.lock.yaml"] = b"old"
+        server.compared |= {"main...new": FILES, "pull 7": FILES}
+        yield server
+
+
+@pytest.fixture
+def api(github: LoopbackGitHub) -> Api:
+    return Api(github.url, github.repository, TOKEN)
+
+
+@pytest.mark.parametrize("answer", PASSING)
+@pytest.mark.parametrize("call", CALLS)
+def test_passing_trouble_is_asked_through(call: str, answer: str, github: LoopbackGitHub, api: Api) -> None:
+    """Three times no answer of GitHub's, then one: what was to be done is done, once."""
+    place, ask = CALLS[call]
+    github.strange = [(place, *PASSING[answer])] * 3
+    found = ask(api)
+    assert github.strange == []
+    if "compare" in call or "pull request" in call:
+        assert found == {"a.yaml"}
+    elif "comment" in call:
+        assert [comment["body"] for comment in github.comments[7]] == ["<!-- ours -->\nthe plan"]
+    else:
+        assert github.files["a.lock.yaml"] == b"new"
+
+
+@pytest.mark.parametrize("answer", NO_ANSWERS)
+@pytest.mark.parametrize("call", READING)
+def test_what_is_no_answer_of_githubs_is_told(call: str, answer: str, github: LoopbackGitHub, api: Api) -> None:
+    """A sentence with a next step, whatever comes in place of an answer, and never a traceback."""
+    place, ask = CALLS[call]
+    github.strange = [(place, *NO_ANSWERS[answer])] * retries.TRIES
+    with pytest.raises(GitHubError) as refusal:
+        ask(api)
+    (problem,) = refusal.value.problems
+    assert ("GitHub is in trouble" in problem.what) != ("an answer is none of GitHub's" in problem.what)
+    assert problem.hint
+    assert TOKEN not in str(refusal.value)
+
+
+def test_a_refusal_is_no_trouble(github: LoopbackGitHub, api: Api) -> None:
+    """It is asked once."""
+    github.strange = [("GET .*/pulls/7/files", 403, json.dumps({"message": "no"}).encode())]
+    with pytest.raises(GitHubError, match=r"GitHub refuses GET pulls/7/files \(HTTP 403\)"):
+        api.files_of(7)
+    assert len(github.log) == 1
