@@ -30,7 +30,7 @@ from merger.stores.patience import UnreadableAnswer, is_passing, patiently, stat
 from merger.stores.ports import FileInfo, Located, Ticket, refuse_large
 from merger.stores.ranges import RangeClient, RangeReader
 
-_NO_ANSWER = "does a proxy or a sign-in page of the network answer in its place? then check HF_ENDPOINT, and try again"
+NO_ANSWER = "does a proxy or a sign-in page of the network answer in its place? then check HF_ENDPOINT, and try again"
 
 
 class HubStore:
@@ -137,7 +137,7 @@ def no_token(error: Exception, repo: str) -> Problem:
     """Why a CI job gets no token for a repo."""
     status, what = status_of(error), f"the Hub gives this job no token for {repo}"
     if isinstance(error, UnreadableAnswer | ValueError):
-        return Problem(f"{what}: an answer on the way to it is none of the Hub's or GitHub's", hint=_NO_ANSWER)
+        return Problem(f"{what}: an answer on the way to it is none of the Hub's or GitHub's", hint=NO_ANSWER)
     if isinstance(error, httpx.HTTPError) and is_passing(error):
         why = f"HTTP {status}" if status else type(error).__name__
         return Problem(f"{what}: GitHub or the Hub is in trouble ({why})", hint="run the job again later")
@@ -184,7 +184,7 @@ def _in_words(error: Exception, path: str, revision: str | None) -> Problem:
         case OIDCError():
             return no_token(error, path)
         case UnreadableAnswer() | ValueError() if status_of(error) is None:
-            return Problem(f"the answer for {path} is none of the Hub's", hint=_NO_ANSWER)
+            return Problem(f"the answer for {path} is none of the Hub's", hint=NO_ANSWER)
     match status_of(error):
         case None:
             what = f"the Hub cannot be reached for {path} ({type(error).__name__})"

@@ -63,10 +63,11 @@ class Sending(Protocol):
 
 @dataclass(frozen=True)
 class Destination:
-    """The repo that things are sent to."""
+    """The repo that things are sent to; `by_request`: in a pull request, for which nobody needs the right to write."""
 
     api: HfApi
     repo: str
+    by_request: bool = False
 
     @property
     def headers(self) -> dict[str, str]:
@@ -76,7 +77,8 @@ class Destination:
     @property
     def xet_token_url(self) -> str:
         """Where the Hub gives out the right to write to its Xet storage."""
-        return f"{self.api.endpoint}/api/models/{self.repo}/xet-write-token/main"
+        place = f"{self.api.endpoint}/api/models/{self.repo}/xet-write-token/main"
+        return f"{place}?create_pr=1" if self.by_request else place
 
     def has_xet(self) -> bool:
         """Whether this client and this Hub both speak Xet. The client itself never asks, and fails where it is wrong.

@@ -1,6 +1,7 @@
 """Results published to the Hub: shard by shard onto a staging branch, then one commit on main.
 
-Never deletes a repo and never touches main before the last step. Not here: reading models (hub).
+Who may not make a branch there, but shall ask by a pull request, has the shards wait in its draft. Never deletes a repo
+and never touches main before the last step. Not here: reading models (hub).
 """
 
 from __future__ import annotations
@@ -24,33 +25,36 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationCopy,
     CommitOperationDelete,
-    Discussion,
     HfApi,
     ModelCard,
     ModelInfo,
     constants,
 )
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OIDCError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 
 from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import PICTURES, side_files
 from merger.errors import BudgetError, DamagedError, MissingError, Problem, UploadError, VerificationError
+from merger.machine import lacking
 from merger.retries import TRIES, pause
 from merger.safety.limits import MEASURED
 from merger.safety.names import HINT, is_repo
 from merger.stores.content import write
-from merger.stores.patience import asked, is_passing, patiently, status_of
+from merger.stores.hub import NO_ANSWER, no_token
+from merger.stores.patience import UnreadableAnswer, asked, is_passing, patiently, status_of, understood
 from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, refuse_large
 from merger.stores.ranges import RangeClient
+from merger.stores.results import Results, description, shards_of
 from merger.stores.scratch import Scratch, sweep
 from merger.stores.sending import Destination, Files, Sending, files, refuse_no_streams, streams
 
 _MODEL_FILE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|index\.json)$|^(adapter_)?config\.json$")
-_STAGING, _NOTES, _COPIES = "merge-staging/", "merge-notes/", "copies"
-_CROSSED = (409, 412)
+_STAGING, _NOTES, _COPIES, _PULLS = "merge-staging/", "merge-notes/", "copies", "refs/pr/"
+_UNDER_WAY, _WAIT = "Merge under way", "merger is at work here: this is opened once all of it is there."
+_FORBIDDEN, _GONE, _MOVED = 403, 404, 412
+_CROSSED = (409, _MOVED)
 _EXPIRED = (401, 403)
-_GONE = 404
 _COPY_BYTES = 16 << 20
 
 
@@ -79,6 +83,7 @@ class HubSink:
         self._private, self._force, self._create_pr, self._stream = private, force, create_pr, stream
         self._api = HfApi(token=token)
         self._ranges = RangeClient(token)
+        self._results = Results(self._api, self._ranges, repo)
         self._scratch = Scratch()
         self._sending: Sending = Files(self._scratch)
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
@@ -87,6 +92,7 @@ class HubSink:
         self._shards: dict[str, Written] = {}
         self._noted: Located | None = None
         self._branch = self._identity = self._head = ""
+        self._draft: int | None = None
         self._old_files: tuple[str, ...] = ()
 
     def prepare(self, identity: str, shared: bool = False) -> Published | None:
@@ -101,40 +107,48 @@ class HubSink:
             patiently(lambda: self._api.create_repo(self.name, private=self._private, exist_ok=True))
             info = patiently(lambda: self._api.model_info(self.name, files_metadata=True))
             self._head = info.sha or ""
-            if not self._force and (done := patiently(lambda: self._published(info))):
+            if done := patiently(lambda: self._done(info)):
                 self._remove_left()
                 return done
             self._old_files = tuple(item.rfilename for item in info.siblings or ())
             self._refuse_loss(is_private=bool(info.private))
-            to = Destination(self._api, self.name)
+            to = Destination(self._api, self.name, self._create_pr)
             self._sending = patiently(lambda: streams(to, self._refusals) if self._stream else files(to, self._scratch))
             self._uploads = ThreadPoolExecutor(self._sending.at_once, thread_name_prefix="upload")
-            patiently(
-                lambda: self._api.create_branch(self.name, branch=self._branch, revision=self._head, exist_ok=True)
-            )
+            patiently(self._open_branch)
             self._shards = patiently(self._staged)
         return None
 
-    def _published(self, info: ModelInfo) -> Published | None:
-        """The commit on main or the open pull request of this very plan; on main its shards must still stand."""
-        page = f"{constants.ENDPOINT}/{self.name}"
-        if self._create_pr:
-            pull = next((item for item in self._pulls() if item.title.endswith(self._ending)), None)
-            return None if pull is None else Published(f"{page}/discussions/{pull.num}")
-        titles = {item.commit_id: item.title for item in self._api.list_repo_commits(self.name)}
-        made = next((commit for commit, title in titles.items() if title.endswith(self._ending)), None)
-        if made is None:
-            return None
-        then = _shards_of(self._api.model_info(self.name, revision=made, files_metadata=True))
-        return Published(page, made) if then and then.items() <= _shards_of(info).items() else None
+    def _open_branch(self) -> None:
+        """The staging branch; where we may not make one, a draft of the pull request, which is a branch of its own."""
+        try:
+            self._api.create_branch(self.name, branch=self._branch, revision=self._head, exist_ok=True)
+        except HfHubHTTPError as error:
+            if not self._create_pr or status_of(error) != _FORBIDDEN:
+                raise
+            self._draft = self._drafted()
+            self._branch = f"{_PULLS}{self._draft}"
+
+    def _drafted(self) -> int:
+        there = (item.num for item in self._results.pulls(self._title(_UNDER_WAY)) if item.status == "draft")
+        if (known := next(there, None)) is not None:
+            return known
+        return int(self._api.create_pull_request(self.name, title=self._title(_UNDER_WAY), description=_WAIT).num)
+
+    def _done(self, info: ModelInfo) -> Published | None:
+        """What an earlier run of this very plan brought about; --force is for other models, not for equal requests."""
+        if not self._force and (done := self._results.published(self._identity, self._ending, info)):
+            return done
+        return self._requested() if self._create_pr else None
+
+    def _requested(self) -> Published | None:
+        pull = self._results.requested(self._identity, self._ending)
+        return None if pull is None else Published(self._results.page(pull))
 
     def _remove_left(self) -> None:
         """The staging branch of a run that was killed when all else was done."""
         if any(item.name == self._branch for item in patiently(lambda: self._api.list_repo_refs(self.name)).branches):
             patiently(self._unstage)
-
-    def _pulls(self) -> Iterator[Discussion]:
-        return self._api.get_repo_discussions(self.name, discussion_type="pull_request", discussion_status="open")
 
     @property
     def _ending(self) -> str:
@@ -145,7 +159,7 @@ class HubSink:
         titles = {item.title for item in self._api.list_repo_commits(self.name, revision=self._branch)}
         info = self._api.model_info(self.name, revision=self._branch, files_metadata=True)
         self._noted = self._located(info)
-        return {name: shard for name, shard in _shards_of(info).items() if self._title(f"Stage {name}") in titles}
+        return {name: shard for name, shard in shards_of(info).items() if self._title(f"Stage {name}") in titles}
 
     def _located(self, info: ModelInfo) -> Located:
         files = {item.rfilename: FileInfo(item.size or 0) for item in info.siblings or ()}
@@ -254,14 +268,38 @@ class HubSink:
         """One commit on main (or one pull request), checked; then the staging branch is removed."""
         self._settle()
         with self._refusals():
+            if self._create_pr and (done := patiently(self._requested)):  # by a run that was faster
+                self._step_back(self._draft, done.where)
+                patiently(self._unstage)
+                self._clean()
+                return done
             commit = self._publish(files, message)
-        where = commit.pr_url or f"{constants.ENDPOINT}/{self.name}"
+        where = commit.pr_url or self._results.page(self._draft)
         with self._refusals(f"{where} is made (commit {commit.oid}), but what follows went wrong: "):
+            if self._draft is not None:
+                self._open_draft(self._draft, message, files)
             if not self._create_pr:
                 self._check(commit.oid)
+            elif first := patiently(self._requested):
+                self._step_back(commit.pr_num or self._draft, first.where)
+                where = first.where
             patiently(self._unstage)
         self._clean()
         return Published(where, commit.oid)
+
+    def _open_draft(self, draft: int, message: str, files: Mapping[str, Content]) -> None:
+        """Now that all of it is there."""
+        words = description(self.name, self._identity, self._shards.values(), files)
+        patiently(lambda: self._api.rename_discussion(self.name, draft, self._title(message)))
+        patiently(lambda: self._api.change_discussion_status(self.name, draft, "open", comment=words))
+
+    def _step_back(self, pull: int | None, first: str) -> None:
+        """Of equal pull requests, which runs opened at the same moment, the earliest stays."""
+        if pull is not None and self._results.page(pull) != first:
+            self._close(pull, f"Equal to {first}, which another run of the same merge opened at the same time.")
+
+    def _close(self, pull: int, words: str) -> None:
+        patiently(lambda: self._api.change_discussion_status(self.name, pull, "closed", comment=words))
 
     def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
         """One commit on main, if main is still what was seen; that commit's name makes the title one of its kind."""
@@ -274,6 +312,8 @@ class HubSink:
 
     def _unstage(self) -> None:
         """Remove the staging branch; if it is gone, an earlier try did it and the answer was lost."""
+        if self._draft is not None:
+            return
         try:
             self._api.delete_branch(self.name, branch=self._branch)
         except HfHubHTTPError as error:
@@ -287,10 +327,15 @@ class HubSink:
         old = {*side_files(self._old_files, {}), *others}
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
             *(CommitOperationDelete(name) for name in sorted(old - {*shards, *files})),
-            *(CommitOperationCopy(name, name, src_revision=self._branch) for name in shards),
             *(self._small(name, content) for name, content in files.items()),
         ]
-        return self._commit(operations, message, "main")
+        if self._draft is None:
+            operations += [CommitOperationCopy(name, name, src_revision=self._branch) for name in shards]
+            return self._commit(operations, message, "main")
+        staged = patiently(lambda: self._api.model_info(self.name, revision=self._branch)).siblings or ()
+        names = [item.rfilename for item in staged]
+        operations += [CommitOperationDelete(name) for name in names if name.startswith(_NOTES)]
+        return self._commit(operations, message, self._branch)
 
     def _small(self, name: str, content: Content) -> CommitOperationAdd:
         """What is copied from a model lies on this disk until the commit is made."""
@@ -309,18 +354,23 @@ class HubSink:
         """Commit once: when the answer is lost, the history tells whether it was done before it is tried again."""
         title, operations = self._title(message), list(operations)
         on_main = branch == "main"
+        names = [operation.path_in_repo for operation in operations]
+        shards = list(self._shards.values())
+        about = description(self.name, self._identity, shards, names) if on_main and self._create_pr else None
         tries = 0
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
         while True:
             try:
                 _rewind(additions)
                 if not on_main:  # files travel side by side; commits of ours must not cross
-                    self._api.preupload_lfs_files(self.name, additions, revision=branch, free_memory=False)
-                with self._commits:
+                    with understood():
+                        self._api.preupload_lfs_files(self.name, additions, revision=branch, free_memory=False)
+                with self._commits, understood():
                     return self._api.create_commit(
                         self.name,
                         operations,
                         commit_message=title,
+                        commit_description=about,
                         revision=branch,
                         parent_commit=self._head if on_main else None,
                         create_pr=on_main and self._create_pr,
@@ -343,7 +393,7 @@ class HubSink:
         """The commit that we made, or the pull request; on main the newest: an older one is an earlier merge's."""
         page, pull = f"{constants.ENDPOINT}/{self.name}", None
         if branch == "main" and self._create_pr:
-            pull = next((item.num for item in self._pulls() if item.title == title), None)
+            pull = next((item.num for item in self._results.pulls(title)), None)
             if pull is None:
                 return None
             branch = f"refs/pr/{pull}"
@@ -378,24 +428,31 @@ class HubSink:
             self._clean()
 
     def leftovers(self) -> list[Leftover]:
-        """The staging branches of the repo."""
+        """The staging branches of the repo, and our own drafts."""
         with self._refusals():
             try:
                 branches = patiently(lambda: self._api.list_repo_refs(self.name)).branches
             except RepositoryNotFoundError:
                 hint = "check the spelling; for a private repo set HF_TOKEN"
                 raise MissingError(Problem(f"there is no repo {self.name} that we may read", hint=hint)) from None
-            return [self._leftover(item.name) for item in branches if item.name.startswith(_STAGING)]
+            names = {item.name: item.name.removeprefix(_STAGING) for item in branches if item.name.startswith(_STAGING)}
+            for item in patiently(lambda: list(self._results.pulls("]"))):
+                if item.status == "draft" and item.title.startswith(_UNDER_WAY):
+                    names[f"{_PULLS}{item.num}"] = item.title.rpartition("[")[2].removesuffix("]")
+            return [self._leftover(*found) for found in names.items()]
 
-    def _leftover(self, branch: str) -> Leftover:
-        self._branch, self._identity = branch, branch.removeprefix(_STAGING)
+    def _leftover(self, branch: str, identity: str) -> Leftover:
+        self._branch, self._identity = branch, identity
         staged = patiently(self._staged).values()
         return Leftover(branch, len(staged), sum(shard.size for shard in staged))
 
     def clean(self, leftover: Leftover) -> None:
-        """Remove one of them: never another branch, never a repo."""
-        assert leftover.where.startswith(_STAGING)
+        """Remove one of them: never another branch, never a repo; a draft is closed."""
+        assert leftover.where.startswith((_STAGING, _PULLS))
         with self._refusals():
+            if leftover.where.startswith(_PULLS):
+                self._close(int(leftover.where.removeprefix(_PULLS)), "Its run is given up.")
+                return
             patiently(lambda: self._api.delete_branch(self.name, branch=leftover.where))
 
     def _clean(self) -> None:
@@ -408,15 +465,29 @@ class HubSink:
         """Turn errors of the client and of its uploads (RuntimeError, OSError) into a sentence and a next step."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
-            problem = _in_words(_cause(error), self.name)
-            raise UploadError(replace(problem, what=so_far + problem.what)) from None
+        except (OSError, ValueError, RuntimeError, OIDCError, httpx.HTTPError) as error:
+            told = lacking(error) or UploadError(self._in_words(_cause(error)))
+            (problem,) = told.problems
+            raise type(told)(replace(problem, what=so_far + problem.what)) from None
 
+    def _in_words(self, error: Exception) -> Problem:
+        is_gone = isinstance(error, RevisionNotFoundError)
+        if not self._head or not (is_gone or status_of(error) == _MOVED):
+            return _in_words(error, self.name, self._create_pr)
+        if done := self._meanwhile():
+            what = f"another run of this merge was faster: {done.where} is made"
+            return Problem(what, hint="nothing is left to do: the same command again only says so")
+        if not is_gone:
+            return _in_words(error, self.name, self._create_pr)
+        what = f"the branch {self._branch} of {self.name} is gone: another run ended, or merger clean removed it"
+        return Problem(what, hint="let one run at a time write there, and run it again")
 
-def _shards_of(info: ModelInfo) -> dict[str, Written]:
-    """The files of tensors at a commit."""
-    files = ((item.rfilename, item.size or 0, item.lfs) for item in info.siblings or ())
-    return {name: Written(name, size, lfs.sha256) for name, size, lfs in files if lfs and name.endswith(".safetensors")}
+    def _meanwhile(self) -> Published | None:
+        """What another run of this very plan has brought about since we began."""
+        with suppress(httpx.HTTPError, OSError, ValueError):
+            info = patiently(lambda: self._api.model_info(self.name, files_metadata=True))
+            return patiently(lambda: self._results.published(self._identity, self._ending, info) or self._requested())
+        return None
 
 
 def _plain(words: str) -> str:
@@ -445,16 +516,23 @@ def _cause(error: Exception) -> Exception:
     return cause if wrapped and isinstance(cause, Exception) else error
 
 
-def _in_words(error: Exception, repo: str) -> Problem:
+def _in_words(error: Exception, repo: str, by_request: bool) -> Problem:
+    if isinstance(error, OIDCError):
+        return no_token(error, repo)
+    if isinstance(error, UnreadableAnswer):
+        return Problem(f"{repo} cannot be written: an answer is none of the Hub's", hint=NO_ANSWER)
     if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
         return Problem(f"{repo}: the Hub's client refuses: {error}", hint="change the recipe's publish: block, or --to")
     match status_of(error):
         case 401:
             return Problem(f"the Hub does not know our token, so {repo} cannot be written", hint="set HF_TOKEN")
+        case 403 | 404 if by_request:
+            hint = "to ask for it takes a token that may write, if only to repos of your own"
+            return Problem(f"we may not open a pull request on {repo}", hint=hint)
         case 403 | 404:
             hint = "the token needs the right to write there (a fine-grained token: write access to this repo)"
             return Problem(f"we may not write to {repo}", hint=hint)
-        case 412:
+        case status if status == _MOVED:
             hint = "run it again, or set publish.create_pr: true to open a pull request"
             return Problem(f"main of {repo} moved while the merge was made", hint=hint)
         case None:

@@ -141,6 +141,20 @@ class LoopbackHub:
         with self.world.lock:
             self.world.publishers[repo] = repository
 
+    def expire_publishers(self) -> None:
+        """End the hour of every token that a CI job was given so far."""
+        with self.world.lock:
+            self.world.users = {token: user for token, user in self.world.users.items() if not user.repo}
+
+    def ask(self, repo: str, author: str, title: str, files: Files, text: str = "") -> int:
+        """A pull request that somebody opened behind everyone's back; returns its number."""
+        with self.world.lock:
+            found = self._repo(repo)
+            made = discussions.open_pull_request(found, author, title, text, found.resolve("main").sha)
+        if files:
+            self.commit(repo, files, title, revision=made.ref)
+        return made.num
+
     def collect_garbage(self, repo: str) -> None:
         """Forget the uploads that no commit names, as the Hub does within a day or so."""
         with self.world.lock:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import os
 import re
 import signal
@@ -29,7 +31,17 @@ IDENTITY = "0123456789abcdef" * 4
 BRANCH, TITLE = "merge-staging/0123456789abcdef", "Merge of a, b [0123456789abcdef]"
 SHARDS = {"model-00001-of-00002.safetensors": b"first" * 400, "model-00002-of-00002.safetensors": b"second" * 400}
 CARD = b"---\nlicense: mit\n---\n# merged\n"
-FILES = {"README.md": CARD, "model.safetensors.index.json": b'{"weight_map": {}}', "config.json": b'{"new": true}'}
+OUTPUT = [
+    {"file": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in SHARDS.items()
+]
+LOCK = f"plan: {IDENTITY}\nidentity: {IDENTITY}\noutput: {json.dumps(OUTPUT)}\n".encode()
+FILES = {
+    "README.md": CARD,
+    "model.safetensors.index.json": b'{"weight_map": {}}',
+    "config.json": b'{"new": true}',
+    "merger.lock.yaml": LOCK,
+    "recipe.yaml": b"merge_method: linear\n",
+}
 NAMES = count()
 
 
@@ -75,7 +87,7 @@ def _published(repo: str, files: dict[str, bytes] | None, upto: str, **options: 
         for name, data in SHARDS.items() if upto != "prepare" else ():
             with sink.open(name) as file:
                 file.write(data)
-            sink.take(Written(name, len(data), hashlib.sha256(data).hexdigest()))
+            sink.take(Written(name, len(data), hashlib.sha256(data).hexdigest()), "seen")
         if upto != "finish":
             sink._settle()
             return "", sorted(path.name for path in sink._scratch.folder().glob("*.safetensors"))
@@ -220,6 +232,266 @@ def test_a_pull_request_in_place_of_a_commit(hub: LoopbackHub, client: Client, r
     assert (where, pull.title, hub.head(repo)) == (f"{hub.url}/{repo}/discussions/{pull.num}", TITLE, before)
     assert hub.files(repo, f"refs/pr/{pull.num}") == {**SHARDS, **FILES}
     assert list(hub.branches(repo)) == ["main"]
+
+
+def test_a_pull_request_says_what_it_is(hub: LoopbackHub, client: Client, repo: str) -> None:
+    """Which plan, what lies beside the tensors, and how to look whether they are what they should be."""
+    client(publish_with, repo, {"create_pr": True})
+    said = words_of(hub, repo, 1)
+    size = sum(map(len, SHARDS.values()))
+    for words in (IDENTITY, f"2 files of tensors, {size:,} bytes", "`recipe.yaml`", "`merger.lock.yaml`",
+                  f"merger verify hf://{repo}@refs/pr/N"):  # fmt: skip
+        assert words in said
+
+
+def words_of(hub: LoopbackHub, repo: str, number: int) -> str:
+    """All comments on a pull request."""
+    events: list[Any] = hub.discussions(repo)[number - 1].events
+    return "\n".join(event["data"]["latest"]["raw"] for event in events if event["type"] == "comment")
+
+
+# Whose pull request
+
+STRANGE_LOCK = LOCK.replace(IDENTITY.encode(), b"f" * 64)
+OTHERS: dict[str, tuple[str, dict[str, bytes]]] = {
+    "a stranger's, empty": ("bob", {}),
+    "a stranger's, with our lock": ("bob", {"merger.lock.yaml": LOCK}),
+    "a stranger's copy of ours": ("bob", {**SHARDS, **FILES}),
+    "ours, empty": ("alice", {}),
+    "ours, without a shard": ("alice", {**FILES, next(iter(SHARDS)): SHARDS[next(iter(SHARDS))]}),
+    "ours, with another shard": ("alice", {**SHARDS, **FILES, next(iter(SHARDS)): b"other"}),
+    "ours, of another merge": ("alice", {**SHARDS, **FILES, "merger.lock.yaml": STRANGE_LOCK}),
+    "ours, with what is no lock": ("alice", {**SHARDS, **FILES, "merger.lock.yaml": b"- [: {"}),
+}
+"""Pull requests under our title: who opened them, and what they bring."""
+
+
+@pytest.mark.parametrize("theirs", OTHERS)
+def test_what_only_looks_like_our_pull_request_is_not_taken_for_it(
+    theirs: str, hub: LoopbackHub, client: Client, repo: str
+) -> None:
+    """Author and content count, not the title: the model is made and asked for all the same."""
+    author, brought = OTHERS[theirs]
+    hub.add_model(repo, {"README.md": b"# mine\n"})
+    assert hub.ask(repo, author, TITLE, brought) == 1
+    where, _ = client(publish_with, repo, {"create_pr": True})
+    assert where == f"{hub.url}/{repo}/discussions/2"
+    assert hub.files(repo, "refs/pr/2") == {**SHARDS, **FILES}
+    assert [item.status for item in hub.discussions(repo)] == ["open", "open"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_was_asked_for_is_not_asked_for_twice(hub: LoopbackHub, client: Client, repo: str, force: bool) -> None:
+    """Not by --force either: that is for another model on main."""
+    hub.add_model(repo, OLD if force else {"README.md": b"# mine\n"})
+    first = client(publish_with, repo, {"create_pr": True, "force": force})
+    hub.clear_log()
+    again = client(publish_with, repo, {"create_pr": True, "force": force})
+    assert (again[0], len(hub.discussions(repo)), uploads(hub)) == (first[0], 1, [])
+    assert list(hub.branches(repo)) == ["main"]
+
+
+def merge_pull(repo: str, number: int) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().merge_pull_request(repo, number)
+
+
+@pytest.mark.parametrize("create_pr", [True, False])
+def test_what_was_merged_is_there_already(hub: LoopbackHub, client: Client, repo: str, create_pr: bool) -> None:
+    """The same run finds its result on main, and names the commit that brought it."""
+    client(publish_with, repo, {"create_pr": True})
+    client(merge_pull, repo, 1)
+    merged = hub.head(repo)
+    hub.commit(repo, {"README.md": b"# by hand\n"}, "another card")
+    assert client(publish_with, repo, {"create_pr": create_pr}) == (f"{hub.url}/{repo}", merged)
+    assert len(hub.discussions(repo)) == 1
+
+
+@pytest.fixture(scope="module")
+def rival(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Another child, which runs the same merge."""
+    with Client(served.env(tmp_path_factory.mktemp("rival"), WRITER)) as child:
+        yield child
+
+
+def looks_at_pulls(request: Request) -> bool:
+    return request.method == "GET" and request.path.endswith("/discussions")
+
+
+def test_of_two_equal_requests_of_one_moment_the_later_is_taken_back(
+    hub: LoopbackHub, client: Client, rival: Client, repo: str
+) -> None:
+    """Each run looked, saw nothing, and asked."""
+    hub.add_model(repo, {"README.md": b"# mine\n"})
+    looks = count()
+
+    def meanwhile(answer: Answer) -> Answer:
+        if next(looks) == 1:  # the look before the commit
+            hub.fail(deletes_of_branches, status=403)
+            with pytest.raises(ClientError, match="is made"):
+                rival(publish_with, repo, {"create_pr": True})
+        return answer
+
+    hub.fail(looks_at_pulls, spoil=meanwhile, times=2)
+    where, _ = client(publish_with, repo, {"create_pr": True})
+    assert where == f"{hub.url}/{repo}/discussions/1"
+    assert [item.status for item in hub.discussions(repo)] == ["open", "closed"]
+    assert f"Equal to {where}" in words_of(hub, repo, 2)
+
+
+# Two runs of one merge at the same time
+
+QUOTED, LAST = BRANCH.replace("/", "%2F"), "shards are to be copied"
+MOMENTS: dict[str, Callable[[Request], bool]] = {
+    "the branch is looked at": lambda r: r.method == "GET" and r.path.endswith(f"/commits/{QUOTED}"),
+    "a shard is announced": lambda r: r.path.endswith(f"/preupload/{QUOTED}"),
+    "a shard is staged": lambda r: r.path.endswith(f"/commit/{QUOTED}"),
+    LAST: lambda r: r.path.endswith(f"/paths-info/{QUOTED}"),
+    "files are announced": lambda r: r.path.endswith("/preupload/main"),
+}
+
+
+# once shards are copied, the later pull request is made, and taken back
+LOSSES = [
+    (moment, create_pr) for moment in MOMENTS for create_pr in (False, True) if (moment, create_pr) != (LAST, True)
+]
+
+
+@pytest.mark.parametrize(("moment", "create_pr"), LOSSES)
+def test_the_loser_of_two_runs_at_once_is_told_so(
+    moment: str, create_pr: bool, hub: LoopbackHub, rival: Client, refused: Refused, repo: str
+) -> None:
+    """Not that its token may not write: the other one has made what it wanted to make."""
+
+    def meanwhile(answer: Answer) -> Answer:
+        rival(publish_with, repo, {"create_pr": create_pr})
+        return answer
+
+    fault = hub.fail(MOMENTS[moment], spoil=meanwhile)
+    said = refused(publish_with, repo, {"create_pr": create_pr})
+    where = f"{hub.url}/{repo}" + "/discussions/1" * create_pr
+    assert f"another run of this merge was faster: {where} is made\n    nothing is left to do" in said
+    assert (fault.left, len(hub.discussions(repo))) == (0, int(create_pr))
+
+
+def test_a_staging_branch_that_went_away_is_told(hub: LoopbackHub, refused: Refused, repo: str) -> None:
+    """merger clean was called while a run was at work."""
+
+    def meanwhile(answer: Answer) -> Answer:
+        hub.world.repos[repo].unpoint(f"refs/heads/{BRANCH}")
+        return answer
+
+    hub.fail(MOMENTS["a shard is announced"], spoil=meanwhile)
+    assert f"the branch {BRANCH} of {repo} is gone" in refused(publish, repo)
+
+
+# Repos of others
+
+
+@pytest.fixture
+def theirs(hub: LoopbackHub) -> str:
+    """A repo that alice may not write to."""
+    name = f"carol/theirs-{next(NAMES)}"
+    hub.add_model(name, {"README.md": b"# mine\n", "chat_template.jinja": b"old"})
+    return name
+
+
+def test_who_may_not_write_may_ask(hub: LoopbackHub, client: Client, theirs: str) -> None:
+    """The whole model stands in one pull request, a draft until all of it is there; main and branches are as before."""
+    before = hub.head(theirs)
+    where, _ = client(publish_with, theirs, {"create_pr": True})
+    (pull,) = hub.discussions(theirs)
+    assert (where, pull.title, pull.status) == (f"{hub.url}/{theirs}/discussions/1", TITLE, "open")
+    assert hub.files(theirs, pull.ref) == {**SHARDS, **FILES}
+    assert (hub.head(theirs), list(hub.branches(theirs))) == (before, ["main"])
+    assert IDENTITY in words_of(hub, theirs, 1)
+    hub.clear_log()
+    assert client(publish_with, theirs, {"create_pr": True})[0] == where
+    assert (uploads(hub), len(hub.discussions(theirs))) == ([], 1)
+
+
+def left(repo: str, remove: bool = False) -> list[tuple[str, int]]:
+    from merger.stores.staging import HubSink
+
+    found = HubSink(repo).leftovers()
+    for leftover in found if remove else ():
+        HubSink(repo).clean(leftover)
+    return [(leftover.where, leftover.shards) for leftover in found]
+
+
+def test_a_run_goes_on_from_its_draft(hub: LoopbackHub, client: Client, theirs: str) -> None:
+    """What was sent is not sent again, and there is one pull request in the end."""
+    client(publish_with, theirs, {"create_pr": True, "upto": "take"})
+    assert [item.status for item in hub.discussions(theirs)] == ["draft"]
+    assert client(left, theirs) == [("refs/pr/1", 2)]
+    hub.clear_log()
+    client(publish_with, theirs, {"create_pr": True})
+    assert (uploads(hub), [item.status for item in hub.discussions(theirs)]) == ([], ["open"])
+    assert hub.files(theirs, "refs/pr/1") == {**SHARDS, **FILES}
+    assert client(left, theirs) == []
+
+
+def test_a_draft_that_is_given_up_is_closed(hub: LoopbackHub, client: Client, theirs: str) -> None:
+    """As merger clean does."""
+    client(publish_with, theirs, {"create_pr": True, "upto": "take"})
+    assert client(left, theirs, True) == [("refs/pr/1", 2)]
+    assert (client(left, theirs), [item.status for item in hub.discussions(theirs)]) == ([], ["closed"])
+
+
+def test_who_may_only_read_is_told_what_it_takes_to_ask(refused: Refused, theirs: str) -> None:
+    """And who does not ask for a pull request, that the token may not write."""
+    said = refused(publish_with, theirs, {"create_pr": True, "token": READER})
+    assert f"we may not open a pull request on {theirs}" in said
+    assert f"we may not write to {theirs}" in refused(publish, theirs)
+
+
+# Trusted publishing
+
+_SINK: list[Any] = []
+
+
+def resume_as_publisher(repo: str, identity: str) -> None:
+    """Go on from what an earlier run has staged, with a token for this repo alone."""
+    from merger.stores.hub import trusted_publisher
+    from merger.stores.staging import HubSink
+
+    os.environ["HF_OIDC_ID_TOKEN"] = identity
+    os.environ.pop("HF_TOKEN")
+    trusted_publisher(repo)
+    _SINK[:] = [HubSink(repo)]
+    assert _SINK[0].prepare(IDENTITY) is None
+
+
+def end_an_hour_later(folder: str) -> list[str]:
+    """All that a run reads and writes at its end."""
+    from huggingface_hub.utils import _auth
+
+    assert _auth._OIDC_TOKEN_CACHE is not None
+    _auth._OIDC_TOKEN_CACHE["expires_at"] = 0.0
+    (sink,) = _SINK
+    notes = list(sink.notes())
+    sink.lend(Path(folder))
+    sink.finish(FILES, "Merge of a, b")
+    return notes
+
+
+def test_a_run_may_last_longer_than_its_token(hub: LoopbackHub, client: Client, repo: str, tmp_path: Path) -> None:
+    """Every request is made with the token of its moment: none of the last ones with one that has expired."""
+    client(publish, repo, None, "take")
+    hub.trust(repo, "org/recipes")
+    claims = json.dumps({"aud": hub.url, "repository": "org/recipes"}).encode()
+    identity = f"e30.{base64.urlsafe_b64encode(claims).decode().rstrip('=')}.unsigned"
+    with Client({**hub.env(tmp_path, WRITER)}) as job:
+        job(resume_as_publisher, repo, identity)
+        hub.expire_publishers()
+        hub.clear_log()
+        assert job(end_an_hour_later, str(tmp_path)) == ["seen"] * len(SHARDS)
+    asked = [request for request in hub.log if request.host == "hub" and request.authorization]
+    assert {request.user for request in asked} == {f"publisher of {repo}"}
+    assert not [request for request in hub.log if request.status == 401]
+    assert {name: (tmp_path / name).read_bytes() for name in SHARDS} == SHARDS
+    assert hub.files(repo).items() >= {**SHARDS, **FILES}.items()
 
 
 # What is refused before anything is sent
