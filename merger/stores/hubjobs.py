@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
 from merger.errors import PartError, Problem
-from merger.stores.patience import is_passing, status_of
+from merger.stores.patience import is_passing, status_of, understood
 
 _ENDS = (JobStage.COMPLETED, JobStage.CANCELED, JobStage.ERROR, JobStage.DELETED)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
@@ -102,7 +102,8 @@ class HubJobs:
         """How it is; None while the Hub cannot be reached: a network that is down must not cost hours of work."""
         with _refusals(job.name):
             try:
-                return self._api.inspect_job(job_id=job.number, namespace=job.owner)
+                with understood():
+                    return self._api.inspect_job(job_id=job.number, namespace=job.owner)
             except (HfHubHTTPError, httpx.TransportError) as error:
                 if not is_passing(error):
                     raise
@@ -120,7 +121,8 @@ def _trouble(info: JobInfo) -> str | None:
 def _refusals(name: str, token: str = "") -> Iterator[None]:
     """Turn the client's errors into a sentence and a next step, without the token should the Hub repeat it."""
     try:
-        yield
+        with understood():
+            yield
     except (HfHubHTTPError, httpx.HTTPError) as error:
         problem = _in_words(error, name)
         hidden = problem.what.replace(token, "***") if token else problem.what

@@ -46,11 +46,18 @@ def understood() -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
-        if any(name.partition(".")[0] == "huggingface_hub" for name in frames):
+        is_the_clients = any(name.partition(".")[0] == "huggingface_hub" for name in frames)
+        said = not isinstance(error, ValueError) or isinstance(error, _NO_TEXT) or _MALFORMED.search(str(error))
+        if is_the_clients and said:
             raise UnreadableAnswer(type(error).__name__) from None
-        raise  # a fault of ours
+        raise  # a fault of ours, or what the client refuses by itself
+
+
+_NO_TEXT = (json.JSONDecodeError, UnicodeDecodeError)
+_MALFORMED = re.compile("improperly formatted|Malformed response|Invalid (server response|etag)")
+"""What the client says of answers that it does look at; its other ValueErrors are of what it is asked to do."""
 
 
 def headers_now(token: str | bool | None) -> dict[str, str]:

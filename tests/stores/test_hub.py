@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
-from loopback import Client, ClientError, LoopbackHub
+from loopback import Client, ClientError, LoopbackGitHub, LoopbackHub, Request
+from loopback.github import IDENTITY
+from loopback.wire import Answer
 
+from merger import retries
 from merger.stores.ports import Located, Ticket
 
 WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
@@ -35,7 +41,6 @@ def commit(served: LoopbackHub) -> str:
 
 
 def locate(repo: str, revision: str | None = None, token: str | None = None) -> Located:
-    from merger import retries
     from merger.stores.hub import HubStore
 
     with patch.object(retries, "time", SimpleNamespace(sleep=lambda seconds: None)):
@@ -46,7 +51,8 @@ def fetch(repo: str, file: str, start: int = 0, stop: int | None = None, token: 
     from merger.stores.hub import HubStore
 
     store = HubStore(token)
-    return store.fetch(store.locate(repo, None), file, start, stop)
+    with patch("time.sleep", lambda seconds: None):
+        return store.fetch(store.locate(repo, None), file, start, stop)
 
 
 def read(repo: str, parts: list[tuple[int, int]]) -> list[bytes]:
@@ -67,7 +73,6 @@ def locate_at(endpoint: str, repo: str) -> Located:
     """With an endpoint of its own: the child is already bound to its Hub."""
     from huggingface_hub import HfApi, constants
 
-    from merger import retries
     from merger.stores.hub import HubStore
 
     store = HubStore()
@@ -88,6 +93,30 @@ def locate_offline(repo: str) -> Located:
             return locate(repo)
         finally:
             close_session()
+
+
+def of_dataset(repo: str, file: str) -> bytes:
+    from merger.stores.hub import hub_file
+
+    with patch("time.sleep", lambda seconds: None):
+        return hub_file(repo, file, None, False, None)
+
+
+def trusted(repo: str, settings: dict[str, str]) -> str:
+    """The token of a job with these settings, which are gone afterwards."""
+    from huggingface_hub.utils import _auth
+
+    from merger.stores.hub import trusted_publisher
+
+    before = dict(os.environ)
+    os.environ |= settings
+    try:
+        with patch.object(retries, "time", SimpleNamespace(sleep=lambda seconds: None)):
+            return trusted_publisher(repo)
+    finally:
+        os.environ.clear()
+        os.environ |= before
+        _auth._OIDC_TOKEN_CACHE = None
 
 
 # The tests
@@ -160,3 +189,117 @@ def test_a_trouble_that_stays_is_a_refusal(hub: LoopbackHub, client: Client) -> 
     hub.fail(lambda r: r.path.startswith("/api/models/"), status=502, times=100)
     with pytest.raises(ClientError, match=r"does not answer for org/model \(HTTP 502\)\n    try again later"):
         client(locate, REPO)
+
+
+# What is no answer
+
+PAGE = b"<!doctype html><title>Sign in to the network</title>"
+NO_ANSWERS: dict[str, tuple[int, bytes]] = {
+    "a page": (200, PAGE),
+    "nothing": (200, b""),
+    "no values": (200, b"{}"),
+    "a list": (200, b"[7]"),
+    "null": (200, b"null"),
+    "a text": (200, b'"text"'),
+    "not Unicode": (200, b"\xff\xfe"),
+    "a number for files": (200, b'{"id": 7, "siblings": 7}'),
+    "500": (500, PAGE),
+    "503": (503, b"{}"),
+}
+ASKS: dict[str, tuple[Callable[[Request], bool], tuple[Any, ...]]] = {
+    "the model": (lambda r: r.path.startswith("/api/models/"), (locate, REPO)),
+    "a file's place": (lambda r: r.method == "HEAD", (fetch, REPO, "templates/a.jinja")),
+    "a file": (lambda r: r.method == "GET" and "/resolve/" in r.path, (fetch, REPO, "templates/a.jinja")),
+    "a text's size": (lambda r: r.path.endswith("/paths-info/main"), (of_dataset, REPO, "e.txt")),
+}
+
+
+def spoiled(answer: tuple[int, bytes]) -> Callable[[Answer], Answer]:
+    return lambda _: Answer(answer[0], {"Content-Type": "application/json"}, answer[1])
+
+
+# an answer to HEAD has no body that could be wrong
+CASES = [(ask, answer) for ask in ASKS for answer in NO_ANSWERS if ask != "a file's place" or answer.isdigit()]
+
+
+@pytest.mark.parametrize(("ask", "answer"), CASES)
+def test_what_is_no_answer_of_the_hubs_is_told(ask: str, answer: str, hub: LoopbackHub, client: Client) -> None:
+    """Whatever comes in place of an answer, and stays: a sentence with a next step."""
+    match, call = ASKS[ask]
+    hub.fail(match, spoil=spoiled(NO_ANSWERS[answer]), times=10**6)
+    with pytest.raises(ClientError, match="\n    ") as refusal:
+        client(*call)
+    assert "ModelError" in refusal.value.kinds, str(refusal.value)
+
+
+# Trusted publishing
+
+OIDC: dict[str, str] = {"GitHub": "GET /identity", "the Hub": "POST /oauth/token"}
+OIDC_ANSWERS = {name: answer for name, answer in NO_ANSWERS.items() if "files" not in name} | {
+    "a null value": (200, b'{"access_token": null}'),
+    "a number": (200, b'{"access_token": 7}'),
+    "a lifetime that is none": (200, b'{"access_token": "x", "expires_in": "soon"}'),
+}
+KEPT = ("a null value", "a number", "a lifetime that is none")
+"""Tokens that the client would keep for an hour: it is not asked again."""
+
+
+@pytest.fixture(scope="module")
+def github() -> Iterator[LoopbackGitHub]:
+    """The CI that vouches for the job."""
+    with LoopbackGitHub() as server:
+        yield server
+
+
+@pytest.fixture
+def job(hub: LoopbackHub, github: LoopbackGitHub) -> dict[str, str]:
+    """The environment of a job that the repo trusts."""
+    github.strange.clear()
+    hub.trust(REPO, github.repository)
+    return {
+        "HF_TOKEN": "",
+        "GITHUB_ACTIONS": "true",
+        "ACTIONS_ID_TOKEN_REQUEST_URL": f"{github.url}/identity",
+        "ACTIONS_ID_TOKEN_REQUEST_TOKEN": IDENTITY,
+    }
+
+
+def goes_wrong(whose: str, answer: tuple[int, bytes], times: int, hub: LoopbackHub, github: LoopbackGitHub) -> None:
+    if whose == "GitHub":
+        github.strange = [(OIDC[whose], *answer)] * times
+    else:
+        hub.fail(lambda r: r.path == "/oauth/token", spoil=spoiled(answer), times=times)
+
+
+@pytest.mark.parametrize(("whose", "answer"), [
+    *((whose, answer) for whose in OIDC for answer in OIDC_ANSWERS if answer not in KEPT),
+    *(("the Hub", answer) for answer in KEPT),
+])  # fmt: skip
+def test_a_token_of_trusted_publishing_is_asked_for_again(
+    whose: str, answer: str, hub: LoopbackHub, github: LoopbackGitHub, job: dict[str, str], client: Client
+) -> None:
+    """What is no answer, or speaks of passing trouble, may come a few times; what stays is told for what it is."""
+    if answer not in KEPT:
+        goes_wrong(whose, OIDC_ANSWERS[answer], retries.TRIES - 1, hub, github)
+        assert client(trusted, REPO, job).startswith("hf_jwt_")
+    goes_wrong(whose, OIDC_ANSWERS[answer], retries.TRIES, hub, github)
+    with pytest.raises(ClientError) as refusal:
+        client(trusted, REPO, job)
+    said = str(refusal.value)
+    assert "UploadError" in refusal.value.kinds
+    assert said.startswith(f"the Hub gives this job no token for {REPO}: ")
+    trouble = f"GitHub or the Hub is in trouble (HTTP {answer})\n    run the job again later"
+    assert (trouble if answer.isdigit() else "is none of the Hub's or GitHub's\n    does a proxy") in said
+    assert "trusted publisher" not in said
+
+
+def test_a_job_that_is_not_trusted_is_told_what_it_takes(
+    hub: LoopbackHub, github: LoopbackGitHub, job: dict[str, str], client: Client
+) -> None:
+    """A refusal is not trouble: it is asked for once."""
+    hub.trust(REPO, "org/others")
+    with pytest.raises(
+        ClientError, match=r"no token for org/model \(HTTP 403\)\n    the repo has to exist, and to name"
+    ):
+        client(trusted, REPO, job)
+    assert len([request for request in hub.log if request.path == "/oauth/token"]) == 1

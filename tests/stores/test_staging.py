@@ -647,6 +647,41 @@ def test_trouble_at_any_endpoint_passes(
     assert list(hub.branches(repo)) == ["main"]
 
 
+NO_ANSWERS = {
+    "a page": Answer(200, {"Content-Type": "text/html"}, b"<!doctype html><title>Sign in to the network</title>"),
+    "no values": Answer(200, {"Content-Type": "application/json"}, b"{}"),
+    "a list": Answer(200, {"Content-Type": "application/json"}, b"[7]"),
+}
+"""What says that all is well, and is no answer of the Hub's."""
+
+
+@pytest.mark.parametrize("answer", NO_ANSWERS)
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_what_is_no_answer_of_the_hubs_is_asked_for_again(
+    endpoint: str, answer: str, hub: LoopbackHub, client: Client, repo: str
+) -> None:
+    """A proxy or the page of a network stands in between for a moment: the model is published, once."""
+    fault = hub.fail(at(endpoint), spoil=lambda _: NO_ANSWERS[answer])
+    client(publish, repo)
+    assert fault.left == 0
+    assert [found.title for found in hub.commits(repo)] == [TITLE, "initial commit"]
+    assert hub.files(repo).items() >= {**SHARDS, **FILES}.items()
+
+
+READ = ("look at the repo", "look at a revision", "look at the history", "preupload", "ask where to upload",
+        "look at the staged files")  # fmt: skip
+"""Of the other answers nothing is looked at but the status; or what was done is found to be done."""
+
+
+@pytest.mark.parametrize("endpoint", READ)
+def test_what_is_no_answer_of_the_hubs_is_told_where_it_stays(
+    endpoint: str, hub: LoopbackHub, refused: Refused, repo: str
+) -> None:
+    """No traceback, and no word of rights that are missing."""
+    hub.fail(at(endpoint), spoil=lambda _: NO_ANSWERS["a page"], times=10**6)
+    assert f"{repo} cannot be written: an answer is none of the Hub's" in refused(publish, repo)
+
+
 @pytest.mark.parametrize("endpoint", [name for name in ENDPOINTS if name != "check the card"])
 def test_a_hub_that_asks_for_patience_is_given_it(endpoint: str, hub: LoopbackHub, client: Client, repo: str) -> None:
     """429 with Retry-After: the next try comes no sooner than that."""
