@@ -90,7 +90,7 @@ def _text(path: Path) -> str | None:
 # ---- what it refuses ------------------------------------------------------------------------------------------------
 
 
-def refused(what: str, error: OSError, otherwise: type[MergerError], hint: str) -> MergerError:
+def refused(what: str, error: OSError, otherwise: type[MergerError], hint: str | None = None) -> MergerError:
     """A refusal of the system's as one of ours: of the kind `otherwise`, or BudgetError where something is used up.
 
     Args:
@@ -110,7 +110,7 @@ def lacking(error: BaseException) -> BudgetError | None:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _USED_UP:
             at = "" if cause.filename is None else f" at {cause.filename}"
-            found = refused(f"the work cannot go on{at}", cause, BudgetError, "")
+            found = refused(f"the work cannot go on{at}", cause, BudgetError)
             assert isinstance(found, BudgetError)
             return found
         if (hint := _said(cause)) is not None:

@@ -16,6 +16,7 @@ from merger.card.render import rehearse
 from merger.errors import MismatchError, ModelError, Problem, RecipeError, Span, VerificationError
 from merger.evaluation import check, check_memory
 from merger.locate import HUB, stores
+from merger.machine import refused
 from merger.methods.registry import methods
 from merger.options import Options, budget_of, stated_destination
 from merger.plan.lock import Pin, lock, pins
@@ -60,9 +61,10 @@ def read_text(text: str, name: str) -> Recipe:
 def _text(path: Path) -> str:
     try:
         return limits.read_text(path, limits.LOCK if is_lock(path) else limits.RECIPE, RecipeError)
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(Problem(f"{path}: cannot be read ({why})")) from None
+    except OSError as error:
+        raise refused(f"{path}: cannot be read", error, RecipeError) from None
+    except UnicodeDecodeError:
+        raise RecipeError(Problem(f"{path}: cannot be read (it is not UTF-8 text)")) from None
 
 
 def extraction(settings: Mapping[str, Any], dtype: str | None = None, license: str | None = None) -> Recipe:

@@ -1,11 +1,21 @@
-"""What the machine lets a run use, read from files as Linux writes them."""
+"""What the machine lets a run use, read from files as Linux writes them; and what a run says at its limits."""
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
-from merger import machine
+import pytest
+import tiny
+
+from merger import cli, machine
 
 
 def written(root: Path, **files: str) -> Path:
@@ -61,3 +71,97 @@ def test_an_unknown_system_refuses_nothing(tmp_path: Path) -> None:
 def test_cores_are_those_of_this_process() -> None:
     """Not those of the whole machine."""
     assert machine.cores() == len(os.sched_getaffinity(0))
+
+
+# ---- what it refuses ------------------------------------------------------------------------------------------------
+
+
+def chained(*errors: BaseException) -> BaseException:
+    """Each raised from the one after it, as clients do that wrap what they meet."""
+    for above, below in pairwise(errors):
+        above.__cause__ = below
+    return errors[0]
+
+
+WORDS = "can't start new thread"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "(Too many open files)\n    let this process open more files"),
+        (OSError(errno.ENOSPC, "No space left", "/tmp/x"), "at /tmp/x (No space left)\n    free some disk"),
+        (RuntimeError(WORDS), f"({WORDS})\n    write a smaller --threads"),
+        (MemoryError(), "(no memory is left)\n    end other programs"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "you)\n    end other programs"),
+        (
+            chained(ValueError("x"), ConnectionError("y"), OSError(errno.ENFILE, "Too many")),
+            "(Too many)\n    all programs",
+        ),
+        (chained(RuntimeError("Error while uploading"), RuntimeError(WORDS)), f"({WORDS})\n    write a smaller"),
+        (OSError(errno.EACCES, "Permission denied"), None),
+        (OSError(errno.ENOENT, "No such file"), None),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), None),
+        (RuntimeError("a fault of ours"), None),
+        (chained(ValueError("x"), KeyError("y")), None),
+    ],
+)
+def test_what_the_machine_has_no_more_of_is_found_at_the_bottom(error: BaseException, said: str | None) -> None:
+    """Whoever wrapped it; a fault of ours stays one."""
+    found = machine.lacking(error)
+    assert (found is None) == (said is None)
+    if found is not None and said is not None:
+        assert said in str(found)
+        assert found.exit_code == 5
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A merge of two small folders."""
+    tiny.model(tmp_path / "a", seed=1)
+    tiny.model(tmp_path / "b", seed=2)
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"merge_method: linear\nmodels: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]\n")
+    return path
+
+
+@contextmanager
+def no_threads() -> Iterator[None]:
+    """Each would get a stack that does not fit into the address space, so the system refuses to start it."""
+    before = threading.stack_size(1 << 47)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+@contextmanager
+def no_files(number: int) -> Iterator[None]:
+    """No file is opened under this number or a higher one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+LINES = {"plan": "plan {0}", "run": "run {0} --to {1}/out", "diff": "diff {1}/a {1}/b"}
+CASES = [*((line, "threads") for line in LINES), ("run", "files"), ("diff", "files")]
+
+
+@pytest.mark.parametrize(("line", "lack"), CASES)
+def test_a_machine_at_its_limits_is_told_and_not_hung(
+    line: str, lack: str, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 5 and a sentence with the next step, no traceback; and the same command goes on afterwards."""
+    words = LINES[line].format(recipe, tmp_path).split()
+    assert cli.main(words) in (0, 7)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    said = WORDS if lack == "threads" else "Too many open files"
+    # one file at a time may still be opened: a recipe, or this package's version
+    with no_threads() if lack == "threads" else no_files(len(os.listdir("/proc/self/fd"))):
+        code = cli.main(words)
+    err = capfd.readouterr().err
+    assert (code, said in err, "\n    " in err, "Traceback" in err) == (5, True, True, False), err
+    assert cli.main(words) in (0, 7)

@@ -1,5 +1,6 @@
 """Folders as the place that models come from and go to: nothing is lost, nothing half made looks like a model."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -7,12 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from merger import machine
 from merger.checkpoints.shard import Written
 from merger.errors import BudgetError, MergerError, ModelError, UploadError
+from merger.stores import folder as folder_module
 from merger.stores.folder import FolderReader, FolderSink, FolderStore
 from merger.stores.ports import Leftover, Located, Published, Ticket
 
@@ -471,3 +475,77 @@ def test_a_disk_that_fails_at_the_end_puts_the_old_model_back(tmp_path: Path, mo
     sink.leave()
     assert listing(out) == before
     assert sorted(os.listdir(tmp_path)) == ["out", "out.merging"]  # the finished shard waits
+
+
+# What the system refuses
+
+USED_UP = ("ENOSPC", "EDQUOT", "EFBIG", "EMFILE", "ENFILE", "ENOMEM")
+REFUSED = ("EACCES", "EPERM", "EROFS", "EIO", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "ESTALE")
+
+
+@pytest.mark.parametrize("name", [*USED_UP, *REFUSED])
+def test_each_refusal_of_the_system_has_its_own_words(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is used up is told as that, with exit code 5, whether it is read or written; each with its own next step."""
+    number = getattr(errno, name)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/x.safetensors").write_bytes(b"12345678")
+    store = FolderStore()
+    model = store.locate(str(tmp_path / "model"), None)
+    sink = FolderSink(tmp_path / "out")
+    sink.prepare("a" * 64)
+    monkeypatch.setattr(os, "preadv", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    reader = store.reader([Ticket(model, "x.safetensors", 0, 8)], 0)
+    with pytest.raises(MergerError) as reading:
+        reader.read(0, 0, memoryview(bytearray(8)))
+    with pytest.raises(MergerError) as writing:
+        sink.finish({"config.json": b"{}"}, "")
+    monkeypatch.undo()
+    reader.close()
+    sink.leave()
+    used_up = name in USED_UP
+    assert (reading.value.exit_code, writing.value.exit_code) == ((5, 5) if used_up else (3, 6))
+    (read,), (written,) = reading.value.problems, writing.value.problems
+    assert os.strerror(number) in read.what
+    assert os.strerror(number) in written.what
+    assert read.hint == written.hint
+    assert ("free some disk" in str(read.hint)) == (name == "ENOSPC")
+
+
+def test_no_two_kinds_of_refusal_share_a_next_step() -> None:
+    """But for the two names of missing rights."""
+    hints = [machine._USED_UP.get(number) or machine._REFUSED[number]
+             for number in (getattr(errno, name) for name in (*USED_UP, *REFUSED) if name != "EPERM")]  # fmt: skip
+    assert len(set(hints)) == len(hints)
+
+
+def test_more_files_are_read_than_a_process_may_open(tmp_path: Path) -> None:
+    """As many models of many files have: a few dozen stay open, by several threads too, and none in the end."""
+    folder, count = tmp_path / "model", 300
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number}.safetensors").write_bytes(number.to_bytes(8, "little"))
+    store = FolderStore()
+    model = store.locate(str(folder), None)
+    reader = store.reader([Ticket(model, f"{number}.safetensors", 0, 8) for number in range(count)], 0)
+    before = len(os.listdir("/proc/self/fd"))
+    most: list[int] = []
+
+    def read(number: int) -> int:
+        out = bytearray(8)
+        reader.read(number % count, 0, memoryview(out))
+        most.append(len(os.listdir("/proc/self/fd")))
+        return int.from_bytes(out, "little")
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read, range(2 * count)))
+    assert found == [*range(count), *range(count)]
+    assert max(most) <= before + folder_module._OPEN_FILES + 4 + 4  # each thread's own file, and its look at the folder
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before

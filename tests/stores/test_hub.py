@@ -191,6 +191,20 @@ def test_a_trouble_that_stays_is_a_refusal(hub: LoopbackHub, client: Client) -> 
         client(locate, REPO)
 
 
+def test_a_renamed_model_is_found_under_its_new_name(hub: LoopbackHub, client: Client) -> None:
+    """By the former one, which is told; its files and folders are read there."""
+    commit = hub.add_model("org/former", {**FILES, "sub/config.json": b"{}"})
+    hub.rename("org/former", "org/latter")
+    found = client(locate, "org/former", commit)
+    assert (found.name, found.where, found.commit, found.moved) == ("org/latter", "org/latter", commit, "org/former")
+    assert client(locate, "org/latter").moved is None
+    within = client(locate, "org/former/sub")
+    assert (within.name, within.where, within.inside, list(within.files)) == (
+        "org/latter/sub", "org/latter", "sub/", ["config.json"],
+    )  # fmt: skip
+    assert client(fetch, "org/former", "model.safetensors") == BYTES
+
+
 # What is no answer
 
 PAGE = b"<!doctype html><title>Sign in to the network</title>"

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import count, pairwise
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +18,7 @@ from huggingface_hub.utils import httpx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loopback import Client, ClientError, LoopbackHub, Request
+from loopback.wire import Answer
 from waiting import HANGS_SECONDS
 
 from merger.stores import ranges
@@ -481,3 +482,103 @@ def test_it_gives_up_in_a_sentence_without_secrets(hub: LoopbackHub, ask: Ask, s
     assert "run it again" in words
     assert not any(secret in words for secret in ("hf_", "Signature", "http://", hub.cdn_url))
     assert len([r for r in hub.log if on_cdn(r)]) == 6
+
+
+# ---- redirects ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("file", [FILE, "README.md"])
+def test_a_repo_that_was_renamed_is_read_at_its_new_name(
+    hub: LoopbackHub, client: Client, times: int, file: str
+) -> None:
+    """Also one that was renamed again: each name leads to the next, with the token, and then to the second origin."""
+    content = BYTES if file == FILE else CARD
+    first = f"org/former-{times}-{file.partition('.')[0].lower()}"
+    commit = hub.add_model(first, {FILE: BYTES, "README.md": CARD}, private=True)
+    for number in range(times):
+        hub.rename(f"{first}-{number}" if number else first, f"{first}-{number + 1}")
+    hub.clear_log()
+    assert client(bytes_of, first, commit, file, len(content)) == content
+    moved = [r for r in hub.log if r.status == 307]
+    assert len(moved) == times
+    assert all(r.authorization for r in hub.log if r.host == "hub" and on_resolve(r))
+    assert not any(r.authorization for r in hub.log if r.host == "cdn")
+
+
+def bytes_of(repo: str, commit: str, file: str, size: int) -> bytes:
+    """A file by a client that has not asked before."""
+    out = bytearray(size)
+    with patch.object(ranges, "time", SimpleNamespace(sleep=lambda seconds: None)):
+        RangeClient().fill(Located(repo, repo, commit, FILES), file, 0, memoryview(out))
+    return bytes(out)
+
+
+def test_names_that_lead_in_a_circle_are_told(hub: LoopbackHub, client: Client) -> None:
+    """After as many steps as the Hub's client takes."""
+    hub.world.renamed |= {"org/here": "org/there", "org/there": "org/here"}
+    with pytest.raises(
+        ClientError, match=r"cannot be read: the Hub sends us on from place to place, 20 times by now\n    "
+    ):
+        client(bytes_of, "org/here", "c" * 40, FILE, 10)
+    assert len(hub.log) == 21
+
+
+def test_an_address_elsewhere_may_lead_on(hub: LoopbackHub, ask: Ask) -> None:
+    """As a mirror's does; back at the Hub the token is not shown again."""
+    first = count()
+
+    def on(answer: Answer) -> Answer:
+        there = next(request for request in reversed(places))
+        return Answer(302, {"Location": f"{hub.cdn_url}{there}"}) if next(first) < 2 else answer
+
+    places: list[str] = []
+    hub.fail(lambda r: on_cdn(r) and places.append(f"{r.path}?{r.query}") is None, spoil=on, times=3)
+    assert ask()[0] == BYTES[1000:51_000]
+    assert [r.status for r in hub.log if on_cdn(r)] == [302, 302, 206]
+    assert not any(r.authorization for r in hub.log if on_cdn(r))
+
+
+HUB = "https://hub.example/org/a/resolve/c/x"
+FURTHER: list[tuple[str, str, tuple[str, bool] | str]] = [
+    (HUB, "/org/b/resolve/c/x", ("https://hub.example/org/b/resolve/c/x", False)),
+    (HUB, "https://hub.example:443/b", ("https://hub.example:443/b", False)),
+    (HUB, "//hub.example/b", ("https://hub.example/b", False)),
+    (HUB, "https://HUB.example/b", ("https://hub.example/b", False)),
+    (HUB, "https://hub.example:8443/b", ("https://hub.example:8443/b", True)),
+    (HUB, "https://cdn.example/b?Signature=1", ("https://cdn.example/b?Signature=1", True)),
+    (HUB, "https://hub.example@evil.example/b", ("https://hub.example@evil.example/b", True)),
+    (HUB, "https://hub.example.evil.example/b", ("https://hub.example.evil.example/b", True)),
+    (HUB, "http://hub.example/b", "from https to http"),
+    (HUB, "http://cdn.example/b", "from https to http"),
+    (HUB, "file:///etc/passwd", "from https to file"),
+    (HUB, "ftp://hub.example/b", "from https to ftp"),
+    (HUB, "https://[::1/b", "no address"),
+    ("http://hub.example/a", "http://hub.example:80/b", ("http://hub.example:80/b", False)),
+    ("http://hub.example/a", "https://hub.example/b", ("https://hub.example/b", True)),
+    ("http://hub.example/a", "file:///etc/passwd", "from http to file"),
+]
+
+
+@pytest.mark.parametrize(("here", "location", "there"), FURTHER)
+def test_where_a_redirect_is_followed_to(here: str, location: str, there: tuple[str, bool] | str) -> None:
+    """Never from https to anything else; whoever is not the same scheme, host and port does not see the token."""
+    address = ranges._Address(here)
+    if isinstance(there, str):
+        with pytest.raises(ranges._Astray, match=there):
+            address.further(302, {"Location": location})
+        return
+    found = address.further(302, {"Location": location})
+    assert found is not None
+    assert (httpx.URL(found.url), found.is_foreign) == (httpx.URL(there[0]), there[1])
+    back = found.further(307, {"Location": here.replace("http:", "https:")})
+    assert back is not None
+    assert back.is_foreign >= found.is_foreign
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"), [(200, {"Location": "/b"}), (206, {}), (302, {}), (404, {"Location": "/b"})]
+)
+def test_what_is_no_redirect_leads_nowhere(status: int, headers: dict[str, str]) -> None:
+    """A status and a place belong to it."""
+    assert ranges._Address(HUB).further(status, headers) is None
