@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,81 @@ def test_a_template_that_breaks_is_told_before_a_tensor_is_read(
     assert "own.md.j2:2: the card's template cannot be rendered: 'nobody' is undefined" in done.stderr
     assert bytes_read(served) == headers(served)
     assert not served.exists("org/uncarded")
+
+
+# A parent's repo that was renamed
+
+
+@pytest.fixture
+def renamed(served: LoopbackHub, published: Run, tmp_path: Path) -> Iterator[Path]:
+    """A folder with a recipe that calls a parent by its former name."""
+    served.add_model("old/kjv", ZOO / "kjv")
+    served.rename("old/kjv", "new/kjv")
+    (tmp_path / "mine.yaml").write_text(TASK_ARITHMETIC.replace("zoo/kjv", "old/kjv").replace("org/both", "org/moved"))
+    yield tmp_path
+    for name in ("old/kjv", "new/kjv", "org/moved"):
+        served.world.repos.pop(name, None)
+    served.world.renamed.clear()
+
+
+def test_a_renamed_parent_is_read_and_its_new_name_is_told(
+    served: LoopbackHub, renamed: Path, command: Command
+) -> None:
+    """In plan, lock and card; the plan's hash is that of the recipe with the new name, for the commit is the same."""
+    planned = command("plan", "mine.yaml", cwd=renamed, hub=served)
+    assert (planned.returncode, "warning: old/kjv is now new/kjv" in planned.stdout) == (0, True), planned.stderr
+    done = command("run", "mine.yaml", "--json", cwd=renamed, hub=served)
+    assert done.returncode == 0, done.stderr
+    lock, card = (served.read("org/moved", name).decode() for name in ("merger.lock.yaml", "README.md"))
+    assert "- model: old/kjv\n  now: new/kjv\n" in lock
+    assert "\n- new/kjv\n" in card.split("---\n")[1]
+    assert tensors_of(served.files("org/moved")).keys() == expected().keys()
+    (renamed / "new.yaml").write_text((renamed / "mine.yaml").read_text().replace("old/kjv", "new/kjv"))
+    again = command("run", "new.yaml", "--json", cwd=renamed, hub=served)
+    assert json.loads(again.stdout)["new"] is False, again.stderr
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["gone", "another's"])
+def test_a_lock_goes_on_working_when_the_former_name_does_not(
+    taken: bool, served: LoopbackHub, renamed: Path, command: Command
+) -> None:
+    """The Hub sends on only until somebody takes the name; what lies there then is not the locked model."""
+    done = command("run", "mine.yaml", cwd=renamed, hub=served)
+    assert done.returncode == 0, done.stderr
+    lock = served.read("org/moved", "merger.lock.yaml")
+    served.world.renamed.clear()
+    if taken:
+        served.add_model("old/kjv", ZOO / "python")
+    for name in ("mine.lock.yaml", "other.lock.yaml"):  # beside the recipe, and by itself
+        (renamed / name).write_bytes(lock)
+    for name in ("mine.yaml", "other.lock.yaml"):
+        again = command("run", name, "--to", "hf://org/moved", "--json", cwd=renamed, hub=served)
+        assert (again.returncode, json.loads(again.stdout)["new"]) == (0, False), again.stderr
+    checked = command("verify", "org/moved", cwd=renamed, hub=served)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    (renamed / "alone.yaml").write_bytes((renamed / "mine.yaml").read_bytes())
+    alone = command("plan", "alone.yaml", cwd=renamed, hub=served)
+    assert (alone.returncode, "now new/kjv" in alone.stdout) == (0 if taken else 3, False)
+
+
+# A pull request in somebody else's repo
+
+
+def test_a_pull_request_in_a_strangers_repo_can_be_verified(
+    served: LoopbackHub, published: Run, command: Command, tmp_path: Path
+) -> None:
+    """As its description says; and the same run, after it was merged, finds its result there."""
+    served.add_model("carol/theirs", {"README.md": b"# mine\n"})
+    recipe = TASK_ARITHMETIC.replace("repo: org/both", "repo: carol/theirs, create_pr: true")
+    (tmp_path / "mine.yaml").write_text(recipe)
+    done = command("run", "mine.yaml", "--shard-size", "1MB", cwd=tmp_path, hub=served)
+    assert (done.returncode, f"{served.url}/carol/theirs/discussions/1" in done.stdout) == (0, True), done.stderr
+    assert served.files("carol/theirs").keys() == {"README.md"}
+    checked = command("verify", "hf://carol/theirs@refs/pr/1", cwd=tmp_path, hub=served)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    served.commit("carol/theirs", served.files("carol/theirs", "refs/pr/1"), "Their words (#1)")
+    again = command("run", "mine.yaml", "--shard-size", "1MB", cwd=tmp_path, hub=served)
+    assert (again.returncode, "nothing to do: it is already" in again.stdout) == (0, True), again.stderr
 
 
 def bytes_read(served: LoopbackHub) -> int:

@@ -386,6 +386,26 @@ def test_a_staging_branch_that_went_away_is_told(hub: LoopbackHub, refused: Refu
     assert f"the branch {BRANCH} of {repo} is gone" in refused(publish, repo)
 
 
+def publish_without_threads(repo: str) -> None:
+    """Each thread's stack would be larger than the address space."""
+    import threading
+
+    from merger.machine import limits_told
+
+    before = threading.stack_size(1 << 47)
+    try:
+        with limits_told():
+            publish(repo)
+    finally:
+        threading.stack_size(before)
+
+
+def test_an_upload_whose_thread_cannot_start_is_told(hub: LoopbackHub, refused: Refused, repo: str) -> None:
+    """Nothing hangs, and main is as it was."""
+    assert "can't start new thread" in refused(publish_without_threads, repo, kind="BudgetError")
+    assert [found.title for found in hub.commits(repo)] == ["initial commit"]
+
+
 # Repos of others
 
 
