@@ -585,6 +585,26 @@ def test_cut_body(hub: LoopbackHub, client: Client, repo: str) -> None:
     assert [r.sent for r in hub.log if r.host == "cdn"][:2] == [100, 100]
 
 
+def model_name(repo: str) -> str:
+    from huggingface_hub import HfApi
+
+    return str(HfApi().model_info(repo).id)
+
+
+def test_renamed(hub: LoopbackHub, client: Client, repo: str) -> None:
+    """307 to the new name, without the host, as the Hub writes it; until somebody takes the former one."""
+    hub.add_model(repo, FILES)
+    hub.rename(repo, f"{repo}-new")
+    assert client(model_name, repo) == f"{repo}-new"
+    assert [(r.status, r.path) for r in hub.log if "/api/models/" in r.path] == [
+        (307, f"/api/models/{repo}"), (200, f"/api/models/{repo}-new"),
+    ]  # fmt: skip
+    assert hub.exists(f"{repo}-new")
+    assert not hub.exists(repo)
+    hub.add_model(repo, {"config.json": b"{}"})
+    assert client(model_name, repo) == repo
+
+
 def test_latency(hub: LoopbackHub) -> None:
     """Every request waits as long as it is told to."""
     hub.latency(0.2)
