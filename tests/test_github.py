@@ -32,7 +32,7 @@ NO_ANSWERS = {
     **{f"{name}, for good": answer for name, answer in PASSING.items()},
     "text": (200, b'"text"'),
     "a list of numbers": (200, b"[1, 2]"),
-    "no fields": (200, b'[{"status": "added"}, {"body": "<!-- ours -->"}]'),
+    "no fields": (200, b'[{"status": "added"}, {"body": "<!-- ours -->", "user": 7}]'),
     "not Unicode": (200, b"\xff\xfe\x00"),
     "a number for content": (200, b'{"content": 7, "sha": "1f"}'),
     "a number for files": (200, b'{"files": 7}'),

@@ -500,7 +500,7 @@ def test_each_refusal_of_the_system_has_its_own_words(
     sink = FolderSink(tmp_path / "out")
     sink.prepare("a" * 64)
     monkeypatch.setattr(os, "preadv", refuse)
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "rename", refuse)
     reader = store.reader([Ticket(model, "x.safetensors", 0, 8)], 0)
     with pytest.raises(MergerError) as reading:
         reader.read(0, 0, memoryview(bytearray(8)))
