@@ -5,11 +5,17 @@ Form, API, upload and webhook alike, before anything of it is parsed. Not here: 
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merger.safety.limits import BODY
+
+_LINGER_SECONDS, _LINGER_PARTS = 2.0, 200
+"""Of 64 kB each, as the server hands them on."""
 
 
 class BodyLimit:
@@ -25,6 +31,8 @@ class BodyLimit:
             return
         try:
             messages = None if _stated(scope) > BODY.most else await _taken(receive)
+            if messages is None:
+                await _linger(receive)
         except ClientDisconnect:
             return
         if messages is None:
@@ -42,6 +50,22 @@ class BodyLimit:
 def _stated(scope: Scope) -> int:
     stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     return int(stated) if stated.isdigit() else 0
+
+
+async def _linger(receive: Receive) -> None:
+    """Take in a little more and forget it: who sends a body to its end reads the answer, not a broken connection.
+
+    Raises:
+        ClientDisconnect: who asked is gone.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_SECONDS):
+            for _ in range(_LINGER_PARTS):
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                if not message.get("more_body", False):
+                    return
 
 
 async def _taken(receive: Receive) -> list[Message] | None:
