@@ -145,7 +145,7 @@ class Sieve:
 
     def __init__(self, stream: TextIO, ends: bool = True) -> None:
         self._stream, self.ends, self.has_dropped = stream, ends, False
-        self._line = ""
+        self._line, self._is_open = "", False
 
     def write(self, text: str) -> int:
         """Pass it on line by line.
@@ -154,21 +154,29 @@ class Sieve:
             LeakError: a line was dropped.
         """
         passed = [self._passed(piece) for piece in text.splitlines(keepends=True)]
-        is_good = all(passed)
-        self.has_dropped |= not is_good
-        if self.ends and not is_good:
+        self.has_dropped |= not all(passed)
+        if self.ends and not all(passed):
+            self._end_line()
             raise _dropped()
         return len(text)
 
     def _passed(self, piece: str) -> bool:
         """A line may come in several pieces; after one that is dropped so is its rest."""
-        is_good = not leaks(self._line + piece)
+        self._line = (self._line + piece)[-_LINE_KEPT - len(piece) :]
+        is_good = not leaks(self._line)
         if is_good:
             self._stream.write(piece)
-        elif self._line and piece.endswith("\n"):
-            self._stream.write("\n")
-        self._line = "" if piece.endswith(("\n", "\r")) else (self._line + piece)[-_LINE_KEPT:]
+            self._is_open = True
+        if piece.endswith(("\n", "\r")):
+            self._is_open &= not is_good
+            self._end_line()
         return is_good
+
+    def _end_line(self) -> None:
+        """Where some of a line was passed on and its end is not, end it."""
+        if self._is_open:
+            self._stream.write("\n")
+        self._line, self._is_open = "", False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
