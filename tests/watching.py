@@ -13,8 +13,9 @@ from loopback import LoopbackHub, Request
 
 @dataclass(frozen=True)
 class Process:
-    """One that was there: the program's name, its arguments and its first environment, as others may read them."""
+    """One that was there: its number, the program's name, arguments and first environment, as others may read them."""
 
+    number: int
     program: str
     line: bytes
     environ: bytes
@@ -38,11 +39,11 @@ class Watch:
         for place in Path("/proc").glob("[0-9]*"):
             try:
                 program = Path(os.readlink(place / "exe")).name
-                found = Process(program, (place / "cmdline").read_bytes(), (place / "environ").read_bytes())
+                line, environ = (place / "cmdline").read_bytes(), (place / "environ").read_bytes()
             except OSError:
                 continue  # it has just ended
-            if os.fsencode(self.folder) in found.environ and program not in self.others:
-                self.seen.add(found)
+            if os.fsencode(self.folder) in environ and program not in self.others:
+                self.seen.add(Process(int(place.name), program, line, environ))
         return False
 
     def holders(self, *tokens: str) -> list[bytes]:
