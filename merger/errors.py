@@ -109,7 +109,7 @@ class BudgetError(MergerError):
 
 
 class UploadError(MergerError):
-    """The destination refuses: it holds something else, or we may not write there."""
+    """The destination refuses: it holds something else, we may not write there, or a token stands in what would leave."""
 
     exit_code = 6
 

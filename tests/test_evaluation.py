@@ -25,9 +25,9 @@ from merger import evaluation
 from merger.card.metadata import front_matter
 from merger.card.scores import told
 from merger.cli import main
+from merger.engine import evaluate
 from merger.engine.evaluate import _ended
 from merger.engine.scoring import loss
-from merger.engine import evaluate
 from merger.errors import BudgetError, EvaluationError, RecipeError
 from merger.options import Options, Part, needed_disk
 from merger.plan.scores import Score, kept, memory, read_scores

@@ -100,7 +100,7 @@ def _asked(question: Mapping[str, Any], threads: int) -> Mapping[str, Any]:
 
 
 def _tokens(tasks: Sequence[str]) -> Mapping[str, str]:
-    """What the process may show the Hub: for data of known tasks, which may be gated; not where a file's code is run."""
+    """What the process may show the Hub: for known tasks, whose data may be gated; not where a file's code is run."""
     needed = bool(tasks) and not any(task.endswith((".yaml", ".yml")) for task in tasks)
     return of_the_client() if needed else {}
 
