@@ -5,9 +5,7 @@ Not here: the cookie and who may ask (test_api, test_page).
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import tiny
@@ -15,6 +13,7 @@ from gradio_client import Client
 from loopback import LoopbackHub
 from served import SECRET, ServedSpace, halted
 from test_bot import BOT, Hooks, asking, payload
+from waiting import HANGS_SECONDS, until
 from watching import Watch, watching
 
 ALICE, OWN, BOTS, HOOK = "hf_token_of_alice", "hf_of_the_space_itself", "hf_token_of_the_bot", "what-only-the-hub-knows"
@@ -65,15 +64,6 @@ def shown(space: ServedSpace, watch: Watch) -> list[object]:
     return found + list(watch.holders(*SECRETS))
 
 
-def until(holds: Callable[[], Any]) -> Any:
-    """What is true at last."""
-    end = time.monotonic() + 120
-    while not (found := holds()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return found
-
-
 def test_a_merge_under_way_shows_no_secret(
     space: ServedSpace, served: LoopbackHub, watch: Watch, caller: Client
 ) -> None:
@@ -81,7 +71,7 @@ def test_a_merge_under_way_shows_no_secret(
     reached, go = halted(served)
     job = caller.predict(RECIPE, "alice/merged", api_name="/merge")
     assert job["ok"], job
-    assert reached.wait(120)
+    assert reached.wait(HANGS_SECONDS)
     assert shown(space, watch) == []
     go.set()
     told = until(lambda: (now := caller.predict(job["id"], api_name="/job"))["state"] == "done" and now)
