@@ -23,7 +23,7 @@ from merger.card.text import escaped
 from merger.github import Api, Log
 from merger.options import Options
 from merger.safety import secrets
-from merger.safety.secrets import Guard, LeakError, leaks, refuse
+from merger.safety.secrets import LeakError, Sieve, leaks, refuse
 
 TOKEN = "hf_a-b/c_d&e@f<1"
 WRITER = "hf_writer_of_org"
@@ -140,11 +140,11 @@ def test_a_refusal_names_the_files_and_not_the_token() -> None:
 
 @pytest.fixture
 def work(served: LoopbackHub, tmp_path: Path) -> Path:
-    """A folder with two models and a recipe of them; a third model is on the Hub."""
+    """A folder with two models and a recipe of them; they are on the Hub, too."""
     for seed, name in enumerate(("one", "two")):
         tiny.model(tmp_path / name, seed)
-    if not served.exists("org/other"):
-        served.add_model("org/other", tmp_path / "two")
+        if not served.exists(f"org/{name}"):
+            served.add_model(f"org/{name}", tmp_path / name)
     (tmp_path / "mine.yaml").write_text(RECIPE)
     return tmp_path
 
@@ -201,6 +201,7 @@ def test_no_card_is_rendered_anew_with_a_token_in_it(
     to: str, work: Path, served: LoopbackHub, command: Command
 ) -> None:
     """It is not written over the old one, and `--print` does not show its line."""
+    (work / "mine.yaml").write_text(RECIPE.replace("./", "org/"))
     assert command("run", "mine.yaml", "--to", to, cwd=work, hub=served).returncode == 0
     (work / "own.md").write_text(f"\n{WRITER}\n")
     ran = command("card", to, "--template", "own.md", cwd=work, hub=served)
@@ -217,7 +218,7 @@ def test_no_card_is_rendered_anew_with_a_token_in_it(
 def test_a_line_of_a_log_with_a_token_is_dropped_and_ends_the_run() -> None:
     """The lines around it stay."""
     stream = io.StringIO()
-    log = Guard(stream)
+    log = Sieve(stream)
     with pytest.raises(LeakError):
         print(f"one\nsee {TOKEN}\ntwo", file=log)
     with pytest.raises(LeakError):
@@ -230,7 +231,7 @@ def test_a_line_of_a_log_with_a_token_is_dropped_and_ends_the_run() -> None:
 def test_a_token_that_is_written_in_two_pieces_does_not_come_out_whole() -> None:
     """Nor does the rest of its line."""
     stream = io.StringIO()
-    log = Guard(stream, ends=False)
+    log = Sieve(stream, ends=False)
     for piece in ("see ", TOKEN[:5], TOKEN[5:], " there", "\n", "next\n"):
         log.write(piece)
     assert stream.getvalue() == f"see {TOKEN[:5]}\nnext\n"
