@@ -13,7 +13,7 @@ from gradio_client import Client
 from loopback import LoopbackHub
 from served import SECRET, ServedSpace, halted
 from test_bot import BOT, Hooks, asking, payload
-from waiting import HANGS_SECONDS, until
+from waiting import until
 from watching import Watch, watching
 
 ALICE, OWN, BOTS, HOOK = "hf_token_of_alice", "hf_of_the_space_itself", "hf_token_of_the_bot", "what-only-the-hub-knows"
@@ -64,6 +64,11 @@ def shown(space: ServedSpace, watch: Watch) -> list[object]:
     return found + list(watch.holders(*SECRETS))
 
 
+def state(caller: Client, id: str) -> str:
+    """How a job is."""
+    return str(caller.predict(id, api_name="/job")["state"])
+
+
 def test_a_merge_under_way_shows_no_secret(
     space: ServedSpace, served: LoopbackHub, watch: Watch, caller: Client
 ) -> None:
@@ -71,10 +76,12 @@ def test_a_merge_under_way_shows_no_secret(
     reached, go = halted(served)
     job = caller.predict(RECIPE, "alice/merged", api_name="/merge")
     assert job["ok"], job
-    assert reached.wait(HANGS_SECONDS)
+    until(lambda: reached.is_set() or state(caller, job["id"]) not in ("queued", "running"))
+    assert reached.is_set(), caller.predict(job["id"], api_name="/job")
     assert shown(space, watch) == []
     go.set()
-    told = until(lambda: (now := caller.predict(job["id"], api_name="/job"))["state"] == "done" and now)
+    until(lambda: state(caller, job["id"]) == "done")
+    told = caller.predict(job["id"], api_name="/job")
     assert told["where"].endswith("/alice/merged")
     assert shown(space, watch) == []
     lines = [process.line for process in watch.seen]
