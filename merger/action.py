@@ -6,6 +6,12 @@ Not here: reading them (inputs), GitHub itself (github), words (markdown, consol
 
 from __future__ import annotations
 
+from merger.safety import secrets
+from merger.safety.environment import OURS, hand_over
+
+if __name__ == "__main__":
+    hand_over()  # before anything that takes time: until then /proc shows the tokens
+
 import glob
 import hashlib
 import json
@@ -21,7 +27,7 @@ from typing import TYPE_CHECKING
 from merger import console, markdown
 from merger.errors import MergerError, Problem, RecipeError, UploadError
 from merger.github import Api, Event, GitHubError, Log, write_outputs, write_summary
-from merger.inputs import SECRETS, Inputs, top, variable
+from merger.inputs import Inputs, top
 from merger.locate import HUB
 from merger.machine import limits_told
 from merger.options import Options, destination, fitted
@@ -201,7 +207,7 @@ class Job:
         if self.mode not in RUNNING:
             return options
         to = destination(recipe, options)
-        if not to.startswith(HUB) or options.write_token or self.environment.get("HF_TOKEN"):
+        if not to.startswith(HUB) or options.write_token:
             return fitted(options)
         if "ACTIONS_ID_TOKEN_REQUEST_URL" not in self.environment:
             hint = "give hf-token, or let the job have the permission id-token: write and the repo trust this workflow"
@@ -369,13 +375,13 @@ def _reported(result: Result, part_size: int) -> dict[str, object]:
 def main() -> int:
     """The step: exit code 0, that of the first error, or 75 for a run that is to be gone on with."""
     log = Log(sys.stdout)  # commands are its own alone: whatever else is printed from here on is none
+    for name in OURS:
+        log.mask(os.environ.get(name, "").strip())
     with guarded():
-        return _step(log)
+        return secrets.watched(lambda: _step(log))
 
 
 def _step(log: Log) -> int:
-    for name in (*map(variable, SECRETS), "HF_TOKEN"):
-        log.mask(os.environ.get(name, "").strip())
     results: list[Result] = []
     try:
         inputs = Inputs.take(os.environ)
@@ -386,7 +392,7 @@ def _step(log: Log) -> int:
     except MergerError as error:
         for problem in error.problems:
             log.command("error", str(problem), title="Merger")
-        if not results:
+        if not results or isinstance(error, secrets.LeakError):
             write_outputs(os.environ.get("GITHUB_OUTPUT"), {"state": "failed"})
         return error.exit_code
     return next((result.exit_code for result in results if result.exit_code), 0)
@@ -395,7 +401,9 @@ def _step(log: Log) -> int:
 def _tell(job: Job, results: Sequence[Result]) -> None:
     """Outputs first: they are there even if GitHub then refuses something."""
     place = Path(job.environment.get("RUNNER_TEMP") or ".") / "merger-report.json"
-    place.write_text(report(results, job.inputs.part_size), "utf-8")
+    told = report(results, job.inputs.part_size)
+    secrets.refuse({place.name: told})
+    place.write_text(told, "utf-8")
     write_outputs(job.environment.get("GITHUB_OUTPUT"), outputs(results, job.inputs.part_size, place))
     write_summary(job.environment.get("GITHUB_STEP_SUMMARY"), "\n\n".join(map(section, results)))
     job.comment(results)

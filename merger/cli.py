@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from merger.errors import MergerError, Problem, RecipeError, VerificationError, did_you_mean
 from merger.machine import limits_told
+from merger.safety import secrets
 from merger.safety.text import guarded, line
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or that of the error's class."""
+    """Run the command; the exit code is 0, or that of the error's class. No token gets into what it prints."""
     with guarded():
-        return _main(argv)
+        return secrets.watched(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -109,7 +109,7 @@ class BudgetError(MergerError):
 
 
 class UploadError(MergerError):
-    """The destination refuses: it holds something else, or we may not write there."""
+    """The destination refuses: it holds something else, or we may not write there. Or a token stands in what leaves."""
 
     exit_code = 6
 

@@ -6,6 +6,7 @@ Not here: what is merged (action), and how a plan reads (markdown).
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import secrets
@@ -19,7 +20,9 @@ from urllib.parse import quote
 
 from merger.errors import MergerError, Problem
 from merger.retries import PASSING, again
+from merger.safety.environment import public
 from merger.safety.limits import EVENT, GITHUB, parsed, read
+from merger.safety.secrets import refuse, sieved
 from merger.safety.text import visible
 
 if TYPE_CHECKING:
@@ -133,7 +136,7 @@ def _by_git(root: Path, ends: str) -> set[str] | None:
         return None
     line = ["git", "-C", str(root), "diff", "--name-only", "-z", "--diff-filter=d", ends, "--"]
     try:
-        done = subprocess.run(line, capture_output=True, timeout=_SECONDS, check=True)
+        done = subprocess.run(line, env=public(), capture_output=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return {os.fsdecode(name) for name in done.stdout.split(b"\0") if name}
@@ -146,21 +149,24 @@ class Log:
     """The job's log. Commands are what goes through `command`; what is printed inside `text` is taken for none."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._masks, self._stream = stream, sieved(stream)
         self._word = ""
 
     def command(self, name: str, message: str = "", **properties: object) -> None:
         """Tell GitHub something, such as an error at a line of a file."""
+        self._tell(self._stream, name, message, properties)
+
+    def _tell(self, stream: TextIO, name: str, message: str, properties: Mapping[str, object]) -> None:
         told = ",".join(f"{key}={_property(str(value))}" for key, value in properties.items() if value is not None)
         line = f"::{name}{' ' + told if told else ''}::{_data(message)}"
         if self._word:
             line = f"::{self._word}::\n{line}\n::stop-commands::{self._word}"
-        print(line, file=self._stream, flush=True)
+        print(line, file=stream, flush=True)
 
     def mask(self, token: str) -> None:
         """Let GitHub blot this out of the log wherever it stands."""
         if token:
-            self.command("add-mask", token)
+            self._tell(self._masks, "add-mask", token, {})
 
     @contextmanager
     def group(self, title: str) -> Iterator[None]:
@@ -194,15 +200,16 @@ def write_outputs(path: str | None, values: Mapping[str, str]) -> None:
     for name, value in values.items():
         end = f"end-{secrets.token_hex(16)}"
         lines += [f"{name}<<{end}", value, end]
-    _append(path, "\n".join(lines) + "\n")
+    _append(path, "\n".join(lines) + "\n", "the step's outputs")
 
 
 def write_summary(path: str | None, text: str) -> None:
     """Add to the job's summary, as much as GitHub takes."""
-    _append(path, shortened(text, _SUMMARY_BYTES // 4) + "\n")
+    _append(path, shortened(text, _SUMMARY_BYTES // 4) + "\n", "the job's summary")
 
 
-def _append(path: str | None, text: str) -> None:
+def _append(path: str | None, text: str, called: str) -> None:
+    refuse({called: text})
     if path:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(text)
@@ -307,6 +314,7 @@ class Api:
     def _ask(self, method: str, path: str, content: object = None, allowed: int = 200) -> Response:
         import requests  # only where GitHub is asked at all
 
+        refuse({f"what GitHub would be told ({method} {path.split('?')[0]})": json.dumps(content)})
         address = path if path.startswith(f"{self._root}/") else f"{self._url}/repos/{self._repository}/{path}"
         headers = {"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28"}
         if self._token:

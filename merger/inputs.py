@@ -11,10 +11,11 @@ from typing import TypeVar
 from merger import console
 from merger.errors import Problem, RecipeError, did_you_mean
 from merger.options import Options, Part
+from merger.safety import secrets
+from merger.safety.environment import CLIENTS
 from merger.safety.paths import inside
 
 MODES = ("auto", "check", "plan", "run", "publish")
-SECRETS = ("hf-token", "hf-read-token", "github-token")
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ class Inputs:
                 force=given.flag("force"),
                 part=given.part("part"),
                 read_token=given.secret("hf-read-token") or None,
-                write_token=given.secret("hf-token") or None,
+                write_token=given.secret("hf-token") or given.client_token() or None,
                 root=top(environment),
             ),
             part_size=given.size("part-size") or 60 * 10**9,
@@ -80,7 +81,16 @@ class _Given:
 
     def secret(self, name: str) -> str:
         """As it is given, and gone."""
-        return self._environment.pop(variable(name), "").strip()
+        return self._taken(variable(name))
+
+    def client_token(self) -> str:
+        """The token that the Hub's client would take from the environment, and all of these gone."""
+        return next(filter(None, [self._taken(name) for name in CLIENTS]), "")
+
+    def _taken(self, variable: str) -> str:
+        value = self._environment.pop(variable, "").strip()
+        secrets.keep(value)
+        return value
 
     def choice(self, name: str, known: Sequence[str]) -> str:
         """One of a few words, the first where none is given."""

@@ -13,6 +13,7 @@ from merger.locate import HUB
 from merger.plan.parts import Part as Part  # shells name it without knowing where it lives
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.recipe.model import Recipe
+from merger.safety import secrets
 from merger.safety.names import need_repo
 from merger.safety.paths import ANYWHERE
 
@@ -61,6 +62,9 @@ class Options:
     root: Path | None = ANYWHERE
     read_token: str | bool | None = field(default=None, repr=False)
     write_token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        secrets.hold(self, self.read_token, self.write_token)
 
 
 def budget_of(recipe: Recipe, options: Options) -> Budget:

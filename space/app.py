@@ -7,6 +7,7 @@ are in limits. Not here: what the page shows (page) and what programs may call (
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -16,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from huggingface_hub import constants
 
+from merger.safety import secrets
 from space import sessions
 from space.body_limit import BodyLimit
 from space.bot import Bot
@@ -72,7 +74,8 @@ def served(desk: Desk, bot: Bot | None = None) -> FastAPI:
 
 
 def main() -> None:
-    """Serve until the process is ended."""
+    """Serve until the process is ended. No token gets into its log, nor to a process that is started from here."""
+    sys.stdout, sys.stderr = (secrets.sieved(stream, ends=False) for stream in (sys.stdout, sys.stderr))
     at = folder().resolve()
     at.mkdir(parents=True, exist_ok=True)
     keeper = Keeper(at, Limits.here(at))
@@ -83,8 +86,10 @@ def main() -> None:
     if bot is not None:
         bot.start()
     try:
+        app = served(desk, bot)
+        secrets.take_out()
         uvicorn.run(
-            served(desk, bot),
+            app,
             host=os.environ.get("GRADIO_SERVER_NAME", host),
             port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
             log_level="warning",

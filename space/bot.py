@@ -28,6 +28,7 @@ from pydantic import ValidationError
 
 from merger import console, markdown
 from merger.errors import MergerError, Problem, RecipeError
+from merger.safety import secrets
 from merger.safety.names import is_repo
 from space import rules
 from space.asks import Ask, Asks
@@ -329,6 +330,7 @@ class Bot:
 
     def _say(self, ask: Ask, words: str) -> Ask:
         """Say something where it was asked; of a commit, in a discussion that is opened about it."""
+        secrets.refuse({"what the bot would say": words})
         if ask.num is not None:
             self._api.comment_discussion(ask.repo, ask.num, words)
             return ask

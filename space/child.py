@@ -24,6 +24,7 @@ from merger.machine import limits_told
 from merger.options import Options
 from merger.planning import plan, read
 from merger.run import Done, Resumed, run
+from merger.safety import secrets
 
 RECIPE = "recipe.yaml"
 _SECONDS = 0.2
@@ -62,7 +63,8 @@ def live(worker: socket.socket, folder: Path) -> NoReturn:
         os.chdir(folder)
         tempfile.tempdir = str(folder)
         os.environ |= {"TMPDIR": str(folder), "HF_XET_CACHE": str(folder / "xet")}
-        hears, out = worker.makefile("r"), worker.makefile("w")
+        hears, out = worker.makefile("r"), secrets.sieved(worker.makefile("w"))
+        sys.stderr = secrets.sieved(sys.stderr, ends=False)
         asked = json.loads(hears.readline())
         threading.Thread(target=_end_with_the_worker, args=(hears,), daemon=True).start()
         code = _told(asked, out)
@@ -86,9 +88,16 @@ def _told(asked: dict[str, Any], out: TextIO) -> int:
         with limits_told():
             _make(asked, out)
     except MergerError as error:
-        print(json.dumps({"failed": [str(problem) for problem in error.problems]}), file=out, flush=True)
-        return error.exit_code
+        return _failed(error, out)
     return 0
+
+
+def _failed(error: MergerError, out: TextIO) -> int:
+    try:
+        print(json.dumps({"failed": [str(problem) for problem in error.problems]}), file=out, flush=True)
+    except secrets.LeakError as leak:
+        return _failed(leak, out)
+    return error.exit_code
 
 
 def _make(asked: dict[str, Any], out: TextIO) -> None:

@@ -12,6 +12,7 @@ from merger.beside import card_files, elders
 from merger.errors import Problem, RecipeError
 from merger.locate import HUB
 from merger.options import Options
+from merger.safety import secrets
 from merger.safety.names import need_repo
 from space import rules
 from space.jobs import AS_SAID, How, Job
@@ -61,6 +62,7 @@ class Desk:
         """
         recipe = rules.read(text)
         options = rules.options(token, self.keeper.limits)
+        secrets.refuse({"the recipe": text})
         plan, store = rules.planned(recipe, options, self.keeper.limits)
         return Planned(recipe, plan, store, options)
 

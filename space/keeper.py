@@ -22,6 +22,7 @@ from huey import SqliteHuey
 from huey.consumer import Consumer
 
 from merger.errors import Problem
+from merger.safety import secrets
 from space.child import RECIPE
 from space.jobs import AS_SAID, How, Job, JobError, Reach, Store, new_id, not_yours
 from space.limits import Limits
@@ -41,6 +42,9 @@ class Token:
     value: str = field(repr=False)
     expires: float = float("inf")
     reach: Reach = Reach.ALL
+
+    def __post_init__(self) -> None:
+        secrets.hold(self, self.value)
 
     @property
     def is_good(self) -> bool:

@@ -647,6 +647,41 @@ def test_tokens_are_masked_and_stand_nowhere_else(
     assert not [text for text in texts for token in tokens.values() if token in text]
 
 
+LEAKY: dict[str, Callable[[str, str], tuple[dict[str, str | None], str]]] = {
+    "a comment of the recipe": lambda recipe, token: ({"merges/a.yaml": f"# {token}\n{recipe}"}, "merges/a.yaml"),
+    "an unknown key": lambda recipe, token: ({"merges/a.yaml": f"{token}: 1\n{recipe}"}, "merges/a.yaml"),
+    "a model's name": lambda recipe, token: (
+        {"merges/a.yaml": recipe.replace("parameters", f"  - model: ./{token}\nparameters")}, "merges/a.yaml"),
+    "the recipe's name": lambda recipe, token: ({f"merges/{token}.yaml": recipe}, f"merges/{token}.yaml"),
+    "a licence": lambda recipe, token: (
+        {"merges/a.yaml": f"{recipe}publish: {{license: '{token}'}}\n"}, "merges/a.yaml"),
+    "a template": lambda recipe, token: (
+        {"merges/a.yaml": f"{recipe}publish: {{template: own.md}}\n", "own.md": f"see {token}"}, "merges/a.yaml"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("event", ["push", "pull_request"])
+@pytest.mark.parametrize("way", LEAKY)
+@pytest.mark.parametrize("whose", ["hf_token", "hf_read_token", "github_token"])
+def test_a_token_in_what_a_job_reads_goes_nowhere(
+    whose: str, way: str, event: str, clone: Checkout, step: Step, recipe: str, hosted: LoopbackGitHub
+) -> None:
+    """Not into log, summary, outputs, report, comment, or the result: what would hold it is refused, or dropped."""
+    token = TOKEN if whose == "github_token" else "hf_secret_of_the_job"
+    base = clone.commit({})
+    files, name = LEAKY[way](recipe, token)
+    head = clone.commit(files)
+    payload = push(base, head) if event == "push" else pull_request(base, head)
+    told = step(event, payload, hosted.url, **{whose: token, "recipe": name.replace(token, "*"), "to": "./out"})
+    if event == "push" or way not in ("a comment of the recipe", "a template"):  # a plan does not show these
+        assert (told.code, told.outputs["state"]) == (6, "failed"), told.log
+    shown = [line for line in told.log.splitlines() if not line.startswith("::add-mask::")]
+    report = Path(told.outputs["report"]).read_text() if told.outputs.get("report") else ""
+    made = [path.read_bytes().decode("utf-8", "replace") for path in clone.root.glob("out/*")]
+    texts = [*shown, told.summary, *told.outputs.values(), *comments(hosted), report, *made]
+    assert [text for text in texts if token in text] == []
+
+
 def test_a_long_text_is_cut_at_a_line_and_says_so() -> None:
     """GitHub refuses longer ones."""
     assert github.shortened("one\ntwo\nthree", 8) == "one\ntwo\n\n(the rest is in the job's log)"

@@ -25,6 +25,7 @@ from merger import evaluation
 from merger.card.metadata import front_matter
 from merger.card.scores import told
 from merger.cli import main
+from merger.engine import evaluate
 from merger.engine.evaluate import _ended
 from merger.engine.scoring import loss
 from merger.errors import BudgetError, EvaluationError, RecipeError
@@ -34,6 +35,13 @@ from merger.planning import plan, read
 from merger.run import run
 
 ZOO = Path(__file__).parents[1] / "examples/zoo"
+LOOKS = """\
+import os, pathlib
+seen = pathlib.Path(__file__).with_name(f"{os.getpid()}.environ")
+seen.write_bytes(pathlib.Path("/proc/self/environ").read_bytes())
+"""
+"""Every Python that is started with this on its path notes the environment that it was given."""
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LINEAR = "merge_method: linear\nmodels: [{{model: {0}}}, {{model: {1}}}]\nparameters: {{weight: 0.5}}\n"
 LINES = "And the LORD said unto Moses, Go in unto Pharaoh.\n" * 8
@@ -111,8 +119,14 @@ def test_merge_and_parents_on_the_hub(served: LoopbackHub, command: Command, tmp
     served.add_model("datasets/org/words", {"some/lines.txt": LINES.encode()})
     text = "{text: hf://datasets/org/words/some/lines.txt, limit: 300}"
     mine = recipe(tmp_path, f"{{perplexity: {text}, parents: true}}", ("zoo/kjv", "zoo/python"))
-    done = command("run", mine.name, "--to", "hf://org/tried", "--shard-size", "1MB", cwd=tmp_path, hub=served)
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "seen" / "sitecustomize.py").write_text(LOOKS)
+    line = ("run", mine.name, "--to", "hf://org/tried", "--shard-size", "1MB")
+    done = command(*line, cwd=tmp_path, hub=served, env={"PYTHONPATH": str(tmp_path / "seen")})
     assert done.returncode == 0, done.stderr
+    children = [path.read_bytes() for path in (tmp_path / "seen").glob("*.environ")]
+    assert len(children) == 3
+    assert not [one for one in children if b"hf_writer_of_org" in one or b"HF_ENDPOINT" not in one]
     assert "measuring the merge" in done.stderr
     card = served.read("org/tried", "README.md").decode()
     assert "| measured | this model | zoo/kjv | zoo/python |" in card
@@ -124,6 +138,19 @@ def test_merge_and_parents_on_the_hub(served: LoopbackHub, command: Command, tmp
     assert again.returncode == 0, again.stderr
     assert served.read("org/tried", "README.md").decode() == card
     assert command("verify", "hf://org/tried", cwd=tmp_path, hub=served).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("tasks", "given"),
+    [((), {}), (("arc_easy",), {"HF_TOKEN": "hf_writer"}), (("arc_easy", "mine.yaml"), {}), (("./mine.yml",), {})],
+)
+def test_a_token_goes_along_for_known_tasks_alone(
+    tasks: tuple[str, ...], given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their data may be gated; a task's own file may bring code, and texts need none."""
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    assert evaluate._tokens(tasks) == given
 
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------

@@ -33,7 +33,10 @@ def work(hub: LoopbackHub, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def watched(hub: LoopbackHub) -> Iterator[set[bytes]]:
-    """The arguments of every process of this machine, looked at whenever the Hub is asked something."""
+    """The arguments of every process of this machine, looked at whenever the Hub is asked something.
+
+    Its own environment is the person's who started it; what children get, test_evaluation and test_act hold.
+    """
     seen: set[bytes] = set()
 
     def look(request: Request) -> bool:

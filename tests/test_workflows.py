@@ -15,6 +15,7 @@ import yaml
 
 from merger import action, inputs
 from merger.inputs import Inputs
+from merger.safety.environment import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTION = ROOT / "action.yml"
@@ -54,7 +55,7 @@ def test_every_input_reaches_the_program_and_is_described() -> None:
     before = {"python-version", "torch-index", "install"}
     wired = {inputs.variable(name): f"${{{{ inputs.{name} }}}}" for name in declared["inputs"] if name not in before}
     assert merge["env"] == wired
-    assert set(inputs.SECRETS) <= set(declared["inputs"])
+    assert {name for name in OURS if name.startswith("INPUT_")} == {name for name in wired if name.endswith("_TOKEN")}
     for about in (*declared["inputs"].values(), *declared["outputs"].values()):
         assert about["description"].endswith(".")
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from merger.safety import secrets
 from merger.stores.ports import PIECE_BYTES, Content, Copy, Located, Store
 
 HELD_BYTES = 32 << 20
@@ -61,10 +62,11 @@ def write(content: Content, target: Path) -> None:
     """Make a file of it, and the folder that it is in.
 
     Raises:
+        UploadError: a token stands in it.
         ModelError, DamagedError: as `Copy.pieces` does.
         OSError: the disk refuses.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as file:
-        for piece in (content,) if isinstance(content, bytes) else content.pieces():
+        for piece in secrets.passed(target.name, (content,) if isinstance(content, bytes) else content.pieces()):
             file.write(piece)

@@ -20,9 +20,9 @@ from merger import machine
 from merger.checkpoints.checkpoint import is_single, is_weights
 from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.shard import Outlet, Written, file_sha256
-from merger.checkpoints.sidefiles import LOCK_NAME
+from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME
 from merger.errors import BudgetError, MissingError, ModelError, Problem, UploadError
-from merger.safety import limits, paths
+from merger.safety import limits, paths, secrets
 from merger.safety.paths import ANYWHERE, BarredError
 from merger.stores.content import write
 from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, Ticket, refuse_large
@@ -326,7 +326,8 @@ class FolderSink:
         return _written_down(self._done)
 
     def check_card(self, text: str) -> None:
-        """A folder takes any."""
+        """A folder takes any without a token in it."""
+        secrets.refuse({CARD_NAME: text})
 
     def open(self, name: str) -> Outlet:
         """A file where it shall stay."""
@@ -367,6 +368,7 @@ class FolderSink:
 
     def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
         """Write each file beside the old one, then give it its name."""
+        secrets.refuse(small)
         with self._refusals():
             for name, content in small.items():
                 target = self.folder / name

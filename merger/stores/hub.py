@@ -24,7 +24,7 @@ from huggingface_hub.utils import httpx
 from merger.checkpoints.checkpoint import is_single
 from merger.errors import GatedError, MissingError, ModelError, Problem, UploadError
 from merger.machine import lacking
-from merger.safety import limits
+from merger.safety import limits, secrets
 from merger.stores.digests import Beginnings, confirm
 from merger.stores.patience import UnreadableAnswer, is_passing, patiently, status_of
 from merger.stores.ports import FileInfo, Located, Ticket, refuse_large
@@ -130,6 +130,7 @@ def _published_token() -> str:
     token = get_token()
     if not isinstance(token, str) or not token:
         raise UnreadableAnswer("no token in it")
+    secrets.keep(token)
     return token
 
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
 from merger.errors import PartError, Problem
+from merger.safety import secrets
 from merger.stores.patience import is_passing, status_of, understood
 
 _ENDS = (JobStage.COMPLETED, JobStage.CANCELED, JobStage.ERROR, JobStage.DELETED)
@@ -62,10 +63,13 @@ class HubJobs:
 
         Raises:
             PartError: the Hub does not start it.
+            UploadError: a token stands in what it would be told besides.
         """
         token = get_token()
         if token is None:
             raise PartError(Problem("a Hub job needs a token, and there is none", hint="set HF_TOKEN"))
+        secrets.keep(token)
+        secrets.refuse({"the Hub job's command": "\n".join([*command, *environment.values()])})
         with _refusals(name, token):
             # Not tried again when the answer is lost: it may have been started, and would cost twice.
             info = self._api.run_job(

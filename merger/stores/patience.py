@@ -20,6 +20,7 @@ from huggingface_hub.utils import build_hf_headers, httpx, parse_ratelimit_heade
 from huggingface_hub.utils._http import default_client_factory
 
 from merger.retries import PASSING, TOO_MANY, again
+from merger.safety import secrets
 
 TIMEOUT_SECONDS = 30.0
 """How long a connection may stand still while bytes travel."""
@@ -63,11 +64,16 @@ _MALFORMED = re.compile("improperly formatted|Malformed response|Invalid (server
 def headers_now(token: str | bool | None) -> dict[str, str]:
     """The headers that tell the Hub who asks, for one request: a token of trusted publishing is renewed each hour.
 
+    A token that the client finds or renews by itself is one in use, from now on.
+
     Raises:
         OIDCError, HTTPError: it could not be renewed.
     """
     with understood():
-        return build_hf_headers(token=token)
+        headers: dict[str, str] = build_hf_headers(token=token)
+    if not isinstance(token, str):
+        secrets.keep(headers.get("authorization", "").removeprefix("Bearer "))
+    return headers
 
 
 def patiently(ask: Callable[[], T]) -> T:

@@ -250,7 +250,7 @@ class Sink(Taker, Protocol):
         """Make sure, before any tensor is read, that the destination will accept a card with this front matter.
 
         Raises:
-            UploadError: it will not.
+            UploadError: it will not, or a token stands in the card.
         """
 
     def notes(self) -> Iterator[str]:
@@ -279,7 +279,7 @@ class Sink(Taker, Protocol):
         """Put the small files beside the shards and make the whole visible at once.
 
         Raises:
-            UploadError: the destination refuses.
+            UploadError: the destination refuses, or a token stands in one of them.
         """
 
     def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:

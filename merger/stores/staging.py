@@ -34,15 +34,16 @@ from huggingface_hub.errors import HfHubHTTPError, OIDCError, RepositoryNotFound
 from huggingface_hub.utils import httpx
 
 from merger.checkpoints.shard import Outlet, Written, file_sha256
-from merger.checkpoints.sidefiles import PICTURES, side_files
+from merger.checkpoints.sidefiles import CARD_NAME, PICTURES, side_files
 from merger.errors import BudgetError, DamagedError, MissingError, Problem, UploadError, VerificationError
 from merger.machine import lacking
 from merger.retries import TRIES, pause
+from merger.safety import secrets
 from merger.safety.limits import MEASURED
 from merger.safety.names import HINT, is_repo
 from merger.stores.content import write
 from merger.stores.hub import NO_ANSWER, no_token
-from merger.stores.patience import UnreadableAnswer, asked, is_passing, patiently, status_of, understood
+from merger.stores.patience import UnreadableAnswer, asked, headers_now, is_passing, patiently, status_of, understood
 from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, refuse_large
 from merger.stores.ranges import RangeClient
 from merger.stores.results import Results, description, shards_of
@@ -191,6 +192,7 @@ class HubSink:
 
     def check_card(self, text: str) -> None:
         """Ask the Hub; where it gives no answer, the commit will ask again."""
+        secrets.refuse({CARD_NAME: text})
         try:
             ModelCard(text).validate()
         except (HfHubHTTPError, httpx.HTTPError):
@@ -213,7 +215,7 @@ class HubSink:
         """The note goes into the same commit, so that there is none without the other; it never reaches main."""
         additions = [self._sending.shard(shard)]
         if note:
-            additions.append(self._sending.small(_note(shard.name), note.encode()))
+            additions.append(self._small(_note(shard.name), note.encode()))
         self._commit(additions, f"Stage {shard.name}", self._branch)
         self._sending.committed(shard.name)
 
@@ -306,7 +308,7 @@ class HubSink:
         self._head = self._identity = seen.commit or ""
         with self._refusals():
             self._sending = patiently(lambda: files(Destination(self._api, self.name), self._scratch))
-            commit = self._commit([self._sending.small(*file) for file in small.items()], message, "main")
+            commit = self._commit([self._small(*file) for file in small.items()], message, "main")
         self._clean()
         return Published(f"{constants.ENDPOINT}/{self.name}", commit.oid)
 
@@ -338,8 +340,10 @@ class HubSink:
         return self._commit(operations, message, self._branch)
 
     def _small(self, name: str, content: Content) -> CommitOperationAdd:
-        """What is copied from a model lies on this disk until the commit is made."""
+        """The one place where small files leave. What is copied lies on this disk until the commit is made."""
+        headers_now(self._api.token)  # by now the client may have renewed its token
         if isinstance(content, bytes):
+            secrets.refuse({name: content})
             return self._sending.small(name, content)
         path = self._scratch.folder() / _COPIES / name
         write(content, path)
@@ -357,6 +361,7 @@ class HubSink:
         names = [operation.path_in_repo for operation in operations]
         shards = list(self._shards.values())
         about = description(self.name, self._identity, shards, names) if on_main and self._create_pr else None
+        secrets.refuse({"the commit's message": f"{title}\n{about}"})
         tries = 0
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
         while True:
