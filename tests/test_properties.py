@@ -23,7 +23,10 @@ from loopback import Client, LoopbackHub
 from safetensors import deserialize
 
 from merger.checkpoints.checkpoint import header_length, read_header
-from merger.errors import ModelError
+from merger.errors import ModelError, RecipeError
+from merger.methods.registry import Method, methods
+from merger.recipe.parse import parse
+from merger.recipe.settings import Rule
 
 THOROUGH = os.environ.get("RELIABILITY") == "all"
 TRIALS, PROCESSES = (2000, 50) if THOROUGH else (150, 5)
@@ -103,6 +106,33 @@ def test_whatever_is_drawn_ends_in_a_sentence(root: Path, client: Client) -> Non
             assert not_finite(root / "out") == []
 
     trial()
+
+
+@pytest.mark.parametrize(
+    "method", sorted(methods().values(), key=lambda found: found.name), ids=lambda found: found.name
+)
+def test_every_parameter_is_in_its_range_or_refused_at_its_place(method: Method) -> None:
+    """Whatever stands there, at the top or beside a model: each number that is taken lies in the range that is told."""
+    base = "base_model: a\n" if method.takes_base else ""
+    needed = {param.name: "0" for param in method.params if param.required}
+    for param in method.params:
+        for odd in (*drawn.ODD, *drawn.YAML_ONLY):
+            given = ", ".join(f"{name}: {value}" for name, value in {**needed, param.name: drawn.text(odd)}.items())
+            text = f"merge_method: {method.name}\n{base}parameters: {{{given}}}\nmodels: [{{model: a}}, {{model: b}}]\n"
+            for rule in rules_of(text, param.name):
+                assert all(param.range.holds(value) for value in rule.values)
+
+
+def rules_of(text: str, name: str) -> tuple[Rule, ...]:
+    """What a recipe says of a parameter; nothing where it is refused, which must be at a place of it."""
+    try:
+        recipe = parse(text, "r.yaml", methods())
+    except RecipeError as error:
+        lost = [problem for problem in error.problems if not problem.at or problem.at.line > text.count("\n") + 1]
+        if lost:
+            raise
+        return ()
+    return recipe.parameters[name].rules if name in recipe.parameters else ()
 
 
 def test_a_file_that_safetensors_refuses_is_refused_here(root: Path) -> None:
