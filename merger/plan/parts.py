@@ -31,8 +31,9 @@ class Part:
         try:
             count = numbers.whole(second, numbers.PARTS)
             return cls(numbers.whole(first, numbers.Range(1, count)), count)
-        except ValueError as error:
-            raise ValueError(f"{error}; write for example 3/8 for the third of eight") from None
+        except ValueError:
+            told = numbers.shortened(text)
+            raise ValueError(f"{told} is no part; write for example 3/8 for the third of eight") from None
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
