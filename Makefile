@@ -12,9 +12,10 @@ demo: .venv/set-up
 test: .venv/set-up
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
-# Every case of docs/reliability.md, where make test tries some, and a merge larger than its memory: some minutes.
+# Every case of docs/reliability.md, where make test tries some, a merge larger than its memory, and thousands of drawn
+# recipes, options and models: some minutes.
 reliability: .venv/set-up
-	RELIABILITY=all $(BIN)/pytest -n auto --maxprocesses 4 tests/test_reliability.py tests/test_disk.py
+	RELIABILITY=all $(BIN)/pytest -n auto --maxprocesses 4 tests/test_reliability.py tests/test_disk.py tests/test_properties.py
 
 lint: .venv/set-up-lint
 	$(BIN)/ruff check

@@ -20,6 +20,7 @@ from merger.errors import MergerError
 from merger.methods.registry import Method, Param, methods
 from merger.recipe.checks import FIELD_METHODS
 from merger.safety.limits import TABLE
+from merger.safety.numbers import ANY
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -91,6 +92,7 @@ def departure(method: Method) -> str:
 def methods_page(built: Iterable[Method]) -> str:
     """All about each method: what it computes, where it departs from mergekit, its parameters."""
     head = "# Methods\n\nGenerated from the code by `make tables`; `merger methods NAME` says the same.\n"
+    head += f"A parameter without a range may be any number from {ANY}.\n"
     return "\n".join([head, *(method_section(method) for method in built)])
 
 

@@ -29,7 +29,7 @@ from merger.errors import MergerError, Problem, RecipeError, UploadError
 from merger.github import Api, Event, GitHubError, Log, write_outputs, write_summary
 from merger.inputs import Inputs, top
 from merger.locate import HUB
-from merger.machine import limits_told
+from merger.machine import Halt, halting, limits_told
 from merger.options import Options, destination, fitted
 from merger.planning import LOCK_SUFFIX, lock_path, plan, read
 from merger.run import Done, PartDone, Resumed, lock_text, run, trusted_publishing
@@ -387,7 +387,8 @@ def _step(log: Log) -> int:
         inputs = Inputs.take(os.environ)
         os.chdir(inputs.folder)
         job = Job(inputs, os.environ, log)
-        results.extend(job.results())
+        with halting():
+            results.extend(job.results())
         _tell(job, results)
     except MergerError as error:
         for problem in error.problems:
@@ -395,6 +396,9 @@ def _step(log: Log) -> int:
         if not results or isinstance(error, secrets.LeakError):
             write_outputs(os.environ.get("GITHUB_OUTPUT"), {"state": "failed"})
         return error.exit_code
+    except Halt as halt:
+        log.command("error", str(halt), title="Merger")
+        return halt.exit_code
     return next((result.exit_code for result in results if result.exit_code), 0)
 
 

@@ -11,15 +11,16 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from merger.errors import MergerError, Problem, RecipeError, VerificationError, did_you_mean
-from merger.machine import limits_told
-from merger.safety import secrets
+from merger.machine import Halt, halting, limits_told
+from merger.safety import numbers, secrets
 from merger.safety.text import guarded, line
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_INTERRUPTED = 130
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,17 +46,14 @@ def _main(argv: Sequence[str] | None) -> int:
     atexit.register(gc.freeze)
     arguments = _parser().parse_args(argv)
     try:
-        with limits_told():
+        with halting(), limits_told():
             return int(arguments.command(arguments))
     except MergerError as error:
         _report(error, getattr(arguments, "json", False))
         return error.exit_code
-    except KeyboardInterrupt:
-        print(
-            "interrupted: the destination is as it was; finished files wait there, and the same command goes on",
-            file=sys.stderr,
-        )
-        return _INTERRUPTED
+    except Halt as halt:
+        print(halt, file=sys.stderr)
+        return halt.exit_code
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -124,7 +122,8 @@ def _add_run(commands: Commands) -> None:
     spread.add_argument(
         "--engine", choices=("ray", "jobs"), help="have --parts made on a Ray cluster, or by Hugging Face Jobs (paid)"
     )
-    run.add_argument("--parts", type=_positive, metavar="N", help="how many parts the engine makes at the same time")
+    parts = "how many parts the engine makes at the same time"
+    run.add_argument("--parts", type=_whole(numbers.PARTS), metavar="N", help=parts)
     run.add_argument("--flavor", default="cpu-basic", help="hardware of a Hub job (default cpu-basic)")
     run.add_argument("--timeout", type=_duration, default="6h", help="how long a Hub job may run (default 6h)")
     _add_end(run)
@@ -142,8 +141,9 @@ def _add_extract(commands: Commands) -> None:
     extract = commands.add_parser("extract-lora", help="take what a fine-tune changed in its base as a LoRA adapter")
     extract.add_argument("model", metavar="FINE_TUNE", help="org/name, org/name@revision or ./folder")
     extract.add_argument("base_model", metavar="BASE", help="the model that it was made from")
-    extract.add_argument("--rank", type=_positive, required=True, metavar="N", help="directions of each matrix")
-    extract.add_argument("--alpha", type=float, metavar="X", help="lora_alpha (default: the rank)")
+    rank, alpha = _whole(numbers.RANK), _argument(partial(numbers.decimal, within=numbers.ALPHA))
+    extract.add_argument("--rank", type=rank, required=True, metavar="N", help="directions of each matrix")
+    extract.add_argument("--alpha", type=alpha, metavar="X", help="lora_alpha (default: the rank)")
     extract.add_argument("--include", metavar="REGEX", help="only tensors whose names match it somewhere")
     extract.add_argument("--exclude", metavar="REGEX", help="no tensors whose names match it")
     extract.add_argument("--embed", action="store_true", help="take embeddings apart too (default: held whole)")
@@ -176,10 +176,14 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument("model", metavar="MODEL", help="hf://owner/name[@revision], owner/name or a folder")
     much = verify.add_mutually_exclusive_group()
     much.add_argument(
-        "--tensors", type=_positive, metavar="N", help="compare N tensors in full (default: a little of each)"
+        "--tensors",
+        type=_whole(numbers.COUNT),
+        metavar="N",
+        help="compare N tensors in full (default: a little of each)",
     )
     much.add_argument("--all", action="store_true", help="compare every tensor, and the SHA-256 of every file")
-    verify.add_argument("--seed", type=int, metavar="N", help="what the sample is drawn from (default: chance)")
+    seed = "what the sample is drawn from (default: chance)"
+    verify.add_argument("--seed", type=_whole(numbers.SEED), metavar="N", help=seed)
     _add_means(verify)
     verify.set_defaults(command=_verify)
 
@@ -189,7 +193,7 @@ def _add_diff(commands: Commands) -> None:
     for name in ("A", "B"):
         diff.add_argument(name.lower(), metavar=name, help="hf://owner/name[@revision], owner/name or a folder")
     diff.add_argument(
-        "--threads", type=_positive, metavar="N", help="threads that compute (default: one for each core)"
+        "--threads", type=_whole(numbers.THREADS), metavar="N", help="threads that compute (default: one for each core)"
     )
     diff.add_argument("--json", action="store_true", help="print the outcome as JSON")
     diff.set_defaults(command=_diff)
@@ -215,7 +219,10 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB)")
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="for methods that draw random numbers; the recipe's otherwise"
+        "--seed",
+        type=_whole(numbers.SEED),
+        metavar="N",
+        help="for methods that draw random numbers; the recipe's otherwise",
     )
     parser.add_argument(
         "--allow-pickle",
@@ -234,7 +241,7 @@ def _add_means(parser: argparse.ArgumentParser) -> None:
         help="the most memory to take, such as 4GB (default: all that is free)",
     )
     parser.add_argument(
-        "--threads", type=_positive, metavar="N", help="threads that compute (default: one for each core)"
+        "--threads", type=_whole(numbers.THREADS), metavar="N", help="threads that compute (default: one for each core)"
     )
     parser.add_argument(
         "--no-cache",
@@ -251,33 +258,36 @@ def _add_methods(commands: Commands) -> None:
     methods.set_defaults(command=_methods)
 
 
-def _bytes(text: str) -> int:
-    from merger import console
+def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A reader of text for argparse, which tells a ValueError's sentence only where it is asked to."""
 
-    try:
-        return console.nbytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
 
 
+def _whole(within: numbers.Range) -> Callable[[str], int]:
+    return _argument(partial(numbers.whole, within=within))
+
+
+_bytes = _argument(numbers.nbytes)
+
+
+@_argument
 def _part(text: str) -> Part:
     from merger.options import Part
 
-    try:
-        return Part.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return Part.parse(text)
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 up")
-    return int(text)
-
-
+@_argument
 def _duration(text: str) -> str:
-    if re.fullmatch(r"[1-9]\d*[smhd]", text) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write for example 90m or 6h")
+    if re.fullmatch(r"[1-9][0-9]{0,6}[smhd]", text) is None:
+        raise ValueError(f"{numbers.shortened(text)} is no duration; write for example 90m or 6h")
     return text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections import Counter
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from merger.recard import Recarded
     from merger.stores.ports import Leftover, Published
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _LOG_SECONDS = 15.0
 
 
@@ -44,21 +42,6 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.1f} TB"
-
-
-def nbytes(text: str) -> int:
-    """The bytes that a user means.
-
-    >>> nbytes("4GB"), nbytes("1.5 KiB")
-    (4000000000, 1536)
-
-    Raises:
-        ValueError: it is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"{text!r} is no size; write for example 500MB, 4GB or 4GiB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def problems(error: MergerError) -> str:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from merger import console
 from merger.errors import Problem, RecipeError, did_you_mean
 from merger.options import Options, Part
-from merger.safety import secrets
+from merger.safety import numbers, secrets
 from merger.safety.environment import CLIENTS
 from merger.safety.paths import inside
 
@@ -108,7 +107,7 @@ class _Given:
 
     def size(self, name: str) -> int | None:
         """Bytes."""
-        return self._parsed(name, console.nbytes)
+        return self._parsed(name, numbers.nbytes)
 
     def part(self, name: str) -> Part | None:
         """A share of the files."""
@@ -138,9 +137,7 @@ class _Given:
 
 
 def _minutes(text: str) -> float:
-    if not text.isdigit() or int(text) == 0:
-        raise ValueError(f"{text!r} is no number of minutes")
-    return float(text)
+    return float(numbers.whole(text, numbers.MINUTES))
 
 
 def variable(name: str) -> str:

@@ -1,4 +1,5 @@
-"""What this machine lets a run use: memory and cores, as its control group (a container, a runner) allows.
+"""What this machine lets a run use: memory and cores, as its control group (a container, a runner) allows; and the
+signals by which it ends a run.
 
 Linux tells; elsewhere nothing is known, and nothing is refused. And its refusals in the midst of the work, put into
 words. Not here: what a run needs (plan).
@@ -8,9 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from merger.errors import BudgetError, MergerError, Problem
 
@@ -139,3 +143,41 @@ def limits_told() -> Iterator[None]:
         if (found := lacking(error)) is None:
             raise
         raise found from None
+
+
+# ---- how it ends a run ----------------------------------------------------------------------------------------------
+
+
+class Halt(KeyboardInterrupt):
+    """Somebody wants the process to end: Ctrl-C, or the system's own way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(
+            "interrupted: the destination is as it was; finished files wait there, and the same command goes on"
+        )
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def halting() -> Iterator[None]:
+    """SIGTERM ends what is under way as Ctrl-C does, and clears up as it does; the second signal ends it at once.
+
+    Raises:
+        Halt: one of them came.
+    """
+
+    def halt(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise Halt(number)
+
+    wanted = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    # what was ignored (nohup) stays so
+    before = {each: signal.getsignal(each) for each in wanted if signal.getsignal(each) != signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, halt)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -16,6 +16,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
+from merger.safety import numbers
+
 if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
 
@@ -144,15 +146,19 @@ def _settings(block: Any) -> dict[str, Setting]:
 def _setting(value: Any) -> Setting | None:
     rules = value if isinstance(value, list) and any(isinstance(item, dict) for item in value) else None
     if rules is None:
-        numbers = _numbers(value)
-        return Setting({"": numbers}) if numbers else None
+        simple = _numbers(value)
+        return Setting({"": simple}) if simple else None
     pairs = [(_text(rule.get("filter")), _numbers(rule.get("value"))) for rule in rules if isinstance(rule, dict)]
-    return Setting({name: numbers for name, numbers in pairs if numbers}, is_simple=False)
+    return Setting({name: found for name, found in pairs if found}, is_simple=False)
 
 
 def _numbers(value: Any) -> tuple[float, ...]:
     items = list(value)[:MOST_POINTS] if isinstance(value, list) else [value]
-    return tuple(float(item) for item in items) if all(isinstance(item, int | float) for item in items) else ()
+    return tuple(float(item) for item in items) if all(_is_number(item) for item in items) else ()
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, int | float) and numbers.ANY.holds(item)
 
 
 # ---- edits ----------------------------------------------------------------------------------------------------------
@@ -261,16 +267,18 @@ def with_publish(text: str, key: str, value: str | bool) -> str:
     return edited(text, change)
 
 
-def with_value(text: str, row: int | None, param: Param, numbers: Sequence[float]) -> str:
+def with_value(text: str, row: int | None, param: Param, points: Sequence[float | None]) -> str:
     """With another value of a parameter: a number, or a gradient over the layers.
 
     Args:
         text: the recipe.
         row: the model's number among those listed; None: at the top.
         param: the parameter.
-        numbers: one number, or those from the first layer to the last.
+        points: one number, or those from the first layer to the last; a field that was emptied changes nothing.
     """
-    values = [_plain(number, param) for number in numbers]
+    if not all(_is_number(point) for point in points):
+        return text
+    values = [_plain(number, param) for number in points]
 
     def change(top: CommentedMap) -> None:
         block = _block(top if row is None else top["models"][row])
@@ -283,7 +291,7 @@ def with_value(text: str, row: int | None, param: Param, numbers: Sequence[float
     return edited(text, change)
 
 
-def _plain(number: float, param: Param) -> float | int | bool:
+def _plain(number: Any, param: Param) -> float | int | bool:
     if param.kind == "bool":
         return bool(number)
     rounded = round(float(number), 6)
@@ -297,9 +305,11 @@ def numbers_of(words: str) -> list[float]:
     [0.0, 0.5, 1.0]
 
     Raises:
-        ValueError: something among it is no number.
+        ValueError: something among it is no number, or none that a recipe may have.
     """
-    return [float(word) for word in re.split(r"[,;\s]+", words.strip(" []")) if word][:MOST_POINTS]
+    return [numbers.decimal(word, numbers.ANY) for word in re.split(r"[,;\s]+", words.strip(" []")) if word][
+        :MOST_POINTS
+    ]
 
 
 def suggested(form: Form, user: str) -> str:

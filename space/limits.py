@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merger import console, machine
+from merger import machine
+from merger.safety import numbers
 
 _PAGE_BYTES = 1_000_000_000
 """What the page with plans of many users at once, and the nursery, may come to."""
@@ -54,14 +55,14 @@ class Limits:
         room = _size(given("MEMORY")) or machine.memory()
         free = _size(given("DISK")) or shutil.disk_usage(folder).free * 9 // 10
         most = 1 if room is None else max(1, min(_MOST_WORKERS, (room - _PAGE_BYTES) // _LEAST_A_WORKER))
-        workers = max(1, int(given("WORKERS") or most))
+        workers = _count(given("WORKERS")) or most
         return cls(
             memory=None if room is None else max(0, room - _PAGE_BYTES) // workers,
             disk=free // workers,
             traffic=_size(given("TRAFFIC")) or cls.traffic,
             workers=workers,
-            jobs_each=int(given("JOBS_EACH") or cls.jobs_each),
-            jobs=int(given("JOBS") or cls.jobs),
+            jobs_each=_count(given("JOBS_EACH")) or cls.jobs_each,
+            jobs=_count(given("JOBS")) or cls.jobs,
             shard_size=_size(given("SHARD_SIZE")),
         )
 
@@ -71,5 +72,9 @@ class Limits:
         return {"memory": self.memory, "disk": self.disk, "threads": threads, "shard_size": self.shard_size}
 
 
+def _count(text: str | None) -> int | None:
+    return numbers.whole(text, numbers.COUNT) if text else None
+
+
 def _size(text: str | None) -> int | None:
-    return console.nbytes(text) if text else None
+    return numbers.nbytes(text) if text else None

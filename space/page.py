@@ -203,7 +203,7 @@ class Page:
         if param.kind == "bool":
             control = gr.Checkbox(bool(value), **about)
         elif param.kind == "float" and 0 < abs(value) < _STEP:
-            control = gr.Number(value, **about)
+            control = gr.Number(value, minimum=param.range.least, maximum=param.range.most, **about)
         else:
             low, high = _range(param, value)
             control = gr.Slider(low, high, value, step=1 if param.kind == "int" else _STEP, **about)

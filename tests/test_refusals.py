@@ -144,7 +144,7 @@ RECIPES = {
     "layer_range beyond the model": (
         slices("▸[0, 9]", "▸[0, 9]"), 2, "[0, 9] ends beyond one, which has 2 layers", "its last layer is 1",
     ),
-    "negative layer_range": (slices("[▸-1, 1]", "[0, 2]"), 2, "there is no layer -1", "counted from 0"),
+    "negative layer_range": (slices("[▸-1, 1]", "[0, 2]"), 2, "-1 is outside 0 to 100,000", "counted from 0"),
     "empty layer_range": (slices("▸[1, 1]"), 2, "[1, 1] holds no layer", "write [start, end]"),
     "slices of unequal length": (
         slices("[0, 1]", "▸[0, 2]"), 2,

@@ -140,7 +140,10 @@ def test_a_parent_that_changed_starts_the_run_anew(
     (tmp_path / "mine.yaml").write_text(tiny.TIES_RECIPE.format(**moving))
     assert start("run", "mine.yaml", "--to", "out", *SHARD, cwd=tmp_path, after=3).wait() == -signal.SIGKILL
     tiny.model(moving["two"], seed=7)
-    again = command("run", "mine.yaml", "--to", "out", *SHARD, cwd=tmp_path, hub=served)
+    asked = command("run", "mine.yaml", "--to", "out", *SHARD, cwd=tmp_path, hub=served)
+    assert asked.returncode == 6
+    assert "finished files of another merge wait in 'out.merging': model-00001-of-" in asked.stderr
+    again = command("run", "mine.yaml", "--to", "out", "--force", *SHARD, cwd=tmp_path, hub=served)
     assert "are there" not in again.stderr
     whole = command("run", "mine.yaml", "--to", "whole", *SHARD, cwd=tmp_path, hub=served)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from merger.checkpoints.architecture import Architecture
+from merger.errors import few
 from merger.plan.geometry import Geometry, total
 from merger.plan.jobs import Job
 from merger.plan.locked import LockedModel
@@ -86,7 +87,18 @@ def relations(planned: Plan, seen: Mapping[str, Geometry]) -> Relations:
             by_layer.setdefault(_layer(architecture, job.name), []).append(seen[job.name])
         for layer, parts in sorted(by_layer.items()):
             layers.append(_relation(_named(layer), total(parts)))
+    doubts += _odd(planned, seen)
     return Relations(tuple(overall), tuple(layers), tuple(dict.fromkeys(doubts)), _losses(planned, seen, architecture))
+
+
+def _odd(planned: Plan, seen: Mapping[str, Geometry]) -> Iterator[str]:
+    """For each model whose entries are not all finite: how many are not, in which of the result's tensors."""
+    for number, model in enumerate(planned.locked.models):
+        counts = {name: count for name, found in seen.items() for one, count in found.odd if one == number}
+        if counts:
+            each = few([f"{name} ({count:,})" for name, count in counts.items()])
+            entries = "entry is" if sum(counts.values()) == 1 else "entries are"
+            yield f"{sum(counts.values()):,} of {model.name}'s {entries} NaN or infinite, in {each}"
 
 
 def _named(layer: int) -> str:

@@ -21,6 +21,7 @@ from merger.errors import ModelError, Problem
 from merger.safety.apart import BeyondError
 from merger.safety.expressions import compiles, first
 from merger.safety.limits import EXPRESSIONS, excess
+from merger.safety.numbers import ANY, RANK, Range
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -205,21 +206,26 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _number_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    if not _is_number(rank) or not isinstance(rank, int) or rank < 1:
-        yield Problem(f"{CONFIG} has r: {rank!r}, which is no rank", hint=_DAMAGED)
-    if not _is_number(alpha):
-        yield Problem(f"{CONFIG} has lora_alpha: {alpha!r}, which is no number", hint=_DAMAGED)
-    for key in ("rank_pattern", "alpha_pattern"):
+    if not _is_number(rank, RANK) or not isinstance(rank, int):
+        yield Problem(f"{CONFIG} has r: {_shown(rank)}, which is no rank from {RANK}", hint=_DAMAGED)
+    if not _is_number(alpha, ANY):
+        yield Problem(f"{CONFIG} has lora_alpha: {_shown(alpha)}, which is no number from {ANY}", hint=_DAMAGED)
+    for key, within in (("rank_pattern", RANK), ("alpha_pattern", ANY)):
         patterns = config.get(key) or {}
-        sound = isinstance(patterns, Mapping) and all(_is_number(value) for value in patterns.values())
+        sound = isinstance(patterns, Mapping) and all(_is_number(value, within) for value in patterns.values())
         if sound and (problem := excess(f"{CONFIG}: {key}", len(patterns), EXPRESSIONS)):
             yield problem
         elif not sound or any(compiles(pattern) for pattern in patterns):
             yield Problem(f"{CONFIG}: {key} is no map of regular expressions to numbers", hint=_DAMAGED)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any, within: Range) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and within.holds(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 _Parts = dict[str, dict[str, TensorInfo]]

@@ -193,8 +193,9 @@ def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
         ModelError: the header is damaged, or does not fit the file's size.
     """
     try:
-        entries = parsed(raw.decode(), object_pairs_hook=_once_each)
-        entries.pop("__metadata__", None)
+        text = raw.decode()
+        entries = parsed(text, object_pairs_hook=_once_each, parse_float=_fraction, parse_constant=_fraction)
+        _check_metadata(entries.pop("__metadata__", None))
         first = 8 + len(raw)
         tensors = [_tensor(name, entry, file, first) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -218,6 +219,18 @@ def _tensor(name: str, entry: Mapping[str, Any], file: str, first: int) -> Tenso
     if math.prod(shape) * ITEM_BYTES[entry["dtype"]] != stop - start:
         raise ValueError(f"{name}: {shape} of {entry['dtype']} does not take {stop - start:,} bytes")
     return TensorInfo(name, entry["dtype"], tuple(shape), file, first + start, first + stop)
+
+
+def _fraction(text: str) -> float:
+    """A number with a point; those that JSON does not have, and those that no computer holds, are none."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is no number")
+    return float(text)
+
+
+def _check_metadata(said: Any) -> None:
+    if said is not None and not (isinstance(said, dict) and all(isinstance(text, str) for text in said.values())):
+        raise ValueError("its __metadata__ is no map of texts")
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

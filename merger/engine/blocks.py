@@ -5,14 +5,14 @@ Not here: the order of jobs and what happens to finished blocks (execute).
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,24 +20,18 @@ import torch
 from torch import Tensor
 
 from merger.engine.factors import Pairs
+from merger.engine.finite import NotFinite, is_finite, not_finite
 from merger.engine.leaves import STORED_DTYPES, TORCH_DTYPES, Leaves, T
 from merger.engine.observe import observe
 from merger.engine.sources import load
-from merger.errors import MismatchError, Problem
 from merger.methods._ops import Rng
 from merger.methods.registry import Method, declared
-from merger.plan.geometry import Geometry, total
+from merger.plan.geometry import NOTHING, Geometry, total
 from merger.plan.jobs import Job, arguments
 from merger.plan.rows import Numbers
 from merger.plan.sources import Made, Routed, Stored
 from merger.plan.work import BLOCK_ENTRIES, block_entries, needs
 from merger.stores.ports import Reader
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_INFINITY = {
-    dtype: int(torch.tensor(math.inf, dtype=dtype).view(_BITS[dtype.itemsize])) for dtype in TORCH_DTYPES.values()
-}
-"""The bit pattern of infinity: those of finite numbers are smaller, those of NaN larger, the sign left aside."""
 
 _COPY_BYTES = 4 * BLOCK_ENTRIES
 _SPOOL_BYTES = 8 << 20
@@ -125,6 +119,7 @@ class Making:
         seed: for a method that draws random numbers.
         device: where the arithmetic is done.
         origin: where the inputs' entries come from.
+        whole: the output's tensor that it is made for.
         first: the number of the first of this thread's buffers that it takes.
         measured: what the method measured of the whole tensor, once it is known.
     """
@@ -133,7 +128,8 @@ class Making:
     method: Method
     seed: int
     device: torch.device
-    origin: Leaves
+    origin: Work
+    whole: Job
     first: int = 0
     measured: Any = None
     seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
@@ -147,17 +143,28 @@ class Making:
         """Let the method see the whole tensor, block by block."""
         if self.method.measure is not None:
             given = {**arguments(self.method, self.job), "rng": Rng(self.seed, self.job.name)}
-            self.measured = self.method.measure(_Blocks(self), **declared(self.method.measure, given))
+            with self._told():
+                self.measured = self.method.measure(_Blocks(self), **declared(self.method.measure, given))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """NaN breaks what sorts or decomposes: whether that is why, is found out where the whole is seen."""
+        try:
+            yield
+        except (ArithmeticError, ValueError, RuntimeError) as error:
+            raise NotFinite(self.whole, f"{self.job.name} cannot be made by {self.method.name} ({error})") from error
 
     def round(self, block: Block, out: Tensor) -> Tensor:
         """Make one block in `out`, which has the job's dtype.
 
         Raises:
-            MismatchError: an entry is not finite.
+            NotFinite: an entry is not finite, and no parent holds NaN or an infinity, or none is allowed.
         """
-        rounded = out.copy_(self._merged(block).reshape(-1))
-        if not _finite(rounded):
-            raise _not_finite(self.job, rounded)
+        with self._told():
+            merged = self._merged(block)
+        rounded = out.copy_(merged.reshape(-1))
+        if not is_finite(_bytes(rounded.view(torch.uint8)), self.job.dtype) and not self.origin.odd:
+            raise _not_finite(self, rounded)
         return rounded
 
     def parts(self) -> Iterator[memoryview]:
@@ -215,6 +222,7 @@ class Work:
         device: where the arithmetic is done.
         routers: those that were computed beforehand.
         pairs: what two jobs of the run make together; None: this one is alone.
+        allow: whether a parent's entries may be NaN or infinite.
     """
 
     def __init__(
@@ -227,14 +235,16 @@ class Work:
         device: torch.device,
         routers: Mapping[Routed, Tensor],
         pairs: Pairs | None = None,
+        allow: bool = False,
     ) -> None:
         self.job, self.method, self.pairs = job, table[job.method], pairs or Pairs()
+        self._allow, self.odd = allow, dict[tuple[Stored | Made, int], int]()
         self.prepared: Future[None] | None = None
         self._reader, self._needs, self._routers = reader, needs(job, table), routers
         self._tickets = {leaf: first + place for place, leaf in enumerate(job.reads)}
-        self._making = Making(job, self.method, seed, device, self)
+        self._making = Making(job, self.method, seed, device, self, job)
         self._stages = {
-            made: Making(made.job, table[made.job.method], made.seed, device, self) for made in self._needs.stages
+            made: Making(made.job, table[made.job.method], made.seed, device, self, job) for made in self._needs.stages
         }
         self._spool: Spool | None = None
         self._done: dict[Hashable, Future[Any]] = {}
@@ -282,15 +292,29 @@ class Work:
         if self.job.is_copy:
             copied = _bytes(out)[: block.stop - block.start]
             self._reader.read(self._tickets[self.job.reads[0]], block.start, copied)
+            self._look(self.job.reads[0], block.start, copied)
+            if self.odd and not self._allow:
+                raise NotFinite(self.job, "an entry that is copied is NaN or infinite")
             return copied
         dtype = TORCH_DTYPES[self.job.dtype]
         result = out[: (block.stop - block.start) * dtype.itemsize]
         self._making.round(block, result.view(dtype))
         return _bytes(result)
 
-    def seen(self) -> Geometry:
-        """How inputs and result lie to each other, by the blocks made so far."""
-        return total(self._making.seen[start] for start in sorted(self._making.seen))
+    def seen(self) -> Geometry | None:
+        """How inputs and result lie to each other, by the blocks made so far; None where nothing is to be said."""
+        odd = Counter[int]()
+        for (leaf, _), count in self.odd.items():
+            odd[leaf.model if isinstance(leaf, Stored) else leaf.stage] += count
+        told = tuple(sorted(odd.items()))
+        if self._making.seen:
+            return replace(total(self._making.seen[start] for start in sorted(self._making.seen)), odd=told)
+        return replace(NOTHING, odd=told) if told else None
+
+    def _look(self, leaf: Stored | Made, place: int, raw: memoryview) -> None:
+        """Note how many of the entries that stand there are not finite."""
+        if count := not_finite(raw, leaf.dtype):
+            self.odd[leaf, place] = count
 
     def entries(self, leaf: Stored | Made, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
         """The entries of a stored tensor, or of what a stage makes, in float32, in the front of `out`."""
@@ -301,6 +325,8 @@ class Work:
         dtype = STORED_DTYPES[leaf.dtype]
         raw = _kept.bytes_of((stop - start) * dtype.itemsize)
         self._fill(leaf, start * dtype.itemsize, _bytes(raw))
+        if self._allow:
+            self._look(leaf, start, _bytes(raw))
         entries = raw.view(dtype)[-start % step :: step]
         return out[: len(entries)].copy_(entries)
 
@@ -319,6 +345,8 @@ class Work:
         view, starts = _bytes(raw), np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=False):
             self._fill(leaf, int(numbers[start]) * nbytes, view[start * nbytes : stop * nbytes])
+        for place, number in enumerate(numbers.tolist() if self._allow else ()):
+            self._look(leaf, number, view[place * nbytes : (place + 1) * nbytes])
         out.copy_(raw.view(dtype).view(out.shape))
 
     def router(self, source: Routed) -> Tensor:
@@ -389,18 +417,12 @@ class _Blocks:
             yield self._making.load(block, step)[0]
 
 
-def _finite(entries: Tensor) -> bool:
-    """Whether no entry is infinite or NaN, at the speed of reading: by the largest bit pattern of either sign."""
-    size, infinity = entries.itemsize, _INFINITY[entries.dtype]
-    bits = entries.view(_BITS[size]).numpy()
-    return bool(bits.max() < infinity and bits.view(f"u{size}").max() < infinity + (1 << (8 * size - 1)))
-
-
-def _not_finite(job: Job, rounded: Tensor) -> MismatchError:
-    """Which entry it is, and whether the output's dtype is to blame."""
-    entry = int(torch.nonzero(~torch.isfinite(rounded))[0])
-    what = f"{job.name}: entry {entry} of a block comes out as {rounded[entry].item()} in {job.dtype}"
-    hint = "a parent holds infinities or NaN, or a weight is huge"
-    if job.dtype == "F16":
-        hint = "float16 ends at 65,504: write dtype: bfloat16 or float32, or a parent holds infinities or NaN"
-    return MismatchError(Problem(what, where=f"tensor {job.name}", hint=hint))
+def _not_finite(making: Making, rounded: Tensor) -> NotFinite:
+    """What comes out, and what may be to blame where no parent is."""
+    dtype = making.job.dtype
+    value = rounded[int(torch.nonzero(~torch.isfinite(rounded))[0])].item()
+    stage = "" if making.job is making.whole else f" in the stage's {making.job.name}"
+    if dtype == "F16" and value == value:
+        hint = "write dtype: bfloat16 or float32"
+        return NotFinite(making.whole, f"a value{stage} is beyond float16, which ends at 65,504", hint)
+    return NotFinite(making.whole, f"an entry{stage} comes out as {value} in {dtype}", "is a weight huge, or a sum 0?")

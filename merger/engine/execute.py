@@ -20,6 +20,7 @@ from merger import machine
 from merger.checkpoints.shard import ShardWriter, Written
 from merger.engine.blocks import Block, Work, blocks
 from merger.engine.factors import Pairs
+from merger.engine.finite import NotFinite, explained
 from merger.engine.gates import doubts, gates
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
@@ -99,11 +100,21 @@ def execute(
     """
     place = _device(device)
     torch.set_num_threads(1)  # one thread a block: torch's own threads cost more than they give on small blocks
+    try:
+        yield from _executed(plan, shards, table, store, sink, place)
+    except NotFinite as found:
+        beside = next((shard.jobs for shard in shards if found.job in shard.jobs), ())
+        raise explained(found, plan, beside, store) from found.__cause__
+
+
+def _executed(
+    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Taker, place: torch.device
+) -> Iterator[Event]:
     routers = gates(plan, [job for shard in shards for job in shard.jobs], table, store)
     yield from map(Doubted, doubts(routers))
     _keep_freed_memory()
     with closing(store.reader(tickets(plan, shards, table), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
-        made = pool.in_order(_work(plan.seed, shards, table, reader, place, routers))
+        made = pool.in_order(_work(plan, shards, table, reader, place, routers))
         for shard in shards:
             yield from _shard(sink, shard, table, made)
 
@@ -122,16 +133,16 @@ def _keep_freed_memory() -> None:
 
 
 def _work(
-    seed: int,
+    plan: Plan,
     shards: Sequence[Shard],
     table: Mapping[str, Method],
     reader: Reader,
     device: torch.device,
     routers: Mapping[Routed, Tensor],
 ) -> Iterator[Work]:
-    first, pairs = 0, Pairs()
+    first, pairs, allow = 0, Pairs(), plan.locked.recipe.allow_non_finite
     for job in (job for shard in shards for job in shard.jobs):
-        yield Work(job, table, first, reader, seed, device, routers, pairs)
+        yield Work(job, table, first, reader, plan.seed, device, routers, pairs, allow)
         first += len(job.reads)
 
 
@@ -146,9 +157,9 @@ def _shard(
                     data, work = next(made)
                     writer.write(data)
                     yield Made(len(data), job)
-                if job.entries and job.reads and not job.is_copy:
-                    seen[job.name] = work.seen()
-                    yield Observed(job, seen[job.name])
+                if job.entries and job.reads and (found := work.seen()) is not None:
+                    seen[job.name] = found
+                    yield Observed(job, found)
             written = writer.close()
     except OSError as error:
         raise machine.refused(f"{shard.name} cannot be written", error, BudgetError, "look at its disk") from None

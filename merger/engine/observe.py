@@ -41,6 +41,8 @@ def observe(inputs: Sequence[Tensor], result: Tensor, start: int, entries: int, 
     rows = [tensor.reshape(-1) for tensor in (*inputs, result, *(() if base is None else (base,)))]
     places = np.arange(len(rows[0])) if entries <= _SMALL else _runs(start, len(rows[0]), entries)
     held = np.array([_taken(row, places) for row in rows], dtype=np.float64)
+    if not np.isfinite(held).all():  # a recipe may allow it; a product of it would say nothing
+        held = np.where(np.isfinite(held), held, 0.0)
     count = len(inputs)
     above, below = held[: count + 1] > 0, held[: count + 1] < 0
     up, down = above[:count].any(0), below[:count].any(0)

@@ -17,6 +17,7 @@ from merger.checkpoints.checkpoint import ITEM_BYTES, TensorInfo
 from merger.checkpoints.shard import Outlet, Written, header
 from merger.engine.blocks import Block, Work, blocks
 from merger.engine.execute import Made, execute
+from merger.engine.finite import NotFinite, explained
 from merger.engine.gates import gates
 from merger.engine.leaves import TORCH_DTYPES
 from merger.methods.registry import Method
@@ -87,8 +88,12 @@ def compare_pieces(
 
     def compared(piece: Piece) -> tuple[Piece, Difference | None]:
         reader = _AsAsked(planned, piece.job, store)
-        work = Work(piece.job, table, 0, reader, planned.seed, torch.device("cpu"), routers)
-        return piece, _compared(work, piece, published)
+        allow = planned.locked.recipe.allow_non_finite
+        work = Work(piece.job, table, 0, reader, planned.seed, torch.device("cpu"), routers, allow=allow)
+        try:
+            return piece, _compared(work, piece, published)
+        except NotFinite as found:
+            raise explained(found, planned, (), store) from found.__cause__
 
     # A block of entries takes short requests, whose answers are waited for; a whole tensor takes a thread's memory.
     small, large = list[Piece](), list[Piece]()

@@ -16,6 +16,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, TypeVar, get_args, get_origin, get_type_hints
 
+from merger.safety.numbers import LIMIT
+from merger.safety.numbers import Range as Range  # methods name it with the rest of what they declare
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,23 +42,6 @@ subtracted where the recipe names one | one more model where the recipe names on
 Unit = Literal["entries", "rows", "matrix"]
 """What a block must hold: any run of entries (1-D) | whole rows (2-D: the last dimension; a 1-D tensor is one row) |
 the whole tensor, in its own shape."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """The closed interval an argument must lie in; an end that is None is open to infinity."""
-
-    low: float | None = None
-    high: float | None = None
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` lies inside."""
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-
-    def __str__(self) -> str:
-        if self.high is None:
-            return f"{self.low:g} or more"
-        return f"at most {self.high:g}" if self.low is None else f"{self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ def full(like: str, **settings: float) -> Law:
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter of a method, as recipes write it."""
+    """One parameter of a method, as recipes write it; `bounds` are those that it declares."""
 
     name: str
     argument: str
@@ -99,6 +85,11 @@ class Param:
     default: float | int | bool | None
     bounds: Range | None
     description: str
+
+    @property
+    def range(self) -> Range:
+        """Where its value must lie, whether it declares bounds or not."""
+        return self.bounds or (Range(0, 1) if self.kind == "bool" else Range())
 
 
 @dataclass(frozen=True)
@@ -278,6 +269,9 @@ def _param(function: Callable[..., Any], argument: inspect.Parameter, hint: Any,
     if argument.name not in described:
         raise TypeError(f"{function.__name__}: argument {argument.name!r} is not described under Args:")
     required = argument.default is inspect.Parameter.empty
+    bounds = next((extra for extra in extras if isinstance(extra, Range)), None)
+    if bounds is not None and not -LIMIT <= bounds.least <= bounds.most <= LIMIT:
+        raise TypeError(f"{function.__name__}: {argument.name!r} may be {bounds}; recipes write {Range()}")
     return Param(
         name=argument.name.rstrip("_"),
         argument=argument.name,
@@ -285,7 +279,7 @@ def _param(function: Callable[..., Any], argument: inspect.Parameter, hint: Any,
         per_model=per_model,
         required=required,
         default=None if required else argument.default,
-        bounds=next((extra for extra in extras if isinstance(extra, Range)), None),
+        bounds=bounds,
         description=described[argument.name],
     )
 

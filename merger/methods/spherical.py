@@ -201,7 +201,7 @@ def _pull(cosine: float, tol: float) -> float:
 )
 def karcher(
     tensors: Tensors,
-    max_iter: Annotated[int, Range(0)] = 10,
+    max_iter: Annotated[int, Range(0, 10_000)] = 10,
     tol: Annotated[float, Range(0)] = 1e-5,
     *,
     measured: tuple[float, ...] | None = None,

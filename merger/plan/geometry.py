@@ -27,6 +27,7 @@ class Geometry:
         moved: for each input, how many of its entries are not zero.
         base: the inner products of the base that was subtracted with each row of the table, and with itself last;
             empty where none was.
+        odd: of how many models, by their numbers, how many entries are NaN or infinite; a recipe must allow them.
     """
 
     products: Table
@@ -35,6 +36,7 @@ class Geometry:
     against: tuple[int, ...] = ()
     moved: tuple[int, ...] = ()
     base: tuple[float, ...] = ()
+    odd: tuple[tuple[int, int], ...] = ()
 
     @property
     def inputs(self) -> int:
@@ -75,14 +77,32 @@ def total(parts: Iterable[Geometry]) -> Geometry:
     )
 
 
+NOTHING = Geometry(((0.0, 0.0), (0.0, 0.0)), 0, 0, (0,), (0,))
+"""What is known of a tensor that is copied."""
+
+
 def noted(seen: Mapping[str, Geometry]) -> str:
     """What was measured of some tensors, by name, as text that gives the very same numbers back."""
-    return json.dumps({name: list(vars(found).values()) for name, found in seen.items()})
+    return json.dumps({name: _numbers(found) for name, found in seen.items()})
+
+
+def _numbers(found: Geometry) -> list[object]:
+    """Its numbers in order; the last are written only where there are any."""
+    told = list(vars(found).values())
+    return told if found.odd else told[:-1]
 
 
 def recalled(text: str) -> dict[str, Geometry]:
     """What such a text says."""
     return {
-        name: Geometry(tuple(map(tuple, products)), opposed, sampled, tuple(against), tuple(moved), tuple(base))
-        for name, (products, opposed, sampled, against, moved, base) in parsed(text, MEASURED).items()
+        name: Geometry(
+            tuple(map(tuple, products)),
+            opposed,
+            sampled,
+            tuple(against),
+            tuple(moved),
+            tuple(base),
+            tuple((model, count) for part in odd for model, count in part),
+        )
+        for name, (products, opposed, sampled, against, moved, base, *odd) in parsed(text, MEASURED).items()
     }

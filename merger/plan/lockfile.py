@@ -22,6 +22,7 @@ from merger.plan.formats import Change
 from merger.plan.lock import Pin
 from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.plan import Plan
+from merger.safety import numbers
 from merger.safety.limits import LOCK
 from merger.stores.ports import FileInfo, Located
 
@@ -161,8 +162,8 @@ def _lock(content: Any) -> Lock:
     return Lock(
         plan=_is(str, content["plan"]),
         identity=_is(str, content["identity"]),
-        seed=_is(int, content["seed"]),
-        shard_bytes=_is(int, content["shard_size"]),
+        seed=_within(numbers.SEED, content["seed"]),
+        shard_bytes=_within(numbers.BYTES, content["shard_size"]),
         made_with={_is(str, name): _is(str, number) for name, number in content["made_with"].items()},
         recipe=_is(str, content["recipe"]),
         models=tuple(_parent(item) for item in _is(list, content["models"])),
@@ -188,13 +189,19 @@ def _files(items: Any) -> dict[str, FileInfo]:
 
 def _file(item: Any) -> FileInfo:
     sha256 = item.get("sha256")
-    return FileInfo(_is(int, item["size"]), None if sha256 is None else _matching(_SHA256, sha256))
+    return FileInfo(_within(numbers.SIZE, item["size"]), None if sha256 is None else _matching(_SHA256, sha256))
 
 
 def _is(kind: type[Any], value: Any) -> Any:
     if type(value) is not kind:
         raise TypeError
     return value
+
+
+def _within(range: numbers.Range, value: Any) -> int:
+    if not range.holds(_is(int, value)):
+        raise ValueError
+    return int(value)
 
 
 def _matching(pattern: re.Pattern[str], value: Any) -> str:

@@ -25,9 +25,9 @@ from merger.plan.products import Difference, Factor, LowRank, MergedDeltas
 from merger.plan.sources import Source, Stored, Zeros
 from merger.recipe.model import Lora
 from merger.recipe.settings import first_value
-from merger.recipe.spans import shortened
 from merger.safety.apart import BeyondError
 from merger.safety.expressions import first
+from merger.safety.numbers import shortened
 
 _PREFIX = "base_model.model."
 _HEAD = "lm_head"

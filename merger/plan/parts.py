@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from merger.plan.plan import Shard
+from merger.safety import numbers
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,13 @@ class Part:
         Raises:
             ValueError: it is not written like that, or there is no such part.
         """
-        match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise ValueError(f"{text!r} is no part; write for example 3/8 for the third of eight")
-        return cls(int(match[1]), int(match[2]))
+        first, _, second = text.partition("/")
+        try:
+            count = numbers.whole(second, numbers.PARTS)
+            return cls(numbers.whole(first, numbers.Range(1, count)), count)
+        except ValueError:
+            told = numbers.shortened(text)
+            raise ValueError(f"{told} is no part; write for example 3/8 for the third of eight") from None
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"

@@ -362,6 +362,8 @@ def _hash(
     content = {"format": format, "models": models, "shards": work, "config": config, "seed": seed}
     if written := {key: value for key, value in vars(small).items() if key != "taken" and value is not None}:
         content["texts"] = written
+    if locked.recipe.allow_non_finite:
+        content["allow_non_finite"] = True
     if stages := _stages([job for shard in shards for job in shard.jobs]):
         content["stages"] = [[made, made.job] for made in stages]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()

@@ -237,10 +237,10 @@ def _values(written: Written, params: list[Param]) -> None:
 
 
 def _value(one: Number, param: Param) -> None:
-    if param.bounds is not None and not param.bounds.holds(one.value):
-        one.place.error(f"{number(one.value)} is outside {param.bounds}", _described(param))
-    elif param.kind == "bool" and one.value not in (0, 1):
+    if param.kind == "bool" and one.value not in (0, 1):
         one.place.error(f"expected true or false, found the number {number(one.value)}", _described(param))
+    elif not param.range.holds(one.value):
+        one.place.outside(one.value, param.range, _described(param))
     elif param.kind == "int" and not one.value.is_integer():
         one.place.error(f"expected a whole number, found the number {number(one.value)}", _described(param))
 

@@ -16,7 +16,7 @@ from merger.errors import Span
 from merger.recipe import spans
 from merger.recipe.model import Evaluate, Perplexity
 from merger.recipe.places import Fields, Place, nearest
-from merger.recipe.spans import number
+from merger.safety.numbers import Range
 
 EVALUATE = ("perplexity", "tasks", "limit", "parents", "dtype")
 PERPLEXITY = ("text", "window", "stride", "limit")
@@ -24,7 +24,7 @@ PERPLEXITY_AT = "evaluate.perplexity"
 DTYPES = ("float32", "bfloat16")
 HUB_FILE = re.compile(r"hf://(?P<datasets>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?/(?P<file>.+)")
 MAX_WINDOW = 1 << 17
-MAX_LIMIT = 10**8
+LIMIT = Range(1, 10**8)
 
 _A_TEXT = "a file, or hf://owner/name/file on the Hub, hf://datasets/owner/name/file of a data set"
 _A_TASK = "the name of a task of lm-evaluation-harness, or the YAML file of one"
@@ -42,7 +42,7 @@ def evaluate(fields: Fields) -> Evaluate | None:
     return Evaluate(
         perplexity=_perplexities(perplexity) if perplexity else (),
         tasks=_tasks(tasks) if tasks else (),
-        limit=_count(keys.get("limit"), None, 1, MAX_LIMIT),
+        limit=_count(keys.get("limit"), None, LIMIT),
         parents=bool(parents.flag()) if parents else False,
         dtype=_dtype(keys.get("dtype")),
         at=place.key,
@@ -82,9 +82,9 @@ def _perplexity(place: Place) -> Perplexity | None:
     text = fields.need("text", f"name {_A_TEXT}") if fields else None
     if fields is None or text is None:
         return None
-    window = _count(fields.get("window"), Perplexity.window, 2, MAX_WINDOW) or Perplexity.window
-    stride = _count(fields.get("stride"), max(1, window // 2), 1, window - 1)
-    limit = _count(fields.get("limit"), Perplexity.limit, 1, MAX_LIMIT)
+    window = _count(fields.get("window"), Perplexity.window, Range(2, MAX_WINDOW)) or Perplexity.window
+    stride = _count(fields.get("stride"), max(1, window // 2), Range(1, window - 1))
+    limit = _count(fields.get("limit"), Perplexity.limit, LIMIT)
     named = _text(text)
     return Perplexity(named, window, stride or 1, limit or Perplexity.limit, text.at) if named else None
 
@@ -108,13 +108,9 @@ def _tasks(place: Place) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _count(place: Place | None, default: int | None, least: int, most: int) -> int | None:
-    hint = f"any number from {least:,} to {most:,} will do"
-    found = place.whole("a whole number", hint) if place else default
-    if place and found is not None and not least <= found <= most:
-        place.error(f"{number(found)} is outside {least} to {most}", hint)
-        return default
-    return found
+def _count(place: Place | None, default: int | None, within: Range) -> int | None:
+    found = place.whole(within, f"any whole number from {within} will do") if place else None
+    return default if found is None else found
 
 
 def _dtype(place: Place | None) -> str:

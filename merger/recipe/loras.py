@@ -14,9 +14,10 @@ from dataclasses import replace
 from merger.recipe.checks import Choice
 from merger.recipe.model import Lora, ModelRef, Module, Slice, Source
 from merger.recipe.places import Fields, Place
-from merger.recipe.spans import shortened
 from merger.recipe.values import UNREADABLE, reference
+from merger.safety import numbers
 from merger.safety.expressions import compiles
+from merger.safety.numbers import shortened
 
 LORA = ("rank", "alpha", "core")
 EXTRACT = (
@@ -81,18 +82,13 @@ def _model(fields: Fields, key: str, hint: str) -> ModelRef:
 
 def _rank(fields: Fields) -> int | None:
     place = fields.get("rank")
-    rank = place.whole("a whole number", _RANK_HINT) if place else None
-    if place and rank is not None and rank < 1:
-        place.error(f"{rank} is no rank", _RANK_HINT)
-    return rank
+    return place.whole(numbers.RANK, _RANK_HINT) if place else None
 
 
 def _alpha(fields: Fields) -> float | None:
     place = fields.get("alpha")
-    alpha = place.number("lora_alpha of the result, such as 16") if place else None
-    if place and alpha is not None and alpha <= 0:
-        place.error(f"{alpha:g} is no alpha", "write a number above 0, or leave it out: it is then the rank")
-    return alpha
+    hint = "write a number above 0, such as 16, or leave it out: it is then the rank"
+    return place.number(hint, numbers.ALPHA) if place else None
 
 
 def _flag(fields: Fields, key: str) -> bool:

@@ -13,12 +13,14 @@ from merger.recipe.model import Expert, Mixture, ModelRef
 from merger.recipe.places import Fields, Hints, Place
 from merger.recipe.spans import Scalar, number
 from merger.recipe.values import UNREADABLE, identity, reference
+from merger.safety.numbers import COUNT, Range
 
 METHOD = "moe"
 """What a recipe may write as merge_method to say that it is a mixture."""
 
 MIXTURE = ("experts", "shared_experts", "gate_mode", "experts_per_token", "architecture")
-TOP = ("name", "merge_method", "base_model", *MIXTURE, "dtype", "out_dtype", "seed", "chat_template", "publish")
+TOP = ("name", "merge_method", "base_model", *MIXTURE, "dtype", "out_dtype", "seed", "allow_non_finite",
+       "chat_template", "publish")  # fmt: skip
 EXPERT = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 BY_CHANCE = GATE_MODES[4:]
@@ -125,10 +127,8 @@ def _prompts(fields: Fields, key: str, by_chance: bool) -> tuple[str, ...]:
 
 
 def _noise(place: Place) -> float:
-    found = place.number("write a number such as 0.01: the standard deviation of what is added to its MLPs")
-    if found is not None and found < 0:
-        place.error(f"a standard deviation is never {number(found)}", "write a number of 0 or more")
-    return found or 0.0
+    hint = "write a number such as 0.01: the standard deviation of what is added to its MLPs"
+    return place.number(hint, Range(0)) or 0.0
 
 
 def _scale(place: Place) -> float:
@@ -146,10 +146,8 @@ def _shared(fields: Fields, gate_mode: str) -> tuple[Expert, ...]:
 
 def _per_token(place: Place, experts: int) -> int | None:
     hint = "write how many experts each token goes through, such as 2"
-    found = place.whole("a whole number, 1 or more", hint)
-    if found is not None and found < 1:
-        place.error(f"each token goes through 1 expert or more, not {number(found)}", hint)
-    elif found is not None and experts and found > experts:
+    found = place.whole(COUNT, hint)
+    if found is not None and experts and found > experts:
         place.error(f"each token shall go through {number(found)} experts, and there are {experts}", hint)
     return found
 

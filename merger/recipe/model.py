@@ -334,6 +334,7 @@ class Recipe:
         parameters: the settings at the top level.
         dtype: ``float32``, ``float16``, ``bfloat16``, or None: follow the base model, else the first model.
         seed: for methods that draw random numbers.
+        allow_non_finite: whether NaN and infinities of the models are taken as they are; else they are refused.
         tokenizer: the result's tokenizer; None: that of the base model, else of the first model, as it is.
         chat_template: the result's chat template; None: the one that comes with its tokenizer.
         evaluate: what is measured of the result; None: nothing.
@@ -341,7 +342,7 @@ class Recipe:
         lora: for a result that is a LoRA adapter: of what kind; None: it is a model.
         mixture: the mixture of experts that the recipe asks for, or None.
         warnings: what is allowed but has no effect, or is likely not meant.
-        at: where the document begins; `name_at`: where its name stands.
+        at: where the document begins; `name_at`, `allow_at`: where its name and allow_non_finite stand.
     """
 
     path: str
@@ -354,6 +355,7 @@ class Recipe:
     parameters: Parameters = field(default_factory=dict)
     dtype: str | None = None
     seed: int = 0
+    allow_non_finite: bool = False
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
     evaluate: Evaluate | None = None
@@ -363,6 +365,7 @@ class Recipe:
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
     at: Span | None = field(default=None, compare=False)
     name_at: Span | None = field(default=None, compare=False)
+    allow_at: Span | None = field(default=None, compare=False)
 
     @property
     def documents(self) -> tuple[Recipe, ...]:

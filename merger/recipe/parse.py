@@ -21,7 +21,7 @@ from merger.recipe.spans import number
 from merger.recipe.stages import joined
 from merger.recipe.tokenizer import chat_template, tokenizer
 from merger.recipe.values import UNREADABLE, Block, filter_of, identity, parameters, reference
-from merger.safety import names
+from merger.safety import names, numbers
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method
@@ -38,13 +38,14 @@ TOP = (
     "dtype",
     "out_dtype",
     "seed",
+    "allow_non_finite",
     *TOKENS,
     "evaluate",
     "publish",
     "lora",
     "extract_lora",
 )
-EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "publish")
+EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "allow_non_finite", "publish")
 MODEL = ("model", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
 SOURCE = ("model", "layer_range", "parameters")
@@ -55,7 +56,6 @@ PUBLISH = (
 )  # fmt: skip
 
 DTYPES = ("float32", "float16", "bfloat16")
-MAX_SEED = 2**63 - 1
 
 
 _MEANT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -156,7 +156,7 @@ class _Reader:
 
     def _of(self, path: str, text: str, fields: Fields, **read: Any) -> Recipe:
         """The recipe, with what every form says in the same keys."""
-        name = fields.get("name")
+        name, allow = fields.get("name"), fields.get("allow_non_finite")
         dtype, out_dtype = _dtype(fields, "dtype"), _dtype(fields, "out_dtype")
         return Recipe(
             path=path,
@@ -165,12 +165,14 @@ class _Reader:
             name=name.text("a name") if name else None,
             dtype=out_dtype or dtype,
             seed=_seed(fields),
+            allow_non_finite=bool(allow.flag()) if allow else False,
             chat_template=chat_template(fields),
             evaluate=evaluate(fields),
             publish=_publish(fields),
             lora=loras.lora(fields),
             at=self.top.at,
             name_at=name.at if name else None,
+            allow_at=allow.key if allow else None,
         )
 
     def _extraction(self, path: str, text: str, fields: Fields) -> Recipe:
@@ -342,11 +344,7 @@ def _layer_range(place: Place) -> tuple[int, int] | None:
 
 
 def _layer(place: Place) -> int | None:
-    found = place.whole("a whole number", _RANGE_HINT)
-    if found is not None and found < 0:
-        place.error(f"there is no layer {number(found)}", _RANGE_HINT)
-        return None
-    return found
+    return place.whole(numbers.LAYERS, _RANGE_HINT)
 
 
 def _dtype(fields: Fields, key: str) -> str | None:
@@ -368,10 +366,7 @@ def _dtype(fields: Fields, key: str) -> str | None:
 def _seed(fields: Fields) -> int:
     place = fields.get("seed")
     hint = "any whole number will do, such as seed: 42"
-    seed = place.whole("a whole number, 0 or more", hint) if place else 0
-    if place and seed is not None and not 0 <= seed <= MAX_SEED:
-        place.error(f"{number(seed)} is outside 0 to {MAX_SEED}", hint)
-    return seed or 0
+    return (place.whole(numbers.SEED, hint) if place else None) or 0
 
 
 def _publish(fields: Fields) -> Publish:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from merger.errors import Problem, Span, did_you_mean
 from merger.recipe import spans
 from merger.recipe.spans import Node, Scalar
+from merger.safety.numbers import ANY, Range
 
 Hints = dict[str, str]
 """Next steps for keys that are unknown in one place and known in another."""
@@ -87,17 +88,22 @@ class Place:
         self.expected("true or false", "write true or false, without quotes")
         return None
 
-    def whole(self, what: str, hint: str) -> int | None:
-        """The value, if it is an integer; 2.0 is one, true is not."""
+    def outside(self, value: float, within: Range, hint: str) -> None:
+        """Say that a number is not one that can be meant here."""
+        self.error(f"{spans.number(value)} is outside {within}", hint)
+
+    def whole(self, within: Range, hint: str) -> int | None:
+        """The value, if it is an integer of that range; 2.0 is one, true is not."""
         value = self.node.value if isinstance(self.node, Scalar) else None
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, float) and value.is_integer():
+        if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+            self.expected("a whole number", hint)
+            return None
+        if within.holds(value):
             return int(value)
-        self.expected(what, hint)
+        self.outside(value, within, hint)
         return None
 
-    def number(self, hint: str = "write a number such as 0.5") -> float | None:
+    def number(self, hint: str = "write a number such as 0.5", within: Range = ANY) -> float | None:
         """The value as a number: booleans count as 1 and 0, and 1e-10, which YAML 1.1 takes for text, as itself."""
         value = self.node.value if isinstance(self.node, Scalar) else None
         if not isinstance(value, str | int | float):
@@ -110,10 +116,13 @@ class Place:
             return None
         except OverflowError:
             found = math.inf
-        if not math.isfinite(found):
+        if not math.isfinite(found) and not isinstance(value, int):
             self.expected("a finite number", hint)
-            return None
-        return found
+        elif not within.holds(found):
+            self.outside(value if isinstance(value, int) else found, within, hint)
+        else:
+            return found
+        return None
 
     def items(self, what: str, name: Callable[[Node], str | None] | None = None) -> list[Place]:
         """The places of a list's items; `name` gives an item's identity, in want of which its number serves."""

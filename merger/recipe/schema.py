@@ -30,7 +30,7 @@ from merger.recipe.model import (
     TokenOf,
     TokenRow,
 )
-from merger.safety import names
+from merger.safety import names, numbers
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
@@ -106,7 +106,8 @@ def _top() -> Json:
         "parameters": _ref("parameters"),
         "dtype": dtypes,
         "out_dtype": dtypes,
-        "seed": {"type": ["integer", "null"], "minimum": 0, "maximum": parse.MAX_SEED},
+        "seed": _or_null(_whole(numbers.SEED)),
+        "allow_non_finite": {"type": ["boolean", "null"]},
         "tokenizer": _ref("tokenizer"),
         "tokenizer_source": _ref("reference"),
         "chat_template": _or_null(_text()),
@@ -118,7 +119,7 @@ def _top() -> Json:
         "experts": _list(_ref("expert")),
         "shared_experts": _or_null(_list(_ref("expert")) | {"maxItems": 1}),
         "gate_mode": {"enum": [*mixture.GATE_MODES, None]},
-        "experts_per_token": {"type": ["integer", "null"], "minimum": 1},
+        "experts_per_token": _or_null(_whole(numbers.COUNT)),
         "architecture": _or_null(_text()),
     }
     return _map((*parse.TOP, *mixture.MIXTURE), described, shapes) | {
@@ -138,7 +139,7 @@ def _reference() -> Json:
 
 
 def _source(keys: tuple[str, ...]) -> Json:
-    layer = {"type": "integer", "minimum": 0}
+    layer = _whole(numbers.LAYERS)
     shapes = {
         "model": _ref("reference"),
         "layer_range": {"type": "array", "items": layer, "minItems": 2, "maxItems": 2},
@@ -170,8 +171,8 @@ def _expert() -> Json:
         "source_model": _ref("reference"),
         "positive_prompts": prompts,
         "negative_prompts": prompts,
-        "noise_scale": number | {"minimum": 0},
-        "residual_scale": number,
+        "noise_scale": number | _ends(numbers.Range(0)),
+        "residual_scale": number | _ends(numbers.Range()),
     }
     return _map(mixture.EXPERT, _described(Expert), shapes, ["source_model"])
 
@@ -193,8 +194,8 @@ def _lora(keys: tuple[str, ...]) -> Json:
     shapes = {
         "model": _ref("reference"),
         "base_model": _ref("reference"),
-        "rank": {"type": ["integer", "null"], "minimum": 1},
-        "alpha": {"type": ["number", "string", "null"], "exclusiveMinimum": 0},
+        "rank": _or_null(_whole(numbers.RANK)),
+        "alpha": {"type": ["number", "string", "null"], **_ends(numbers.ALPHA)},
         "include": text,
         "exclude": text,
         **dict.fromkeys(("core", "embeddings", "distribute_scale", "skip_rest"), flag),
@@ -204,13 +205,14 @@ def _lora(keys: tuple[str, ...]) -> Json:
 
 
 def _evaluate() -> Json:
-    count = {"type": ["integer", "null"], "minimum": 1}
-    shapes = {"text": _text(), "window": count, "stride": count, "limit": count}
+    limit, window = _or_null(_whole(evaluation.LIMIT)), numbers.Range(2, evaluation.MAX_WINDOW)
+    stride = _or_null(_whole(numbers.Range(1, evaluation.MAX_WINDOW)))
+    shapes = {"text": _text(), "window": _or_null(_whole(window)), "stride": stride, "limit": limit}
     perplexity = _map(evaluation.PERPLEXITY, _described(Perplexity), shapes, ["text"])
     shapes = {
         "perplexity": {"anyOf": [perplexity, _list(perplexity), {"type": "null"}]},
         "tasks": _or_null(_list(_text())),
-        "limit": count,
+        "limit": limit,
         "parents": {"type": ["boolean", "null"]},
         "dtype": {"enum": [*evaluation.DTYPES, None]},
     }
@@ -223,7 +225,7 @@ def _tokenizer() -> Json:
         "kind": {"enum": list(tokenizer.KINDS)},
         "model": _ref("reference"),
         "token": _text(),
-        "token_id": _count(0),
+        "token_id": _whole(numbers.TOKENS),
     }
     words |= {"model": "The model.", "token": "The token's text in that model."}
     row = {
@@ -234,15 +236,19 @@ def _tokenizer() -> Json:
     shapes = {
         "source": _ref("reference"),
         "tokens": rows,
-        "pad_to_multiple_of": _or_null(_count(1, tokenizer.MAX_PADDING)),
+        "pad_to_multiple_of": _or_null(_whole(numbers.Range(1, tokenizer.MAX_PADDING))),
         "missing": {"enum": [*tokenizer.MISSING, None]},
-        "k": _or_null(_count(1, tokenizer.MAX_ATOMS)),
+        "k": _or_null(_whole(numbers.Range(1, tokenizer.MAX_ATOMS))),
     }
     return _or_null(_map(tokenizer.TOKENIZER, words | _described(Tokenizer), shapes))
 
 
-def _count(least: int, most: int | None = None) -> Json:
-    return {"type": "integer", "minimum": least} | ({} if most is None else {"maximum": most})
+def _whole(within: numbers.Range) -> Json:
+    return {"type": "integer", **_ends(within)}
+
+
+def _ends(within: numbers.Range) -> Json:
+    return {"minimum": within.least, "maximum": within.most}
 
 
 def _methods(table: Mapping[str, Method]) -> list[Json]:
@@ -281,15 +287,8 @@ def _setting(hover: str, params: list[Param]) -> Json:
 
 def _bounds(params: list[Param]) -> Json:
     """The widest of the methods' bounds: which of them is in force, a schema cannot tell."""
-    bounds = [param.bounds for param in params]
-    lows = [None if bound is None else bound.low for bound in bounds]
-    highs = [None if bound is None else bound.high for bound in bounds]
-    found = {}
-    if lows and None not in lows:
-        found["minimum"] = min(low for low in lows if low is not None)
-    if highs and None not in highs:
-        found["maximum"] = max(high for high in highs if high is not None)
-    return found
+    ranges = [param.range for param in params] or [numbers.Range()]
+    return _ends(numbers.Range(min(one.least for one in ranges), max(one.most for one in ranges)))
 
 
 def _described(of: type) -> dict[str, str]:

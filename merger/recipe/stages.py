@@ -40,6 +40,8 @@ def _refuse_ends(recipe: Recipe, notes: Notes) -> None:
     hint = "move it into the last document"
     if recipe.publish != Publish():
         _warn(notes, "publish has no effect in a stage", recipe.publish.at, hint)
+    if recipe.allow_non_finite:
+        _warn(notes, "allow_non_finite has no effect in a stage", recipe.allow_at, hint)
     if recipe.evaluate is not None:
         _warn(notes, "evaluate has no effect in a stage", recipe.evaluate.at, hint)
 

@@ -14,8 +14,8 @@ import re
 from merger.recipe import spans
 from merger.recipe.model import ChatTemplate, ModelRef, Tokenizer, TokenOf, TokenRow
 from merger.recipe.places import Fields, Place, nearest
-from merger.recipe.spans import number
 from merger.recipe.values import reference
+from merger.safety.numbers import TOKENS, Range, shortened
 
 TOKENIZER = ("source", "tokens", "pad_to_multiple_of", "missing", "k")
 ROW = ("source", "force")
@@ -96,11 +96,9 @@ def _word(place: Place, known: tuple[str, ...], hint: str) -> str:
 
 def _count(place: Place | None, default: int, most: int) -> int:
     """A whole number from 1 to `most`."""
-    hint = f"write a whole number from 1 to {most}, such as {max(default, 64)}"
-    found = place.whole("a whole number", hint) if place else default
-    if place and found is not None and not 1 <= found <= most:
-        place.error(f"{number(found)} is outside 1 to {most}", hint)
-    return found or default
+    within = Range(1, most)
+    hint = f"write a whole number from {within}, such as {max(default, 64)}"
+    return (place.whole(within, hint) if place else None) or default
 
 
 def _rows(place: Place) -> tuple[TokenRow, ...]:
@@ -152,9 +150,7 @@ def _token_of(fields: Fields) -> TokenOf | None:
         what = "token and token_id exclude each other" if token else "missing token or token_id"
         fields.place.error(what, "write token: TOKEN, or token_id: NUMBER")
         return None
-    found = numbered.whole("a token's id", "write a whole number, 0 or more") if numbered else None
-    if numbered and found is not None and found < 0:
-        numbered.error(f"there is no token {number(found)}", "ids are counted from 0")
+    found = numbered.whole(TOKENS, "write a token's id: they are counted from 0") if numbered else None
     text = token.text("a token") if token else None
     return TokenOf(reference(model), text, found) if model and (text is not None or found is not None) else None
 
@@ -169,7 +165,7 @@ def chat_template(fields: Fields) -> ChatTemplate | None:
     if text not in known and "{" not in text:
         near = nearest(text, known, cutoff=0.6)
         hint = f"did you mean {near!r}?" if near else f"known here: {', '.join(known)}; other text must be Jinja"
-        place.error(f"there is no chat template {spans.shortened(text)}", hint)
+        place.error(f"there is no chat template {shortened(text)}", hint)
     elif text not in known:
         _check_jinja(place, text)
     return ChatTemplate(text, place.at)

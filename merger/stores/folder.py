@@ -21,7 +21,7 @@ from merger.checkpoints.checkpoint import is_single, is_weights
 from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.shard import Outlet, Written, file_sha256
 from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME
-from merger.errors import BudgetError, MissingError, ModelError, Problem, UploadError
+from merger.errors import BudgetError, MissingError, ModelError, Problem, UploadError, few
 from merger.safety import limits, paths, secrets
 from merger.safety.paths import ANYWHERE, BarredError
 from merger.stores.content import write
@@ -278,6 +278,12 @@ class FolderSink:
         what = f"another run is writing to {self.name!r}"
         return UploadError(Problem(what, hint="wait for it, or choose another destination"))
 
+    def _waiting(self, names: Sequence[str]) -> UploadError:
+        """What another recipe's run has finished is not thrown away without a word."""
+        what = f"finished files of another merge wait in {self._work.name!r}: {few(names)}"
+        hint = f"run that one on; `merger clean {self.folder} --yes` removes them, and so does --force"
+        return UploadError(Problem(what, hint=hint))
+
     def _put_back(self) -> None:
         """Undo the first half of a replacement whose second half did not come about; else end it."""
         if not self._alone or not self._old.exists():
@@ -292,6 +298,8 @@ class FolderSink:
         if self._mark.read_text() != identity:
             if not self._alone:
                 raise self._busy()
+            if (waiting := sorted(self.held())) and not self._force:
+                raise self._waiting(waiting)
             self._empty()
             self._mark.write_text(identity)
         for folder in (self._new, self._done):

@@ -155,6 +155,16 @@ DAMAGED: Mapping[str, tuple[object, int, str]] = {
     "a number without end": (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 9_000 + b"]}}", 0, "damaged"),
     "a name twice": (b'{"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}, '
                      b'"a": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}}', 8, "stands twice"),
+    "metadata that is a list": ({"__metadata__": ["pt"]}, 0, "its __metadata__ is no map of texts"),
+    "metadata with a number": ({"__metadata__": {"format": "pt", "step": 1000}}, 0, "its __metadata__ is no map of"),
+    "metadata with a list": ({"__metadata__": {"format": ["pt"]}}, 0, "its __metadata__ is no map of texts"),
+    "metadata that is a text": ({"__metadata__": "pt"}, 0, "its __metadata__ is no map of texts"),
+    "a number that is none": (
+        b'{"a": {"x": NaN, "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 8, "no number",
+    ),
+    "a number too large": (
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "x": 1e400}}', 8, "no number",
+    ),
     "no names but bytes": ({}, 4, "has 14 bytes, its header promises 10"),
 }  # fmt: skip
 

@@ -122,7 +122,7 @@ def numbers(bounds: Range | None) -> st.SearchStrategy[float]:
 def wholes(bounds: Range | None) -> st.SearchStrategy[int]:
     """Whole numbers inside the bounds."""
     low = bounds.low if bounds and bounds.low is not None else 0
-    high = bounds.high if bounds and bounds.high is not None else low + 20
+    high = min(low + 20, bounds.high if bounds and bounds.high is not None else low + 20)
     return st.integers(math.ceil(low), math.floor(high))
 
 

@@ -59,7 +59,8 @@ def test_parameters_are_read_off_the_signature() -> None:
         ("filter_wise", "filter_wise", "bool", False, False),
     ]
     assert [param.default for param in method.params] == [None, 3, 1.0, False]
-    assert [str(param.bounds) for param in method.params] == ["0 to 1", "1 or more", "None", "None"]
+    assert [str(param.bounds) for param in method.params] == ["0 to 1", "1 to 1,000,000", "None", "None"]
+    assert [str(param.range) for param in method.params[2:]] == ["-1,000,000 to 1,000,000", "0 to 1"]
     assert method.params[0].description == "the share of outliers that goes."
     assert method.summary == "A line for menus, on two lines."
     assert method.description.endswith("More about it.")

@@ -64,7 +64,7 @@ def test_lines_are_the_editors_lines(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "[1, 0x1F, 010, 1_000, 1:30, +1, .5, 1e-10, 1.0e-10, .inf]",
+        "[1, 0x1F, 010, 1_000, +1, .5, 1e-10, 1.0e-10, .inf]",
         "[yes, No, on, TRUE, null, ~, '', 'yes', \"1\", 2024-01-31, 2024-01-31 10:00:00]",
         "{a: {b: [c, {d: e}]}, 'f': |\n  text\n  more\n}".replace("|\n  text\n  more\n", "g"),
         "a: |\n  two\n  lines\nb: >-\n  one\n  line\nc:\n",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from merger.methods.registry import methods
@@ -125,5 +127,15 @@ def test_names_for_results() -> None:
 def test_numbers_that_are_typed() -> None:
     """Numbers may be written with commas, blanks or brackets; anything else is refused."""
     assert form.numbers_of("[0, 0.5,1]") == [0.0, 0.5, 1.0]
-    with pytest.raises(ValueError, match="could not convert"):
-        form.numbers_of("0, a")
+    for words in ("0, a", "nan", "1e999", "0, 1000001", "9" * 5000):
+        with pytest.raises(ValueError, match="is no number from"):
+            form.numbers_of(words)
+
+
+@pytest.mark.parametrize("point", [None, "0.5", [1], float("nan"), float("inf"), 10**400, -1e7])
+def test_what_is_no_number_of_a_recipe_changes_no_text(point: Any) -> None:
+    """A field that was emptied, or a call that sends something else than the page's own fields do."""
+    density = TABLE["ties"].param("density")
+    assert density is not None
+    assert form.with_value(TEXT, 0, density, [point]) == TEXT
+    assert form.read(TEXT.replace("0.5", str(point))) is not None

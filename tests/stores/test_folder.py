@@ -200,7 +200,7 @@ def test_finished_shards_wait_for_a_run_of_the_same_identity(tmp_path: Path) -> 
     assert [(shard.name, shard.size) for shard in second.held().values()] == [("model.safetensors", 7)]
     assert os.listdir(second._new) == ["model.safetensors"]
     second.leave()
-    other = FolderSink(tmp_path / "out")
+    other = FolderSink(tmp_path / "out", force=True)
     other.prepare("b" * 64)
     assert not other.held()
     assert os.listdir(other._new) == []
