@@ -153,7 +153,7 @@ def test_a_file_that_grows_after_it_was_listed_is_not_read_on() -> None:
     """Its size is a word; what is read is counted."""
     located = FolderStore().locate("./one", None)
     sparse("one/config.json", 50_000_000)
-    with little(), pytest.raises(ModelError, match=r"config\.json has 5,000,001 bytes, and at most 5,000,000"):
+    with little(), pytest.raises(ModelError, match=r"config\.json has 50,000,000 bytes, and at most 5,000,000"):
         FolderStore().fetch(located, "config.json")
 
 
