@@ -21,7 +21,7 @@ from merger.planning import plan, read
 from merger.recipe.evaluation import files
 from merger.recipe.model import Publish
 from merger.run import run
-from merger.safety import paths
+from merger.safety import limits, paths
 from merger.safety.paths import ANYWHERE, BarredError
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Ticket
@@ -354,7 +354,7 @@ def test_nothing_of_the_kernel_is_a_template_or_a_text(words: str, here: Path) -
     Path("mine.yaml").write_text(f"{LINEAR}evaluate: {{perplexity: {{text: {words}}}}}\n")
     ((path, *_),) = files(read(Path("mine.yaml")).evaluate)  # type: ignore[arg-type]
     with pytest.raises(ModelError):
-        paths.read_named(path, ANYWHERE)
+        paths.read_named(path, ANYWHERE, limits.TEXT)
 
 
 # ---- locks ----------------------------------------------------------------------------------------------------------
