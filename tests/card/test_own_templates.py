@@ -217,7 +217,8 @@ def test_a_template_without_end_or_measure_is_refused(template: str, monkeypatch
     before, largest = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     assert "own.md" in refusal("own.md")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(largest, 600_000)
+    # a child counts as its parent's size, from which it was forked
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(largest, before, 400_000) + 200_000
 
 
 def test_a_template_is_filled_in_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
