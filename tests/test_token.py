@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from loopback import LoopbackHub, Request
+from loopback import LoopbackHub
+from watching import Watch, watching
 
 WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "20kB")
@@ -32,23 +33,13 @@ def work(hub: LoopbackHub, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def watched(hub: LoopbackHub) -> Iterator[set[bytes]]:
-    """The arguments of every process of this machine, looked at whenever the Hub is asked something.
+def watched(hub: LoopbackHub, work: Path) -> Iterator[Watch]:
+    """The arguments of our processes; their environment is that of the person who started them.
 
-    Its own environment is the person's who started it; what children get, test_evaluation and test_act hold.
+    What children get, test_evaluation holds, and test_act what a step of the Action and its children do.
     """
-    seen: set[bytes] = set()
-
-    def look(request: Request) -> bool:
-        for process in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                seen.add(process.read_bytes())
-            except OSError:
-                continue  # it has just ended
-        return False
-
-    hub.fail(look)
-    yield seen
+    with watching(hub, work) as watch:
+        yield watch
     hub.clear_faults()
 
 
@@ -82,7 +73,7 @@ def spoil(hub: LoopbackHub, end: str) -> None:
      ("unknown token", "--json")],
 )  # fmt: skip
 def test_the_token_is_nowhere(
-    end: str, option: str, work: Path, hub: LoopbackHub, command: Command, watched: set[bytes], tmp_path: Path
+    end: str, option: str, work: Path, hub: LoopbackHub, command: Command, watched: Watch, tmp_path: Path
 ) -> None:
     """Not in what the commands print, the client's own talk included, nor in what they leave here and on the Hub."""
     repo = f"org/{(end + option).replace(' ', '-').replace('--', '-')}"
@@ -100,6 +91,6 @@ def test_the_token_is_nowhere(
     texts |= everything(hub, repo, work)
     hub.xet(None)
     assert [where for where, text in texts.items() if token.encode() in text] == []
-    assert [line for line in watched if token.encode() in line] == []
+    assert [process.line for process in watched.seen if token.encode() in process.line] == []
     assert any(b"org/" in text for text in texts.values())  # so we did look
-    assert any(b"mine.yaml" in line for line in watched)
+    assert any(b"mine.yaml" in process.line for process in watched.seen)
