@@ -28,6 +28,8 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """How safetensors writes the dtypes that a recipe may ask for."""
 
 _MISMATCHES_SHOWN = 3
+PREDICTION = "multi-token prediction"
+NOT_ALL_PREDICT = f"{PREDICTION}, which not every model has"
 _ONE_VOCABULARY = (
     "add tokenizer: {source: union} for the tokens of all models, or tokenizer: {source: base} for those of one"
 )
@@ -143,6 +145,7 @@ class Making:
         config: the output's config, where it is not the donor's.
         reasons: why tensors of the models are left out, by their names, where that was decided on the way.
         speaker: the number of the model whose tokenizer lies beside an adapter, where that has rows for other tokens.
+        prediction: the model whose layers of multi-token prediction the output has, or that names them; None: no model.
     """
 
     jobs: tuple[Job, ...]
@@ -152,6 +155,7 @@ class Making:
     config: Mapping[str, Any] | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
     speaker: int | None = None
+    prediction: LockedModel | None = None
 
 
 def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
@@ -169,7 +173,7 @@ def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
     maker.tell_unused()
     findings.settle()
     layers = {stack: tuple(taken) for stack, taken in maker.layers.items()}
-    return Making(jobs, layers, maker.has_head, maker.tokens)
+    return Making(jobs, layers, maker.has_head, maker.tokens, prediction=maker.prediction)
 
 
 def arguments(method: Method, job: Job) -> dict[str, Any]:
@@ -202,6 +206,7 @@ class _Maker:
         self._strangers: set[int] = set()
         self._unused = dict.fromkeys(locked.recipe.tensors)
         self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
+        self.prediction: LockedModel | None = None
 
     @property
     def has_head(self) -> bool:
@@ -219,17 +224,53 @@ class _Maker:
             if module.stack is not None:
                 yield from self._stack(module.stack, module.cuts)
             if module.loose:
+                yield from self._predicting(module.cuts[-1])
                 yield from self._loose(module.cuts[-1], before=False)
 
     def _copied(self, name: str) -> Iterator[Job]:
-        donor = self._locked.donor
-        number = self._locked.index(donor.ref)
-        for tensor in donor.checkpoint.tensors.values():
-            if donor.architecture.module(tensor.name) == name:
-                if (rule := self._rule(tensor.name)) is not None:
-                    yield from self._taken(rule, tensor.name, number, tensor)
-                else:
-                    yield self._copy(tensor.name, number, tensor, f"the recipe does not name the module {name}")
+        number, why = self._locked.index(self._locked.donor.ref), f"the recipe does not name the module {name}"
+        for tensor in self._locked.donor.checkpoint.tensors.values():
+            if self._locked.donor.architecture.module(tensor.name) == name:
+                yield from self._kept(number, tensor, why)
+
+    def _kept(self, number: int, tensor: TensorInfo, why: str) -> Iterator[Job]:
+        """The job that takes a tensor from a model as it is, unless a rule names another's."""
+        model = self._locked.numbered(number)
+        out = model.architecture.moved_behind(tensor.name, self._counts)
+        if model.architecture.predicts(tensor.name):
+            self.prediction = model
+        if (rule := self._rule(tensor.name)) is not None:
+            yield from self._taken(rule, out, number, tensor)
+        else:
+            yield self._copy(out, number, tensor, why)
+
+    @property
+    def _counts(self) -> Mapping[str, int]:
+        """How many layers the output's stacks have."""
+        made = {stack: len(taken) for stack, taken in self.layers.items()}
+        return {**self._locked.donor.architecture.stacks, **made}
+
+    def _predicting(self, piece: Cut) -> Iterator[Job]:
+        """Layers of multi-token prediction: merged where all models have them, else kept from one that does.
+
+        They are no layers of a stack: they lie behind the last one, and take a gradient's first value as all outside.
+        """
+        leader, donor = piece.parts[piece.leader].model, self._locked.donor
+        giver = leader if leader.prediction else donor
+        self.prediction = giver if giver.prediction else None
+        number = piece.parts[piece.leader].number if giver is leader else self._locked.index(donor.ref)
+        names = [_behind(giver, part.model) for part in piece.parts]
+        merged = giver is leader and all(
+            name in part.model.checkpoint.tensors
+            for part, theirs in zip(piece.parts, names, strict=True)
+            for name in theirs
+        )
+        for place, tensor in enumerate(giver.prediction):
+            if merged:
+                out = giver.architecture.moved_behind(tensor.name, self._counts)
+                yield from self._job(piece, out, [theirs[place] for theirs in names], 0.0)
+            else:
+                yield from self._kept(number, tensor, NOT_ALL_PREDICT)
 
     def _copy(self, out: str, number: int, tensor: TensorInfo, why: str) -> Job:
         """A job that takes a tensor as it is; a trained one in the recipe's dtype, if it names one."""
@@ -305,15 +346,27 @@ class _Maker:
             self._locked.numbered(number),
         )
         name = _head(model, out) if is_head(out) else leading.name
+        if leader.architecture.predicts(leading.name):
+            name = leader.architecture.moved_behind(leading.name, model.architecture.stacks)
         tensor = model.checkpoint.tensors.get(name)
-        if tensor is None:
+        if tensor is None and leader.architecture.predicts(leading.name):
+            yield self._copy(out, number, leading, NOT_ALL_PREDICT)
+        elif tensor is None:
             self._refuse(rule, f"{model.name} has no tensor {name}", "are they of one architecture, and saved in full?")
-            return
+        else:
+            yield from self._of_another(rule, out, (giver, tensor), (number, leading))
+
+    def _of_another(
+        self, rule: Taken, out: str, given: tuple[int, TensorInfo], led: tuple[int, TensorInfo]
+    ) -> Iterator[Job]:
+        """The same once the tensor is known; both with the numbers of their models."""
+        (giver, tensor), (number, leading) = given, led
+        model, leader = self._locked.numbered(giver), self._locked.numbered(number)
         source, own = self._source(giver, tensor, out), self._source(number, leading, out)
         if self.tokens is None and model.by_token(tensor) and (told := disagreements([leader, model])):
             self._refuse(rule, f"the vocabularies differ: {told[model.ref]}", _ONE_VOCABULARY)
         elif source.shape != own.shape:
-            what = f"{name} is {shape_text(leading)} in {leader.name}, but {shape_text(tensor)} in {model.name}"
+            what = f"{tensor.name} is {shape_text(leading)} in {leader.name}, but {shape_text(tensor)} in {model.name}"
             self._refuse(rule, what, "only a tensor of the same shape can take its place")
         else:
             followed = self._donors_dtype(leader, leading) if tensor.dtype in FLOATS else tensor.dtype
@@ -443,6 +496,12 @@ def _why_copied(piece: Cut, leading: TensorInfo, found: Sequence[TensorInfo | No
     if alone and leader.architecture.place(leading.name).stack is None and leading is not leader.embedding:
         return f"only {leader.name} has it"
     return None
+
+
+def _behind(giver: LockedModel, model: LockedModel) -> list[str]:
+    """What a model calls the tensors of the layers of prediction that another one has."""
+    architecture, stacks = giver.architecture, model.architecture.stacks
+    return [architecture.moved_behind(tensor.name, stacks) for tensor in giver.prediction]
 
 
 def _head(model: LockedModel, name: str) -> str:
