@@ -240,6 +240,32 @@ def ordinary_layers(config: Config, stack: str, stacks: Mapping[str, int]) -> in
     return next(counts, None) if any(key in said for key in _PREDICTED) else None
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What a config says of a tensor's size: of a layer's share in it, of heads, and every number that it names."""
+
+    per_layer: frozenset[int]
+    heads: frozenset[int]
+    stated: frozenset[int]
+
+
+def sizes(config: Config, stack: str, stacks: Mapping[str, int]) -> Sizes:
+    """What a config says of a stack's sizes."""
+    said = [(key, value) for _, key, value in _section(config, stack, stacks).stated(config) if type(value) is int]
+    shares = (value for key, value in said if "per_layer" in key and not _ROW_COUNT.search(key))
+    heads = (value for key, value in said if key in ("num_attention_heads", "n_head", "num_heads"))
+    return Sizes(frozenset(shares), frozenset(heads), frozenset(_numbers(config)))
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """Every whole number in a config, however deep."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if type(value) is int:
+        yield value
+    for part in parts:
+        yield from _numbers(part)
+
+
 def predicted_layers(config: Config) -> int:
     """How many layers of multi-token prediction a config promises."""
     found = [value for key, value in _stated(config) if key in _PREDICTED and type(value) is int]

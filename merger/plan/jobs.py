@@ -18,7 +18,8 @@ from merger.methods.registry import Method, Param, declared
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
 from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.products import Factor
-from merger.plan.sources import Made, Source, Stored, ends
+from merger.plan.shares import Shares, shares
+from merger.plan.sources import Made, Source, Stacked, Stored, ends
 from merger.plan.tokens import Tokens, disagreements, tokens
 from merger.recipe.model import Taken
 from merger.recipe.settings import Parameters, first_value
@@ -30,6 +31,7 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _MISMATCHES_SHOWN = 3
 PREDICTION = "multi-token prediction"
 NOT_ALL_PREDICT = f"{PREDICTION}, which not every model has"
+_ONE_KIND = "only models of one architecture and of equal sizes can be merged"
 _ONE_VOCABULARY = (
     "add tokenizer: {source: union} for the tokens of all models, or tokenizer: {source: base} for those of one"
 )
@@ -170,6 +172,7 @@ def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
     modules = cut(locked, table, findings)
     maker = _Maker(locked, table, findings)
     jobs = tuple(job for module in modules for job in maker.module(module))
+    maker.tell_unshared()
     maker.tell_unused()
     findings.settle()
     layers = {stack: tuple(taken) for stack, taken in maker.layers.items()}
@@ -207,6 +210,8 @@ class _Maker:
         self._unused = dict.fromkeys(locked.recipe.tensors)
         self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
         self.prediction: LockedModel | None = None
+        self._cuts: dict[str, Sequence[Cut]] = {}
+        self._unshared: dict[str, list[str]] = {}
 
     @property
     def has_head(self) -> bool:
@@ -215,6 +220,8 @@ class _Maker:
 
     def module(self, module: CutModule | str) -> Iterator[Job]:
         """A module's jobs: what acts before the layers, the layers, what acts after them."""
+        if isinstance(module, CutModule) and module.stack is not None and not _is_whole(module.cuts, module.stack):
+            self._cuts[module.stack] = module.cuts
         if isinstance(module, str):
             yield from self._copied(module)
         elif module.cuts:
@@ -230,7 +237,11 @@ class _Maker:
     def _copied(self, name: str) -> Iterator[Job]:
         number, why = self._locked.index(self._locked.donor.ref), f"the recipe does not name the module {name}"
         for tensor in self._locked.donor.checkpoint.tensors.values():
-            if self._locked.donor.architecture.module(tensor.name) == name:
+            if self._locked.donor.architecture.module(tensor.name) != name:
+                continue
+            if (found := self._shares(self._locked.donor, tensor)) is not None:
+                yield from self._shared(tensor.name, found)
+            else:
                 yield from self._kept(number, tensor, why)
 
     def _kept(self, number: int, tensor: TensorInfo, why: str) -> Iterator[Job]:
@@ -306,11 +317,61 @@ class _Maker:
         leader = piece.parts[piece.leader].model
         head = None if self._head is None else self._head.name
         for tensor in leader.layer(None, None):
-            if is_before_layers(tensor.name) == before and tensor is not leader.head and tensor.name != head:
+            if is_before_layers(tensor.name) != before or tensor is leader.head or tensor.name == head:
+                continue
+            if (found := self._shares(leader, tensor)) is not None:
+                yield from self._shared(tensor.name, found)
+            else:
                 yield from self._job(piece, tensor.name, [tensor.name] * len(piece.parts), 0.0)
         if head is not None and not before:
             names = [_head(part.model, head) for part in piece.parts]
             yield from self._job(piece, head, names, 0.0)
+
+    def _shares(self, model: LockedModel, tensor: TensorInfo) -> Shares | None:
+        """How a tensor outside of the stacks is divided among layers that the recipe takes in another order or number."""
+        outside = self._cuts and model.architecture.place(tensor.name).stack is None
+        found = shares(model, tensor) if outside else None
+        return found if found is not None and found.stack in self._cuts else None
+
+    def _shared(self, name: str, found: Shares) -> Iterator[Job]:
+        """The job that puts a tensor together from the shares of those layers that the recipe takes."""
+        cuts = [piece for piece in self._cuts[found.stack] if piece.layers]
+        alike = len({(piece.piece.method, tuple(part.is_base for part in piece.parts)) for piece in cuts}) == 1
+        if found.size is None or self._rule(name) is not None or not alike:
+            self._unshared.setdefault(found.stack, []).append(name)
+            return
+        sources = [self._layers_of(cuts, place, name, found) for place in range(len(cuts[0].parts))]
+        complete = [source for source in sources if source is not None]
+        if len(complete) < len(sources):
+            return
+        held = [[part.model.checkpoint.tensors[name] for part in piece.parts] for piece in cuts]
+        pairs = zip(cuts, held, strict=True)
+        jobs = [self._merge(piece, name, tensors, complete, 0.0) for piece, tensors in pairs]
+        if any(_numbers_of(job) != _numbers_of(jobs[0]) for job in jobs):
+            self._unshared.setdefault(found.stack, []).append(name)
+        elif self._fit(cuts[0], held[0], complete):
+            yield jobs[0]
+
+    def _layers_of(self, cuts: Sequence[Cut], place: int, name: str, found: Shares) -> Stacked | None:
+        """The shares of the layers that the sources of this place give; None, and a problem, where they do not fit."""
+        taken = [(piece.parts[place], piece.starts[place] + step) for piece in cuts for step in range(piece.layers)]
+        givers = list({part.number: part for part, _ in taken}.values())
+        held = [part.model.checkpoint.tensors.get(name) for part in givers]
+        rest = {_beside(tensor, found.axis) for tensor in held if tensor is not None}
+        for part, tensor in zip(givers, held, strict=True):
+            if tensor is None or shares(part.model, tensor) != found or len(rest) > 1:
+                shapes = " and ".join(shape_text(tensor) for tensor in held if tensor is not None)
+                self._findings.about_part(f"{name} does not fit in all models: {shapes}", part, _ONE_KIND)
+                return None
+            if self.tokens is None and part.model.by_token(tensor):
+                if told := disagreements([self._locked.donor, part.model]):
+                    what = f"the vocabularies differ: {told[part.model.ref]}"
+                    self._findings.about_part(what, part, _ONE_VOCABULARY)
+                    return None
+        numbers = [part.number for part in givers]
+        sources = tuple(self._source(*each, name) for each in zip(numbers, held, strict=True))  # type: ignore[arg-type]
+        order = tuple((numbers.index(part.number), layer) for part, layer in taken)
+        return Stacked(sources, order, found.axis, found.size or 0)
 
     def _job(self, piece: Cut, out: str, names: Sequence[str], position: float) -> Iterator[Job]:
         """The job that makes tensor `out` of the tensors `names`, one a part; or a problem, if they do not fit."""
@@ -378,6 +439,15 @@ class _Maker:
         if not any(problem.at == rule.at for problem in self._findings.mismatches):
             problem = Problem(what, rule.at, f"tensors[{rule.filter}]", hint)
             self._findings.mismatches.append(problem)
+
+    def tell_unshared(self) -> None:
+        """A tensor that holds something of all layers must be that of the layers which are taken."""
+        for stack, names in self._unshared.items():
+            what = f"{', '.join(names)}: of a size that depends on the layers of {stack}, and not of these layers"
+            hint = (
+                "take all layers of one model in their order, or give all slices one method, as many models and numbers"
+            )
+            self._findings.about_recipe(what, self._locked.recipe.slices[0].at, "slices", hint)
 
     def tell_unused(self) -> None:
         """A rule that speaks about no tensor is misspelt."""
@@ -496,6 +566,26 @@ def _why_copied(piece: Cut, leading: TensorInfo, found: Sequence[TensorInfo | No
     if alone and leader.architecture.place(leading.name).stack is None and leading is not leader.embedding:
         return f"only {leader.name} has it"
     return None
+
+
+def _is_whole(cuts: Sequence[Cut], stack: str) -> bool:
+    """Whether all layers of the stack are taken, in the models' own order."""
+    parts = [
+        (part, start, piece.layers) for piece in cuts for part, start in zip(piece.parts, piece.starts, strict=True)
+    ]
+    return len(cuts) <= 1 and all(
+        (start, layers) == (0, part.model.architecture.stacks[stack]) for part, start, layers in parts
+    )
+
+
+def _numbers_of(job: Job) -> tuple[object, ...]:
+    """The parameters that are in force for a tensor."""
+    return job.settings, [entry.settings for entry in job.inputs]
+
+
+def _beside(tensor: TensorInfo, axis: int) -> tuple[int, ...]:
+    """A tensor's shape but for one axis."""
+    return (*tensor.shape[:axis], *tensor.shape[axis + 1 :])
 
 
 def _behind(giver: LockedModel, model: LockedModel) -> list[str]:
