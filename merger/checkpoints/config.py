@@ -32,6 +32,9 @@ _ROW_COUNT = re.compile(r"(^|_)vocab_size(_|$)")
 _TOKEN_ID = re.compile(r"token_(id|ids|index|indices)$|suppress_tokens$")
 _ROLE = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_[be]os)_token_id$")
 _LEADING = re.compile(r"^(first_k_|n(um)?_dense_layers$)")
+_TRAILING = "num_kv_shared_layers"
+"""Of Gemma 3n and 4: how many of the last layers have no keys and values of their own."""
+
 _EVERY = re.compile(r"(window|att(entio)?n|rope).*_(pattern|period|interval|every_n_layers)$")
 
 
@@ -312,10 +315,29 @@ def with_layers(
     before, after = _leading(donor[0], donor), _leading(donor[0], [layer.kind for layer in layers])
     for part, key, value in list(section.stated(edited)):
         counts_leading = _LEADING.search(key) and value == before and after is not None
-        part[key] = after if counts_leading else _follow(key, value, len(donor), layers, section)
+        trailing = _trailing(key, value, len(donor), layers)
+        part[key] = (
+            after
+            if counts_leading
+            else trailing
+            if trailing is not None
+            else _follow(key, value, len(donor), layers, section)
+        )
     for part, key, entries in predicted:
         part[key] = [*part[key], *entries]
     return edited
+
+
+def _trailing(key: str, value: Any, count: int, layers: Sequence[Layer]) -> int | None:
+    """How many of the last layers now share what those before them have; None: the key counts no such layers."""
+    if key != _TRAILING or type(value) is not int or value <= 0:
+        return None
+    sharing = [layer.number >= count - value for layer in layers]
+    if sharing != sorted(sharing):
+        raise ValueError(
+            f"config.json counts the last layers by {key}: {value}, which this order of layers would break"
+        )
+    return sum(sharing)
 
 
 def _taken_off(config: dict[str, Any], count: int, section: Section) -> list[tuple[dict[str, Any], str, list[Any]]]:

@@ -211,7 +211,7 @@ class _Maker:
         self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
         self.prediction: LockedModel | None = None
         self._cuts: dict[str, Sequence[Cut]] = {}
-        self._unshared: dict[str, list[str]] = {}
+        self._unshared: dict[tuple[str, bool], list[str]] = {}
 
     @property
     def has_head(self) -> bool:
@@ -328,7 +328,7 @@ class _Maker:
             yield from self._job(piece, head, names, 0.0)
 
     def _shares(self, model: LockedModel, tensor: TensorInfo) -> Shares | None:
-        """How a tensor outside of the stacks is divided among layers that the recipe takes in another order or number."""
+        """How a tensor outside of the stacks is divided among its layers, of which the recipe takes others."""
         outside = self._cuts and model.architecture.place(tensor.name).stack is None
         found = shares(model, tensor) if outside else None
         return found if found is not None and found.stack in self._cuts else None
@@ -338,7 +338,7 @@ class _Maker:
         cuts = [piece for piece in self._cuts[found.stack] if piece.layers]
         alike = len({(piece.piece.method, tuple(part.is_base for part in piece.parts)) for piece in cuts}) == 1
         if found.size is None or self._rule(name) is not None or not alike:
-            self._unshared.setdefault(found.stack, []).append(name)
+            self._unshared.setdefault((found.stack, found.size is not None), []).append(name)
             return
         sources = [self._layers_of(cuts, place, name, found) for place in range(len(cuts[0].parts))]
         complete = [source for source in sources if source is not None]
@@ -348,7 +348,7 @@ class _Maker:
         pairs = zip(cuts, held, strict=True)
         jobs = [self._merge(piece, name, tensors, complete, 0.0) for piece, tensors in pairs]
         if any(_numbers_of(job) != _numbers_of(jobs[0]) for job in jobs):
-            self._unshared.setdefault(found.stack, []).append(name)
+            self._unshared.setdefault((found.stack, found.size is not None), []).append(name)
         elif self._fit(cuts[0], held[0], complete):
             yield jobs[0]
 
@@ -363,11 +363,11 @@ class _Maker:
                 shapes = " and ".join(shape_text(tensor) for tensor in held if tensor is not None)
                 self._findings.about_part(f"{name} does not fit in all models: {shapes}", part, _ONE_KIND)
                 return None
-            if self.tokens is None and part.model.by_token(tensor):
-                if told := disagreements([self._locked.donor, part.model]):
-                    what = f"the vocabularies differ: {told[part.model.ref]}"
-                    self._findings.about_part(what, part, _ONE_VOCABULARY)
-                    return None
+            by_token = self.tokens is None and part.model.by_token(tensor)
+            if by_token and (told := disagreements([self._locked.donor, part.model])):
+                what = f"the vocabularies differ: {told[part.model.ref]}"
+                self._findings.about_part(what, part, _ONE_VOCABULARY)
+                return None
         numbers = [part.number for part in givers]
         sources = tuple(self._source(*each, name) for each in zip(numbers, held, strict=True))  # type: ignore[arg-type]
         order = tuple((numbers.index(part.number), layer) for part, layer in taken)
@@ -442,12 +442,15 @@ class _Maker:
 
     def tell_unshared(self) -> None:
         """A tensor that holds something of all layers must be that of the layers which are taken."""
-        for stack, names in self._unshared.items():
-            what = f"{', '.join(names)}: of a size that depends on the layers of {stack}, and not of these layers"
-            hint = (
-                "take all layers of one model in their order, or give all slices one method, as many models and numbers"
-            )
-            self._findings.about_recipe(what, self._locked.recipe.slices[0].at, "slices", hint)
+        for (stack, known), names in self._unshared.items():
+            if known:
+                what = f"one tensor holds something for every layer of {stack}, and the recipe makes its parts unlike"
+                hint = "give all slices one method, as many models and the same parameters"
+            else:
+                what = f"how the size depends on the layers of {stack} is not known here"
+                hint = "take all layers of the models, in their order"
+            at = self._locked.recipe.slices[0].at
+            self._findings.about_recipe(f"{', '.join(names)}: {what}", at, "slices", hint)
 
     def tell_unused(self) -> None:
         """A rule that speaks about no tensor is misspelt."""
