@@ -114,6 +114,7 @@ def _making(planned: Plan) -> list[str]:
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
         f"{len(planned.texts.taken)} side files from {shown(planned.locked.donor)}",
         *_tokens(planned),
+        *(f"note    {note}" for note in planned.notes),
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
     ]
 

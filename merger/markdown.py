@@ -83,6 +83,7 @@ def _notes(planned: Plan, to: str | None) -> list[str]:
     notes += [f"**Licence:** {_told(what)}" for what in (*(each.what for each in found.conflicts), *found.notes)]
     if found.override is not None and found.conflicts:
         notes.append(f"**Published all the same:** {_told(found.override)}")
+    notes += [f"**Note:** {_told(note)}" for note in planned.notes]
     if planned.left_out:
         why = Counter(item.why for item in planned.left_out)
         told = "; ".join(f"{count} tensors: {_told(reason)}" for reason, count in why.items())

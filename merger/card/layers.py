@@ -84,7 +84,7 @@ def tracks(planned: Plan, seen: Mapping[str, Geometry]) -> list[Track]:
     """Each parent's and stage's, in the recipe's order, from each output tensor's geometry; a mixture has none."""
     if planned.locked.recipe.mixture is not None:
         return []
-    architecture = Architecture([job.name for job in planned.jobs])
+    architecture = Architecture([job.name for job in planned.jobs], planned.config)
     found: list[dict[Layer, Apart]] = [{} for _ in planned.locked.all]
     for job in planned.jobs:
         if geometry := seen.get(job.name):
@@ -161,7 +161,7 @@ def parameters(planned: Plan, table: Mapping[str, Method]) -> list[Parameter]:
 
 def _values(planned: Plan) -> dict[str, dict[str, _Kinds]]:
     """By parameter and parent; what holds for all parents stands under no name."""
-    architecture = Architecture([job.name for job in planned.jobs])
+    architecture = Architecture([job.name for job in planned.jobs], planned.config)
     names = [shown(model) for model in planned.locked.all]
     found: dict[str, dict[str, _Kinds]] = {}
     for job in planned.jobs:

@@ -73,7 +73,7 @@ def relations(planned: Plan, seen: Mapping[str, Geometry]) -> Relations:
     Tensors with other parents than the rest (by a filter or a slice) are counted apart.
     """
     jobs = [job for job in planned.jobs if job.name in seen and len(job.inputs) > 1]
-    architecture = Architecture([job.name for job in planned.jobs])
+    architecture = Architecture([job.name for job in planned.jobs], planned.config)
     overall, layers, doubts = [], [], []
     for parents in sorted({_parents(job) for job in jobs}):
         numbers, subtracted = parents

@@ -187,6 +187,7 @@ def _plan(planned: Plan) -> dict[str, Any]:
         "entries": planned.entries,
         "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
         "files": len(planned.shards),
+        "notes": planned.notes,
     }
 
 

@@ -1,7 +1,9 @@
 """What a tensor's name means: its stack, its layer, its role; learned from the names of the checkpoint themselves.
 
 There is no list of known models here: a stack of layers is a run of names that count from zero.
-Not here: what config.json says of them (config), and which layers a recipe takes (plan).
+Layers that predict the tokens after the next one (multi-token prediction) lie behind a stack's own, whose number only
+config.json tells, or under a name of their own; they belong to no stack. Not here: what else config.json says (config),
+and which layers a recipe takes (plan).
 """
 
 from __future__ import annotations
@@ -9,8 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from merger.checkpoints.config import ordinary_layers
 
 _NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<layer>0|[1-9][0-9]{0,4})\.(?P<role>.+)$")
+_PREDICTING = re.compile(r"(^|\.)mtp(_[a-z_]+)?\.")
 _CONTAINER = re.compile(r"(^|[._])(layers?|h|blocks?|resblocks)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer|output)\.weight$")
 _EMBEDDING = re.compile(
@@ -44,24 +50,57 @@ class Place:
 
 
 class Architecture:
-    """The stacks of layers that a checkpoint's tensor names tell of: ``stacks`` maps each to its number of layers."""
+    """The stacks of layers that a checkpoint's tensor names tell of: ``stacks`` maps each to its number of layers.
 
-    def __init__(self, names: Iterable[str]) -> None:
+    Args:
+        names: the names.
+        config: the model's config.json, which tells layers of prediction from those before them.
+    """
+
+    def __init__(self, names: Iterable[str], config: Mapping[str, Any] | None = None) -> None:
         layers: dict[str, dict[int, set[str]]] = {}
         for name in names:
-            if match := _NUMBERED.match(name):
+            match = _NUMBERED.match(name)
+            if match and not _PREDICTING.search(name):
                 roles = layers.setdefault(match["stack"], {}).setdefault(int(match["layer"]), set())
                 roles.add(match["role"])
-        self.stacks: Mapping[str, int] = {
-            stack: len(found) for stack, found in layers.items() if _is_stack(stack, found)
-        }
+        found = {stack: of for stack, of in layers.items() if _is_stack(stack, of)}
+        counts = {stack: len(of) for stack, of in found.items()}
+        said = {stack: ordinary_layers(config or {}, stack, counts) for stack in found}
+        self.stacks: Mapping[str, int] = {stack: _ordinary(of, said[stack]) for stack, of in found.items()}
+        self.behind: Mapping[str, int] = {stack: count - self.stacks[stack] for stack, count in counts.items()}
 
     def place(self, name: str) -> Place:
         """Where the tensor of this name belongs."""
         match = _NUMBERED.match(name)
-        if match is None or match["stack"] not in self.stacks:
+        if match is None or int(match["layer"]) >= self.stacks.get(match["stack"], 0):
             return Place(None, None, name)
         return Place(match["stack"], int(match["layer"]), match["role"])
+
+    def predicts(self, name: str) -> bool:
+        """Whether the tensor belongs to layers of multi-token prediction, which a model computes as well without."""
+        match = _NUMBERED.match(name)
+        beyond = 0 if match is None else int(match["layer"]) - self.stacks.get(match["stack"], 0)
+        behind = match is not None and 0 <= beyond < self.behind.get(match["stack"], 0)
+        return behind or _PREDICTING.search(name) is not None
+
+    def predicted(self, names: Iterable[str]) -> int:
+        """How many layers of multi-token prediction these tensors are of."""
+        mine = [name for name in names if self.predicts(name)]
+        matches = [match for name in mine if (match := _NUMBERED.match(name))]
+        return max(len({match["layer"] for match in matches}), min(1, len(mine)))
+
+    def moved_behind(self, name: str, stacks: Mapping[str, int]) -> str:
+        """The name that a tensor of a layer behind a stack has where stacks have other numbers of layers.
+
+        >>> Architecture(["a.0.x", "a.1.x"]).moved_behind("b.mtp.x", {"a": 3})
+        'b.mtp.x'
+        """
+        match = _NUMBERED.match(name)
+        if match is None or match["stack"] not in self.stacks or not self.predicts(name):
+            return name
+        stack, layer = match["stack"], int(match["layer"]) - self.stacks[match["stack"]]
+        return Place(stack, None, match["role"]).at_layer(stacks.get(stack, self.stacks[stack]) + layer)
 
     def module(self, name: str) -> str:
         """The module that the tensor belongs to, as recipes name it under ``modules:``."""
@@ -72,6 +111,14 @@ class Architecture:
     def modules(self) -> tuple[str, ...]:
         """The names that a recipe may use under ``modules:``."""
         return (DEFAULT,) if len(self.stacks) <= 1 else (*self.stacks, DEFAULT)
+
+
+def _ordinary(layers: Mapping[int, set[str]], said: int | None) -> int:
+    """How many layers a stack has without those of prediction, which hold something that no other layer does."""
+    if said is None or not 0 < said < len(layers):
+        return len(layers)
+    known = set[str]().union(*(layers[layer] for layer in range(said)))
+    return said if all(layers[layer] - known for layer in range(said, len(layers))) else len(layers)
 
 
 def _is_stack(name: str, layers: Mapping[int, set[str]]) -> bool:

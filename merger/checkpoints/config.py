@@ -18,6 +18,9 @@ Kind = frozenset[str]
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_encoder_layers", "num_decoder_layers",
                  "encoder_layers", "decoder_layers", "depth")  # fmt: skip
+_PREDICTED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+"""How configs count the layers of multi-token prediction, which their number of layers leaves out."""
+
 _NOT_PER_LAYER = re.compile(
     r"(^architectures|token_ids?|_ids|languages?|labels?|(?<!intermediate)_sizes?|image_mean|image_std)$"
 )
@@ -29,6 +32,9 @@ _ROW_COUNT = re.compile(r"(^|_)vocab_size(_|$)")
 _TOKEN_ID = re.compile(r"token_(id|ids|index|indices)$|suppress_tokens$")
 _ROLE = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_[be]os)_token_id$")
 _LEADING = re.compile(r"^(first_k_|n(um)?_dense_layers$)")
+_TRAILING = "num_kv_shared_layers"
+"""Of Gemma 3n and 4: how many of the last layers have no keys and values of their own."""
+
 _EVERY = re.compile(r"(window|att(entio)?n|rope).*_(pattern|period|interval|every_n_layers)$")
 
 
@@ -230,6 +236,62 @@ def _path(config: Config, words: set[str]) -> tuple[str, ...]:
     return (best, *_path(config[best], words))
 
 
+def ordinary_layers(config: Config, stack: str, stacks: Mapping[str, int]) -> int | None:
+    """How many layers a stack has by a config that counts those of multi-token prediction apart; None: it does not."""
+    said = {key: value for _, key, value in _section(config, stack, stacks).stated(config)}
+    counts = (said[key] for key in _LAYER_COUNTS if type(said.get(key)) is int)
+    return next(counts, None) if any(key in said for key in _PREDICTED) else None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a config says of a tensor's size: of a layer's share in it, of heads, and every number that it names."""
+
+    per_layer: frozenset[int]
+    heads: frozenset[int]
+    stated: frozenset[int]
+
+
+def sizes(config: Config, stack: str, stacks: Mapping[str, int]) -> Sizes:
+    """What a config says of a stack's sizes."""
+    said = [(key, value) for _, key, value in _section(config, stack, stacks).stated(config) if type(value) is int]
+    shares = (value for key, value in said if "per_layer" in key and not _ROW_COUNT.search(key))
+    heads = (value for key, value in said if key in ("num_attention_heads", "n_head", "num_heads"))
+    return Sizes(frozenset(shares), frozenset(heads), frozenset(_numbers(config)))
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """Every whole number in a config, however deep."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if type(value) is int:
+        yield value
+    for part in parts:
+        yield from _numbers(part)
+
+
+def predicted_layers(config: Config) -> int:
+    """How many layers of multi-token prediction a config promises."""
+    found = [value for key, value in _stated(config) if key in _PREDICTED and type(value) is int]
+    return max(found, default=0)
+
+
+def with_prediction(config: Config, layers: int, like: Config) -> Config:
+    """The config with so many layers of multi-token prediction, counted as it does itself, or else as `like` does."""
+    promised = predicted_layers(config)
+    if layers == promised:
+        return config
+    edited = copy.deepcopy(dict(config))
+    stated = [(part, key) for part in _parts(edited) for key in _PREDICTED if key in part]
+    theirs = [(_text(edited), key) for key, _ in _stated(like) if key in _PREDICTED]
+    for part, key in stated or theirs:
+        part[key] = layers
+    for part in _parts(edited):
+        count = next((part[key] for key in _LAYER_COUNTS if type(part.get(key)) is int), 0)
+        for key in [key for key, value in part.items() if promised and _is_per_layer(key, value, count + promised)]:
+            part[key] = part[key][: count + layers]
+    return edited
+
+
 def with_layers(
     config: Config,
     donor: Sequence[Kind],
@@ -247,13 +309,45 @@ def with_layers(
     Raises:
         ValueError: no edit of the config would describe such a model; why, in a sentence.
     """
-    _check(config, donor, layers, section)
-    before, after = _leading(donor[0], donor), _leading(donor[0], [layer.kind for layer in layers])
     edited = copy.deepcopy(dict(config))
+    predicted = _taken_off(edited, len(donor), section)
+    _check(edited, donor, layers, section)
+    before, after = _leading(donor[0], donor), _leading(donor[0], [layer.kind for layer in layers])
     for part, key, value in list(section.stated(edited)):
         counts_leading = _LEADING.search(key) and value == before and after is not None
-        part[key] = after if counts_leading else _follow(key, value, len(donor), layers, section)
+        trailing = _trailing(key, value, len(donor), layers)
+        part[key] = (
+            after
+            if counts_leading
+            else trailing
+            if trailing is not None
+            else _follow(key, value, len(donor), layers, section)
+        )
+    for part, key, entries in predicted:
+        part[key] = [*part[key], *entries]
     return edited
+
+
+def _trailing(key: str, value: Any, count: int, layers: Sequence[Layer]) -> int | None:
+    """How many of the last layers now share what those before them have; None: the key counts no such layers."""
+    if key != _TRAILING or type(value) is not int or value <= 0:
+        return None
+    sharing = [layer.number >= count - value for layer in layers]
+    if sharing != sorted(sharing):
+        raise ValueError(
+            f"config.json counts the last layers by {key}: {value}, which this order of layers would break"
+        )
+    return sum(sharing)
+
+
+def _taken_off(config: dict[str, Any], count: int, section: Section) -> list[tuple[dict[str, Any], str, list[Any]]]:
+    """Cut per-layer lists to a stack's layers: what they say of layers of multi-token prediction, which lie behind."""
+    whole = count + predicted_layers(config)
+    found = [(part, key, value[count:]) for part, key, value in section.stated(config)
+             if whole > count and _is_per_layer(key, value, whole)]  # fmt: skip
+    for part, key, _ in found:
+        part[key] = part[key][:count]
+    return found
 
 
 def _follow(key: str, value: Any, count: int, layers: Sequence[Layer], section: Section) -> Any:

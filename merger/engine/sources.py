@@ -18,12 +18,13 @@ from merger.engine.leaves import Leaves
 from merger.engine.pursuit import pursued
 from merger.engine.rows import rows_of_map
 from merger.engine.scaled import dequantised
+from merger.engine.stacked import stacked
 from merger.methods._normal import normal, uniform
 from merger.methods._ops import Rng
 from merger.plan.geometry import Geometry
 from merger.plan.products import Added, Difference, Factor, LowRank
 from merger.plan.rows import Pursuit, Rows
-from merger.plan.sources import DRAWN_AT_ONCE, Dequantised, Drawn, Made, Noised, Routed, Source, Stored, Zeros
+from merger.plan.sources import DRAWN_AT_ONCE, Dequantised, Drawn, Made, Noised, Routed, Source, Stacked, Stored, Zeros
 
 
 def load(source: Source, start: int, stop: int, out: Tensor, leaves: Leaves, step: int = 1) -> Tensor:
@@ -79,6 +80,10 @@ def _zeros(source: Zeros, start: int, stop: int, out: Tensor, leaves: Leaves) ->
     return out[: stop - start].zero_()
 
 
+def _stacked(source: Stacked, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return stacked(source, start, stop, out, partial(load, leaves=leaves))
+
+
 def _routed(source: Routed, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
     return out[: stop - start].copy_(leaves.router(source).reshape(-1)[start:stop])
 
@@ -94,6 +99,7 @@ _READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
     Drawn: _drawn,
     Noised: _noised,
     Zeros: _zeros,
+    Stacked: _stacked,
     Routed: _routed,
 }
 """How each kind of source but the plain one fills the front of `out` with its entries ``[start, stop)``."""

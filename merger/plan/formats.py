@@ -24,9 +24,16 @@ class Change:
     methods: frozenset[str] = frozenset()
 
 
-CHANGES: tuple[Change, ...] = ()
+CHANGES: tuple[Change, ...] = (
+    Change(
+        2,
+        "layers of multi-token prediction belong to no stack: they are kept from the base model where others have "
+        "none, lie behind the last layer, and config.json counts those that are there",
+    ),
+    Change(2, "tensors that hold something of every layer (per-layer embeddings) are stacked with the layers"),
+)
 
-FORMAT = 1
+FORMAT = 2
 """That of a plan made now: a part of its hash."""
 
 

@@ -18,7 +18,8 @@ from merger.methods.registry import Method, Param, declared
 from merger.plan.cuts import Cut, CutModule, Findings, cut, parts
 from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.products import Factor
-from merger.plan.sources import Made, Source, Stored, ends
+from merger.plan.shares import Shares, shares
+from merger.plan.sources import Made, Source, Stacked, Stored, ends
 from merger.plan.tokens import Tokens, disagreements, tokens
 from merger.recipe.model import Taken
 from merger.recipe.settings import Parameters, first_value
@@ -28,6 +29,9 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """How safetensors writes the dtypes that a recipe may ask for."""
 
 _MISMATCHES_SHOWN = 3
+PREDICTION = "multi-token prediction"
+NOT_ALL_PREDICT = f"{PREDICTION}, which not every model has"
+_ONE_KIND = "only models of one architecture and of equal sizes can be merged"
 _ONE_VOCABULARY = (
     "add tokenizer: {source: union} for the tokens of all models, or tokenizer: {source: base} for those of one"
 )
@@ -143,6 +147,7 @@ class Making:
         config: the output's config, where it is not the donor's.
         reasons: why tensors of the models are left out, by their names, where that was decided on the way.
         speaker: the number of the model whose tokenizer lies beside an adapter, where that has rows for other tokens.
+        prediction: the model whose layers of multi-token prediction the output has, or that names them; None: no model.
     """
 
     jobs: tuple[Job, ...]
@@ -152,6 +157,7 @@ class Making:
     config: Mapping[str, Any] | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
     speaker: int | None = None
+    prediction: LockedModel | None = None
 
 
 def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
@@ -166,10 +172,11 @@ def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
     modules = cut(locked, table, findings)
     maker = _Maker(locked, table, findings)
     jobs = tuple(job for module in modules for job in maker.module(module))
+    maker.tell_unshared()
     maker.tell_unused()
     findings.settle()
     layers = {stack: tuple(taken) for stack, taken in maker.layers.items()}
-    return Making(jobs, layers, maker.has_head, maker.tokens)
+    return Making(jobs, layers, maker.has_head, maker.tokens, prediction=maker.prediction)
 
 
 def arguments(method: Method, job: Job) -> dict[str, Any]:
@@ -202,6 +209,9 @@ class _Maker:
         self._strangers: set[int] = set()
         self._unused = dict.fromkeys(locked.recipe.tensors)
         self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
+        self.prediction: LockedModel | None = None
+        self._cuts: dict[str, Sequence[Cut]] = {}
+        self._unshared: dict[tuple[str, bool], list[str]] = {}
 
     @property
     def has_head(self) -> bool:
@@ -210,6 +220,8 @@ class _Maker:
 
     def module(self, module: CutModule | str) -> Iterator[Job]:
         """A module's jobs: what acts before the layers, the layers, what acts after them."""
+        if isinstance(module, CutModule) and module.stack is not None and not _is_whole(module.cuts, module.stack):
+            self._cuts[module.stack] = module.cuts
         if isinstance(module, str):
             yield from self._copied(module)
         elif module.cuts:
@@ -219,17 +231,57 @@ class _Maker:
             if module.stack is not None:
                 yield from self._stack(module.stack, module.cuts)
             if module.loose:
+                yield from self._predicting(module.cuts[-1])
                 yield from self._loose(module.cuts[-1], before=False)
 
     def _copied(self, name: str) -> Iterator[Job]:
-        donor = self._locked.donor
-        number = self._locked.index(donor.ref)
-        for tensor in donor.checkpoint.tensors.values():
-            if donor.architecture.module(tensor.name) == name:
-                if (rule := self._rule(tensor.name)) is not None:
-                    yield from self._taken(rule, tensor.name, number, tensor)
-                else:
-                    yield self._copy(tensor.name, number, tensor, f"the recipe does not name the module {name}")
+        number, why = self._locked.index(self._locked.donor.ref), f"the recipe does not name the module {name}"
+        for tensor in self._locked.donor.checkpoint.tensors.values():
+            if self._locked.donor.architecture.module(tensor.name) != name:
+                continue
+            if (found := self._shares(self._locked.donor, tensor)) is not None:
+                yield from self._shared(tensor.name, found)
+            else:
+                yield from self._kept(number, tensor, why)
+
+    def _kept(self, number: int, tensor: TensorInfo, why: str) -> Iterator[Job]:
+        """The job that takes a tensor from a model as it is, unless a rule names another's."""
+        model = self._locked.numbered(number)
+        out = model.architecture.moved_behind(tensor.name, self._counts)
+        if model.architecture.predicts(tensor.name):
+            self.prediction = model
+        if (rule := self._rule(tensor.name)) is not None:
+            yield from self._taken(rule, out, number, tensor)
+        else:
+            yield self._copy(out, number, tensor, why)
+
+    @property
+    def _counts(self) -> Mapping[str, int]:
+        """How many layers the output's stacks have."""
+        made = {stack: len(taken) for stack, taken in self.layers.items()}
+        return {**self._locked.donor.architecture.stacks, **made}
+
+    def _predicting(self, piece: Cut) -> Iterator[Job]:
+        """Layers of multi-token prediction: merged where all models have them, else kept from one that does.
+
+        They are no layers of a stack: they lie behind the last one, and take a gradient's first value as all outside.
+        """
+        leader, donor = piece.parts[piece.leader].model, self._locked.donor
+        giver = leader if leader.prediction else donor
+        self.prediction = giver if giver.prediction else None
+        number = piece.parts[piece.leader].number if giver is leader else self._locked.index(donor.ref)
+        names = [_behind(giver, part.model) for part in piece.parts]
+        merged = giver is leader and all(
+            name in part.model.checkpoint.tensors
+            for part, theirs in zip(piece.parts, names, strict=True)
+            for name in theirs
+        )
+        for place, tensor in enumerate(giver.prediction):
+            if merged:
+                out = giver.architecture.moved_behind(tensor.name, self._counts)
+                yield from self._job(piece, out, [theirs[place] for theirs in names], 0.0)
+            else:
+                yield from self._kept(number, tensor, NOT_ALL_PREDICT)
 
     def _copy(self, out: str, number: int, tensor: TensorInfo, why: str) -> Job:
         """A job that takes a tensor as it is; a trained one in the recipe's dtype, if it names one."""
@@ -265,11 +317,61 @@ class _Maker:
         leader = piece.parts[piece.leader].model
         head = None if self._head is None else self._head.name
         for tensor in leader.layer(None, None):
-            if is_before_layers(tensor.name) == before and tensor is not leader.head and tensor.name != head:
+            if is_before_layers(tensor.name) != before or tensor is leader.head or tensor.name == head:
+                continue
+            if (found := self._shares(leader, tensor)) is not None:
+                yield from self._shared(tensor.name, found)
+            else:
                 yield from self._job(piece, tensor.name, [tensor.name] * len(piece.parts), 0.0)
         if head is not None and not before:
             names = [_head(part.model, head) for part in piece.parts]
             yield from self._job(piece, head, names, 0.0)
+
+    def _shares(self, model: LockedModel, tensor: TensorInfo) -> Shares | None:
+        """How a tensor outside of the stacks is divided among its layers, of which the recipe takes others."""
+        outside = self._cuts and model.architecture.place(tensor.name).stack is None
+        found = shares(model, tensor) if outside else None
+        return found if found is not None and found.stack in self._cuts else None
+
+    def _shared(self, name: str, found: Shares) -> Iterator[Job]:
+        """The job that puts a tensor together from the shares of those layers that the recipe takes."""
+        cuts = [piece for piece in self._cuts[found.stack] if piece.layers]
+        alike = len({(piece.piece.method, tuple(part.is_base for part in piece.parts)) for piece in cuts}) == 1
+        if found.size is None or self._rule(name) is not None or not alike:
+            self._unshared.setdefault((found.stack, found.size is not None), []).append(name)
+            return
+        sources = [self._layers_of(cuts, place, name, found) for place in range(len(cuts[0].parts))]
+        complete = [source for source in sources if source is not None]
+        if len(complete) < len(sources):
+            return
+        held = [[part.model.checkpoint.tensors[name] for part in piece.parts] for piece in cuts]
+        pairs = zip(cuts, held, strict=True)
+        jobs = [self._merge(piece, name, tensors, complete, 0.0) for piece, tensors in pairs]
+        if any(_numbers_of(job) != _numbers_of(jobs[0]) for job in jobs):
+            self._unshared.setdefault((found.stack, found.size is not None), []).append(name)
+        elif self._fit(cuts[0], held[0], complete):
+            yield jobs[0]
+
+    def _layers_of(self, cuts: Sequence[Cut], place: int, name: str, found: Shares) -> Stacked | None:
+        """The shares of the layers that the sources of this place give; None, and a problem, where they do not fit."""
+        taken = [(piece.parts[place], piece.starts[place] + step) for piece in cuts for step in range(piece.layers)]
+        givers = list({part.number: part for part, _ in taken}.values())
+        held = [part.model.checkpoint.tensors.get(name) for part in givers]
+        rest = {_beside(tensor, found.axis) for tensor in held if tensor is not None}
+        for part, tensor in zip(givers, held, strict=True):
+            if tensor is None or shares(part.model, tensor) != found or len(rest) > 1:
+                shapes = " and ".join(shape_text(tensor) for tensor in held if tensor is not None)
+                self._findings.about_part(f"{name} does not fit in all models: {shapes}", part, _ONE_KIND)
+                return None
+            by_token = self.tokens is None and part.model.by_token(tensor)
+            if by_token and (told := disagreements([self._locked.donor, part.model])):
+                what = f"the vocabularies differ: {told[part.model.ref]}"
+                self._findings.about_part(what, part, _ONE_VOCABULARY)
+                return None
+        numbers = [part.number for part in givers]
+        sources = tuple(self._source(*each, name) for each in zip(numbers, held, strict=True))  # type: ignore[arg-type]
+        order = tuple((numbers.index(part.number), layer) for part, layer in taken)
+        return Stacked(sources, order, found.axis, found.size or 0)
 
     def _job(self, piece: Cut, out: str, names: Sequence[str], position: float) -> Iterator[Job]:
         """The job that makes tensor `out` of the tensors `names`, one a part; or a problem, if they do not fit."""
@@ -305,15 +407,27 @@ class _Maker:
             self._locked.numbered(number),
         )
         name = _head(model, out) if is_head(out) else leading.name
+        if leader.architecture.predicts(leading.name):
+            name = leader.architecture.moved_behind(leading.name, model.architecture.stacks)
         tensor = model.checkpoint.tensors.get(name)
-        if tensor is None:
+        if tensor is None and leader.architecture.predicts(leading.name):
+            yield self._copy(out, number, leading, NOT_ALL_PREDICT)
+        elif tensor is None:
             self._refuse(rule, f"{model.name} has no tensor {name}", "are they of one architecture, and saved in full?")
-            return
+        else:
+            yield from self._of_another(rule, out, (giver, tensor), (number, leading))
+
+    def _of_another(
+        self, rule: Taken, out: str, given: tuple[int, TensorInfo], led: tuple[int, TensorInfo]
+    ) -> Iterator[Job]:
+        """The same once the tensor is known; both with the numbers of their models."""
+        (giver, tensor), (number, leading) = given, led
+        model, leader = self._locked.numbered(giver), self._locked.numbered(number)
         source, own = self._source(giver, tensor, out), self._source(number, leading, out)
         if self.tokens is None and model.by_token(tensor) and (told := disagreements([leader, model])):
             self._refuse(rule, f"the vocabularies differ: {told[model.ref]}", _ONE_VOCABULARY)
         elif source.shape != own.shape:
-            what = f"{name} is {shape_text(leading)} in {leader.name}, but {shape_text(tensor)} in {model.name}"
+            what = f"{tensor.name} is {shape_text(leading)} in {leader.name}, but {shape_text(tensor)} in {model.name}"
             self._refuse(rule, what, "only a tensor of the same shape can take its place")
         else:
             followed = self._donors_dtype(leader, leading) if tensor.dtype in FLOATS else tensor.dtype
@@ -325,6 +439,18 @@ class _Maker:
         if not any(problem.at == rule.at for problem in self._findings.mismatches):
             problem = Problem(what, rule.at, f"tensors[{rule.filter}]", hint)
             self._findings.mismatches.append(problem)
+
+    def tell_unshared(self) -> None:
+        """A tensor that holds something of all layers must be that of the layers which are taken."""
+        for (stack, known), names in self._unshared.items():
+            if known:
+                what = f"one tensor holds something for every layer of {stack}, and the recipe makes its parts unlike"
+                hint = "give all slices one method, as many models and the same parameters"
+            else:
+                what = f"how the size depends on the layers of {stack} is not known here"
+                hint = "take all layers of the models, in their order"
+            at = self._locked.recipe.slices[0].at
+            self._findings.about_recipe(f"{', '.join(names)}: {what}", at, "slices", hint)
 
     def tell_unused(self) -> None:
         """A rule that speaks about no tensor is misspelt."""
@@ -443,6 +569,32 @@ def _why_copied(piece: Cut, leading: TensorInfo, found: Sequence[TensorInfo | No
     if alone and leader.architecture.place(leading.name).stack is None and leading is not leader.embedding:
         return f"only {leader.name} has it"
     return None
+
+
+def _is_whole(cuts: Sequence[Cut], stack: str) -> bool:
+    """Whether all layers of the stack are taken, in the models' own order."""
+    parts = [
+        (part, start, piece.layers) for piece in cuts for part, start in zip(piece.parts, piece.starts, strict=True)
+    ]
+    return len(cuts) <= 1 and all(
+        (start, layers) == (0, part.model.architecture.stacks[stack]) for part, start, layers in parts
+    )
+
+
+def _numbers_of(job: Job) -> tuple[object, ...]:
+    """The parameters that are in force for a tensor."""
+    return job.settings, [entry.settings for entry in job.inputs]
+
+
+def _beside(tensor: TensorInfo, axis: int) -> tuple[int, ...]:
+    """A tensor's shape but for one axis."""
+    return (*tensor.shape[:axis], *tensor.shape[axis + 1 :])
+
+
+def _behind(giver: LockedModel, model: LockedModel) -> list[str]:
+    """What a model calls the tensors of the layers of prediction that another one has."""
+    architecture, stacks = giver.architecture, model.architecture.stacks
+    return [architecture.moved_behind(tensor.name, stacks) for tensor in giver.prediction]
 
 
 def _head(model: LockedModel, name: str) -> str:

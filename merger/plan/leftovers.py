@@ -13,18 +13,22 @@ from merger.checkpoints.architecture import Place, is_buffer, is_head
 from merger.checkpoints.config import (
     Kind,
     Layer,
+    predicted_layers,
     renumbered,
     section,
     untied,
     with_dtype,
     with_layers,
+    with_prediction,
     with_vocabulary,
 )
 from merger.checkpoints.tokenrows import rows_of
 from merger.errors import Problem, RecipeError, Span
-from merger.plan.jobs import Making
+from merger.plan.jobs import NOT_ALL_PREDICT, PREDICTION, Making
 from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.tokens import Tokens
+
+_NOT_THERE = "the result has no such layers"
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def left_out(locked: LockedRecipe, making: Making) -> Iterator[LeftOut]:
         layers = {(place.stack, place.layer) for place in map(model.architecture.place, mine)}
         for name in rest:
             made = f"nothing is made of what the stage {document.recipe.name} makes of it"
-            why = made if name in mine else its.reasons.get(name) or _why(document, model, name, layers)
+            why = made if name in mine else its.reasons.get(name) or _why(document, its, model, name, layers)
             yield LeftOut(number, name, why)
         yield from (LeftOut(number, name, "only a quantised model has a use for it") for name in model.aside)
 
@@ -77,7 +81,9 @@ def _read(making: Making) -> dict[int, set[str]]:
     return found
 
 
-def _why(locked: LockedRecipe, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
+def _why(
+    locked: LockedRecipe, making: Making, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]
+) -> str:
     donor, recipe = locked.donor, locked.recipe
     place: Place = model.architecture.place(name)
     if recipe.lora is not None:
@@ -86,6 +92,9 @@ def _why(locked: LockedRecipe, model: LockedModel, name: str, layers: set[tuple[
         return "its adapter holds the tensor whole"
     if model.ref not in recipe.merged:
         return "the recipe takes only tokens of this model"
+    if model.architecture.predicts(name):
+        giver = making.prediction
+        return f"{PREDICTION}: " + (_NOT_THERE if giver is None else f"the result has the layers of {giver.name}")
     if not layers or (model.architecture.stacks and all(stack is None for stack, _ in layers)):
         return "the method takes no base model, so this one gives no tensors"
     if place.stack is not None and (place.stack, place.layer) not in layers:
@@ -97,6 +106,21 @@ def _why(locked: LockedRecipe, model: LockedModel, name: str, layers: set[tuple[
     if name in donor.checkpoint.tensors:
         return "the recipe takes this tensor from another model"
     return f"{donor.name}, whose tensors name the output's, has no such tensor"
+
+
+def notes(locked: LockedRecipe, making: Making) -> tuple[str, ...]:
+    """What was decided on the way that no line of the recipe says, in sentences."""
+    models, giver = [locked.numbered(number) for number in locked.own], making.prediction
+    promised = predicted_layers(locked.donor.checkpoint.config)
+    if making.config is not None or not (promised or any(model.prediction for model in models)):
+        return ()
+    if giver is None:
+        theirs = ", ".join(model.name for model in models if model.prediction)
+        why = f"those of {theirs} are left out, for {locked.donor.name} has none" if theirs else "no model has any"
+        return (f"{PREDICTION}: {_NOT_THERE} ({why})",)
+    if any(job.why == NOT_ALL_PREDICT for job in making.jobs):
+        return (f"{PREDICTION}: the layers of {giver.name} are kept as they are, for not every model has such",)
+    return (f"{PREDICTION}: {giver.predicted_layers} behind the last layer, as {giver.name} has",)
 
 
 def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
@@ -114,6 +138,8 @@ def config(locked: LockedRecipe, making: Making) -> Mapping[str, Any]:
     for stack, taken in making.layers.items():
         if list(taken) != [(donor, layer) for layer in range(donor.architecture.stacks[stack])]:
             edited = _layered(locked, edited, stack, taken)
+    giver = making.prediction or donor
+    edited = with_prediction(edited, giver.predicted_layers, giver.checkpoint.config)
     if making.has_head and (donor.is_tied or donor.head is None):
         edited = untied(edited)
     if making.tokens is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from merger.checkpoints.adapter import Adapter, Change
 from merger.checkpoints.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.checkpoints.checkpoint import FLOATS, Checkpoint, TensorInfo
-from merger.checkpoints.config import is_tied
+from merger.checkpoints.config import is_tied, predicted_layers
 from merger.checkpoints.quantised import Scaled
 from merger.checkpoints.sidefiles import tokenizer_files
 from merger.plan.products import Added, LowRank
@@ -62,20 +62,35 @@ class LockedModel:
     @cached_property
     def architecture(self) -> Architecture:
         """What the tensors' names tell."""
-        return Architecture(self.checkpoint.tensors)
+        return Architecture(self.checkpoint.tensors, self.checkpoint.config)
 
     @cached_property
     def by_layer(self) -> Mapping[tuple[str | None, int | None], list[TensorInfo]]:
-        """The tensors of each layer of each stack, under (None, None) those outside; in the order of their places."""
+        """The tensors of each layer of each stack, under (None, None) those outside; in the order of their places.
+
+        Those of multi-token prediction are not among them.
+        """
         found: dict[tuple[str | None, int | None], list[TensorInfo]] = {}
         for tensor in self.checkpoint.tensors.values():
-            place = self.architecture.place(tensor.name)
-            found.setdefault((place.stack, place.layer), []).append(tensor)
+            if not self.architecture.predicts(tensor.name):
+                place = self.architecture.place(tensor.name)
+                found.setdefault((place.stack, place.layer), []).append(tensor)
         return found
+
+    @cached_property
+    def prediction(self) -> tuple[TensorInfo, ...]:
+        """The tensors of its layers of multi-token prediction."""
+        return tuple(tensor for tensor in self.checkpoint.tensors.values() if self.architecture.predicts(tensor.name))
 
     def layer(self, stack: str | None, layer: int | None) -> list[TensorInfo]:
         """The tensors of a layer, or with (None, None) those outside all stacks."""
         return self.by_layer.get((stack, layer), [])
+
+    @property
+    def predicted_layers(self) -> int:
+        """How many they are: as many as its config says, unless that says there are none."""
+        names = [tensor.name for tensor in self.prediction]
+        return (predicted_layers(self.checkpoint.config) or self.architecture.predicted(names)) if names else 0
 
     @cached_property
     def dtypes(self) -> Mapping[tuple[str | None, str], str]:

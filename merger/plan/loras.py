@@ -19,7 +19,7 @@ from merger.checkpoints.checkpoint import FLOATS, TensorInfo
 from merger.errors import Problem, RecipeError
 from merger.methods.registry import Method, declared
 from merger.plan.cuts import Findings, Part
-from merger.plan.jobs import DTYPES, PASSTHROUGH, Input, Job, Making, arguments
+from merger.plan.jobs import DTYPES, PASSTHROUGH, PREDICTION, Input, Job, Making, arguments
 from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.products import Difference, Factor, LowRank, MergedDeltas
 from merger.plan.sources import Source, Stored, Zeros
@@ -302,7 +302,9 @@ class _Extraction:
 
     def jobs(self) -> Iterator[Job]:
         theirs, ours = self._tuned.checkpoint.tensors, self._base.checkpoint.tensors
-        self.draft.all_modules = tuple(_module_of(name) for name, tensor in ours.items() if len(tensor.shape) == 2)
+        self.draft.all_modules = tuple(
+            _module_of(name) for name, tensor in ours.items() if len(tensor.shape) == 2 and not self._predicts(name)
+        )
         for name, tensor in ours.items():
             if self._is_taken(name) and self._fit(name, tensor, theirs.get(name)):
                 yield from self._tensor(tensor, theirs[name])
@@ -318,12 +320,18 @@ class _Extraction:
             self.reasons[name] = "left out by include or exclude"
         elif is_buffer(name):
             self.reasons[name] = "a constant, not a trained tensor"
+        elif self._predicts(name):
+            self.reasons[name] = f"{PREDICTION}, which an adapter has no place for"
         elif is_head(name) and self._base.is_tied and self._tuned.is_tied:
             self.reasons[name] = "the head is the embedding, as the model's config says"
         return name not in self.reasons
 
     def _is_wanted(self, name: str) -> bool:
         return name in self._wanted
+
+    def _predicts(self, name: str) -> bool:
+        """Whether it belongs to layers that transformers leaves out when it loads the model."""
+        return self._base.architecture.predicts(name) or self._tuned.architecture.predicts(name)
 
     @cached_property
     def _wanted(self) -> frozenset[str]:

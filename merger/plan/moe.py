@@ -12,7 +12,7 @@ from typing import Any
 
 from merger.checkpoints.architecture import is_buffer
 from merger.checkpoints.checkpoint import FLOATS, TensorInfo
-from merger.checkpoints.config import with_dtype
+from merger.checkpoints.config import with_dtype, with_prediction
 from merger.checkpoints.mixtures import (
     BIASES,
     DOWN,
@@ -199,7 +199,8 @@ class _Mixer:
         roles = (*self._layout.roles, *MATRICES)
         needed = [role for role in roles if not (self._layout.zeros and role in BIASES)]
         places = {EMBEDDING, NORM, HEAD, *(_at(layer, role) for layer in layers for role in roles)}
-        odd = [tensor.name for tensor in held if tensor.name not in places]
+        ahead = self._base.architecture.predicts
+        odd = [tensor.name for tensor in held if tensor.name not in places and not ahead(tensor.name)]
         wanted = [EMBEDDING, NORM, *head, *(_at(layer, role) for layer in layers for role in needed)]
         missing = [name for name in wanted if name not in self._base.checkpoint.tensors]
         if odd:
@@ -278,7 +279,7 @@ class _Mixer:
         """
         shared = [_middle(self._locked.model(expert.source_model)) for expert in self._mixture.shared_experts]
         sizes = Sizes(len(self._mixture.experts), self._per_token, self._middle, sum(shared))
-        edited = self._layout.config(self._base.checkpoint.config, sizes)
+        edited = with_prediction(self._layout.config(self._base.checkpoint.config, sizes), 0, {})
         dtype = self._locked.recipe.dtype
         return with_dtype(edited, dtype) if dtype else edited
 

@@ -19,7 +19,7 @@ from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.plan import formats, moe, routing
 from merger.plan.jobs import Job, Making, make
-from merger.plan.leftovers import LeftOut, config, left_out
+from merger.plan.leftovers import LeftOut, config, left_out, notes
 from merger.plan.locked import LockedRecipe
 from merger.plan.loras import make_lora
 from merger.plan.rows import RowMap, RowPairs, held
@@ -86,6 +86,7 @@ class Plan:
         locked: the recipe and its models.
         shards: the output files.
         left_out: the tensors of the models that nothing is made of.
+        notes: sentences on what was decided that no line of the recipe says.
         config: the output's config.json, of an adapter its adapter_config.json; empty: it has none.
         tokens: the result's vocabulary, where the recipe has a tokenizer block.
         texts: the small files beside the tensors.
@@ -103,6 +104,7 @@ class Plan:
     locked: LockedRecipe = field(repr=False)
     shards: tuple[Shard, ...] = field(repr=False)
     left_out: tuple[LeftOut, ...] = field(repr=False)
+    notes: tuple[str, ...] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
     tokens: Tokens | None = field(repr=False)
     texts: Texts = field(repr=False)
@@ -188,6 +190,7 @@ class Plan:
                 for number, stage in enumerate(self.locked.stages, len(self.locked.models))
             ],
             "left_out": self.left_out,
+            "notes": self.notes,
         }
         plain: dict[str, Any] = json.loads(json.dumps(content, default=_plain))
         return plain
@@ -226,6 +229,7 @@ def plan(
         locked=locked,
         shards=shards,
         left_out=tuple(left_out(locked, making)),
+        notes=notes(locked, making),
         config=edited,
         tokens=making.tokens,
         texts=small,

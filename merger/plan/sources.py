@@ -6,6 +6,7 @@ dataclass, and one reading of it in engine.sources. Not here: reading bytes (eng
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -160,6 +161,55 @@ class Dequantised:
         """The scales of some rows, once for each row."""
         rows, columns = self.shape
         return 4 * rows * -(-columns // self.block[1])
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A tensor with a share for each layer along one axis, put together from other layers' shares.
+
+    Args:
+        givers: the tensors that the shares come from; the first is the one in whose place it stands.
+        taken: for each layer the number of its giver, and its number there.
+        axis: the axis along which a share follows the other.
+        share: entries of a share along it.
+    """
+
+    givers: tuple[Source, ...]
+    taken: tuple[tuple[int, int], ...]
+    axis: int
+    share: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The first giver's, with a share for each layer."""
+        shape = self.givers[0].shape
+        return (*shape[: self.axis], self.share * len(self.taken), *shape[self.axis + 1 :])
+
+    @property
+    def run(self) -> int:
+        """How many entries of a share follow each other."""
+        return self.share * math.prod(self.givers[0].shape[self.axis + 1 :])
+
+    @property
+    def dtype(self) -> str:
+        """The first giver's."""
+        return self.givers[0].dtype
+
+    @property
+    def leaves(self) -> tuple[Stored, ...]:
+        """All givers'."""
+        return tuple(dict.fromkeys(leaf for giver in self.givers for leaf in giver.leaves))
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """All: shares are read in any order."""
+        return self.leaves
+
+    @property
+    def scratch(self) -> int:
+        """Rows of the result and of a giver, in float32, and what reading that takes."""
+        row = math.prod(self.shape[self.axis :]) if self.axis else self.run
+        return 12 * max(1 << 17, row) + max(giver.scratch for giver in self.givers)
 
 
 class _Unread:

@@ -123,7 +123,12 @@ def _in_place_of(model: LockedModel, tensor: TensorInfo, other: LockedModel, as_
     """What a model has in the place of another one's tensor."""
     if as_head:
         return other.embedding if other.head is None or other.is_tied else other.head
-    return other.embedding if tensor is model.embedding else other.checkpoint.tensors.get(tensor.name)
+    if tensor is model.embedding:
+        return other.embedding
+    found = other.checkpoint.tensors.get(tensor.name)
+    if found is None and model.architecture.predicts(tensor.name):  # a copy of the model's own, from where it began
+        return other.embedding if is_embedding(tensor.name) or other.head is None else other.head
+    return found
 
 
 def _about(model: LockedModel, what: str, hint: str) -> Problem:

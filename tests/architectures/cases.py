@@ -129,6 +129,10 @@ VISION: Mapping[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 8,
     "patch_size": 4,
 }
+PER_LAYER = {
+    **DECODER, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 40, "num_kv_shared_layers": 0,
+    "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 4, "num_heads": 4, "vocab_size": 40}
 QWEN_TEXT = {**DECODER, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4}}
 QWEN_IDS = {"image_token_id": _IMAGE, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36}
@@ -145,6 +149,10 @@ DECODERS = {
     "Gemma 2": Case("Gemma2Config", "Gemma2ForCausalLM", text, {**DECODER, "sliding_window": 8}),
     "Gemma 3, text": Case("Gemma3TextConfig", "Gemma3ForCausalLM", text,
                           {**DECODER, "sliding_window": 8, "sliding_window_pattern": 2}),
+    "Gemma 3n, text": Case("Gemma3nTextConfig", "Gemma3nForCausalLM", text,
+                           {**PER_LAYER, "altup_num_inputs": 2, "laurel_rank": 4,
+                            "activation_sparsity_pattern": [0.0] * 4}),
+    "Gemma 4, text": Case("Gemma4TextConfig", "Gemma4ForCausalLM", text, {**PER_LAYER, "global_head_dim": 4}),
     "GLM 4": Case("Glm4Config", "Glm4ForCausalLM", text, DECODER),
     "GPT-2": Case("GPT2Config", "GPT2LMHeadModel", text, GPT),
     "GPT-J": Case("GPTJConfig", "GPTJForCausalLM", text, {**GPT, "rotary_dim": 4}),
@@ -221,6 +229,8 @@ ENCODERS = {
                        {"dim": 16, "hidden_dim": 24, "n_layers": 4, "n_heads": 4, "vocab_size": 40,
                         "max_position_embeddings": 64}),
     "ELECTRA": Case("ElectraConfig", "ElectraForPreTraining", text, {**SMALL, "embedding_size": 16}),
+    "ESM": Case("EsmConfig", "EsmForMaskedLM", text, {**SMALL, "num_attention_heads": 2, "mask_token_id": 3,
+                                                      "position_embedding_type": "absolute"}),
     "ModernBERT": Case("ModernBertConfig", "ModernBertForMaskedLM", text,
                        {**SMALL, "cls_token_id": 1, "sep_token_id": 2}),
     "MPNet": Case("MPNetConfig", "MPNetModel", text, SMALL),
@@ -252,6 +262,10 @@ SIGHT_AND_SOUND = {
     "wav2vec 2.0": Case("Wav2Vec2Config", "Wav2Vec2ForCTC", sound,
                         {**SMALL, "conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3],
                          "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}),
+    "wav2vec 2.0, classifier": Case("Wav2Vec2Config", "Wav2Vec2ForSequenceClassification", sound,
+                                    {**SMALL, "conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3],
+                                     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+                                     "use_weighted_layer_sum": True, "classifier_proj_size": 8}),
 }
 LOOKERS = {
     "Gemma 3": Case("Gemma3Config", "Gemma3ForConditionalGeneration", looking(4),

@@ -31,7 +31,7 @@ There is no list of architectures in the code: a stack of layers is a run of ten
 classes it was tried with, each from a config so small that a model of it has some thousand numbers. For each class:
 
 - transformers saves two random models; their `linear` merge holds every tensor, each the mean of both (integers and
-  constants are copied), under an unchanged config;
+  constants are copied), under an unchanged config (its count of prediction layers apart);
 - a model merged with itself computes, to the bit, what the model computes;
 - each stack of layers is made anew by `passthrough` with another number of layers: two of one model and all but the
   first of the other ("5 of 4"). Where a class takes its layers in a fixed rhythm, whole halves are tried as well. All

@@ -20,6 +20,7 @@ from merger.checkpoints.config import (
     untied,
     with_dtype,
     with_layers,
+    with_prediction,
 )
 
 A, B, C = (frozenset({"norm", role}) for role in ("attention", "mamba", "experts"))
@@ -196,6 +197,32 @@ def test_leading_layers_behind_others_are_refused() -> None:
     config = {"num_hidden_layers": 4, "first_k_dense_replace": 2}
     with pytest.raises(ValueError, match="not all alike"):
         with_layers(config, [A, A, C, C], taken(config, [0, 2, 1], [A, A, C, C]))
+
+
+@pytest.mark.parametrize(("numbers", "expected"), [([0, 1, 2, 3, 2, 3], 4), ([0, 1], 0), ([0, 1, 2, 2, 3, 3], 4),
+                                                   ([2, 3, 0, 1], None), ([0, 1, 2, 3, 1, 2, 3], None)])  # fmt: skip
+def test_the_number_of_last_layers_that_share_keys_and_values_follows(numbers: list[int], expected: int | None) -> None:
+    """Gemma 3n's and 4's: a layer that shares must not come to have its own, nor one with its own share another's."""
+    config = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    if expected is None:
+        with pytest.raises(ValueError, match="counts the last layers by num_kv_shared_layers: 2"):
+            stacked(config, 4, numbers)
+    else:
+        assert stacked(config, 4, numbers)["num_kv_shared_layers"] == expected
+
+
+def test_lists_that_go_on_for_layers_of_prediction_keep_their_ends() -> None:
+    """Step's configs list the layers behind the stack, too."""
+    config = {"num_hidden_layers": 3, "num_nextn_predict_layers": 1, "layer_types": ["a", "b", "c", "behind"]}
+    told = stacked(config, 3, [0, 1, 1, 2])
+    assert told == {**config, "num_hidden_layers": 4, "layer_types": ["a", "b", "b", "c", "behind"]}
+    assert with_prediction(told, 0, {}) == {
+        "num_hidden_layers": 4, "num_nextn_predict_layers": 0, "layer_types": ["a", "b", "b", "c"],
+    }  # fmt: skip
+    assert with_prediction({"num_hidden_layers": 4}, 1, config) == {
+        "num_hidden_layers": 4,
+        "num_nextn_predict_layers": 1,
+    }
 
 
 @pytest.mark.parametrize("key", ["sliding_window_pattern", "global_attn_every_n_layers", "attn_layer_period"])
