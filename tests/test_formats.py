@@ -198,10 +198,11 @@ def test_a_lock_of_an_earlier_version_makes_its_bytes_and_is_verified(
 
 # ---- and where anything is otherwise by now -------------------------------------------------------------------------
 
-LATER = formats.Change(2, "layers are counted from 1")
-OTHER_BITS = formats.Change(2, "task_arithmetic rounds otherwise", frozenset({"task_arithmetic"}))
+NOW, NEXT = formats.FORMAT, formats.FORMAT + 1
+LATER = formats.Change(NEXT, "layers are counted from 1")
+OTHER_BITS = formats.Change(NEXT, "task_arithmetic rounds otherwise", frozenset({"task_arithmetic"}))
 SAYS = (
-    "merger 0.1.0 made it (format 1), and {} makes another merge of the same recipe: {}\n"
+    f"merger 0.1.0 made it (format {NOW}), and {{}} makes another merge of the same recipe: {{}}\n"
     "    use the version that made it: pip install 'hub-merger==0.1.0'"
 )
 
@@ -216,7 +217,7 @@ def merge(parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def later(monkeypatch: pytest.MonkeyPatch, change: formats.Change) -> str:
     """From now on this is a version with the change; what it says of an earlier lock."""
-    monkeypatch.setattr(formats, "FORMAT", 2)
+    monkeypatch.setattr(formats, "FORMAT", NEXT)
     monkeypatch.setattr(formats, "CHANGES", (change,))
     return SAYS.format(version("hub-merger"), change.what)
 
@@ -278,10 +279,9 @@ def test_bits_that_come_out_otherwise_by_now_are_said_to_and_not_to_be_forged(
 def test_a_lock_of_a_later_version_is_refused_by_its_format(command: str, merge: Path) -> None:
     """It may say what this one cannot understand."""
     lock = merge / "merger.lock.yaml"
-    lock.write_text(
-        lock.read_text().replace("format: 1", "format: 3").replace("hub-merger: 0.1.0", "hub-merger: 0.9.0")
-    )
+    text = lock.read_text().replace(f"format: {NOW}", f"format: {NEXT}")
+    lock.write_text(text.replace("hub-merger: 0.1.0", "hub-merger: 0.9.0"))
     done = again(merge, command)
     assert done.code == 7
-    assert "is of format 3, and merger 0.1.0 knows 1 at most" in done.err
+    assert f"is of format {NEXT}, and merger 0.1.0 knows {NOW} at most" in done.err
     assert "pip install 'hub-merger==0.9.0'" in done.err
