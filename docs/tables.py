@@ -19,6 +19,7 @@ from merger.console import needs
 from merger.errors import MergerError
 from merger.methods.registry import Method, Param, methods
 from merger.recipe.checks import FIELD_METHODS
+from merger.recipe.mergekit import POINTS
 from merger.safety.limits import TABLE
 from merger.safety.numbers import ANY
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         CARDS: filled(CARDS, in_cards),
         METHODS: methods_page(built),
         SECURITY: filled(SECURITY, {"limits": limits_table()}),
-        MERGEKIT: filled(MERGEKIT, {"departures": departures(built)}),
+        MERGEKIT: filled(MERGEKIT, {"departures": departures(built), "warned": warned_table()}),
     }
     stale = [page for page, text in wanted.items() if not page.exists() or page.read_text("utf-8") != text]
     if "--check" in arguments:
@@ -80,6 +81,12 @@ def departures(built: Iterable[Method]) -> str:
     rows = [(f"`{method.name}`", departure(method) or "nothing") for method in shared]
     newer = ", ".join(f"`{method.name}`" for method in built if method not in shared)
     return f"{table(('method', 'what it does otherwise here'), rows)}\n\nMethods that mergekit does not have: {newer}."
+
+
+def warned_table() -> str:
+    """A row for each point at which `check` says that a recipe means something else than in mergekit."""
+    head = ("in the recipe", "here", "mergekit", "why")
+    return table(head, [(point.recipe, point.here, point.there, point.why) for point in POINTS])
 
 
 def departure(method: Method) -> str:

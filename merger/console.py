@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
+from merger.card import vocabulary
 from merger.card.licences import judge
 from merger.card.lineage import shown
 from merger.card.relations import Loss, Relation, Relations, warnings
@@ -113,18 +114,10 @@ def _making(planned: Plan) -> list[str]:
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
         f"{len(planned.texts.taken)} side files from {shown(planned.locked.donor)}",
-        *_tokens(planned),
+        *([f"tokens  {tokens}"] if (tokens := vocabulary.told(planned)) else []),
         *(f"note    {note}" for note in planned.notes),
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
     ]
-
-
-def _tokens(planned: Plan) -> list[str]:
-    if planned.tokens is None:
-        return []
-    of = shown(planned.locked.numbered(planned.tokens.source))
-    more = f" and {planned.tokens.new:,} tokens more" if planned.tokens.new else ""
-    return [f"tokens  {planned.tokens.rows:,} rows: the tokenizer of {of}{more}"]
 
 
 def _costs(planned: Plan) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from merger.card import vocabulary
 from merger.card.licences import judge
 from merger.card.lineage import shown
 from merger.card.text import code as code  # shells show names with it
@@ -52,6 +53,7 @@ def _costs(planned: Plan, destination: str | None) -> list[str]:
     rows = [
         ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in used.items())),
         ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {len(planned.shards)} files"),
+        *([("tokens", _told(tokens))] if (tokens := vocabulary.told(planned)) else []),
         ("licence", _licence(planned)),
         ("goes to", code(destination) if destination else "not said yet"),
         ("reads", size(planned.read_bytes)),

@@ -279,9 +279,8 @@ def test_bits_that_come_out_otherwise_by_now_are_said_to_and_not_to_be_forged(
 def test_a_lock_of_a_later_version_is_refused_by_its_format(command: str, merge: Path) -> None:
     """It may say what this one cannot understand."""
     lock = merge / "merger.lock.yaml"
-    lock.write_text(
-        lock.read_text().replace(f"format: {NOW}", f"format: {NEXT}").replace("hub-merger: 0.1.0", "hub-merger: 0.9.0")
-    )
+    text = lock.read_text().replace(f"format: {NOW}", f"format: {NEXT}")
+    lock.write_text(text.replace("hub-merger: 0.1.0", "hub-merger: 0.9.0"))
     done = again(merge, command)
     assert done.code == 7
     assert f"is of format {NEXT}, and merger 0.1.0 knows {NOW} at most" in done.err

@@ -101,6 +101,25 @@ def test_the_sum_is_rounded_once(pair: tuple[Path, Path], tmp_path: Path) -> Non
         torch.testing.assert_close(tensor.float(), rounded.float(), rtol=2**-7, atol=1e-30)
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "karcher"])
+def test_a_model_alone_with_its_adapter_comes_out_as_passthrough_makes_it(
+    pair: tuple[Path, Path], tmp_path: Path, method: str
+) -> None:
+    """As cards of models with a baked-in adapter are written: byte for byte, and the card calls it so."""
+    one = "{}+{}".format(*pair)
+    expected = run(tmp_path, passthrough(one))
+    base = "" if method == "karcher" else f"base_model: {one}\n"
+    recipe = (
+        f"merge_method: {method}\ndtype: float32\n{base}models:\n  - {{model: {one}, parameters: {{weight: 0.3}}}}\n"
+    )
+    (tmp_path / "alone").mkdir()
+    found = run(tmp_path / "alone", recipe)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert found.keys() == expected.keys()
+    card = (tmp_path / "alone/out/README.md").read_text()
+    assert "A merge of base+lora by **Passthrough**" in card.replace("\\", "")
+
+
 def test_a_task_vector_may_be_an_adapter(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """Base, fine-tune and the same model with several adapters, in any place of the recipe."""
     base, adapter = pair

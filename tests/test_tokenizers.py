@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import BASE, model, rows, sentencepiece
 
 from merger import run
-from merger.errors import MismatchError
+from merger.console import plan_text
+from merger.errors import MismatchError, RecipeError
+from merger.markdown import plan_section
 from merger.options import Options
 from merger.plan.plan import Plan
 from merger.planning import plan, read
@@ -144,6 +146,93 @@ def test_rows_that_no_tokenizer_knows_are_dropped_and_the_rest_is_padded(tmp_pat
     mean = (tables[0].mean(dim=0) + tables[1].mean(dim=0)) / 2
     torch.testing.assert_close(found[len(BASE) :], mean.expand(4, -1), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found[: len(BASE)], (tables[0][: len(BASE)] + tables[1][: len(BASE)]) / 2)
+
+
+def padded(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Two models with rows behind their last token, and one without."""
+    sizes = {"padded": 48, "too": 48, "trimmed": len(BASE)}
+    one, too, trimmed = (model(tmp_path / name, seed, rows=of) for seed, (name, of) in enumerate(sizes.items()))
+    return one, too, trimmed
+
+
+CUT = f"; {48 - len(BASE)} rows of padded behind its last token are left out (rows: base keeps them)"
+PADDED: dict[str, tuple[int, str, int, str]] = {
+    "source: base": (2, "", len(BASE), CUT),
+    "source: union": (1, "", len(BASE), CUT),
+    "rows: tokens, source: base": (2, "", len(BASE), CUT),
+    "source: base, pad_to_multiple_of: 16": (2, "", 48, CUT),
+    "source: base, rows: base": (2, "own", 48, ""),
+    "source: union, rows: base": (1, "own", 48, ""),
+    "rows: base, pad_to_multiple_of: 32": (2, "own", 64, ""),
+    "rows: base, tokens: {<new>: }": (2, "own but one", 48, " and 1 tokens more"),
+}
+"""A block; which model is merged with the padded one; whose the rows behind the tokens are; how many; what is said."""
+
+
+@pytest.mark.parametrize("block", PADDED)
+def test_rows_behind_the_tokens_are_kept_or_said_to_be_cut(block: str, tmp_path: Path) -> None:
+    """In plan, run and card how many are cut; kept they are the base's own numbers, whatever others have there."""
+    other, whose, count, says = PADDED[block]
+    models = padded(tmp_path)
+    recipe = linear(models[0], models[other], more=f"tokenizer: {{{block}}}")
+    made = merge(recipe, tmp_path / "out")
+    told = f"{count} rows: the tokenizer of padded{says}"
+    assert f"tokens  {told}" in plan_text(made, None).splitlines()
+    assert visible(told) in visible(plan_section(made, None))
+    assert f"Embedding and head: {visible(told)}." in visible((tmp_path / "out/README.md").read_text())
+    assert config(tmp_path / "out")["vocab_size"] == count
+    for name in (EMBEDDING, HEAD):
+        own, found = (tiny.read(folder)[name] for folder in (models[0], tmp_path / "out"))
+        assert len(found) == count
+        if whose:
+            first = len(BASE) + (whose != "own")
+            assert torch.equal(found[first:48], own[first:48])
+
+
+def visible(text: str) -> str:
+    """Without what Markdown puts before signs."""
+    return text.replace("\\", "")
+
+
+def test_the_refusal_of_padded_rows_says_how_they_stay(tmp_path: Path) -> None:
+    """At the model whose embedding has other rows."""
+    one, _, trimmed = padded(tmp_path)
+    with pytest.raises(MismatchError) as caught:
+        planned(linear(one, trimmed), tmp_path / "plain")
+    hints = {problem.hint for problem in caught.value.problems}
+    assert {str(hint).rpartition("; ")[2] for hint in hints} == {
+        "tokenizer: {source: base, rows: base} has as many rows as the base"
+    }
+
+
+def test_rows_of_the_base_go_with_its_tokenizer(tmp_path: Path) -> None:
+    """Behind the tokens of another model's tokenizer the base's rows would stand for nothing."""
+    one, _, trimmed = padded(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        planned(linear(one, trimmed, more=f"tokenizer: {{source: {trimmed}, rows: base}}"), tmp_path / "out")
+    (problem,) = caught.value.problems
+    assert problem.what == "the base model is padded, and the tokenizer that of trimmed"
+    assert problem.where == "tokenizer.rows"
+
+
+SPECIAL: dict[str, tuple[str, bool]] = {"source: union": ("an<|x|>the", True), "source: base": ("an<|x|>the", False)}
+
+
+@pytest.mark.parametrize("block", SPECIAL)
+def test_a_token_that_is_special_in_one_model_is_so_in_a_union(block: str, tmp_path: Path) -> None:
+    """Though it is plain in the base's tokenizer, where it is not found in a text as one token; its id stays."""
+    text, special = SPECIAL[block]
+    tokens = [*BASE, "<|x|>"]
+    one, other = model(tmp_path / "one", 1, tokens=tokens), model(tmp_path / "other", 2, ["<|x|>"], tokens=BASE)
+    made = merge(linear(one, other, more=f"tokenizer: {{{block}}}"), tmp_path / "out")
+    assert made.tokens is not None
+    assert made.tokens.new == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (len(BASE) in tokenizer(text).input_ids) is special
+    assert tokenizer.convert_tokens_to_ids("<|x|>") == len(BASE)
+    told = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    assert ("<|x|>" in told) is special
+    assert torch.equal(rows(tmp_path / "out")["<|x|>"], (rows(one)["<|x|>"] + rows(other)["<|x|>"]) / 2)
 
 
 def test_three_models_fill_each_others_gaps_by_their_mean(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from merger.card import vocabulary
 from merger.card.citation import bibtex
 from merger.card.layers import parameters
 from merger.card.licences import Judgement, judge, keys, licence_of
@@ -119,6 +120,7 @@ def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method |
         "all_local": all(parent.commit is None for parent in parents),
         "stages": [_stage(planned, table, recipe) for recipe in documents] if len(documents) > 1 else [],
         "any_local": any(parent.commit is None for parent in parents),
+        "tokens": vocabulary.told(planned),
         "methods": [_method(method) for method in used],
         "parameters": _in_force(planned, table),
         "recipe": shown_recipe(planned),

@@ -250,6 +250,22 @@ def extended(base: Vocabulary, others: Sequence[tuple[Vocabulary, int]], extra: 
     return Vocabulary(ids, added, base.spelling)
 
 
+def special_as_in(base: Vocabulary, others: Sequence[tuple[Vocabulary, int]]) -> Vocabulary:
+    """The base's vocabulary; tokens that are plain in it, and special in another, are as the first of those has them.
+
+    Args:
+        base: keeps its ids.
+        others: as for `extended`.
+    """
+    added = dict(base.added)
+    for other, limit in others:
+        for token, record in other.added.items():
+            has_row = token in base.ids and other.ids[token] < limit
+            if has_row and record.get("special") and token not in added:
+                added[token] = {**record, "id": base.ids[token]}
+    return Vocabulary(base.ids, added, base.spelling)
+
+
 def _record(token: str, number: int) -> Json:
     """What tokenizer.json says of a token that is added to be found as it is written."""
     return {"id": number, "content": token, **_FLAGS}

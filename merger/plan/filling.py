@@ -4,7 +4,8 @@
     else            the row that the recipe names; that of the one model which has it; the base model's; the mean of
                     those that have it; and for a token that no merged model has, what `missing` says
 
-Rows that pad the vocabulary are the mean of the model's rows. Not here: reading rows (engine.sources).
+Rows that pad the vocabulary are the base model's own where they are kept (`rows: base`), else the mean of the model's
+rows. Not here: reading rows (engine.sources).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from merger.errors import ModelError, Problem, RecipeError
 from merger.plan.locked import LockedRecipe
 from merger.plan.rows import ALL_ROWS, Numbers, RowMap, RowPairs
 from merger.recipe.model import Tokenizer, TokenOf, TokenRow
+from merger.recipe.tokenizer import BASE
 
 _SEVERAL, _ZEROS, _NOBODY = -1, -2, -3
 _TOKENS_SHOWN = 8
@@ -58,7 +60,20 @@ class Filling:
     def rows(self) -> int:
         """How many rows the result has: its tokens, and what pads them."""
         step = self.block.pad_to_multiple_of
-        return -(-self.whole.size // step) * step
+        return -(-max(self.whole.size, self._kept.stop) // step) * step
+
+    @property
+    def cut(self) -> int:
+        """How many rows the tokenizer's own model has behind its last token, if it is merged and they are not kept."""
+        if self.block.rows == BASE or self.source not in self.merged:
+            return 0
+        return max(0, (self.locked.numbered(self.source).token_rows or 0) - self.known[self.source].size)
+
+    @property
+    def _kept(self) -> range:
+        """The rows behind the result's last token that are the base model's, whose tokenizer it then is."""
+        rows = self.locked.numbered(self.source).token_rows or 0
+        return range(self.whole.size, rows if self.block.rows == BASE else 0)
 
     @cached_property
     def merged(self) -> tuple[int, ...]:
@@ -142,6 +157,8 @@ class Filling:
         mine = self.own[self.merged.index(number)]
         leaves, rows = (part.copy() for part in self._lent)
         leaves[mine >= 0], rows[mine >= 0] = number, mine[mine >= 0]
+        kept = np.array(self._kept, dtype=np.int64)
+        leaves[kept], rows[kept] = self.source, kept
         for place, (model, row, forced) in self._named.items():
             if forced or mine[place] < 0:
                 leaves[place], rows[place] = model, row

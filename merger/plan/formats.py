@@ -31,6 +31,7 @@ CHANGES: tuple[Change, ...] = (
         "none, lie behind the last layer, and config.json counts those that are there",
     ),
     Change(2, "tensors that hold something of every layer (per-layer embeddings) are stacked with the layers"),
+    Change(2, "a token that is plain in the base's tokenizer and special in another's is special under union"),
 )
 
 FORMAT = 2

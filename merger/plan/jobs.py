@@ -35,6 +35,7 @@ _ONE_KIND = "only models of one architecture and of equal sizes can be merged"
 _ONE_VOCABULARY = (
     "add tokenizer: {source: union} for the tokens of all models, or tokenizer: {source: base} for those of one"
 )
+_AND_ITS_ROWS = f"{_ONE_VOCABULARY}; tokenizer: {{source: base, rows: base}} has as many rows as the base"
 
 
 @dataclass(frozen=True)
@@ -537,7 +538,7 @@ class _Maker:
         if (is_embedding(tensor.name) or is_head(tensor.name)) and tensor.shape[1:] == leading.shape[1:]:
             if number in self._strangers:
                 return
-            hint = _ONE_VOCABULARY
+            hint = _AND_ITS_ROWS
         what = f"{tensor.name} is {mine}, but {shape_text(tensor)} in {part.model.name}"
         self._findings.about_part(what, part, hint)
 

@@ -178,7 +178,13 @@ class Plan:
             "read_bytes": self.read_bytes,
             "size": self.size,
             "config": self.config,
-            "tokens": self.tokens and {"rows": self.tokens.rows, "new": self.tokens.new, "source": self.tokens.source},
+            "tokens": self.tokens
+            and {
+                "rows": self.tokens.rows,
+                "new": self.tokens.new,
+                "cut": self.tokens.cut,
+                "source": self.tokens.source,
+            },
             "side_files": list(self.texts.taken),
             "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
             "stages": [

@@ -21,7 +21,7 @@ from merger.plan.locked import LockedModel, LockedRecipe
 from merger.plan.rows import Pursuit, RowMap, RowPairs, Rows
 from merger.plan.sources import Made, Source, Stored
 from merger.recipe.model import ModelRef, Tokenizer
-from merger.recipe.tokenizer import UNION
+from merger.recipe.tokenizer import BASE, UNION
 
 _SAVE = "save it with transformers, whose save_pretrained writes tokenizer.json"
 _DAMAGED = "download the model again, or ask its author"
@@ -36,6 +36,7 @@ class Tokens:
         added: what its tokenizer.json must say of each added token; None: its files stay as they are.
         new: how many of them it does not know yet.
         rows: how many rows embedding and head have.
+        cut: how many rows of that model, behind the last token, have no place in the result.
         k: how many rows a pursued one is put together from, at most.
         maps: for each merged model, by its number, the rows that make the result's; leaves are numbers of models.
         pairs: for the models of which rows are pursued, what they and the tokenizer's own model have in common.
@@ -46,6 +47,7 @@ class Tokens:
     added: tuple[Json, ...] | None
     new: int
     rows: int
+    cut: int
     k: int
     maps: Mapping[int, RowMap] = field(repr=False)
     pairs: Mapping[int, RowPairs] = field(repr=False)
@@ -156,11 +158,16 @@ def tokens(locked: LockedRecipe) -> Tokens | None:
         raise ModelError(Problem(what, block.at, "tokenizer", _SAVE))
     filling = Filling(locked, block, spelled, whole, source)
     donor = locked.index(locked.recipe.donor)
+    if block.rows == BASE and source != donor:
+        what = f"the base model is {locked.donor.name}, and the tokenizer that of {locked.numbered(source).name}"
+        hint = "leave out rows: base; pad_to_multiple_of: 64 gives rows that no token uses"
+        raise RecipeError(Problem(what, block.at, "tokenizer.rows", hint))
     return Tokens(
         source=source,
-        added=tuple(whole.added.values()) if new else None,
+        added=tuple(whole.added.values()) if new or whole.added.keys() != known[source].added.keys() else None,
         new=new,
         rows=filling.rows,
+        cut=filling.cut,
         k=block.k,
         maps={number: filling.map(number) for number in filling.merged},
         pairs={number: found for number in filling.merged if (found := filling.pairs(number)) is not None},
@@ -209,8 +216,11 @@ def _whole(locked: LockedRecipe, block: Tokenizer, known: Mapping[int, Vocabular
     """The result's vocabulary."""
     merged = [locked.index(ref) for ref in locked.recipe.merged] if block.source == UNION else []
     others = [(known[number], locked.numbered(number).token_rows or 0) for number in merged]
+    base = known[source]
+    if vocab.TOKENIZER in locked.numbered(source).speaker.texts:
+        base = vocab.special_as_in(base, others)
     try:
-        return vocab.extended(known[source], others, [row.token for row in block.tokens])
+        return vocab.extended(base, others, [row.token for row in block.tokens])
     except ValueError as error:
         hint = "name another model's tokenizer: tokenizer: {source: org/name}"
         raise RecipeError(Problem(f"{locked.numbered(source).name}: {error}", block.at, "tokenizer", hint)) from None

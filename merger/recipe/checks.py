@@ -5,12 +5,13 @@ Not here: how they are written (parse, values), and what the models hold (plan).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from merger.errors import did_you_mean
-from merger.recipe.model import Slice, Source
+from merger.recipe.mergekit import BASE_ASIDE, LAST_SLICE, TWICE
+from merger.recipe.model import ModelRef, Slice, Source
 from merger.recipe.places import Place, nearest
 from merger.recipe.settings import Parameters
 from merger.recipe.spans import number
@@ -36,6 +37,21 @@ FIELD_PARAMETERS = (
 
 _NO_EFFECT_ANYWHERE = "int8_mask"
 """Only ever chose how much memory another tool took, so it is passed over in silence."""
+
+OUTDATED = {
+    "embed_slerp": "take it out",
+    "input_model_parameters": "write them into parameters: of each model",
+}
+"""Keys that only old releases of mergekit knew: published recipes still have them."""
+
+_ELSEWHERE = {
+    "random_seed": "write seed: at the top of the recipe",
+    **dict.fromkeys(
+        ("seed", "dtype", "out_dtype", "base_model", "merge_method", "tokenizer_source", "chat_template"),
+        "it belongs at the top of the recipe, not into parameters:",
+    ),
+}
+"""Keys that have their place elsewhere, found among parameters."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Found:
 def choice(place: Place, table: Mapping[str, Method]) -> Choice:
     """The merge method named at `place`, with a problem if it cannot be used.
 
-    A misspelt one is read as it was meant, so that what else is wrong is found too.
+    Of one that is unknown nothing more is said: whether the rest of the recipe fits it, only a guess could tell.
     """
     name = place.text("the name of a merge method")
     method = None if name is None else table.get(name)
@@ -85,13 +101,13 @@ def choice(place: Place, table: Mapping[str, Method]) -> Choice:
     elif name is not None and method is None:
         near = nearest(name, [*table, *FIELD_METHODS], cutoff=0.6)
         place.error(f"there is no merge method {name!r}", f"did you mean {near!r}?" if near else built)
-        name, method = near or name, table.get(near or "")
     return Choice(UNREADABLE.path if name is None else name, place, method)
 
 
 def fit(found: Found) -> None:
     """Whether the sources of a slice are equally long, and they and the settings what its method needs."""
     _equally_long(found)
+    _warn_of_twice(found)
     method = found.choice.method
     if method is None:
         return
@@ -99,12 +115,31 @@ def fit(found: Found) -> None:
         hint = "add base_model: the model the others were made from, or the one to start from"
         found.choice.place.error(f"{method.name} needs a base_model", hint)
     elif _readable(found.piece):
+        if (single := alone(found.piece, method)) is not None:
+            what = f"nothing is merged: {single.model} is the only model, and comes out as it is"
+            found.listed.warn(what, "list more models, if some are missing", found.listed.key)
+            return
         _base_among_sources(found, method)
         _count(found, method)
         _warn_of_base(found, method)
+        _warn_of_base_aside(found, method)
     for param in method.params:
         if param.required:
             _required(found, method, param)
+
+
+def alone(piece: Slice, method: Method) -> Source | None:
+    """The one source that a method which merges any number gives back, having nothing to merge it with; else None.
+
+    That is the base model by itself, or a single model where two are the least.
+    """
+    if method.models[1] is not None:
+        return None
+    counted = [source for source in piece.sources if _handed(source, piece, method)]
+    if method.subtracts_base and not counted:
+        return next((source for source in piece.sources if not source.added), None)
+    lone = method.base in ("optional", "included") and len(counted) == 1 < method.models[0]
+    return counted[0] if lone else None
 
 
 def _readable(piece: Slice) -> bool:
@@ -125,6 +160,30 @@ def _warn_of_base(found: Found, method: Method) -> None:
         if method.subtracts_base and source.model == found.piece.base_model and source.parameters:
             names = ", ".join(source.parameters)
             place.warn(f"{source.model} is the base model; here {names} has no effect", "take its parameters: out")
+
+
+def _warn_of_twice(found: Found) -> None:
+    seen: set[ModelRef] = set()
+    for source, place in zip(found.piece.sources, found.places, strict=False):
+        if source.model in seen - {UNREADABLE}:
+            TWICE.warn(place, str(source.model))
+        seen.add(source.model)
+
+
+def _warn_of_base_aside(found: Found, method: Method) -> None:
+    """A base model that the method has no use for, which a weight of the levels above would reach in mergekit."""
+    names = [param.name for param in method.params if param.per_model]
+    if method.takes_base or not any(_mentions(level, name) for level in found.levels for name in names):
+        return
+    for source in found.piece.sources:
+        if source.added:
+            BASE_ASIDE.warn(replace(found.listed, where="base_model"), str(source.model), source.at)
+
+
+def last_slice(slices: Sequence[Slice], place: Place) -> None:
+    """More sources in the last slice than in the first."""
+    if slices and len(slices[-1].sources) > len(slices[0].sources):
+        LAST_SLICE.warn(place, "the sources of the last slice", slices[-1].at)
 
 
 def _count(found: Found, method: Method) -> None:
@@ -214,15 +273,23 @@ def block(found: Block, methods: list[Method | None], table: Mapping[str, Method
             _unused(name, found.place, written.place, known, table)
 
 
+def outdated(name: str, place: Place) -> None:
+    """Say of one of the keys in OUTDATED that it does nothing."""
+    place.warn(f"{name} has no effect: only old releases of mergekit knew it", OUTDATED[name], place.key)
+
+
 def _unused(name: str, block: Place, place: Place, methods: list[Method], table: Mapping[str, Method]) -> None:
     if name == _NO_EFFECT_ANYWHERE:
+        return
+    if name in OUTDATED:
+        outdated(name, place)
         return
     names = ", ".join(method.name for method in methods)
     if name in FIELD_PARAMETERS or any(method.param(name) for method in table.values()):
         place.warn(f"{name} has no meaning for {names}; it has no effect", "take it out", place.key)
         return
     own = list(dict.fromkeys(param.name for method in methods for param in method.params))
-    hint = did_you_mean(name, own) or f"{names} has no parameters"
+    hint = _ELSEWHERE.get(name) or did_you_mean(name, own) or f"{names} has no parameters"
     block.error(f"unknown key {name!r}", hint, place.key)
 
 

@@ -173,6 +173,8 @@ class Tokenizer:
         pad_to_multiple_of: the embedding's number of rows is a multiple of this.
         missing: how a token gets its row that none of the merged models has: "mean", "zero", "subword" or "omp".
         k: for "omp": how many shared tokens a row is put together from, at most.
+        rows: "tokens": a row for each token and no more; "base": as many as the base model has, those behind the tokens
+            being its own.
         at: where the block stands in the recipe.
     """
 
@@ -181,6 +183,7 @@ class Tokenizer:
     pad_to_multiple_of: int = 1
     missing: str = "mean"
     k: int = 64
+    rows: str = "tokens"
     at: Span | None = field(default=None, compare=False)
 
     @property

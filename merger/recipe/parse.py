@@ -14,10 +14,11 @@ from merger.errors import Problem, RecipeError, Span
 from merger.recipe import checks, loras, mixture, spans
 from merger.recipe.checks import Choice, Found
 from merger.recipe.evaluation import evaluate
+from merger.recipe.mergekit import FLOAT64
 from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken
 from merger.recipe.places import Fields, Hints, Notes, Place, nearest
-from merger.recipe.settings import Parameters
-from merger.recipe.spans import number
+from merger.recipe.settings import Parameters, Rule, Setting
+from merger.recipe.spans import Node, number
 from merger.recipe.stages import joined
 from merger.recipe.tokenizer import chat_template, tokenizer
 from merger.recipe.values import UNREADABLE, Block, filter_of, identity, parameters, reference
@@ -26,6 +27,7 @@ from merger.safety import names, numbers
 if TYPE_CHECKING:
     from merger.methods.registry import Method
 
+PASSTHROUGH = "passthrough"
 FORMS = ("models", "slices", "modules", "adapters")
 TOKENS = ("tokenizer", "tokenizer_source", "chat_template")
 TOP = (
@@ -58,12 +60,28 @@ PUBLISH = (
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-_MEANT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_MEANT_DTYPES = {
+    "float64": "float32",
+    "double": "float32",
+    "fp64": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+}
 _RANGE = "a pair [start, end]"
 _RANGE_HINT = "write [start, end]: the layers from start up to, but not including, end, counted from 0"
 _UNDER_PARAMETERS: Hints = {name: f"move {name} into parameters: here" for name in checks.FIELD_PARAMETERS}
 _PINNED: Hints = {"revision": "write the revision into the model's name: org/name@revision"}
-_TOP_HINTS = _UNDER_PARAMETERS | {key: f"move {key} into publish:" for key in PUBLISH}
+_TOP_HINTS = _UNDER_PARAMETERS | {
+    **{key: f"move {key} into publish:" for key in PUBLISH},
+    "pad_to_multiple_of": "write it into the tokenizer's block: tokenizer: {source: base, pad_to_multiple_of: 64}",
+    "random_seed": "write seed: in its place",
+    "tasks": "tasks that the result is tried on belong into evaluate: {tasks: [...]}",
+}
+_SEARCH = "genome"
+"""The key by which a file of mergekit-evolve is known."""
 _MODEL_HINTS = _UNDER_PARAMETERS | _PINNED | {"layer_range": "layer ranges belong to the sources of slices:"}
 _SOURCE_HINTS = _UNDER_PARAMETERS | _PINNED
 
@@ -81,7 +99,7 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
     """
     documents = spans.read(text, path)
     notes = Notes()
-    tops = [Place(root, "", notes) for root in documents.roots]
+    tops = [Place(_without_anchors(root, documents.shared), "", notes) for root in documents.roots]
     if not tops:
         hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
         raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
@@ -94,6 +112,22 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
     if problems:
         raise RecipeError(problems)
     return replace(recipe, warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
+
+
+def _without_anchors(root: Node, shared: frozenset[Span]) -> Node:
+    """The document without keys of no meaning that hold what aliases stand for; one that is misspelt stays.
+
+    A key is no misspelling of one that is there too.
+    """
+    if not isinstance(root, spans.Mapping):
+        return root
+    there, known = {entry.key for entry in root.entries}, {*TOP, *mixture.TOP}
+    kept = [
+        entry
+        for entry in root.entries
+        if entry.key in known or nearest(entry.key, known - there) or not spans.holds_shared(entry, shared)
+    ]
+    return replace(root, entries=tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -124,7 +158,7 @@ class _Reader:
     def recipe(self, path: str, text: str) -> Recipe:
         if mixture.is_mixture(self.top):
             return self._mixture(path, text)
-        fields = self.top.fields("a map with the key merge_method", TOP, _TOP_HINTS)
+        fields = self._fields()
         if fields is None:
             return Recipe(path, text, (), at=self.top.at)
         if "extract_lora" in fields.places:
@@ -139,12 +173,35 @@ class _Reader:
             path,
             text,
             fields,
-            modules=modules,
+            modules=tuple(replace(of, slices=tuple(map(self._merging, of.slices))) for of in modules),
             base_model=scope.base_model,
             tensors=_tensors(fields),
             parameters=block.settings,
             tokenizer=tokenizer(fields),
         )
+
+    def _fields(self) -> Fields | None:
+        """The document's keys; None where they make no recipe."""
+        found = self.top.node if isinstance(self.top.node, spans.Mapping) else spans.Mapping((), self.top.at)
+        given = {entry.key: entry for entry in found.entries}
+        if _SEARCH in given:
+            hint = "run the recipe that it found: best_config.yaml in its folder"
+            self.top.error("this is a search of mergekit-evolve, and no recipe", hint, given[_SEARCH].at)
+            return None
+        for key in checks.OUTDATED.keys() & given.keys():
+            checks.outdated(key, replace(self.top, node=given[key].value, where=key, key_at=given.pop(key).at))
+        top = replace(self.top, node=replace(found, entries=tuple(given.values()))) if given else self.top
+        return top.fields("a map with the key merge_method", TOP, _TOP_HINTS)
+
+    def _merging(self, piece: Slice) -> Slice:
+        """The slice; where its method would have one model alone, as passthrough makes it."""
+        method = self.table.get(piece.method)
+        single = checks.alone(piece, method) if method else None
+        if single is None:
+            return piece
+        base = None if single.model == piece.base_model else piece.base_model
+        as_it_is = replace(single, parameters={"scale": Setting((Rule((1.0,)),))})
+        return replace(piece, sources=(as_it_is,), method=PASSTHROUGH, base_model=base)
 
     def _mixture(self, path: str, text: str) -> Recipe:
         fields = self.top.fields("a map with the key experts", mixture.TOP, mixture.TOP_HINTS)
@@ -224,13 +281,14 @@ class _Reader:
     def _slices(self, key: str, place: Place, scope: _Scope) -> tuple[Slice, ...]:
         if key == "models":
             return (self._all_layers(place, scope),)
-        return tuple(self._slice(item, scope) for item in place.items("a list of slices, each with - sources:"))
+        found = tuple(self._slice(item, scope) for item in place.items("a list of slices, each with - sources:"))
+        checks.last_slice(found, place)
+        return found
 
     def _all_layers(self, place: Place, scope: _Scope) -> Slice:
         """The one slice of the `models:` form; a base model that is not listed joins its sources."""
         places = place.items("a list of models, each - model: org/name", identity)
         sources = [self._source(item, scope, MODEL) for item in places]
-        _warn_twice(sources, places)
         base = scope.base_model
         if base is not None and base not in (UNREADABLE, *(source.model for source in sources)):
             sources.append(Source(base, added=True, at=base.at))
@@ -291,8 +349,12 @@ def _base(module: Module) -> ModelRef | None:
 
 
 def _form(fields: Fields, forms: tuple[str, ...]) -> list[str]:
-    """Those of `forms` that are there: one, or it is an error."""
+    """Those of `forms` that are there: one, or it is an error. Beside one that holds anything, empty ones count not."""
     given = [form for form in forms if form in fields.places]
+    full = [form for form in given if not fields.places[form].hollow]
+    for form in set(given) - set(full) if full else ():
+        del fields.places[form]
+    given = full or given
     if not given:
         hint = "list what is merged: models: with - model: org/name"
         fields.place.error(f"one of {', '.join(forms)} is missing", hint)
@@ -300,15 +362,6 @@ def _form(fields: Fields, forms: tuple[str, ...]) -> list[str]:
         what = f"{given[0]} and {form} exclude each other"
         fields.place.error(what, "keep one of them", fields.places[form].key)
     return given
-
-
-def _warn_twice(sources: list[Source], places: list[Place]) -> None:
-    seen: set[ModelRef] = set()
-    for source, place in zip(sources, places, strict=True):
-        if source.model in seen:
-            place.warn(f"{source.model} is listed twice", "take one of them out")
-        if source.model != UNREADABLE:
-            seen.add(source.model)
 
 
 def _tensors(fields: Fields) -> tuple[Taken, ...]:
@@ -355,6 +408,9 @@ def _dtype(fields: Fields, key: str) -> str | None:
     name = text.removeprefix("torch.")
     if name in DTYPES:
         return name
+    if name == "float64" and key == "dtype" and fields.get("out_dtype") is not None:
+        FLOAT64.warn(place, name)
+        return None
     if name == "auto":
         hint = f"leave {key} out: the result then has the base model's dtype, else the first model's"
     else:

@@ -58,6 +58,13 @@ class Place:
         """Whether there is nothing behind the key."""
         return isinstance(self.node, Scalar) and self.node.value is None
 
+    @property
+    def hollow(self) -> bool:
+        """Whether there is nothing behind the key, or a list or map of nothing."""
+        if isinstance(self.node, spans.Sequence):
+            return not self.node.items
+        return not self.node.entries if isinstance(self.node, spans.Mapping) else self.empty
+
     def error(self, what: str, hint: str | None = None, at: Span | None = None) -> None:
         at = at or self.at
         self.notes.errors.setdefault((at, what), Problem(what, at, self.where or None, hint))
@@ -83,9 +90,12 @@ class Place:
         return isinstance(value, str) and value.strip().lower() == text
 
     def flag(self) -> bool | None:
-        if isinstance(self.node, Scalar) and isinstance(self.node.value, bool):
-            return self.node.value
-        self.expected("true or false", "write true or false, without quotes")
+        """The value, if it is true or false, in quotes or without."""
+        value = self.node.value if isinstance(self.node, Scalar) else None
+        found = spans.truth(value) if isinstance(value, str) else value
+        if isinstance(found, bool):
+            return found
+        self.expected("true or false", "write true or false")
         return None
 
     def outside(self, value: float, within: Range, hint: str) -> None:
@@ -93,8 +103,10 @@ class Place:
         self.error(f"{spans.number(value)} is outside {within}", hint)
 
     def whole(self, within: Range, hint: str) -> int | None:
-        """The value, if it is an integer of that range; 2.0 is one, true is not."""
+        """The value, if it is an integer of that range; 2.0 and "2" are one, true is not."""
         value = self.node.value if isinstance(self.node, Scalar) else None
+        if isinstance(value, str):
+            value = spans.numeric(value)
         if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
             self.expected("a whole number", hint)
             return None
@@ -104,16 +116,16 @@ class Place:
         return None
 
     def number(self, hint: str = "write a number such as 0.5", within: Range = ANY) -> float | None:
-        """The value as a number: booleans count as 1 and 0, and 1e-10, which YAML 1.1 takes for text, as itself."""
+        """The value as a number, in quotes or without (YAML 1.1 takes 1e-10 for text); booleans count as 1 and 0."""
         value = self.node.value if isinstance(self.node, Scalar) else None
-        if not isinstance(value, str | int | float):
+        if isinstance(value, str):
+            told = spans.truth(value)
+            value = spans.numeric(value) if told is None else told
+        if not isinstance(value, int | float):
             self.expected("a number", hint)
             return None
         try:
             found = float(value)
-        except ValueError:
-            self.expected("a number", hint)
-            return None
         except OverflowError:
             found = math.inf
         if not math.isfinite(found) and not isinstance(value, int):

@@ -1,7 +1,8 @@
 """The recipe language as JSON Schema 2020-12, for editors: completion, hover texts and red lines while typing.
 
 Made from what is there already: the keys (parse, values), the dataclasses' docs (model) and the table of methods. It is
-wider than the language: what takes more than one key to tell, and every sentence of help, only parse has.
+wider than the language: what takes more than one key to tell, and every sentence of help, only parse has. But it marks
+what does nothing: keys at the top that hold anchors alone, which no schema sees, and keys of mergekit's old releases.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from merger.recipe import evaluation, loras, mixture, parse, tokenizer, values
+from merger.recipe import evaluation, loras, mixture, parse, spans, tokenizer, values
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
 from merger.recipe.model import (
     Evaluate,
@@ -39,7 +40,9 @@ Json = dict[str, Any]
 
 _NOT_BUILT = "(not built yet)"
 # a number may stand in quotes, and YAML 1.1 takes 1e-10 for text
-_NUMERIC = r"^\s*[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$"
+_NUMBER = r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+_TRUTH = "|".join("".join(f"[{letter.upper()}{letter}]" for letter in word) for word in spans.TRUTHS)
+_NUMERIC = rf"^\s*({_NUMBER}|{_TRUTH})\s*$"
 _PART = r"[^@+]+(@[^@+]+)?"
 
 _WORDS = {
@@ -93,27 +96,28 @@ def schema(table: Mapping[str, Method]) -> Json:
 def _top() -> Json:
     described = _WORDS | _described(Mixture) | _described(Recipe)
     dtypes = {"enum": [*parse.DTYPES, *(f"torch.{name}" for name in parse.DTYPES), None]}
+    computed = {"enum": [*dtypes["enum"], "float64", "torch.float64"]}
     shapes = {
         "name": _or_null(_text()),
         "merge_method": _ref("method"),
-        "models": _ref("models"),
-        "slices": _ref("slices"),
-        "modules": {"type": "object", "minProperties": 1, "additionalProperties": _ref("module")},
+        "models": _maybe(_ref("models")),
+        "slices": _maybe(_ref("slices")),
+        "modules": {"type": ["object", "null"], "additionalProperties": _ref("module")},
         "tensors": _list(
             _map(parse.TENSORS, _described(Taken), {"filter": _text(), "model": _ref("reference")}, parse.TENSORS)
         ),
         "base_model": _ref("reference"),
         "parameters": _ref("parameters"),
-        "dtype": dtypes,
+        "dtype": computed,
         "out_dtype": dtypes,
         "seed": _or_null(_whole(numbers.SEED)),
-        "allow_non_finite": {"type": ["boolean", "null"]},
+        "allow_non_finite": _flag(),
         "tokenizer": _ref("tokenizer"),
         "tokenizer_source": _ref("reference"),
-        "chat_template": _or_null(_text()),
+        "chat_template": {"type": ["string", "null"]},
         "evaluate": _ref("evaluate"),
         "publish": _ref("publish"),
-        "adapters": _ref("models"),
+        "adapters": _maybe(_ref("models")),
         "lora": _ref("lora"),
         "extract_lora": _ref("extract_lora"),
         "experts": _list(_ref("expert")),
@@ -123,7 +127,7 @@ def _top() -> Json:
         "architecture": _or_null(_text()),
     }
     return _map((*parse.TOP, *mixture.MIXTURE), described, shapes) | {
-        "oneOf": [{"required": [form]} for form in (*parse.FORMS, "experts", "extract_lora")],
+        "oneOf": [_given(form) for form in (*parse.FORMS, "experts", "extract_lora")],
         "anyOf": [{"required": [key]} for key in ("merge_method", "slices", "modules", "experts", "extract_lora")],
         "dependentRequired": {key: ["experts"] for key in mixture.MIXTURE[1:]} | {"experts": ["base_model"]},
     }
@@ -160,9 +164,9 @@ def _slice() -> Json:
 
 
 def _module() -> Json:
-    shapes = {"slices": _ref("slices"), "models": _ref("models"), "parameters": _ref("parameters")}
+    shapes = {"slices": _maybe(_ref("slices")), "models": _maybe(_ref("models")), "parameters": _ref("parameters")}
     described = _WORDS | _described(Module)
-    return _map(parse.MODULE, described, shapes) | {"oneOf": [{"required": ["slices"]}, {"required": ["models"]}]}
+    return _map(parse.MODULE, described, shapes) | {"oneOf": [_given("slices"), _given("models")]}
 
 
 def _expert() -> Json:
@@ -178,7 +182,7 @@ def _expert() -> Json:
 
 
 def _publish() -> Json:
-    flag = {"type": ["boolean", "null"]}
+    flag = _flag()
     shapes = {
         "repo": _or_null(_text(pattern=names.REPO)),
         "private": flag,
@@ -190,7 +194,7 @@ def _publish() -> Json:
 
 
 def _lora(keys: tuple[str, ...]) -> Json:
-    flag, text = {"type": ["boolean", "null"]}, _or_null(_text())
+    flag, text = _flag(), _or_null(_text())
     shapes = {
         "model": _ref("reference"),
         "base_model": _ref("reference"),
@@ -213,7 +217,7 @@ def _evaluate() -> Json:
         "perplexity": {"anyOf": [perplexity, _list(perplexity), {"type": "null"}]},
         "tasks": _or_null(_list(_text())),
         "limit": limit,
-        "parents": {"type": ["boolean", "null"]},
+        "parents": _flag(),
         "dtype": {"enum": [*evaluation.DTYPES, None]},
     }
     return _or_null(_map(evaluation.EVALUATE, _described(Evaluate), shapes))
@@ -230,13 +234,14 @@ def _tokenizer() -> Json:
     words |= {"model": "The model.", "token": "The token's text in that model."}
     row = {
         "source": {"anyOf": [_map(tokenizer.ROW_SOURCE, words, token, ["kind"]), _ref("reference")]},
-        "force": {"type": ["boolean", "null"]},
+        "force": _flag(),
     }
     rows = {"type": ["object", "null"], "additionalProperties": _or_null(_map(tokenizer.ROW, words, row))}
     shapes = {
         "source": _ref("reference"),
         "tokens": rows,
         "pad_to_multiple_of": _or_null(_whole(numbers.Range(1, tokenizer.MAX_PADDING))),
+        "rows": {"enum": [*tokenizer.ROWS, None]},
         "missing": {"enum": [*tokenizer.MISSING, None]},
         "k": _or_null(_whole(numbers.Range(1, tokenizer.MAX_ATOMS))),
     }
@@ -244,11 +249,15 @@ def _tokenizer() -> Json:
 
 
 def _whole(within: numbers.Range) -> Json:
-    return {"type": "integer", **_ends(within)}
+    return {"type": ["integer", "string"], "pattern": _NUMERIC, **_ends(within)}
 
 
 def _ends(within: numbers.Range) -> Json:
     return {"minimum": within.least, "maximum": within.most}
+
+
+def _flag() -> Json:
+    return {"type": ["boolean", "string", "null"], "pattern": rf"^\s*({_TRUTH})\s*$"}
 
 
 def _methods(table: Mapping[str, Method]) -> list[Json]:
@@ -280,9 +289,10 @@ def _hover(pairs: list[tuple[Method, Param]]) -> str:
 def _setting(hover: str, params: list[Param]) -> Json:
     number = {"type": ["number", "boolean", "string"], "pattern": _NUMERIC, **_bounds(params)}
     value = {"anyOf": [number, _list(number)]}
+    nothing = {"type": "array", "maxItems": 0}
     filters = {"value": value, "filter": {"type": ["string", "null"]}}
     rule = _map(values.RULE, _WORDS, filters, ["value"])
-    return {"description": hover, "anyOf": [number, _list(number), _list(rule), rule]}
+    return {"description": hover, "anyOf": [number, _list(number), _list(rule), rule, nothing]}
 
 
 def _bounds(params: list[Param]) -> Json:
@@ -320,6 +330,18 @@ def _ref(name: str) -> Json:
     return {"$ref": f"#/$defs/{name}"}
 
 
+def _given(key: str) -> Json:
+    """That a key is there, and holds anything."""
+    held = {"type": ["array", "object"], "minItems": 1, "minProperties": 1}
+    return {"required": [key], "properties": {key: held}}
+
+
+def _maybe(shape: Json) -> Json:
+    """A list that may be empty, or nothing, beside another form that is not."""
+    return {"anyOf": [shape, {"type": ["array", "null"], "maxItems": 0}]}
+
+
 def _or_null(shape: Json) -> Json:
     """YAML's `key:` with nothing behind it says as much as no key."""
-    return {**shape, "type": [shape["type"], "null"]}
+    types = shape["type"] if isinstance(shape["type"], list) else [shape["type"]]
+    return {**shape, "type": [*types, "null"]}

@@ -66,10 +66,17 @@ Node: TypeAlias = Scalar | Sequence | Mapping
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a text that hold anything, and what is wrong with them that does not hinder reading on."""
+    """The documents of a text that hold anything.
+
+    Args:
+        roots: their trees.
+        problems: what is wrong with them that does not hinder reading on.
+        shared: where the values stand that aliases stand for.
+    """
 
     roots: tuple[Node, ...]
     problems: tuple[Problem, ...]
+    shared: frozenset[Span] = frozenset()
 
 
 def read(text: str, path: str) -> Documents:
@@ -147,6 +154,7 @@ class _Reader:
         self.anchors: dict[str, _Anchor] = {}
         self.size = 0
         self.problems: list[Problem] = []
+        self.shared: set[Span] = set()
 
     def documents(self) -> Documents:
         roots = []
@@ -164,7 +172,7 @@ class _Reader:
         except yaml.YAMLError as error:
             self._stop(f"not valid YAML: {error}", self.lines.span(0), "save the file as UTF-8 text")
         held = tuple(root for root in roots if not (isinstance(root, Scalar) and root.value is None))
-        return Documents(held, tuple(self.problems))
+        return Documents(held, tuple(self.problems), frozenset(self.shared))
 
     def _node(self, event: Any, depth: int) -> Node:
         at = self.lines.span(event.start_mark.index)
@@ -197,6 +205,7 @@ class _Reader:
         if anchor.node is None:
             self._stop(f"*{name} stands inside the value it stands for", at, "write that value out")
         self._grow(anchor.size, at)
+        self.shared.add(anchor.node.at)
         return anchor.node
 
     def _grow(self, by: int, at: Span) -> None:
@@ -303,6 +312,52 @@ def _yaml_hint(error: yaml.MarkedYAMLError) -> str:
     if "cannot start" in problem:
         return "put the value in quotes"
     return "look at the indentation, the brackets and the quotes here and on the line above"
+
+
+def holds_shared(entry: Entry, shared: frozenset[Span]) -> bool:
+    """Whether an entry writes out a value that aliases stand for elsewhere; an alias to what stands above it does not.
+
+    Args:
+        entry: of a map.
+        shared: as in `Documents`.
+    """
+    nodes: list[Node] = [entry.value]
+    while nodes:
+        node = nodes.pop()
+        if node.at < entry.at:
+            continue
+        if node.at in shared:
+            return True
+        if isinstance(node, Mapping):
+            nodes += [inner.value for inner in node.entries]
+        elif isinstance(node, Sequence):
+            nodes += node.items
+    return False
+
+
+TRUTHS = {
+    **dict.fromkeys(("true", "yes", "on"), True),
+    **dict.fromkeys(("false", "no", "off"), False),
+}
+
+
+def truth(text: str) -> bool | None:
+    """The truth value that a text in quotes is; None: it is none."""
+    return TRUTHS.get(text.strip().lower())
+
+
+def numeric(text: str) -> int | float | None:
+    """The number that a text in quotes is; None: it is none.
+
+    >>> numeric("8"), numeric(" 1e-10 "), numeric("eight")
+    (8, 1e-10, None)
+    """
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return None
 
 
 def kind(node: Node) -> str:

@@ -1,6 +1,7 @@
 """The language's part about tokens: the `tokenizer:` block, `tokenizer_source` and `chat_template`.
 
-    tokenizer     := {source: union | base | reference, tokens: {TOKEN: row}, pad_to_multiple_of: 8, missing: omp, k: 9}
+    tokenizer     := {source: union | base | reference, rows: base, tokens: {TOKEN: row}, pad_to_multiple_of: 8,
+                      missing: omp, k: 9}
     row           := {source: reference | {kind: zero} | {kind: model_token, model: reference, token | token_id}, force}
     chat_template := auto | NAME | Jinja text
 
@@ -17,13 +18,16 @@ from merger.recipe.places import Fields, Place, nearest
 from merger.recipe.values import reference
 from merger.safety.numbers import TOKENS, Range, shortened
 
-TOKENIZER = ("source", "tokens", "pad_to_multiple_of", "missing", "k")
+TOKENIZER = ("source", "tokens", "rows", "pad_to_multiple_of", "missing", "k")
 ROW = ("source", "force")
 ROW_SOURCE = ("kind", "model", "token", "token_id")
 KINDS = ("zero", "model_token")
 UNION, BASE = "union", "base"
 MISSING = ("mean", "zero", "subword", "omp")
 """How a token gets its row that none of the merged models has."""
+
+ROWS = ("tokens", BASE)
+"""How many rows there are at least: one for each token, or as many as the base model has."""
 
 AUTO = "auto"
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
@@ -32,9 +36,13 @@ CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 MAX_PADDING = 1 << 20
 MAX_ATOMS = 1 << 10
 
+_OLD = "model:"
+"""What stands before a model's name in sources of old releases of mergekit."""
+
 _A_SOURCE = "union, base or a model such as org/name"
 _A_ROW_SOURCE = "a model, {kind: zero} or {kind: model_token, model: org/name, token: TOKEN}"
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
+_A_NUMBER_OF_ROWS = "write rows: base for as many as the base model has; else there is a row for each token"
 _A_WAY = "how a token gets its row that none of the merged models has: mean, zero, subword or omp"
 
 
@@ -57,6 +65,7 @@ def _block(place: Place) -> Tokenizer:
     if fields is None:
         return Tokenizer(at=place.key)
     source, tokens, missing = fields.get("source"), fields.get("tokens"), fields.get("missing")
+    rows = fields.get("rows")
     way = _word(missing, MISSING, _A_WAY) if missing else MISSING[0]
     k = fields.get("k")
     if k and way != "omp":
@@ -67,6 +76,7 @@ def _block(place: Place) -> Tokenizer:
         pad_to_multiple_of=_count(fields.get("pad_to_multiple_of"), 1, MAX_PADDING),
         missing=way,
         k=_count(k, 64, MAX_ATOMS),
+        rows=_word(rows, ROWS, _A_NUMBER_OF_ROWS) if rows else ROWS[0],
         at=place.key,
     )
 
@@ -75,6 +85,11 @@ def _source(place: Place) -> ModelRef | str:
     name = place.node.value if isinstance(place.node, spans.Scalar) else None
     if name in (UNION, BASE):
         return str(name)
+    if isinstance(name, str) and name.startswith(_OLD):
+        place.error(
+            f"{name!r} begins with {_OLD!r}", f"take it out: write {name.removeprefix(_OLD).strip() or _A_SOURCE}"
+        )
+        return UNION
     meant = nearest(name, (UNION, BASE), cutoff=0.7) if isinstance(name, str) and "/" not in name else None
     if meant:
         place.error(f"{name!r} is neither union nor base nor a model's name", f"did you mean {meant!r}?")
@@ -159,8 +174,10 @@ def chat_template(fields: Fields) -> ChatTemplate | None:
     """What stands behind `chat_template`: a name that is known, or text that Jinja can read."""
     place = fields.get("chat_template")
     known = (AUTO, *CHAT_TEMPLATES)
-    text = place.text(f"one of {', '.join(known)}, or Jinja text") if place else None
-    if place is None or text is None:
+    if place is None or place.holds(""):
+        return None
+    text = place.text(f"one of {', '.join(known)}, or Jinja text")
+    if text is None:
         return None
     if text not in known and "{" not in text:
         near = nearest(text, known, cutoff=0.6)

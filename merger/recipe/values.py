@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from merger.recipe import spans
+from merger.recipe.mergekit import OVERRIDE
 from merger.recipe.model import ModelRef
 from merger.recipe.places import Fields, Place
 from merger.recipe.settings import Parameters, Rule, Setting
@@ -73,8 +74,7 @@ def _pinned(place: Place, text: str) -> ModelRef:
 def _of_map(fields: Fields) -> ModelRef:
     lora, named = fields.get("lora"), fields.get("override_architecture")
     if named:
-        what = "override_architecture has no effect: the architecture is learned from the tensors' names"
-        named.warn(what, "take it out", named.key)
+        OVERRIDE.warn(named, "override_architecture", named.key)
     model = fields.need("model", _MAP)
     found = _path(model) if model else UNREADABLE
     return replace(found, adapter=replace(_path(lora), at=lora.at)) if lora else found
@@ -136,9 +136,16 @@ def parameters(fields: Fields) -> Block:
     """The block under the key ``parameters``; an empty one where there is none."""
     place = fields.get("parameters")
     entries = place.entries("a map from parameters to their values") if place else None
-    read = {name: _setting(value) for name, value in (entries or {}).items()}
+    for value in (entries or {}).values():
+        if _says_nothing(value):
+            value.warn("an empty list gives no value, so that of the level above holds", "take it out", value.key)
+    read = {name: _setting(value) for name, value in (entries or {}).items() if not _says_nothing(value)}
     settings = {name: setting for name, (setting, _) in read.items()}
     return Block(settings, {name: written for name, (_, written) in read.items()}, place)
+
+
+def _says_nothing(place: Place) -> bool:
+    return isinstance(place.node, spans.Sequence) and not place.node.items
 
 
 _GRADIENT = "a number, or a list of numbers: the values from the slice's first layer to its last"
@@ -178,7 +185,9 @@ def _rule(place: Place) -> tuple[tuple[Number, ...], str | None]:
         return (), None
     fields = place.fields("a {value, filter} map", RULE)
     value, wanted = (fields.need("value", _RULES), fields.get("filter")) if fields else (None, None)
-    return (_gradient(value) if value else ()), (wanted.text("a part of a tensor's name") if wanted else None)
+    if wanted is None or wanted.holds(""):
+        return (_gradient(value) if value else ()), None
+    return (_gradient(value) if value else ()), wanted.text("a part of a tensor's name")
 
 
 def _gradient(place: Place) -> tuple[Number, ...]:

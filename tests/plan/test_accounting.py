@@ -213,7 +213,8 @@ def test_other_shapes_are_refused_with_both_models_and_both_shapes(tmp_path: Pat
         fates(tmp_path, llama(), llama(vocab=21))
     assert [(problem.what, problem.hint) for problem in caught.value.problems] == [
         (f"{name} is 20x8 in one, but 21x8 in other",
-         "add tokenizer: {source: union} for the tokens of all models, or tokenizer: {source: base} for those of one")
+         "add tokenizer: {source: union} for the tokens of all models, or tokenizer: {source: base} for those of one; "
+         "tokenizer: {source: base, rows: base} has as many rows as the base")
         for name in ("model.embed_tokens.weight", "lm_head.weight")
     ]  # fmt: skip
     assert all(problem.at is not None and problem.at.line == 2 for problem in caught.value.problems)

@@ -186,7 +186,7 @@ def test_a_plan_with_maps_prints_as_json(folders: Path) -> None:
     assert len(job["inputs"][0]["source"]["map"]) == 64
     assert [leaf["model"] for leaf in job["inputs"][0]["source"]["parts"]] == [0, 1]
     assert job["shape"] == [39, 16]
-    assert found["tokens"] == {"rows": 39, "new": 2, "source": 0}
+    assert found["tokens"] == {"rows": 39, "new": 2, "cut": 0, "source": 0}
 
 
 def test_a_model_that_only_lends_tokens_gives_nothing_else(folders: Path) -> None:

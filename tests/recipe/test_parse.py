@@ -364,7 +364,7 @@ def test_what_is_likely_not_meant_is_warned_of(read: Read) -> None:
     assert warnings(recipe) == [
         "4:5: models[org/a]: org/a is the base model; here weight has no effect",
         "5:54: models[org/b].parameters.weight[mlp]: never reached: a rule above it already speaks about every tensor",
-        "6:5: models[org/b]: org/b is listed twice",
+        "6:5: models[org/b]: org/b is listed twice, and counts twice (mergekit: once, with the numbers of the first)",
     ]
 
 
@@ -376,6 +376,7 @@ def test_an_overridden_architecture_is_warned_of(read: Read) -> None:
     )
     assert [str(model) for model in recipe.models] == ["org/a"]
     what = "override_architecture has no effect: the architecture is learned from the tensors' names"
+    what += " (mergekit: the table of tensors that it takes for the model)"
     assert warnings(recipe) == [f"3:35: models[org/a].model.override_architecture: {what}"]
 
 

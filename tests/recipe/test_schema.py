@@ -19,6 +19,9 @@ from merger.recipe import mixture, parse, tokenizer
 from merger.recipe.schema import schema
 
 from .conftest import WILD
+from .test_mergekit import SAME
+
+FORMS = {name: pair for name, pair in SAME.items() if "anchor" not in name}
 
 RECIPE = """
 merge_method: ties
@@ -117,6 +120,12 @@ def test_the_language_is_valid(validator: Draft202012Validator) -> None:
     validator.validate(yaml.safe_load(RECIPE))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_forms_of_mergekit_are_valid(form: str) -> None:
+    """Texts for numbers, null and empty forms, empty texts; but for keys that hold anchors alone."""
+    Draft202012Validator(schema(methods())).validate(yaml.safe_load(FORMS[form][0]))
+
+
 def _set(path: str, value: Any) -> Spoil:
     def spoil(recipe: dict[str, Any]) -> None:
         *parents, last = path.split("/")
@@ -136,7 +145,10 @@ def _set(path: str, value: Any) -> Spoil:
         _set("models/0/parameters/density", 1.5),
         _set("models/0/parameters/density", [0.5, 1.5]),
         _set("models/0/parameters/density", [{"value": 1.5}]),
-        _set("models/0/parameters/density", []),
+        _set("models/0/parameters/density", [{"value": []}]),
+        _set("tokenizer/rows", "bass"),
+        _set("publish/private", "maybe"),
+        _set("seed", "some"),
         _set("models/0/parameters/weight", "heavy"),
         _set("models/0/weight", 1),
         _set("models/0/model", "org/a@x@y"),
