@@ -183,7 +183,7 @@ def _add_verify(commands: Commands) -> None:
     )
     much.add_argument("--all", action="store_true", help="compare every tensor, and the SHA-256 of every file")
     seed = "what the sample is drawn from (default: chance)"
-    verify.add_argument("--seed", type=_whole(numbers.SEED), metavar="N", help=seed)
+    verify.add_argument("--seed", type=_whole(numbers.GIVEN_SEED), metavar="N", help=seed)
     _add_means(verify)
     verify.set_defaults(command=_verify)
 
@@ -220,7 +220,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB)")
     parser.add_argument(
         "--seed",
-        type=_whole(numbers.SEED),
+        type=_whole(numbers.GIVEN_SEED),
         metavar="N",
         help="for methods that draw random numbers; the recipe's otherwise",
     )

@@ -40,6 +40,7 @@ REFUSED = (
     MANY,
     "1" + "0" * 19,
 )
+SEEDS = ("0", "-1")
 RUN = ("run", "r.yaml")
 WHOLE = {
     "--threads": RUN, "--parts": RUN, "--rank": ("extract-lora", "a", "b"), "--tensors": ("verify", "m"),
@@ -52,8 +53,8 @@ OPTIONS = [
         for text in (*REFUSED, "0.1", "-4GB", "9e9GB", "9999999TB")
         if text not in ("1e3",)
     ),
-    *((RUN, "--seed", text) for text in REFUSED if text != "0"),
-    *((("verify", "m"), "--seed", text) for text in REFUSED if text != "0"),
+    *((RUN, "--seed", text) for text in REFUSED if text not in SEEDS),
+    *((("verify", "m"), "--seed", text) for text in REFUSED if text not in SEEDS),
     *((("extract-lora", "a", "b", "--rank", "1"), "--alpha", text) for text in REFUSED if text != "1e3"),
     *(
         (RUN, "--part", text)

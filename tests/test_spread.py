@@ -180,7 +180,7 @@ def test_an_interrupted_run_cancels_its_hub_jobs(at: Path, hub: LoopbackHub, tmp
     [
         (("--engine", "ray"), "--engine and --parts go together"),
         (("--parts", "3"), "--engine and --parts go together"),
-        (("--engine", "jobs", "--parts", "0"), "'0' is no number from 1 up"),
+        (("--engine", "jobs", "--parts", "0"), "'0' is no whole number from 1 to 100,000"),
         (("--engine", "jobs", "--parts", "2", "--timeout", "soon"), "'soon' is no duration; write for example"),
         (("--engine", "jobs", "--parts", "2", "--part", "1/2"), "not allowed with argument"),
     ],

@@ -162,7 +162,7 @@ def _lock(content: Any) -> Lock:
     return Lock(
         plan=_is(str, content["plan"]),
         identity=_is(str, content["identity"]),
-        seed=_within(numbers.SEED, content["seed"]),
+        seed=_within(numbers.GIVEN_SEED, content["seed"]),
         shard_bytes=_within(numbers.BYTES, content["shard_size"]),
         made_with={_is(str, name): _is(str, number) for name, number in content["made_with"].items()},
         recipe=_is(str, content["recipe"]),

@@ -47,6 +47,8 @@ def _spelt(end: float) -> str:
 
 ANY = Range()
 SEED = Range(0, 2**63 - 1)
+GIVEN_SEED = Range(-(2**63), 2**63 - 1)
+"""Of the command line and of locks: there negative ones were always taken."""
 LAYERS = Range(0, 100_000)
 COUNT = Range(1)
 """Of experts, atoms, examples of a task and other things that one counts."""
