@@ -178,6 +178,7 @@ def _become(order: Mapping[str, Any], out: int, err: int) -> NoReturn:
     importlib.import_module("torch").set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     how, what, *arguments = order["line"]
     sys.argv = [what if how == "-m" else how, *arguments]
+    sys.orig_argv = [sys.executable, *order["line"]]  # what replaces itself by exec begins as it was begun
     if how == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     else:

@@ -307,7 +307,7 @@ def test_a_child_ends_with_a_worker_that_never_listened(keep: Keep, hub: Loopbac
 
 LATER = 9e9
 READS, SOME = Token("hf_reads", reach=Reach.READS), Token("hf_some", reach=Reach.SOME)
-SHORT, LONG, FORGOTTEN = Token("hf_short", time.time() + 600), Token("hf_long", LATER), Token("hf_past", 1.0)
+SHORT, LONG, FORGOTTEN = Token("hf_short", LATER - 1), Token("hf_long", LATER), Token("hf_past", 1.0)
 TAKEN = [
     # what the job has, what its owner comes with, what it has then
     (ALICE, READS, ALICE),
