@@ -41,6 +41,9 @@ READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
 _BASELINE_BYTES = 420 << 20
 _BYTES_A_JOB = 6_000
+_TOLD = 3
+"""How many of the things that take memory a refusal names, the largest first."""
+
 _COMMITTED_BYTES, _TIMES_COMMITTED = 10_000_000, 3
 """The Hub takes files beyond that as large ones, piece by piece; the others are text in the commit."""
 
@@ -314,16 +317,25 @@ def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:
         candidate = replace(candidate, peak_memory=_peak_memory(candidate, table) + budget.sending)
         if budget.memory is None or candidate.peak_memory <= budget.memory:
             return candidate
+    takes = {**_takes(candidate, table), "what is sent at once": budget.sending}
     what = f"this merge needs {candidate.peak_memory:,} bytes of memory, and {budget.memory:,} are allowed"
-    raise BudgetError(Problem(what, hint="raise --max-memory: this is the least, with one thread and small buffers"))
+    largest = sorted(takes.items(), key=lambda item: -item[1])[:_TOLD]
+    told = ", ".join(f"{nbytes:,} for {name}" for name, nbytes in largest if nbytes)
+    hint = f"raise --max-memory: this is the least, with one thread and small buffers: {told}"
+    raise BudgetError(Problem(what, hint=hint))
 
 
 def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
+    return sum(_takes(plan, table).values())
+
+
+def _takes(plan: Plan, table: Mapping[str, Method]) -> dict[str, int]:
     """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead.
 
     Of what is computed before the first block: what that takes, if it is more, and what is held of it.
     """
     thread = max((memory(job, table) for job in plan.jobs), default=0)
+    widest = next((job.name for job in plan.jobs if memory(job, table) == thread), "no tensor")
     waiting = (
         BLOCKS_IN_FLIGHT
         * plan.threads
@@ -334,8 +346,18 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
     made = [*plan.jobs, *(made.job for made in plan.stages)]
     tokens = _tokenizer_memory(plan) + sum(held(source) for job in made for source in job.sources)
     before, kept = routing.memory(plan.locked, plan.jobs, table, plan.threads)
-    work = max(plan.threads * thread + waiting, before, _side_memory(plan)) + kept
-    return _BASELINE_BYTES + work + 2 * plan.read_ahead + jobs + tokens
+    work, what = max(
+        (plan.threads * thread + waiting, f"the work on {widest}"),
+        (before, "what is worked out before the first tensor"),
+        (_side_memory(plan), "the files beside the tensors"),
+    )
+    return {
+        "Python and torch": _BASELINE_BYTES,
+        what: work + kept,
+        "what is read ahead": 2 * plan.read_ahead,
+        f"the list of {len(plan.jobs) + len(plan.left_out):,} tensors": jobs,
+        "tokenizers": tokens,
+    }
 
 
 def _side_memory(plan: Plan) -> int:
