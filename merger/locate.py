@@ -33,7 +33,7 @@ def stores(paths: Sequence[str], cache: bool, token: str | bool | None, root: Pa
 
     hub = HubStore(token)
     remote = CachedStore(hub) if cache and token is not False else hub
-    return Library([folders, remote])
+    return Library([folders, remote], looked_here=root is not None)
 
 
 def find(target: str, token: str | bool | None = None) -> tuple[Library, Located]:

@@ -42,7 +42,7 @@ from merger.plan.locked import LockedModel, LockedRecipe, stated_licence
 from merger.recipe.model import ModelRef, Recipe
 from merger.recipe.tokenizer import AUTO
 from merger.safety import limits
-from merger.safety.paths import COPY
+from merger.safety.paths import POINTER, remedy
 from merger.stores.ports import FileInfo, Located, Store
 
 GENERATION = "generation_config.json"
@@ -272,7 +272,7 @@ class _Fetching:
 def _refuse_barred(located: Located, config: Mapping[str, Any]) -> None:
     """What a merge would publish of a model, or read for its card, must be the model's own."""
     barred = {name: located.files[name].barred for name in read_beside(located.files, config)}
-    if problems := [Problem(f"{name} {why}", hint=COPY) for name, why in barred.items() if why]:
+    if problems := [Problem(f"{name} {why}", hint=remedy(why)) for name, why in barred.items() if why]:
         raise ModelError(problems)
 
 
@@ -280,6 +280,9 @@ def _check_adapter_files(located: Located) -> None:
     if adapters.CONFIG not in located.files:
         hint = "is it a LoRA adapter as PEFT saves it?"
         raise ModelError(Problem(f"has no {adapters.CONFIG}", hint=hint))
+    if adapters.TENSORS not in located.files and adapters.OF_MLX in located.files:
+        hint = "merge it into its model with mlx_lm.fuse (--dequantize), and name the folder of the result"
+        raise ModelError(Problem(f"is an adapter of MLX ({adapters.OF_MLX}), and only PEFT's are read", hint=hint))
     if adapters.TENSORS not in located.files:
         pickled = adapters.PICKLED in located.files
         what = f"has no {adapters.TENSORS}" + (f", only {adapters.PICKLED}" if pickled else "")
@@ -358,6 +361,8 @@ def tensors_of(
 
 
 def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
+    if located.files[file].barred == POINTER:
+        raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
     size = located.files[file].size
     # a pool of its own: where each tensor is takes a request, and this one's pool waits for them
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
@@ -378,6 +383,8 @@ def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally
     Raises:
         ModelError: it cannot be read, is damaged, or holds too many tensors.
     """
+    if located.files[file].barred == POINTER:
+        raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
     size = located.files[file].size
     length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
     tallies = tallies or (limits.Tally(limits.MODEL_TENSORS),)

@@ -86,10 +86,11 @@ def _reached(folder: str, file: str, root: Path | None) -> Path:
 
 def _info(folder: Path, name: str, root: Path | None) -> FileInfo:
     try:
-        stat = _reached(str(folder), name, root).stat()
+        place = _reached(str(folder), name, root)
     except BarredError as why:
         return FileInfo(0, barred=str(why))
-    return FileInfo(stat.st_size, changed=stat.st_mtime_ns)
+    stat = place.stat()
+    return FileInfo(stat.st_size, changed=stat.st_mtime_ns, barred=paths.POINTER if paths.points(place) else None)
 
 
 def _files(folder: Path) -> list[str]:
