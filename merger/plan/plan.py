@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from merger.checkpoints.adapter import CONFIG, TENSORS
-from merger.checkpoints.checkpoint import ITEM_BYTES
+from merger.checkpoints.checkpoint import ITEM_BYTES, is_weights
 from merger.checkpoints.shard import header, shard_name
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
@@ -25,7 +25,7 @@ from merger.plan.loras import make_lora
 from merger.plan.rows import RowMap, RowPairs, held
 from merger.plan.sources import Made
 from merger.plan.stages import with_stages
-from merger.plan.texts import Texts, beside_adapter, passed_on, texts
+from merger.plan.texts import Texts, beside_adapter, left_out_files, other_pipelines, passed_on, texts
 from merger.plan.tokens import Tokens
 from merger.plan.work import below, block_entries, memory, spool
 from merger.stores.content import HELD_BYTES
@@ -125,6 +125,21 @@ class Plan:
         return "config.json" if self.locked.recipe.lora is None else CONFIG
 
     @property
+    def left_beside(self) -> Mapping[str, str]:
+        """The base's files beside its tensors that the result lacks, each with the reason."""
+        return left_out_files(self.locked, self.texts)
+
+    @property
+    def copied_tensors(self) -> tuple[str, ...]:
+        """Files of tensors that are passed on as they are: of what follows after the model in its pipeline."""
+        return tuple(name for name in self.texts.taken if is_weights(name))
+
+    @property
+    def doubts(self) -> list[str]:
+        """Sentences on files beside the tensors that are of one parent, and other ones in others."""
+        return other_pipelines(self.locked, self.texts)
+
+    @property
     def jobs(self) -> tuple[Job, ...]:
         """Every job in the order of the output."""
         return tuple(job for shard in self.shards for job in shard.jobs)
@@ -181,6 +196,7 @@ class Plan:
             "config": self.config,
             "tokens": self.tokens and {"rows": self.tokens.rows, "new": self.tokens.new, "source": self.tokens.source},
             "side_files": list(self.texts.taken),
+            "side_files_left_out": dict(self.left_beside),
             "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
             "stages": [
                 {
