@@ -12,7 +12,6 @@ from merger.safety.environment import OURS, hand_over
 if __name__ == "__main__":
     hand_over()  # before anything that takes time: until then /proc shows the tokens
 
-import glob
 import hashlib
 import json
 import os
@@ -31,7 +30,7 @@ from merger.inputs import Inputs, top
 from merger.locate import HUB
 from merger.machine import Halt, halting, limits_told
 from merger.options import Options, destination, fitted
-from merger.planning import LOCK_SUFFIX, lock_path, plan, read
+from merger.planning import lock_path, named_recipes, plan, read
 from merger.run import Done, PartDone, Resumed, lock_text, run, trusted_publishing
 from merger.safety.paths import inside
 from merger.safety.text import guarded, line
@@ -48,8 +47,6 @@ STOPPED = 75
 
 MOST_PARTS = 256
 """GitHub's limit on the jobs of a matrix."""
-
-_SUFFIXES = (".yaml", ".yml")
 
 
 # ---- which recipes, and what with them ------------------------------------------------------------------------------
@@ -107,11 +104,8 @@ def _named(inputs: Inputs, top: Path) -> list[Path]:
 
 
 def _files(pattern: str, folder: Path) -> list[str]:
-    """The file of that name, else what fits the pattern: YAML, but no lock files."""
-    if os.path.isfile(folder / pattern):  # unlike Path's, it takes a name of any length
-        return [pattern]
-    fitting = sorted(glob.glob(pattern, root_dir=folder, recursive=True))
-    return [name for name in fitting if name.endswith(_SUFFIXES) and not name.endswith(LOCK_SUFFIX)]
+    """The file of that name, else the recipes in a folder of that name, or what fits the pattern; if they are there."""
+    return [name for name in named_recipes(pattern, str(folder)) if os.path.lexists(folder / name)]
 
 
 # ---- one recipe -----------------------------------------------------------------------------------------------------

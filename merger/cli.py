@@ -1,6 +1,6 @@
-"""The command `merger`: reads arguments, calls the line, ends with an exit code.
+"""The command `merger`: calls the line as its arguments say, ends with an exit code.
 
-Not here: the work (run) and its words (console).
+Not here: the arguments (arguments), the work (run) and its words (console).
 """
 
 from __future__ import annotations
@@ -9,29 +9,24 @@ import argparse
 import atexit
 import gc
 import json
-import re
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from merger.arguments import parse
 from merger.errors import MergerError, Problem, RecipeError, VerificationError, did_you_mean
 from merger.machine import Halt, halting, limits_told
-from merger.safety import numbers, secrets
+from merger.safety import secrets
 from merger.safety.text import guarded, line
 
 if TYPE_CHECKING:
-    from merger.options import Options, Part
+    from merger.options import Options
     from merger.plan.plan import Plan
     from merger.recipe.model import Recipe
     from merger.spread import Engine
-
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-
-T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,12 +39,12 @@ def _main(argv: Sequence[str] | None) -> int:
     # torch's import makes so many lasting objects that to look for garbage among them took 0.3 s, at the exit 0.45 s
     gc.set_threshold(200_000)
     atexit.register(gc.freeze)
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = parse(argv)
         with halting(), limits_told():
-            return int(arguments.command(arguments))
+            return _COMMANDS[arguments.command](arguments)
     except MergerError as error:
-        _report(error, getattr(arguments, "json", False))
+        _report(error, "--json" in (sys.argv if argv is None else argv))
         return error.exit_code
     except Halt as halt:
         print(halt, file=sys.stderr)
@@ -67,249 +62,29 @@ def _report(error: MergerError, as_json: bool) -> None:
     print(console.problems(error), file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="merger",
-        description="Merge models from a YAML recipe, tensor by tensor in bounded memory, to a folder or the Hub.",
-        epilog="Exit codes: 2 recipe, 3 a model cannot be read, 4 models do not fit each other, 5 not enough memory or "
-        "disk, 6 upload refused, 7 verification failed or models differ, 8 a part is not made, "
-        "9 the result cannot be measured. "
-        "Environment: HF_TOKEN, HF_ENDPOINT, HF_HOME.",
-    )
-    parser.add_argument("--version", action="version", version=f"merger {version('hub-merger')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_check(commands)
-    _add_plan(commands)
-    _add_run(commands)
-    _add_publish(commands)
-    _add_extract(commands)
-    _add_status(commands)
-    _add_verify(commands)
-    _add_diff(commands)
-    _add_card(commands)
-    _add_methods(commands)
-    schema = commands.add_parser("schema", help="print the JSON Schema of recipes, for editors")
-    schema.set_defaults(command=_schema)
-    return parser
-
-
-def _add_check(commands: Commands) -> None:
-    check = commands.add_parser("check", help="find what is wrong with recipes, without looking at their models")
-    check.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE")
-    check.set_defaults(command=_check)
-
-
-def _add_plan(commands: Commands) -> None:
-    plan = commands.add_parser("plan", help="show what a recipe makes and what it takes, without reading any tensor")
-    _add_budget(plan)
-    plan.add_argument(
-        "--look", action="store_true", help="read a sample of the tensors, and say how the parents relate"
-    )
-    plan.set_defaults(command=_plan)
-
-
-def _add_run(commands: Commands) -> None:
-    run = commands.add_parser("run", help="make the merge")
-    _add_budget(run)
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arithmetic is done")
-    spread = run.add_mutually_exclusive_group()
-    spread.add_argument(
-        "--part", type=_part, metavar="I/N", help="make the I-th of N shares of the files; `merger publish` ends it"
-    )
-    run.add_argument(
-        "--stream", action="store_true", help="send files to the Hub as they are made, without any on this disk"
-    )
-    spread.add_argument(
-        "--engine", choices=("ray", "jobs"), help="have --parts made on a Ray cluster, or by Hugging Face Jobs (paid)"
-    )
-    parts = "how many parts the engine makes at the same time"
-    run.add_argument("--parts", type=_whole(numbers.PARTS), metavar="N", help=parts)
-    run.add_argument("--flavor", default="cpu-basic", help="hardware of a Hub job (default cpu-basic)")
-    run.add_argument("--timeout", type=_duration, default="6h", help="how long a Hub job may run (default 6h)")
-    _add_end(run)
-    run.set_defaults(command=_run)
-
-
-def _add_publish(commands: Commands) -> None:
-    publish = commands.add_parser("publish", help="make a model of what the parts of a run have made")
-    _add_budget(publish)
-    _add_end(publish)
-    publish.set_defaults(command=_run, publish_only=True)
-
-
-def _add_extract(commands: Commands) -> None:
-    extract = commands.add_parser("extract-lora", help="take what a fine-tune changed in its base as a LoRA adapter")
-    extract.add_argument("model", metavar="FINE_TUNE", help="org/name, org/name@revision or ./folder")
-    extract.add_argument("base_model", metavar="BASE", help="the model that it was made from")
-    rank, alpha = _whole(numbers.RANK), _argument(partial(numbers.decimal, within=numbers.ALPHA))
-    extract.add_argument("--rank", type=rank, required=True, metavar="N", help="directions of each matrix")
-    extract.add_argument("--alpha", type=alpha, metavar="X", help="lora_alpha (default: the rank)")
-    extract.add_argument("--include", metavar="REGEX", help="only tensors whose names match it somewhere")
-    extract.add_argument("--exclude", metavar="REGEX", help="no tensors whose names match it")
-    extract.add_argument("--embed", action="store_true", help="take embeddings apart too (default: held whole)")
-    extract.add_argument("--distribute-scale", action="store_true", help="share singular values between A and B")
-    extract.add_argument("--skip-rest", action="store_true", help="leave out what is no matrix (default: held whole)")
-    extract.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the fine-tune's")
-    extract.add_argument("--license", metavar="ID", help="the licence that the card states")
-    _add_limits(extract)
-    _add_end(extract)
-    extract.set_defaults(command=_extract)
-
-
-def _add_end(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="replace a model at the destination")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
-
-
-def _add_status(commands: Commands) -> None:
-    status = commands.add_parser("status", help="show what unfinished runs left at a destination")
-    status.add_argument("to", metavar="DEST", help="a folder, or hf://owner/name")
-    status.set_defaults(command=_status)
-    clean = commands.add_parser("clean", help="remove what unfinished runs left at a destination, and nothing else")
-    clean.add_argument("to", metavar="DEST", help="a folder, or hf://owner/name")
-    clean.add_argument("--yes", action="store_true", help="remove it; else only show it")
-    clean.set_defaults(command=_clean)
-
-
-def _add_verify(commands: Commands) -> None:
-    verify = commands.add_parser("verify", help="make a sample of a merge again from its parents, and compare")
-    verify.add_argument("model", metavar="MODEL", help="hf://owner/name[@revision], owner/name or a folder")
-    much = verify.add_mutually_exclusive_group()
-    much.add_argument(
-        "--tensors",
-        type=_whole(numbers.COUNT),
-        metavar="N",
-        help="compare N tensors in full (default: a little of each)",
-    )
-    much.add_argument("--all", action="store_true", help="compare every tensor, and the SHA-256 of every file")
-    seed = "what the sample is drawn from (default: chance)"
-    verify.add_argument("--seed", type=_whole(numbers.GIVEN_SEED), metavar="N", help=seed)
-    _add_means(verify)
-    verify.set_defaults(command=_verify)
-
-
-def _add_diff(commands: Commands) -> None:
-    diff = commands.add_parser("diff", help="compare two checkpoints tensor by tensor; exit code 7 where they differ")
-    for name in ("A", "B"):
-        diff.add_argument(name.lower(), metavar=name, help="hf://owner/name[@revision], owner/name or a folder")
-    diff.add_argument(
-        "--threads", type=_whole(numbers.THREADS), metavar="N", help="threads that compute (default: one for each core)"
-    )
-    diff.add_argument("--json", action="store_true", help="print the outcome as JSON")
-    diff.set_defaults(command=_diff)
-
-
-def _add_card(commands: Commands) -> None:
-    card = commands.add_parser("card", help="render the card of a finished merge again, without merging")
-    card.add_argument("model", metavar="MODEL", help="hf://owner/name, owner/name or a folder")
-    card.add_argument("--template", metavar="FILE", help="in place of the lock's publish.template")
-    card.add_argument("--print", dest="print_only", action="store_true", help="print it, and write nothing")
-    card.set_defaults(command=_card)
-
-
-def _add_budget(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, or the lock file of a merge")
-    _add_limits(parser)
-
-
-def _add_limits(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", metavar="DEST", help="a folder, or hf://owner/name; default: the recipe's publish.repo")
-    parser.add_argument(
-        "--max-disk", type=_bytes, metavar="SIZE", help="the most disk the run may take at once, such as 10GB"
-    )
-    parser.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB)")
-    parser.add_argument(
-        "--seed",
-        type=_whole(numbers.GIVEN_SEED),
-        metavar="N",
-        help="for methods that draw random numbers; the recipe's otherwise",
-    )
-    parser.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="of models without safetensors, read pytorch_model.bin: its tensors alone, nothing in it is run",
-    )
-    _add_means(parser)
-
-
-def _add_means(parser: argparse.ArgumentParser) -> None:
-    """What a command may use, and how it tells what came of it."""
-    parser.add_argument(
-        "--max-memory",
-        type=_bytes,
-        metavar="SIZE",
-        help="the most memory to take, such as 4GB (default: all that is free)",
-    )
-    parser.add_argument(
-        "--threads", type=_whole(numbers.THREADS), metavar="N", help="threads that compute (default: one for each core)"
-    )
-    parser.add_argument(
-        "--no-cache",
-        dest="cache",
-        action="store_false",
-        help="download also what lies in Hugging Face's cache on this disk",
-    )
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
-
-
-def _add_methods(commands: Commands) -> None:
-    methods = commands.add_parser("methods", help="list the merge methods, or tell all about one")
-    methods.add_argument("name", nargs="?", metavar="NAME")
-    methods.set_defaults(command=_methods)
-
-
-def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """A reader of text for argparse, which tells a ValueError's sentence only where it is asked to."""
-
-    def read(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return read
-
-
-def _whole(within: numbers.Range) -> Callable[[str], int]:
-    return _argument(partial(numbers.whole, within=within))
-
-
-_bytes = _argument(numbers.nbytes)
-
-
-@_argument
-def _part(text: str) -> Part:
-    from merger.options import Part
-
-    return Part.parse(text)
-
-
-@_argument
-def _duration(text: str) -> str:
-    if re.fullmatch(r"[1-9][0-9]{0,6}[smhd]", text) is None:
-        raise ValueError(f"{numbers.shortened(text)} is no duration; write for example 90m or 6h")
-    return text
-
-
 # ---- commands -------------------------------------------------------------------------------------------------------
 
 
 def _check(arguments: argparse.Namespace) -> int:
     from merger import console
-    from merger.planning import read
+    from merger.planning import named_recipes, read
 
     code = 0
-    for path in arguments.recipes:
+    named = {os.path.expanduser(name): named_recipes(os.path.expanduser(name)) for name in arguments.recipes}
+    for name in (name for name, found in named.items() if not found):
+        _report(RecipeError(Problem(f"{name}: no recipe is there", hint="recipes end with .yaml or .yml")), False)
+        code = RecipeError.exit_code
+    for path in (path for found in named.values() for path in found):
         try:
-            recipe = read(path)
+            recipe = read(Path(path))
         except MergerError as error:
             _report(error, as_json=False)
             code = error.exit_code
             continue
         for note in recipe.warnings:
             print(console.warning(note), file=sys.stderr)
-        named = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
-        methods = ", ".join([*named, *(["mixture of experts"] if recipe.mixture else [])])
+        used = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
+        methods = ", ".join([*used, *(["mixture of experts"] if recipe.mixture else [])])
         count = len(recipe.models)
         print(line(f"{path}: well formed ({methods}; {count} {'model' if count == 1 else 'models'})"))
     return code
@@ -390,14 +165,15 @@ def _made(recipe: Recipe, arguments: argparse.Namespace) -> int:
     to = destination(recipe, options)  # a missing destination is said before the models are asked for
     planned, store = plan(recipe, options)
     quiet = arguments.quiet
-    if not quiet:
-        notes = [console.warning(note) for note in recipe.warnings]
-        print("\n".join([*notes, console.plan_text(planned, to), ""]), file=sys.stderr)
     progress = None if quiet else console.Progress(sum(job.nbytes for job in planned.jobs))
+    told = quiet
     event: object = None
     try:
         events = run(planned, store, options) if engine is None else spread(planned, store, options, engine)
         for event in events:
+            if not told:  # by now the destination has not refused
+                _tell(recipe, planned, to)
+                told = True
             if progress is not None:
                 console.show(event, progress)
     finally:
@@ -405,6 +181,13 @@ def _made(recipe: Recipe, arguments: argparse.Namespace) -> int:
             progress.close()
     _finished(event, planned, arguments)
     return 0
+
+
+def _tell(recipe: Recipe, planned: Plan, to: str) -> None:
+    from merger import console
+
+    notes = [console.warning(note) for note in recipe.warnings]
+    print("\n".join([*notes, console.plan_text(planned, to), ""]), file=sys.stderr)
 
 
 def _finished(event: object, planned: Plan, arguments: argparse.Namespace) -> None:
@@ -514,3 +297,19 @@ def _schema(arguments: argparse.Namespace) -> int:
 
     print(json.dumps(schema(methods()), indent=2, ensure_ascii=False))
     return 0
+
+
+_COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "check": _check,
+    "plan": _plan,
+    "run": _run,
+    "publish": _run,
+    "extract-lora": _extract,
+    "status": _status,
+    "clean": _clean,
+    "verify": _verify,
+    "diff": _diff,
+    "card": _card,
+    "methods": _methods,
+    "schema": _schema,
+}

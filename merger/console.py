@@ -64,7 +64,7 @@ def plan_text(planned: Plan, to: str | None = None) -> str:
 
 def plan_doubts(planned: Plan, to: str | None) -> list[str]:
     """Sentences on what is likely not meant."""
-    return [*warnings(planned), *exposed(planned, to)]
+    return [*warnings(planned), *planned.doubts, *exposed(planned, to)]
 
 
 def plan_json(planned: Plan, to: str | None = None) -> dict[str, Any]:
@@ -144,6 +144,9 @@ def _accounting(planned: Plan) -> list[str]:
     copied = [(job.why, job.name) for job in planned.jobs if job.why is not None]
     models = planned.locked.models
     left = [(f"{shown(models[item.model])}: {item.why}", item.tensor) for item in planned.left_out]
+    base = shown(planned.locked.holder)
+    copied += [(f"as {base} has it, for what follows after the model", name) for name in planned.copied_tensors]
+    left += [(f"{base}: {why}", name) for name, why in planned.left_beside.items()]
     return [*_by_reason("copied", copied), *_by_reason("left out", left)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from merger.safety.names import named
 from merger.safety.paths import ANYWHERE
 from merger.stores.folder import FolderStore
 from merger.stores.library import Library
@@ -32,18 +33,18 @@ def stores(paths: Sequence[str], cache: bool, token: str | bool | None, root: Pa
 
     hub = HubStore(token)
     remote = CachedStore(hub) if cache and token is not False else hub
-    return Library([folders, remote])
+    return Library([folders, remote], looked_here=root is not None)
 
 
 def find(target: str, token: str | bool | None = None) -> tuple[Library, Located]:
-    """The model that a user names: a folder, ``owner/name[@revision]``, or the same after ``hf://``.
+    """The model that a user names: a folder, ``owner/name[@revision]``, that after ``hf://``, or a page's address.
 
     Of a repo on the Hub nothing is read from the cache: what is there now is what somebody wants to know.
 
     Raises:
         ModelError: there is no such model or revision, or it may not be read.
     """
-    path = target.removeprefix(HUB)
+    path = named(target)
     if target == path and FolderStore().has(path):
         store = stores([path], False, token)
         return store, store.locate(path, None)

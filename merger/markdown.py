@@ -12,7 +12,7 @@ from merger.card.lineage import shown
 from merger.card.text import code as code  # shells show names with it
 from merger.card.text import escaped, fenced
 from merger.console import plan_doubts, size
-from merger.errors import Problem
+from merger.errors import Problem, few
 from merger.plan.plan import Plan
 from merger.run import Done, PartDone
 from merger.safety.text import line, visible
@@ -90,6 +90,13 @@ def _notes(planned: Plan, to: str | None) -> list[str]:
         why = Counter(item.why for item in planned.left_out)
         told = "; ".join(f"{count} tensors: {_told(reason)}" for reason, count in why.items())
         notes.append(f"**Left out:** {told}")
+    if planned.left_beside:
+        reasons = Counter(planned.left_beside.values())
+        told = "; ".join(
+            f"{code(few([name for name, why in planned.left_beside.items() if why == reason]))}: {_told(reason)}"
+            for reason in reasons
+        )
+        notes.append(f"**Files left out:** {told}")
     return [line for note in notes for line in ("", note)]
 
 

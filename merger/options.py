@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from merger.plan.parts import Part as Part  # shells name it without knowing whe
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.recipe.model import Recipe
 from merger.safety import secrets
-from merger.safety.names import need_repo
+from merger.safety.names import destined, is_repo, need_repo
 from merger.safety.paths import ANYWHERE
 
 _HEADER_BYTES = 1_000_000
@@ -163,10 +164,24 @@ def stated_destination(recipe: Recipe, options: Options) -> str:
     """Where the result goes, if anything says it.
 
     Raises:
-        RecipeError: a place on the Hub that cannot be called so.
+        RecipeError: as `placed` does.
     """
     if options.to is not None:
-        if options.to.startswith(HUB):
-            need_repo(options.to.removeprefix(HUB))
-        return options.to
+        return placed(options.to)
     return "" if recipe.publish.repo is None else HUB + recipe.publish.repo
+
+
+def placed(to: str) -> str:
+    """Where somebody's word for a destination leads: a folder, or ``hf://owner/name``.
+
+    Raises:
+        RecipeError: a place on the Hub that cannot be called so, or a word that may be a folder or a repo.
+    """
+    name = destined(to)
+    if name != to:
+        need_repo(name)
+        return HUB + name
+    if is_repo(to) and not os.path.isdir(os.path.dirname(to)):
+        what = f"{to!r} may be a folder here or a repo on the Hub"
+        raise RecipeError(Problem(what, hint=f"write ./{to} for the folder, hf://{to} for the repo"))
+    return to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,6 +36,7 @@ from merger.stores.library import Library
 from merger.stores.ports import Store
 
 LOCK_SUFFIX = ".lock.yaml"
+_SUFFIXES = (".yaml", ".yml")
 
 
 def read(path: Path) -> Recipe:
@@ -47,6 +49,24 @@ def read(path: Path) -> Recipe:
     if is_lock(path):
         return recipe_of(read_lock(text, str(path)), str(path))
     return read_text(text, str(path))
+
+
+def named_recipes(name: str, folder: str = ".") -> list[str]:
+    """The recipes that a word names: a file, whatever it is; those in and below a folder; those that fit a pattern.
+
+    Args:
+        name: relative to the folder.
+        folder: where it is looked for.
+
+    Returns:
+        Their names, relative to the folder. A word that can be nothing but a file's name is that name.
+    """
+    place = os.path.join(folder, name)
+    if os.path.isfile(place) or not (os.path.isdir(place) or glob.has_magic(name)):
+        return [name]
+    pattern = os.path.join(glob.escape(name), "**", "*") if os.path.isdir(place) else name
+    fitting = sorted(glob.glob(pattern, root_dir=folder, recursive=True))
+    return [each for each in fitting if each.endswith(_SUFFIXES) and not each.endswith(LOCK_SUFFIX)]
 
 
 def read_text(text: str, name: str) -> Recipe:

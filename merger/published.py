@@ -16,7 +16,7 @@ from merger.beside import card_files, elders, model_files
 from merger.checkpoints.checkpoint import TensorInfo
 from merger.checkpoints.kinds import kind
 from merger.checkpoints.shard import header
-from merger.checkpoints.sidefiles import CARD_NAME, EVALUATED_NAME, LOCK_NAME, MEASURED_NAME, PICTURES
+from merger.checkpoints.sidefiles import CARD_NAME, EVALUATED_NAME, LOCK_NAME, MEASURED_NAME, PICTURES, since_later
 from merger.errors import MergerError, ModelError, Problem, RecipeError, VerificationError, few
 from merger.locate import find
 from merger.plan.geometry import Geometry, recalled
@@ -141,7 +141,7 @@ def other_contents(
         others: files that are known not to be the lock's.
     """
     located, output = merge.located, merge.held.output
-    if unlocked := [name for name in _promised(planned, made) if name not in output]:
+    if unlocked := [name for name in _promised(planned, made) if name not in output and not since_later(name)]:
         yield Problem(f"the lock says nothing of {few(unlocked)}", hint="was it changed after the merge was made?")
     if unsure := [name for name, info in output.items() if info.sha256 is None]:
         hint = "merger writes one of every file that it makes: was the lock changed after the merge was made?"

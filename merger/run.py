@@ -20,14 +20,13 @@ from merger.errors import DamagedError, MergerError, MissingError, Problem, Uplo
 from merger.evaluation import Measured, Measuring, carried_out, prepared
 from merger.locate import HUB
 from merger.methods.registry import methods
-from merger.options import Options, destination, exposed, needed_disk, to_hub
+from merger.options import Options, destination, exposed, needed_disk, placed, to_hub
 from merger.plan.geometry import Geometry, recalled
 from merger.plan.locked import LockedRecipe
 from merger.plan.parts import Part, share
 from merger.plan.plan import Plan, Shard
 from merger.plan.scores import Score
 from merger.recipe.model import Recipe
-from merger.safety.names import need_repo
 from merger.stores.content import bytes_of
 from merger.stores.folder import FolderSink
 from merger.stores.library import Library
@@ -36,6 +35,11 @@ from merger.stores.ports import Leftover, Published, Sink, Store
 if TYPE_CHECKING:
     from merger.engine.evaluate import Wanted
     from merger.engine.execute import Event
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The destination takes what is planned; the first event."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def unmade(planned: Plan, options: Options, count: int) -> Done | tuple[Part, ..
 
 def run(
     planned: Plan, store: Library, options: Options
-) -> Iterator[Event | Resumed | Measuring | Measured | Done | PartDone]:
+) -> Iterator[Event | Ready | Resumed | Measuring | Measured | Done | PartDone]:
     """Make what was planned and put it where it belongs; the last event is `Done`, of a part `PartDone`.
 
     Shards that an earlier run finished are not made again, and a model that is there already is not published again.
@@ -156,6 +160,7 @@ def run(
             ):  # its answers and torch's import take a second or two each
                 meanwhile.submit(warm)
             found = sink.prepare(planned.identity, shared=options.part is not None)
+        yield Ready()
         if found is None:
             yield from _made(planned, store, sink, options)
         else:
@@ -271,7 +276,7 @@ def leftovers(to: str) -> list[Leftover]:
         UploadError: the destination cannot be asked.
     """
     found = destination_sink(to).leftovers()
-    if not found and not to.startswith(HUB) and not os.path.lexists(os.path.expanduser(to)):
+    if not found and not placed(to).startswith(HUB) and not os.path.lexists(os.path.expanduser(to)):
         what = f"there is no folder {to!r}, nor a run that was to make it"
         raise MissingError(Problem(what, hint="paths are relative to the working directory; a repo starts with hf://"))
     return found
@@ -290,11 +295,11 @@ def destination_sink(to: str, token: str | None = None) -> Sink:
     """What is at a destination, for all but making a merge there.
 
     Raises:
-        RecipeError: a place on the Hub that cannot be called so.
+        RecipeError: a place on the Hub that cannot be called so, or a word that may be a folder or a repo.
     """
+    to = placed(to)
     if not to.startswith(HUB):
         return FolderSink(Path(to))
-    need_repo(to.removeprefix(HUB))
     from merger.stores.staging import HubSink
 
     return HubSink(to.removeprefix(HUB), token=token)

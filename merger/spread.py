@@ -24,7 +24,7 @@ from merger.plan.parts import Part, share
 from merger.plan.plan import Plan
 from merger.planning import is_lock, plan
 from merger.recipe.parse import parse
-from merger.run import Done, PartDone, Resumed, run, unmade
+from merger.run import Done, PartDone, Ready, Resumed, run, unmade
 from merger.stores.library import Library
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def suited(options: Options, engine: Engine) -> Options:
 
 def spread(
     planned: Plan, store: Library, options: Options, engine: Engine
-) -> Iterator[Event | Resumed | PartStarted | PartMade | Measuring | Measured | PartDone | Done]:
+) -> Iterator[Event | Ready | Resumed | PartStarted | PartMade | Measuring | Measured | PartDone | Done]:
     """Have the missing parts made elsewhere, then publish; the last event is `Done`.
 
     Raises:
@@ -93,6 +93,7 @@ def spread(
     """
     _refuse_what_stays(planned, options)
     found = unmade(planned, options, engine.parts)
+    yield Ready()
     if isinstance(found, Done):
         yield found
         return

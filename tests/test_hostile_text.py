@@ -349,7 +349,7 @@ def test_a_bar_may_go_back_on_a_terminal_and_nowhere_else() -> None:
         assert stream.getvalue() == "".join(told)
 
 
-@pytest.mark.parametrize("command", [["merger.cli", "_parser"], ["merger.action", "_step"]])
+@pytest.mark.parametrize("command", [["merger.cli", "parse"], ["merger.action", "_step"]])
 def test_a_bugs_traceback_is_guarded(command: list[str]) -> None:
     """What it says may be a stranger's."""
     module, broken = command

@@ -159,6 +159,13 @@ PACKED: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any] | None, str]]
     "MXFP4": ({"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.ones(2, dtype=torch.uint8),
                "model.layers.0.mlp.experts.gate_up_proj_scales": torch.ones(2, dtype=torch.uint8)},
               {"quant_method": "mxfp4"}, "is quantised by MXFP4; its stored numbers must not"),
+    "NVFP4": ({NAME: torch.ones(24, 8, dtype=torch.uint8), NAME + "_scale": torch.ones(24, 1).to(FP8),
+               NAME + "_scale_2": torch.tensor(1.0)}, {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+              "is quantised by NVFP4; its stored numbers must not"),
+    "NVFP4 that its config does not tell": ({NAME: torch.ones(24, 8, dtype=torch.uint8), NAME + "_scale_2":
+                                             torch.tensor(1.0)}, None, "is quantised by NVFP4; its stored numbers"),
+    "MLX": ({NAME: torch.ones(24, 2, dtype=torch.uint32), NAME.replace("weight", "scales"): torch.ones(24, 1),
+             NAME.replace("weight", "biases"): torch.ones(24, 1)}, None, "is quantised by MLX; its stored numbers"),
     "packed into words": ({NAME + "_packed": torch.ones(2, dtype=torch.int32)}, {"quant_method": "compressed-tensors"},
                           "is quantised by packed numbers; its stored numbers must not"),
     "a method nobody knows": ({}, {"quant_method": "own"}, "is quantised by own; its stored numbers must not"),

@@ -125,6 +125,7 @@ def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method |
         "parameters": _in_force(planned, table),
         "recipe": shown_recipe(planned),
         "plan": _plan(planned),
+        "beside": _beside(planned),
         "library": library(planned.config),
         "on_hub": "/" in name,
         "first_file": planned.shards[0].name,
@@ -191,6 +192,14 @@ def _plan(planned: Plan) -> dict[str, Any]:
         "files": len(planned.shards),
         "notes": planned.notes,
     }
+
+
+def _beside(planned: Plan) -> dict[str, Any]:
+    """Of files beside the tensors: which hold tensors that were not merged, what differs, and what is left out, why."""
+    reasons = dict.fromkeys(planned.left_beside.values())
+    left = [{"why": why, "files": [name for name, its in planned.left_beside.items() if its == why]} for why in reasons]
+    return {"base": shown(planned.locked.holder), "copied": planned.copied_tensors, "doubts": planned.doubts,
+            "left_out": left}  # fmt: skip
 
 
 def _method(method: Method | Told) -> dict[str, Any]:

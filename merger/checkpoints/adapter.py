@@ -26,6 +26,8 @@ from merger.safety.numbers import ANY, RANK, Range
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
+OF_MLX = "adapters.safetensors"
+"""MLX's, whose matrices are turned and named otherwise."""
 
 _PREFIX = re.compile(r"^base_model\.model\.")
 _PART = re.compile(

@@ -116,6 +116,7 @@ def _only(found: list[str], ending: str) -> str:
 
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
 _NAMES_SHOWN = 3
+_GGUF = ".gguf"
 _SHOWN = 60
 
 
@@ -165,6 +166,9 @@ def _without_safetensors(present: Iterable[str]) -> Problem:
             hint="such files can run code when they are loaded: convert the model with transformers' save_pretrained, "
             "or let --allow-pickle look for its tensors without running it",
         )
+    if packed := [name for name in files if name.endswith(_GGUF)]:
+        hint = "GGUF is made from a model, which its card names: merge that one, and convert the result"
+        return Problem(f"has no safetensors, only GGUF ({packed[0]})", hint=hint)
     hint = f"name the folder that is meant: .../{parts[0]}" if parts else "is this a model that transformers can load?"
     return Problem("has no safetensors", hint=hint)
 

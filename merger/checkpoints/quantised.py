@@ -94,6 +94,10 @@ def _refuse_packed(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | 
     known = next((_PACKED[last] for name in tensors if (last := name.rpartition(".")[2]) in _PACKED), None)
     if any(name.endswith("_blocks") and f"{name[:-7]}_scales" in tensors for name in tensors):
         raise _refusal("MXFP4", "let transformers read it back (Mxfp4Config(dequantize=True)), save it, and merge that")
+    if any(name.endswith("_scale_2") for name in tensors):
+        raise _refusal(str((said or {}).get("quant_algo") or "NVFP4"), _HINT)
+    if any(name.endswith(".scales") and f"{name[:-7]}.biases" in tensors for name in tensors):
+        raise _refusal("MLX", _HINT)
     if known is not None or (said is not None and method not in _READABLE):
         raise _refusal(_NAMES.get(method) or known or method or "an unnamed method", _HINT)
 

@@ -1,5 +1,5 @@
 """The small files beside the tensors that a model needs to be used: tokenizer, chat template, processor, generation;
-and its licence.
+the rest of its pipeline, its code, and its licence. What else lies there is left out, each file with its reason.
 
 Not here: config.json, which is edited (architecture), and the card, which is written anew (card).
 """
@@ -10,7 +10,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from merger.checkpoints.licence_file import is_notice, licence_files
+from merger.checkpoints.kinds import ADAPTER, CODE, TEMPLATE, TOKENIZER, WEIGHTS, kind
+from merger.checkpoints.licence_file import LICENCES, is_notice, licence_files
 
 _SIDE_FILE = re.compile(
     r"""^( tokenizer(_config)?\.json | tokenizer\.model(\.v\d+)? | [^/]*\.tiktoken | tekken\.json
@@ -41,13 +42,97 @@ EVALUATED_NAME = "merger.evaluation.json"
 PICTURES = "pictures/"
 """The folder beside a card that holds its pictures."""
 
-_CODE = re.compile(r"^[^/]+\.py$")
+MODULES = "modules.json"
+"""Of sentence-transformers: what comes after the model, each step in a folder such as ``1_Pooling``."""
+
+_PIPELINE = re.compile(
+    rf"{re.escape(MODULES)} | config_sentence_transformers\.json | sentence_\w+_config\.json"
+    r"| (\w+_)?\d+_[A-Za-z]\w*/[^/]+\.(json|txt|safetensors|model)",
+    re.VERBOSE,
+)
+_PROMPT = re.compile(r"system_prompt\.txt", re.IGNORECASE)
+_CODE = re.compile(r"[^/]+\.py")
 
 
 def side_files(files: Collection[str], config: Mapping[str, Any]) -> tuple[str, ...]:
     """Those of a model's files that its merge takes over; code files only where the config refers to some."""
-    wanted = [name for name in files if _SIDE_FILE.match(name) or ("auto_map" in config and _CODE.match(name))]
-    return tuple(sorted([*wanted, *(name for name in licence_files(files) if not is_notice(name))]))
+    folders = code_folders(config)
+    wanted = [name for name in files if _SIDE_FILE.match(name) or _PROMPT.fullmatch(name) or _is_code(name, folders)]
+    wanted += [*pipeline(files), *(name for name in licence_files(files) if not is_notice(name))]
+    return tuple(sorted(set(wanted)))
+
+
+def pipeline(files: Collection[str]) -> tuple[str, ...]:
+    """Those that say what sentence-transformers does with a model's output, with the tensors that it takes for that."""
+    return tuple(sorted(name for name in files if _PIPELINE.fullmatch(name))) if MODULES in files else ()
+
+
+def in_pipeline(name: str) -> bool:
+    """Whether a file may belong to such a pipeline: then it is published as it is, even if it holds tensors."""
+    return _PIPELINE.fullmatch(name) is not None
+
+
+def code_folders(config: Mapping[str, Any]) -> frozenset[str]:
+    """The folders, "" the model's own, with the code that a config refers to; of other repos' code none.
+
+    >>> sorted(code_folders({"auto_map": {"AutoModel": "code/modeling.Tiny", "AutoConfig": "org/other--config.Tiny"}}))
+    ['', 'code']
+    """
+    named = config.get("auto_map")
+    if named is None:
+        return frozenset()
+    values = named.values() if isinstance(named, Mapping) else ()
+    texts = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    paths = [text for text in texts if isinstance(text, str) and "--" not in text]
+    return frozenset(["", *(path.rpartition("/")[0] for path in paths)])
+
+
+def _is_code(name: str, folders: Collection[str]) -> bool:
+    folder, _, file = name.rpartition("/")
+    return folder in folders and _CODE.fullmatch(file) is not None
+
+
+def since_later(name: str) -> bool:
+    """Whether it is taken over, though earlier versions passed over it: the lock of a merge of theirs lacks it."""
+    return in_pipeline(name) or _PROMPT.fullmatch(name) is not None or ("/" in name and name.endswith(".py"))
+
+
+# ---- what is left out -----------------------------------------------------------------------------------------------
+
+_WRITTEN = re.compile(
+    rf"config\.json | {re.escape(CARD_NAME)} | {re.escape(LOCK_NAME)} | recipe\.yaml | {re.escape(MEASURED_NAME)}"
+    rf"| {re.escape(EVALUATED_NAME)} | mergekit_config\.ya?ml | {PICTURES}.* | {LICENCES}.* | (.*/)?\.[^/]+(/.*)?",
+    re.VERBOSE,
+)
+_WHY = {
+    ADAPTER: "an adapter lies beside the model, and is merged only where the recipe names it",
+    CODE: "code that its config.json does not name",
+    TOKENIZER: "no part of the tokenizer that the result has",
+    TEMPLATE: "no part of the tokenizer that the result has",
+    "": "tells people of the model itself",
+}
+
+
+def left_beside(files: Collection[str], taken: Collection[str]) -> dict[str, str]:
+    """The reasons why a result lacks files that lie beside its base's tensors; weights of other formats are none.
+
+    Args:
+        files: the base's files.
+        taken: those that the result has, whoever they are from.
+    """
+    passed = {*taken, *licence_files(files)}
+    rest = [name for name in sorted(files) if name not in passed and not _WRITTEN.fullmatch(name)]
+    return {name: why for name in rest if (why := _why(name, files))}
+
+
+def _why(name: str, files: Collection[str]) -> str | None:
+    what, folder = kind(name), name.rpartition("/")[0]
+    if what == WEIGHTS:
+        is_step = MODULES in files and re.fullmatch(r"(\w+_)?\d+_[A-Za-z]\w*", folder) is not None
+        return "a pickle, which may run code when it is read: the pipeline lacks its weights" if is_step else None
+    if name == "params.json" or (folder and any(kind(of) == WEIGHTS for of in files if of.startswith(f"{folder}/"))):
+        return "goes with weights that the result does not have"
+    return _WHY.get(what, "not known to be read by what loads the result")
 
 
 def read_beside(files: Collection[str], config: Mapping[str, Any]) -> tuple[str, ...]:

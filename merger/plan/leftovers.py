@@ -98,7 +98,8 @@ def _why(
     if not layers or (model.architecture.stacks and all(stack is None for stack, _ in layers)):
         return "the method takes no base model, so this one gives no tensors"
     if place.stack is not None and (place.stack, place.layer) not in layers:
-        return "its layer is in no layer_range"
+        ranges = any(source.layer_range for piece in recipe.slices for source in piece.sources)
+        return "its layer is in no layer_range" if ranges else f"{donor.name} has no such layer"
     if is_buffer(name):
         return "a constant, not a trained tensor"
     if model.is_tied_head(name):

@@ -5,6 +5,7 @@ Not here: what is made of them (jobs).
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,15 +36,15 @@ from merger.checkpoints.pickled import is_pickled
 from merger.checkpoints.pickled import tensors as pickled_tensors
 from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.quantised import unpacked
-from merger.checkpoints.sidefiles import read_beside
+from merger.checkpoints.sidefiles import pipeline, read_beside
 from merger.errors import MissingError, ModelError, Problem, RecipeError
 from merger.plan.adapted import with_adapter
 from merger.plan.locked import LockedModel, LockedRecipe, stated_licence
 from merger.recipe.model import ModelRef, Recipe
 from merger.recipe.tokenizer import AUTO
 from merger.safety import limits
-from merger.safety.paths import COPY
-from merger.stores.ports import FileInfo, Located, Store
+from merger.safety.paths import POINTER, remedy
+from merger.stores.ports import PIECE_BYTES, FileInfo, Located, Store
 
 GENERATION = "generation_config.json"
 _FRONT_MATTER = re.compile(r"\s*---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
@@ -256,7 +257,11 @@ class _Fetching:
         begins = STEM if alone or (self.pickles and is_pickled(located.files)) else _stem(located)
         checkpoint = Checkpoint(found.tensors, found.config, begins)
         card, licence = _licensed(located, store)
-        return LockedModel(ref, located, checkpoint, card, scaled=found.scaled, aside=found.aside, licence_file=licence)
+        steps = {name: _contents(located, name, store) for name in pipeline(located.files)}
+        aside, scaled = found.aside, found.scaled
+        return LockedModel(
+            ref, located, checkpoint, card, scaled=scaled, aside=aside, licence_file=licence, pipeline=steps
+        )
 
     def adapter(self, ref: ModelRef) -> LockedModel:
         located = self._located(ref)
@@ -269,10 +274,24 @@ class _Fetching:
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
 
 
+def _contents(located: Located, name: str, store: Store) -> frozenset[str]:
+    """Names of what a file holds: those that its store tells, else its SHA-256 and git's, for which it is read."""
+    info = located.files[name]
+    told = frozenset(each for each in (info.sha256, info.oid) if each)
+    if told or info.size > limits.SIDE.most:
+        return told
+    ours, gits = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % info.size, usedforsecurity=False)
+    for start in range(0, info.size, PIECE_BYTES):
+        piece = store.fetch(located, name, start, min(start + PIECE_BYTES, info.size))
+        ours.update(piece)
+        gits.update(piece)
+    return frozenset((ours.hexdigest(), gits.hexdigest()))
+
+
 def _refuse_barred(located: Located, config: Mapping[str, Any]) -> None:
     """What a merge would publish of a model, or read for its card, must be the model's own."""
     barred = {name: located.files[name].barred for name in read_beside(located.files, config)}
-    if problems := [Problem(f"{name} {why}", hint=COPY) for name, why in barred.items() if why]:
+    if problems := [Problem(f"{name} {why}", hint=remedy(why)) for name, why in barred.items() if why]:
         raise ModelError(problems)
 
 
@@ -280,6 +299,9 @@ def _check_adapter_files(located: Located) -> None:
     if adapters.CONFIG not in located.files:
         hint = "is it a LoRA adapter as PEFT saves it?"
         raise ModelError(Problem(f"has no {adapters.CONFIG}", hint=hint))
+    if adapters.TENSORS not in located.files and adapters.OF_MLX in located.files:
+        hint = "merge it into its model with mlx_lm.fuse (--dequantize), and name the folder of the result"
+        raise ModelError(Problem(f"is an adapter of MLX ({adapters.OF_MLX}), and only PEFT's are read", hint=hint))
     if adapters.TENSORS not in located.files:
         pickled = adapters.PICKLED in located.files
         what = f"has no {adapters.TENSORS}" + (f", only {adapters.PICKLED}" if pickled else "")
@@ -358,6 +380,8 @@ def tensors_of(
 
 
 def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
+    if located.files[file].barred == POINTER:
+        raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
     size = located.files[file].size
     # a pool of its own: where each tensor is takes a request, and this one's pool waits for them
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
@@ -378,6 +402,8 @@ def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally
     Raises:
         ModelError: it cannot be read, is damaged, or holds too many tensors.
     """
+    if located.files[file].barred == POINTER:
+        raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
     size = located.files[file].size
     length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
     tallies = tallies or (limits.Tally(limits.MODEL_TENSORS),)

@@ -44,6 +44,7 @@ class LockedModel:
         changes: what that makes of its tensors, by their names.
         brought: the names of tensors that are in the adapter alone.
         licence_file: which licence the file beside it is, where its card names none.
+        pipeline: of the files of its pipeline what each of them holds: two with a name in common are equal.
     """
 
     ref: ModelRef
@@ -58,6 +59,7 @@ class LockedModel:
     changes: Mapping[str, Change] = field(default_factory=dict, repr=False)
     brought: tuple[str, ...] = ()
     licence_file: str | None = None
+    pipeline: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def architecture(self) -> Architecture:

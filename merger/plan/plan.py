@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from merger.checkpoints.adapter import CONFIG, TENSORS
-from merger.checkpoints.checkpoint import ITEM_BYTES
+from merger.checkpoints.checkpoint import ITEM_BYTES, is_weights
 from merger.checkpoints.shard import header, shard_name
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
@@ -25,7 +25,7 @@ from merger.plan.loras import make_lora
 from merger.plan.rows import RowMap, RowPairs, held
 from merger.plan.sources import Made
 from merger.plan.stages import with_stages
-from merger.plan.texts import Texts, beside_adapter, passed_on, texts
+from merger.plan.texts import Texts, beside_adapter, left_out_files, other_pipelines, passed_on, texts
 from merger.plan.tokens import Tokens
 from merger.plan.work import below, block_entries, memory, spool
 from merger.stores.content import HELD_BYTES
@@ -41,6 +41,9 @@ READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
 _BASELINE_BYTES = 420 << 20
 _BYTES_A_JOB = 6_000
+_TOLD = 3
+"""How many of the things that take memory a refusal names, the largest first."""
+
 _COMMITTED_BYTES, _TIMES_COMMITTED = 10_000_000, 3
 """The Hub takes files beyond that as large ones, piece by piece; the others are text in the commit."""
 
@@ -124,6 +127,21 @@ class Plan:
         return "config.json" if self.locked.recipe.lora is None else CONFIG
 
     @property
+    def left_beside(self) -> Mapping[str, str]:
+        """The base's files beside its tensors that the result lacks, each with the reason."""
+        return left_out_files(self.locked, self.texts)
+
+    @property
+    def copied_tensors(self) -> tuple[str, ...]:
+        """Files of tensors that are passed on as they are: of what follows after the model in its pipeline."""
+        return tuple(name for name in self.texts.taken if is_weights(name))
+
+    @property
+    def doubts(self) -> list[str]:
+        """Sentences on files beside the tensors that are of one parent, and other ones in others."""
+        return other_pipelines(self.locked, self.texts)
+
+    @property
     def jobs(self) -> tuple[Job, ...]:
         """Every job in the order of the output."""
         return tuple(job for shard in self.shards for job in shard.jobs)
@@ -186,6 +204,7 @@ class Plan:
                 "source": self.tokens.source,
             },
             "side_files": list(self.texts.taken),
+            "side_files_left_out": dict(self.left_beside),
             "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
             "stages": [
                 {
@@ -324,16 +343,25 @@ def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:
         candidate = replace(candidate, peak_memory=_peak_memory(candidate, table) + budget.sending)
         if budget.memory is None or candidate.peak_memory <= budget.memory:
             return candidate
+    takes = {**_takes(candidate, table), "what is sent at once": budget.sending}
     what = f"this merge needs {candidate.peak_memory:,} bytes of memory, and {budget.memory:,} are allowed"
-    raise BudgetError(Problem(what, hint="raise --max-memory: this is the least, with one thread and small buffers"))
+    largest = sorted(takes.items(), key=lambda item: -item[1])[:_TOLD]
+    told = ", ".join(f"{nbytes:,} for {name}" for name, nbytes in largest if nbytes)
+    hint = f"raise --max-memory: this is the least, with one thread and small buffers: {told}"
+    raise BudgetError(Problem(what, hint=hint))
 
 
 def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
+    return sum(_takes(plan, table).values())
+
+
+def _takes(plan: Plan, table: Mapping[str, Method]) -> dict[str, int]:
     """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead.
 
     Of what is computed before the first block: what that takes, if it is more, and what is held of it.
     """
     thread = max((memory(job, table) for job in plan.jobs), default=0)
+    widest = next((job.name for job in plan.jobs if memory(job, table) == thread), "no tensor")
     waiting = (
         BLOCKS_IN_FLIGHT
         * plan.threads
@@ -344,8 +372,18 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
     made = [*plan.jobs, *(made.job for made in plan.stages)]
     tokens = _tokenizer_memory(plan) + sum(held(source) for job in made for source in job.sources)
     before, kept = routing.memory(plan.locked, plan.jobs, table, plan.threads)
-    work = max(plan.threads * thread + waiting, before, _side_memory(plan)) + kept
-    return _BASELINE_BYTES + work + 2 * plan.read_ahead + jobs + tokens
+    work, what = max(
+        (plan.threads * thread + waiting, f"the work on {widest}"),
+        (before, "what is worked out before the first tensor"),
+        (_side_memory(plan), "the files beside the tensors"),
+    )
+    return {
+        "Python and torch": _BASELINE_BYTES,
+        what: work + kept,
+        "what is read ahead": 2 * plan.read_ahead,
+        f"the list of {len(plan.jobs) + len(plan.left_out):,} tensors": jobs,
+        "tokenizers": tokens,
+    }
 
 
 def _side_memory(plan: Plan) -> int:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from merger.checkpoints import chat, vocab
 from merger.checkpoints.config import renumbered
 from merger.checkpoints.licence_file import licence_files
-from merger.checkpoints.sidefiles import side_files, tokenizer_files
+from merger.checkpoints.sidefiles import left_beside, side_files, tokenizer_files
 from merger.checkpoints.vocab import Json
-from merger.errors import ModelError, Problem
+from merger.errors import ModelError, Problem, few
 from merger.plan.lock import GENERATION
-from merger.plan.locked import LockedRecipe, StageModel
+from merger.plan.locked import LockedModel, LockedRecipe, StageModel
 from merger.plan.tokens import Tokens
 from merger.recipe.tokenizer import AUTO, CHAT_TEMPLATES
 from merger.safety.limits import CONFIG, LICENCE, SIDE, SIDES, excess, parsed
@@ -105,6 +105,29 @@ def passed_on(locked: LockedRecipe, small: Texts) -> list[FileInfo]:
     if problem := excess(SIDES.what, sum(info.size for info in found), SIDES):
         raise ModelError(problem)
     return found
+
+
+def left_out_files(locked: LockedRecipe, small: Texts) -> dict[str, str]:
+    """The files of the base that a model made of it lacks, each with the reason."""
+    return left_beside(locked.holder.located.files, small.taken) if locked.recipe.lora is None else {}
+
+
+def other_pipelines(locked: LockedRecipe, small: Texts) -> list[str]:
+    """Sentences on files of sentence-transformers that are the base's own, and other ones in other models."""
+    base = locked.holder
+    if locked.recipe.lora is not None or not any(model.pipeline for model in locked.merged):
+        return []
+    others = {name: [model.name for model in locked.merged if model.pipeline and _differs(model, base, name)]
+              for model in locked.merged for name in model.pipeline}  # fmt: skip
+    told = "it lies in none of the result's folders" if not base.pipeline else f"the result has what {base.name} has"
+    return [f"{name} differs in {few(names)}: {told}" for name, names in sorted(others.items()) if names]
+
+
+def _differs(model: LockedModel, base: LockedModel, name: str) -> bool:
+    one, other = model.pipeline.get(name), base.pipeline.get(name)
+    if one is None or other is None:
+        return one is not other
+    return one != other and not one & other
 
 
 def _small(locked: LockedRecipe, number: int) -> Texts:

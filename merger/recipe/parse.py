@@ -462,7 +462,10 @@ def _with_other(fields: Fields, key: str, what: str) -> str | None:
 
 def _repo(place: Place) -> str | None:
     text = place.text("owner/name")
-    if text is None or names.is_repo(text):
-        return text
+    if text is None:
+        return None
+    name = names.destined(text)
+    if names.is_repo(name):
+        return name
     place.error(f"{text!r} is no repo's name on the Hub", names.HINT)
     return None

@@ -184,7 +184,7 @@ def _expert() -> Json:
 def _publish() -> Json:
     flag = _flag()
     shapes = {
-        "repo": _or_null(_text(pattern=names.REPO)),
+        "repo": _or_null(_text(pattern=f"{names.REPO}|{names.PAGE}")),
         "private": flag,
         **{key: _or_null(_text()) for key in ("license", "license_name", "license_link", "license_override")},
         "create_pr": flag,

@@ -19,6 +19,7 @@ from merger.recipe.model import ModelRef
 from merger.recipe.places import Fields, Place
 from merger.recipe.settings import Parameters, Rule, Setting
 from merger.recipe.spans import Node, Scalar
+from merger.safety.names import named
 
 REFERENCE = ("model", "lora", "override_architecture")
 PATH = ("path", "revision")
@@ -63,7 +64,7 @@ def _of_text(place: Place, text: str) -> ModelRef:
 
 def _pinned(place: Place, text: str) -> ModelRef:
     """The ``PATH[@REVISION]`` in a part of a reference."""
-    path, *revisions = text.strip().split("@")
+    path, *revisions = named(text.strip()).split("@")
     if len(revisions) > 1:
         place.error(f"{text!r} holds more than one @", _PARTS)
     if not all([path, *revisions]):
@@ -90,7 +91,12 @@ def _path(place: Place) -> ModelRef:
     name = path.text(_A_MODEL) if path else None
     revision = fields.get("revision") if fields else None
     pin = revision.text("a branch, a tag or a commit") if revision else None
-    return _checked(place, ModelRef(name, pin)) if name is not None else UNREADABLE
+    if name is None:
+        return UNREADABLE
+    if named(name) == name:
+        return _checked(place, ModelRef(name, pin))
+    found = _pinned(place, name)
+    return replace(found, revision=pin or found.revision)
 
 
 def _checked(place: Place, found: ModelRef) -> ModelRef:

@@ -6,6 +6,7 @@ Not here: whether there is such a repo, and who may write to it (stores).
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 from merger.errors import Problem, RecipeError
 
@@ -15,11 +16,40 @@ HINT = (
 )
 
 _PART = "[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_NO_MODELS = ("datasets/", "spaces/", "kernels/", "buckets/", "docs/", "papers/", "collections/", "blog/")
 _OTHER_KINDS = "(?:models|datasets|spaces|kernels|buckets)/"
 REPO = rf"^(?!.*(?:--|\.\.|\.git$))(?!{_OTHER_KINDS}){_PART}/{_PART}$"
 """One pattern, for Python and for JSON Schema alike."""
 
+PAGE = r"^https?://(?:huggingface\.co|hf\.co)/"
+"""How the address of a page begins, in the same way."""
+
 _REPO = re.compile(REPO)
+
+
+_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/?#\s]+/[^/?#\s]+)"
+    r"(?:/(?:tree|blob|resolve|raw|commits?)/(?P<revision>[^/?#\s]+)(?:/(?P<inside>[^?#\s]+))?)?(?:[/?#]\S*)?"
+)
+
+
+def named(text: str) -> str:
+    """The model that words name: of a page's address, or of what follows ``hf://``; other words are as they are.
+
+    >>> named("https://huggingface.co/org/name/tree/v1"), named("hf://org/name"), named("./org/name")
+    ('org/name@v1', 'org/name', './org/name')
+    """
+    page = _PAGE.fullmatch(text.strip())
+    if page is None or page["repo"].startswith(_NO_MODELS):
+        return text.removeprefix("hf://")
+    inside = (page["inside"] or "").strip("/")
+    within = f"/{inside}" if inside and ("/tree/" in text or inside.endswith(".safetensors")) else ""
+    return page["repo"] + within + (f"@{unquote(page['revision'])}" if page["revision"] else "")
+
+
+def destined(text: str) -> str:
+    """The repo that words name as a destination: its page may be that of its main branch."""
+    return named(text).removesuffix("@main") if _PAGE.fullmatch(text.strip()) else named(text)
 
 
 def is_repo(name: str) -> bool:

@@ -65,7 +65,10 @@ SIZE = Range(0, 1 << 60)
 
 _WHOLE = re.compile(r"\s*[-+]?[0-9]+\s*")
 _DECIMAL = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*")
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?)?B?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?)?(B?)\s*", re.IGNORECASE)
+_NO_SIZE, _GIGABYTES = 2000, 256
+"""So few bytes are no size of anything; a number below the second one was meant as gigabytes, else as megabytes."""
+
 _UNITS = {
     "": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40,
 }  # fmt: skip
@@ -102,10 +105,12 @@ def nbytes(text: str) -> int:
     Raises:
         ValueError: it is no size, or none that a machine can have; in a sentence.
     """
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", text))
     found = Decimal(match[1]) * _UNITS[(match[2] or "").upper()] if match and len(text) <= MAX_DIGITS else Decimal(0)
     if not BYTES.holds(int(found)):
         raise ValueError(f"{shortened(text)} is no size; write for example 500MB, 4GB or 4GiB")
+    if match and not (match[2] or match[3]) and found < _NO_SIZE:
+        raise ValueError(f"{text.strip()} bytes? write {match[1]}{'GB' if found < _GIGABYTES else 'MB'}")
     return int(found)
 
 

@@ -21,11 +21,29 @@ ANYWHERE = Path("/")
 COPY = "put the file itself there, or take the link out"
 """The next step where a file in a folder is barred."""
 
+POINTER = "is a pointer of Git LFS, not the file itself"
+_FETCH = "git lfs pull, in its folder, fetches the files; or download the model with hf download owner/name"
+_POINTS, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class BarredError(Exception):
     """Nothing may be read of a file; its words are the end of a sentence that begins with the file's name."""
+
+
+def remedy(barred: str) -> str:
+    """The next step where a file in a folder is barred for this reason."""
+    return _FETCH if barred == POINTER else COPY
+
+
+def points(place: Path) -> bool:
+    """Whether a clone without Git LFS left this in the file's place; of what cannot be read nothing is known."""
+    try:
+        size = place.stat().st_size
+        return len(_POINTS) < size < _POINTER_BYTES and read(place, 0, len(_POINTS)) == _POINTS
+    except OSError:
+        return False
 
 
 def resolve(path: str, root: Path | None) -> Path:

@@ -20,7 +20,7 @@ from merger import machine
 from merger.checkpoints.checkpoint import is_single, is_weights
 from merger.checkpoints.plain_yaml import load
 from merger.checkpoints.shard import Outlet, Written, file_sha256
-from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME
+from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, in_pipeline
 from merger.errors import BudgetError, MissingError, ModelError, Problem, UploadError, few
 from merger.safety import limits, paths, secrets
 from merger.safety.paths import ANYWHERE, BarredError
@@ -80,16 +80,17 @@ class FolderStore:
 
 
 def _reached(folder: str, file: str, root: Path | None) -> Path:
-    """What lies behind a name; a link out of the folder is followed to weights alone, for all else may be published."""
-    return paths.reach(folder, file, root, leaves=is_weights(file))
+    """What lies behind a name; a link out of the folder is followed to its own weights: all else may be published."""
+    return paths.reach(folder, file, root, leaves=is_weights(file) and not in_pipeline(file))
 
 
 def _info(folder: Path, name: str, root: Path | None) -> FileInfo:
     try:
-        stat = _reached(str(folder), name, root).stat()
+        place = _reached(str(folder), name, root)
     except BarredError as why:
         return FileInfo(0, barred=str(why))
-    return FileInfo(stat.st_size, changed=stat.st_mtime_ns)
+    stat = place.stat()
+    return FileInfo(stat.st_size, changed=stat.st_mtime_ns, barred=paths.POINTER if paths.points(place) else None)
 
 
 def _files(folder: Path) -> list[str]:

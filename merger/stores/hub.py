@@ -181,7 +181,7 @@ def _in_words(error: Exception, path: str, revision: str | None) -> Problem:
         case HFValidationError():
             return Problem(f"{path!r} is no model's name", hint="write owner/name, or ./folder")
         case OfflineModeIsEnabled():
-            return Problem(f"{path} is on the Hub, and HF_HUB_OFFLINE forbids to ask it", hint="unset HF_HUB_OFFLINE")
+            return Problem(f"the Hub may not be asked for {path}: HF_HUB_OFFLINE is set", hint="unset HF_HUB_OFFLINE")
         case OIDCError():
             return no_token(error, path)
         case UnreadableAnswer() | ValueError() if status_of(error) is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
+from merger.errors import MissingError, ModelError
 from merger.stores.content import taken
 from merger.stores.ports import Content, Located, Reader, Store, Ticket
 
@@ -12,10 +14,15 @@ _HASHED_AT_ONCE = 16 << 20
 
 
 class Library:
-    """The stores in the order they are asked; the last one answers for whatever no other has."""
+    """The stores in the order they are asked; the last one answers for whatever no other has.
 
-    def __init__(self, stores: Sequence[Store]) -> None:
-        self._stores = stores
+    Args:
+        stores: the stores.
+        looked_here: whether one before the last looked for a folder: a refusal says that there is none either.
+    """
+
+    def __init__(self, stores: Sequence[Store], looked_here: bool = False) -> None:
+        self._stores, self._looked_here = stores, looked_here
         self._of: dict[Located, Store] = {}
         self._checksums: dict[object, str] = {}
 
@@ -26,7 +33,16 @@ class Library:
     def locate(self, path: str, revision: str | None) -> Located:
         """Find a model in its store."""
         store = next((store for store in self._stores[:-1] if store.has(path)), self._stores[-1])
-        located = store.locate(path, revision)
+        try:
+            located = store.locate(path, revision)
+        except ModelError as error:
+            unsure = (isinstance(error, MissingError) and revision is None) or "/" not in path
+            if self._looked_here and unsure and store is self._stores[-1]:
+                nor = f"there is no folder {path!r} here, and"
+                raise type(error)(
+                    [replace(problem, what=f"{nor} {problem.what}") for problem in error.problems]
+                ) from None
+            raise
         self._of[located] = store
         return located
 

@@ -162,6 +162,14 @@ def test_what_only_another_model_has_is_left_out(tmp_path: Path) -> None:
     }
 
 
+def test_layers_that_the_first_model_lacks_are_in_no_layer_range_only_where_there_is_one(tmp_path: Path) -> None:
+    """A recipe without layer_range is not blamed for one."""
+    held = {**llama(), "tower.blocks.0.weight": ("BF16", (8, 8)), "tower.blocks.1.weight": ("BF16", (8, 8))}
+    assert fates(tmp_path, llama(), held) == {
+        f"other tower.blocks.{layer}.weight": "left: one has no such layer" for layer in (0, 1)
+    }
+
+
 def test_a_head_that_the_config_calls_the_embedding_is_left_out(tmp_path: Path) -> None:
     """Old files hold tied heads as tensors of their own; loaders pass over them."""
     why = "left: the head is the embedding, as the model's config says"

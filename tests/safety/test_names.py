@@ -15,7 +15,7 @@ from merger.cli import main
 from merger.errors import MergerError, RecipeError
 from merger.options import Options, destination
 from merger.planning import read_text
-from merger.safety.names import is_repo
+from merger.safety.names import is_repo, named
 from space import form
 from space.form import Form, Row
 
@@ -23,7 +23,7 @@ NONE = [
     "alice/..", "alice/.", "../alice", "alice/a..b", "alice/a--b", "alice/-a", "alice/a-", "alice/.a", "alice/a.",
     "alice/a.git", "alice", "alice/", "/a", "alice/a/b", "alice/a b", "alice/a\n", "alice/ä", "alice/" + 97 * "a",
     97 * "a" + "/a", "al--ice/a", "-alice/a", "alice-/a", "datasets/a", "spaces/a", "models/a", "buckets/a",
-    "kernels/a", "alice/a@main", "alice/%2e%2e", "alice\\a", "~/a", "", "https://huggingface.co/alice/a",
+    "kernels/a", "alice/a@main", "alice/%2e%2e", "alice\\a", "~/a", "", "https://huggingface.co/alice", "https://example.org/alice/a",
 ]  # fmt: skip
 SOME = ["a/b", "alice/merged-7b", "Al_ice/a.b_c-d", "0/0", f"{96 * 'a'}/{96 * 'a'}", "alice/agit", "alice/a.git.b"]
 BODY = "merge_method: linear\nmodels:\n  - model: org/a\nparameters: {weight: 1}\npublish:\n  repo: "
@@ -63,6 +63,52 @@ def test_every_command_refuses_such_a_destination(
     line = {"plan": [str(recipe), "--to"], "run": [str(recipe), "--to"]}.get(command, [])
     assert main([command, *line, "hf://alice/.."]) == 2
     assert "'alice/..' is no repo's name on the Hub" in capsys.readouterr().err
+
+
+PAGES = {
+    "https://huggingface.co/alice/a": "alice/a",
+    "https://huggingface.co/alice/a/": "alice/a",
+    " http://www.huggingface.co/alice/a?library=transformers ": "alice/a",
+    "huggingface.co/alice/a#usage": "alice/a",
+    "https://hf.co/alice/a": "alice/a",
+    "https://huggingface.co/alice/a/tree/main": "alice/a@main",
+    "https://huggingface.co/alice/a/tree/refs%2Fpr%2F3": "alice/a@refs/pr/3",
+    "https://huggingface.co/alice/a/tree/v1/onnx/deep": "alice/a/onnx/deep@v1",
+    "https://huggingface.co/alice/a/commit/0123abc": "alice/a@0123abc",
+    "https://huggingface.co/alice/a/commits/main": "alice/a@main",
+    "https://huggingface.co/alice/a/blob/main/config.json": "alice/a@main",
+    "https://huggingface.co/alice/a/resolve/v1/x/a.safetensors?download=true": "alice/a/x/a.safetensors@v1",
+    "https://huggingface.co/alice/a/discussions/3": "alice/a",
+    "hf://alice/a@v1": "alice/a@v1",
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_pasted_address_names_its_model(page: str, tmp_path: Path) -> None:
+    """The same in a recipe, for a model in any form; a destination is a repo, and nothing inside of it."""
+    name = PAGES[page]
+    assert named(page) == name
+    path, _, revision = name.partition("@")
+    for form_of in (f'"{page}"', f'{{model: "{page}"}}', f'{{model: {{path: "{page}"}}}}'):
+        recipe = read_text(f"merge_method: passthrough\nmodels:\n  - model: {form_of}\n", "r.yaml")
+        assert [(ref.path, ref.revision) for ref in recipe.models] == [(path, revision or None)]
+    if page.split("://")[0] != "hf" and name.removesuffix("@main") == "alice/a":
+        published = read_text(f'{BODY}"{page}"', "r.yaml")
+        assert published.publish.repo == "alice/a"
+        assert destination(recipe, Options(to=page)) == "hf://alice/a"
+    else:
+        with pytest.raises(RecipeError, match="is no repo's name on the Hub"):
+            destination(recipe, Options(to=page))
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["./alice/a", "alice/a", "/hf.co/alice/a", "https://example.org/alice/a", "https://huggingface.co/alice",
+     "https://huggingface.co/datasets/alice/a", "https://huggingface.co/spaces/alice/a/tree/main"],
+)  # fmt: skip
+def test_what_is_no_address_of_a_model_stays_as_it_is(words: str) -> None:
+    """Pages of other kinds, other hosts, folders, names."""
+    assert named(words) == words
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -162,7 +162,7 @@ def test_a_passing_trouble_of_the_hub_does_not_stop_a_run(hub: LoopbackHub, clie
         ((locate, "no such/name"), "'no such/name' is no model's name", "owner/name"),
         ((fetch, "other/gated", "config.json"), "other/gated is gated and this account has no access", "accept its"),
         ((locate_at, "http://127.0.0.1:9", REPO), f"the Hub cannot be reached for {REPO} (ConnectError)", "network"),
-        ((locate_offline, REPO), f"{REPO} is on the Hub, and HF_HUB_OFFLINE forbids to ask it", "unset"),
+        ((locate_offline, REPO), f"the Hub may not be asked for {REPO}: HF_HUB_OFFLINE is set", "unset"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_said_in_a_sentence_with_a_next_step(
