@@ -373,7 +373,7 @@ def test_the_readers_token_reads_and_the_writers_writes(clone: Checkout, served:
     alone = step(served, clone, tmp_path / "runner", hf_token=WRITER, mode="plan")
     assert alone.returncode == 3
     assert (
-        "::error file=merges/mine.yaml,line=4,col=12,title=Merger::models[bob/hidden]: there is no model"
+        "::error file=merges/mine.yaml,line=4,col=12,title=Merger::models[bob/hidden]: there is no folder"
         in alone.stdout
     )
     served.clear_log()

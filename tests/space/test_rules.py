@@ -25,7 +25,6 @@ STRANGE = [
     "file:///etc/passwd",
     "http://127.0.0.1/model",
     "https://example.org/model",
-    "hf://org/model",
     "$HOME/model",
     "${HF_TOKEN}/model",
     "org/..",
@@ -64,7 +63,14 @@ def test_wherever_a_recipe_names_a_model(place: str) -> None:
 
 
 WORDS = {"Slice.method", "Module.name", "Lora.include", "Lora.exclude", "Taken.filter", "TokenOf.token"}
-WORDS |= {"TokenRow.token", "Tokenizer.missing", "ChatTemplate.text", "Mixture.gate_mode", "Mixture.architecture"}
+WORDS |= {
+    "TokenRow.token",
+    "Tokenizer.missing",
+    "Tokenizer.rows",
+    "ChatTemplate.text",
+    "Mixture.gate_mode",
+    "Mixture.architecture",
+}
 WORDS |= {"Expert.positive_prompts", "Expert.negative_prompts", "Recipe.path", "Recipe.text", "Recipe.name"}
 WORDS |= {"Recipe.dtype", "Publish.repo", "Publish.license", "Publish.license_name", "Publish.license_link"}
 WORDS |= {"Publish.license_override", "Publish.left_out", "TokenRow.source", "Tokenizer.source"}
