@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -69,10 +70,8 @@ def test_an_option_out_of_range_is_refused_by_name(
     command: tuple[str, ...], option: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit 2 and a short sentence that begins with the option; Python's own words for huge numbers are never shown."""
-    with pytest.raises(SystemExit) as caught:
-        cli.main([*command, f"{option}={text}"])
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert caught.value.code == 2
+    assert cli.main([*command, f"{option}={text}"]) == 2
+    told = capsys.readouterr().err.splitlines()[0]
     assert f"argument {option}" in told
     assert len(told) < 300
     assert "int" not in told.replace("prints", "").split()
@@ -92,7 +91,7 @@ def test_any_text_is_a_number_in_range_or_a_sentence(text: str) -> None:
     """No other error, and no number outside."""
     whole = read(partial(numbers.whole, within=numbers.SEED), text, "is no whole number from")
     number = read(partial(numbers.decimal, within=numbers.ANY), text, "is no number from")
-    size = read(numbers.nbytes, text, "is no size")
+    size = read(numbers.nbytes, text, r"is no size|bytes\? write")
     part = read(Part.parse, text, "write for example 3/8")
     assert whole is None or numbers.SEED.holds(whole)
     assert number is None or numbers.ANY.holds(number)
@@ -105,7 +104,7 @@ def read(parse: Callable[[str], Any], text: str, refusal: str) -> Any:
     try:
         return parse(text)
     except ValueError as error:
-        if refusal not in str(error):
+        if not re.search(refusal, str(error)):
             raise
         return None
 
