@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT / "examples" / "zoo"
 RECIPE = "examples/recipes/task-arithmetic.yaml"
-MERGE = "out/demo"
+MERGE = "./out/demo"
 TEXTS = ("kjv", "python")
 WINDOW = 128
 PROMPTS = ("And the LORD said", "import os\n\ndef main")
