@@ -141,7 +141,8 @@ def other_contents(
         others: files that are known not to be the lock's.
     """
     located, output = merge.located, merge.held.output
-    if unlocked := [name for name in _promised(planned, made) if name not in output and not since_later(name)]:
+    promised = [name for name in _promised(planned, made) if not since_later(name, merge.held.format)]
+    if unlocked := [name for name in promised if name not in output]:
         yield Problem(f"the lock says nothing of {few(unlocked)}", hint="was it changed after the merge was made?")
     if unsure := [name for name, info in output.items() if info.sha256 is None]:
         hint = "merger writes one of every file that it makes: was the lock changed after the merge was made?"

@@ -92,9 +92,11 @@ def _is_code(name: str, folders: Collection[str]) -> bool:
     return folder in folders and _CODE.fullmatch(file) is not None
 
 
-def since_later(name: str) -> bool:
-    """Whether it is taken over, though earlier versions passed over it: the lock of a merge of theirs lacks it."""
-    return in_pipeline(name) or _PROMPT.fullmatch(name) is not None or ("/" in name and name.endswith(".py"))
+def since_later(name: str, format: int) -> bool:
+    """Whether it is taken over, though versions of a lock's format passed over it, so that the lock lacks it."""
+    return format < 2 and (
+        in_pipeline(name) or _PROMPT.fullmatch(name) is not None or ("/" in name and name.endswith(".py"))
+    )
 
 
 # ---- what is left out -----------------------------------------------------------------------------------------------
