@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merger.safety.limits import BODY
 
-_LINGER_SECONDS, _LINGER_PARTS = 2.0, 200
+_LINGER_SECONDS, _LINGER_PARTS = 0.5, 200
 """Of 64 kB each, as the server hands them on."""
 
 

@@ -29,7 +29,7 @@ from merger.recipe.parse import parse
 from merger.recipe.settings import Rule
 
 THOROUGH = os.environ.get("RELIABILITY") == "all"
-TRIALS, PROCESSES = (2000, 50) if THOROUGH else (150, 5)
+TRIALS, PROCESSES = (2000, 50) if THOROUGH else (80, 5)
 ENDS = {0, 2, 3, 4, 5, 6, 7, 8, 9}
 MAX_MEMORY = 700_000_000
 CALL = """

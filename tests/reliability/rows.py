@@ -28,7 +28,7 @@ ANEW = "makes it anew, as `--force` says"
 NOT_NEEDED = "need not be given"
 
 SIGKILL = -9
-NO_ANSWER_SECONDS = 2.0
+NO_ANSWER_SECONDS = 1.0
 """Our patience in cases without an answer, in place of half a minute."""
 
 
