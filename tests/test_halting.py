@@ -12,12 +12,13 @@ from pathlib import Path
 import forks
 import pytest
 import tiny
-from conftest import WRITER
 from loopback import LoopbackHub
 
 from merger.checkpoints.shard import Written
 from merger.errors import UploadError
 from merger.stores.folder import FolderSink
+
+WRITER = "hf_writer_of_org"
 
 BEGIN = "import subprocess, sys, time\nfrom merger.machine import halting\n"
 SLEEPER = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
