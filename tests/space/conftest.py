@@ -21,14 +21,22 @@ Visit = Callable[..., "Visitor"]
 
 
 @pytest.fixture(scope="module")
-def space(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedSpace]:
-    """A Space in a process of its own that makes files of a megabyte, so that a merge of the zoo has three.
+def variables() -> dict[str, str]:
+    """Of the Space's environment; a file of tests may have others.
 
-    It moves 20 MB a merge at most; one of the zoo reads and writes 11.
+    It makes files of a megabyte, so that a merge of the zoo has three, and moves 20 MB a merge at most; one of the zoo
+    reads and writes 11.
     """
+    return {"MERGER_SPACE_SHARD_SIZE": "1MB", "MERGER_SPACE_TRAFFIC": "20MB"}
+
+
+@pytest.fixture(scope="module")
+def space(
+    served: LoopbackHub, variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServedSpace]:
+    """A Space in a process of its own, and the zoo on its Hub."""
     zoo(served)
-    settings = {"MERGER_SPACE_SHARD_SIZE": "1MB", "MERGER_SPACE_TRAFFIC": "20MB"}
-    found = ServedSpace(served, tmp_path_factory.mktemp("space"), settings)
+    found = ServedSpace(served, tmp_path_factory.mktemp("space"), variables)
     found.start()
     yield found
     found.kill()

@@ -17,7 +17,7 @@ from conftest import Visitor
 from gradio_client import Client
 from loopback import LoopbackHub
 from relay import Relay
-from served import ServedSpace, zoo
+from served import ServedSpace
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
@@ -160,13 +160,9 @@ def test_a_stranger_opens_no_socket() -> None:
 
 
 @pytest.fixture(scope="module")
-def space(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedSpace]:
-    """A Space under its name on the Hub."""
-    zoo(served)
-    found = ServedSpace(served, tmp_path_factory.mktemp("space"), {"SPACE_HOST": HOST})
-    found.start()
-    yield found
-    found.kill()
+def variables() -> dict[str, str]:
+    """The Space has its name on the Hub."""
+    return {"SPACE_HOST": HOST}
 
 
 STRANGE = [

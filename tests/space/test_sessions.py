@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
 from loopback import LoopbackHub
-from served import SECRET, ServedSpace, zoo
+from served import SECRET, ServedSpace
 from waiting import HANGS_SECONDS, until
 
 from space.sessions import Table
@@ -26,13 +25,9 @@ RECIPE = f"{ZOO}parameters: {{weight: 1}}\npublish: {{repo: alice/by-http}}\n"
 
 
 @pytest.fixture(scope="module")
-def space(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedSpace]:
-    """A Space under its name on the Hub."""
-    zoo(served)
-    found = ServedSpace(served, tmp_path_factory.mktemp("space"), {"SPACE_HOST": HOST})
-    found.start()
-    yield found
-    found.kill()
+def variables() -> dict[str, str]:
+    """The Space has its name on the Hub."""
+    return {"SPACE_HOST": HOST}
 
 
 class Browser:
