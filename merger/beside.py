@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from merger.card.ancestors import family
+from merger.card.canvas import Picture
 from merger.card.layers import parameters, tracks
 from merger.card.lineage import lock_file
 from merger.card.notices import passed_on
@@ -26,15 +28,40 @@ from merger.stores.library import Library
 from merger.stores.ports import Content, FileInfo, Store
 
 
-def card_files(
+@dataclass(frozen=True)
+class Card:
+    """What can be rendered anew, so that the lock says nothing of it.
+
+    Args:
+        text: of the card itself.
+        pictures: that it shows.
+        scores: what was measured of the merge and its parents.
+    """
+
+    text: str
+    pictures: tuple[Picture, ...] = ()
+    scores: tuple[Score, ...] = ()
+
+    @property
+    def texts(self) -> dict[str, bytes]:
+        """The files that are text."""
+        return {CARD_NAME: self.text.encode()} | ({EVALUATED_NAME: kept(self.scores).encode()} if self.scores else {})
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """All of them; pictures are drawn."""
+        return {**self.texts, **{file: drawn for picture in self.pictures for file, drawn in picture.files.items()}}
+
+
+def card(
     planned: Plan,
     name: str,
     seen: Mapping[str, Geometry],
     store: Store,
     elders: Store | None,
     scores: Sequence[Score] = (),
-) -> dict[str, bytes]:
-    """The card, its pictures and scores: what can be rendered anew, so that the lock says nothing of it.
+) -> Card:
+    """The card of a merge.
 
     Args:
         planned: what was made.
@@ -52,11 +79,11 @@ def card_files(
     inforce = parameters(planned, methods()) if model else ()
     moved = tracks(planned, seen) if model else ()
     drawn = [portrait(tree), settings_plot(inforce), movement_plot(moved)]
-    pictures = {picture.name: picture for picture in drawn if picture is not None}
-    parts = {"lineage": tree.tree(), "pictures": pictures, **told(scores, name)}
+    pictures = tuple(picture for picture in drawn if picture is not None)
+    shown = {picture.name: {"alt": picture.alt, "place": picture.place} for picture in pictures}
+    parts = {"lineage": tree.tree(), "pictures": shown, **told(scores, name)}
     text = render(planned, methods(), name, relations(planned, seen), parts)
-    files = {file: content for picture in pictures.values() for file, content in picture.files.items()}
-    return {CARD_NAME: text.encode(), **files} | ({EVALUATED_NAME: kept(scores).encode()} if scores else {})
+    return Card(text, pictures, tuple(scores))
 
 
 def elders(planned: Plan, to_hub: bool) -> Store | None:

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-from merger.beside import card_files, elders, model_files
+from merger.beside import Card, card, elders, model_files
 from merger.checkpoints.checkpoint import TensorInfo
 from merger.checkpoints.kinds import kind
 from merger.checkpoints.shard import header
@@ -215,15 +215,15 @@ def other_taken(merge: Merge, planned: Plan) -> Iterator[Problem]:
 # ---- the card -------------------------------------------------------------------------------------------------------
 
 
-def card_again(merge: Merge, planned: Plan, parents: Library) -> dict[str, bytes]:
-    """The card with its pictures and scores, rendered anew from what was measured on the way.
+def card_again(merge: Merge, planned: Plan, parents: Library) -> Card:
+    """The card, rendered anew from what was measured on the way.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
         VerificationError: what was measured is damaged.
     """
     elsewhere = elders(planned, merge.located.commit is not None)
-    return card_files(planned, merge.located.name, _measured(merge), parents, elsewhere, _scores(merge))
+    return card(planned, merge.located.name, _measured(merge), parents, elsewhere, _scores(merge))
 
 
 def _measured(merge: Merge) -> dict[str, Geometry]:
@@ -254,7 +254,7 @@ def edited(merge: Merge, planned: Plan, parents: Library) -> Iterator[str]:
         yield f"{CARD_NAME} was rendered with a template of its own: it is not compared"
         return
     try:
-        files = card_again(merge, planned, parents)
+        files = card_again(merge, planned, parents).texts
     except MergerError as error:
         yield f"{CARD_NAME} cannot be rendered again to be compared: {error.problems[0].what}"
         return

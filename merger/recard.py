@@ -68,7 +68,7 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     planned = with_templates(planned, parents, options.root)  # the lock names none of this machine
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:
         raise VerificationError(problems)
-    files = card_again(merge, planned, parents)
+    files = card_again(merge, planned, parents).files
     others = {name: content for name, content in files.items() if not holds(merge, name, content)}
     return Recarded(merge, others, files[CARD_NAME].decode())
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merger.beside import card_files, elders, small_files, used_files
+from merger.beside import card, elders, small_files, used_files
 from merger.card.lineage import lock_file
 from merger.card.relations import Loss, relations
 from merger.card.render import render
 from merger.checkpoints.shard import Written
-from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME
+from merger.checkpoints.sidefiles import LOCK_NAME
 from merger.errors import DamagedError, MergerError, MissingError, Problem, UploadError
 from merger.evaluation import Measured, Measuring, carried_out, prepared
 from merger.locate import HUB
@@ -198,12 +198,11 @@ def _made(
     scores = (yield from _scored(wanted, planned, store, sink)) if wanted else ()
     related = relations(planned, seen)
     ancestors = elders(planned, to_hub(planned.locked.recipe, options))
-    written = card_files(planned, sink.name, seen, store, ancestors, scores)
+    written = card(planned, sink.name, seen, store, ancestors, scores)
     small = small_files(planned, store, shards, seen)
-    published = sink.finish({**written, **small}, _title(planned))
+    published = sink.finish({**written.files, **small}, _title(planned))
     doubts = (*related.doubts, *doubts, *exposed(planned, destination(planned.locked.recipe, options)))
-    texts = (bytes_of(content).decode() for content in (written[CARD_NAME], small[LOCK_NAME]))
-    yield Done(published, shards, doubts, related.losses, *texts)
+    yield Done(published, shards, doubts, related.losses, written.text, bytes_of(small[LOCK_NAME]).decode())
 
 
 def _title(planned: Plan) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from merger.beside import card_files, elders
+from merger.beside import card, elders
 from merger.errors import Problem, RecipeError
 from merger.locate import HUB
 from merger.options import Options
@@ -41,7 +41,7 @@ class Planned:
     def card(self) -> dict[str, bytes]:
         """The card's files, README.md and pictures, as far as they are known before anything is made."""
         older = elders(self.plan, True)
-        return card_files(self.plan, self.recipe.publish.repo or "your-name/merge", {}, self.store, older)
+        return card(self.plan, self.recipe.publish.repo or "your-name/merge", {}, self.store, older).files
 
 
 class Desk:

@@ -14,7 +14,7 @@ from merger.options import Options
 from merger.plan.plan import Plan
 from merger.planning import plan, read
 
-_NO_CARD = {"README.md": b"---\n---\n"}
+_NO_CARD = beside.Card("---\n---\n")
 
 
 def merged(recipe: str, out: Path, card: bool = False, **options: Any) -> Plan:
@@ -23,7 +23,7 @@ def merged(recipe: str, out: Path, card: bool = False, **options: Any) -> Plan:
     path.write_text(recipe)
     chosen = Options(**{"to": str(out), "threads": 1, **options})
     planned, store = plan(read(path), chosen)
-    with patch("merger.run.card_files", beside.card_files if card else lambda *_: dict(_NO_CARD)):
+    with patch("merger.run.card", beside.card if card else lambda *_: _NO_CARD):
         for _ in run.run(planned, store, chosen):
             pass
     return planned

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from merger import cli
@@ -86,6 +86,8 @@ def test_an_input_of_the_action_out_of_range_is_refused_by_name(name: str, text:
     assert [problem.what.split(":")[0] for problem in caught.value.problems] == [f"input {name}"]
 
 
+@example("0\x1f")
+@example("1\u2003")
 @given(st.text() | st.from_regex(r"[-+]?[0-9]{0,40}\.?[0-9]{0,5}([eE][-+]?[0-9]{1,4})?", fullmatch=True))
 def test_any_text_is_a_number_in_range_or_a_sentence(text: str) -> None:
     """No other error, and no number outside."""

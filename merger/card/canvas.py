@@ -10,7 +10,8 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from merger.checkpoints.sidefiles import PICTURES
@@ -69,33 +70,38 @@ class Picture:
     Args:
         name: the file's name without its ending.
         alt: what it shows, for who does not see it.
-        files: the bytes by the file's place beside the card.
+        paint: what fills a figure with it.
+        formats: endings of the files in which it is kept.
     """
 
     name: str
     alt: str
-    files: Mapping[str, bytes] = field(repr=False)
+    paint: Callable[[Figure], None]
+    formats: tuple[str, ...] = ("png",)
 
     @property
     def place(self) -> str:
         """The file that the card shows."""
         return f"{PICTURES}{self.name}.png"
 
+    @cached_property
+    def files(self) -> Mapping[str, bytes]:
+        """The bytes of ``pictures/name.png`` and the like, nothing behind what is drawn.
 
-def picture(name: str, alt: str, paint: Callable[[Figure], None], formats: tuple[str, ...] = ("png",)) -> Picture:
-    """Let `paint` fill a figure, and keep it as files ``pictures/name.png`` and the like, nothing behind it."""
-    with _one_at_a_time, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that the font lacks is drawn as a box, and that will do
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of fonts it looks for, and where it keeps them
-        import matplotlib
-        from matplotlib.figure import Figure
+        Drawn when asked for: it takes longer than the card's text, which alone is compared by `verify`.
+        """
+        with _one_at_a_time, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a letter that the font lacks is drawn as a box, and that will do
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of fonts it looks for, and where it keeps them
+            import matplotlib
+            from matplotlib.figure import Figure
 
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()  # whatever the user set for figures of their own
-            matplotlib.rcParams.update(_STYLE)
-            figure = Figure()
-            paint(figure)
-            return Picture(name, alt, {f"{PICTURES}{name}.{kind}": _saved(figure, kind) for kind in formats})
+            with matplotlib.rc_context():
+                matplotlib.rcdefaults()  # whatever the user set for figures of their own
+                matplotlib.rcParams.update(_STYLE)
+                figure = Figure()
+                self.paint(figure)
+                return {f"{PICTURES}{self.name}.{kind}": _saved(figure, kind) for kind in self.formats}
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
@@ -105,19 +111,20 @@ def _saved(figure: Figure, kind: str) -> bytes:
         return held.getvalue()
     for dots in _DOTS:
         held = io.BytesIO()
-        figure.savefig(held, format=kind, dpi=dots, transparent=True)
-        if len(small := _few_colours(held)) <= _BYTES:
+        figure.savefig(held, format="rgba", dpi=dots, transparent=True)
+        width, height = (int(inches * dots) for inches in figure.get_size_inches())
+        if len(small := _few_colours((width, height), held.getvalue())) <= _BYTES:
             break
     return small
 
 
-def _few_colours(png: io.BytesIO) -> bytes:
-    """The same picture in a quarter of the bytes."""
+def _few_colours(size: tuple[int, int], pixels: bytes) -> bytes:
+    """As PNG, in a quarter of the bytes."""
     from PIL import Image
 
     held = io.BytesIO()
-    with Image.open(png) as image:
-        image.quantize(_COLOURS, method=Image.Quantize.FASTOCTREE).save(held, "PNG", optimize=True)
+    image = Image.frombytes("RGBA", size, pixels)
+    image.quantize(_COLOURS, method=Image.Quantize.FASTOCTREE).save(held, "PNG", optimize=True)
     return held.getvalue()
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from merger.card.canvas import DASHES, HUES, MARKERS, WIDTH, Picture, legible, picture, shortened
+from merger.card.canvas import DASHES, HUES, MARKERS, WIDTH, Picture, legible, shortened
 from merger.card.layers import OUTSIDE, Apart, Layer, Line, Parameter, Track
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def settings_plot(found: Sequence[Parameter]) -> Picture | None:
     names = ", ".join(parameter.name for parameter in varying)
     more = f"; {len(left)} more panels are not drawn" if left else ""
     alt = f"By layer and kind of tensor: {names}{more}"
-    return picture(SETTINGS, alt, partial(_paint_settings, panels=shown))
+    return Picture(SETTINGS, alt, partial(_paint_settings, panels=shown))
 
 
 def _panels(parameter: Parameter) -> list[tuple[str, Sequence[Line]]]:
@@ -70,7 +70,7 @@ def movement_plot(found: Sequence[Track]) -> Picture | None:
         return None
     names = ", ".join(track.parent for track in found)
     alt = f"By layer, how far the merge is from {names}: relative distance, cosine, sign conflicts"
-    return picture(MOVEMENT, alt, partial(_paint_movement, found=found))
+    return Picture(MOVEMENT, alt, partial(_paint_movement, found=found))
 
 
 _Measure = Callable[[Apart], float | None]

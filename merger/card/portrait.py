@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from merger.card.ancestors import LOCAL, Family, Member
-from merger.card.canvas import INK, Picture, picture, shortened
+from merger.card.canvas import INK, Picture, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ Slot = tuple[int, int]
 def portrait(family: Family) -> Picture:
     """The picture, as PNG and as SVG."""
     drawn = family if len(family.members) <= _MOST else _nearest(family)
-    return picture(NAME, _alt(family, drawn), lambda figure: _paint(figure, drawn), ("png", "svg"))
+    return Picture(NAME, _alt(family, drawn), lambda figure: _paint(figure, drawn), ("png", "svg"))
 
 
 def _alt(family: Family, drawn: Family) -> str:

@@ -61,7 +61,7 @@ def fill(own: Mapping[str, str], publish: Publish, content: Mapping[str, Any]) -
         RecipeError: a template of the recipe cannot be filled in.
     """
     if not own:
-        return _rendered(_Loader({}, ""), content)
+        return _rendered(_with_ours(), content)
     origin = publish.template or ""
     try:
         answer = call(f"{__name__}:{tried.__name__}", (dict(own), origin, _data(content)), _BOUNDS)
@@ -82,15 +82,21 @@ def tried(asked: tuple[Mapping[str, str], str, Mapping[str, Any]]) -> dict[str, 
     own, origin, content = asked
     loader = _Loader(own, origin)
     try:
-        return {"made": _rendered(loader, content)}
+        return {"made": _rendered(_environment(loader), content)}
     except MemoryError:
         raise
     except Exception as error:  # a template may raise whatever Python can
         return {"what": f"{loader.place(error)}: {_sentence(error)}", "hint": _hint(error, content)}
 
 
-def _rendered(loader: _Loader, content: Mapping[str, Any]) -> str:
-    made = _environment(loader).get_template(LAYOUT).render(content)
+@cache
+def _with_ours() -> Environment:
+    """Which keeps what it compiles: a card is rendered at least twice a run."""
+    return _environment(_Loader({}, ""))
+
+
+def _rendered(environment: Environment, content: Mapping[str, Any]) -> str:
+    made = environment.get_template(LAYOUT).render(content)
     if len(made) > MAX_CHARACTERS:
         raise TemplateError(f"it makes a card of {len(made):,} characters; {MAX_CHARACTERS:,} are allowed")
     if made.lstrip().startswith("---\n"):

@@ -63,9 +63,10 @@ BYTES = Range(1, 1 << 60)
 SIZE = Range(0, 1 << 60)
 """Of a file."""
 
-_WHOLE = re.compile(r"\s*[-+]?[0-9]+\s*")
-_DECIMAL = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*")
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?)?(B?)\s*", re.IGNORECASE)
+# In ASCII: of Unicode's blanks Python's own int() refuses a few.
+_WHOLE = re.compile(r"\s*[-+]?[0-9]+\s*", re.ASCII)
+_DECIMAL = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*", re.ASCII)
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?)?(B?)\s*", re.IGNORECASE | re.ASCII)
 _NO_SIZE, _GIGABYTES = 2000, 256
 """So few bytes are no size of anything; a number below the second one was meant as gigabytes, else as megabytes."""
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from merger.card import plots
 from merger.card.ancestors import Family, Member
-from merger.card.canvas import Picture, picture
+from merger.card.canvas import Picture
 from merger.card.layers import OUTSIDE, Apart, Line, Parameter, Track
 from merger.card.plots import movement_plot, settings_plot
 from merger.card.portrait import columns, portrait
@@ -101,7 +101,7 @@ def test_names_are_drawn_as_they_are() -> None:
     """A dollar begins no formula, an underscore hides nothing, an angle is no tag; unknown letters do no harm."""
     family = Family((Member("$x^2$", parents=(1,)), Member("<b>_y_ & 名", licence="$z$")))
     assert texts(portrait(family)) == ["$x^2$", "<b>_y_ & 名", "$z$"]
-    chart = picture("x", "", partial(plots._paint_movement, found=[track("_one", 3), track("$two$", 3)]), ("svg",))
+    chart = Picture("x", "", partial(plots._paint_movement, found=[track("_one", 3), track("$two$", 3)]), ("svg",))
     assert texts(chart)[-2:] == ["\u200b_one", "$two$"]
 
 
@@ -150,9 +150,9 @@ def test_settings_of_the_user_do_not_count(monkeypatch: pytest.MonkeyPatch) -> N
 def test_no_window_and_no_pyplot() -> None:
     """A run on a server draws without a display."""
     code = (
-        "import sys; from merger.card.canvas import picture; assert 'matplotlib' not in sys.modules; "
-        "picture('x', '', lambda figure: None); print('matplotlib.pyplot' in sys.modules)"
+        "import sys; from merger.card.canvas import Picture; assert 'matplotlib' not in sys.modules; "
+        "Picture('x', '', lambda figure: None).files; print('matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("False\n", "")
-    assert picture("x", "", lambda figure: None).place == "pictures/x.png"
+    assert Picture("x", "", lambda figure: None).place == "pictures/x.png"
