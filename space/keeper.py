@@ -71,9 +71,10 @@ class Keeper:
     Args:
         folder: where the queue's file lies and the children work.
         limits: what one job may take, and how many jobs there may be.
+        nursery: where children come from, unless it is one of the keeper's own.
     """
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
+    def __init__(self, folder: Path, limits: Limits, nursery: Nursery | None = None) -> None:
         self.limits = limits
         self._work = folder / "work"
         shutil.rmtree(self._work, ignore_errors=True)
@@ -84,7 +85,7 @@ class Keeper:
         self.storage = self._huey.storage
         self.store = Store(self._huey)
         self._tokens: dict[str, Token] = {}
-        self._nursery = Nursery(self._work)
+        self._nursery = nursery or Nursery(self._work)
         self._children: dict[str, socket.socket] = {}
         self._round = 0
         self._workers: _Workers | None = None

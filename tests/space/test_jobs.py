@@ -29,6 +29,7 @@ from space.hub import _reach
 from space.jobs import OVER, How, Job, JobError, Reach
 from space.keeper import Keeper, Token
 from space.limits import Limits
+from space.nursery import Nursery
 
 ALICE, BOB = Token("hf_alice_secret"), Token("hf_bob_secret")
 RECIPE = tiny.TIES_RECIPE.format(base="org/base", one="org/one", two="org/two")
@@ -48,8 +49,25 @@ def parents(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> di
     return made
 
 
+class Lent(Nursery):
+    """One nursery after another takes longer than all these merges: this one outlives who closes it."""
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def lent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """For all keepers of this file; it begins with the environment of the first."""
+    nursery = Lent(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    Nursery.close(nursery)
+
+
 @pytest.fixture
-def keep(parents: dict[str, Path], hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keep]:
+def keep(
+    parents: dict[str, Path], hub: LoopbackHub, lent: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Keep]:
     """Makes a keeper in the test's folder, with its workers at work."""
     for name, value in hub.env(tmp_path / "home").items():
         monkeypatch.setenv(name, value)
@@ -57,7 +75,7 @@ def keep(parents: dict[str, Path], hub: LoopbackHub, tmp_path: Path, monkeypatch
     made: list[Keeper] = []
 
     def keeper(limits: Limits = SMALL, start: bool = True) -> Keeper:
-        made.append(Keeper(tmp_path / "data", limits))
+        made.append(Keeper(tmp_path / "data", limits, lent))
         if start:
             made[-1].start()
         return made[-1]
@@ -83,8 +101,8 @@ def until(keeper: Keeper, job: Job, *states: str) -> Job:
 def only_child(keeper: Keeper) -> int:
     """The one process that is at work."""
     pid = keeper._nursery.pid
-    (found,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(found)
+    those = Path(f"/proc/{pid}/task/{pid}/children")
+    return int(waiting.until(lambda: len(found := those.read_text().split()) == 1 and found[0]))
 
 
 def is_gone(pid: int) -> bool:
