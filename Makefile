@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+THOROUGH := test_reliability.py test_disk.py test_properties.py methods/test_laws.py
+
 .PHONY: demo test reliability lint tables clean
 
 demo: .venv/set-up
@@ -15,7 +17,7 @@ test: .venv/set-up
 # Every case of docs/reliability.md, where make test tries some, a merge larger than its memory, and thousands of drawn
 # recipes, options and models: some minutes.
 reliability: .venv/set-up
-	RELIABILITY=all $(BIN)/pytest -n auto --maxprocesses 4 tests/test_reliability.py tests/test_disk.py tests/test_properties.py
+	RELIABILITY=all $(BIN)/pytest -n auto --maxprocesses 4 $(addprefix tests/,$(THOROUGH))
 
 lint: .venv/set-up-lint
 	$(BIN)/ruff check

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import tiny
 from loopback import LoopbackHub
+from thorough import THOROUGH
 
 MAX_MEMORY = 720_000_000
 
@@ -35,7 +36,7 @@ class Size:
 
 
 SIZES = [Size("30 MB", 22, 256, 704, "1.6MB", 7_300_000)]
-if os.environ.get("RELIABILITY") == "all":  # several times larger than --max-memory too: a minute or two
+if THOROUGH:  # several times larger than --max-memory too: a minute or two
     SIZES.append(Size("3 GB", 130, 1024, 2816, "18MB", 95_000_000))
 
 RECIPE = """\

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from loopback import Client, LoopbackHub
 from safetensors import deserialize
+from thorough import THOROUGH
 
 from merger.checkpoints.checkpoint import header_length, read_header
 from merger.errors import ModelError, RecipeError
@@ -28,7 +29,6 @@ from merger.methods.registry import Method, methods
 from merger.recipe.parse import parse
 from merger.recipe.settings import Rule
 
-THOROUGH = os.environ.get("RELIABILITY") == "all"
 TRIALS, PROCESSES = (2000, 50) if THOROUGH else (80, 5)
 ENDS = {0, 2, 3, 4, 5, 6, 7, 8, 9}
 MAX_MEMORY = 700_000_000

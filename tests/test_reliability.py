@@ -6,15 +6,13 @@ RELIABILITY=all in the environment (`make reliability`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 from reliability import page, trial
 from reliability.rows import ROWS, Row
 from reliability.scene import Scene
-
-THOROUGH = os.environ.get("RELIABILITY") == "all"
+from thorough import THOROUGH
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from thorough import THOROUGH
 
 from merger.methods.della import keep_by_rank
 from merger.methods.registry import Law, Method, methods
@@ -30,7 +31,12 @@ SUMMED_BY_BLOCK = (
     "karcher",
 )  # by chunks, which whole blocks of the engine's size do not cut
 every_method = pytest.mark.parametrize("name", METHODS)
-lawful = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
+lawful = settings(
+    max_examples=400 if THOROUGH else 15,
+    deadline=None,
+    derandomize=not THOROUGH,
+    suppress_health_check=[HealthCheck.filter_too_much],
+)
 
 
 def sizes(case: Case) -> torch.Tensor:

@@ -138,16 +138,28 @@ class Visitor:
         self.page.locator(f"#job .state.{state}").wait_for()
 
 
+@pytest.fixture(scope="module")
+def signed_in() -> dict[str, Any]:
+    """The cookies of who has signed in once."""
+    return {}
+
+
 @pytest.fixture
-def visit(browser: Browser, space: ServedSpace) -> Iterator[Visit]:
-    """Makes visitors; afterwards none of their pages has asked another machine for anything."""
+def visit(browser: Browser, space: ServedSpace, signed_in: dict[str, Any]) -> Iterator[Visit]:
+    """Makes visitors, signed in as a user if need be; afterwards none of their pages has asked another machine."""
     made: list[Visitor] = []
 
-    def visitor(width: int = 1280, dark: bool = False) -> Visitor:
+    def visitor(user: str | None = None, dark: bool = False) -> Visitor:
         scheme: Any = "dark" if dark else "light"
-        size: Any = {"width": width, "height": 900}
-        made.append(Visitor(browser.new_context(viewport=size, color_scheme=scheme), space.url))
+        size: Any = {"width": 1280, "height": 900}
+        known = signed_in.get(user or "")
+        made.append(Visitor(browser.new_context(viewport=size, color_scheme=scheme, storage_state=known), space.url))
         made[-1].open()
+        if user and known is None:
+            made[-1].sign_in(user)
+            signed_in[user] = made[-1].context.storage_state()
+        elif user:
+            made[-1].until(lambda: f"repo: {user}/" in made[-1].recipe())
         return made[-1]
 
     yield visitor

@@ -132,8 +132,7 @@ def test_nobody_is_signed_in(visit: Visit) -> None:
 def test_the_tab_is_closed(visit: Visit, hub: LoopbackHub) -> None:
     """A merge goes on without its page, and is found when its owner is back."""
     reached, go = halted(hub)
-    alice = visit()
-    alice.sign_in("alice")
+    alice = visit("alice")
     named(alice, "alice/closed")
     alice.click("button", "Merge and publish")
     alice.job("running")
@@ -151,8 +150,7 @@ def test_the_tab_is_closed(visit: Visit, hub: LoopbackHub) -> None:
 def test_cancelling(visit: Visit, hub: LoopbackHub) -> None:
     """A merge at work is cancelled by its owner; main stays as it was, and the recipe can be taken again."""
     reached, go = halted(hub)
-    alice = visit()
-    alice.sign_in("alice")
+    alice = visit("alice")
     named(alice, "alice/cancelled")
     alice.click("button", "Merge and publish")
     assert reached.wait(HANGS_SECONDS)
@@ -168,14 +166,12 @@ def test_cancelling(visit: Visit, hub: LoopbackHub) -> None:
 def test_another_user(visit: Visit, hub: LoopbackHub) -> None:
     """A second user sees nothing of the first, and cannot stop their merge by its name either."""
     reached, go = halted(hub)
-    alice = visit()
-    alice.sign_in("alice")
+    alice = visit("alice")
     named(alice, "alice/hers")
     alice.click("button", "Merge and publish")
     assert reached.wait(HANGS_SECONDS)
     hers = alice.page.get_by_role("radio", name="alice/hers").get_attribute("value")
-    bob = visit()
-    bob.sign_in("bob")
+    bob = visit("bob")
     bob.page.get_by_text("You have no merges here yet.").wait_for()
     assert "alice" not in bob.page.locator("body").inner_text()
     told = bob.page.evaluate(FORGED, hers)
@@ -208,8 +204,7 @@ def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> N
         return staged(request) and len(seen) == 2 and bool(reached.set() or True)
 
     hub.fail(second, status=None, stall=go)
-    alice = visit()
-    alice.sign_in("alice")
+    alice = visit("alice")
     named(alice, "alice/killed")
     alice.click("button", "Merge and publish")
     assert reached.wait(HANGS_SECONDS)
@@ -242,6 +237,12 @@ def test_too_big_for_here(visit: Visit) -> None:
     assert "No button here starts them" in told
 
 
+FITS = """
+width => {
+  const right = document.querySelector('#buttons').getBoundingClientRect().right;
+  return width - 40 <= right && right <= width - 16 && document.documentElement.scrollWidth <= width;
+}
+"""
 UNNAMED = """
 () => [...document.querySelectorAll('input, textarea, select, button, [role=textbox]')]
   .filter(part => part.offsetParent !== null)
@@ -252,34 +253,40 @@ UNNAMED = """
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_looks(visit: Visit, width: int, dark: bool) -> None:
+def test_the_looks(visit: Visit, dark: bool) -> None:
     """At both widths nothing sticks out to the side, and all that can be worked has a name to read out."""
-    visitor = visit(width, dark)
+    visitor = visit(dark=dark)
     visitor.page.get_by_role("button", name="Plan").click()
     visitor.page.locator("#table").get_by_text("about 1 min").wait_for()
-    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= width
-    right = visitor.page.evaluate("document.querySelector('#buttons').getBoundingClientRect().right")
-    assert width - 40 <= right <= width - 16
-    assert visitor.page.evaluate(UNNAMED) == []
+    for width in (390, 1280):
+        visitor.page.set_viewport_size({"width": width, "height": 900})
+        visitor.page.wait_for_function(FITS, arg=width)
+        assert visitor.page.evaluate(UNNAMED) == []
     assert visitor.page.evaluate("document.documentElement.lang") == "en"
     if os.environ.get("SCREENSHOTS"):
-        _picture(visitor, f"space-{width}-{'dark' if dark else 'light'}")
+        _pictures(visitor, "dark" if dark else "light")
 
 
-def _picture(visitor: Visitor, name: str) -> None:
-    """A picture for the documents: a merge by layers, published, and its plan; in few colours, so that it is small."""
-    from PIL import Image
-
+def _pictures(visitor: Visitor, scheme: str) -> None:
+    """For the documents: a merge by layers, published, and its plan, at both widths."""
     visitor.sign_in("alice")
     visitor.choose("example", "SLERP, by layer", "SLERP, by layer")
     visitor.until(lambda: "filter: mlp" in visitor.recipe())
-    named(visitor, f"alice/{name}")
+    named(visitor, f"alice/space-{scheme}")
     visitor.click("button", "Merge and publish")
-    visitor.page.locator("#job .state.done").get_by_text(f"alice/{name}").wait_for()
+    visitor.page.locator("#job .state.done").get_by_text(f"alice/space-{scheme}").wait_for()
     visitor.page.get_by_role("button", name="Plan").click()
-    visitor.page.locator("#table").get_by_text(f"alice/{name}").wait_for()
+    visitor.page.locator("#table").get_by_text(f"alice/space-{scheme}").wait_for()
     visitor.page.mouse.move(0, 0)
-    path = IMAGES / f"{name}.png"
-    visitor.page.screenshot(path=path, full_page=True)
+    for width in (1280, 390):
+        visitor.page.set_viewport_size({"width": width, "height": 900})
+        path = IMAGES / f"space-{width}-{scheme}.png"
+        visitor.page.screenshot(path=path, full_page=True)
+        in_few_colours(path)
+
+
+def in_few_colours(path: Path) -> None:
+    """So that it is small."""
+    from PIL import Image
+
     Image.open(path).convert("RGB").quantize(200).save(path, optimize=True)
