@@ -99,7 +99,13 @@ def departure(method: Method) -> str:
 def methods_page(built: Iterable[Method]) -> str:
     """All about each method: what it computes, where it departs from mergekit, its parameters."""
     head = "# Methods\n\nGenerated from the code by `make tables`; `merger methods NAME` says the same.\n"
-    head += f"A parameter without a range may be any number from {ANY}.\n"
+    head += f"A parameter without a range may be any number from {ANY}.\n\n"
+    head += (
+        "To methods on singular values a tensor of two dimensions is a matrix. Of a stack `[experts, rows, columns]`,\n"
+        "which its name tells (`….experts.gate_up_proj` and others), each expert is one, merged as if it were a\n"
+        "tensor of its own. Any other tensor of more than two dimensions, such as a convolution's `[out, in, k…]`, is\n"
+        "one matrix, `[out, in · k…]`.\n"
+    )
     return "\n".join([head, *(method_section(method) for method in built)])
 
 

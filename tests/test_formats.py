@@ -6,6 +6,7 @@ written again, for it stands for what somebody has published.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -273,6 +274,28 @@ def test_bits_that_come_out_otherwise_by_now_are_said_to_and_not_to_be_forged(
     assert done.code == 7
     assert says.splitlines()[0] in done.out + done.err
     assert says.splitlines()[1] in done.out + done.err
+
+
+@both
+@pytest.mark.parametrize(("inner", "code"), [("mlp.up_proj.weight", 0), ("mlp.experts.down_proj", 7)])
+def test_bits_that_come_out_otherwise_of_some_tensors_leave_recipes_without_them(
+    command: str, inner: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of singular values only those of stacked experts are others since format 2."""
+    monkeypatch.chdir(tmp_path)
+    name = f"model.layers.0.{inner}"
+    for model in "ab":
+        tiny.write(tmp_path / model, {name: drawn(model, torch.empty((2, 4, 3) if "experts" in name else (4, 3)))})
+    (tmp_path / "mine.yaml").write_text("merge_method: iso_c\nbase_model: ./a\nmodels: [{model: ./b}]\n")
+    assert called(["run", "mine.yaml", "--to", "out", "--quiet"]).code == 0
+    (change,) = (change for change in formats.CHANGES if "iso_c" in change.methods)
+    says = later(monkeypatch, dataclasses.replace(change, format=NEXT))
+    if command == "verify" and code:
+        shard = tmp_path / "out" / "model.safetensors"
+        save_file({name: load_file(shard)[name] * 2}, shard, metadata={"format": "pt"})
+    done = again(tmp_path / "out", command)
+    assert done.code == code, done.err
+    assert all((line in done.out + done.err) == bool(code) for line in says.splitlines())
 
 
 @both

@@ -8,6 +8,7 @@ and which layers a recipe takes (plan).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ _EMBEDDING = re.compile(
 )
 _BEFORE_LAYERS = re.compile(r"(^|[._])(emb|embed|embedding|embeddings|wte|wpe|shared)([._]|$)|embed")
 _OTHER_ROWS = re.compile(r"position|wpe|token_type|norm|(^|\.)ln_")
+_STACK = re.compile(
+    r"(^|[._])(experts|moe)\.(?!experts|\d)|\.(input|output)_linear\.weight$|\.codebooks_head\.weight$"
+    r"|\.(dt|x)_proj_weight$|\.rg_lru\.(input|recurrent)_gate_weight$"
+)
 _BUFFER = re.compile(
     r"(^|\.)(inv_freq|(cos|sin)_cached|rope\.freqs|attn\.bias|masked_bias|position_ids|token_type_ids)$"
 )
@@ -147,6 +152,32 @@ def never_by_token(name: str) -> bool:
 def is_buffer(name: str) -> bool:
     """Whether the tensor is a constant that old checkpoints carry along: computed from the config, never trained."""
     return _BUFFER.search(name) is not None
+
+
+def is_stack_of_matrices(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor holds matrices one behind the other: one for each expert, or as few models have it, for each
+    head (Zamba, RecurrentGemma) or codebook (CSM). Only its name can tell it from a kernel.
+
+    >>> is_stack_of_matrices("model.layers.0.mlp.experts.gate_up_proj", (8, 64, 32))
+    True
+    >>> is_stack_of_matrices("model.layers.0.linear_attn.conv1d.weight", (64, 1, 4))
+    False
+    """
+    return len(shape) == 3 and _STACK.search(name) is not None
+
+
+def matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What the tensor is to methods that treat it as a matrix: the shape of one that it is, or is a stack of.
+
+    What has fewer than two dimensions is none, and keeps its shape. A kernel [out, in, k...], and whatever else has
+    more than two and is no stack, is one matrix: its first dimension against all others.
+
+    >>> matrix_shape("vision_tower.patch_embed.proj.weight", (32, 3, 14, 14))
+    (32, 588)
+    """
+    if len(shape) < 3:
+        return shape
+    return shape[1:] if is_stack_of_matrices(name, shape) else (shape[0], math.prod(shape[1:]))
 
 
 def is_before_layers(name: str) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merger.checkpoints.architecture import matrix_shape
 from merger.engine.factors import Pairs
 from merger.engine.finite import NotFinite, is_finite, not_finite
 from merger.engine.leaves import STORED_DTYPES, TORCH_DTYPES, Leaves, T
@@ -204,9 +205,9 @@ class Making:
         return [tensor.sub_(loaded[-1]) for tensor in loaded[:-1]], loaded[-1]
 
     def _shaped(self, entries: Tensor) -> Tensor:
-        """As the method wants its blocks: a run of entries, whole rows, or the tensor."""
+        """As the method wants its blocks: a run of entries, whole rows, or a matrix."""
         if self.method.unit == "matrix":
-            return entries.view(self.job.shape)
+            return entries.view(matrix_shape(self.job.name, self.job.shape))
         return entries.view(-1, self.job.shape[-1] if self.job.shape else 1) if self.method.unit == "rows" else entries
 
 

@@ -8,7 +8,7 @@ depends on how LAPACK completes a basis. Nor does anything depend on the signs o
 values leave their vectors open, and where a method cuts between two of them the choice is LAPACK's. Bits may differ
 between machines, and between numbers of threads.
 
-Not here: what a method makes of the vectors.
+Not here: what a method makes of the vectors, and which matrix or matrices a tensor is (checkpoints.architecture).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Spectrum:
 
 
 def is_matrix(tensor: Tensor, spectral: bool) -> bool:
-    """Whether a method treats the tensor as a matrix: it has two dimensions or more, and the recipe lets it."""
-    return spectral and tensor.dim() >= 2
+    """Whether a method treats a block as the matrix that it is: it has two dimensions, and the recipe lets it."""
+    return spectral and tensor.dim() == 2
 
 
 def as_matrix(tensor: Tensor, factor: float = 1.0) -> Tensor:
-    """The tensor times `factor`, in float64, its first dimension against all the others."""
-    return tensor.double().reshape(tensor.shape[0], -1).mul_(factor)
+    """The matrix times `factor`, in float64."""
+    return tensor.double().mul_(factor)
 
 
 def matrix_sum(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:

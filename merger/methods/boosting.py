@@ -47,12 +47,13 @@ def subspace_boosting(
     β Σ σ, the result is θ₀ + U diag(max(σ, σ_c)) Vᵀ. β = 0 makes all as strong as the first, β = 1 changes nothing.
 
     After another method: make that merge first, then name it here as the one model, with the same base_model. Tensors
-    of one dimension, and those for which spectral is false, stay as merged. A tensor of more than two dimensions is a
-    matrix of its first dimension against the others. The released code boosts the attention's and the MLP's matrices
-    of a language model and not its embeddings: set spectral to false for them.
+    of one dimension, and those for which spectral is false, stay as merged. Of a stack of experts each is a matrix; a
+    convolution is one, its first dimension against all others. The released code boosts the attention's and the MLP's
+    matrices of a language model and not its embeddings: set spectral to false for them.
 
-    Follows the paper and its released code, β = 0.01 as there. Departs: directions whose singular value is zero but for
-    rounding stay zero, where there LAPACK's arbitrary vectors are raised too.
+    Follows the paper and its released code, β = 0.01 as there. Departs: tensors of more than two dimensions stay as
+    merged there; directions whose singular value is zero but for rounding stay zero, where there LAPACK's arbitrary
+    vectors are raised too.
 
     Args:
         weight: how much of each task vector goes in.
@@ -75,7 +76,7 @@ def subspace_boosting(
     weights = per_model(weight, len(deltas))
     share = lambda_ / divisor(weights, normalize)
     merged = matrix_sum(deltas, [number * share for number in weights])
-    return _boosted(merged, beta).to(deltas[0].dtype).view(deltas[0].shape)
+    return _boosted(merged, beta).to(deltas[0].dtype)
 
 
 def _boosted(merged: Tensor, beta: float) -> Tensor:

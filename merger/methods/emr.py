@@ -37,9 +37,10 @@ def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tensor:
     """The largest entry among the task vectors that have the elected sign.
 
     With τᵢ = wᵢ (θᵢ − θ₀): γ = the sign of Σ τᵢ; ε = the largest |τᵢ| among those of sign γ, 0 where there is none. The
-    result is θ₀ + λ γ ε. No entry is averaged away, so the unified vector is longer than each task's: the paper shrinks
-    it for each task by a mask and a rescaler, which belong to running the model for a known task and are not made here.
-    As one model for all tasks a lambda below 1 is worth a try.
+    result is θ₀ + λ γ ε. No entry is averaged away, so the unified vector is mostly longer than a task's (not where the
+    sign that is elected is that of the smaller entries): the paper shrinks it for each task by a mask and a rescaler,
+    which belong to running the model for a known task and are not made here. As one model for all tasks a lambda below
+    1 is worth a try.
 
     Follows the paper. Departs: a sum of exactly 0 elects plus, as in ties here, where the released code
     elects minus; weights are not in the paper.

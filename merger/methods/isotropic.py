@@ -32,6 +32,7 @@ _PAPER = Paper(
     unit="matrix",
     scratch=12,
     laws=("zero", "permutation", "scale"),
+    spreads=True,
 )
 def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Tensor:
     """The sum of the task vectors' matrices, with all singular values made equal.
@@ -39,13 +40,18 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
     With Σ wᵢ (θᵢ − θ₀) = U diag(σ) Vᵀ and r the smaller of rows and columns, the result is θ₀ + λ (Σ σ / r) U Vᵀ: what
     few strong directions hold is spread evenly over all of them.
 
-    Tensors of one dimension, and those for which spectral is false, are averaged: θ₀ + (λ / N) Σ wᵢ (θᵢ − θ₀). A tensor
-    of more than two dimensions is a matrix of its first dimension against the others. The released code takes
-    embeddings as matrices; those who use it on language models leave embeddings and head out (spectral: false).
+    Directions that the sum does not have get nothing, and so the result is short where it has few: of adapters whose
+    ranks are k together k / r of the strength is left, at λ = 1 hardly more than the base. λ = r / k gives it back.
+    In models that were rounded after adapters were added, rounding is a direction like all others, and made as strong.
 
-    Follows section 4 of the paper and its released code: the matrices are summed, everything else averaged; the paper
-    chooses λ (its α) on validation data. Departs: weights; directions whose singular value is zero but for rounding
-    stay zero (they count in r), where there LAPACK's arbitrary vectors get the mean too.
+    Tensors of one dimension, and those for which spectral is false, are averaged: θ₀ + (λ / N) Σ wᵢ (θᵢ − θ₀). Of a
+    stack of experts each is a matrix; a convolution is one, its first dimension against all others. The released code
+    takes embeddings as matrices; those who use it on language models leave embeddings and head out (spectral: false).
+
+    Follows section 4 of the paper and its released code: the matrices are summed, everything else averaged; λ (the
+    paper's α) is chosen on validation data, in the code among 0.1, 0.2, ..., 3. Departs: weights; tensors of more than
+    two dimensions are averaged there; directions whose singular value is zero but for rounding stay zero (they count in
+    r), where there LAPACK's arbitrary vectors get the mean too.
 
     Args:
         weight: what each task vector is multiplied by.
@@ -63,7 +69,7 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
     if not is_matrix(deltas[0], spectral):
         return _mean(deltas, weights, lambda_)
     vectors, values = isometry(matrix_sum(deltas, weights))
-    return vectors.mul(values.mean() * lambda_).to(deltas[0].dtype).view(deltas[0].shape)
+    return vectors.mul(values.mean() * lambda_).to(deltas[0].dtype)
 
 
 @merge_method(
@@ -78,6 +84,7 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
     unit="matrix",
     scratch=22,
     laws=("zero", "permutation", "scale", full("iso_c", common=1)),
+    spreads=True,
 )
 def iso_cts(
     deltas: Deltas,
@@ -93,7 +100,7 @@ def iso_cts(
     vectors; each task adds the s leading triples of τᵢ − Uₖ Uₖᵀ τᵢ. Side by side these are U, σ, V; U⊥ and V⊥ are the
     nearest matrices with orthonormal columns. The result is θ₀ + λ (Σ σ / r) U⊥ V⊥ᵀ. Where s is 0 that is iso_c.
 
-    Other tensors, and embeddings, as in iso_c.
+    Other tensors, stacks of experts, embeddings, and adapters as in iso_c.
 
     Follows section 4 of the paper and its released code, common 0.8 as there; round takes a half to the even number.
     Departs as iso_c; what is left of a task after the common part is zero where it is rounding; and N s is at most r,
@@ -113,14 +120,14 @@ def iso_cts(
             [0.0000, 0.0000, 3.6667]])
     """
     like, weights = deltas[0], per_model(weight, len(deltas))
-    rank = min(as_matrix(like).shape) if is_matrix(like, spectral) else 0
+    rank = min(like.shape) if is_matrix(like, spectral) else 0
     own = _directions_a_task(rank, common, len(deltas))
     if not own:
         return iso_c(deltas, weight, lambda_, spectral)
     shared = spectrum(matrix_sum(deltas, weights), rank - own * len(deltas))
     parts = [shared, *(_rest(as_matrix(*pair), shared, own) for pair in zip(deltas, weights, strict=True))]
     left, values, right = side_by_side(parts)
-    return (left.mul_(values.sum() * (lambda_ / rank)) @ right).to(like.dtype).view(like.shape)
+    return (left.mul_(values.sum() * (lambda_ / rank)) @ right).to(like.dtype)
 
 
 def _directions_a_task(rank: int, common: float, models: int) -> int:

@@ -35,7 +35,8 @@ def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tens
     """At every entry the one task vector that moved it most.
 
     With τᵢ = wᵢ (θᵢ − θ₀) the result is θ₀ + λ τₖ, where k at each entry is the model of largest |τᵢ|. The paper trains
-    the models one after the other, each from the last, and chooses λ on validation data; neither is needed here.
+    the models one after the other, each from the last, and chooses λ on validation data; neither is needed here. Its
+    released code takes λ = 0.5.
 
     Departs from the released code: of two opposite entries of the same magnitude the positive one stays, whatever the
     order of the models, where there the last model's does; weights are not in the paper.

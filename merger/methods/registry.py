@@ -41,7 +41,7 @@ subtracted where the recipe names one | one more model where the recipe names on
 
 Unit = Literal["entries", "rows", "matrix"]
 """What a block must hold: any run of entries (1-D) | whole rows (2-D: the last dimension; a 1-D tensor is one row) |
-the whole tensor, in its own shape."""
+a whole matrix (2-D; a 1-D tensor is whole): that of the tensor, or one of those that it is a stack of."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class Method:
     `models` counts the tensors that the function is handed, least and most (None: any number). `measure`, if there is
     one, reads the blocks of the whole tensor before the function sees the first of them. `check`, if there is one,
     raises ValueError, with a sentence, for arguments that are each in bounds but cannot be meant together. `scratch` is
-    how many float32 blocks the method may hold at once besides its inputs.
+    how many float32 blocks the method may hold at once besides its inputs. `spreads` says that it shares out the
+    strength of what it is given among all directions that a matrix can have.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Method:
     description: str
     formula: str | None = None
     check: Callable[..., None] | None = None
+    spreads: bool = False
 
     @property
     def explanation(self) -> str:
@@ -162,6 +164,7 @@ def merge_method(
     unit: Unit = "entries",
     scratch: int = 10,
     laws: Iterable[str | Law] = (),
+    spreads: bool = False,
 ) -> Callable[[F], F]:
     """Register a function as the merge method `name`; the function comes back unchanged.
 
@@ -179,6 +182,7 @@ def merge_method(
         unit: what a block must hold.
         scratch: how many float32 blocks it may hold at once besides its inputs.
         laws: what tests may hold about it.
+        spreads: whether it shares out strength among all directions of a matrix: of adapters little is left then.
 
     Raises:
         TypeError: at import, when an argument has no hint the table can read, or no description.
@@ -207,6 +211,7 @@ def merge_method(
             description=description,
             formula=formula,
             check=check,
+            spreads=spreads,
         )
         return function
 

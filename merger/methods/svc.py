@@ -63,15 +63,15 @@ def svc(
     the merge weakened grow again, at most by 1 / α.
 
     After another method: make that merge first, then name it here first, its parents after it, with the same
-    base_model. Tensors of one dimension, and those for which spectral is false, stay as merged. A tensor of more than
-    two dimensions is a matrix of its first dimension against the others. The released code leaves embeddings out: set
-    spectral to false for them.
+    base_model. Tensors of one dimension, and those for which spectral is false, stay as merged. Of a stack of
+    experts each is a matrix; a convolution is one, its first dimension against all others. The released code leaves
+    embeddings out: set spectral to false for them.
 
-    Follows the paper (its equations 4 and 8 and algorithm 1). Its released code differs and is not followed: it divides
-    by max(α, mean of sᵣⁱ) where all of them are positive, else by 1. That code takes α = 1 / K after task arithmetic
-    with λ = 0.3, and 1 after TSV-M. A task whose part along uᵣ is 1e-6 of the merge's or less has sᵣⁱ = 0; where the
-    sum is 0 (only at α = 0) γᵣ is 1; directions whose singular value is zero but for rounding stay zero. Equal singular
-    values leave uᵣ, and with it the result, open.
+    Follows the paper (its equations 4 and 8 and algorithm 1) and its released code as corrected in March 2026, which
+    takes α = 1 / K after task arithmetic with λ = 0.3, and 1 after TSV-M. Departs: tensors of more than two dimensions
+    stay as merged there; a task whose part along uᵣ is 1e-6 of the merge's or less has sᵣⁱ = 0; where the sum is 0
+    (only at α = 0) γᵣ is 1; directions whose singular value is zero but for rounding stay zero. Equal singular values
+    leave uᵣ, and with it the result, open.
 
     Args:
         weight: how much of each task vector goes into the merge.
@@ -97,7 +97,7 @@ def svc(
     factors = [number * share for number in weights[: len(sources)]]
     if not is_matrix(deltas[0], spectral):
         return weighted_sum(sources, factors)
-    return _calibrated(matrix_sum(sources, factors), tasks, alpha).to(deltas[0].dtype).view(deltas[0].shape)
+    return _calibrated(matrix_sum(sources, factors), tasks, alpha).to(deltas[0].dtype)
 
 
 def _calibrated(merged: Tensor, tasks: Sequence[Tensor], alpha: float) -> Tensor:

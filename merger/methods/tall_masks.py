@@ -67,7 +67,7 @@ def consensus_ta(
 
     Follows the paper (its released code has > for ≥, which differs only where the result is 0 or
     two numbers are equal). The paper picks each λᵢ among 0.2, 0.3, ..., 0.6 on the task's validation data; without data
-    the default is the middle. Weights are not in the paper.
+    the default is the middle. λ, too, is picked there, among 0.1, 0.2, ..., 1. Weights are not in the paper.
 
     Args:
         weight: how much of each task vector goes in.
@@ -120,7 +120,9 @@ def consensus_ties(
     θ₀ + λ τ at the entries that at least k masks hold.
 
     Follows the paper and its released code: the agreeing entries are summed, not averaged (normalize is false), and a
-    fifth of each task vector is kept. Departs: trimmed for each tensor, as ties here, not over the model as a whole.
+    fifth of each task vector is kept; λ is picked there on validation data, among 0.1, 0.2, ..., 1. Departs: trimmed
+    for each tensor, as ties here, not over the model as a whole; of d entries int(K d) stay at a density of K, as in
+    the paper, where the code keeps int(K d) + 1.
 
     Args:
         weight: how much each task vector counts, in the vote and in the sum.

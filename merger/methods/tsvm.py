@@ -43,14 +43,15 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
     the SVD U = P D Qᵀ). The result is θ₀ + λ U⊥ Σ V⊥ᵀ. One model comes back whole.
 
     Tensors of one dimension, matrices with r < N, and tensors for which spectral is false are averaged:
-    θ₀ + (λ / N) Σ τᵢ. A tensor of more than two dimensions is a matrix of its first dimension against the others.
-    Embeddings and heads are matrices like all others in the paper, whose models are image encoders; with a vocabulary
-    of rows they are slow, and most who use the method on language models set spectral to false for them.
+    θ₀ + (λ / N) Σ τᵢ. Of a stack of experts each is a matrix; a convolution is one, its first dimension against the
+    others. Embeddings and heads are matrices like all others in the paper, whose models are image encoders; with a
+    vocabulary of rows they are slow, and most who use the method on language models set spectral to false for them.
 
-    Follows the paper and its released code, λ = 1 as there. Departs: weights; directions whose singular
-    value is zero but for rounding take no part in the orthogonalisation, where there LAPACK's arbitrary choice does;
-    likewise a direction that tasks share exactly is not completed by an arbitrary one; a matrix with r < N, of which
-    there nothing is left, is averaged.
+    Follows the paper and its released code, which chooses λ among 0.1, 0.2, ..., 3 on validation data. Departs:
+    weights; tensors of more than two dimensions are averaged there; directions whose singular value is zero but for
+    rounding take no part in the orthogonalisation, where there LAPACK's arbitrary choice does; likewise a direction
+    that tasks share exactly is not completed by an arbitrary one; a matrix with r < N, of which there nothing is left,
+    is averaged.
 
     Args:
         weight: what each task vector is multiplied by.
@@ -68,9 +69,9 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
     """
     weights = per_model(weight, len(deltas))
     like = deltas[0]
-    kept = min(as_matrix(like).shape) // len(deltas) if is_matrix(like, spectral) else 0
+    kept = min(like.shape) // len(deltas) if is_matrix(like, spectral) else 0
     if not kept:
         return weighted_sum(deltas, [number * lambda_ / len(deltas) for number in weights])
     parts = [spectrum(as_matrix(*pair), kept) for pair in zip(deltas, weights, strict=True)]
     left, values, right = side_by_side(parts)
-    return ((left * (values * lambda_)) @ right).to(like.dtype).view(like.shape)
+    return ((left * (values * lambda_)) @ right).to(like.dtype)

@@ -6,7 +6,14 @@ up by one and gets its line in CHANGES. Not here: how a lock is read and compare
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from merger.checkpoints.architecture import is_stack_of_matrices
+
+
+def _any(_name: str, _shape: tuple[int, ...]) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -17,11 +24,17 @@ class Change:
         format: the first that has it.
         what: a sentence for readers, such as "dare_ties draws other masks".
         methods: those of which the same plan gives other bits; a change of meaning shows in the plan itself.
+        tensors: of which tensors they give other bits, by name and shape.
     """
 
     format: int
     what: str
     methods: frozenset[str] = frozenset()
+    tensors: Callable[[str, tuple[int, ...]], bool] = _any
+
+    def touches(self, method: str, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a method makes other bits of a tensor than it did."""
+        return method in self.methods and self.tensors(name, shape)
 
 
 CHANGES: tuple[Change, ...] = (
@@ -32,6 +45,12 @@ CHANGES: tuple[Change, ...] = (
     ),
     Change(2, "tensors that hold something of every layer (per-layer embeddings) are stacked with the layers"),
     Change(2, "a token that is plain in the base's tokenizer and special in another's is special under union"),
+    Change(
+        2,
+        "of experts in one tensor each is a matrix of its own",
+        frozenset({"iso_c", "iso_cts", "knots", "subspace_boosting", "svc", "tsvm"}),
+        is_stack_of_matrices,
+    ),
 )
 
 FORMAT = 2

@@ -277,8 +277,9 @@ def other_meaning(planned: Plan | None, held: Lock) -> list[Problem]:
 
 def other_numbers(planned: Plan, held: Lock) -> list[Problem]:
     """That an earlier version made the merge, and the same plan comes out with other numbers now."""
-    methods = {job.method for job in (*planned.jobs, *(made.job for made in planned.stages))}
-    return _said([change for change in formats.since(held.format) if change.methods & methods], held)
+    jobs = (*planned.jobs, *(made.job for made in planned.stages))
+    made = {(job.method, job.name, job.shape) for job in jobs}
+    return _said([each for each in formats.since(held.format) if any(each.touches(*tensor) for tensor in made)], held)
 
 
 def _said(changes: Sequence[Change], held: Lock) -> list[Problem]:

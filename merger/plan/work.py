@@ -5,10 +5,12 @@ Not here: which tensors are made of which (jobs), and making them (engine).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from merger.checkpoints.architecture import matrix_shape
 from merger.methods.registry import Method
 from merger.plan.jobs import Job
 from merger.plan.sources import Made, Stored, ends
@@ -23,9 +25,10 @@ def block_entries(job: Job, method: Method) -> int:
     """How many entries of a job's output tensor are made at once."""
     if method.unit == "entries" or job.is_copy:
         return BLOCK_ENTRIES
+    if method.unit == "matrix":
+        return max(1, math.prod(matrix_shape(job.name, job.shape)))
     row = job.shape[-1] if len(job.shape) > 1 else job.entries
-    whole = method.unit == "matrix" or row == 0
-    return max(1, job.entries) if whole else max(1, BLOCK_ENTRIES // row) * row
+    return max(1, BLOCK_ENTRIES // row) * row if row else max(1, job.entries)
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,9 @@ def fit(found: Found) -> None:
         _count(found, method)
         _warn_of_base(found, method)
         _warn_of_base_aside(found, method)
+        handed = [source.model for source in found.piece.sources if _handed(source, found.piece, method)]
+        if all(replace(model, adapter=None) == found.piece.base_model for model in handed):
+            few_directions(method, found.levels, found.listed)
     for param in method.params:
         if param.required:
             _required(found, method, param)
@@ -178,6 +181,14 @@ def _warn_of_base_aside(found: Found, method: Method) -> None:
     for source in found.piece.sources:
         if source.added:
             BASE_ASIDE.warn(replace(found.listed, where="base_model"), str(source.model), source.at)
+
+
+def few_directions(method: Method, levels: Sequence[Parameters], adapters: Place) -> None:
+    """Warn where a method would spread the few directions of adapters over all that a matrix has."""
+    if method.spreads and not any(_mentions(level, "lambda") for level in levels):
+        what = f"{method.name} spreads the few directions of adapters over all of a matrix: at lambda 1 little is left"
+        hint = "write a lambda near the matrices' smaller side, divided by the sum of the adapters' ranks"
+        adapters.warn(what, hint, adapters.key)
 
 
 def last_slice(slices: Sequence[Slice], place: Place) -> None:

@@ -169,7 +169,7 @@ class _Reader:
         if scope.method is None:
             self._without_method(modules)
         self._block(block, [piece for module in modules for piece in module.slices])
-        return self._of(
+        made = self._of(
             path,
             text,
             fields,
@@ -179,6 +179,10 @@ class _Reader:
             parameters=block.settings,
             tokenizer=tokenizer(fields),
         )
+        method = scope.method.method if scope.method else None
+        if method is not None and made.lora is not None and not made.lora.core:
+            checks.few_directions(method, scope.levels, fields.places["adapters"])
+        return made
 
     def _fields(self) -> Fields | None:
         """The document's keys; None where they make no recipe."""

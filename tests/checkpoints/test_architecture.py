@@ -14,6 +14,7 @@ from merger.checkpoints.architecture import (
     is_buffer,
     is_embedding,
     is_head,
+    matrix_shape,
 )
 
 ATTENTION = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight")
@@ -177,6 +178,41 @@ def test_what_only_looks_like_a_stack_is_none(names: list[str], why: str) -> Non
     found = Architecture(names)
     assert found.stacks == {}, why
     assert [found.place(name) for name in names] == [Place(None, None, name) for name in names]
+
+
+MATRICES = {
+    # gpt-oss, Llama 4, Qwen3.5 MoE, Nemotron-H, Aria, Granite MoE, JetMoE, Step, Zamba, RecurrentGemma, CSM
+    ("model.layers.0.mlp.experts.gate_up_proj", (32, 2880, 5760)): (2880, 5760),
+    ("language_model.model.layers.0.feed_forward.experts.down_proj", (16, 8192, 5120)): (8192, 5120),
+    ("model.language_model.layers.0.mlp.experts.down_proj", (256, 2048, 512)): (2048, 512),
+    ("backbone.layers.1.mixer.experts.up_proj", (128, 1856, 2688)): (1856, 2688),
+    ("language_model.model.layers.0.mlp.experts.fc1.weight", (64, 2560, 3328)): (2560, 3328),
+    ("model.layers.0.block_sparse_moe.input_linear.weight", (32, 1024, 1024)): (1024, 1024),
+    ("model.layers.0.mlp.output_linear.weight", (8, 2048, 5632)): (2048, 5632),
+    ("model.layers.0.self_attention.experts.input_linear.weight", (8, 2048, 2048)): (2048, 2048),
+    ("model.layers.4.moe.down_proj.weight", (48, 7168, 5120)): (7168, 5120),
+    ("model.layers.0.mamba.x_proj_weight", (2, 264, 3712)): (264, 3712),
+    ("model.layers.0.temporal_block.rg_lru.input_gate_weight", (10, 256, 256)): (256, 256),
+    ("depth_decoder.codebooks_head.weight", (31, 1024, 2051)): (1024, 2051),
+    # kernels, also those of numbered experts, and what is three-dimensional for other reasons (XLNet, positions)
+    ("vision_tower.patch_embed.proj.weight", (1280, 3, 2, 14, 14)): (1280, 1176),
+    ("model.layers.0.linear_attn.conv1d.weight", (8192, 1, 4)): (8192, 4),
+    ("encoder.conv1.weight", (384, 80, 3)): (384, 240),
+    ("model.layers.0.block_sparse_moe.experts.0.conv.weight", (8, 4, 3)): (8, 12),
+    ("transformer.layer.0.rel_attn.q", (1024, 16, 64)): (1024, 1024),
+    ("encoder.position_embeddings", (1, 197, 768)): (1, 151296),
+    # two dimensions and fewer: biases of all experts, too, and experts side by side in rows (DBRX)
+    ("model.layers.0.mlp.experts.gate_up_proj_bias", (32, 5760)): (32, 5760),
+    ("transformer.blocks.0.ffn.experts.mlp.w1", (172032, 6144)): (172032, 6144),
+    ("model.norm.weight", (64,)): (64,),
+    ("logit_scale", ()): (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "shape"), MATRICES)
+def test_the_matrix_of_a_tensor(name: str, shape: tuple[int, ...]) -> None:
+    """An expert of a stack, a kernel unfolded; what is no matrix keeps its shape."""
+    assert matrix_shape(name, shape) == MATRICES[name, shape]
 
 
 def test_layers_of_two_kinds_are_one_stack() -> None:

@@ -368,6 +368,29 @@ def test_what_is_likely_not_meant_is_warned_of(read: Read) -> None:
     ]
 
 
+ON_BASE = "models:\n- {model: org/base+org/one}\n- {model: org/base+org/two}\n"
+FEW_DIRECTIONS = {
+    "adapters alone": ("iso_c", "adapters:\n- {model: org/one}\n- {model: org/two}\n", "2:1: adapters"),
+    "the base with adapters": ("iso_cts", f"base_model: org/base\n{ON_BASE}", "3:1: models"),
+    "a lambda of one's own": ("iso_c", f"base_model: org/base\n{ON_BASE}parameters: {{lambda: 1}}\n", None),
+    "in the adapters' directions": ("iso_c", "adapters: [{model: org/one}]\nlora: {core: true}\n", None),
+    "another model with an adapter": ("iso_c", f"base_model: org/other\n{ON_BASE}", None),
+    "a model without": ("iso_c", f"base_model: org/base\n{ON_BASE}- {{model: org/three}}\n", None),
+    "a method that keeps strength": ("tsvm", f"base_model: org/base\n{ON_BASE}", None),
+}
+
+
+@pytest.mark.parametrize("case", FEW_DIRECTIONS)
+def test_methods_that_spread_the_few_directions_of_adapters_are_warned_of(case: str) -> None:
+    """Where no lambda is given, and all that is merged are changes of few directions."""
+    method, rest, where = FEW_DIRECTIONS[case]
+    recipe = parse(f"merge_method: {method}\n{rest}", "mine.yaml", methods())
+    told = [str(warning).splitlines() for warning in recipe.warnings]
+    says = f"{method} spreads the few directions of adapters over all of a matrix: at lambda 1 little is left"
+    hint = "    write a lambda near the matrices' smaller side, divided by the sum of the adapters' ranks"
+    assert told == ([[f"mine.yaml:{where}: {says}", hint]] if where else [])
+
+
 def test_an_overridden_architecture_is_warned_of(read: Read) -> None:
     """mergekit's key for models that it does not know: there is nothing to override, so the recipe runs without it."""
     recipe = read(
