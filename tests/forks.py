@@ -137,6 +137,7 @@ def main() -> None:
     """Fork until no order can come any more."""
     for name in IMPORTED:
         importlib.import_module(name)
+    importlib.import_module("merger.card.canvas").warm()
     assert NOT_IMPORTED not in sys.modules
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

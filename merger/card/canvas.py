@@ -47,6 +47,9 @@ _STYLE: Any = {
     "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "auto",
     "axes.grid": True,
     "grid.color": INK,
     "grid.alpha": 0.25,
@@ -104,26 +107,36 @@ class Picture:
                 return {f"{PICTURES}{self.name}.{kind}": _saved(figure, kind) for kind in self.formats}
 
 
+def warm() -> None:
+    """Find fonts and read them, which takes longer than a picture."""
+
+    def paint(figure: Figure) -> None:
+        figure.text(0, 0, "a")
+
+    _ = Picture("", "", paint, ("png", "svg")).files
+
+
 def _saved(figure: Figure, kind: str) -> bytes:
-    held = io.BytesIO()
     if kind == "svg":
-        figure.savefig(held, format=kind, transparent=True, metadata={"Date": None, "Creator": None})
+        held = io.BytesIO()
+        figure.savefig(held, format=kind, metadata={"Date": None, "Creator": None})
         return held.getvalue()
     for dots in _DOTS:
-        held = io.BytesIO()
-        figure.savefig(held, format="rgba", dpi=dots, transparent=True)
-        width, height = (int(inches * dots) for inches in figure.get_size_inches())
-        if len(small := _few_colours((width, height), held.getvalue())) <= _BYTES:
+        if len(small := _drawn(figure, dots)) <= _BYTES:
             break
     return small
 
 
-def _few_colours(size: tuple[int, int], pixels: bytes) -> bytes:
-    """As PNG, in a quarter of the bytes."""
+def _drawn(figure: Figure, dots: int) -> bytes:
+    """As PNG, with few colours in a quarter of the bytes; `savefig` would lay it out and draw it twice."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
+    figure.set_dpi(dots)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
     held = io.BytesIO()
-    image = Image.frombytes("RGBA", size, pixels)
+    image = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
     image.quantize(_COLOURS, method=Image.Quantize.FASTOCTREE).save(held, "PNG", optimize=True)
     return held.getvalue()
 
