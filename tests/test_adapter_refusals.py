@@ -216,6 +216,14 @@ def embedding_as_matrix(folder: Path) -> None:
     }))  # fmt: skip
 
 
+def by_another_class(folder: Path) -> None:
+    def rename(folder: Path, settings: dict[str, Any], held: dict[str, Tensor]) -> None:
+        for name in list(held):
+            held[name.replace("model.model.", "model.model.language_model.")] = held.pop(name)
+
+    damaged(folder, rename)
+
+
 def a_model(folder: Path) -> None:
     shutil.rmtree(folder)
     tiny.model(folder)
@@ -225,6 +233,7 @@ MERGES: Mapping[str, Callable[[Path], None]] = {
     "a tensor held whole": whole_norm,
     "another shape": other_shape,
     "another kind of module": embedding_as_matrix,
+    "names of another class": by_another_class,
     "a model among adapters": a_model,
 }
 

@@ -461,9 +461,8 @@ class _Fitting:
 
     def _tell_unplaced(self) -> None:
         if self._unclear:
-            rest = len(self._unclear) - 1
-            more = f", and so of {rest} more" if rest else ""
-            self._refuse(f"the adapter's names do not tell whether {self._unclear[0]}{more}", _MERGE_FIRST)
+            rest = f", and so of {len(self._unclear) - 1} more" if len(self._unclear) > 1 else ""
+            self._refuse(f"the adapter's names do not tell whether {self._unclear[0]}{rest}", _MERGE_FIRST)
         if self._homeless:
             names, more = self._homeless[:_SHOWN], len(self._homeless) - _SHOWN
             told = ", ".join(names) + (f" and {more} more" if more > 0 else "")
