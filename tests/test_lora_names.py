@@ -12,11 +12,12 @@ import tiny
 import torch
 import transformers
 from architectures.cases import CASES as CLASSES
-from architectures.cases import QWEN_IDS, QWEN_TEXT, Case, text
+from architectures.cases import GROUPS, QWEN_IDS, QWEN_TEXT, Case, text
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from merger.checkpoints.counterparts import counterparts
 from merger.cli import main
 
 pytest.importorskip("peft")
@@ -128,3 +129,17 @@ def test_an_adapter_by_other_names_gives_what_peft_makes_of_it(case: str, tmp_pa
     for name, tensor in expected.items():
         torch.testing.assert_close(after[name], tensor, rtol=4e-7, atol=4e-8)
         assert torch.equal(after[name], before[name]) == (name not in touched), name
+
+
+@pytest.mark.parametrize("name", GROUPS["Vision and language"])
+def test_each_name_in_memory_finds_its_tensor_in_the_files(name: str, tmp_path: Path) -> None:
+    """Of every class that sees and reads: one tensor, which holds the same numbers."""
+    model = CLASSES[name].make(seed=1)
+    model.save_pretrained(tmp_path)
+    files, named = tiny.read(tmp_path), dict(model.named_parameters())
+    shapes: list[dict[str, tuple[int, ...]]] = [
+        {of: tuple(t.shape) for of, t in held.items()} for held in (named, files)
+    ]
+    found = counterparts(*shapes)
+    assert all(len(places) == 1 for places in found.values()), found
+    assert all(torch.equal(tensor, files[found[of][0]]) for of, tensor in named.items())

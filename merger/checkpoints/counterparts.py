@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from merger.checkpoints.architecture import is_embedding, numbered
 
@@ -17,14 +18,19 @@ _TOWER = re.compile(
     r"(?:(?P<reads>language|text|llm)|(?P<sees>vision|visual|image|vit)|(?P<hears>audio|speech))"
     r"(?:_(?:model|tower|encoder|backbone))?"
 )
-_SIDE = re.compile(r"(^|[._])(en|de)coder\.")
+_SIDE = frozenset(("encoder", "decoder", "text_encoder", "text_decoder"))
 _SAYS_NOTHING = "model"
+_PREFIX = 3
+"""As many words a class may put before the names of another's."""
+
 _MOST = 64
 """Where more modules are alike by their names, none is told from the others; real models have a handful."""
 
 Shape = tuple[int, ...]
 _Part = tuple[int | None, str]
 """The layer of a tensor, if it is in a stack, and its role."""
+_Place = tuple[str, str | None, bool]
+"""A module's place, its sense, and whether that is the whole place, without first words that were left out."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,10 @@ class _Module:
     @property
     def shorter(self) -> Iterator[str]:
         """Its place in classes that lack the first words of its name; a tower's words, and a side's, are all needed."""
-        place, has_side = self.place, _SIDE.search(self.place) is not None
-        while "." in place and not self.in_tower:
-            place = place.split(".", 1)[1]
-            if has_side == (_SIDE.search(place) is not None):
-                yield place
+        words = self.place.split(".")
+        for dropped in range(1, 1 if self.in_tower else min(len(words), _PREFIX + 1)):
+            if not _SIDE.intersection(words) or _SIDE.intersection(words[dropped:]):
+                yield ".".join(words[dropped:])
 
     def holds(self, other: _Module) -> bool:
         """Whether each of another's tensors is there, and of its size, whichever way round."""
@@ -74,10 +79,11 @@ def counterparts(wanted: Mapping[str, Shape | None], held: Mapping[str, Shape]) 
         held: the tensors in the files.
     """
     theirs, ours = _modules(wanted), _modules(held)
-    places: dict[str, list[_Module]] = defaultdict(list)
+    places: dict[_Place, list[_Module]] = defaultdict(list)
     for module in ours.values():
-        for place in (module.place, *module.shorter):
-            places[place].append(module)
+        places[module.place, module.sense, True].append(module)
+        for place in module.shorter:
+            places[place, module.sense, False].append(module)
     found: dict[str, Sequence[str]] = {}
     for path, module in theirs.items():
         homes = [ours[path]] if path in ours else _homes(module, places)
@@ -86,18 +92,23 @@ def counterparts(wanted: Mapping[str, Shape | None], held: Mapping[str, Shape]) 
     return found
 
 
-def _homes(module: _Module, places: Mapping[str, Sequence[_Module]]) -> Sequence[_Module]:
+def _homes(module: _Module, places: Mapping[_Place, Sequence[_Module]]) -> Sequence[_Module]:
     """The model's modules that may be this one."""
-    alike = [
-        *places.get(module.place, ()),
-        *(other for place in module.shorter for other in places.get(place, ()) if other.place == place),
-    ]
-    alike = [other for other in alike if not (other.sense and module.sense) or other.sense == module.sense]
+    alike = list(islice(_alike(module, places), _MOST + 1))
     if not 1 < len(alike) <= _MOST:
         return alike[:2]
     nearness = [(other.place == module.place, len(other.words & module.words)) for other in alike]
     nearest = [other for other, near in zip(alike, nearness, strict=True) if near == max(nearness)]
     return [other for other in nearest if other.holds(module)] or nearest
+
+
+def _alike(module: _Module, places: Mapping[_Place, Sequence[_Module]]) -> Iterator[_Module]:
+    """The modules in the same place, in no tower of another sense; with the first words of one name left out, too."""
+    for sense in (module.sense, None) if module.sense else (*_TOWER.groupindex, None):
+        yield from places.get((module.place, sense, True), ())
+        yield from places.get((module.place, sense, False), ())
+        for place in module.shorter:
+            yield from places.get((place, sense, True), ())
 
 
 def _modules(tensors: Mapping[str, Shape | None]) -> dict[str, _Module]:
@@ -114,7 +125,7 @@ def _modules(tensors: Mapping[str, Shape | None]) -> dict[str, _Module]:
 def _module(path: str, parts: dict[_Part, tuple[str, Shape | None]], reads: bool) -> _Module:
     """What a module's name says; `reads` is whether a token embedding lies beside it."""
     words = path.split(".")
-    towers = [(at, found.lastgroup) for at, word in enumerate(words[:-1], 1) if (found := _TOWER.fullmatch(word))]
+    towers = [(at, found.lastgroup) for at, word in enumerate(words, 1) if (found := _TOWER.fullmatch(word))]
     start, sense = towers[-1] if towers else (0, "reads" if reads else None)
     place = ".".join(word for word in words[start:] if word != _SAYS_NOTHING)
     return _Module(frozenset(words), sense, bool(towers), place, parts)

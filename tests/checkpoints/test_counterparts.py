@@ -50,7 +50,7 @@ CLIP = {
 OMNI = {f"{part}.model.layers.0.q.weight": (size, 16) for part, size in {"thinker": 16, "talker": 8}.items()}
 TEXT = {"embed_tokens.weight": (40, 16), **{f"layers.{n}.self_attn.q_proj.weight": (16, 16) for n in range(3)}}
 SEAMLESS = {f"{part}.layers.0.q.weight": (16, 16) for part in ("text_encoder", "text_decoder", "speech_encoder")}
-TWO_EYES = {f"{part}.encoder.layers.0.q.weight": (16, 16) for part in ("vision_model", "vision_model_high")}
+TWO_EYES = {f"{part}.encoder.layers.0.q.weight": (16, 16) for part in ("vision_tower", "vision_model")}
 
 Q, DOWN = "layers.1.self_attn.q_proj.weight", "layers.1.mlp.down_proj.weight"
 CASES: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Sequence[str]]]] = {
@@ -115,6 +115,28 @@ CASES: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Sequence[str]]]] = {
     }),
     "two towers of one sense": (TWO_EYES, {
         "model.vision_model.encoder.layers.0.q.weight": ["vision_model.encoder.layers.0.q.weight"],
+    }),
+    "two of which one is nearer to the tower": (
+        {f"{part}.layers.0.q.weight": (16, 16) for part in ("thinker.model", "language_model")},
+        {"model.layers.0.q.weight": ["language_model.layers.0.q.weight"]},
+    ),
+    "two that only have other orders of words": (
+        {f"{part}.layers.0.q.weight": (16, 16) for part in ("language_model.model", "model.language_model")},
+        {"model.language_model.layers.0.q.weight": ["model.language_model.layers.0.q.weight"]},
+    ),
+    "what is in a tower is in no other place": ({"vision_tower.transformer.layers.0.q.weight": (16, 16)}, {
+        "layers.0.q.weight": [], "model.vision_tower.layers.0.q.weight": [],
+        "transformer.layers.0.q.weight": ["vision_tower.transformer.layers.0.q.weight"],
+    }),
+    "what is in no tower is not in a part of one": ({"backbone.layers.0.q.weight": (16, 16)}, {
+        "model.vision_tower.transformer.backbone.layers.0.q.weight": [],
+        "layers.0.q.weight": ["backbone.layers.0.q.weight"],
+    }),
+    "a tower that is itself a stack": ({"visual.0.q.weight": (16, 16), "text.0.q.weight": (16, 16)}, {
+        "model.vision_tower.0.q.weight": ["visual.0.q.weight"],
+    }),
+    "more words than a class has": ({"layers.0.q.weight": (16, 16)}, {
+        "a.b.c.layers.0.q.weight": ["layers.0.q.weight"], "a.b.c.d.layers.0.q.weight": [],
     }),
     "a side is no other's": ({"decoder.layers.0.q.weight": (16, 16)}, {
         "model.decoder.layers.0.q.weight": ["decoder.layers.0.q.weight"],
