@@ -24,7 +24,7 @@ _PREFIX = 3
 """As many words a class may put before the names of another's."""
 
 _MOST = 64
-"""Where more modules are alike by their names, none is told from the others; real models have a handful."""
+"""Where more modules are alike by their names, none of them is meant; real models have a handful."""
 
 Shape = tuple[int, ...]
 _Part = tuple[int | None, str]
@@ -95,11 +95,11 @@ def counterparts(wanted: Mapping[str, Shape | None], held: Mapping[str, Shape]) 
 def _homes(module: _Module, places: Mapping[_Place, Sequence[_Module]]) -> Sequence[_Module]:
     """The model's modules that may be this one."""
     alike = list(islice(_alike(module, places), _MOST + 1))
-    if not 1 < len(alike) <= _MOST:
-        return alike[:2]
+    if not 0 < len(alike) <= _MOST:
+        return []
     nearness = [(other.place == module.place, len(other.words & module.words)) for other in alike]
     nearest = [other for other, near in zip(alike, nearness, strict=True) if near == max(nearness)]
-    return [other for other in nearest if other.holds(module)] or nearest
+    return nearest if len(nearest) == 1 else [other for other in nearest if other.holds(module)]
 
 
 def _alike(module: _Module, places: Mapping[_Place, Sequence[_Module]]) -> Iterator[_Module]:

@@ -99,6 +99,10 @@ CASES: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Sequence[str]]]] = {
         "encoder.layers.1.self_attn.q.weight": ["text_model.encoder.layers.1.self_attn.q.weight"],
         "encoder.layers.1.self_attn.k.weight": ["text_model.encoder.layers.1.self_attn.k.weight"],
     }),
+    "towers neither of which has all of it": (
+        {"text_model.layers.0.q.weight": (16, 16), "vision_model.layers.0.k.weight": (16, 16)},
+        {"layers.0.q.weight": [], "layers.0.k.weight": []},
+    ),
     "a language model that may be either of two": (OMNI | {"talker.model.layers.0.q.weight": (16, 16)}, {
         "model.language_model.layers.0.q.weight": ["thinker.model.layers.0.q.weight", "talker.model.layers.0.q.weight"],
     }),
@@ -157,10 +161,11 @@ CASES: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Sequence[str]]]] = {
     "no such layer, no such role": (GEMMA, {
         "model.language_model.layers.7.self_attn.q_proj.weight": [],
         "model.language_model.layers.1.attn.q_proj.weight": [],
+        f"model.language_model.{Q}": [f"language_model.model.{Q}"],
     }),
     "a tensor that is in no module": ({"model.probe": (1,), "other.probe": (1,)}, {"probe": ["model.probe"]}),
     "hosts of modules that are alike": ({f"{n}a.layers.0.q.weight": (16, 16) for n in range(200)}, {
-        "model.layers.0.q.weight": ["0a.layers.0.q.weight", "1a.layers.0.q.weight"],
+        "model.layers.0.q.weight": [],
     }),
 }  # fmt: skip
 
