@@ -79,6 +79,16 @@ def rows_of_tokens(numbers: object) -> Damage:
     return damage
 
 
+def two_towers(folder: Path, settings: dict[str, Any], held: dict[str, Tensor]) -> None:
+    twice = {name.replace("model.layers", f"{tower}.layers"): tensor.clone() for tower in
+             ("text_model.encoder", "vision_model.encoder") for name, tensor in tiny.tensors().items()}  # fmt: skip
+    tiny.write(folder.parent / "base", twice)
+    q = {name.replace("model.model.layers", "model.encoder.layers"): tensor for name, tensor in held.items()
+         if "q_proj" in name}  # fmt: skip
+    held.clear()
+    held.update(q)
+
+
 NO_PRODUCT = {"embed_tokens.lora_embedding_A": None, "embed_tokens.lora_embedding_B": None}
 CASES: Mapping[str, Damage] = {
     "no adapter_config.json": without("adapter_config.json"),
@@ -112,6 +122,11 @@ CASES: Mapping[str, Damage] = {
     "tensors of another model": tensors(**{
         f"model.layers.{layer}.self_attn.q_proj.lora_{part}.weight": torch.ones(shape)
         for layer in (7, 8) for part, shape in {"A": (4, 16), "B": (16, 4)}.items()
+    }),
+    "a tensor that may be either of two": two_towers,
+    "two tensors that may be one": tensors(**{
+        f"language_model.layers.1.self_attn.q_proj.lora_{part}.weight": torch.ones(shape)
+        for part, shape in {"A": (4, 16), "B": (16, 4)}.items()
     }),
     "an unknown tensor": tensors(**{"model.layers.0.router.bias": torch.ones(3)}),
     "rows of tokens that nobody tells": tensors(**{
@@ -201,6 +216,14 @@ def embedding_as_matrix(folder: Path) -> None:
     }))  # fmt: skip
 
 
+def by_another_class(folder: Path) -> None:
+    def rename(folder: Path, settings: dict[str, Any], held: dict[str, Tensor]) -> None:
+        for name in list(held):
+            held[name.replace("model.model.", "model.model.language_model.")] = held.pop(name)
+
+    damaged(folder, rename)
+
+
 def a_model(folder: Path) -> None:
     shutil.rmtree(folder)
     tiny.model(folder)
@@ -210,6 +233,7 @@ MERGES: Mapping[str, Callable[[Path], None]] = {
     "a tensor held whole": whole_norm,
     "another shape": other_shape,
     "another kind of module": embedding_as_matrix,
+    "names of another class": by_another_class,
     "a model among adapters": a_model,
 }
 

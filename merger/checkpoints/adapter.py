@@ -16,6 +16,7 @@ from typing import Any
 from merger.checkpoints.architecture import is_embedding, is_head
 from merger.checkpoints.checkpoint import FLOATS, TensorInfo
 from merger.checkpoints.config import is_tied
+from merger.checkpoints.counterparts import counterparts
 from merger.checkpoints.tokenrows import TokenRows, rows_of, token_rows
 from merger.errors import ModelError, Problem
 from merger.safety.apart import BeyondError
@@ -322,13 +323,26 @@ def changes(adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping
     return found
 
 
+def _wanted(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
+    """The names by which an adapter calls its model's tensors, and their shapes where it tells them."""
+    modules = adapter.modules.values()
+    return {
+        **dict.fromkeys(adapter.tokens),
+        **{name: tensor.shape for name, tensor in adapter.whole.items()},
+        **{f"{module.name}.weight": (module.outputs, module.inputs) for module in modules},
+        **{f"{module.name}.bias": (module.outputs,) for module in modules if module.bias is not None},
+    }
+
+
 class _Fitting:
     """One adapter held against one model."""
 
     def __init__(self, adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
         self._adapter, self._tensors, self._config = adapter, dict(tensors), config
-        self._names = _Names(tensors)
+        self._counterparts = counterparts(_wanted(adapter), {name: tensor.shape for name, tensor in tensors.items()})
+        self._taken: dict[str, str] = {}
         self._homeless: list[str] = []
+        self._unclear: list[str] = []
         self.problems: list[Problem] = []
 
     def changes(self) -> dict[str, Change]:
@@ -352,7 +366,7 @@ class _Fitting:
                 self._refuse(f"{module.name} has DoRA and its inputs first, which is not built", _MERGE_FIRST)
             found[place.name] = replace(found.get(place.name, Change()), low_rank=module, turned=turned)
             self._bias(module, found)
-        self._tell_homeless()
+        self._tell_unplaced()
         return found
 
     def _rows(self, found: dict[str, Change]) -> None:
@@ -379,13 +393,21 @@ class _Fitting:
 
     def _place(self, name: str, tensor: TensorInfo) -> TensorInfo | None:
         """The model's tensor that the adapter calls `name`."""
-        place = self._names.find(name)
+        places = self._counterparts[name]
         if is_head(name) and is_tied(self._config):
             what = f"it adds to {name}, which in this model is the embedding"
             self._refuse(what, _MERGE_FIRST)
             return None
-        if place is None:
+        if not places:
             self._homeless.append(tensor.name)
+            return None
+        if len(places) > 1:
+            self._unclear.append(f"{tensor.name} changes {places[0]} or {places[1]}")
+            return None
+        (place,) = places
+        other = self._taken.setdefault(place, name)
+        if other != name:
+            self._unclear.append(f"{other} or {name} changes {place}")
             return None
         if self._tensors[place].dtype not in FLOATS:
             self._refuse(f"it changes {place}, which is stored as {self._tensors[place].dtype}", _MERGE_FIRST)
@@ -437,43 +459,18 @@ class _Fitting:
         if place is not None and self._can_replace(place, module.bias):
             found[place.name] = replace(found.get(place.name, Change()), added=module.bias, scale=module.scale)
 
-    def _tell_homeless(self) -> None:
-        if not self._homeless:
-            return
-        names, more = self._homeless[:_SHOWN], len(self._homeless) - _SHOWN
-        told = ", ".join(names) + (f" and {more} more" if more > 0 else "")
-        what = f"the model has no place for {told}"
-        self._refuse(what, f"take the model that it was trained on{self._told_model()}")
+    def _tell_unplaced(self) -> None:
+        if self._unclear:
+            rest = f", and so of {len(self._unclear) - 1} more" if len(self._unclear) > 1 else ""
+            self._refuse(f"the adapter's names do not tell whether {self._unclear[0]}{rest}", _MERGE_FIRST)
+        if self._homeless:
+            names, more = self._homeless[:_SHOWN], len(self._homeless) - _SHOWN
+            told = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+            hint = f"take the model that it was trained on{self._told_model()}"
+            self._refuse(f"the model has no place for {told}", hint)
 
     def _told_model(self) -> str:
         return f": {self._adapter.model}" if self._adapter.model else ""
-
-
-class _Names:
-    """Finds a model's tensor by the name that transformers gives it, with a prefix more or less than in the files."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = set(names)
-        self._endings: dict[str, list[str]] = defaultdict(list)
-        for name in self._names:
-            for ending in _endings(name):
-                self._endings[ending].append(name)
-
-    def find(self, name: str) -> str | None:
-        """The name in the files, if it is clear which."""
-        if name in self._names:
-            return name
-        longer = self._endings.get(name, [])
-        if longer:
-            return longer[0] if len(longer) == 1 else None
-        return next((ending for ending in _endings(name) if ending in self._names), None)
-
-
-def _endings(name: str) -> Iterator[str]:
-    """The name without its first part, without its first two, and so on: ``a.b.c`` -> ``b.c``, ``c``."""
-    while "." in name:
-        name = name.split(".", 1)[1]
-        yield name
 
 
 def _is_of_tokens(tensor: TensorInfo) -> bool:

@@ -54,6 +54,12 @@ class Place:
         return f"{self.stack}.{layer}.{self.role}"
 
 
+def numbered(name: str) -> Place:
+    """What a name tells by itself: what is before its first number and behind it, whether or not that is a stack."""
+    match = _NUMBERED.match(name)
+    return Place(None, None, name) if match is None else Place(match["stack"], int(match["layer"]), match["role"])
+
+
 class Architecture:
     """The stacks of layers that a checkpoint's tensor names tell of: ``stacks`` maps each to its number of layers.
 
@@ -77,10 +83,9 @@ class Architecture:
 
     def place(self, name: str) -> Place:
         """Where the tensor of this name belongs."""
-        match = _NUMBERED.match(name)
-        if match is None or int(match["layer"]) >= self.stacks.get(match["stack"], 0):
-            return Place(None, None, name)
-        return Place(match["stack"], int(match["layer"]), match["role"])
+        told = numbered(name)
+        inside = told.stack is not None and told.layer is not None and told.layer < self.stacks.get(told.stack, 0)
+        return told if inside else Place(None, None, name)
 
     def predicts(self, name: str) -> bool:
         """Whether the tensor belongs to layers of multi-token prediction, which a model computes as well without."""

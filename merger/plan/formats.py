@@ -51,6 +51,7 @@ CHANGES: tuple[Change, ...] = (
         frozenset({"iso_c", "iso_cts", "knots", "subspace_boosting", "svc", "tsvm"}),
         is_stack_of_matrices,
     ),
+    Change(2, "a tensor of a LoRA adapter that has no name of the model's files is placed by layer, role and tower"),
 )
 
 FORMAT = 2

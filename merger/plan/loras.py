@@ -16,6 +16,7 @@ from typing import Any, Literal
 from merger.checkpoints.adapter import TURNED_MODELS, Module
 from merger.checkpoints.architecture import Architecture, is_before_layers, is_buffer, is_embedding, is_head
 from merger.checkpoints.checkpoint import FLOATS, TensorInfo
+from merger.checkpoints.counterparts import counterparts
 from merger.errors import Problem, RecipeError
 from merger.methods.registry import Method, declared
 from merger.plan.cuts import Findings, Part
@@ -33,6 +34,7 @@ _PREFIX = "base_model.model."
 _HEAD = "lm_head"
 """What transformers calls a head that is the embedding: PEFT wants it beside the embedding, and ties them again."""
 
+_ADD_FIRST = "add each adapter to its model (org/model+org/adapter) and merge the models"
 _FROZEN = ".base_layer.weight"
 _WHY_FROZEN = "the model's own matrix, which PEFT saves beside an embedding's adapter"
 _TURNS_WITH_ITS_INPUTS = ("linear", "task_arithmetic", "passthrough")
@@ -152,6 +154,8 @@ class _Blend:
         held = [part.model.lora.modules if part.model.lora is not None else {} for part in self._parts]
         for part in self._parts:
             self._refuse_rest(part)
+        for part, modules in zip(self._parts[1:], held[1:], strict=True):
+            self._refuse_other_names(part, modules, held[0])
         names = dict.fromkeys(name for modules in held for name in modules)
         layers = Architecture([f"{name}.weight" for name in names])
         if all(_names_ends(part.model.checkpoint.config) for part in self._parts):
@@ -172,8 +176,16 @@ class _Blend:
         rest = [*whole, *rows, *(vector for vector in vectors if vector is not None)]
         if rest:
             what = f"it holds more than A and B: {rest[0].name}" + (f" and {len(rest) - 1} more" * (len(rest) > 1))
-            hint = "add each adapter to its model (org/model+org/adapter) and merge the models"
-            self._findings.about_part(what, part, hint)
+            self._findings.about_part(what, part, _ADD_FIRST)
+
+    def _refuse_other_names(self, part: Part, held: Mapping[str, Module], first: Mapping[str, Module]) -> None:
+        """No class of models would load the result if adapters call one matrix by two names."""
+        ours, theirs = ({f"{name}.weight": _kind(one)[1:] for name, one in of.items()} for of in (first, held))
+        found = counterparts(theirs, ours)
+        odd = next(((name, of) for name, of in found.items() if of and name not in of), None)
+        if odd is not None:
+            what = f"{odd[0]} is called {odd[1][0]} in {self._parts[0].model.name}: they were trained on two classes"
+            self._findings.about_part(what, part, _ADD_FIRST)
 
     def _fit(self, name: str, found: Sequence[Module | None]) -> bool:
         """Whether all adapters that change a module take it for the same one."""
