@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger.beside import card, elders, small_files, used_files
-from merger.card import canvas
 from merger.card.lineage import lock_file
 from merger.card.relations import Loss, relations
 from merger.card.render import render
@@ -89,8 +88,6 @@ def warm() -> None:
     """Import all that a run to the Hub needs: for a process that forks others, each of which then has it at once."""
     import merger.engine.execute
     import merger.stores.staging  # noqa: F401
-
-    canvas.warm()
 
 
 def lock_text(planned: Plan, done: Done) -> str:

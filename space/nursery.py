@@ -16,6 +16,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from merger.card import canvas
 from merger.run import warm
 from space import child
 
@@ -98,6 +99,7 @@ def _environment(folder: Path) -> Mapping[str, str]:
 def main() -> None:
     """Fork a child for each folder and socket that come in, until none can come any more."""
     warm()
+    canvas.warm()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: the keeper sees their sockets end
     with socket.socket(fileno=os.dup(0)) as desk:
         while True:

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from merging import merged
 
 from merger.methods.registry import methods
 from merger.options import Options
 from merger.planning import plan, read
-from merger.recipe.model import Recipe
-from merger.run import Done, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "templates" / "recipes"
@@ -38,14 +37,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def placed(name: str, models: dict[str, Path], folder: Path) -> Recipe:
+def placed(name: str, models: dict[str, Path]) -> str:
     """A recipe with folders in place of the placeholders."""
     text = (RECIPES / f"{name}.yaml").read_text("utf-8")
     for placeholder, model in models.items():
         text = text.replace(placeholder, str(model))
-    path = folder / "recipe.yaml"
-    path.write_text(text, "utf-8")
-    return read(path)
+    return text
 
 
 def test_no_recipe_without_its_method() -> None:
@@ -66,10 +63,7 @@ def test_a_template_reads_as_it_stands(name: str) -> None:
 @every_recipe
 def test_a_template_makes_a_model(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     """With models in the placeholders' place it runs, and what comes out are finite tensors in the dtype it says."""
-    options = Options(to=str(tmp_path / "out"))
-    planned, store = plan(placed(name, models, tmp_path), options)
-    *_, last = run(planned, store, options)
-    assert isinstance(last, Done)
+    planned = merged(placed(name, models), tmp_path / "out")
     made = tiny.read(tmp_path / "out")
     assert {name: list(tensor.shape) for name, tensor in made.items()} == {
         job.name: list(job.shape) for job in planned.jobs
@@ -79,7 +73,9 @@ def test_a_template_makes_a_model(name: str, models: dict[str, Path], tmp_path: 
 
 def test_the_stack_is_deeper(models: dict[str, Path], tmp_path: Path) -> None:
     """The passthrough recipe makes the 48 layers that its comment promises."""
-    planned, _ = plan(placed("passthrough", models, tmp_path), Options())
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(placed("passthrough", models))
+    planned, _ = plan(read(recipe), Options())
     assert planned.config["num_hidden_layers"] == 48
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import certifi
 import pytest
 from loopback import LoopbackHub
 from served import ServedSpace, zoo
@@ -18,6 +20,17 @@ if TYPE_CHECKING:
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ALONE = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 Visit = Callable[..., "Visitor"]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All is plain HTTP here, and each client reads whom to trust for TLS anew: let that be one, not 150."""
+    first = Path(certifi.where()).read_text("utf-8").partition("-----END CERTIFICATE-----\n")
+    place = tmp_path_factory.mktemp("tls") / "one.pem"
+    place.write_text(first[0] + first[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(place))
+        yield
 
 
 @pytest.fixture(scope="module")
