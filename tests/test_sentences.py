@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 import tiny
@@ -28,6 +29,8 @@ from merger.markdown import plan_section
 from merger.options import Options
 from merger.planning import plan, read
 from space import rules, views
+from space.api import Api
+from space.desk import Desk
 from space.limits import Limits
 
 TWO = "models: [{model: org/a, parameters: {weight: 1}}, {model: org/b, parameters: {weight: 1}}]\n"
@@ -201,6 +204,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
+NO_DESK = cast(Desk, None)
+"""A recipe is checked without one."""
+
+
 def file(name: str) -> str:
     return f"{re.sub('[^a-z0-9]+', '-', name.lower())}.yaml"
 
@@ -263,13 +270,19 @@ def words(page: str) -> str:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_said_of_a_recipe(name: str, here: Path, checked: Step) -> None:
-    """And nothing else, on the terminal; at its line on GitHub, and in the summary; and under the Space's editor."""
+    """And nothing else, on the terminal; at its line on GitHub, and in the summary; in the Space's page and answers."""
     recipe, says = RECIPES[name]
     done = called(["check", file(name)])
     assert (done.code, done.err) == (2 if says.kind == "error" else 0, on_the_terminal(says, name))
     assert [line for line in checked.commands if f"file={file(name)}," in line] == [on_github(says, name)]
     assert in_the_summary(says, name) in checked.summary
     assert words(views.problems(rules.look(recipe))) == in_the_space(says)
+    answer = Api(NO_DESK).check(recipe)
+    (told,) = answer["problems" if says.kind == "error" else "warnings"]
+    where = f"{told['where']}: " if told["where"] else ""
+    assert (told["line"], told["column"], where + told["what"], told["hint"]) == (
+        says.line, says.column, says.what, says.hint,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
