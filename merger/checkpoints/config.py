@@ -1,7 +1,8 @@
 """A model's config.json: what it says of the tensors, and its edits when layers, tokens, head or dtype change.
 
-Layers are known to it by their number alone, so each of its per-layer lists must follow them; and an order of layers
-that no edit could express is refused. Not here: what the tensors' names tell (architecture).
+Layers are known to it by their number alone, so each of its per-layer lists, and each text with a letter for a layer,
+must follow them; and an order of layers that no edit could express is refused. Not here: what the tensors' names tell
+(architecture).
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ Kind = frozenset[str]
 """The roles and shapes of a layer's tensors: layers of one kind are built alike."""
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_encoder_layers", "num_decoder_layers",
-                 "encoder_layers", "decoder_layers", "depth")  # fmt: skip
+                 "encoder_layers", "decoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers",
+                 "num_transformer_layers", "layers", "depth")  # fmt: skip
 _PREDICTED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 """How configs count the layers of multi-token prediction, which their number of layers leaves out."""
 
 _NOT_PER_LAYER = re.compile(
-    r"(^architectures|token_ids?|_ids|languages?|labels?|(?<!intermediate)_sizes?|image_mean|image_std)$"
+    r"(^architectures|^mtp_.*|token_ids?|_ids|languages?|labels?|(?<!intermediate)_sizes?|image_mean|image_std)$"
 )
+_COUNTED = re.compile(r"(layer|block)(s|_).*types?$|pattern$")
+"""Lists that say how many layers there are where no number does."""
+
+_LETTERS = re.compile(r"pattern$")
+"""Texts with a letter for a layer, such as ``hybrid_override_pattern: M-M*``."""
+
 _INDEX_LIST = re.compile(r"layers?($|_)|idxs?$|indices$|indexes$")
 _ONE_MODULE_EACH = re.compile(r"^deepstack_")
 """Lists of layers each of which has a module of its own outside of the stack: their number must not change."""
@@ -175,14 +183,14 @@ class Section:
         part: Any = config
         for key in self.path:
             part = part.get(key) if isinstance(part, dict) else None
-        return (part,) if isinstance(part, dict) else ()
+        return _parts(part) if isinstance(part, dict) else ()
 
     def stated(self, config: Config) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """What the config says of the stack: each part, key and value."""
+        """What the config says of the stack: each part, key and value; a text with a letter for a layer as a list."""
         for part in self.parts(config):
             for key, value in part.items():
                 if self._speaks(key):
-                    yield part, key, value
+                    yield part, key, _opened(key, value)
 
     def _speaks(self, key: str) -> bool:
         """Of encoder and decoder in one part, a key that names neither is about the encoder."""
@@ -217,18 +225,17 @@ def _section(config: Config, stack: str, stacks: Mapping[str, int]) -> Section:
     return Section(paths[stack], sides[stack] if len(shared) > 1 else None)
 
 
-_SYNONYMS = {"visual": "vision", "image": "vision", "language": "text", "speech": "audio"}
+_SYNONYMS = {"visual": "vision", "image": "vision", "language": "text", "llm": "text", "speech": "audio"}
 
 
-def _words(stack: str) -> set[str]:
-    """The words of a stack's name, as configs write them."""
-    return {_SYNONYMS.get(word, word) for word in re.split(r"[._]", stack)}
+def _words(name: str) -> set[str]:
+    """The words of a stack's name, or of the key of a nested config, in one spelling."""
+    return {_SYNONYMS.get(word, word) for word in re.split(r"[._]", name.removesuffix("_config"))}
 
 
 def _path(config: Config, words: set[str]) -> tuple[str, ...]:
     """The keys of the nested configs whose names consist of these words; of several, the one of most words."""
-    nested = {key: set(key.removesuffix("_config").split("_")) for key, value in config.items()
-              if isinstance(value, dict)}  # fmt: skip
+    nested = {key: _words(key) for key, value in config.items() if isinstance(value, dict)}
     fitting = [key for key, of in nested.items() if of <= words]
     if not fitting:
         return ()
@@ -239,8 +246,24 @@ def _path(config: Config, words: set[str]) -> tuple[str, ...]:
 def ordinary_layers(config: Config, stack: str, stacks: Mapping[str, int]) -> int | None:
     """How many layers a stack has by a config that counts those of multi-token prediction apart; None: it does not."""
     said = {key: value for _, key, value in _section(config, stack, stacks).stated(config)}
-    counts = (said[key] for key in _LAYER_COUNTS if type(said.get(key)) is int)
-    return next(counts, None) if any(key in said for key in _PREDICTED) else None
+    return next(iter(_counts(said)), None) if any(key in said for key in _PREDICTED) else None
+
+
+def _counts(said: Config) -> list[int]:
+    """The numbers of layers that a config says; where there is no number, how long the lists of their kinds are."""
+    numbers = [said[key] for key in _LAYER_COUNTS if type(said.get(key)) is int]
+    kinds = [value for key, value in said.items() if _COUNTED.search(key)]
+    return numbers or [len(value) for value in kinds if isinstance(value, list | str)]
+
+
+def _opened(key: str, value: Any) -> Any:
+    """A text with a letter for a layer as the list of its letters; all else as it is."""
+    return list(value) if isinstance(value, str) and _LETTERS.search(key) else value
+
+
+def _closed(old: Any, value: Any) -> Any:
+    """The new value in the form that the old one has."""
+    return "".join(value) if isinstance(old, str) and isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -286,9 +309,9 @@ def with_prediction(config: Config, layers: int, like: Config) -> Config:
     for part, key in stated or theirs:
         part[key] = layers
     for part in _parts(edited):
-        count = next((part[key] for key in _LAYER_COUNTS if type(part.get(key)) is int), 0)
-        for key in [key for key, value in part.items() if promised and _is_per_layer(key, value, count + promised)]:
-            part[key] = part[key][: count + layers]
+        for count in _counts(part)[:1]:
+            for key in [key for key, value in part.items() if promised and _is_per_layer(key, value, count + promised)]:
+                part[key] = part[key][: count + layers]
     return edited
 
 
@@ -321,10 +344,11 @@ def with_layers(
             if counts_leading
             else trailing
             if trailing is not None
-            else _follow(key, value, len(donor), layers, section)
+            else _closed(part[key], _follow(key, value, len(donor), layers, section))
         )
+    _check_kinds(edited, config, donor, layers, section)
     for part, key, entries in predicted:
-        part[key] = [*part[key], *entries]
+        part[key] = _closed(part[key], [*part[key], *entries])
     return edited
 
 
@@ -376,7 +400,7 @@ def _entry(key: str, of: list[Any], layer: Layer) -> Any:
 
 def _theirs(key: str, ours: list[Any], layer: Layer, section: Section) -> list[Any]:
     """The list of the model that the layer comes from; the donor's, where that model has none."""
-    found = next((part[key] for part in section.parts(layer.config) if key in part), None)
+    found = next((_opened(key, part[key]) for part in section.parts(layer.config) if key in part), None)
     return found if isinstance(found, list) else ours
 
 
@@ -397,18 +421,30 @@ def _check(config: Config, donor: Sequence[Kind], layers: Sequence[Layer], secti
     """Whether a config can say that its layers are these: a loader builds what the config says, and nothing else."""
     count = len(donor)
     stated = [(key, value) for _, key, value in section.stated(config)]
-    counts = [value for key, value in stated if key in _LAYER_COUNTS]
+    counts = _counts(dict(stated))
     as_stated = [layer.number for layer in layers] == list(range(len(layers))) and len(layers) in counts
     if len(layers) != count and count not in counts and not as_stated:
         raise ValueError(f"config.json does not say that there are {count} layers, so it cannot be told {len(layers)}")
     said = _said(stated, count)
-    for key, every in stated:
+    for key, value in stated:
+        every = len(value) if isinstance(value, list) else value
         counted = _EVERY.search(key) is not None and type(every) is int and every > 1 and not any(said)
         if counted and any(layer.number % every != new % every for new, layer in enumerate(layers)):
             raise ValueError(f"config.json counts layers by {key}: {every}, which this order of layers would break")
     listed = _tells_apart(said, donor) or _counts_leading(stated, donor, layers)
     if not listed and any(layer.kind != _expected(donor, new) for new, layer in enumerate(layers)):
         raise ValueError("its layers are not all alike, and config.json cannot say that they come in this order")
+
+
+def _check_kinds(edited: Config, before: Config, donor: Sequence[Kind], layers: Sequence[Layer], of: Section) -> None:
+    """Whether what the edited lists say of a layer is what the donor's say of layers of its kind."""
+    known, new = (_said([(key, value) for _, key, value in of.stated(config)], count)
+                  for config, count in ((before, len(donor)), (edited, len(layers))))  # fmt: skip
+    told = [(said, layer.kind) for said, layer in zip(new, layers, strict=True) if layer.kind in donor]
+    if _tells_apart(known, donor) and not _tells_apart(
+        [*known, *(said for said, _ in told)], [*donor, *(kind for _, kind in told)]
+    ):
+        raise ValueError("its layers are not all alike, and the models' config.json say it in different ways")
 
 
 def _said(stated: Sequence[tuple[str, Any]], count: int) -> list[list[Any]]:
@@ -456,8 +492,8 @@ def _expected(donor: Sequence[Kind], position: int) -> Kind | None:
 
 def _text(config: Config) -> dict[str, Any]:
     """The part of the config that describes the language model; the config itself where there is but one part."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config  # type: ignore[return-value]
+    named = (value for key, value in config.items() if _words(key) == {"text"} and isinstance(value, dict))
+    return next(named, config)  # type: ignore[arg-type]
 
 
 def _parts(config: Config) -> tuple[dict[str, Any], ...]:

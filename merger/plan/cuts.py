@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from merger.checkpoints.architecture import DEFAULT
 from merger.errors import MismatchError, Problem, RecipeError, Span, did_you_mean
 from merger.methods.registry import Method
+from merger.plan.likeness import unlike
 from merger.plan.locked import LockedModel, LockedRecipe
 from merger.recipe.model import Module, Slice, Source
 
@@ -71,8 +72,10 @@ class Findings:
             self.recipe.append(Problem(what, at, where, hint))
 
     def about_part(self, what: str, part: Part, hint: str) -> None:
-        """A model does not fit the others."""
-        self.mismatches.append(Problem(what, part.source.at, f"models[{part.source.model}]", hint))
+        """A model does not fit the others; the same is said once."""
+        problem = Problem(what, part.source.at, f"models[{part.source.model}]", hint)
+        if problem not in self.mismatches:
+            self.mismatches.append(problem)
 
     def settle(self) -> None:
         """Raise what was found, if anything was."""
@@ -137,19 +140,18 @@ def _cuts(
     for number, piece in enumerate(module.slices):
         taken = parts(locked, piece, table[piece.method])
         where = f"{inside}slices[{number}]"
-        ranges = [_range(part, stack, where, findings) for part in taken]
+        ranges = [_range(part, stack, where, locked.donor, findings) for part in taken]
         sound = [found for found in ranges if found is not None]
         if len(sound) == len(taken) and _equally_long(piece, taken, sound, stack, findings):
             yield Cut(piece, module, taken, tuple(start for start, _ in sound), sound[0][1] - sound[0][0])
 
 
-def _range(part: Part, stack: str | None, where: str, findings: Findings) -> tuple[int, int] | None:
+def _range(part: Part, stack: str | None, where: str, donor: LockedModel, findings: Findings) -> tuple[int, int] | None:
     """The part's layers; None, and a problem, where its model does not have them."""
     count = part.model.architecture.stacks.get(stack or "", 0)
     if stack is not None and count == 0:
-        theirs = ", ".join(part.model.architecture.stacks) or "none"
-        what = f"{part.model.name} has no layers {stack}.N (its stacks of layers: {theirs})"
-        findings.about_part(what, part, "only models of one architecture can be merged")
+        what, hint = unlike(donor, part.model, stack)
+        findings.about_part(what, part, hint)
         return None
     start, stop = part.source.layer_range or (0, count)
     if stop <= count:

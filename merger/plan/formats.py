@@ -44,6 +44,11 @@ CHANGES: tuple[Change, ...] = (
         "none, lie behind the last layer, and config.json counts those that are there",
     ),
     Change(2, "tensors that hold something of every layer (per-layer embeddings) are stacked with the layers"),
+    Change(
+        2,
+        "a text with a letter for a layer (hybrid_override_pattern) follows a stack's layers, and what config.json "
+        "nests under llm_config or language_config is the language model's",
+    ),
     Change(2, "a token that is plain in the base's tokenizer and special in another's is special under union"),
     Change(
         2,

@@ -171,6 +171,7 @@ def make(locked: LockedRecipe, table: Mapping[str, Method]) -> Making:
     """
     findings = Findings()
     modules = cut(locked, table, findings)
+    findings.settle()
     maker = _Maker(locked, table, findings)
     jobs = tuple(job for module in modules for job in maker.module(module))
     maker.tell_unshared()

@@ -24,12 +24,14 @@ class Case:
         config: the config's class; `model`: the model's.
         inputs: what it computes on.
         settings: what the config is made with.
+        behind: what the names of a layer of multi-token prediction begin with, which transformers never saves.
     """
 
     config: str
     model: str
     inputs: Callable[[], Inputs]
     settings: Mapping[str, Any]
+    behind: str | None = None
 
     def make(self, seed: int) -> transformers.PreTrainedModel:
         """A model drawn from `seed`; models of other seeds differ in every trained tensor."""
@@ -96,6 +98,14 @@ def looking_at_patches(size: int) -> Callable[[], Inputs]:
     return lambda: {"input_ids": torch.tensor([[1, 37, *[_IMAGE] * 4, 36, 7]]), **seen}
 
 
+def looking_at_places() -> Inputs:
+    """The same for models that are told where in the picture each of its 16 patches of 48 numbers is."""
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    kinds = torch.tensor([[0, 1, 1, 1, 1, 0, 0]])
+    seen = {"pixel_values": _noise(1, 16, 48), "image_position_ids": places[None], "mm_token_type_ids": kinds}
+    return {**looking(4)(), **seen}
+
+
 def _noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -121,6 +131,16 @@ GPT = {"n_embd": 16, "n_layer": 4, "n_head": 4, "vocab_size": 40, "n_positions":
        "eos_token_id": 2}
 STATES = {"hidden_size": 16, "num_hidden_layers": 4, "vocab_size": 40, "state_size": 4, **IDS}
 STATE_HEADS = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
+HYBRID = {
+    **{key: value for key, value in DECODER.items() if key != "num_hidden_layers"}, "ssm_state_size": 4, "n_groups": 1,
+    "mamba_num_heads": 4, "mamba_head_dim": 8, "chunk_size": 8, "n_routed_experts": 3, "moe_intermediate_size": 8,
+    "moe_shared_expert_intermediate_size": 8,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+}
+NEXT = {
+    **DECODER, **EXPERTS, "shared_expert_intermediate_size": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4, "linear_value_head_dim": 4,
+}
 TWO_SIDES = {
     "d_model": 16, "encoder_layers": 4, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 40, "decoder_start_token_id": 2, **IDS,
@@ -182,7 +202,11 @@ MIXTURES = {
     "DeepSeek V2": Case("DeepseekV2Config", "DeepseekV2ForCausalLM", text,
                         {**SMALL, **LATENT, **ROUTED, "n_shared_experts": 1}),
     "DeepSeek V3": Case("DeepseekV3Config", "DeepseekV3ForCausalLM", text, {**SMALL, **LATENT, **ROUTED}),
+    "DeepSeek V3, predicting": Case("DeepseekV3Config", "DeepseekV3ForCausalLM", text,
+                                    {**SMALL, **LATENT, **ROUTED, "num_nextn_predict_layers": 1}, "model.layers.4"),
     "GLM 4 MoE": Case("Glm4MoeConfig", "Glm4MoeForCausalLM", text, {**DECODER, **ROUTED}),
+    "GLM 4 MoE, predicting": Case("Glm4MoeConfig", "Glm4MoeForCausalLM", text,
+                                  {**DECODER, **ROUTED, "num_nextn_predict_layers": 1}, "model.layers.4"),
     "gpt-oss": Case("GptOssConfig", "GptOssForCausalLM", text,
                     {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8}),
     "Granite MoE": Case("GraniteMoeConfig", "GraniteMoeForCausalLM", text, {**DECODER, "num_local_experts": 3}),
@@ -212,9 +236,10 @@ STATE_SPACES = {
     "Mamba": Case("MambaConfig", "MambaForCausalLM", text, {**STATES, "time_step_rank": 2}),
     "Mamba 2": Case("Mamba2Config", "Mamba2ForCausalLM", text,
                     {**STATES, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}),
-    "Qwen 3 Next": Case("Qwen3NextConfig", "Qwen3NextForCausalLM", text,
-                        {**DECODER, **EXPERTS, "shared_expert_intermediate_size": 8, "linear_num_key_heads": 2,
-                         "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 4}),
+    "Nemotron H": Case("NemotronHConfig", "NemotronHForCausalLM", text, HYBRID),
+    "Qwen 3 Next": Case("Qwen3NextConfig", "Qwen3NextForCausalLM", text, NEXT),
+    "Qwen 3 Next, predicting": Case("Qwen3NextConfig", "Qwen3NextForCausalLM", text,
+                                    {**NEXT, "mtp_num_hidden_layers": 1}, "mtp.layers.0"),
     "RecurrentGemma": Case("RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", text,
                            {**DECODER, "lru_width": 16, "attention_window_size": 8}),
     "RWKV": Case("RwkvConfig", "RwkvForCausalLM", text,
@@ -272,6 +297,14 @@ LOOKERS = {
                     {"vision_config": VISION, "text_config": {**DECODER, "sliding_window": 8},
                      "image_token_index": _IMAGE, "mm_tokens_per_image": 4, "boi_token_index": 37,
                      "eoi_token_index": 38}),
+    "Gemma 4": Case("Gemma4Config", "Gemma4ForConditionalGeneration", looking_at_places,
+                    {"text_config": {**PER_LAYER, "global_head_dim": 4}, "audio_config": None,
+                     "vision_config": {**VISION, "num_key_value_heads": 4, "head_dim": 4, "position_embedding_size": 16,
+                                       "pooling_kernel_size": 2},
+                     "image_token_id": _IMAGE, "video_token_id": 38, "boi_token_id": 37, "eoi_token_id": 36}),
+    "InternVL": Case("InternVLConfig", "InternVLForConditionalGeneration", looking(1),
+                     {"vision_config": {**VISION, "image_size": [8, 8], "patch_size": [4, 4]}, "image_seq_length": 1,
+                      "text_config": {"model_type": "qwen2", **DECODER}, "image_token_id": _IMAGE}),
     "LLaVA": Case("LlavaConfig", "LlavaForConditionalGeneration", looking(4),
                   {"vision_config": {"model_type": "clip_vision_model", **VISION},
                    "text_config": {"model_type": "llama", **DECODER}, "image_token_index": _IMAGE}),

@@ -30,13 +30,15 @@ There is no list of architectures in the code: a stack of layers is a run of ten
 `config.json` is edited by what its keys say. So a class that is not on this page most likely works, and these are the
 classes it was tried with, each from a config so small that a model of it has some thousand numbers. For each class:
 
-- transformers saves two random models; their `linear` merge holds every tensor, each the mean of both (integers and
-  constants are copied), under an unchanged config (its count of prediction layers apart);
-- a model merged with itself computes, to the bit, what the model computes;
+- transformers saves a random model, and another is made of other numbers; their `linear` merge holds every tensor,
+  each the mean of both (integers and constants are copied), under an unchanged config (its count of prediction layers
+  apart);
 - each stack of layers is made anew by `passthrough` with another number of layers: two of one model and all but the
   first of the other ("5 of 4"). Where a class takes its layers in a fixed rhythm, whole halves are tried as well. All
-  other tensors are one model's. It computes numbers, and other ones than before;
-- each result is loaded by transformers, with no tensor missing, unexpected, re-initialised or of another shape.
+  other tensors are one model's. Each layer of it is built as the one it was taken from (its parts, its kind of
+  attention, its window), and it computes numbers, and other ones than before;
+- each result is loaded by transformers, with no tensor missing, unexpected, re-initialised or of another shape. Where a
+  class is "predicting", its files hold a layer of multi-token prediction, which transformers leaves to other programs.
 
 Where a class has several stacks, `modules:` names them as the table does: see [recipes.md](recipes.md). What the config
 cannot describe is refused with the sentence in the table.

@@ -1,4 +1,4 @@
-"""One class of models put to the trial: merged, merged with itself, stacked, and each time loaded by transformers.
+"""One class of models put to the trial: merged, and stacked, and each time loaded by transformers.
 
 Not here: which classes (cases), and the page (page).
 """
@@ -6,15 +6,19 @@ Not here: which classes (cases), and the page (page).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import merging
 import tiny
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Module, ModuleList
 
 from architectures.cases import Case
 from merger.checkpoints.architecture import Architecture
@@ -38,15 +42,17 @@ class Row:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two models of a class that have nothing in common, and their tensors as saved."""
+    """Two models of a class that have nothing in common, and their tensors as saved; the first one as it was made."""
 
     case: Case
     folders: tuple[Path, Path]
     tensors: tuple[dict[str, Tensor], dict[str, Tensor]]
+    first: transformers.PreTrainedModel
+    computed: Tensor
 
     @property
     def architecture(self) -> Architecture:
-        return Architecture(self.tensors[0])
+        return Architecture(self.tensors[0], _config(self.folders[0]))
 
 
 def tried(case: Case, folder: Path) -> Row:
@@ -57,17 +63,37 @@ def tried(case: Case, folder: Path) -> Row:
     """
     pair = _pair(case, folder)
     _linear(pair, folder / "linear")
-    _itself(pair, folder / "itself")
     stacks = pair.architecture.stacks
     told = {stack: _stacked(pair, stack, folder / f"stacked-{number}") for number, stack in enumerate(stacks)}
     return Row(case.model, told, len(pair.tensors[0]))
 
 
 def _pair(case: Case, folder: Path) -> _Pair:
+    """The first as transformers saves it, the other with other numbers in every tensor that is trained."""
     one, other = folder / "one", folder / "other"
-    for place, seed in ((one, 1), (other, 2)):
-        case.make(seed).save_pretrained(place)
-    return _Pair(case, (one, other), (tiny.read(one), tiny.read(other)))
+    made = case.make(1)
+    made.save_pretrained(one)
+    first = {**tiny.read(one), **_behind(case, tiny.read(one))}
+    draw = torch.Generator().manual_seed(2)
+    second = {name: _redrawn(tensor, draw) for name, tensor in first.items()}
+    shutil.copytree(one, other)
+    for place, held in ((one, first), (other, second)):
+        save_file(held, place / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        return _Pair(case, (one, other), (first, second), made, made(**case.inputs())[0])
+
+
+def _redrawn(tensor: Tensor, draw: torch.Generator) -> Tensor:
+    moved = 0.1 * torch.randn(tensor.shape, generator=draw)
+    return tensor + moved.to(tensor.dtype) if tensor.is_floating_point() else tensor
+
+
+def _behind(case: Case, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer of multi-token prediction: built as the last one, with a projection before it."""
+    last = "model.layers.3."
+    roles = {name.removeprefix(last): tensor for name, tensor in held.items() if name.startswith(last)}
+    more = {"eh_proj.weight": torch.ones(16, 32), **roles}
+    return {f"{case.behind}.{role}": tensor.clone() for role, tensor in more.items()} if case.behind else {}
 
 
 def _linear(pair: _Pair, out: Path) -> None:
@@ -80,16 +106,8 @@ def _linear(pair: _Pair, out: Path) -> None:
         expected = mean if first[name].is_floating_point() else first[name].double()
         assert torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-8), name
     load(pair.case, out)
-    assert _config(out) == _without_prediction(_config(pair.folders[0]))
-
-
-def _itself(pair: _Pair, out: Path) -> None:
-    """A model merged with itself computes what the model computes, to the bit."""
-    one = pair.folders[0]
-    copy = out.parent / "copy"
-    copy.symlink_to(one)
-    merge(_mean((one, copy)), out)
-    assert torch.equal(_computed(pair.case, out), _computed(pair.case, one))
+    before = _config(pair.folders[0])
+    assert _config(out) == (before if pair.case.behind else _without_prediction(before))
 
 
 def _stacked(pair: _Pair, stack: str, out: Path) -> str:
@@ -128,15 +146,60 @@ def _check(
             if (place.stack, place.layer) == (stack, old):
                 whole.add(place.at_layer(new))
                 assert torch.equal(merged[place.at_layer(new)], tensors[name]), name
-    rest = {name for name in held[pair.folders[0]] if architecture.place(name).stack != stack}
-    assert set(merged) == whole | rest
-    for name in rest:
-        of_all = _of_all_layers(name, merged[name], pair.tensors[0][name], layers)
-        assert any(torch.equal(merged[name], each) for each in (of_all, *(held[name] for held in pair.tensors))), name
-    assert Architecture(merged).stacks[stack] == len(layers)
-    ours = _computed(pair.case, out)
+    behind = f"{stack}.{architecture.stacks[stack]}."
+    rest = {name.replace(behind, f"{stack}.{len(layers)}."): name for name in held[pair.folders[0]]
+            if architecture.place(name).stack != stack}  # fmt: skip
+    assert set(merged) == whole | rest.keys()
+    for name, old in rest.items():
+        of_all = _of_all_layers(old, merged[name], pair.tensors[0][old], layers)
+        assert any(torch.equal(merged[name], each) for each in (of_all, *(held[old] for held in pair.tensors))), name
+    loaded = load(pair.case, out)
+    check_built(pair.first, loaded, [old for _, old in layers])
+    with torch.no_grad():
+        ours = loaded(**pair.case.inputs())[0]
     assert torch.isfinite(ours).all()
-    assert not torch.allclose(ours, _computed(pair.case, pair.folders[0]), atol=1e-3)
+    assert not torch.allclose(ours, pair.computed, atol=1e-3)
+
+
+def check_built(before: Module, after: Module, layers: Sequence[int]) -> None:
+    """Each layer of the model is built as the one it was taken from: of the same parts and words, its number apart.
+
+    Args:
+        before: a model; `after`: that of which one stack has the layers with these numbers in the first.
+    """
+    lists = {path: (module, after.get_submodule(path)) for path, module in before.named_modules()
+             if isinstance(module, ModuleList)}  # fmt: skip
+    grown = {path: (old, new) for path, (old, new) in lists.items() if len(new) == len(layers) != len(old)}
+    assert grown
+    for path, (old, new) in grown.items():
+        for place, layer in enumerate(layers):
+            expected, found = _traits(old[layer]), _traits(new[place])
+            assert expected.keys() == found.keys()
+            for name, value in found.items():
+                assert value == expected[name] or (value, expected[name]) == (place, layer), (path, place, name, value)
+    listed, counts = dict(_lists(before.config.to_dict())), {len(old) for old, _ in grown.values()}
+    for key, found in _lists(after.config.to_dict()):
+        if len(found) == len(layers) and len(listed.get(key, ())) in counts and found != list(range(len(layers))):
+            assert found == [listed[key][layer] for layer in layers], key
+
+
+def _traits(layer: Module) -> dict[str, Any]:
+    """What a layer is made of: its parts' classes, and the words and numbers that they hold, but for training."""
+    found: dict[str, Any] = {}
+    for name, module in layer.named_modules():
+        found[name] = type(module)
+        found |= {f"{name}.{key}": value for key, value in vars(module).items()
+                  if isinstance(value, bool | int | float | str | None) and key != "drop_prob"}  # fmt: skip
+    return found
+
+
+def _lists(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """A config's lists, and those of its parts."""
+    for key, value in config.items():
+        if isinstance(value, list):
+            yield f"{path}{key}", value
+        elif isinstance(value, dict):
+            yield from _lists(value, f"{path}{key}.")
 
 
 def _of_all_layers(
@@ -174,24 +237,24 @@ def merge(recipe: str, out: Path) -> dict[str, Tensor]:
 
 
 def load(case: Case, folder: Path) -> transformers.PreTrainedModel:
-    """The model as transformers loads it, once it has found no fault with any name or shape."""
+    """The model as transformers loads it, once it has found no fault with any name or shape.
+
+    What lies in the place that the config gives to layers of multi-token prediction is for other programs.
+    """
     model, found = getattr(transformers, case.model).from_pretrained(folder, output_loading_info=True)
+    config = _config(folder)
+    behind = case.behind and case.behind.replace("layers.4", f"layers.{config['num_hidden_layers']}")
+    found["unexpected_keys"] = [name for name in found["unexpected_keys"] if not name.startswith(f"{behind}.")]
     assert {kind: names for kind, names in found.items() if names} == {}
     return model.eval()
 
 
-def _computed(case: Case, folder: Path) -> Tensor:
-    """What the model in a folder makes of the class's inputs."""
-    with torch.no_grad():
-        return load(case, folder)(**case.inputs())[0]
-
-
-def _config(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / "config.json").read_text())
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return found
 
 
-def _without_prediction(config: dict[str, object]) -> dict[str, object]:
+def _without_prediction(config: dict[str, Any]) -> dict[str, Any]:
     """transformers saves none of a model's layers of multi-token prediction, and counts them in its config."""
     counted = config.keys() & {"num_nextn_predict_layers", "mtp_num_hidden_layers"}
     return {**config, **dict.fromkeys(counted, 0)}

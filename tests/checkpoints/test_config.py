@@ -56,14 +56,16 @@ def test_the_number_of_layers_follows_under_the_key_in_use(key: str) -> None:
     ("intermediate_size", [10, 20, 30, 40], [10, 20, 20, 30, 40, 40]),
     ("ffn_multipliers", [0.5, 1.0, 1.5, 2.0], [0.5, 1.0, 1.0, 1.5, 2.0, 2.0]),
     ("block_configs", [{"n": n} for n in range(4)], [{"n": n} for n in STACK]),
+    ("hybrid_override_pattern", "M-E*", "M--E**"),
+    ("hybrid_layer_pattern", [0, 1, 1, 0], [0, 1, 1, 1, 0, 0]),
     ("mlp_only_layers", [1, 3], [1, 2, 4, 5]),
     ("mlp_only_layers", [], []),
     ("attn_layer_indices", [2], [3]),
     ("moe_layers", [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]),
     ("full_attn_idxs", [0, 3], [0, 4, 5]),
 ])  # fmt: skip
-def test_lists_for_each_layer_and_lists_of_layers_follow(key: str, value: list[Any], expected: list[Any]) -> None:
-    """One entry a layer moves with its layer; a layer's number becomes its new numbers."""
+def test_lists_for_each_layer_and_lists_of_layers_follow(key: str, value: object, expected: object) -> None:
+    """An entry or a letter moves with its layer; a layer's number becomes its new numbers."""
     assert stacked({"num_hidden_layers": 4, key: value}, 4, STACK) == {"num_hidden_layers": 6, key: expected}
 
 
@@ -71,10 +73,36 @@ def test_lists_for_each_layer_and_lists_of_layers_follow(key: str, value: list[A
     ("architectures", ["A", "B", "C", "D"]), ("eos_token_id", [1, 2, 3, 4]), ("image_mean", [0.1, 0.2, 0.3, 0.4]),
     ("hidden_sizes", [8, 16, 32, 64]), ("layer_types", ["full"]), ("rope_scaling", {"short_factor": [1.0] * 4}),
     ("id2label", {"0": "a"}), ("max_window_layers", 28), ("vision_feature_layer", [-2]), ("suppress_tokens", [220]),
+    ("hidden_act", "silu"), ("mtp_hybrid_override_pattern", "*E-M"), ("mtp_layers_block_type", ["moe"] * 4),
+    ("hybrid_override_pattern", "M*"), ("hybrid_override_pattern", None),
 ])  # fmt: skip
 def test_what_is_not_about_layers_stays(key: str, value: object) -> None:
     """Token ids, image sizes and names are not cut, however many there are."""
     assert stacked({"num_hidden_layers": 4, key: value}, 4, STACK)[key] == value
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), [
+    ("layers_block_type", ["m", "a", "m", "h"], ["m", "a", "a", "m", "h", "h"]),
+    ("hybrid_override_pattern", "MEM*", "MEEM**"),
+])  # fmt: skip
+def test_a_list_may_say_the_number_of_layers_alone(key: str, value: object, expected: object) -> None:
+    """As Nemotron-H's does; a list of something else says nothing of it."""
+    assert stacked({key: value}, 4, STACK) == {key: expected}
+    for config in ({"depths": [1, 1, 2, 1]}, {key: value, "num_hidden_layers": 5}, {"block_names": value}):
+        with pytest.raises(ValueError, match="does not say that there are 4 layers"):
+            stacked(config, 4, STACK)
+
+
+def test_layers_that_two_configs_tell_of_in_different_words_are_refused_where_that_breaks_them() -> None:
+    """One list names what the other writes as letters: the entry taken instead must be one for layers of this kind."""
+    kinds = [A, B, A, B]
+    donor: Config = {"num_hidden_layers": 4, "pattern": "MEME"}
+    other: Config = {"num_hidden_layers": 4, "layers_block_type": ["e", "m"] * 2}
+    alike = [*taken(donor, [0, 1], kinds), *taken(other, [2, 3], kinds)]
+    assert with_layers(donor, kinds, alike)["pattern"] == "MEME"
+    turned = [*taken(donor, [0, 1], kinds), *taken(other, [2, 3], [B, A, B, A])]
+    with pytest.raises(ValueError, match=r"not all alike, and the models' config\.json say it in different ways"):
+        with_layers(donor, kinds, turned)
 
 
 def test_each_layer_brings_the_entry_of_its_own_model() -> None:
@@ -94,14 +122,15 @@ def test_a_layer_of_which_no_list_speaks_is_refused() -> None:
         with_layers(donor, [A, A], [*taken(donor, [0]), *taken({"num_hidden_layers": 3}, [2])])
 
 
-def test_the_language_models_part_is_edited_and_the_vision_part_is_not() -> None:
-    """`text_config` holds the layers' number and lists."""
+@pytest.mark.parametrize("part", ["text_config", "llm_config", "language_config"])
+def test_the_language_models_part_is_edited_and_the_vision_part_is_not(part: str) -> None:
+    """It holds the layers' number and lists."""
     config = {
-        "text_config": {"num_hidden_layers": 4, "layer_types": ["a", "b", "c", "d"]},
+        part: {"num_hidden_layers": 4, "layer_types": ["a", "b", "c", "d"]},
         "vision_config": {"num_hidden_layers": 4, "layer_types": ["v"] * 4},
     }
     assert stacked(config, 4, [0, 3]) == {
-        "text_config": {"num_hidden_layers": 2, "layer_types": ["a", "d"]},
+        part: {"num_hidden_layers": 2, "layer_types": ["a", "d"]},
         "vision_config": {"num_hidden_layers": 4, "layer_types": ["v"] * 4},
     }
 
@@ -225,11 +254,14 @@ def test_lists_that_go_on_for_layers_of_prediction_keep_their_ends() -> None:
     }
 
 
-@pytest.mark.parametrize("key", ["sliding_window_pattern", "global_attn_every_n_layers", "attn_layer_period"])
-def test_layers_that_differ_by_a_count_alone_keep_step_or_are_refused(key: str) -> None:
+@pytest.mark.parametrize(("key", "value"), [
+    ("sliding_window_pattern", 3), ("sliding_window_pattern", "LLG"), ("global_attn_every_n_layers", 3),
+    ("attn_layer_period", 3),
+])  # fmt: skip
+def test_layers_that_differ_by_a_count_alone_keep_step_or_are_refused(key: str, value: object) -> None:
     """Where every third layer attends to all, no tensor's name tells; a list beside it does."""
-    config = {"num_hidden_layers": 6, key: 3}
-    assert stacked(config, 6, [0, 1, 2, 0, 1, 2, 3, 4, 5]) == {"num_hidden_layers": 9, key: 3}
+    config = {"num_hidden_layers": 6, key: value}
+    assert stacked(config, 6, [0, 1, 2, 0, 1, 2, 3, 4, 5]) == {"num_hidden_layers": 9, key: value}
     with pytest.raises(ValueError, match=f"counts layers by {key}: 3, which this order of layers would break"):
         stacked(config, 6, [0, 1, 1, 2])
     listed = {**config, "layer_types": ["s", "s", "f", "s", "s", "f"]}
@@ -259,6 +291,7 @@ def test_transformers_accepts_the_edited_config(name: str, numbers: list[int]) -
 @pytest.mark.parametrize(("config", "tied"), [
     ({"tie_word_embeddings": True}, True), ({"tie_word_embeddings": False}, False), ({}, False),
     ({"text_config": {"tie_word_embeddings": True}}, True), ({"text_config": {}}, False),
+    ({"llm_config": {"tie_word_embeddings": True}}, True), ({"llm": "a name"}, False),
     ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, False),
 ])  # fmt: skip
 def test_whether_the_head_is_the_embedding_is_read_from_the_config(config: Config, tied: bool) -> None:
@@ -320,6 +353,8 @@ def test_a_tensor_that_is_read_back_leaves_no_word_of_quantisation() -> None:
      "text_encoder.block", ("text_encoder",)),
     ({"thinker_config": {"text_config": {}, "audio_config": {}}}, ("thinker.text.layers", "thinker.audio_tower.layers"),
      "thinker.audio_tower.layers", ("thinker_config", "audio_config")),
+    ({"llm_config": {}, "vision_config": {}}, ("language_model.model.layers", "vision_model.encoder.layers"),
+     "language_model.model.layers", ("llm_config",)),
     ({"vision_config": {}}, ("model.layers", "visual.blocks"), "model.layers", ()),
 ])  # fmt: skip
 def test_a_stack_is_told_of_where_the_words_of_its_name_lead(
@@ -327,6 +362,14 @@ def test_a_stack_is_told_of_where_the_words_of_its_name_lead(
 ) -> None:
     """Of nested configs the one whose name the stack's words make; without one, the config itself."""
     assert section(config, stack, dict.fromkeys(stacks, 4)).path == path
+
+
+def test_a_part_inside_of_which_the_language_model_has_one_speaks_of_its_layers() -> None:
+    """`thinker.model.layers` says no more than whose they are."""
+    config = {"thinker_config": {"text_config": {"num_hidden_layers": 4}, "audio_config": {"num_hidden_layers": 4}}}
+    here = section(config, "thinker.model.layers", {"thinker.model.layers": 4, "thinker.audio_tower.layers": 4})
+    edited = with_layers(config, [A] * 4, taken(config, STACK), here)["thinker_config"]
+    assert edited == {"text_config": {"num_hidden_layers": 6}, "audio_config": {"num_hidden_layers": 4}}
 
 
 def test_encoder_and_decoder_in_one_part_have_their_own_keys() -> None:
