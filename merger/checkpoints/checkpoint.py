@@ -46,6 +46,13 @@ class TensorInfo:
     start: int
     stop: int
 
+    def encode(self) -> dict[str, Any]:
+        """Plain data that names it in a plan's hash."""
+        return {
+            "name": self.name, "dtype": self.dtype, "shape": self.shape, "file": self.file, "start": self.start,
+            "stop": self.stop,
+        }  # fmt: skip
+
     @property
     def entries(self) -> int:
         """How many numbers it holds."""

@@ -52,6 +52,10 @@ class Input:
     settings: Mapping[str, float] = field(default_factory=dict)
     named: int | None = None
 
+    def encode(self) -> dict[str, Any]:
+        """Plain data, and its source, that name it in a plan's hash."""
+        return {"source": self.source, "settings": self.settings, "named": self.named}
+
     @property
     def model(self) -> int:
         """The number of the model or stage that it stands for in the locked recipe."""
@@ -83,6 +87,13 @@ class Job:
     base: Input | None = None
     settings: Mapping[str, float] = field(default_factory=dict)
     why: str | None = None
+
+    def encode(self) -> dict[str, Any]:
+        """Plain data, and its inputs, that name it in a plan's hash."""
+        return {
+            "name": self.name, "dtype": self.dtype, "shape": self.shape, "method": self.method, "inputs": self.inputs,
+            "base": self.base, "settings": self.settings, "why": self.why,
+        }  # fmt: skip
 
     @property
     def entries(self) -> int:

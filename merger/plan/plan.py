@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -22,7 +22,7 @@ from merger.plan.jobs import Job, Making, make
 from merger.plan.leftovers import LeftOut, config, left_out, notes
 from merger.plan.locked import LockedRecipe
 from merger.plan.loras import make_lora
-from merger.plan.rows import RowMap, RowPairs, held
+from merger.plan.rows import held
 from merger.plan.sources import Made
 from merger.plan.stages import with_stages
 from merger.plan.texts import Texts, beside_adapter, left_out_files, other_pipelines, passed_on, texts
@@ -214,10 +214,10 @@ class Plan:
                 }
                 for number, stage in enumerate(self.locked.stages, len(self.locked.models))
             ],
-            "left_out": self.left_out,
+            "left_out": [asdict(each) for each in self.left_out],
             "notes": self.notes,
         }
-        plain: dict[str, Any] = json.loads(json.dumps(content, default=_plain))
+        plain: dict[str, Any] = json.loads(json.dumps(content, default=_encoded))
         return plain
 
 
@@ -408,13 +408,13 @@ def _hash(
     ]
     work = [[shard.name, shard.jobs] for shard in shards]
     content = {"format": format, "models": models, "shards": work, "config": config, "seed": seed}
-    if written := {key: value for key, value in vars(small).items() if key != "taken" and value is not None}:
+    if written := small.encode():
         content["texts"] = written
     if locked.recipe.allow_non_finite:
         content["allow_non_finite"] = True
     if stages := _stages([job for shard in shards for job in shard.jobs]):
         content["stages"] = [[made, made.job] for made in stages]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_encoded).encode()).hexdigest()
 
 
 def _stages(jobs: Sequence[Job]) -> tuple[Made, ...]:
@@ -423,14 +423,9 @@ def _stages(jobs: Sequence[Job]) -> tuple[Made, ...]:
     return tuple(made for job in jobs for made in below(job, seen))
 
 
-def _plain(value: object) -> Any:
-    """A dataclass as JSON: `vars` is what `asdict` copies at eight times the price.
-
-    Of what a stage makes only the name: how it is made is said once, elsewhere.
-    """
-    if isinstance(value, Made):
-        return {"stage": value.stage, "name": value.name, "seed": value.seed}
-    return str(value) if isinstance(value, RowMap | RowPairs) else vars(value)
+def _encoded(value: Any) -> Any:
+    """What a job is made of, as JSON."""
+    return value.encode()
 
 
 def _files(files: Mapping[str, Any]) -> list[tuple[str, int, str | None]]:

@@ -15,7 +15,7 @@ PRODUCT_ENTRIES = 1 << 17
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Source):
     """A matrix and what a LoRA adapter adds to it: ``scale * B @ A``, the other way round where it is turned.
 
     Args:
@@ -27,6 +27,7 @@ class LowRank:
         magnitude: of DoRA the length that each row of the sum is brought to.
     """
 
+    kind = "low-rank"
     of: Source
     a: Stored
     b: Stored
@@ -34,15 +35,15 @@ class LowRank:
     turned: bool = False
     magnitude: Stored | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The matrix's."""
-        return self.of.shape
+    def encode(self) -> dict[str, Any]:
+        return {
+            "of": self.of, "a": self.a, "b": self.b, "scale": self.scale, "turned": self.turned,
+            "magnitude": self.magnitude,
+        }  # fmt: skip
 
     @property
-    def dtype(self) -> str:
-        """The matrix's."""
-        return self.of.dtype
+    def children(self) -> tuple[Source, ...]:
+        return (self.of, self.a, self.b, *([self.magnitude] if self.magnitude else []))
 
     @property
     def rank(self) -> int:
@@ -55,15 +56,9 @@ class LowRank:
         return max(1, PRODUCT_ENTRIES // max(1, self.shape[1]))
 
     @property
-    def leaves(self) -> tuple[Stored, ...]:
-        """The matrix's, then the adapter's."""
-        return (*self.of.leaves, self.a, self.b, *([self.magnitude] if self.magnitude else []))
-
-    @property
     def again(self) -> tuple[Stored, ...]:
         """The adapter's; the matrix's too where whole rows of it are looked at."""
-        adapters = self.leaves[len(self.of.leaves) :]
-        return (*self.leaves, *self.of.again) if self.magnitude else (*self.of.again, *adapters)
+        return (*self.leaves, *self.of.again) if self.magnitude else (*self.of.again, self.a, self.b)
 
     @property
     def scratch(self) -> int:
@@ -73,32 +68,20 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Added:
+class Added(Source):
     """A tensor and a small one of its shape that is added to it, times `scale`."""
 
+    kind = "added"
     to: Source
     plus: Stored
     scale: float
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The first one's."""
-        return self.to.shape
+    def encode(self) -> dict[str, Any]:
+        return {"to": self.to, "plus": self.plus, "scale": self.scale}
 
     @property
-    def dtype(self) -> str:
-        """The first one's."""
-        return self.to.dtype
-
-    @property
-    def leaves(self) -> tuple[Stored, ...]:
-        """The first one's, then the other."""
-        return (*self.to.leaves, self.plus)
-
-    @property
-    def again(self) -> tuple[Stored, ...]:
-        """None but the first one's: a block reads its own entries of both."""
-        return self.to.again
+    def children(self) -> tuple[Source, ...]:
+        return (self.to, self.plus)
 
     @property
     def scratch(self) -> int:
@@ -116,31 +99,19 @@ OVERSAMPLING = 16
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Source):
     """What one tensor has more than another of its shape."""
 
+    kind = "difference"
     minuend: Source
     subtrahend: Source
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of both."""
-        return self.minuend.shape
+    def encode(self) -> dict[str, Any]:
+        return {"minuend": self.minuend, "subtrahend": self.subtrahend}
 
     @property
-    def dtype(self) -> str:
-        """The first one's."""
-        return self.minuend.dtype
-
-    @property
-    def leaves(self) -> tuple[Stored, ...]:
-        """Those of both."""
-        return (*self.minuend.leaves, *self.subtrahend.leaves)
-
-    @property
-    def again(self) -> tuple[Stored, ...]:
-        """Those of both."""
-        return (*self.minuend.again, *self.subtrahend.again)
+    def children(self) -> tuple[Source, ...]:
+        return (self.minuend, self.subtrahend)
 
     @property
     def scratch(self) -> int:
@@ -149,7 +120,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class MergedDeltas:
+class MergedDeltas(Source):
     """What a merge method makes of the deltas of several adapters, each of them ``scale * B @ A`` or zeros.
 
     Args:
@@ -162,6 +133,7 @@ class MergedDeltas:
         blocks: how many matrices the method may hold at once besides its inputs.
     """
 
+    kind = "merged deltas"
     deltas: tuple[LowRank | Zeros, ...]
     method: str
     arguments: tuple[tuple[str, Any], ...]
@@ -169,10 +141,15 @@ class MergedDeltas:
     space: Literal["full", "rows", "columns", "core"]
     blocks: int
 
+    def encode(self) -> dict[str, Any]:
+        return {
+            "deltas": self.deltas, "method": self.method, "arguments": self.arguments, "random": self.random,
+            "space": self.space, "blocks": self.blocks,
+        }  # fmt: skip
+
     @property
-    def shape(self) -> tuple[int, ...]:
-        """That of each delta."""
-        return self.deltas[0].shape
+    def children(self) -> tuple[Source, ...]:
+        return self.deltas
 
     @property
     def dtype(self) -> str:
@@ -183,11 +160,6 @@ class MergedDeltas:
     def rank(self) -> int:
         """How many directions the adapters have together."""
         return sum(delta.rank for delta in self.deltas if isinstance(delta, LowRank))
-
-    @property
-    def leaves(self) -> tuple[Stored, ...]:
-        """The adapters' small matrices."""
-        return tuple(leaf for delta in self.deltas for leaf in delta.leaves)
 
     @property
     def again(self) -> tuple[Stored, ...]:
@@ -205,7 +177,7 @@ class MergedDeltas:
 
 
 @dataclass(frozen=True)
-class Factor:
+class Factor(Source):
     """One of the two small matrices A and B of an adapter whose ``scale * B @ A`` is as near as can be to a matrix.
 
     Args:
@@ -217,12 +189,23 @@ class Factor:
         spread: whether the singular values are shared between both; else B has them.
     """
 
+    kind = "factor"
     product: Difference | MergedDeltas
     rank: int
     part: Literal["A", "B"]
     scale: float = 1.0
     turned: bool = False
     spread: bool = False
+
+    def encode(self) -> dict[str, Any]:
+        return {
+            "product": self.product, "rank": self.rank, "part": self.part, "scale": self.scale, "turned": self.turned,
+            "spread": self.spread,
+        }  # fmt: skip
+
+    @property
+    def children(self) -> tuple[Source, ...]:
+        return (self.product,)
 
     @property
     def pair(self) -> Factor:
@@ -234,11 +217,6 @@ class Factor:
         """A has a column for each input, B a row for each output."""
         outputs, inputs = self.product.shape[::-1] if self.turned else self.product.shape
         return (self.rank, inputs) if self.part == "A" else (outputs, self.rank)
-
-    @property
-    def dtype(self) -> str:
-        """The matrix's."""
-        return self.product.dtype
 
     @property
     def leaves(self) -> tuple[Stored, ...]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ CHUNK_ENTRIES = 1 << 17
 
 
 class _Lists:
-    """Lists of numbers: two are equal if they hold the same, and as text they are their digest."""
+    """Lists of numbers: two are equal if they hold the same."""
 
     def __init__(self, *lists: Numbers) -> None:
         self._lists = lists
@@ -39,9 +40,6 @@ class _Lists:
             found.update(f"{len(numbers)} ".encode())
             found.update(numbers.astype("<i8").tobytes())
         return found.hexdigest()
-
-    def __str__(self) -> str:
-        return self.digest
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Lists) and self.digest == other.digest
@@ -99,7 +97,7 @@ class RowPairs(_Lists):
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Source):
     """A tensor with a row for each token of another vocabulary, put together from tensors with one for each of theirs.
 
     Args:
@@ -107,8 +105,16 @@ class Rows:
         map: which rows of them make which row.
     """
 
+    kind = "rows"
     parts: tuple[Stored | Made, ...]
     map: RowMap
+
+    def encode(self) -> dict[str, Any]:
+        return {"parts": self.parts, "map": self.map.digest}
+
+    @property
+    def children(self) -> tuple[Source, ...]:
+        return self.parts
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,16 +125,6 @@ class Rows:
     def width(self) -> int:
         """How many entries a row has."""
         return math.prod(self.parts[0].shape[1:])
-
-    @property
-    def dtype(self) -> str:
-        """The first tensor's."""
-        return self.parts[0].dtype
-
-    @property
-    def leaves(self) -> tuple[Stored, ...]:
-        """All that is read for its parts."""
-        return tuple(dict.fromkeys(leaf for part in self.parts for leaf in part.leaves))
 
     @property
     def again(self) -> tuple[Stored, ...]:
@@ -158,7 +154,7 @@ PURSUED_ATOMS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Pursuit:
+class Pursuit(Source):
     """Rows of which some are put together from few others, as another model's rows of the same tokens tell.
 
     Args:
@@ -168,25 +164,18 @@ class Pursuit:
         k: how many rows a wanted one is put together from, at most.
     """
 
+    kind = "pursuit"
     known: Rows
     donor: Stored | Made
     pairs: RowPairs
     k: int
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the known rows."""
-        return self.known.shape
+    def encode(self) -> dict[str, Any]:
+        return {"known": self.known, "donor": self.donor, "pairs": self.pairs.digest, "k": self.k}
 
     @property
-    def dtype(self) -> str:
-        """That of the known rows."""
-        return self.known.dtype
-
-    @property
-    def leaves(self) -> tuple[Stored, ...]:
-        """Those of the known rows, then the donor's."""
-        return (*self.known.leaves, *self.donor.leaves)
+    def children(self) -> tuple[Source, ...]:
+        return (self.known, self.donor)
 
     @property
     def again(self) -> tuple[Stored, ...]:

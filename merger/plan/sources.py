@@ -1,7 +1,8 @@
 """Where an input's entries come from: a tensor of a model as it is stored, or stored tensors and a step on the way in.
 
 Scales, stages and noise are such steps, and so are tokenizers' row maps (rows) and adapters (products). Each is one
-dataclass, and one reading of it in engine.sources. Not here: reading bytes (engine), and an input's source (jobs).
+dataclass, and one reading of it in engine.sources. What a plan's hash has of it is its `encode`, whose words stay when
+names change. Not here: reading bytes (engine), and an input's source (jobs).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from merger.checkpoints.checkpoint import TensorInfo
 
@@ -18,35 +19,53 @@ if TYPE_CHECKING:
     from merger.plan.jobs import Job
 
 
-class Source(Protocol):
+class Source:
     """The entries of an input, in its own shape.
 
-    Its fields are part of the plan's hash: two kinds of source must not have the same names of fields.
+    Unless a kind says otherwise it has the shape and the dtype of the first of its children, reads what they read, and
+    takes the memory that they take.
     """
+
+    kind: ClassVar[str]
+    """A word for what is done, of which each kind has its own."""
+
+    def encode(self) -> dict[str, Any]:
+        """Plain data, and children, that name it in a plan's hash: no two kinds of source have the same keys."""
+        raise NotImplementedError
+
+    @property
+    def children(self) -> tuple[Source, ...]:
+        """What it is put together from, in a fixed order; the one that names it is the first."""
+        return ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of what it gives."""
+        return self.children[0].shape
 
     @property
     def dtype(self) -> str:
         """The dtype, as safetensors writes it, that a result has which follows this input."""
+        return self.children[0].dtype
 
     @property
     def leaves(self) -> tuple[Stored, ...]:
-        """The stored tensors that it reads; the one that names it is the first."""
+        """The stored tensors that it reads, each once; the one that names it is the first."""
+        return tuple(dict.fromkeys(leaf for child in self.children for leaf in child.leaves))
 
     @property
     def again(self) -> tuple[Stored, ...]:
-        """Those leaves of which a block reads more than its own entries: from afar they are kept on disk."""
+        """Those leaves of which a block reads more than its own entries: of remote ones a copy is kept on disk."""
+        return tuple(leaf for child in self.children for leaf in child.again)
 
     @property
     def scratch(self) -> int:
         """Bytes of memory that reading a block of it takes, beside the block's float32 entries."""
+        return sum(child.scratch for child in self.children)
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Source):
     """A tensor of a model as it is stored.
 
     Args:
@@ -54,37 +73,28 @@ class Stored:
         tensor: the tensor and its place.
     """
 
+    kind = "stored"
     model: int
     tensor: TensorInfo
 
+    def encode(self) -> dict[str, Any]:
+        return {"model": self.model, "tensor": self.tensor.encode()}
+
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's."""
         return self.tensor.shape
 
     @property
     def dtype(self) -> str:
-        """The tensor's."""
         return self.tensor.dtype
 
     @property
     def leaves(self) -> tuple[Stored, ...]:
-        """Itself."""
         return (self,)
-
-    @property
-    def again(self) -> tuple[Stored, ...]:
-        """None: a block reads its own entries."""
-        return ()
-
-    @property
-    def scratch(self) -> int:
-        """None: the bytes as stored are counted for every job."""
-        return 0
 
 
 @dataclass(frozen=True)
-class Made:
+class Made(Source):
     """What a stage of the recipe makes, rounded to the stage's dtype; it is never stored as a model.
 
     Args:
@@ -94,62 +104,56 @@ class Made:
         job: how it is made; the plan's hash has it once, however often it is used.
     """
 
+    kind = "stage"
     stage: int
     name: str
     seed: int
     job: Job = field(compare=False, repr=False)
 
+    def encode(self) -> dict[str, Any]:
+        return {"stage": self.stage, "name": self.name, "seed": self.seed}
+
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of what the stage makes."""
         return self.job.shape
 
     @property
     def dtype(self) -> str:
-        """The dtype to which the stage rounds."""
         return self.job.dtype
 
     @cached_property
     def leaves(self) -> tuple[Stored, ...]:
-        """All that is read for it."""
+        """All that is read for it; what is read more than once, and the memory of it, plan.work finds by its job."""
         return self.job.reads
-
-    @property
-    def again(self) -> tuple[Stored, ...]:
-        """None of its own: plan.work finds what is read more than once."""
-        return ()
-
-    @property
-    def scratch(self) -> int:
-        """None of its own: plan.work counts the memory of its job."""
-        return 0
 
 
 @dataclass(frozen=True)
-class Dequantised:
+class Dequantised(Source):
     """A tensor that is stored as numbers of few bits and scales: each number times the scale of its block.
 
     Args:
         numbers: the stored numbers, in rows and columns.
         scales: a scale for each block of them.
         block: how many rows and columns a block has.
-        dtype: the dtype of the model that it was made from.
+        restored: the dtype of the model that it was made from.
     """
 
+    kind = "dequantised"
     numbers: Stored
     scales: Stored
     block: tuple[int, int]
-    dtype: str
+    restored: str
+
+    def encode(self) -> dict[str, Any]:
+        return {"numbers": self.numbers, "scales": self.scales, "block": self.block, "dtype": self.restored}
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the numbers."""
-        return self.numbers.shape
-
-    @property
-    def leaves(self) -> tuple[Stored, ...]:
-        """Numbers and scales."""
+    def children(self) -> tuple[Source, ...]:
         return (self.numbers, self.scales)
+
+    @property
+    def dtype(self) -> str:
+        return self.restored
 
     @property
     def again(self) -> tuple[Stored, ...]:
@@ -164,7 +168,7 @@ class Dequantised:
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(Source):
     """A tensor with a share for each layer along one axis, put together from other layers' shares.
 
     Args:
@@ -174,10 +178,18 @@ class Stacked:
         share: entries of a share along it.
     """
 
+    kind = "stacked"
     givers: tuple[Source, ...]
     taken: tuple[tuple[int, int], ...]
     axis: int
     share: int
+
+    def encode(self) -> dict[str, Any]:
+        return {"givers": self.givers, "taken": self.taken, "axis": self.axis, "share": self.share}
+
+    @property
+    def children(self) -> tuple[Source, ...]:
+        return self.givers
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -191,16 +203,6 @@ class Stacked:
         return self.share * math.prod(self.givers[0].shape[self.axis + 1 :])
 
     @property
-    def dtype(self) -> str:
-        """The first giver's."""
-        return self.givers[0].dtype
-
-    @property
-    def leaves(self) -> tuple[Stored, ...]:
-        """All givers'."""
-        return tuple(dict.fromkeys(leaf for giver in self.givers for leaf in giver.leaves))
-
-    @property
     def again(self) -> tuple[Stored, ...]:
         """All: shares are read in any order."""
         return self.leaves
@@ -212,31 +214,12 @@ class Stacked:
         return 12 * max(1 << 17, row) + max(giver.scratch for giver in self.givers)
 
 
-class _Unread:
-    """What sources have in common that read no stored tensor."""
-
-    @property
-    def leaves(self) -> tuple[Stored, ...]:
-        """None."""
-        return ()
-
-    @property
-    def again(self) -> tuple[Stored, ...]:
-        """None."""
-        return ()
-
-    @property
-    def scratch(self) -> int:
-        """None, unless it says so."""
-        return 0
-
-
 DRAWN_AT_ONCE = 1 << 16
 """How many random numbers are made at once: this bounds memory, and changes no number."""
 
 
 @dataclass(frozen=True)
-class Drawn(_Unread):
+class Drawn(Source):
     """Random numbers by position: every entry has its own, whoever asks for it and when.
 
     Args:
@@ -247,20 +230,24 @@ class Drawn(_Unread):
         stream: other numbers for another one: the output tensor's name.
     """
 
+    kind = "drawn"
     size: tuple[int, ...]
     law: str
     spread: float
     seed: int
     stream: str
 
+    def encode(self) -> dict[str, Any]:
+        return {
+            "size": self.size, "law": self.law, "spread": self.spread, "seed": self.seed, "stream": self.stream,
+        }  # fmt: skip
+
     @property
     def shape(self) -> tuple[int, ...]:
-        """As given."""
         return self.size
 
     @property
     def dtype(self) -> str:
-        """What they are drawn in."""
         return "F32"
 
     @property
@@ -270,58 +257,43 @@ class Drawn(_Unread):
 
 
 @dataclass(frozen=True)
-class Noised:
+class Noised(Source):
     """A source with random numbers added."""
 
+    kind = "noised"
     quiet: Source
     noise: Drawn
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The quiet one's."""
-        return self.quiet.shape
+    def encode(self) -> dict[str, Any]:
+        return {"quiet": self.quiet, "noise": self.noise}
 
     @property
-    def dtype(self) -> str:
-        """The quiet one's."""
-        return self.quiet.dtype
-
-    @property
-    def leaves(self) -> tuple[Stored, ...]:
-        """The quiet one's."""
-        return self.quiet.leaves
-
-    @property
-    def again(self) -> tuple[Stored, ...]:
-        """The quiet one's."""
-        return self.quiet.again
-
-    @property
-    def scratch(self) -> int:
-        """Of both."""
-        return self.quiet.scratch + self.noise.scratch
+    def children(self) -> tuple[Source, ...]:
+        return (self.quiet, self.noise)
 
 
 @dataclass(frozen=True)
-class Zeros(_Unread):
+class Zeros(Source):
     """A tensor of zeros, for one that no model has; `like` is the dtype of what it stands beside."""
 
+    kind = "zeros"
     zeros: tuple[int, ...]
     like: str
 
+    def encode(self) -> dict[str, Any]:
+        return {"zeros": self.zeros, "like": self.like}
+
     @property
     def shape(self) -> tuple[int, ...]:
-        """As given."""
         return self.zeros
 
     @property
     def dtype(self) -> str:
-        """As given."""
         return self.like
 
 
 @dataclass(frozen=True)
-class Routed(_Unread):
+class Routed(Source):
     """Rows of a layer's router, computed from prompts before the first block is made (plan.routing counts that).
 
     Args:
@@ -331,10 +303,14 @@ class Routed(_Unread):
         prompts: for each row the positive and the negative prompts.
     """
 
+    kind = "routed"
     mode: str
     layer: int
     width: int
     prompts: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+    def encode(self) -> dict[str, Any]:
+        return {"mode": self.mode, "layer": self.layer, "width": self.width, "prompts": self.prompts}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -343,7 +319,6 @@ class Routed(_Unread):
 
     @property
     def dtype(self) -> str:
-        """What it is computed in."""
         return "F32"
 
 
@@ -352,8 +327,5 @@ def ends(source: Source) -> Iterator[Stored | Made]:
     if isinstance(source, Stored | Made):
         yield source
         return
-    for value in vars(source).values():
-        parts = value if isinstance(value, tuple) else (value,)
-        if parts and hasattr(parts[0], "again"):
-            for part in parts:
-                yield from ends(part)
+    for child in source.children:
+        yield from ends(child)

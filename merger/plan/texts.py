@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from merger.checkpoints import chat, vocab
 from merger.checkpoints.config import renumbered
@@ -39,6 +40,11 @@ class Texts:
     added: tuple[Json, ...] | None = field(default=None, repr=False)
     template: str | None = None
     generation: str | None = None
+
+    def encode(self) -> dict[str, Any]:
+        """What is written into them, as plain data for a plan's hash."""
+        said = {"added": self.added, "template": self.template, "generation": self.generation}
+        return {key: value for key, value in said.items() if value is not None}
 
     @property
     def is_edited(self) -> bool:

@@ -104,14 +104,14 @@ _PROBED = r"os\.remove \.\./temporary/\w{8}$"
 
 
 def _kills(steps: tuple[str, ...], scene: Scene, thorough: bool) -> Iterator[Case]:
-    """At each request of some steps; for a quick look, in turn before the first of a step and after its last."""
+    """At each request of some steps; for a quick look, in turn before the first of a step and after another's last."""
     log = [faults.step_of(request) for request in scene.undisturbed(HUB)[0].log]
     for place, step in enumerate(steps):
         last = log.count(step) - 1
         for number in range(last + 1):
-            if thorough or (number == 0 and place % 2 == 0):
+            if thorough or (number == 0 and place % 4 == 0):
                 yield _kill(step, number, faults.killed_before)
-            if thorough or (number == last and place % 2 == 1):
+            if thorough or (number == last and place % 4 == 2):
                 yield _kill(step, number, faults.killed_after)
 
 
@@ -142,7 +142,7 @@ def _dies(to: str, after: str | None, until: str | None, scene: Scene, thorough:
     changes = scene.undisturbed(to)[0].changes
     first = 0 if after is None else _last(changes, after) + 1
     last = len(changes) if until is None else _last(changes, until) + 1
-    step = 1 if thorough else max(1, (last - first) // 3)
+    step = 1 if thorough else max(1, (last - first) // 2)
     for number in sorted({*range(first, last, step), last - 1}):
         yield Case(f"killed at {to}'s change {number}: {changes[number]}", to, _nothing, dies_at=number)
 
