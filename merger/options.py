@@ -15,6 +15,7 @@ from merger.plan.parts import Part as Part  # shells name it without knowing whe
 from merger.plan.plan import SHARD_BYTES, Budget, Plan, Shard
 from merger.recipe.model import Recipe
 from merger.safety import secrets
+from merger.safety.limits import ALL_TENSORS, Limit
 from merger.safety.names import destined, is_repo, need_repo
 from merger.safety.paths import ANYWHERE
 
@@ -39,6 +40,7 @@ class Options:
         publish_only: make no shard; all must be there.
         stream: send shards to the Hub as they are made, without a file on disk.
         allow_pickle: look for tensors in files that torch.save wrote, of models without safetensors; nothing is run.
+        tensors: how many tensors the headers of all models together may tell of.
         cache: read files of models where Hugging Face's cache on this disk has them.
         root: inside of which lies what the recipe may name on this machine, by whose words it is: `ANYWHERE` for a
             person's own command line, a checkout for a recipe out of it; None: nothing, all is on the Hub.
@@ -59,6 +61,7 @@ class Options:
     publish_only: bool = False
     stream: bool = False
     allow_pickle: bool = False
+    tensors: Limit = ALL_TENSORS
     cache: bool = True
     root: Path | None = ANYWHERE
     read_token: str | bool | None = field(default=None, repr=False)

@@ -154,7 +154,9 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     if is_lock(path) and path.is_file():
         planned = _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
     else:
-        locked = lock(recipe, store, _pins(lock_path(path), options.root or path.parent), options.allow_pickle)
+        locked = lock(
+            recipe, store, _pins(lock_path(path), options.root or path.parent), options.allow_pickle, options.tensors
+        )
         planned = make_plan(locked, methods(), budget_of(recipe, options), options.seed)
     refuse(planned, published=stated_destination(recipe, options).startswith(HUB))
     if options.part is None:
@@ -175,7 +177,7 @@ def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Opti
         if said not in (None, was):
             what = f"--{word} {said} makes another merge than the lock's, which has {was}"
             raise RecipeError(Problem(what, hint=f"leave out --{word}, or run the recipe in place of its lock"))
-    locked = lock(recipe, store, held.pins, options.allow_pickle)
+    locked = lock(recipe, store, held.pins, options.allow_pickle, options.tensors)
     if changed := changed_models(locked, held, store.checksum):
         raise ModelError(changed)
     planned = planned_again(held, locked, options)

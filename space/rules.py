@@ -15,6 +15,7 @@ from merger import console
 from merger.errors import BudgetError, MergerError, Problem, RecipeError
 from merger.options import Options, needed_disk
 from merger.planning import plan, read_text
+from merger.safety.limits import SPACE_TENSORS
 from merger.safety.names import is_repo
 from space.limits import Limits
 
@@ -121,6 +122,7 @@ def options(token: str | None, limits: Limits) -> Options:
         threads=limits.for_a_job()["threads"],
         cache=False,
         root=None,
+        tensors=SPACE_TENSORS,
         read_token=token or False,
     )
 

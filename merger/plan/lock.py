@@ -77,7 +77,13 @@ def _pin(commit: object, now: object) -> Pin:
     return Pin(str(commit), None if now is None else str(now))
 
 
-def lock(recipe: Recipe, store: Store, pinned: Mapping[str, Pin] | None = None, pickles: bool = False) -> LockedRecipe:
+def lock(
+    recipe: Recipe,
+    store: Store,
+    pinned: Mapping[str, Pin] | None = None,
+    pickles: bool = False,
+    tensors: limits.Limit = limits.ALL_TENSORS,
+) -> LockedRecipe:
     """Find and read every model of the recipe.
 
     Args:
@@ -85,13 +91,14 @@ def lock(recipe: Recipe, store: Store, pinned: Mapping[str, Pin] | None = None, 
         store: where its models are.
         pinned: the commits to take, by model as the recipe writes it; the others are taken as they are now.
         pickles: of models without safetensors, look into files that torch.save wrote.
+        tensors: how many all headers together may tell of.
 
     Raises:
         ModelError: with every model that cannot be read.
     """
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
-        fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(limits.ALL_TENSORS))
+        fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(tensors))
         fetch = fetching.adapter if recipe.merges_adapters else fetching.model
         merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
         loras = _found(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), merged)

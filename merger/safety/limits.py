@@ -98,6 +98,9 @@ HEADER = Limit("the header of a safetensors file", 100_000_000, "safetensors' ow
 MODEL_TENSORS = Limit("the headers of a model's files together", 300_000,
                       "DeepSeek V3 has 92,000 and Kimi K2 139,000", _TENSORS)  # fmt: skip
 ALL_TENSORS = Limit("the headers of all models of a recipe", 600_000, "each takes 2 kB in the plan", _TENSORS)
+SPACE_TENSORS = Limit(
+    "the same in the Space, where many plan at once", 200_000, "half a gigabyte of its page", _TENSORS
+)
 TENSOR_NAME = Limit("a tensor's name", 1_000, "the longest have 150", "characters")
 RECIPE = Limit("a recipe", 1_000_000, "the longest have 20 kB", values=20_000)
 DOCUMENTS = Limit("the documents of a recipe", 50, "each is a stage; six are the most that were seen", "documents")
@@ -111,7 +114,7 @@ BODY = Limit("the body of a request to the Space: form, API, upload, webhook", 1
              "a recipe there has 64 kB at most; counted as it comes, before anything of it is parsed")  # fmt: skip
 
 TABLE = (
-    CONFIG, INDEX, HEADER, MODEL_TENSORS, ALL_TENSORS, TENSOR_NAME, TOKENIZER, TOKENIZERS, CHAT, LICENCE, SIDE, SIDES,
+    CONFIG, INDEX, HEADER, MODEL_TENSORS, ALL_TENSORS, SPACE_TENSORS, TENSOR_NAME, TOKENIZER, TOKENIZERS, CHAT, LICENCE, SIDE, SIDES,
     CARD, RECORD, LOCK, MEASURED, OTHER, TEMPLATE, TEMPLATES, RECIPE, DOCUMENTS, EXPRESSION, EXPRESSIONS, TEXT, EVENT,
     GITHUB, BODY,
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from naming import PLACES
 
 from merger.errors import MergerError
 from merger.recipe import model
+from merger.safety.limits import ALL_TENSORS, SPACE_TENSORS, Limit
 from space import rules
 from space.limits import Limits
 
@@ -158,6 +159,19 @@ def test_a_folder_of_that_name(client: Client) -> None:
     """A model on the Hub is meant even where the Space has a folder of the same name."""
     assert Path("merger/plan").is_dir()
     assert client(planned, TWO.format("merger/plan"), None, Limits())
+
+
+def planned_with_few(text: str) -> None:
+    rules.planned(rules.read(text), replace(rules.options(None, Limits()), tensors=Limit("all", 3, "", "x")), Limits())
+
+
+@pytest.mark.usefixtures("models")
+def test_headers_fill_no_page(client: Client) -> None:
+    """All models' headers together tell of fewer tensors than on a machine of one's own, or the plan is refused."""
+    assert rules.options(None, Limits()).tensors == SPACE_TENSORS
+    assert SPACE_TENSORS.most < ALL_TENSORS.most
+    with pytest.raises(ClientError, match="at most 3 are read"):
+        client(planned_with_few, TWO.format("org/b@main"))
 
 
 @pytest.mark.usefixtures("models")
