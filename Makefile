@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-THOROUGH := test_reliability.py test_disk.py test_memory.py test_properties.py methods/test_laws.py
+THOROUGH := test_reliability.py test_disk.py test_memory.py test_mixtures.py test_evaluation.py test_properties.py methods/test_laws.py
 
 .PHONY: demo test reliability lint tables clean
 
@@ -12,7 +12,7 @@ demo: .venv/set-up
 	$(BIN)/python examples/demo.py
 
 test: .venv/set-up
-	$(BIN)/pytest -n 4 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 # Every case of docs/reliability.md, where make test tries some, a merge larger than its memory, and thousands of drawn
 # recipes, options and models: some minutes.

@@ -19,6 +19,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from loopback import LoopbackHub
+from thorough import thorough_only
 from torch import Tensor
 
 from merger import evaluation
@@ -246,6 +247,7 @@ def test_a_process_that_the_system_killed() -> None:
 # ---- tasks ----------------------------------------------------------------------------------------------------------
 
 
+@thorough_only
 def test_tasks_of_ones_own_by_the_real_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task's YAML file beside the recipe: accuracy with its error, on as many examples as the recipe allows."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):

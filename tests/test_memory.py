@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 from loopback import LoopbackHub
-from thorough import THOROUGH
+from thorough import THOROUGH, thorough_only
 
 METHODS = {"linear": "{}", "slerp": "{t: 0.5}", "ties": "{density: 0.5}", "dare_ties": "{density: 0.5}"}
 STAGES = [("iso_c", "ties"), ("slerp", "ties"), ("ties", "linear")]
@@ -104,6 +104,7 @@ def test_the_memory_of_stages_is_planned(
     assert found["peak"] <= found["planned"] < 2.5 * found["peak"]
 
 
+@thorough_only
 def test_a_smaller_allowance_is_kept(parents: dict[str, list[Path]], tmp_path: Path) -> None:
     """--max-memory below what two threads would take is met with fewer threads."""
     free = measured("ties", parents["small"], tmp_path / "free")
@@ -145,6 +146,7 @@ def test_memory_is_kept_with_adapters(
     assert found["large"]["peak"] < 1.15 * found["small"]["peak"]
 
 
+@thorough_only
 def test_memory_is_kept_with_adapters_from_the_hub(
     served: LoopbackHub, parents: dict[str, list[Path]], loras: dict[str, list[Path]], tmp_path: Path
 ) -> None:
@@ -160,6 +162,7 @@ def test_memory_is_kept_with_adapters_from_the_hub(
     assert found["peak"] <= found["planned"] < 3 * found["peak"]
 
 
+@thorough_only
 def test_memory_is_kept_while_matrices_are_taken_apart(parents: dict[str, list[Path]], tmp_path: Path) -> None:
     """Not even a matrix is held: an embedding of 16 million entries takes little more than one of 4 million."""
     found = {}
@@ -175,7 +178,7 @@ def test_memory_is_kept_while_matrices_are_taken_apart(parents: dict[str, list[P
     assert found["large"]["peak"] - found["small"]["peak"] < 100 << 20
 
 
-@pytest.mark.parametrize("option", ["--quiet", "--stream"])
+@pytest.mark.parametrize("option", ["--stream", "--quiet"] if THOROUGH else ["--stream"])
 def test_memory_is_kept_when_xet_sends(
     option: str, served: LoopbackHub, parents: dict[str, list[Path]], tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ import torch
 import transformers
 import yaml
 from loopback import LoopbackHub
+from thorough import thorough_only
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils import logging as transformers_logging
@@ -643,6 +644,7 @@ print(json.dumps({"code": code, "peak": peak, "planned": planned.peak_memory}))
 """
 
 
+@thorough_only
 def test_memory_is_planned_and_holds_one_layer(tmp_path: Path) -> None:
     """Running prompts through a model takes one layer in float32, however many it has, and the plan says so."""
     found = []

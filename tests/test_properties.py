@@ -29,7 +29,7 @@ from merger.methods.registry import Method, methods
 from merger.recipe.parse import parse
 from merger.recipe.settings import Rule
 
-TRIALS, PROCESSES = (2000, 50) if THOROUGH else (80, 5)
+TRIALS, PROCESSES = (2000, 50) if THOROUGH else (80, 3)
 ENDS = {0, 2, 3, 4, 5, 6, 7, 8, 9}
 MAX_MEMORY = 700_000_000
 CALL = """

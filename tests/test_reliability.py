@@ -7,12 +7,16 @@ RELIABILITY=all in the environment (`make reliability`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import pytest
 from reliability import page, trial
 from reliability.rows import ROWS, Row
 from reliability.scene import Scene
 from thorough import THOROUGH
+
+A_FEW = 2
+"""Cases of a row that `make test` tries."""
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row.table}: {row.what}".replace(" ", "-") for row in ROWS])
 def test_a_disturbed_run_ends_as_the_page_says_and_the_next_one_finishes(row: Row, scene: Scene) -> None:
     """Exit code and sentence, a destination that is never half-written, and in the end the bytes of a quiet run."""
-    complaints = [complaint for case in row.cases(scene, THOROUGH) for complaint in trial.tried(scene, row, case)]
+    cases = islice(row.cases(scene, THOROUGH), None if THOROUGH else A_FEW)
+    complaints = [complaint for case in cases for complaint in trial.tried(scene, row, case)]
     if trial.NO_DISK in complaints:
         pytest.skip(trial.NO_DISK)
     assert not complaints, "\n".join(complaints)

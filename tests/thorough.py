@@ -2,4 +2,7 @@
 
 import os
 
+import pytest
+
 THOROUGH = os.environ.get("RELIABILITY") == "all"
+thorough_only = pytest.mark.skipif(not THOROUGH, reason="tried by make reliability: others of its kind are tried here")
