@@ -4,6 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# The tests start many hundred processes, each of which would compile our code anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 THOROUGH := test_reliability.py test_disk.py test_memory.py test_mixtures.py test_evaluation.py test_properties.py methods/test_laws.py
 
 .PHONY: demo test reliability lint tables clean

@@ -114,7 +114,8 @@ BODY = Limit("the body of a request to the Space: form, API, upload, webhook", 1
              "a recipe there has 64 kB at most; counted as it comes, before anything of it is parsed")  # fmt: skip
 
 TABLE = (
-    CONFIG, INDEX, HEADER, MODEL_TENSORS, ALL_TENSORS, SPACE_TENSORS, TENSOR_NAME, TOKENIZER, TOKENIZERS, CHAT, LICENCE, SIDE, SIDES,
+    CONFIG, INDEX, HEADER, MODEL_TENSORS, ALL_TENSORS, SPACE_TENSORS, TENSOR_NAME, TOKENIZER, TOKENIZERS, CHAT, LICENCE,
+    SIDE, SIDES,
     CARD, RECORD, LOCK, MEASURED, OTHER, TEMPLATE, TEMPLATES, RECIPE, DOCUMENTS, EXPRESSION, EXPRESSIONS, TEXT, EVENT,
     GITHUB, BODY,
 )  # fmt: skip
