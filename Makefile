@@ -15,7 +15,7 @@ demo: .venv/set-up
 	$(BIN)/python examples/demo.py
 
 test: .venv/set-up
-	$(BIN)/pytest -n 4 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 # Every case of docs/reliability.md, where make test tries some, a merge larger than its memory, and thousands of drawn
 # recipes, options and models: some minutes.

@@ -31,6 +31,7 @@ def main() -> None:
     importlib.import_module("merger.cli")
     for name in ("console", "run", "engine.execute", "engine.look", "stores.hub", "stores.staging"):
         importlib.import_module(f"merger.{name}")
+    importlib.import_module("forks").blank_pictures()
     _warm_up(json.loads(sys.stdin.readline()))
     gc.freeze()
     for line in sys.stdin:
