@@ -8,6 +8,7 @@ client is not among the imports, for it reads its settings from the environment 
 from __future__ import annotations
 
 import atexit
+import base64
 import gc
 import importlib
 import json
@@ -37,7 +38,10 @@ IMPORTED = (
 )  # fmt: skip
 NOT_IMPORTED = "huggingface_hub"
 MOST_BYTES = 1 << 18
-BLANK = b"\x89PNG\r\n\x1a\n"
+BLANK = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+)
+"""A picture of one point."""
 
 
 class Forked:
@@ -161,7 +165,7 @@ def blank_pictures() -> None:
     """
     canvas: Any = importlib.import_module("merger.card.canvas")
     canvas.warm()
-    canvas._drawn = lambda figure, dots: BLANK
+    canvas._drawn = lambda figure, dots: BLANK + bytes([len(figure.axes)])  # no two are one file
 
 
 def _keep(order: Mapping[str, Any], out: int, err: int, news: int) -> NoReturn:
