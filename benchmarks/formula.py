@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, from_numpy
 
-from merger.methods._ops import Rng
-from merger.methods.della import keep_by_rank
 from merger.methods.registry import methods
-from merger.plan.jobs import Input, Job, arguments
-from merger.plan.plan import Plan
+from merger.methods.sparsify import keep_by_rank
+from merger.methods.steps.arithmetic import Rng
+from merger.planning.inputs.base import Job, Operand
+from merger.planning.jobs import arguments
+from merger.planning.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from methods.oracles import ORACLES
@@ -94,7 +95,7 @@ def _wanted(plan: Plan, job: Job) -> Wanted:
     return Wanted(job, given, tensors, [right + base for right in answer.right], answer.size + np.abs(base))
 
 
-def _entries(plan: Plan, entry: Input) -> Array:
+def _entries(plan: Plan, entry: Operand) -> Array:
     file = Path(plan.locked.models[entry.model].located.where) / entry.tensor.file
     with safe_open(file, "pt") as held:
         return np.asarray(held.get_tensor(entry.tensor.name).double().numpy())

@@ -18,10 +18,10 @@ from typing import Any
 import models
 import speed
 
-from merger import run as line
-from merger.engine import blocks
-from merger.options import Options
-from merger.planning import plan, read
+from merger.engine import runner as blocks
+from merger.run import pipeline as line
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")
 RUNS = 5
@@ -46,7 +46,7 @@ def merged(recipe: Path, to: Path) -> dict[str, float]:
     """One merge: the seconds of its loop, and those of looking and of drawing."""
     SECONDS.clear()
     options = Options(to=str(to), threads=1, force=True)
-    planned, store = plan(read(recipe), options)
+    planned, store = plan(read_recipe(recipe), options)
     start = time.process_time()
     for _ in line.run(planned, store, options):
         pass

@@ -15,10 +15,10 @@ import models
 import yaml
 from torch import Tensor
 
-from merger.options import Options
-from merger.plan.plan import Plan
-from merger.planning import plan, read
-from merger.run import run
+from merger.planning.plan import Plan
+from merger.run.options import Options
+from merger.run.pipeline import run
+from merger.run.prepare import plan, read_recipe
 
 ZOO = [Path(__file__).resolve().parents[1] / "examples" / "zoo" / name for name in ("base", "kjv", "python")]
 
@@ -145,7 +145,7 @@ def ours(made: Mapping[str, Any], folder: Path, seed: int = 0) -> tuple[Plan, di
         MergerError: the recipe or the models are refused.
     """
     options = Options(to=str(folder / "ours"), seed=seed, force=True)
-    planned, store = plan(read(_written(made, folder)), options)
+    planned, store = plan(read_recipe(_written(made, folder)), options)
     for _ in run(planned, store, options):
         pass
     return planned, models.read(folder / "ours")

@@ -64,9 +64,9 @@ TWO_MODELS = ("nuslerp",)
 _LOOP = """
 import json, sys, time
 from pathlib import Path
-from merger.options import Options
-from merger.planning import plan, read
-from merger.run import run
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe as read
+from merger.run.pipeline import run
 options = Options(to=sys.argv[2], threads=int(sys.argv[3]), force=True)
 planned, store = plan(read(Path(sys.argv[1])), options)
 import torch, merger.engine.execute

@@ -17,11 +17,11 @@ from typing import Any
 import models
 import speed
 
-from merger.checkpoints.shard import ShardWriter
-from merger.engine import blocks
-from merger.options import Options
-from merger.planning import plan, read
-from merger.run import run
+from merger.engine import runner as blocks
+from merger.models.formats.safetensors import ShardWriter
+from merger.run.options import Options
+from merger.run.pipeline import run
+from merger.run.prepare import plan, read_recipe
 from merger.stores.folder import FolderReader
 
 SECONDS: defaultdict[str, float] = defaultdict(float)
@@ -53,7 +53,7 @@ def main() -> int:
     recipe = given.work / "recipe.yaml"
     speed.recipe(given.method, models.family(given.work, given.size, 3), recipe)
     options = Options(to=str(given.work / "ours"), threads=given.threads, force=True)
-    planned, store = plan(read(recipe), options)
+    planned, store = plan(read_recipe(recipe), options)
     timed(FolderReader, "read", "reading")
     timed(blocks.Work, "prepare", "measuring, with its reading")
     timed(blocks.Work, "make", "making blocks, with their reading")

@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 
 from merger.card.ancestors import Family, Member
-from merger.card.portrait import portrait
-from merger.options import Options
-from merger.planning import plan, read
-from merger.run import run
+from merger.card.pictures.lineage import portrait
+from merger.run.options import Options
+from merger.run.pipeline import run
+from merger.run.prepare import plan, read_recipe
 
 DOCS = Path(__file__).resolve().parent
 ZOO = DOCS.parent / "examples" / "zoo"
@@ -49,7 +49,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         recipe, options = Path(work) / "recipe.yaml", Options(to=f"{work}/out")
         recipe.write_text(RECIPE)
-        for _ in run(*plan(read(recipe), options), options):
+        for _ in run(*plan(read_recipe(recipe), options), options):
             pass
         charts = [item for item in (Path(work) / "out" / "pictures").iterdir() if item.stem != "lineage"]
         drawn = {f"pictures/{item.name}": item.read_bytes() for item in charts}

@@ -6,8 +6,10 @@ A table stands between the lines `<!-- NAME:start -->` and `<!-- NAME:end -->`. 
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import yaml
 
 from merger.card.terms import KINDS, TERMS
-from merger.console import needs
+from merger.cli.text import models_taken
 from merger.errors import MergerError
 from merger.methods.registry import Method, Param, methods
 from merger.recipe.checks import FIELD_METHODS
@@ -30,6 +32,7 @@ MERGEKIT = ROOT / "docs" / "mergekit.md"
 ACTION = ROOT / "docs" / "action.md"
 CARDS = ROOT / "docs" / "cards.md"
 SECURITY = ROOT / "docs" / "security.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 DEPARTS = "Departs from mergekit: "
 
 
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         ACTION: filled(ACTION, in_action | {"workflow-parts": example("workflow-parts")}),
         CARDS: filled(CARDS, in_cards),
         METHODS: methods_page(built),
+        ARCHITECTURE: filled(ARCHITECTURE, {"wings": wings_picture()}),
         SECURITY: filled(SECURITY, {"limits": limits_table()}),
         MERGEKIT: filled(MERGEKIT, {"departures": departures(built), "warned": warned_table()}),
     }
@@ -67,6 +71,23 @@ def filled(page: Path, tables: dict[str, str]) -> str:
             raise SystemExit(f"{page.name}: there must be one place for the table {name!r}")
         text = place.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)  # type: ignore[misc]
     return text
+
+
+def wings_picture() -> str:
+    """The wings by floor as the import contract has them, each with what it says of itself and its number of rooms."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    floors = next(contract["layers"] for contract in contracts if contract["name"] == "imports only go down")
+    rows = []
+    for floor in floors:
+        for wing in floor.split(" | "):
+            folder = ROOT / "merger" / wing
+            if folder.is_dir():
+                says = (ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or "").splitlines()[0]
+                inner = sorted(each.name for each in folder.iterdir() if (each / "__init__.py").exists())
+                rooms = sum(path.name != "__init__.py" for path in folder.rglob("*.py"))
+                rows.append((f"`{wing}`", says, str(rooms), ", ".join(f"`{name}`" for name in inner)))
+    picture = "\n".join(f"{floor.replace(' | ', '  ')}" for floor in ["space", *floors] if floor != "__main__")
+    return f"```\n{picture}\n```\n\n{table(('wing', 'what it is for', 'rooms', 'of these in wings of its own'), rows)}"
 
 
 def methods_table(built: Iterable[Method]) -> str:
@@ -113,7 +134,7 @@ def method_section(method: Method) -> str:
     """A method's part of the page."""
     formula = [f"$$ {method.formula} $$", ""] if method.formula else []
     lines = [f"## `{method.name}`: {method.title}", "", *formula, method.description, ""]
-    lines += [f"Models: {needs(method)}.", ""]
+    lines += [f"Models: {models_taken(method)}.", ""]
     if method.params:
         head = ("parameter", "kind", "default", "what it is")
         lines += [table(head, [parameter(param) for param in method.params]), ""]

@@ -2,6 +2,6 @@
 
 import sys
 
-from merger.cli import main
+from merger.cli.commands import main
 
 sys.exit(main())

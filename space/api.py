@@ -10,13 +10,14 @@ from typing import Any
 
 import gradio as gr
 
-from merger import console
+from merger.cli import text as console
 from merger.errors import MergerError, Problem
 from merger.methods.registry import methods as table
-from space import hub, rules
-from space.desk import Desk
-from space.jobs import Job, JobError
-from space.keeper import Token
+from space import hub
+from space.work import admission as rules
+from space.work.job_table import JobError, QueuedMerge
+from space.work.queue import Token
+from space.work.service import Desk
 
 _HEADERS = ("authorization", "x-hf-authorization")
 
@@ -51,7 +52,7 @@ class Api:
         Args:
             recipe: the recipe's YAML text.
         """
-        looked = rules.look(recipe)
+        looked = rules.check(recipe)
         warnings = [_plain(warning) for warning in looked.warnings]
         return {"ok": not looked.problems, "problems": list(map(_plain, looked.problems)), "warnings": warnings}
 
@@ -107,7 +108,7 @@ class Api:
         except MergerError as error:
             return _told(error)
 
-    def _about(self, job: Job) -> dict[str, Any]:
+    def _about(self, job: QueuedMerge) -> dict[str, Any]:
         kept = ("id", "to", "state", "total", "made", "log", "problems", "where", "commit")
         about = asdict(job)
         return {"ok": True, **{name: about[name] for name in kept}, "ahead": self._desk.keeper.ahead(job)}

@@ -18,14 +18,14 @@ from fastapi import FastAPI
 from huggingface_hub import constants
 
 from merger.safety import secrets
-from space import sessions
-from space.body_limit import BodyLimit
-from space.bot import Bot
-from space.desk import Desk
-from space.door import Door, own_origins
-from space.keeper import Keeper
-from space.limits import Limits
+from space.bot.bot import Bot
+from space.entry import sessions
+from space.entry.body_limit import BodyLimit
+from space.entry.door import Door, own_origins
 from space.page import CSS, build
+from space.work.admission import Limits
+from space.work.queue import Keeper
+from space.work.service import Desk
 
 _FONTS = ["system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "monospace"]

@@ -32,7 +32,7 @@ _NAME_CHARACTERS = 90
 
 
 @dataclass(frozen=True)
-class Setting:
+class ShownSetting:
     """A parameter's value as the form shows it.
 
     Args:
@@ -50,11 +50,11 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """A model of the recipe, and its own parameters."""
 
     model: str
-    settings: Mapping[str, Setting] = field(default_factory=dict)
+    settings: Mapping[str, ShownSetting] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Form:
 
     method: str = ""
     base: str = ""
-    rows: tuple[Row, ...] = ()
-    settings: Mapping[str, Setting] = field(default_factory=dict)
+    rows: tuple[ModelRow, ...] = ()
+    settings: Mapping[str, ShownSetting] = field(default_factory=dict)
     repo: str = ""
     private: bool = False
     licence: str = ""
@@ -89,7 +89,7 @@ class Form:
         return [row.model for row in self.rows]
 
 
-def read(text: str) -> Form | None:
+def read_form(text: str) -> Form | None:
     """What the form shows; None where the text is no YAML map, and the form stays as it was."""
     top = _tree(text)
     if top is None:
@@ -132,24 +132,24 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _row(item: Any) -> Row:
+def _row(item: Any) -> ModelRow:
     known = item if isinstance(item, dict) else {}
-    return Row(_text(known.get("model")), _settings(known.get("parameters")))
+    return ModelRow(_text(known.get("model")), _settings(known.get("parameters")))
 
 
-def _settings(block: Any) -> dict[str, Setting]:
+def _settings(block: Any) -> dict[str, ShownSetting]:
     known = block if isinstance(block, dict) else {}
     read = {str(name): _setting(value) for name, value in known.items()}
     return {name: setting for name, setting in read.items() if setting is not None}
 
 
-def _setting(value: Any) -> Setting | None:
+def _setting(value: Any) -> ShownSetting | None:
     rules = value if isinstance(value, list) and any(isinstance(item, dict) for item in value) else None
     if rules is None:
         simple = _numbers(value)
-        return Setting({"": simple}) if simple else None
+        return ShownSetting({"": simple}) if simple else None
     pairs = [(_text(rule.get("filter")), _numbers(rule.get("value"))) for rule in rules if isinstance(rule, dict)]
-    return Setting({name: found for name, found in pairs if found}, is_simple=False)
+    return ShownSetting({name: found for name, found in pairs if found}, is_simple=False)
 
 
 def _numbers(value: Any) -> tuple[float, ...]:
@@ -164,7 +164,7 @@ def _is_number(item: Any) -> bool:
 # ---- edits ----------------------------------------------------------------------------------------------------------
 
 
-def edited(text: str, change: Callable[[CommentedMap], None]) -> str:
+def edit(text: str, change: Callable[[CommentedMap], None]) -> str:
     """The text after a change; as it is where it is no YAML map."""
     top = CommentedMap() if not text.strip() else _tree(text)
     if top is None:
@@ -188,7 +188,7 @@ def with_method(text: str, method: Method, table: Mapping[str, Method]) -> str:
             if param.required and not any(_mentions(block, param.name) for block in (top, *(listed or ()))):
                 _block(top)[param.name] = starting(param)
 
-    return edited(text, change)
+    return edit(text, change)
 
 
 def _drop_unused(block: Any, method: Method, table: Mapping[str, Method]) -> None:
@@ -235,7 +235,7 @@ def with_models(text: str, names: Sequence[str]) -> str:
             if name not in there:
                 listed.append(CommentedMap(model=name))
 
-    return edited(text, change)
+    return edit(text, change)
 
 
 def with_text(text: str, key: str, value: str) -> str:
@@ -247,7 +247,7 @@ def with_text(text: str, key: str, value: str) -> str:
         else:
             top.pop(key, None)
 
-    return edited(text, change)
+    return edit(text, change)
 
 
 def with_publish(text: str, key: str, value: str | bool) -> str:
@@ -264,7 +264,7 @@ def with_publish(text: str, key: str, value: str | bool) -> str:
         if not publish:
             del top["publish"]
 
-    return edited(text, change)
+    return edit(text, change)
 
 
 def with_value(text: str, row: int | None, param: Param, points: Sequence[float | None]) -> str:
@@ -288,7 +288,7 @@ def with_value(text: str, row: int | None, param: Param, points: Sequence[float 
             block[param.name] = CommentedSeq(values)
             block[param.name].fa.set_flow_style()
 
-    return edited(text, change)
+    return edit(text, change)
 
 
 def _plain(number: Any, param: Param) -> float | int | bool:
@@ -307,7 +307,7 @@ def numbers_of(words: str) -> list[float]:
     Raises:
         ValueError: something among it is no number, or none that a recipe may have.
     """
-    return [numbers.decimal(word, numbers.ANY) for word in re.split(r"[,;\s]+", words.strip(" []")) if word][
+    return [numbers.parse_decimal(word, numbers.ANY) for word in re.split(r"[,;\s]+", words.strip(" []")) if word][
         :MOST_POINTS
     ]
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import httpx
 
 from merger.errors import Problem
-from space.jobs import JobError, Reach
+from space.work.job_table import JobError, Reach
 
 FOUND = 12
 _WRITING = ("repo.write", "discussion.write")

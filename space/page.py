@@ -14,16 +14,19 @@ from typing import Any
 
 import gradio as gr
 
-from merger import markdown
+from merger.card.escape import code
+from merger.cli import markdown
 from merger.errors import MergerError, Problem
 from merger.methods.registry import Param, methods
-from space import elsewhere, form, hub, rules, views
+from space import form, hub, views
+from space import texts as elsewhere
 from space.api import offer
-from space.desk import Desk, Planned
-from space.examples import FIRST, examples
-from space.form import Form, Setting
-from space.keeper import Token
-from space.rules import TooBigError
+from space.form import Form, ShownSetting
+from space.texts import FIRST, examples
+from space.work import admission as rules
+from space.work.admission import TooBigError
+from space.work.queue import Token
+from space.work.service import Desk, Planned
 
 CSS = (Path(__file__).parent / "page.css").read_text("utf-8")
 _PRIVATE = "private"
@@ -89,7 +92,7 @@ class Page:
 
     def _lay_out_form(self) -> None:
         text = examples()[FIRST]
-        shown = form.read(text) or Form()
+        shown = form.read_form(text) or Form()
         self.shown = gr.State(shown)
         titles = [(method.title, name) for name, method in methods().items()]
         self.example = gr.Dropdown(
@@ -133,7 +136,7 @@ class Page:
             interactive=True,
             wrap_lines=True,
         )
-        self.problems = gr.HTML(views.problems(rules.look(examples()[FIRST])), elem_id="problems")
+        self.problems = gr.HTML(views.problem_list(rules.check(examples()[FIRST])), elem_id="problems")
 
     def _lay_out_plan(self) -> None:
         with gr.Column(visible=False, elem_id="planned") as self.planned:
@@ -183,9 +186,9 @@ class Page:
             if not param.per_model:
                 self._control(param, shown.settings.get(param.name), None, "")
 
-    def _control(self, param: Param, setting: Setting | None, row: int | None, model: str) -> None:
+    def _control(self, param: Param, setting: ShownSetting | None, row: int | None, model: str) -> None:
         """A slider or a box, and the curve where the value is one over the layers."""
-        value = setting or Setting({"": (float(form.starting(param)),)})
+        value = setting or ShownSetting({"": (float(form.starting(param)),)})
         name = f"{param.name} of {model}" if model else param.name
         with gr.Group(elem_classes=["control"]):
             if not value.is_simple:
@@ -215,7 +218,7 @@ class Page:
             varied = partial(self._varied, param=param, row=row)
             _on(vary.click, varied, [self.text, control], self._all, key=(*kept["key"], "click"))
 
-    def _gradient(self, param: Param, value: Setting, row: int | None, name: str) -> None:
+    def _gradient(self, param: Param, value: ShownSetting, row: int | None, name: str) -> None:
         words = ", ".join(f"{number:g}" for number in value.numbers)
         info = f"{param.description} Numbers from the first layer to the last, as many as you like."
         kept = partial(_kept, param=param, row=row)
@@ -270,11 +273,11 @@ class Page:
 
     def _to(self, text: str, value: str | bool, key: str) -> list[Any]:
         text = form.with_publish(text, key, value)
-        return [text, views.problems(rules.look(text))]
+        return [text, views.problem_list(rules.check(text))]
 
     def _turned(self, text: str, value: float, param: Param, row: int | None) -> list[Any]:
         text = form.with_value(text, row, param, [value])
-        return [text, views.problems(rules.look(text))]
+        return [text, views.problem_list(rules.check(text))]
 
     def _varied(self, text: str, value: float, param: Param, row: int | None) -> list[Any]:
         return _shown(form.with_value(text, row, param, [value, value]))
@@ -288,8 +291,8 @@ class Page:
             told = "<p class='fine'>Write numbers with commas between them, such as 0, 0.5, 1.</p>"
             return [gr.skip(), gr.skip(), told]
         text = form.with_value(text, row, param, numbers)
-        drawn = views.curves(Setting({"": tuple(numbers)}), name)
-        return [text, views.problems(rules.look(text)), drawn]
+        drawn = views.curves(ShownSetting({"": tuple(numbers)}), name)
+        return [text, views.problem_list(rules.check(text)), drawn]
 
     async def _search(self, key: gr.KeyUpData, chosen: list[str] | str, session: Session, request: gr.Request) -> Any:
         """Models whose names hold what is being typed; asked for once the typing pauses."""
@@ -417,8 +420,8 @@ def _nothing(count: int) -> list[Any]:
 
 def _shown(text: str) -> list[Any]:
     """A text in all that shows it; the form stays as it is while the text is no YAML."""
-    told = [text, views.problems(rules.look(text))]
-    shown = form.read(text)
+    told = [text, views.problem_list(rules.check(text))]
+    shown = form.read_form(text)
     if shown is None:
         return [*told, *_nothing(6)]
     names = list(dict.fromkeys([*shown.models, shown.base]))
@@ -440,14 +443,14 @@ def _summary(name: str) -> str:
 
 def _with_destination(text: str, profile: Profile) -> str:
     """Whoever is signed in publishes under their own name, unless the recipe says otherwise."""
-    shown = form.read(text)
+    shown = form.read_form(text)
     if profile is None or shown is None or shown.repo:
         return text
     return form.with_publish(text, "repo", form.suggested(shown, profile.username))
 
 
 def _plan_shown(found: Planned) -> list[Any]:
-    notes = "".join(f"\n\n**Warning:** {markdown.code(str(note))}" for note in found.recipe.warnings)
+    notes = "".join(f"\n\n**Warning:** {code(str(note))}" for note in found.recipe.warnings)
     table = markdown.plan_section(found.plan, found.to) + notes
     files = found.card()
     shown = [table, views.lineage(files, [str(model) for model in found.recipe.models]), _card(files)]
@@ -458,7 +461,7 @@ def _card(files: Mapping[str, bytes]) -> str:
     """A card as the Hub shows it: its front matter apart, and its pictures in it."""
     text = files["README.md"].decode()
     for name, content in files.items():
-        text = text.replace(f"({name})", f"({views.address(content)})")
+        text = text.replace(f"({name})", f"({views.data_url(content)})")
     parts = text.split("---\n", 2)
     return f"```yaml\n{parts[1]}```\n\n{parts[2]}" if len(parts) == 3 and not parts[0].strip() else text
 

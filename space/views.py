@@ -1,6 +1,6 @@
 """What the page shows, as HTML: problems at their lines, curves over the layers, jobs and how far they are.
 
-Every word of others is escaped. Not here: plans and results, which are Markdown (merger.markdown).
+Every word of others is escaped. Not here: plans and results, which are Markdown (merger.cli.markdown).
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from merger.console import size
+from merger.cli.text import size
 from merger.errors import Problem
 from merger.safety.text import lined
-from space.form import Setting
-from space.jobs import Job
-from space.rules import Looked
+from space.form import ShownSetting
+from space.work.admission import Looked
+from space.work.job_table import QueuedMerge
 
 _WIDTH, _HEIGHT, _EDGE = 240, 64, 6
 _WORDS = {
@@ -30,7 +30,7 @@ _WORDS = {
 }
 
 
-def problems(looked: Looked) -> str:
+def problem_list(looked: Looked) -> str:
     """What is wrong with a recipe, line by line, and marks at those lines of the editor."""
     if not looked.problems and not looked.warnings:
         return '<p class="fine">No problem found in the recipe itself. Plan looks at its models.</p>'
@@ -68,7 +68,7 @@ def _problem(kind: str, problem: Problem) -> str:
 # ---- curves ---------------------------------------------------------------------------------------------------------
 
 
-def curves(setting: Setting, name: str) -> str:
+def curves(setting: ShownSetting, name: str) -> str:
     """A parameter's values from the first layer to the last, one line for each filter."""
     drawn = [(label, [y for y in line if math.isfinite(y)]) for label, line in setting.curves.items()]
     drawn = [(label, line) for label, line in drawn if line]
@@ -104,7 +104,7 @@ def _y(value: float, low: float, high: float) -> str:
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 
-def address(png: bytes) -> str:
+def data_url(png: bytes) -> str:
     """A picture as an address that holds it."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
@@ -113,18 +113,18 @@ def lineage(files: Mapping[str, bytes], models: Sequence[str]) -> str:
     """The card's picture of where the merge comes from, if it has one."""
     png = files.get("pictures/lineage.png")
     alt = _text(f"Lineage of the merge: made of {', '.join(models)}")
-    return "" if png is None else f'<img class="picture" src="{address(png)}" alt="{alt}">'
+    return "" if png is None else f'<img class="picture" src="{data_url(png)}" alt="{alt}">'
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------------------
 
 
-def label(job: Job) -> str:
+def label(job: QueuedMerge) -> str:
     """A job in a list."""
     return f"{job.to.removeprefix('hf://')}: {_WORDS[job.state]}"
 
 
-def job(found: Job, ahead: int) -> str:
+def job(found: QueuedMerge, ahead: int) -> str:
     """All about one job."""
     share = 1.0 if found.state == "done" else min(1.0, found.made / max(1, found.total))
     parts = [f'<p class="state {found.state}">{_state(found, ahead)}</p>']
@@ -138,13 +138,13 @@ def job(found: Job, ahead: int) -> str:
     return f'<article class="job">{"".join(parts)}</article>'
 
 
-def log(found: Job) -> str:
+def log(found: QueuedMerge) -> str:
     """What a job has said."""
     lines = _text("\n".join(found.log))
     return f'<pre class="log" tabindex="0">{lines}</pre>'
 
 
-def _state(found: Job, ahead: int) -> str:
+def _state(found: QueuedMerge, ahead: int) -> str:
     repo = _text(found.to.removeprefix("hf://"))
     match found.state:
         case "queued":
@@ -169,7 +169,7 @@ def _before(ahead: int) -> str:
     return "it is next" if ahead == 0 else f"{ahead} merge{'' if ahead == 1 else 's'} before it"
 
 
-def _figures(found: Job, share: float) -> str:
+def _figures(found: QueuedMerge, share: float) -> str:
     now = time.time()
     told = [f"{share:.0%}", f"{size(found.made)} of {size(found.total)}"]
     if found.state == "running" and found.made > found.kept:

@@ -27,7 +27,7 @@ class Said:
 
 def called(arguments: Sequence[str]) -> Said:
     """Call the command with these arguments."""
-    from merger.cli import main
+    from merger.cli.commands import main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

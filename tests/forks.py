@@ -32,7 +32,8 @@ from waiting import HANGS_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (
-    "merger.cli", "merger.console", "merger.run", "merger.engine.execute", "merger.engine.look", "merger.card.plots",
+    "merger.cli.commands", "merger.cli.text", "merger.run.pipeline", "merger.engine.execute", "merger.engine.geometry",
+    "merger.card.pictures.movement",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "httpx2", "urllib3",
     "safetensors.torch", "tokenizers", "tqdm",
 )  # fmt: skip
@@ -163,8 +164,8 @@ def blank_pictures() -> None:
 
     Who tests pictures has them drawn: tests/card, and whatever runs in a process of its own or in that of the tests.
     """
-    canvas: Any = importlib.import_module("merger.card.canvas")
-    canvas.warm()
+    canvas: Any = importlib.import_module("merger.card.pictures.canvas")
+    canvas.warm_fonts()
     canvas._drawn = lambda figure, dots: BLANK + bytes([len(figure.axes)])  # no two are one file
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from merger import beside, run
-from merger.options import Options
-from merger.plan.plan import Plan
-from merger.planning import plan, read
+from merger.planning.plan import Plan
+from merger.run import artifacts as beside
+from merger.run import pipeline as run
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 _NO_CARD = beside.Card("---\n---\n")
 
@@ -22,8 +23,8 @@ def merged(recipe: str, out: Path, card: bool = False, **options: Any) -> Plan:
     path = out.with_suffix(".yaml")
     path.write_text(recipe)
     chosen = Options(**{"to": str(out), "threads": 1, **options})
-    planned, store = plan(read(path), chosen)
-    with patch("merger.run.card", beside.card if card else lambda *_: _NO_CARD):
+    planned, store = plan(read_recipe(path), chosen)
+    with patch("merger.run.pipeline.card", beside.card if card else lambda *_: _NO_CARD):
         for _ in run.run(planned, store, chosen):
             pass
     return planned

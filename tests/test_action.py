@@ -21,11 +21,11 @@ from hostile import HOSTILE, obeyed
 from loopback import LoopbackGitHub
 from loopback.github import READ_ONLY, TOKEN
 
-from merger import action, github, markdown
+from merger.cli import action, github, markdown
+from merger.cli.github import Event, GitHubApi, GitHubError
+from merger.cli.inputs import Inputs
 from merger.errors import RecipeError
-from merger.github import Api, Event, GitHubError
-from merger.inputs import Inputs
-from merger.planning import read_text
+from merger.run.prepare import parse_text
 from merger.stores.ports import Published
 
 LINEAR = "merge_method: linear\nmodels:\n  - model: {one}\n  - model: {two}\nparameters: {{weight: 0.5}}\n"
@@ -79,7 +79,7 @@ def hosted() -> Iterator[LoopbackGitHub]:
 
 @pytest.fixture
 def step(clone: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Step:
-    """The step `python -m merger.action` for an event, with the inputs by their names in action.yml."""
+    """The step `python -m merger.cli.action` for an event, with the inputs by their names in action.yml."""
 
     def run(event: str, payload: Mapping[str, Any], api: str = "", **given: str) -> Told:
         place = tmp_path / "runner"
@@ -106,7 +106,7 @@ def inputs(clone: Checkout, **given: str) -> Inputs:
 
 def about(clone: Checkout, event: Event, api: str = "http://127.0.0.1:9", **given: str) -> list[str]:
     """The recipes that an event is about; without an address of GitHub, git has to know."""
-    found = action.recipes(inputs(clone, **given), event, clone.root, Api(api, "org/recipes", TOKEN))
+    found = action.recipes(inputs(clone, **given), event, clone.root, GitHubApi(api, "org/recipes", TOKEN))
     return [path.as_posix() for path in found]
 
 
@@ -314,8 +314,8 @@ def test_what_strangers_have_a_hand_in_is_never_run_and_read_without_a_token(
     given = inputs(clone, mode="plan", hf_token="hf_writes", hf_read_token="hf_reads")
     with monkeypatch.context() as patch:
         patch.setattr(Event, "read", lambda environment: found)
-        job = action.Job(given, {"GITHUB_WORKSPACE": str(clone.root)}, github.Log(sys.stdout))
-    recipe = read_text(LINEAR.format(one="org/one", two="org/two"), "recipe.yaml")
+        job = action.ActionRun(given, {"GITHUB_WORKSPACE": str(clone.root)}, github.Log(sys.stdout))
+    recipe = parse_text(LINEAR.format(one="org/one", two="org/two"), "recipe.yaml")
     assert job._options(recipe).read_token == (False if kind == WITHOUT else "hf_reads")
 
 
@@ -684,8 +684,8 @@ def test_a_token_in_what_a_job_reads_goes_nowhere(
 
 def test_a_long_text_is_cut_at_a_line_and_says_so() -> None:
     """GitHub refuses longer ones."""
-    assert github.shortened("one\ntwo\nthree", 8) == "one\ntwo\n\n(the rest is in the job's log)"
-    assert github.shortened("one\ntwo", 7) == "one\ntwo"
+    assert github.cut_at_line("one\ntwo\nthree", 8) == "one\ntwo\n\n(the rest is in the job's log)"
+    assert github.cut_at_line("one\ntwo", 7) == "one\ntwo"
 
 
 WORDS = {

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merger.cli import main
+from merger.cli.commands import main
 
 GOLDEN = Path(__file__).parent / "golden" / "adapters.txt"
 RECIPE = """\

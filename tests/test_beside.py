@@ -13,12 +13,12 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from merger.checkpoints.sidefiles import left_beside, side_files
-from merger.cli import main
-from merger.options import Options
-from merger.plan import formats
-from merger.planning import plan, read
-from merger.verify import Extent, Report, verify
+from merger.cli.commands import main
+from merger.lock import formats
+from merger.models.side_files import left_beside, side_files
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
+from merger.verification.verify import Extent, Report, verify
 
 STEPS = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"), ("3_Normalize", "Normalize")]
 PIPELINE: Mapping[str, Any] = {
@@ -139,7 +139,7 @@ def test_pipelines_that_differ_are_warned_of_by_file(case: str, here: Path) -> N
         put(here / name, PIPELINE)
         dense(here / name, 1)
     change(here / "two")
-    planned, _ = plan(read(recipe(here, "one", "two")), Options())
+    planned, _ = plan(read_recipe(recipe(here, "one", "two")), Options())
     assert planned.doubts == sentences
 
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from merger.cli import main
+from merger.cli.commands import main
 
 
 def pointer(path: Path) -> None:

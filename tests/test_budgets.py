@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from merger.cli import main
-from merger.options import Options, fitted
+from merger.cli.commands import main
+from merger.run.options import Options, fitted
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from merger.arguments import parse
-from merger.cli import main
+from merger.cli.arguments import parse_arguments
+from merger.cli.commands import main
 from merger.methods.registry import methods
 
 RECIPE = """\
@@ -43,7 +43,7 @@ HELP = """
 import atexit, sys
 before = set(sys.modules)
 atexit.register(lambda: print(*{name.partition(".")[0] for name in set(sys.modules) - before}, file=sys.stderr))
-from merger.cli import main
+from merger.cli.commands import main
 main(["--help"])
 """
 
@@ -56,7 +56,7 @@ def test_help_imports_nothing_of_others() -> None:
 
 HEAVY = """
 import json, sys
-from merger.cli import main
+from merger.cli.commands import main
 try:
     code = main(sys.argv[1:])
 except SystemExit as done:
@@ -186,7 +186,7 @@ def test_each_help_has_a_sentence_and_an_example(command: str, capsys: pytest.Ca
     examples = re.findall(r"^  merger (.+?)(?:    .*)?$", told.split("example")[-1], re.MULTILINE)
     assert examples
     for example in examples:
-        assert parse(shlex.split(example.partition(" > ")[0])).command == command
+        assert parse_arguments(shlex.split(example.partition(" > ")[0])).command == command
 
 
 WORDS = {

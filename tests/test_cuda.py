@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 
-from merger.options import Options
-from merger.planning import plan, read
-from merger.run import run
+from merger.run.options import Options
+from merger.run.pipeline import run
+from merger.run.prepare import plan, read_recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU on this machine")
 RECIPES = sorted((Path(__file__).parents[1] / "templates/recipes").glob("*.yaml"))
@@ -28,7 +28,7 @@ def test_a_gpu_makes_what_the_processor_makes(template: Path, tmp_path: Path) ->
     torch.cuda.reset_peak_memory_stats()
     for device in ("cpu", "cuda"):
         options = Options(to=str(tmp_path / device), device=device)
-        for _ in run(*plan(read(tmp_path / "mine.yaml"), options), options):
+        for _ in run(*plan(read_recipe(tmp_path / "mine.yaml"), options), options):
             pass
         made[device] = tiny.read(tmp_path / device)
     for name, tensor in made["cpu"].items():

@@ -11,9 +11,9 @@ import demo
 import pytest
 from transformers import AutoModelForCausalLM
 
-from merger.options import Options
-from merger.planning import plan, read
-from merger.run import Done, run
+from merger.run.options import Options
+from merger.run.pipeline import Done, run
+from merger.run.prepare import plan, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "examples" / "recipes"
@@ -31,7 +31,7 @@ def merges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def _merged(name: str, to: Path) -> Path:
     options = Options(to=str(to))
-    planned, store = plan(read(Path("examples/recipes") / f"{name}.yaml"), options)
+    planned, store = plan(read_recipe(Path("examples/recipes") / f"{name}.yaml"), options)
     *_, last = run(planned, store, options)
     assert isinstance(last, Done)
     return to

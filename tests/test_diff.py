@@ -17,9 +17,9 @@ from plan.models import model
 from torch import Tensor
 from waiting import HANGS_SECONDS
 
-from merger.diff import Contrast, contrast, pair
+from merger.cli.reports import contrast_json, contrast_text
 from merger.errors import ModelError
-from merger.reports import contrast_json, contrast_text
+from merger.verification.diff import Contrast, contrast, pair
 
 ZOO = Path(__file__).parent.parent / "examples/zoo"
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -151,8 +151,8 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
 
 PEAK = """
 import resource, sys
-import merger.engine.distance
-from merger.cli import main
+import merger.verification.distance
+from merger.cli.commands import main
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 code = main(["diff", *sys.argv[1:], "--threads", "2"])
 print(code, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -47,7 +47,7 @@ parameters: {{density: 0.5}}
 """
 RUN = """
 import sys
-from merger.cli import main
+from merger.cli.commands import main
 code = main(sys.argv[1:])
 print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(code)

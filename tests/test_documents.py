@@ -15,9 +15,9 @@ from loopback import LoopbackHub
 from merging import merged
 from test_hub_line import Command
 
-from merger import run
-from merger.options import Options
-from merger.planning import plan, read
+from merger.run import pipeline as run
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 HIDDEN = 24  # no divisor of a block: methods that work on rows cut tensors elsewhere than those that work on entries
 STAGES = {
@@ -140,7 +140,7 @@ def test_the_disk_for_stages_that_are_kept_is_in_the_plan(models: dict[str, Path
     for result, at_least in (("linear", 0), ("ties", largest)):
         text = f"name: first\n{filled(STAGES['linear'], models, '')}---\n{filled(RESULTS[result], models, 'first')}"
         (tmp_path / "recipe.yaml").write_text(text)
-        planned, _ = plan(read(tmp_path / "recipe.yaml"), Options(threads=1))
+        planned, _ = plan(read_recipe(tmp_path / "recipe.yaml"), Options(threads=1))
         assert at_least <= planned.spool <= 3 * at_least
 
 
@@ -153,7 +153,7 @@ def test_a_tower_of_stages_costs_as_many_steps_as_it_has_floors(models: dict[str
                "parameters: {t: 0.5}\n" for n in range(15, 30)]  # fmt: skip
     (tmp_path / "recipe.yaml").write_text("---\n".join(floors))
     start = time.process_time()
-    planned, _ = plan(read(tmp_path / "recipe.yaml"), Options(threads=1))
+    planned, _ = plan(read_recipe(tmp_path / "recipe.yaml"), Options(threads=1))
     assert json.dumps(planned.as_json())
     assert time.process_time() - start < 5
     assert len(planned.locked.stages) == 29
@@ -181,7 +181,7 @@ def test_what_a_stage_gives_and_the_result_does_not_take_is_said(models: dict[st
     stage = "merge_method: linear\nmodels: [{model: %a}, {model: %b}]\n"
     result = "merge_method: passthrough\nslices: [{sources: [{model: first, layer_range: [0, 1]}]}]\n"
     (tmp_path / "recipe.yaml").write_text(f"name: first\n{filled(stage, models, '')}---\n{result}")
-    planned, _ = plan(read(tmp_path / "recipe.yaml"), Options())
+    planned, _ = plan(read_recipe(tmp_path / "recipe.yaml"), Options())
     assert planned.config["num_hidden_layers"] == 1
     assert {(left.model, left.why) for left in planned.left_out} == {
         (number, "nothing is made of what the stage first makes of it") for number in (0, 1)

@@ -22,18 +22,18 @@ from loopback import LoopbackHub
 from thorough import thorough_only
 from torch import Tensor
 
-from merger import evaluation
+from merger.card.facts import score_facts
 from merger.card.metadata import front_matter
-from merger.card.scores import told
-from merger.cli import main
-from merger.engine import evaluate
-from merger.engine.evaluate import _ended
-from merger.engine.scoring import loss
+from merger.cli.commands import main
 from merger.errors import BudgetError, EvaluationError, RecipeError
-from merger.options import Options, Part, needed_disk
-from merger.plan.scores import Score, kept, memory, read_scores
-from merger.planning import plan, read
-from merger.run import run
+from merger.evaluation import evaluate as evaluation
+from merger.evaluation import process as evaluate
+from merger.evaluation.budget import Score, evaluation_memory, kept, read_scores
+from merger.evaluation.process import _ended
+from merger.evaluation.scoring import loss
+from merger.run.options import Options, Part, needed_disk
+from merger.run.pipeline import run
+from merger.run.prepare import plan, read_recipe
 
 ZOO = Path(__file__).parents[1] / "examples/zoo"
 LOOKS = """\
@@ -92,7 +92,7 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     mine = recipe(tmp_path, "{perplexity: {text: lines.txt, limit: 200}}")
     options = Options(to=str(tmp_path / "out"), threads=1)
-    list(run(*plan(read(mine), options), options))
+    list(run(*plan(read_recipe(mine), options), options))
     scores = read_scores((tmp_path / "out/merger.evaluation.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(tmp_path / "out")(LINES[:200], return_tensors="pt").input_ids
@@ -163,23 +163,23 @@ def test_what_cannot_be_measured_is_not_lost(tmp_path: Path, capsys: pytest.Capt
     mine = recipe(tmp_path, f"{{perplexity: {{text: {tmp_path}/lines.txt}}}}", parents)
     line = ["run", str(mine), "--to", str(tmp_path / "out"), "--shard-size", "3kB"]
     assert main(line) == 9
-    told = capsys.readouterr().err
-    assert re.search(r"evaluate: the merge cannot be measured: \w+: ", told)
-    assert "the merge is made and waits" in told
+    score_facts = capsys.readouterr().err
+    assert re.search(r"evaluate: the merge cannot be measured: \w+: ", score_facts)
+    assert "the merge is made and waits" in score_facts
     assert not (tmp_path / "out").exists()
     mine.write_text(mine.read_text().split("evaluate")[0])
     assert main(line) == 0
-    told = capsys.readouterr().err
+    score_facts = capsys.readouterr().err
     made = len(list((tmp_path / "out").glob("*.safetensors")))
     assert made > 2
-    assert f"{made} of {made} files are there from an earlier run" in told
+    assert f"{made} of {made} files are there from an earlier run" in score_facts
 
 
 def test_missing_texts_and_tasks_are_told_by_plan(tmp_path: Path) -> None:
     """All of them, at their places."""
     mine = recipe(tmp_path, "\n  perplexity: [{text: none.txt}, {text: lines.txt}]\n  tasks: [mine/none.yaml]")
     with pytest.raises(RecipeError) as refused:
-        plan(read(mine), Options())
+        plan(read_recipe(mine), Options())
     assert [str(problem) for problem in refused.value.problems] == [
         f"{mine}:4:1: evaluate.tasks: 'mine/none.yaml' is not there\n    paths are relative to the working directory",
         f"{mine}:5:23: evaluate.perplexity: 'none.txt' is not there\n    paths are relative to the working directory",
@@ -193,27 +193,27 @@ def test_a_text_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_bytes(b"\xff\xfe")
     options = Options(to=str(tmp_path / "out"))
     with pytest.raises(RecipeError, match="is not UTF-8 text"):
-        list(run(*plan(read(mine), options), options))
+        list(run(*plan(read_recipe(mine), options), options))
 
 
 def test_a_result_too_large_to_be_measured_is_refused_by_plan(tmp_path: Path) -> None:
     """Its memory is planned: half of a model's for bfloat16, more for tasks; a part measures nothing."""
     block = f"{{perplexity: {{text: {tmp_path}/lines.txt}}, dtype: %s}}"
     mine = recipe(tmp_path, block % "float32")
-    planned, _ = plan(read(mine), Options())
-    needed = memory(planned)
+    planned, _ = plan(read_recipe(mine), Options())
+    needed = evaluation_memory(planned)
     with pytest.raises(BudgetError, match="measuring the result needs about") as refused:
-        plan(read(mine), Options(max_memory=needed - 1))
+        plan(read_recipe(mine), Options(max_memory=needed - 1))
     assert "write dtype: bfloat16" in str(refused.value)
-    plan(read(mine), Options(max_memory=needed))
-    smaller, _ = plan(read(recipe(tmp_path, block % "bfloat16")), Options())
-    assert needed - memory(smaller) == 2 * planned.entries
+    plan(read_recipe(mine), Options(max_memory=needed))
+    smaller, _ = plan(read_recipe(recipe(tmp_path, block % "bfloat16")), Options())
+    assert needed - evaluation_memory(smaller) == 2 * planned.entries
 
 
 def test_copies_take_disk(tmp_path: Path) -> None:
     """On the way to the Hub the merge comes back to be measured: so much disk it takes at once, at least."""
     mine = recipe(tmp_path, f"{{perplexity: {{text: {tmp_path}/lines.txt}}}}")
-    planned, _ = plan(read(mine), Options())
+    planned, _ = plan(read_recipe(mine), Options())
     assert (evaluation.disk(planned, staged=True), evaluation.disk(planned, staged=False)) == (planned.size, 0)
     small = Options(to="hf://org/x", stream=True)
     assert needed_disk(planned, small, planned.shards) == planned.size
@@ -234,7 +234,7 @@ def test_what_is_not_installed_is_told_before_the_merge(tmp_path: Path, monkeypa
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     mine = recipe(tmp_path, f"{{perplexity: {{text: {tmp_path}/lines.txt}}, tasks: [arc_easy]}}")
     with pytest.raises(EvaluationError, match="transformers and lm_eval measure the result") as refused:
-        evaluation.prepared(plan(read(mine), Options())[0], "cpu", None)
+        evaluation.prepared(plan(read_recipe(mine), Options())[0], "cpu", None)
     assert "hub-merger[eval]" in str(refused.value)
 
 
@@ -264,7 +264,7 @@ def test_tasks_of_ones_own_by_the_real_harness(tmp_path: Path, monkeypatch: pyte
     }  # fmt: skip
     (tmp_path / "verses.yaml").write_text(yaml.safe_dump(task))
     options = Options(to=str(tmp_path / "out"), threads=1)
-    list(run(*plan(read(recipe(tmp_path, "{tasks: [verses.yaml], limit: 4}")), options), options))
+    list(run(*plan(read_recipe(recipe(tmp_path, "{tasks: [verses.yaml], limit: 4}")), options), options))
     (score,) = read_scores((tmp_path / "out/merger.evaluation.json").read_text())
     assert (score.task, score.metric, score.value, score.higher) == ("verses", "acc", 0.75, True)
     assert score.error == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
@@ -293,14 +293,14 @@ def test_a_table_of_scores() -> None:
         score(None, "text", "perplexity", 12.3456), score("org/x", "text", "perplexity", 99.0, detail="other"),
         score(None, "task", "acc", 0.5, error=0.01, higher=True),
     ]  # fmt: skip
-    found = told(scores, "me/merge")["evaluation"]
+    found = score_facts(scores, "me/merge")["evaluation"]
     assert found["columns"] == ["measured", "this model", "org/x"]
     assert found["rows"] == [
         ["text: perplexity (lower is better)", "12.35", "99"],
         ["task: acc (higher is better)", "0.500 ± 0.010", "none"],
     ]
     assert found["note"].endswith(": text of this model: some; text of org/x: other; task: some.")
-    assert told([], "me/merge") == {}
+    assert score_facts([], "me/merge") == {}
 
 
 def test_the_hubs_client_reads_the_model_index() -> None:
@@ -308,7 +308,7 @@ def test_the_hubs_client_reads_the_model_index() -> None:
     from huggingface_hub import ModelCard
 
     scores = [score(None, "text", "perplexity", 12.5), score("org/x", "text", "perplexity", 9.0)]
-    card = ModelCard(front_matter(told(scores, "me/merge")["metadata"]))
+    card = ModelCard(front_matter(score_facts(scores, "me/merge")["metadata"]))
     (result,) = card.data.eval_results
     assert (card.data.model_name, result.metric_type, result.metric_value) == ("merge", "perplexity", 12.5)
     assert (result.task_type, result.dataset_type, result.dataset_name) == ("text-generation", "org/set", "text")
@@ -336,5 +336,5 @@ def test_of_a_model_with_an_adapter_neither_is_measured(tmp_path: Path, monkeypa
     measured: list[str | None] = []
     monkeypatch.setattr(evaluation, "_measured", lambda folder, model, *_: measured.append(model) or ())
     options = Options(to=str(tmp_path / "out"), threads=1)
-    list(run(*plan(read(mine), options), options))
+    list(run(*plan(read_recipe(mine), options), options))
     assert measured == [None, "base"]

@@ -20,8 +20,8 @@ from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merger.cli import main
-from merger.engine.factors import decomposed
+from merger.cli.commands import main
+from merger.engine.decompose import decomposed
 
 PeftModel = pytest.importorskip("peft").PeftModel
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -26,8 +26,8 @@ from calls import Said, called
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merger.plan import formats
-from merger.plan import plan as plan_module
+from merger.lock import formats
+from merger.planning import plan as plan_module
 
 GOLDEN = Path(__file__).parent / "golden" / "locks"
 OF_THE_MACHINE = {"extract", "lora"}
@@ -200,8 +200,8 @@ def test_a_lock_of_an_earlier_version_makes_its_bytes_and_is_verified(
 # ---- and where anything is otherwise by now -------------------------------------------------------------------------
 
 NOW, NEXT = formats.FORMAT, formats.FORMAT + 1
-LATER = formats.Change(NEXT, "layers are counted from 1")
-OTHER_BITS = formats.Change(NEXT, "task_arithmetic rounds otherwise", frozenset({"task_arithmetic"}))
+LATER = formats.FormatChange(NEXT, "layers are counted from 1")
+OTHER_BITS = formats.FormatChange(NEXT, "task_arithmetic rounds otherwise", frozenset({"task_arithmetic"}))
 SAYS = (
     f"merger 0.1.0 made it (format {NOW}), and {{}} makes another merge of the same recipe: {{}}\n"
     "    use the version that made it: pip install 'hub-merger==0.1.0'"
@@ -216,7 +216,7 @@ def merge(parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path / "out"
 
 
-def later(monkeypatch: pytest.MonkeyPatch, change: formats.Change) -> str:
+def later(monkeypatch: pytest.MonkeyPatch, change: formats.FormatChange) -> str:
     """From now on this is a version with the change; what it says of an earlier lock."""
     monkeypatch.setattr(formats, "FORMAT", NEXT)
     monkeypatch.setattr(formats, "CHANGES", (change,))

@@ -10,12 +10,12 @@ import pytest
 from loopback import LoopbackGitHub
 from loopback.github import TOKEN
 
-from merger import retries
-from merger.github import Api, GitHubError
+from merger.cli.github import GitHubApi, GitHubError
+from merger.stores import retries
 
 PAGE = b"<!doctype html><title>Sign in to the network</title>"
 FILES = [{"filename": "a.yaml", "status": "added"}, {"filename": "b.yaml", "status": "removed"}]
-Call = Callable[[Api], object]
+Call = Callable[[GitHubApi], object]
 
 CALLS: dict[str, tuple[str, Call]] = {
     "compare": ("GET .*/compare/.*", lambda api: api.compared("main", "new")),
@@ -51,13 +51,13 @@ def github(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackGitHub]:
 
 
 @pytest.fixture
-def api(github: LoopbackGitHub) -> Api:
-    return Api(github.url, github.repository, TOKEN)
+def api(github: LoopbackGitHub) -> GitHubApi:
+    return GitHubApi(github.url, github.repository, TOKEN)
 
 
 @pytest.mark.parametrize("answer", PASSING)
 @pytest.mark.parametrize("call", CALLS)
-def test_passing_trouble_is_asked_through(call: str, answer: str, github: LoopbackGitHub, api: Api) -> None:
+def test_passing_trouble_is_asked_through(call: str, answer: str, github: LoopbackGitHub, api: GitHubApi) -> None:
     """Three times no answer of GitHub's, then one: what was to be done is done, once."""
     place, ask = CALLS[call]
     github.strange = [(place, *PASSING[answer])] * 3
@@ -73,7 +73,7 @@ def test_passing_trouble_is_asked_through(call: str, answer: str, github: Loopba
 
 @pytest.mark.parametrize("answer", NO_ANSWERS)
 @pytest.mark.parametrize("call", READING)
-def test_what_is_no_answer_of_githubs_is_told(call: str, answer: str, github: LoopbackGitHub, api: Api) -> None:
+def test_what_is_no_answer_of_githubs_is_told(call: str, answer: str, github: LoopbackGitHub, api: GitHubApi) -> None:
     """A sentence with a next step, whatever comes in place of an answer, and never a traceback."""
     place, ask = CALLS[call]
     github.strange = [(place, *NO_ANSWERS[answer])] * retries.TRIES
@@ -85,7 +85,7 @@ def test_what_is_no_answer_of_githubs_is_told(call: str, answer: str, github: Lo
     assert TOKEN not in str(refusal.value)
 
 
-def test_a_refusal_is_no_trouble(github: LoopbackGitHub, api: Api) -> None:
+def test_a_refusal_is_no_trouble(github: LoopbackGitHub, api: GitHubApi) -> None:
     """It is asked once."""
     github.strange = [("GET .*/pulls/7/files", 403, json.dumps({"message": "no"}).encode())]
     with pytest.raises(GitHubError, match=r"GitHub refuses GET pulls/7/files \(HTTP 403\)"):

@@ -14,13 +14,13 @@ import pytest
 import tiny
 from loopback import LoopbackHub
 
-from merger.checkpoints.shard import Written
 from merger.errors import UploadError
+from merger.models.formats.safetensors import WrittenShard
 from merger.stores.folder import FolderSink
 
 WRITER = "hf_writer_of_org"
 
-BEGIN = "import subprocess, sys, time\nfrom merger.machine import halting\n"
+BEGIN = "import subprocess, sys, time\nfrom merger.runtime import halting\n"
 SLEEPER = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 
 
@@ -88,7 +88,7 @@ def begun(folder: Path, identity: str) -> None:
     with sink.open("model-00001-of-00002.safetensors") as out:  # type: ignore[attr-defined]  # of a folder it is a file
         out.write(b"finished")
     sha256 = hashlib.sha256(b"finished").hexdigest()
-    sink.take(Written("model-00001-of-00002.safetensors", 8, sha256))
+    sink.take(WrittenShard("model-00001-of-00002.safetensors", 8, sha256))
     sink.leave()
 
 

@@ -224,7 +224,7 @@ def said(arguments: list[str]) -> Said:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
-        from merger.cli import main
+        from merger.cli.commands import main
 
         try:
             code = main(arguments)
@@ -349,7 +349,7 @@ def test_a_bar_may_go_back_on_a_terminal_and_nowhere_else() -> None:
         assert stream.getvalue() == "".join(told)
 
 
-@pytest.mark.parametrize("command", [["merger.cli", "parse"], ["merger.action", "_step"]])
+@pytest.mark.parametrize("command", [["merger.cli.commands", "parse_arguments"], ["merger.cli.action", "_step"]])
 def test_a_bugs_traceback_is_guarded(command: list[str]) -> None:
     """What it says may be a stranger's."""
     module, broken = command

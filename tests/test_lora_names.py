@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from merger.checkpoints.counterparts import counterparts
-from merger.cli import main
+from merger.cli.commands import main
+from merger.models.lora.counterparts import counterparts
 
 pytest.importorskip("peft")
 

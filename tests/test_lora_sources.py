@@ -19,9 +19,9 @@ from loopback import LoopbackHub
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from merger.cli import main
-from merger.options import Options
-from merger.planning import plan, read
+from merger.cli.commands import main
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 pytest.importorskip("peft")
 
@@ -207,7 +207,7 @@ def test_a_model_that_is_named_with_several_adapters_is_read_once(pair: tuple[Pa
         f"merge_method: linear\nmodels: [{{model: {base}+{adapter}}}, {{model: {base}+{copy}}}, {{model: {base}}}]\n"
         "parameters: {weight: 1}\n"
     )
-    planned, _ = plan(read(tmp_path / "mine.yaml"), Options())
+    planned, _ = plan(read_recipe(tmp_path / "mine.yaml"), Options())
     assert planned.read_bytes == sum(
         tensor.nbytes for folder in (base, adapter, copy) for tensor in tiny.read(folder).values()
     )

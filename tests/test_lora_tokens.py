@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import BASE, model, rows
 
-from merger.cli import main
+from merger.cli.commands import main
 
 pytest.importorskip("peft")
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from merger import cli, machine
+from merger import runtime as machine
+from merger.cli import commands as cli
 
 
 def written(root: Path, **files: str) -> Path:
@@ -32,7 +33,7 @@ MEMINFO = "MemTotal:       16000000 kB\nMemFree:  100 kB\nMemAvailable:    80000
 
 def test_without_limits_the_system_decides(tmp_path: Path) -> None:
     """What Linux calls available, in bytes."""
-    assert machine.memory(written(tmp_path, proc__meminfo=MEMINFO)) == 8_000_000 * 1024
+    assert machine.free_memory(written(tmp_path, proc__meminfo=MEMINFO)) == 8_000_000 * 1024
 
 
 def test_the_narrowest_control_group_decides(tmp_path: Path) -> None:
@@ -47,7 +48,7 @@ def test_the_narrowest_control_group_decides(tmp_path: Path) -> None:
         sys__fs__cgroup__outer__inner__memory_dot_max="max\n",
         sys__fs__cgroup__outer__inner__memory_dot_current="1200000000\n",
     )
-    assert machine.memory(root) == 2_500_000_000
+    assert machine.free_memory(root) == 2_500_000_000
 
 
 def test_control_groups_of_the_first_version_count_too(tmp_path: Path) -> None:
@@ -60,12 +61,12 @@ def test_control_groups_of_the_first_version_count_too(tmp_path: Path) -> None:
         sys__fs__cgroup__memory__job__memory_dot_usage_in_bytes="600000000\n",
         sys__fs__cgroup__memory__job__memory_dot_stat="cache 100000000\nrss 500000000\n",
     )
-    assert machine.memory(root) == 1_500_000_000
+    assert machine.free_memory(root) == 1_500_000_000
 
 
 def test_an_unknown_system_refuses_nothing(tmp_path: Path) -> None:
     """Without these files nothing is known."""
-    assert machine.memory(tmp_path) is None
+    assert machine.free_memory(tmp_path) is None
 
 
 def test_cores_are_those_of_this_process() -> None:

@@ -18,9 +18,9 @@ METHODS = {"linear": "{}", "slerp": "{t: 0.5}", "ties": "{density: 0.5}", "dare_
 STAGES = [("iso_c", "ties"), ("slerp", "ties"), ("ties", "linear")]
 RUN = """
 import json, sys
-from merger.cli import main
-from merger.options import Options
-from merger.planning import plan, read
+from merger.cli.commands import main
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe as read
 from pathlib import Path
 recipe, to, memory, *more = sys.argv[1:]
 planned, _ = plan(read(Path(recipe)), Options(to=to, threads=2, max_memory=int(memory) or None))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from merger.cli import main
+from merger.cli.commands import main
 from merger.methods.registry import methods
 
 pytest.importorskip("peft")
@@ -148,7 +148,7 @@ def test_a_method_merges_what_the_adapters_add(method: str, trio: list[Path], tm
         if name == "model.embed_tokens.weight":
             parts = [part.T.contiguous() for part in parts]
         if table.random:
-            from merger.methods._ops import Rng
+            from merger.methods.steps.arithmetic import Rng
 
             given["rng"] = Rng(5, name.removesuffix(".weight"))
         expected = table.function(parts, **given)

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils import logging as transformers_logging
 
-from merger import run
-from merger.cli import main
-from merger.options import Options
-from merger.planning import plan, read
+from merger.cli.commands import main
+from merger.run import pipeline as run
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "examples" / "zoo"
@@ -150,7 +150,7 @@ def mixed(written: Mapping[str, Any], out: Path, **options: Any) -> dict[str, Te
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(dict(written), sort_keys=False))
     chosen = Options(to=str(out), **{"threads": 2, **options})
-    planned, store = plan(read(path), chosen)
+    planned, store = plan(read_recipe(path), chosen)
     for _ in run.run(planned, store, chosen):
         pass
     return tiny.read(out)
@@ -372,7 +372,7 @@ def test_the_same_bytes_whatever_the_threads_and_shards(mode: str, tmp_path: Pat
     events: list[object] = []
     for part in (run.Part(2, 3), None):
         options = Options(to=str(tmp_path / "parts"), threads=2, shard_size=400_000, part=part)
-        planned, store = plan(read(path), options)
+        planned, store = plan(read_recipe(path), options)
         events += run.run(planned, store, options)
     assert any(isinstance(event, run.Resumed) for event in events)
     assert sha256(tmp_path / "parts") == sha256(tmp_path / "one")
@@ -521,7 +521,7 @@ def test_prompts_too_similar_are_told_of(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(written))
     options = Options(to=str(tmp_path / "out"), threads=1)
-    planned, store = plan(read(path), options)
+    planned, store = plan(read_recipe(path), options)
     *_, done = run.run(planned, store, options)
     assert isinstance(done, run.Done)
     (doubt,) = done.doubts
@@ -632,9 +632,9 @@ def test_a_mixture_from_the_hub_to_the_hub(
 MEASURED = """
 import json, sys
 from pathlib import Path
-from merger.cli import main
-from merger.options import Options
-from merger.planning import plan, read
+from merger.cli.commands import main
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe as read
 recipe, to = sys.argv[1:]
 planned, _ = plan(read(Path(recipe)), Options(to=to, threads=2))
 assert "torch" not in sys.modules and "transformers" not in sys.modules

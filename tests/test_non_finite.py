@@ -16,13 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merging import merged
 
-from merger import console, planning, run, verify
+from merger.cli import text as console
 from merger.engine.finite import is_finite, not_finite
 from merger.errors import MismatchError
 from merger.methods.registry import methods
-from merger.options import Options
-from merger.plan.geometry import recalled
+from merger.planning.geometry import recalled
 from merger.recipe.model import ModelRef
+from merger.run import pipeline as run
+from merger.run import prepare as planning
+from merger.run.options import Options
+from merger.verification import verify
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 DTYPES = {
@@ -111,7 +114,7 @@ def test_a_recipe_may_allow_them_and_the_result_says_so(method: str, models: Pat
     path, out = tmp_path / "r.yaml", tmp_path / "out"
     path.write_text(f"allow_non_finite: true\n{recipe_of(method, models)}")
     options = Options(to=str(out), threads=1)
-    planned, store = planning.plan(planning.read(path), options)
+    planned, store = planning.plan(planning.read_recipe(path), options)
     *_, done = run.run(planned, store, options)
     assert isinstance(done, run.Done)
     told = f"2 of broken's entries are NaN or infinite, in {UP.format(0)} (1), {UP.format(1)} (1)"
@@ -140,7 +143,7 @@ def test_the_key_changes_no_other_plan(models: Path, tmp_path: Path) -> None:
     for line in ("", "allow_non_finite: false\n", "allow_non_finite: true\n"):
         path = tmp_path / "r.yaml"
         path.write_text(f"{line}merge_method: linear\n{listed(models, 'sound', 'other')}")
-        hashes.append(planning.plan(planning.read(path), Options())[0].hash)
+        hashes.append(planning.plan(planning.read_recipe(path), Options())[0].hash)
     assert hashes[0] == hashes[1] != hashes[2]
 
 

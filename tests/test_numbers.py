@@ -12,10 +12,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from merger import cli
+from merger.cli import commands as cli
+from merger.cli.inputs import Inputs
 from merger.errors import RecipeError
-from merger.inputs import Inputs
-from merger.plan.parts import Part
+from merger.planning.plan import Part
 from merger.safety import numbers
 from merger.safety.numbers import Range
 
@@ -91,9 +91,9 @@ def test_an_input_of_the_action_out_of_range_is_refused_by_name(name: str, text:
 @given(st.text() | st.from_regex(r"[-+]?[0-9]{0,40}\.?[0-9]{0,5}([eE][-+]?[0-9]{1,4})?", fullmatch=True))
 def test_any_text_is_a_number_in_range_or_a_sentence(text: str) -> None:
     """No other error, and no number outside."""
-    whole = read(partial(numbers.whole, within=numbers.SEED), text, "is no whole number from")
-    number = read(partial(numbers.decimal, within=numbers.ANY), text, "is no number from")
-    size = read(numbers.nbytes, text, r"is no size|bytes\? write")
+    whole = read(partial(numbers.parse_whole, within=numbers.SEED), text, "is no whole number from")
+    number = read(partial(numbers.parse_decimal, within=numbers.ANY), text, "is no number from")
+    size = read(numbers.parse_size, text, r"is no size|bytes\? write")
     part = read(Part.parse, text, "write for example 3/8")
     assert whole is None or numbers.SEED.holds(whole)
     assert number is None or numbers.ANY.holds(number)

@@ -119,7 +119,7 @@ def step(
     settings = environment(place / "runner", clone.root, event, payload, github.url) | scene.hub.env(scene.home, BOB)
     inputs = {"recipe": "merges/*.yaml", "mode": "plan", "hf_token": BOB, "hf_read_token": BOB, "github_token": TOKEN}
     settings |= {f"INPUT_{name.upper()}": text for name, text in inputs.items()}
-    line = [sys.executable, "-m", "merger.action"]
+    line = [sys.executable, "-m", "merger.cli.action"]
     done = forks.run(line, cwd=clone.root, env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **settings})
     told = [path.read_text() for path in (place / "runner").iterdir() if path.name != "event.json"]
     comments = [str(each["body"]) for there in github.comments.values() for each in there]
@@ -227,11 +227,11 @@ def test_the_plan_says_which_models_would_be_told_of(
 
 def desk_says(folder: str, recipe: str, tokens: list[str | None]) -> list[str]:
     """What each of these callers is told of the recipe, by one desk, one after the other."""
-    from merger import markdown
+    from merger.cli import markdown
     from merger.errors import MergerError
-    from space.desk import Desk
-    from space.keeper import Keeper
-    from space.limits import Limits
+    from space.work.admission import Limits
+    from space.work.queue import Keeper
+    from space.work.service import Desk
 
     desk, found = Desk(Keeper(Path(folder), Limits())), []
     for token in tokens:
@@ -261,7 +261,7 @@ def test_a_desk_tells_each_what_they_may_read(scene: Scene, tmp_path: Path) -> N
 def beginning(repo: str, token: str | bool) -> str:
     """The first bytes of a model's weights, as a plan reads them; or why not."""
     from merger.errors import ModelError
-    from merger.locate import stores
+    from merger.stores.resolve import stores
 
     library = stores([repo], True, token)
     try:

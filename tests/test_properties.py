@@ -23,18 +23,18 @@ from loopback import Client, LoopbackHub
 from safetensors import deserialize
 from thorough import THOROUGH
 
-from merger.checkpoints.checkpoint import header_length, read_header
 from merger.errors import ModelError, RecipeError
 from merger.methods.registry import Method, methods
+from merger.models.checkpoint import header_length, read_header
+from merger.recipe.model import Rule
 from merger.recipe.parse import parse
-from merger.recipe.settings import Rule
 
 TRIALS, PROCESSES = (2000, 50) if THOROUGH else (80, 3)
 ENDS = {0, 2, 3, 4, 5, 6, 7, 8, 9}
 MAX_MEMORY = 700_000_000
 CALL = """
 import sys
-from merger.cli import main
+from merger.cli.commands import main
 try:
     code = main(sys.argv[1:])
 except SystemExit as end:
@@ -62,7 +62,7 @@ def laid(root: Path, files: Mapping[str, bytes]) -> None:
 
 def tried(root: str, arguments: tuple[str, ...]) -> tuple[int | None, str, str]:
     """Call the command there: its exit code, what it said, and how it broke."""
-    from merger.cli import main
+    from merger.cli.commands import main
 
     os.chdir(root)
     out, err = io.StringIO(), io.StringIO()

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from merger.errors import ModelError
-from merger.options import Options
-from merger.planning import plan, read
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -188,7 +188,7 @@ def test_what_cannot_be_read_back_is_refused(case: str, tmp_path: Path) -> None:
     tiny.write(tmp_path / "one", tiny.tensors() | dict(tensors), **changed)
     (tmp_path / "mine.yaml").write_text(f"merge_method: passthrough\nmodels: [{{model: {tmp_path}/one}}]\n")
     with pytest.raises(ModelError) as caught:
-        plan(read(tmp_path / "mine.yaml"), Options())
+        plan(read_recipe(tmp_path / "mine.yaml"), Options())
     (problem,) = caught.value.problems
     assert problem.what.startswith(sentence)
     assert problem.at is not None

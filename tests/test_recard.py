@@ -10,10 +10,10 @@ from loopback import Client, LoopbackHub
 from loopback.wire import Answer
 
 from merger.errors import RecipeError, VerificationError
-from merger.options import Options
-from merger.planning import plan, read
-from merger.recard import keep, recard
-from merger.run import Done, run
+from merger.run.options import Options
+from merger.run.pipeline import Done, run
+from merger.run.prepare import plan, read_recipe
+from merger.verification.rerender import recard, write_card
 
 ZOO = Path(__file__).parent.parent / "examples/zoo"
 RECIPE = """\
@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own/parts/citation.md.j2").write_text("\n")
     (tmp_path / "mine.yaml").write_text(RECIPE.format(ZOO))
     chosen = Options(to="out")
-    *_, last = run(*plan(read(Path("mine.yaml")), chosen), chosen)
+    *_, last = run(*plan(read_recipe(Path("mine.yaml")), chosen), chosen)
     assert isinstance(last, Done)
     return tmp_path
 
@@ -46,10 +46,10 @@ def test_a_card_is_the_same_until_its_template_is_another(folder: Path) -> None:
     made = recard("./out", OURS, "own")
     assert made.text.encode() == before["README.md"]
     assert "layer 3" in made.text
-    assert keep(made, OURS) is None
+    assert write_card(made, OURS) is None
     (folder / "own/parts/citation.md.j2").unlink()
     (folder / "own/card.md.j2").write_text("# {{ title }}, {{ related.layers | length }} rows\n")
-    kept = keep(recard("out", OURS, "own"), OURS)
+    kept = write_card(recard("out", OURS, "own"), OURS)
     assert kept is not None
     assert kept.where == str(folder / "out")
     after = {path.name: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
@@ -155,7 +155,7 @@ def crossed(repo: str, template: str) -> str:
     made = recard(repo, Options(), template)
     HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=repo)
     try:
-        keep(made, Options())
+        write_card(made, Options())
     except UploadError as error:
         return str(error)
     return ""

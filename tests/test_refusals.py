@@ -15,7 +15,7 @@ import pytest
 import tiny
 from loopback import LoopbackHub
 
-from merger.cli import main
+from merger.cli.commands import main
 from merger.stores.folder import FolderReader, FolderStore
 from merger.stores.ports import Located
 

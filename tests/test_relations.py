@@ -11,13 +11,13 @@ import tiny
 import torch
 from torch import Tensor
 
-from merger.cli import main
+from merger.cli.commands import main
 from merger.engine.execute import Observed
-from merger.engine.observe import observe
-from merger.options import Options
-from merger.plan.geometry import Geometry, noted, recalled, total
-from merger.planning import plan, read
-from merger.run import run
+from merger.engine.geometry import observe
+from merger.planning.geometry import Geometry, noted, recalled, total_geometry
+from merger.run.options import Options
+from merger.run.pipeline import run
+from merger.run.prepare import plan, read_recipe
 
 ZOO = Path(__file__).parents[1] / "examples/zoo"
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -31,7 +31,7 @@ def test_geometry_is_that_of_the_vectors() -> None:
     assert seen.cosine(0, 1) == 0.0
     assert seen.cosines() == [0.0]
     assert seen.opposition() == 1 / 3
-    assert total([seen, seen]).norm(0) == 50**0.5
+    assert total_geometry([seen, seen]).norm(0) == 50**0.5
 
 
 def test_geometry_tells_how_the_result_lies_to_each_input_and_to_the_base() -> None:
@@ -41,8 +41,8 @@ def test_geometry_tells_how_the_result_lies_to_each_input_and_to_the_base() -> N
     seen = observe([one, other], result, 0, 4, base)
     assert (seen.against, seen.moved) == ((1, 1), (3, 3))
     assert seen.base == (-5.0, -6.0, -3.0, 5.0)
-    assert total([seen, seen]).against == (2, 2)
-    assert total([seen, seen]).base == (-10.0, -12.0, -6.0, 10.0)
+    assert total_geometry([seen, seen]).against == (2, 2)
+    assert total_geometry([seen, seen]).base == (-10.0, -12.0, -6.0, 10.0)
     assert observe([one, other], result, 0, 4).base == ()
 
 
@@ -71,8 +71,8 @@ def test_the_sample_of_a_large_tensor_does_not_depend_on_its_blocks(entries: int
     whole = observe([one, mixed], mixed, 0, entries)
     cuts = [0, 131_072, 262_144, entries // 3 * 2, entries]
     parts = [observe([one[a:b], mixed[a:b]], mixed[a:b], a, entries) for a, b in pairwise(cuts)]
-    assert total(parts).sampled == whole.sampled > 3_000
-    assert total(parts).cosine(0, 1) == pytest.approx(whole.cosine(0, 1), abs=1e-12)
+    assert total_geometry(parts).sampled == whole.sampled > 3_000
+    assert total_geometry(parts).cosine(0, 1) == pytest.approx(whole.cosine(0, 1), abs=1e-12)
     assert whole.cosine(0, 1) == pytest.approx(0.6, abs=0.04)
 
 
@@ -86,7 +86,7 @@ def merged(tmp_path: Path, method: str, one: Edit, other: Edit, base: bool = Tru
     lines += [f"- model: {tmp_path}/{name}\n  parameters: {{weight: 0.5}}" for name in ("one", "other")]
     (tmp_path / "mine.yaml").write_text("\n".join(lines))
     options = Options(to=str(tmp_path / "out"))
-    *_, done = run(*plan(read(tmp_path / "mine.yaml"), options), options)
+    *_, done = run(*plan(read_recipe(tmp_path / "mine.yaml"), options), options)
     return (tmp_path / "out/README.md").read_text(), done.doubts  # type: ignore[union-attr]
 
 
@@ -150,7 +150,7 @@ def test_threads_do_not_change_what_is_seen(tmp_path: Path) -> None:
     seen = []
     for threads in (1, 3):
         options = Options(to=str(tmp_path / f"out{threads}"), threads=threads)
-        events = list(run(*plan(read(tmp_path / "mine.yaml"), options), options))
+        events = list(run(*plan(read_recipe(tmp_path / "mine.yaml"), options), options))
         seen.append({event.job.name: event.geometry for event in events if isinstance(event, Observed)})
         assert events[-1].doubts == ()  # type: ignore[union-attr]
     assert seen[0] == seen[1]

@@ -13,8 +13,8 @@ from architectures.trial import load, merge
 from transformers.utils import logging
 
 from merger.errors import MergerError
-from merger.options import Options
-from merger.planning import plan, read
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 logging.disable_progress_bar()
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_taken_is_refused(rule: str, sentence: str, models: dict[
         recipe(f"merge_method: passthrough\nmodels: [{{model: %chat}}]\ntensors: [{rule}]\n", models)
     )
     with pytest.raises(MergerError) as caught:
-        plan(read(tmp_path / "mine.yaml"), Options())
+        plan(read_recipe(tmp_path / "mine.yaml"), Options())
     problem = caught.value.problems[-1]
     assert problem.what.startswith(sentence)
     assert problem.at is not None
@@ -154,7 +154,7 @@ def test_an_embedding_of_another_vocabulary_is_refused_or_follows_the_tokenizer(
     text = f"merge_method: passthrough\nmodels: [{{model: {one}}}]\ntensors: [{{filter: embed, model: {other}}}]\n"
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(MergerError, match=r"the vocabularies differ: row \d+ is '<a>' in one and '<b>' in other"):
-        plan(read(tmp_path / "mine.yaml"), Options())
+        plan(read_recipe(tmp_path / "mine.yaml"), Options())
     merge(text + "tokenizer: {source: union}\n", tmp_path / "out")
     found, theirs = vocabularies.rows(tmp_path / "out"), vocabularies.rows(other)
     assert set(found) == {*theirs, "<a>"}

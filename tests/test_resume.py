@@ -25,7 +25,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., forks.Forked]
 KILLED_AFTER = """
 import os, signal, sys
-from merger.cli import main
+from merger.cli.commands import main
 from merger.engine import execute
 
 count, real = int(sys.argv.pop(1)), execute._shard

@@ -23,15 +23,16 @@ from actions import commands, environment
 from calls import called
 from test_blame import cloned, of_gguf, of_mlx
 
-from merger import action
+from merger.cli import action
+from merger.cli.markdown import plan_section
 from merger.errors import BudgetError, MergerError
-from merger.markdown import plan_section
-from merger.options import Options
-from merger.planning import plan, read
-from space import rules, views
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
+from space import views
 from space.api import Api
-from space.desk import Desk
-from space.limits import Limits
+from space.work import admission as rules
+from space.work.admission import Limits
+from space.work.service import Desk
 
 TWO = "models: [{model: org/a, parameters: {weight: 1}}, {model: org/b, parameters: {weight: 1}}]\n"
 BOTH = "merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n  - model: ./{}\n  - model: ./{}\n"
@@ -276,7 +277,7 @@ def test_what_is_said_of_a_recipe(name: str, here: Path, checked: Step) -> None:
     assert (done.code, done.err) == (2 if says.kind == "error" else 0, on_the_terminal(says, name))
     assert [line for line in checked.commands if f"file={file(name)}," in line] == [on_github(says, name)]
     assert in_the_summary(says, name) in checked.summary
-    assert words(views.problems(rules.look(recipe))) == in_the_space(says)
+    assert words(views.problem_list(rules.check(recipe))) == in_the_space(says)
     answer = Api(NO_DESK).check(recipe)
     (told,) = answer["problems" if says.kind == "error" else "warnings"]
     where = f"{told['where']}: " if told["where"] else ""
@@ -295,7 +296,7 @@ def test_what_is_said_of_a_model(name: str, here: Path, looked_at: Step) -> None
     assert next(line for line in looked_at.commands if f"file={file(name)}," in line) == on_github(says, name)
     assert in_the_summary(says, name) in looked_at.summary
     with pytest.raises(MergerError) as caught:
-        plan(read(Path(file(name))), Options())
+        plan(read_recipe(Path(file(name))), Options())
     assert words(views.refusal(caught.value.problems)).startswith(in_the_space(says))
 
 
@@ -305,7 +306,7 @@ def test_what_is_said_of_a_plan(name: str, here: Path, looked_at: Step) -> None:
     _, terminal, markdown = PLANNED[name]
     done = called(["plan", file(name)])
     assert (done.code, terminal in done.out) == (0, True), done.out
-    planned, _ = plan(read(Path(file(name))), Options())
+    planned, _ = plan(read_recipe(Path(file(name))), Options())
     for told in (looked_at.summary, plan_section(planned, None)):
         assert markdown in told.replace("\\", ""), told
 
@@ -337,7 +338,7 @@ def test_what_takes_memory_is_told_wherever_there_is_too_little(here: Path, tmp_
                if line.startswith("::error")]  # fmt: skip
     assert told.endswith(f"::{what}%0A{hint}")
     with pytest.raises(BudgetError) as caught:
-        rules.planned(read(Path(name)), Options(max_memory=1_000_000), Limits())
+        rules.planned(read_recipe(Path(name)), Options(max_memory=1_000_000), Limits())
     assert words(views.refusal(caught.value.problems)) == (
         f"error {what} it is too big for this Space; the GitHub Action or your own machine can make it"
     )

@@ -196,7 +196,7 @@ def test_engines_and_parts_are_given_together(
 
 def test_without_ray_it_is_said_how_to_get_it(at: Path, hub: LoopbackHub, tmp_path: Path) -> None:
     """No traceback of an import."""
-    hidden = "import sys; sys.modules['ray'] = None; from merger.cli import main; sys.exit(main(sys.argv[1:]))"
+    hidden = "import sys; sys.modules['ray'] = None; from merger.cli.commands import main; sys.exit(main(sys.argv[1:]))"
     line = ("run", "mine.yaml", "--to", "hf://org/none", "--engine", "ray", "--parts", "2", "--quiet")
     env = {**os.environ, **hub.env(tmp_path, WRITER)}
     done = forks.run([sys.executable, "-c", hidden, *line], cwd=at, env=env)

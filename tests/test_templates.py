@@ -14,8 +14,8 @@ import torch
 from merging import merged
 
 from merger.methods.registry import methods
-from merger.options import Options
-from merger.planning import plan, read
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "templates" / "recipes"
@@ -54,7 +54,7 @@ def test_no_recipe_without_its_method() -> None:
 @every_recipe
 def test_a_template_reads_as_it_stands(name: str) -> None:
     """Untouched, the recipe is well formed, names its own method and only the placeholders, and warns of nothing."""
-    recipe = read(RECIPES / f"{name}.yaml")
+    recipe = read_recipe(RECIPES / f"{name}.yaml")
     assert {piece.method for piece in recipe.slices} == {BESIDES.get(name, name)}
     assert {str(model) for model in recipe.models} <= set(PLACEHOLDERS)
     assert recipe.warnings == ()
@@ -75,7 +75,7 @@ def test_the_stack_is_deeper(models: dict[str, Path], tmp_path: Path) -> None:
     """The passthrough recipe makes the 48 layers that its comment promises."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(placed("passthrough", models))
-    planned, _ = plan(read(recipe), Options())
+    planned, _ = plan(read_recipe(recipe), Options())
     assert planned.config["num_hidden_layers"] == 48
 
 
@@ -85,4 +85,4 @@ def test_readmes_recipes_read(text: str, tmp_path: Path) -> None:
     models = "merge_method: linear\nmodels: [{model: org/a}, {model: org/b}]\n"
     whole = text if "merge_method" in text else models + text
     (tmp_path / "recipe.yaml").write_text(whole, "utf-8")
-    assert read(tmp_path / "recipe.yaml").warnings == ()
+    assert read_recipe(tmp_path / "recipe.yaml").warnings == ()

@@ -15,13 +15,13 @@ from loopback import LoopbackHub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import BASE, model, rows, sentencepiece
 
-from merger import run
-from merger.console import plan_text
+from merger.cli.markdown import plan_section
+from merger.cli.text import plan_text
 from merger.errors import MismatchError, RecipeError
-from merger.markdown import plan_section
-from merger.options import Options
-from merger.plan.plan import Plan
-from merger.planning import plan, read
+from merger.planning.plan import Plan
+from merger.run import pipeline as run
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -32,14 +32,14 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def planned(recipe: str, out: Path) -> Plan:
     path = out.with_suffix(".yaml")
     path.write_text(recipe)
-    return plan(read(path), Options(to=str(out), threads=1))[0]
+    return plan(read_recipe(path), Options(to=str(out), threads=1))[0]
 
 
 def merge(recipe: str, out: Path) -> Plan:
     path = out.with_suffix(".yaml")
     path.write_text(recipe)
     options = Options(to=str(out), threads=2)
-    made, store = plan(read(path), options)
+    made, store = plan(read_recipe(path), options)
     for _ in run.run(made, store, options):
         pass
     return made

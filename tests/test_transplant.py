@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from merger import run
-from merger.options import Options
-from merger.planning import plan, read
+from merger.run import pipeline as run
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 ZOO = Path(__file__).resolve().parents[1] / "examples/zoo"
 EMBEDDING = "model.embed_tokens.weight"
@@ -76,7 +76,7 @@ def transplanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         block = f"tokenizer: {{source: {donor}, missing: {way}}}"
         path.write_text(f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n{block}\n")
         options = Options(to=str(root / way), threads=2)
-        planned, store = plan(read(path), options)
+        planned, store = plan(read_recipe(path), options)
         for _ in run.run(planned, store, options):
             pass
     return {way: root / way for way in ("omp", "subword", "mean", "zero")}

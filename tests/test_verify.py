@@ -15,12 +15,12 @@ import yaml
 from calls import Said, called
 from loopback import Client, LoopbackHub
 
-from merger.checkpoints.checkpoint import read_header
-from merger.options import Options
-from merger.plan.proof import whole
-from merger.planning import plan, read
-from merger.run import Done, run
-from merger.verify import Extent, Report, verify
+from merger.models.checkpoint import read_header
+from merger.run.options import Options
+from merger.run.pipeline import Done, run
+from merger.run.prepare import plan, read_recipe
+from merger.verification.sample import whole_tensor
+from merger.verification.verify import Extent, Report, verify
 
 ZOO = Path(__file__).parent.parent / "examples/zoo"
 PARENTS = ("proof/base", "proof/kjv", "proof/python")
@@ -248,7 +248,7 @@ def merged(folder: Path, text: str, **options: Any) -> Path:
     """A merge of the zoo's models in a folder; its path."""
     (folder / "mine.yaml").write_text(text.replace("proof/", f"{ZOO}/"))
     chosen = Options(to=str(folder / "out"), force=True, **options)
-    *_, last = run(*plan(read(folder / "mine.yaml"), chosen), chosen)
+    *_, last = run(*plan(read_recipe(folder / "mine.yaml"), chosen), chosen)
     assert isinstance(last, Done)
     return folder / "out"
 
@@ -382,13 +382,13 @@ def test_a_parents_other_file_in_a_folder_is_told(tmp_path: Path) -> None:
         tiny.model(tmp_path / name, seed)
     (tmp_path / "mine.yaml").write_text(RECIPE.format(method="linear").replace("proof/", f"{tmp_path}/"))
     chosen = Options(to=str(tmp_path / "out"))
-    planned, store = plan(read(tmp_path / "mine.yaml"), chosen)
+    planned, store = plan(read_recipe(tmp_path / "mine.yaml"), chosen)
     *_, _ = run(planned, store, chosen)
     tiny.model(tmp_path / "kjv", seed=9)
     found = report(tmp_path / "out", everything=True)
     assert found.problems[0].what.startswith("kjv: model.safetensors is another file: its SHA-256 is ")
     assert len(found.differences) > 5
-    assert found.of > sum(whole("", job).cost for job in planned.jobs)
+    assert found.of > sum(whole_tensor("", job).cost for job in planned.jobs)
 
 
 # What lies beside a merge

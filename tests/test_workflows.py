@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from merger import action, inputs
-from merger.inputs import Inputs
+from merger.cli import action, inputs
+from merger.cli.inputs import Inputs
 from merger.safety.environment import OURS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers.utils.sentencepiece_model_pb2_new import ModelProto
 
-from merger.checkpoints.spelling import BYTES, SPACES, respelled
+from merger.models.tokenizer_files import BYTES, SPACES, respelled
 
 CHARACTERS = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("an", "d")]

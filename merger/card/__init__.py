@@ -1,1 +1,1 @@
-"""Saying what was made: the model card and the lock file."""
+"""Saying what was made: the model card and its pictures."""

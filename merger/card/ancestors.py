@@ -16,11 +16,11 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
-from merger.card.mixtures import TITLE
-from merger.checkpoints.plain_yaml import load
-from merger.checkpoints.sidefiles import LOCK_NAME
+from merger.card.facts import TITLE
 from merger.errors import GatedError, MissingError
-from merger.plan.plan import Plan
+from merger.models.plain_yaml import load_yaml
+from merger.models.side_files import LOCK_NAME
+from merger.planning.plan import Plan
 from merger.recipe.model import Recipe
 from merger.safety.limits import RECORD
 from merger.stores.ports import Located, Store
@@ -299,7 +299,7 @@ def _record(located: Located, store: Store) -> Any:
     if name is None or located.files[name].size > RECORD.most:
         return None
     try:
-        return load(store.fetch(located, name).decode("utf-8", "replace"), RECORD)
+        return load_yaml(store.fetch(located, name).decode("utf-8", "replace"), RECORD)
     except Exception:  # gated, damaged, several documents, or built to hurt: what the card says has to do
         return None
 

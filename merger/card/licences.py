@@ -1,22 +1,23 @@
 """The licence of a merge: what the recipe states, else the strictest that fits its parents; and what speaks against it.
 
 No legal advice, and no guessing: a parent whose terms are not known leaves the licence open. Not here: what each
-licence asks (terms), and reading the parents' cards (plan.lock).
+licence asks (terms), and reading the parents' cards (lock.lock).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merger.card.lineage import shown
 from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind, Terms
 from merger.errors import MismatchError, Problem, RecipeError
-from merger.plan.locked import LockedModel
-from merger.plan.plan import Plan
+from merger.lock.locked import LockedModel, shown
+from merger.models.licence import LICENCES, is_notice, licence_files
+from merger.planning.plan import Plan
 from merger.recipe.model import Publish
+from merger.stores.ports import Content, Located, bytes_of, sha256_of
 
 UNSTATED = "not stated"
 _NAMELESS = (UNSTATED, "other", "unknown")
@@ -97,7 +98,7 @@ def judge(planned: Plan, name: str | None = None) -> Judgement:
     )
 
 
-def refuse(planned: Plan, published: bool) -> None:
+def refuse_licences(planned: Plan, published: bool) -> None:
     """Refuse a licence that the parents do not allow, and to publish what no licence fits, unless the recipe says why.
 
     Args:
@@ -285,3 +286,58 @@ def keys(licences: Sequence[Licence]) -> dict[str, Any]:
 def _slug(name: str) -> str:
     """A name as the Hub asks for one, such as my-license-1.0."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())[:96].strip("-.") or "unnamed"
+
+
+# ---- notices --------------------------------------------------------------------------------------------------------
+
+
+NOTICE = "NOTICE"
+
+
+def licence_notices(
+    planned: Plan, take: Callable[[Sequence[tuple[Located, str]]], list[Content]]
+) -> dict[str, Content]:
+    """The files by name; none where no parent brings any and no licence asks for one.
+
+    Args:
+        planned: the merge.
+        take: what parents' files hold.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    models = planned.locked.models
+    found = [(model, name) for model in models for name in licence_files(model.located.files)]
+    contents = take([(model.located, name) for model, name in found])
+    held = [(model, name, content) for (model, name), content in zip(found, contents, strict=True)]
+    notices = [_text(content) for _, name, content in held if is_notice(name)]
+    asked = [terms.notice for terms in judge(planned).duties if terms.notice]
+    missing = [sentence for sentence in asked if not any(sentence in notice for notice in notices)]
+    text = "\n\n".join(dict.fromkeys([*notices, *missing]))
+    donors = {
+        sha256_of(content) for model, name, content in held if planned.texts.taken.get(name) == models.index(model)
+    }
+    files: dict[str, Content] = {_place(model, name): content for model, name, content in _others(held, donors)}
+    return files | ({NOTICE: f"{text}\n".encode()} if text else {})
+
+
+def _text(content: Content) -> str:
+    return bytes_of(content).decode("utf-8", "replace").strip()
+
+
+_Held = tuple[LockedModel, str, Content]
+
+
+def _others(held: list[_Held], known: set[str]) -> Iterator[_Held]:
+    """Each text once that is not among the known."""
+    for model, name, content in held:
+        if not is_notice(name) and (sha256 := sha256_of(content)) not in known:
+            known.add(sha256)
+            yield model, name, content
+
+
+def _place(model: LockedModel, name: str) -> str:
+    """Where it stands; a parent that is a merge itself has such places already."""
+    if name.startswith(LICENCES):
+        return name
+    return f"{LICENCES}{re.sub(r'[^A-Za-z0-9._-]+', '--', model.name).strip('.-')}.{name}"

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from merger.card.mixtures import Told
-from merger.checkpoints.config import is_diffusion
+from merger.card.facts import MixtureFacts
 from merger.methods.registry import Method
-from merger.plan.plan import Plan
+from merger.models.config import is_diffusion
+from merger.planning.plan import Plan
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
@@ -30,7 +30,7 @@ _ENDINGS = {
 
 
 def metadata(
-    planned: Plan, used: Sequence[Method | Told], licence: Mapping[str, Any], extra: Mapping[str, Any]
+    planned: Plan, used: Sequence[Method | MixtureFacts], licence: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the front matter says, in the order in which it says it; a key without a value is left out.
 
@@ -58,7 +58,7 @@ def metadata(
     return {key: value for key, value in found.items() if value}
 
 
-def _of_adapter(planned: Plan, used: Sequence[Method | Told]) -> dict[str, Any]:
+def _of_adapter(planned: Plan, used: Sequence[Method | MixtureFacts]) -> dict[str, Any]:
     """What it says of a LoRA adapter: the model that it belongs to is its base, whatever it was made of."""
     lora, config = planned.locked.recipe.lora, planned.config
     base = config.get("base_model_name_or_path")
@@ -103,10 +103,10 @@ def library(config: Mapping[str, Any]) -> str | None:
 
 def task(config: Mapping[str, Any]) -> str | None:
     """The Hub's word for what models of this kind are for, where their class tells."""
-    return _ENDINGS.get(ending(config) or "")
+    return _ENDINGS.get(head_class(config) or "")
 
 
-def ending(config: Mapping[str, Any]) -> str | None:
+def head_class(config: Mapping[str, Any]) -> str | None:
     """What kind of head the result has, as transformers names it: the end of its class, such as ForCausalLM."""
     architectures = config.get("architectures") or [""]
     return next((end for end in _ENDINGS if str(architectures[0]).endswith(end)), None)

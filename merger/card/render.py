@@ -6,27 +6,96 @@ What templates may name is made here, all of it plain data without a path of thi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import yaml
 from markupsafe import Markup
 
-from merger.card import vocabulary
-from merger.card.citation import bibtex
-from merger.card.layers import parameters
+from merger.card.escape import link_address
+from merger.card.facts import TITLE, MixtureFacts, mixture_facts, vocabulary_facts
 from merger.card.licences import Judgement, judge, keys, licence_of
-from merger.card.lineage import shown
-from merger.card.metadata import ending, front_matter, library, metadata
-from merger.card.mixtures import TITLE, Told, told
-from merger.card.recipe import shown_recipe
-from merger.card.relations import Relation, Relations
+from merger.card.metadata import front_matter, head_class, library, metadata
+from merger.card.relations import Relation, Relations, parameters
 from merger.card.templates import fill, refuse_unused
 from merger.card.terms import KINDS, Terms
-from merger.card.text import address
+from merger.lock.locked import shown
 from merger.methods.registry import Method, Paper
-from merger.plan.plan import Plan
-from merger.recipe.model import Recipe
+from merger.planning.plan import Plan
+from merger.recipe.model import Publish, Recipe
+
+# ---- recipe ---------------------------------------------------------------------------------------------------------
+
+
+def shown_recipe(planned: Plan) -> str:
+    """The text, word for word but for the places of folders: in values, and where they stand in comments."""
+    recipe = planned.locked.recipe
+    named = {model.ref.path: f"./{model.name}" for model in planned.locked.models if model.located.commit is None}
+    everything = {**named, **_template(recipe.publish)}
+    places = {path: name for path, name in everything.items() if path.removeprefix("./") != name.removeprefix("./")}
+    text = recipe.text.removeprefix("\ufeff")
+    for start, end, anchored, value in reversed(_scalars(text) if places else []):
+        found = next((path for path in places if value in (path, f"{path}/") or value.startswith(f"{path}+")), None)
+        if found is not None:
+            new = places[found] + value[len(found) :].removeprefix("/")
+            text = text[:start] + _replaced(text[start:end], value, new, anchored) + text[end:]
+    for path in sorted(places, key=len, reverse=True):
+        if path.count("/") > 1:
+            text = text.replace(path.rstrip("/"), places[path])
+    return text
+
+
+def _template(publish: Publish) -> Mapping[str, str]:
+    path = publish.template or publish.left_out
+    return {} if path is None or path.startswith("hf://") else {path: f"./{path.rstrip('/').split('/')[-1]}"}
+
+
+def _scalars(text: str) -> list[tuple[int, int, bool, str]]:
+    """Each value's beginning and end in the text, whether an anchor or a tag stands before it, and what it means."""
+    events = yaml.parse(text, Loader=yaml.SafeLoader)
+    scalars: Iterable[Any] = (event for event in events if isinstance(event, yaml.ScalarEvent))
+    return [
+        (event.start_mark.index, event.end_mark.index, bool(event.anchor or event.tag), event.value)
+        for event in scalars
+    ]
+
+
+def _replaced(source: str, value: str, new: str, anchored: bool) -> str:
+    """The value's source with another value; one that is escaped is quoted anew."""
+    return source.replace(value, new) if anchored or value in source else json.dumps(new, ensure_ascii=False)
+
+
+# ---- citation -------------------------------------------------------------------------------------------------------
+
+
+def bibtex(name: str, paper: Paper) -> str:
+    """The entry for the paper of the method `name`, with what is known of it: of its authors, whom it is called by.
+
+    >>> print(bibtex("ties", Paper("Yadav et al.", 2023, "TIES-Merging", "https://arxiv.org/abs/2306.01708")))
+    @misc{yadav2023ties,
+      title = {TIES-Merging},
+      author = {Yadav and others},
+      year = {2023},
+      eprint = {2306.01708},
+      archivePrefix = {arXiv},
+      url = {https://arxiv.org/abs/2306.01708},
+    }
+    """
+    authors = paper.authors.replace(" et al.", " and others").replace(" & ", " and ")
+    surname = re.sub(r"[^a-z]", "", paper.authors.lower().split()[0])
+    arxiv = re.fullmatch(r"https://arxiv\.org/abs/([\d.]+)", paper.url)
+    fields = {"title": paper.title, "author": authors, "year": paper.year}
+    if arxiv:
+        fields |= {"eprint": arxiv[1], "archivePrefix": "arXiv"}
+    lines = [f"  {key} = {{{value}}}," for key, value in {**fields, "url": paper.url}.items()]
+    return "\n".join([f"@misc{{{surname}{paper.year}{name},", *lines, "}"])
+
+
+# ---- render ---------------------------------------------------------------------------------------------------------
+
 
 GIVES, BASE, ADAPTER, CONFIG_ONLY = "model", "base model", "LoRA adapter", "config and tokenizer only"
 
@@ -37,7 +106,7 @@ keys for the front matter."""
 
 
 @dataclass(frozen=True)
-class Parent:
+class ParentRow:
     """A row of the card's table of parents."""
 
     name: str
@@ -73,8 +142,8 @@ def render(
     """
     recipe, more = planned.locked.recipe, {**NO_PARTS, **parts}
     named = dict.fromkeys(piece.method for of in recipe.documents for piece in of.slices)
-    mixed = [] if recipe.mixture is None else [told(planned, recipe.mixture)]
-    used: list[Method | Told] = [*(table[method] for method in named), *mixed]
+    mixed = [] if recipe.mixture is None else [mixture_facts(planned, recipe.mixture)]
+    used: list[Method | MixtureFacts] = [*(table[method] for method in named), *mixed]
     found = judge(planned, name if "/" in name else None)
     data = metadata(planned, used, keys(found.licences), more.pop("metadata"))
     content = {**_content(planned, table, used, name), **more, "licence": _licence(planned, found), "related": related}
@@ -104,7 +173,9 @@ _SOME_PARTS: Mapping[str, Any] = {
 }
 
 
-def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method | Told], name: str) -> dict[str, Any]:
+def _content(
+    planned: Plan, table: Mapping[str, Method], used: Sequence[Method | MixtureFacts], name: str
+) -> dict[str, Any]:
     documents = planned.locked.recipe.documents
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
     return {
@@ -120,7 +191,7 @@ def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method |
         "all_local": all(parent.commit is None for parent in parents),
         "stages": [_stage(planned, table, recipe) for recipe in documents] if len(documents) > 1 else [],
         "any_local": any(parent.commit is None for parent in parents),
-        "tokens": vocabulary.told(planned),
+        "tokens": vocabulary_facts(planned),
         "methods": [_method(method) for method in used],
         "parameters": _in_force(planned, table),
         "recipe": shown_recipe(planned),
@@ -130,7 +201,7 @@ def _content(planned: Plan, table: Mapping[str, Method], used: Sequence[Method |
         "on_hub": "/" in name,
         "first_file": planned.shards[0].name,
         "class_name": planned.config.get("_class_name"),
-        "auto_class": f"AutoModel{ending(planned.config) or ''}",
+        "auto_class": f"AutoModel{head_class(planned.config) or ''}",
     }
 
 
@@ -174,7 +245,7 @@ def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
 def _duty(planned: Plan, terms: Terms) -> dict[str, Any]:
     """A licence of some parents: its name, its text, and of which models it is."""
     parents = [shown(model) for model in planned.locked.models if terms in licence_of(model).terms]
-    return {"title": terms.title, "url": address(terms.url), "parents": parents}
+    return {"title": terms.title, "url": link_address(terms.url), "parents": parents}
 
 
 def _asked(found: Judgement) -> list[dict[str, Any]]:
@@ -202,9 +273,9 @@ def _beside(planned: Plan) -> dict[str, Any]:
             "left_out": left}  # fmt: skip
 
 
-def _method(method: Method | Told) -> dict[str, Any]:
+def _method(method: Method | MixtureFacts) -> dict[str, Any]:
     """What stands in its registration is Markdown of ours, or of the package that brings the method."""
-    if isinstance(method, Told):
+    if isinstance(method, MixtureFacts):
         return asdict(method)
     return {
         "name": method.name,
@@ -217,7 +288,7 @@ def _method(method: Method | Told) -> dict[str, Any]:
 
 
 def _paper(method: str, paper: Paper) -> dict[str, Any]:
-    return {"title": paper.title, "url": address(paper.url), "authors": paper.authors, "year": paper.year,
+    return {"title": paper.title, "url": link_address(paper.url), "authors": paper.authors, "year": paper.year,
             "bibtex": bibtex(method, paper)}  # fmt: skip
 
 
@@ -230,7 +301,7 @@ def _in_force(planned: Plan, table: Mapping[str, Method]) -> dict[str, Any]:
     return {"columns": [owner or "for all" for owner in owners], "rows": rows}
 
 
-def _parent(planned: Plan, number: int) -> Parent:
+def _parent(planned: Plan, number: int) -> ParentRow:
     model = planned.locked.models[number]
     pieces = [piece for recipe in planned.locked.recipe.documents for piece in recipe.slices]
     bases = {planned.locked.index(piece.base_model) for piece in pieces if piece.base_model}
@@ -241,4 +312,6 @@ def _parent(planned: Plan, number: int) -> Parent:
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
     role = ADAPTER if model.lora is not None else role
     url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on
-    return Parent(shown(model), address(url if model.located.commit else ""), model.located.commit, model.licence, role)
+    return ParentRow(
+        shown(model), link_address(url if model.located.commit else ""), model.located.commit, model.licence, role
+    )

@@ -16,26 +16,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merger import machine
-from merger.checkpoints.shard import ShardWriter, Written
-from merger.engine.blocks import Block, Work, blocks
-from merger.engine.factors import Pairs
+from merger import runtime
+from merger.engine.decompose import RunPairs
 from merger.engine.finite import NotFinite, explained
-from merger.engine.gates import doubts, gates
+from merger.engine.router_init import doubts, gates
+from merger.engine.runner import Block, Work, blocks
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
-from merger.plan.geometry import Geometry, noted
-from merger.plan.jobs import Job
-from merger.plan.plan import BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
-from merger.plan.sources import Routed
-from merger.plan.work import BLOCK_ENTRIES, needs
+from merger.models.formats.safetensors import ShardWriter, WrittenShard
+from merger.planning.budget import BLOCK_ENTRIES, needs
+from merger.planning.geometry import Geometry, noted
+from merger.planning.inputs.base import Job
+from merger.planning.inputs.derived import Routed
+from merger.planning.plan import BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
 from merger.stores.ports import Reader, Store, Taker, Ticket
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)
-class Made:
+class BytesWritten:
     """Some bytes of the output were written."""
 
     nbytes: int
@@ -46,7 +46,7 @@ class Made:
 class ShardDone:
     """A shard is finished and handed to the sink."""
 
-    shard: Written
+    shard: WrittenShard
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Doubted:
     what: str
 
 
-Event = Made | Observed | ShardDone | Doubted
+Event = BytesWritten | Observed | ShardDone | Doubted
 
 
 def tickets(plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method]) -> list[Ticket]:
@@ -140,7 +140,7 @@ def _work(
     device: torch.device,
     routers: Mapping[Routed, Tensor],
 ) -> Iterator[Work]:
-    first, pairs, allow = 0, Pairs(), plan.locked.recipe.allow_non_finite
+    first, pairs, allow = 0, RunPairs(), plan.locked.recipe.allow_non_finite
     for job in (job for shard in shards for job in shard.jobs):
         yield Work(job, table, first, reader, plan.seed, device, routers, pairs, allow)
         first += len(job.reads)
@@ -156,13 +156,13 @@ def _shard(
                 for _ in blocks(job, table[job.method]):
                     data, work = next(made)
                     writer.write(data)
-                    yield Made(len(data), job)
+                    yield BytesWritten(len(data), job)
                 if job.entries and job.reads and (found := work.seen()) is not None:
                     seen[job.name] = found
                     yield Observed(job, found)
             written = writer.close()
     except OSError as error:
-        raise machine.refused(f"{shard.name} cannot be written", error, BudgetError, "look at its disk") from None
+        raise runtime.refused(f"{shard.name} cannot be written", error, BudgetError, "look at its disk") from None
     sink.take(written, noted(seen))
     yield ShardDone(written)
 

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from merger.errors import MismatchError, Problem
-from merger.plan.jobs import Job
-from merger.plan.plan import Plan
-from merger.plan.sources import Stored
+from merger.planning.inputs.base import Job, Stored
+from merger.planning.plan import Plan
 from merger.stores.ports import Store, Ticket
 
 ALLOW = "allow_non_finite: true at the top of the recipe keeps what is NaN or infinite as it is"

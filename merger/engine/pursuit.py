@@ -1,7 +1,7 @@
 """Rows for tokens that a model lacks, by orthogonal matching pursuit on those it shares with a model that has them.
 
 In the donor's space each such token is written as a sum of few shared tokens; the same sum of the model's own rows is
-its row. Not here: which rows those are (plan.filling).
+its row. Not here: which rows those are (planning.inputs.new_rows).
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merger.engine.leaves import TORCH_DTYPES, Leaves
-from merger.engine.rows import rows_of_map
-from merger.plan.rows import PURSUED_ATOMS, PURSUED_ROWS, Pursuit
+from merger.engine.stored import TORCH_DTYPES, Leaves, rows_of_map
+from merger.planning.inputs.rows import PURSUED_ATOMS, PURSUED_ROWS, Pursuit
 
 _NOTHING = 1e-6
 """Less than this share of a vector's length is left of it where it is a sum of the others, but for rounding."""

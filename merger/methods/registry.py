@@ -222,11 +222,11 @@ def merge_method(
 def methods() -> Mapping[str, Method]:
     """Every merge method by name: those in this folder, and those other packages offer as ``merger.methods``.
 
-    A file whose name starts with an underscore holds shared pieces, no method, and may import what it likes.
+    A file is a family of methods; the folder `steps` holds the pieces that they are composed of.
     """
     package = importlib.import_module("merger.methods")
     for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
+        if not module.ispkg:
             importlib.import_module(f"merger.methods.{module.name}")
     for entry in entry_points(group="merger.methods"):
         entry.load()

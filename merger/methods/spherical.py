@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from merger.methods._ops import Blocks, gram, per_model, weighted_sum
-from merger.methods.registry import Paper, PerModel, Range, Tensors, merge_method
+from merger.methods.registry import Paper, PerModel, Range, Tensors, endpoints, merge_method
+from merger.methods.steps.arithmetic import Blocks, dot_sums, gram, per_model, scratch, weighted_sum
+from merger.methods.steps.rows import as_rows, column_dots, row_dots, whole_dots
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 # The name is that of a paper from 1990; the centre of mass is Grove's and Karcher's, and the method best told here.
@@ -227,3 +230,230 @@ def karcher(
     tensor([1.4142, 1.4142, 0.0000, 0.0000])
     """
     return weighted_sum(tensors, measured or measure_karcher([tensors], max_iter, tol))
+
+
+# ---- slerp ----------------------------------------------------------------------------------------------------------
+
+
+_PAPER = Paper(
+    "Shoemake", 1985, "Animating rotation with quaternion curves", "https://dl.acm.org/doi/10.1145/325165.325242"
+)
+
+_PARALLEL = 0.9995  # mergekit's
+
+
+@dataclass(frozen=True)
+class Angle:
+    """The two norms and the dot product of two whole tensors."""
+
+    first: float
+    second: float
+    dot: float
+
+
+def measure_slerp(blocks: Blocks, t: float) -> Angle | None:
+    """The norms and the dot product, in float64; nothing is read where the result is an endpoint."""
+    if t in (0, 1):
+        return None
+    chunks = [dots for block in blocks for dots in dot_sums(block)]
+    first, dot, second = (math.fsum(column) for column in zip(*chunks, strict=True))
+    return Angle(math.sqrt(first), math.sqrt(second), dot)
+
+
+@merge_method(
+    "slerp",
+    title="SLERP",
+    formula=(
+        r"\theta = \frac{\sin((1 - t) \omega)}{\sin\omega} a + \frac{\sin(t \omega)}{\sin\omega} b,"
+        r"\quad \cos\omega = \frac{a \cdot b}{\lVert a \rVert \lVert b \rVert}"
+    ),
+    paper=_PAPER,
+    models=(2, 2),
+    base="first",
+    measure=measure_slerp,
+    laws=("zero", "idempotent", "scale", endpoints("t")),
+)
+def slerp(tensors: Tensors, t: float, *, measured: Angle | None = None) -> Tensor:
+    """From the base's tensor to the other's along the arc between their directions.
+
+    With ω the angle between a and b as vectors, cos ω = a·b / (‖a‖ ‖b‖), the result is
+    sin((1−t) ω) / sin ω · a + sin(t ω) / sin ω · b: the endpoints keep their own norms. Where cos ω > 0.9995 or a
+    tensor is zero, (1−t) a + t b. A t outside 0 to 1 goes on along the arc.
+
+    Departs from mergekit: the arc is followed as long as a and b define it, and for opposite tensors
+    (cos ω < −1 + 1e-6) the result has the direction of the nearer one and the norm (1−t) ‖a‖ + t ‖b‖; there, where
+    cos ω < −0.9995, the interpolation is linear, so that opposite tensors cancel at t = 0.5. A zero tensor there is
+    taken as orthogonal, which gives 0.707 of the other at t = 0.5. Norms, dot product and angle are float64; t = 0 and
+    1 give a and b exactly.
+
+    Args:
+        t: how far to go: 0 is the base, 1 the other model.
+
+    >>> import torch
+    >>> a, b = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
+    >>> slerp([a, b], t=0.5)
+    tensor([0.7071, 0.7071, 0.0000, 0.0000])
+    """
+    angle = measured or measure_slerp([tensors], t)
+    if angle is None or t in (0, 1):
+        return tensors[int(t)].clone()
+    return weighted_sum(tensors, coefficients(t, angle))
+
+
+def coefficients(t: float, angle: Angle, parallel: float = _PARALLEL) -> tuple[float, float]:
+    """What the first and the second tensor are multiplied by; above the cosine `parallel`, linearly."""
+    norms = angle.first * angle.second
+    cosine = angle.dot / norms if norms else 1.0
+    if cosine > parallel:
+        return 1 - t, t
+    if cosine < _OPPOSITE:
+        return _nearer(t, angle)
+    omega = math.acos(cosine)
+    return math.sin((1 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)
+
+
+def _nearer(t: float, angle: Angle) -> tuple[float, float]:
+    norm = (1 - t) * angle.first + t * angle.second
+    return (norm / angle.first, 0.0) if t <= 0.5 else (0.0, norm / angle.second)
+
+
+# ---- nuslerp --------------------------------------------------------------------------------------------------------
+
+
+_NUSLERP_PARALLEL = 1 - 1e-12  # there the arc and the straight line are one in float64
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """What the first and the second tensor are multiplied by: one number for all of it, or for each column or row."""
+
+    first: NDArray[np.float32]
+    second: NDArray[np.float32]
+
+    def tensors(self, like: Tensor) -> list[Tensor]:
+        """The same, where `like` is."""
+        import torch
+
+        return [torch.from_numpy(numbers).to(like.device) for numbers in (self.first, self.second)]
+
+
+def measure_nuslerp(
+    blocks: Blocks, weight: Sequence[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
+) -> Factors | None:
+    """The factors of the whole tensors, or of their columns; nothing is read for an endpoint, or row by row."""
+    t = _share(weight)
+    if t in (0, 1) or not (nuslerp_flatten or nuslerp_row_wise):
+        return None
+    return _factors(t, whole_dots(blocks) if nuslerp_flatten else column_dots(blocks))
+
+
+@merge_method(
+    "nuslerp",
+    title="NuSLERP",
+    formula=(
+        r"\theta = \frac{\sin((1 - t) \omega)}{\sin\omega} a + \frac{\sin(t \omega)}{\sin\omega} b,"
+        r"\quad t = \frac{w_2}{w_1 + w_2}, \quad \cos\omega = \frac{a \cdot b}{\lVert a \rVert \lVert b \rVert}"
+    ),
+    models=(2, 2),
+    base="optional",
+    unit="rows",
+    measure=measure_nuslerp,
+    laws=("zero", "idempotent", "permutation", "scale"),
+)
+def nuslerp(
+    tensors: Tensors,
+    weight: PerModel = 1.0,
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+    *,
+    measured: Factors | None = None,
+) -> Tensor:
+    """Along the arc between two models, or between their task vectors where the recipe names a base.
+
+    With t = w₂ / (w₁ + w₂), or 0.5 where |w₁ + w₂| < 1e-6, and ω the angle between a and b, the result is
+    sin((1−t) ω) / sin ω · a + sin(t ω) / sin ω · b. With a base, a and b are θ₁ − θ₀ and θ₂ − θ₀, and θ₀ is added. By
+    default ω is that of whole tensors. With nuslerp_flatten false each row (along the last dimension) has its own, and
+    with nuslerp_row_wise as well, each column: the name means rows of the transposed matrix. A tensor of one dimension
+    is one vector throughout, and so is a matrix of one row.
+
+    Departs from mergekit: opposite vectors (cos ω < −1 + 1e-6) do not cancel at t = 0.5, the result has the direction
+    of the nearer one and the norm (1−t) ‖a‖ + t ‖b‖, as in slerp; a zero vector leaves (1−t) a + t b, where there it
+    is taken as orthogonal, and norms below 1e-7 are norms; columns of a tensor of more than two dimensions run through
+    all but the last one, where there they run along the first; weight may be left out. Angles are float64, t = 0 and 1
+    give a and b exactly.
+
+    Args:
+        weight: how much of each model; only the ratio of the two counts.
+        nuslerp_flatten: one angle for the whole tensor.
+        nuslerp_row_wise: without nuslerp_flatten, an angle for each column in place of each row.
+
+    >>> import torch
+    >>> a, b = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [4.0, 0.0]])
+    >>> nuslerp([a, b], weight=[1, 1], nuslerp_flatten=False)
+    tensor([[0.7071, 0.7071],
+            [3.0000, 0.0000]])
+    """
+    t = _share(per_model(weight, 2))
+    if t in (0, 1):
+        return tensors[int(t)].clone()
+    rows = [as_rows(tensor) for tensor in tensors]
+    if nuslerp_flatten or nuslerp_row_wise:
+        found = measured or measure_nuslerp([rows], per_model(weight, 2), nuslerp_flatten, nuslerp_row_wise)
+        assert found is not None
+        factors = found.tensors(rows[0])
+    else:
+        factors = [numbers.view(-1, 1) for numbers in _factors(t, row_dots(rows)).tensors(rows[0])]
+    return weighted_sum(rows, factors).view(tensors[0].shape)
+
+
+def _share(weight: Sequence[float]) -> float:
+    """How far to go from the first to the second."""
+    first, second = weight
+    return second / (first + second) if abs(first + second) >= 1e-6 else 0.5
+
+
+def _factors(t: float, dots: NDArray[np.float64]) -> Factors:
+    """The coefficients of each arc, from its start's squared norm, the dot product, and its end's squared norm."""
+    import numpy as np
+
+    norms = np.sqrt(dots[[0, 2]]).tolist()
+    arcs = zip(*norms, dots[1].tolist(), strict=True)
+    first, second = zip(*(coefficients(t, Angle(*arc), _NUSLERP_PARALLEL) for arc in arcs), strict=True)
+    return Factors(np.array(first, np.float32), np.array(second, np.float32))
+
+
+# ---- nearswap -------------------------------------------------------------------------------------------------------
+
+
+@merge_method(
+    "nearswap",
+    title="NearSwap",
+    formula=r"\theta = w b + (1 - w) a, \quad w = \min\left(1, \frac{t}{\lvert a - b \rvert}\right)",
+    models=(2, 2),
+    base="first",
+    laws=("zero", "idempotent"),
+)
+def nearswap(tensors: Tensors, t: Annotated[float, Range(0)]) -> Tensor:
+    """The other model's entries where they are near the base's, and a small step towards them elsewhere.
+
+    At each entry w b + (1−w) a, with a the base's, b the other model's and w = min(1, t / |a − b|): that is b where it
+    is no further than t away, else a moved by t towards b, so it is computed as b clamped to [a − t, a + t]. First
+    made by alchemonaut for the model QuartetAnemoi-70B-t0.0001; there is no paper.
+
+    Departs from mergekit: a difference below 1e-6 is not taken for 1e-6, so that a t below that still reaches b; where
+    w = 1 the result is b to the bit; a negative t, which leaves the base as it is, is refused.
+
+    Args:
+        t: how far an entry may move from the base's.
+
+    >>> import torch
+    >>> a, b = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.25, 3.0, -2.0, 1.0])
+    >>> nearswap([a, b], t=0.5)
+    tensor([1.2500, 1.5000, 0.5000, 1.0000])
+    """
+    import torch
+
+    base, other = tensors
+    result = torch.sub(base, t)
+    torch.maximum(result, other, out=result)
+    return torch.minimum(result, torch.add(base, t, out=scratch("scaled", base)), out=result)

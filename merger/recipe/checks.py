@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 
 from merger.errors import did_you_mean
 from merger.recipe.mergekit import BASE_ASIDE, LAST_SLICE, TWICE
-from merger.recipe.model import ModelRef, Slice, Source
-from merger.recipe.places import Place, nearest
-from merger.recipe.settings import Parameters
+from merger.recipe.model import ModelRef, Parameters, Slice, Source
 from merger.recipe.spans import number
-from merger.recipe.values import UNREADABLE, Block, Number, Written
+from merger.recipe.values import UNREADABLE, Number, SettingsBlock, Value, WrittenParameter, nearest
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
@@ -65,7 +63,7 @@ class Choice:
     """
 
     name: str
-    place: Place
+    place: Value
     method: Method | None
 
 
@@ -83,12 +81,12 @@ class Found:
 
     piece: Slice
     choice: Choice
-    listed: Place
-    places: list[Place]
+    listed: Value
+    places: list[Value]
     levels: tuple[Parameters, ...]
 
 
-def choice(place: Place, table: Mapping[str, Method]) -> Choice:
+def choose_method(place: Value, table: Mapping[str, Method]) -> Choice:
     """The merge method named at `place`, with a problem if it cannot be used.
 
     Of one that is unknown nothing more is said: whether the rest of the recipe fits it, only a guess could tell.
@@ -183,7 +181,7 @@ def _warn_of_base_aside(found: Found, method: Method) -> None:
             BASE_ASIDE.warn(replace(found.listed, where="base_model"), str(source.model), source.at)
 
 
-def few_directions(method: Method, levels: Sequence[Parameters], adapters: Place) -> None:
+def few_directions(method: Method, levels: Sequence[Parameters], adapters: Value) -> None:
     """Warn where a method would spread the few directions of adapters over all that a matrix has."""
     if method.spreads and not any(_mentions(level, "lambda") for level in levels):
         what = f"{method.name} spreads the few directions of adapters over all of a matrix: at lambda 1 little is left"
@@ -191,7 +189,7 @@ def few_directions(method: Method, levels: Sequence[Parameters], adapters: Place
         adapters.warn(what, hint, adapters.key)
 
 
-def last_slice(slices: Sequence[Slice], place: Place) -> None:
+def last_slice(slices: Sequence[Slice], place: Value) -> None:
     """More sources in the last slice than in the first."""
     if slices and len(slices[-1].sources) > len(slices[0].sources):
         LAST_SLICE.warn(place, "the sources of the last slice", slices[-1].at)
@@ -263,7 +261,9 @@ def _described(param: Param) -> str:
     return f"{param.name}: {param.description}"
 
 
-def block(found: Block, methods: list[Method | None], table: Mapping[str, Method], per_model: bool = False) -> None:
+def check_block(
+    found: SettingsBlock, methods: list[Method | None], table: Mapping[str, Method], per_model: bool = False
+) -> None:
     """Whether the methods in force have a use for the parameters of a block, and for their values.
 
     Args:
@@ -284,12 +284,12 @@ def block(found: Block, methods: list[Method | None], table: Mapping[str, Method
             _unused(name, found.place, written.place, known, table)
 
 
-def outdated(name: str, place: Place) -> None:
+def outdated(name: str, place: Value) -> None:
     """Say of one of the keys in OUTDATED that it does nothing."""
     place.warn(f"{name} has no effect: only old releases of mergekit knew it", OUTDATED[name], place.key)
 
 
-def _unused(name: str, block: Place, place: Place, methods: list[Method], table: Mapping[str, Method]) -> None:
+def _unused(name: str, block: Value, place: Value, methods: list[Method], table: Mapping[str, Method]) -> None:
     if name == _NO_EFFECT_ANYWHERE:
         return
     if name in OUTDATED:
@@ -304,7 +304,7 @@ def _unused(name: str, block: Place, place: Place, methods: list[Method], table:
     block.error(f"unknown key {name!r}", hint, place.key)
 
 
-def _values(written: Written, params: list[Param]) -> None:
+def _values(written: WrittenParameter, params: list[Param]) -> None:
     for param in params:
         for one in written.numbers:
             _value(one, param)

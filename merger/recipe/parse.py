@@ -11,17 +11,29 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import Problem, RecipeError, Span
-from merger.recipe import checks, loras, mixture, spans
+from merger.recipe import checks, spans
+from merger.recipe.blocks import lora as loras
+from merger.recipe.blocks import mixture
+from merger.recipe.blocks.evaluate import evaluate
+from merger.recipe.blocks.stages import join_stages
+from merger.recipe.blocks.tokenizer import chat_template, tokenizer
 from merger.recipe.checks import Choice, Found
-from merger.recipe.evaluation import evaluate
 from merger.recipe.mergekit import FLOAT64
-from merger.recipe.model import ModelRef, Module, Publish, Recipe, Slice, Source, Taken
-from merger.recipe.places import Fields, Hints, Notes, Place, nearest
-from merger.recipe.settings import Parameters, Rule, Setting
+from merger.recipe.model import ModelRef, Module, Parameters, Publish, Recipe, Rule, Setting, Slice, Source, Taken
 from merger.recipe.spans import Node, number
-from merger.recipe.stages import joined
-from merger.recipe.tokenizer import chat_template, tokenizer
-from merger.recipe.values import UNREADABLE, Block, filter_of, identity, parameters, reference
+from merger.recipe.values import (
+    UNREADABLE,
+    Fields,
+    Hints,
+    Notes,
+    SettingsBlock,
+    Value,
+    filter_of,
+    identity,
+    nearest,
+    read_parameters,
+    reference,
+)
 from merger.safety import names, numbers
 
 if TYPE_CHECKING:
@@ -97,9 +109,9 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
     Raises:
         RecipeError: with every problem of the file.
     """
-    documents = spans.read(text, path)
+    documents = spans.read_nodes(text, path)
     notes = Notes()
-    tops = [Place(_without_anchors(root, documents.shared), "", notes) for root in documents.roots]
+    tops = [Value(_without_anchors(root, documents.shared), "", notes) for root in documents.roots]
     if not tops:
         hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
         raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
@@ -107,7 +119,7 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
     for top, of in zip(tops, recipes, strict=True):
         if of.lora is not None and len(tops) > 1:
             top.error("an adapter is made by a recipe of one document", "put it into a file of its own")
-    recipe = recipes[0] if len(recipes) == 1 else joined(recipes, notes)
+    recipe = recipes[0] if len(recipes) == 1 else join_stages(recipes, notes)
     problems = [*documents.problems, *notes.errors.values()]
     if problems:
         raise RecipeError(problems)
@@ -138,11 +150,11 @@ class _Scope:
     base_model: ModelRef | None
     levels: tuple[Parameters, ...]
 
-    def below(self, fields: Fields, block: Block, table: Mapping[str, Method]) -> _Scope:
+    def below(self, fields: Fields, block: SettingsBlock, table: Mapping[str, Method]) -> _Scope:
         """The scope inside a level that may name its own method and base model."""
         method, base_model = fields.get("merge_method"), fields.get("base_model")
         return _Scope(
-            checks.choice(method, table) if method else self.method,
+            checks.choose_method(method, table) if method else self.method,
             reference(base_model) if base_model else self.base_model,
             (block.settings, *self.levels),
         )
@@ -152,7 +164,7 @@ class _Scope:
 class _Reader:
     """One reading of one document, level by level."""
 
-    top: Place
+    top: Value
     table: Mapping[str, Method]
 
     def recipe(self, path: str, text: str) -> Recipe:
@@ -163,7 +175,7 @@ class _Reader:
             return Recipe(path, text, (), at=self.top.at)
         if "extract_lora" in fields.places:
             return self._extraction(path, text, fields)
-        block = parameters(fields)
+        block = read_parameters(fields)
         scope = _Scope(None, None, ()).below(fields, block, self.table)
         modules = self._modules(fields, scope)
         if scope.method is None:
@@ -240,7 +252,7 @@ class _Reader:
         """A recipe that takes from a fine-tune what it changed: it merges nothing."""
         for key in [key for key in fields.places if key not in EXTRACTING]:
             fields.place.error(f"{key} has no meaning beside extract_lora", "take it out", fields.places[key].key)
-        found, module = loras.extraction(fields.places["extract_lora"])
+        found, module = loras.read_extraction(fields.places["extract_lora"])
         return replace(self._of(path, text, fields, modules=(module,), base_model=_base(module)), lora=found)
 
     def _without_method(self, modules: tuple[Module, ...]) -> None:
@@ -258,7 +270,7 @@ class _Reader:
             for other in (fields.get(name) for name in ("base_model", "tensors", *TOKENS)):
                 if other is not None:
                     other.error("has no meaning beside adapters", "take it out", other.key)
-            method = loras.choice(scope.method) if scope.method else None
+            method = loras.adapter_method(scope.method) if scope.method else None
             pieces = self._slices("models", place, replace(scope, method=method, base_model=None))
             for source in pieces[0].sources:
                 if source.model.adapter is not None:
@@ -271,38 +283,38 @@ class _Reader:
             place.error("an empty map", "name the modules, or write slices: or models: instead", place.key)
         return [self._module(name, module, scope) for name, module in (entries or {}).items()]
 
-    def _module(self, name: str, place: Place, scope: _Scope) -> Module:
+    def _module(self, name: str, place: Value, scope: _Scope) -> Module:
         fields = place.fields("a map with the key slices or models", MODULE, _UNDER_PARAMETERS)
         if fields is None:
             return Module(name, (), at=place.key)
-        block = parameters(fields)
+        block = read_parameters(fields)
         scope = replace(scope, levels=(block.settings, *scope.levels))
         given = [(key, fields.places[key]) for key in _form(fields, ("models", "slices"))]
         pieces = tuple(piece for key, form in given for piece in self._slices(key, form, scope))
         self._block(block, pieces)
         return Module(name, pieces, block.settings, place.key)
 
-    def _slices(self, key: str, place: Place, scope: _Scope) -> tuple[Slice, ...]:
+    def _slices(self, key: str, place: Value, scope: _Scope) -> tuple[Slice, ...]:
         if key == "models":
             return (self._all_layers(place, scope),)
         found = tuple(self._slice(item, scope) for item in place.items("a list of slices, each with - sources:"))
         checks.last_slice(found, place)
         return found
 
-    def _all_layers(self, place: Place, scope: _Scope) -> Slice:
+    def _all_layers(self, place: Value, scope: _Scope) -> Slice:
         """The one slice of the `models:` form; a base model that is not listed joins its sources."""
         places = place.items("a list of models, each - model: org/name", identity)
         sources = [self._source(item, scope, MODEL) for item in places]
         base = scope.base_model
         if base is not None and base not in (UNREADABLE, *(source.model for source in sources)):
             sources.append(Source(base, added=True, at=base.at))
-        return self._piece(scope, Block({}, {}, None), sources, place, places)
+        return self._piece(scope, SettingsBlock({}, {}, None), sources, place, places)
 
-    def _slice(self, place: Place, scope: _Scope) -> Slice:
+    def _slice(self, place: Value, scope: _Scope) -> Slice:
         fields = place.fields("a map with the key sources", SLICE, _UNDER_PARAMETERS)
         if fields is None:
             return Slice((), UNREADABLE.path, at=place.at)
-        block = parameters(fields)
+        block = read_parameters(fields)
         scope = scope.below(fields, block, self.table)
         unused = fields.get("residual_weight")
         if unused:
@@ -314,7 +326,9 @@ class _Reader:
         self._block(block, [piece])
         return replace(piece, at=place.at)
 
-    def _piece(self, scope: _Scope, own: Block, sources: list[Source], listed: Place, places: list[Place]) -> Slice:
+    def _piece(
+        self, scope: _Scope, own: SettingsBlock, sources: list[Source], listed: Value, places: list[Value]
+    ) -> Slice:
         """The slice of these sources, looked at as a whole; `listed` is their list, `places` they themselves."""
         method = scope.method
         piece = Slice(tuple(sources), method.name if method else "", scope.base_model, own.settings, listed.key)
@@ -322,7 +336,7 @@ class _Reader:
             checks.fit(Found(piece, method, listed, places, scope.levels))
         return piece
 
-    def _source(self, place: Place, scope: _Scope, keys: tuple[str, ...]) -> Source:
+    def _source(self, place: Value, scope: _Scope, keys: tuple[str, ...]) -> Source:
         name = place.node.value if isinstance(place.node, spans.Scalar) else None
         if isinstance(name, str):
             place.expected("a map with the key model", f"write - model: {name}")
@@ -330,9 +344,9 @@ class _Reader:
         fields = place.fields("a map with the key model", keys, _SOURCE_HINTS if keys == SOURCE else _MODEL_HINTS)
         if fields is None:
             return Source(UNREADABLE, at=place.at)
-        block = parameters(fields)
+        block = read_parameters(fields)
         method = scope.method.method if scope.method else None
-        checks.block(block, [method], self.table, per_model=True)
+        checks.check_block(block, [method], self.table, per_model=True)
         model = fields.need("model", "write model: org/name, or model: ./folder")
         ranged = fields.need("layer_range", _RANGE_HINT) if "layer_range" in keys else None
         return Source(
@@ -343,9 +357,9 @@ class _Reader:
             range_at=ranged.at if ranged else None,
         )
 
-    def _block(self, block: Block, pieces: Sequence[Slice]) -> None:
+    def _block(self, block: SettingsBlock, pieces: Sequence[Slice]) -> None:
         """Look at a level's parameters with the methods in force anywhere below it."""
-        checks.block(block, [self.table.get(piece.method) for piece in pieces], self.table)
+        checks.check_block(block, [self.table.get(piece.method) for piece in pieces], self.table)
 
 
 def _base(module: Module) -> ModelRef | None:
@@ -375,7 +389,7 @@ def _tensors(fields: Fields) -> tuple[Taken, ...]:
     return tuple(rule for item in items if (rule := _taken(item)) is not None)
 
 
-def _taken(place: Place) -> Taken | None:
+def _taken(place: Value) -> Taken | None:
     keys = place.fields("a map with the keys filter and model", TENSORS, _PINNED)
     wanted = keys.need("filter", "write filter: and a part of the tensors' names, such as self_attn") if keys else None
     model = keys.need("model", "write model: org/name, or model: ./folder") if keys else None
@@ -384,7 +398,7 @@ def _taken(place: Place) -> Taken | None:
     return Taken(text, found, place.at) if text and found else None
 
 
-def _layer_range(place: Place) -> tuple[int, int] | None:
+def _layer_range(place: Value) -> tuple[int, int] | None:
     if not isinstance(place.node, spans.Sequence):
         place.expected(_RANGE, _RANGE_HINT)
         return None
@@ -400,7 +414,7 @@ def _layer_range(place: Place) -> tuple[int, int] | None:
     return start, end
 
 
-def _layer(place: Place) -> int | None:
+def _layer(place: Value) -> int | None:
     return place.whole(numbers.LAYERS, _RANGE_HINT)
 
 
@@ -464,7 +478,7 @@ def _with_other(fields: Fields, key: str, what: str) -> str | None:
     return _text(fields, key, what)
 
 
-def _repo(place: Place) -> str | None:
+def _repo(place: Value) -> str | None:
     text = place.text("owner/name")
     if text is None:
         return None

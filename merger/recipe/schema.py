@@ -12,7 +12,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from merger.recipe import evaluation, loras, mixture, parse, spans, tokenizer, values
+from merger.recipe import parse, spans, values
+from merger.recipe.blocks import evaluate as evaluation
+from merger.recipe.blocks import lora as loras
+from merger.recipe.blocks import mixture, tokenizer
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
 from merger.recipe.model import (
     Evaluate,

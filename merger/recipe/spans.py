@@ -18,7 +18,7 @@ import yaml
 
 from merger.errors import Problem, RecipeError, Span
 from merger.safety.limits import DOCUMENTS, RECIPE
-from merger.safety.numbers import shortened
+from merger.safety.numbers import quoted_short
 
 MAX_CHARACTERS = RECIPE.most
 MAX_NODES = RECIPE.values or 0
@@ -79,7 +79,7 @@ class Documents:
     shared: frozenset[Span] = frozenset()
 
 
-def read(text: str, path: str) -> Documents:
+def read_nodes(text: str, path: str) -> Documents:
     """The tree of every document in `text`.
 
     Args:
@@ -228,7 +228,7 @@ class _Reader:
             return Scalar(self._value(tag, event.value), at)
         except (ValueError, LookupError, AttributeError, ArithmeticError):
             # what PyYAML's constructors raise at 2024-13-45 or !!bool maybe
-            self._note(f"{shortened(event.value)} is not {_SCALARS[tag]}", at, "put it in quotes if it is text")
+            self._note(f"{quoted_short(event.value)} is not {_SCALARS[tag]}", at, "put it in quotes if it is text")
             return Scalar(event.value, at)
 
     def _value(self, tag: str, text: str) -> Value:
@@ -271,10 +271,12 @@ class _Reader:
 
     def _key(self, node: Node, at: Span, seen: dict[str, Entry]) -> str | None:
         if not isinstance(node, Scalar) or not isinstance(node.value, str):
-            self._note(f"a key must be text; this is {kind(node)}", at, "put the key in quotes")
+            self._note(f"a key must be text; this is {node_kind(node)}", at, "put the key in quotes")
         elif node.value in seen:
             first = seen[node.value].at.line
-            self._note(f"the key {shortened(node.value)} was given before, on line {first}", at, "keep one of the two")
+            self._note(
+                f"the key {quoted_short(node.value)} was given before, on line {first}", at, "keep one of the two"
+            )
         else:
             return node.value
         return None
@@ -287,7 +289,7 @@ class _Reader:
             if isinstance(item, Mapping):
                 found |= {entry.key: entry for entry in item.entries}
             else:
-                what = f"'<<' takes a map or a list of maps; this is {kind(item)}"
+                what = f"'<<' takes a map or a list of maps; this is {node_kind(item)}"
                 self._note(what, item.at, "name a map: <<: *name")
         return found
 
@@ -360,7 +362,7 @@ def numeric(text: str) -> int | float | None:
     return None
 
 
-def kind(node: Node) -> str:
+def node_kind(node: Node) -> str:
     """What a node is, in YAML's words."""
     if isinstance(node, Sequence | Mapping):
         return "a list" if isinstance(node, Sequence) else "a map"
@@ -369,7 +371,7 @@ def kind(node: Node) -> str:
     if isinstance(node.value, bool):
         return "true" if node.value else "false"
     if isinstance(node.value, str):
-        return f"the text {shortened(node.value)}"
+        return f"the text {quoted_short(node.value)}"
     if isinstance(node.value, datetime.date):
         return f"the date {node.value}"
     return f"the number {number(node.value)}"

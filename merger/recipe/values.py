@@ -10,16 +10,206 @@ Not here: whether there is such a model (stores) and whether a method knows the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
+from merger.errors import Problem, Span, did_you_mean
 from merger.recipe import spans
 from merger.recipe.mergekit import OVERRIDE
-from merger.recipe.model import ModelRef
-from merger.recipe.places import Fields, Place
-from merger.recipe.settings import Parameters, Rule, Setting
+from merger.recipe.model import ModelRef, Parameters, Rule, Setting
 from merger.recipe.spans import Node, Scalar
 from merger.safety.names import named
+from merger.safety.numbers import ANY, Range
+
+# ---- places ---------------------------------------------------------------------------------------------------------
+
+
+Hints = dict[str, str]
+"""Next steps for keys that are unknown in one place and known in another."""
+
+
+@dataclass
+class Notes:
+    """Everything found in one reading; a thing said twice about one place (by way of an alias) is noted once."""
+
+    errors: dict[tuple[Span, str], Problem] = field(default_factory=dict)
+    warnings: dict[tuple[Span, str], Problem] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value in the recipe.
+
+    Args:
+        node: the value.
+        where: its identity, such as ``models[org/a].parameters.density``; empty for the whole document.
+        notes: where problems go.
+        key_at: where its key stands, if it has one.
+    """
+
+    node: Node
+    where: str
+    notes: Notes
+    key_at: Span | None = None
+
+    @property
+    def at(self) -> Span:
+        return self.node.at
+
+    @property
+    def key(self) -> Span:
+        """Where its key stands; where it has none, the value."""
+        return self.key_at or self.node.at
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing behind the key."""
+        return isinstance(self.node, Scalar) and self.node.value is None
+
+    @property
+    def hollow(self) -> bool:
+        """Whether there is nothing behind the key, or a list or map of nothing."""
+        if isinstance(self.node, spans.Sequence):
+            return not self.node.items
+        return not self.node.entries if isinstance(self.node, spans.Mapping) else self.empty
+
+    def error(self, what: str, hint: str | None = None, at: Span | None = None) -> None:
+        at = at or self.at
+        self.notes.errors.setdefault((at, what), Problem(what, at, self.where or None, hint))
+
+    def warn(self, what: str, hint: str | None = None, at: Span | None = None) -> None:
+        at = at or self.at
+        self.notes.warnings.setdefault((at, what), Problem(what, at, self.where or None, hint))
+
+    def expected(self, what: str, hint: str) -> None:
+        self.error(f"expected {what}, found {spans.node_kind(self.node)}", hint)
+
+    def text(self, what: str = "text") -> str | None:
+        """The value, if it is text that holds anything."""
+        if isinstance(self.node, Scalar) and isinstance(self.node.value, str) and self.node.value.strip():
+            return self.node.value
+        single = isinstance(self.node, Scalar) and not isinstance(self.node.value, str) and not self.empty
+        self.expected(what, "put it in quotes if it is text" if single else f"write {what}")
+        return None
+
+    def holds(self, text: str) -> bool:
+        """Whether this is the value, case aside."""
+        value = self.node.value if isinstance(self.node, Scalar) else None
+        return isinstance(value, str) and value.strip().lower() == text
+
+    def flag(self) -> bool | None:
+        """The value, if it is true or false, in quotes or without."""
+        value = self.node.value if isinstance(self.node, Scalar) else None
+        found = spans.truth(value) if isinstance(value, str) else value
+        if isinstance(found, bool):
+            return found
+        self.expected("true or false", "write true or false")
+        return None
+
+    def outside(self, value: float, within: Range, hint: str) -> None:
+        """Say that a number is not one that can be meant here."""
+        self.error(f"{spans.number(value)} is outside {within}", hint)
+
+    def whole(self, within: Range, hint: str) -> int | None:
+        """The value, if it is an integer of that range; 2.0 and "2" are one, true is not."""
+        value = self.node.value if isinstance(self.node, Scalar) else None
+        if isinstance(value, str):
+            value = spans.numeric(value)
+        if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+            self.expected("a whole number", hint)
+            return None
+        if within.holds(value):
+            return int(value)
+        self.outside(value, within, hint)
+        return None
+
+    def number(self, hint: str = "write a number such as 0.5", within: Range = ANY) -> float | None:
+        """The value as a number, in quotes or without (YAML 1.1 takes 1e-10 for text); booleans count as 1 and 0."""
+        value = self.node.value if isinstance(self.node, Scalar) else None
+        if isinstance(value, str):
+            told = spans.truth(value)
+            value = spans.numeric(value) if told is None else told
+        if not isinstance(value, int | float):
+            self.expected("a number", hint)
+            return None
+        try:
+            found = float(value)
+        except OverflowError:
+            found = math.inf
+        if not math.isfinite(found) and not isinstance(value, int):
+            self.expected("a finite number", hint)
+        elif not within.holds(found):
+            self.outside(value if isinstance(value, int) else found, within, hint)
+        else:
+            return found
+        return None
+
+    def items(self, what: str, name: Callable[[Node], str | None] | None = None) -> list[Value]:
+        """The places of a list's items; `name` gives an item's identity, in want of which its number serves."""
+        if not isinstance(self.node, spans.Sequence):
+            self.expected(what, "write its items below it, each behind a dash")
+            return []
+        if not self.node.items:
+            self.error("an empty list", f"write {what}", self.key)
+        names = [(name(node) if name else None) or str(index) for index, node in enumerate(self.node.items)]
+        return [Value(node, f"{self.where}[{of}]", self.notes) for node, of in zip(self.node.items, names, strict=True)]
+
+    def entries(self, what: str) -> dict[str, Value] | None:
+        """The places of a map's values, whatever its keys."""
+        if not isinstance(self.node, spans.Mapping):
+            self.expected(what, "write one line a key, such as key: value")
+            return None
+        return {e.key: Value(e.value, f"{self._stem}{e.key}", self.notes, e.at) for e in self.node.entries}
+
+    @property
+    def _stem(self) -> str:
+        return f"{self.where}." if self.where else ""
+
+    def fields(self, what: str, known: tuple[str, ...], hints: Hints | None = None) -> Fields | None:
+        """A map of which all keys are known. A misspelt key is an error, and then read as what it resembles."""
+        found = self.entries(what)
+        if found is None:
+            return None
+        for key in [key for key in found if key not in known]:
+            place = found.pop(key)
+            meant = nearest(key, known)
+            elsewhere = (hints or {}).get(nearest(key, hints or {}) or "") if meant is None else None
+            self.error(f"unknown key {key!r}", elsewhere or did_you_mean(key, known), place.key)
+            if meant and meant not in found:
+                found[meant] = replace(place, where=f"{self._stem}{meant}")
+        return Fields(self, found)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The known keys of a map."""
+
+    place: Value
+    places: dict[str, Value]
+
+    def get(self, key: str) -> Value | None:
+        """What stands behind `key`, unless there is no such key or nothing behind it."""
+        place = self.places.get(key)
+        return None if place is None or place.empty else place
+
+    def need(self, key: str, hint: str) -> Value | None:
+        """The same for a key that must be there."""
+        if self.get(key) is None:
+            empty = self.places.get(key)
+            self.place.error(f"missing {key}", hint, empty.key if empty else None)
+        return self.get(key)
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
+    """The known word that `word` is most likely a misspelling of."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
 
 REFERENCE = ("model", "lora", "override_architecture")
 PATH = ("path", "revision")
@@ -34,7 +224,7 @@ _MAP = "write {model: {path: org/name, revision: main}}"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def reference(place: Place) -> ModelRef:
+def reference(place: Value) -> ModelRef:
     """The model that stands at `place`, else UNREADABLE."""
     if isinstance(place.node, spans.Mapping):
         fields = place.fields(_A_MODEL, REFERENCE, {"path": _MAP, "revision": _MAP})
@@ -53,7 +243,7 @@ def identity(node: Node) -> str | None:
     return node.value if isinstance(node, Scalar) and isinstance(node.value, str) else None
 
 
-def _of_text(place: Place, text: str) -> ModelRef:
+def _of_text(place: Value, text: str) -> ModelRef:
     model, *adapters = text.split("+")
     if len(adapters) > 1:
         place.error(f"{text!r} holds more than one +", "one adapter a model: org/name+adapter")
@@ -62,7 +252,7 @@ def _of_text(place: Place, text: str) -> ModelRef:
     return replace(found, adapter=replace(_pinned(place, adapters[0]), at=place.at)) if adapters else found
 
 
-def _pinned(place: Place, text: str) -> ModelRef:
+def _pinned(place: Value, text: str) -> ModelRef:
     """The ``PATH[@REVISION]`` in a part of a reference."""
     path, *revisions = named(text.strip()).split("@")
     if len(revisions) > 1:
@@ -81,7 +271,7 @@ def _of_map(fields: Fields) -> ModelRef:
     return replace(found, adapter=replace(_path(lora), at=lora.at)) if lora else found
 
 
-def _path(place: Place) -> ModelRef:
+def _path(place: Value) -> ModelRef:
     """One half of a reference in a map: a text, or a map of path and revision."""
     if not isinstance(place.node, spans.Mapping):
         text = place.text(_A_MODEL)
@@ -99,7 +289,7 @@ def _path(place: Place) -> ModelRef:
     return replace(found, revision=pin or found.revision)
 
 
-def _checked(place: Place, found: ModelRef) -> ModelRef:
+def _checked(place: Value, found: ModelRef) -> ModelRef:
     if found.path.endswith(_PICKLED):
         hint = "such files can run code when they are read: convert it to safetensors first"
         place.error(f"{found.path} is not in safetensors", hint)
@@ -111,11 +301,11 @@ class Number:
     """One number of a setting, and where it stands."""
 
     value: float
-    place: Place
+    place: Value
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenParameter:
     """One parameter in a block.
 
     Args:
@@ -124,21 +314,21 @@ class Written:
         even: whether it has no gradient whose numbers differ.
     """
 
-    place: Place
+    place: Value
     numbers: tuple[Number, ...]
     even: bool
 
 
 @dataclass(frozen=True)
-class Block:
+class SettingsBlock:
     """A `parameters:` block: its settings, and where everything in them stands; no place where there is no block."""
 
     settings: Parameters
-    written: Mapping[str, Written]
-    place: Place | None
+    written: Mapping[str, WrittenParameter]
+    place: Value | None
 
 
-def parameters(fields: Fields) -> Block:
+def read_parameters(fields: Fields) -> SettingsBlock:
     """The block under the key ``parameters``; an empty one where there is none."""
     place = fields.get("parameters")
     entries = place.entries("a map from parameters to their values") if place else None
@@ -147,10 +337,10 @@ def parameters(fields: Fields) -> Block:
             value.warn("an empty list gives no value, so that of the level above holds", "take it out", value.key)
     read = {name: _setting(value) for name, value in (entries or {}).items() if not _says_nothing(value)}
     settings = {name: setting for name, (setting, _) in read.items()}
-    return Block(settings, {name: written for name, (_, written) in read.items()}, place)
+    return SettingsBlock(settings, {name: written for name, (_, written) in read.items()}, place)
 
 
-def _says_nothing(place: Place) -> bool:
+def _says_nothing(place: Value) -> bool:
     return isinstance(place.node, spans.Sequence) and not place.node.items
 
 
@@ -158,16 +348,16 @@ _GRADIENT = "a number, or a list of numbers: the values from the slice's first l
 _RULES = "write - value: 0.5 with or without filter: some_text for each item"
 
 
-def _setting(place: Place) -> tuple[Setting, Written]:
+def _setting(place: Value) -> tuple[Setting, WrittenParameter]:
     ruled = [(_rule(rule), rule) for rule in _rules(place)]
     pairs = ruled or [((_gradient(place), None), place)]
     rules = [Rule(tuple(n.value for n in numbers), of, at.at) for (numbers, of), at in pairs]
     _warn_unreached(rules, [at for _, at in pairs])
     even = all(len(set(rule.values)) <= 1 for rule in rules)
-    return Setting(tuple(rules)), Written(place, tuple(n for (numbers, _), _ in pairs for n in numbers), even)
+    return Setting(tuple(rules)), WrittenParameter(place, tuple(n for (numbers, _), _ in pairs for n in numbers), even)
 
 
-def _rules(place: Place) -> list[Place]:
+def _rules(place: Value) -> list[Value]:
     """The places of the {value, filter} maps, if that is what the setting is made of."""
     if isinstance(place.node, spans.Mapping):
         return [place]
@@ -185,7 +375,7 @@ def filter_of(node: Node) -> str | None:
     return found.value if isinstance(found, Scalar) and isinstance(found.value, str) else None
 
 
-def _rule(place: Place) -> tuple[tuple[Number, ...], str | None]:
+def _rule(place: Value) -> tuple[tuple[Number, ...], str | None]:
     if not isinstance(place.node, spans.Mapping):
         place.expected("a {value, filter} map like the other items of the list", _RULES)
         return (), None
@@ -196,18 +386,18 @@ def _rule(place: Place) -> tuple[tuple[Number, ...], str | None]:
     return (_gradient(value) if value else ()), wanted.text("a part of a tensor's name")
 
 
-def _gradient(place: Place) -> tuple[Number, ...]:
+def _gradient(place: Value) -> tuple[Number, ...]:
     if isinstance(place.node, Scalar):
         return _numbers([place], f"write {_GRADIENT}")
     return _numbers(place.items(_GRADIENT), "write a number such as 0.5")
 
 
-def _numbers(places: list[Place], hint: str) -> tuple[Number, ...]:
+def _numbers(places: list[Value], hint: str) -> tuple[Number, ...]:
     read = [(place.number(hint), place) for place in places]
     return tuple(Number(value, place) for value, place in read if value is not None)
 
 
-def _warn_unreached(rules: list[Rule], places: list[Place]) -> None:
+def _warn_unreached(rules: list[Rule], places: list[Value]) -> None:
     ends = next((index for index, rule in enumerate(rules) if rule.matches("")), len(rules))
     for place in places[ends + 1 :]:
         hint = "put the rule without a filter last"

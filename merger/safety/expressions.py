@@ -27,7 +27,7 @@ def compiles(expression: str) -> str | None:
     return None
 
 
-def ending(expression: str) -> str:
+def match_ending(expression: str) -> str:
     """What PEFT makes of an expression: it has to match a name's end, after a dot, or all of it."""
     return rf"^(.*\.)?({expression})$"
 
@@ -44,12 +44,14 @@ def first(expressions: Sequence[str], names: Sequence[str], at_end: bool = False
         BeyondError: that takes too long, or too much memory.
     """
     harmless = len(expressions) * len(names) <= _FEW and all(map(_PLAIN.fullmatch, expressions))
-    asked = (list(map(ending, expressions) if at_end else expressions), list(names))
-    found: list[int | None] = tried(asked) if harmless else call(f"{__name__}:{tried.__name__}", asked, _BOUNDS)
+    asked = (list(map(match_ending, expressions) if at_end else expressions), list(names))
+    found: list[int | None] = (
+        match_unbounded(asked) if harmless else call(f"{__name__}:{match_unbounded.__name__}", asked, _BOUNDS)
+    )
     return found
 
 
-def tried(asked: tuple[Sequence[str], Sequence[str]]) -> list[int | None]:
+def match_unbounded(asked: tuple[Sequence[str], Sequence[str]]) -> list[int | None]:
     """The same, without any limit."""
     expressions, names = [re.compile(expression) for expression in asked[0]], asked[1]
     return [

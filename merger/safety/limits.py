@@ -142,7 +142,7 @@ def excess(name: str, size: int, limit: Limit) -> Problem | None:
     return Problem(what, hint=f"is it the right file? {limit.what}: {limit.why}")
 
 
-def read(path: Path, limit: Limit, kind: type[MergerError]) -> bytes:
+def read_limited(path: Path, limit: Limit, kind: type[MergerError]) -> bytes:
     """A file of this machine, whatever its size says while it is read.
 
     Raises:
@@ -157,7 +157,7 @@ def read(path: Path, limit: Limit, kind: type[MergerError]) -> bytes:
     return data
 
 
-def tensors(length: int, header: bytes = b"") -> int:
+def count_tensors(length: int, header: bytes = b"") -> int:
     """As how many tensors a header counts: by its length alone, or by what may come of it."""
     lists, parts = header.count(b"[") // 2, header.count(b",") // 8
     return max(length // _TENSOR_BYTES, header.count(b"{"), lists, parts)
@@ -172,14 +172,14 @@ def read_from(file: IO[bytes], limit: Limit) -> bytes:
     return bytes(data)
 
 
-def read_text(path: Path, limit: Limit, kind: type[MergerError], errors: str = "strict") -> str:
+def read_limited_text(path: Path, limit: Limit, kind: type[MergerError], errors: str = "strict") -> str:
     """The same as text, with every end of line as one.
 
     Raises:
         kind, OSError: as `read` does.
         UnicodeDecodeError: it is no UTF-8.
     """
-    return io.StringIO(read(path, limit, kind).decode("utf-8", errors), newline=None).read()
+    return io.StringIO(read_limited(path, limit, kind).decode("utf-8", errors), newline=None).read()
 
 
 class Tally:

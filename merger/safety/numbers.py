@@ -75,7 +75,7 @@ _UNITS = {
 }  # fmt: skip
 
 
-def whole(text: str, within: Range) -> int:
+def parse_whole(text: str, within: Range) -> int:
     """The whole number that a text is.
 
     Raises:
@@ -83,10 +83,10 @@ def whole(text: str, within: Range) -> int:
     """
     if _WHOLE.fullmatch(text) and len(text) <= MAX_DIGITS and within.holds(int(text)):
         return int(text)
-    raise ValueError(f"{shortened(text)} is no whole number from {within}")
+    raise ValueError(f"{quoted_short(text)} is no whole number from {within}")
 
 
-def decimal(text: str, within: Range) -> float:
+def parse_decimal(text: str, within: Range) -> float:
     """The number that a text is.
 
     Raises:
@@ -94,10 +94,10 @@ def decimal(text: str, within: Range) -> float:
     """
     if _DECIMAL.fullmatch(text) and within.holds(float(text)):
         return float(text)
-    raise ValueError(f"{shortened(text)} is no number from {within}")
+    raise ValueError(f"{quoted_short(text)} is no number from {within}")
 
 
-def nbytes(text: str) -> int:
+def parse_size(text: str) -> int:
     """The bytes that a user means.
 
     >>> nbytes("4GB"), nbytes("1.5 KiB")
@@ -109,12 +109,12 @@ def nbytes(text: str) -> int:
     match = _SIZE.fullmatch(re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", text))
     found = Decimal(match[1]) * _UNITS[(match[2] or "").upper()] if match and len(text) <= MAX_DIGITS else Decimal(0)
     if not BYTES.holds(int(found)):
-        raise ValueError(f"{shortened(text)} is no size; write for example 500MB, 4GB or 4GiB")
+        raise ValueError(f"{quoted_short(text)} is no size; write for example 500MB, 4GB or 4GiB")
     if match and not (match[2] or match[3]) and found < _NO_SIZE:
         raise ValueError(f"{text.strip()} bytes? write {match[1]}{'GB' if found < _GIGABYTES else 'MB'}")
     return int(found)
 
 
-def shortened(text: str) -> str:
+def quoted_short(text: str) -> str:
     """A text in quotes, cut where it is long."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -41,7 +41,7 @@ def points(place: Path) -> bool:
     """Whether a clone without Git LFS left this in the file's place; of what cannot be read nothing is known."""
     try:
         size = place.stat().st_size
-        return len(_POINTS) < size < _POINTER_BYTES and read(place, 0, len(_POINTS)) == _POINTS
+        return len(_POINTS) < size < _POINTER_BYTES and read_file(place, 0, len(_POINTS)) == _POINTS
     except OSError:
         return False
 
@@ -126,7 +126,7 @@ def opened(place: Path) -> int:
     return descriptor
 
 
-def read(place: Path, start: int = 0, stop: int | None = None, limit: Limit | None = None) -> bytes:
+def read_file(place: Path, start: int = 0, stop: int | None = None, limit: Limit | None = None) -> bytes:
     """The bytes of a regular file, as many as the disk says; the kernel's own, such as /proc's, hold others.
 
     Args:
@@ -159,7 +159,7 @@ def read_named(path: str, root: Path | None, limit: Limit) -> bytes:
     """
     place = regular(path, root)
     try:
-        return read(place, limit=limit)
+        return read_file(place, limit=limit)
     except OSError as error:
         raise ModelError(Problem(f"{path!r} cannot be read ({error.strerror})", hint=_RELATIVE)) from None
 

@@ -45,7 +45,7 @@ class LeakError(UploadError):
 # ---- the tokens -----------------------------------------------------------------------------------------------------
 
 
-def keep(*tokens: object) -> None:
+def watch_for(*tokens: object) -> None:
     """Look out for these from now on, as far as they are texts that are long enough."""
     _kept.update(_texts(tokens))
 
@@ -60,7 +60,7 @@ def hold(owner: object, *tokens: object) -> None:
 
 def take_out(environment: MutableMapping[str, str] = os.environ) -> None:
     """Remove our secrets from an environment once all have read them, so that nothing started from here gets them."""
-    keep(*(environment.pop(name, None) for name in OURS))
+    watch_for(*(environment.pop(name, None) for name in OURS))
 
 
 def _texts(tokens: tuple[object, ...]) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ def _forms(token: bytes) -> Iterator[bytes]:
         yield from (inner, inner.translate(_ADDRESS_SAFE))
 
 
-def refuse(texts: Mapping[str, str | bytes]) -> None:
+def refuse_tokens(texts: Mapping[str, str | bytes]) -> None:
     """Let none of these leave with a token in it.
 
     Args:
@@ -127,7 +127,7 @@ def passed(name: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
     """
     before = b""
     for piece in pieces:
-        refuse({name: before + piece})
+        refuse_tokens({name: before + piece})
         yield piece
         before = (before + piece)[-_LINE_KEPT:]
 

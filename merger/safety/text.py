@@ -1,7 +1,7 @@
 """What strangers wrote, made fit to be shown: it moves no cursor, turns no reading order, begins no line of its own and
 commands no CI log. What is taken out stays visible, as an escape.
 
-It imports nothing, so that whoever shows something can. Not here: Markdown and HTML (card.text, which builds on this),
+It imports nothing, so that whoever shows something can. Not here: Markdown and HTML (card.escape builds on this),
 and tokens (secrets).
 """
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,16 +17,15 @@ from typing import Any, NoReturn
 
 import yaml
 
-from merger import machine
-from merger.checkpoints.checkpoint import is_single, is_weights
-from merger.checkpoints.plain_yaml import load
-from merger.checkpoints.shard import Outlet, Written, file_sha256
-from merger.checkpoints.sidefiles import CARD_NAME, LOCK_NAME, in_pipeline
+from merger import runtime
 from merger.errors import BudgetError, MissingError, ModelError, Problem, UploadError, few
+from merger.models.checkpoint import is_single, is_weights
+from merger.models.formats.safetensors import Outlet, WrittenShard, file_sha256
+from merger.models.plain_yaml import load_yaml
+from merger.models.side_files import CARD_NAME, LOCK_NAME, in_pipeline
 from merger.safety import limits, paths, secrets
 from merger.safety.paths import ANYWHERE, BarredError
-from merger.stores.content import write
-from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, Ticket, refuse_large
+from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, Ticket, refuse_large, write
 
 _MARK, _WORK = ".merger-in-work", ".merging"
 _OPEN_FILES = 64
@@ -72,7 +72,7 @@ class FolderStore:
         if stop is None:
             refuse_large(model, file, model.files[file].size, limit)
         with _readable(model, file):
-            return paths.read(_reached(model.where, file, self._root), start, stop, limit)
+            return paths.read_file(_reached(model.where, file, self._root), start, stop, limit)
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> FolderReader:
         """A reader that asks the disk each time: the system's page cache is the read-ahead."""
@@ -126,7 +126,7 @@ def _readable(model: Located, file: str) -> Iterator[None]:
         raise ModelError(Problem(f"{_called(model, file)} {why}", hint=paths.COPY)) from None
     except OSError as error:
         hint = f"look at its rights and its disk: {model.where}"
-        raise machine.refused(f"{_called(model, file)} cannot be read", error, ModelError, hint) from None
+        raise runtime.refused(f"{_called(model, file)} cannot be read", error, ModelError, hint) from None
 
 
 def _called(model: Located, file: str) -> str:
@@ -330,19 +330,19 @@ class FolderSink:
             if leftover != self._mark:
                 _remove(leftover)
 
-    def held(self) -> Mapping[str, Written]:
+    def held(self) -> Mapping[str, WrittenShard]:
         """The finished shards in the work folder."""
         return _written_down(self._done)
 
     def check_card(self, text: str) -> None:
         """A folder takes any without a token in it."""
-        secrets.refuse({CARD_NAME: text})
+        secrets.refuse_tokens({CARD_NAME: text})
 
     def open(self, name: str) -> Outlet:
         """A file where it shall stay."""
         return (self._new / name).open("wb", buffering=0)
 
-    def take(self, shard: Written, note: str = "") -> None:
+    def take(self, shard: WrittenShard, note: str = "") -> None:
         """Keep it where it was made, and write down that it is whole."""
         entry = self._done / f"{shard.name}.unfinished"
         with self._refusals():
@@ -377,7 +377,7 @@ class FolderSink:
 
     def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
         """Write each file beside the old one, then give it its name."""
-        secrets.refuse(small)
+        secrets.refuse_tokens(small)
         with self._refusals():
             for name, content in small.items():
                 target = self.folder / name
@@ -450,7 +450,7 @@ class FolderSink:
             yield
         except OSError as error:
             what, hint = f"cannot write to the destination {str(self.folder)!r}", "look at its disk, or choose another"
-            raise machine.refused(what, error, UploadError, hint) from None
+            raise runtime.refused(what, error, UploadError, hint) from None
 
 
 def _is_free(path: Path) -> bool:
@@ -461,7 +461,9 @@ def _is_free(path: Path) -> bool:
 def _holds(folder: Path, identity: str) -> bool:
     """Whether the finished result of this very run lies there, as its lock file says."""
     try:
-        content = load(paths.read(_reached(str(folder), LOCK_NAME, ANYWHERE), limit=limits.LOCK).decode(), limits.LOCK)
+        content = load_yaml(
+            paths.read_file(_reached(str(folder), LOCK_NAME, ANYWHERE), limit=limits.LOCK).decode(), limits.LOCK
+        )
         shards = {item["file"]: item["size"] for item in content["output"]}
         sizes = {name: (folder / name).stat().st_size for name in shards}
     except (BarredError, ModelError, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
@@ -469,8 +471,8 @@ def _holds(folder: Path, identity: str) -> bool:
     return bool(content.get("identity") == identity and sizes == shards)
 
 
-def _written_down(done: Path) -> dict[str, Written]:
-    found = (Written(entry["name"], entry["size"], entry["sha256"]) for entry in _entries(done))
+def _written_down(done: Path) -> dict[str, WrittenShard]:
+    found = (WrittenShard(entry["name"], entry["size"], entry["sha256"]) for entry in _entries(done))
     return {shard.name: shard for shard in found}
 
 
@@ -494,3 +496,72 @@ def _flock(opened: int, kind: int) -> bool:
     except OSError:
         pass
     return True
+
+
+# ---- scratch --------------------------------------------------------------------------------------------------------
+
+
+_PREFIX, _SUFFIX = "merger-", ".scratch"
+
+
+class Scratch:
+    """A folder that is made when it is first asked for, and gone after `close`.
+
+    It is locked while this process lives, however it ends: so `sweep` tells a leftover from another run's.
+    """
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._lock: int | None = None
+
+    def folder(self) -> Path:
+        """Where it is."""
+        while self._folder is None:
+            made = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX))
+            with suppress(FileNotFoundError, BlockingIOError):  # another run swept it before it was locked
+                self._lock = _locked(made)
+                self._folder = made
+        return self._folder
+
+    def close(self) -> None:
+        """Remove it, with all that is in it."""
+        if self._lock is not None and self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._lock)
+        self._folder = self._lock = None
+
+
+def sweep() -> None:
+    """Remove the folders of this user's runs that are no longer alive."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*{_SUFFIX}"):
+        with suppress(OSError):  # another user's, a run that lives, or gone meanwhile
+            _remove_dead(folder)
+
+
+def _remove_dead(folder: Path) -> None:
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        return
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    finally:
+        os.close(opened)
+
+
+def _locked(folder: Path) -> int:
+    """The folder, open and locked; where this disk has no locks it is only open, and nobody can sweep it either.
+
+    Raises:
+        FileNotFoundError, BlockingIOError: another run takes it for a dead one's.
+    """
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(folder)  # it may have been removed between the opening and the lock
+    except (BlockingIOError, FileNotFoundError):
+        os.close(opened)
+        raise
+    except OSError:
+        pass
+    return opened

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from huggingface_hub import HfApi, RepoFile, constants, get_token
+import yaml
+from huggingface_hub import Discussion, HfApi, ModelInfo, RepoFile, constants, get_token, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     OIDCError,
     RepositoryNotFoundError,
@@ -21,14 +26,19 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
-from merger.checkpoints.checkpoint import is_single
 from merger.errors import GatedError, MissingError, ModelError, Problem, UploadError
-from merger.machine import lacking
+from merger.models.checkpoint import SUFFIX, is_single
+from merger.models.formats.safetensors import WrittenShard
+from merger.models.plain_yaml import load_yaml
+from merger.models.side_files import LOCK_NAME
+from merger.runtime import lacking
 from merger.safety import limits, secrets
-from merger.stores.digests import Beginnings, confirm
-from merger.stores.patience import UnreadableAnswer, is_passing, patiently, status_of
-from merger.stores.ports import FileInfo, Located, Ticket, refuse_large
+from merger.safety.limits import LOCK
+from merger.stores.folder import FolderStore
+from merger.stores.http import UnreadableAnswer, is_passing, patiently, status_of
+from merger.stores.ports import FileInfo, Located, Published, Reader, Store, Ticket, readers, refuse_large
 from merger.stores.ranges import RangeClient, RangeReader
+from merger.stores.uploads import Beginnings, confirm
 
 NO_ANSWER = "does a proxy or a sign-in page of the network answer in its place? then check HF_ENDPOINT, and try again"
 
@@ -110,7 +120,7 @@ def hub_file(repo: str, file: str, revision: str | None, of_dataset: bool, token
         if problem := limits.excess(f"{repo}/{file}", size, limits.TEXT):
             raise ModelError(problem)
         path = patiently(lambda: api.hf_hub_download(repo, file, revision=revision, repo_type=kind))
-    return limits.read(Path(path), limits.TEXT, ModelError)
+    return limits.read_limited(Path(path), limits.TEXT, ModelError)
 
 
 def trusted_publisher(repo: str) -> str:
@@ -130,7 +140,7 @@ def _published_token() -> str:
     token = get_token()
     if not isinstance(token, str) or not token:
         raise UnreadableAnswer("no token in it")
-    secrets.keep(token)
+    secrets.watch_for(token)
     return token
 
 
@@ -194,3 +204,165 @@ def _in_words(error: Exception, path: str, revision: str | None) -> Problem:
             return Problem(f"the Hub does not accept our token for {path}", hint="set HF_TOKEN anew, or unset it")
         case status:
             return Problem(f"the Hub does not answer for {path} (HTTP {status})", hint="try again later")
+
+
+# ---- cache ----------------------------------------------------------------------------------------------------------
+
+
+class CachedStore:
+    """The Hub, and before it the cache.
+
+    Args:
+        hub: where models and all other files come from.
+    """
+
+    def __init__(self, hub: Store) -> None:
+        self._hub = hub
+        self._disk = FolderStore()
+
+    def has(self, path: str) -> bool:
+        """What the Hub has."""
+        return self._hub.has(path)
+
+    def locate(self, path: str, revision: str | None) -> Located:
+        """Ask the Hub: only it knows which commit a name means now."""
+        return self._hub.locate(path, revision)
+
+    def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
+        """From the disk if the file is there."""
+        cached = _cached(model, file)
+        if cached is None:
+            return self._hub.fetch(model, file, start, stop)
+        return self._disk.fetch(cached, file, start, stop)
+
+    def reader(self, tickets: Sequence[Ticket], budget: int) -> Reader:
+        """A reader of the disk for what is there, one of the Hub for the rest."""
+        files = {(ticket.model, ticket.file): _cached(ticket.model, ticket.file) for ticket in tickets}
+        found = [files[ticket.model, ticket.file] for ticket in tickets]
+        placed = [
+            (self._hub, ticket) if cached is None else (self._disk, replace(ticket, model=cached))
+            for ticket, cached in zip(tickets, found, strict=True)
+        ]
+        return readers(placed, budget)
+
+
+def _cached(model: Located, file: str) -> Located | None:
+    """The model as a folder of the cache, if this file of it lies there; a link's target is named by its SHA-256."""
+    info = model.files[file]
+    path = try_to_load_from_cache(model.where, model.inside + file, revision=model.commit)
+    if info.sha256 is None or not isinstance(path, str):
+        return None
+    real = Path(os.path.realpath(path))
+    is_locked = real.name == info.sha256 and real.stat().st_size == info.size
+    return replace(model, where=path.removesuffix(file)) if is_locked else None
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """What there is of a result in a repo.
+
+    Args:
+        api: the client, with the writer's token.
+        ranges: reads files with it.
+        repo: ``owner/name``.
+    """
+
+    api: HfApi
+    ranges: RangeClient
+    repo: str
+
+    def stands(self, identity: str, info: ModelInfo) -> bool:
+        """Whether the whole result lies at a commit: a lock of this identity, and each shard that it lists."""
+        listed = self._listed(identity, info)
+        there = {name: shard.sha256 for name, shard in shards_of(info).items()}
+        return bool(listed) and listed.items() <= there.items()
+
+    def _listed(self, identity: str, info: ModelInfo) -> Mapping[str, str]:
+        """The shards by the lock at a commit; none where it has no lock, or another merge's."""
+        files = {item.rfilename: FileInfo(item.size or 0) for item in info.siblings or ()}
+        size = files[LOCK_NAME].size if LOCK_NAME in files else 0
+        if not 0 < size <= LOCK.most:
+            return {}
+        text = bytearray(size)
+        try:
+            self.ranges.fill(Located(self.repo, self.repo, info.sha, files), LOCK_NAME, 0, memoryview(text))
+            content = load_yaml(text.decode(), LOCK)
+            found = {str(item["file"]): str(item["sha256"]) for item in content["output"]}
+            is_ours = content.get("identity") == identity
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+            return {}
+        return {name: sha256 for name, sha256 in found.items() if name.endswith(SUFFIX)} if is_ours else {}
+
+    @cached_property
+    def me(self) -> str | None:
+        """Whose token we have; None: the Hub does not say, as of a token without a user."""
+        try:
+            name = self.api.whoami()["name"]
+        except LocalTokenNotFoundError:
+            return None
+        except HfHubHTTPError as error:
+            if is_passing(error):
+                raise
+            return None
+        return name if isinstance(name, str) else None
+
+    def pulls(self, ending: str) -> Iterator[Discussion]:
+        """Our own pull requests that are open or drafts, and whose titles end so; the earliest first."""
+        if self.me is None:
+            return
+        found = self.api.get_repo_discussions(
+            self.repo, author=self.me, discussion_type="pull_request", discussion_status="open"
+        )
+        ours = [item for item in found if item.title.endswith(ending) and item.author == self.me]
+        yield from sorted(ours, key=lambda item: item.num)
+
+    def requested(self, identity: str, ending: str) -> int | None:
+        """The number of our own open pull request that brings the whole result."""
+        for item in self.pulls(ending):
+            ref = f"refs/pr/{item.num}"
+            info = self.api.model_info(self.repo, revision=ref, files_metadata=True)
+            if item.status == "open" and self.stands(identity, info):
+                return item.num
+        return None
+
+    def page(self, pull: int | None = None) -> str:
+        """Where people look at the repo, or at a pull request."""
+        return f"{constants.ENDPOINT}/{self.repo}" + ("" if pull is None else f"/discussions/{pull}")
+
+    def published(self, identity: str, ending: str, info: ModelInfo) -> Published | None:
+        """The commit of main that made the result, if it still stands there."""
+        if not self.stands(identity, info):
+            return None
+        # whoever merges a pull request adds its number to the title
+        commits = self.api.list_repo_commits(self.repo)
+        return Published(self.page(), next((item.commit_id for item in commits if ending in item.title), info.sha))
+
+
+def shards_of(info: ModelInfo) -> dict[str, WrittenShard]:
+    """The files of tensors at a commit."""
+    files = ((item.rfilename, item.size or 0, item.lfs) for item in info.siblings or ())
+    return {name: WrittenShard(name, size, lfs.sha256) for name, size, lfs in files if lfs and name.endswith(SUFFIX)}
+
+
+def description(repo: str, identity: str, shards: Collection[WrittenShard], files: Collection[str]) -> str:
+    """What a pull request says of itself."""
+    size = sum(shard.size for shard in shards)
+    known = {
+        "recipe.yaml": "what was asked for",
+        LOCK_NAME: "the commits and checksums of all that it was made of, and of what came out",
+    }
+    lines = [
+        "merger made this from a recipe, and changed nothing on main.",
+        "",
+        f"- plan: `{identity}`",
+        f"- {len(shards)} files of tensors, {size:,} bytes",
+        *(f"- `{name}`: {what}" for name, what in known.items() if name in files),
+        "",
+        "To make a sample of its tensors again and compare, with the number of this pull request in place of N:",
+        "",
+        f"    merger verify hf://{repo}@refs/pr/N",
+    ]
+    return "\n".join(lines)

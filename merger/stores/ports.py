@@ -6,14 +6,18 @@ A run reads tensors through a Reader, which is told beforehand what will be read
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from merger.checkpoints.shard import Outlet, Written
 from merger.errors import DamagedError, ModelError, Problem
+from merger.models.formats.safetensors import Outlet, WrittenShard
+from merger.safety import secrets
 from merger.safety.limits import Limit, excess
+
+HUB = "hf://"
+"""What stands before the name of a repo."""
 
 PIECE_BYTES = 4 << 20
 """How much of a file that is copied is held at once."""
@@ -204,7 +208,7 @@ class Taker(Protocol):
             UploadError: the destination refuses.
         """
 
-    def take(self, shard: Written, note: str = "") -> None:
+    def take(self, shard: WrittenShard, note: str = "") -> None:
         """Take over a finished shard, whose bytes went into the place that was opened under its name.
 
         Args:
@@ -236,7 +240,7 @@ class Sink(Taker, Protocol):
             UploadError: something else is there, or we may not write.
         """
 
-    def held(self) -> Mapping[str, Written]:
+    def held(self) -> Mapping[str, WrittenShard]:
         """The shards by name that a run of this identity finished before."""
 
     def reserve(self, needed: int) -> None:
@@ -315,3 +319,96 @@ class Sink(Taker, Protocol):
         Raises:
             UploadError: a run is at work there, or we may not write.
         """
+
+
+# ---- content --------------------------------------------------------------------------------------------------------
+
+
+HELD_BYTES = 32 << 20
+"""So much of files that are taken over is read at once: one request each, and not two."""
+
+
+def taken(files: Iterable[tuple[Located, str]], store: Store, checksum: Callable[[Located, str], str]) -> list[Content]:
+    """What some files hold: those that are small at once, the others as copies.
+
+    Args:
+        files: models and the names of their files.
+        store: where the models are.
+        checksum: finds out the SHA-256 of a model's file.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    found: list[Content] = []
+    left = HELD_BYTES
+    for model, file in files:
+        size = model.files[file].size
+        if size <= min(left, PIECE_BYTES):
+            left -= size
+            found.append(store.fetch(model, file, 0, size))
+        else:
+            found.append(Copy(store, model, file, checksum(model, file)))
+    return found
+
+
+def bytes_of(content: Content) -> bytes:
+    """All of it at once; for what is known to be small.
+
+    Raises:
+        ModelError, DamagedError: as `Copy.pieces` does.
+    """
+    return content if isinstance(content, bytes) else b"".join(content.pieces())
+
+
+def size_of(content: Content) -> int:
+    """In bytes."""
+    return len(content) if isinstance(content, bytes) else content.size
+
+
+def sha256_of(content: Content) -> str:
+    """As 64 hex digits."""
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else content.sha256
+
+
+def write(content: Content, target: Path) -> None:
+    """Make a file of it, and the folder that it is in.
+
+    Raises:
+        UploadError: a token stands in it.
+        ModelError, DamagedError: as `Copy.pieces` does.
+        OSError: the disk refuses.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as file:
+        for piece in secrets.passed(target.name, (content,) if isinstance(content, bytes) else content.pieces()):
+            file.write(piece)
+
+
+def readers(placed: Sequence[tuple[Store, Ticket]], budget: int) -> Reader:
+    """One reader of tickets that each have their own store; the stores share the budget."""
+    shares: dict[Store, list[Ticket]] = {store: [] for store, _ in placed}
+    places: list[tuple[Store, int]] = []
+    for store, ticket in placed:
+        places.append((store, len(shares[store])))
+        shares[store].append(ticket)
+    share = budget // max(1, len(shares))
+    return _Readers({store: store.reader(tickets, share) for store, tickets in shares.items()}, places)
+
+
+class _Readers:
+    """Sends each ticket to its own store's reader."""
+
+    def __init__(self, readers: dict[Store, Reader], places: Sequence[tuple[Store, int]]) -> None:
+        self._readers, self._places = readers, places
+
+    def read(self, ticket: int, offset: int, out: memoryview) -> None:
+        store, number = self._places[ticket]
+        self._readers[store].read(number, offset, out)
+
+    def repeatable(self, ticket: int) -> bool:
+        store, number = self._places[ticket]
+        return self._readers[store].repeatable(number)
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()

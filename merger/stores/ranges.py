@@ -25,14 +25,13 @@ from numpy.typing import NDArray
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError, ProtocolError, TimeoutError
 
-from merger import machine
+from merger import runtime
 from merger.errors import ModelError, Problem
-from merger.retries import PASSING, pause
-from merger.stores import patience
-from merger.stores.connections import Connections, chunks
-from merger.stores.digests import Beginnings, Digest, File
-from merger.stores.patience import asked_pause
+from merger.stores import http
+from merger.stores.http import Connections, asked_pause, chunks
 from merger.stores.ports import Located, Ticket
+from merger.stores.retries import PASSING, pause
+from merger.stores.uploads import Beginnings, Digest, File
 
 TRIES = 6
 CONNECTIONS = 8
@@ -79,7 +78,7 @@ class RangeClient:
                 if tries == TRIES:
                     what = f"{model.name}: {file} could not be read after {TRIES} tries ({_in_words(error)})"
                     hint = "the Hub or the network is in trouble: run it again"
-                    raise machine.lacking(error) or ModelError(Problem(what, hint=hint)) from None
+                    raise runtime.lacking(error) or ModelError(Problem(what, hint=hint)) from None
                 time.sleep(pause(tries, error.seconds if isinstance(error, _TryAgain) else 0.0))
 
     def _stream(self, model: Located, file: str, start: int, stop: int) -> Iterator[bytes]:
@@ -124,7 +123,7 @@ class RangeClient:
             "HEAD",
             address.url,
             headers=self._headers(address),
-            timeout=patience.TIMEOUT_SECONDS,
+            timeout=http.TIMEOUT_SECONDS,
             follow_redirects=False,
         )
         _raise_for(answer)
@@ -133,11 +132,11 @@ class RangeClient:
 
     def _headers(self, address: _Address) -> dict[str, str]:
         try:
-            who = {} if address.is_foreign else patience.headers_now(self._token)
+            who = {} if address.is_foreign else http.headers_now(self._token)
         except HfHubHTTPError as error:
-            if not patience.is_passing(error):
+            if not http.is_passing(error):
                 raise
-            raise _TryAgain(f"HTTP {patience.status_of(error)} for a new token", patience.asked(error)) from None
+            raise _TryAgain(f"HTTP {http.status_of(error)} for a new token", http.seconds_asked(error)) from None
         return who | {"Accept-Encoding": "identity"}
 
 
@@ -235,7 +234,7 @@ def _in_words(error: Exception) -> str:
         return "the connection broke off"
     if isinstance(error, TimeoutError):
         return "the connection stood still"
-    if isinstance(error, patience.UnreadableAnswer):
+    if isinstance(error, http.UnreadableAnswer):
         return "an answer that is none of the Hub's"
     return str(error) if isinstance(error, _TryAgain) else type(error).__name__
 

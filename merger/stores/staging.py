@@ -33,22 +33,28 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, OIDCError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 
-from merger.checkpoints.shard import Outlet, Written, file_sha256
-from merger.checkpoints.sidefiles import CARD_NAME, PICTURES, side_files
 from merger.errors import BudgetError, DamagedError, MissingError, Problem, UploadError, VerificationError
-from merger.machine import lacking
-from merger.retries import TRIES, pause
+from merger.models.formats.safetensors import Outlet, WrittenShard, file_sha256
+from merger.models.side_files import CARD_NAME, PICTURES, side_files
+from merger.runtime import lacking
 from merger.safety import secrets
 from merger.safety.limits import MEASURED
 from merger.safety.names import HINT, is_repo
-from merger.stores.content import write
-from merger.stores.hub import NO_ANSWER, no_token
-from merger.stores.patience import UnreadableAnswer, asked, headers_now, is_passing, patiently, status_of, understood
-from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, refuse_large
+from merger.stores.folder import Scratch, sweep
+from merger.stores.http import (
+    UnreadableAnswer,
+    headers_now,
+    is_passing,
+    patiently,
+    seconds_asked,
+    status_of,
+    understood,
+)
+from merger.stores.hub import NO_ANSWER, Results, description, no_token, shards_of
+from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, refuse_large, write
 from merger.stores.ranges import RangeClient
-from merger.stores.results import Results, description, shards_of
-from merger.stores.scratch import Scratch, sweep
-from merger.stores.sending import Destination, Files, Sending, files, refuse_no_streams, streams
+from merger.stores.retries import TRIES, pause
+from merger.stores.uploads import Destination, Files, Sending, plain_uploads, refuse_no_streams, streams
 
 _MODEL_FILE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|index\.json)$|^(adapter_)?config\.json$")
 _STAGING, _NOTES, _COPIES, _PULLS = "merge-staging/", "merge-notes/", "copies", "refs/pr/"
@@ -90,7 +96,7 @@ class HubSink:
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._under_way: set[Future[None]] = set()
         self._commits = Lock()
-        self._shards: dict[str, Written] = {}
+        self._shards: dict[str, WrittenShard] = {}
         self._noted: Located | None = None
         self._branch = self._identity = self._head = ""
         self._draft: int | None = None
@@ -114,7 +120,9 @@ class HubSink:
             self._old_files = tuple(item.rfilename for item in info.siblings or ())
             self._refuse_loss(is_private=bool(info.private))
             to = Destination(self._api, self.name, self._create_pr)
-            self._sending = patiently(lambda: streams(to, self._refusals) if self._stream else files(to, self._scratch))
+            self._sending = patiently(
+                lambda: streams(to, self._refusals) if self._stream else plain_uploads(to, self._scratch)
+            )
             self._uploads = ThreadPoolExecutor(self._sending.at_once, thread_name_prefix="upload")
             patiently(self._open_branch)
             self._shards = patiently(self._staged)
@@ -155,7 +163,7 @@ class HubSink:
     def _ending(self) -> str:
         return f"[{self._identity[:16]}]"
 
-    def _staged(self) -> dict[str, Written]:
+    def _staged(self) -> dict[str, WrittenShard]:
         """The shards that commits of ours put on the branch; it also has the files that main had when it was made."""
         titles = {item.title for item in self._api.list_repo_commits(self.name, revision=self._branch)}
         info = self._api.model_info(self.name, revision=self._branch, files_metadata=True)
@@ -169,7 +177,7 @@ class HubSink:
     def _title(self, message: str) -> str:
         return f"{message} {self._ending}"
 
-    def held(self) -> Mapping[str, Written]:
+    def held(self) -> Mapping[str, WrittenShard]:
         """The shards on the staging branch."""
         return dict(self._shards)
 
@@ -192,7 +200,7 @@ class HubSink:
 
     def check_card(self, text: str) -> None:
         """Ask the Hub; where it gives no answer, the commit will ask again."""
-        secrets.refuse({CARD_NAME: text})
+        secrets.refuse_tokens({CARD_NAME: text})
         try:
             ModelCard(text).validate()
         except (HfHubHTTPError, httpx.HTTPError):
@@ -206,12 +214,12 @@ class HubSink:
         self._settle(but=1)
         return self._sending.open(name)
 
-    def take(self, shard: Written, note: str = "") -> None:
+    def take(self, shard: WrittenShard, note: str = "") -> None:
         """Upload the shard while what follows is made."""
         self._shards[shard.name] = shard
         self._under_way.add(self._uploads.submit(self._stage, shard, note))
 
-    def _stage(self, shard: Written, note: str) -> None:
+    def _stage(self, shard: WrittenShard, note: str) -> None:
         """The note goes into the same commit, so that there is none without the other; it never reaches main."""
         additions = [self._sending.shard(shard)]
         if note:
@@ -256,7 +264,7 @@ class HubSink:
             for shard in self._shards.values():
                 self._copy(staged, shard, folder / shard.name)
 
-    def _copy(self, staged: Located, shard: Written, to: Path) -> None:
+    def _copy(self, staged: Located, shard: WrittenShard, to: Path) -> None:
         with to.open("wb", buffering=0) as file:
             for start in range(0, shard.size, _COPY_BYTES):
                 part = bytearray(min(_COPY_BYTES, shard.size - start))
@@ -307,7 +315,7 @@ class HubSink:
         """One commit on main, if main is still what was seen; that commit's name makes the title one of its kind."""
         self._head = self._identity = seen.commit or ""
         with self._refusals():
-            self._sending = patiently(lambda: files(Destination(self._api, self.name), self._scratch))
+            self._sending = patiently(lambda: plain_uploads(Destination(self._api, self.name), self._scratch))
             commit = self._commit([self._small(*file) for file in small.items()], message, "main")
         self._clean()
         return Published(f"{constants.ENDPOINT}/{self.name}", commit.oid)
@@ -343,7 +351,7 @@ class HubSink:
         """The one place where small files leave. What is copied lies on this disk until the commit is made."""
         headers_now(self._api.token)  # by now the client may have renewed its token
         if isinstance(content, bytes):
-            secrets.refuse({name: content})
+            secrets.refuse_tokens({name: content})
             return self._sending.small(name, content)
         path = self._scratch.folder() / _COPIES / name
         write(content, path)
@@ -361,7 +369,7 @@ class HubSink:
         names = [operation.path_in_repo for operation in operations]
         shards = list(self._shards.values())
         about = description(self.name, self._identity, shards, names) if on_main and self._create_pr else None
-        secrets.refuse({"the commit's message": f"{title}\n{about}"})
+        secrets.refuse_tokens({"the commit's message": f"{title}\n{about}"})
         tries = 0
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
         while True:
@@ -392,7 +400,7 @@ class HubSink:
                     return done
                 if tries == TRIES:
                     raise
-                time.sleep(pause(tries, asked(error)))
+                time.sleep(pause(tries, seconds_asked(error)))
 
     def _found(self, title: str, branch: str) -> CommitInfo | None:
         """The commit that we made, or the pull request; on main the newest: an older one is an earlier merge's."""

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from architectures.cases import Case
-from merger.checkpoints.architecture import Architecture
 from merger.errors import MergerError
+from merger.models.architecture import Architecture
 
 
 @dataclass(frozen=True)

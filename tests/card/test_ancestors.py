@@ -18,8 +18,8 @@ from waiting import HANGS_SECONDS
 from merger.card.ancestors import GENERATIONS, Family, Member, family
 from merger.errors import GatedError, MissingError, ModelError, Problem
 from merger.methods.registry import methods
-from merger.options import Options
-from merger.planning import plan, read
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 from merger.stores.ports import FileInfo, Located
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -170,7 +170,7 @@ def of(tmp_path: Path, hub: Cards | None, seconds: float = HANGS_SECONDS, **meta
     tiny.model(tmp_path / "deep" / "one", 1)
     with_card(tiny.model(tmp_path / "deep" / "two", 2), **metadata)
     (tmp_path / "mine.yaml").write_text(LINEAR.format(tmp_path / "deep" / "one", tmp_path / "deep" / "two"))
-    planned, store = plan(read(tmp_path / "mine.yaml"), Options())
+    planned, store = plan(read_recipe(tmp_path / "mine.yaml"), Options())
     return family(planned, "merged", methods(), store, hub, seconds)
 
 

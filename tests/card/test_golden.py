@@ -16,9 +16,9 @@ from loopback.cards import problems
 
 from merger.card.relations import Relation, Relations
 from merger.card.render import render
+from merger.lock.lock import lock
 from merger.methods.registry import methods
-from merger.plan.lock import lock
-from merger.plan.plan import Budget, Plan, plan
+from merger.planning.plan import Budget, Plan, make_plan
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Located
@@ -100,7 +100,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(recipe: str, root: Path) -> Plan:
     """What a recipe makes of those."""
-    return plan(lock(parse(recipe, "recipe.yaml", methods()), Hub(root)), methods(), Budget())
+    return make_plan(lock(parse(recipe, "recipe.yaml", methods()), Hub(root)), methods(), Budget())
 
 
 def test_there_are_ten_of_all_forms() -> None:

@@ -15,8 +15,8 @@ from markdown_it import MarkdownIt
 from merger.card.relations import Relation, Relations
 from merger.card.render import render
 from merger.methods.registry import methods
-from merger.options import Options
-from merger.planning import plan, read
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 from merger.safety.text import visible
 
 PLAIN = "plain"
@@ -92,7 +92,7 @@ def card(template: str | None = None, **others: str) -> tuple[dict[str, Any], Sk
     parts = {"lineage": said["measured"], "pictures": {"lineage": {"alt": said["measured"], "place": "a.png"}},
              "evaluation": {"columns": [said["measured"]], "rows": [[said["measured"]]], "note": said["measured"]},
              }  # fmt: skip
-    planned = plan(read(Path("mine.yaml")), Options())[0]
+    planned = plan(read_recipe(Path("mine.yaml")), Options())[0]
     made = render(planned, methods(), said["title"], Relations((row,), (row,), (said["measured"],)), parts)
     assert problems(made) == ([], [])
     _, front, body = made.split("---\n", 2)

@@ -9,14 +9,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from merger.card.layers import OUTSIDE, Parameter, parameters, tracks
+from merger.card.relations import OUTSIDE, Parameter, parameters, tracks
 from merger.engine.execute import Observed
 from merger.methods.registry import methods
-from merger.options import Options
-from merger.plan.geometry import Geometry
-from merger.plan.plan import Plan
-from merger.planning import plan, read
-from merger.run import run
+from merger.planning.geometry import Geometry
+from merger.planning.plan import Plan
+from merger.run.options import Options
+from merger.run.pipeline import run
+from merger.run.prepare import plan, read_recipe
 
 STACK = "model.layers"
 TASK = """\
@@ -32,7 +32,7 @@ def merged(tmp_path: Path, text: str) -> tuple[Plan, dict[str, Geometry]]:
         tiny.model(tmp_path / name, seed, dtype=torch.float32)
     (tmp_path / "mine.yaml").write_text(text.format(tmp_path))
     options = Options(to=str(tmp_path / "out"))
-    planned, store = plan(read(tmp_path / "mine.yaml"), options)
+    planned, store = plan(read_recipe(tmp_path / "mine.yaml"), options)
     events = [event for event in run(planned, store, options) if isinstance(event, Observed)]
     return planned, {event.job.name: event.geometry for event in events}
 
@@ -81,7 +81,7 @@ def in_force(tmp_path: Path, text: str, layers: int = 3) -> dict[str, Parameter]
     for seed, name in enumerate(("base", "one", "two")):
         tiny.model(tmp_path / name, seed, layers=layers)
     (tmp_path / "mine.yaml").write_text(text.format(tmp_path))
-    planned, _ = plan(read(tmp_path / "mine.yaml"), Options())
+    planned, _ = plan(read_recipe(tmp_path / "mine.yaml"), Options())
     return {parameter.name: parameter for parameter in parameters(planned, methods())}
 
 

@@ -12,19 +12,20 @@ import pytest
 import tiny
 import yaml
 
-from merger import console, markdown
 from merger.card.licences import Judgement, judge, keys, proposed, stated
 from merger.card.licences import _named as named
 from merger.card.relations import Relations
 from merger.card.render import render
 from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind
+from merger.cli import markdown
+from merger.cli import text as console
 from merger.errors import MergerError, MismatchError, RecipeError
 from merger.methods.registry import methods
-from merger.options import Options
-from merger.plan.plan import Plan
-from merger.planning import plan, read
+from merger.planning.plan import Plan
 from merger.recipe.model import Publish
-from merger.run import Done, run
+from merger.run.options import Options
+from merger.run.pipeline import Done, run
+from merger.run.prepare import plan, read_recipe
 
 Planned = Callable[..., Plan]
 
@@ -54,7 +55,7 @@ def planned(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
         recipe = {"merge_method": "linear", "models": [{"model": "./one"}, {"model": "./two"}],
                   "parameters": {"weight": 1}, **({"publish": publish} if publish else {})}  # fmt: skip
         Path("mine.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        return plan(read(Path("mine.yaml")), Options(to=to))[0]
+        return plan(read_recipe(Path("mine.yaml")), Options(to=to))[0]
 
     return make
 
@@ -277,7 +278,7 @@ def test_files_that_licences_ask_to_be_passed_on(planned: Planned, tmp_path: Pat
             (tmp_path / name / file).parent.mkdir(exist_ok=True)
             (tmp_path / name / file).write_text(text)
     options = Options(to=str(tmp_path / "out"))
-    made, store = plan(read(Path("mine.yaml")), options)
+    made, store = plan(read_recipe(Path("mine.yaml")), options)
     *_, done = run(made, store, options)
     assert isinstance(done, Done)
     out = tmp_path / "out"

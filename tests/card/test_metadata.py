@@ -18,8 +18,8 @@ from merger.card.metadata import front_matter
 from merger.card.relations import Relations
 from merger.card.render import render
 from merger.methods.registry import methods
-from merger.options import Options
-from merger.planning import plan, read
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 RECIPE = """\
 merge_method: task_arithmetic
@@ -56,7 +56,7 @@ def metadata(folder: str, recipe: str) -> tuple[dict[str, Any], str]:
 
     os.chdir(folder)
     Path("mine.yaml").write_text(recipe)
-    card = render(plan(read(Path("mine.yaml")), Options())[0], methods(), "org/x", Relations((), (), ()))
+    card = render(plan(read_recipe(Path("mine.yaml")), Options())[0], methods(), "org/x", Relations((), (), ()))
     return yaml.safe_load(card.split("---\n", 2)[1]), card
 
 

@@ -16,8 +16,8 @@ from merger.card.relations import Relations
 from merger.card.render import render
 from merger.errors import RecipeError
 from merger.methods.registry import methods
-from merger.options import Options
-from merger.planning import plan, read
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 from merger.safety.apart import Bounds
 
 RECIPE = """\
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def body(template: str, name: str = "org/a_b") -> str:
     """The card of a recipe with this value for publish.template, below its metadata."""
     Path("mine.yaml").write_text(RECIPE % template)
-    planned = plan(read(Path("mine.yaml")), Options())[0]
+    planned = plan(read_recipe(Path("mine.yaml")), Options())[0]
     return render(planned, methods(), name, Relations((), (), ())).split("---\n", 2)[2]
 
 
@@ -99,7 +99,7 @@ def _body(folder: str, recipe: str) -> str:
 
     os.chdir(folder)
     Path("mine.yaml").write_text(recipe)
-    planned = plan(read(Path("mine.yaml")), Options())[0]
+    planned = plan(read_recipe(Path("mine.yaml")), Options())[0]
     return render(planned, methods(), "org/a_b", Relations((), (), ())).split("---\n", 2)[2]
 
 

@@ -15,15 +15,15 @@ import pytest
 import tiny
 from PIL import Image
 
-from merger.card import plots
 from merger.card.ancestors import Family, Member
-from merger.card.canvas import Picture
-from merger.card.layers import OUTSIDE, Apart, Line, Parameter, Track
-from merger.card.plots import movement_plot, settings_plot
-from merger.card.portrait import columns, portrait
-from merger.options import Options
-from merger.planning import plan, read
-from merger.run import run
+from merger.card.pictures import movement as plots
+from merger.card.pictures.canvas import Picture
+from merger.card.pictures.lineage import columns, portrait
+from merger.card.pictures.movement import movement_plot, settings_plot
+from merger.card.relations import OUTSIDE, Apart, Line, Parameter, Track
+from merger.run.options import Options
+from merger.run.pipeline import run
+from merger.run.prepare import plan, read_recipe
 
 COMMIT = "0123456789" * 4
 KIN = Family(
@@ -112,7 +112,7 @@ def test_every_picture_of_a_card_lies_beside_it(tmp_path: Path) -> None:
     recipe.write_text(f"merge_method: slerp\nbase_model: {one}\nmodels: [{{model: {one}}}, {{model: {two}}}]\n"
                       "parameters: {t: [0.1, 0.9]}\n")  # fmt: skip
     options = Options(to=str(tmp_path / "out"))
-    list(run(*plan(read(recipe), options), options))
+    list(run(*plan(read_recipe(recipe), options), options))
     shown = re.findall(r"!\[(.+)\]\((pictures/\w+\.png)\)", (tmp_path / "out/README.md").read_text())
     assert [alt for alt, _ in shown] == [
         "Lineage of out: 2 models, 2 of them its parents",
@@ -150,7 +150,7 @@ def test_settings_of_the_user_do_not_count(monkeypatch: pytest.MonkeyPatch) -> N
 def test_no_window_and_no_pyplot() -> None:
     """A run on a server draws without a display."""
     code = (
-        "import sys; from merger.card.canvas import Picture; assert 'matplotlib' not in sys.modules; "
+        "import sys; from merger.card.pictures.canvas import Picture; assert 'matplotlib' not in sys.modules; "
         "Picture('x', '', lambda figure: None).files; print('matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

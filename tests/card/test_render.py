@@ -11,15 +11,15 @@ import tiny
 import yaml
 from plan.models import model
 
-from merger.card.lineage import lock_file
+from merger.card.facts import lock_file
 from merger.card.relations import Relations
 from merger.card.render import render
 from merger.methods.registry import methods
-from merger.options import Options
-from merger.plan.plan import Plan
-from merger.planning import plan, read
-from merger.stores.library import Library
+from merger.planning.plan import Plan
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 from merger.stores.ports import FileInfo
+from merger.stores.resolve import Library
 
 UNSEEN = Relations((), (), ())
 RECIPE = """\
@@ -47,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def planned_with_store(text: str) -> tuple[Plan, Library]:
     """The plan of a recipe in the working directory, and where its models are."""
     Path("mine.yaml").write_text(text)
-    return plan(read(Path("mine.yaml")), Options())
+    return plan(read_recipe(Path("mine.yaml")), Options())
 
 
 def planned(text: str) -> Plan:

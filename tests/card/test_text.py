@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from merger.card.text import address, code, escaped, fenced, literal, shell
+from merger.card.escape import code, escaped, fenced, link_address, literal, shell
 from merger.safety.text import visible
 
 MARKDOWN = MarkdownIt("gfm-like", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
@@ -92,4 +92,4 @@ def test_for_python_shells_and_links() -> None:
     """In code blocks text is quoted by the rules of what stands there; in links it cannot end the link."""
     assert literal('a"b\n') == '"a\\"b\\n"'
     assert shell("a b;'c\n") == "'a b;'\"'\"'c'"
-    assert address('https://x.y/a b)(<"') == "https://x.y/a%20b%29%28%3C%22"
+    assert link_address('https://x.y/a b)(<"') == "https://x.y/a%20b%29%28%3C%22"

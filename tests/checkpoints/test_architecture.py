@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from merger.checkpoints.architecture import (
+from merger.models.architecture import (
     DEFAULT,
     Architecture,
     Place,

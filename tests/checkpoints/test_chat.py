@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from merger.checkpoints.chat import built_in, template, with_template
-from merger.recipe.tokenizer import CHAT_TEMPLATES
+from merger.models.chat import built_in, template, with_template
+from merger.recipe.blocks.tokenizer import CHAT_TEMPLATES
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},

@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from merger.checkpoints.checkpoint import (
+from merger.errors import ModelError
+from merger.models.checkpoint import (
     ITEM_BYTES,
     MAX_HEADER,
     TensorInfo,
@@ -25,7 +26,6 @@ from merger.checkpoints.checkpoint import (
     stem,
     weight_files,
 )
-from merger.errors import ModelError
 
 lawful = settings(max_examples=150, deadline=None, derandomize=True)
 DTYPES = {

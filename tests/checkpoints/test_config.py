@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
-from merger.checkpoints.config import (
+from merger.models.config import (
     Config,
     Kind,
     Layer,

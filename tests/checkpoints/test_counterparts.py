@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from merger.checkpoints.counterparts import Shape, counterparts
+from merger.models.lora.counterparts import Shape, counterparts
 
 GEMMA = {
     "language_model.model.embed_tokens.weight": (40, 16),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from merger.checkpoints.licence_file import licence_files, licence_text, recognised
+from merger.models.licence import licence_files, licence_text, recognised
 
 
 @pytest.mark.parametrize(

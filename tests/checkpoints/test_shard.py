@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 
-from merger.checkpoints.checkpoint import ITEM_BYTES, header_length, read_header
-from merger.checkpoints.shard import ShardWriter, Written, header, index, shard_name
+from merger.models.checkpoint import ITEM_BYTES, header_length, read_header
+from merger.models.formats.safetensors import ShardWriter, WrittenShard, header, index, shard_name
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -44,7 +44,7 @@ class Out:
         return bytes((start + place) * 7 % 3 % 2 for place in range(self.nbytes))
 
 
-def write(path: Path, tensors: list[Out], data: list[bytes] | None = None) -> Written:
+def write(path: Path, tensors: list[Out], data: list[bytes] | None = None) -> WrittenShard:
     with path.open("wb", buffering=0) as file, ShardWriter(path.name, file, tensors) as writer:
         for part in [tensor.data for tensor in tensors] if data is None else data:
             writer.write(memoryview(part))
@@ -107,7 +107,7 @@ def test_size_and_hash_are_those_of_the_file(tmp_path: Path) -> None:
     pieces = [tensor.data[:1], b"", tensor.data[1:100], tensor.data[100:]]
     written = write(path, [tensor], pieces)
     content = path.read_bytes()
-    assert written == Written("m.safetensors", len(content), hashlib.sha256(content).hexdigest())
+    assert written == WrittenShard("m.safetensors", len(content), hashlib.sha256(content).hexdigest())
     assert write(tmp_path / "n.safetensors", [tensor]).sha256 == written.sha256
 
 

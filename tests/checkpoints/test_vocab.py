@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from vocabularies import BASE, sentencepiece, tokenizer
 
-from merger.checkpoints import vocab
-from merger.checkpoints.spelling import BYTES, PLAIN, SPACES, respelled, spelling
-from merger.checkpoints.vocab import Vocabulary, extended, read, rewritten
+from merger.models import vocabulary as vocab
+from merger.models.tokenizer_files import BYTES, PLAIN, SPACES, respelled, spelling
+from merger.models.vocabulary import Vocabulary, extended, read_vocabulary, rewritten
 
 WORDS = st.text("abc<>", min_size=1, max_size=4)
 
@@ -41,7 +41,7 @@ def test_ids_are_those_of_the_library(added: list[tuple[str, int]]) -> None:
     content = saved(tokenizer())
     record = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     content["added_tokens"] += [{"id": number, "content": token, **record} for token, number in added]
-    found = read({"tokenizer.json": text(content)})
+    found = read_vocabulary({"tokenizer.json": text(content)})
     assert found is not None
     assert found.ids == library_ids(text(content))
     assert list(found.ids) == list(dict.fromkeys([*BASE, *(token for token, _ in added)]))
@@ -54,7 +54,7 @@ def test_smaller_files_add_tokens() -> None:
         "tokenizer_config.json": text({"added_tokens_decoder": {"38": {"content": "<c>"}, "36": {"content": "<a>"}}}),
         "added_tokens.json": text({"<b>": 37}),
     }
-    found = read(files)
+    found = read_vocabulary(files)
     assert found is not None
     assert [found.ids[token] for token in ("<a>", "<b>", "<c>")] == [36, 37, 38]
     assert list(found.added) == ["<s>", "</s>", "<a>", "<b>", "<c>"]
@@ -76,7 +76,7 @@ def test_smaller_files_add_tokens() -> None:
 )
 def test_the_kinds_of_files(files: dict[str, Any], ids: dict[str, int] | None, written: str | None) -> None:
     """A map, a word a line, or pieces with scores; a SentencePiece model alone is not read."""
-    found = read({name: text(of) if isinstance(of, dict) else of.encode() for name, of in files.items()})
+    found = read_vocabulary({name: text(of) if isinstance(of, dict) else of.encode() for name, of in files.items()})
     assert (None if found is None else (found.ids, found.spelling)) == (None if ids is None else (ids, written))
 
 
@@ -108,7 +108,7 @@ DAMAGED = [
 def test_damaged_files_are_named(files: dict[str, Any], what: str) -> None:
     """Each says which file it is and what it lacks."""
     with pytest.raises(ValueError, match=f"^{re.escape(what)}"):
-        read({name: of if isinstance(of, bytes) else of.encode() for name, of in files.items()})
+        read_vocabulary({name: of if isinstance(of, bytes) else of.encode() for name, of in files.items()})
 
 
 def test_the_base_keeps_its_ids_and_others_tokens_follow() -> None:
@@ -144,12 +144,12 @@ def test_the_library_gives_the_promised_ids(extra: list[str]) -> None:
         ),
         "added_tokens.json": text({"<a>": 36, "<late>": 37}),
     }
-    base = read(files)
+    base = read_vocabulary(files)
     assert base is not None
     whole = extended(base, [], extra)
     made = {**files, **rewritten(files, whole.added.values())}
     assert library_ids(made["tokenizer.json"]) == whole.ids
-    assert read(made) == whole
+    assert read_vocabulary(made) == whole
     assert json.loads(made["added_tokens.json"]) == {
         token: number for token, number in whole.ids.items() if number >= len(BASE)
     }
@@ -202,7 +202,7 @@ def test_large_vocabularies() -> None:
         "tokenizer.json": text({"model": {"vocab": {word: number for number, word in enumerate(words[:size])},
                                           "merges": [[word[:2], word[2:]] for word in words[:size]]}})
     }  # fmt: skip
-    one, other = vocab.read(files), vocab.read(files)
+    one, other = vocab.read_vocabulary(files), vocab.read_vocabulary(files)
     assert one is not None
     assert other is not None
     whole = extended(one, [(other, size)], ["<x>"])
@@ -219,7 +219,7 @@ def test_pieces_of_a_sentencepiece_model(size: int) -> None:
         "added_tokens.json": text({"<b>": size + 1, "word0": 7}),
         "tokenizer_config.json": text({"added_tokens_decoder": {str(size): {"content": "<a>"}}}),
     }
-    found = read(files)
+    found = read_vocabulary(files)
     assert found is not None
     assert found.spelling == SPACES
     assert found.tokens == (*tokens, "<a>", "<b>")
@@ -232,8 +232,8 @@ def test_a_damaged_sentencepiece_model_is_no_crash(end: int, more: bytes) -> Non
     """Cut anywhere, with anything behind: read as far as it makes sense, or refused; what begins otherwise is none."""
     told = "read"
     try:
-        read({"tokenizer.model": sentencepiece()[:end] + more})
+        read_vocabulary({"tokenizer.model": sentencepiece()[:end] + more})
     except ValueError as error:
         told = str(error)
     assert re.match(r"read$|tokenizer\.model: it is no whole SentencePiece model$|its tokens .* have one id", told)
-    assert read({"tokenizer.model": b"IQ== 0\nIg== 1\n"}) is None
+    assert read_vocabulary({"tokenizer.model": b"IQ== 0\nIg== 1\n"}) is None

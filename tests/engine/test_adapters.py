@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merger.checkpoints.checkpoint import TensorInfo
-from merger.engine.sources import load
-from merger.plan import products
-from merger.plan.products import Added, LowRank
-from merger.plan.sources import Stored
+from merger.engine.readers import load_input
+from merger.models.checkpoint import TensorInfo
+from merger.planning.inputs import low_rank as products
+from merger.planning.inputs.base import Stored
+from merger.planning.inputs.low_rank import Added, LowRank
 
 
 @dataclass
@@ -47,7 +47,7 @@ def pieces(source: LowRank | Added, held: Held, cuts: Sequence[int]) -> Tensor:
     """The source's entries, block by block as the cuts lie."""
     entries = torch.Size(source.shape).numel()
     places = sorted({0, entries, *(cut % (entries + 1) for cut in cuts)})
-    made = [load(source, start, stop, torch.empty(stop - start), held) for start, stop in pairwise(places)]
+    made = [load_input(source, start, stop, torch.empty(stop - start), held) for start, stop in pairwise(places)]
     return torch.cat(made).view(source.shape)
 
 

@@ -17,9 +17,9 @@ import torch
 from merger.engine.execute import ShardDone, execute, tickets
 from merger.errors import MismatchError, ModelError
 from merger.methods.registry import methods
-from merger.options import Options
-from merger.planning import plan, read
-from merger.run import Done, run
+from merger.run.options import Options
+from merger.run.pipeline import Done, run
+from merger.run.prepare import plan, read_recipe
 from merger.stores.folder import FolderReader, FolderSink, FolderStore
 from merger.stores.ports import Ticket
 
@@ -53,7 +53,7 @@ def recipe(folder: Path, method: str, parents: Sequence[Path], extra: str = "") 
 def merge(path: Path, to: Path, **options: object) -> dict[str, str]:
     """Run the recipe; the checksum of each tensor's bytes."""
     chosen = replace(Options(to=str(to), force=True), **options)  # type: ignore[arg-type]
-    planned, store = plan(read(path), chosen)
+    planned, store = plan(read_recipe(path), chosen)
     *_, last = run(planned, store, chosen)
     assert isinstance(last, Done)
     return checksums(to)
@@ -174,7 +174,7 @@ def test_each_byte_is_transferred_once(method: str, parents: list[Path], tmp_pat
     """A method that reads a tensor several times is given it from a spool: the store is asked once for each byte."""
     path = recipe(tmp_path, method, parents)
     expected = merge(path, tmp_path / "near")
-    planned, _ = plan(read(path), Options(threads=2))
+    planned, _ = plan(read_recipe(path), Options(threads=2))
     store, sink = Afar(), FolderSink(tmp_path / "far")
     sink.prepare(planned.hash, 0)
     shards = [
@@ -192,7 +192,7 @@ def test_what_is_read_block_by_block_is_asked_for_side_by_side(
     method: str, abreast: bool, parents: list[Path], tmp_path: Path
 ) -> None:
     """A tensor's parents come in one turn, but where each is kept whole, one after the other."""
-    planned, _ = plan(read(recipe(tmp_path, method, parents)), Options())
+    planned, _ = plan(read_recipe(recipe(tmp_path, method, parents)), Options())
     asked = iter(tickets(planned, planned.shards, methods()))
     turns = [{next(asked).turn for _ in job.reads} for shard in planned.shards for job in shard.jobs]
     assert list(asked) == []
@@ -207,7 +207,7 @@ def test_a_file_that_shrinks_meanwhile_is_refused(parents: list[Path], tmp_path:
     path.write_text(f"merge_method: linear\nmodels: [{{model: {parent}}}, {{model: {parents[0]}}}]\n".replace(
         str(parents[0]), str(tiny.model(tmp_path / "second", 10))))  # fmt: skip
     options = Options(to=str(tmp_path / "out"))
-    planned, store = plan(read(path), options)
+    planned, store = plan(read_recipe(path), options)
     os.truncate(parent / "model.safetensors", 2_000)
     with pytest.raises(ModelError, match="became shorter while it was read"):
         list(run(planned, store, options))

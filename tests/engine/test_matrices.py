@@ -20,10 +20,10 @@ from merging import merged
 from safetensors.torch import load_file
 from torch import Tensor
 
-from merger.engine.blocks import blocks
+from merger.engine.runner import blocks
 from merger.methods.registry import methods
-from merger.plan.plan import Plan
-from merger.plan.work import memory
+from merger.planning.budget import thread_memory
+from merger.planning.plan import Plan
 
 OWN = {"knots": {"density": 0.5}}
 ALL = sorted(name for name, method in methods().items() if method.unit == "matrix")
@@ -92,4 +92,4 @@ def test_a_stack_takes_the_memory_of_one_expert(method: str, tmp_path: Path) -> 
     jobs, table = {job.name: job for job in planned.jobs}, methods()
     stack, alone = jobs[STACK], jobs[f"{LAYER}mlp.experts.0.w1.weight"]
     assert [block.stop - block.start for block in blocks(stack, table[method])] == [math.prod(alone.shape)] * 40
-    assert memory(stack, table) == memory(alone, table)
+    assert thread_memory(stack, table) == thread_memory(alone, table)

@@ -34,7 +34,7 @@ import sys
 
 import ray
 
-from merger.cli import main
+from merger.cli.commands import main
 
 ray.init(
     num_cpus=4, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False,

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merger.checkpoints.checkpoint import TensorInfo
 from merger.engine.pursuit import Atoms, pursue
-from merger.engine.sources import load
-from merger.plan.rows import ALL_ROWS, Numbers, Pursuit, RowMap, RowPairs, Rows
-from merger.plan.sources import Stored
+from merger.engine.readers import load_input
+from merger.models.checkpoint import TensorInfo
+from merger.planning.inputs.base import Stored
+from merger.planning.inputs.rows import ALL_ROWS, Numbers, Pursuit, RowMap, RowPairs, Rows
 
 
 class Tables:
@@ -79,8 +79,8 @@ def test_any_part_of_mapped_rows_is_what_the_map_says(
     stop = data.draw(st.integers(start + 1, len(whole)))
     step = data.draw(st.integers(1, 3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merger.engine.rows.CHUNK_ENTRIES", chunk)
-        found = load(source, start, stop, torch.empty(len(whole)), held, step)
+        patch.setattr("merger.engine.stored.CHUNK_ENTRIES", chunk)
+        found = load_input(source, start, stop, torch.empty(len(whole)), held, step)
     torch.testing.assert_close(found, whole[start:stop][-start % step :: step], rtol=1e-6, atol=1e-6)
 
 
@@ -157,10 +157,10 @@ def test_pursued_rows_stand_among_the_known_ones(block: int) -> None:
     pairs = RowPairs(np.arange(30), np.arange(30), np.arange(30, 200), np.arange(30, 200))
     source = Pursuit(known, held.stored[1], pairs, k=4)
     parts = [
-        load(source, start, min(start + block, 1200), torch.empty(block), held).clone()
+        load_input(source, start, min(start + block, 1200), torch.empty(block), held).clone()
         for start in range(0, 1200, block)
     ]
     found = torch.cat(parts).view(200, 6)
     torch.testing.assert_close(found[:30], own, rtol=0, atol=0)
     torch.testing.assert_close(found[30:], mixed @ own, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found.reshape(-1), load(source, 0, 1200, torch.empty(1200), Tables(own, theirs)))
+    assert torch.equal(found.reshape(-1), load_input(source, 0, 1200, torch.empty(1200), Tables(own, theirs)))

@@ -12,8 +12,8 @@ import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from merger.methods._ops import Rng
 from merger.methods.registry import Method, Param, Range, declared
+from merger.methods.steps.arithmetic import Rng
 
 KINDS = ("normal", "heavy", "sparse", "few values", "zeros")
 TOLERANCES = (0.0, 1e-8, 1e-5, 1e-2)

@@ -8,22 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from merger.methods._ops import Rng
-from merger.methods.breadcrumbs import breadcrumbs, breadcrumbs_ties
-from merger.methods.dare import dare_linear, dare_ties
-from merger.methods.della import della, della_linear, keep_by_rank
-from merger.methods.linear import linear
-from merger.methods.passthrough import passthrough
-from merger.methods.ram import measure as measure_ram
-from merger.methods.ram import ram, ramplus_tl
+from merger.methods.averaging import linear, passthrough
+from merger.methods.consensus import measure_ram, measure_sce, ram, ramplus_tl, sce
 from merger.methods.registry import declared, methods
-from merger.methods.sce import measure as measure_sce
-from merger.methods.sce import sce
-from merger.methods.slerp import measure as measure_angle
-from merger.methods.slerp import slerp
-from merger.methods.task_arithmetic import task_arithmetic
-from merger.methods.ties import measure as measure_trim
-from merger.methods.ties import ties
+from merger.methods.sparsify import (
+    breadcrumbs,
+    breadcrumbs_ties,
+    dare_linear,
+    dare_ties,
+    della,
+    della_linear,
+    keep_by_rank,
+)
+from merger.methods.spherical import measure_slerp, slerp
+from merger.methods.steps.arithmetic import Rng
+from merger.methods.task_vectors import measure_ties, task_arithmetic, ties
 
 from .oracles import della_probability
 
@@ -124,14 +123,14 @@ def test_slerp_takes_the_angle_of_whole_tensors() -> None:
 
 def test_slerp_reads_nothing_for_an_endpoint() -> None:
     """Where the result is one of the tensors, no angle is measured."""
-    assert measure_angle(iter(()), t=0.0) is None
-    assert measure_angle(iter(()), t=1.0) is None
+    assert measure_slerp(iter(()), t=0.0) is None
+    assert measure_slerp(iter(()), t=1.0) is None
 
 
 def test_slerp_gives_an_endpoint_to_the_bit_whatever_was_measured() -> None:
     """An angle measured for another t leaves t = 0 the first tensor, negative zeros too."""
     a, b = entries(1, -0.0), entries(0, 1)
-    result = slerp([a, b], t=0.0, measured=measure_angle([[a, b]], t=0.5))
+    result = slerp([a, b], t=0.0, measured=measure_slerp([[a, b]], t=0.5))
     assert math.copysign(1, float(result[1])) == -1
 
 
@@ -212,7 +211,7 @@ def test_ties_rescales_by_l1_norms() -> None:
 
 def test_ties_measures_one_pass_a_need() -> None:
     """With density 1 no block is read, whether or not it rescales."""
-    trim = measure_trim(iter(()), density=[1.0, 1.0], rescale=True)
+    trim = measure_ties(iter(()), density=[1.0, 1.0], rescale=True)
     assert trim.thresholds == (0.0, 0.0)
     assert trim.factors == (1.0, 1.0)
 

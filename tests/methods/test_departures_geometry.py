@@ -9,18 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from merger.methods import arcee_fusion as fusion
-from merger.methods import model_stock as stock
-from merger.methods import nuslerp as arcs
-from merger.methods._ops import quartiles
-from merger.methods._rows import column_dots, row_dots, whole_dots
-from merger.methods.arcee_fusion import arcee_fusion
-from merger.methods.model_stock import model_stock
-from merger.methods.nearswap import nearswap
-from merger.methods.nuslerp import nuslerp
+from merger.methods import averaging as stock
+from merger.methods import importance as fusion
+from merger.methods import spherical as arcs
+from merger.methods.averaging import model_stock
+from merger.methods.importance import arcee_fusion
 from merger.methods.registry import methods
-from merger.methods.slerp import slerp
-from merger.methods.spherical import karcher, measure_karcher, measure_multislerp, multislerp
+from merger.methods.spherical import karcher, measure_karcher, measure_multislerp, multislerp, nearswap, nuslerp, slerp
+from merger.methods.steps.rows import column_dots, row_dots, whole_dots
+from merger.methods.steps.select import quartiles
 
 from .test_departures import entries, normal
 
@@ -125,10 +122,10 @@ def test_nuslerp_follows_the_arc_between_nearly_parallel_vectors() -> None:
 
 def test_nuslerp_reads_nothing_that_it_does_not_need() -> None:
     """Row by row, and at an endpoint, no block is asked for beforehand; else one walk."""
-    assert arcs.measure(iter(()), [1, 0]) is None
-    assert arcs.measure(iter(()), [1, 1], nuslerp_flatten=False) is None
+    assert arcs.measure_nuslerp(iter(()), [1, 0]) is None
+    assert arcs.measure_nuslerp(iter(()), [1, 1], nuslerp_flatten=False) is None
     blocks = Walked([normal(1, 3, 4), normal(2, 3, 4)], [normal(3, 2, 4), normal(4, 2, 4)])
-    arcs.measure(blocks, [1, 1])
+    arcs.measure_nuslerp(blocks, [1, 1])
     assert blocks.walks == 1
 
 
@@ -311,7 +308,7 @@ def test_arcee_fusion_takes_the_quartiles_of_all_entries() -> None:
     ordered = np.sort(importances(a.double().numpy(), b.double().numpy()).ravel())
     low, median, high = (ordered[(ordered.size - 1) * part // 4] for part in (1, 2, 3))
     expected = median + 1.5 * (high - low)
-    found = {fusion.measure([[a[:cut], b[:cut]], [a[cut:], b[cut:]]]) for cut in (1, 52, 299)}
+    found = {fusion.measure_arcee_fusion([[a[:cut], b[:cut]], [a[cut:], b[cut:]]]) for cut in (1, 52, 299)}
     assert len(found) == 1
     assert found.pop() == pytest.approx(expected, rel=1e-6)
 
@@ -392,7 +389,7 @@ def test_model_stock_in_float64_finds_a_small_cosine() -> None:
     other = (1e-3 * one.double() / one.double().norm() + across / across.norm()).float()
     cosine = float(one.double() @ other.double() / one.double().norm() / other.double().norm())
     assert cosine == pytest.approx(1e-3, rel=1e-3)
-    found = stock.measure([[one[None], other[None]]])
+    found = stock.measure_model_stock([[one[None], other[None]]])
     assert found == pytest.approx(2 * cosine / (1 + cosine), rel=1e-6)
 
 
@@ -411,7 +408,7 @@ def test_model_stock_of_an_untouched_tensor_is_the_base() -> None:
 
 def test_model_stock_reads_nothing_for_rows() -> None:
     """With filter_wise each block holds what it needs."""
-    assert stock.measure(iter(()), filter_wise=True) is None
+    assert stock.measure_model_stock(iter(()), filter_wise=True) is None
 
 
 # What they share

@@ -7,12 +7,9 @@ import math
 import pytest
 import torch
 
-from merger.methods.emr import emr
-from merger.methods.expo import expo
-from merger.methods.magmax import magmax
-from merger.methods.pcb import measure as measure_balance
-from merger.methods.pcb import pcb
-from merger.methods.tall_masks import consensus_ta, consensus_ties
+from merger.methods.consensus import consensus_ta, consensus_ties
+from merger.methods.importance import measure_pcb, pcb
+from merger.methods.task_vectors import emr, expo, magmax
 
 from .test_departures import entries, normal
 
@@ -130,8 +127,8 @@ def test_pcb_of_density_0_is_the_base() -> None:
 def test_pcb_measures_the_same_however_the_tensor_is_cut() -> None:
     """Spans are exact, means are summed in float64."""
     one, other = normal(1, 1000), normal(2, 1000)
-    whole = measure_balance([[one, other]], density=[0.1, 0.3])
-    cut = measure_balance([[one[:300], other[:300]], [one[300:], other[300:]]], density=[0.1, 0.3])
+    whole = measure_pcb([[one, other]], density=[0.1, 0.3])
+    cut = measure_pcb([[one[:300], other[:300]], [one[300:], other[300:]]], density=[0.1, 0.3])
     assert whole.spans == cut.spans
     assert whole.intra == pytest.approx(cut.intra, rel=1e-15)
     assert whole.thresholds == cut.thresholds

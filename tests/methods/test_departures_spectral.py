@@ -10,14 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from merger.methods import _spectral
-from merger.methods.boosting import subspace_boosting
-from merger.methods.isotropic import iso_c, iso_cts
-from merger.methods.knots import knots
 from merger.methods.registry import methods
-from merger.methods.svc import svc
-from merger.methods.ties import ties
-from merger.methods.tsvm import tsvm
+from merger.methods.spectral import iso_c, iso_cts, svc, tsvm
+from merger.methods.steps import decompose as _spectral
+from merger.methods.subspace import knots, subspace_boosting
+from merger.methods.task_vectors import ties
 
 from .test_departures import entries, normal
 
@@ -69,7 +66,7 @@ def test_signs_of_singular_vectors_do_not_matter(
         return values, vectors * signs
 
     monkeypatch.setattr(_spectral, "eigen", flipped)
-    monkeypatch.setattr("merger.methods.knots.eigen", flipped)
+    monkeypatch.setattr("merger.methods.subspace.eigen", flipped)
     assert torch.allclose(method(deltas), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thorough import THOROUGH
 
-from merger.methods.della import keep_by_rank
 from merger.methods.registry import Law, Method, methods
+from merger.methods.sparsify import keep_by_rank
 
 from .cases import Case, cases, cut_points
 from .oracles import ORACLES

@@ -7,8 +7,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from merger.methods._normal import normal, uniform
-from merger.methods._ops import Rng
+from merger.methods.steps.arithmetic import Rng
+from merger.methods.steps.random import normal, uniform
 
 ENDS = np.array([0, 2**64 - 1, 2**63, 2**63 - 1, 1 << 12], np.uint64)
 

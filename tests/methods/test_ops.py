@@ -13,19 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merger.methods import _ops, _select
-from merger.methods._ops import (
-    Rng,
-    band,
-    consensus,
-    dot_sums,
-    kth_magnitudes,
-    likely,
-    magnitude_sums,
-    magnitudes_at,
-    per_model,
-    trim,
-)
+from merger.methods.steps import arithmetic as _ops
+from merger.methods.steps import select as _select
+from merger.methods.steps.arithmetic import Rng, band, consensus, dot_sums, likely, magnitude_sums, per_model, trim
+from merger.methods.steps.select import kth_magnitudes, magnitudes_at
 
 from .cases import Blocks
 

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merger.checkpoints.checkpoint import ITEM_BYTES
+from merger.lock.lock import lock
+from merger.lock.locked import LockedRecipe
 from merger.methods.registry import methods
-from merger.plan.jobs import Job, Making, make
-from merger.plan.lock import lock
-from merger.plan.locked import LockedRecipe
-from merger.plan.plan import Budget, Plan, plan
+from merger.models.checkpoint import ITEM_BYTES
+from merger.planning.inputs.base import Job
+from merger.planning.jobs import JobSet, make_jobs
+from merger.planning.plan import Budget, Plan, make_plan
+from merger.planning.stage_model import StagedRecipe
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Store
@@ -73,12 +75,18 @@ def locked(recipe: str, store: Store | None = None) -> LockedRecipe:
     return lock(parse(recipe, "recipe.yaml", methods()), store or FolderStore())
 
 
-def making(recipe: str, store: Store | None = None) -> Making:
-    return make(locked(recipe, store), methods())
+def staged(recipe: str, store: Store | None = None) -> StagedRecipe:
+    """The same as a plan begins with, without stages."""
+    found = locked(recipe, store)
+    return StagedRecipe(found.recipe, found.models)
+
+
+def making(recipe: str, store: Store | None = None) -> JobSet:
+    return make_jobs(staged(recipe, store), methods())
 
 
 def planned(recipe: str, store: Store | None = None, seed: int | None = None, **budget: Any) -> Plan:
-    return plan(locked(recipe, store), methods(), Budget(**budget), seed)
+    return make_plan(locked(recipe, store), methods(), Budget(**budget), seed)
 
 
 def jobs(recipe: str) -> dict[str, Job]:

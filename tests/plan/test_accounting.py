@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from merger.errors import MismatchError
 from merger.methods.registry import methods
-from merger.plan.jobs import make
-from merger.plan.leftovers import left_out
+from merger.planning.jobs import make_jobs
+from merger.planning.unused_tensors import left_out
 
-from .models import Tensors, llama, locked, model, planned, write
+from .models import Tensors, llama, model, planned, staged, write
 
 EXTRAS: Tensors = {
     "v_head.weight": ("F32", (1, 8)),
@@ -74,9 +74,9 @@ def test_each_tensor_is_merged_copied_or_left_out_or_the_plan_is_refused(
             write(Path(root, name), held, num_hidden_layers=2, **({} if tie is None else {"tie_word_embeddings": tie}))
             for name, held, tie in (("one", one, one_tied), ("other", other, other_tied))
         ]
-        found = locked(recipe(*paths, method))
+        found = staged(recipe(*paths, method))
     try:
-        making = make(found, methods())
+        making = make_jobs(found, methods())
     except MismatchError as error:
         event("refused")
         assert not (same and one_tied is other_tied is not None) or any(d[0][:2] == "F8" for d in one.values())

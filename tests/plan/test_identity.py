@@ -12,26 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from merger.checkpoints.checkpoint import TensorInfo
-from merger.plan.jobs import Input, Job
-from merger.plan.products import Added, Difference, Factor, LowRank, MergedDeltas
-from merger.plan.rows import Pursuit, RowMap, RowPairs, Rows
-from merger.plan.sources import Dequantised, Drawn, Made, Noised, Routed, Source, Stacked, Stored, Zeros, ends
+from merger.models.checkpoint import TensorInfo
+from merger.planning.inputs.base import Input, Job, Operand, StageTensor, Stored, unpack
+from merger.planning.inputs.derived import Dequantised, Drawn, Noised, Routed, Stacked, Zeros
+from merger.planning.inputs.low_rank import Added, Difference, Factor, LowRank, MergedDeltas
+from merger.planning.inputs.rows import Pursuit, RowMap, RowPairs, Rows
 
 T = TensorInfo("a", "F32", (4, 2), "f.safetensors", 0, 32)
 ONE = Stored(1, T)
 TENSOR = '{"dtype": "F32", "file": "f.safetensors", "name": "a", "shape": [4, 2], "start": 0, "stop": 32}'
 STORED = f'{{"model": 1, "tensor": {TENSOR}}}'
-JOB = Job("b", "BF16", (4, 2), "linear", (Input(ONE, {"weight": 0.5}, 2),), None, {"normalize": 1.0}, "so")
+JOB = Job("b", "BF16", (4, 2), "linear", (Operand(ONE, {"weight": 0.5}, 2),), None, {"normalize": 1.0}, "so")
 NUMBERS = np.arange(3)
 NOISE = Drawn((4, 2), "normal", 0.1, 7, "b")
 LOW = LowRank(ONE, ONE, ONE, 2.0, True)
 ROWS = Rows((ONE,), RowMap(np.arange(4), np.zeros(3, np.int64), NUMBERS))
-MADE = Made(3, "b", 7, JOB)
+MADE = StageTensor(3, "b", 7, JOB)
 PAIRS = RowPairs(NUMBERS, NUMBERS, NUMBERS, NUMBERS)
 DIFFERENCE = f'{{"minuend": {STORED}, "subtrahend": {STORED}}}'
 DRAWN = '{"law": "normal", "seed": 7, "size": [4, 2], "spread": 0.1, "stream": "b"}'
-ENCODED: list[tuple[Source, str]] = [
+ENCODED: list[tuple[Input, str]] = [
     (ONE, STORED),
     (MADE, '{"name": "b", "seed": 7, "stage": 3}'),
     (
@@ -73,7 +73,7 @@ def plain(value: Any) -> str:
 
 
 @every_kind
-def test_the_words_of_a_kind_stay(source: Source, words: str) -> None:
+def test_the_words_of_a_kind_stay(source: Input, words: str) -> None:
     """A plan that was published is found again by them."""
     assert plain(source) == words
 
@@ -89,7 +89,7 @@ def test_the_words_of_a_job_stay() -> None:
     assert PAIRS.digest[:16] == "f8db38627ba3329e"
 
 
-def kinds(of: type[Source] = Source) -> list[type[Source]]:
+def kinds(of: type[Input] = Input) -> list[type[Input]]:
     return [kind for each in of.__subclasses__() for kind in (each, *kinds(each))]
 
 
@@ -101,8 +101,8 @@ def test_no_two_kinds_are_one() -> None:
 
 
 @every_kind
-def test_all_that_is_encoded_of_sources_are_children(source: Source, words: str) -> None:
+def test_all_that_is_encoded_of_sources_are_children(source: Input, words: str) -> None:
     """So that who walks the children finds all that is read; a stage's tensor is walked by its own job."""
     said = [value if isinstance(value, tuple) else (value,) for value in source.encode().values()]
-    assert [value for values in said for value in values if isinstance(value, Source)] == list(source.children)
-    assert all(isinstance(end, Stored | Made) for end in ends(source))
+    assert [value for values in said for value in values if isinstance(value, Input)] == list(source.children)
+    assert all(isinstance(end, Stored | StageTensor) for end in unpack(source))

@@ -10,8 +10,8 @@ from pathlib import Path
 import big
 import pytest
 
-from merger.options import Options
-from merger.planning import plan, read
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 PARENTS = 4
 
@@ -32,7 +32,7 @@ def test_a_large_model_is_planned_within_bounds(
     layout: big.Layout, tensors: int, files: int, numbers: int, tmp_path: Path
 ) -> None:
     """Three fine-tunes and their base: at most 6 GB of memory, two shards of disk on the way to the Hub."""
-    planned, _ = plan(read(recipe(tmp_path, layout)), Options(threads=8))
+    planned, _ = plan(read_recipe(recipe(tmp_path, layout)), Options(threads=8))
     assert len(list((tmp_path / "0").glob("*.safetensors"))) == files
     assert (len(planned.jobs), len(planned.shards), planned.entries) == (tensors, files, numbers)
     assert planned.read_bytes == PARENTS * 2 * numbers
@@ -43,10 +43,10 @@ def test_a_large_model_is_planned_within_bounds(
 def calls(folder: Path, layout: big.Layout) -> float:
     """How many functions are called to plan a merge, for each tensor of it and each file that is looked into."""
     path = recipe(folder, layout)
-    plan(read(path), Options())  # what is imported and looked up once is no part of it
+    plan(read_recipe(path), Options())  # what is imported and looked up once is no part of it
     profile = cProfile.Profile()
     profile.enable()
-    planned, _ = plan(read(path), Options())
+    planned, _ = plan(read_recipe(path), Options())
     profile.disable()
     counted: int = pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
     return counted / (len(planned.jobs) + PARENTS * len(planned.shards))

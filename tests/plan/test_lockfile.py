@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merger.errors import RecipeError
-from merger.plan.lock import Pin
-from merger.plan.locked import LockedRecipe
-from merger.plan.lockfile import Lock, Parent, changed_models, other_plan, read_lock
+from merger.lock.lock import Pin
+from merger.lock.locked import LockedRecipe
+from merger.planning.lockfile import Lock, Parent, changed_models, other_plan, read_lock
 from merger.stores.ports import FileInfo, Located
 
 from .models import locked, model, planned

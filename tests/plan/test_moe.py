@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from merger.errors import MergerError, MismatchError
-from merger.plan.plan import Plan
-from merger.plan.sources import Drawn, Noised, Routed, Stored, Zeros
+from merger.planning.inputs.base import Stored
+from merger.planning.inputs.derived import Drawn, Noised, Routed, Zeros
+from merger.planning.plan import Plan
 
 from .models import llama, planned, write
 

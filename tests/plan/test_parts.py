@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merger.checkpoints.checkpoint import TensorInfo
-from merger.plan.jobs import Input, Job
-from merger.plan.parts import Part, share
-from merger.plan.plan import Shard
-from merger.plan.sources import Stored
+from merger.models.checkpoint import TensorInfo
+from merger.planning.inputs.base import Job, Operand, Stored
+from merger.planning.plan import Part, Shard, share
 
 SIZES = st.lists(st.tuples(st.integers(0, 5_000), st.integers(1, 4)), max_size=24)
 """For each shard the entries of its one tensor, and how many models it is made of."""
@@ -22,7 +20,7 @@ def shards(sizes: Sequence[tuple[int, int]]) -> tuple[Shard, ...]:
     made = []
     for number, (entries, models) in enumerate(sizes):
         tensor = TensorInfo("t", "F32", (entries,), "f", 0, 4 * entries)
-        inputs = tuple(Input(Stored(model, tensor)) for model in range(models))
+        inputs = tuple(Operand(Stored(model, tensor)) for model in range(models))
         made.append(Shard(f"model-{number:05d}", (Job("t", "F32", (entries,), "linear", inputs),)))
     return tuple(made)
 

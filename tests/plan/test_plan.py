@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merger.checkpoints.checkpoint import ITEM_BYTES
-from merger.checkpoints.shard import header, index
 from merger.errors import BudgetError
-from merger.plan.plan import Budget, Plan
+from merger.models.checkpoint import ITEM_BYTES
+from merger.models.formats.safetensors import header, index
+from merger.planning.plan import Budget, Plan
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Located
 
@@ -216,8 +216,8 @@ def test_a_plan_is_plain_data(pair: str) -> None:
 PLAN_IT = """
 import json, sys
 from merger.methods.registry import methods
-from merger.plan.lock import lock
-from merger.plan.plan import Budget, plan
+from merger.lock.lock import lock
+from merger.planning.plan import Budget, make_plan as plan
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderStore
 found = plan(lock(parse(sys.stdin.read(), "r.yaml", methods()), FolderStore()), methods(), Budget(threads=2))

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merger.methods.registry import methods
-from merger.plan.plan import Plan
-from merger.plan.proof import MOST_BYTES, MOST_TENSORS, SHARE, draw, whole
+from merger.planning.plan import Plan
+from merger.verification.sample import MOST_BYTES, MOST_TENSORS, SHARE, draw, whole_tensor
 
 from .models import model, planned
 
@@ -36,7 +36,7 @@ def merge(folder: Path, method: str, *names: str) -> Plan:
 
 def cost(plan: Plan) -> int:
     """What it takes to compare everything."""
-    return sum(whole(shard.name, job).cost for shard in plan.shards for job in shard.jobs)
+    return sum(whole_tensor(shard.name, job).cost for shard in plan.shards for job in shard.jobs)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -15,9 +15,9 @@ import torch
 from vocabularies import BASE, model, sentencepiece, tokenizer
 
 from merger.errors import MergerError
-from merger.plan.plan import Plan
-from merger.plan.rows import Rows
-from merger.plan.sources import Stored
+from merger.planning.inputs.base import Stored
+from merger.planning.inputs.rows import Rows
+from merger.planning.plan import Plan
 
 from .models import planned
 
@@ -225,7 +225,7 @@ def test_a_large_union_is_planned_without_torch(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("merge_method: ties\nbase_model: base\nmodels: [{model: one}, {model: other}]\ntokenizer: {}\n")
     code = (
-        "import sys; from merger.cli import main; code = main(['plan', 'recipe.yaml']); "
+        "import sys; from merger.cli.commands import main; code = main(['plan', 'recipe.yaml']); "
         "sys.exit(code or ('torch' in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -11,9 +11,8 @@ import pytest
 from merger.methods.registry import methods
 from merger.recipe import mergekit
 from merger.recipe.mergekit import Point
-from merger.recipe.model import ModelRef, Recipe
+from merger.recipe.model import ModelRef, Recipe, Rule, Setting
 from merger.recipe.parse import parse
-from merger.recipe.settings import Rule, Setting
 
 Read = Callable[[str], Recipe]
 DOCS = Path(__file__).parents[2] / "docs" / "mergekit.md"

@@ -15,7 +15,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from merger.methods.registry import Method, methods
-from merger.recipe import mixture, parse, tokenizer
+from merger.recipe import parse
+from merger.recipe.blocks import mixture, tokenizer
 from merger.recipe.schema import schema
 
 from .conftest import WILD
@@ -211,7 +212,8 @@ def test_the_language_needs_neither_torch_nor_the_hub() -> None:
     """Importing the whole wing loads no torch, no huggingface_hub and no method."""
     code = (
         "import sys; "
-        "from merger.recipe import checks, model, parse, places, schema, settings, spans, tokenizer, values; "
+        "from merger.recipe import checks, model, parse, schema, spans, values; "
+        "from merger.recipe.blocks import tokenizer; "
         "sys.exit(', '.join({'torch', 'huggingface_hub', 'merger.methods'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merger.recipe.model import Recipe
-from merger.recipe.settings import Parameters, Rule, Setting, first_value
+from merger.recipe.model import Parameters, Recipe, Rule, Setting, first_value
 
 LAYER = "model.layers.3.mlp.up_proj.weight"
 

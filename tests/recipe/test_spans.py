@@ -19,7 +19,7 @@ from merger.recipe.spans import Mapping, Node, Scalar, Sequence
 
 def tree(text: str) -> Node:
     """The only document of a text that has no problems."""
-    documents = spans.read(text, "r.yaml")
+    documents = spans.read_nodes(text, "r.yaml")
     assert documents.problems == ()
     assert len(documents.roots) == 1
     return documents.roots[0]
@@ -41,7 +41,7 @@ def entries(node: Node) -> dict[str, spans.Entry]:
 
 def refusal(text: str) -> str:
     with pytest.raises(RecipeError) as caught:
-        spans.read(text, "r.yaml")
+        spans.read_nodes(text, "r.yaml")
     return str(caught.value)
 
 
@@ -101,16 +101,16 @@ def test_an_alias_stands_where_its_anchor_stands() -> None:
 
 def test_an_explicit_key_beside_a_merge_key_is_no_repetition() -> None:
     """Keys of the map itself win over merged ones, in whatever order they stand."""
-    documents = spans.read("a: &a {k: 1}\nb: {<<: *a, k: 2}\nc: {k: 3, <<: *a}\n", "r.yaml")
+    documents = spans.read_nodes("a: &a {k: 1}\nb: {<<: *a, k: 2}\nc: {k: 3, <<: *a}\n", "r.yaml")
     assert documents.problems == ()
     assert plain(documents.roots[0]) == {"a": {"k": 1}, "b": {"k": 2}, "c": {"k": 3}}
 
 
 def test_documents_that_hold_nothing_are_left_out() -> None:
     """A separator at the start or the end of a file makes no second document."""
-    assert len(spans.read("---\na: 1\n---\n# end\n", "r.yaml").roots) == 1
-    assert spans.read("# nothing\n", "r.yaml").roots == ()
-    assert len(spans.read("a: 1\n---\nb: 2\n", "r.yaml").roots) == 2
+    assert len(spans.read_nodes("---\na: 1\n---\n# end\n", "r.yaml").roots) == 1
+    assert spans.read_nodes("# nothing\n", "r.yaml").roots == ()
+    assert len(spans.read_nodes("a: 1\n---\nb: 2\n", "r.yaml").roots) == 2
 
 
 def test_a_billion_laughs_is_answered_at_once() -> None:
@@ -147,7 +147,7 @@ def test_a_hostile_text_is_answered_at_once(text: str, answer: str) -> None:
     """Neither depth, nor length, nor endless numbers take more than a moment or anything but a RecipeError."""
     start = time.process_time()
     try:
-        found = "\n".join(str(problem) for problem in spans.read(text, "r.yaml").problems)
+        found = "\n".join(str(problem) for problem in spans.read_nodes(text, "r.yaml").problems)
     except RecipeError as error:
         found = str(error)
     assert found
@@ -157,7 +157,7 @@ def test_a_hostile_text_is_answered_at_once(text: str, answer: str) -> None:
 
 def test_problems_that_do_not_hinder_reading_are_collected() -> None:
     """A repeated key, a number as a key and an unknown tag are all reported, and the rest is still read."""
-    documents = spans.read("a: 1\na: 2\n3: 4\nb: !x y\nc: 2024-02-31\nd: <<\n", "r.yaml")
+    documents = spans.read_nodes("a: 1\na: 2\n3: 4\nb: !x y\nc: 2024-02-31\nd: <<\n", "r.yaml")
     assert [problem.at and problem.at.line for problem in documents.problems] == [2, 3, 4, 5, 6]
     assert plain(documents.roots[0]) == {"a": 1, "b": "y", "c": "2024-02-31", "d": "<<"}
 
@@ -177,7 +177,7 @@ def test_characters_that_yaml_forbids(text: str) -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     """Whatever the text, the answer is a tree or a RecipeError."""
     try:
-        documents = spans.read(text, "r.yaml")
+        documents = spans.read_nodes(text, "r.yaml")
     except RecipeError as error:
         problems = error.problems
     else:
@@ -198,4 +198,4 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 )
 def test_values_are_called_by_yamls_words(value: Any, words: str) -> None:
     """A sentence about a value never names a type of Python."""
-    assert spans.kind(Scalar(value, Span("r.yaml", 1, 1))) == words
+    assert spans.node_kind(Scalar(value, Span("r.yaml", 1, 1))) == words

@@ -28,8 +28,8 @@ HURRY = 0.002
 
 def main() -> None:
     """Serve until the input ends."""
-    importlib.import_module("merger.cli")
-    for name in ("console", "run", "engine.execute", "engine.look", "stores.hub", "stores.staging"):
+    importlib.import_module("merger.cli.commands")
+    for name in ("cli.text", "run.pipeline", "engine.execute", "engine.geometry", "stores.hub", "stores.staging"):
         importlib.import_module(f"merger.{name}")
     importlib.import_module("forks").blank_pictures()
     _warm_up(json.loads(sys.stdin.readline()))
@@ -45,7 +45,7 @@ def main() -> None:
 
 def _warm_up(line: list[str]) -> None:
     """Run a command here: what Python and torch do when they do something for the first time is then done."""
-    code = importlib.import_module("merger.cli").main(line)
+    code = importlib.import_module("merger.cli.commands").main(line)
     assert (code, threading.active_count()) == (0, 1)
 
 
@@ -54,7 +54,7 @@ def _obey(order: dict[str, Any]) -> None:
     code = 70
     try:
         _settle_in(order)
-        code = importlib.import_module("merger.cli").main(order["line"])
+        code = importlib.import_module("merger.cli.commands").main(order["line"])
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
@@ -74,7 +74,7 @@ def _settle_in(order: dict[str, Any]) -> None:
         os.close(opened)
     os.environ["TMPDIR"] = order["temporary"]
     tempfile.tempdir = None
-    patience = importlib.import_module("merger.stores.patience")
+    patience = importlib.import_module("merger.stores.http")
     if order["timeout"]:
         patience.TIMEOUT_SECONDS = patience.ANSWER_SECONDS = order["timeout"]
     real = time.sleep
@@ -115,7 +115,7 @@ def _changes(event: str, arguments: tuple[Any, ...], places: tuple[str, str]) ->
 
 
 def _before_each_write(change: Callable[[str], None]) -> None:
-    shard = importlib.import_module("merger.checkpoints.shard")
+    shard = importlib.import_module("merger.models.formats.safetensors")
     real = shard.ShardWriter.write
 
     def write(self: Any, data: memoryview) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from merger.checkpoints.adapter import CONFIG, read_adapter
-from merger.checkpoints.checkpoint import TensorInfo
 from merger.errors import ModelError
+from merger.models.checkpoint import TensorInfo
+from merger.models.lora.adapter import CONFIG, read_adapter
 from merger.safety import expressions
 from merger.safety.apart import BeyondError, Bounds, call
 from merger.safety.expressions import compiles, first

@@ -19,18 +19,17 @@ import yaml
 from loopback import Client, LoopbackHub
 from merging import merged
 
-from merger.checkpoints.plain_yaml import load
-from merger.checkpoints.shard import file_sha256
 from merger.errors import MergerError, ModelError, RecipeError
-from merger.options import Options
-from merger.planning import plan, read
-from merger.published import open_merge
+from merger.models.formats.safetensors import file_sha256
+from merger.models.plain_yaml import load_yaml
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 from merger.safety import limits
 from merger.safety.limits import Limit
-from merger.stores.content import size_of, write
 from merger.stores.folder import FolderStore
-from merger.stores.library import Library
-from merger.stores.ports import Copy
+from merger.stores.ports import Copy, size_of, write
+from merger.stores.resolve import Library
+from merger.verification.published import open_merge
 
 MOST_HELD = 30_000_000
 """Bytes of Python's memory; the limits below are larger, or what is read is refused at once."""
@@ -77,7 +76,7 @@ def little() -> Iterator[None]:
 
 def planned(more: str = "") -> None:
     Path("mine.yaml").write_text(RECIPE % more)
-    plan(read(Path("mine.yaml")), Options())
+    plan(read_recipe(Path("mine.yaml")), Options())
 
 
 def with_template() -> None:
@@ -89,12 +88,12 @@ def with_tokens() -> None:
 
 
 def from_lock() -> None:
-    read(Path("a.lock.yaml"))
+    read_recipe(Path("a.lock.yaml"))
 
 
 def of_adapter() -> None:
     Path("mine.yaml").write_text("merge_method: linear\nadapters: [{model: ./lora}, {model: ./lora}]\n")
-    plan(read(Path("mine.yaml")), Options())
+    plan(read_recipe(Path("mine.yaml")), Options())
 
 
 FILES: tuple[tuple[str, Limit, Callable[[], None], int], ...] = (
@@ -112,7 +111,7 @@ FILES: tuple[tuple[str, Limit, Callable[[], None], int], ...] = (
     ("two/licences/MIT", limits.LICENCE, planned, 3),
     ("lora/adapter_config.json", limits.CONFIG, of_adapter, 3),
     ("own.md", limits.TEMPLATE, with_template, 2),
-    ("mine.yaml", limits.RECIPE, lambda: plan(read(Path("mine.yaml")), Options()) and None, 2),
+    ("mine.yaml", limits.RECIPE, lambda: plan(read_recipe(Path("mine.yaml")), Options()) and None, 2),
     ("mine.lock.yaml", limits.LOCK, planned, 2),
     ("a.lock.yaml", limits.LOCK, from_lock, 2),
     ("one/merger.lock.yaml", limits.LOCK, lambda: open_merge("./one", False) and None, 3),
@@ -278,7 +277,7 @@ def test_yaml_that_is_built_to_hurt_is_no_lock(kind: str) -> None:
     """It is counted before anything is made of it."""
     begun = time.process_time()
     with pytest.raises(ValueError):  # noqa: PT011
-        load(YAML[kind], limits.LOCK)
+        load_yaml(YAML[kind], limits.LOCK)
     assert time.process_time() - begun < 5
     Path("a.lock.yaml").write_text(YAML[kind])
     with pytest.raises(RecipeError):
@@ -288,8 +287,11 @@ def test_yaml_that_is_built_to_hurt_is_no_lock(kind: str) -> None:
 def test_yaml_as_locks_and_cards_have_it_is_read() -> None:
     """As PyYAML reads it."""
     text = "format: 1\nmodels:\n- {model: org/a, commit: null, files: []}\nx: &x [1, 2.5, yes]\ny: *x\n"
-    assert load(text, limits.LOCK) == yaml.safe_load(text)
-    assert load("language: no\nlicense: 1.10\n", limits.CARD, only_text=True) == {"language": "no", "license": "1.10"}
+    assert load_yaml(text, limits.LOCK) == yaml.safe_load(text)
+    assert load_yaml("language: no\nlicense: 1.10\n", limits.CARD, only_text=True) == {
+        "language": "no",
+        "license": "1.10",
+    }
 
 
 RECIPES = {
@@ -309,7 +311,7 @@ def test_a_short_recipe_that_is_built_to_hurt_is_refused_in_well_under_a_second(
     Path("mine.yaml").write_text(RECIPES[kind])
     begun = time.process_time()
     with pytest.raises(RecipeError):
-        read(Path("mine.yaml"))
+        read_recipe(Path("mine.yaml"))
     assert time.process_time() - begun < 3  # seconds of computing, 0.8 at most on a quiet machine
 
 
@@ -367,7 +369,7 @@ def test_side_files_count_in_a_plans_memory(folder: Path) -> None:
     """What is held of them while they are committed may be more than the tensors take."""
 
     def memory() -> int:
-        return plan(read(Path("mine.yaml")), Options())[0].peak_memory
+        return plan(read_recipe(Path("mine.yaml")), Options())[0].peak_memory
 
     before = memory()
     for number in range(60):

@@ -11,13 +11,13 @@ from huggingface_hub.utils import validate_repo_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merger.cli import main
+from merger.cli.commands import main
 from merger.errors import MergerError, RecipeError
-from merger.options import Options, destination
-from merger.planning import read_text
+from merger.run.options import Options, destination
+from merger.run.prepare import parse_text
 from merger.safety.names import is_repo, named
 from space import form
-from space.form import Form, Row
+from space.form import Form, ModelRow
 
 NONE = [
     "alice/..", "alice/.", "../alice", "alice/a..b", "alice/a--b", "alice/-a", "alice/a-", "alice/.a", "alice/a.",
@@ -43,11 +43,11 @@ def is_known_to_the_client(name: str) -> bool:
 def test_what_the_hub_does_not_take_is_no_name(name: str) -> None:
     """Nowhere: as an option, in a recipe (at its place), and as a command's (2)."""
     assert not is_repo(name)
-    recipe = read_text(BODY + "a/b", "r.yaml")
+    recipe = parse_text(BODY + "a/b", "r.yaml")
     with pytest.raises(RecipeError, match="is no repo's name on the Hub"):
         destination(recipe, Options(to=f"hf://{name}"))
     with pytest.raises(MergerError) as told:
-        read_text(BODY + (f'"{name}"' if "\n" not in name else '"alice/a\\n"').replace("\\a", "\\\\a"), "r.yaml")
+        parse_text(BODY + (f'"{name}"' if "\n" not in name else '"alice/a\\n"').replace("\\a", "\\\\a"), "r.yaml")
     assert str(told.value).startswith("r.yaml:6:9: publish.repo: ")
     assert told.value.exit_code == 2
 
@@ -90,10 +90,10 @@ def test_a_pasted_address_names_its_model(page: str, tmp_path: Path) -> None:
     assert named(page) == name
     path, _, revision = name.partition("@")
     for form_of in (f'"{page}"', f'{{model: "{page}"}}', f'{{model: {{path: "{page}"}}}}'):
-        recipe = read_text(f"merge_method: passthrough\nmodels:\n  - model: {form_of}\n", "r.yaml")
+        recipe = parse_text(f"merge_method: passthrough\nmodels:\n  - model: {form_of}\n", "r.yaml")
         assert [(ref.path, ref.revision) for ref in recipe.models] == [(path, revision or None)]
     if page.split("://")[0] != "hf" and name.removesuffix("@main") == "alice/a":
-        published = read_text(f'{BODY}"{page}"', "r.yaml")
+        published = parse_text(f'{BODY}"{page}"', "r.yaml")
         assert published.publish.repo == "alice/a"
         assert destination(recipe, Options(to=page)) == "hf://alice/a"
     else:
@@ -129,5 +129,5 @@ def test_the_client_says_the_same(name: str) -> None:
 @settings(deadline=None, max_examples=300)
 def test_the_name_that_the_form_suggests_is_one(models: list[str], method: str) -> None:
     """Whatever the models are called."""
-    shown = Form(method=method, rows=tuple(Row(name) for name in models))
+    shown = Form(method=method, rows=tuple(ModelRow(name) for name in models))
     assert is_repo(form.suggested(shown, "alice"))

@@ -14,13 +14,13 @@ from calls import called
 from loopback import Client, LoopbackHub
 from naming import PLACES
 
+from merger.card.templates import own_templates
 from merger.errors import MergerError, ModelError, RecipeError
-from merger.options import Options
-from merger.plan.templates import own_templates
-from merger.planning import plan, read
-from merger.recipe.evaluation import files
+from merger.recipe.blocks.evaluate import named_files
 from merger.recipe.model import Publish
-from merger.run import run
+from merger.run.options import Options
+from merger.run.pipeline import run
+from merger.run.prepare import plan, read_recipe
 from merger.safety import limits, paths
 from merger.safety.paths import ANYWHERE, BarredError
 from merger.stores.folder import FolderStore
@@ -57,7 +57,7 @@ def refusal(text: str, **options: object) -> str:
     """What is said of a recipe that cannot be planned."""
     Path("mine.yaml").write_text(text)
     with pytest.raises(MergerError) as refused:
-        plan(read(Path("mine.yaml")), Options(**options))  # type: ignore[arg-type]
+        plan(read_recipe(Path("mine.yaml")), Options(**options))  # type: ignore[arg-type]
     return str(refused.value)
 
 
@@ -170,7 +170,7 @@ def test_what_lies_inside_may_be_named(here: Path) -> None:
     (here / "text.txt").symlink_to("card.md.j2")
     more = "publish: {template: card.md.j2}\nevaluate: {perplexity: {text: text.txt}}\n"
     Path("mine.yaml").write_text(LINEAR.replace("./two", "three") + more)
-    planned, _ = plan(read(Path("mine.yaml")), Options(root=here))
+    planned, _ = plan(read_recipe(Path("mine.yaml")), Options(root=here))
     assert planned.locked.templates == {"card.md.j2": "# {{ title }}\n"}
 
 
@@ -256,7 +256,7 @@ def test_links_of_which_a_merge_takes_nothing_are_no_obstacle(here: Path) -> Non
     (here / "one/runs").symlink_to("/proc/self")
     fifo(here / "one/pipe")
     Path("mine.yaml").write_text(LINEAR)
-    assert plan(read(Path("mine.yaml")), Options())[0].jobs
+    assert plan(read_recipe(Path("mine.yaml")), Options())[0].jobs
 
 
 def test_weights_may_be_links_to_regular_files_anywhere(here: Path) -> None:
@@ -273,7 +273,7 @@ def test_weights_may_be_links_to_regular_files_anywhere(here: Path) -> None:
     (here / "two").symlink_to("../moved")
     Path("mine.yaml").write_text(LINEAR)
     options = Options(to="out", threads=1)
-    list(run(*plan(read(Path("mine.yaml")), options), options))
+    list(run(*plan(read_recipe(Path("mine.yaml")), options), options))
     assert Path("out/LICENSE").read_text() == "MIT"
     assert "model.safetensors is a link that leads out of the repository" in refusal(
         LINEAR.replace("./two", "./one"), root=here
@@ -312,7 +312,7 @@ def test_the_hubs_cache_is_read_as_it_is_laid_out(inside: str, here: Path) -> No
     text = LINEAR.replace("./one", str(snapshot))
     Path("mine.yaml").write_text(text)
     options = Options(to="out", threads=1)
-    list(run(*plan(read(Path("mine.yaml")), options), options))
+    list(run(*plan(read_recipe(Path("mine.yaml")), options), options))
     assert Path("out/LICENSE").read_text() == "MIT"
     (cache / "blobs/secret").symlink_to(here.parent / "elsewhere/secret.txt")
     (snapshot / "LICENSE").unlink()
@@ -323,10 +323,10 @@ def test_the_hubs_cache_is_read_as_it_is_laid_out(inside: str, here: Path) -> No
 def test_a_file_that_is_another_length_than_the_disk_says_is_not_read(here: Path) -> None:
     """The kernel's own files say that they are empty, and are not."""
     with pytest.raises(OSError, match="another length"):
-        paths.read(Path(os.path.realpath(ENVIRONMENT)))
+        paths.read_file(Path(os.path.realpath(ENVIRONMENT)))
     with pytest.raises(BarredError, match="no regular file"):
         paths.reach("/dev", "zero", ANYWHERE, leaves=True)
-    assert paths.read(here.parent / "elsewhere/secret.txt", 4, 5) == b"a"
+    assert paths.read_file(here.parent / "elsewhere/secret.txt", 4, 5) == b"a"
 
 
 TEMPLATES: dict[str, Callable[[Path], None]] = {
@@ -352,7 +352,7 @@ def test_nothing_of_the_kernel_is_a_template_or_a_text(words: str, here: Path) -
     """Nor is it measured on."""
     assert refusal(f"{LINEAR}publish: {{template: {words}}}\n").startswith("mine.yaml:7:21: publish.template: ")
     Path("mine.yaml").write_text(f"{LINEAR}evaluate: {{perplexity: {{text: {words}}}}}\n")
-    ((path, *_),) = files(read(Path("mine.yaml")).evaluate)  # type: ignore[arg-type]
+    ((path, *_),) = named_files(read_recipe(Path("mine.yaml")).evaluate)  # type: ignore[arg-type]
     with pytest.raises(ModelError):
         paths.read_named(path, ANYWHERE, limits.TEXT)
 
@@ -404,7 +404,7 @@ def merge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         options = Options(to="out", threads=1)
-        list(run(*plan(read(Path("beside.yaml")), options), options))
+        list(run(*plan(read_recipe(Path("beside.yaml")), options), options))
     (place / "beside.lock.yaml").symlink_to("out/merger.lock.yaml")
     return place
 
@@ -486,4 +486,4 @@ def test_a_recipe_error_is_told_of_a_lock_beside_it_outside_of_the_root(here: Pa
     Path("mine.lock.yaml").symlink_to("../elsewhere/secret.txt")
     Path("mine.yaml").write_text(LINEAR)
     with pytest.raises(RecipeError, match=r"'mine\.lock\.yaml' is outside of checkout"):
-        plan(read(Path("mine.yaml")), Options(root=here))
+        plan(read_recipe(Path("mine.yaml")), Options(root=here))

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loopback import LoopbackHub
 
-from merger import github
-from merger.card.text import escaped
-from merger.github import Api, Log
-from merger.options import Options
+from merger.card.escape import escaped
+from merger.cli import github
+from merger.cli.github import GitHubApi, Log
+from merger.run.options import Options
 from merger.safety import secrets
-from merger.safety.secrets import LeakError, Sieve, leaks, refuse
+from merger.safety.secrets import LeakError, Sieve, leaks, refuse_tokens
 
 TOKEN = "hf_a-b/c_d&e@f<1"
 WRITER = "hf_writer_of_org"
@@ -95,9 +95,9 @@ def test_less_than_a_token_is_none(text: str) -> None:
 def test_what_is_shorter_than_eight_letters_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be found in texts that have nothing to do with it."""
     monkeypatch.setenv("HF_TOKEN", "a" * 7)
-    secrets.keep("b" * 7, None, True, "")
+    secrets.watch_for("b" * 7, None, True, "")
     assert not leaks("a" * 7 + "b" * 7)
-    secrets.keep("b" * 8)
+    secrets.watch_for("b" * 8)
     assert leaks("b" * 8)
 
 
@@ -128,7 +128,9 @@ def test_secrets_that_were_taken_out_of_the_environment_are_still_looked_for() -
 def test_a_refusal_names_the_files_and_not_the_token() -> None:
     """Each of them; a token in a name is not told by it either."""
     with pytest.raises(LeakError) as refused:
-        refuse({"README.md": f"see {TOKEN}", "LICENSE": b"free", f"{TOKEN}.txt": b"", "config.json": TOKEN.encode()})
+        refuse_tokens(
+            {"README.md": f"see {TOKEN}", "LICENSE": b"free", f"{TOKEN}.txt": b"", "config.json": TOKEN.encode()}
+        )
     assert [problem.what for problem in refused.value.problems] == [
         "README.md holds a token in use: it does not leave",
         "a file's name holds a token in use: it does not leave",
@@ -276,7 +278,7 @@ def test_a_bugs_traceback_goes_without_its_token(capsys: pytest.CaptureFixture[s
 
 def test_github_is_told_no_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not in outputs, summary, comment, commit or a command of the log; to be masked it has to be told."""
-    api = Api("http://127.0.0.1:9", "org/recipes", TOKEN)
+    api = GitHubApi("http://127.0.0.1:9", "org/recipes", TOKEN)
     place = str(tmp_path / "told")
     for leave in (
         lambda: github.write_outputs(place, {"to": TOKEN}),

@@ -166,7 +166,7 @@ def test_mcp(space: ServedSpace, hub: LoopbackHub) -> None:
     assert hub.commits("user1/mcp")[0].author == "user1"
 
 
-@pytest.mark.parametrize("path", ["space/app.py", "/etc/passwd", "data/jobs.db", "../merger/run.py"])
+@pytest.mark.parametrize("path", ["space/app.py", "/etc/passwd", "data/jobs.db", "../merger/run/pipeline.py"])
 def test_no_file_is_given_out(space: ServedSpace, path: str) -> None:
     """The server gives out none of the machine's files."""
     place = str(space.folder / path) if path.startswith("data") else path

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from waiting import HANGS_SECONDS
 
 from merger.safety.limits import BODY
-from space.body_limit import BodyLimit
+from space.entry.body_limit import BodyLimit
 
 
 class Behind:

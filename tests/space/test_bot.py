@@ -14,7 +14,7 @@ from huggingface_hub import DiscussionComment, HfApi
 from loopback import LoopbackHub
 from served import ServedSpace, halted, zoo
 
-from space.bot import ROUTE
+from space.bot.bot import ROUTE
 
 SECRET, TOKEN = "what-only-the-hub-knows", "hf_token_of_the_bot"
 BOT = "mergebot"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from merger.errors import RecipeError
-from space.comments import MOST_CHARACTERS, block, command
+from space.bot.comments import MOST_CHARACTERS, command, recipe_block
 
 ASKS = [
     "@mergebot merge",
@@ -102,7 +102,7 @@ YAML = "merge_method: linear\n"
 )
 def test_the_recipe_is_the_one_block_of_yaml(text: str) -> None:
     """Those that stand in something else are examples."""
-    assert block(text) == YAML
+    assert recipe_block(text) == YAML
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_recipe_is_the_one_block_of_yaml(text: str) -> None:
 def test_no_recipe_and_several_are_told(text: str, words: str) -> None:
     """With what to write."""
     with pytest.raises(RecipeError, match=words):
-        block(text)
+        recipe_block(text)
 
 
 def test_a_comment_that_is_too_long_is_refused_unread() -> None:

@@ -21,7 +21,7 @@ from served import ServedSpace
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from space.door import Door, own_origins
+from space.entry.door import Door, own_origins
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

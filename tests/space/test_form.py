@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from merger.methods.registry import methods
-from space import form, rules
-from space.examples import examples, zoo_repo
+from space import form
+from space.texts import examples, zoo_repo
+from space.work import admission as rules
 
 TEXT = """\
 # mine
@@ -31,7 +32,7 @@ def changed(before: str, after: str) -> list[str]:
 
 def test_reading() -> None:
     """The form shows method, models and values; a gradient is a curve."""
-    shown = form.read(TEXT)
+    shown = form.read_form(TEXT)
     assert shown is not None
     assert (shown.method, shown.base, shown.models) == ("ties", "org/base", ["org/a", "org/b@main"])
     assert shown.rows[0].settings["density"].numbers == (0.5,)
@@ -61,7 +62,7 @@ def test_a_method_takes_its_parameters_along() -> None:
     assert "lambda" not in text
     assert "t: 0.5" in text
     assert "# the better one" in text
-    assert rules.look(text).problems == ()
+    assert rules.check(text).problems == ()
 
 
 def test_the_destination() -> None:
@@ -78,7 +79,7 @@ def test_the_destination() -> None:
 )
 def test_what_is_no_map_is_left_alone(text: str) -> None:
     """A text that the form cannot read is not touched by it."""
-    assert form.read(text) is None
+    assert form.read_form(text) is None
     assert form.with_text(text, "base_model", "org/b") == text
 
 
@@ -86,7 +87,7 @@ def test_strange_values_are_for_the_text() -> None:
     """Lists of filters are shown as curves and not turned; what is no number is not shown."""
     text = "parameters:\n  t: [{filter: mlp, value: [0, 1]}, {value: 0.5}]\n  x: many\n  y: [1, a]\n"
     text += "models: [1, {model: 2}]\n"
-    shown = form.read(text)
+    shown = form.read_form(text)
     assert shown is not None
     assert list(shown.settings) == ["t"]
     assert shown.settings["t"].curves == {"mlp": (0.0, 1.0), "": (0.5,)}
@@ -98,7 +99,7 @@ def test_strange_values_are_for_the_text() -> None:
 def test_every_method_begins_well(name: str) -> None:
     """Choosing any method in the first example leaves what a run takes, or says what is missing in its models."""
     text = form.with_method(next(iter(examples().values())), TABLE[name], TABLE)
-    looked = rules.look(text)
+    looked = rules.check(text)
     told = [problem.what for problem in looked.problems]
     assert all(" merges exactly " in what or "needs the base model" in what for what in told), told
     assert looked.warnings == ()
@@ -107,7 +108,7 @@ def test_every_method_begins_well(name: str) -> None:
 @pytest.mark.parametrize("title", examples())
 def test_every_example_is_well_formed(title: str) -> None:
     """The recipes to begin with are without fault here."""
-    assert rules.look(examples()[title]).problems == ()
+    assert rules.check(examples()[title]).problems == ()
 
 
 def test_the_zoo_is_the_makers() -> None:
@@ -119,7 +120,7 @@ def test_the_zoo_is_the_makers() -> None:
 
 def test_names_for_results() -> None:
     """A result is named after its models and method; what their names share is said once."""
-    shown = form.read(TEXT.replace("org/a", "org/tiny-kjv").replace("org/b@main", "org/tiny-python"))
+    shown = form.read_form(TEXT.replace("org/a", "org/tiny-kjv").replace("org/b@main", "org/tiny-python"))
     assert shown is not None
     assert form.suggested(shown, "me") == "me/tiny-kjv-python-ties"
 
@@ -138,4 +139,4 @@ def test_what_is_no_number_of_a_recipe_changes_no_text(point: Any) -> None:
     density = TABLE["ties"].param("density")
     assert density is not None
     assert form.with_value(TEXT, 0, density, [point]) == TEXT
-    assert form.read(TEXT.replace("0.5", str(point))) is not None
+    assert form.read_form(TEXT.replace("0.5", str(point))) is not None

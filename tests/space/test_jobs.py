@@ -22,14 +22,14 @@ from loopback import LoopbackHub, Request
 from served import halted, staged
 from waiting import HANGS_SECONDS
 
-from merger.options import Options
-from merger.planning import plan, read
-from merger.run import Done, run
+from merger.run.options import Options
+from merger.run.pipeline import Done, run
+from merger.run.prepare import plan, read_recipe
 from space.hub import _reach
-from space.jobs import OVER, How, Job, JobError, Reach
-from space.keeper import Keeper, Token
-from space.limits import Limits
-from space.nursery import Nursery
+from space.work.admission import Limits
+from space.work.forkserver import Nursery
+from space.work.job_table import OVER, How, JobError, QueuedMerge, Reach
+from space.work.queue import Keeper, Token
 
 ALICE, BOB = Token("hf_alice_secret"), Token("hf_bob_secret")
 RECIPE = tiny.TIES_RECIPE.format(base="org/base", one="org/one", two="org/two")
@@ -85,15 +85,15 @@ def keep(
         each.stop()
 
 
-def submit(keeper: Keeper, owner: str, name: str, token: Token | None = None) -> Job:
+def submit(keeper: Keeper, owner: str, name: str, token: Token | None = None) -> QueuedMerge:
     token = token or {"alice": ALICE, "bob": BOB}[owner]
     return keeper.submit(owner, token, RECIPE, f"hf://{owner}/{name}", {}, 30_000)
 
 
-def until(keeper: Keeper, job: Job, *states: str) -> Job:
+def until(keeper: Keeper, job: QueuedMerge, *states: str) -> QueuedMerge:
     """The job once it is in one of the states; any that is over ends the waiting."""
     now = waiting.until(lambda: (each := keeper.job(job.owner, job.id)).state in states + OVER and each)
-    assert isinstance(now, Job)
+    assert isinstance(now, QueuedMerge)
     assert now.state in states, now
     return now
 
@@ -119,7 +119,7 @@ def test_a_job_publishes_what_a_run_makes(
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(tiny.TIES_RECIPE.format(**parents))
     options = Options(to=str(tmp_path / "out"))
-    *_, last = run(*plan(read(recipe), options), options)
+    *_, last = run(*plan(read_recipe(recipe), options), options)
     assert isinstance(last, Done)
     assert hub.tree("alice/whole")["model.safetensors"].sha256 == last.shards[0].sha256
     assert job.where == f"{hub.url}/alice/whole"

@@ -14,8 +14,8 @@ from naming import PLACES
 from merger.errors import MergerError
 from merger.recipe import model
 from merger.safety.limits import ALL_TENSORS, SPACE_TENSORS, Limit
-from space import rules
-from space.limits import Limits
+from space.work import admission as rules
+from space.work.admission import Limits
 
 TWO = "merge_method: linear\nmodels:\n  - model: {}\n  - model: org/b\nparameters: {{weight: 1}}\n"
 STRANGE = [
@@ -38,7 +38,7 @@ STRANGE = [
 
 
 def refused(text: str) -> str:
-    return "\n".join(map(str, rules.look(text).problems))
+    return "\n".join(map(str, rules.check(text).problems))
 
 
 @pytest.mark.parametrize("name", STRANGE)
@@ -74,7 +74,7 @@ WORDS |= {
 }
 WORDS |= {"Expert.positive_prompts", "Expert.negative_prompts", "Recipe.path", "Recipe.text", "Recipe.name"}
 WORDS |= {"Recipe.dtype", "Publish.repo", "Publish.license", "Publish.license_name", "Publish.license_link"}
-WORDS |= {"Publish.license_override", "Publish.left_out", "TokenRow.source", "Tokenizer.source"}
+WORDS |= {"Rule.filter", "Publish.license_override", "Publish.left_out", "TokenRow.source", "Tokenizer.source"}
 PLACED = {"ModelRef.path", "ModelRef.revision", "Publish.template"}
 REFUSED = {"Perplexity.text", "Evaluate.tasks", "Evaluate.dtype"}
 
@@ -107,7 +107,7 @@ def test_no_templates() -> None:
 
 def test_large_recipes_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recipe of too many bytes, or with thousands of models, is refused before anything reads it."""
-    monkeypatch.setattr(rules, "read_text", lambda *_: pytest.fail("it was parsed"))
+    monkeypatch.setattr(rules, "parse_text", lambda *_: pytest.fail("it was parsed"))
     assert "the recipe has 70,001 bytes, and this Space reads 64,000 at most" in refused("# " + "é" * 34_999 + "x")
     assert "names models 5,000 times" in refused("models:\n" + "- {model: a}\n" * 2_500 + "- model: a\n" * 2_500)
 
@@ -125,15 +125,15 @@ def test_as_many_models_as_there_is_room_for() -> None:
 )
 def test_what_is_no_recipe(text: str) -> None:
     """Whatever is typed, there is a sentence for it and no exception."""
-    assert rules.look(text).recipe is None
-    assert rules.look(text).problems
+    assert rules.check(text).recipe is None
+    assert rules.check(text).problems
 
 
 # ---- with a Hub -----------------------------------------------------------------------------------------------------
 
 
 def planned(text: str, token: str | None, limits: Limits) -> str:
-    return rules.planned(rules.read(text), rules.options(token, limits), limits)[0].hash
+    return rules.planned(rules.parse_recipe(text), rules.options(token, limits), limits)[0].hash
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def models(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Non
     folder = tmp_path_factory.mktemp("models")
     served.add_model("org/b", tiny.model(folder / "b", 1))
     served.add_model("org/hidden", tiny.model(folder / "hidden", 2), private=True)
-    served.add_model("merger/plan", tiny.model(folder / "plan", 3))
+    served.add_model("merger/planning", tiny.model(folder / "plan", 3))
 
 
 @pytest.mark.usefixtures("models")
@@ -157,12 +157,14 @@ def test_a_private_model_needs_its_owner(client: Client) -> None:
 @pytest.mark.usefixtures("models")
 def test_a_folder_of_that_name(client: Client) -> None:
     """A model on the Hub is meant even where the Space has a folder of the same name."""
-    assert Path("merger/plan").is_dir()
-    assert client(planned, TWO.format("merger/plan"), None, Limits())
+    assert Path("merger/planning").is_dir()
+    assert client(planned, TWO.format("merger/planning"), None, Limits())
 
 
 def planned_with_few(text: str) -> None:
-    rules.planned(rules.read(text), replace(rules.options(None, Limits()), tensors=Limit("all", 3, "", "x")), Limits())
+    rules.planned(
+        rules.parse_recipe(text), replace(rules.options(None, Limits()), tensors=Limit("all", 3, "", "x")), Limits()
+    )
 
 
 @pytest.mark.usefixtures("models")

@@ -16,7 +16,7 @@ from loopback import LoopbackHub
 from served import SECRET, ServedSpace
 from waiting import HANGS_SECONDS, until
 
-from space.sessions import Table
+from space.entry.sessions import Table
 
 HOST = "alice-merger.hf.space"
 COOKIE = "__Host-merger"
@@ -211,7 +211,7 @@ def test_what_a_request_does_to_its_copy_is_not_kept() -> None:
 
 def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """One user's many sessions end the oldest of theirs, and those who only begin crowd out nobody who is signed in."""
-    monkeypatch.setattr("space.sessions._MOST", 50)
+    monkeypatch.setattr("space.entry.sessions._MOST", 50)
     table = Table()
     alice, bobs = table.put(signed_in("alice")), [table.put(signed_in("bob")) for _ in range(30)]
     begun = [table.put({"_state_huggingface_x": number}) for number in range(60)]

@@ -86,7 +86,7 @@ def test_a_merge_under_way_shows_no_secret(
     assert shown(space, watch) == []
     lines = [process.line for process in watch.seen]
     assert [line.count(b"-m\0space\0") for line in lines].count(1) == 1
-    assert [line.count(b"-m\0space.nursery\0") for line in lines].count(1) >= 2  # one forks, the other works
+    assert [line.count(b"-m\0space.work.forkserver\0") for line in lines].count(1) >= 2  # one forks, the other works
     assert ALICE not in str(told)
 
 

@@ -14,11 +14,12 @@ import pytest
 from hostile import HOSTILE, obeyed
 
 from merger.errors import Problem
-from space import rules, views
-from space.form import Setting
-from space.jobs import Job
+from space import views
+from space.form import ShownSetting
+from space.work import admission as rules
+from space.work.job_table import QueuedMerge
 
-JOB = Job("id", "alice", "a: 1", "hf://alice/<b>", {}, 1_000_000, created=1.0)
+JOB = QueuedMerge("id", "alice", "a: 1", "hf://alice/<b>", {}, 1_000_000, created=1.0)
 
 
 def words(page: str) -> str:
@@ -59,10 +60,10 @@ def test_a_log_is_text() -> None:
 
 def test_words_of_others_are_escaped() -> None:
     """Markup in a recipe is shown, not obeyed."""
-    told = views.problems(rules.look("merge_method: <img src=x onerror=alert(1)>\nmodels: [{model: a/b}]\n"))
+    told = views.problem_list(rules.check("merge_method: <img src=x onerror=alert(1)>\nmodels: [{model: a/b}]\n"))
     assert "<img" not in told
     assert "&lt;img" in told
-    assert "<script" not in views.curves(Setting({"<script>": (0.0, float("nan"), 1.0)}), "<script>")
+    assert "<script" not in views.curves(ShownSetting({"<script>": (0.0, float("nan"), 1.0)}), "<script>")
 
 
 def test_words_of_others_turn_nothing_and_are_no_lines_of_ours() -> None:
@@ -72,9 +73,9 @@ def test_words_of_others_turn_nothing_and_are_no_lines_of_ours() -> None:
     pages = [
         views.job(job, 0),
         views.log(job),
-        views.problems(rules.look(recipe)),
+        views.problem_list(rules.check(recipe)),
         views.refusal([Problem(HOSTILE, hint=HOSTILE)]),
-        views.curves(Setting({HOSTILE: (0.0, 1.0)}), HOSTILE),
+        views.curves(ShownSetting({HOSTILE: (0.0, 1.0)}), HOSTILE),
         views.lineage({"pictures/lineage.png": b""}, [HOSTILE]),
     ]
     for page in pages:

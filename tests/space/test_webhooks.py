@@ -24,10 +24,10 @@ from served import zoo
 from test_bot import BOT, RECIPE, SECRET, TOKEN, asking, commented, payload
 from waiting import HANGS_SECONDS
 
-from space.bot import Bot
-from space.desk import Desk
-from space.keeper import Keeper
-from space.limits import Limits
+from space.bot.bot import Bot
+from space.work.admission import Limits
+from space.work.queue import Keeper
+from space.work.service import Desk
 
 NOW = {"repo": "alice/model", "sha": "a" * 40}
 _BOTS: list[Bot] = []

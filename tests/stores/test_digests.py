@@ -15,9 +15,9 @@ from waiting import HANGS_SECONDS
 
 from merger.errors import DamagedError
 from merger.stores import ranges
-from merger.stores.digests import Beginnings, confirm
 from merger.stores.ports import FileInfo, Located, Ticket
 from merger.stores.ranges import RangeReader
+from merger.stores.uploads import Beginnings, confirm
 
 SIZE, HEADER = 3000, 24
 BYTES = bytes(n * 7 % 251 for n in range(SIZE))

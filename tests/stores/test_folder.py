@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from merger import machine
-from merger.checkpoints.shard import Written
+from merger import runtime as machine
 from merger.errors import BudgetError, MergerError, ModelError, UploadError
+from merger.models.formats.safetensors import WrittenShard
 from merger.stores import folder as folder_module
 from merger.stores.folder import FolderReader, FolderSink, FolderStore
 from merger.stores.ports import Leftover, Located, Published, Ticket
@@ -41,7 +41,7 @@ def fill_only(sink: FolderSink) -> None:
     """Make one shard."""
     path = sink._new / "model.safetensors"
     path.write_bytes(b"tensors")
-    sink.take(Written(path.name, 7, hashlib.sha256(path.read_bytes()).hexdigest()))
+    sink.take(WrittenShard(path.name, 7, hashlib.sha256(path.read_bytes()).hexdigest()))
 
 
 def listing(folder: Path) -> dict[str, bytes]:

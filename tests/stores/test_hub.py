@@ -13,7 +13,7 @@ from loopback import Client, ClientError, LoopbackGitHub, LoopbackHub, Request
 from loopback.github import IDENTITY
 from loopback.wire import Answer
 
-from merger import retries
+from merger.stores import retries
 from merger.stores.ports import Located, Ticket
 
 WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"

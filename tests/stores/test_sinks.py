@@ -20,7 +20,7 @@ from unittest.mock import patch
 import pytest
 from loopback import Client, ClientError, LoopbackHub, Request
 
-from merger.checkpoints.shard import ShardWriter, Written
+from merger.models.formats.safetensors import ShardWriter, WrittenShard
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Copy, Sink
 
@@ -93,7 +93,7 @@ def prepared(way: str, to: str) -> Iterator[Sink]:
             sink.leave()
 
 
-def made(sink: Sink, name: str) -> Written:
+def made(sink: Sink, name: str) -> WrittenShard:
     """A shard of one tensor, written as the engine does, through a buffer that is used again."""
     tensor, buffer = Raw(name), bytearray(100_000)
     with ShardWriter(name, sink.open(name), [tensor]) as writer:
@@ -169,7 +169,7 @@ def from_xet(storage: str, content: bytes) -> bytes:
 
 def content_of(name: str) -> bytes:
     """The whole file that `made` makes."""
-    from merger.checkpoints.shard import header
+    from merger.models.formats.safetensors import header
 
     tensor = Raw(name)
     return header([tensor]) + tensor.data
@@ -300,7 +300,7 @@ def test_a_streamed_shard_is_described_as_the_client_describes_its_own(to: str, 
 
 def without(name: str, to: str) -> None:
     """A client whose additions lack an attribute that we set."""
-    from merger.stores import sending
+    from merger.stores import uploads as sending
 
     with patch.object(sending, "_SET_BY_US", frozenset({name})), prepared("stream", to):
         pass

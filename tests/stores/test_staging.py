@@ -24,7 +24,7 @@ from loopback import Client, ClientError, LoopbackHub, Request
 from loopback.wire import Answer
 from waiting import HANGS_SECONDS, until
 
-from merger.checkpoints.shard import Written
+from merger.models.formats.safetensors import WrittenShard
 
 WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
 IDENTITY = "0123456789abcdef" * 4
@@ -87,7 +87,7 @@ def _published(repo: str, files: dict[str, bytes] | None, upto: str, **options: 
         for name, data in SHARDS.items() if upto != "prepare" else ():
             with sink.open(name) as file:
                 file.write(data)
-            sink.take(Written(name, len(data), hashlib.sha256(data).hexdigest()), "seen")
+            sink.take(WrittenShard(name, len(data), hashlib.sha256(data).hexdigest()), "seen")
         if upto != "finish":
             sink._settle()
             return "", sorted(path.name for path in sink._scratch.folder().glob("*.safetensors"))
@@ -184,7 +184,7 @@ def third_shard(repo: str) -> list[str]:
     for name in ("one.safetensors", "two.safetensors"):
         with sink.open(name) as file:
             file.write(name.encode())
-        sink.take(Written(name, len(name), hashlib.sha256(name.encode()).hexdigest()))
+        sink.take(WrittenShard(name, len(name), hashlib.sha256(name.encode()).hexdigest()))
     sink.open("three.safetensors").close()
     there = sorted(path.name for path in sink._scratch.folder().iterdir())
     sink.leave()
@@ -390,7 +390,7 @@ def publish_without_threads(repo: str) -> None:
     """Each thread's stack would be larger than the address space."""
     import threading
 
-    from merger.machine import limits_told
+    from merger.runtime import limits_told
 
     before = threading.stack_size(1 << 47)
     try:

@@ -1,0 +1,204 @@
+"""What a merge was made of, for machines: the lock file that lies beside the result.
+
+No path of the machine that made it stands in it, but for those in the recipe's own text. Not here: the card for people
+(render), and how a lock file is written and read (planning.lockfile).
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from merger.evaluation.budget import Score
+from merger.lock.locked import LockedModel, shown
+from merger.models.checkpoint import SUFFIX, index_name
+from merger.models.licence import licence_files
+from merger.models.lora.adapter import CONFIG as ADAPTER_CONFIG
+from merger.models.side_files import CARD_NAME
+from merger.planning.lockfile import OURS, Lock, Parent
+from merger.planning.plan import Plan
+from merger.recipe.blocks.mixture import METHOD
+from merger.recipe.model import Expert, Mixture
+from merger.stores.ports import FileInfo, Located
+
+Checksum = Callable[[Located, str], str | None]
+_MADE_WITH = (OURS, "torch", "numpy", "huggingface_hub")
+_HASHED_FOLDERS = 1_000_000_000
+"""Up to so many bytes of models in folders are read once more for their SHA-256, in a second; of more it is unknown."""
+
+
+def lock_file(planned: Plan, output: Mapping[str, FileInfo], checksum: Checksum) -> str:
+    """The text of the lock file: inputs with commits and checksums, seed, plan, versions, recipe, and what came out.
+
+    Args:
+        planned: what was made.
+        output: the files that were written.
+        checksum: finds out the SHA-256 of a model's file, if need be by reading it; None: it is not known.
+    """
+    models = planned.locked.models
+    folders = [model for model in models if model.located.commit is None]
+    in_folders = sum(model.located.files[name].size for model in folders for name in _read(planned, model))
+    unhashed = folders if in_folders > _HASHED_FOLDERS else []
+    return Lock(
+        plan=planned.hash,
+        identity=planned.identity,
+        format=planned.format,
+        seed=planned.seed,
+        shard_bytes=planned.shard_bytes,
+        made_with={"python": platform.python_version(), **{package: version(package) for package in _MADE_WITH}},
+        recipe=planned.locked.recipe.text,
+        models=tuple(_parent(planned, model, _unknown if model in unhashed else checksum) for model in models),
+        output=output,
+    ).text()
+
+
+def _unknown(model: Located, file: str) -> None:
+    """For a checksum that it would take too long to find out."""
+
+
+def _read(planned: Plan, model: LockedModel) -> list[str]:
+    """The files of a model that are read for the merge."""
+    tensors = {tensor.file for tensor in model.checkpoint.tensors.values()}
+    taken = [name for name, number in planned.texts.taken.items() if planned.locked.models[number] is model]
+    index = (index_name(model.checkpoint.stem + SUFFIX),) if len(tensors) > 1 else ()
+    licences = licence_files(model.located.files)
+    wanted = {*tensors, *model.texts, *taken, *index, *licences, "config.json", ADAPTER_CONFIG, CARD_NAME}
+    return sorted(wanted & model.located.files.keys())
+
+
+def _parent(planned: Plan, model: LockedModel, checksum: Checksum) -> Parent:
+    located = model.located
+    files = {name: FileInfo(located.files[name].size, checksum(located, name)) for name in _read(planned, model)}
+    return Parent(shown(model), located.commit, model.licence, files, located.name if located.moved else None)
+
+
+# ---- mixtures -------------------------------------------------------------------------------------------------------
+
+
+TITLE = "Mixture of experts"
+_ROUTERS = {
+    "hidden": "computed from prompts: the hidden state of the last token of each, as {base} makes it",
+    "hidden_avg": "computed from prompts: the mean hidden state of each, as {base} makes it",
+    "cheap_embed": "computed from prompts: the mean embedding of their tokens in {base}",
+    "random": "drawn by chance, from a normal distribution: it knows nothing until it is trained",
+    "uniform_random": "drawn by chance, from a uniform distribution: it knows nothing until it is trained",
+}
+_ROUTERS["hidden_last"] = _ROUTERS["hidden"]
+
+
+@dataclass(frozen=True)
+class MixtureFacts:
+    """What the card's template asks of a method, in plain text."""
+
+    name: str
+    title: str
+    summary: str
+    explanation: str
+    formula: None = None
+    paper: None = None
+
+
+def mixture_facts(planned: Plan, mixture: Mixture) -> MixtureFacts:
+    """The mixture in sentences: its experts, its router, and what is the base model's."""
+    base = shown(planned.locked.donor)
+    per_token = planned.config["num_experts_per_tok"]
+    sentences = [
+        f"Each layer has {len(mixture.experts)} experts: the MLPs of {_named(planned, mixture.experts)}.",
+        *(f"Every token also goes through the MLPs of {_name(planned, one)}." for one in mixture.shared_experts),
+        f"A router sends each token through {per_token} of them; everything else is that of {base}.",
+        f"The router was {_ROUTERS[mixture.gate_mode].format(base=base)}.",
+        *(change for one in (*mixture.experts, *mixture.shared_experts) for change in _changes(planned, one)),
+    ]
+    return MixtureFacts(METHOD, TITLE, sentences[0], " ".join(sentences))
+
+
+def _named(planned: Plan, experts: tuple[Expert, ...]) -> str:
+    counts = Counter(_name(planned, expert) for expert in experts)
+    return ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in counts.items())
+
+
+def _name(planned: Plan, expert: Expert) -> str:
+    return shown(planned.locked.model(expert.source_model))
+
+
+def _changes(planned: Plan, expert: Expert) -> Iterator[str]:
+    if expert.noise_scale:
+        yield f"To the MLPs of {_name(planned, expert)} noise of deviation {expert.noise_scale:g} was added."
+    if expert.residual_scale != 1:
+        yield f"The output of the MLPs of {_name(planned, expert)} was multiplied by {expert.residual_scale:g}."
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+_NAME_LENGTH = 100
+
+
+def score_facts(scores: Sequence[Score], name: str) -> dict[str, Any]:
+    """The card's parts `evaluation` and `metadata` for a merge of this name; nothing without scores."""
+    if not scores:
+        return {}
+    models = list(dict.fromkeys(score.model for score in scores))
+    found = {(score.task, score.metric, score.model): score for score in scores}
+    kinds = dict.fromkeys((score.task, score.metric) for score in scores)
+    rows = [[_what(found, kind, models), *(_cell(found.get((*kind, model))) for model in models)] for kind in kinds]
+    columns = ["measured", *("this model" if model is None else model for model in models)]
+    note = f"Measured before it was published: {'; '.join(_notes(scores))}."
+    index = _index([score for score in scores if score.model is None], name)
+    return {
+        "evaluation": {"columns": columns, "rows": rows, "note": note},
+        "metadata": {"model-index": index},
+    }
+
+
+def _what(found: Mapping[tuple[str, str, str | None], Score], kind: tuple[str, str], models: list[str | None]) -> str:
+    score = next(found[*kind, model] for model in models if (*kind, model) in found)
+    return f"{score.task}: {score.metric} ({'higher' if score.higher else 'lower'} is better)"
+
+
+def _cell(score: Score | None) -> str:
+    """A number with as many digits as it is worth looking at."""
+    if score is None:
+        return "none"
+    return f"{score.value:.4g}" if score.error is None else f"{score.value:.3f} ± {score.error:.3f}"
+
+
+def _notes(scores: Sequence[Score]) -> tuple[str, ...]:
+    """How each task was tried; said once for all models with which it was tried in the same way."""
+    score_facts: dict[tuple[str, str], dict[str, None]] = {}
+    for score in scores:
+        score_facts.setdefault((score.task, score.detail), {})[score.model or "this model"] = None
+    several = {task for task, _ in score_facts if sum(other == task for other, _ in score_facts) > 1}
+    whose = {key: f" of {', '.join(models)}" if key[0] in several else "" for key, models in score_facts.items()}
+    return tuple(f"{task}{whose[task, detail]}: {detail}" for task, detail in score_facts)
+
+
+def _index(scores: Sequence[Score], name: str) -> list[dict[str, Any]]:
+    results: dict[str, dict[str, Any]] = {}
+    for score in scores:
+        entry = {
+            "task": {"type": "text-generation", "name": "Text Generation"},
+            "dataset": {"type": score.dataset[:_NAME_LENGTH], "name": score.task[:_NAME_LENGTH]},
+            "metrics": [],
+        }
+        metric = {"type": score.metric, "value": score.value, "name": score.metric}
+        results.setdefault(score.task, entry)["metrics"].append(metric)
+    return [{"name": name.rsplit("/", 1)[-1], "results": list(results.values())}]
+
+
+# ---- vocabulary -----------------------------------------------------------------------------------------------------
+
+
+def vocabulary_facts(planned: Plan) -> str | None:
+    """How many rows there are, whose tokenizer it is, and how many of its model's rows are gone; None: as they were."""
+    tokens = planned.tokens
+    if tokens is None:
+        return None
+    of = shown(planned.locked.numbered(tokens.source))
+    more = f" and {tokens.new:,} tokens more" if tokens.new else ""
+    cut = f"; {tokens.cut:,} rows of {of} behind its last token are left out (rows: base keeps them)"
+    return f"{tokens.rows:,} rows: the tokenizer of {of}{more}{cut if tokens.cut else ''}"

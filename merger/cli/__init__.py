@@ -1,0 +1,1 @@
+"""The command, and the Action that is a shell around it."""

@@ -1,0 +1,415 @@
+"""The Action's side of the line: a job on GitHub checks, plans or makes the recipes that its event is about.
+
+Everything comes in by environment variables (action.yml sets them), and all that others wrote goes out as text.
+Not here: reading them (inputs), GitHub itself (github), words (markdown, console), and the work (run).
+"""
+
+from __future__ import annotations
+
+from merger.safety import secrets
+from merger.safety.environment import OURS, hand_over
+
+if __name__ == "__main__":
+    hand_over()  # before anything that takes time: until then /proc shows the tokens
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merger.card.escape import code
+from merger.cli import markdown
+from merger.cli import text as console
+from merger.cli.github import Event, GitHubApi, GitHubError, Log, write_outputs, write_summary
+from merger.cli.inputs import Inputs, top
+from merger.errors import MergerError, Problem, RecipeError, UploadError
+from merger.run.options import Options, destination, fitted
+from merger.run.pipeline import Done, PartDone, Resumed, lock_text, run, trusted_publishing
+from merger.run.prepare import lock_path, named_recipes, plan, read_recipe
+from merger.runtime import Halt, halting, limits_told
+from merger.safety.paths import inside
+from merger.safety.text import guarded, line
+from merger.stores.ports import HUB
+
+if TYPE_CHECKING:
+    from merger.planning.plan import Plan
+    from merger.recipe.model import Recipe
+    from merger.stores.resolve import Library
+
+RUNNING = ("run", "publish")
+STARTED_TO_RUN = ("push", "workflow_dispatch", "schedule", "repository_dispatch")
+STOPPED = 75
+"""The exit code of a run that stopped before the time limit: sysexits.h says of it "try again later"."""
+
+MOST_PARTS = 256
+"""GitHub's limit on the jobs of a matrix."""
+
+
+# ---- which recipes, and what with them ------------------------------------------------------------------------------
+
+
+def mode_of(inputs: Inputs, event: Event) -> str:
+    """What is to be done with the recipes.
+
+    Raises:
+        RecipeError: what strangers have a hand in shall be run.
+    """
+    if inputs.mode in RUNNING and (event.is_foreign or not (event.is_ours or event.name == "pull_request")):
+        why = "its recipes may be a stranger's" if event.is_foreign else "strangers can start it"
+        what = f"input mode: {inputs.mode} is not for this event, {event.name}: {why}"
+        hint = "leave mode out, and recipes are planned; they are merged by push, workflow_dispatch or schedule"
+        raise RecipeError(Problem(what, hint=hint))
+    if inputs.mode != "auto":
+        return inputs.mode
+    return "run" if event.name in STARTED_TO_RUN else "plan"
+
+
+def recipes(inputs: Inputs, event: Event, top: Path, api: GitHubApi) -> list[Path]:
+    """The recipes this job is about, relative to the working directory.
+
+    In mode auto a push or a pull request is about those that it added or changed, itself or their lock file; else a
+    job is about all that `recipe` names.
+
+    Raises:
+        RecipeError: a name leads out of the repository, or names nothing.
+        GitHubError: nobody can tell what changed.
+    """
+    found = _named(inputs, top)
+    changes = event.pull is not None or event.name == "push"
+    changed = event.changed(top, api) if inputs.mode == "auto" and changes else None
+    if changed is None:
+        if not found:
+            raise RecipeError(
+                Problem(f"input recipe: there is no file {inputs.recipe!r}", hint="commit a recipe there")
+            )
+        return found
+    there = {(top / name).resolve() for name in changed}
+    return [path for path in found if {(inputs.folder / each).resolve() for each in (path, lock_path(path))} & there]
+
+
+def _named(inputs: Inputs, top: Path) -> list[Path]:
+    found: dict[Path, None] = {}
+    for pattern in inputs.recipe.splitlines():
+        for name in _files(pattern.strip(), inputs.folder):
+            if inside(inputs.folder / name, top) is None:
+                raise RecipeError(
+                    Problem(f"input recipe: {name!r} is outside of this repository", hint="name one inside")
+                )
+            found[Path(os.path.normpath(name))] = None
+    return list(found)
+
+
+def _files(pattern: str, folder: Path) -> list[str]:
+    """The file of that name, else the recipes in a folder of that name, or what fits the pattern; if they are there."""
+    return [name for name in named_recipes(pattern, str(folder)) if os.path.lexists(folder / name)]
+
+
+# ---- one recipe -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What has become of one recipe.
+
+    Args:
+        recipe: its path from the top of the repository.
+        state: checked, planned, published, unchanged, part, stopped or failed.
+        plan: what was or would be made.
+        to: where it goes.
+        done: the end of a run.
+        problems: what went wrong.
+        warnings: what is likely not meant.
+        exit_code: 0, or that of the error.
+    """
+
+    recipe: str
+    state: str = "checked"
+    plan: Plan | None = None
+    to: str | None = None
+    done: Done | PartDone | None = None
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()
+    exit_code: int = 0
+
+
+class ActionRun:
+    """The job: its inputs, its event and the places where its words go."""
+
+    def __init__(self, inputs: Inputs, environment: Mapping[str, str], log: Log) -> None:
+        self.inputs, self.environment, self.log = inputs, environment, log
+        self.event = Event.read(environment)
+        self.top = top(environment)
+        self.api = GitHubApi(
+            environment.get("GITHUB_API_URL", "https://api.github.com"),
+            environment.get("GITHUB_REPOSITORY", ""),
+            inputs.github_token,
+        )
+        self.mode = mode_of(inputs, self.event)
+        self.deadline = time.monotonic() + 60 * inputs.time_limit if inputs.time_limit else None
+
+    def results(self) -> Iterator[Result]:
+        """Deal with each recipe; what is wrong with one keeps none of the others waiting."""
+        found = recipes(self.inputs, self.event, self.top, self.api)
+        if not found:
+            self.log.command("notice", "no recipe was added or changed: nothing to do", title="Merger")
+        if len(found) > 1 and self.inputs.options.to is not None and self.mode in RUNNING:
+            names = ", ".join(map(str, found))
+            hint = "leave it out, and let each recipe say publish: {repo: owner/name}"
+            raise RecipeError(Problem(f"input to: it is one place, and there are several recipes: {names}", hint=hint))
+        for path in found:
+            with self.log.group(f"{self.mode} {path}"), self.log.text():
+                result = self._result(path)
+            self._annotate(result)
+            yield result
+
+    def _result(self, path: Path) -> Result:
+        """What comes of a recipe, told on the way."""
+        known = [Result(os.path.relpath(self.inputs.folder / path, self.top))]
+        try:
+            with limits_told():
+                known.extend(self._steps(path, known[0]))
+        except MergerError as error:
+            print(console.format_problems(error))
+            return replace(known[-1], state="failed", problems=error.problems, exit_code=error.exit_code)
+        return known[-1]
+
+    def _steps(self, path: Path, result: Result) -> Iterator[Result]:
+        """The result as far as it is known, after each step of the line."""
+        recipe = read_recipe(path)
+        result = replace(result, warnings=recipe.warnings)
+        yield result
+        if self.mode == "check":
+            print(line(f"{result.recipe}: well formed"))
+            return
+        options = self._options(recipe)
+        planned, store = plan(recipe, options)
+        result = replace(result, state="planned", plan=planned, to=_destination(recipe, options))
+        yield result
+        print(console.plan_text(planned, result.to), flush=True)
+        if self.mode in RUNNING:
+            yield self._made(result, planned, store, options)
+
+    def _options(self, recipe: Recipe) -> Options:
+        """The inputs' options, with what this machine and this job add to them."""
+        if self.event.is_foreign:  # neither a token nor what a token has brought into the cache reads for a stranger
+            return replace(self.inputs.options, read_token=False)
+        options = _reading(replace(self.inputs.options, publish_only=self.mode == "publish"))
+        if self.mode not in RUNNING:
+            return options
+        to = destination(recipe, options)
+        if not to.startswith(HUB) or options.write_token:
+            return fitted(options)
+        if "ACTIONS_ID_TOKEN_REQUEST_URL" not in self.environment:
+            hint = "give hf-token, or let the job have the permission id-token: write and the repo trust this workflow"
+            raise UploadError(Problem(f"there is no token to publish {to} with", hint=hint))
+        token = trusted_publishing(to.removeprefix(HUB))
+        self.log.mask(token)
+        return replace(fitted(options), read_token=options.read_token or False)
+
+    def _made(self, result: Result, planned: Plan, store: Library, options: Options) -> Result:
+        done = self._until_deadline(planned, store, options)
+        if done is None:
+            return replace(result, state="stopped", exit_code=STOPPED)
+        print(console.ended(done))
+        if isinstance(done, PartDone):
+            return replace(result, state="part", done=done)
+        return replace(result, state="published" if done.is_new else "unchanged", done=done)
+
+    def _until_deadline(self, planned: Plan, store: Library, options: Options) -> Done | PartDone | None:
+        """The end of the run; None where it was left after a file because the next might not be done in time."""
+        progress = console.Progress(sum(job.nbytes for job in planned.jobs), sys.stdout)
+        watch = Watch(self.deadline)
+        event: object = None
+        with closing(run(planned, store, options)) as events:  # type: ignore[type-var]
+            for event in events:
+                console.show(event, progress)
+                if watch.is_time(event):
+                    return None
+        assert isinstance(event, (Done, PartDone))
+        return event
+
+    def _annotate(self, result: Result) -> None:
+        """Put errors and warnings at their lines of the recipe, where a pull request shows them."""
+        for kind, problems in (("error", result.problems), ("warning", result.warnings)):
+            for problem in problems:
+                at = problem.at
+                place = {"line": at.line, "col": at.column} if at else {}
+                words = str(replace(problem, at=None))
+                self.log.command(kind, words, file=result.recipe, **place, title="Merger")
+        if isinstance(result.done, Done):
+            told = f"{result.state}: {result.done.published.where}"
+            self.log.command("notice", told, file=result.recipe, title="Merger")
+        if result.state == "stopped":
+            what = f"{result.recipe}: stopped before the time limit; the finished files are kept, run the job again"
+            self.log.command("warning", what, file=result.recipe, title="Merger")
+
+    def comment(self, results: Sequence[Result]) -> None:
+        """Keep the pull request's comment up to date; where we may not, the summary has to do."""
+        if self.event.pull is None or not self.inputs.comment:
+            return
+        if not self.inputs.github_token:
+            self.log.command("notice", "this job may not comment: the plan is in the job's summary", title="Merger")
+            return
+        told = "\n\n".join(map(summary_section, results)) or "This pull request adds or changes no recipe any more."
+        try:
+            self.api.keep_comment(self.event.pull, self._marker(), told, only_update=not results)
+        except GitHubError as error:
+            self.log.command("notice", f"{error}; the plan is in the job's summary", title="Merger")
+
+    def _marker(self) -> str:
+        """Names the comment of this job: several jobs may plan the same pull request."""
+        job = [self.environment.get(name, "") for name in ("GITHUB_WORKFLOW", "GITHUB_JOB")]
+        return f"<!-- merger {hashlib.sha256(json.dumps([*job, self.inputs.recipe]).encode()).hexdigest()[:16]} -->"
+
+    def keep_lock(self, result: Result) -> None:
+        """Commit the lock file beside the recipe of a result, where the workflow wants that."""
+        head = self.environment.get("GITHUB_REF", "")
+        path = lock_path(self.top / result.recipe)
+        if not (self.inputs.commit_lock and isinstance(result.done, Done) and result.plan):
+            return
+        if not head.startswith("refs/heads/") or not (result.done.is_new or not path.is_file()):
+            return
+        text, place = lock_text(result.plan, result.done), path.relative_to(self.top).as_posix()
+        self.api.commit_file(place, text, f"Lock the models of {result.recipe}", head.removeprefix("refs/heads/"))
+
+
+class Watch:
+    """Whether a run should be left: after a file, when two more of the slowest kind would not fit into the time.
+
+    Two, since the last file may still be on its way to the Hub. It is told when another file is begun after that, so
+    that a run whose files are all made is left to end.
+    """
+
+    def __init__(self, deadline: float | None) -> None:
+        self._deadline, self._slowest, self._last = deadline, 0.0, time.monotonic()
+        self._is_late = deadline is not None and self._last > deadline
+
+    def is_time(self, event: object) -> bool:
+        """To be asked after each event."""
+        if self._deadline is not None and console.file_done(event):
+            now = time.monotonic()
+            self._slowest, self._last = max(self._slowest, now - self._last), now
+            self._is_late = now + 2 * self._slowest > self._deadline
+            return False
+        return self._is_late and not isinstance(event, (Done, PartDone, Resumed))
+
+
+def _reading(options: Options) -> Options:
+    """One token reads and writes where the workflow gives one only."""
+    return options if options.read_token else replace(options, read_token=options.write_token)
+
+
+def _destination(recipe: Recipe, options: Options) -> str | None:
+    try:
+        return destination(recipe, options)
+    except RecipeError:
+        return None
+
+
+# ---- what is told at the end ----------------------------------------------------------------------------------------
+
+
+def summary_section(result: Result) -> str:
+    """A recipe's part of comment and summary."""
+    parts = [f"### {code(result.recipe)}: {result.state}"]
+    if result.problems:
+        parts.append(markdown.problems_section("What is wrong", result.problems))
+    if result.warnings:
+        parts.append(markdown.problems_section("Warnings", result.warnings))
+    if result.plan is not None:
+        parts.append(markdown.plan_section(result.plan, result.to))
+    if result.done is not None:
+        parts.append(markdown.result_section(result.done))
+    return "\n\n".join(parts)
+
+
+def matrix(planned: Plan, part_size: int) -> list[str]:
+    """The parts a merge is best made in: of so many bytes read and written each, and no more of them than files."""
+    wanted = -(-(planned.read_bytes + planned.size) // part_size)
+    count = max(1, min(wanted, len(planned.shards), MOST_PARTS))
+    return [f"{number}/{count}" for number in range(1, count + 1)]
+
+
+def outputs(results: Sequence[Result], part_size: int, report: Path) -> dict[str, str]:
+    """The step's outputs: of the last recipe, where there are several; `report` names a file about all."""
+    found = {"state": "none", "repo-url": "", "repo-id": "", "commit": "", "plan-hash": "", "matrix": "[]"}
+    for result in results:
+        found = found | {"state": result.state}
+        if result.plan is not None:
+            found |= {"plan-hash": result.plan.hash, "matrix": json.dumps(matrix(result.plan, part_size))}
+        if isinstance(result.done, Done):
+            found |= {"repo-url": result.done.published.where, "commit": result.done.published.commit or ""}
+            found |= {"repo-id": (result.to or "").removeprefix(HUB)}
+    return found | {"report": str(report)}
+
+
+def report(results: Sequence[Result], part_size: int) -> str:
+    """All that is known of all recipes, as JSON."""
+    return json.dumps([_reported(result, part_size) for result in results], indent=2)
+
+
+def _reported(result: Result, part_size: int) -> dict[str, object]:
+    return {
+        "recipe": result.recipe,
+        "state": result.state,
+        "exit_code": result.exit_code,
+        "problems": [asdict(problem) for problem in result.problems],
+        "warnings": [asdict(problem) for problem in result.warnings],
+        "to": result.to,
+        "plan": console.plan_json(result.plan, result.to) if result.plan else None,
+        "matrix": matrix(result.plan, part_size) if result.plan else [],
+        "done": console.as_json(result.done) if result.done else None,
+    }
+
+
+def main() -> int:
+    """The step: exit code 0, that of the first error, or 75 for a run that is to be gone on with."""
+    log = Log(sys.stdout)  # commands are its own alone: whatever else is printed from here on is none
+    for name in OURS:
+        log.mask(os.environ.get(name, "").strip())
+    with guarded():
+        return secrets.watched(lambda: _step(log))
+
+
+def _step(log: Log) -> int:
+    results: list[Result] = []
+    try:
+        inputs = Inputs.take(os.environ)
+        os.chdir(inputs.folder)
+        job = ActionRun(inputs, os.environ, log)
+        with halting():
+            results.extend(job.results())
+        _tell(job, results)
+    except MergerError as error:
+        for problem in error.problems:
+            log.command("error", str(problem), title="Merger")
+        if not results or isinstance(error, secrets.LeakError):
+            write_outputs(os.environ.get("GITHUB_OUTPUT"), {"state": "failed"})
+        return error.exit_code
+    except Halt as halt:
+        log.command("error", str(halt), title="Merger")
+        return halt.exit_code
+    return next((result.exit_code for result in results if result.exit_code), 0)
+
+
+def _tell(job: ActionRun, results: Sequence[Result]) -> None:
+    """Outputs first: they are there even if GitHub then refuses something."""
+    place = Path(job.environment.get("RUNNER_TEMP") or ".") / "merger-report.json"
+    told = report(results, job.inputs.part_size)
+    secrets.refuse_tokens({place.name: told})
+    place.write_text(told, "utf-8")
+    write_outputs(job.environment.get("GITHUB_OUTPUT"), outputs(results, job.inputs.part_size, place))
+    write_summary(job.environment.get("GITHUB_STEP_SUMMARY"), "\n\n".join(map(summary_section, results)))
+    job.comment(results)
+    for result in results:
+        job.keep_lock(result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""The command `merger`: calls the line as its arguments say, ends with an exit code.
+
+Not here: the arguments (arguments), the work (run) and its words (console).
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merger.cli.arguments import parse_arguments
+from merger.errors import MergerError, Problem, RecipeError, VerificationError, did_you_mean
+from merger.runtime import Halt, halting, limits_told
+from merger.safety import secrets
+from merger.safety.text import guarded, line
+
+if TYPE_CHECKING:
+    from merger.distributed.start import Engine
+    from merger.planning.plan import Plan
+    from merger.recipe.model import Recipe
+    from merger.run.options import Options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or that of the error's class. No token gets into what it prints."""
+    with guarded():
+        return secrets.watched(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    # torch's import makes so many lasting objects that to look for garbage among them took 0.3 s, at the exit 0.45 s
+    gc.set_threshold(200_000)
+    atexit.register(gc.freeze)
+    try:
+        arguments = parse_arguments(argv)
+        with halting(), limits_told():
+            return _COMMANDS[arguments.command](arguments)
+    except MergerError as error:
+        _report(error, "--json" in (sys.argv if argv is None else argv))
+        return error.exit_code
+    except Halt as halt:
+        print(halt, file=sys.stderr)
+        return halt.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _report(error: MergerError, as_json: bool) -> None:
+    from merger.cli import text as console
+
+    if as_json:
+        print(json.dumps({"exit_code": error.exit_code, "problems": [asdict(problem) for problem in error.problems]}))
+    print(console.format_problems(error), file=sys.stderr)
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from merger.cli import text as console
+    from merger.run.prepare import named_recipes, read_recipe
+
+    code = 0
+    named = {os.path.expanduser(name): named_recipes(os.path.expanduser(name)) for name in arguments.recipes}
+    for name in (name for name, found in named.items() if not found):
+        _report(RecipeError(Problem(f"{name}: no recipe is there", hint="recipes end with .yaml or .yml")), False)
+        code = RecipeError.exit_code
+    for path in (path for found in named.values() for path in found):
+        try:
+            recipe = read_recipe(Path(path))
+        except MergerError as error:
+            _report(error, as_json=False)
+            code = error.exit_code
+            continue
+        for note in recipe.warnings:
+            print(console.warning(note), file=sys.stderr)
+        used = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
+        methods = ", ".join([*used, *(["mixture of experts"] if recipe.mixture else [])])
+        count = len(recipe.models)
+        print(line(f"{path}: well formed ({methods}; {count} {'model' if count == 1 else 'models'})"))
+    return code
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    from merger.run.options import Options
+
+    return Options(
+        to=arguments.to,
+        max_memory=arguments.max_memory,
+        max_disk=arguments.max_disk,
+        shard_size=arguments.shard_size,
+        threads=arguments.threads,
+        device=getattr(arguments, "device", "cpu"),
+        seed=arguments.seed,
+        force=getattr(arguments, "force", False),
+        part=getattr(arguments, "part", None),
+        publish_only=getattr(arguments, "publish_only", False),
+        stream=getattr(arguments, "stream", False),
+        allow_pickle=arguments.allow_pickle,
+        cache=arguments.cache,
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from merger.cli import text as console
+    from merger.run.options import needed_disk, stated_destination
+    from merger.run.prepare import looked, plan, read_recipe
+
+    recipe = read_recipe(arguments.recipe)
+    options = _options(arguments)
+    planned, store = plan(recipe, options)
+    if options.max_disk is not None:
+        needed_disk(planned, options, planned.shards)
+    for note in recipe.warnings:
+        print(console.warning(note), file=sys.stderr)
+    to = stated_destination(recipe, options)
+    print(json.dumps(console.plan_json(planned, to)) if arguments.json else console.plan_text(planned, to))
+    if arguments.look:
+        print(console.relations_text(looked(planned, store)), file=sys.stderr if arguments.json else sys.stdout)
+    return 0
+
+
+def _engine(arguments: argparse.Namespace) -> Engine | None:
+    from merger.distributed.start import Engine
+
+    kind, parts = getattr(arguments, "engine", None), getattr(arguments, "parts", None)
+    if (kind is None) != (parts is None):
+        hint = "write for example --engine ray --parts 4; a single part is made with --part 1/4"
+        raise RecipeError(Problem("--engine and --parts go together", hint=hint))
+    return None if kind is None or parts is None else Engine(kind, parts, arguments.flavor, arguments.timeout)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from merger.run.prepare import read_recipe
+
+    return _made(read_recipe(arguments.recipe), arguments)
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    from merger.run.prepare import extraction_recipe
+
+    keys = ("model", "base_model", "rank", "alpha", "include", "exclude", "distribute_scale", "skip_rest")
+    settings = {key: getattr(arguments, key) for key in keys} | {"embeddings": arguments.embed}
+    return _made(extraction_recipe(settings, arguments.dtype, arguments.license), arguments)
+
+
+def _made(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from merger.cli import text as console
+    from merger.distributed.start import spread, suited
+    from merger.run.options import destination, fitted
+    from merger.run.pipeline import run
+    from merger.run.prepare import plan
+
+    options, engine = _options(arguments), _engine(arguments)
+    options = fitted(options) if engine is None else suited(options, engine)
+    to = destination(recipe, options)  # a missing destination is said before the models are asked for
+    planned, store = plan(recipe, options)
+    quiet = arguments.quiet
+    progress = None if quiet else console.Progress(sum(job.nbytes for job in planned.jobs))
+    told = quiet
+    event: object = None
+    try:
+        events = run(planned, store, options) if engine is None else spread(planned, store, options, engine)
+        for event in events:
+            if not told:  # by now the destination has not refused
+                _tell(recipe, planned, to)
+                told = True
+            if progress is not None:
+                console.show(event, progress)
+    finally:
+        if progress is not None:
+            progress.close()
+    _finished(event, planned, arguments)
+    return 0
+
+
+def _tell(recipe: Recipe, planned: Plan, to: str) -> None:
+    from merger.cli import text as console
+
+    notes = [console.warning(note) for note in recipe.warnings]
+    print("\n".join([*notes, console.plan_text(planned, to), ""]), file=sys.stderr)
+
+
+def _finished(event: object, planned: Plan, arguments: argparse.Namespace) -> None:
+    from merger.cli import text as console
+    from merger.run.pipeline import Done, PartDone
+
+    assert isinstance(event, (Done, PartDone))
+    if arguments.json:
+        print(json.dumps({"plan": planned.hash, **console.as_json(event)}))
+    elif not arguments.quiet:
+        print(console.ended(event))
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from merger.cli import text as console
+    from merger.run.pipeline import leftovers
+
+    print(console.leftovers_text(arguments.to, leftovers(arguments.to)))
+    return 0
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from merger.cli import text as console
+    from merger.run.pipeline import clean, leftovers
+
+    found = leftovers(arguments.to)
+    print(console.leftovers_text(arguments.to, found))
+    for leftover in found if arguments.yes else ():
+        clean(arguments.to, leftover)
+        print(line(f"removed {leftover.where}"))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from merger.cli import reports
+    from merger.cli import text as console
+    from merger.run.options import Options, fitted
+    from merger.verification.verify import Begun, Extent, Report, verify
+
+    means = Options(max_memory=arguments.max_memory, threads=arguments.threads, cache=arguments.cache)
+    extent = Extent(arguments.all, arguments.tensors, arguments.seed)
+    progress: console.Progress | None = None
+    event: object = None
+    try:
+        for event in verify(arguments.model, fitted(means), extent):
+            if isinstance(event, Begun):
+                progress = console.Progress(event.nbytes, doing="comparing")
+            elif progress is not None:
+                console.show(event, progress)
+    finally:
+        if progress is not None:
+            progress.close()
+    assert isinstance(event, Report)
+    print(json.dumps(reports.report_json(event)) if arguments.json else reports.report_text(event))
+    return 0 if event.passed else VerificationError.exit_code
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from merger import runtime as machine
+    from merger.cli import reports
+    from merger.cli import text as console
+    from merger.verification.diff import Contrast, contrast, pair
+
+    both = pair(arguments.a, arguments.b)
+    progress = console.Progress(both.nbytes, doing="comparing")
+    found: object = None
+    try:
+        for found in contrast(both, arguments.threads or machine.cores()):
+            if isinstance(found, int):
+                progress.add(found)
+    finally:
+        progress.close()
+    assert isinstance(found, Contrast)
+    print(json.dumps(reports.contrast_json(found)) if arguments.json else reports.contrast_text(found))
+    return 0 if found.same else VerificationError.exit_code
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from merger.cli import text as console
+    from merger.run.options import Options
+    from merger.verification.rerender import recard, write_card
+
+    made = recard(arguments.model, Options(), arguments.template)
+    for note in made.merge.recipe.warnings if arguments.template is None else ():
+        print(console.warning(note), file=sys.stderr)
+    if arguments.print_only:
+        print(made.text, end="")
+    else:
+        print(console.carded(made, write_card(made, Options())))
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from merger.cli import text as console
+    from merger.methods.registry import methods
+
+    table = methods()
+    if arguments.name is None:
+        print(console.methods_text(table.values()))
+        return 0
+    if arguments.name not in table:
+        raise RecipeError(Problem(f"there is no method {arguments.name!r}", hint=did_you_mean(arguments.name, table)))
+    print(console.method_text(table[arguments.name]))
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from merger.methods.registry import methods
+    from merger.recipe.schema import schema
+
+    print(json.dumps(schema(methods()), indent=2, ensure_ascii=False))
+    return 0
+
+
+_COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "check": _check,
+    "plan": _plan,
+    "run": _run,
+    "publish": _run,
+    "extract-lora": _extract,
+    "status": _status,
+    "clean": _clean,
+    "verify": _verify,
+    "diff": _diff,
+    "card": _card,
+    "methods": _methods,
+    "schema": _schema,
+}

@@ -1,0 +1,362 @@
+"""Problems, plans and events as text for a terminal or a log. Not here: what they mean, and reading arguments (cli)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TextIO
+
+from merger.card.facts import vocabulary_facts
+from merger.card.licences import judge
+from merger.card.relations import Loss, Relation, Relations, warnings
+from merger.distributed.start import PartMade, PartStarted
+from merger.errors import MergerError, Problem, few
+from merger.evaluation.budget import evaluation_memory
+from merger.evaluation.evaluate import Measured, Measuring
+from merger.lock.locked import shown
+from merger.methods.registry import Method, Param
+from merger.planning.plan import Plan
+from merger.run.options import exposed
+from merger.run.pipeline import Done, PartDone, Resumed
+from merger.safety.text import line, lined
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from merger.stores.ports import Leftover, Published
+    from merger.verification.rerender import Recarded
+
+_LOG_SECONDS = 15.0
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit a person would choose, powers of 1000.
+
+    >>> size(5_484_880)
+    '5.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def format_problems(error: MergerError) -> str:
+    """A refusal as the user sees it."""
+    return "\n".join(str(problem) for problem in error.problems)
+
+
+def warning(problem: Problem) -> str:
+    """A warning, told from a refusal by its first word."""
+    return f"warning: {problem}"
+
+
+def plan_text(planned: Plan, to: str | None = None) -> str:
+    """What will be made of what, what it takes, what is left out, and under which licence."""
+    made = [*_models(planned), "", *_making(planned), "", *_costs(planned), *_accounting(planned)]
+    doubts = plan_doubts(planned, to)
+    return lined([*made, *_licence(planned), *(each for doubt in doubts for each in ("", f"warning: {doubt}"))])
+
+
+def plan_doubts(planned: Plan, to: str | None) -> list[str]:
+    """Sentences on what is likely not meant."""
+    return [*warnings(planned), *planned.doubts, *exposed(planned, to)]
+
+
+def plan_json(planned: Plan, to: str | None = None) -> dict[str, Any]:
+    """The same for machines."""
+    found = judge(planned)
+    licence = {
+        "license": found.name or None,
+        "stated": found.stated,
+        "conflicts": [conflict.what for conflict in found.conflicts],
+        "override": found.override,
+        "notes": found.notes,
+        "asks": {terms.name: [kind.value for kind in terms.asks] for terms in found.duties},
+    }
+    return {**planned.as_json(), "licence": licence, "warnings": plan_doubts(planned, to)}
+
+
+def _licence(planned: Plan) -> list[str]:
+    """The result's licence, what it and others ask, and what speaks against it."""
+    found = judge(planned)
+    lines = ["", f"licence {found.name or 'not settled'}{'' if found.stated or not found.name else ' (proposed)'}"]
+    width = max((len(terms.name) for terms in found.duties), default=0)
+    asked = [(terms.name, ", ".join(kind.value for kind in terms.asks) or "nothing") for terms in found.duties]
+    lines += [f"  {licence:{width}}  {asks}" for licence, asks in asked]
+    if found.override is not None and found.conflicts:
+        lines.append(f"  published all the same: {found.override}")
+    warnings = [*(conflict.what for conflict in found.conflicts), *found.notes]
+    return [*lines, *(f"warning: {what}" for what in warnings)]
+
+
+def _models(planned: Plan) -> list[str]:
+    lines = ["models"]
+    width = max(len(shown(model)) for model in planned.locked.models)
+    for model in planned.locked.models:
+        commit = model.located.commit[:12] if model.located.commit else "local folder"
+        held = f"{len(model.checkpoint.tensors)} tensors, {size(model.checkpoint.nbytes)}"
+        lines.append(f"  {shown(model):{width}}  {commit}  {model.licence or 'licence not stated'}  {held}")
+    return lines
+
+
+def _making(planned: Plan) -> list[str]:
+    used = Counter(job.kind for job in planned.jobs)
+    methods = ", ".join(f"{name} {count}" for name, count in used.items())
+    dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
+    stages = ", ".join(f"{stage.name} ({len(stage.jobs)} tensors)" for stage in planned.locked.stages)
+    return [
+        *([f"by way  of {stages}, none of which is stored"] if stages else []),
+        f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
+        f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
+        f"{len(planned.texts.taken)} side files from {shown(planned.locked.donor)}",
+        *([f"tokens  {tokens}"] if (tokens := vocabulary_facts(planned)) else []),
+        *(f"note    {note}" for note in planned.notes),
+        f"plan    {planned.hash[:16]}, seed {planned.seed}",
+    ]
+
+
+def _costs(planned: Plan) -> list[str]:
+    return [
+        f"reads   {size(planned.read_bytes)}",
+        f"memory  {size(planned.peak_memory)} at most, with {planned.threads} threads",
+        f"disk    {size(planned.disk(staged=False))} for a folder, {size(planned.disk(staged=True))} for the Hub",
+        *_measuring(planned),
+    ]
+
+
+def _measuring(planned: Plan) -> list[str]:
+    """What the result is tried on, and what that takes."""
+    wanted = planned.locked.recipe.evaluate
+    if wanted is None:
+        return []
+    tried = ", ".join([*(f"perplexity of {text.text}" for text in wanted.perplexity), *wanted.tasks])
+    whose = "the merge and its parents" if wanted.parents else "the merge"
+    return [f"then    measures {whose}: {tried}; about {size(evaluation_memory(planned))} of memory"]
+
+
+def _accounting(planned: Plan) -> list[str]:
+    """Copied and left-out tensors by reason, so that nothing is lost in silence."""
+    copied = [(job.why, job.name) for job in planned.jobs if job.why is not None]
+    models = planned.locked.models
+    left = [(f"{shown(models[item.model])}: {item.why}", item.tensor) for item in planned.left_out]
+    base = shown(planned.locked.holder)
+    copied += [(f"as {base} has it, for what follows after the model", name) for name in planned.copied_tensors]
+    left += [(f"{base}: {why}", name) for name, why in planned.left_beside.items()]
+    return [*_by_reason("copied", copied), *_by_reason("left out", left)]
+
+
+def relations_text(related: Relations) -> str:
+    """How the parents relate, and what speaks against merging them."""
+    lines = ["", "parents", *(_relation_text(row) for row in (*related.overall, *related.layers))]
+    return lined([*lines, *(f"warning: {doubt}" for doubt in related.doubts)])
+
+
+def _relation_text(row: Relation) -> str:
+    cosine = "none" if row.cosine is None else f"{row.cosine:.2f}"
+    sizes = ", ".join(f"{norm:.2f}" for norm in row.norms)
+    return f"  {row.where}: cosine {cosine}, opposite signs {row.opposition:.0%}, sizes {sizes}"
+
+
+def _by_reason(title: str, items: Iterable[tuple[str, str]]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for why, name in items:
+        groups.setdefault(why, []).append(name)
+    lines = ["", title] if groups else []
+    for why, names in groups.items():
+        lines.append(f"  {few(names)}: {why}")
+    return lines
+
+
+# ---- methods --------------------------------------------------------------------------------------------------------
+
+
+def methods_text(table: Iterable[Method]) -> str:
+    """A line for each method."""
+    rows = list(table)
+    width = max(len(method.name) for method in rows)
+    return "\n".join(f"{method.name:{width}}  {method.summary}" for method in rows)
+
+
+def method_text(method: Method) -> str:
+    """All about one method: what it computes, its parameters, its paper."""
+    lines = [
+        f"{method.title} ({method.name})",
+        "",
+        method.description,
+        "",
+        f"models: {models_taken(method)}",
+        "",
+        "parameters:",
+    ]
+    lines += [_param(param) for param in method.params] or ["  none"]
+    if method.paper:
+        paper = method.paper
+        lines += ["", f"{paper.authors} ({paper.year}), {paper.title}", paper.url]
+    return "\n".join(lines)
+
+
+def models_taken(method: Method) -> str:
+    """How many models a method takes, and what the base model is to it."""
+    least, most = method.models
+    count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+    return count + _BASES[method.base]
+
+
+_BASES = {
+    "unused": "",
+    "first": ", one of them the base_model",
+    "subtracted": " and a base_model",
+    "optional": ", and a base_model if wanted",
+    "included": ", the base_model being one more",
+}
+
+
+def _param(param: Param) -> str:
+    default = "required" if param.required else f"default {str(param.default).lower()}"
+    scope = "a number for each model" if param.per_model else param.kind
+    bounds = f", {param.bounds}" if param.bounds else ""
+    return f"  {param.name} ({scope}{bounds}, {default}): {param.description}"
+
+
+# ---- progress -------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """How far a run is: a bar with bytes and time left on a terminal, a line now and then in a log.
+
+    Args:
+        total: the bytes that will be made.
+        stream: where it is shown; None: standard error as it is now.
+        doing: what is done with them, in a word.
+    """
+
+    def __init__(self, total: int, stream: TextIO | None = None, doing: str = "merging") -> None:
+        stream = stream or sys.stderr
+        self._total, self._stream, self._doing = total, stream, doing
+        self._made = 0
+        self._start = self._told = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        if stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=doing, file=stream, dynamic_ncols=True)
+
+    def add(self, nbytes: int) -> None:
+        """Some more bytes are made."""
+        self._made += nbytes
+        if self._bar is not None:
+            self._bar.update(nbytes)
+        elif time.monotonic() - self._told >= _LOG_SECONDS:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        passed = self._told - self._start
+        left = passed * (self._total - self._made) / max(1, self._made)
+        share = self._made / max(1, self._total)
+        print(
+            f"{self._doing}: {size(self._made)} of {size(self._total)} ({share:.0%}), {left:.0f} s left",
+            file=self._stream,
+            flush=True,
+        )
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def show(event: object, progress: Progress) -> None:
+    """Tell of one event of a run."""
+    from merger.engine.execute import BytesWritten
+
+    if isinstance(event, (BytesWritten, PartMade)):
+        progress.add(event.nbytes)
+    for words in _words(event):
+        progress.say(line(words))
+
+
+def _words(event: object) -> Iterator[str]:
+    """The lines that an event is worth."""
+    from merger.engine.execute import ShardDone
+
+    if isinstance(event, PartStarted):
+        yield f"part {event.part} is started: {event.where}"
+    elif isinstance(event, PartMade):
+        yield f"part {event.part} is made: {size(event.nbytes)} by {event.where}"
+    elif isinstance(event, Measuring):
+        yield f"measuring {event.model or 'the merge'}"
+    elif isinstance(event, Measured):
+        yield from (f"  {score.task}: {score.metric} {score.value:.4g}" for score in event.scores)
+    elif isinstance(event, Resumed):
+        yield f"{event.shards} of {event.of} files are there from an earlier run or another part"
+    elif isinstance(event, ShardDone):
+        yield f"made {event.shard.name} ({size(event.shard.size)}, sha256 {event.shard.sha256[:12]})"
+
+
+def file_done(event: object) -> bool:
+    """Whether a file of the result has just been finished: a run may be left here, and nothing is lost."""
+    from merger.engine.execute import ShardDone
+
+    return isinstance(event, ShardDone)
+
+
+# ---- the end --------------------------------------------------------------------------------------------------------
+
+
+def ended(event: Done | PartDone) -> str:
+    """What has become of it."""
+    doubts = [f"warning: {doubt}" for doubt in event.doubts]
+    if isinstance(event, PartDone):
+        files = f"{event.shards} of {event.of} files"
+        return lined([*doubts, f"part {event.part} is there: {files}; after all parts: merger publish"])
+    commit = f" at commit {event.published.commit[:12]}" if event.published.commit else ""
+    what = "merged into" if event.is_new else "nothing to do: it is already"
+    return lined([*doubts, *_losses(event.losses), f"{what} {event.published.where}{commit}"])
+
+
+def _losses(losses: Sequence[Loss]) -> list[str]:
+    """What an adapter leaves out, in all and by layer."""
+    lines = [f"  {loss.where}: {loss.error:.2%}" for loss in losses]
+    return ["left out of the matrices, as a share of their norm", *lines] if lines else []
+
+
+def as_json(event: Done | PartDone) -> dict[str, Any]:
+    """The same for machines."""
+    if isinstance(event, PartDone):
+        return {"part": str(event.part), "shards": event.shards, "of": event.of, "doubts": event.doubts}
+    return {
+        "new": event.is_new,
+        "shards": [asdict(shard) for shard in event.shards],
+        "doubts": event.doubts,
+        "losses": {loss.where: loss.error for loss in event.losses},
+        **asdict(event.published),
+    }
+
+
+def carded(made: Recarded, kept: Published | None) -> str:
+    """What has become of a card."""
+    if kept is None:
+        return line(f"nothing to do: the card of {made.merge.located.name} is the same")
+    return line(f"wrote the card of {kept.where}{f' at commit {kept.commit[:12]}' if kept.commit else ''}")
+
+
+def leftovers_text(to: str, found: Sequence[Leftover]) -> str:
+    """What is there of unfinished runs."""
+    lines = [
+        f"{item.where}: {item.shards} finished files, {size(item.nbytes)}{', a run is at work' if item.busy else ''}"
+        for item in found
+    ]
+    return lined(lines or [f"{to}: no unfinished run"])

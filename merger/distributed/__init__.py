@@ -1,0 +1,1 @@
+"""Shares of a plan, made by several processes or machines."""

@@ -1,0 +1,210 @@
+"""A merge spread over machines: its parts are made by an engine elsewhere, then published from here.
+
+The engines are a Ray cluster (parts) and Hugging Face Jobs (hub_jobs); a workflow's matrix needs neither.
+Not here: how a part is made, which is the same `run` everywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from merger.errors import PartError, Problem, RecipeError
+from merger.evaluation.evaluate import Measured, Measuring
+from merger.methods.registry import methods
+from merger.planning.plan import Part, Plan, share
+from merger.recipe.parse import parse
+from merger.run.options import Options, destination, fitted
+from merger.run.pipeline import Done, PartDone, Ready, Resumed, run, unmade
+from merger.run.prepare import is_lock, plan
+from merger.stores.ports import HUB
+from merger.stores.resolve import Library
+
+if TYPE_CHECKING:
+    from merger.distributed.hub_jobs import HubJob
+    from merger.engine.execute import Event
+
+IMAGE = "python:3.12-slim"
+SCRIPT = """\
+set -eu
+cd "$(mktemp -d)"
+pip install --quiet --root-user-action=ignore "hub-merger==$MERGER_VERSION"
+printf %s "$MERGER_RECIPE" | base64 -d > recipe.yaml
+exec merger run recipe.yaml "$@"
+"""
+"""What a Hub job does. The recipe is base64 in its environment, the options are arguments: nothing needs quotes."""
+
+_LONGEST_RECIPE = 90_000  # an environment variable of Linux holds 131,072 bytes, and base64 takes a third more
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What makes the parts.
+
+    Args:
+        kind: ``ray`` or ``jobs``.
+        parts: how many they are.
+        flavor: the hardware of each Hub job.
+        timeout: how long each Hub job may run.
+    """
+
+    kind: Literal["ray", "jobs"]
+    parts: int
+    flavor: str = "cpu-basic"
+    timeout: str = "6h"
+
+
+@dataclass(frozen=True)
+class PartStarted:
+    """A part is begun elsewhere; `where` is a page to look at."""
+
+    part: Part
+    where: str
+
+
+@dataclass(frozen=True)
+class PartMade:
+    """A part is made elsewhere: so many bytes."""
+
+    part: Part
+    where: str
+    nbytes: int
+
+
+def suited(options: Options, engine: Engine) -> Options:
+    """The options that the plan is made with: on a Ray cluster a part takes one CPU unless --threads says more."""
+    return replace(options, threads=options.threads or 1) if engine.kind == "ray" else options
+
+
+def spread(
+    planned: Plan, store: Library, options: Options, engine: Engine
+) -> Iterator[Event | Ready | Resumed | PartStarted | PartMade | Measuring | Measured | PartDone | Done]:
+    """Have the missing parts made elsewhere, then publish; the last event is `Done`.
+
+    Raises:
+        MergerError: any kind; what was made waits at the destination, and only the rest is made by another run.
+    """
+    _refuse_what_stays(planned, options)
+    found = unmade(planned, options, engine.parts)
+    yield Ready()
+    if isinstance(found, Done):
+        yield found
+        return
+    yield from (_by_ray if engine.kind == "ray" else _by_jobs)(planned, options, engine, found)
+    yield from run(planned, store, replace(options, publish_only=True))
+
+
+def _refuse_what_stays(planned: Plan, options: Options) -> None:
+    """All machines must see the parents, the destination, and all that says what is made."""
+    recipe = planned.locked.recipe
+    hint = "push it to the Hub, or make the merge in one run"
+    problems = [
+        Problem(f"the folder {model.ref.path} is on this machine alone", at=model.ref.at, hint=hint)
+        for model in planned.locked.models
+        if model.located.commit is None
+    ]
+    if is_lock(Path(recipe.path)):
+        hint = "start the parts yourself with --part, or give the recipe"
+        problems.append(Problem(f"{recipe.path}: a lock file stays here, the other machines get the recipe", hint=hint))
+    to = destination(recipe, options)
+    if not to.startswith(HUB):
+        problems.append(Problem(f"the folder {to} is on this machine alone", hint="give --to hf://owner/name"))
+    if problems:
+        raise RecipeError(problems)
+
+
+def _made(planned: Plan, part: Part, where: str) -> PartMade:
+    return PartMade(part, where, sum(shard.size for shard in share(planned.shards, part)))
+
+
+# ---- Ray ------------------------------------------------------------------------------------------------------------
+
+
+def _by_ray(planned: Plan, options: Options, engine: Engine, parts: Sequence[Part]) -> Iterator[PartMade]:
+    from merger.distributed.parts import on_ray
+
+    recipe = planned.locked.recipe
+    # No token goes along, each node has its own: Ray writes a task's environment into its logs, as they are.
+    make = partial(make_part, recipe.text, recipe.path, options, planned.identity)
+    cuda = {"num_gpus": 1} if options.device == "cuda" else {}
+    resources = {"num_cpus": planned.threads, "memory": planned.peak_memory, **cuda}
+    for part, where in on_ray(make, parts, resources):
+        yield _made(planned, part, where)
+
+
+def make_part(text: str, path: str, options: Options, identity: str, part: Part) -> None:
+    """Make one part on this machine, from nothing but a recipe's text and options.
+
+    Raises:
+        MergerError: any kind.
+        PartError: it would not be a part of the merge that `identity` names.
+    """
+    here = fitted(replace(options, part=part))
+    planned, store = plan(parse(text, path, methods()), here)
+    if planned.identity != identity:
+        hint = "a parent has a new commit, or this machine another version of merger; org/name@commit pins a parent"
+        raise PartError(Problem("this is no part of the merge that was started", hint=hint))
+    deque(run(planned, store, here), maxlen=0)
+
+
+# ---- Hugging Face Jobs ----------------------------------------------------------------------------------------------
+
+
+def _by_jobs(
+    planned: Plan, options: Options, engine: Engine, parts: Sequence[Part]
+) -> Iterator[PartStarted | PartMade]:
+    from merger.distributed.hub_jobs import HubJobs
+
+    environment = {"MERGER_RECIPE": _packed(planned), "MERGER_VERSION": version("hub-merger")}
+    started: dict[HubJob, Part] = {}
+    problems: list[Problem] = []
+    with HubJobs(engine.flavor, engine.timeout) as hub:
+        for part in parts:
+            name = f"merge-{planned.hash[:8]}-part-{part.number}-of-{part.count}"
+            command = ["sh", "-c", SCRIPT, "merger", *_arguments(planned, options, part)]
+            job = hub.start(name, IMAGE, command, environment)
+            started[job] = part
+            yield PartStarted(part, job.page)
+        for job, trouble in hub.ended():
+            if trouble is None:
+                yield _made(planned, started[job], job.page)
+            else:
+                hint = f"{job.page} has its log; the same command makes only what is missing"
+                problems.append(Problem(f"part {started[job]}: {trouble}", hint=hint))
+    if problems:
+        raise PartError(problems)
+
+
+def _packed(planned: Plan) -> str:
+    text = planned.locked.recipe.text.encode()
+    if len(text) > _LONGEST_RECIPE:
+        what = f"a Hub job takes a recipe of {_LONGEST_RECIPE:,} bytes at most, and this has {len(text):,}"
+        raise RecipeError(Problem(what, hint="shorten it, or start the parts yourself with --part"))
+    return base64.b64encode(text).decode()
+
+
+def _arguments(planned: Plan, options: Options, part: Part) -> list[str]:
+    given = {
+        "to": destination(planned.locked.recipe, options),
+        "part": part,
+        "seed": options.seed,
+        "shard-size": options.shard_size,
+        "max-memory": options.max_memory,
+        "max-disk": options.max_disk,
+        "threads": options.threads,
+        "device": options.device,
+    }
+    flags = {
+        "force": options.force,
+        "stream": options.stream,
+        "no-cache": not options.cache,
+        "allow-pickle": options.allow_pickle,
+    }
+    valued = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return valued + [f"--{name}" for name, is_set in flags.items() if is_set]

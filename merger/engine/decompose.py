@@ -1,0 +1,216 @@
+"""Takes a matrix apart into the two small ones of an adapter: directions, and how much of the matrix they hold.
+
+Follows the randomised range finder with power iterations of Halko, Martinsson & Tropp 2011, "Finding structure with
+randomness", https://arxiv.org/abs/0909.4061 (algorithms 4.4 and 5.1). The matrix is read four times, some rows at a
+time, and is never held; directions are made orthonormal in float64, the products are float32.
+Not here: merging adapters (blend), and which matrices are taken apart (planning.makers.lora).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from merger.engine.stored import Load
+from merger.methods.registry import methods
+from merger.methods.steps.arithmetic import Rng
+from merger.methods.steps.decompose import TINY
+from merger.planning.geometry import Geometry
+from merger.planning.inputs.base import Input, Stored
+from merger.planning.inputs.derived import Zeros
+from merger.planning.inputs.low_rank import FACTOR_ENTRIES, OVERSAMPLING, Factor, LowRank, MergedDeltas
+
+# ---- blend ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blended:
+    """A merged delta: ``rows @ middle @ columns``, where a basis that is None leaves the middle as it is."""
+
+    middle: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+
+    def outside(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions of the middle as those of the whole."""
+        return (
+            left if self.rows is None else self.rows @ left,
+            right if self.columns is None else right @ self.columns,
+        )
+
+
+def blended(source: MergedDeltas, load: Load) -> Blended:
+    """What the method makes of the deltas."""
+    parts = [_part(delta, load) for delta in source.deltas]
+    rows = _basis([b for b, _ in parts]) if source.space in ("rows", "core") else None
+    columns = _basis([a.T for _, a in parts]) if source.space in ("columns", "core") else None
+    inner = [(b if rows is None else rows.T @ b, a if columns is None else a @ columns) for b, a in parts]
+    given = dict(source.arguments)
+    if source.random is not None:
+        given["rng"] = Rng(*source.random)
+    method = methods()[source.method]
+    deltas = [b.float() @ a.float() if source.space == "full" else _product(b, a) for b, a in inner]
+    merged: Tensor = method.function(deltas, **given)
+    return Blended(merged, rows, None if columns is None else columns.T)
+
+
+def _part(delta: LowRank | Zeros, load: Load) -> tuple[Tensor, Tensor]:
+    """scale B, and A, in float64; without a direction where the adapter changes nothing."""
+    if isinstance(delta, Zeros):
+        rows, columns = delta.shape
+        return torch.zeros(rows, 0, dtype=torch.float64), torch.zeros(0, columns, dtype=torch.float64)
+    return _whole(delta.b, load).mul_(delta.scale), _whole(delta.a, load)
+
+
+def _product(b: Tensor, a: Tensor) -> Tensor:
+    """B A in a basis, where zeros come out as rounding: they are made zeros again, else they would have a vote."""
+    found = b @ a
+    return found.masked_fill_(found.abs() <= TINY * found.abs().max(), 0.0).float() if found.numel() else found.float()
+
+
+def _basis(parts: list[Tensor]) -> Tensor:
+    """The left singular vectors of all parts side by side, each with its largest entry positive."""
+    basis: Tensor = torch.linalg.svd(torch.cat(parts, 1), full_matrices=False)[0]
+    return basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+
+
+def _whole(leaf: Stored, load: Load) -> Tensor:
+    entries = leaf.tensor.entries
+    return load(leaf, 0, entries, torch.empty(entries)).view(leaf.shape).double()
+
+
+# ---- factors --------------------------------------------------------------------------------------------------------
+
+
+_ROUNDS = 3
+"""How often the directions are turned towards the large singular values: the error's part of the small ones falls with
+the sixth power of their ratio."""
+
+_SEED = 0x5EED
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """L diag(values) R, as near as can be to a matrix; the squares of the norms of that matrix, and of what is left."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    square: float
+    missed: float
+
+
+@dataclass
+class _Pair:
+    """A and B, whether anybody has begun to make them, and how many of their entries are still to be handed out."""
+
+    left: int
+    begun: bool = False
+    made: Future[tuple[Tensor, Tensor, Geometry]] = field(default_factory=Future)
+
+
+class RunPairs:
+    """The pairs of a run that are under way: made when A is first asked for, gone when all entries are handed out."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[Factor, _Pair] = {}
+        self._lock = threading.Lock()
+
+    def entries(self, source: Factor, start: int, stop: int, load: Load) -> tuple[Tensor, Geometry]:
+        """The entries of A or B, and how the matrix and ``scale * B @ A`` lie to each other."""
+        pair = self._begun(source, load)
+        a, b, seen = pair.made.result()
+        found = (a if source.part == "A" else b).view(-1)[start:stop]
+        with self._lock:
+            pair.left -= stop - start
+            if pair.left == 0:
+                del self._pairs[source.pair]
+        return found, seen
+
+    def _begun(self, source: Factor, load: Load) -> _Pair:
+        """The pair, made here by the first who asks for A; those who ask for B wait, for A's job was begun before."""
+        with self._lock:
+            pair = self._pairs.setdefault(source.pair, _Pair(source.rank * sum(source.product.shape)))
+            mine = source.part == "A" and not pair.begun
+            pair.begun |= mine
+        if mine:
+            try:
+                pair.made.set_result(_made(source, load))
+            except BaseException as error:
+                pair.made.set_exception(error)
+        return pair
+
+
+def _made(source: Factor, load: Load) -> tuple[Tensor, Tensor, Geometry]:
+    product = source.product
+    if isinstance(product, MergedDeltas):
+        merged = blended(product, load)
+        found = decomposed(lambda: _rows_of(merged.middle), merged.middle.shape, source.rank)
+        left, right = merged.outside(found.left, found.right)
+        found = replace(found, left=left, right=right)
+    else:
+        found = decomposed(lambda: _rows(product, load), product.shape, source.rank)
+    kept = found.square - found.missed
+    return *_shared_out(source, found), Geometry(((found.square, kept), (kept, kept)), 0, math.prod(product.shape))
+
+
+def _shared_out(source: Factor, found: Decomposition) -> tuple[Tensor, Tensor]:
+    """A and B in float32: the singular values go to B, or their roots to both. Of a turned matrix B has the columns."""
+    a, b = (found.left.T, found.right.T) if source.turned else (found.right, found.left)
+    shares = found.values.sqrt() if source.spread else found.values
+    a = a * shares[:, None] if source.spread else a
+    return a.float().contiguous(), (b * (shares / source.scale)).float().contiguous()
+
+
+def decomposed(rows: Callable[[], Iterator[tuple[int, Tensor]]], shape: tuple[int, ...], rank: int) -> Decomposition:
+    """The leading singular triples of a matrix, nearly; exactly if it has no more of them than `rank` + 16.
+
+    Args:
+        rows: walks the matrix: some rows of it in float32, and the number of the first of them.
+        shape: its shape.
+        rank: how many triples.
+    """
+    count, width = shape
+    wanted = min(rank + OVERSAMPLING, count, width)
+    draw = torch.Generator().manual_seed(_SEED)
+    basis = torch.randn(width, wanted, generator=draw)
+    for _ in range(_ROUNDS):
+        total = torch.zeros(width, wanted, dtype=torch.float64)
+        for _, part in rows():
+            total += part.T @ (part @ basis)
+        basis = torch.linalg.qr(total).Q.float()
+    reached, square, missed = torch.empty(count, wanted, dtype=torch.float64), 0.0, 0.0
+    for first, part in rows():
+        along = part @ basis
+        reached[first : first + len(part)] = along
+        square += _square(part)
+        missed += _square(part.addmm(along, basis.T, alpha=-1))
+    left, values, turn = torch.linalg.svd(reached, full_matrices=False)
+    left, right = left[:, :rank], turn[:rank] @ basis.T.double()
+    signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()  # else they would be LAPACK's choice
+    return Decomposition(
+        left * signs, values[:rank], right * signs.T, square, missed + float(values[rank:].square().sum())
+    )
+
+
+def _square(part: Tensor) -> float:
+    return float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+
+
+def _rows(source: Input, load: Load) -> Iterator[tuple[int, Tensor]]:
+    count, width = source.shape
+    step = max(1, FACTOR_ENTRIES // max(1, width))
+    room = torch.empty(min(step, count) * width)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        yield first, load(source, first * width, last * width, room).view(last - first, width)
+
+
+def _rows_of(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    yield 0, matrix

@@ -1,0 +1,249 @@
+"""A source's entries in float32, a run of them at a time: how each kind of planning.inputs.base is read.
+
+Not here: where a leaf's bytes come from and in which order (blocks).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merger.engine.pursuit import pursued
+from merger.engine.stored import Leaves, Load, rows_of_map
+from merger.methods.steps.arithmetic import Rng
+from merger.methods.steps.random import normal, uniform
+from merger.planning.geometry import Geometry
+from merger.planning.inputs.base import Input, StageTensor, Stored
+from merger.planning.inputs.derived import DRAWN_AT_ONCE, Dequantised, Drawn, Noised, Routed, Stacked, Zeros
+from merger.planning.inputs.low_rank import Added, Difference, Factor, LowRank
+from merger.planning.inputs.rows import CHUNK_ENTRIES, Pursuit, Rows
+
+# ---- scaled ---------------------------------------------------------------------------------------------------------
+
+
+def dequantised(source: Dequantised, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    """The numbers times the scales of their blocks, whole rows at once and what is left of rows at both ends."""
+    made, columns = leaves.entries(source.numbers, start, stop, out), source.shape[1]
+    first, last = start // columns, -(-stop // columns)
+    scales = _of_rows(source, first, last, leaves)
+    begin, end = -(-start // columns), stop // columns
+    if begin > end:  # within one row
+        return made.mul_(_spread(source, scales[0])[start - first * columns : stop - first * columns])
+    head, tail = begin * columns - start, stop - end * columns
+    if head:
+        made[:head].mul_(_spread(source, scales[0])[columns - head :])
+    _multiply(made[head : len(made) - tail].view(-1, columns), scales[begin - first : end - first], source.block[1])
+    if tail:
+        made[len(made) - tail :].mul_(_spread(source, scales[-1])[:tail])
+    return made
+
+
+def _of_rows(source: Dequantised, first: int, last: int, leaves: Leaves) -> Tensor:
+    """The scales of these rows, one for each block of columns."""
+    down, across = source.block
+    width = -(-source.shape[1] // across)
+    begin, end = first // down, -(-last // down)
+    held = leaves.entries(source.scales, begin * width, end * width, torch.empty((end - begin) * width))
+    return held.view(-1, width)[torch.arange(first, last) // down - begin]
+
+
+def _spread(source: Dequantised, scales: Tensor) -> Tensor:
+    """A row's scales, one for each column."""
+    return scales.repeat_interleave(source.block[1])[: source.shape[1]]
+
+
+def _multiply(rows: Tensor, scales: Tensor, across: int) -> None:
+    """Each row by its scales, each of which stands for `across` columns; the last one may stand for fewer."""
+    blocks = rows.shape[1] // across
+    whole = blocks * across
+    rows[:, :whole].view(len(rows), blocks, across).mul_(scales[:, :blocks, None])
+    rows[:, whole:].mul_(scales[:, blocks:])
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def with_low_rank(source: LowRank, start: int, stop: int, out: Tensor, load: Load) -> Tensor:
+    """The entries of W + scale B A; with a magnitude m of m (W + scale B A) / ‖W + scale B A‖, by rows (DoRA).
+
+    Follows Hu et al. 2021, https://arxiv.org/abs/2106.09685, and Liu et al. 2024, https://arxiv.org/abs/2402.09353.
+    """
+    entries = out[: stop - start] if source.magnitude else load(source.of, start, stop, out)
+    columns, right = source.shape[1], _right(source, load)
+    for first, last in _runs_of_rows(source, start, stop):
+        rows = (_left(source, first, last, load) @ right).mul_(source.scale)
+        low, high = max(start, first * columns), min(stop, last * columns)
+        mine = slice(low - first * columns, high - first * columns)
+        if source.magnitude is None:
+            entries[low - start : high - start].add_(rows.view(-1)[mine])
+        else:
+            made = _brought_to_length(source, source.magnitude, rows, first, load)
+            entries[low - start : high - start] = made.view(-1)[mine]
+    return entries
+
+
+def _runs_of_rows(source: LowRank, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The rows that hold the entries, in runs that begin at the same rows whatever the block: no bit depends on it."""
+    step, (rows, columns) = source.chunk_rows, source.shape
+    begin, end = start // columns // step * step, -(-stop // columns)
+    return ((first, min(first + step, rows)) for first in range(begin, end, step))
+
+
+def _right(source: LowRank, load: Load) -> Tensor:
+    """The small matrix that has a column for each of the large one's: A, or Bᵀ."""
+    return _whole(source.b, load).T if source.turned else _whole(source.a, load)
+
+
+def _left(source: LowRank, first: int, last: int, load: Load) -> Tensor:
+    """Some rows of the other one: of B, or of Aᵀ, which are columns of A."""
+    if not source.turned:
+        rank = source.rank
+        return load(source.b, first * rank, last * rank, torch.empty((last - first) * rank)).view(-1, rank)
+    columns = torch.empty(source.rank, last - first)
+    for row, inputs in zip(columns, range(0, source.a.tensor.entries, source.a.shape[1]), strict=True):
+        load(source.a, inputs + first, inputs + last, row)
+    return columns.T
+
+
+def _brought_to_length(source: LowRank, magnitude: Stored, added: Tensor, first: int, load: Load) -> Tensor:
+    """Rows of the sum, each as long as the magnitude says; `added` is what the adapter adds to them."""
+    count, columns = added.shape
+    held = load(source.of, first * columns, (first + count) * columns, torch.empty(count * columns))
+    total = held.view(count, columns).add_(added)
+    wanted = load(magnitude, first, first + count, torch.empty(count))
+    return total.mul_((wanted / torch.linalg.vector_norm(total, dim=1, dtype=torch.float64).float())[:, None])
+
+
+def _whole(leaf: Stored, load: Load) -> Tensor:
+    entries = leaf.tensor.entries
+    return load(leaf, 0, entries, torch.empty(entries)).view(leaf.shape)
+
+
+def with_added(source: Added, start: int, stop: int, out: Tensor, load: Load) -> Tensor:
+    """The entries of a tensor and of the small one that is added to it, times the scale."""
+    plus = load(source.plus, start, stop, torch.empty(stop - start))
+    return load(source.to, start, stop, out).add_(plus.mul_(source.scale))
+
+
+# ---- stacked --------------------------------------------------------------------------------------------------------
+
+
+"""Entries ``[start, stop)`` of a source in float32, in the front of a buffer."""
+
+
+def stacked(source: Stacked, start: int, stop: int, out: Tensor, load: Load) -> Tensor:
+    """The layers' shares in their new order: run by run along the first axis, else some rows at a time."""
+    run = source.run
+    if source.axis == 0:
+        for place in range(start // run, -(-stop // run)):
+            giver, layer = source.taken[place]
+            low, high, shift = max(start, place * run), min(stop, (place + 1) * run), (layer - place) * run
+            load(source.givers[giver], low + shift, high + shift, out[low - start : high - start])
+        return out[: stop - start]
+    width = run * len(source.taken)
+    step = max(1, CHUNK_ENTRIES // width)
+    for row in range(start // width, -(-stop // width), step):
+        until = min(row + step, -(-stop // width))
+        made = _rows(source, row, until, load).view(-1)
+        begin, end = max(start, row * width), min(stop, until * width)
+        out[begin - start : end - start] = made[begin - row * width : end - row * width]
+    return out[: stop - start]
+
+
+def _rows(source: Stacked, first: int, last: int, load: Load) -> Tensor:
+    """Some rows, of shape (rows, layers, entries of a share)."""
+    made = torch.empty(last - first, len(source.taken), source.run)
+    for number, giver in enumerate(source.givers):
+        width = math.prod(giver.shape[source.axis :])
+        held = load(giver, first * width, last * width, torch.empty((last - first) * width))
+        places = [place for place, (of, _) in enumerate(source.taken) if of == number]
+        layers = [layer for of, layer in source.taken if of == number]
+        made[:, places] = held.view(last - first, -1, source.run)[:, layers]
+    return made
+
+
+# ---- sources --------------------------------------------------------------------------------------------------------
+
+
+def load_input(source: Input, start: int, stop: int, out: Tensor, leaves: Leaves, step: int = 1) -> Tensor:
+    """The source's entries ``[start, stop)`` as float32, in the front of `out`; with `step` every so many."""
+    if isinstance(source, Stored | StageTensor):
+        return leaves.entries(source, start, stop, out, step)
+    full = _READINGS[type(source)](source, start, stop, out, leaves)
+    return full[-start % step :: step]
+
+
+def _low_rank(source: LowRank, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return with_low_rank(source, start, stop, out, partial(load_input, leaves=leaves))
+
+
+def _added(source: Added, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return with_added(source, start, stop, out, partial(load_input, leaves=leaves))
+
+
+def _difference(source: Difference, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    less = load_input(source.subtrahend, start, stop, torch.empty(stop - start), leaves)
+    return load_input(source.minuend, start, stop, out, leaves).sub_(less)
+
+
+def _factor(source: Factor, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    entries, seen = leaves.pairs.entries(source, start, stop, partial(load_input, leaves=leaves))
+    leaves.tell(start, seen if start == 0 else Geometry(((0.0, 0.0), (0.0, 0.0)), 0, 0))
+    return out[: stop - start].copy_(entries)
+
+
+def _drawn(source: Drawn, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    for first in range(start, stop, DRAWN_AT_ONCE):
+        last = min(first + DRAWN_AT_ONCE, stop)
+        out[first - start : last - start].copy_(torch.from_numpy(_draws(source, first, last)))
+    return out[: stop - start]
+
+
+def _draws(source: Drawn, start: int, stop: int) -> Any:
+    bits = Rng(source.seed, source.stream).bits(0, np.arange(start, stop), "entries")
+    if source.law == "normal":
+        return source.spread * normal(bits)
+    return source.spread * (2.0 * uniform(bits) - 1.0)
+
+
+def _noised(source: Noised, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    quiet = load_input(source.quiet, start, stop, out, leaves)
+    for first in range(start, stop, DRAWN_AT_ONCE):
+        last = min(first + DRAWN_AT_ONCE, stop)
+        quiet[first - start : last - start] += torch.from_numpy(_draws(source.noise, first, last)).float()
+    return quiet
+
+
+def _zeros(source: Zeros, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return out[: stop - start].zero_()
+
+
+def _stacked(source: Stacked, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return stacked(source, start, stop, out, partial(load_input, leaves=leaves))
+
+
+def _routed(source: Routed, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    return out[: stop - start].copy_(leaves.router(source).reshape(-1)[start:stop])
+
+
+_READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
+    Rows: rows_of_map,
+    Pursuit: pursued,
+    Dequantised: dequantised,
+    LowRank: _low_rank,
+    Added: _added,
+    Difference: _difference,
+    Factor: _factor,
+    Drawn: _drawn,
+    Noised: _noised,
+    Zeros: _zeros,
+    Stacked: _stacked,
+    Routed: _routed,
+}
+"""How each kind of source but the plain one fills the front of `out` with its entries ``[start, stop)``."""

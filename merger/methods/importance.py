@@ -1,0 +1,296 @@
+"""PCB: weigh every entry of every task vector by how it competes within its task and with the other tasks.
+
+Not here: the search of the top entries (`_select`), and the evolutionary search for coefficients that the paper adds
+for those who have data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
+from typing import TYPE_CHECKING, Annotated
+
+from merger.methods.registry import Deltas, Paper, PerModel, Range, Tensors, merge_method
+from merger.methods.steps.arithmetic import Blocks, Mapped, entries_of, magnitude_sums, per_model, scaled, scratch, trim
+from merger.methods.steps.rows import as_rows, row_chunks
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+_PAPER = Paper(
+    "Du et al.", 2024, "Parameter Competition Balancing for Model Merging", "https://arxiv.org/abs/2410.02396"
+)
+
+_TERMS = 11  # of e's series for 0 to 1: the next is 1/12!, a fiftieth of float32's last bit
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ProductRange:
+    """The least product of a pair of deltas over the whole tensor, and 1 over the way to the largest (0: no way)."""
+
+    least: float
+    inverse: float
+
+    def exp(self, one: Tensor, other: Tensor) -> Tensor:
+        """e to the pair's products, scaled to 0 to 1: by sums and products, for a library's exp is its machine's."""
+        import torch
+
+        power = torch.mul(one, other).sub_(self.least).mul_(self.inverse)
+        total = torch.full_like(power, 1 / math.factorial(_TERMS))
+        for term in reversed(range(_TERMS)):
+            total.mul_(power).add_(1 / math.factorial(term))
+        return total
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What the scores need from the whole tensor: the pairs' spans, the softmaxes' means, the models' thresholds."""
+
+    spans: Mapping[Pair, ProductRange]
+    intra: tuple[float, ...]
+    inter: Mapping[Pair, float]
+    thresholds: tuple[float, ...] = ()
+
+    def scores(self, block: Sequence[Tensor]) -> list[Tensor]:
+        """The scores of all models."""
+        return [self.score(block, model) for model in range(len(block))]
+
+    def score(self, block: Sequence[Tensor], model: int) -> Tensor:
+        """The model's intra-balancing times its inter-balancing, times the square of the number of entries."""
+        others = range(len(block))
+        exps = {other: self.spans[_pair(model, other)].exp(block[model], block[other]) for other in others}
+        own = _power(exps[model], len(block)).mul_(1 / self.intra[model])
+        total = exps[0].mul_(1 / self.inter[_pair(model, 0)])
+        for other in others[1:]:
+            total.add_(exps[other].mul_(1 / self.inter[_pair(model, other)]))
+        return total.mul_(own)
+
+
+def _pair(one: int, other: int) -> Pair:
+    return (one, other) if one <= other else (other, one)
+
+
+def _power(base: Tensor, exponent: int) -> Tensor:
+    total = base.clone()
+    for _ in range(exponent - 1):
+        total.mul_(base)
+    return total
+
+
+def measure_pcb(blocks: Blocks, density: Sequence[float]) -> Balance:
+    """The spans, then the softmaxes' means, then each model's threshold: three passes or more."""
+    from merger.methods.steps.select import kth_magnitudes
+
+    spans = _spans(blocks, len(density))
+    balance = Balance(spans, *_means(blocks, spans, len(density)))
+    thresholds = kth_magnitudes(Mapped(blocks, balance.scores), density)
+    return Balance(balance.spans, balance.intra, balance.inter, thresholds)
+
+
+def _spans(blocks: Blocks, models: int) -> Mapping[Pair, ProductRange]:
+    import torch
+
+    bounds = dict.fromkeys(combinations_with_replacement(range(models), 2), (math.inf, -math.inf))
+    for block in blocks:
+        for (one, other), (least, most) in bounds.items():
+            low, high = torch.aminmax(torch.mul(block[one], block[other]))
+            bounds[one, other] = min(least, float(low)), max(most, float(high))
+    return {
+        pair: ProductRange(least, 1 / (most - least) if most > least else 0.0) for pair, (least, most) in bounds.items()
+    }
+
+
+def _means(
+    blocks: Blocks, spans: Mapping[Pair, ProductRange], models: int
+) -> tuple[tuple[float, ...], Mapping[Pair, float]]:
+    """The means of e^(N norm) for each model, and of e^norm for each pair."""
+    intra: list[list[float]] = [[] for _ in range(models)]
+    inter: dict[Pair, list[float]] = {pair: [] for pair in spans}
+    entries = 0
+    for block in blocks:
+        entries += block[0].numel()
+        for (one, other), span in spans.items():
+            exp = span.exp(block[one], block[other])
+            inter[one, other] += magnitude_sums(exp)
+            if one == other:
+                intra[one] += magnitude_sums(_power(exp, models))
+    return (
+        tuple(math.fsum(sums) / entries for sums in intra),
+        {pair: math.fsum(sums) / entries for pair, sums in inter.items()},
+    )
+
+
+@merge_method(
+    "pcb",
+    title="PCB",
+    formula=(
+        r"\theta = \theta_0 + \lambda \frac{\sum_i \hat s_i w_i \tau_i}{\sum_i \hat s_i},"
+        r"\quad s_i = \operatorname{softmax}(N \operatorname{norm} \tau_i^2) \sum_j"
+        r" \operatorname{softmax}(\operatorname{norm} \tau_i \tau_j)"
+    ),
+    paper=_PAPER,
+    models=(1, None),
+    measure=measure_pcb,
+    scratch=24,
+    laws=("zero", "permutation", "scale"),
+)
+def pcb(
+    deltas: Deltas,
+    weight: PerModel = 1.0,
+    density: Annotated[PerModel, Range(0, 1)] = 0.1,
+    lambda_: float = 1.0,
+    *,
+    measured: Balance | None = None,
+) -> Tensor:
+    """The mean of the task vectors, each entry weighed by how it stands in its task and among the tasks.
+
+    With τᵢ = θᵢ − θ₀, N models, and softmax and norm over a tensor's entries, norm(x) = (x − min) / (max − min):
+    intra-balancing βᵢ = softmax(N norm(τᵢ τᵢ)), inter-balancing βᵢ' = Σⱼ softmax(norm(τᵢ τⱼ)), score sᵢ = βᵢ βᵢ'. In
+    each task vector the density of entries of largest score stays, at least one; ŝᵢ is 0 elsewhere. The result is
+    θ₀ + λ Σ ŝᵢ wᵢ τᵢ / Σ ŝᵢ, the products entry by entry; θ₀ where no model's entry stays. The wᵢ are the paper's
+    λᵢ: they are in the sum, not in the scores.
+
+    Follows the paper's equations of the two balancings, the mask and the mean; density is its r, 0.1 as there. It does
+    not spell out norm: that is the released code's. For the rest that code departs from the paper
+    (e^(N norm(|τ|)²) tanh(τᵢ Στ) for the score, its threshold subtracted, outliers clamped) and is not followed; nor
+    is the search for the λᵢ, which needs data. Departs from both: scores are those of a tensor, not of the model as one
+    vector; entries equal to the threshold stay together; where all products are equal norm is 0, not 0/0. Products are
+    float32's, so task vectors below 1e-19 count as zero.
+
+    Args:
+        weight: what each task vector is multiplied by in the mean.
+        density: share of entries kept in each task vector, by score.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+
+    >>> import torch
+    >>> one, other = torch.tensor([4.0, 1.0, 2.0, 0.5]), torch.tensor([2.0, 1.0, -5.0, 0.1])
+    >>> pcb([one, other], density=0.5)
+    tensor([ 3.7667,  0.0000, -4.2267,  0.0000])
+    """
+    weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
+    balance = measured or measure_pcb([deltas], densities)
+    total = deltas[0].new_zeros(deltas[0].shape)
+    scores = deltas[0].new_zeros(deltas[0].shape)
+    for model, (delta, number) in enumerate(zip(deltas, weights, strict=True)):
+        kept = trim(balance.score(deltas, model), balance.thresholds[model])
+        scores.add_(kept)
+        total.add_(scaled(delta, number).mul_(kept))
+    return total.div_(scores.add_(scores.eq(0))).mul_(lambda_)
+
+
+# ---- arcee fusion ---------------------------------------------------------------------------------------------------
+
+
+_EPS = 1e-8
+
+
+def measure_arcee_fusion(blocks: Blocks) -> float:
+    """The threshold of the whole tensor's importances."""
+    import numpy as np
+
+    from merger.methods.steps.select import quartiles
+
+    low, median, high = quartiles(_Importances(blocks))
+    return float(np.float32(median + 1.5 * (high - low)))
+
+
+@merge_method(
+    "arcee_fusion",
+    title="Arcee Fusion",
+    formula=(
+        r"\theta = b \text{ where } d \ge Q_2 + \tfrac32 (Q_3 - Q_1), \text{ else } a,"
+        r"\quad d = \lvert b - a \rvert \cdot \operatorname{KL}(\operatorname{softmax} b \parallel"
+        r" \operatorname{softmax} a)"
+    ),
+    models=(2, 2),
+    base="first",
+    unit="rows",
+    measure=measure_arcee_fusion,
+    scratch=24,  # three searches at once, for two inputs
+    laws=("zero", "idempotent"),
+)
+def arcee_fusion(tensors: Tensors, *, measured: float | None = None) -> Tensor:
+    """The base, with the other model's entries where they differ most, in rows that differ most.
+
+    The importance of an entry is |b − a| · KL(p ‖ q), with a the base's tensor, b the other's, p and q the softmax of
+    its row (along the last dimension) of b and of a, 1e-8 added to each of their entries. Where the importance reaches
+    median + 1.5 (Q₃ − Q₁) of the importances of the whole tensor, the entry is b's, else a's. Quartiles are entries of
+    the tensor, the lower one of two. There is no paper.
+
+    Departs from mergekit: the quartiles are those of all entries, where there those of a tensor of more than a
+    million are estimated from a random sample; softmax and KL are float64, for in float32 the KL of two rows that are
+    close is mostly rounding, and a negative one counts as 0.
+
+    >>> import torch
+    >>> a, b = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.1, 1.9, 3.0, 6.0])
+    >>> arcee_fusion([a, b])
+    tensor([1., 2., 3., 6.])
+    """
+    import torch
+
+    base, other = (as_rows(tensor) for tensor in tensors)
+    threshold = measure_arcee_fusion([[base, other]]) if measured is None else measured
+    mask = _importance([base, other], _divergence([base, other])).ge_(threshold)
+    return torch.sub(other, base).mul_(mask).add_(base).view(tensors[0].shape)
+
+
+@dataclass(frozen=True)
+class _Importances:
+    """The importances of a tensor's entries, block by block, as often as they are walked."""
+
+    blocks: Blocks
+    divergences: list[NDArray[np.float32]] = field(default_factory=list)  # kept: they cost more than all the rest
+
+    @property
+    def entries(self) -> int:
+        """How many entries the tensor has."""
+        return entries_of(self.blocks)
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        for place, block in enumerate(self.blocks):
+            if place == len(self.divergences):
+                self.divergences.append(_divergence(block))
+            yield [_importance(block, self.divergences[place])]
+
+
+def _importance(block: Sequence[Tensor], divergence: NDArray[np.float32]) -> Tensor:
+    """In a buffer that the next call reuses."""
+    import torch
+
+    base, other = block
+    difference = torch.sub(other, base, out=scratch("part", base)).abs_()
+    return difference.mul_(torch.from_numpy(divergence).to(base.device).view(-1, 1))
+
+
+def _divergence(block: Sequence[Tensor]) -> NDArray[np.float32]:
+    """KL(p ‖ q) of each row.
+
+    Another machine's exponential may differ in the last bit of float64. That is the only place here where one could
+    tell, and only in an entry whose importance lies within some 1e-8 of the threshold.
+    """
+    import numpy as np
+
+    sums = []
+    for base, other in row_chunks(block):
+        p, q = _softmax(other), _softmax(base)
+        ratio = np.log(np.divide(p, q, out=q), out=q)
+        sums.append(np.add.reduce(np.multiply(p, ratio, out=p), axis=1))
+    divergences: NDArray[np.float32] = np.maximum(np.concatenate(sums), 0).astype(np.float32)
+    return divergences
+
+
+def _softmax(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each row, in its place, with 1e-8 added."""
+    import numpy as np
+
+    rows -= np.max(rows, axis=1, keepdims=True)
+    np.exp(rows, out=rows)
+    rows /= np.add.reduce(rows, axis=1, keepdims=True)
+    rows += _EPS
+    return rows

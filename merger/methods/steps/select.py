@@ -1,0 +1,254 @@
+"""The exact magnitude at a rank, in tensors that come block by block, in bounded memory and few passes.
+
+A first pass looks at a strided sample and draws from it a bracket around the wanted rank; a second counts what lies
+above the bracket and collects what lies inside. A small tensor ends after the first. What defeats the bracket (the
+sample misled, or more entries inside than there is room for) is settled by at most two passes of histograms.
+
+Magnitudes are handled as the bit patterns of float32 without the sign: unsigned integers in the same order, compared
+exactly, denormals included. Not here: what a method does with the threshold (`arithmetic.trim`), and any use of torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merger.methods.steps.arithmetic import CHUNK, array, entries_of, strided
+
+if TYPE_CHECKING:
+    from merger.methods.steps.arithmetic import Blocks
+
+Bits = NDArray[np.uint32]
+Ranks: TypeAlias = Callable[[int], Sequence[int]]
+"""From a tensor's number of entries to the ranks wanted in it; the largest magnitude has rank 1."""
+
+_MAGNITUDE = 0x7FFFFFFF
+_SMALL = 1 << 16  # entries; a tensor no larger is its own sample
+_ROOM = 1 << 22  # 16 MiB a model for what lies inside the bracket
+_BINS_LOG2 = 16
+
+
+class Search(Protocol):
+    """One pass of the search for one rank; `outcome` is the bit pattern found, or the next pass."""
+
+    def feed(self, chunk: Bits) -> None: ...
+
+    def outcome(self) -> int | Search: ...
+
+
+def kth_magnitudes(blocks: Blocks, density: Sequence[float]) -> tuple[float, ...]:
+    """For each tensor the magnitude of its k-th largest entry, k being ``int(density * entries)``, but at least 1.
+
+    Density 1 gives 0 (all entries reach it), density 0 gives infinity (none does); neither reads anything.
+    """
+
+    def rank(share: float) -> Ranks:
+        return lambda entries: [max(1, int(share * entries))]
+
+    found = magnitudes_at(blocks, {model: rank(share) for model, share in enumerate(density) if 0 < share < 1})
+    known = (np.inf if share <= 0 else 0.0 for share in density)
+    return tuple(found[model][0] if model in found else value for model, value in enumerate(known))
+
+
+def magnitudes_at(blocks: Blocks, ranks: Mapping[int, Ranks]) -> dict[int, tuple[float, ...]]:
+    """The magnitudes at some ranks of some models' tensors, all found in the same passes.
+
+    Args:
+        blocks: the blocks of the tensors; walked twice as a rule, not at all if nothing is asked for.
+        ranks: what is wanted of which model.
+    """
+    if not ranks:
+        return {}
+    entries = entries_of(blocks)
+    samples = _samples(blocks, list(ranks), stride(entries))
+    wanted = {model: wish(entries) for model, wish in ranks.items()}  # by now the blocks were seen once
+    found: dict[tuple[int, int], int | Search] = {
+        (model, rank): _search(samples[model], rank, entries) for model in ranks for rank in wanted[model]
+    }
+    while searches := {key: search for key, search in found.items() if not isinstance(search, int)}:
+        _read(blocks, searches)
+        found |= {key: search.outcome() for key, search in searches.items()}
+    bits = {key: outcome for key, outcome in found.items() if isinstance(outcome, int)}
+    return {model: tuple(_magnitude(bits[model, rank]) for rank in its_ranks) for model, its_ranks in wanted.items()}
+
+
+def quartiles(blocks: Blocks) -> tuple[float, float, float]:
+    """Of the one tensor that comes in these blocks, its entries at a quarter, half and three quarters of their order.
+
+    Exactly, and without a mean of two: the entry of rank ⌊q (N−1)⌋ from zero. They must not be negative.
+    """
+
+    def ranks(count: int) -> list[int]:
+        return [count - quarters * (count - 1) // 4 for quarters in (1, 2, 3)]
+
+    low, middle, high = magnitudes_at(blocks, {0: ranks})[0]
+    return low, middle, high
+
+
+def stride(entries: int) -> int:
+    """Every how many-th entry of a tensor is looked at first.
+
+    That makes N^(2/3) of them: sorting out a larger sample costs more, and so does collecting what a wider bracket
+    holds. It is odd, to visit every column of a matrix whose rows are a power of two.
+    """
+    return 1 if entries <= _SMALL else int(entries ** (1 / 3)) | 1
+
+
+def _samples(blocks: Blocks, models: Sequence[int], step: int) -> dict[int, Bits]:
+    """The magnitudes of every `step`-th entry."""
+    pieces: dict[int, list[Bits]] = {model: [] for model in models}
+    for block in strided(blocks, step):
+        for model, held in pieces.items():
+            held.append(array(block[model]).view(np.uint32) & np.uint32(_MAGNITUDE))
+    return {model: np.concatenate(held) for model, held in pieces.items()}
+
+
+def _search(sample: Bits, rank: int, entries: int) -> int | Search:
+    if sample.size == entries:
+        return _nth_largest(sample, rank) if entries else 0
+    return _Count(rank, *_bracket(sample, rank / entries))
+
+
+def _read(blocks: Blocks, searches: Mapping[tuple[int, int], Search]) -> None:
+    buffer = np.empty(CHUNK, np.uint32)
+    by_model = {model: [search for (of, _), search in searches.items() if of == model] for model, _ in searches}
+    for block in blocks:
+        for model, its_searches in by_model.items():
+            for chunk in _magnitudes(array(block[model]), buffer):
+                for search in its_searches:
+                    search.feed(chunk)
+
+
+def _magnitudes(entries: NDArray[np.float32], buffer: Bits) -> Iterator[Bits]:
+    """The entries' magnitudes as bit patterns, chunk by chunk, each in `buffer`."""
+    bits = entries.view(np.uint32)
+    for start in range(0, bits.size, buffer.size):
+        part = bits[start : start + buffer.size]
+        yield np.bitwise_and(part, np.uint32(_MAGNITUDE), out=buffer[: part.size])
+
+
+def _magnitude(bits: int) -> float:
+    return float(np.uint32(bits).view(np.float32))
+
+
+def _nth_largest(entries: Bits, rank: int) -> int:
+    entries.partition(entries.size - rank)
+    return int(entries[entries.size - rank])
+
+
+def _bracket(sample: Bits, share: float) -> tuple[int, int, bool, bool]:
+    """Two values, four standard deviations of a random sample's rank to either side of the wanted one.
+
+    And for both whether the sample holds it several times: then it may be half of the tensor.
+    """
+    centre = share * sample.size
+    margin = 4 * math.sqrt(centre * (1 - share)) + 4
+    places = math.ceil(sample.size - centre - margin), math.floor(sample.size - centre + margin)
+    inner = [place for place in places if 0 < place < sample.size]
+    if inner:
+        sample.partition(inner)
+    low = int(sample[places[0]]) if places[0] in inner else 0
+    high = int(sample[places[1]]) if places[1] in inner else _MAGNITUDE
+    return low, high, _is_frequent(sample, low), _is_frequent(sample, high)
+
+
+def _is_frequent(sample: Bits, value: int) -> bool:
+    return int(np.count_nonzero(sample == np.uint32(value))) > 1
+
+
+@dataclass
+class _Count:
+    """What lies above, at and inside a bracket; an end that many entries share is counted apart, not collected."""
+
+    rank: int
+    low: int
+    high: int
+    low_apart: bool = True
+    high_apart: bool = True
+    above: int = 0
+    at_high: int = 0
+    inside: int = 0
+    at_low: int = 0
+    room: Bits = field(default_factory=lambda: np.empty(_ROOM, np.uint32))
+
+    def __post_init__(self) -> None:
+        self.high_apart |= self.low == self.high
+
+    @property
+    def _inside(self) -> tuple[int, int]:
+        """The least and the largest value that is collected; what is at or below `low` follows from the rest."""
+        return self.low + 1, self.high - self.high_apart
+
+    def feed(self, chunk: Bits) -> None:
+        mask = np.empty(chunk.size, np.bool_)
+        self.above += int(np.count_nonzero(np.greater(chunk, np.uint32(self.high), out=mask)))
+        if self.high_apart:
+            self.at_high += int(np.count_nonzero(np.equal(chunk, np.uint32(self.high), out=mask)))
+        if self.low_apart and self.low < self.high:
+            self.at_low += int(np.count_nonzero(np.equal(chunk, np.uint32(self.low), out=mask)))
+        least, most = self._inside
+        if least <= most:
+            self._collect(_shifted_inside(chunk, least, most))
+
+    def _collect(self, entries: Bits) -> None:
+        room = self.room[self.inside : self.inside + entries.size]
+        room[:] = entries[: room.size]
+        self.inside += entries.size
+
+    def outcome(self) -> int | Search:
+        rank = self.rank
+        if rank <= self.above:
+            return _Histogram(rank, self.high + 1, _MAGNITUDE)
+        rank -= self.above
+        if rank <= self.at_high:
+            return self.high
+        rank -= self.at_high
+        least, most = self._inside
+        if rank <= self.inside <= self.room.size:
+            return least + _nth_largest(self.room[: self.inside], rank)
+        if rank <= self.inside:
+            return _Histogram(rank, least, most)
+        return self._below(rank - self.inside)
+
+    def _below(self, rank: int) -> int | Search:
+        if self.low == 0 or rank <= self.at_low:
+            return self.low
+        return _Histogram(rank - self.at_low, 0, self.low - 1 if self.low_apart else self.low)
+
+
+@dataclass
+class _Histogram:
+    """How many entries of the interval [low, high] fall in each of 65,536 equal parts; `rank` counts from its top."""
+
+    rank: int
+    low: int
+    high: int
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1 << _BINS_LOG2, np.int64))
+
+    @property
+    def _shift(self) -> int:
+        return max(0, (self.high - self.low).bit_length() - _BINS_LOG2)
+
+    def feed(self, chunk: Bits) -> None:
+        entries = _shifted_inside(chunk, self.low, self.high)
+        self.counts += np.bincount(entries >> np.uint32(self._shift), minlength=self.counts.size)
+
+    def outcome(self) -> int | Search:
+        from_top = np.cumsum(self.counts[::-1])
+        place = int(np.searchsorted(from_top, self.rank))
+        low = self.low + ((self.counts.size - 1 - place) << self._shift)
+        if self._shift == 0:
+            return low
+        above = int(from_top[place - 1]) if place else 0
+        return _Histogram(self.rank - above, low, min(self.high, low + (1 << self._shift) - 1))
+
+
+def _shifted_inside(chunk: Bits, low: int, high: int) -> Bits:
+    """The entries of [low, high] less `low`. Below `low` wraps round to far above."""
+    shifted = chunk - np.uint32(low)
+    return np.compress(shifted <= np.uint32(high - low), shifted)  # half the time of an index by a mask

@@ -1,0 +1,194 @@
+"""KnOTS: TIES in the basis that the task vectors' matrices share. Not here: TIES itself, and the decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
+from merger.methods.steps.arithmetic import divisor, elect_and_merge, per_model, trim
+from merger.methods.steps.decompose import TINY, as_matrix, eigen, is_matrix, matrix_sum, spectrum
+from merger.methods.task_vectors import task_arithmetic, ties
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PAPER = Paper("Stoica et al.", 2025, "Model merging with SVD to tie the Knots", "https://arxiv.org/abs/2410.19735")
+
+
+@merge_method(
+    "knots",
+    title="KnOTS-TIES",
+    formula=(
+        r"\theta = \theta_0 + \lambda U \operatorname{TIES}(C_1, \dots, C_N),"
+        r"\quad C_i = U^\top (\theta_i - \theta_0), \quad [\tau_1 \mid \dots \mid \tau_N] = U \Sigma V^\top"
+    ),
+    paper=_PAPER,
+    models=(1, None),
+    unit="matrix",
+    scratch=20,
+    laws=("zero", "permutation", "scale"),
+)
+def knots(
+    deltas: Deltas,
+    weight: PerModel = 1.0,
+    density: Annotated[PerModel, Range(0, 1)] = 1.0,
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    spectral: bool = True,
+) -> Tensor:
+    """The task vectors' matrices, turned into a basis they share, merged there as by TIES, and turned back.
+
+    With τᵢ = θᵢ − θ₀ and the SVD [τ₁ … τₙ] = U Σ [V₁ … Vₙ], task i is Cᵢ = Σ Vᵢ = Uᵀ τᵢ in the basis U. C is what ties
+    makes of the Cᵢ: the density of entries of largest magnitude stays in each, a sign is elected by Σ wᵢ Cᵢ, and those
+    that agree are summed, divided by Σ wᵢ over the same i if normalize. The result is θ₀ + λ U C. U are the
+    eigenvectors of Σ τᵢ τᵢᵀ, each with its largest entry positive, so that a vote of exactly 0 has one outcome.
+
+    Tensors of one dimension, and those for which spectral is false, are merged by ties as they are. Of a stack of
+    experts each is a matrix, and merged by itself; a convolution is one, its first dimension against all others. The
+    paper merges adapters of attention matrices and no embeddings; set spectral to false for them.
+
+    Follows the paper and its released code (Σ on V; its settings for Llama 3 8B keep all entries, with λ = 0.5; those
+    for CLIP's ViT-B/32 a fifth, with 0.6). Departs: a matrix of more rows than columns is taken on its side, the basis
+    being that of its inputs (the code's concat_across_output: false), for else the basis of a 14336 x 4096 matrix would
+    have 12288 directions at three models; an entry of Cᵢ below 1e-6 of its column's length is zero; directions are
+    dropped below 1e-6 of the largest singular value, not below 1e-5; trimmed for each tensor, not over the model as a
+    whole; of d entries int(K d) stay at a density of K, as in the paper, where the code keeps int(K d) + 1; a bias is
+    no column of its matrix.
+
+    Args:
+        weight: how much each task vector counts, in the vote and in the mean.
+        density: share of entries kept in each task vector, by magnitude in the shared basis.
+        normalize: divide by the sum of the weights of the models that agree.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+        spectral: treat tensors of two or more dimensions as matrices; false merges them by ties.
+
+    >>> import torch
+    >>> one, other = torch.tensor([[2.0, 2.0], [2.0, 2.0]]), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    >>> knots([one, other])
+    tensor([[3., 1.],
+            [1., 3.]])
+    >>> knots([one, other], density=0.25)
+    tensor([[3., 1.],
+            [1., 3.]])
+    """
+    if not is_matrix(deltas[0], spectral):
+        return ties(deltas, weight, density, normalize, lambda_)
+    weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
+    basis = _basis(deltas)
+    parts = [_trimmed(_lying(delta), basis, share) for delta, share in zip(deltas, densities, strict=True)]
+    merged = elect_and_merge(parts, weights, [1.0] * len(weights), normalize, 1.0)
+    return _upright(basis @ merged.double(), deltas[0]).mul_(lambda_)
+
+
+def _lying(tensor: Tensor) -> Tensor:
+    """The tensor as a matrix with no more rows than columns."""
+    matrix = as_matrix(tensor)
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _upright(matrix: Tensor, like: Tensor) -> Tensor:
+    return (matrix.T if like.shape[0] > like.shape[1] else matrix).to(like.dtype)
+
+
+def _basis(deltas: Sequence[Tensor]) -> Tensor:
+    """The left singular vectors of all matrices side by side, as columns, each with its largest entry positive."""
+    values, vectors = eigen(_gram(deltas))
+    vectors = vectors[:, values > TINY * values[-1]]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) if vectors.numel() else vectors
+    return vectors.mul_(largest.sign())
+
+
+def _gram(deltas: Sequence[Tensor]) -> Tensor:
+    first = _lying(deltas[0])
+    total = first @ first.T
+    for delta in deltas[1:]:
+        matrix = _lying(delta)
+        total.addmm_(matrix, matrix.T)
+    return total
+
+
+def _trimmed(matrix: Tensor, basis: Tensor, density: float) -> Tensor:
+    from merger.methods.steps.select import kth_magnitudes
+
+    part = basis.T @ matrix
+    part.masked_fill_(part.abs() <= TINY * matrix.norm(dim=0), 0.0)  # a zero but for rounding would vote and be counted
+    part = part.float()
+    (threshold,) = kth_magnitudes([[part]], [density]) if part.numel() else (0.0,)
+    return trim(part, threshold).clone()  # each part is kept until all of them vote
+
+
+# ---- boosting -------------------------------------------------------------------------------------------------------
+
+
+_BOOSTING_PAPER = Paper("Skorobogat et al.", 2025, "Subspace-Boosted Model Merging", "https://arxiv.org/abs/2506.16506")
+
+
+@merge_method(
+    "subspace_boosting",
+    title="Subspace Boosting",
+    formula=(
+        r"\theta = \theta_0 + U \operatorname{diag}(\max(\sigma, \sigma_c)) V^\top,"
+        r"\quad \lambda \sum_i w_i (\theta_i - \theta_0) = U \operatorname{diag}(\sigma) V^\top"
+    ),
+    paper=_BOOSTING_PAPER,
+    models=(1, None),
+    unit="matrix",
+    scratch=16,
+    laws=("zero", "permutation", "scale", full("task_arithmetic", beta=1)),
+)
+def subspace_boosting(
+    deltas: Deltas,
+    weight: PerModel = 1.0,
+    beta: Annotated[float, Range(0, 1)] = 0.01,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    spectral: bool = True,
+) -> Tensor:
+    """Task arithmetic, or any merge, with the weak directions of its matrices raised.
+
+    τ is task arithmetic's: λ Σ wᵢ (θᵢ − θ₀), divided by Σ wᵢ if normalize; for one model of weight 1 simply that
+    model's change. With τ = U diag(σ) Vᵀ, σ from large to small, and c the first place where σ₁ + ... + σ_c is at least
+    β Σ σ, the result is θ₀ + U diag(max(σ, σ_c)) Vᵀ. β = 0 makes all as strong as the first, β = 1 changes nothing.
+
+    After another method: make that merge first, then name it here as the one model, with the same base_model. Tensors
+    of one dimension, and those for which spectral is false, stay as merged. Of a stack of experts each is a matrix; a
+    convolution is one, its first dimension against all others. The released code boosts the attention's and the MLP's
+    matrices of a language model and not its embeddings: set spectral to false for them.
+
+    Follows the paper and its released code, β = 0.01 as there. Departs: tensors of more than two dimensions stay as
+    merged there; directions whose singular value is zero but for rounding stay zero, where there LAPACK's arbitrary
+    vectors are raised too.
+
+    Args:
+        weight: how much of each task vector goes in.
+        beta: share of the sum of the singular values that the strong ones hold; those after them are raised.
+        normalize: divide by the sum of the weights, so that only their ratios count.
+        lambda_: what the merged task vector is multiplied by before it is boosted.
+        spectral: treat tensors of two or more dimensions as matrices; false leaves them as merged.
+
+    >>> import torch
+    >>> subspace_boosting([torch.diag(torch.tensor([6.0, 3.0, 1.0]))], beta=0.8)
+    tensor([[6., 0., 0.],
+            [0., 3., 0.],
+            [0., 0., 3.]])
+    >>> subspace_boosting([torch.diag(torch.tensor([6.0, 3.0])), torch.diag(torch.tensor([0.0, 1.0]))])
+    tensor([[6., 0.],
+            [0., 6.]])
+    """
+    if not is_matrix(deltas[0], spectral) or beta >= 1:
+        return task_arithmetic(deltas, weight, normalize, lambda_)
+    weights = per_model(weight, len(deltas))
+    share = lambda_ / divisor(weights, normalize)
+    merged = matrix_sum(deltas, [number * share for number in weights])
+    return _boosted(merged, beta).to(deltas[0].dtype)
+
+
+def _boosted(merged: Tensor, beta: float) -> Tensor:
+    parts = spectrum(merged)
+    if not parts.values.numel():
+        return merged
+    before = int((parts.values.cumsum(0) < beta * parts.values.sum()).sum())
+    added = parts.values[min(before, parts.values.numel() - 1)] - parts.values
+    weak = added > 0
+    return merged.add_((parts.left[:, weak] * added[weak]) @ parts.right[weak])

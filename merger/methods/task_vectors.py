@@ -1,0 +1,272 @@
+"""Task arithmetic: weighted task vectors added to the base. Not here: sparsifying them first (ties, dare)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
+from merger.methods.steps.arithmetic import (
+    Blocks,
+    choose,
+    divisor,
+    elect_and_merge,
+    extremes,
+    l1_factors,
+    per_model,
+    scaled,
+    trim,
+    weighted_sum,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PAPER = Paper("Ilharco et al.", 2023, "Editing models with task arithmetic", "https://arxiv.org/abs/2212.04089")
+
+
+@merge_method(
+    "task_arithmetic",
+    title="Task Arithmetic",
+    formula=r"\theta = \theta_0 + \lambda \sum_i w_i (\theta_i - \theta_0)",
+    paper=_PAPER,
+    models=(1, None),
+    laws=("zero", "permutation", "scale"),
+)
+def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = False, lambda_: float = 1.0) -> Tensor:
+    """The base plus a weighted sum of the models' task vectors.
+
+    With τᵢ = θᵢ − θ₀ the result is θ₀ + λ Σ wᵢ τᵢ, the sum divided by Σ wᵢ if normalize. A negative weight takes a task
+    away. Weights that sum to zero leave the sum undivided, as in mergekit.
+
+    Departs from mergekit: weight may be left out; density and rescale, which it reads and does not use, are no
+    parameters.
+
+    Args:
+        weight: how much of each task vector goes in.
+        normalize: divide by the sum of the weights, so that only their ratios count.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+
+    >>> import torch
+    >>> one, other = torch.tensor([1.0, 0.0, -2.0, 4.0]), torch.tensor([3.0, 1.0, 2.0, 0.0])
+    >>> task_arithmetic([one, other], weight=[1, 0.5], lambda_=2)
+    tensor([ 5.,  1., -2.,  8.])
+    """
+    weights = per_model(weight, len(deltas))
+    share = lambda_ / divisor(weights, normalize)
+    return weighted_sum(deltas, [number * share for number in weights])
+
+
+# ---- ties -----------------------------------------------------------------------------------------------------------
+
+
+_TIES_PAPER = Paper(
+    "Yadav et al.",
+    2023,
+    "TIES-Merging: Resolving Interference When Merging Models",
+    "https://arxiv.org/abs/2306.01708",
+)
+
+
+@dataclass(frozen=True)
+class Trim:
+    """For each model the magnitude below which an entry goes, and the factor for what stays."""
+
+    thresholds: tuple[float, ...]
+    factors: tuple[float, ...]
+
+
+def measure_ties(blocks: Blocks, density: Sequence[float], rescale: bool = False) -> Trim:
+    """The threshold of each whole tensor: the magnitude of the k-th largest entry, exactly."""
+    from merger.methods.steps.select import kth_magnitudes
+
+    thresholds = kth_magnitudes(blocks, density)
+    if not rescale:
+        return Trim(thresholds, (1.0,) * len(thresholds))
+    return Trim(thresholds, l1_factors(blocks, density, lambda model, delta, _: trim(delta, thresholds[model])))
+
+
+@merge_method(
+    "ties",
+    title="TIES",
+    formula=(
+        r"\theta = \theta_0 + \lambda \frac{\sum_{i \in A} w_i \hat\tau_i}{\sum_{i \in A} w_i},"
+        r"\quad A = \lbrace i : \operatorname{sgn} w_i \hat\tau_i = \operatorname{sgn} \textstyle\sum_j"
+        r" w_j \hat\tau_j \rbrace"
+    ),
+    paper=_TIES_PAPER,
+    models=(1, None),
+    measure=measure_ties,
+    laws=("zero", "idempotent", "permutation", "scale"),
+)
+def ties(
+    deltas: Deltas,
+    weight: PerModel = 1.0,
+    density: Annotated[PerModel, Range(0, 1)] = 1.0,
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    rescale: bool = False,
+    *,
+    measured: Trim | None = None,
+) -> Tensor:
+    """The largest entries of each task vector, merged where they agree on a sign.
+
+    Trim: of each τᵢ = θᵢ − θ₀ the k = int(density · N) entries of largest magnitude stay, at least one; τ̂ᵢ.
+    Elect: s = + where Σ wᵢ τ̂ᵢ ≥ 0, else −.
+    Merge: Δ = Σ wᵢ τ̂ᵢ over the i whose wᵢ τ̂ᵢ has sign s, divided if normalize by Σ wᵢ over the same i (1 where that is
+    zero). The result is θ₀ + λ Δ. Follows mergekit in weighting the votes and the mean; the paper has no weights.
+
+    Departs from mergekit: entries equal to the threshold stand together (a sort keeps some of them, by chance); the
+    rescaling is left out only where less than 1e-7 of the delta's norm is left, not for every small delta; with weights
+    of both signs, a divisor that is zero but for rounding counts as zero. All in float32, whatever the dtype. Until
+    mergekit 0.1.4 density 0 ends in an error there, and so does a tensor of fewer than 1 / density entries.
+
+    Args:
+        weight: how much each task vector counts, in the vote and in the mean.
+        density: share of entries kept in each task vector, by magnitude.
+        normalize: divide by the sum of the weights of the models that agree.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+        rescale: multiply each trimmed task vector so that its L1 norm is that of the whole one.
+
+    >>> import torch
+    >>> one, other = torch.tensor([4.0, -1.0, 2.0, 0.5]), torch.tensor([2.0, 3.0, -5.0, 0.1])
+    >>> ties([one, other])
+    tensor([ 3.0000,  3.0000, -5.0000,  0.3000])
+    >>> ties([one, other], density=0.5)
+    tensor([ 4.,  3., -5.,  0.])
+    """
+    weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
+    found = measured or measure_ties([deltas], densities, rescale)
+    kept = [trim(*pair, f"term {model}") for model, pair in enumerate(zip(deltas, found.thresholds, strict=True))]
+    return elect_and_merge(kept, weights, found.factors, normalize, lambda_)
+
+
+# ---- magmax ---------------------------------------------------------------------------------------------------------
+
+
+_MAGMAX_PAPER = Paper(
+    "Marczak et al.",
+    2024,
+    "MagMax: Leveraging Model Merging for Seamless Continual Learning",
+    "https://arxiv.org/abs/2407.06322",
+)
+
+
+@merge_method(
+    "magmax",
+    title="MagMax",
+    formula=(
+        r"\theta = \theta_0 + \lambda \tau_k, \quad k = \arg\max_i \lvert \tau_i \rvert,"
+        r"\quad \tau_i = w_i (\theta_i - \theta_0)"
+    ),
+    paper=_MAGMAX_PAPER,
+    models=(1, None),
+    scratch=5,
+    laws=("zero", "idempotent", "permutation", "scale"),
+)
+def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tensor:
+    """At every entry the one task vector that moved it most.
+
+    With τᵢ = wᵢ (θᵢ − θ₀) the result is θ₀ + λ τₖ, where k at each entry is the model of largest |τᵢ|. The paper trains
+    the models one after the other, each from the last, and chooses λ on validation data; neither is needed here. Its
+    released code takes λ = 0.5.
+
+    Departs from the released code: of two opposite entries of the same magnitude the positive one stays, whatever the
+    order of the models, where there the last model's does; weights are not in the paper.
+
+    Args:
+        weight: what each task vector is multiplied by, before magnitudes are compared.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+
+    >>> import torch
+    >>> one, other = torch.tensor([4.0, -1.0, 2.0, 0.5]), torch.tensor([2.0, 3.0, -5.0, -0.1])
+    >>> magmax([one, other])
+    tensor([ 4.0000,  3.0000, -5.0000,  0.5000])
+    """
+    weights = per_model(weight, len(deltas))
+    terms = (scaled(delta, number) for delta, number in zip(deltas, weights, strict=True))
+    above, below = extremes(terms, like=deltas[0])
+    return choose(above, below, vote=above + below).mul_(lambda_)
+
+
+# ---- emr ------------------------------------------------------------------------------------------------------------
+
+
+_EMR_PAPER = Paper(
+    "Huang et al.", 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging", "https://arxiv.org/abs/2405.17461"
+)
+
+
+@merge_method(
+    "emr",
+    title="EMR (unified)",
+    formula=(
+        r"\theta = \theta_0 + \lambda \gamma \max_{i : \operatorname{sgn} \tau_i = \gamma} \lvert \tau_i"
+        r" \rvert,"
+        r"\quad \gamma = \operatorname{sgn} \textstyle\sum_i \tau_i, \quad \tau_i = w_i (\theta_i - \theta_0)"
+    ),
+    paper=_EMR_PAPER,
+    models=(1, None),
+    scratch=6,
+    laws=("zero", "idempotent", "permutation", "scale"),
+)
+def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tensor:
+    """The largest entry among the task vectors that have the elected sign.
+
+    With τᵢ = wᵢ (θᵢ − θ₀): γ = the sign of Σ τᵢ; ε = the largest |τᵢ| among those of sign γ, 0 where there is none. The
+    result is θ₀ + λ γ ε. No entry is averaged away, so the unified vector is mostly longer than a task's (not where the
+    sign that is elected is that of the smaller entries): the paper shrinks it for each task by a mask and a rescaler,
+    which belong to running the model for a known task and are not made here. As one model for all tasks a lambda below
+    1 is worth a try.
+
+    Follows the paper. Departs: a sum of exactly 0 elects plus, as in ties here, where the released code
+    elects minus; weights are not in the paper.
+
+    Args:
+        weight: what each task vector is multiplied by, before the vote.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+
+    >>> import torch
+    >>> one, other = torch.tensor([4.0, -1.0, 2.0, 0.5]), torch.tensor([2.0, 3.0, -5.0, 0.1])
+    >>> emr([one, other])
+    tensor([ 4.0000,  3.0000, -5.0000,  0.5000])
+    """
+    weights = per_model(weight, len(deltas))
+    terms = (scaled(delta, number) for delta, number in zip(deltas, weights, strict=True))
+    above, below = extremes(terms, like=deltas[0])
+    return choose(above, below, vote=weighted_sum(deltas, weights)).mul_(lambda_)
+
+
+# ---- expo -----------------------------------------------------------------------------------------------------------
+
+
+_EXPO_PAPER = Paper("Zheng et al.", 2024, "Model Extrapolation Expedites Alignment", "https://arxiv.org/abs/2404.16792")
+
+
+@merge_method(
+    "expo",
+    title="ExPO",
+    formula=r"\theta = \theta_1 + \alpha (\theta_1 - \theta_0)",
+    paper=_EXPO_PAPER,
+    models=(1, 1),
+    scratch=1,
+    laws=("zero", "scale", full("task_arithmetic", alpha=0)),
+)
+def expo(deltas: Deltas, alpha: float) -> Tensor:
+    """A trained model, moved further from its starting point.
+
+    With θ₁ the model after preference training and θ₀ (base_model) the one it started from, the result is
+    θ₁ + α (θ₁ − θ₀), which is θ₀ + (1 + α) (θ₁ − θ₀). α = 0 is θ₁; a negative one goes back towards θ₀. The paper picks
+    α by a reward model on held-out prompts; for published models it lies between 0.1 and 0.5.
+
+    Follows the paper; the arithmetic is that of task_arithmetic with one model of weight 1 + α.
+
+    Args:
+        alpha: how far to go on, in lengths of the training's own change.
+
+    >>> import torch
+    >>> expo([torch.tensor([1.0, -2.0, 0.0, 4.0])], alpha=0.5)
+    tensor([ 1.5000, -3.0000,  0.0000,  6.0000])
+    """
+    return weighted_sum(deltas, [1 + alpha])

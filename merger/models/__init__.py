@@ -1,0 +1,1 @@
+"""What a model's files hold: tensors and their names, config, vocabulary, adapters, experts, licence."""

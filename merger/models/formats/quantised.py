@@ -1,0 +1,157 @@
+"""Checkpoints that hold their tensors in few bits: what is needed to have them back, or why they cannot be had.
+
+Numbers of eight bits beside which scales lie (fp8 by blocks, rows or whole tensors, and symmetric int8) are read as
+what they stand for: stored number times scale. Packed ones are refused. Nothing is ever merged as it is stored. Not
+here: reading them (engine), and a model's other tensors (checkpoint).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merger.errors import ModelError, Problem
+from merger.models.checkpoint import FLOATS, TensorInfo
+from merger.models.config import Config, quantisation, stated_dtype, unquantised
+
+SCALED = ("F8_E4M3", "F8_E5M2", "I8")
+"""The dtypes of stored numbers that a scale turns into what they stand for."""
+
+_SCALES = ("_scale_inv", "_scale")
+"""What follows the name of a scaled tensor in that of its scales: factors both, whatever the first one is called."""
+
+_ASIDE = ("input_scale", "activation_scale", "output_scale", "input_global_scale", "k_scale", "v_scale", "q_scale")
+"""Scales of what flows through a quantised model: a model whose tensors are read back has no use for them."""
+
+_ZERO = "_zero_point"
+_PACKED = {
+    "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "weight_packed": "packed numbers", "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes", "SCB": "bitsandbytes", "codebooks": "AQLM", "W_q": "HQQ",
+}  # fmt: skip
+_NAMES = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4", "aqlm": "AQLM", "hqq": "HQQ"}
+_READABLE = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
+_USUAL_BLOCK = (128, 128)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A tensor that is stored as numbers and scales.
+
+    Args:
+        numbers: the stored numbers.
+        scales: what they are multiplied by: each scale stands for a block of them.
+        block: how many rows and columns such a block has.
+    """
+
+    numbers: TensorInfo
+    scales: TensorInfo
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A checkpoint as it would be had it never been quantised.
+
+    Args:
+        tensors: its tensors; of one that is scaled dtype and shape are those of what it stands for.
+        config: its config, which no longer says that it is quantised.
+        scaled: the tensors that are stored as numbers and scales, by name.
+        aside: the names of stored tensors that only a quantised model has a use for.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    config: Config
+    scaled: Mapping[str, Scaled] = field(default_factory=dict)
+    aside: tuple[str, ...] = ()
+
+
+def unpacked(tensors: Mapping[str, TensorInfo], config: Config) -> Unpacked:
+    """The checkpoint without its quantisation.
+
+    Raises:
+        ModelError: its tensors are stored in a way that is not read here.
+    """
+    said = quantisation(config)
+    _refuse_packed(tensors, said)
+    dtype, scaled = stated_dtype(config), dict(_scaled(tensors, said))
+    if not scaled and said is None:
+        return Unpacked(tensors, config)
+    scales = {of.scales.name for of in scaled.values()}
+    aside = tuple(name for name in tensors if name not in scales and name.rpartition(".")[2] in _ASIDE)
+    kept = {name: _read_back(tensor, dtype) if name in scaled else tensor for name, tensor in tensors.items()
+            if name not in scales and name not in aside}  # fmt: skip
+    return Unpacked(kept, unquantised(config), scaled, aside)
+
+
+def _read_back(tensor: TensorInfo, dtype: str) -> TensorInfo:
+    """The tensor as others see it; only the shape and the dtype count, for its bytes are never taken as they lie."""
+    return TensorInfo(tensor.name, dtype, tensor.shape, tensor.file, tensor.start, tensor.stop)
+
+
+def _refuse_packed(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | None) -> None:
+    method = "" if said is None else str(said.get("quant_method", ""))
+    known = next((_PACKED[last] for name in tensors if (last := name.rpartition(".")[2]) in _PACKED), None)
+    if any(name.endswith("_blocks") and f"{name[:-7]}_scales" in tensors for name in tensors):
+        raise _refusal("MXFP4", "let transformers read it back (Mxfp4Config(dequantize=True)), save it, and merge that")
+    if any(name.endswith("_scale_2") for name in tensors):
+        raise _refusal(str((said or {}).get("quant_algo") or "NVFP4"), _HINT)
+    if any(name.endswith(".scales") and f"{name[:-7]}.biases" in tensors for name in tensors):
+        raise _refusal("MLX", _HINT)
+    if known is not None or (said is not None and method not in _READABLE):
+        raise _refusal(_NAMES.get(method) or known or method or "an unnamed method", _HINT)
+
+
+_HINT = "merge the model that it was quantised from, in bfloat16, float16 or float32, and quantise the result"
+
+
+def _refusal(method: str, hint: str) -> ModelError:
+    return ModelError(
+        Problem(f"is quantised by {method}; its stored numbers must not be merged as they are", hint=hint)
+    )
+
+
+def _scaled(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | None) -> Iterator[tuple[str, Scaled]]:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in SCALED:
+            continue
+        scales = next((tensors[name + end] for end in _SCALES if name + end in tensors), None)
+        if scales is not None and name + _ZERO in tensors:
+            raise _refusal("a method with zero points", _HINT)
+        if scales is not None:
+            yield name, Scaled(tensor, scales, _block(tensor, scales, said or {}))
+        elif said is not None:
+            what = f"stores {name} as {tensor.dtype} without scales beside it"
+            raise ModelError(Problem(what, hint=_HINT))
+
+
+def _block(tensor: TensorInfo, scales: TensorInfo, said: Mapping[str, Any]) -> tuple[int, int]:
+    """How many rows and columns of a tensor share a scale.
+
+    Raises:
+        ModelError: the shapes of numbers and scales do not fit each other.
+    """
+    if len(tensor.shape) == 2 and len(scales.shape) <= 2 and scales.dtype in (*FLOATS, "F8_E8M0"):
+        counts = (*scales.shape, 1, 1)[:2]
+        sides = zip(tensor.shape, counts, _stated_block(said), strict=True)
+        down, across = (_share(side, count, stated) for side, count, stated in sides)
+        if down and across:
+            return down, across
+    told = f"{list(tensor.shape)} of {tensor.dtype} with scales {list(scales.shape)} of {scales.dtype}"
+    raise ModelError(Problem(f"stores {tensor.name} as {told}, which is not read here", hint=_HINT))
+
+
+def _share(side: int, count: int, stated: int) -> int:
+    """How many of a side's rows, or columns, one of `count` scales stands for; 0 where they do not fit."""
+    if count in (1, side):
+        return max(1, side) if count == 1 else 1
+    return stated if -(-side // stated) == count else 0
+
+
+def _stated_block(said: Mapping[str, Any]) -> tuple[int, int]:
+    """The block that the config gives, under either of the keys that are in use."""
+    groups = said.get("config_groups")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    found = [said.get("weight_block_size"), *(part.get("block_structure") for part in weights if part)]
+    pairs = [tuple(pair) for pair in found if isinstance(pair, list) and len(pair) == 2]
+    return next((pair for pair in pairs if all(type(side) is int and side > 0 for side in pair)), _USUAL_BLOCK)

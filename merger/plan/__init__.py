@@ -1,1 +1,0 @@
-"""What will be made, in integers: no torch, no bytes."""

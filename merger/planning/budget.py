@@ -1,0 +1,216 @@
+"""What it takes to make a tensor: the size of its blocks, what is computed first or read twice, and a thread's memory.
+
+Not here: which tensors are made of which (jobs), and making them (engine).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from merger.methods.registry import Method
+from merger.models.architecture import is_buffer, matrix_shape
+from merger.models.checkpoint import ITEM_BYTES, TensorInfo
+from merger.models.mixtures import EMBEDDING, GATE, STACK
+from merger.planning.inputs.base import PASSTHROUGH, Job, Operand, StageTensor, Stored, unpack
+from merger.planning.inputs.derived import Routed
+from merger.planning.stage_model import StagedRecipe
+
+BLOCK_ENTRIES = 1 << 19
+"""How many entries of a tensor are worked on at once; fixed, so that no budget changes a bit of the result."""
+
+_MEASURE_BYTES = 24 << 20
+
+
+def block_entries(job: Job, method: Method) -> int:
+    """How many entries of a job's output tensor are made at once."""
+    if method.unit == "entries" or job.is_copy:
+        return BLOCK_ENTRIES
+    if method.unit == "matrix":
+        return max(1, math.prod(matrix_shape(job.name, job.shape)))
+    row = job.shape[-1] if len(job.shape) > 1 else job.entries
+    return max(1, BLOCK_ENTRIES // row) * row if row else max(1, job.entries)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What has to be there before a job's first block.
+
+    Args:
+        stages: the stages' tensors that it is made of, each after those that it is made of itself.
+        spooled: those that are computed whole and kept on disk; the others are computed block by block, on the way.
+        kept: the stored tensors that are read more than once: a copy of them is kept, if reading costs a transfer.
+    """
+
+    stages: tuple[StageTensor, ...] = ()
+    spooled: frozenset[StageTensor] = frozenset()
+    kept: tuple[Stored, ...] = ()
+
+
+def needs(job: Job, table: Mapping[str, Method]) -> Needs:
+    """What has to be there before a job's first block."""
+    stages = tuple(dict.fromkeys(below(job, set())))
+    jobs = (*(made.job for made in stages), job)
+    uses = Counter(
+        end for each in jobs for source in each.sources for end in unpack(source) if isinstance(end, StageTensor)
+    )
+    streamed = {made for each in jobs for made in _streamed(each, table) if uses[made] == 1}
+    reads = Counter(leaf for each in jobs for leaf in _read(each, table))
+    return Needs(stages, frozenset(stages) - streamed, tuple(leaf for leaf, times in reads.items() if times > 1))
+
+
+def below(job: Job, seen: set[StageTensor]) -> Iterator[StageTensor]:
+    """The stages' tensors that a job is made of, each once, after those that it is made of itself."""
+    for source in job.sources:
+        for end in unpack(source):
+            if isinstance(end, StageTensor) and end not in seen:
+                seen.add(end)
+                yield from below(end.job, seen)
+                yield end
+
+
+def _streamed(job: Job, table: Mapping[str, Method]) -> Iterator[StageTensor]:
+    """The stages' tensors that a job reads once, in just the blocks in which they are made."""
+    if table[job.method].measure is None:
+        size = block_entries(job, table[job.method])
+        for source in job.sources:
+            if isinstance(source, StageTensor) and block_entries(source.job, table[source.job.method]) == size:
+                yield source
+
+
+def _read(job: Job, table: Mapping[str, Method]) -> Iterator[Stored]:
+    """The stored tensors that a job reads itself, twice those that it reads more than once."""
+    own = tuple(dict.fromkeys(end for source in job.sources for end in unpack(source) if isinstance(end, Stored)))
+    yield from own
+    if table[job.method].measure is not None and not job.is_copy:
+        yield from own
+    yield from (leaf for source in job.sources for leaf in source.again if leaf in own)
+
+
+def spool(job: Job, table: Mapping[str, Method], remote: frozenset[int]) -> int:
+    """The bytes of temporary disk that a job holds from its preparing to its last block.
+
+    Args:
+        job: the job.
+        table: the merge methods by name.
+        remote: the numbers of the models that are read from afar.
+    """
+    wanted = needs(job, table)
+    read = sum(leaf.tensor.nbytes for leaf in wanted.kept if leaf.model in remote)
+    return read + sum(made.job.nbytes for made in wanted.spooled)
+
+
+def thread_memory(job: Job, table: Mapping[str, Method]) -> int:
+    """The bytes that a thread takes for a job: its stages that are kept are made before, the others with it."""
+    wanted = needs(job, table)
+    taken: dict[StageTensor, int] = {}
+    for made in wanted.stages:
+        taken[made] = _with_streamed(made.job, table, wanted, taken)
+    whole = _with_streamed(job, table, wanted, taken)
+    return max([whole, *(taken[made] for made in wanted.spooled)])
+
+
+def _with_streamed(job: Job, table: Mapping[str, Method], wanted: Needs, taken: Mapping[StageTensor, int]) -> int:
+    made = [source for source in job.sources if isinstance(source, StageTensor) and source not in wanted.spooled]
+    return _own(job, table[job.method]) + max((taken[source] for source in made), default=0)
+
+
+def _own(job: Job, method: Method) -> int:
+    """An input as stored, all in float32, what the method holds besides, and its measuring."""
+    sources = job.sources
+    buffers = 2 + len(sources) + len(job.shared) + method.scratch
+    measuring = len(sources) * _MEASURE_BYTES if method.measure else 0
+    return buffers * 4 * block_entries(job, method) + max(source.scratch for source in sources) + measuring
+
+
+# ---- routing --------------------------------------------------------------------------------------------------------
+
+
+EMBEDDED = "cheap_embed"
+"""The mode that needs no layer of the model."""
+
+_TOKENIZER_BYTES = 64 << 20
+_TRANSFORMERS_BYTES = 224 << 20
+_HIDDEN_STATES = 16
+"""How many states of a prompt a layer holds at once, its MLP's apart: queries, keys, values, what is added."""
+
+
+def routed(jobs: Sequence[Job]) -> list[Routed]:
+    """The routers that are computed from prompts for these jobs, in their order."""
+    return [source for job in jobs for source in job.sources if isinstance(source, Routed)]
+
+
+def prompts(routers: Sequence[Routed]) -> list[str]:
+    """Every prompt of these once."""
+    asked = [text for router in routers for sides in router.prompts for side in sides for text in side]
+    return list(dict.fromkeys(asked))
+
+
+def embedding(locked: StagedRecipe) -> Job:
+    """The base model's embedding in float32; only rows of it are made."""
+    return _whole(locked, locked.donor.checkpoint.tensors[EMBEDDING])
+
+
+def layers(locked: StagedRecipe, routers: Sequence[Routed]) -> list[list[Job]]:
+    """The tensors of the layers that the prompts run through for these routers, each made of its layer's input."""
+    count = max((router.layer for router in routers if router.mode != EMBEDDED), default=0)
+    found = [locked.donor.layer(STACK, layer) for layer in range(count)]
+    return [[_whole(locked, tensor) for tensor in layer if not is_buffer(tensor.name)] for layer in found]
+
+
+def _whole(locked: StagedRecipe, tensor: TensorInfo) -> Job:
+    source = locked.source(locked.index(locked.donor.ref), tensor)
+    return Job(tensor.name, "F32", source.shape, PASSTHROUGH, (Operand(source, {"scale": 1.0}),))
+
+
+def router_read_bytes(locked: StagedRecipe, jobs: Sequence[Job]) -> int:
+    """How many bytes of tensors are read at most."""
+    routers = routed(jobs)
+    if not routers:
+        return 0
+    table = embedding(locked)
+    rows = min(sum(_tokens(text) for text in prompts(routers)), table.shape[0])
+    source = table.sources[0]
+    of_a_row = table.shape[1] * ITEM_BYTES[source.dtype]
+    embedded = rows * of_a_row if isinstance(source, Stored) else _read_routing(table)
+    return embedded + sum(_read_routing(job) for layer in layers(locked, routers) for job in layer)
+
+
+def _read_routing(job: Job) -> int:
+    return sum(leaf.tensor.nbytes for leaf in job.reads)
+
+
+def router_spool(locked: StagedRecipe, jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int]) -> int:
+    """The most bytes of temporary disk that are held at once: one tensor's, as there is one at a time."""
+    routers = routed(jobs)
+    if not routers:
+        return 0
+    made = [embedding(locked), *(job for of in layers(locked, routers) for job in of)]
+    return max(spool(job, table, remote) for job in made)
+
+
+def router_memory(
+    locked: StagedRecipe, jobs: Sequence[Job], table: Mapping[str, Method], threads: int
+) -> tuple[int, int]:
+    """The most bytes that computing the routers takes at once, and what is held from then on, beside that."""
+    routers = routed(jobs)
+    if not routers:
+        return 0, 0
+    first, run = embedding(locked), layers(locked, routers)
+    width, texts = first.shape[1], [_tokens(text) for text in prompts(routers)]
+    states = 2 * sum(texts) * width
+    held = 4 * sum(len(router.prompts) * router.width for router in routers) + _TOKENIZER_BYTES
+    making = max(thread_memory(job, table) for job in (first, *(job for of in run for job in of)))
+    if not run:
+        return making + 4 * states, held
+    layer = max(sum(job.nbytes for job in of) for of in run)
+    middle = next(job.shape[0] for job in run[0] if job.name == f"{STACK}.0.{GATE}")
+    running = threads * max(texts) * (_HIDDEN_STATES * width + 4 * middle)
+    return layer + max(making, 4 * running) + 4 * states, held + _TRANSFORMERS_BYTES
+
+
+def _tokens(text: str) -> int:
+    """The most tokens that a prompt can have, with the one that begins it."""
+    return len(text.encode()) + 1

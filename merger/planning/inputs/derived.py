@@ -1,0 +1,207 @@
+"""Inputs that are made of stored tensors, or of none: read back from few bits, stacked by layers, drawn, zeros.
+
+Not here: rows of other vocabularies (rows), and products of small matrices (low_rank).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from merger.planning.inputs.base import Input, Stored
+
+
+@dataclass(frozen=True)
+class Dequantised(Input):
+    """A tensor that is stored as numbers of few bits and scales: each number times the scale of its block.
+
+    Args:
+        numbers: the stored numbers, in rows and columns.
+        scales: a scale for each block of them.
+        block: how many rows and columns a block has.
+        restored: the dtype of the model that it was made from.
+    """
+
+    kind = "dequantised"
+    numbers: Stored
+    scales: Stored
+    block: tuple[int, int]
+    restored: str
+
+    def encode(self) -> dict[str, Any]:
+        return {"numbers": self.numbers, "scales": self.scales, "block": self.block, "dtype": self.restored}
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return (self.numbers, self.scales)
+
+    @property
+    def dtype(self) -> str:
+        return self.restored
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """The scales: those of a row of blocks belong to more rows than one block has."""
+        return (self.scales,)
+
+    @property
+    def scratch(self) -> int:
+        """The scales of some rows, once for each row."""
+        rows, columns = self.shape
+        return 4 * rows * -(-columns // self.block[1])
+
+
+@dataclass(frozen=True)
+class Stacked(Input):
+    """A tensor with a share for each layer along one axis, put together from other layers' shares.
+
+    Args:
+        givers: the tensors that the shares come from; the first is the one in whose place it stands.
+        taken: for each layer the number of its giver, and its number there.
+        axis: the axis along which a share follows the other.
+        share: entries of a share along it.
+    """
+
+    kind = "stacked"
+    givers: tuple[Input, ...]
+    taken: tuple[tuple[int, int], ...]
+    axis: int
+    share: int
+
+    def encode(self) -> dict[str, Any]:
+        return {"givers": self.givers, "taken": self.taken, "axis": self.axis, "share": self.share}
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return self.givers
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The first giver's, with a share for each layer."""
+        shape = self.givers[0].shape
+        return (*shape[: self.axis], self.share * len(self.taken), *shape[self.axis + 1 :])
+
+    @property
+    def run(self) -> int:
+        """How many entries of a share follow each other."""
+        return self.share * math.prod(self.givers[0].shape[self.axis + 1 :])
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """All: shares are read in any order."""
+        return self.leaves
+
+    @property
+    def scratch(self) -> int:
+        """Rows of the result and of a giver, in float32, and what reading that takes."""
+        row = math.prod(self.shape[self.axis :]) if self.axis else self.run
+        return 12 * max(1 << 17, row) + max(giver.scratch for giver in self.givers)
+
+
+DRAWN_AT_ONCE = 1 << 16
+"""How many random numbers are made at once: this bounds memory, and changes no number."""
+
+
+@dataclass(frozen=True)
+class Drawn(Input):
+    """Random numbers by position: every entry has its own, whoever asks for it and when.
+
+    Args:
+        size: the shape.
+        law: ``normal`` with mean 0, or ``uniform`` around 0.
+        spread: the standard deviation, or the largest magnitude.
+        seed: the recipe's.
+        stream: other numbers for another one: the output tensor's name.
+    """
+
+    kind = "drawn"
+    size: tuple[int, ...]
+    law: str
+    spread: float
+    seed: int
+    stream: str
+
+    def encode(self) -> dict[str, Any]:
+        return {
+            "size": self.size, "law": self.law, "spread": self.spread, "seed": self.seed, "stream": self.stream,
+        }  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def scratch(self) -> int:
+        """What the arithmetic takes, in float64."""
+        return 12 * 8 * DRAWN_AT_ONCE
+
+
+@dataclass(frozen=True)
+class Noised(Input):
+    """A source with random numbers added."""
+
+    kind = "noised"
+    quiet: Input
+    noise: Drawn
+
+    def encode(self) -> dict[str, Any]:
+        return {"quiet": self.quiet, "noise": self.noise}
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return (self.quiet, self.noise)
+
+
+@dataclass(frozen=True)
+class Zeros(Input):
+    """A tensor of zeros, for one that no model has; `like` is the dtype of what it stands beside."""
+
+    kind = "zeros"
+    zeros: tuple[int, ...]
+    like: str
+
+    def encode(self) -> dict[str, Any]:
+        return {"zeros": self.zeros, "like": self.like}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.zeros
+
+    @property
+    def dtype(self) -> str:
+        return self.like
+
+
+@dataclass(frozen=True)
+class Routed(Input):
+    """Rows of a layer's router, computed from prompts before the first block is made (planning.budget counts that).
+
+    Args:
+        mode: how, as recipes call it.
+        layer: the layer.
+        width: entries of a row.
+        prompts: for each row the positive and the negative prompts.
+    """
+
+    kind = "routed"
+    mode: str
+    layer: int
+    width: int
+    prompts: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+    def encode(self) -> dict[str, Any]:
+        return {"mode": self.mode, "layer": self.layer, "width": self.width, "prompts": self.prompts}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """A row for each expert."""
+        return (len(self.prompts), self.width)
+
+    @property
+    def dtype(self) -> str:
+        return "F32"

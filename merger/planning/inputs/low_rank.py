@@ -1,0 +1,237 @@
+"""Sources that are products of two small matrices: what a LoRA adapter adds, and what becomes an adapter.
+
+Not here: which adapter changes what (models.adapter, loras), and the arithmetic (engine.readers, engine.decompose).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from merger.planning.inputs.base import Input, Stored
+from merger.planning.inputs.derived import Zeros
+
+PRODUCT_ENTRIES = 1 << 17
+"""How many entries of a product of two small matrices are made at once: whole rows, at the same places always."""
+
+
+@dataclass(frozen=True)
+class LowRank(Input):
+    """A matrix and what a LoRA adapter adds to it: ``scale * B @ A``, the other way round where it is turned.
+
+    Args:
+        of: the matrix.
+        a: A, one column for each input.
+        b: B, one row for each output.
+        scale: what the product is multiplied by.
+        turned: whether the matrix has its inputs as rows.
+        magnitude: of DoRA the length that each row of the sum is brought to.
+    """
+
+    kind = "low-rank"
+    of: Input
+    a: Stored
+    b: Stored
+    scale: float
+    turned: bool = False
+    magnitude: Stored | None = None
+
+    def encode(self) -> dict[str, Any]:
+        return {
+            "of": self.of, "a": self.a, "b": self.b, "scale": self.scale, "turned": self.turned,
+            "magnitude": self.magnitude,
+        }  # fmt: skip
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return (self.of, self.a, self.b, *([self.magnitude] if self.magnitude else []))
+
+    @property
+    def rank(self) -> int:
+        """How many directions the product has."""
+        return self.a.shape[0]
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many rows are made at once."""
+        return max(1, PRODUCT_ENTRIES // max(1, self.shape[1]))
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """The adapter's; the matrix's too where whole rows of it are looked at."""
+        return (*self.leaves, *self.of.again) if self.magnitude else (*self.of.again, self.a, self.b)
+
+    @property
+    def scratch(self) -> int:
+        """The one small matrix as stored and in float32, some rows of the other, and of the product and the sum."""
+        rows, columns = self.chunk_rows, self.shape[1]
+        return self.of.scratch + 12 * self.rank * columns + 4 * rows * (2 * self.rank + 3 * columns)
+
+
+@dataclass(frozen=True)
+class Added(Input):
+    """A tensor and a small one of its shape that is added to it, times `scale`."""
+
+    kind = "added"
+    to: Input
+    plus: Stored
+    scale: float
+
+    def encode(self) -> dict[str, Any]:
+        return {"to": self.to, "plus": self.plus, "scale": self.scale}
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return (self.to, self.plus)
+
+    @property
+    def scratch(self) -> int:
+        """The other's entries in float32."""
+        return self.to.scratch + 4 * self.plus.tensor.entries
+
+
+# ---- what becomes an adapter ----------------------------------------------------------------------------------------
+
+FACTOR_ENTRIES = 1 << 20
+"""How many entries of a matrix are looked at at once while it is taken apart: whole rows."""
+
+OVERSAMPLING = 16
+"""How many directions more than wanted are followed while a matrix is taken apart."""
+
+
+@dataclass(frozen=True)
+class Difference(Input):
+    """What one tensor has more than another of its shape."""
+
+    kind = "difference"
+    minuend: Input
+    subtrahend: Input
+
+    def encode(self) -> dict[str, Any]:
+        return {"minuend": self.minuend, "subtrahend": self.subtrahend}
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return (self.minuend, self.subtrahend)
+
+    @property
+    def scratch(self) -> int:
+        """That of both; those who read it count its second block, whose size they know."""
+        return self.minuend.scratch + self.subtrahend.scratch
+
+
+@dataclass(frozen=True)
+class MergedDeltas(Input):
+    """What a merge method makes of the deltas of several adapters, each of them ``scale * B @ A`` or zeros.
+
+    Args:
+        deltas: one of each adapter.
+        method: the method's name.
+        arguments: what it is called with besides, as pairs of name and value.
+        random: what its random numbers are drawn by, if it draws some: a seed and a name.
+        space: ``full``: the matrices themselves; ``rows``, ``columns``, ``core``: the directions in which the adapters
+            write, read or both (Core Space), which is where their deltas lie.
+        blocks: how many matrices the method may hold at once besides its inputs.
+    """
+
+    kind = "merged deltas"
+    deltas: tuple[LowRank | Zeros, ...]
+    method: str
+    arguments: tuple[tuple[str, Any], ...]
+    random: tuple[int, str] | None
+    space: Literal["full", "rows", "columns", "core"]
+    blocks: int
+
+    def encode(self) -> dict[str, Any]:
+        return {
+            "deltas": self.deltas, "method": self.method, "arguments": self.arguments, "random": self.random,
+            "space": self.space, "blocks": self.blocks,
+        }  # fmt: skip
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return self.deltas
+
+    @property
+    def dtype(self) -> str:
+        """That of the first adapter's numbers."""
+        return self.leaves[0].dtype
+
+    @property
+    def rank(self) -> int:
+        """How many directions the adapters have together."""
+        return sum(delta.rank for delta in self.deltas if isinstance(delta, LowRank))
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """All."""
+        return self.leaves
+
+    @property
+    def scratch(self) -> int:
+        """The deltas in the space where they are merged, what the method holds besides, and the bases of that space."""
+        rows, columns = self.shape
+        bases = 6 * 8 * self.rank * (rows + columns)
+        rows = min(rows, self.rank) if self.space in ("rows", "core") else rows
+        columns = min(columns, self.rank) if self.space in ("columns", "core") else columns
+        return bases + (len(self.deltas) + self.blocks + 2) * 4 * rows * columns
+
+
+@dataclass(frozen=True)
+class Factor(Input):
+    """One of the two small matrices A and B of an adapter whose ``scale * B @ A`` is as near as can be to a matrix.
+
+    Args:
+        product: the matrix.
+        rank: how many directions they have.
+        part: which of them.
+        scale: see there.
+        turned: whether the matrix has the inputs as rows: then it is the transpose that B A is near to.
+        spread: whether the singular values are shared between both; else B has them.
+    """
+
+    kind = "factor"
+    product: Difference | MergedDeltas
+    rank: int
+    part: Literal["A", "B"]
+    scale: float = 1.0
+    turned: bool = False
+    spread: bool = False
+
+    def encode(self) -> dict[str, Any]:
+        return {
+            "product": self.product, "rank": self.rank, "part": self.part, "scale": self.scale, "turned": self.turned,
+            "spread": self.spread,
+        }  # fmt: skip
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return (self.product,)
+
+    @property
+    def pair(self) -> Factor:
+        """Names both parts: they are made together, when the first of them, A, is asked for."""
+        return replace(self, part="A")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """A has a column for each input, B a row for each output."""
+        outputs, inputs = self.product.shape[::-1] if self.turned else self.product.shape
+        return (self.rank, inputs) if self.part == "A" else (outputs, self.rank)
+
+    @property
+    def leaves(self) -> tuple[Stored, ...]:
+        """The matrix's for A, with which B is made."""
+        return self.product.leaves if self.part == "A" else ()
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """All: a matrix is read several times."""
+        return self.leaves
+
+    @property
+    def scratch(self) -> int:
+        """Directions of rows and columns in float64, some rows of the matrix, and the two pairs that may be waiting."""
+        ends = sum(self.product.shape)
+        chunk = max(FACTOR_ENTRIES, self.product.shape[1])
+        return self.product.scratch + 40 * (self.rank + OVERSAMPLING) * ends + 8 * self.rank * ends + 16 * chunk

@@ -1,0 +1,304 @@
+"""The lock file, merger.lock.yaml: all that it takes to make a merge again, and to tell whether it is the same.
+
+Text to Lock and back, and whether models and a plan are still those that it holds. Not here: what goes into the lock
+of a run (card.facts), and the commits alone that a lock file beside a recipe pins (lock.pins).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from merger.errors import Problem, RecipeError, VerificationError
+from merger.lock.formats import FORMAT, FormatChange, since
+from merger.lock.lock import Pin
+from merger.lock.locked import LockedModel, LockedRecipe
+from merger.models.plain_yaml import load_yaml
+from merger.models.side_files import CARD_NAME
+from merger.planning.plan import Plan
+from merger.safety import numbers
+from merger.safety.limits import LOCK
+from merger.stores.ports import FileInfo, Located
+
+OURS = "hub-merger"
+_SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model that was merged.
+
+    Args:
+        model: as the recipe writes it, of a folder its last part.
+        commit: on the Hub; None for a folder.
+        licence: the one that its card stated.
+        files: those that were read, with the SHA-256 where it is known.
+        now: how its repo was called by then, where the recipe writes a former name.
+    """
+
+    model: str
+    commit: str | None
+    licence: str | None
+    files: Mapping[str, FileInfo]
+    now: str | None = None
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What a lock file says.
+
+    Args:
+        plan: the plan's hash.
+        identity: the plan's identity.
+        seed: for methods that draw random numbers.
+        shard_bytes: the largest size of a shard's tensors.
+        made_with: the versions of what made it.
+        recipe: the recipe's text.
+        models: its models, in the order of its first mention of each.
+        output: the files that were written but for the card, its pictures and this lock, the shards first.
+        format: by whose meaning of a recipe it was planned.
+    """
+
+    plan: str
+    identity: str
+    seed: int
+    shard_bytes: int
+    made_with: Mapping[str, str]
+    recipe: str
+    models: tuple[Parent, ...]
+    output: Mapping[str, FileInfo]
+    format: int = FORMAT
+
+    @property
+    def pins(self) -> dict[str, Pin]:
+        """The commits by model."""
+        return {parent.model: Pin(parent.commit, parent.now) for parent in self.models if parent.commit}
+
+    def text(self) -> str:
+        """As YAML."""
+        content: dict[str, Any] = {
+            "format": self.format,
+            "plan": self.plan,
+            "identity": self.identity,
+            "seed": self.seed,
+            "shard_size": self.shard_bytes,
+            "made_with": dict(self.made_with),
+            "models": [
+                {
+                    "model": item.model,
+                    **({"now": item.now} if item.now else {}),
+                    "commit": item.commit,
+                    "licence": item.licence,
+                    "files": _listed(item.files),
+                }
+                for item in self.models
+            ],
+            "output": _listed(self.output),
+            "recipe": _Block(self.recipe),
+        }
+        return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Block(str):
+    """Text over several lines, written as such; or quoted, if it has ends of line that YAML would change."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Plain data, and blocks."""
+
+
+def _block(dumper: _Dumper, text: _Block) -> yaml.ScalarNode:
+    is_plain = "\n".join(text.splitlines()) == text.removesuffix("\n")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if is_plain else '"')
+
+
+_Dumper.add_representer(_Block, _block)
+
+
+def _listed(files: Mapping[str, FileInfo]) -> list[dict[str, Any]]:
+    """A checksum that nobody has found out is said to be unknown: null."""
+    return [{"file": name, "size": info.size, "sha256": info.sha256} for name, info in files.items()]
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_lock(text: str, path: str) -> Lock:
+    """What the text of a lock file says.
+
+    Raises:
+        RecipeError: it is no lock file, or one from before they held a recipe.
+        VerificationError: a later version wrote it.
+    """
+    try:
+        content = load_yaml(text, LOCK)
+        if "recipe" not in content and "made_with" in content:
+            hint = "run the recipe itself, with this file beside it: mine.lock.yaml beside mine.yaml"
+            raise RecipeError(Problem(f"{path} holds no recipe: an earlier version of merger wrote it", hint=hint))
+        _refuse_later(_is(int, content["format"]), content, path)
+        return _lock(content)
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        hint = "take the merger.lock.yaml of a result"
+        raise RecipeError(Problem(f"{path} is no lock file", hint=hint)) from None
+
+
+def _refuse_later(format: int, content: Any, path: str) -> None:
+    if format > FORMAT:
+        what = f"{path} is of format {format}, and merger {version(OURS)} knows {FORMAT} at most"
+        raise VerificationError(Problem(what, hint=_install(_is(str, content["made_with"][OURS]))))
+
+
+def _install(number: str) -> str:
+    return f"use the version that made it: pip install '{OURS}=={number}'"
+
+
+def _lock(content: Any) -> Lock:
+    return Lock(
+        plan=_is(str, content["plan"]),
+        identity=_is(str, content["identity"]),
+        seed=_within(numbers.GIVEN_SEED, content["seed"]),
+        shard_bytes=_within(numbers.BYTES, content["shard_size"]),
+        made_with={_is(str, name): _is(str, number) for name, number in content["made_with"].items()},
+        recipe=_is(str, content["recipe"]),
+        models=tuple(_parent(item) for item in _is(list, content["models"])),
+        output=_files(content["output"]),
+        format=_is(int, content["format"]),
+    )
+
+
+def _parent(item: Any) -> Parent:
+    commit, licence, now = item["commit"], item["licence"], item.get("now")
+    return Parent(
+        _is(str, item["model"]),
+        None if commit is None else _matching(_COMMIT, commit),
+        None if licence is None else _is(str, licence),
+        _files(item["files"]),
+        None if now is None else _is(str, now),
+    )
+
+
+def _files(items: Any) -> dict[str, FileInfo]:
+    return {_is(str, item["file"]): _file(item) for item in _is(list, items)}
+
+
+def _file(item: Any) -> FileInfo:
+    sha256 = item.get("sha256")
+    return FileInfo(_within(numbers.SIZE, item["size"]), None if sha256 is None else _matching(_SHA256, sha256))
+
+
+def _is(kind: type[Any], value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _within(range: numbers.Range, value: Any) -> int:
+    if not range.holds(_is(int, value)):
+        raise ValueError
+    return int(value)
+
+
+def _matching(pattern: re.Pattern[str], value: Any) -> str:
+    if pattern.fullmatch(value) is None:
+        raise ValueError
+    return str(value)
+
+
+# ---- is it still the same? ------------------------------------------------------------------------------------------
+
+
+Checksum = Callable[[Located, str], str] | None
+
+
+def changed_models(locked: LockedRecipe, held: Lock, checksum: Checksum) -> list[Problem]:
+    """What is no longer as the lock says it was when the merge was made.
+
+    Args:
+        locked: the lock's recipe, its models at the lock's commits.
+        held: the lock.
+        checksum: finds out the SHA-256 of a file in a folder by reading it; None: only sizes are compared there.
+    """
+    if len(locked.models) != len(held.models):
+        hint = "somebody changed the lock after the merge was made: take the one that was published with it"
+        return [Problem("the lock lists other models than its recipe names", hint=hint)]
+    return [
+        problem
+        for model, parent in zip(locked.models, held.models, strict=True)
+        for problem in _changed(model, parent, checksum)
+    ]
+
+
+def _changed(model: LockedModel, parent: Parent, checksum: Checksum) -> list[Problem]:
+    """A commit of the Hub pins its files, so there only what the Hub tells without being asked is compared."""
+    located, at = model.located, model.ref.at
+    if (located.commit is None) != (parent.commit is None):
+        here = "a folder" if located.commit is None else "on the Hub"
+        return [Problem(f"{parent.model} is {here} now, and was not then", at, hint="run it where its models are")]
+    hint = "was the lock changed after the merge? Take the one that was published with it"
+    if located.commit is None:
+        hint = f"bring back the model as it was: {model.ref.path}"
+    # Nothing of a card goes into a tensor: it may be another one by now.
+    at_commit = f" at commit {located.commit}" if located.commit else ""
+    others = {name: _other(located, name, info, checksum) for name, info in parent.files.items() if name != CARD_NAME}
+    return [
+        Problem(f"{parent.model}{at_commit}: {name} {what}", at, hint=hint) for name, what in others.items() if what
+    ]
+
+
+def _other(located: Located, name: str, info: FileInfo, checksum: Checksum) -> str | None:
+    """In what a file is another one than the locked."""
+    found = located.files.get(name)
+    if found is None:
+        return "is not there"
+    if found.size != info.size:
+        return f"has {found.size:,} bytes, the lock says {info.size:,}"
+    is_read = info.sha256 is not None and located.commit is None
+    sha256 = checksum(located, name) if checksum and is_read else found.sha256
+    same = None in (sha256, info.sha256) or sha256 == info.sha256
+    return None if same else f"is another file: its SHA-256 is {sha256}, the lock says {info.sha256}"
+
+
+def other_meaning(planned: Plan | None, held: Lock) -> list[Problem]:
+    """That an earlier version made the merge, and this one plans another of the same recipe.
+
+    Args:
+        planned: the plan made anew; None: there can be none any more.
+        held: the lock.
+    """
+    same = planned is not None and planned.hash == held.plan
+    return [] if same else _said(since(held.format), held)
+
+
+def other_numbers(planned: Plan, held: Lock) -> list[Problem]:
+    """That an earlier version made the merge, and the same plan comes out with other numbers now."""
+    jobs = (*planned.jobs, *(made.job for made in planned.stages))
+    made = {(job.method, job.name, job.shape) for job in jobs}
+    return _said([each for each in since(held.format) if any(each.touches(*tensor) for tensor in made)], held)
+
+
+def _said(changes: Sequence[FormatChange], held: Lock) -> list[Problem]:
+    if not changes:
+        return []
+    then = held.made_with.get(OURS, "an unknown version")
+    what = f"merger {then} made it (format {held.format}), and {version(OURS)} makes another merge of the same recipe"
+    return [Problem(f"{what}: {'; '.join(change.what for change in changes)}", hint=_install(then))]
+
+
+def other_plan(planned: Plan, held: Lock) -> list[Problem]:
+    """That the lock's recipe, commits, seed and shard size no longer make the plan that the lock names."""
+    if planned.hash == held.plan:
+        return []
+    what = (
+        f"the lock names the plan {held.plan[:16]}, but its recipe, commits, seed and shard size make the plan "
+        f"{planned.hash[:16]}"
+    )
+    hint = "one of them was changed in the lock after the merge was made"
+    then, now = held.made_with.get(OURS, "an unknown version"), version(OURS)
+    if then != now:
+        hint += f", or merger plans otherwise now: it was {then} that made it, and this is {now}"
+    return [Problem(what, hint=hint)]

@@ -1,0 +1,1 @@
+"""Jobs of other kinds than merging models."""

@@ -1,0 +1,64 @@
+"""The stages of a recipe of several documents: each planned like a recipe, and then a model of the documents after it.
+
+Not here: the order of the documents (recipe.stages), and computing a stage's tensors (engine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from merger.lock.locked import LockedRecipe
+from merger.methods.registry import Method
+from merger.models.checkpoint import Checkpoint, TensorInfo
+from merger.planning.inputs.base import Job
+from merger.planning.jobs import make_jobs
+from merger.planning.makers.side_files import texts
+from merger.planning.stage_model import StagedRecipe, StageModel, Texts
+from merger.planning.unused_tensors import config
+from merger.recipe.model import ModelRef
+
+
+def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | None) -> StagedRecipe:
+    """The recipe with all its stages as models.
+
+    Args:
+        found: the recipe and the models of all its documents.
+        table: the merge methods by name.
+        seed: in place of each document's own.
+
+    Raises:
+        RecipeError, MismatchError: as for a recipe of one document.
+    """
+    locked = StagedRecipe(found.recipe, found.models, found.templates)
+    for recipe in locked.recipe.stages:
+        document = replace(locked, recipe=recipe)
+        making = make_jobs(document, table)
+        small = texts(document, making.tokens)
+        tensors = {job.name: _tensor(job) for job in making.jobs}
+        stage = StageModel(
+            ModelRef(recipe.name or "", at=recipe.name_at),
+            document.holder.located,
+            Checkpoint(tensors, config(document, making)),
+            document.holder.card,
+            _held(document, small),
+            locked=document,
+            jobs={job.name: job for job in making.jobs},
+            reasons=making.reasons,
+            giver=making.prediction,
+            small=small,
+            seed=recipe.seed if seed is None else seed,
+        )
+        locked = replace(locked, stages=(*locked.stages, stage))
+    return locked
+
+
+def _held(document: StagedRecipe, small: Texts) -> Mapping[str, bytes]:
+    """Of a stage's small files those that the plan knows of its models."""
+    models = {name: document.numbered(number) for name, number in small.taken.items()}
+    return small.edited({name: model.texts[name] for name, model in models.items() if name in model.texts})
+
+
+def _tensor(job: Job) -> TensorInfo:
+    """What a job makes, in a file that is never written."""
+    return TensorInfo(job.name, job.dtype, job.shape, "", 0, job.nbytes)

@@ -1,0 +1,167 @@
+"""What a recipe's stages make, as models beside those that were found: one table, in which each has its number.
+
+Not here: planning a stage (makers.stages), and the models that were found (lock.locked).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merger.lock.lock import GENERATION
+from merger.lock.locked import LockedModel, LockedRecipe
+from merger.models import chat
+from merger.models import vocabulary as vocab
+from merger.models.checkpoint import TensorInfo
+from merger.models.vocabulary import Json
+from merger.planning.inputs.base import Input, Job, StageTensor, Stored
+from merger.planning.inputs.derived import Dequantised
+from merger.planning.inputs.low_rank import Added, LowRank
+from merger.planning.inputs.rows import with_rows
+from merger.recipe.model import ModelRef
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The small files of the result.
+
+    Args:
+        taken: for each file that is taken over the number of the model that has it.
+        added: what tokenizer.json must say of each added token; None: what it says.
+        template: the chat template; None: the one that is there.
+        generation: generation_config.json; None: the one that is there.
+    """
+
+    taken: Mapping[str, int]
+    added: tuple[Json, ...] | None = field(default=None, repr=False)
+    template: str | None = None
+    generation: str | None = None
+
+    def encode(self) -> dict[str, Any]:
+        """What is written into them, as plain data for a plan's hash."""
+        said = {"added": self.added, "template": self.template, "generation": self.generation}
+        return {key: value for key, value in said.items() if value is not None}
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether anything is written into the files that are taken over."""
+        return any(text is not None for text in (self.added, self.template, self.generation))
+
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """The names of those files that have to be read whole, since something is written into them."""
+        vocabulary = vocab.EXTENDED if self.added is not None else ()
+        return tuple(dict.fromkeys([*vocabulary, *(chat.FILES if self.template is not None else ())]))
+
+    def edited(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The files `changing` that were taken over, with all that is to be written into them."""
+        made = dict(files)
+        if self.added is not None:
+            made |= vocab.rewritten(made, self.added)
+        if self.template is not None:
+            made |= chat.with_template(made, self.template)
+        if self.generation is not None:
+            made[GENERATION] = self.generation.encode()
+        return made
+
+
+@dataclass(frozen=True)
+class StageModel(LockedModel):
+    """What a stage of the recipe makes, as a model of the documents after it: its tensors are in no file.
+
+    `located` is where the files come from that are taken over: those of its own donor.
+
+    Args:
+        locked: the stage's document.
+        jobs: how each of its tensors is made, by name.
+        reasons: why tensors of its models are left out, where that was decided on the way.
+        giver: the model whose layers of multi-token prediction it has; None: no model.
+        small: which small files it would have.
+        seed: for methods that draw random numbers.
+    """
+
+    locked: StagedRecipe = field(kw_only=True, repr=False)
+    jobs: Mapping[str, Job] = field(kw_only=True, repr=False)
+    reasons: Mapping[str, str] = field(kw_only=True, repr=False)
+    giver: LockedModel | None = field(kw_only=True, repr=False)
+    small: Texts = field(kw_only=True, repr=False)
+    seed: int = field(kw_only=True)
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.ref.path
+
+
+@dataclass(frozen=True)
+class StagedRecipe(LockedRecipe):
+    """A recipe, its models and, counted on after them, what its documents before the last make."""
+
+    stages: tuple[StageModel, ...] = ()
+
+    def index(self, ref: ModelRef) -> int:
+        """The number of a model, or, counted on, of a stage."""
+        return next(number for number, model in enumerate(self.all) if model.ref == ref)
+
+    @property
+    def all(self) -> tuple[LockedModel, ...]:
+        """The models, and the stages after them."""
+        return (*self.models, *self.stages)
+
+    def numbered(self, number: int) -> LockedModel:
+        """The model or stage of that number."""
+        return self.all[number]
+
+    def model(self, ref: ModelRef) -> LockedModel:
+        """The model or stage that a reference means."""
+        return self.numbered(self.index(ref))
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The numbers of the models and stages of this document."""
+        return tuple(self.index(ref) for ref in self.recipe.parents)
+
+    def source(self, number: int, tensor: TensorInfo) -> Input:
+        """Where the entries of a tensor of the model or stage of that number come from, as its adapter changes them."""
+        model = self.numbered(number)
+        if model.adapter is None or (change := model.changes.get(tensor.name)) is None:
+            return self._stored(number, tensor)
+        adapter = self.index(model.adapter.ref)
+        source = self._stored(number, tensor) if change.whole is None else Stored(adapter, change.whole)
+        if change.tokens is not None:
+            source = with_rows(source, Stored(adapter, change.tokens.rows), change.tokens.numbers)
+        if (low := change.low_rank) is not None:
+            lengths = None if low.magnitude is None else Stored(adapter, low.magnitude)
+            source = LowRank(source, Stored(adapter, low.a), Stored(adapter, low.b), low.scale, change.turned, lengths)
+        return source if change.added is None else Added(source, Stored(adapter, change.added), change.scale)
+
+    def _stored(self, number: int, tensor: TensorInfo) -> Input:
+        """The same without an adapter."""
+        model, owner = self.numbered(number), self.owner(number)
+        if (scaled := model.scaled.get(tensor.name)) is not None:
+            numbers, scales = Stored(owner, scaled.numbers), Stored(owner, scaled.scales)
+            return Dequantised(numbers, scales, scaled.block, tensor.dtype)
+        if not isinstance(model, StageModel):
+            return Stored(owner, tensor)
+        job = model.jobs[tensor.name]
+        passed = job.passed
+        return passed if isinstance(passed, Stored | StageTensor) else StageTensor(number, tensor.name, model.seed, job)
+
+    def owner(self, number: int) -> int:
+        """The number of the first model with the same files: one that is named with several adapters is read once."""
+        here = self.numbered(number)
+        if isinstance(here, StageModel):
+            return number
+        return next(first for first, model in enumerate(self.models) if model.located == here.located)
+
+    @property
+    def donor(self) -> LockedModel:
+        """The model or stage whose config the result takes."""
+        return self.model(self.recipe.donor)
+
+    @property
+    def holder(self) -> LockedModel:
+        """The model in whose files that config lies: the donor, or the donor of the stage that is the donor."""
+        donor = self.donor
+        return donor.locked.holder if isinstance(donor, StageModel) else donor

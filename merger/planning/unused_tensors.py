@@ -1,0 +1,204 @@
+"""What follows from the jobs: the tensors that no job takes, each with its reason, and the output's config.json.
+
+Nothing a model holds is lost in silence. Not here: the jobs themselves (jobs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merger.errors import Problem, RecipeError, Span
+from merger.lock.locked import LockedModel
+from merger.models.architecture import Place, is_buffer, is_head
+from merger.models.config import (
+    Kind,
+    Layer,
+    predicted_layers,
+    renumbered,
+    section,
+    untied,
+    with_dtype,
+    with_layers,
+    with_prediction,
+    with_vocabulary,
+)
+from merger.models.tokenizer_files import rows_of
+from merger.planning.inputs.base import Job
+from merger.planning.jobs import NOT_ALL_PREDICT, PREDICTION, JobSet
+from merger.planning.stage_model import StagedRecipe
+from merger.planning.tokens import Tokens
+
+_NOT_THERE = "the result has no such layers"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A tensor of a model that no output tensor is made of; `model` is its number in the locked recipe."""
+
+    model: int
+    tensor: str
+    why: str
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A document of the recipe: which tensors it reads, by their model's number, and why it leaves others out."""
+
+    locked: StagedRecipe
+    reasons: Mapping[str, str]
+    giver: LockedModel | None
+    read: Mapping[int, set[str]]
+
+
+def left_out(locked: StagedRecipe, making: JobSet) -> Iterator[LeftOut]:
+    """Every stored tensor that is read for no tensor of the output; the first document that has its model says why."""
+    read = _read(making.jobs)
+    documents = [
+        _Document(stage.locked, stage.reasons, stage.giver, _read(stage.jobs.values())) for stage in locked.stages
+    ]
+    documents.append(_Document(locked, making.reasons, making.prediction, read))
+    for number, model in enumerate(locked.models):
+        taken = {*read.get(number, ()), *model.brought}
+        rest = [name for name in model.checkpoint.tensors if name not in taken]
+        if locked.owner(number) != number:
+            continue
+        if model.lora is not None:
+            yield from (
+                LeftOut(number, name, making.reasons.get(name) or _why_of_adapter(model, name)) for name in rest
+            )
+            continue
+        document = next(each for each in documents if model.ref in each.locked.recipe.parents)
+        mine = document.read.get(number, set())
+        layers = {(place.stack, place.layer) for place in map(model.architecture.place, mine)}
+        for name in rest:
+            made = f"nothing is made of what the stage {document.locked.recipe.name} makes of it"
+            why = made if name in mine else document.reasons.get(name) or _why(document, model, name, layers)
+            yield LeftOut(number, name, why)
+        yield from (LeftOut(number, name, "only a quantised model has a use for it") for name in model.aside)
+
+
+def _why_of_adapter(model: LockedModel, name: str) -> str:
+    lora = model.lora
+    assert lora is not None
+    tied = "the head is the embedding" if lora.tied and is_head(rows_of(name) or name) else None
+    return lora.aside.get(name) or tied or "nothing is made of the tensor that it changes"
+
+
+def _read(jobs: Iterable[Job]) -> dict[int, set[str]]:
+    """The names of the stored tensors that are read, by their model's number."""
+    found: dict[int, set[str]] = {}
+    for job in jobs:
+        for leaf in job.reads:
+            found.setdefault(leaf.model, set()).add(leaf.tensor.name)
+    return found
+
+
+def _why(document: _Document, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
+    donor, recipe = document.locked.donor, document.locked.recipe
+    place: Place = model.architecture.place(name)
+    if recipe.lora is not None:
+        return "the adapter holds the fine-tune's in its place"
+    if name in model.changes and model.changes[name].whole is not None:
+        return "its adapter holds the tensor whole"
+    if model.ref not in recipe.merged:
+        return "the recipe takes only tokens of this model"
+    if model.architecture.predicts(name):
+        giver = document.giver
+        return f"{PREDICTION}: " + (_NOT_THERE if giver is None else f"the result has the layers of {giver.name}")
+    if not layers or (model.architecture.stacks and all(stack is None for stack, _ in layers)):
+        return "the method takes no base model, so this one gives no tensors"
+    if place.stack is not None and (place.stack, place.layer) not in layers:
+        ranges = any(source.layer_range for piece in recipe.slices for source in piece.sources)
+        return "its layer is in no layer_range" if ranges else f"{donor.name} has no such layer"
+    if is_buffer(name):
+        return "a constant, not a trained tensor"
+    if model.is_tied_head(name):
+        return "the head is the embedding, as the model's config says"
+    if name in donor.checkpoint.tensors:
+        return "the recipe takes this tensor from another model"
+    return f"{donor.name}, whose tensors name the output's, has no such tensor"
+
+
+def notes(locked: StagedRecipe, making: JobSet) -> tuple[str, ...]:
+    """What was decided on the way that no line of the recipe says, in sentences."""
+    models, giver = [locked.numbered(number) for number in locked.own], making.prediction
+    promised = predicted_layers(locked.donor.checkpoint.config)
+    if making.config is not None or not (promised or any(model.prediction for model in models)):
+        return ()
+    if giver is None:
+        theirs = ", ".join(model.name for model in models if model.prediction)
+        why = f"those of {theirs} are left out, for {locked.donor.name} has none" if theirs else "no model has any"
+        return (f"{PREDICTION}: {_NOT_THERE} ({why})",)
+    if any(job.why == NOT_ALL_PREDICT for job in making.jobs):
+        return (f"{PREDICTION}: the layers of {giver.name} are kept as they are, for not every model has such",)
+    return (f"{PREDICTION}: {giver.predicted_layers} behind the last layer, as {giver.name} has",)
+
+
+def config(locked: StagedRecipe, making: JobSet) -> Mapping[str, Any]:
+    """The donor's config.json with the dtype, the layers and the head that the output has; empty if it has none.
+
+    Raises:
+        RecipeError: no config could describe the layers in this order, or a token that it names.
+    """
+    if making.config is not None:
+        return making.config
+    donor = locked.donor
+    edited: Mapping[str, Any] = donor.checkpoint.config
+    if not edited:
+        return edited
+    for stack, taken in making.layers.items():
+        if list(taken) != [(donor, layer) for layer in range(donor.architecture.stacks[stack])]:
+            edited = _layered(locked, edited, stack, taken)
+    giver = making.prediction or donor
+    edited = with_prediction(edited, giver.predicted_layers, giver.checkpoint.config)
+    if making.has_head and (donor.is_tied or donor.head is None):
+        edited = untied(edited)
+    if making.tokens is not None:
+        edited = _with_tokens(locked, making.tokens, edited)
+    dtype = locked.recipe.dtype
+    return with_dtype(edited, dtype) if dtype else edited
+
+
+def _with_tokens(locked: StagedRecipe, tokens: Tokens, edited: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with the result's number of rows, and its own ids for the tokens that it names."""
+    sized = with_vocabulary(edited, locked.donor.token_rows or 0, tokens.rows)
+    if tokens.follow is None:
+        return sized
+    source = locked.numbered(tokens.source)
+    found, lost = renumbered(sized, tokens.follow, source.checkpoint.config)
+    if lost:
+        told = ", ".join(f"{key}: {number}" for key, number in lost)
+        what = f"config.json of {locked.donor.name} names tokens that the tokenizer of {source.name} lacks ({told})"
+        block = locked.recipe.tokenizer
+        hint = "list these tokens under tokens:, or take another tokenizer"
+        raise RecipeError(Problem(what, block.at if block else None, "tokenizer", hint))
+    return found
+
+
+def _layered(
+    locked: StagedRecipe, edited: Mapping[str, Any], stack: str, taken: Sequence[tuple[LockedModel, int]]
+) -> Mapping[str, Any]:
+    """The config with the output's layers of a stack."""
+    donor, stacks = locked.donor, locked.donor.architecture.stacks
+    kinds = [_kind(donor, stack, layer) for layer in range(stacks[stack])]
+    layers = [Layer(model.checkpoint.config, layer, _kind(model, stack, layer)) for model, layer in taken]
+    try:
+        return with_layers(edited, kinds, layers, section(edited, stack, stacks))
+    except ValueError as error:
+        hint = f"{donor.name} would load with other layers than these: take them in the order in which it has them"
+        raise RecipeError(Problem(f"{donor.name}: {error}", *_place(locked, stack), hint)) from None
+
+
+def _place(locked: StagedRecipe, stack: str) -> tuple[Span | None, str]:
+    """Where the recipe says what the stack is made of."""
+    named = next((module for module in locked.recipe.modules if module.name == stack), None)
+    return (locked.recipe.slices[0].at, "slices") if named is None else (named.at, f"modules.{stack}")
+
+
+def _kind(model: LockedModel, stack: str, layer: int) -> Kind:
+    """The roles and shapes of a layer's tensors."""
+    return frozenset(
+        f"{model.architecture.place(tensor.name).role} {tensor.shape}" for tensor in model.layer(stack, layer)
+    )

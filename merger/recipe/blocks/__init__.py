@@ -1,0 +1,1 @@
+"""The blocks of a recipe, each with its own words."""

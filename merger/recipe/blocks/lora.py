@@ -1,0 +1,103 @@
+"""The part of the language whose result is a LoRA adapter: `adapters:` with `lora:`, and `extract_lora:`.
+
+    adapters: [{model: org/lora, parameters: ...}, ...]     merged into an adapter by the recipe's merge_method
+    lora: {rank, alpha, core}
+    extract_lora: {model, base_model, rank, ...}             what a fine-tune changed, as an adapter of its base
+
+Not here: how models and parameters are written (values), and what the adapters hold (plan).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from merger.recipe.checks import Choice
+from merger.recipe.model import Lora, ModelRef, Module, Slice, Source
+from merger.recipe.values import UNREADABLE, Fields, Value, reference
+from merger.safety import numbers
+from merger.safety.expressions import compiles
+from merger.safety.numbers import quoted_short
+
+LORA = ("rank", "alpha", "core")
+EXTRACT = (
+    "model", "base_model", "rank", "alpha", "include", "exclude", "embeddings", "distribute_scale", "skip_rest",
+)  # fmt: skip
+_RANK_HINT = "the rank is how many directions each matrix of the adapter has, such as 16"
+_METHOD = "task_arithmetic"
+"""What an extraction is: the fine-tune's delta, whole."""
+
+
+def lora(fields: Fields) -> Lora | None:
+    """What the recipe says of the adapter that `adapters:` makes; None where its result is a model."""
+    place, adapters = fields.get("lora"), fields.places.get("adapters")
+    if adapters is None:
+        if place is not None:
+            place.error("lora is for recipes with adapters:", "list the adapters to merge under adapters:", place.key)
+        return None
+    found = place.fields("a map with the key rank", LORA) if place is not None else None
+    if found is None:
+        return Lora()
+    if "rank" not in found.places and (alpha := found.get("alpha")) is not None:
+        alpha.error("alpha goes with a rank", _RANK_HINT, alpha.key)
+    return Lora(rank=_rank(found), alpha=_alpha(found), core=_flag(found, "core"))
+
+
+def adapter_method(found: Choice) -> Choice:
+    """The merge method as it is used on adapters: their deltas are what it is handed, and there is no base model."""
+    method = found.method
+    if method is None:
+        return found
+    if method.base in ("first", "included"):
+        hint = "take linear, ties, dare_ties, knots or another method that merges task vectors or weighs models"
+        found.place.error(f"{method.name} merges models along a path from a base model, and adapters have none", hint)
+    return replace(found, method=replace(method, base="unused"))
+
+
+def read_extraction(place: Value) -> tuple[Lora | None, Module]:
+    """What `extract_lora:` asks for, and the fine-tune and its base as a recipe has them."""
+    fields = place.fields("a map with the keys model, base_model and rank", EXTRACT)
+    if fields is None:
+        return None, Module(None, ())
+    one = _model(fields, "model", "write model: org/fine-tune")
+    base = _model(fields, "base_model", "write base_model: the model that it was made from")
+    found = Lora(
+        rank=_rank(fields) if fields.need("rank", _RANK_HINT) else None,
+        alpha=_alpha(fields),
+        extracted=True,
+        include=_regex(fields, "include"),
+        exclude=_regex(fields, "exclude"),
+        embeddings=_flag(fields, "embeddings"),
+        distribute_scale=_flag(fields, "distribute_scale"),
+        skip_rest=_flag(fields, "skip_rest"),
+    )
+    sources = (Source(one, at=one.at), Source(base, added=True, at=base.at))
+    return found, Module(None, (Slice(sources, _METHOD, base, at=place.key),), at=place.key)
+
+
+def _model(fields: Fields, key: str, hint: str) -> ModelRef:
+    place = fields.need(key, hint)
+    return reference(place) if place else UNREADABLE
+
+
+def _rank(fields: Fields) -> int | None:
+    place = fields.get("rank")
+    return place.whole(numbers.RANK, _RANK_HINT) if place else None
+
+
+def _alpha(fields: Fields) -> float | None:
+    place = fields.get("alpha")
+    hint = "write a number above 0, such as 16, or leave it out: it is then the rank"
+    return place.number(hint, numbers.ALPHA) if place else None
+
+
+def _flag(fields: Fields, key: str) -> bool:
+    place = fields.get(key)
+    return bool(place.flag()) if place else False
+
+
+def _regex(fields: Fields, key: str) -> str | None:
+    place = fields.get(key)
+    text = place.text("a regular expression") if place else None
+    if place and text and (wrong := compiles(text)):
+        place.error(f"{quoted_short(text)} is no regular expression ({wrong})", "write for example layers\\.[0-3]\\.")
+    return text

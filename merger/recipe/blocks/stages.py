@@ -1,0 +1,117 @@
+"""Several documents of one file: which is the result, which are its stages, and in which order they are made.
+
+A stage is a document with a name; where the file speaks of a model of that name, the stage is meant, and never a folder
+or a repo. Not here: what stands in a document (parse), and how a stage is made (plan).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from merger.errors import Problem, Span
+from merger.recipe.model import ModelRef, Publish, Recipe
+from merger.recipe.values import Notes, nearest
+
+_NO_NAME = re.compile(r"[/\\@+]|^[.~]")
+
+
+def join_stages(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
+    """The result's document, with the others as its stages; problems go to the notes."""
+    result = _result(recipes, notes)
+    named = _named(recipes, notes)
+    for recipe in recipes:
+        _check_references(recipe, named, notes)
+        if recipe is not result:
+            _refuse_ends(recipe, notes)
+    order = _ordered(result, named, notes)
+    for name, recipe in named.items():
+        if recipe is not result and recipe not in order:
+            _warn(notes, f"nothing is made of the stage {name}", recipe.name_at, "name it as a model, or take it out")
+    return replace(result, stages=tuple(recipe for recipe in order if recipe is not result))
+
+
+def _refuse_ends(recipe: Recipe, notes: Notes) -> None:
+    """A mixture is no stage, and what is done with a result is not done with one."""
+    if recipe.mixture is not None:
+        hint = "make the mixture by a recipe of its own, and name the folder that it made"
+        _error(notes, "a mixture of experts cannot be a stage", recipe.mixture.at or recipe.at, hint)
+    hint = "move it into the last document"
+    if recipe.publish != Publish():
+        _warn(notes, "publish has no effect in a stage", recipe.publish.at, hint)
+    if recipe.allow_non_finite:
+        _warn(notes, "allow_non_finite has no effect in a stage", recipe.allow_at, hint)
+    if recipe.evaluate is not None:
+        _warn(notes, "evaluate has no effect in a stage", recipe.evaluate.at, hint)
+
+
+def _result(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
+    """The document without a name, else the last one."""
+    nameless = [recipe for recipe in recipes if recipe.name is None]
+    for other in nameless[1:]:
+        hint = "write name: into all but one: that one is the result, the others are models of it"
+        _error(notes, "a second document without a name", other.at, hint)
+    return nameless[0] if nameless else recipes[-1]
+
+
+def _named(recipes: Sequence[Recipe], notes: Notes) -> dict[str, Recipe]:
+    found: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if recipe.name is None:
+            continue
+        if recipe.name in found:
+            first = found[recipe.name].name_at
+            what = f"the name {recipe.name!r} was given before{'' if first is None else f', on line {first.line}'}"
+            _error(notes, what, recipe.name_at, "give each document a name of its own", "name")
+        elif _NO_NAME.search(recipe.name):
+            hint = "take a plain word such as first-merge: with / @ + or a leading . or ~ it reads like a model"
+            _error(notes, f"{recipe.name!r} is no name of a stage", recipe.name_at, hint, "name")
+        found.setdefault(recipe.name, recipe)
+    return found
+
+
+def _check_references(recipe: Recipe, named: Mapping[str, Recipe], notes: Notes) -> None:
+    for ref in recipe.parents:
+        where = f"models[{ref}]"
+        if ref.path in named and ref != ModelRef(ref.path):
+            what = f"{ref.path} is a stage of this file, which has neither a revision nor an adapter"
+            _error(notes, what, ref.at, f"write {ref.path}; a folder of that name is ./{ref.path}", where)
+        elif ref.path not in named and "/" not in ref.path and (near := nearest(ref.path, named)):
+            hint = f"did you mean the stage {near!r}? a folder of the other name is ./{ref.path}"
+            _error(notes, f"no document of this file has the name {ref.path!r}", ref.at, hint, where)
+
+
+def _ordered(result: Recipe, named: Mapping[str, Recipe], notes: Notes) -> list[Recipe]:
+    """What the result is made of, and itself last; a stage that is made of itself is a problem."""
+    order: list[Recipe] = []
+    above: list[str] = []
+
+    def visit(recipe: Recipe) -> None:
+        above.append(recipe.name or "")
+        for ref in _stages(recipe, named):
+            if ref.path in above:
+                circle = ", which is made of ".join([*above[above.index(ref.path) + 1 :], ref.path])
+                hint = "a document can only be made of others that are made without it"
+                _error(notes, f"{ref.path} is made of {circle}", ref.at, hint, f"models[{ref}]")
+            elif named[ref.path] not in order:
+                visit(named[ref.path])
+        above.pop()
+        order.append(recipe)
+
+    visit(result)
+    return order
+
+
+def _stages(recipe: Recipe, named: Mapping[str, Recipe]) -> Iterator[ModelRef]:
+    return (ref for ref in recipe.parents if ref.path in named)
+
+
+def _error(notes: Notes, what: str, at: Span | None, hint: str, where: str | None = None) -> None:
+    assert at is not None
+    notes.errors.setdefault((at, what), Problem(what, at, where, hint))
+
+
+def _warn(notes: Notes, what: str, at: Span | None, hint: str) -> None:
+    assert at is not None
+    notes.warnings.setdefault((at, what), Problem(what, at, None, hint))

@@ -1,0 +1,1 @@
+"""The line, wired: check, plan, merge."""

@@ -1,0 +1,265 @@
+"""A published merge is made again, in part or in full, from its parents at the locked commits, and compared.
+
+By the same engine that made it. All that differs is reported; what a sample proves is told in docs/verify.md. Not here:
+the merge's lock and files (published), which pieces are drawn (sample), and the comparison (proof).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from merger.errors import MismatchError, Problem, RecipeError, VerificationError
+from merger.lock.lock import lock
+from merger.lock.locked import LockedRecipe
+from merger.methods.registry import methods
+from merger.models.checkpoint import TensorInfo
+from merger.models.side_files import loaded_as
+from merger.planning.lockfile import OURS, Lock, changed_models, other_numbers, other_plan
+from merger.planning.plan import Plan, Shard
+from merger.run.artifacts import taken_files
+from merger.run.options import Options
+from merger.run.prepare import planned_again
+from merger.stores.resolve import Library, stores
+from merger.verification.published import (
+    Merge,
+    comparable,
+    find_edits,
+    made_again,
+    open_merge,
+    other_contents,
+    other_files,
+    other_taken,
+    strangers,
+)
+from merger.verification.sample import Mismatch, Piece, Sample, draw, whole_tensor
+
+if TYPE_CHECKING:
+    from merger.engine.execute import BytesWritten
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is compared: everything, or so many tensors in full, or as much as a small share of the bytes allows.
+
+    Args:
+        everything: each tensor, and the SHA-256 of each file.
+        tensors: how many.
+        seed: what they are drawn from; None: from chance, so that nobody can know beforehand.
+    """
+
+    everything: bool = False
+    tensors: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """All is found and read that is no tensor; so many bytes of the result will be compared."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Entries ``[start, stop)`` of a tensor that were compared, and the shard that holds it."""
+
+    tensor: str
+    file: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and what is not as it was promised.
+
+    Args:
+        model: the repo's id, or the folder's last part.
+        commit: on the Hub; None of a folder.
+        plan: the hash of what its lock's recipe and commits make.
+        made_with: the versions of what made it.
+        seed: what the sample was drawn from; None: everything was compared.
+        tensors: how many tensors the merge has.
+        entries: how many numbers they hold.
+        compared: what was compared of them.
+        left_out: the tensors of which a sample was too many bytes.
+        read: how many bytes of models and result were read, headers included.
+        of: how many it would be with --all.
+        problems: what is wrong with the lock, its models and files.
+        differences: the tensors that are others, with the first entry of each.
+        doubts: why a difference may be nobody's fault.
+        added: the files that are no part of the merge; those that a loader may read are among the problems too.
+        notes: what was added or edited that no loader reads.
+    """
+
+    model: str
+    commit: str | None
+    plan: str
+    made_with: Mapping[str, str]
+    seed: int | None
+    tensors: int
+    entries: int
+    compared: tuple[Compared, ...] = field(repr=False)
+    left_out: tuple[str, ...]
+    read: int
+    of: int
+    problems: tuple[Problem, ...]
+    differences: tuple[Mismatch, ...]
+    doubts: tuple[str, ...]
+    added: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing that was compared is other than promised."""
+        return not self.problems and not self.differences
+
+
+def verify(target: str, options: Options, extent: Extent) -> Iterator[Begun | BytesWritten | Report]:
+    """Compare a merge with what its lock promises; the last event is the `Report`.
+
+    Raises:
+        ModelError: the merge or a parent cannot be read.
+        VerificationError: the merge has no lock, or one that nothing can be made from.
+        BudgetError: it does not fit into the memory.
+    """
+    merge = open_merge(target, options.read_token)
+    if merge.recipe.lora is not None:  # its tensors are made in pairs, so that one alone cannot be
+        extent = replace(extent, everything=True)
+    parents = stores([ref.path for ref in merge.recipe.references], options.cache, options.read_token, merge.root)
+    locked = lock(merge.recipe, parents, merge.held.pins)
+    problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
+    planned = _planned(merge.held, locked, options, problems)
+    is_made = extent.everything or planned.texts.is_edited
+    made = made_again(merge, planned, taken_files(planned, parents) if is_made else {})
+    others = other_files(merge, planned, made, extent.everything)
+    added, readable = strangers(merge, planned, made)
+    tensors, misplaced = comparable(merge, planned)
+    contents = [*other_contents(merge, planned, made, others), *other_taken(merge, planned)]
+    problems += [*other_plan(planned, merge.held), *others.values(), *contents, *readable, *misplaced]
+    whole_shards = [shard for shard in planned.shards if extent.everything or shard.name in others]
+    check = _Check(merge, planned, parents, tensors, whole_shards)
+    yield from check.run(extent)
+    notes = [f"{name} was added beside the merge" for name in added if not loaded_as(name)]
+    notes += find_edits(merge, planned, parents)
+    yield replace(check.report(problems), added=tuple(added), notes=tuple(notes))
+
+
+def _planned(held: Lock, locked: LockedRecipe, options: Options, problems: Sequence[Problem]) -> Plan:
+    """The lock's plan; where there can be none, what was found so far may be the reason."""
+    try:
+        return planned_again(held, locked, options)
+    except (RecipeError, MismatchError) as error:
+        raise VerificationError([*problems, *error.problems]) from None
+
+
+class _Check:
+    """The comparison of tensors, and what it has found.
+
+    Args:
+        merge: the merge.
+        planned: its plan, made anew.
+        parents: reads its models.
+        tensors: the published tensors that can be compared.
+        shards: those that are compared in full: all, or those that are not the lock's, so that the tensor is found.
+    """
+
+    def __init__(
+        self, merge: Merge, planned: Plan, parents: Library, tensors: Mapping[str, TensorInfo], shards: Sequence[Shard]
+    ) -> None:
+        self._merge, self._planned, self._parents = merge, planned, parents
+        self._tensors, self._shards = tensors, shards
+        self._seed: int | None = None
+        self._sample = Sample(())
+        self._problems: list[Problem] = []
+        self._differences: list[Mismatch] = []
+
+    def run(self, extent: Extent) -> Iterator[Begun | BytesWritten]:
+        """Compare what is to be compared."""
+        if not extent.everything:
+            self._seed = random.SystemRandom().getrandbits(32) if extent.seed is None else extent.seed
+            self._sample = self._drawn(extent.tensors, self._seed)
+        yield Begun(sum(piece.nbytes for piece in self._sample.pieces) + sum(shard.size for shard in self._shards))
+        try:
+            yield from self._compare()
+        except MismatchError as error:
+            self._problems += error.problems
+
+    def _drawn(self, tensors: int | None, seed: int) -> Sample:
+        """Without what is compared in full anyhow, or cannot be compared."""
+        sample = draw(self._planned, methods(), seed, tensors)
+        in_full = {shard.name for shard in self._shards}
+        pieces = [each for each in sample.pieces if each.file not in in_full and each.job.name in self._tensors]
+        return Sample(tuple(pieces), sample.left_out)
+
+    def _compare(self) -> Iterator[BytesWritten]:
+        from merger.engine.execute import BytesWritten
+        from merger.verification.proof import Against, PublishedTensors, compare_pieces, compare_shards
+
+        published = PublishedTensors(self._merge.located, self._merge.store, self._tensors)
+        for piece, found in compare_pieces(self._planned, self._sample.pieces, methods(), self._parents, published):
+            self._differences += [found] if found else []
+            yield BytesWritten(piece.nbytes, piece.job)
+        against = Against(self._shards, published)
+        yield from compare_shards(self._planned, self._shards, methods(), self._parents, against)
+        self._differences += against.differences
+        self._problems += self._other_checksums(against.made)
+
+    def _other_checksums(self, made: Mapping[str, str]) -> Iterator[Problem]:
+        if other_numbers(self._planned, self._merge.held):
+            return
+        for name, sha256 in made.items():
+            told = self._merge.held.output.get(name)
+            if told is not None and told.sha256 not in (None, sha256):
+                what = f"the lock says that {name} has the SHA-256 {told.sha256}, but made again it has {sha256}"
+                yield Problem(what, hint="the lock was changed after the merge was made, or here it is made otherwise")
+
+    def report(self, problems: Sequence[Problem]) -> Report:
+        """All that was found, and the problems that were known before."""
+        planned, names = self._planned, {shard.name for shard in self._shards}
+        every = [whole_tensor(shard.name, job) for shard in planned.shards for job in shard.jobs]
+        in_full = [piece for piece in every if piece.file in names]
+        headers = _header_bytes(self._tensors.values())
+        headers += sum(_header_bytes(model.checkpoint.tensors.values()) for model in planned.locked.models)
+        compared = (*self._sample.pieces, *(piece for piece in in_full if piece.job.name in self._tensors))
+        earlier = other_numbers(planned, self._merge.held) if self._differences else []
+        return Report(
+            model=self._merge.located.name,
+            commit=self._merge.located.commit,
+            plan=planned.hash,
+            made_with=self._merge.held.made_with,
+            seed=self._seed,
+            tensors=len(every),
+            entries=planned.entries,
+            compared=tuple(map(_told, compared)),
+            left_out=self._sample.left_out,
+            read=headers + sum(piece.cost for piece in (*self._sample.pieces, *in_full)),
+            of=headers + sum(piece.cost for piece in every),
+            problems=(*earlier, *problems, *self._problems),
+            differences=tuple(self._differences),
+            doubts=tuple(_doubts(self._merge.held)) if self._differences else (),
+        )
+
+
+def _told(piece: Piece) -> Compared:
+    return Compared(piece.job.name, piece.file, piece.start, piece.stop)
+
+
+def _header_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """How many bytes stand before the tensors in their files."""
+    starts: dict[str, int] = {}
+    for tensor in tensors:
+        starts[tensor.file] = min(tensor.start, starts.get(tensor.file, tensor.start))
+    return sum(starts.values())
+
+
+def _doubts(held: Lock) -> Iterator[str]:
+    """Another version may round otherwise."""
+    for package in (OURS, "torch", "numpy"):
+        then, now = held.made_with.get(package, "unknown"), version(package)
+        if then != now:
+            yield f"it was made with {package} {then}, and this is {now}: the last bits may be others"

@@ -1,0 +1,1 @@
+"""The queue of merges and the processes that make them."""

@@ -1,0 +1,235 @@
+"""Recipe and plan, as the Space does them: from the Hub alone, within the rules for strangers and the Space's limits.
+
+Whatever is refused is refused with a sentence, and with its place where it has one. Not here: the language and the
+planning themselves (merger.run.prepare).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merger import runtime as machine
+from merger.cli import text as console
+from merger.errors import BudgetError, MergerError, Problem, RecipeError
+from merger.run.options import Options, needed_disk
+from merger.run.prepare import parse_text, plan
+from merger.safety import numbers
+from merger.safety.limits import SPACE_TENSORS
+from merger.safety.names import is_repo
+
+if TYPE_CHECKING:
+    from merger.planning.plan import Plan
+    from merger.recipe.model import ModelRef, Recipe
+    from merger.stores.ports import Store
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+
+_PAGE_BYTES = 1_000_000_000
+"""What the page with plans of many users at once, and the nursery, may come to."""
+
+_LEAST_A_WORKER = 6_000_000_000
+_MOST_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes in bytes.
+
+    Args:
+        memory: for one job; None: nobody knows how much there is.
+        disk: for one job.
+        traffic: that one job may read and write.
+        workers: how many jobs run at the same time.
+        jobs_each: of one owner that are not over.
+        jobs: of all owners together.
+        shard_size: the largest size of a file; None: the default.
+    """
+
+    memory: int | None = None
+    disk: int | None = None
+    traffic: int = 200_000_000_000
+    workers: int = 1
+    jobs_each: int = 3
+    jobs: int = 100
+    shard_size: int | None = None
+
+    @classmethod
+    def here(cls, folder: Path, environment: Mapping[str, str] = os.environ) -> Limits:
+        """Those of this machine, or what the variables ``MERGER_SPACE_…`` say.
+
+        Raises:
+            ValueError: a variable is no size or no number.
+        """
+
+        def given(name: str) -> str | None:
+            return environment.get(f"MERGER_SPACE_{name}") or None
+
+        room = _size(given("MEMORY")) or machine.free_memory()
+        free = _size(given("DISK")) or shutil.disk_usage(folder).free * 9 // 10
+        most = 1 if room is None else max(1, min(_MOST_WORKERS, (room - _PAGE_BYTES) // _LEAST_A_WORKER))
+        workers = _count(given("WORKERS")) or most
+        return cls(
+            memory=None if room is None else max(0, room - _PAGE_BYTES) // workers,
+            disk=free // workers,
+            traffic=_size(given("TRAFFIC")) or cls.traffic,
+            workers=workers,
+            jobs_each=_count(given("JOBS_EACH")) or cls.jobs_each,
+            jobs=_count(given("JOBS")) or cls.jobs,
+            shard_size=_size(given("SHARD_SIZE")),
+        )
+
+    def for_a_job(self) -> dict[str, Any]:
+        """What a child is told."""
+        threads = max(1, machine.cores() // self.workers)
+        return {"memory": self.memory, "disk": self.disk, "threads": threads, "shard_size": self.shard_size}
+
+
+def _count(text: str | None) -> int | None:
+    return numbers.parse_whole(text, numbers.COUNT) if text else None
+
+
+def _size(text: str | None) -> int | None:
+    return numbers.parse_size(text) if text else None
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+
+
+NAME = "recipe.yaml"
+MOST_BYTES = 64_000
+MOST_MODELS = 16
+
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}", re.ASCII)
+_MODEL = re.compile(r"\bmodel[\"']?\s*:")
+_HERE = "only models on the Hub can be merged here: write owner/name or owner/name@revision"
+
+
+class TooBigError(BudgetError):
+    """It takes more than this Space gives to one merge; elsewhere it may well be made."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is known of a recipe's text.
+
+    Args:
+        text: the text.
+        recipe: what it says; None where that cannot be made out.
+        problems: what is wrong with it.
+        warnings: what is likely not meant.
+    """
+
+    text: str
+    recipe: Recipe | None
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()
+
+
+def check(text: str) -> Looked:
+    """All that can be said of a recipe without its models."""
+    try:
+        recipe = parse_recipe(text)
+    except MergerError as error:
+        return Looked(text, None, error.problems)
+    return Looked(text, recipe, (), recipe.warnings)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """The recipe in a text.
+
+    Raises:
+        RecipeError: with all that is wrong with it, or that the Space does not do.
+    """
+    _refuse_large(text)
+    recipe = parse_text(text, NAME)
+    problems = list(_strange(recipe))
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _refuse_large(text: str) -> None:
+    """Before anything is parsed."""
+    size, models = len(text.encode("utf-8", "replace")), len(_MODEL.findall(text))
+    if size > MOST_BYTES:
+        what = f"the recipe has {size:,} bytes, and this Space reads {MOST_BYTES:,} at most"
+        raise RecipeError(Problem(what, hint="a recipe names models and holds none"))
+    if models > 8 * MOST_MODELS:
+        what = f"the recipe names models {models:,} times, and this Space reads {8 * MOST_MODELS} at most"
+        raise RecipeError(Problem(what, hint="merge a few first, and go on with the result"))
+
+
+def _strange(recipe: Recipe) -> list[Problem]:
+    """What a recipe may say elsewhere and not here."""
+    found = [problem for ref in recipe.models if (problem := _of_model(ref)) is not None]
+    if len(recipe.models) > MOST_MODELS:
+        what = f"the recipe names {len(recipe.models)} models, and this Space merges {MOST_MODELS} at most"
+        found.append(Problem(what, hint="merge a few first, and go on with the result"))
+    if recipe.evaluate is not None:
+        hint = "leave it out here: merger run and the Action measure"
+        found.append(Problem("the Space measures nothing", recipe.evaluate.at, "evaluate", hint))
+    if recipe.publish.template is not None:
+        hint = "leave it out: the card is made by Merger's own template"
+        found.append(Problem("the Space takes no templates", recipe.publish.template_at, "publish.template", hint))
+    return found
+
+
+def _of_model(ref: ModelRef) -> Problem | None:
+    where = f"models[{ref.path}]"
+    if not is_repo(ref.path):
+        return Problem(f"{ref.path!r} is no model on the Hub", ref.at, where, _HERE)
+    if ref.revision is not None and (_REVISION.fullmatch(ref.revision) is None or ".." in ref.revision):
+        return Problem(f"{ref.revision!r} is no branch, tag or commit", ref.at, where, _HERE)
+    return _of_model(ref.adapter) if ref.adapter is not None else None
+
+
+def options(token: str | None, limits: Limits) -> Options:
+    """How the Space plans; the destination is any on the Hub, for its memory counts."""
+    return Options(
+        to="hf://planned/here",
+        max_memory=limits.memory,
+        max_disk=limits.disk,
+        shard_size=limits.shard_size,
+        threads=limits.for_a_job()["threads"],
+        cache=False,
+        root=None,
+        tensors=SPACE_TENSORS,
+        read_token=token or False,
+    )
+
+
+def planned(recipe: Recipe, how: Options, limits: Limits) -> tuple[Plan, Store]:
+    """What the recipe makes, and where its models are.
+
+    Raises:
+        ModelError, RecipeError, MismatchError: as the steps do.
+        TooBigError: it takes more than this Space gives to one merge.
+    """
+    try:
+        found, store = plan(recipe, how)
+        needed_disk(found, how, found.shards)
+    except BudgetError as error:
+        what = tuple(replace(problem, hint=_ELSEWHERE) for problem in error.problems)
+        raise TooBigError(what) from None
+    traffic = found.read_bytes + found.size
+    if traffic > limits.traffic:
+        told = (
+            f"this merge reads and writes {console.size(traffic)}, and this Space moves {console.size(limits.traffic)}"
+        )
+        raise TooBigError(Problem(f"{told} a merge at most", hint=_ELSEWHERE))
+    return found, store
+
+
+_ELSEWHERE = "it is too big for this Space; the GitHub Action or your own machine can make it"
+
+
+def pinned_commits(found: Plan) -> Mapping[str, str]:
+    """The commits that a plan saw, by model as the recipe writes it."""
+    return {str(model.ref): model.located.commit for model in found.locked.models if model.located.commit is not None}

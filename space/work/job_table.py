@@ -1,0 +1,185 @@
+"""Jobs: what somebody asked to be merged, how far it is, and what became of it; kept in Huey's SQLite file.
+
+No token is ever among it. Not here: whose turn it is, and the work (keeper).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from typing import Any, Literal
+
+from huey import SqliteHuey
+
+from merger.errors import MergerError, Problem
+
+State = Literal["queued", "running", "waiting", "done", "failed", "cancelled"]
+OVER: tuple[State, ...] = ("done", "failed", "cancelled")
+LOG_LINES = 200
+KEPT = 20
+"""How many jobs of one owner that are over are kept."""
+
+_KEY = "job:"
+
+
+class Reach(IntEnum):
+    """What a token may write: nothing, what it names, or whatever its owner may."""
+
+    READS = 0
+    SOME = 1
+    ALL = 2
+
+
+class JobError(MergerError):
+    """A job is not there, not yours, or one too many."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How a merge is made besides what its recipe says.
+
+    Args:
+        is_public: the models are read without a token.
+        create_pr: a pull request is opened, whatever the recipe says.
+        force: a model at the destination is replaced.
+    """
+
+    is_public: bool = False
+    create_pr: bool = False
+    force: bool = False
+
+
+AS_SAID = How()
+
+
+@dataclass(frozen=True)
+class QueuedMerge:
+    """One merge that somebody asked for.
+
+    Args:
+        id: a name nobody can guess.
+        owner: whose it is: the user's name on the Hub.
+        recipe: the recipe's text.
+        to: where it goes, ``hf://owner/name``.
+        pins: the commits that the plan saw, by model as the recipe writes it.
+        total: bytes that will be made.
+        state: queued, running, waiting (for its owner to come back), done, failed or cancelled.
+        turn: the round of the queue it belongs to; rounds go one after the other, each with one job of each owner.
+        created, started, ended: seconds since 1970; 0 where it has not come to that.
+        kept: bytes that an earlier run had made.
+        made: bytes made, those among them.
+        log: what was said on the way.
+        problems: why it failed.
+        where, commit: the result.
+        is_new: whether this job put it there.
+        how: how it is made besides.
+    """
+
+    id: str
+    owner: str
+    recipe: str
+    to: str
+    pins: Mapping[str, str]
+    total: int
+    state: State = "queued"
+    turn: int = 0
+    created: float = 0.0
+    started: float = 0.0
+    ended: float = 0.0
+    kept: int = 0
+    made: int = 0
+    log: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    where: str = ""
+    commit: str = ""
+    is_new: bool = False
+    how: How = AS_SAID
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will happen any more."""
+        return self.state in OVER
+
+    def speed(self, now: float) -> float:
+        """Bytes made a second, in this run."""
+        return (self.made - self.kept) / max(0.001, (self.ended or now) - self.started) if self.started else 0.0
+
+    def seconds_left(self, now: float) -> float | None:
+        """How long it will take at this speed; None while nobody knows."""
+        speed = self.speed(now)
+        return (self.total - self.made) / speed if self.state == "running" and speed > 0 else None
+
+
+def new_id() -> str:
+    """A name for a job."""
+    return secrets.token_urlsafe(9)
+
+
+class JobTable:
+    """All jobs, in memory and on disk.
+
+    Args:
+        huey: the queue whose file they are kept in.
+    """
+
+    def __init__(self, huey: SqliteHuey) -> None:
+        self._disk = huey.storage
+        self.lock = threading.RLock()
+        found = [_read(data) for key, data in self._disk.result_items().items() if str(key).startswith(_KEY)]
+        self._jobs = {job.id: job for job in sorted(found, key=lambda job: job.created)}
+
+    def all(self) -> list[QueuedMerge]:
+        """Every job, the oldest first."""
+        with self.lock:
+            return list(self._jobs.values())
+
+    def of(self, owner: str) -> list[QueuedMerge]:
+        """Those of one owner, the oldest first."""
+        return [job for job in self.all() if job.owner == owner]
+
+    def get(self, id: str) -> QueuedMerge | None:
+        """A job, if there is one of this name."""
+        with self.lock:
+            return self._jobs.get(id)
+
+    def put(self, job: QueuedMerge) -> None:
+        """Add a job, or put it in place of what it was."""
+        with self.lock:
+            self._jobs[job.id] = job
+            self._disk.put_data(_KEY + job.id, json.dumps(asdict(job)).encode())
+            self._forget_old(job.owner)
+
+    def change(self, id: str, **changes: Any) -> QueuedMerge:
+        """Change some of what is known of a job, on disk too."""
+        with self.lock:
+            job = replace(self._jobs[id], **changes)
+            self.put(job)
+            return job
+
+    def progress(self, id: str, made: int, say: str | None = None) -> None:
+        """So many bytes are made in this run; in memory alone, for after a kill the Hub tells what is kept."""
+        with self.lock:
+            job = self._jobs[id]
+            log = job.log if say is None else (*job.log, say)[-LOG_LINES:]
+            self._jobs[id] = replace(job, made=job.kept + made, log=log)
+
+    def _forget_old(self, owner: str) -> None:
+        over = [job for job in self.of(owner) if job.is_over]
+        for job in over[: max(0, len(over) - KEPT)]:
+            del self._jobs[job.id]
+            self._disk.pop_data(_KEY + job.id)
+
+
+def _read(data: bytes) -> QueuedMerge:
+    known: dict[str, Any] = json.loads(data)
+    plain = {"log": tuple(known["log"]), "problems": tuple(known["problems"]), "how": How(**known["how"])}
+    return QueuedMerge(**{**known, **plain})
+
+
+def not_yours(id: str) -> JobError:
+    """The same words for a job that is not there and one that is somebody else's."""
+    return JobError(Problem(f"you have no job {id[:40]!r}", hint="your jobs are listed under Merges once you sign in"))

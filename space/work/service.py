@@ -1,0 +1,88 @@
+"""The desk: what page, API and bot ask for alike. Recipe in, plan or job out.
+
+Not here: who is asking (page, api), the rules (rules), and the queue (keeper).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from merger.errors import Problem, RecipeError
+from merger.run.artifacts import card, elders
+from merger.run.options import Options
+from merger.safety import secrets
+from merger.safety.names import need_repo
+from merger.stores.ports import HUB
+from space.work import admission as rules
+from space.work.job_table import AS_SAID, How, QueuedMerge
+from space.work.queue import Keeper, Token
+
+if TYPE_CHECKING:
+    from merger.planning.plan import Plan
+    from merger.recipe.model import Recipe
+    from merger.stores.ports import Store
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe that fits here, and what it makes."""
+
+    recipe: Recipe
+    plan: Plan
+    store: Store = field(repr=False)
+    options: Options
+
+    @property
+    def to(self) -> str | None:
+        """Where it goes, as far as the recipe says it."""
+        return None if self.recipe.publish.repo is None else HUB + self.recipe.publish.repo
+
+    def card(self) -> dict[str, bytes]:
+        """The card's files, README.md and pictures, as far as they are known before anything is made."""
+        older = elders(self.plan, True)
+        return card(self.plan, self.recipe.publish.repo or "your-name/merge", {}, self.store, older).files
+
+
+class Desk:
+    """Plans and submits.
+
+    Args:
+        keeper: the queue.
+    """
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+
+    def plan(self, text: str, token: str | None) -> Planned:
+        """What a recipe makes, with the models that this token may read; None reads public ones.
+
+        Raises:
+            MergerError: any kind; TooBigError where it could be made elsewhere.
+        """
+        recipe = rules.parse_recipe(text)
+        options = rules.options(token, self.keeper.limits)
+        secrets.refuse_tokens({"the recipe": text})
+        plan, store = rules.planned(recipe, options, self.keeper.limits)
+        return Planned(recipe, plan, store, options)
+
+    def submit(self, owner: str, token: Token, text: str, to: str | None = None, how: How = AS_SAID) -> QueuedMerge:
+        """Queue a merge.
+
+        Args:
+            owner: whose job it is, and who may see and cancel it.
+            token: what it reads the models and writes the result with; held in memory while the job is not over.
+            text: the recipe.
+            to: ``owner/name``; None: the recipe's publish.repo.
+            how: how it is made besides.
+
+        Raises:
+            MergerError: any kind; nothing is queued then.
+        """
+        found = self.plan(text, None if how.is_public else token.value)
+        to = to or found.recipe.publish.repo
+        if to is None:
+            raise RecipeError(Problem("where shall the result go?", hint=f"write for example {owner}/my-merge"))
+        need_repo(to)
+        total = sum(job.nbytes for job in found.plan.jobs)
+        return self.keeper.submit(owner, token, text, HUB + to, rules.pinned_commits(found.plan), total, how)

@@ -1,0 +1,125 @@
+"""The child process in which one job's merge is made: hears what to do by a socket, and tells of it line by line.
+
+It works in a folder of its own that holds recipe.yaml and its lock file. The token comes by the socket alone, which
+stays open for as long as the worker lives: when that ends, by whatever cause, so does the child, and what it had
+finished waits on the Hub. Not here: when to begin (keeper), and being born (nursery).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from merger.cli import text as console
+from merger.errors import MergerError
+from merger.run.options import Options
+from merger.run.pipeline import Done, Resumed, run
+from merger.run.prepare import plan, read_recipe
+from merger.runtime import limits_told
+from merger.safety import secrets
+
+RECIPE = "recipe.yaml"
+_SECONDS = 0.2
+
+
+class _Teller(console.Progress):
+    """Tells the worker how far it is, a few times a second."""
+
+    def __init__(self, total: int, out: TextIO) -> None:
+        super().__init__(total, out)
+        self._out, self._last, self._bytes = out, 0.0, 0
+
+    def add(self, nbytes: int) -> None:
+        self._bytes += nbytes
+        if time.monotonic() - self._last > _SECONDS:
+            self._last = time.monotonic()
+            self.tell(made=self._bytes)
+
+    def say(self, line: str) -> None:
+        self.tell(made=self._bytes, say=line)
+
+    def tell(self, **what: Any) -> None:
+        """One line."""
+        print(json.dumps(what), file=self._out, flush=True)
+
+
+def live(worker: socket.socket, folder: Path) -> NoReturn:
+    """Make the merge that the worker describes, and end the process, whatever happens.
+
+    Args:
+        worker: where the description comes from, and where the telling goes.
+        folder: the child's own; the recipe and its lock file are in it.
+    """
+    code = 1
+    try:
+        os.chdir(folder)
+        tempfile.tempdir = str(folder)
+        os.environ |= {"TMPDIR": str(folder), "HF_XET_CACHE": str(folder / "xet")}
+        hears, out = worker.makefile("r"), secrets.sieved(worker.makefile("w"))
+        sys.stderr = secrets.sieved(sys.stderr, ends=False)
+        asked = json.loads(hears.readline())
+        threading.Thread(target=_end_with_the_worker, args=(hears,), daemon=True).start()
+        code = _told(asked, out)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _end_with_the_worker(hears: TextIO) -> None:
+    try:
+        hears.read()
+    finally:  # a worker that was killed before it read all it was told resets the connection
+        os._exit(1)
+
+
+def _told(asked: dict[str, Any], out: TextIO) -> int:
+    """The exit code; a refusal is told to the worker."""
+    try:
+        with limits_told():
+            _make(asked, out)
+    except MergerError as error:
+        return _failed(error, out)
+    return 0
+
+
+def _failed(error: MergerError, out: TextIO) -> int:
+    try:
+        print(json.dumps({"failed": [str(problem) for problem in error.problems]}), file=out, flush=True)
+    except secrets.LeakError as leak:
+        return _failed(leak, out)
+    return error.exit_code
+
+
+def _make(asked: dict[str, Any], out: TextIO) -> None:
+    options = Options(
+        to=asked["to"],
+        max_memory=asked["memory"],
+        max_disk=asked["disk"],
+        threads=asked["threads"],
+        shard_size=asked["shard_size"],
+        cache=False,
+        root=None,
+        force=asked["force"],
+        create_pr=asked["create_pr"],
+        read_token=False if asked["is_public"] else asked["token"],
+        write_token=asked["token"],
+    )
+    planned, store = plan(read_recipe(Path(RECIPE)), options)
+    teller = _Teller(sum(job.nbytes for job in planned.jobs), out)
+    for event in run(planned, store, options):
+        if isinstance(event, Resumed):
+            teller.tell(kept=planned.size * event.shards // event.of)
+        console.show(event, teller)
+        if isinstance(event, Done):
+            where, commit = event.published.where, event.published.commit or ""
+            teller.tell(where=where, commit=commit, is_new=event.is_new, doubts=event.doubts)
