@@ -133,6 +133,7 @@ def loras(parents: dict[str, list[Path]]) -> dict[str, list[Path]]:
     }
 
 
+@thorough_only
 def test_memory_is_kept_with_adapters(
     parents: dict[str, list[Path]], loras: dict[str, list[Path]], tmp_path: Path
 ) -> None:
