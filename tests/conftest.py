@@ -1,5 +1,6 @@
 """A loopback Hub for each file of tests, with two users, and a child process that runs the real client against it."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -17,6 +18,12 @@ from waiting import HANGS_SECONDS
 # A busy machine is slow: no law is about time.
 settings.register_profile("merger", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("merger")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now lives to the end: who looks for garbage need not look there."""
+    gc.freeze()
+
 
 WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
 

@@ -23,25 +23,27 @@ _BLOCKS = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text("utf
 README = [text for text in _BLOCKS if "\njobs:\n" not in text]  # a workflow is no recipe
 PLACEHOLDERS = ("org/base", "org/model-a", "org/model-b", "org/model-c")
 BESIDES = {"lines": "task_arithmetic"}  # recipes of what is no method of its own, and the method they use
-LAYERS = 32
+DEEP, SHALLOW = 32, 2
 every_recipe = pytest.mark.parametrize("name", [*methods(), *BESIDES])
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model for each placeholder, as deep as the recipes for slices of layers expect."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    """A model for each placeholder, shallow, and as deep as the recipes for slices of layers expect."""
     root = tmp_path_factory.mktemp("models")
     return {
-        placeholder: tiny.model(root / placeholder.replace("/", "-"), seed, layers=LAYERS)
+        (placeholder, layers): tiny.model(root / f"{placeholder.replace('/', '-')}-{layers}", seed, layers=layers)
         for seed, placeholder in enumerate(PLACEHOLDERS)
+        for layers in (DEEP, SHALLOW)
     }
 
 
-def placed(name: str, models: dict[str, Path]) -> str:
+def placed(name: str, models: dict[tuple[str, int], Path]) -> str:
     """A recipe with folders in place of the placeholders."""
     text = (RECIPES / f"{name}.yaml").read_text("utf-8")
-    for placeholder, model in models.items():
-        text = text.replace(placeholder, str(model))
+    wanted = DEEP if "layer_range" in text else SHALLOW
+    for (placeholder, layers), model in models.items():
+        text = text.replace(placeholder, str(model)) if layers == wanted else text
     return text
 
 
@@ -61,7 +63,7 @@ def test_a_template_reads_as_it_stands(name: str) -> None:
 
 
 @every_recipe
-def test_a_template_makes_a_model(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_template_makes_a_model(name: str, models: dict[tuple[str, int], Path], tmp_path: Path) -> None:
     """With models in the placeholders' place it runs, and what comes out are finite tensors in the dtype it says."""
     planned = merged(placed(name, models), tmp_path / "out")
     made = tiny.read(tmp_path / "out")
@@ -71,7 +73,7 @@ def test_a_template_makes_a_model(name: str, models: dict[str, Path], tmp_path: 
     assert all(tensor.dtype == torch.bfloat16 and tensor.isfinite().all() for tensor in made.values())
 
 
-def test_the_stack_is_deeper(models: dict[str, Path], tmp_path: Path) -> None:
+def test_the_stack_is_deeper(models: dict[tuple[str, int], Path], tmp_path: Path) -> None:
     """The passthrough recipe makes the 48 layers that its comment promises."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(placed("passthrough", models))

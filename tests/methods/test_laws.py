@@ -32,7 +32,7 @@ SUMMED_BY_BLOCK = (
 )  # by chunks, which whole blocks of the engine's size do not cut
 every_method = pytest.mark.parametrize("name", METHODS)
 lawful = settings(
-    max_examples=400 if THOROUGH else 8,
+    max_examples=400 if THOROUGH else 6,
     deadline=None,
     derandomize=not THOROUGH,
     suppress_health_check=[HealthCheck.filter_too_much],
