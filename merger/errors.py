@@ -1,6 +1,6 @@
 """Every way to fail: a position, a sentence and a next step, and an exit code for each kind.
 
-Not here: how a problem is shown (console) and the finding of problems (each room finds its own).
+Not here: how a problem is shown (cli.text) and the finding of problems (each room finds its own).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The page: form and recipe side by side, plan and merge below them, and the merges of whoever is signed in.
 
-It decides nothing: what a control does is a function of the recipe's text (form), what a button does is the desk's.
+It decides nothing: what a control does is a function of the recipe's text (form), what a button does is the service's.
 Not here: the look of lists and figures (views), and what programs may call (api).
 """
 

@@ -1,6 +1,6 @@
-"""Where a merge goes that is too big for the Space: files for the GitHub Action, and a command for a paid Hub Job.
+"""Texts of the page: examples to begin with, and where a merge goes that is too big for the Space.
 
-Not here: whether it is too big (rules).
+Not here: whether it is too big (work.admission).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a merge was made of, for machines: the lock file that lies beside the result.
+"""What a card and a lock file say of a merge, as facts: models, mixture, scores, vocabulary, and the lock's content.
 
-No path of the machine that made it stands in it, but for those in the recipe's own text. Not here: the card for people
-(render), and how a lock file is written and read (planning.lockfile).
+No path of the machine that made it stands in them, but for those in the recipe's own text. Not here: the card for
+people (render), and how a lock file is written and read (planning.lockfile).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""How the parents relate, layer by layer, and when a merge of them means little. Not here: measuring it (engine)."""
+"""How the parents relate, layer by layer, which parameters are in force where, and when a merge of them means little.
+
+Not here: measuring it (engine).
+"""
 
 from __future__ import annotations
 

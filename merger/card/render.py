@@ -1,7 +1,7 @@
 """The model card: what was merged, how, from which commits, under which licences, and how to use it.
 
 What templates may name is made here, all of it plain data without a path of this machine. Not here: metadata
-(metadata), how templates are filled in (templates), the lock file (lineage), and which licence it is (licences).
+(metadata), how templates are filled in (templates), the lock file (facts), and which licence it is (licences).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Action's side of the line: a job on GitHub checks, plans or makes the recipes that its event is about.
 
 Everything comes in by environment variables (action.yml sets them), and all that others wrote goes out as text.
-Not here: reading them (inputs), GitHub itself (github), words (markdown, console), and the work (run).
+Not here: reading them (inputs), GitHub itself (github), words (markdown, text), and the work (run).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The command `merger`: calls the line as its arguments say, ends with an exit code.
 
-Not here: the arguments (arguments), the work (run) and its words (console).
+Not here: the arguments (arguments), the work (run) and its words (cli.text).
 """
 
 from __future__ import annotations

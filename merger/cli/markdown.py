@@ -1,4 +1,4 @@
-"""Plans, problems and results as Markdown, for comments and job summaries. Not here: text for terminals (console)."""
+"""Plans, problems and results as Markdown, for comments and job summaries. Not here: text for terminals (cli.text)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came of comparisons, as text for a terminal and as data: verify and diff. Not here: progress (console)."""
+"""What came of comparisons, as text for a terminal and as data: verify and diff. Not here: progress (cli.text)."""
 
 from __future__ import annotations
 

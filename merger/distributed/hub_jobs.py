@@ -1,6 +1,6 @@
 """Hub jobs, containers that Hugging Face runs for us by the minute: started, waited for, cancelled.
 
-Not here: what they do (spread). A job without that word before it is the making of a tensor, as everywhere.
+Not here: what they do (start). A job without that word before it is the making of a tensor, as everywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Looks at a few entries of each block on its way through: how inputs and result lie to each other.
+"""Looks at a few entries of each block on its way through, or of a plan's inputs alone: how they lie to each other.
 
 Which entries are looked at depends on their places alone, so neither threads nor memory change what is found. Not here:
 what it means (planning.geometry, card.relations).

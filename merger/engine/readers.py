@@ -1,6 +1,6 @@
-"""A source's entries in float32, a run of them at a time: how each kind of planning.inputs.base is read.
+"""An input's entries in float32, a run of them at a time: how each kind of input is read.
 
-Not here: where a leaf's bytes come from and in which order (blocks).
+Not here: where a stored tensor's bytes come from and in which order (runner).
 """
 
 from __future__ import annotations

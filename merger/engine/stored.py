@@ -1,6 +1,6 @@
-"""The stored tensors of a job, as the readings of its sources ask for them.
+"""The stored tensors of a job, as the readings of its inputs ask for them, and rows of them.
 
-Not here: where their bytes come from (blocks).
+Not here: where their bytes come from (runner).
 """
 
 from __future__ import annotations

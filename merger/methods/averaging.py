@@ -1,4 +1,4 @@
-"""The linear merge: a weighted mean of the models' tensors. Not here: anything that needs a base (task_arithmetic)."""
+"""Means of the models: linear, Model Stock, and passthrough, the mean of one. Not here: task vectors (task_vectors)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""SCE: select the entries in which the models differ most, calculate each model's weight, erase what disagrees.
+"""Methods by what the models agree on, entry by entry: SCE, RAM and the masks of TALL (consensus).
 
-Not here: the search for the variance that selects (`_select`), and the erasing (`_ops.consensus`).
+Not here: the search for the variance that selects (steps.select), and the erasing (steps.arithmetic).
 """
 
 from __future__ import annotations

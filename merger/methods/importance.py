@@ -1,7 +1,7 @@
-"""PCB: weigh every entry of every task vector by how it competes within its task and with the other tasks.
+"""Methods that weigh each entry by itself: PCB by how it competes, Arcee Fusion by its importance.
 
-Not here: the search of the top entries (`_select`), and the evolutionary search for coefficients that the paper adds
-for those who have data.
+Not here: the search of the top entries (steps.select), and the evolutionary search for coefficients that PCB's paper
+adds for those who have data.
 """
 
 from __future__ import annotations

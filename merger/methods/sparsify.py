@@ -1,6 +1,6 @@
-"""DARE: drop entries of each task vector at random and rescale the rest; then a sum, or TIES's election.
+"""Methods that drop entries of each task vector and rescale the rest, then sum or elect: DARE, DELLA, Breadcrumbs.
 
-Not here: the draws themselves (`_ops.Rng`), which the engine hands over placed at the block.
+Not here: the draws themselves (steps.arithmetic.Rng), which the engine hands over placed at the block.
 """
 
 from __future__ import annotations

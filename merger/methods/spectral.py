@@ -1,4 +1,7 @@
-"""Iso-C and Iso-CTS: a merged matrix whose singular values are all equal. Not here: the decomposition (`_spectral`)."""
+"""Methods on the singular values of the merged matrices: Iso-C, Iso-CTS, TSV-M, SVC.
+
+Not here: the decomposition (steps.decompose).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Means on the sphere of directions, of any number of models: Multi-SLERP and the Karcher mean.
+"""Means on the sphere of directions: SLERP, NuSLERP and NearSwap of two models, Multi-SLERP and Karcher of any.
 
-Either mean is a sum of the tensors times one number each, and those numbers follow from the dot products of the
-tensors with each other: one pass measures these, and what iterates does so on a handful of numbers. Not here: the arc
-between two (slerp, nuslerp).
+Each is a sum of the tensors times one number each, and those numbers follow from the dot products of the tensors with
+each other: one pass measures these, and what iterates does so on a handful of numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""KnOTS: TIES in the basis that the task vectors' matrices share. Not here: TIES itself, and the decomposition."""
+"""Methods in a basis that matrices share or have: KnOTS, and subspace boosting after another method.
+
+Not here: the decomposition (steps.decompose).
+"""
 
 from __future__ import annotations
 

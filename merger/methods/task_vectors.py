@@ -1,4 +1,7 @@
-"""Task arithmetic: weighted task vectors added to the base. Not here: sparsifying them first (ties, dare)."""
+"""Task vectors added to the base: task arithmetic, TIES, MagMax, EMR's unified vector, and ExPO.
+
+Not here: dropping entries first (sparsify), and masks over tasks (consensus).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Layouts of mixtures of experts: which dense models each is made of, its tensors' names on disk, its config.json.
+"""Layouts of mixtures of experts: which dense models each is made of, its tensors' names on disk, its config.json; and
+experts in one tensor taken for many.
 
 The names are those that transformers' save_pretrained writes and llama.cpp and vLLM read: one tensor an expert and
 matrix. Not here: which model gives which tensor (planning.makers.moe).

@@ -1,7 +1,8 @@
 """The small files beside the tensors that a model needs to be used: tokenizer, chat template, processor, generation;
-the rest of its pipeline, its code, and its licence. What else lies there is left out, each file with its reason.
+the rest of its pipeline, its code, and its licence. What else lies there is left out, each file with its reason; and
+what a loader may take a file for, by its name.
 
-Not here: config.json, which is edited (architecture), and the card, which is written anew (card).
+Not here: config.json, which is edited (config), and the card, which is written anew (card).
 """
 
 from __future__ import annotations

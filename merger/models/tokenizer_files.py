@@ -1,7 +1,7 @@
-"""How tokenizers write the text of a token: bytes as characters, spaces as an underscore, or as it is.
+"""What tokenizers' files hold beside a vocabulary: how a token's text is spelled, pieces of SentencePiece, ids of rows.
 
 One token is written ``Ġthe`` in one tokenizer and ``▁the`` in another; here the one spelling becomes the other.
-The characters for bytes are those of GPT-2's tokenizer. Not here: reading tokenizers (vocab).
+The characters for bytes are those of GPT-2's tokenizer. Not here: which tokens there are (vocabulary).
 """
 
 from __future__ import annotations

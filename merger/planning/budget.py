@@ -1,4 +1,5 @@
-"""What it takes to make a tensor: the size of its blocks, what is computed first or read twice, and a thread's memory.
+"""What it takes to make a tensor: the size of its blocks, what is computed first or read twice, and a thread's memory;
+and what routers take that are computed from prompts.
 
 Not here: which tensors are made of which (jobs), and making them (engine).
 """

@@ -1,6 +1,6 @@
 """The making of each output tensor from its inputs: which tensor of which model, by which method, with which numbers.
 
-Not here: slices and layer ranges (cuts), what is left over (leftovers), shards, memory and disk (plan).
+Not here: slices and layer ranges (slices), what is left over (unused_tensors), shards, memory and disk (plan).
 """
 
 from __future__ import annotations

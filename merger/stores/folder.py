@@ -1,4 +1,7 @@
-"""Models in local folders, and results written to one. Not here: what the files mean."""
+"""Models in local folders, results written to one, and temporary folders, which the next run removes if one is killed.
+
+Not here: what the files mean.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Connections that tensors come over: urllib3's, with the environment's proxies and the TLS roots of the Hub's client.
+"""Connections that tensors come over, urllib3's, with the environment's proxies and the TLS roots of the Hub's client;
+and how long and how often anything on the Hub is waited for and asked again.
 
 The Hub's own client is for questions: it hands bytes on in small pieces, several times copied, and with eight
 connections at once took two to seven times as long for the same gigabyte. Not here: which bytes, and what to do when

@@ -1,4 +1,7 @@
-"""Models on the Hub, read by byte ranges at one commit. Not here: writing to the Hub (staging)."""
+"""Models on the Hub, by byte ranges at one commit or out of the client's cache, and what lies in a repo of results.
+
+Not here: writing to the Hub (staging).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How the bytes of shards travel to the Hub: from files, by Xet or by LFS, or by Xet as they are made, without a file.
+"""How the bytes of shards travel to the Hub: from files, by Xet or by LFS, or by Xet as they are made, without a file;
+and the SHA-256 of what comes from there, checked on its way.
 
 Not here: what is committed, and where (staging).
 """

@@ -1,6 +1,6 @@
 """A merge that lies in a folder or on the Hub: its lock, all files and their headers, against what its lock promises.
 
-Not here: the comparison of tensors (verify), and models that are no merges of ours (locate).
+Not here: the comparison of tensors (verify), and models that are no merges of ours (stores.resolve).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every elementwise step is one IEEE operation on float32 (a product and a sum, never a fused one), and every reduction
 adds in one order in float64: so neither threads nor the machine's vector units change a bit. Not here: any one method,
-and the search for a threshold (`_select`). torch and numpy are imported when a piece is called, so that the table of
+and the search for a threshold (`select`). torch and numpy are imported when a piece is called, so that the table of
 methods can be read without them.
 """
 

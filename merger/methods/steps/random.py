@@ -1,7 +1,7 @@
 """Random bits to numbers: uniform, and normal by the inverse of the distribution's function.
 
 Only additions, products, quotients and square roots of float64 are used, each rounded as IEEE 754 has it, so that every
-machine makes the same numbers. Not here: the bits (`_ops.Rng`).
+machine makes the same numbers. Not here: the bits (`arithmetic.Rng`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sums over the rows or the columns of tensors, in float64, for methods whose blocks are whole rows.
 
 A row is summed by itself and a column row after row, so neither threads nor how the rows were put into blocks change a
-bit. Not here: sums over runs of any entries (`_ops`).
+bit. Not here: sums over runs of any entries (`arithmetic`).
 """
 
 from __future__ import annotations

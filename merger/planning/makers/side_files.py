@@ -1,6 +1,6 @@
 """The small files beside the tensors: which model each is taken from, and what is written into them anew.
 
-Not here: config.json (leftovers), the card and the lock file (card).
+Not here: config.json (unused_tensors), the card and the lock file (card).
 """
 
 from __future__ import annotations
