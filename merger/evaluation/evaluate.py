@@ -50,7 +50,7 @@ class Measured:
     scores: tuple[Score, ...]
 
 
-def check(recipe: Recipe, root: Path | None = ANYWHERE) -> None:
+def check_evaluation(recipe: Recipe, root: Path | None = ANYWHERE) -> None:
     """Find what is wrong with the block without reading a model.
 
     Args:
@@ -120,7 +120,7 @@ def prepared(planned: Plan, device: str, token: str | bool | None, root: Path | 
     wanted = planned.locked.recipe.evaluate
     if wanted is None:
         return None
-    check(planned.locked.recipe, root)
+    check_evaluation(planned.locked.recipe, root)
     _need_installed("transformers", *(("lm_eval",) if wanted.tasks else ()))
     from merger.evaluation.process import Wanted, unknown_tasks
 

@@ -16,7 +16,7 @@ from merger.card.relations import Relations, relations
 from merger.card.render import rehearse
 from merger.card.templates import own_templates
 from merger.errors import MismatchError, ModelError, Problem, RecipeError, Span, VerificationError
-from merger.evaluation.evaluate import check, check_memory
+from merger.evaluation.evaluate import check_evaluation, check_memory
 from merger.lock.lock import Pin, lock, pins
 from merger.lock.locked import LockedRecipe
 from merger.methods.registry import methods
@@ -144,7 +144,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
-    check(recipe, options.root)
+    check_evaluation(recipe, options.root)
     template = recipe.publish.template or ""
     paths = [*(ref.path for ref in recipe.references), *([template] if template.startswith(HUB) else [])]
     store = stores(paths, options.cache, options.read_token, options.root)
