@@ -107,6 +107,7 @@ def test_hub_jobs_make_the_model_of_a_single_run(
     line += ("--flavor", "cpu-upgrade", "--timeout", "90m", "--seed=-5")
     hub.fail(lambda request: "/commit/merge-staging" in request.path, status=403)
     done = command(*line, cwd=at, hub=hub)
+    assert len(started(hub, "org/jobs")) == 2, done.stderr
     first, second = started(hub, "org/jobs")
     is_as_asked(first, "1/2", "org/jobs")
     is_as_asked(second, "2/2", "org/jobs")
