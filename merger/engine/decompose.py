@@ -26,7 +26,7 @@ from merger.planning.inputs.base import Input, Stored
 from merger.planning.inputs.derived import Zeros
 from merger.planning.inputs.low_rank import FACTOR_ENTRIES, OVERSAMPLING, Factor, LowRank, MergedDeltas
 
-# ---- blend ----------------------------------------------------------------------------------------------------------
+# ---- merged deltas --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _whole(leaf: Stored, load: Load) -> Tensor:
     return load(leaf, 0, entries, torch.empty(entries)).view(leaf.shape).double()
 
 
-# ---- factors --------------------------------------------------------------------------------------------------------
+# ---- the two small matrices -----------------------------------------------------------------------------------------
 
 
 _ROUNDS = 3

@@ -93,7 +93,7 @@ def _taken(row: Tensor, places: NDArray[np.intp]) -> NDArray[np.float32]:
     return row[torch.from_numpy(places).to(row.device)].cpu().numpy()
 
 
-# ---- look -----------------------------------------------------------------------------------------------------------
+# ---- inputs alone ---------------------------------------------------------------------------------------------------
 
 
 _JOBS = 32

@@ -24,7 +24,7 @@ from merger.planning.inputs.derived import DRAWN_AT_ONCE, Dequantised, Drawn, No
 from merger.planning.inputs.low_rank import Added, Difference, Factor, LowRank
 from merger.planning.inputs.rows import CHUNK_ENTRIES, Pursuit, Rows
 
-# ---- scaled ---------------------------------------------------------------------------------------------------------
+# ---- few bits and scales --------------------------------------------------------------------------------------------
 
 
 def dequantised(source: Dequantised, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
@@ -66,7 +66,7 @@ def _multiply(rows: Tensor, scales: Tensor, across: int) -> None:
     rows[:, whole:].mul_(scales[:, blocks:])
 
 
-# ---- adapters -------------------------------------------------------------------------------------------------------
+# ---- low rank -------------------------------------------------------------------------------------------------------
 
 
 def with_low_rank(source: LowRank, start: int, stop: int, out: Tensor, load: Load) -> Tensor:
@@ -131,7 +131,7 @@ def with_added(source: Added, start: int, stop: int, out: Tensor, load: Load) ->
     return load(source.to, start, stop, out).add_(plus.mul_(source.scale))
 
 
-# ---- stacked --------------------------------------------------------------------------------------------------------
+# ---- shares of layers -----------------------------------------------------------------------------------------------
 
 
 """Entries ``[start, stop)`` of a source in float32, in the front of a buffer."""

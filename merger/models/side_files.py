@@ -13,7 +13,7 @@ from typing import Any
 
 from merger.models.licence import LICENCES, is_notice, licence_files
 
-# ---- kinds ----------------------------------------------------------------------------------------------------------
+# ---- what a loader takes a file for ---------------------------------------------------------------------------------
 
 
 ADAPTER, WEIGHTS, CODE = "an adapter, which transformers loads on top by itself", "weights", "code"
@@ -53,7 +53,7 @@ def loaded_as(name: str) -> str:
     return next((kind for kind, pattern in _KINDS.items() if pattern.search(small)), UNKNOWN)
 
 
-# ---- sidefiles ------------------------------------------------------------------------------------------------------
+# ---- which files come along -----------------------------------------------------------------------------------------
 
 
 _SIDE_FILE = re.compile(

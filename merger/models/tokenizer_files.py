@@ -133,7 +133,7 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
     return found | message[at] << shift, at + 1
 
 
-# ---- pieces ---------------------------------------------------------------------------------------------------------
+# ---- a tokenizer's pieces -------------------------------------------------------------------------------------------
 
 
 _INSIDE = "##"
@@ -166,7 +166,7 @@ def _text(token: str, written: str, wanted: str) -> str:
     return token.removeprefix(_INSIDE) if PLAIN in (written, wanted) else respelled(token, written, wanted)
 
 
-# ---- tokenrows ------------------------------------------------------------------------------------------------------
+# ---- ids of rows ----------------------------------------------------------------------------------------------------
 
 
 SETTING = "trainable_token_indices"

@@ -126,7 +126,7 @@ def _own(job: Job, method: Method) -> int:
     return buffers * 4 * block_entries(job, method) + max(source.scratch for source in sources) + measuring
 
 
-# ---- routing --------------------------------------------------------------------------------------------------------
+# ---- routers from prompts -------------------------------------------------------------------------------------------
 
 
 EMBEDDED = "cheap_embed"

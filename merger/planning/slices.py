@@ -15,7 +15,7 @@ from merger.models.architecture import DEFAULT
 from merger.planning.stage_model import StagedRecipe
 from merger.recipe.model import Module, Slice, Source
 
-# ---- likeness -------------------------------------------------------------------------------------------------------
+# ---- layers of another name -----------------------------------------------------------------------------------------
 
 
 def unlike(donor: LockedModel, other: LockedModel, stack: str) -> tuple[str, str]:

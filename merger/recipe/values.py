@@ -23,7 +23,7 @@ from merger.recipe.spans import Node, Scalar
 from merger.safety.names import named
 from merger.safety.numbers import ANY, Range
 
-# ---- places ---------------------------------------------------------------------------------------------------------
+# ---- values and where they stand ------------------------------------------------------------------------------------
 
 
 Hints = dict[str, str]

@@ -30,7 +30,7 @@ from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Timeout, make_h
 from merger.safety import secrets
 from merger.stores.retries import PASSING, TOO_MANY, again
 
-# ---- patience -------------------------------------------------------------------------------------------------------
+# ---- asking again ---------------------------------------------------------------------------------------------------
 
 
 TIMEOUT_SECONDS = 30.0

@@ -209,7 +209,7 @@ def _in_words(error: Exception, path: str, revision: str | None) -> Problem:
             return Problem(f"the Hub does not answer for {path} (HTTP {status})", hint="try again later")
 
 
-# ---- cache ----------------------------------------------------------------------------------------------------------
+# ---- the client's cache ---------------------------------------------------------------------------------------------
 
 
 class CachedStore:
@@ -260,7 +260,7 @@ def _cached(model: Located, file: str) -> Located | None:
     return replace(model, where=path.removesuffix(file)) if is_locked else None
 
 
-# ---- results --------------------------------------------------------------------------------------------------------
+# ---- repos of results -----------------------------------------------------------------------------------------------
 
 
 @dataclass

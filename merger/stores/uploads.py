@@ -302,7 +302,7 @@ def _no_streams(why: str, hint: str) -> UploadError:
     return UploadError(Problem(f"--stream cannot be kept: {why}", hint=hint))
 
 
-# ---- digests --------------------------------------------------------------------------------------------------------
+# ---- checksums on the way -------------------------------------------------------------------------------------------
 
 
 File = tuple[Located, str]
