@@ -48,8 +48,7 @@ def merged(recipe: Path, to: Path) -> dict[str, float]:
     options = Options(to=str(to), threads=1, force=True)
     planned, store = plan(read_recipe(recipe), options)
     start = time.process_time()
-    for _ in line.run(planned, store, options):
-        pass
+    line.merge(planned, store, options)
     whole = time.process_time() - start
     return {**SECONDS, "loop": whole - SECONDS["drawing"]}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from merger.planning.plan import Plan
 from merger.run.options import Options
-from merger.run.pipeline import run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 
 ZOO = [Path(__file__).resolve().parents[1] / "examples" / "zoo" / name for name in ("base", "kjv", "python")]
@@ -146,8 +146,7 @@ def ours(made: Mapping[str, Any], folder: Path, seed: int = 0) -> tuple[Plan, di
     """
     options = Options(to=str(folder / "ours"), seed=seed, force=True)
     planned, store = plan(read_recipe(_written(made, folder)), options)
-    for _ in run(planned, store, options):
-        pass
+    merge(planned, store, options)
     return planned, models.read(folder / "ours")
 
 

@@ -66,12 +66,12 @@ import json, sys, time
 from pathlib import Path
 from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe as read
-from merger.run.pipeline import run
+from merger.run.pipeline import merge
 options = Options(to=sys.argv[2], threads=int(sys.argv[3]), force=True)
 planned, store = plan(read(Path(sys.argv[1])), options)
 import torch, merger.engine.execute
 start = time.perf_counter()
-for _ in run(planned, store, options): pass
+merge(planned, store, options)
 print(json.dumps({"loop": time.perf_counter() - start}))
 """
 

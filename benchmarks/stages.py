@@ -20,7 +20,7 @@ import speed
 from merger.engine import runner as blocks
 from merger.models.formats.safetensors import ShardWriter
 from merger.run.options import Options
-from merger.run.pipeline import run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 from merger.stores.folder import FolderReader
 
@@ -60,8 +60,7 @@ def main() -> int:
     timed(ShardWriter, "write", "hashing and writing")
     timed(Future, "result", "waiting")
     start = time.perf_counter()
-    for _ in run(planned, store, options):
-        pass
+    merge(planned, store, options)
     print(f"{given.method}, {given.threads} threads: {time.perf_counter() - start:.2f} s")
     for stage, seconds in SECONDS.items():
         print(f"{stage:35} {seconds:6.2f} s")

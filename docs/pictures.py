@@ -12,7 +12,7 @@ from pathlib import Path
 from merger.card.ancestors import Family, Member
 from merger.card.pictures.lineage import portrait
 from merger.run.options import Options
-from merger.run.pipeline import run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 
 DOCS = Path(__file__).resolve().parent
@@ -49,8 +49,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         recipe, options = Path(work) / "recipe.yaml", Options(to=f"{work}/out")
         recipe.write_text(RECIPE)
-        for _ in run(*plan(read_recipe(recipe), options), options):
-            pass
+        merge(*plan(read_recipe(recipe), options), options)
         charts = [item for item in (Path(work) / "out" / "pictures").iterdir() if item.stem != "lineage"]
         drawn = {f"pictures/{item.name}": item.read_bytes() for item in charts}
     for place, content in {**portrait(INVENTED).files, **drawn}.items():

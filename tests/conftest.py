@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from loopback import Client, LoopbackHub
 from waiting import HANGS_SECONDS
+
+# A shell that begins this in the background has it ignore Ctrl-C, and so would all that the tests begin.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is slow: no law is about time.
 settings.register_profile("merger", deadline=None, suppress_health_check=[HealthCheck.too_slow])

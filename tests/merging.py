@@ -25,6 +25,5 @@ def merged(recipe: str, out: Path, card: bool = False, **options: Any) -> Plan:
     chosen = Options(**{"to": str(out), "threads": 1, **options})
     planned, store = plan(read_recipe(path), chosen)
     with patch("merger.run.pipeline.card", beside.card if card else lambda *_: _NO_CARD):
-        for _ in run.run(planned, store, chosen):
-            pass
+        run.merge(planned, store, chosen)
     return planned

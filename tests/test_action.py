@@ -26,7 +26,6 @@ from merger.cli.github import Event, GitHubApi, GitHubError
 from merger.cli.inputs import Inputs
 from merger.errors import RecipeError
 from merger.run.prepare import parse_text
-from merger.stores.ports import Published
 
 LINEAR = "merge_method: linear\nmodels:\n  - model: {one}\n  - model: {two}\nparameters: {{weight: 0.5}}\n"
 WRONG = "merge_method: linear\nmodels:\n  - modl: ./one\n  - model: ./two\n    parameters: {weight: big}\n"
@@ -442,22 +441,27 @@ def test_a_watch_leaves_time_for_the_last_file_and_lets_a_run_end(monkeypatch: p
     """After files of 10 and 20 seconds it wants 40 more, once a third is begun; what is late already stops at once."""
     now = [0.0]
     monkeypatch.setattr(action.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(action.console, "file_done", lambda event: event == "file")
-    end = action.Done(Published("there"), ())
+    monkeypatch.setattr(action.text, "file_done", lambda event: event == "file")
+
+    def is_up(watch: action.Watch, event: Any) -> bool:
+        try:
+            watch.look(event)
+        except action.TimeIsUpError:
+            return True
+        return False
 
     def told(deadline: float | None, *events: tuple[object, float]) -> list[bool]:
         now[0] = 0.0
         watch, found = action.Watch(deadline), []
         for event, now[0] in events:
-            found.append(watch.is_time(event))
+            found.append(is_up(watch, event))
         return found
 
     files: list[tuple[object, float]] = [("bytes", 5), ("file", 10), ("bytes", 15), ("file", 30)]
     assert told(70, *files, ("bytes", 31)) == [False] * 5
     assert told(69, *files, ("bytes", 31)) == [False] * 4 + [True]
-    assert told(69, *files, (end, 31)) == [False] * 5
     assert told(29, *files[:3]) == [False, False, True]
-    assert told(-1, (action.Resumed(1, 2), 1), ("bytes", 2)) == [False, True]
+    assert told(-1, (action.Ready(), 0), (action.Resumed(1, 2), 1), ("bytes", 2)) == [False, False, True]
     assert told(None, *files, ("bytes", 10**6)) == [False] * 5
 
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from merger.run.options import Options
-from merger.run.pipeline import run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU on this machine")
@@ -28,8 +28,7 @@ def test_a_gpu_makes_what_the_processor_makes(template: Path, tmp_path: Path) ->
     torch.cuda.reset_peak_memory_stats()
     for device in ("cpu", "cuda"):
         options = Options(to=str(tmp_path / device), device=device)
-        for _ in run(*plan(read_recipe(tmp_path / "mine.yaml"), options), options):
-            pass
+        merge(*plan(read_recipe(tmp_path / "mine.yaml"), options), options)
         made[device] = tiny.read(tmp_path / device)
     for name, tensor in made["cpu"].items():
         torch.testing.assert_close(made["cuda"][name], tensor, rtol=2**-7, atol=1e-4, msg=name)

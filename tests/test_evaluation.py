@@ -32,7 +32,7 @@ from merger.evaluation.budget import Score, evaluation_memory, kept, read_scores
 from merger.evaluation.process import _ended
 from merger.evaluation.scoring import loss
 from merger.run.options import Options, Part, needed_disk
-from merger.run.pipeline import run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 
 ZOO = Path(__file__).parents[1] / "examples/zoo"
@@ -92,7 +92,7 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     mine = recipe(tmp_path, "{perplexity: {text: lines.txt, limit: 200}}")
     options = Options(to=str(tmp_path / "out"), threads=1)
-    list(run(*plan(read_recipe(mine), options), options))
+    merge(*plan(read_recipe(mine), options), options)
     scores = read_scores((tmp_path / "out/merger.evaluation.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(tmp_path / "out")(LINES[:200], return_tensors="pt").input_ids
@@ -193,7 +193,7 @@ def test_a_text_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_bytes(b"\xff\xfe")
     options = Options(to=str(tmp_path / "out"))
     with pytest.raises(RecipeError, match="is not UTF-8 text"):
-        list(run(*plan(read_recipe(mine), options), options))
+        merge(*plan(read_recipe(mine), options), options)
 
 
 def test_a_result_too_large_to_be_measured_is_refused_by_plan(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_tasks_of_ones_own_by_the_real_harness(tmp_path: Path, monkeypatch: pyte
     }  # fmt: skip
     (tmp_path / "verses.yaml").write_text(yaml.safe_dump(task))
     options = Options(to=str(tmp_path / "out"), threads=1)
-    list(run(*plan(read_recipe(recipe(tmp_path, "{tasks: [verses.yaml], limit: 4}")), options), options))
+    merge(*plan(read_recipe(recipe(tmp_path, "{tasks: [verses.yaml], limit: 4}")), options), options)
     (score,) = read_scores((tmp_path / "out/merger.evaluation.json").read_text())
     assert (score.task, score.metric, score.value, score.higher) == ("verses", "acc", 0.75, True)
     assert score.error == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
@@ -336,5 +336,5 @@ def test_of_a_model_with_an_adapter_neither_is_measured(tmp_path: Path, monkeypa
     measured: list[str | None] = []
     monkeypatch.setattr(evaluation, "_measured", lambda folder, model, *_: measured.append(model) or ())
     options = Options(to=str(tmp_path / "out"), threads=1)
-    list(run(*plan(read_recipe(mine), options), options))
+    merge(*plan(read_recipe(mine), options), options)
     assert measured == [None, "base"]

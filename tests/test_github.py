@@ -11,7 +11,7 @@ from loopback import LoopbackGitHub
 from loopback.github import TOKEN
 
 from merger.cli.github import GitHubApi, GitHubError
-from merger.stores import retries
+from merger.stores import http
 
 PAGE = b"<!doctype html><title>Sign in to the network</title>"
 FILES = [{"filename": "a.yaml", "status": "added"}, {"filename": "b.yaml", "status": "removed"}]
@@ -43,7 +43,7 @@ READING = ("compare", "files of a pull request", "look at comments", "look at a 
 @pytest.fixture
 def github(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackGitHub]:
     """A GitHub with one file and two changes; nobody waits between tries."""
-    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(http, "time", SimpleNamespace(sleep=lambda seconds: None))
     with LoopbackGitHub() as server:
         server.files["a.lock.yaml"] = b"old"
         server.compared |= {"main...new": FILES, "pull 7": FILES}
@@ -76,7 +76,7 @@ def test_passing_trouble_is_asked_through(call: str, answer: str, github: Loopba
 def test_what_is_no_answer_of_githubs_is_told(call: str, answer: str, github: LoopbackGitHub, api: GitHubApi) -> None:
     """A sentence with a next step, whatever comes in place of an answer, and never a traceback."""
     place, ask = CALLS[call]
-    github.strange = [(place, *NO_ANSWERS[answer])] * retries.TRIES
+    github.strange = [(place, *NO_ANSWERS[answer])] * http.TRIES
     with pytest.raises(GitHubError) as refusal:
         ask(api)
     (problem,) = refusal.value.problems

@@ -16,7 +16,7 @@ from loopback import LoopbackHub
 
 from merger.errors import UploadError
 from merger.models.formats.safetensors import WrittenShard
-from merger.stores.folder import FolderSink
+from merger.stores.folder import FolderSession, ResultFolder
 
 WRITER = "hf_writer_of_org"
 
@@ -83,13 +83,13 @@ def test_the_second_signal_ends_it_at_once(number: int) -> None:
 
 def begun(folder: Path, identity: str) -> None:
     """A run of that identity that ended with one file finished."""
-    sink = FolderSink(folder)
-    assert sink.prepare(identity) is None
-    with sink.open("model-00001-of-00002.safetensors") as out:  # type: ignore[attr-defined]  # of a folder it is a file
+    session = ResultFolder(folder).open(identity)
+    assert isinstance(session, FolderSession)
+    with session.open("model-00001-of-00002.safetensors") as out:  # type: ignore[attr-defined]  # of a folder it is a file
         out.write(b"finished")
     sha256 = hashlib.sha256(b"finished").hexdigest()
-    sink.take(WrittenShard("model-00001-of-00002.safetensors", 8, sha256))
-    sink.leave()
+    session.take(WrittenShard("model-00001-of-00002.safetensors", 8, sha256))
+    session.leave()
 
 
 def test_finished_files_of_another_merge_are_not_thrown_away_without_a_word(tmp_path: Path) -> None:
@@ -98,18 +98,18 @@ def test_finished_files_of_another_merge_are_not_thrown_away_without_a_word(tmp_
     with pytest.raises(
         UploadError, match=r"finished files .* 'out\.merging': model-00001-of-00002\.safetensors"
     ) as caught:
-        FolderSink(tmp_path / "out").prepare("other")
+        ResultFolder(tmp_path / "out").open("other")
     assert "merger clean" in str(caught.value)
-    same = FolderSink(tmp_path / "out")
-    assert same.prepare("one") is None
+    same = ResultFolder(tmp_path / "out").open("one")
+    assert isinstance(same, FolderSession)
     assert list(same.held()) == ["model-00001-of-00002.safetensors"]
     same.leave()
-    forced = FolderSink(tmp_path / "out", force=True)
-    assert forced.prepare("other") is None
+    forced = ResultFolder(tmp_path / "out", force=True).open("other")
+    assert isinstance(forced, FolderSession)
     assert not forced.held()
     forced.leave()
     begun(tmp_path / "out", "one")
-    sink = FolderSink(tmp_path / "out")
-    for leftover in sink.leftovers():
-        sink.clean(leftover)
-    assert FolderSink(tmp_path / "out").prepare("other") is None
+    place = ResultFolder(tmp_path / "out")
+    for leftover in place.leftovers():
+        place.clean(leftover)
+    assert isinstance(place.open("other"), FolderSession)

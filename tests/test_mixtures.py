@@ -151,8 +151,7 @@ def mixed(written: Mapping[str, Any], out: Path, **options: Any) -> dict[str, Te
     path.write_text(yaml.safe_dump(dict(written), sort_keys=False))
     chosen = Options(to=str(out), **{"threads": 2, **options})
     planned, store = plan(read_recipe(path), chosen)
-    for _ in run.run(planned, store, chosen):
-        pass
+    run.merge(planned, store, chosen)
     return tiny.read(out)
 
 
@@ -373,7 +372,7 @@ def test_the_same_bytes_whatever_the_threads_and_shards(mode: str, tmp_path: Pat
     for part in (run.Part(2, 3), None):
         options = Options(to=str(tmp_path / "parts"), threads=2, shard_size=400_000, part=part)
         planned, store = plan(read_recipe(path), options)
-        events += run.run(planned, store, options)
+        run.merge(planned, store, options, events.append)
     assert any(isinstance(event, run.Resumed) for event in events)
     assert sha256(tmp_path / "parts") == sha256(tmp_path / "one")
 
@@ -522,8 +521,7 @@ def test_prompts_too_similar_are_told_of(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(written))
     options = Options(to=str(tmp_path / "out"), threads=1)
     planned, store = plan(read_recipe(path), options)
-    *_, done = run.run(planned, store, options)
-    assert isinstance(done, run.Done)
+    done = run.merge(planned, store, options)
     (doubt,) = done.doubts
     assert doubt.startswith("the router's rows are nearly alike in 6 of 6 layers (0, 1, 2, 3, 4, 5)")
 

@@ -11,7 +11,7 @@ from loopback.wire import Answer
 
 from merger.errors import RecipeError, VerificationError
 from merger.run.options import Options
-from merger.run.pipeline import Done, run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 from merger.verification.rerender import recard, write_card
 
@@ -35,8 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own/parts/citation.md.j2").write_text("\n")
     (tmp_path / "mine.yaml").write_text(RECIPE.format(ZOO))
     chosen = Options(to="out")
-    *_, last = run(*plan(read_recipe(Path("mine.yaml")), chosen), chosen)
-    assert isinstance(last, Done)
+    merge(*plan(read_recipe(Path("mine.yaml")), chosen), chosen)
     return tmp_path
 
 

@@ -16,7 +16,7 @@ from merger.engine.execute import Observed
 from merger.engine.geometry import observe
 from merger.planning.geometry import Geometry, noted, recalled, total_geometry
 from merger.run.options import Options
-from merger.run.pipeline import run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 
 ZOO = Path(__file__).parents[1] / "examples/zoo"
@@ -86,8 +86,8 @@ def merged(tmp_path: Path, method: str, one: Edit, other: Edit, base: bool = Tru
     lines += [f"- model: {tmp_path}/{name}\n  parameters: {{weight: 0.5}}" for name in ("one", "other")]
     (tmp_path / "mine.yaml").write_text("\n".join(lines))
     options = Options(to=str(tmp_path / "out"))
-    *_, done = run(*plan(read_recipe(tmp_path / "mine.yaml"), options), options)
-    return (tmp_path / "out/README.md").read_text(), done.doubts  # type: ignore[union-attr]
+    done = merge(*plan(read_recipe(tmp_path / "mine.yaml"), options), options)
+    return (tmp_path / "out/README.md").read_text(), done.doubts
 
 
 def moved(seed: int, by: float = 0.01) -> Edit:
@@ -150,9 +150,10 @@ def test_threads_do_not_change_what_is_seen(tmp_path: Path) -> None:
     seen = []
     for threads in (1, 3):
         options = Options(to=str(tmp_path / f"out{threads}"), threads=threads)
-        events = list(run(*plan(read_recipe(tmp_path / "mine.yaml"), options), options))
+        events: list[object] = []
+        result = merge(*plan(read_recipe(tmp_path / "mine.yaml"), options), options, events.append)
         seen.append({event.job.name: event.geometry for event in events if isinstance(event, Observed)})
-        assert events[-1].doubts == ()  # type: ignore[union-attr]
+        assert result.doubts == ()
     assert seen[0] == seen[1]
     assert len(seen[0]) > 10
 

@@ -40,8 +40,7 @@ def merge(recipe: str, out: Path) -> Plan:
     path.write_text(recipe)
     options = Options(to=str(out), threads=2)
     made, store = plan(read_recipe(path), options)
-    for _ in run.run(made, store, options):
-        pass
+    run.merge(made, store, options)
     return made
 
 

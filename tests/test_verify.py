@@ -17,7 +17,7 @@ from loopback import Client, LoopbackHub
 
 from merger.models.checkpoint import read_header
 from merger.run.options import Options
-from merger.run.pipeline import Done, run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 from merger.verification.sample import whole_tensor
 from merger.verification.verify import Extent, Report, verify
@@ -248,16 +248,13 @@ def merged(folder: Path, text: str, **options: Any) -> Path:
     """A merge of the zoo's models in a folder; its path."""
     (folder / "mine.yaml").write_text(text.replace("proof/", f"{ZOO}/"))
     chosen = Options(to=str(folder / "out"), force=True, **options)
-    *_, last = run(*plan(read_recipe(folder / "mine.yaml"), chosen), chosen)
-    assert isinstance(last, Done)
+    merge(*plan(read_recipe(folder / "mine.yaml"), chosen), chosen)
     return folder / "out"
 
 
 def report(folder: Path, **extent: Any) -> Report:
     """What a comparison says of a merge in a folder."""
-    *_, last = verify(str(folder), Options(threads=2), Extent(**extent))
-    assert isinstance(last, Report)
-    return last
+    return verify(str(folder), Options(threads=2), Extent(**extent))
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp", "dare_ties", "della", "tsvm", "passthrough", "model_stock"])
@@ -383,7 +380,7 @@ def test_a_parents_other_file_in_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(RECIPE.format(method="linear").replace("proof/", f"{tmp_path}/"))
     chosen = Options(to=str(tmp_path / "out"))
     planned, store = plan(read_recipe(tmp_path / "mine.yaml"), chosen)
-    *_, _ = run(planned, store, chosen)
+    merge(planned, store, chosen)
     tiny.model(tmp_path / "kjv", seed=9)
     found = report(tmp_path / "out", everything=True)
     assert found.problems[0].what.startswith("kjv: model.safetensors is another file: its SHA-256 is ")

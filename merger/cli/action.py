@@ -18,19 +18,17 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger.card.escape import code
-from merger.cli import markdown
-from merger.cli import text as console
+from merger.cli import markdown, text
 from merger.cli.github import Event, GitHubApi, GitHubError, Log, write_outputs, write_summary
 from merger.cli.inputs import Inputs, top
 from merger.errors import MergerError, Problem, RecipeError, UploadError
 from merger.run.options import Options, destination, fitted
-from merger.run.pipeline import Done, PartDone, Resumed, lock_text, run, trusted_publishing
+from merger.run.pipeline import Ready, Result, Resumed, lock_text, merge, trusted_publishing
 from merger.run.prepare import lock_path, named_recipes, plan, read_recipe
 from merger.runtime import Halt, halting, limits_told
 from merger.safety.paths import inside
@@ -40,6 +38,7 @@ from merger.stores.ports import HUB
 if TYPE_CHECKING:
     from merger.planning.plan import Plan
     from merger.recipe.model import Recipe
+    from merger.run.pipeline import Event as RunEvent
     from merger.stores.resolve import Library
 
 RUNNING = ("run", "publish")
@@ -114,7 +113,7 @@ def _files(pattern: str, folder: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Result:
+class Outcome:
     """What has become of one recipe.
 
     Args:
@@ -122,7 +121,7 @@ class Result:
         state: checked, planned, published, unchanged, part, stopped or failed.
         plan: what was or would be made.
         to: where it goes.
-        done: the end of a run.
+        result: what became of a run.
         problems: what went wrong.
         warnings: what is likely not meant.
         exit_code: 0, or that of the error.
@@ -132,10 +131,15 @@ class Result:
     state: str = "checked"
     plan: Plan | None = None
     to: str | None = None
-    done: Done | PartDone | None = None
+    result: Result | None = None
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
     exit_code: int = 0
+
+    @property
+    def published(self) -> Result | None:
+        """The merge where it lies, if it does."""
+        return None if self.result is None or self.result.part is not None else self.result
 
 
 class ActionRun:
@@ -153,7 +157,7 @@ class ActionRun:
         self.mode = mode_of(inputs, self.event)
         self.deadline = time.monotonic() + 60 * inputs.time_limit if inputs.time_limit else None
 
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Iterator[Outcome]:
         """Deal with each recipe; what is wrong with one keeps none of the others waiting."""
         found = recipes(self.inputs, self.event, self.top, self.api)
         if not found:
@@ -164,36 +168,36 @@ class ActionRun:
             raise RecipeError(Problem(f"input to: it is one place, and there are several recipes: {names}", hint=hint))
         for path in found:
             with self.log.group(f"{self.mode} {path}"), self.log.text():
-                result = self._result(path)
-            self._annotate(result)
-            yield result
+                outcome = self._outcome(path)
+            self._annotate(outcome)
+            yield outcome
 
-    def _result(self, path: Path) -> Result:
+    def _outcome(self, path: Path) -> Outcome:
         """What comes of a recipe, told on the way."""
-        known = [Result(os.path.relpath(self.inputs.folder / path, self.top))]
+        known = [Outcome(os.path.relpath(self.inputs.folder / path, self.top))]
         try:
             with limits_told():
                 known.extend(self._steps(path, known[0]))
         except MergerError as error:
-            print(console.format_problems(error))
+            print(text.format_problems(error))
             return replace(known[-1], state="failed", problems=error.problems, exit_code=error.exit_code)
         return known[-1]
 
-    def _steps(self, path: Path, result: Result) -> Iterator[Result]:
-        """The result as far as it is known, after each step of the line."""
+    def _steps(self, path: Path, outcome: Outcome) -> Iterator[Outcome]:
+        """The outcome as far as it is known, after each step of the line."""
         recipe = read_recipe(path)
-        result = replace(result, warnings=recipe.warnings)
-        yield result
+        outcome = replace(outcome, warnings=recipe.warnings)
+        yield outcome
         if self.mode == "check":
-            print(line(f"{result.recipe}: well formed"))
+            print(line(f"{outcome.recipe}: well formed"))
             return
         options = self._options(recipe)
         planned, store = plan(recipe, options)
-        result = replace(result, state="planned", plan=planned, to=_destination(recipe, options))
-        yield result
-        print(console.plan_text(planned, result.to), flush=True)
+        outcome = replace(outcome, state="planned", plan=planned, to=_destination(recipe, options))
+        yield outcome
+        print(text.plan_text(planned, outcome.to), flush=True)
         if self.mode in RUNNING:
-            yield self._made(result, planned, store, options)
+            yield self._merge(outcome, planned, store, options)
 
     def _options(self, recipe: Recipe) -> Options:
         """The inputs' options, with what this machine and this job add to them."""
@@ -212,53 +216,48 @@ class ActionRun:
         self.log.mask(token)
         return replace(fitted(options), read_token=options.read_token or False)
 
-    def _made(self, result: Result, planned: Plan, store: Library, options: Options) -> Result:
-        done = self._until_deadline(planned, store, options)
-        if done is None:
-            return replace(result, state="stopped", exit_code=STOPPED)
-        print(console.ended(done))
-        if isinstance(done, PartDone):
-            return replace(result, state="part", done=done)
-        return replace(result, state="published" if done.is_new else "unchanged", done=done)
-
-    def _until_deadline(self, planned: Plan, store: Library, options: Options) -> Done | PartDone | None:
-        """The end of the run; None where it was left after a file because the next might not be done in time."""
-        progress = console.Progress(sum(job.nbytes for job in planned.jobs), sys.stdout)
+    def _merge(self, outcome: Outcome, planned: Plan, store: Library, options: Options) -> Outcome:
+        """Make it; it is left after a file where the next might not be done in time."""
+        progress = text.Progress(sum(job.nbytes for job in planned.jobs), sys.stdout)
         watch = Watch(self.deadline)
-        event: object = None
-        with closing(run(planned, store, options)) as events:  # type: ignore[type-var]
-            for event in events:
-                console.show(event, progress)
-                if watch.is_time(event):
-                    return None
-        assert isinstance(event, (Done, PartDone))
-        return event
 
-    def _annotate(self, result: Result) -> None:
+        def tell(event: RunEvent) -> None:
+            text.show(event, progress)
+            watch.look(event)
+
+        try:
+            result = merge(planned, store, options, tell)
+        except TimeIsUpError:
+            return replace(outcome, state="stopped", exit_code=STOPPED)
+        print(text.ended(result))
+        state = "part" if result.part else "published" if result.is_new else "unchanged"
+        return replace(outcome, state=state, result=result)
+
+    def _annotate(self, outcome: Outcome) -> None:
         """Put errors and warnings at their lines of the recipe, where a pull request shows them."""
-        for kind, problems in (("error", result.problems), ("warning", result.warnings)):
+        for kind, problems in (("error", outcome.problems), ("warning", outcome.warnings)):
             for problem in problems:
                 at = problem.at
                 place = {"line": at.line, "col": at.column} if at else {}
                 words = str(replace(problem, at=None))
-                self.log.command(kind, words, file=result.recipe, **place, title="Merger")
-        if isinstance(result.done, Done):
-            told = f"{result.state}: {result.done.published.where}"
-            self.log.command("notice", told, file=result.recipe, title="Merger")
-        if result.state == "stopped":
-            what = f"{result.recipe}: stopped before the time limit; the finished files are kept, run the job again"
-            self.log.command("warning", what, file=result.recipe, title="Merger")
+                self.log.command(kind, words, file=outcome.recipe, **place, title="Merger")
+        if outcome.published is not None:
+            told = f"{outcome.state}: {outcome.published.where}"
+            self.log.command("notice", told, file=outcome.recipe, title="Merger")
+        if outcome.state == "stopped":
+            what = f"{outcome.recipe}: stopped before the time limit; the finished files are kept, run the job again"
+            self.log.command("warning", what, file=outcome.recipe, title="Merger")
 
-    def comment(self, results: Sequence[Result]) -> None:
+    def comment(self, outcomes: Sequence[Outcome]) -> None:
         """Keep the pull request's comment up to date; where we may not, the summary has to do."""
         if self.event.pull is None or not self.inputs.comment:
             return
         if not self.inputs.github_token:
             self.log.command("notice", "this job may not comment: the plan is in the job's summary", title="Merger")
             return
-        told = "\n\n".join(map(summary_section, results)) or "This pull request adds or changes no recipe any more."
+        told = "\n\n".join(map(summary_section, outcomes)) or "This pull request adds or changes no recipe any more."
         try:
-            self.api.keep_comment(self.event.pull, self._marker(), told, only_update=not results)
+            self.api.keep_comment(self.event.pull, self._marker(), told, only_update=not outcomes)
         except GitHubError as error:
             self.log.command("notice", f"{error}; the plan is in the job's summary", title="Merger")
 
@@ -267,37 +266,45 @@ class ActionRun:
         job = [self.environment.get(name, "") for name in ("GITHUB_WORKFLOW", "GITHUB_JOB")]
         return f"<!-- merger {hashlib.sha256(json.dumps([*job, self.inputs.recipe]).encode()).hexdigest()[:16]} -->"
 
-    def keep_lock(self, result: Result) -> None:
-        """Commit the lock file beside the recipe of a result, where the workflow wants that."""
+    def keep_lock(self, outcome: Outcome) -> None:
+        """Commit the lock file beside the recipe of an outcome, where the workflow wants that."""
         head = self.environment.get("GITHUB_REF", "")
-        path = lock_path(self.top / result.recipe)
-        if not (self.inputs.commit_lock and isinstance(result.done, Done) and result.plan):
+        path = lock_path(self.top / outcome.recipe)
+        if not (self.inputs.commit_lock and outcome.published and outcome.plan):
             return
-        if not head.startswith("refs/heads/") or not (result.done.is_new or not path.is_file()):
+        if not head.startswith("refs/heads/") or not (outcome.published.is_new or not path.is_file()):
             return
-        text, place = lock_text(result.plan, result.done), path.relative_to(self.top).as_posix()
-        self.api.commit_file(place, text, f"Lock the models of {result.recipe}", head.removeprefix("refs/heads/"))
+        content, place = lock_text(outcome.plan, outcome.published), path.relative_to(self.top).as_posix()
+        self.api.commit_file(place, content, f"Lock the models of {outcome.recipe}", head.removeprefix("refs/heads/"))
+
+
+class TimeIsUpError(Exception):
+    """A run should be left: it is raised in its midst."""
 
 
 class Watch:
     """Whether a run should be left: after a file, when two more of the slowest kind would not fit into the time.
 
-    Two, since the last file may still be on its way to the Hub. It is told when another file is begun after that, so
-    that a run whose files are all made is left to end.
+    Two, since the last file may still be on its way to the Hub. It is left when another file is begun after that, so
+    that a run whose files are all made is let to its end.
     """
 
     def __init__(self, deadline: float | None) -> None:
         self._deadline, self._slowest, self._last = deadline, 0.0, time.monotonic()
         self._is_late = deadline is not None and self._last > deadline
 
-    def is_time(self, event: object) -> bool:
-        """To be asked after each event."""
-        if self._deadline is not None and console.file_done(event):
+    def look(self, event: RunEvent) -> None:
+        """To be told of each event.
+
+        Raises:
+            TimeIsUpError: it should.
+        """
+        if self._deadline is not None and text.file_done(event):
             now = time.monotonic()
             self._slowest, self._last = max(self._slowest, now - self._last), now
             self._is_late = now + 2 * self._slowest > self._deadline
-            return False
-        return self._is_late and not isinstance(event, (Done, PartDone, Resumed))
+        elif self._is_late and not isinstance(event, (Ready, Resumed)):
+            raise TimeIsUpError
 
 
 def _reading(options: Options) -> Options:
@@ -315,17 +322,17 @@ def _destination(recipe: Recipe, options: Options) -> str | None:
 # ---- what is told at the end ----------------------------------------------------------------------------------------
 
 
-def summary_section(result: Result) -> str:
+def summary_section(outcome: Outcome) -> str:
     """A recipe's part of comment and summary."""
-    parts = [f"### {code(result.recipe)}: {result.state}"]
-    if result.problems:
-        parts.append(markdown.problems_section("What is wrong", result.problems))
-    if result.warnings:
-        parts.append(markdown.problems_section("Warnings", result.warnings))
-    if result.plan is not None:
-        parts.append(markdown.plan_section(result.plan, result.to))
-    if result.done is not None:
-        parts.append(markdown.result_section(result.done))
+    parts = [f"### {code(outcome.recipe)}: {outcome.state}"]
+    if outcome.problems:
+        parts.append(markdown.problems_section("What is wrong", outcome.problems))
+    if outcome.warnings:
+        parts.append(markdown.problems_section("Warnings", outcome.warnings))
+    if outcome.plan is not None:
+        parts.append(markdown.plan_section(outcome.plan, outcome.to))
+    if outcome.result is not None:
+        parts.append(markdown.result_section(outcome.result))
     return "\n\n".join(parts)
 
 
@@ -336,35 +343,35 @@ def matrix(planned: Plan, part_size: int) -> list[str]:
     return [f"{number}/{count}" for number in range(1, count + 1)]
 
 
-def outputs(results: Sequence[Result], part_size: int, report: Path) -> dict[str, str]:
+def outputs(outcomes: Sequence[Outcome], part_size: int, report: Path) -> dict[str, str]:
     """The step's outputs: of the last recipe, where there are several; `report` names a file about all."""
     found = {"state": "none", "repo-url": "", "repo-id": "", "commit": "", "plan-hash": "", "matrix": "[]"}
-    for result in results:
-        found = found | {"state": result.state}
-        if result.plan is not None:
-            found |= {"plan-hash": result.plan.hash, "matrix": json.dumps(matrix(result.plan, part_size))}
-        if isinstance(result.done, Done):
-            found |= {"repo-url": result.done.published.where, "commit": result.done.published.commit or ""}
-            found |= {"repo-id": (result.to or "").removeprefix(HUB)}
+    for outcome in outcomes:
+        found = found | {"state": outcome.state}
+        if outcome.plan is not None:
+            found |= {"plan-hash": outcome.plan.hash, "matrix": json.dumps(matrix(outcome.plan, part_size))}
+        if outcome.published is not None:
+            found |= {"repo-url": outcome.published.where, "commit": outcome.published.commit or ""}
+            found |= {"repo-id": (outcome.to or "").removeprefix(HUB)}
     return found | {"report": str(report)}
 
 
-def report(results: Sequence[Result], part_size: int) -> str:
+def report(outcomes: Sequence[Outcome], part_size: int) -> str:
     """All that is known of all recipes, as JSON."""
-    return json.dumps([_reported(result, part_size) for result in results], indent=2)
+    return json.dumps([_reported(outcome, part_size) for outcome in outcomes], indent=2)
 
 
-def _reported(result: Result, part_size: int) -> dict[str, object]:
+def _reported(outcome: Outcome, part_size: int) -> dict[str, object]:
     return {
-        "recipe": result.recipe,
-        "state": result.state,
-        "exit_code": result.exit_code,
-        "problems": [asdict(problem) for problem in result.problems],
-        "warnings": [asdict(problem) for problem in result.warnings],
-        "to": result.to,
-        "plan": console.plan_json(result.plan, result.to) if result.plan else None,
-        "matrix": matrix(result.plan, part_size) if result.plan else [],
-        "done": console.as_json(result.done) if result.done else None,
+        "recipe": outcome.recipe,
+        "state": outcome.state,
+        "exit_code": outcome.exit_code,
+        "problems": [asdict(problem) for problem in outcome.problems],
+        "warnings": [asdict(problem) for problem in outcome.warnings],
+        "to": outcome.to,
+        "plan": text.plan_json(outcome.plan, outcome.to) if outcome.plan else None,
+        "matrix": matrix(outcome.plan, part_size) if outcome.plan else [],
+        "done": text.as_json(outcome.result) if outcome.result else None,
     }
 
 
@@ -378,37 +385,37 @@ def main() -> int:
 
 
 def _step(log: Log) -> int:
-    results: list[Result] = []
+    outcomes: list[Outcome] = []
     try:
         inputs = Inputs.take(os.environ)
         os.chdir(inputs.folder)
         job = ActionRun(inputs, os.environ, log)
         with halting():
-            results.extend(job.results())
-        _tell(job, results)
+            outcomes.extend(job.results())
+        _tell(job, outcomes)
     except MergerError as error:
         for problem in error.problems:
             log.command("error", str(problem), title="Merger")
-        if not results or isinstance(error, secrets.LeakError):
+        if not outcomes or isinstance(error, secrets.LeakError):
             write_outputs(os.environ.get("GITHUB_OUTPUT"), {"state": "failed"})
         return error.exit_code
     except Halt as halt:
         log.command("error", str(halt), title="Merger")
         return halt.exit_code
-    return next((result.exit_code for result in results if result.exit_code), 0)
+    return next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0)
 
 
-def _tell(job: ActionRun, results: Sequence[Result]) -> None:
+def _tell(job: ActionRun, outcomes: Sequence[Outcome]) -> None:
     """Outputs first: they are there even if GitHub then refuses something."""
     place = Path(job.environment.get("RUNNER_TEMP") or ".") / "merger-report.json"
-    told = report(results, job.inputs.part_size)
+    told = report(outcomes, job.inputs.part_size)
     secrets.refuse_tokens({place.name: told})
     place.write_text(told, "utf-8")
-    write_outputs(job.environment.get("GITHUB_OUTPUT"), outputs(results, job.inputs.part_size, place))
-    write_summary(job.environment.get("GITHUB_STEP_SUMMARY"), "\n\n".join(map(summary_section, results)))
-    job.comment(results)
-    for result in results:
-        job.keep_lock(result)
+    write_outputs(job.environment.get("GITHUB_OUTPUT"), outputs(outcomes, job.inputs.part_size, place))
+    write_summary(job.environment.get("GITHUB_STEP_SUMMARY"), "\n\n".join(map(summary_section, outcomes)))
+    job.comment(outcomes)
+    for outcome in outcomes:
+        job.keep_lock(outcome)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ from merger.safety import secrets
 from merger.safety.text import guarded, line
 
 if TYPE_CHECKING:
-    from merger.distributed.start import Engine
+    from merger.distributed.start import Engine, PartMade, PartStarted
+    from merger.engine.execute import BytesWritten
     from merger.planning.plan import Plan
     from merger.recipe.model import Recipe
     from merger.run.options import Options
+    from merger.run.pipeline import Event
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,18 +57,18 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _report(error: MergerError, as_json: bool) -> None:
-    from merger.cli import text as console
+    from merger.cli import text
 
     if as_json:
         print(json.dumps({"exit_code": error.exit_code, "problems": [asdict(problem) for problem in error.problems]}))
-    print(console.format_problems(error), file=sys.stderr)
+    print(text.format_problems(error), file=sys.stderr)
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from merger.cli import text as console
+    from merger.cli import text
     from merger.run.prepare import named_recipes, read_recipe
 
     code = 0
@@ -82,7 +84,7 @@ def _check(arguments: argparse.Namespace) -> int:
             code = error.exit_code
             continue
         for note in recipe.warnings:
-            print(console.warning(note), file=sys.stderr)
+            print(text.warning(note), file=sys.stderr)
         used = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
         methods = ", ".join([*used, *(["mixture of experts"] if recipe.mixture else [])])
         count = len(recipe.models)
@@ -111,7 +113,7 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from merger.cli import text as console
+    from merger.cli import text
     from merger.run.options import needed_disk, stated_destination
     from merger.run.prepare import looked, plan, read_recipe
 
@@ -121,11 +123,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     if options.max_disk is not None:
         needed_disk(planned, options, planned.shards)
     for note in recipe.warnings:
-        print(console.warning(note), file=sys.stderr)
+        print(text.warning(note), file=sys.stderr)
     to = stated_destination(recipe, options)
-    print(json.dumps(console.plan_json(planned, to)) if arguments.json else console.plan_text(planned, to))
+    print(json.dumps(text.plan_json(planned, to)) if arguments.json else text.plan_text(planned, to))
     if arguments.look:
-        print(console.relations_text(looked(planned, store)), file=sys.stderr if arguments.json else sys.stdout)
+        print(text.relations_text(looked(planned, store)), file=sys.stderr if arguments.json else sys.stdout)
     return 0
 
 
@@ -142,7 +144,7 @@ def _engine(arguments: argparse.Namespace) -> Engine | None:
 def _run(arguments: argparse.Namespace) -> int:
     from merger.run.prepare import read_recipe
 
-    return _made(read_recipe(arguments.recipe), arguments)
+    return _merge(read_recipe(arguments.recipe), arguments)
 
 
 def _extract(arguments: argparse.Namespace) -> int:
@@ -150,71 +152,66 @@ def _extract(arguments: argparse.Namespace) -> int:
 
     keys = ("model", "base_model", "rank", "alpha", "include", "exclude", "distribute_scale", "skip_rest")
     settings = {key: getattr(arguments, key) for key in keys} | {"embeddings": arguments.embed}
-    return _made(extraction_recipe(settings, arguments.dtype, arguments.license), arguments)
+    return _merge(extraction_recipe(settings, arguments.dtype, arguments.license), arguments)
 
 
-def _made(recipe: Recipe, arguments: argparse.Namespace) -> int:
-    from merger.cli import text as console
-    from merger.distributed.start import spread, suited
+def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from merger.cli import text
+    from merger.distributed.start import distribute, suited
     from merger.run.options import destination, fitted
-    from merger.run.pipeline import run
+    from merger.run.pipeline import Ready, merge
     from merger.run.prepare import plan
 
     options, engine = _options(arguments), _engine(arguments)
     options = fitted(options) if engine is None else suited(options, engine)
     to = destination(recipe, options)  # a missing destination is said before the models are asked for
     planned, store = plan(recipe, options)
-    quiet = arguments.quiet
-    progress = None if quiet else console.Progress(sum(job.nbytes for job in planned.jobs))
-    told = quiet
-    event: object = None
+    progress = None if arguments.quiet else text.Progress(sum(job.nbytes for job in planned.jobs))
+
+    def tell(event: Event | PartStarted | PartMade) -> None:
+        if progress is None:
+            return
+        if isinstance(event, Ready):
+            _tell(recipe, planned, to)
+        text.show(event, progress)
+
     try:
-        events = run(planned, store, options) if engine is None else spread(planned, store, options, engine)
-        for event in events:
-            if not told:  # by now the destination has not refused
-                _tell(recipe, planned, to)
-                told = True
-            if progress is not None:
-                console.show(event, progress)
+        if engine is None:
+            result = merge(planned, store, options, tell)
+        else:
+            result = distribute(planned, store, options, engine, tell)
     finally:
         if progress is not None:
             progress.close()
-    _finished(event, planned, arguments)
+    if arguments.json:
+        print(json.dumps({"plan": planned.hash, **text.as_json(result)}))
+    elif not arguments.quiet:
+        print(text.ended(result))
     return 0
 
 
 def _tell(recipe: Recipe, planned: Plan, to: str) -> None:
-    from merger.cli import text as console
+    """By now the destination has not refused."""
+    from merger.cli import text
 
-    notes = [console.warning(note) for note in recipe.warnings]
-    print("\n".join([*notes, console.plan_text(planned, to), ""]), file=sys.stderr)
-
-
-def _finished(event: object, planned: Plan, arguments: argparse.Namespace) -> None:
-    from merger.cli import text as console
-    from merger.run.pipeline import Done, PartDone
-
-    assert isinstance(event, (Done, PartDone))
-    if arguments.json:
-        print(json.dumps({"plan": planned.hash, **console.as_json(event)}))
-    elif not arguments.quiet:
-        print(console.ended(event))
+    notes = [text.warning(note) for note in recipe.warnings]
+    print("\n".join([*notes, text.plan_text(planned, to), ""]), file=sys.stderr)
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from merger.cli import text as console
+    from merger.cli import text
     from merger.run.pipeline import leftovers
 
-    print(console.leftovers_text(arguments.to, leftovers(arguments.to)))
+    print(text.leftovers_text(arguments.to, leftovers(arguments.to)))
     return 0
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from merger.cli import text as console
+    from merger.cli import text
     from merger.run.pipeline import clean, leftovers
 
     found = leftovers(arguments.to)
-    print(console.leftovers_text(arguments.to, found))
+    print(text.leftovers_text(arguments.to, found))
     for leftover in found if arguments.yes else ():
         clean(arguments.to, leftover)
         print(line(f"removed {leftover.where}"))
@@ -222,75 +219,70 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from merger.cli import reports
-    from merger.cli import text as console
+    from merger.cli import reports, text
     from merger.run.options import Options, fitted
-    from merger.verification.verify import Begun, Extent, Report, verify
+    from merger.verification.verify import Begun, Extent, verify
 
     means = Options(max_memory=arguments.max_memory, threads=arguments.threads, cache=arguments.cache)
     extent = Extent(arguments.all, arguments.tensors, arguments.seed)
-    progress: console.Progress | None = None
-    event: object = None
+    shown: list[text.Progress] = []
+
+    def tell(event: Begun | BytesWritten) -> None:
+        if isinstance(event, Begun):
+            shown.append(text.Progress(event.nbytes, doing="comparing"))
+        else:
+            text.show(event, shown[0])
+
     try:
-        for event in verify(arguments.model, fitted(means), extent):
-            if isinstance(event, Begun):
-                progress = console.Progress(event.nbytes, doing="comparing")
-            elif progress is not None:
-                console.show(event, progress)
+        report = verify(arguments.model, fitted(means), extent, tell)
     finally:
-        if progress is not None:
+        for progress in shown:
             progress.close()
-    assert isinstance(event, Report)
-    print(json.dumps(reports.report_json(event)) if arguments.json else reports.report_text(event))
-    return 0 if event.passed else VerificationError.exit_code
+    print(json.dumps(reports.report_json(report)) if arguments.json else reports.report_text(report))
+    return 0 if report.passed else VerificationError.exit_code
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from merger import runtime as machine
-    from merger.cli import reports
-    from merger.cli import text as console
-    from merger.verification.diff import Contrast, contrast, pair
+    from merger import runtime
+    from merger.cli import reports, text
+    from merger.verification.diff import contrast, pair
 
     both = pair(arguments.a, arguments.b)
-    progress = console.Progress(both.nbytes, doing="comparing")
-    found: object = None
+    progress = text.Progress(both.nbytes, doing="comparing")
     try:
-        for found in contrast(both, arguments.threads or machine.cores()):
-            if isinstance(found, int):
-                progress.add(found)
+        found = contrast(both, arguments.threads or runtime.cores(), progress.add)
     finally:
         progress.close()
-    assert isinstance(found, Contrast)
     print(json.dumps(reports.contrast_json(found)) if arguments.json else reports.contrast_text(found))
     return 0 if found.same else VerificationError.exit_code
 
 
 def _card(arguments: argparse.Namespace) -> int:
-    from merger.cli import text as console
+    from merger.cli import text
     from merger.run.options import Options
     from merger.verification.rerender import recard, write_card
 
     made = recard(arguments.model, Options(), arguments.template)
     for note in made.merge.recipe.warnings if arguments.template is None else ():
-        print(console.warning(note), file=sys.stderr)
+        print(text.warning(note), file=sys.stderr)
     if arguments.print_only:
         print(made.text, end="")
     else:
-        print(console.carded(made, write_card(made, Options())))
+        print(text.carded(made, write_card(made, Options())))
     return 0
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from merger.cli import text as console
+    from merger.cli import text
     from merger.methods.registry import methods
 
     table = methods()
     if arguments.name is None:
-        print(console.methods_text(table.values()))
+        print(text.methods_text(table.values()))
         return 0
     if arguments.name not in table:
         raise RecipeError(Problem(f"there is no method {arguments.name!r}", hint=did_you_mean(arguments.name, table)))
-    print(console.method_text(table[arguments.name]))
+    print(text.method_text(table[arguments.name]))
     return 0
 
 

@@ -23,7 +23,7 @@ from merger.safety.environment import public
 from merger.safety.limits import EVENT, GITHUB, parsed, read_limited
 from merger.safety.secrets import refuse_tokens, sieved
 from merger.safety.text import visible
-from merger.stores.retries import PASSING, again
+from merger.stores.http import PASSING, again
 
 if TYPE_CHECKING:
     from requests import Response

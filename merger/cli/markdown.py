@@ -13,7 +13,7 @@ from merger.cli.text import plan_doubts, size
 from merger.errors import Problem, few
 from merger.lock.locked import shown
 from merger.planning.plan import Plan
-from merger.run.pipeline import Done, PartDone
+from merger.run.pipeline import Result
 from merger.safety.text import line, visible
 
 IN_BYTES_A_SECOND, OUT_BYTES_A_SECOND = 100_000_000, 50_000_000
@@ -104,14 +104,14 @@ def problems_section(title: str, problems: Sequence[Problem]) -> str:
     return f"**{title}**\n\n" + fenced("\n".join(str(problem) for problem in problems), "text")
 
 
-def result_section(done: Done | PartDone) -> str:
+def result_section(result: Result) -> str:
     """What has become of it, and what stands at the top of the card."""
-    if isinstance(done, PartDone):
-        return f"Part {done.part} is made: {done.shards} of {done.of} files. `mode: publish` ends it."
-    commit = f" at commit `{done.published.commit}`" if done.published.commit else ""
-    told = "Published" if done.is_new else "Nothing to do: it is already there"
-    doubts = "".join(f"\n\n**Warning:** {_told(doubt)}" for doubt in done.doubts)
-    return f"{told}: {line(done.published.where)}{commit}{doubts}{_quoted(_head(done.card))}"
+    if result.part is not None:
+        return f"Part {result.part} is made: {len(result.shards)} of {result.of} files. `mode: publish` ends it."
+    commit = f" at commit `{result.commit}`" if result.commit else ""
+    told = "Published" if result.is_new else "Nothing to do: it is already there"
+    doubts = "".join(f"\n\n**Warning:** {_told(doubt)}" for doubt in result.doubts)
+    return f"{told}: {line(result.where)}{commit}{doubts}{_quoted(_head(result.card))}"
 
 
 def _head(card: str) -> str:

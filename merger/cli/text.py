@@ -20,12 +20,13 @@ from merger.lock.locked import shown
 from merger.methods.registry import Method, Param
 from merger.planning.plan import Plan
 from merger.run.options import exposed
-from merger.run.pipeline import Done, PartDone, Resumed
+from merger.run.pipeline import Result, Resumed
 from merger.safety.text import line, lined
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from merger.run.pipeline import Event
     from merger.stores.ports import Leftover, Published
     from merger.verification.rerender import Recarded
 
@@ -278,7 +279,7 @@ class Progress:
             self._bar.close()
 
 
-def show(event: object, progress: Progress) -> None:
+def show(event: Event | PartStarted | PartMade, progress: Progress) -> None:
     """Tell of one event of a run."""
     from merger.engine.execute import BytesWritten
 
@@ -288,7 +289,7 @@ def show(event: object, progress: Progress) -> None:
         progress.say(line(words))
 
 
-def _words(event: object) -> Iterator[str]:
+def _words(event: Event | PartStarted | PartMade) -> Iterator[str]:
     """The lines that an event is worth."""
     from merger.engine.execute import ShardDone
 
@@ -306,7 +307,7 @@ def _words(event: object) -> Iterator[str]:
         yield f"made {event.shard.name} ({size(event.shard.size)}, sha256 {event.shard.sha256[:12]})"
 
 
-def file_done(event: object) -> bool:
+def file_done(event: Event) -> bool:
     """Whether a file of the result has just been finished: a run may be left here, and nothing is lost."""
     from merger.engine.execute import ShardDone
 
@@ -316,15 +317,15 @@ def file_done(event: object) -> bool:
 # ---- the end --------------------------------------------------------------------------------------------------------
 
 
-def ended(event: Done | PartDone) -> str:
+def ended(result: Result) -> str:
     """What has become of it."""
-    doubts = [f"warning: {doubt}" for doubt in event.doubts]
-    if isinstance(event, PartDone):
-        files = f"{event.shards} of {event.of} files"
-        return lined([*doubts, f"part {event.part} is there: {files}; after all parts: merger publish"])
-    commit = f" at commit {event.published.commit[:12]}" if event.published.commit else ""
-    what = "merged into" if event.is_new else "nothing to do: it is already"
-    return lined([*doubts, *_losses(event.losses), f"{what} {event.published.where}{commit}"])
+    doubts = [f"warning: {doubt}" for doubt in result.doubts]
+    if result.part is not None:
+        files = f"{len(result.shards)} of {result.of} files"
+        return lined([*doubts, f"part {result.part} is there: {files}; after all parts: merger publish"])
+    commit = f" at commit {result.commit[:12]}" if result.commit else ""
+    what = "merged into" if result.is_new else "nothing to do: it is already"
+    return lined([*doubts, *_losses(result.losses), f"{what} {result.where}{commit}"])
 
 
 def _losses(losses: Sequence[Loss]) -> list[str]:
@@ -333,16 +334,17 @@ def _losses(losses: Sequence[Loss]) -> list[str]:
     return ["left out of the matrices, as a share of their norm", *lines] if lines else []
 
 
-def as_json(event: Done | PartDone) -> dict[str, Any]:
+def as_json(result: Result) -> dict[str, Any]:
     """The same for machines."""
-    if isinstance(event, PartDone):
-        return {"part": str(event.part), "shards": event.shards, "of": event.of, "doubts": event.doubts}
+    if result.part is not None:
+        return {"part": str(result.part), "shards": len(result.shards), "of": result.of, "doubts": result.doubts}
     return {
-        "new": event.is_new,
-        "shards": [asdict(shard) for shard in event.shards],
-        "doubts": event.doubts,
-        "losses": {loss.where: loss.error for loss in event.losses},
-        **asdict(event.published),
+        "new": result.is_new,
+        "shards": [asdict(shard) for shard in result.shards],
+        "doubts": result.doubts,
+        "losses": {loss.where: loss.error for loss in result.losses},
+        "where": result.where,
+        "commit": result.commit,
     }
 
 

@@ -7,8 +7,7 @@ Not here: how a part is made, which is the same `run` everywhere.
 from __future__ import annotations
 
 import base64
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -16,19 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from merger.errors import PartError, Problem, RecipeError
-from merger.evaluation.evaluate import Measured, Measuring
 from merger.methods.registry import methods
 from merger.planning.plan import Part, Plan, share
 from merger.recipe.parse import parse
 from merger.run.options import Options, destination, fitted
-from merger.run.pipeline import Done, PartDone, Ready, Resumed, run, unmade
+from merger.run.pipeline import Ready, Result, merge, missing_parts
 from merger.run.prepare import is_lock, plan
 from merger.stores.ports import HUB
 from merger.stores.resolve import Library
 
 if TYPE_CHECKING:
     from merger.distributed.hub_jobs import HubJob
-    from merger.engine.execute import Event
+    from merger.run.pipeline import Event
 
 IMAGE = "python:3.12-slim"
 SCRIPT = """\
@@ -82,22 +80,35 @@ def suited(options: Options, engine: Engine) -> Options:
     return replace(options, threads=options.threads or 1) if engine.kind == "ray" else options
 
 
-def spread(
-    planned: Plan, store: Library, options: Options, engine: Engine
-) -> Iterator[Event | Ready | Resumed | PartStarted | PartMade | Measuring | Measured | PartDone | Done]:
-    """Have the missing parts made elsewhere, then publish; the last event is `Done`.
+def distribute(
+    planned: Plan,
+    store: Library,
+    options: Options,
+    engine: Engine,
+    on_event: Callable[[Event | PartStarted | PartMade], object],
+) -> Result:
+    """Have the missing parts made elsewhere, then publish.
+
+    Args:
+        planned, store, options, on_event: as `merge` takes them.
+        engine: what makes the parts.
 
     Raises:
         MergerError: any kind; what was made waits at the destination, and only the rest is made by another run.
     """
     _refuse_what_stays(planned, options)
-    found = unmade(planned, options, engine.parts)
-    yield Ready()
-    if isinstance(found, Done):
-        yield found
-        return
-    yield from (_by_ray if engine.kind == "ray" else _by_jobs)(planned, options, engine, found)
-    yield from run(planned, store, replace(options, publish_only=True))
+    found = missing_parts(planned, options, engine.parts)
+    on_event(Ready())
+    if isinstance(found, Result):
+        return found
+    for event in (_by_ray if engine.kind == "ray" else _by_jobs)(planned, options, engine, found):
+        on_event(event)
+
+    def go_on(event: Event) -> None:
+        if not isinstance(event, Ready):  # that was told
+            on_event(event)
+
+    return merge(planned, store, replace(options, publish_only=True), go_on)
 
 
 def _refuse_what_stays(planned: Plan, options: Options) -> None:
@@ -150,7 +161,7 @@ def make_part(text: str, path: str, options: Options, identity: str, part: Part)
     if planned.identity != identity:
         hint = "a parent has a new commit, or this machine another version of merger; org/name@commit pins a parent"
         raise PartError(Problem("this is no part of the merge that was started", hint=hint))
-    deque(run(planned, store, here), maxlen=0)
+    merge(planned, store, here)
 
 
 # ---- Hugging Face Jobs ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from merger.recipe.model import Evaluate, Perplexity, Recipe
 from merger.safety.limits import TEXT
 from merger.safety.paths import ANYWHERE, read_named, regular
 from merger.stores.folder import Scratch, sweep
-from merger.stores.ports import Content, Sink, Ticket, write
+from merger.stores.ports import Content, Session, Ticket, write
 from merger.stores.resolve import Library
 
 if TYPE_CHECKING:
@@ -103,7 +103,9 @@ def disk(planned: Plan, staged: bool) -> int:
     return max(copied, default=0)
 
 
-def prepared(planned: Plan, device: str, token: str | bool | None, root: Path | None = ANYWHERE) -> Wanted | None:
+def prepare_measuring(
+    planned: Plan, device: str, token: str | bool | None, root: Path | None = ANYWHERE
+) -> Wanted | None:
     """All that measuring takes, at hand before the merge is begun; None where nothing is measured.
 
     Args:
@@ -184,9 +186,14 @@ def _of_hub(named: re.Match[str], wanted: Perplexity, token: str | bool | None) 
         raise ModelError(replace(problem, at=wanted.at, where=PERPLEXITY_AT) for problem in error.problems) from None
 
 
-def carried_out(
-    wanted: Wanted, planned: Plan, files: Mapping[str, Content], store: Library, sink: Sink
-) -> Iterator[Measuring | Measured]:
+def measure(
+    wanted: Wanted,
+    planned: Plan,
+    files: Mapping[str, Content],
+    store: Library,
+    session: Session,
+    on_event: Callable[[Measuring | Measured], object],
+) -> tuple[Score, ...]:
     """Measure the merge, then its parents if the recipe says so.
 
     Args:
@@ -194,26 +201,36 @@ def carried_out(
         planned: the merge.
         files: its small files by name.
         store: where its parents are.
-        sink: where its shards are.
+        session: where its shards are.
+        on_event: is told of each model.
 
     Raises:
         EvaluationError: a model cannot be measured; the merge waits.
     """
     evaluate = planned.locked.recipe.evaluate
     assert evaluate is not None, "something is measured only where the recipe says so"
+    found: list[Score] = []
+
+    def try_out(folder: Path, model: str | None) -> None:
+        on_event(Measuring(model))
+        scores = _score(folder, model, wanted, evaluate)
+        on_event(Measured(scores))
+        found.extend(scores)
+
     with _folder() as folder:
-        sink.lend(folder)
+        session.export(folder)
         _write(folder, files)
-        yield from _measured(folder, None, wanted, evaluate)
+        try_out(folder, None)
     for model in planned.locked.merged if evaluate.parents else ():
         if model.ref.adapter is not None:
             continue  # its files are those of the model without it
         if model.located.commit is None:
-            yield from _measured(Path(model.located.where), shown(model), wanted, evaluate)
+            try_out(Path(model.located.where), shown(model))
             continue
         with _folder() as folder:
             _copy(model, store, folder)
-            yield from _measured(folder, shown(model), wanted, evaluate)
+            try_out(folder, shown(model))
+    return tuple(found)
 
 
 def _write(folder: Path, files: Mapping[str, Content]) -> None:
@@ -232,12 +249,11 @@ def _folder() -> Iterator[Path]:
         scratch.close()
 
 
-def _measured(folder: Path, model: str | None, wanted: Wanted, asked: Evaluate) -> Iterator[Measuring | Measured]:
+def _score(folder: Path, model: str | None, wanted: Wanted, asked: Evaluate) -> tuple[Score, ...]:
     from merger.evaluation.process import evaluated
 
-    yield Measuring(model)
     try:
-        yield Measured(evaluated(folder, model, wanted))
+        return evaluated(folder, model, wanted)
     except EvaluationError as error:
         (problem,) = error.problems
         what = f"{model or 'the merge'} cannot be measured: {problem.what}"

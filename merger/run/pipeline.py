@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from merger.card.relations import Loss, relations
 from merger.card.render import render
 from merger.errors import DamagedError, MergerError, MissingError, Problem, UploadError
 from merger.evaluation.budget import Score
-from merger.evaluation.evaluate import Measured, Measuring, carried_out, prepared
+from merger.evaluation.evaluate import Measured, Measuring, measure, prepare_measuring
 from merger.lock.locked import LockedRecipe
 from merger.methods.registry import methods
 from merger.models.formats.safetensors import WrittenShard
@@ -25,18 +26,18 @@ from merger.planning.plan import Part, Plan, Shard, share
 from merger.recipe.model import Recipe
 from merger.run.artifacts import card, elders, small_files, used_files
 from merger.run.options import Options, destination, exposed, needed_disk, placed, to_hub
-from merger.stores.folder import FolderSink
-from merger.stores.ports import HUB, Leftover, Published, Sink, Store, bytes_of
+from merger.stores.folder import ResultFolder
+from merger.stores.ports import HUB, Destination, Leftover, Published, Session, bytes_of
 from merger.stores.resolve import Library
 
 if TYPE_CHECKING:
-    from merger.engine.execute import Event
+    from merger.engine.execute import Event as MakingEvent
     from merger.evaluation.process import Wanted
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The destination takes what is planned; the first event."""
+    """The destination takes what is planned: what is to be made is made from here on."""
 
 
 @dataclass(frozen=True)
@@ -48,37 +49,50 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class PartDone:
-    """A part's shards are where all parts put them; `merger publish` makes a model of them once all are there.
+class Result:
+    """What became of a merge.
 
-    `doubts` are sentences that say why the model may mean little, as far as this part has seen it.
+    Args:
+        where: the folder or page where it lies; of a part, where it waits.
+        commit: on the Hub, the one that brought it.
+        shards: the files of tensors; none where the merge lay there before this run.
+        of: how many files of tensors the merge has.
+        part: the part that was made, where not all of it was: `merger publish` makes a model of all parts.
+        doubts: sentences that say why it may mean little, or who reads of it now.
+        losses: what an adapter leaves out of its model.
+        card, lock: those files, where this run wrote them.
+        plan: the hash of the plan.
+        seconds: how long it took.
     """
 
-    part: Part
-    shards: int
-    of: int
-    doubts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Done:
-    """The merge lies at its destination; without shards where it lay there before this run.
-
-    `doubts` are sentences that say why it may mean little, or who reads of it now; `losses` what an adapter leaves out;
-    `card` and `lock` are those files where this run wrote them.
-    """
-
-    published: Published
+    where: str
+    commit: str | None
     shards: tuple[WrittenShard, ...]
+    of: int
+    part: Part | None = None
     doubts: tuple[str, ...] = ()
     losses: tuple[Loss, ...] = ()
     card: str = field(default="", repr=False)
     lock: str = field(default="", repr=False)
+    plan: str = ""
+    seconds: float = 0.0
 
     @property
     def is_new(self) -> bool:
         """Whether this run put it there."""
         return bool(self.shards)
+
+
+if TYPE_CHECKING:
+    Event = Ready | Resumed | Measuring | Measured | MakingEvent
+    """What happens on the way."""
+
+    Observer = Callable[[Event], object]
+    """Is told of it as it happens. What it raises ends the run, and what is finished waits for another."""
+
+
+def ignore(event: object) -> None:
+    """What an observer does whom nothing matters to."""
 
 
 def warm() -> None:
@@ -87,9 +101,9 @@ def warm() -> None:
     import merger.stores.staging  # noqa: F401
 
 
-def lock_text(planned: Plan, done: Done) -> str:
+def lock_text(planned: Plan, result: Result) -> str:
     """What a lock file beside the recipe has to hold to make this result again."""
-    return done.lock or lock_file(planned, {}, lambda model, file: model.files[file].sha256)
+    return result.lock or lock_file(planned, {}, lambda model, file: model.files[file].sha256)
 
 
 def trusted_publishing(repo: str) -> str:
@@ -103,15 +117,15 @@ def trusted_publishing(repo: str) -> str:
     return trusted_publisher(repo)
 
 
-def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
+def _place(recipe: Recipe, options: Options, locked: LockedRecipe) -> Destination:
     to = destination(recipe, options)
     if not to.startswith(HUB):
         parents = [Path(model.located.where) for model in locked.models if model.located.commit is None]
-        return FolderSink(Path(to), options.force, parents)
-    from merger.stores.staging import HubSink
+        return ResultFolder(Path(to), options.force, parents)
+    from merger.stores.staging import HubRepo
 
     publish = recipe.publish
-    return HubSink(
+    return HubRepo(
         to.removeprefix(HUB),
         publish.private,
         options.force,
@@ -121,85 +135,149 @@ def _sink(recipe: Recipe, options: Options, locked: LockedRecipe) -> Sink:
     )
 
 
-def unmade(planned: Plan, options: Options, count: int) -> Done | tuple[Part, ...]:
-    """Those of `count` parts of which a shard is still to be made; `Done` where the model itself is there already.
+def missing_parts(planned: Plan, options: Options, count: int) -> Result | tuple[Part, ...]:
+    """Those of `count` parts of which a shard is still to be made; the result where the model itself is there already.
 
     Raises:
         UploadError: the destination refuses what would be made.
     """
-    sink = _sink(planned.locked.recipe, options, planned.locked)
-    try:
-        found = sink.prepare(planned.identity, shared=True)
-        held = sink.held()
-    finally:
-        sink.leave()
-    if found is not None:
-        return Done(found, ())
+    session = _place(planned.locked.recipe, options, planned.locked).open(planned.identity, shared=True)
+    if isinstance(session, Published):
+        return _found(planned, session)
+    held = session.held()
+    session.leave()
     parts = (Part(number, count) for number in range(1, count + 1))
     return tuple(part for part in parts if any(shard.name not in held for shard in share(planned.shards, part)))
 
 
-def run(
-    planned: Plan, store: Library, options: Options
-) -> Iterator[Event | Ready | Resumed | Measuring | Measured | Done | PartDone]:
-    """Make what was planned and put it where it belongs; the last event is `Done`, of a part `PartDone`.
+def _found(planned: Plan, published: Published) -> Result:
+    return Result(published.where, published.commit, (), len(planned.shards), plan=planned.hash)
+
+
+def merge(planned: Plan, store: Library, options: Options, on_event: Observer = ignore) -> Result:
+    """Make what was planned and put it where it belongs.
 
     Shards that an earlier run finished are not made again, and a model that is there already is not published again.
+
+    Args:
+        planned: what is made.
+        store: where its models are.
+        options: what it may use, and where it goes.
+        on_event: is told what happens on the way.
 
     Raises:
         MergerError: any kind; the destination is then as it was before, and finished shards wait for another run.
     """
-    sink = _sink(planned.locked.recipe, options, planned.locked)
+    began = time.monotonic()
+    place = _place(planned.locked.recipe, options, planned.locked)
+    with ThreadPoolExecutor(1) as meanwhile:
+        # the Hub's answers and torch's import take a second or two each
+        if to_hub(planned.locked.recipe, options) and not options.publish_only:
+            meanwhile.submit(warm)
+        session = place.open(planned.identity, shared=options.part is not None)
+    if isinstance(session, Published):
+        on_event(Ready())
+        return _found(planned, session)
     try:
-        with ThreadPoolExecutor(1) as meanwhile:
-            if (
-                to_hub(planned.locked.recipe, options) and not options.publish_only
-            ):  # its answers and torch's import take a second or two each
-                meanwhile.submit(warm)
-            found = sink.prepare(planned.identity, shared=options.part is not None)
-        yield Ready()
-        if found is None:
-            yield from _made(planned, store, sink, options)
-        else:
-            yield Done(found, ())
+        on_event(Ready())
+        result = _Run(planned, store, options, place, session, on_event).result()
     except BaseException:
         with suppress(MergerError):  # what went wrong first is what is told
-            sink.leave()
+            session.leave()
         raise
-    sink.leave()
+    session.leave()
+    return replace(result, plan=planned.hash, seconds=time.monotonic() - began)
 
 
-def _made(
-    planned: Plan, store: Library, sink: Sink, options: Options
-) -> Iterator[Event | Resumed | Measuring | Measured | Done | PartDone]:
-    """The shards that are missing, and the end: of a part, or of the whole."""
-    held, seen, doubts = dict(sink.held()), dict[str, Geometry](), tuple[str, ...]()
-    mine = share(planned.shards, options.part)
-    missing = [shard for shard in mine if shard.name not in held]
-    if held:
-        yield Resumed(len(planned.shards) - len(missing), len(planned.shards))
-    if missing and options.publish_only:
-        raise _unfinished(missing, planned)
-    sink.reserve(needed_disk(planned, options, missing))
-    wanted = None if options.part else prepared(planned, options.device, options.read_token, options.root)
-    if missing:
-        sink.check_card(render(planned, methods(), sink.name, relations(planned, seen)))
-        doubts = yield from _shards_made(planned, missing, store, sink, options, held, seen)
-    if options.part is not None:
-        yield PartDone(options.part, len(mine), len(planned.shards), doubts)
-        return
-    shards = tuple(held[shard.name] for shard in planned.shards)
-    for note in sink.notes() if len(missing) < len(planned.shards) else ():
-        seen |= recalled(note)
-    seen = {job.name: seen[job.name] for job in planned.jobs if job.name in seen}  # in whatever order they were made
-    scores = (yield from _scored(wanted, planned, store, sink)) if wanted else ()
-    related = relations(planned, seen)
-    ancestors = elders(planned, to_hub(planned.locked.recipe, options))
-    written = card(planned, sink.name, seen, store, ancestors, scores)
-    small = small_files(planned, store, shards, seen)
-    published = sink.finish({**written.files, **small}, _title(planned))
-    doubts = (*related.doubts, *doubts, *exposed(planned, destination(planned.locked.recipe, options)))
-    yield Done(published, shards, doubts, related.losses, written.text, bytes_of(small[LOCK_NAME]).decode())
+class _Run:
+    """The making of a plan's shards, or a part of them, and its end.
+
+    Args:
+        planned, store, options, on_event: as `merge` takes them.
+        place: where it goes.
+        session: the work there.
+    """
+
+    def __init__(
+        self, planned: Plan, store: Library, options: Options, place: Destination, session: Session, on_event: Observer
+    ) -> None:
+        self._planned, self._store, self._options = planned, store, options
+        self._place, self._session, self._on_event = place, session, on_event
+        self._recipe = planned.locked.recipe
+        self._held = dict(session.held())
+        self._seen: dict[str, Geometry] = {}
+        self._doubts: list[str] = []
+
+    def result(self) -> Result:
+        """Make the shards that are missing, and of a whole merge the end."""
+        planned, options = self._planned, self._options
+        mine = share(planned.shards, options.part)
+        missing = [shard for shard in mine if shard.name not in self._held]
+        if self._held:
+            self._on_event(Resumed(len(planned.shards) - len(missing), len(planned.shards)))
+        if missing and options.publish_only:
+            raise _unfinished(missing, planned)
+        self._session.reserve(needed_disk(planned, options, missing))
+        wanted = None if options.part else prepare_measuring(planned, options.device, options.read_token, options.root)
+        if missing:
+            self._place.check_card(render(planned, methods(), self._place.name, relations(planned, {})))
+            self._make(missing)
+        shards = tuple(self._held[shard.name] for shard in mine)
+        if options.part is not None:
+            to, doubts = destination(self._recipe, options), tuple(self._doubts)
+            return Result(to, None, shards, len(planned.shards), options.part, doubts)
+        if len(missing) < len(planned.shards):
+            self._recall()
+        return self._publish(shards, self._score(wanted) if wanted else ())
+
+    def _make(self, missing: Sequence[Shard]) -> None:
+        # imports torch, which all else does without
+        from merger.engine.execute import Doubted, Observed, ShardDone, execute
+
+        made = list[str]()
+        try:
+            for event in execute(self._planned, missing, methods(), self._store, self._session, self._options.device):
+                if isinstance(event, ShardDone):
+                    self._held[event.shard.name] = event.shard
+                    made.append(event.shard.name)
+                elif isinstance(event, Observed):
+                    self._seen[event.job.name] = event.geometry
+                elif isinstance(event, Doubted):
+                    self._doubts.append(event.what)
+                self._on_event(event)
+        except DamagedError as error:
+            _forget(self._session, made, error)
+            raise
+
+    def _recall(self) -> None:
+        """What earlier runs saw of the shards that they made."""
+        for note in self._session.notes():
+            self._seen |= recalled(note)
+
+    def _score(self, wanted: Wanted) -> tuple[Score, ...]:
+        """What is measured of the result before it is published."""
+        files = used_files(self._planned, self._store)
+        return measure(wanted, self._planned, files, self._store, self._session, self._on_event)
+
+    def _publish(self, shards: tuple[WrittenShard, ...], scores: tuple[Score, ...]) -> Result:
+        planned = self._planned
+        seen = {job.name: self._seen[job.name] for job in planned.jobs if job.name in self._seen}  # in the plan's order
+        related = relations(planned, seen)
+        ancestors = elders(planned, to_hub(self._recipe, self._options))
+        written = card(planned, self._place.name, seen, self._store, ancestors, scores)
+        small = small_files(planned, self._store, shards, seen)
+        published = self._session.finish({**written.files, **small}, _title(planned))
+        doubts = (*related.doubts, *self._doubts, *exposed(planned, destination(self._recipe, self._options)))
+        return Result(
+            published.where,
+            published.commit,
+            shards,
+            len(shards),
+            doubts=doubts,
+            losses=related.losses,
+            card=written.text,
+            lock=bytes_of(small[LOCK_NAME]).decode(),
+        )
 
 
 def _title(planned: Plan) -> str:
@@ -208,52 +286,10 @@ def _title(planned: Plan) -> str:
     return f"LoRA adapter of {planned.locked.models[0].name}" if lora and lora.extracted else f"Merge of {names}"
 
 
-def _scored(
-    wanted: Wanted, planned: Plan, store: Library, sink: Sink
-) -> Generator[Measuring | Measured, None, tuple[Score, ...]]:
-    """What is measured of the result before it is published."""
-    found: tuple[Score, ...] = ()
-    for event in carried_out(wanted, planned, used_files(planned, store), store, sink):
-        if isinstance(event, Measured):
-            found += event.scores
-        yield event
-    return found
-
-
-def _shards_made(
-    planned: Plan,
-    missing: Sequence[Shard],
-    store: Store,
-    sink: Sink,
-    options: Options,
-    held: dict[str, WrittenShard],
-    seen: dict[str, Geometry],
-) -> Generator[Event, None, tuple[str, ...]]:
-    """Make them, fill `held` and `seen`, and return what speaks against the result beside what was seen."""
-    # imports torch, which all else does without
-    from merger.engine.execute import Doubted, Observed, ShardDone, execute
-
-    made, doubts = list[str](), list[str]()
-    try:
-        for event in execute(planned, missing, methods(), store, sink, options.device):
-            if isinstance(event, ShardDone):
-                held[event.shard.name] = event.shard
-                made.append(event.shard.name)
-            elif isinstance(event, Observed):
-                seen[event.job.name] = event.geometry
-            elif isinstance(event, Doubted):
-                doubts.append(event.what)
-            yield event
-    except DamagedError as error:
-        _forget(sink, made, error)
-        raise
-    return tuple(doubts)
-
-
-def _forget(sink: Sink, made: Sequence[str], why: DamagedError) -> None:
+def _forget(session: Session, made: Sequence[str], why: DamagedError) -> None:
     """What was made of damaged bytes must not be what another run goes on from."""
     try:
-        sink.forget(made)
+        session.forget(made)
     except MergerError as error:
         raise DamagedError([*why.problems, *error.problems]) from None
 
@@ -271,7 +307,7 @@ def leftovers(to: str) -> list[Leftover]:
         MissingError: nothing is there, neither a result nor what a run left.
         UploadError: the destination cannot be asked.
     """
-    found = destination_sink(to).leftovers()
+    found = place_of(to).leftovers()
     if not found and not placed(to).startswith(HUB) and not os.path.lexists(os.path.expanduser(to)):
         what = f"there is no folder {to!r}, nor a run that was to make it"
         raise MissingError(Problem(what, hint="paths are relative to the working directory; a repo starts with hf://"))
@@ -284,10 +320,10 @@ def clean(to: str, leftover: Leftover) -> None:
     Raises:
         UploadError: a run is at work there, or we may not write.
     """
-    destination_sink(to).clean(leftover)
+    place_of(to).clean(leftover)
 
 
-def destination_sink(to: str, token: str | None = None) -> Sink:
+def place_of(to: str, token: str | None = None) -> Destination:
     """What is at a destination, for all but making a merge there.
 
     Raises:
@@ -295,7 +331,7 @@ def destination_sink(to: str, token: str | None = None) -> Sink:
     """
     to = placed(to)
     if not to.startswith(HUB):
-        return FolderSink(Path(to))
-    from merger.stores.staging import HubSink
+        return ResultFolder(Path(to))
+    from merger.stores.staging import HubRepo
 
-    return HubSink(to.removeprefix(HUB), token=token)
+    return HubRepo(to.removeprefix(HUB), token=token)

@@ -195,13 +195,10 @@ class _Open:
     readers: int = 0
 
 
-class FolderSink:
-    """A folder that appears, complete, when the run is finished.
+class ResultFolder:
+    """A folder that a result goes to, or lies in: it appears, complete, when a run is finished.
 
-    The model is made in ``<folder>.merging/new`` beside it, without config.json until the end, and renamed; an old
-    model waits in ``<folder>.merging/old`` meanwhile. What is written in ``done`` of a finished shard lets another run
-    go on from it. A file in there marks it as ours, names the run and is locked while it lives, so that the leftover of
-    a killed run is told from another run.
+    The model is made in ``<folder>.merging`` beside it (see `_Work`), and renamed.
 
     Args:
         folder: where the result shall lie.
@@ -212,37 +209,37 @@ class FolderSink:
     def __init__(self, folder: Path, force: bool = False, parents: Sequence[Path] = ()) -> None:
         self.folder = Path(os.path.realpath(os.path.expanduser(folder)))
         self.name = self.folder.name
-        self._work = self.folder.parent / f"{self.name}{_WORK}"
-        self._mark = self._work / _MARK
-        self._new, self._old, self._done = self._work / "new", self._work / "old", self._work / "done"
         self._force = force
         self._parents = [parent.resolve() for parent in parents]
-        self._lock: int | None = None
-        self._alone = False
 
-    def prepare(self, identity: str, shared: bool = False) -> Published | None:
+    def open(self, identity: str, shared: bool = False) -> FolderSession | Published:
         """Refuse a destination that would lose something; clear away what another run left."""
-        with self._refusals():
+        with self.refusals():
             if not self._is_done(identity):
-                self._refuse_loss()
-            self._lock = self._locked(shared)
+                self.refuse_loss()
+            work = _Work(self.folder, shared)
             try:
-                self._put_back()
+                work.restore()
                 if self._is_done(identity):
-                    self._remove_work()
+                    work.remove()
                     return Published(str(self.folder))
-                self._refuse_loss()
-                self._take_up(identity)
-                self._share(shared)
+                self.refuse_loss()
+                work.resume(identity, self._force)
+                work.share(shared)
             except BaseException:
-                self.leave()
+                work.leave()
                 raise
-        return None
+        return FolderSession(self, work)
 
     def _is_done(self, identity: str) -> bool:
         return not self._force and _holds(self.folder, identity)
 
-    def _refuse_loss(self) -> None:
+    def refuse_loss(self) -> None:
+        """Refuse to replace what is no model, a parent, or a model without --force.
+
+        Raises:
+            UploadError: such a thing is there.
+        """
         another = "choose another destination"
         if any(self.folder in (parent, *parent.parents) for parent in self._parents):
             what = f"the destination {self.name!r} is or holds one of the models that are merged"
@@ -258,130 +255,14 @@ class FolderSink:
             what = f"the destination {self.name!r} holds something that is no model"
             raise UploadError(Problem(what, hint=f"--force replaces models only: {another}"))
 
-    def reserve(self, needed: int) -> None:
-        """Look at the disk on which the result shall lie."""
-        free = shutil.disk_usage(self._work).free
-        if free < needed:
-            what = f"the result needs {needed:,} bytes of disk, {free:,} are free where {self.name!r} shall lie"
-            raise BudgetError(Problem(what, hint="choose a destination on another disk, or publish to hf://owner/name"))
-
-    def _locked(self, shared: bool) -> int:
-        """The mark, open, with a lock that the system takes back when this process ends, however it ends."""
-        if not _is_free(self._work) and not self._mark.is_file():
-            what = f"{self._work.name!r} beside the destination is needed for the work, but something else is there"
-            raise UploadError(Problem(what, hint="move it away, or choose another destination"))
-        self._work.mkdir(parents=True, exist_ok=True)
-        opened = os.open(self._mark, os.O_RDWR | os.O_CREAT)
-        self._alone = _flock(opened, fcntl.LOCK_EX)
-        if not self._alone and not (shared and _flock(opened, fcntl.LOCK_SH)):
-            os.close(opened)
-            raise self._busy()
-        return opened
-
-    def _busy(self) -> UploadError:
-        what = f"another run is writing to {self.name!r}"
-        return UploadError(Problem(what, hint="wait for it, or choose another destination"))
-
-    def _waiting(self, names: Sequence[str]) -> UploadError:
-        """What another recipe's run has finished is not thrown away without a word."""
-        what = f"finished files of another merge wait in {self._work.name!r}: {few(names)}"
-        hint = f"run that one on; `merger clean {self.folder} --yes` removes them, and so does --force"
-        return UploadError(Problem(what, hint=hint))
-
-    def _put_back(self) -> None:
-        """Undo the first half of a replacement whose second half did not come about; else end it."""
-        if not self._alone or not self._old.exists():
-            return
-        if not self.folder.exists():
-            self._old.rename(self.folder)
-        elif not self._new.exists():
-            _remove(self._old)
-
-    def _take_up(self, identity: str) -> None:
-        """Keep the finished shards of a run of the same identity, and clear away all else if nobody is at work."""
-        if self._mark.read_text() != identity:
-            if not self._alone:
-                raise self._busy()
-            if (waiting := sorted(self.held())) and not self._force:
-                raise self._waiting(waiting)
-            self._empty()
-            self._mark.write_text(identity)
-        for folder in (self._new, self._done):
-            folder.mkdir(exist_ok=True)
-        if self._alone:
-            self._forget_damaged()
-            self._remove_unfinished()
-
-    def _share(self, shared: bool) -> None:
-        """From here on parts of the same run may come in."""
-        if shared and self._alone and self._lock is not None:
-            self._alone = not _flock(self._lock, fcntl.LOCK_SH)
-
-    def _forget_damaged(self) -> None:
-        """A shard counts as finished only if its file is, to the byte, what was written down of it."""
-        for name, shard in self.held().items():
-            path = self._new / name
-            if not path.is_file() or path.stat().st_size != shard.size or file_sha256(path) != shard.sha256:
-                (self._done / name).unlink()
-
-    def _remove_unfinished(self) -> None:
-        for leftover in set(os.listdir(self._new)) - self.held().keys():
-            _remove(self._new / leftover)
-
-    def _empty(self) -> None:
-        for leftover in self._work.iterdir():
-            if leftover != self._mark:
-                _remove(leftover)
-
-    def held(self) -> Mapping[str, WrittenShard]:
-        """The finished shards in the work folder."""
-        return _written_down(self._done)
-
     def check_card(self, text: str) -> None:
         """A folder takes any without a token in it."""
         secrets.refuse_tokens({CARD_NAME: text})
 
-    def open(self, name: str) -> Outlet:
-        """A file where it shall stay."""
-        return (self._new / name).open("wb", buffering=0)
-
-    def take(self, shard: WrittenShard, note: str = "") -> None:
-        """Keep it where it was made, and write down that it is whole."""
-        entry = self._done / f"{shard.name}.unfinished"
-        with self._refusals():
-            entry.write_text(json.dumps({**asdict(shard), "note": note}))
-            entry.rename(self._done / shard.name)
-
-    def notes(self) -> Iterator[str]:
-        """They stand in the entries of the finished shards."""
-        return (entry["note"] for entry in _entries(self._done) if entry.get("note"))
-
-    def forget(self, names: Sequence[str]) -> None:
-        """Remove the notes first, then the files."""
-        with self._refusals():
-            for name in names:
-                (self._done / name).unlink()
-                (self._new / name).unlink()
-
-    def lend(self, folder: Path) -> None:
-        """Links to them."""
-        for name in self.held():
-            (folder / name).symlink_to(self._new / name)
-
-    def finish(self, files: Mapping[str, Content], message: str) -> Published:
-        """Write the small files and give the folder its name."""
-        with self._refusals():
-            self._refuse_loss()  # the destination may have been filled in the meantime
-            for name, content in files.items():
-                write(content, self._new / name)
-            self._rename()
-            self._remove_work()
-        return Published(str(self.folder))
-
     def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
         """Write each file beside the old one, then give it its name."""
         secrets.refuse_tokens(small)
-        with self._refusals():
+        with self.refusals():
             for name, content in small.items():
                 target = self.folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -394,30 +275,179 @@ class FolderSink:
                 unfinished.replace(target)
         return Published(str(self.folder))
 
-    def _rename(self) -> None:
-        """The old folder, if any, is moved aside first and removed only once the new one stands."""
-        if not _is_free(self.folder):
-            self.folder.rename(self._old)
-        self._new.rename(self.folder)
+    def leftovers(self) -> list[Leftover]:
+        """The work of a run that is not finished."""
+        with self.refusals():
+            return _Work.leftover(self.folder)
+
+    def clean(self, leftover: Leftover) -> None:
+        """Remove it, unless a run is at work there."""
+        with self.refusals():
+            work = _Work(self.folder)
+            work.restore()
+            work.remove()
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Turn the disk's errors into a sentence and a next step."""
+        try:
+            yield
+        except OSError as error:
+            what, hint = f"cannot write to the destination {str(self.folder)!r}", "look at its disk, or choose another"
+            raise runtime.refused(what, error, UploadError, hint) from None
+
+
+class _Work:
+    """The folder beside a result in which it is made, held by this run from its making to `remove` or `leave`.
+
+    The model is made in ``new``, without config.json until the end; an old model waits in ``old`` meanwhile. What is
+    written in ``done`` of a finished shard lets another run go on from it. A mark tells the folder as ours, names the
+    run, and is locked while that lives: so the leftover of a killed run is told from another run.
+
+    Args:
+        folder: the result's.
+        shared: whether other runs of the same identity may be at work there.
+
+    Raises:
+        UploadError: another run is at work there, or something that is not ours lies there.
+    """
+
+    def __init__(self, folder: Path, shared: bool = False) -> None:
+        self._folder, self._place = folder, _place_beside(folder)
+        self.new, self._old, self._done = self._place / "new", self._place / "old", self._place / "done"
+        self._mark = self._place / _MARK
+        if not _is_free(self._place) and not self._mark.is_file():
+            what = f"{self._place.name!r} beside the destination is needed for the work, but something else is there"
+            raise UploadError(Problem(what, hint="move it away, or choose another destination"))
+        self._place.mkdir(parents=True, exist_ok=True)
+        opened = os.open(self._mark, os.O_RDWR | os.O_CREAT)
+        self._alone = _flock(opened, fcntl.LOCK_EX)
+        if not self._alone and not (shared and _flock(opened, fcntl.LOCK_SH)):
+            os.close(opened)
+            raise self._busy()
+        self._lock: int | None = opened  # the system takes it back when this process ends, however it ends
+
+    @staticmethod
+    def leftover(folder: Path) -> list[Leftover]:
+        """What lies beside a result of a run that is not finished."""
+        place = _place_beside(folder)
+        if not (place / _MARK).is_file():
+            return []
+        shards = _written_down(place / "done").values()
+        opened = os.open(place / _MARK, os.O_RDWR)
+        try:
+            busy = not _flock(opened, fcntl.LOCK_EX)
+        finally:
+            os.close(opened)
+        return [Leftover(str(place), len(shards), sum(shard.size for shard in shards), busy)]
+
+    def _busy(self) -> UploadError:
+        what = f"another run is writing to {self._folder.name!r}"
+        return UploadError(Problem(what, hint="wait for it, or choose another destination"))
+
+    def _waiting(self, names: Sequence[str]) -> UploadError:
+        """What another recipe's run has finished is not thrown away without a word."""
+        what = f"finished files of another merge wait in {self._place.name!r}: {few(names)}"
+        hint = f"run that one on; `merger clean {self._folder} --yes` removes them, and so does --force"
+        return UploadError(Problem(what, hint=hint))
+
+    def restore(self) -> None:
+        """Undo the first half of a replacement whose second half did not come about; else end it."""
+        if not self._alone or not self._old.exists():
+            return
+        if not self._folder.exists():
+            self._old.rename(self._folder)
+        elif not self.new.exists():
+            _remove(self._old)
+
+    def resume(self, identity: str, force: bool) -> None:
+        """Keep the finished shards of a run of the same identity, and clear away all else if nobody is at work.
+
+        Raises:
+            UploadError: finished shards of another merge lie there, and are not to be replaced.
+        """
+        if self._mark.read_text() != identity:
+            if not self._alone:
+                raise self._busy()
+            if (waiting := sorted(self.held())) and not force:
+                raise self._waiting(waiting)
+            self._empty()
+            self._mark.write_text(identity)
+        for folder in (self.new, self._done):
+            folder.mkdir(exist_ok=True)
+        if self._alone:
+            self._forget_damaged()
+            self._remove_unfinished()
+
+    def share(self, shared: bool) -> None:
+        """From here on parts of the same run may come in."""
+        if shared and self._alone and self._lock is not None:
+            self._alone = not _flock(self._lock, fcntl.LOCK_SH)
+
+    def free_bytes(self) -> int:
+        """What the disk has left."""
+        return shutil.disk_usage(self._place).free
+
+    def _forget_damaged(self) -> None:
+        """A shard counts as finished only if its file is, to the byte, what was written down of it."""
+        for name, shard in self.held().items():
+            path = self.new / name
+            if not path.is_file() or path.stat().st_size != shard.size or file_sha256(path) != shard.sha256:
+                (self._done / name).unlink()
+
+    def _remove_unfinished(self) -> None:
+        for leftover in set(os.listdir(self.new)) - self.held().keys():
+            _remove(self.new / leftover)
+
+    def _empty(self) -> None:
+        for leftover in self._place.iterdir():
+            if leftover != self._mark:
+                _remove(leftover)
+
+    def held(self) -> dict[str, WrittenShard]:
+        """The finished shards by name."""
+        return _written_down(self._done)
+
+    def write_down(self, shard: WrittenShard, note: str) -> None:
+        """Note that a shard is whole."""
+        entry = self._done / f"{shard.name}.unfinished"
+        entry.write_text(json.dumps({**asdict(shard), "note": note}))
+        entry.rename(self._done / shard.name)
+
+    def notes(self) -> Iterator[str]:
+        """What was noted with the finished shards."""
+        return (entry["note"] for entry in _entries(self._done) if entry.get("note"))
+
+    def forget(self, name: str) -> None:
+        """Remove the note first, then the shard."""
+        (self._done / name).unlink()
+        (self.new / name).unlink()
+
+    def finish(self) -> None:
+        """Give the new model its name. An old one is moved aside first, and removed only once the new one stands."""
+        if not _is_free(self._folder):
+            self._folder.rename(self._old)
+        self.new.rename(self._folder)
+        self.remove()
 
     def leave(self) -> None:
-        """Remove the unfinished shard, and all of the work if no shard is finished."""
+        """Remove the unfinished shard, and all of the work if no shard is finished; once it is let go, do nothing."""
         if self._lock is None:
             return
         with suppress(OSError):
-            self._put_back()
+            self.restore()
             if self._alone and not self.held():
-                self._remove_work()
+                self.remove()
             elif self._alone:
                 self._remove_unfinished()
         self._release()
 
-    def _remove_work(self) -> None:
+    def remove(self) -> None:
         """The mark goes last, so that a leftover is always ours."""
         try:
             self._empty()
             self._mark.unlink()
-            self._work.rmdir()
+            self._place.rmdir()
         finally:
             self._release()
 
@@ -426,34 +456,68 @@ class FolderSink:
             os.close(self._lock)
         self._lock = None
 
-    def leftovers(self) -> list[Leftover]:
-        """The work of a run that is not finished."""
-        if not self._mark.is_file():
-            return []
-        with self._refusals():
-            shards = self.held().values()
-            opened = os.open(self._mark, os.O_RDWR)
-            try:
-                busy = not _flock(opened, fcntl.LOCK_EX)
-            finally:
-                os.close(opened)
-        return [Leftover(str(self._work), len(shards), sum(shard.size for shard in shards), busy)]
 
-    def clean(self, leftover: Leftover) -> None:
-        """Remove it, unless a run is at work there."""
-        with self._refusals():
-            self._lock = self._locked(shared=False)
-            self._put_back()
-            self._remove_work()
+class FolderSession:
+    """One run's work on a result's folder.
 
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        """Turn the disk's errors into a sentence and a next step."""
-        try:
-            yield
-        except OSError as error:
-            what, hint = f"cannot write to the destination {str(self.folder)!r}", "look at its disk, or choose another"
-            raise runtime.refused(what, error, UploadError, hint) from None
+    Args:
+        place: the folder.
+        work: what the run holds beside it.
+    """
+
+    def __init__(self, place: ResultFolder, work: _Work) -> None:
+        self._place, self._work = place, work
+
+    def held(self) -> Mapping[str, WrittenShard]:
+        """The finished shards in the work folder."""
+        return self._work.held()
+
+    def reserve(self, needed: int) -> None:
+        """Look at the disk on which the result shall lie."""
+        if (free := self._work.free_bytes()) < needed:
+            what = f"the result needs {needed:,} bytes of disk, {free:,} are free where {self._place.name!r} shall lie"
+            raise BudgetError(Problem(what, hint="choose a destination on another disk, or publish to hf://owner/name"))
+
+    def open(self, name: str) -> Outlet:
+        """A file where it shall stay."""
+        return (self._work.new / name).open("wb", buffering=0)
+
+    def take(self, shard: WrittenShard, note: str = "") -> None:
+        """Keep it where it was made, and write down that it is whole."""
+        with self._place.refusals():
+            self._work.write_down(shard, note)
+
+    def notes(self) -> Iterator[str]:
+        """They stand in the entries of the finished shards."""
+        return self._work.notes()
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Remove them."""
+        with self._place.refusals():
+            for name in names:
+                self._work.forget(name)
+
+    def export(self, folder: Path) -> None:
+        """Links to them."""
+        for name in self.held():
+            (folder / name).symlink_to(self._work.new / name)
+
+    def finish(self, files: Mapping[str, Content], message: str) -> Published:
+        """Write the small files and give the folder its name."""
+        with self._place.refusals():
+            self._place.refuse_loss()  # the destination may have been filled in the meantime
+            for name, content in files.items():
+                write(content, self._work.new / name)
+            self._work.finish()
+        return Published(str(self._place.folder))
+
+    def leave(self) -> None:
+        """Remove what is not finished."""
+        self._work.leave()
+
+
+def _place_beside(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}{_WORK}"
 
 
 def _is_free(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The two ports of the line: a Store that models come from, a Sink that shards go to. Protocols and their data.
+"""The ports of the line: a Store that models come from, a Destination that results go to. Protocols and their data.
 
 A run reads tensors through a Reader, which is told beforehand what will be read in which order.
 """
@@ -220,25 +220,11 @@ class Taker(Protocol):
         """
 
 
-class Sink(Taker, Protocol):
-    """Where shards go. Nothing that looks like a model exists there before `finish`.
+class Session(Taker, Protocol):
+    """One run's work at a place. Nothing that looks like a model exists there before `finish`.
 
     What was taken outlives the run: another one of the same identity goes on from there.
     """
-
-    name: str
-    """What the card calls the result: ``owner/name``, or the folder's last part."""
-
-    def prepare(self, identity: str, shared: bool = False) -> Published | None:
-        """Make sure, before any tensor is read, that the result can be taken; where it lies if it is there already.
-
-        Args:
-            identity: the plan's hash, and whatever else decides the bytes.
-            shared: whether other runs of the same identity may be at work there at the same time.
-
-        Raises:
-            UploadError: something else is there, or we may not write.
-        """
 
     def held(self) -> Mapping[str, WrittenShard]:
         """The shards by name that a run of this identity finished before."""
@@ -248,13 +234,6 @@ class Sink(Taker, Protocol):
 
         Raises:
             BudgetError: they are not.
-        """
-
-    def check_card(self, text: str) -> None:
-        """Make sure, before any tensor is read, that the destination will accept a card with this front matter.
-
-        Raises:
-            UploadError: it will not, or a token stands in the card.
         """
 
     def notes(self) -> Iterator[str]:
@@ -271,7 +250,7 @@ class Sink(Taker, Protocol):
             UploadError: that failed, and another run would go on from them.
         """
 
-    def lend(self, folder: Path) -> None:
+    def export(self, folder: Path) -> None:
         """Put all shards that were taken into a folder, to be read there: as links, or as copies.
 
         Raises:
@@ -283,7 +262,39 @@ class Sink(Taker, Protocol):
         """Put the small files beside the shards and make the whole visible at once.
 
         Raises:
-            UploadError: the destination refuses, or a token stands in one of them.
+            UploadError: the place refuses, or a token stands in one of them.
+        """
+
+    def leave(self) -> None:
+        """End without `finish`: keep what was taken, and nothing else; once finished, do nothing.
+
+        Raises:
+            UploadError: a shard under way could not be taken.
+        """
+
+
+class Destination(Protocol):
+    """Where a result goes, or lies: a folder, or a repo on the Hub."""
+
+    name: str
+    """What the card calls the result: ``owner/name``, or the folder's last part."""
+
+    def open(self, identity: str, shared: bool = False) -> Session | Published:
+        """Begin a run's work, before any tensor is read; where the result lies, if it is there already.
+
+        Args:
+            identity: the plan's hash, and whatever else decides the bytes.
+            shared: whether other runs of the same identity may be at work there at the same time.
+
+        Raises:
+            UploadError: something else is there, or we may not write.
+        """
+
+    def check_card(self, text: str) -> None:
+        """Make sure, before any tensor is read, that the place will accept a card with this front matter.
+
+        Raises:
+            UploadError: it will not, or a token stands in the card.
         """
 
     def amend(self, small: Mapping[str, bytes], message: str, seen: Located) -> Published:
@@ -295,14 +306,7 @@ class Sink(Taker, Protocol):
             seen: the model as it was found: on the Hub it must not have moved on since.
 
         Raises:
-            UploadError: the destination refuses.
-        """
-
-    def leave(self) -> None:
-        """End without `finish`: keep what was taken, and nothing else; once finished, do nothing.
-
-        Raises:
-            UploadError: a shard under way could not be taken.
+            UploadError: the place refuses.
         """
 
     def leftovers(self) -> list[Leftover]:
@@ -310,7 +314,7 @@ class Sink(Taker, Protocol):
 
         Raises:
             MissingError: there is no such place.
-            UploadError: the destination cannot be asked.
+            UploadError: the place cannot be asked.
         """
 
     def clean(self, leftover: Leftover) -> None:

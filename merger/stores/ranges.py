@@ -28,9 +28,8 @@ from urllib3.exceptions import HTTPError, ProtocolError, TimeoutError
 from merger import runtime
 from merger.errors import ModelError, Problem
 from merger.stores import http
-from merger.stores.http import Connections, asked_pause, chunks
+from merger.stores.http import PASSING, Connections, asked_pause, chunks, pause
 from merger.stores.ports import Located, Ticket
-from merger.stores.retries import PASSING, pause
 from merger.stores.uploads import Beginnings, Digest, File
 
 TRIES = 6

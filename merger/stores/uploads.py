@@ -68,7 +68,7 @@ class Sending(Protocol):
 
 
 @dataclass(frozen=True)
-class Destination:
+class Target:
     """The repo that things are sent to; `by_request`: in a pull request, for which nobody needs the right to write."""
 
     api: HfApi
@@ -174,7 +174,7 @@ class Streams:
 
     at_once = 1
 
-    def __init__(self, to: Destination, refusals: Refusals) -> None:
+    def __init__(self, to: Target, refusals: Refusals) -> None:
         self._to, self._refusals = to, refusals
         self._open: dict[str, Stream] = {}
         self._xet: Any = None
@@ -257,7 +257,7 @@ class Stream:
                 under_way.abort()
 
 
-def streams(to: Destination, refusals: Refusals) -> Streams:
+def streams(to: Target, refusals: Refusals) -> Streams:
     """The way without files, if the Hub has one.
 
     Raises:
@@ -270,7 +270,7 @@ def streams(to: Destination, refusals: Refusals) -> Streams:
     return Streams(to, refusals)
 
 
-def plain_uploads(to: Destination, scratch: Scratch) -> Files:
+def plain_uploads(to: Target, scratch: Scratch) -> Files:
     """The way that every Hub has."""
     return Files(scratch, by_xet=to.has_xet())
 

@@ -5,7 +5,7 @@ Not here: the arithmetic (verification.distance), and whether a merge is what it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -15,6 +15,7 @@ from merger.errors import ModelError
 from merger.lock.lock import tensors_of
 from merger.models.architecture import Architecture
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
+from merger.run.pipeline import ignore
 from merger.stores.ports import Located, Reader, Ticket
 from merger.stores.resolve import Library, find
 
@@ -142,8 +143,13 @@ def _side(target: str) -> Side:
             raise ModelError(replace(problem, where=target) for problem in error.problems) from None
 
 
-def contrast(both: Pair, threads: int) -> Iterator[int | Contrast]:
-    """Compare them: after each block how many bytes of A it held, and at last the `Contrast`.
+def contrast(both: Pair, threads: int, on_bytes: Callable[[int], object] = ignore) -> Contrast:
+    """Compare them.
+
+    Args:
+        both: the two.
+        threads: how many threads compare.
+        on_bytes: is told after each block how many bytes of A it held.
 
     Raises:
         ModelError: bytes cannot be read.
@@ -158,8 +164,8 @@ def contrast(both: Pair, threads: int) -> Iterator[int | Contrast]:
     with closing(_reader(both.one, names)) as one, closing(_reader(both.other, names)) as other:
         for number, found in distance.distances(pairs, one, other, threads):
             parts[names[number]].append(found)
-            yield found.entries * ITEM_BYTES[pairs[number][0].dtype]
-    yield _contrast(both, {name: distance.total_distance(found) for name, found in parts.items()})
+            on_bytes(found.entries * ITEM_BYTES[pairs[number][0].dtype])
+    return _contrast(both, {name: distance.total_distance(found) for name, found in parts.items()})
 
 
 def _reader(side: Side, names: Sequence[str]) -> Reader:

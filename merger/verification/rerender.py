@@ -13,7 +13,7 @@ from merger.lock.lock import lock
 from merger.models.side_files import CARD_NAME
 from merger.planning.lockfile import changed_models, other_plan
 from merger.run.options import Options
-from merger.run.pipeline import destination_sink
+from merger.run.pipeline import place_of
 from merger.run.prepare import planned_again, with_templates
 from merger.stores.ports import HUB, Published
 from merger.stores.resolve import stores
@@ -81,6 +81,6 @@ def write_card(made: Recarded, options: Options) -> Published | None:
     """
     if not made.files:
         return None
-    sink = destination_sink(made.destination, options.write_token)
-    sink.check_card(made.text)
-    return sink.amend(made.files, "Render the card again", made.merge.located)
+    place = place_of(made.destination, options.write_token)
+    place.check_card(made.text)
+    return place.amend(made.files, "Render the card again", made.merge.located)

@@ -7,7 +7,7 @@ the merge's lock and files (published), which pieces are drawn (sample), and the
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from merger.planning.lockfile import OURS, Lock, changed_models, other_numbers, 
 from merger.planning.plan import Plan, Shard
 from merger.run.artifacts import taken_files
 from merger.run.options import Options
+from merger.run.pipeline import ignore
 from merger.run.prepare import planned_again
 from merger.stores.resolve import Library, stores
 from merger.verification.published import (
@@ -119,8 +120,16 @@ class Report:
         return not self.problems and not self.differences
 
 
-def verify(target: str, options: Options, extent: Extent) -> Iterator[Begun | BytesWritten | Report]:
-    """Compare a merge with what its lock promises; the last event is the `Report`.
+def verify(
+    target: str, options: Options, extent: Extent, on_event: Callable[[Begun | BytesWritten], object] = ignore
+) -> Report:
+    """Compare a merge with what its lock promises.
+
+    Args:
+        target: a folder, or ``owner/name[@revision]`` on the Hub, with or without ``hf://``.
+        options: what may be used, and with which token is read.
+        extent: how much is compared.
+        on_event: is told how far it is.
 
     Raises:
         ModelError: the merge or a parent cannot be read.
@@ -143,10 +152,10 @@ def verify(target: str, options: Options, extent: Extent) -> Iterator[Begun | By
     problems += [*other_plan(planned, merge.held), *others.values(), *contents, *readable, *misplaced]
     whole_shards = [shard for shard in planned.shards if extent.everything or shard.name in others]
     check = _Check(merge, planned, parents, tensors, whole_shards)
-    yield from check.run(extent)
+    check.run(extent, on_event)
     notes = [f"{name} was added beside the merge" for name in added if not loaded_as(name)]
     notes += find_edits(merge, planned, parents)
-    yield replace(check.report(problems), added=tuple(added), notes=tuple(notes))
+    return replace(check.report(problems), added=tuple(added), notes=tuple(notes))
 
 
 def _planned(held: Lock, locked: LockedRecipe, options: Options, problems: Sequence[Problem]) -> Plan:
@@ -178,14 +187,14 @@ class _Check:
         self._problems: list[Problem] = []
         self._differences: list[Mismatch] = []
 
-    def run(self, extent: Extent) -> Iterator[Begun | BytesWritten]:
+    def run(self, extent: Extent, on_event: Callable[[Begun | BytesWritten], object]) -> None:
         """Compare what is to be compared."""
         if not extent.everything:
             self._seed = random.SystemRandom().getrandbits(32) if extent.seed is None else extent.seed
             self._sample = self._drawn(extent.tensors, self._seed)
-        yield Begun(sum(piece.nbytes for piece in self._sample.pieces) + sum(shard.size for shard in self._shards))
+        on_event(Begun(sum(piece.nbytes for piece in self._sample.pieces) + sum(shard.size for shard in self._shards)))
         try:
-            yield from self._compare()
+            self._compare(on_event)
         except MismatchError as error:
             self._problems += error.problems
 
@@ -196,16 +205,17 @@ class _Check:
         pieces = [each for each in sample.pieces if each.file not in in_full and each.job.name in self._tensors]
         return Sample(tuple(pieces), sample.left_out)
 
-    def _compare(self) -> Iterator[BytesWritten]:
+    def _compare(self, on_event: Callable[[Begun | BytesWritten], object]) -> None:
         from merger.engine.execute import BytesWritten
         from merger.verification.proof import Against, PublishedTensors, compare_pieces, compare_shards
 
         published = PublishedTensors(self._merge.located, self._merge.store, self._tensors)
         for piece, found in compare_pieces(self._planned, self._sample.pieces, methods(), self._parents, published):
             self._differences += [found] if found else []
-            yield BytesWritten(piece.nbytes, piece.job)
+            on_event(BytesWritten(piece.nbytes, piece.job))
         against = Against(self._shards, published)
-        yield from compare_shards(self._planned, self._shards, methods(), self._parents, against)
+        for event in compare_shards(self._planned, self._shards, methods(), self._parents, against):
+            on_event(event)
         self._differences += against.differences
         self._problems += self._other_checksums(against.made)
 

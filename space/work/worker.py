@@ -16,15 +16,18 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from merger.cli import text as console
 from merger.errors import MergerError
 from merger.run.options import Options
-from merger.run.pipeline import Done, Resumed, run
+from merger.run.pipeline import Resumed, merge
 from merger.run.prepare import plan, read_recipe
 from merger.runtime import limits_told
 from merger.safety import secrets
+
+if TYPE_CHECKING:
+    from merger.run.pipeline import Event
 
 RECIPE = "recipe.yaml"
 _SECONDS = 0.2
@@ -116,10 +119,11 @@ def _make(asked: dict[str, Any], out: TextIO) -> None:
     )
     planned, store = plan(read_recipe(Path(RECIPE)), options)
     teller = _Teller(sum(job.nbytes for job in planned.jobs), out)
-    for event in run(planned, store, options):
+
+    def tell(event: Event) -> None:
         if isinstance(event, Resumed):
             teller.tell(kept=planned.size * event.shards // event.of)
         console.show(event, teller)
-        if isinstance(event, Done):
-            where, commit = event.published.where, event.published.commit or ""
-            teller.tell(where=where, commit=commit, is_new=event.is_new, doubts=event.doubts)
+
+    result = merge(planned, store, options, tell)
+    teller.tell(where=result.where, commit=result.commit or "", is_new=result.is_new, doubts=result.doubts)

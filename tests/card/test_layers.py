@@ -15,7 +15,7 @@ from merger.methods.registry import methods
 from merger.planning.geometry import Geometry
 from merger.planning.plan import Plan
 from merger.run.options import Options
-from merger.run.pipeline import run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 
 STACK = "model.layers"
@@ -33,8 +33,9 @@ def merged(tmp_path: Path, text: str) -> tuple[Plan, dict[str, Geometry]]:
     (tmp_path / "mine.yaml").write_text(text.format(tmp_path))
     options = Options(to=str(tmp_path / "out"))
     planned, store = plan(read_recipe(tmp_path / "mine.yaml"), options)
-    events = [event for event in run(planned, store, options) if isinstance(event, Observed)]
-    return planned, {event.job.name: event.geometry for event in events}
+    events: list[object] = []
+    merge(planned, store, options, events.append)
+    return planned, {event.job.name: event.geometry for event in events if isinstance(event, Observed)}
 
 
 def flat(folder: Path, within: str) -> Tensor:

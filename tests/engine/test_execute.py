@@ -18,9 +18,9 @@ from merger.engine.execute import ShardDone, execute, tickets
 from merger.errors import MismatchError, ModelError
 from merger.methods.registry import methods
 from merger.run.options import Options
-from merger.run.pipeline import Done, run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
-from merger.stores.folder import FolderReader, FolderSink, FolderStore
+from merger.stores.folder import FolderReader, FolderSession, FolderStore, ResultFolder
 from merger.stores.ports import Ticket
 
 RECIPES = {
@@ -50,12 +50,11 @@ def recipe(folder: Path, method: str, parents: Sequence[Path], extra: str = "") 
     return folder / "recipe.yaml"
 
 
-def merge(path: Path, to: Path, **options: object) -> dict[str, str]:
+def merged(path: Path, to: Path, **options: object) -> dict[str, str]:
     """Run the recipe; the checksum of each tensor's bytes."""
     chosen = replace(Options(to=str(to), force=True), **options)  # type: ignore[arg-type]
     planned, store = plan(read_recipe(path), chosen)
-    *_, last = run(planned, store, chosen)
-    assert isinstance(last, Done)
+    merge(planned, store, chosen)
     return checksums(to)
 
 
@@ -69,9 +68,9 @@ def checksums(folder: Path) -> dict[str, str]:
 def test_same_bytes_whatever_the_budget(method: str, parents: list[Path], tmp_path: Path) -> None:
     """Threads, memory and shard size change no byte of any tensor."""
     path = recipe(tmp_path, method, parents)
-    first = merge(path, tmp_path / "one", threads=1)
-    assert merge(path, tmp_path / "two", threads=2, max_memory=1_000_000_000) == first
-    assert merge(path, tmp_path / "many", threads=3, shard_size=300_000) == first
+    first = merged(path, tmp_path / "one", threads=1)
+    assert merged(path, tmp_path / "two", threads=2, max_memory=1_000_000_000) == first
+    assert merged(path, tmp_path / "many", threads=3, shard_size=300_000) == first
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
 
 
@@ -102,14 +101,14 @@ def test_the_seed_decides_random_methods(parents: list[Path], tmp_path: Path) ->
     """Another seed gives other bytes; the recipe's own seed and the option of the same number give the same."""
     path = recipe(tmp_path / "a", "dare_linear", parents)
     seeded = recipe(tmp_path / "b", "dare_linear", parents, "seed: 7\n")
-    default = merge(path, tmp_path / "0")
-    assert merge(path, tmp_path / "7", seed=7) == merge(seeded, tmp_path / "own") != default
+    default = merged(path, tmp_path / "0")
+    assert merged(path, tmp_path / "7", seed=7) == merged(seeded, tmp_path / "own") != default
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_rounded_once(dtype: str, parents: list[Path], tmp_path: Path) -> None:
     """Task arithmetic equals the float64 result rounded to the output's dtype, but for a few entries in a million."""
-    merge(recipe(tmp_path, "task_arithmetic", parents, f"dtype: {dtype}\n"), tmp_path / "out")
+    merged(recipe(tmp_path, "task_arithmetic", parents, f"dtype: {dtype}\n"), tmp_path / "out")
     base, one, other = (tiny.read(parent) for parent in parents)
     wrong = total = 0
     for name, tensor in tiny.read(tmp_path / "out").items():
@@ -128,7 +127,7 @@ def test_an_unchanged_input_is_copied_bit_by_bit(parents: list[Path], tmp_path: 
     parent = tiny.write(tmp_path / "parent", held)
     path = tmp_path / "r.yaml"
     path.write_text(f"merge_method: passthrough\nallow_non_finite: true\nmodels: [{{model: {parent}}}]\n")
-    assert merge(path, tmp_path / "out") == checksums(parent)
+    assert merged(path, tmp_path / "out") == checksums(parent)
 
 
 def test_what_is_not_finite_is_refused(parents: list[Path], tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_what_is_not_finite_is_refused(parents: list[Path], tmp_path: Path) -> N
         MismatchError,
         match=r"model\.norm\.weight: a value is beyond float16, which ends at 65,504, and no parent[\s\S]*bfloat16",
     ):
-        merge(path, tmp_path / "out")
+        merged(path, tmp_path / "out")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["parent", "r.yaml"]
 
 
@@ -173,18 +172,18 @@ class Afar(FolderStore):
 def test_each_byte_is_transferred_once(method: str, parents: list[Path], tmp_path: Path) -> None:
     """A method that reads a tensor several times is given it from a spool: the store is asked once for each byte."""
     path = recipe(tmp_path, method, parents)
-    expected = merge(path, tmp_path / "near")
+    expected = merged(path, tmp_path / "near")
     planned, _ = plan(read_recipe(path), Options(threads=2))
-    store, sink = Afar(), FolderSink(tmp_path / "far")
-    sink.prepare(planned.hash, 0)
+    store, session = Afar(), ResultFolder(tmp_path / "far").open(planned.hash)
+    assert isinstance(session, FolderSession)
     shards = [
         event.shard
-        for event in execute(planned, planned.shards, methods(), store, sink)
+        for event in execute(planned, planned.shards, methods(), store, session)
         if isinstance(event, ShardDone)
     ]
     assert len(shards) == len(planned.shards)
     assert store.opened.read_bytes == planned.read_bytes
-    assert checksums(sink._new) == expected
+    assert checksums(session._work.new) == expected
 
 
 @pytest.mark.parametrize(("method", "abreast"), [("linear", True), ("ties", False)])
@@ -210,6 +209,6 @@ def test_a_file_that_shrinks_meanwhile_is_refused(parents: list[Path], tmp_path:
     planned, store = plan(read_recipe(path), options)
     os.truncate(parent / "model.safetensors", 2_000)
     with pytest.raises(ModelError, match="became shorter while it was read"):
-        list(run(planned, store, options))
+        merge(planned, store, options)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.merging").exists()

@@ -19,7 +19,7 @@ from merger.errors import MergerError, ModelError, RecipeError
 from merger.recipe.blocks.evaluate import named_files
 from merger.recipe.model import Publish
 from merger.run.options import Options
-from merger.run.pipeline import run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 from merger.safety import limits, paths
 from merger.safety.paths import ANYWHERE, BarredError
@@ -273,7 +273,7 @@ def test_weights_may_be_links_to_regular_files_anywhere(here: Path) -> None:
     (here / "two").symlink_to("../moved")
     Path("mine.yaml").write_text(LINEAR)
     options = Options(to="out", threads=1)
-    list(run(*plan(read_recipe(Path("mine.yaml")), options), options))
+    merge(*plan(read_recipe(Path("mine.yaml")), options), options)
     assert Path("out/LICENSE").read_text() == "MIT"
     assert "model.safetensors is a link that leads out of the repository" in refusal(
         LINEAR.replace("./two", "./one"), root=here
@@ -312,7 +312,7 @@ def test_the_hubs_cache_is_read_as_it_is_laid_out(inside: str, here: Path) -> No
     text = LINEAR.replace("./one", str(snapshot))
     Path("mine.yaml").write_text(text)
     options = Options(to="out", threads=1)
-    list(run(*plan(read_recipe(Path("mine.yaml")), options), options))
+    merge(*plan(read_recipe(Path("mine.yaml")), options), options)
     assert Path("out/LICENSE").read_text() == "MIT"
     (cache / "blobs/secret").symlink_to(here.parent / "elsewhere/secret.txt")
     (snapshot / "LICENSE").unlink()
@@ -391,7 +391,7 @@ def hostile(block: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def merge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working directory of a merge in out/, made of folders."""
     place = tmp_path_factory.mktemp("merge") / "checkout"
     for seed, name in enumerate(("one", "two")):
@@ -404,17 +404,17 @@ def merge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         options = Options(to="out", threads=1)
-        list(run(*plan(read_recipe(Path("beside.yaml")), options), options))
+        merge(*plan(read_recipe(Path("beside.yaml")), options), options)
     (place / "beside.lock.yaml").symlink_to("out/merger.lock.yaml")
     return place
 
 
 @pytest.mark.parametrize("named", NAMED)
 def test_a_lock_names_nothing_of_the_machine_but_its_models(
-    named: str, merge: Path, monkeypatch: pytest.MonkeyPatch
+    named: str, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever command is pointed at it, nothing of it is printed or written; what is left out is said."""
-    monkeypatch.chdir(merge)
+    monkeypatch.chdir(checkout)
     lock = Path("out/merger.lock.yaml")
     before = lock.read_bytes()
     hostile(NAMED[named])
@@ -425,7 +425,7 @@ def test_a_lock_names_nothing_of_the_machine_but_its_models(
     for line, done in said.items():
         assert SECRET not in done.out + done.err, line
         assert OF_THE_ENVIRONMENT.decode() not in done.out + done.err, line
-    found = held_in(merge)
+    found = held_in(checkout)
     assert SECRET.encode() not in found
     assert OF_THE_ENVIRONMENT not in found
     expected = {"verify ./out": 7, "diff ./out ./one": 7}  # its recipe is not recipe.yaml any more
@@ -435,15 +435,15 @@ def test_a_lock_names_nothing_of_the_machine_but_its_models(
         assert "is left out: a lock names nothing of the machine but the folders of its models" in said[line].err
 
 
-def test_a_lock_on_the_hub_names_no_folder(merge: Path, served: LoopbackHub, client: Client, tmp_path: Path) -> None:
+def test_a_lock_on_the_hub_names_no_folder(checkout: Path, served: LoopbackHub, client: Client, tmp_path: Path) -> None:
     """A stranger's repo would have files of this machine read: as models, and as a template for its card."""
     for name in ("one", "two"):
-        served.add_model(f"paths/{name}", merge / name)
+        served.add_model(f"paths/{name}", checkout / name)
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(LINEAR.replace("./", "paths/"))
     assert client(called, ["run", str(recipe), "--to", "hf://org/kind", "--quiet"]).code == 0
     lock = served.read("org/kind", "merger.lock.yaml").decode()
-    for number, words in enumerate([str(merge / "one"), "/etc", "./one"]):
+    for number, words in enumerate([str(checkout / "one"), "/etc", "./one"]):
         place = f"org/hostile-{number}"
         served.add_model(place, {**served.files("org/kind"), "merger.lock.yaml": lock.replace("paths/one", words)
                                  .encode()})  # fmt: skip
@@ -461,9 +461,9 @@ def test_a_lock_on_the_hub_names_no_folder(merge: Path, served: LoopbackHub, cli
     assert b"\nmerge_method: linear" in served.read("org/kind", "README.md")
 
 
-def test_a_merge_of_folders_is_verified_where_they_are(merge: Path, served: LoopbackHub, client: Client) -> None:
+def test_a_merge_of_folders_is_verified_where_they_are(checkout: Path, served: LoopbackHub, client: Client) -> None:
     """On the Hub nothing says that folders of these names are those that it was made of."""
-    served.add_model("org/of-folders", merge / "out")
+    served.add_model("org/of-folders", checkout / "out")
     done = client(called, ["verify", "org/of-folders"])
     assert done.code == 3
     assert "org/of-folders was made of folders of another machine (one, two)" in done.err

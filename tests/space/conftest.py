@@ -86,12 +86,13 @@ class Visitor:
         self.context, self.url, self.clicks = context, url, 0
         self.outside: list[str] = []
         context.set_default_timeout(1000 * HANGS_SECONDS)
-        context.route(lambda address: not address.startswith(("http://127.0.0.1:", url)), self._refuse)
+        context.on("request", self._look)  # a route would switch the browser's cache off
         self.page = context.new_page()
 
-    def _refuse(self, route: Any) -> None:
-        self.outside.append(route.request.url)
-        route.abort()
+    def _look(self, request: Any) -> None:
+        """The browser reaches no other machine, but tries must not go unseen."""
+        if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:", self.url)):
+            self.outside.append(request.url)
 
     def open(self, query: str = "") -> Page:
         """Open the page in a new tab, in place of the one before, and wait until it can be worked with."""

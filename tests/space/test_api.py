@@ -21,6 +21,7 @@ from loopback import LoopbackHub
 from mcp import ClientSession
 from mcp.client.streamable_http import streamablehttp_client
 from served import ROOT, ServedSpace, halted
+from thorough import thorough_only
 from waiting import HANGS_SECONDS, until
 
 CROWD = 20
@@ -204,6 +205,7 @@ def resident(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
 
 
+@thorough_only
 def test_twenty_at_once(space: ServedSpace, hub: LoopbackHub) -> None:
     """Twenty users submit at once: each is served or told their place, sees their own merge alone, and none is lost."""
     assert space.process is not None

@@ -23,7 +23,7 @@ from served import halted, staged
 from waiting import HANGS_SECONDS
 
 from merger.run.options import Options
-from merger.run.pipeline import Done, run
+from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
 from space.hub import _reach
 from space.work.admission import Limits
@@ -119,8 +119,7 @@ def test_a_job_publishes_what_a_run_makes(
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(tiny.TIES_RECIPE.format(**parents))
     options = Options(to=str(tmp_path / "out"))
-    *_, last = run(*plan(read_recipe(recipe), options), options)
-    assert isinstance(last, Done)
+    last = merge(*plan(read_recipe(recipe), options), options)
     assert hub.tree("alice/whole")["model.safetensors"].sha256 == last.shards[0].sha256
     assert job.where == f"{hub.url}/alice/whole"
     assert job.commit == hub.head("alice/whole")

@@ -17,7 +17,7 @@ from merger import runtime as machine
 from merger.errors import BudgetError, MergerError, ModelError, UploadError
 from merger.models.formats.safetensors import WrittenShard
 from merger.stores import folder as folder_module
-from merger.stores.folder import FolderReader, FolderSink, FolderStore
+from merger.stores.folder import FolderReader, FolderSession, FolderStore, ResultFolder
 from merger.stores.ports import Leftover, Located, Published, Ticket
 
 FILES = {"README.md": b"a card", "templates/chat.jinja": b"{{ x }}", "config.json": b"{}"}
@@ -31,17 +31,19 @@ def a_model(folder: Path, **files: bytes) -> Path:
     return folder
 
 
-def fill(sink: FolderSink, identity: str = "a" * 64) -> None:
-    """Prepare, and make one shard."""
-    sink.prepare(identity)
-    fill_only(sink)
+def begin(place: ResultFolder, identity: str = "a" * 64, shared: bool = False) -> FolderSession:
+    """A run's work there."""
+    session = place.open(identity, shared)
+    assert isinstance(session, FolderSession)
+    return session
 
 
-def fill_only(sink: FolderSink) -> None:
+def fill(session: FolderSession) -> FolderSession:
     """Make one shard."""
-    path = sink._new / "model.safetensors"
+    path = session._work.new / "model.safetensors"
     path.write_bytes(b"tensors")
-    sink.take(WrittenShard(path.name, 7, hashlib.sha256(path.read_bytes()).hexdigest()))
+    session.take(WrittenShard(path.name, 7, hashlib.sha256(path.read_bytes()).hexdigest()))
+    return session
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -156,23 +158,21 @@ def test_a_file_that_changes_under_a_run_is_noticed(spoil: Callable[[Path], None
     assert words in hint(refusal.value)
 
 
-# ---- the sink -------------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_leaves_the_folder_and_nothing_else(tmp_path: Path) -> None:
     """The folder holds shards and small files, and there is no work left beside it."""
-    sink = FolderSink(tmp_path / "deep/out")
-    fill(sink)
-    assert sink.finish(FILES, "").where == str(tmp_path / "deep/out")
-    assert sink.name == "out"
+    session = fill(begin(ResultFolder(tmp_path / "deep/out")))
+    assert session.finish(FILES, "").where == str(tmp_path / "deep/out")
+    assert ResultFolder(tmp_path / "deep/out").name == "out"
     assert listing(tmp_path / "deep/out") == {**FILES, "model.safetensors": b"tensors"}
     assert os.listdir(tmp_path / "deep") == ["out"]
 
 
 def test_nothing_looks_like_a_model_before_the_end(tmp_path: Path) -> None:
     """While a run lasts there is no destination, and what is being made has no config.json."""
-    sink = FolderSink(tmp_path / "out")
-    fill(sink)
+    fill(begin(ResultFolder(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
     work = {MARK, "new/model.safetensors", "done/model.safetensors"}
     assert listing(tmp_path).keys() == {f"out.merging/{name}" for name in work}
@@ -180,96 +180,85 @@ def test_nothing_looks_like_a_model_before_the_end(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_before_its_first_shard_leaves_nothing(tmp_path: Path) -> None:
     """What was half made is removed; a second call does no harm."""
-    sink = FolderSink(tmp_path / "out")
-    sink.prepare("a" * 64)
-    (sink._new / "model.safetensors").write_bytes(b"half a shard")
-    sink.leave()
-    sink.leave()
+    session = begin(ResultFolder(tmp_path / "out"))
+    (session._work.new / "model.safetensors").write_bytes(b"half a shard")
+    session.leave()
+    session.leave()
     assert os.listdir(tmp_path) == []
 
 
 def test_finished_shards_wait_for_a_run_of_the_same_identity(tmp_path: Path) -> None:
     """The next such run finds them, another one does not; half a shard is gone in any case."""
-    first = FolderSink(tmp_path / "out")
-    fill(first)
-    (first._new / "half.safetensors").write_bytes(b"half a shard")
+    first = fill(begin(ResultFolder(tmp_path / "out")))
+    (first._work.new / "half.safetensors").write_bytes(b"half a shard")
     first.leave()
     assert not (tmp_path / "out").exists()
-    second = FolderSink(tmp_path / "out")
-    second.prepare("a" * 64)
+    second = begin(ResultFolder(tmp_path / "out"))
     assert [(shard.name, shard.size) for shard in second.held().values()] == [("model.safetensors", 7)]
-    assert os.listdir(second._new) == ["model.safetensors"]
+    assert os.listdir(second._work.new) == ["model.safetensors"]
     second.leave()
-    other = FolderSink(tmp_path / "out", force=True)
-    other.prepare("b" * 64)
+    other = begin(ResultFolder(tmp_path / "out", force=True), "b" * 64)
     assert not other.held()
-    assert os.listdir(other._new) == []
+    assert os.listdir(other._work.new) == []
 
 
 def test_a_finished_shard_that_changed_is_made_again(tmp_path: Path) -> None:
     """Its checksum is looked at, not only its size."""
-    sink = FolderSink(tmp_path / "out")
-    fill(sink)
-    (sink._new / "model.safetensors").write_bytes(b"tensorz")
-    sink.leave()
-    sink.prepare("a" * 64)
-    assert not sink.held()
+    session = fill(begin(ResultFolder(tmp_path / "out")))
+    (session._work.new / "model.safetensors").write_bytes(b"tensorz")
+    session.leave()
+    assert not begin(ResultFolder(tmp_path / "out")).held()
 
 
 def test_parts_work_beside_each_other_and_nobody_else_does(tmp_path: Path) -> None:
     """Runs that share an identity share the work folder; a whole run and another identity are kept out."""
-    one, two, whole, other = (FolderSink(tmp_path / "out") for _ in range(4))
-    one.prepare("a" * 64, shared=True)
-    two.prepare("a" * 64, shared=True)
-    for sink, identity, shared in ((whole, "a" * 64, False), (other, "b" * 64, True)):
+    place = ResultFolder(tmp_path / "out")
+    one, two = (begin(place, shared=True) for _ in range(2))
+    for identity, shared in (("a" * 64, False), ("b" * 64, True)):
         with pytest.raises(UploadError, match="another run is writing to 'out'"):
-            sink.prepare(identity, shared=shared)
-    fill_only(one)
+            place.open(identity, shared=shared)
+    fill(one)
     assert two.held().keys() == {"model.safetensors"}
     one.leave()
     two.leave()
-    whole.prepare("a" * 64)
-    assert whole.held().keys() == {"model.safetensors"}
+    assert begin(place).held().keys() == {"model.safetensors"}
 
 
 def test_leftovers_are_listed_and_removed_unless_a_run_is_at_work(tmp_path: Path) -> None:
     """The list says how much is there; removing takes the work folder and nothing beside it."""
-    sink = FolderSink(tmp_path / "out")
-    assert FolderSink(tmp_path / "out").leftovers() == []
-    fill(sink)
-    (leftover,) = FolderSink(tmp_path / "out").leftovers()
+    assert ResultFolder(tmp_path / "out").leftovers() == []
+    session = fill(begin(ResultFolder(tmp_path / "out")))
+    (leftover,) = ResultFolder(tmp_path / "out").leftovers()
     assert leftover == Leftover(str(tmp_path / "out.merging"), 1, 7, busy=True)
     with pytest.raises(UploadError, match="another run is writing"):
-        FolderSink(tmp_path / "out").clean(leftover)
-    sink.leave()
-    (leftover,) = FolderSink(tmp_path / "out").leftovers()
+        ResultFolder(tmp_path / "out").clean(leftover)
+    session.leave()
+    (leftover,) = ResultFolder(tmp_path / "out").leftovers()
     assert not leftover.busy
-    FolderSink(tmp_path / "out").clean(leftover)
+    ResultFolder(tmp_path / "out").clean(leftover)
     assert os.listdir(tmp_path) == []
 
 
 def test_the_same_result_is_not_made_twice(tmp_path: Path) -> None:
     """A finished folder of the same identity is the answer, as long as its files have their sizes."""
     lock = f"identity: {'a' * 64}\noutput:\n- {{file: model.safetensors, size: 7}}\n".encode()
-    sink = FolderSink(tmp_path / "out")
-    fill(sink)
-    sink.finish({**FILES, "merger.lock.yaml": lock}, "")
-    assert FolderSink(tmp_path / "out").prepare("a" * 64) == Published(str(tmp_path / "out"))
+    session = fill(begin(ResultFolder(tmp_path / "out")))
+    session.finish({**FILES, "merger.lock.yaml": lock}, "")
+    assert ResultFolder(tmp_path / "out").open("a" * 64) == Published(str(tmp_path / "out"))
     assert os.listdir(tmp_path) == ["out"]
     (tmp_path / "out/model.safetensors").write_bytes(b"short")
     with pytest.raises(UploadError, match="exists and is not empty"):
-        FolderSink(tmp_path / "out").prepare("a" * 64)
+        ResultFolder(tmp_path / "out").open("a" * 64)
 
 
 KILLED = """
 import sys
 from pathlib import Path
-from merger.stores.folder import FolderSink
-sink = FolderSink(Path(sys.argv[1]))
-sink.prepare("a" * 64)
-(sink._new / "model.safetensors").write_bytes(b"half a shard")
-(sink._new / "templates").mkdir()
-(sink._new / "templates/left.jinja").write_bytes(b"left")
+from merger.stores.folder import ResultFolder
+session = ResultFolder(Path(sys.argv[1])).open("a" * 64)
+(session._work.new / "model.safetensors").write_bytes(b"half a shard")
+(session._work.new / "templates").mkdir()
+(session._work.new / "templates/left.jinja").write_bytes(b"left")
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -278,16 +267,15 @@ sys.stdin.read()
 REPLACING = """
 import os, signal
 from pathlib import Path
-from merger.stores.folder import FolderSink
-sink = FolderSink(Path({out!r}), force=True)
-sink.prepare("a" * 64)
+from merger.stores.folder import ResultFolder
+session = ResultFolder(Path({out!r}), force=True).open("a" * 64)
 rename, done = Path.rename, []
 def dying(self, target):
     if done:
         os.kill(os.getpid(), signal.SIGKILL)
     done.append(rename(self, target))
 Path.rename = dying
-sink.finish({{"config.json": b"new"}}, "")
+session.finish({{"config.json": b"new"}}, "")
 """
 
 
@@ -300,37 +288,33 @@ def test_another_run_is_left_alone_while_it_lives_and_cleared_away_once_it_is_ki
     assert other.stdout is not None
     try:
         assert other.stdout.readline() == "ready\n"
-        second = FolderSink(out)
+        second = ResultFolder(out)
         with pytest.raises(UploadError, match="another run is writing to 'out'"):
-            second.prepare("a" * 64)
-        second.leave()
+            second.open("a" * 64)
         assert (tmp_path / "out.merging/new/model.safetensors").read_bytes() == b"half a shard"
     finally:
         other.send_signal(signal.SIGKILL)
         other.communicate()
-    sink = FolderSink(out)
-    sink.prepare("b" * 64)
-    assert os.listdir(sink._new) == []
-    sink.finish(FILES, "")
+    session = begin(ResultFolder(out), "b" * 64)
+    assert os.listdir(session._work.new) == []
+    session.finish(FILES, "")
     assert listing(out) == FILES
 
 
 def test_a_folder_of_the_works_name_that_is_not_ours_is_kept(tmp_path: Path) -> None:
     """Only what carries our mark is cleared away."""
     a_model(tmp_path / "out.merging")
-    sink = FolderSink(tmp_path / "out", force=True)
+    session = ResultFolder(tmp_path / "out", force=True)
     with pytest.raises(UploadError, match=r"'out\.merging' .* something else is there"):
-        sink.prepare("a" * 64)
-    sink.leave()
+        session.open("a" * 64)
     assert (tmp_path / "out.merging/old.safetensors").exists()
 
 
 def test_an_empty_folder_is_a_free_destination(tmp_path: Path) -> None:
     """A folder made beforehand by mkdir or mktemp can be filled."""
     (tmp_path / "out").mkdir()
-    sink = FolderSink(tmp_path / "out")
-    fill(sink)
-    sink.finish(FILES, "")
+    session = fill(begin(ResultFolder(tmp_path / "out")))
+    session.finish(FILES, "")
     assert listing(tmp_path / "out") == {**FILES, "model.safetensors": b"tensors"}
 
 
@@ -339,12 +323,11 @@ def test_a_model_is_replaced_only_by_force_and_only_at_the_end(tmp_path: Path) -
     out = a_model(tmp_path / "out")
     before = listing(out)
     with pytest.raises(UploadError) as refusal:
-        FolderSink(out).prepare("a" * 64)
+        ResultFolder(out).open("a" * 64)
     assert "--force" in hint(refusal.value)
-    sink = FolderSink(out, force=True)
-    fill(sink)
+    session = fill(begin(ResultFolder(out, force=True)))
     assert listing(out) == before
-    sink.finish(FILES, "")
+    session.finish(FILES, "")
     assert listing(out) == {**FILES, "model.safetensors": b"tensors"}
     assert os.listdir(tmp_path) == ["out"]
 
@@ -356,7 +339,7 @@ def test_force_replaces_models_only(tmp_path: Path) -> None:
     (tmp_path / "note").write_text("a file")
     for name, words in [("thesis", "holds something that is no model"), ("note", "is a file")]:
         with pytest.raises(UploadError, match=words):
-            FolderSink(tmp_path / name, force=True).prepare("a" * 64)
+            ResultFolder(tmp_path / name, force=True).open("a" * 64)
     assert listing(tmp_path).keys() == {"thesis/chapter1.tex", "note"}
 
 
@@ -368,7 +351,7 @@ def test_a_parent_is_never_replaced(parent: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "out")
     before = listing(tmp_path)
     with pytest.raises(UploadError, match="is or holds one of the models that are merged"):
-        FolderSink(tmp_path / "out", True, [tmp_path / parent]).prepare("a" * 64)
+        ResultFolder(tmp_path / "out", True, [tmp_path / parent]).open("a" * 64)
     assert listing(tmp_path) == before
 
 
@@ -376,21 +359,19 @@ def test_a_link_is_followed_to_the_folder_it_means(tmp_path: Path) -> None:
     """The folder behind a link is replaced, and the link still leads there."""
     a_model(tmp_path / "disk/real")
     (tmp_path / "out").symlink_to(tmp_path / "disk/real")
-    sink = FolderSink(tmp_path / "out", force=True)
-    fill(sink)
-    sink.finish(FILES, "")
+    session = fill(begin(ResultFolder(tmp_path / "out", force=True)))
+    session.finish(FILES, "")
     assert (tmp_path / "out").is_symlink()
     assert listing(tmp_path / "disk/real") == {**FILES, "model.safetensors": b"tensors"}
 
 
 def test_a_destination_that_fills_up_in_the_meantime_is_not_overwritten(tmp_path: Path) -> None:
     """Whoever was first keeps what they wrote."""
-    sink = FolderSink(tmp_path / "out")
-    fill(sink)
+    session = fill(begin(ResultFolder(tmp_path / "out")))
     a_model(tmp_path / "out")
     with pytest.raises(UploadError, match="exists and is not empty"):
-        sink.finish(FILES, "")
-    sink.leave()
+        session.finish(FILES, "")
+    session.leave()
     assert (tmp_path / "out/old.safetensors").exists()
     assert sorted(os.listdir(tmp_path)) == ["out", "out.merging"]  # the finished shard waits
 
@@ -403,15 +384,15 @@ def test_a_run_killed_in_the_middle_of_a_replacement_loses_nothing(force: bool, 
     killed = REPLACING.format(out=str(out))
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
     assert not out.exists()
-    sink = FolderSink(out, force=force)
+    place = ResultFolder(out, force=force)
     if force:
-        fill(sink)
+        session = fill(begin(place))
         assert listing(out) == before
-        sink.finish(FILES, "")
+        session.finish(FILES, "")
         assert listing(out) == {**FILES, "model.safetensors": b"tensors"}
     else:
         with pytest.raises(UploadError, match="exists and is not empty"):
-            sink.prepare("a" * 64)
+            place.open("a" * 64)
         assert listing(out) == before
     assert os.listdir(tmp_path) == ["out"]
 
@@ -422,11 +403,10 @@ def test_too_little_disk_is_told_in_numbers_and_nothing_is_left(
     """The run is refused before it writes, and what it had made for itself is gone."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=999))
-    sink = FolderSink(tmp_path / "out")
-    sink.prepare("a" * 64)
+    session = begin(ResultFolder(tmp_path / "out"))
     with pytest.raises(BudgetError) as refusal:
-        sink.reserve(1000)
-    sink.leave()
+        session.reserve(1000)
+    session.leave()
     assert "needs 1,000 bytes of disk, 999 are free" in hint(refusal.value)
     assert os.listdir(tmp_path) == []
 
@@ -436,7 +416,7 @@ def test_a_destination_that_cannot_be_is_a_refusal(name: str, tmp_path: Path) ->
     """Names too long, files in the way and folders closed to us end in a sentence and a next step."""
     (tmp_path / "file").write_text("a file")
     with pytest.raises(UploadError) as refusal:
-        FolderSink(tmp_path / name).prepare("a" * 64)
+        ResultFolder(tmp_path / name).open("a" * 64)
     assert hint(refusal.value)
 
 
@@ -447,11 +427,11 @@ def test_a_card_is_written_into_the_folder_and_through_no_link(tmp_path: Path) -
     (tmp_path / "elsewhere/mine").write_bytes(b"mine")
     (out / ".README.md.unfinished").symlink_to("../elsewhere/mine")
     (out / "README.md").symlink_to("../elsewhere/mine")
-    FolderSink(out).amend({"README.md": b"a card"}, "", located(out))
+    ResultFolder(out).amend({"README.md": b"a card"}, "", located(out))
     assert (out / "README.md").read_bytes() == b"a card"
     (out / "pictures").symlink_to("../elsewhere")
     with pytest.raises(UploadError, match=r"pictures/a\.svg lies behind a link that leads out of it"):
-        FolderSink(out).amend({"pictures/a.svg": b"drawn"}, "", located(out))
+        ResultFolder(out).amend({"pictures/a.svg": b"drawn"}, "", located(out))
     assert listing(tmp_path / "elsewhere") == {"mine": b"mine"}
 
 
@@ -459,8 +439,7 @@ def test_a_disk_that_fails_at_the_end_puts_the_old_model_back(tmp_path: Path, mo
     """If the new folder cannot take the name, the old one has it again."""
     out = a_model(tmp_path / "out")
     before = listing(out)
-    sink = FolderSink(out, force=True)
-    fill(sink)
+    session = fill(begin(ResultFolder(out, force=True)))
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
@@ -470,9 +449,9 @@ def test_a_disk_that_fails_at_the_end_puts_the_old_model_back(tmp_path: Path, mo
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(BudgetError) as refusal:
-        sink.finish(FILES, "")
+        session.finish(FILES, "")
     assert "No space left on device" in hint(refusal.value)
-    sink.leave()
+    session.leave()
     assert listing(out) == before
     assert sorted(os.listdir(tmp_path)) == ["out", "out.merging"]  # the finished shard waits
 
@@ -497,18 +476,17 @@ def test_each_refusal_of_the_system_has_its_own_words(
     (tmp_path / "model/x.safetensors").write_bytes(b"12345678")
     store = FolderStore()
     model = store.locate(str(tmp_path / "model"), None)
-    sink = FolderSink(tmp_path / "out")
-    sink.prepare("a" * 64)
+    session = begin(ResultFolder(tmp_path / "out"))
     monkeypatch.setattr(os, "preadv", refuse)
     monkeypatch.setattr(Path, "rename", refuse)
     reader = store.reader([Ticket(model, "x.safetensors", 0, 8)], 0)
     with pytest.raises(MergerError) as reading:
         reader.read(0, 0, memoryview(bytearray(8)))
     with pytest.raises(MergerError) as writing:
-        sink.finish({"config.json": b"{}"}, "")
+        session.finish({"config.json": b"{}"}, "")
     monkeypatch.undo()
     reader.close()
-    sink.leave()
+    session.leave()
     used_up = name in USED_UP
     assert (reading.value.exit_code, writing.value.exit_code) == ((5, 5) if used_up else (3, 6))
     (read,), (written,) = reading.value.problems, writing.value.problems

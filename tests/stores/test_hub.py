@@ -13,7 +13,7 @@ from loopback import Client, ClientError, LoopbackGitHub, LoopbackHub, Request
 from loopback.github import IDENTITY
 from loopback.wire import Answer
 
-from merger.stores import retries
+from merger.stores import http
 from merger.stores.ports import Located, Ticket
 
 WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
@@ -43,7 +43,7 @@ def commit(served: LoopbackHub) -> str:
 def locate(repo: str, revision: str | None = None, token: str | None = None) -> Located:
     from merger.stores.hub import HubStore
 
-    with patch.object(retries, "time", SimpleNamespace(sleep=lambda seconds: None)):
+    with patch.object(http, "time", SimpleNamespace(sleep=lambda seconds: None)):
         return HubStore(token).locate(repo, revision)
 
 
@@ -78,7 +78,7 @@ def locate_at(endpoint: str, repo: str) -> Located:
     store = HubStore()
     store._api = HfApi(endpoint=endpoint)
     with (
-        patch.object(retries, "time", SimpleNamespace(sleep=lambda seconds: None)),
+        patch.object(http, "time", SimpleNamespace(sleep=lambda seconds: None)),
         patch.object(constants, "ENDPOINT", endpoint),
     ):
         return store.locate(repo, None)
@@ -111,7 +111,7 @@ def trusted(repo: str, settings: dict[str, str]) -> str:
     before = dict(os.environ)
     os.environ |= settings
     try:
-        with patch.object(retries, "time", SimpleNamespace(sleep=lambda seconds: None)):
+        with patch.object(http, "time", SimpleNamespace(sleep=lambda seconds: None)):
             return trusted_publisher(repo)
     finally:
         os.environ.clear()
@@ -294,9 +294,9 @@ def test_a_token_of_trusted_publishing_is_asked_for_again(
 ) -> None:
     """What is no answer, or speaks of passing trouble, may come a few times; what stays is told for what it is."""
     if answer not in KEPT:
-        goes_wrong(whose, OIDC_ANSWERS[answer], retries.TRIES - 1, hub, github)
+        goes_wrong(whose, OIDC_ANSWERS[answer], http.TRIES - 1, hub, github)
         assert client(trusted, REPO, job).startswith("hf_jwt_")
-    goes_wrong(whose, OIDC_ANSWERS[answer], retries.TRIES, hub, github)
+    goes_wrong(whose, OIDC_ANSWERS[answer], http.TRIES, hub, github)
     with pytest.raises(ClientError) as refusal:
         client(trusted, REPO, job)
     said = str(refusal.value)

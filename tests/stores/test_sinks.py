@@ -22,7 +22,7 @@ from loopback import Client, ClientError, LoopbackHub, Request
 
 from merger.models.formats.safetensors import ShardWriter, WrittenShard
 from merger.stores.folder import FolderStore
-from merger.stores.ports import Copy, Sink
+from merger.stores.ports import Copy, Published, Session
 
 WRITER = "hf_writer_of_org"
 IDENTITY = "fedcba9876543210" * 4
@@ -77,26 +77,27 @@ def to(way: str, hub: LoopbackHub, tmp_path: Path) -> Iterator[str]:
 
 
 @contextmanager
-def prepared(way: str, to: str) -> Iterator[Sink]:
-    """A sink on the way, left in the end as a run leaves it."""
+def begun(way: str, to: str) -> Iterator[Session]:
+    """A run's work on the way, left in the end as a run leaves it."""
     from huggingface_hub import constants
 
-    from merger.stores.folder import FolderSink
-    from merger.stores.staging import HubSink
+    from merger.stores.folder import ResultFolder
+    from merger.stores.staging import HubRepo
 
-    sink: Sink = FolderSink(Path(to)) if way == "folder" else HubSink(to, stream=way == "stream")
+    place = ResultFolder(Path(to)) if way == "folder" else HubRepo(to, stream=way == "stream")
     with patch.object(constants, "HF_HUB_DISABLE_XET", way == "lfs"), patch("time.sleep"):
+        session = place.open(IDENTITY)
+        assert not isinstance(session, Published)
         try:
-            assert sink.prepare(IDENTITY) is None
-            yield sink
+            yield session
         finally:
-            sink.leave()
+            session.leave()
 
 
-def made(sink: Sink, name: str) -> WrittenShard:
+def made(session: Session, name: str) -> WrittenShard:
     """A shard of one tensor, written as the engine does, through a buffer that is used again."""
     tensor, buffer = Raw(name), bytearray(100_000)
-    with ShardWriter(name, sink.open(name), [tensor]) as writer:
+    with ShardWriter(name, session.open(name), [tensor]) as writer:
         for start in range(0, tensor.nbytes, len(buffer)):
             buffer[:] = tensor.data[start : start + len(buffer)]
             writer.write(memoryview(buffer))
@@ -105,31 +106,31 @@ def made(sink: Sink, name: str) -> WrittenShard:
 
 def take(way: str, to: str, names: tuple[str, ...], half: bool = False) -> list[dict[str, Any]]:
     """Take shards and leave, in the middle of another one if so wished."""
-    with prepared(way, to) as sink:
+    with begun(way, to) as session:
         shards = []
         for name in names:
-            shards.append(made(sink, name))
-            sink.take(shards[-1])
+            shards.append(made(session, name))
+            session.take(shards[-1])
         if half:
-            sink.open(SECOND).write(memoryview(b"half a shard" * 10_000))
+            session.open(SECOND).write(memoryview(b"half a shard" * 10_000))
     return [asdict(shard) for shard in shards]
 
 
 def held(way: str, to: str) -> list[dict[str, Any]]:
     """What a run finds of an earlier one."""
-    with prepared(way, to) as sink:
-        return [asdict(shard) for shard in sink.held().values()]
+    with begun(way, to) as session:
+        return [asdict(shard) for shard in session.held().values()]
 
 
 def finish(way: str, to: str) -> list[str]:
     """Make what is not held, publish, and say what is left in the temporary folder meanwhile."""
-    with prepared(way, to) as sink:
+    with begun(way, to) as session:
         for name in (FIRST, SECOND):
-            if name not in sink.held():
-                sink.take(made(sink, name))
+            if name not in session.held():
+                session.take(made(session, name))
         at_most = os.listdir(tempfile.gettempdir())
         with tempfile.TemporaryDirectory() as folder:
-            sink.finish({**FILES, **copied(Path(folder))}, "Merge of a, b")
+            session.finish({**FILES, **copied(Path(folder))}, "Merge of a, b")
         return at_most
 
 
@@ -145,10 +146,10 @@ def broken_folder(way: str, to: str) -> None:
     """The work folder is removed by somebody else before the shard is taken."""
     import shutil
 
-    with prepared(way, to) as sink:
-        shard = made(sink, FIRST)
+    with begun(way, to) as session:
+        shard = made(session, FIRST)
         shutil.rmtree(f"{to}.merging")
-        sink.take(shard)
+        session.take(shard)
 
 
 def from_xet(storage: str, content: bytes) -> bytes:
@@ -280,9 +281,9 @@ def as_the_client_does(to: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The client's own description of a file that it uploaded, and ours of one that we streamed."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    with prepared("stream", to) as sink:
-        way = sink._sending  # type: ignore[attr-defined]
-        ours = way.shard(made(sink, FIRST))
+    with begun("stream", to) as session:
+        way = session._sending  # type: ignore[attr-defined]
+        ours = way.shard(made(session, FIRST))
         theirs = CommitOperationAdd(FIRST, content_of(FIRST))
         HfApi().preupload_lfs_files(to, [theirs])
         way.committed(FIRST)
@@ -302,17 +303,17 @@ def without(name: str, to: str) -> None:
     """A client whose additions lack an attribute that we set."""
     from merger.stores import uploads as sending
 
-    with patch.object(sending, "_SET_BY_US", frozenset({name})), prepared("stream", to):
+    with patch.object(sending, "_SET_BY_US", frozenset({name})), begun("stream", to):
         pass
 
 
 def switched_off(to: str) -> None:
     from huggingface_hub import constants
 
-    from merger.stores.staging import HubSink
+    from merger.stores.staging import HubRepo
 
     with patch.object(constants, "HF_HUB_DISABLE_XET", True):
-        HubSink(to, stream=True).prepare(IDENTITY)
+        HubRepo(to, stream=True).open(IDENTITY)
 
 
 def refusal_of(client: Client, *call: Any) -> str:

@@ -76,26 +76,28 @@ def paused(
 
 
 def _published(repo: str, files: dict[str, bytes] | None, upto: str, **options: Any) -> tuple[str, Any]:
-    from merger.stores.staging import HubSink
+    from merger.stores.ports import Published
+    from merger.stores.staging import HubRepo
 
-    sink, wanted = HubSink(repo, **options), FILES if files is None else files
+    place, wanted = HubRepo(repo, **options), FILES if files is None else files
+    session = place.open(IDENTITY)
+    if isinstance(session, Published):
+        return session.where, session.commit
     try:
-        if there := sink.prepare(IDENTITY):
-            return there.where, there.commit
-        sink.check_card(wanted["README.md"].decode())
-        sink.reserve(1)
+        place.check_card(wanted["README.md"].decode())
+        session.reserve(1)
         for name, data in SHARDS.items() if upto != "prepare" else ():
-            with sink.open(name) as file:
+            with session.open(name) as file:
                 file.write(data)
-            sink.take(WrittenShard(name, len(data), hashlib.sha256(data).hexdigest()), "seen")
+            session.take(WrittenShard(name, len(data), hashlib.sha256(data).hexdigest()), "seen")
         if upto != "finish":
-            sink._settle()
-            return "", sorted(path.name for path in sink._scratch.folder().glob("*.safetensors"))
-        done = sink.finish(wanted, "Merge of a, b")
+            session._settle()
+            return "", sorted(path.name for path in session._scratch.folder().glob("*.safetensors"))
+        done = session.finish(wanted, "Merge of a, b")
         return done.where, done.commit
     finally:
-        folder = sink._scratch._folder
-        sink.leave()
+        folder = session._scratch._folder
+        session.leave()
         assert folder is None or not folder.exists()
 
 
@@ -177,17 +179,16 @@ def test_two_shards_travel_at_once_by_lfs(hub: LoopbackHub, client: Client, repo
 
 def third_shard(repo: str) -> list[str]:
     """Which files lie here when a third shard can be opened at last."""
-    from merger.stores.staging import HubSink
+    from merger.stores.staging import HubRepo
 
-    sink = HubSink(repo)
-    sink.prepare(IDENTITY)
+    session: Any = HubRepo(repo).open(IDENTITY)
     for name in ("one.safetensors", "two.safetensors"):
-        with sink.open(name) as file:
+        with session.open(name) as file:
             file.write(name.encode())
-        sink.take(WrittenShard(name, len(name), hashlib.sha256(name.encode()).hexdigest()))
-    sink.open("three.safetensors").close()
-    there = sorted(path.name for path in sink._scratch.folder().iterdir())
-    sink.leave()
+        session.take(WrittenShard(name, len(name), hashlib.sha256(name.encode()).hexdigest()))
+    session.open("three.safetensors").close()
+    there = sorted(path.name for path in session._scratch.folder().iterdir())
+    session.leave()
     return there
 
 
@@ -432,11 +433,11 @@ def test_who_may_not_write_may_ask(hub: LoopbackHub, client: Client, theirs: str
 
 
 def left(repo: str, remove: bool = False) -> list[tuple[str, int]]:
-    from merger.stores.staging import HubSink
+    from merger.stores.staging import HubRepo
 
-    found = HubSink(repo).leftovers()
+    found = HubRepo(repo).leftovers()
     for leftover in found if remove else ():
-        HubSink(repo).clean(leftover)
+        HubRepo(repo).clean(leftover)
     return [(leftover.where, leftover.shards) for leftover in found]
 
 
@@ -468,19 +469,18 @@ def test_who_may_only_read_is_told_what_it_takes_to_ask(refused: Refused, theirs
 
 # Trusted publishing
 
-_SINK: list[Any] = []
+_SESSION: list[Any] = []
 
 
 def resume_as_publisher(repo: str, identity: str) -> None:
     """Go on from what an earlier run has staged, with a token for this repo alone."""
     from merger.stores.hub import trusted_publisher
-    from merger.stores.staging import HubSink
+    from merger.stores.staging import HubRepo
 
     os.environ["HF_OIDC_ID_TOKEN"] = identity
     os.environ.pop("HF_TOKEN")
     trusted_publisher(repo)
-    _SINK[:] = [HubSink(repo)]
-    assert _SINK[0].prepare(IDENTITY) is None
+    _SESSION[:] = [HubRepo(repo).open(IDENTITY)]
 
 
 def end_an_hour_later(folder: str) -> list[str]:
@@ -489,10 +489,10 @@ def end_an_hour_later(folder: str) -> list[str]:
 
     assert _auth._OIDC_TOKEN_CACHE is not None
     _auth._OIDC_TOKEN_CACHE["expires_at"] = 0.0
-    (sink,) = _SINK
-    notes = list(sink.notes())
-    sink.lend(Path(folder))
-    sink.finish(FILES, "Merge of a, b")
+    (session,) = _SESSION
+    notes = list(session.notes())
+    session.export(Path(folder))
+    session.finish(FILES, "Merge of a, b")
     return notes
 
 
