@@ -7,7 +7,7 @@ BIN := .venv/bin
 # The tests start many hundred processes, each of which would compile our code anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-THOROUGH := test_reliability.py test_disk.py test_memory.py test_mixtures.py test_evaluation.py test_properties.py methods/test_laws.py
+THOROUGH := test_reliability.py test_disk.py test_memory.py test_mixtures.py test_evaluation.py test_properties.py methods/test_laws.py space/test_api.py
 
 .PHONY: demo test reliability lint tables clean
 

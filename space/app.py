@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from huggingface_hub import constants
 
+from merger.runtime import take_over
 from merger.safety import secrets
 from space.bot.bot import Bot
 from space.entry import sessions
@@ -75,6 +76,7 @@ def served(desk: Desk, bot: Bot | None = None) -> FastAPI:
 
 def main() -> None:
     """Serve until the process is ended. No token gets into its log, nor to a process that is started from here."""
+    take_over()
     sys.stdout, sys.stderr = (secrets.sieved(stream, ends=False) for stream in (sys.stdout, sys.stderr))
     at = folder().resolve()
     at.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_ROOMS = 9
-SAME_ELSEWHERE = {"main": "a process begins with it"}
+API = dict.fromkeys(("check", "diff", "merge", "parse", "plan", "verify"), "the Python API offers what a room does")
+SAME_ELSEWHERE = {"main": "a process begins with it", **API}
 """Names that stand for the same thing in several rooms, and why."""
 
 

@@ -30,7 +30,7 @@ from merger.errors import MergerError, Problem, RecipeError, UploadError
 from merger.run.options import Options, destination, fitted
 from merger.run.pipeline import Ready, Result, Resumed, lock_text, merge, trusted_publishing
 from merger.run.prepare import lock_path, named_recipes, plan, read_recipe
-from merger.runtime import Halt, halting, limits_told
+from merger.runtime import Halt, halting, limits_told, take_over
 from merger.safety.paths import inside
 from merger.safety.text import guarded, line
 from merger.stores.ports import HUB
@@ -377,6 +377,7 @@ def _reported(outcome: Outcome, part_size: int) -> dict[str, object]:
 
 def main() -> int:
     """The step: exit code 0, that of the first error, or 75 for a run that is to be gone on with."""
+    take_over()
     log = Log(sys.stdout)  # commands are its own alone: whatever else is printed from here on is none
     for name in OURS:
         log.mask(os.environ.get(name, "").strip())

@@ -6,8 +6,6 @@ Not here: the arguments (arguments), the work (run) and its words (cli.text).
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import json
 import os
 import sys
@@ -17,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger.cli.arguments import parse_arguments
-from merger.errors import MergerError, Problem, RecipeError, VerificationError, did_you_mean
-from merger.runtime import Halt, halting, limits_told
+from merger.errors import MergerError, Problem, RecipeError, VerificationError
+from merger.runtime import Halt, halting, limits_told, take_over
 from merger.safety import secrets
 from merger.safety.text import guarded, line
 
@@ -38,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    # torch's import makes so many lasting objects that to look for garbage among them took 0.3 s, at the exit 0.45 s
-    gc.set_threshold(200_000)
-    atexit.register(gc.freeze)
+    take_over()
     try:
         arguments = parse_arguments(argv)
         with halting(), limits_told():
@@ -274,15 +270,12 @@ def _card(arguments: argparse.Namespace) -> int:
 
 def _methods(arguments: argparse.Namespace) -> int:
     from merger.cli import text
-    from merger.methods.registry import methods
+    from merger.methods.registry import methods, named_method
 
-    table = methods()
     if arguments.name is None:
-        print(text.methods_text(table.values()))
-        return 0
-    if arguments.name not in table:
-        raise RecipeError(Problem(f"there is no method {arguments.name!r}", hint=did_you_mean(arguments.name, table)))
-    print(text.method_text(table[arguments.name]))
+        print(text.methods_text(methods().values()))
+    else:
+        print(text.method_text(named_method(arguments.name)))
     return 0
 
 

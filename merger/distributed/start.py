@@ -21,6 +21,7 @@ from merger.recipe.parse import parse
 from merger.run.options import Options, destination, fitted
 from merger.run.pipeline import Ready, Result, merge, missing_parts
 from merger.run.prepare import is_lock, plan
+from merger.runtime import take_over
 from merger.stores.ports import HUB
 from merger.stores.resolve import Library
 
@@ -156,6 +157,7 @@ def make_part(text: str, path: str, options: Options, identity: str, part: Part)
         MergerError: any kind.
         PartError: it would not be a part of the merge that `identity` names.
     """
+    take_over()  # a task of Ray's has its process to itself
     here = fitted(replace(options, part=part))
     planned, store = plan(parse(text, path, methods()), here)
     if planned.identity != identity:

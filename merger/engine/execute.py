@@ -6,11 +6,10 @@ Not here: what a block is made of (blocks).
 
 from __future__ import annotations
 
-import ctypes
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +29,6 @@ from merger.planning.inputs.base import Job
 from merger.planning.inputs.derived import Routed
 from merger.planning.plan import BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
 from merger.stores.ports import Reader, Store, Taker, Ticket
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -99,12 +96,23 @@ def execute(
         RecipeError: a package is not installed that the recipe needs.
     """
     place = _device(device)
-    torch.set_num_threads(1)  # one thread a block: torch's own threads cost more than they give on small blocks
     try:
-        yield from _executed(plan, shards, table, store, sink, place)
+        with single_threaded():
+            yield from _executed(plan, shards, table, store, sink, place)
     except NotFinite as found:
         beside = next((shard.jobs for shard in shards if found.job in shard.jobs), ())
         raise explained(found, plan, beside, store) from found.__cause__
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """One thread a block: torch's own threads cost more than they give on small blocks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _executed(
@@ -112,7 +120,6 @@ def _executed(
 ) -> Iterator[Event]:
     routers = gates(plan, [job for shard in shards for job in shard.jobs], table, store)
     yield from map(Doubted, doubts(routers))
-    _keep_freed_memory()
     with closing(store.reader(tickets(plan, shards, table), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
         made = pool.in_order(_work(plan, shards, table, reader, place, routers))
         for shard in shards:
@@ -123,13 +130,6 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise BudgetError(Problem("this machine has no CUDA device that torch can use", hint="leave out --device cuda"))
     return torch.device(name)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc's malloc keep what a block's temporaries gave back: as new memory they took a third of some merges."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _work(

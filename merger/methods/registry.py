@@ -16,6 +16,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, TypeVar, get_args, get_origin, get_type_hints
 
+from merger.errors import Problem, RecipeError, did_you_mean
 from merger.safety.numbers import LIMIT
 from merger.safety.numbers import Range as Range  # methods name it with the rest of what they declare
 
@@ -231,6 +232,18 @@ def methods() -> Mapping[str, Method]:
     for entry in entry_points(group="merger.methods"):
         entry.load()
     return dict(sorted(_METHODS.items()))
+
+
+def named_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    table = methods()
+    if name not in table:
+        raise RecipeError(Problem(f"there is no method {name!r}", hint=did_you_mean(name, table)))
+    return table[name]
 
 
 def declared(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,25 @@ def read_recipe(path: Path) -> Recipe:
     return parse_text(text, str(path))
 
 
+def any_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+    """The recipe of a file, or of a mapping as its YAML would be.
+
+    Raises:
+        RecipeError: with every problem of it.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return parse_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), "recipe")
+    return read_recipe(Path(os.path.expanduser(recipe)))
+
+
+def options_for(options: Options | None, to: str | None) -> Options:
+    """The options with a destination, if one is named."""
+    chosen = options or Options()
+    return chosen if to is None else replace(chosen, to=to)
+
+
 def named_recipes(name: str, folder: str = ".") -> list[str]:
     """The recipes that a word names: a file, whatever it is; those in and below a folder; those that fit a pattern.
 

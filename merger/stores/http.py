@@ -29,6 +29,7 @@ from huggingface_hub.utils import build_hf_headers, httpx, parse_ratelimit_heade
 from huggingface_hub.utils._http import default_client_factory
 from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Timeout, make_headers
 
+from merger.runtime import in_our_process
 from merger.safety import secrets
 
 # ---- asking again ---------------------------------------------------------------------------------------------------
@@ -182,9 +183,12 @@ def _unsigned(record: logging.LogRecord) -> bool:
     return True
 
 
-set_client_factory(_client)
-for _handler in logging.getLogger("huggingface_hub").handlers:
-    _handler.addFilter(_unsigned)
+@in_our_process
+def _bound_the_client() -> None:
+    """No call of the Hub's client waits for ever, and its log names no signed address."""
+    set_client_factory(_client)
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_unsigned)
 
 
 # ---- connections ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from merger.errors import DamagedError, Problem, UploadError, VerificationError
 from merger.models.formats.safetensors import Outlet, WrittenShard
+from merger.runtime import in_our_process
 from merger.stores.folder import Scratch
 from merger.stores.http import headers_now
 from merger.stores.ports import Located
@@ -36,10 +37,15 @@ _UNKNOWN_ROUTE = (404, 405, 501)
 _SAMPLE = 512
 _SET_BY_US = frozenset({"path_or_fileobj", "upload_info", "_upload_mode", "_should_ignore", "_is_uploaded"})
 
-# Each upload under way holds 64 MB: with hf_xet's own limit of 64 of them no plan of the memory could be kept.
-os.environ.setdefault("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "4")
-# We hand over open files on purpose where the Hub has no Xet: the client's advice against it is not for the user.
-logging.getLogger("huggingface_hub._commit_api").addFilter(lambda record: "binary IO buffer" not in record.getMessage())
+
+@in_our_process
+def _bound_uploads() -> None:
+    """What concerns uploads alone."""
+    # Each one under way holds 64 MB: with hf_xet's own limit of 64 of them no plan of the memory could be kept.
+    os.environ.setdefault("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "4")
+    # We hand over open files on purpose where the Hub has no Xet: the client's advice against it is not for the user.
+    advice = logging.getLogger("huggingface_hub._commit_api")
+    advice.addFilter(lambda record: "binary IO buffer" not in record.getMessage())
 
 
 class Sending(Protocol):

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from merger.engine.execute import BytesWritten, execute
+from merger.engine.execute import BytesWritten, execute, single_threaded
 from merger.engine.finite import NotFinite, explained
 from merger.engine.router_init import gates
 from merger.engine.runner import Block, Work, blocks
@@ -83,7 +83,6 @@ def compare_pieces(
         ModelError: bytes of a parent or of the result cannot be read.
         MismatchError: what is made again is not finite.
     """
-    torch.set_num_threads(1)  # as in a run
     routers = gates(planned, [piece.job for piece in pieces], table, store)
 
     def compared(piece: Piece) -> tuple[Piece, Mismatch | None]:
@@ -101,7 +100,7 @@ def compare_pieces(
         is_small = table[piece.job.method].measure is None and piece.stop - piece.start <= BLOCK_ENTRIES
         (small if is_small else large).append(piece)
     for threads, some in ((REQUESTS_AT_ONCE, small), (planned.threads, large)):
-        with ThreadPoolExecutor(threads, thread_name_prefix="compare") as pool:
+        with single_threaded(), ThreadPoolExecutor(threads, thread_name_prefix="compare") as pool:
             yield from pool.map(compared, some)
 
 

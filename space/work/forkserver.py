@@ -18,6 +18,7 @@ from pathlib import Path
 
 from merger.card.pictures import canvas
 from merger.run.pipeline import warm
+from merger.runtime import take_over
 from space.work import worker as child
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,7 @@ def _environment(folder: Path) -> Mapping[str, str]:
 
 def main() -> None:
     """Fork a child for each folder and socket that come in, until none can come any more."""
+    take_over()
     warm()
     canvas.warm_fonts()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: the keeper sees their sockets end
