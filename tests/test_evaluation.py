@@ -234,7 +234,7 @@ def test_what_is_not_installed_is_told_before_the_merge(tmp_path: Path, monkeypa
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     mine = recipe(tmp_path, f"{{perplexity: {{text: {tmp_path}/lines.txt}}, tasks: [arc_easy]}}")
     with pytest.raises(EvaluationError, match="transformers and lm_eval measure the result") as refused:
-        evaluation.prepared(plan(read_recipe(mine), Options())[0], "cpu", None)
+        evaluation.prepare_measuring(plan(read_recipe(mine), Options())[0], "cpu", None)
     assert "hub-merger[eval]" in str(refused.value)
 
 
@@ -334,7 +334,7 @@ def test_of_a_model_with_an_adapter_neither_is_measured(tmp_path: Path, monkeypa
     tiny.lora(tmp_path / "lora", tiny.model(tmp_path / "base"), rank=2)
     mine = recipe(tmp_path, "{perplexity: {text: lines.txt}, parents: true}", ("./base+./lora", "./base"))
     measured: list[str | None] = []
-    monkeypatch.setattr(evaluation, "_measured", lambda folder, model, *_: measured.append(model) or ())
+    monkeypatch.setattr(evaluation, "_score", lambda folder, model, *_: measured.append(model) or ())
     options = Options(to=str(tmp_path / "out"), threads=1)
     merge(*plan(read_recipe(mine), options), options)
     assert measured == [None, "base"]

@@ -1,4 +1,4 @@
-"""Plan + Reader + Sink -> a finished model: the loop. Yields what happens, so that shells can show it.
+"""Plan + Reader + Taker -> a finished model: the loop. Yields what happens, so that shells can show it.
 
 Blocks are made by threads, in the plan's order, a few ahead; this loop hashes and writes them in that order.
 Not here: what a block is made of (blocks).
