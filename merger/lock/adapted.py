@@ -12,7 +12,7 @@ from merger.lock.locked import LockedModel
 from merger.models.architecture import is_head
 from merger.models.checkpoint import Checkpoint
 from merger.models.config import untied, with_vocabulary
-from merger.models.lora.adapter import changes
+from merger.models.lora.changes import changes
 
 _OTHER_ADAPTER = "take the model that it was trained on, or merge both with PEFT's merge_and_unload and name the result"
 

@@ -18,8 +18,9 @@ from merger.lock.locked import LockedModel
 from merger.methods.registry import Method, declared
 from merger.models.architecture import Architecture, is_before_layers, is_buffer, is_embedding, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
-from merger.models.lora.adapter import TURNED_MODELS, AdaptedModule
+from merger.models.lora.changes import TURNED_MODELS
 from merger.models.lora.counterparts import counterparts
+from merger.models.lora.modules import AdaptedModule
 from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand, Stored
 from merger.planning.inputs.derived import Zeros
 from merger.planning.inputs.low_rank import Difference, Factor, LowRank, MergedDeltas
@@ -177,6 +178,9 @@ class _Blend:
         rest = [*whole, *rows, *(vector for vector in vectors if vector is not None)]
         if rest:
             what = f"it holds more than A and B: {rest[0].name}" + (f" and {len(rest) - 1} more" * (len(rest) > 1))
+            self._findings.about_part(what, part, _ADD_FIRST)
+        if lora.parameters:
+            what = f"it changes parameters that are no module's weight, of {lora.parameters[0].module}"
             self._findings.about_part(what, part, _ADD_FIRST)
 
     def _refuse_other_names(
