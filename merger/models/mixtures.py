@@ -281,6 +281,9 @@ class _Style:
 
 _STYLES = (_Style("gate_proj", "up_proj", "down_proj"), _Style("w1", "w3", "w2", "block_sparse_moe"))
 _ONE = re.compile(r"^(?P<experts>.+\.experts)\.(?P<number>0|[1-9][0-9]{0,4})\.(?P<matrix>[^.]+)\.weight$")
+_STACK_BY_OTHER_NAME = re.compile(
+    r"^(?P<block>.+?)\.(experts\.)?((?P<first>input_linear|fc1)|output_linear|fc2)\.weight$"
+)
 _IN_BLOCK = re.compile(r"^(?P<layer>.+?\.\d+)\.(?P<block>[^.]+)\.(?P<rest>experts\.[^.\d][^.]*|(gate|router)\.weight)$")
 
 
@@ -337,16 +340,19 @@ def _block(block: str, style: _Style) -> str:
 
 
 def join(tensors: Tensors) -> Mapping[str, list[tuple[TensorInfo, ...]]]:
-    """Tensors of one expert each by the names of those that transformers has in memory in their place.
+    """Tensors of experts by the names of those that transformers has in memory in their place.
 
-    Of each expert those are given whose rows follow each other there: gate and up. What has no tensor of that kind for
-    each expert, or of another shape, is not among them.
+    Of each expert those are given whose rows follow each other there: gate and up; or one tensor of all. Where an
+    expert lacks a tensor, or has one of another shape, none are given.
     """
     held: dict[str, dict[str, dict[int, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
+    stacks: dict[str, list[tuple[TensorInfo, ...]]] = {}
     for name, tensor in tensors.items():
         if match := _ONE.match(name):
             held[match["experts"]][match["matrix"]][int(match["number"])] = tensor
-    return {
+        elif (match := _STACK_BY_OTHER_NAME.match(name)) and len(tensor.shape) == 3:
+            stacks[f"{match['block']}.experts.{'gate_up' if match['first'] else 'down'}_proj"] = [(tensor,)]
+    return stacks | {
         f"{experts}.{name}": parts
         for experts, matrices in held.items()
         for name, roles in _together(matrices)

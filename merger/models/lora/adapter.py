@@ -16,7 +16,7 @@ from typing import Any
 from merger.errors import ModelError, Problem
 from merger.models.architecture import is_embedding, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
-from merger.models.lora.modules import AdaptedModule, AdaptedParameters, of_parameters, parameters
+from merger.models.lora.modules import AdaptedModule, AdaptedParameters, of_parameters, targeted
 from merger.models.tokenizer_files import TokenRows, rows_of, token_rows
 from merger.safety.apart import BeyondError
 from merger.safety.expressions import compiles, first
@@ -95,7 +95,7 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     targets = config.get("target_parameters") or []
     try:
         pairs, of_modules = of_parameters(parts, targets)
-        strengths = _strengths(config, [*parts, *(one for name in pairs for one in parameters(name, targets))])
+        strengths = _strengths(config, [*parts, *(one for name in pairs for one in targeted(name, targets))])
     except ValueError as error:
         raise ModelError(Problem(str(error), hint=_DAMAGED)) from None
     modules: dict[str, AdaptedModule] = {}
@@ -212,7 +212,7 @@ def _adapted(
     return AdaptedParameters(
         name,
         tuple((pair["lora_A"], pair["lora_B"]) for pair in held),
-        {one: strengths[one] for one in parameters(name, targets)},
+        {one: strengths[one] for one in targeted(name, targets)},
         alone if isinstance(alone, AdaptedModule) else None,
     )
 

@@ -146,16 +146,16 @@ def of_parameters(parts: Parts, targets: Sequence[str]) -> tuple[dict[str, list[
     rest = dict(parts)
     for name, held in parts.items():
         match = _NESTED.match(name)
-        if match and "lora_A" in held and parameters(match["module"], targets):
+        if match and "lora_A" in held and targeted(match["module"], targets):
             found[match["module"]][match["depth"].count(".")] = rest.pop(name)
     for module, levels in found.items():
         if sorted(levels) != list(range(len(levels))):
             raise ValueError(f"{module} has no pair of matrices between the first and the last")
-        _check(module, list(levels.values()), parameters(module, targets))
+        _check(module, list(levels.values()), targeted(module, targets))
     return {module: list(levels.values()) for module, levels in found.items()}, rest
 
 
-def parameters(module: str, targets: Sequence[str]) -> list[str]:
+def targeted(module: str, targets: Sequence[str]) -> list[str]:
     """The parameters of a module that may be among the targets, by their whole names."""
     ends = {target.rpartition(".")[2]: None for target in targets}
     names = [f"{module}.{end}" for end in ends]
