@@ -1,8 +1,10 @@
-"""LoRA on parameters that are no module's weight, experts above all: what PEFT's own merge makes of model and adapter."""
+"""LoRA on parameters that are no module's weight, experts above all: what PEFT's own merge makes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import transformers
 from architectures.cases import CASES as CLASSES
 from architectures.cases import EXPERTS, NEXT, QWEN_IDS, QWEN_TEXT, Case, text
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merger.cli.commands import main
@@ -108,3 +111,115 @@ def test_parameters_get_what_peft_adds_to_them(name: str, tmp_path: Path) -> Non
     for name, tensor in expected.items():
         torch.testing.assert_close(after[name], tensor, rtol=4e-7, atol=4e-8)
         assert torch.equal(after[name], before[name]) == (name not in touched), name
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small Mixtral, an adapter on its experts, and another."""
+    folder = tmp_path_factory.mktemp("pair")
+    MIXTRAL.make(seed=1).save_pretrained(folder / "base")
+    for name in ("lora", "other"):
+        merged = trained(Adapted(MIXTRAL, settings={"use_rslora": name == "other"}), folder / "base", folder / name)
+        save_file({key: tensor.contiguous() for key, tensor in merged.items()}, folder / f"{name}.safetensors")
+    return folder
+
+
+def test_two_adapters_of_one_model_are_merged_as_models(pair: Path, tmp_path: Path) -> None:
+    """Their mean is the mean of what PEFT makes of each, and so is a stage of them by another name."""
+    assert run(tmp_path, f"{pair}/base+{pair}/lora", f"{pair}/base+{pair}/other") == 0
+    load = transformers.MixtralForCausalLM.from_pretrained
+    both = [load_file(pair / f"{name}.safetensors") for name in ("lora", "other")]
+    assert not torch.equal(*(of["model.layers.0.mlp.experts.down_proj"] for of in both))
+    for name, tensor in load(tmp_path / "out").state_dict().items():
+        torch.testing.assert_close(tensor, (both[0][name] + both[1][name]) / 2, rtol=1e-6, atol=1e-7)
+
+
+def copied(pair: Path, folder: Path, **settings: Any) -> dict[str, Tensor]:
+    """A copy of the adapter with other words in its config; its tensors."""
+    shutil.copytree(pair / "lora", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    return load_file(folder / "adapter_model.safetensors")
+
+
+LAYER = "model.layers.0.mlp.experts"
+REFUSED: Mapping[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "another rank": (
+        {"rank_pattern": {r"experts\..*": 4}}, dict,
+        f"{LAYER}: A 6x24 with B 16x6 and A 6x16 with B 48x6 do not fit the model's {LAYER}.down_proj of rank 4, "
+        f"3x16x24 and {LAYER}.gate_up_proj of rank 4, 3x48x16",
+    ),
+    "a pair that is not there": (
+        {}, lambda held: {name: tensor for name, tensor in held.items() if ".experts.lora_" not in name},
+        f"{LAYER} has no pair of matrices between the first and the last",
+    ),
+    "more pairs than names": (
+        {"target_parameters": ["experts.down_proj"]}, dict, f"{LAYER} has 2 pairs of matrices for 1 target_parameters",
+    ),
+    "a bias": (
+        {}, lambda held: held | {f"base_model.model.{LAYER}.lora_B.bias": torch.ones(16)},
+        f"{LAYER} has lora_A, lora_B, lora_bias for a parameter, which has lora_A and lora_B alone",
+    ),
+    "DoRA": ({"use_dora": True}, dict, "has use_dora and target_parameters: DoRA of parameters is not built"),
+    "no names": ({"target_parameters": "all"}, dict, "adapter_config.json: target_parameters is no list of names"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused(
+    name: str, pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When the files are read, with the sizes of both."""
+    settings, change, sentence = REFUSED[name]
+    save_file(change(copied(pair, tmp_path / "lora", **settings)), tmp_path / "lora" / "adapter_model.safetensors")
+    assert run(tmp_path, f"{pair}/base+{tmp_path}/lora") == 3
+    assert sentence in capsys.readouterr().err
+
+
+NEMOTRON = Case("NemotronHConfig", "NemotronHForCausalLM", text,
+                {**CLASSES["Nemotron H"].settings, "moe_intermediate_size": 16})  # fmt: skip
+LLAMA = Case("Llama4TextConfig", "Llama4ForCausalLM", text,
+             {**CLASSES["Llama 4, text"].settings, "intermediate_size": 16})  # fmt: skip
+UNCLEAR: Mapping[str, tuple[Adapted, str]] = {
+    "two parameters of one shape": (
+        Adapted(NEMOTRON, ("experts.up_proj", "experts.down_proj")),
+        "do not tell whether base_model.model.model.layers.1.mixer.experts.lora_A.weight changes "
+        "model.layers.1.mixer.experts.",
+    ),
+    "a square, and no word of which side its inputs are on": (
+        Adapted(LLAMA, ("experts.down_proj",)), "fit the model's experts either way round",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_what_could_be_two_things_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With both."""
+    of, sentence = UNCLEAR[name]
+    of.of.make(seed=1).save_pretrained(tmp_path / "base")
+    trained(of, tmp_path / "base", tmp_path / "lora")
+    assert run(tmp_path, f"{tmp_path}/base+{tmp_path}/lora") == 3
+    assert sentence in capsys.readouterr().err
+
+
+def test_two_blocks_of_experts_in_a_layer_are_told_apart_by_name_alone(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter of neither name could mean both."""
+    shutil.copytree(pair / "base", tmp_path / "base")
+    held = tiny.read(pair / "base")
+    second = {name.replace(".block_sparse_moe.", ".vision_moe."): tensor.clone() for name, tensor in held.items()}
+    save_file(held | second, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    assert run(tmp_path, f"{tmp_path}/base+{pair}/lora") == 3
+    places = (f"model.layers.0.{block}.experts.down_proj" for block in ("block_sparse_moe", "vision_moe"))
+    assert f"{LAYER}.down_proj is {' or '.join(places)}" in capsys.readouterr().err
+
+
+def test_adapters_of_parameters_are_not_merged_with_each_other(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They can be added to their model; taking two apart again that are one tensor is not built."""
+    recipe = f"merge_method: linear\nadapters:\n  - model: {pair}/lora\n  - model: {pair}/other\n"
+    (tmp_path / "mine.yaml").write_text(recipe)
+    assert main(["plan", str(tmp_path / "mine.yaml")]) == 4
+    assert f"it changes parameters that are no module's weight, of {LAYER}" in capsys.readouterr().err

@@ -22,7 +22,6 @@ from merger.planning.geometry import Geometry
 from merger.planning.inputs.base import Input, StageTensor, Stored
 from merger.planning.inputs.derived import DRAWN_AT_ONCE, Dequantised, Drawn, Noised, Routed, Stacked, Zeros
 from merger.planning.inputs.low_rank import (
-    PRODUCT_ENTRIES,
     Added,
     Difference,
     ExpertColumns,
@@ -157,7 +156,7 @@ def _of_expert(source: ExpertsLowRank, expert: int, b: Tensor, load: Load) -> tu
 def expert_columns(source: ExpertColumns, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
     """Some whole rows of B at a time, and of these the expert's columns."""
     rank, width = source.shape[1], source.of.shape[1]
-    for first, last, run, place in _runs_of_rows(source.shape, max(1, PRODUCT_ENTRIES // width), start, stop):
+    for first, last, run, place in _runs_of_rows(source.shape, source.chunk_rows, start, stop):
         room = torch.empty((last - first) * width)
         rows = leaves.entries(source.of, first * width, last * width, room).view(-1, rank, source.experts)
         out[place] = rows[:, :, source.expert].reshape(-1)[run]

@@ -141,7 +141,7 @@ class _Fitting:
         for held in self._adapter.parameters:
             orders = held.orders(homes, turned)
             if not any(name in homes for name in held.named):
-                self._homeless.append(held.pairs[0][0].name)
+                self._homeless += [] if self._unclear else [held.pairs[0][0].name]
             elif not orders:
                 self._refuse(_misfit(held, homes), f"take the model that it was trained on{self._told_model()}")
             elif len(orders) > 1:

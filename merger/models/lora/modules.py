@@ -157,8 +157,7 @@ def of_parameters(parts: Parts, targets: Sequence[str]) -> tuple[dict[str, list[
 
 def targeted(module: str, targets: Sequence[str]) -> list[str]:
     """The parameters of a module that may be among the targets, by their whole names."""
-    ends = {target.rpartition(".")[2]: None for target in targets}
-    names = [f"{module}.{end}" for end in ends]
+    names = [f"{module}.{end}" for end in sorted({target.rpartition(".")[2] for target in targets})]
     return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
 
 
@@ -167,7 +166,9 @@ def _check(module: str, held: Sequence[Mapping[str, TensorInfo]], named: Sequenc
         raise ValueError(f"{module} has {len(held)} pairs of matrices for {len(named)} target_parameters")
     for parts in held:
         if parts.keys() != {"lora_A", "lora_B"}:
-            raise ValueError(f"{module} has {', '.join(parts)} for a parameter, which has lora_A and lora_B alone")
+            raise ValueError(
+                f"{module} has {', '.join(sorted(parts))} for a parameter, which has lora_A and lora_B alone"
+            )
         for tensor in parts.values():
             if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
                 raise ValueError(f"{tensor.name} is no matrix of numbers that are read")

@@ -99,6 +99,11 @@ class ExpertColumns(Input):
         return (self.of.shape[0], self.of.shape[1] // self.experts)
 
     @property
+    def chunk_rows(self) -> int:
+        """How many rows of B are read at once."""
+        return max(1, PRODUCT_ENTRIES // self.of.shape[1])
+
+    @property
     def again(self) -> tuple[Stored, ...]:
         """B: rows are read more than once."""
         return self.leaves
