@@ -108,16 +108,15 @@ class _Fitting:
     def changes(self) -> dict[str, Change]:
         found: dict[str, Change] = {}
         for name, tensor in self._adapter.whole.items():
-            untied = is_head(name) and is_tied(self._config)
-            if untied and self._adapter.tied:
+            if is_head(name) and is_tied(self._config) and self._adapter.tied:
                 continue
-            place = self._embedding() if untied else self._place(name, tensor)
+            place = self._own_head(name) or self._place(name, tensor)
             if place is not None and self._can_replace(place, tensor):
-                place = replace(place, name=name) if untied else place
                 found[place.name] = Change(whole=tensor)
                 self._tensors[place.name] = replace(place, shape=tensor.shape)
         self._rows(found)
-        places = [(module, self._place(f"{name}.weight", module.a)) for name, module in self._adapter.modules.items()]
+        added = {name: module for name, module in self._adapter.modules.items() if not self._is_copy(name)}
+        places = [(module, self._place(f"{name}.weight", module.a)) for name, module in added.items()]
         settled = [(module, place) for module, place in places if place is not None and self._fits(module, place)]
         usual = self._usually_turned(settled)
         for module, place in settled:
@@ -212,10 +211,8 @@ class _Fitting:
     def _place(self, name: str, tensor: TensorInfo) -> TensorInfo | None:
         """The model's tensor that the adapter calls `name`."""
         places = self._counterparts[name]
-        if is_head(name) and is_tied(self._config):
-            what = f"it adds to {name}, which in this model is the embedding"
-            self._refuse(what, MERGE_FIRST)
-            return None
+        if (head := self._own_head(name)) is not None:
+            return replace(head, shape=self._adapter.whole.get(name, head).shape)
         if not places:
             self._homeless.append(tensor.name)
             return None
@@ -234,9 +231,16 @@ class _Fitting:
             self._refuse(f"it changes {place.name}, which is stored as {place.dtype}", MERGE_FIRST)
         return other == name and place.dtype in FLOATS
 
-    def _embedding(self) -> TensorInfo | None:
-        """What a tied head is, so that one of its own has to be like it."""
-        return next((tensor for tensor in self._tensors.values() if _is_of_tokens(tensor)), None)
+    def _own_head(self, name: str) -> TensorInfo | None:
+        """What a head of its own begins as, where the model's is its embedding."""
+        found = [tensor for of, tensor in self._tensors.items() if is_embedding(of)]
+        tied = is_head(name) and is_tied(self._config) and len(found) == 1
+        return replace(found[0], name=name) if tied else None
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether a module is a tied head that gets what the embedding gets: PEFT saves that once more."""
+        adapted = any(is_embedding(f"{other}.weight") for other in self._adapter.modules)
+        return is_head(f"{name}.weight") and is_tied(self._config) and self._adapter.tied and adapted
 
     def _can_replace(self, place: TensorInfo, tensor: TensorInfo) -> bool:
         """Whether a tensor can stand in the model's place: of its shape, or an embedding or head of other tokens."""
