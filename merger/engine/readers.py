@@ -28,6 +28,7 @@ from merger.planning.inputs.low_rank import (
     ExpertsLowRank,
     Factor,
     LowRank,
+    Transposed,
 )
 from merger.planning.inputs.rows import CHUNK_ENTRIES, Pursuit, Rows
 
@@ -163,6 +164,20 @@ def expert_columns(source: ExpertColumns, start: int, stop: int, out: Tensor, le
     return out[: stop - start]
 
 
+def transposed(source: Transposed, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    """All of it at once, or some rows: a run of every stored row."""
+    rows, columns = source.shape
+    first, last = start // columns, -(-stop // columns)
+    found = torch.empty(columns, last - first)
+    if last - first == rows:
+        leaves.entries(source.transpose, 0, rows * columns, found.view(-1))
+    else:
+        for number, row in enumerate(found):
+            leaves.entries(source.transpose, number * rows + first, number * rows + last, row)
+    out[: stop - start] = found.T.reshape(-1)[start - first * columns : stop - first * columns]
+    return out[: stop - start]
+
+
 def with_added(source: Added, start: int, stop: int, out: Tensor, load: Load) -> Tensor:
     """The entries of a tensor and of the small one that is added to it, times the scale."""
     plus = load(source.plus, start, stop, torch.empty(stop - start))
@@ -277,6 +292,7 @@ _READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
     LowRank: _low_rank,
     ExpertsLowRank: experts_with_low_rank,
     ExpertColumns: expert_columns,
+    Transposed: transposed,
     Added: _added,
     Difference: _difference,
     Factor: _factor,

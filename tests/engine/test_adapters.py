@@ -16,7 +16,7 @@ from merger.engine.readers import load_input
 from merger.models.checkpoint import TensorInfo
 from merger.planning.inputs import low_rank as products
 from merger.planning.inputs.base import Input, Stored
-from merger.planning.inputs.low_rank import Added, ExpertColumns, ExpertsLowRank, LowRank
+from merger.planning.inputs.low_rank import Added, ExpertColumns, ExpertsLowRank, LowRank, Transposed
 
 
 @dataclass
@@ -114,6 +114,16 @@ def test_each_expert_gets_its_own_product_in_any_blocks(
             alone = LowRank(of, own, ExpertColumns(small[1], expert, experts), 0.7, turned)
             torch.testing.assert_close(pieces(alone, held, cuts), whole[expert], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(whole, held.tensors["w"] + 0.7 * delta, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    rows=st.integers(1, 12), columns=st.integers(1, 12), cuts=st.lists(st.integers(0, 144), max_size=6)
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_matrix_that_is_stored_transposed_is_read_in_any_blocks(rows: int, columns: int, cuts: list[int]) -> None:
+    """Its rows are the stored columns."""
+    held = Held({"m": torch.arange(float(rows * columns)).view(columns, rows)})
+    assert torch.equal(pieces(Transposed(stored("m", columns, rows)), held, cuts), held.tensors["m"].T)
 
 
 @given(size=st.integers(1, 50), cuts=st.lists(st.integers(0, 50), max_size=3))

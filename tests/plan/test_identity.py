@@ -23,6 +23,7 @@ from merger.planning.inputs.low_rank import (
     Factor,
     LowRank,
     MergedDeltas,
+    Transposed,
 )
 from merger.planning.inputs.rows import Pursuit, RowMap, RowPairs, Rows
 
@@ -55,6 +56,7 @@ ENCODED: list[tuple[Input, str]] = [
         LOW,
         f'{{"a": {STORED}, "b": {STORED}, "magnitude": null, "of": {STORED}, "scale": 2.0, "turned": true}}',
     ),
+    (Transposed(ONE), f'{{"transpose": {STORED}}}'),
     (ExpertColumns(ONE, 1, 2), f'{{"expert": 1, "experts": 2, "of": {STORED}}}'),
     (
         ExpertsLowRank(ONE, ONE, ONE, 2.0, True),

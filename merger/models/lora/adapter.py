@@ -1,7 +1,8 @@
-"""What a LoRA adapter's files hold, and what it changes in a model: names, ranks, scales and places, but no bytes.
+"""What a LoRA adapter's files hold: names, ranks, scales and places, but no bytes.
 
 Follows PEFT's files: adapter_config.json, and adapter_model.safetensors with names such as
-``base_model.model.<module>.lora_A.weight``. Not here: fetching them (lock.lock), and the sum (engine.readers).
+``base_model.model.<module>.lora_A.weight``; and MLX's. Not here: fetching them (lock.lock), where they belong in a
+model (changes), and the sum (engine.readers).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.errors import ModelError, Problem
@@ -27,7 +28,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 OF_MLX = "adapters.safetensors"
-"""MLX's, whose matrices are turned and named otherwise."""
+"""MLX's, whose matrices are transposed and named otherwise."""
 
 _PREFIX = re.compile(r"^base_model\.model\.")
 _PART = re.compile(
@@ -278,6 +279,58 @@ def _by_pattern(config: Mapping[str, Any], key: str, modules: Sequence[str], oth
     values = list(patterns.values())
     found = first(list(patterns), modules, at_end=True)
     return {name: otherwise if place is None else values[place] for name, place in zip(modules, found, strict=True)}
+
+
+# ---- MLX ------------------------------------------------------------------------------------------------------------
+
+_FUSE_FIRST = "merge it into its model with mlx_lm.fuse (--dequantize), and name the folder of the result"
+_MLX_PART = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b)$")
+
+
+def read_mlx(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Adapter:
+    """The adapter that files of MLX hold: x lora_a lora_b is added to what a module makes of x, times the scale.
+
+    Args:
+        config: adapter_config.json.
+        tensors: the tensors of adapters.safetensors by name.
+
+    Raises:
+        ModelError: it is no LoRA, of a kind that is not built, or damaged; with every problem that was found.
+    """
+    kind, given = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
+    scale: Any = given.get("scale") if isinstance(given, Mapping) else None
+    if kind != "lora":
+        what = f"is a fine-tune of MLX by {_shown(kind)}; LoRA is the only kind that is built"
+        raise ModelError(Problem(what, hint=_FUSE_FIRST))
+    if not _is_number(scale, ANY) or not tensors:
+        what = f"{OF_MLX} holds no tensor" if not tensors else f"{CONFIG} has no lora_parameters with a number as scale"
+        raise ModelError(Problem(what, hint=_DAMAGED))
+    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for name in sorted(tensors):
+        match = _MLX_PART.match(name)
+        parts[match["module"] if match else name][match["part"] if match else ""] = tensors[name]
+    modules = {name: _of_mlx(name, held, float(scale)) for name, held in parts.items()}
+    if problems := [problem for problem in modules.values() if isinstance(problem, Problem)]:
+        raise ModelError(problems[:SHOWN])
+    named = config.get("model")
+    model = named if isinstance(named, str) else None
+    return Adapter(model, {name: one for name, one in modules.items() if isinstance(one, AdaptedModule)}, {})
+
+
+def _of_mlx(name: str, parts: Mapping[str, TensorInfo], scale: float) -> AdaptedModule | Problem:
+    """A module's two matrices as PEFT has them: the other way round."""
+    if parts.keys() != {"lora_a", "lora_b"}:
+        first = next(iter(parts.values())).name
+        return Problem(f"{first} is not one of a pair lora_a and lora_b, which alone are read of MLX", hint=_DAMAGED)
+    a, b = parts["lora_a"], parts["lora_b"]
+    odd = next((one for one in (a, b) if len(one.shape) != 2 or one.dtype not in FLOATS), None)
+    if odd is not None:
+        what = f"{odd.name} is {dims(odd.shape)} of {odd.dtype}, and only matrices of floats are read of MLX"
+        return Problem(what, hint=_FUSE_FIRST)
+    if a.shape[1] != b.shape[0]:
+        return Problem(f"{name}: lora_a is {dims(a.shape)} and lora_b is {dims(b.shape)}", hint=_DAMAGED)
+    a, b = replace(a, shape=a.shape[::-1]), replace(b, shape=b.shape[::-1])
+    return AdaptedModule(name, a, b, a.shape[0], scale, is_embedding(f"{name}.weight"), transposed=True)
 
 
 def dims(shape: Sequence[int]) -> str:

@@ -39,6 +39,7 @@ class AdaptedModule:
         magnitude: DoRA's length of each of the sum's rows.
         experts: how many matrices get a product each; A has `rank` rows, and B as many columns, for each of them.
         expert: the only one that is meant, whose rows of A are all that `a` has; None: all of them.
+        transposed: whether A and B lie in the file as their transposes.
     """
 
     name: str
@@ -51,6 +52,7 @@ class AdaptedModule:
     magnitude: TensorInfo | None = None
     experts: int = 1
     expert: int | None = None
+    transposed: bool = False
 
     @property
     def inputs(self) -> int:

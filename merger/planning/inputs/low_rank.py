@@ -68,7 +68,7 @@ class LowRank(Input):
         """The one small matrix as stored and in float32, some rows of the other, and of the product and the sum."""
         rows, columns = self.chunk_rows, self.shape[1]
         small = 12 * self.rank * columns + 4 * rows * (2 * self.rank + 3 * columns)
-        return self.of.scratch + self.b.scratch + small
+        return self.of.scratch + max(self.a.scratch, self.b.scratch) + small
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,52 @@ class Added(Input):
         return self.to.scratch + 4 * self.plus.tensor.entries
 
 
+@dataclass(frozen=True)
+class Transposed(Input):
+    """A small matrix that is stored as its transpose."""
+
+    kind = "transposed"
+    transpose: Stored
+
+    def encode(self) -> dict[str, Any]:
+        return {"transpose": self.transpose}
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return (self.transpose,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The stored one's the other way round."""
+        return self.transpose.shape[::-1]
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """It: some rows are some of every stored row."""
+        return self.leaves
+
+    @property
+    def scratch(self) -> int:
+        """All of it in float32, once more than those have it who read it."""
+        return 4 * self.transpose.tensor.entries
+
+
+def factors(adapter: int, module: AdaptedModule) -> tuple[Input, Input]:
+    """A and B of a module, in the files of the adapter of that number."""
+    if not module.transposed:
+        return Stored(adapter, module.a), Stored(adapter, module.b)
+    a, b = (Stored(adapter, replace(one, shape=one.shape[::-1])) for one in (module.a, module.b))
+    return Transposed(a), Transposed(b)
+
+
 def with_product(source: Input, adapter: int, module: AdaptedModule, turned: bool) -> Input:
-    """A tensor and what an adapter, the model of that number, adds to it for a module."""
-    a, b = Stored(adapter, module.a), Stored(adapter, module.b)
+    """A tensor and what the adapter of that number adds to it for a module."""
+    a, b = factors(adapter, module)
     if module.experts == 1:
         lengths = None if module.magnitude is None else Stored(adapter, module.magnitude)
         return LowRank(source, a, b, module.scale, turned, lengths)
+    assert isinstance(a, Stored)
+    assert isinstance(b, Stored), "experts are stored as PEFT has them"
     if module.expert is None:
         return ExpertsLowRank(source, a, b, module.scale, turned)
     return LowRank(source, a, ExpertColumns(b, module.expert, module.experts), module.scale)

@@ -21,9 +21,9 @@ from merger.models.checkpoint import FLOATS, TensorInfo
 from merger.models.lora.changes import TURNED_MODELS
 from merger.models.lora.counterparts import counterparts
 from merger.models.lora.modules import AdaptedModule
-from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand, Stored
+from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand
 from merger.planning.inputs.derived import Zeros
-from merger.planning.inputs.low_rank import Difference, Factor, LowRank, MergedDeltas
+from merger.planning.inputs.low_rank import Difference, Factor, LowRank, MergedDeltas, factors
 from merger.planning.jobs import DTYPES, PREDICTION, JobSet, arguments
 from merger.planning.slices import Findings, Segment
 from merger.planning.stage_model import StagedRecipe
@@ -281,13 +281,13 @@ def _delta(number: int, module: AdaptedModule | None, like: AdaptedModule) -> Lo
     zeros = Zeros((like.outputs, like.inputs), like.a.dtype)
     if module is None:
         return zeros
-    return LowRank(zeros, Stored(number, module.a), Stored(number, module.b), module.scale)
+    return LowRank(zeros, *factors(number, module), module.scale)
 
 
 def _of_first(model: LockedModel) -> dict[str, Any]:
     """What the result's config takes from the first adapter's; of a model in a folder its name without the place."""
     config = model.checkpoint.config
-    named = config.get("base_model_name_or_path")
+    named = model.lora.model if model.lora is not None else None
     on_hub = isinstance(named, str) and named.count("/") == 1 and not named.startswith((".", "/", "~"))
     return {
         "task_type": config.get("task_type"),
