@@ -15,6 +15,8 @@ import torch
 import transformers
 from architectures.cases import CASES as CLASSES
 from architectures.cases import EXPERTS, NEXT, QWEN_IDS, QWEN_TEXT, Case, text
+from conftest import Command
+from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -223,3 +225,18 @@ def test_adapters_of_parameters_are_not_merged_with_each_other(
     (tmp_path / "mine.yaml").write_text(recipe)
     assert main(["plan", str(tmp_path / "mine.yaml")]) == 4
     assert f"it changes parameters that are no module's weight, of {LAYER}" in capsys.readouterr().err
+
+
+def test_of_an_adapter_on_the_hub_each_byte_travels_once(
+    pair: Path, served: LoopbackHub, command: Command, tmp_path: Path
+) -> None:
+    """B too, which is read for each expert."""
+    served.add_model("org/base", pair / "base")
+    served.add_model("org/lora", pair / "lora")
+    served.clear_log()
+    recipe = "merge_method: passthrough\ndtype: float32\nmodels: [{model: org/base+org/lora}]\n"
+    (tmp_path / "mine.yaml").write_text(recipe)
+    done = command("run", "mine.yaml", "--to", "out", cwd=tmp_path, hub=served)
+    assert done.returncode == 0, done.stderr
+    asked = [request for request in served.log if request.host == "cdn" and "/org/lora/" in request.path]
+    assert sum(request.sent for request in asked) == (pair / "lora/adapter_model.safetensors").stat().st_size
