@@ -35,6 +35,8 @@ SQUARE = Case("GptOssConfig", "GptOssForCausalLM", text, {**GPT_OSS.settings, "i
 MIXTRAL = Case("MixtralConfig", "MixtralForCausalLM", text, {**CLASSES["Mixtral"].settings, **SHORT})
 QWEN_3_5 = Case("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", text,
                 {**NEXT, "layer_types": ["linear_attention", "full_attention"] * 2})  # fmt: skip
+ONE_EXPERT = Case("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", text,
+                  {**QWEN_3_5.settings, "num_experts": 1, "num_experts_per_tok": 1})  # fmt: skip
 QWEN_3_VL = Case("Qwen3VLMoeConfig", "Qwen3VLMoeForConditionalGeneration", text, {
     "text_config": {**QWEN_TEXT, **EXPERTS},
     "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 4, "out_hidden_size": 16,
@@ -70,6 +72,7 @@ ADAPTED: Mapping[str, Adapted] = {
     "Qwen 2 MoE": Adapted(CLASSES["Qwen 2 MoE"], (), APART),
     "Qwen 3 MoE": Adapted(CLASSES["Qwen 3 MoE"], (), APART),
     "Qwen 3.5 MoE": Adapted(QWEN_3_5),
+    "Qwen 3.5 MoE, of one expert": Adapted(ONE_EXPERT),
     "Qwen 3 VL MoE": Adapted(QWEN_3_VL),
     "no experts": Adapted(CLASSES["Qwen 2"], ("k_proj.weight", "embed_tokens.weight", "mlp.up_proj.weight")),
 }  # fmt: skip
@@ -163,6 +166,10 @@ REFUSED: Mapping[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], dict[s
         f"{LAYER} has lora_A, lora_B, lora_bias for a parameter, which has lora_A and lora_B alone",
     ),
     "DoRA": ({"use_dora": True}, dict, "has use_dora and target_parameters: DoRA of parameters is not built"),
+    "too many names": (
+        {"target_parameters": [f"p{n}" for n in range(33)]}, dict,
+        "target_parameters end with 33 names, and the limit is 32",
+    ),
     "no names": ({"target_parameters": "all"}, dict, "adapter_config.json: target_parameters is no list of names"),
 }  # fmt: skip
 

@@ -17,7 +17,15 @@ from typing import Any
 from merger.errors import ModelError, Problem
 from merger.models.architecture import is_embedding, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
-from merger.models.lora.modules import AdaptedModule, AdaptedParameters, of_parameters, targeted
+from merger.models.lora.modules import (
+    MOST_ENDS,
+    AdaptedModule,
+    AdaptedParameters,
+    Targets,
+    by_end,
+    of_parameters,
+    targeted,
+)
 from merger.models.tokenizer_files import TokenRows, rows_of, token_rows
 from merger.safety.apart import BeyondError
 from merger.safety.expressions import compiles, first
@@ -93,7 +101,7 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     if problems:
         raise ModelError(problems)
     parts, whole, aside = _parted(tensors)
-    targets = config.get("target_parameters") or []
+    targets = by_end(config.get("target_parameters") or ())
     try:
         pairs, of_modules = of_parameters(parts, targets)
         strengths = _strengths(config, [*parts, *(one for name in pairs for one in targeted(name, targets))])
@@ -148,6 +156,9 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         yield Problem(f"{CONFIG}: target_parameters is no list of names", hint=_DAMAGED)
+    elif len(by_end(targets)) > MOST_ENDS:
+        what = f"{CONFIG}: target_parameters end with {len(by_end(targets)):,} names, and the limit is {MOST_ENDS}"
+        yield Problem(what, hint=_DAMAGED)
     elif targets and config.get("use_dora"):
         yield Problem(f"{CONFIG} has use_dora and target_parameters: DoRA of parameters is not built", hint=MERGE_FIRST)
     yield from _number_problems(config)
@@ -205,7 +216,7 @@ def _adapted(
     name: str,
     held: Sequence[Mapping[str, TensorInfo]],
     strengths: Mapping[str, tuple[int, float]],
-    targets: Sequence[str],
+    targets: Targets,
     config: Mapping[str, Any],
 ) -> AdaptedParameters:
     """What is held for a module's parameters; it may be the module itself that is meant, if that has one pair."""

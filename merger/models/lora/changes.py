@@ -233,9 +233,10 @@ class _Fitting:
 
     def _own_head(self, name: str) -> TensorInfo | None:
         """What a head of its own begins as, where the model's is its embedding."""
+        if not (is_head(name) and is_tied(self._config)):
+            return None
         found = [tensor for of, tensor in self._tensors.items() if is_embedding(of)]
-        tied = is_head(name) and is_tied(self._config) and len(found) == 1
-        return replace(found[0], name=name) if tied else None
+        return replace(found[0], name=name) if len(found) == 1 else None
 
     def _is_copy(self, name: str) -> bool:
         """Whether a module is a tied head that gets what the embedding gets: PEFT saves that once more."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import islice
 
 from merger.models.checkpoint import FLOATS, TensorInfo
 
@@ -20,8 +20,8 @@ TURNED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 """Kinds of models whose experts' matrices have their inputs first, which PEFT is told by transformers' class."""
 
 _NESTED = re.compile(r"^(?P<module>.+?)(?P<depth>(\.base_layer)*)$")
-_MOST = 6
-"""So many parameters of one module can be told from each other; real ones have two or four."""
+_MOST_PAIRS, _MOST_NAMES = 4, 6
+"""So many parameters of one module are told from each other; real ones have two, or four with biases."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,20 @@ class AdaptedParameters:
     alone: AdaptedModule | None = None
 
     def orders(self, homes: Mapping[str, Home], turned: bool) -> list[list[AdaptedModule]]:
-        """The ways in which the pairs can be the parameters'."""
+        """The ways in which the pairs can be the parameters', no more than two of them."""
         names = [name for name in self.named if name in homes]
-        taken = [[self._as(name, pair) for name, pair in zip(order, self.pairs, strict=True)]
-                 for order in permutations(names, len(self.pairs))]  # fmt: skip
-        return [order for order in taken if all(homes[one.name].fits(one, turned) for one in order)]
+        return list(islice(self._orders(self.pairs, names, homes, turned), 2)) if len(names) <= _MOST_NAMES else []
 
-    def _as(self, name: str, pair: tuple[TensorInfo, TensorInfo]) -> AdaptedModule:
-        return AdaptedModule(name, *pair, *self.named[name])
+    def _orders(
+        self, pairs: Sequence[tuple[TensorInfo, TensorInfo]], names: list[str], homes: Mapping[str, Home], turned: bool
+    ) -> Iterator[list[AdaptedModule]]:
+        if not pairs:
+            yield []
+            return
+        for one in (AdaptedModule(name, *pairs[0], *self.named[name]) for name in names):
+            if homes[one.name].fits(one, turned):
+                others = [name for name in names if name != one.name]
+                yield from ([one, *rest] for rest in self._orders(pairs[1:], others, homes, turned))
 
 
 @dataclass(frozen=True)
@@ -134,11 +140,15 @@ class Home:
                 first = last
 
 
+Targets = Mapping[str, Collection[str]]
+MOST_ENDS = 32
+"""So many last names may targets have; real ones have two to four."""
+
 Parts = Mapping[str, Mapping[str, TensorInfo]]
 """Of each module what the adapter has for it, by what that is to it: lora_A and so on."""
 
 
-def of_parameters(parts: Parts, targets: Sequence[str]) -> tuple[dict[str, list[Mapping[str, TensorInfo]]], Parts]:
+def of_parameters(parts: Parts, targets: Targets) -> tuple[dict[str, list[Mapping[str, TensorInfo]]], Parts]:
     """Of the modules whose parameters are targets what the adapter has for these; and what it has for other modules.
 
     Raises:
@@ -157,14 +167,26 @@ def of_parameters(parts: Parts, targets: Sequence[str]) -> tuple[dict[str, list[
     return {module: list(levels.values()) for module, levels in found.items()}, rest
 
 
-def targeted(module: str, targets: Sequence[str]) -> list[str]:
+def by_end(targets: Iterable[str]) -> Targets:
+    """Names of parameters, or ends of such, by what they end with."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for target in sorted(targets):
+        found[target.rpartition(".")[2]].add(target)
+    return found
+
+
+def targeted(module: str, targets: Targets) -> list[str]:
     """The parameters of a module that may be among the targets, by their whole names."""
-    names = [f"{module}.{end}" for end in sorted({target.rpartition(".")[2] for target in targets})]
-    return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
+    starts = [module[place:] for place in (0, *(dot.end() for dot in re.finditer(r"\.", module)))]
+    return [
+        f"{module}.{end}"
+        for end, wholes in targets.items()
+        if end in wholes or any(f"{start}.{end}" in wholes for start in starts)
+    ]
 
 
 def _check(module: str, held: Sequence[Mapping[str, TensorInfo]], named: Sequence[str]) -> None:
-    if len(held) > len(named) or len(named) > _MOST:
+    if len(held) > min(len(named), _MOST_PAIRS):
         raise ValueError(f"{module} has {len(held)} pairs of matrices for {len(named)} target_parameters")
     for parts in held:
         if parts.keys() != {"lora_A", "lora_B"}:

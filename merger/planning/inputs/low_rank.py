@@ -227,7 +227,7 @@ def factors(adapter: int, module: AdaptedModule) -> tuple[Input, Input]:
 def with_product(source: Input, adapter: int, module: AdaptedModule, turned: bool) -> Input:
     """A tensor and what the adapter of that number adds to it for a module."""
     a, b = factors(adapter, module)
-    if module.experts == 1:
+    if len(source.shape) == 2 and module.experts == 1:
         lengths = None if module.magnitude is None else Stored(adapter, module.magnitude)
         return LowRank(source, a, b, module.scale, turned, lengths)
     assert isinstance(a, Stored)
