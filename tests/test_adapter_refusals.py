@@ -61,14 +61,6 @@ def cut(folder: Path, settings: dict[str, Any], held: dict[str, Tensor]) -> None
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def tied(folder: Path, settings: dict[str, Any], held: dict[str, Tensor]) -> None:
-    own = tiny.tensors()
-    del own["lm_head.weight"]
-    tiny.write(folder.parent / "base", own, tie_word_embeddings=True)
-    head = {"lm_head.lora_A.weight": torch.ones(4, 16), "lm_head.lora_B.weight": torch.ones(40, 4)}
-    tensors(**head)(folder, settings, held)
-
-
 def rows_of_tokens(numbers: object) -> Damage:
     name = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 
@@ -137,7 +129,6 @@ CASES: Mapping[str, Damage] = {
     "a product for more tokens": tensors(**{
         "lm_head.lora_A.weight": torch.ones(4, 16), "lm_head.lora_B.weight": torch.ones(42, 4),
     }),
-    "a product for a tied head": tied,
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def pickled_clone(folder: Path) -> None:
 
 def of_mlx(folder: Path) -> None:
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": 2}))
+    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "dora", "num_layers": 2}))
     save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.ones(16, 4)}, folder / "adapters.safetensors")
 
 
@@ -76,9 +76,9 @@ CASES = {
         of_gguf, "./it", (), "models[./it]: has no safetensors, only GGUF (model-Q4_K_M.gguf)", GGUF),
     "GGUF and a config": (
         of_gguf_with_config, "./it", (), "models[./it]: has no safetensors, only GGUF (model-Q4_K_M.gguf)", GGUF),
-    "an adapter of MLX": (
+    "a DoRA of MLX": (
         of_mlx, "./base+./it", (),
-        "models[./it]: is an adapter of MLX (adapters.safetensors), and only PEFT's are read",
+        "models[./it]: is a fine-tune of MLX by 'dora'; LoRA is the only kind that is built",
         "merge it into its model with mlx_lm.fuse (--dequantize), and name the folder of the result"),
     "a word": (
         nothing, "it", (), "models[it]: there is no folder 'it' here, and the Hub may not be asked for it: "

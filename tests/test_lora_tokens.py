@@ -215,3 +215,47 @@ def test_an_adapter_of_the_hub_brings_its_tokens(tmp_path: Path, served: Loopbac
     files = {one["model"]: {item["file"] for item in one["files"]} for one in lock["models"]}
     assert {"adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files["org/lora"]
     assert command("verify", "hf://org/out", "--all", cwd=tmp_path, hub=served).returncode == 0
+
+
+UNTIED: Mapping[str, tuple[Mapping[str, Any], bool]] = {  # how it is trained; tied afterwards
+    "the head": ({"target_modules": ["q_proj", "lm_head"]}, False),
+    "the head, and the embedding whole": ({"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}, False),
+    "the head and the embedding": ({"target_modules": ["lm_head", "embed_tokens"]}, False),
+    "both as one": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True}, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("case", UNTIED)
+def test_a_product_for_a_tied_head_gives_the_model_one_of_its_own(
+    case: str, stored: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the model with its adapter computes; PEFT's merge gives that of a model untied before, else it changes the
+    embedding too. `stored`: the adapter holds the matrices that it adds to, as PEFT saves it.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    trained, tied = UNTIED[case]
+    base = model(tmp_path / "base", 1, tied=True)
+    torch.manual_seed(5)
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, **trained))
+    for name, tensor in peft.state_dict().items():
+        if "lora_" in name or "modules_to_save" in name:
+            tensor.copy_(torch.randn(tensor.shape) * 0.1)
+    peft.save_pretrained(tmp_path / "lora")
+    held = load_file(tmp_path / "lora/adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in held.items() if stored or ".base_layer." not in name}
+    save_file(kept, tmp_path / "lora/adapter_model.safetensors")
+    merged(passthrough(f"{base}+{tmp_path / 'lora'}"), tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert found.config.tie_word_embeddings is tied
+    assert (HEAD in tiny.read(tmp_path / "out")) is not tied
+    (tmp_path / "mine.yaml").write_text(passthrough(f"{base}+{tmp_path / 'lora'}"))
+    assert main(["plan", str(tmp_path / "mine.yaml")]) == 0
+    note = "head: a tensor of its own, for base+lora changes it, and not the embedding that it was"
+    told = capsys.readouterr().out
+    assert (note in told) is not tied
+    assert ("lm_head.lora_B.weight: lora: the head is the embedding" in told) is tied
+    ids = torch.tensor([[1, 7, 3, 11]])
+    torch.testing.assert_close(found(ids).logits, peft(ids).logits, rtol=1e-5, atol=1e-5)

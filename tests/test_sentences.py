@@ -137,9 +137,9 @@ MODELS: Mapping[str, tuple[str, Says]] = {
         ALONE.format("./gguf"),
         Says(3, 12, "models[./gguf]: has no safetensors, only GGUF (model-Q4_K_M.gguf)",
              "GGUF is made from a model, which its card names: merge that one, and convert the result")),
-    "an adapter of MLX": (
+    "a DoRA of MLX": (
         ALONE.format("./one+./mlx"),
-        Says(3, 12, "models[./mlx]: is an adapter of MLX (adapters.safetensors), and only PEFT's are read",
+        Says(3, 12, "models[./mlx]: is a fine-tune of MLX by 'dora'; LoRA is the only kind that is built",
              "merge it into its model with mlx_lm.fuse (--dequantize), and name the folder of the result")),
     "NVFP4": (
         ALONE.format("./nvfp4"),

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from merger.engine.stored import Load
+from merger.engine.stored import Load, read_whole
 from merger.methods.registry import methods
 from merger.methods.steps.arithmetic import Rng
 from merger.methods.steps.decompose import TINY
 from merger.planning.geometry import Geometry
-from merger.planning.inputs.base import Input, Stored
+from merger.planning.inputs.base import Input
 from merger.planning.inputs.derived import Zeros
 from merger.planning.inputs.low_rank import FACTOR_ENTRIES, OVERSAMPLING, Factor, LowRank, MergedDeltas
 
@@ -65,7 +65,7 @@ def _part(delta: LowRank | Zeros, load: Load) -> tuple[Tensor, Tensor]:
     if isinstance(delta, Zeros):
         rows, columns = delta.shape
         return torch.zeros(rows, 0, dtype=torch.float64), torch.zeros(0, columns, dtype=torch.float64)
-    return _whole(delta.b, load).mul_(delta.scale), _whole(delta.a, load)
+    return read_whole(delta.b, load).double().mul_(delta.scale), read_whole(delta.a, load).double()
 
 
 def _product(b: Tensor, a: Tensor) -> Tensor:
@@ -78,11 +78,6 @@ def _basis(parts: list[Tensor]) -> Tensor:
     """The left singular vectors of all parts side by side, each with its largest entry positive."""
     basis: Tensor = torch.linalg.svd(torch.cat(parts, 1), full_matrices=False)[0]
     return basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-
-
-def _whole(leaf: Stored, load: Load) -> Tensor:
-    entries = leaf.tensor.entries
-    return load(leaf, 0, entries, torch.empty(entries)).view(leaf.shape).double()
 
 
 # ---- the two small matrices -----------------------------------------------------------------------------------------

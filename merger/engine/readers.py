@@ -6,7 +6,7 @@ Not here: where a stored tensor's bytes come from and in which order (runner).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 
 from merger.engine.pursuit import pursued
-from merger.engine.stored import Leaves, Load, rows_of_map
+from merger.engine.stored import Leaves, Load, read_whole, rows_of_map
 from merger.methods.steps.arithmetic import Rng
 from merger.methods.steps.random import normal, uniform
 from merger.planning.geometry import Geometry
 from merger.planning.inputs.base import Input, StageTensor, Stored
 from merger.planning.inputs.derived import DRAWN_AT_ONCE, Dequantised, Drawn, Noised, Routed, Stacked, Zeros
-from merger.planning.inputs.low_rank import Added, Difference, Factor, LowRank
+from merger.planning.inputs.low_rank import (
+    Added,
+    Difference,
+    ExpertColumns,
+    ExpertsLowRank,
+    Factor,
+    LowRank,
+    Transposed,
+)
 from merger.planning.inputs.rows import CHUNK_ENTRIES, Pursuit, Rows
 
 # ---- few bits and scales --------------------------------------------------------------------------------------------
@@ -75,29 +83,31 @@ def with_low_rank(source: LowRank, start: int, stop: int, out: Tensor, load: Loa
     Follows Hu et al. 2021, https://arxiv.org/abs/2106.09685, and Liu et al. 2024, https://arxiv.org/abs/2402.09353.
     """
     entries = out[: stop - start] if source.magnitude else load(source.of, start, stop, out)
-    columns, right = source.shape[1], _right(source, load)
-    for first, last in _runs_of_rows(source, start, stop):
+    right = _right(source, load)
+    for first, last, mine, place in _runs_of_rows(source.shape, source.chunk_rows, start, stop):
         rows = (_left(source, first, last, load) @ right).mul_(source.scale)
-        low, high = max(start, first * columns), min(stop, last * columns)
-        mine = slice(low - first * columns, high - first * columns)
         if source.magnitude is None:
-            entries[low - start : high - start].add_(rows.view(-1)[mine])
+            entries[place].add_(rows.view(-1)[mine])
         else:
-            made = _brought_to_length(source, source.magnitude, rows, first, load)
-            entries[low - start : high - start] = made.view(-1)[mine]
+            entries[place] = _brought_to_length(source, source.magnitude, rows, first, load).view(-1)[mine]
     return entries
 
 
-def _runs_of_rows(source: LowRank, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The rows that hold the entries, in runs that begin at the same rows whatever the block: no bit depends on it."""
-    step, (rows, columns) = source.chunk_rows, source.shape
-    begin, end = start // columns // step * step, -(-stop // columns)
-    return ((first, min(first + step, rows)) for first in range(begin, end, step))
+def _runs_of_rows(shape: Sequence[int], step: int, start: int, stop: int) -> Iterator[tuple[int, int, slice, slice]]:
+    """The rows that hold the entries, in runs that begin at the same rows whatever the block: no bit depends on it.
+
+    Of each run which of its entries are wanted, and where among the wanted ones they are.
+    """
+    rows, columns = shape
+    for first in range(start // columns // step * step, -(-stop // columns), step):
+        last = min(first + step, rows)
+        low, high = max(start, first * columns), min(stop, last * columns)
+        yield first, last, slice(low - first * columns, high - first * columns), slice(low - start, high - start)
 
 
 def _right(source: LowRank, load: Load) -> Tensor:
     """The small matrix that has a column for each of the large one's: A, or Bᵀ."""
-    return _whole(source.b, load).T if source.turned else _whole(source.a, load)
+    return read_whole(source.b, load).T if source.turned else read_whole(source.a, load)
 
 
 def _left(source: LowRank, first: int, last: int, load: Load) -> Tensor:
@@ -105,9 +115,9 @@ def _left(source: LowRank, first: int, last: int, load: Load) -> Tensor:
     if not source.turned:
         rank = source.rank
         return load(source.b, first * rank, last * rank, torch.empty((last - first) * rank)).view(-1, rank)
-    columns = torch.empty(source.rank, last - first)
-    for row, inputs in zip(columns, range(0, source.a.tensor.entries, source.a.shape[1]), strict=True):
-        load(source.a, inputs + first, inputs + last, row)
+    columns, width = torch.empty(source.rank, last - first), source.a.shape[1]
+    for number, row in enumerate(columns):
+        load(source.a, number * width + first, number * width + last, row)
     return columns.T
 
 
@@ -120,9 +130,52 @@ def _brought_to_length(source: LowRank, magnitude: Stored, added: Tensor, first:
     return total.mul_((wanted / torch.linalg.vector_norm(total, dim=1, dtype=torch.float64).float())[:, None])
 
 
-def _whole(leaf: Stored, load: Load) -> Tensor:
-    entries = leaf.tensor.entries
-    return load(leaf, 0, entries, torch.empty(entries)).view(leaf.shape)
+def experts_with_low_rank(source: ExpertsLowRank, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    """The entries of each expert's W + scale B A, or of its transpose."""
+    load = partial(load_input, leaves=leaves)
+    entries = load(source.of, start, stop, out)
+    b = leaves.once(("of experts", source.b), partial(read_whole, source.b, load))
+    experts, *shape = source.shape
+    size = math.prod(shape)
+    for expert in range(start // size, -(-stop // size)):
+        begin = expert * size
+        low, high = max(start, begin), min(stop, begin + size)
+        left, right = _of_expert(source, expert, b.view(len(b), -1, experts), load)
+        mine = entries[low - start : high - start]
+        for first, last, run, place in _runs_of_rows(shape, source.chunk_rows, low - begin, high - begin):
+            mine[place].add_((left[first:last] @ right).mul_(source.scale).view(-1)[run])
+    return entries
+
+
+def _of_expert(source: ExpertsLowRank, expert: int, b: Tensor, load: Load) -> tuple[Tensor, Tensor]:
+    """An expert's B and A, or the transpose of both the other way round."""
+    entries = source.rank * source.a.shape[1]
+    a = load(source.a, expert * entries, (expert + 1) * entries, torch.empty(entries)).view(source.rank, -1)
+    return (a.T, b[:, :, expert].T) if source.turned else (b[:, :, expert], a)
+
+
+def expert_columns(source: ExpertColumns, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    """Some whole rows of B at a time, and of these the expert's columns."""
+    rank, width = source.shape[1], source.of.shape[1]
+    for first, last, run, place in _runs_of_rows(source.shape, source.chunk_rows, start, stop):
+        room = torch.empty((last - first) * width)
+        rows = leaves.entries(source.of, first * width, last * width, room).view(-1, rank, source.experts)
+        out[place] = rows[:, :, source.expert].reshape(-1)[run]
+    return out[: stop - start]
+
+
+def transposed(source: Transposed, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    """All of it at once, or some rows: a run of every stored row."""
+    rows, columns = source.shape
+    first, last = start // columns, -(-stop // columns)
+    found = torch.empty(columns, last - first)
+    if last - first == rows:
+        leaves.entries(source.transpose, 0, rows * columns, found.view(-1))
+    else:
+        for number, row in enumerate(found):
+            leaves.entries(source.transpose, number * rows + first, number * rows + last, row)
+    out[: stop - start] = found.T.reshape(-1)[start - first * columns : stop - first * columns]
+    return out[: stop - start]
 
 
 def with_added(source: Added, start: int, stop: int, out: Tensor, load: Load) -> Tensor:
@@ -237,6 +290,9 @@ _READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
     Pursuit: pursued,
     Dequantised: dequantised,
     LowRank: _low_rank,
+    ExpertsLowRank: experts_with_low_rank,
+    ExpertColumns: expert_columns,
+    Transposed: transposed,
     Added: _added,
     Difference: _difference,
     Factor: _factor,

@@ -40,6 +40,12 @@ Load = Callable[[Input, int, int, Tensor], Tensor]
 """Entries ``[start, stop)`` of a source in float32, in the front of a buffer."""
 
 
+def read_whole(source: Input, load: Load) -> Tensor:
+    """All entries of a small source, in its shape."""
+    entries = math.prod(source.shape)
+    return load(source, 0, entries, torch.empty(entries)).view(source.shape)
+
+
 class Pairs(Protocol):
     """The pairs of small matrices of a run that are under way."""
 

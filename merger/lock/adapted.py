@@ -10,9 +10,9 @@ from dataclasses import replace
 from merger.errors import ModelError, Problem
 from merger.lock.locked import LockedModel
 from merger.models.architecture import is_head
-from merger.models.checkpoint import Checkpoint
+from merger.models.checkpoint import Checkpoint, TensorInfo
 from merger.models.config import untied, with_vocabulary
-from merger.models.lora.adapter import changes
+from merger.models.lora.changes import changes
 
 _OTHER_ADAPTER = "take the model that it was trained on, or merge both with PEFT's merge_and_unload and name the result"
 
@@ -38,18 +38,26 @@ def _with_rows(model: LockedModel) -> LockedModel:
     Raises:
         ModelError: not all that has a row for each token has the same number, or no tokenizer tells the new ones.
     """
-    held = model.checkpoint
+    held, heads = model.checkpoint, [name for name in model.changes if model.is_tied and is_head(name)]
     whole = {name: change.whole for name, change in model.changes.items() if change.whole is not None}
-    like = {name: tensor for name in whole if (tensor := held.tensors.get(name) or model.embedding) is not None}
-    new = {name: replace(tensor, name=name, shape=whole[name].shape) for name, tensor in like.items()}
-    config = untied(held.config) if any(is_head(name) for name in new) and model.is_tied else held.config
+    like = {name: of for name in dict.fromkeys((*whole, *heads)) if (of := _like(model, name)) is not None}
+    new = {name: replace(of, name=name, shape=whole.get(name, of).shape) for name, of in like.items()}
+    scaled = {name: model.scaled[of.name] for name, of in like.items() if of.name in model.scaled}
     brought = tuple(name for name in new if name not in held.tensors)
-    grown = replace(model, checkpoint=Checkpoint({**held.tensors, **new}, config, held.stem), brought=brought)
+    config = untied(held.config) if heads else held.config
+    checkpoint = Checkpoint({**held.tensors, **new}, config, held.stem)
+    grown = replace(model, checkpoint=checkpoint, scaled={**model.scaled, **scaled}, brought=brought)
     _check_rows(model, grown)
     if grown.token_rows == model.token_rows:
         return grown
     sized = with_vocabulary(config, model.token_rows or 0, grown.token_rows or 0)
     return replace(grown, checkpoint=replace(grown.checkpoint, config=sized))
+
+
+def _like(model: LockedModel, name: str) -> TensorInfo | None:
+    """What the model has in the place of a tensor that its adapter changes: of a head that is the embedding, that."""
+    own = model.checkpoint.tensors.get(name)
+    return model.embedding if own is None or (model.is_tied and is_head(name)) else own
 
 
 def _check_rows(model: LockedModel, grown: LockedModel) -> None:

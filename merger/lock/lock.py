@@ -275,8 +275,11 @@ class _Fetching:
         _check_adapter_files(located)
         config = _json(located, adapters.CONFIG, self.store)
         _refuse_barred(located, {})
-        tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, adapters.TENSORS, self.tally)}
-        lora = adapters.read_adapter(config, tensors)
+        file, read = adapters.TENSORS, adapters.read_adapter
+        if file not in located.files:
+            file, read = adapters.OF_MLX, adapters.read_mlx
+        tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, file, self.tally)}
+        lora = read(config, tensors)
         card, licence = _licensed(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
 
@@ -306,10 +309,7 @@ def _check_adapter_files(located: Located) -> None:
     if adapters.CONFIG not in located.files:
         hint = "is it a LoRA adapter as PEFT saves it?"
         raise ModelError(Problem(f"has no {adapters.CONFIG}", hint=hint))
-    if adapters.TENSORS not in located.files and adapters.OF_MLX in located.files:
-        hint = "merge it into its model with mlx_lm.fuse (--dequantize), and name the folder of the result"
-        raise ModelError(Problem(f"is an adapter of MLX ({adapters.OF_MLX}), and only PEFT's are read", hint=hint))
-    if adapters.TENSORS not in located.files:
+    if not {adapters.TENSORS, adapters.OF_MLX} & located.files.keys():
         pickled = adapters.PICKLED in located.files
         what = f"has no {adapters.TENSORS}" + (f", only {adapters.PICKLED}" if pickled else "")
         hint = "such files can run code when they are read: load it with PEFT and save it with save_pretrained"

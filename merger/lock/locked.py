@@ -14,7 +14,8 @@ from merger.models.architecture import Architecture, is_embedding, is_head, neve
 from merger.models.checkpoint import FLOATS, Checkpoint, TensorInfo
 from merger.models.config import is_tied, predicted_layers
 from merger.models.formats.quantised import Scaled
-from merger.models.lora.adapter import Adapter, Change
+from merger.models.lora.adapter import Adapter
+from merger.models.lora.changes import Change
 from merger.models.side_files import tokenizer_files
 from merger.recipe.model import ModelRef, Recipe
 from merger.stores.ports import Located

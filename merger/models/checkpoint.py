@@ -10,7 +10,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.errors import ModelError, Problem
@@ -62,6 +62,12 @@ class TensorInfo:
     def nbytes(self) -> int:
         """How many bytes it takes in its file."""
         return self.stop - self.start
+
+    def rows(self, first: int, last: int) -> TensorInfo:
+        """Its rows ``[first, last)`` as a tensor by itself."""
+        size = math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        start = self.start + first * size
+        return replace(self, shape=(last - first, *self.shape[1:]), start=start, stop=start + (last - first) * size)
 
 
 @dataclass(frozen=True)

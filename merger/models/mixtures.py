@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -279,6 +280,11 @@ class _Style:
 
 
 _STYLES = (_Style("gate_proj", "up_proj", "down_proj"), _Style("w1", "w3", "w2", "block_sparse_moe"))
+_ONE = re.compile(r"^(?P<experts>.+\.experts)\.(?P<number>0|[1-9][0-9]{0,4})\.(?P<matrix>[^.]+)\.weight$")
+_STACK_BY_OTHER_NAME = re.compile(
+    r"^(?P<block>.+?)\.(experts\.)?((?P<first>input_linear|fc1)|output_linear|fc2)\.weight$"
+)
+_IN_BLOCK = re.compile(r"^(?P<layer>.+?\.\d+)\.(?P<block>[^.]+)\.(?P<rest>experts\.[^.\d][^.]*|(gate|router)\.weight)$")
 
 
 def are_fused(tensors: Tensors) -> bool:
@@ -331,3 +337,52 @@ def _parts(tensor: TensorInfo, blocks: set[str], style: _Style) -> Iterator[Tens
 
 def _block(block: str, style: _Style) -> str:
     return block if style.block is None else f"{block.rpartition('.')[0]}.{style.block}"
+
+
+def join(tensors: Tensors) -> Mapping[str, list[tuple[TensorInfo, ...]]]:
+    """Tensors of experts by the names of those that transformers has in memory in their place.
+
+    Of each expert those are given whose rows follow each other there: gate and up; or one tensor of all. Where an
+    expert lacks a tensor, or has one of another shape, none are given.
+    """
+    held: dict[str, dict[str, dict[int, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
+    stacks: dict[str, list[tuple[TensorInfo, ...]]] = {}
+    for name, tensor in tensors.items():
+        if match := _ONE.match(name):
+            held[match["experts"]][match["matrix"]][int(match["number"])] = tensor
+        elif (match := _STACK_BY_OTHER_NAME.match(name)) and len(tensor.shape) == 3:
+            stacks[f"{match['block']}.experts.{'gate_up' if match['first'] else 'down'}_proj"] = [(tensor,)]
+    return stacks | {
+        f"{experts}.{name}": parts
+        for experts, matrices in held.items()
+        for name, roles in _together(matrices)
+        if (parts := _for_each([matrices[role] for role in roles]))
+    }
+
+
+def _together(matrices: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What experts with these matrices have in memory, and of which of them it is made."""
+    style = next((one for one in _STYLES if {one.gate, one.up, one.down} <= set(matrices)), None)
+    if style is not None:
+        yield "gate_up_proj", (style.gate, style.up)
+        yield "down_proj", (style.down,)
+        return
+    yield from ((matrix, (matrix,)) for matrix in matrices)
+
+
+def _for_each(matrices: Sequence[Mapping[int, TensorInfo]]) -> list[tuple[TensorInfo, ...]]:
+    """One of each of these matrices for each expert; none where they differ."""
+    numbers = range(len(matrices[0]))
+    alike = all(sorted(of) == list(numbers) and len({one.shape for one in of.values()}) == 1 for of in matrices)
+    flat = alike and {len(of[0].shape) for of in matrices} == {2} and len({of[0].shape[1] for of in matrices}) == 1
+    return [tuple(of[number] for of in matrices) for number in numbers] if flat else []
+
+
+def without_blocks(names: Iterable[str]) -> Mapping[str, str]:
+    """Names of experts and routers without the word for what is around them, which differs: mlp, feed_forward.
+
+    >>> without_blocks(["model.layers.0.mlp.experts.down_proj", "model.norm.weight"])
+    {'model.layers.0.mlp.experts.down_proj': 'model.layers.0.experts.down_proj'}
+    """
+    found = {name: match for name in names if (match := _IN_BLOCK.match(name))}
+    return {name: f"{match['layer']}.{match['rest']}" for name, match in found.items()}

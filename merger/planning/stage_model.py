@@ -17,7 +17,7 @@ from merger.models.checkpoint import TensorInfo
 from merger.models.vocabulary import Json
 from merger.planning.inputs.base import Input, Job, StageTensor, Stored
 from merger.planning.inputs.derived import Dequantised
-from merger.planning.inputs.low_rank import Added, LowRank
+from merger.planning.inputs.low_rank import Added, with_product
 from merger.planning.inputs.rows import with_rows
 from merger.recipe.model import ModelRef
 
@@ -131,9 +131,8 @@ class StagedRecipe(LockedRecipe):
         source = self._stored(number, tensor) if change.whole is None else Stored(adapter, change.whole)
         if change.tokens is not None:
             source = with_rows(source, Stored(adapter, change.tokens.rows), change.tokens.numbers)
-        if (low := change.low_rank) is not None:
-            lengths = None if low.magnitude is None else Stored(adapter, low.magnitude)
-            source = LowRank(source, Stored(adapter, low.a), Stored(adapter, low.b), low.scale, change.turned, lengths)
+        if change.low_rank is not None:
+            source = with_product(source, adapter, change.low_rank, change.turned)
         return source if change.added is None else Added(source, Stored(adapter, change.added), change.scale)
 
     def _stored(self, number: int, tensor: TensorInfo) -> Input:

@@ -5,6 +5,7 @@ Nothing a model holds is lost in silence. Not here: the jobs themselves (jobs).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from merger.planning.jobs import NOT_ALL_PREDICT, PREDICTION, JobSet
 from merger.planning.stage_model import StagedRecipe
 from merger.planning.tokens import Tokens
 
+_OF_ADAPTER = re.compile(r"\.(base_layer|lora_[AB])(?=\.weight$)")
 _NOT_THERE = "the result has no such layers"
 
 
@@ -82,7 +84,7 @@ def left_out(locked: StagedRecipe, making: JobSet) -> Iterator[LeftOut]:
 def _why_of_adapter(model: LockedModel, name: str) -> str:
     lora = model.lora
     assert lora is not None
-    tied = "the head is the embedding" if lora.tied and is_head(rows_of(name) or name) else None
+    tied = "the head is the embedding" if lora.tied and is_head(rows_of(name) or _OF_ADAPTER.sub("", name)) else None
     return lora.aside.get(name) or tied or "nothing is made of the tensor that it changes"
 
 
@@ -123,7 +125,14 @@ def _why(document: _Document, model: LockedModel, name: str, layers: set[tuple[s
 
 def notes(locked: StagedRecipe, making: JobSet) -> tuple[str, ...]:
     """What was decided on the way that no line of the recipe says, in sentences."""
-    models, giver = [locked.numbered(number) for number in locked.own], making.prediction
+    models = [locked.numbered(number) for number in locked.own]
+    own = [model.name for model in models if making.has_head and any(is_head(name) for name in model.brought)]
+    told = f"head: a tensor of its own, for {', '.join(own)} changes it, and not the embedding that it was"
+    return (*([told] if own else []), *_of_prediction(locked, making, models))
+
+
+def _of_prediction(locked: StagedRecipe, making: JobSet, models: Sequence[LockedModel]) -> tuple[str, ...]:
+    giver = making.prediction
     promised = predicted_layers(locked.donor.checkpoint.config)
     if making.config is not None or not (promised or any(model.prediction for model in models)):
         return ()

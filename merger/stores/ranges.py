@@ -43,6 +43,9 @@ _MOST_HOPS = 20  # as many as the Hub's client follows
 _SHARE_KEPT = 8
 """One part in so many of the budget may be bytes of a file that wait to be hashed in their turn."""
 
+_SHARE_SHARED = 4
+"""And one in so many such that wait for another ticket of the same bytes: an adapter's B is read for each expert."""
+
 
 class RangeClient:
     """Asks for byte ranges of files on the Hub.
@@ -310,7 +313,7 @@ class RangeReader:
         self._tickets = tickets
         self._budget = budget
         self._fill = fill
-        self._pieces, self._of = _pieces(tickets)
+        self._pieces, self._of = _pieces(tickets, budget // _SHARE_SHARED)
         if beginnings is not None:
             spans = (((piece.model, piece.file), (piece.start, piece.stop)) for piece in self._pieces)
             digests: Mapping[File, Digest[_Piece]] = beginnings.whole(spans, budget // _SHARE_KEPT)
@@ -398,13 +401,22 @@ class RangeReader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _pieces(tickets: Sequence[Ticket]) -> tuple[list[_Piece], list[list[_Piece]]]:
-    """The pieces in the order of their first need, and for each ticket its own, front to back."""
+def _pieces(tickets: Sequence[Ticket], room: int) -> tuple[list[_Piece], list[list[_Piece]]]:
+    """The pieces in the order of their first need, and for each ticket its own, front to back.
+
+    Tickets of the same bytes have the same pieces, as long as no more than `room` bytes wait for such a ticket.
+    """
     of: list[list[_Piece]] = []
     last: dict[File, _Piece] = {}
-    starts, turns = _starts(tickets), dict[int, int]()
+    starts, turns, sharing = _starts(tickets), dict[int, int](), _Sharing(tickets, room)
     for number, ticket in enumerate(tickets):
         key = (ticket.model, ticket.file)
+        if (first := sharing.first(number)) is not None:
+            turn = number if ticket.turn is None else turns.setdefault(ticket.turn, number)
+            of.append(_cut(ticket, turn, number) if first == number else of[first])
+            for piece in of[first] if first != number else ():
+                piece.left += piece.size
+            continue
         if key in last and _join(last[key], ticket, number, starts[key]):
             of.append([last[key]])
             continue
@@ -413,6 +425,34 @@ def _pieces(tickets: Sequence[Ticket]) -> tuple[list[_Piece], list[list[_Piece]]
         if of[-1]:  # a tensor without entries has none
             last[key] = of[-1][-1]
     return sorted(dict.fromkeys(piece for own in of for piece in own), key=attrgetter("due")), of
+
+
+class _Sharing:
+    """Which tickets take the bytes that an earlier one of the same bytes had fetched.
+
+    Args:
+        tickets: all.
+        room: how many bytes may wait for a later ticket.
+    """
+
+    def __init__(self, tickets: Sequence[Ticket], room: int) -> None:
+        places = [(ticket.model, ticket.file, ticket.start, ticket.stop) for ticket in tickets]
+        self._places, self._room = places, room
+        self._last = {place: number for number, place in enumerate(places)}
+        self._firsts: dict[tuple[Located, str, int, int], int] = {}
+
+    def first(self, number: int) -> int | None:
+        """The ticket whose bytes this one takes, itself if it is the first of several; asked in order. None: alone."""
+        place = self._places[number]
+        size, is_last = place[3] - place[2], self._last[place] == number
+        if place in self._firsts:
+            self._room += size if is_last else 0
+            return self._firsts.pop(place) if is_last else self._firsts[place]
+        if is_last or not 0 < size <= self._room:
+            return None
+        self._room -= size
+        self._firsts[place] = number
+        return number
 
 
 def _cut(ticket: Ticket, turn: int, number: int) -> list[_Piece]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from merger.engine.readers import load_input
 from merger.models.checkpoint import TensorInfo
 from merger.planning.inputs import low_rank as products
-from merger.planning.inputs.base import Stored
-from merger.planning.inputs.low_rank import Added, LowRank
+from merger.planning.inputs.base import Input, Stored
+from merger.planning.inputs.low_rank import Added, ExpertColumns, ExpertsLowRank, LowRank, Transposed
 
 
 @dataclass
@@ -32,6 +32,9 @@ class Held:
         found = self.tensors[name].reshape(-1)[start:stop][-start % step :: step]
         return out[: len(found)].copy_(found)
 
+    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        return make()
+
 
 def stored(name: str, *shape: int) -> Stored:
     return Stored(0, TensorInfo(name, "F32", shape, "f", 0, 4 * torch.Size(shape).numel()))
@@ -43,7 +46,7 @@ def drawn(seed: int, rows: int, columns: int, rank: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 
 
-def pieces(source: LowRank | Added, held: Held, cuts: Sequence[int]) -> Tensor:
+def pieces(source: Input, held: Held, cuts: Sequence[int]) -> Tensor:
     """The source's entries, block by block as the cuts lie."""
     entries = torch.Size(source.shape).numel()
     places = sorted({0, entries, *(cut % (entries + 1) for cut in cuts)})
@@ -79,6 +82,48 @@ def test_blocks_of_any_size_make_the_same_sum(
     finally:
         products.PRODUCT_ENTRIES = saved
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@given(
+    experts=st.integers(1, 5), rows=st.integers(1, 9), columns=st.integers(1, 9), rank=st.integers(1, 4),
+    seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 405), max_size=6), chunk=st.integers(1, 60),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_each_expert_gets_its_own_product_in_any_blocks(
+    turned: bool, experts: int, rows: int, columns: int, rank: int, seed: int, cuts: list[int], chunk: int
+) -> None:
+    """As PEFT multiplies: A of one expert behind that of the other, in B's rows the experts in turn; the
+    same whether all experts are one tensor or each is one.
+    """
+    outputs, inputs = (columns, rows) if turned else (rows, columns)
+    draw = torch.Generator().manual_seed(seed)
+    sizes = {"w": (experts, rows, columns), "a": (rank * experts, inputs), "b": (outputs, rank * experts)}
+    held = Held({name: torch.randn(shape, generator=draw) for name, shape in sizes.items()})
+    a, b = held.tensors["a"].view(experts, rank, -1), held.tensors["b"].view(outputs, rank, experts)
+    delta = torch.einsum("ore,eri->eio" if turned else "ore,eri->eoi", b, a)
+    w, *small = (stored(name, *shape) for name, shape in sizes.items())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "PRODUCT_ENTRIES", chunk)
+        together = ExpertsLowRank(w, *small, 0.7, turned)
+        whole = pieces(together, held, [])
+        assert torch.equal(whole, pieces(together, held, cuts))
+        for expert in range(experts):
+            held.tensors |= {"one": held.tensors["w"][expert], "own": a[expert]}
+            of, own = stored("one", rows, columns), stored("own", rank, inputs)
+            alone = LowRank(of, own, ExpertColumns(small[1], expert, experts), 0.7, turned)
+            torch.testing.assert_close(pieces(alone, held, cuts), whole[expert], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(whole, held.tensors["w"] + 0.7 * delta, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    rows=st.integers(1, 12), columns=st.integers(1, 12), cuts=st.lists(st.integers(0, 144), max_size=6)
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_matrix_that_is_stored_transposed_is_read_in_any_blocks(rows: int, columns: int, cuts: list[int]) -> None:
+    """Its rows are the stored columns."""
+    held = Held({"m": torch.arange(float(rows * columns)).view(columns, rows)})
+    assert torch.equal(pieces(Transposed(stored("m", columns, rows)), held, cuts), held.tensors["m"].T)
 
 
 @given(size=st.integers(1, 50), cuts=st.lists(st.integers(0, 50), max_size=3))

@@ -15,7 +15,16 @@ import pytest
 from merger.models.checkpoint import TensorInfo
 from merger.planning.inputs.base import Input, Job, Operand, StageTensor, Stored, unpack
 from merger.planning.inputs.derived import Dequantised, Drawn, Noised, Routed, Stacked, Zeros
-from merger.planning.inputs.low_rank import Added, Difference, Factor, LowRank, MergedDeltas
+from merger.planning.inputs.low_rank import (
+    Added,
+    Difference,
+    ExpertColumns,
+    ExpertsLowRank,
+    Factor,
+    LowRank,
+    MergedDeltas,
+    Transposed,
+)
 from merger.planning.inputs.rows import Pursuit, RowMap, RowPairs, Rows
 
 T = TensorInfo("a", "F32", (4, 2), "f.safetensors", 0, 32)
@@ -46,6 +55,12 @@ ENCODED: list[tuple[Input, str]] = [
     (
         LOW,
         f'{{"a": {STORED}, "b": {STORED}, "magnitude": null, "of": {STORED}, "scale": 2.0, "turned": true}}',
+    ),
+    (Transposed(ONE), f'{{"transpose": {STORED}}}'),
+    (ExpertColumns(ONE, 1, 2), f'{{"expert": 1, "experts": 2, "of": {STORED}}}'),
+    (
+        ExpertsLowRank(ONE, ONE, ONE, 2.0, True),
+        f'{{"a": {STORED}, "b": {STORED}, "experts": 4, "of": {STORED}, "scale": 2.0, "turned": true}}',
     ),
     (Added(ONE, ONE, 2.0), f'{{"plus": {STORED}, "scale": 2.0, "to": {STORED}}}'),
     (Difference(ONE, ONE), DIFFERENCE),

@@ -186,6 +186,17 @@ def test_a_neighbour_that_is_needed_much_later_is_not_fetched_along() -> None:
     assert [asked[2:] for asked in source.asked if asked[1] == "x"] == [(0, 10), (10, 20)]
 
 
+@pytest.mark.parametrize(("budget", "times"), [(400, 1), (39, 4)])
+def test_what_several_tickets_want_is_transferred_once_where_it_may_wait(budget: int, times: int) -> None:
+    """As an adapter's B that is read for each expert; never more than a quarter of the budget waits."""
+    tickets, source = [ticket(n % 2, "x" if n % 2 else "y", 0 if n % 2 else 10 * n) for n in range(8)], Source()
+    reader = RangeReader(tickets, budget, source.fill, connections=1)
+    found = read_all(reader, tickets, range(8), 3)
+    reader.close()
+    assert found == {n: content(t.model, t.file, t.start, t.stop) for n, t in enumerate(tickets)}
+    assert len([asked for asked in source.asked if asked[1] == "x"]) == times
+
+
 def test_large_tensors_are_fetched_in_pieces() -> None:
     """No request is larger than a piece."""
     tickets, source = [ticket(size=200)], Source()

@@ -1,7 +1,8 @@
-"""What a LoRA adapter's files hold, and what it changes in a model: names, ranks, scales and places, but no bytes.
+"""What a LoRA adapter's files hold: names, ranks, scales and places, but no bytes.
 
 Follows PEFT's files: adapter_config.json, and adapter_model.safetensors with names such as
-``base_model.model.<module>.lora_A.weight``. Not here: fetching them (lock.lock), and the sum (engine.readers).
+``base_model.model.<module>.lora_A.weight``; and MLX's. Not here: fetching them (lock.lock), where they belong in a
+model (changes), and the sum (engine.readers).
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ from typing import Any
 from merger.errors import ModelError, Problem
 from merger.models.architecture import is_embedding, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
-from merger.models.config import is_tied
-from merger.models.lora.counterparts import counterparts
+from merger.models.lora.modules import (
+    MOST_ENDS,
+    AdaptedModule,
+    AdaptedParameters,
+    Targets,
+    by_end,
+    of_parameters,
+    targeted,
+)
 from merger.models.tokenizer_files import TokenRows, rows_of, token_rows
 from merger.safety.apart import BeyondError
 from merger.safety.expressions import compiles, first
@@ -28,7 +36,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 OF_MLX = "adapters.safetensors"
-"""MLX's, whose matrices are turned and named otherwise."""
+"""MLX's, whose matrices are transposed and named otherwise."""
 
 _PREFIX = re.compile(r"^base_model\.model\.")
 _PART = re.compile(
@@ -39,13 +47,9 @@ _WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|modules_to_save(\.defaul
 _UNTRAINED = re.compile(r"\.original_module\.")
 """What PEFT keeps beside a module that is trained as a whole: the model's own, as it was."""
 
-TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-"""Kinds of models whose linear layers hold their matrices with the inputs first (transformers' Conv1D)."""
-
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 _NOT_BUILT = {
     "layer_replication": "it repeats layers of its model",
-    "target_parameters": "it changes parameters that are no module's weight",
     "use_qalora": "it groups a quantised model's inputs",
     "use_bdlora": "its matrices are block-diagonal",
     "kasa_config": "it takes singular values away from its model",
@@ -53,44 +57,9 @@ _NOT_BUILT = {
     "alora_invocation_tokens": "it acts only after certain tokens",
     "megatron_config": "its layers are Megatron's",
 }
-_SHOWN = 3
-_MERGE_FIRST = "merge it into its model with PEFT's merge_and_unload, and name the folder of the result"
+SHOWN = 3
+MERGE_FIRST = "merge it into its model with PEFT's merge_and_unload, and name the folder of the result"
 _DAMAGED = "the adapter is incomplete or damaged: download it again, or ask its author"
-
-
-@dataclass(frozen=True)
-class AdaptedModule:
-    """What an adapter holds for one module of its model: the module's matrix gets ``scale * B @ A`` added.
-
-    Args:
-        name: the module's name in its model.
-        a: A, of `rank` rows, one column for each input.
-        b: B, one row for each output, of `rank` columns.
-        rank: the number of directions.
-        scale: what B A is multiplied by.
-        embedding: whether the module is an embedding: its matrix has its inputs (the tokens) as rows.
-        bias: what is added, times the scale, to the module's bias.
-        magnitude: DoRA's length of each of the sum's rows.
-    """
-
-    name: str
-    a: TensorInfo
-    b: TensorInfo
-    rank: int
-    scale: float
-    embedding: bool = False
-    bias: TensorInfo | None = None
-    magnitude: TensorInfo | None = None
-
-    @property
-    def inputs(self) -> int:
-        """How many inputs the module has."""
-        return self.a.shape[1]
-
-    @property
-    def outputs(self) -> int:
-        """How many outputs."""
-        return self.b.shape[0]
 
 
 @dataclass(frozen=True)
@@ -100,6 +69,7 @@ class Adapter:
     Args:
         model: the model that it was trained on, as its config names it.
         modules: what it holds for the modules of its model, by their names.
+        parameters: what it holds for parameters that PEFT was told by name.
         whole: the tensors that it holds whole, in place of its model's, by the names that these have there.
         tokens: the single rows that it holds, in place of its model's, by the names of the tensors that have them.
         turned: whether its config says that matrices have their inputs first.
@@ -114,30 +84,7 @@ class Adapter:
     turned: bool = False
     tied: bool = False
     aside: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an adapter makes of one tensor of its model, in this order.
-
-    Args:
-        whole: it is replaced by this one.
-        tokens: some of its rows are replaced by these.
-        low_rank: a product of two small matrices is added to it.
-        turned: whether the tensor has the module's inputs as rows.
-        added: this is added to it, times `scale`.
-        scale: see there.
-    """
-
-    whole: TensorInfo | None = None
-    tokens: TokenRows | None = None
-    low_rank: AdaptedModule | None = None
-    turned: bool = False
-    added: TensorInfo | None = None
-    scale: float = 1.0
-
-
-# ---- an adapter by itself -------------------------------------------------------------------------------------------
+    parameters: Sequence[AdaptedParameters] = field(default=(), repr=False)
 
 
 def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Adapter:
@@ -154,14 +101,15 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     if problems:
         raise ModelError(problems)
     parts, whole, aside = _parted(tensors)
-    modules: dict[str, AdaptedModule] = {}
+    targets = by_end(config.get("target_parameters") or ())
     try:
-        ranks = _by_pattern(config, "rank_pattern", list(parts), config.get("r", 8))
-        alphas = _by_pattern(config, "alpha_pattern", list(parts), config.get("lora_alpha", 8))
-    except BeyondError as error:
-        raise ModelError(Problem(f"{CONFIG}: to try its regular expressions {error}", hint=_DAMAGED)) from None
-    for name, found in parts.items():
-        module = _module(name, found, int(ranks[name]), alphas[name], config)
+        pairs, of_modules = of_parameters(parts, targets)
+        strengths = _strengths(config, [*parts, *(one for name in pairs for one in targeted(name, targets))])
+    except ValueError as error:
+        raise ModelError(Problem(str(error), hint=_DAMAGED)) from None
+    modules: dict[str, AdaptedModule] = {}
+    for name, found in of_modules.items():
+        module = _module(name, found, *strengths[name], config)
         if isinstance(module, Problem):
             problems.append(module)
         else:
@@ -174,11 +122,12 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     if not parts and not whole and not tokens:
         problems.append(Problem(f"{TENSORS} holds no tensor", hint=_DAMAGED))
     if problems:
-        raise ModelError(problems[:_SHOWN])
+        raise ModelError(problems[:SHOWN])
     named = config.get("base_model_name_or_path")
     model = named if isinstance(named, str) else None
     turned = config.get("fan_in_fan_out") is True
-    return Adapter(model, modules, whole, tokens, turned, _copies_head(config, modules), aside)
+    adapted = [_adapted(name, held, strengths, targets, config) for name, held in pairs.items()]
+    return Adapter(model, modules, whole, tokens, turned, _copies_head(config, parts), aside, adapted)
 
 
 def _copies_head(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
@@ -192,11 +141,11 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     kind = config.get("peft_type")
     if kind != "LORA":
         said = f"is a {kind} adapter" if isinstance(kind, str) else f"{CONFIG} names no peft_type"
-        yield Problem(f"{said}; LoRA is the only kind that is built", hint=_MERGE_FIRST)
+        yield Problem(f"{said}; LoRA is the only kind that is built", hint=MERGE_FIRST)
         return
     for key, why in _NOT_BUILT.items():
         if config.get(key):
-            yield Problem(f"{CONFIG} has {key}: {why}, which is not built", hint=_MERGE_FIRST)
+            yield Problem(f"{CONFIG} has {key}: {why}, which is not built", hint=MERGE_FIRST)
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         what = (
@@ -204,6 +153,14 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         )
         hint = "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...) writes a plain adapter"
         yield Problem(what, hint=hint)
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        yield Problem(f"{CONFIG}: target_parameters is no list of names", hint=_DAMAGED)
+    elif len(by_end(targets)) > MOST_ENDS:
+        what = f"{CONFIG}: target_parameters end with {len(by_end(targets)):,} names, and the limit is {MOST_ENDS}"
+        yield Problem(what, hint=_DAMAGED)
+    elif targets and config.get("use_dora"):
+        yield Problem(f"{CONFIG} has use_dora and target_parameters: DoRA of parameters is not built", hint=MERGE_FIRST)
     yield from _number_problems(config)
 
 
@@ -255,8 +212,25 @@ def _parted(tensors: Mapping[str, TensorInfo]) -> tuple[_Parts, dict[str, Tensor
     return parts, whole, aside
 
 
+def _adapted(
+    name: str,
+    held: Sequence[Mapping[str, TensorInfo]],
+    strengths: Mapping[str, tuple[int, float]],
+    targets: Targets,
+    config: Mapping[str, Any],
+) -> AdaptedParameters:
+    """What is held for a module's parameters; it may be the module itself that is meant, if that has one pair."""
+    alone = _module(name, held[0], *strengths[name], config) if len(held) == 1 else None
+    return AdaptedParameters(
+        name,
+        tuple((pair["lora_A"], pair["lora_B"]) for pair in held),
+        {one: strengths[one] for one in targeted(name, targets)},
+        alone if isinstance(alone, AdaptedModule) else None,
+    )
+
+
 def _module(
-    name: str, parts: Mapping[str, TensorInfo], rank: int, alpha: float, config: Mapping[str, Any]
+    name: str, parts: Mapping[str, TensorInfo], rank: int, scale: float, config: Mapping[str, Any]
 ) -> AdaptedModule | Problem:
     """A module's tensors, if they belong together."""
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
@@ -266,15 +240,14 @@ def _module(
         return Problem(f"{name} has {', '.join(parts)}, but no {lacking[0]}", hint=_DAMAGED)
     a, b = parts[first], parts[second]
     if len(a.shape) != 2 or len(b.shape) != 2:
-        what = f"{name} is a convolution: its {first} has the shape {_shape(a)}"
-        return Problem(f"{what}, and only matrices are built", hint=_MERGE_FIRST)
+        what = f"{name} is a convolution: its {first} has the shape {dims(a.shape)}"
+        return Problem(f"{what}, and only matrices are built", hint=MERGE_FIRST)
     if (a.shape[0], b.shape[1]) != (rank, rank):
-        what = f"{name}: {CONFIG} says rank {rank}, but {first} is {_shape(a)} and {second} is {_shape(b)}"
+        what = f"{name}: {CONFIG} says rank {rank}, but {first} is {dims(a.shape)} and {second} is {dims(b.shape)}"
         return Problem(what, hint=_DAMAGED)
     odd = next((part for part in parts.values() if part.dtype not in FLOATS), None)
     if odd is not None:
-        return Problem(f"{odd.name} is stored as {odd.dtype}, which is not read", hint=_MERGE_FIRST)
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        return Problem(f"{odd.name} is stored as {odd.dtype}, which is not read", hint=MERGE_FIRST)
     module = AdaptedModule(
         name, a, b, rank, scale, embedding, parts.get("lora_bias"), parts.get("lora_magnitude_vector")
     )
@@ -292,8 +265,23 @@ def _lengths(module: AdaptedModule, config: Mapping[str, Any]) -> Problem | None
         what = f"{module.name} {has} lora_magnitude_vector, but {CONFIG} says use_dora: {bool(config.get('use_dora'))}"
         return Problem(what, hint=_DAMAGED)
     if module.magnitude is not None and module.embedding:
-        return Problem(f"{module.name} is an embedding with DoRA, which is not built", hint=_MERGE_FIRST)
+        return Problem(f"{module.name} is an embedding with DoRA, which is not built", hint=MERGE_FIRST)
     return None
+
+
+def _strengths(config: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, tuple[int, float]]:
+    """The rank and the scale of each module, or parameter.
+
+    Raises:
+        ValueError: the config's regular expressions take too long to try.
+    """
+    try:
+        ranks = _by_pattern(config, "rank_pattern", names, config.get("r", 8))
+        alphas = _by_pattern(config, "alpha_pattern", names, config.get("lora_alpha", 8))
+    except BeyondError as error:
+        raise ValueError(f"{CONFIG}: to try its regular expressions {error}") from None
+    divisor = math.sqrt if config.get("use_rslora") else float
+    return {name: (int(ranks[name]), alphas[name] / divisor(int(ranks[name]))) for name in names}
 
 
 def _by_pattern(config: Mapping[str, Any], key: str, modules: Sequence[str], otherwise: float) -> Mapping[str, float]:
@@ -304,180 +292,58 @@ def _by_pattern(config: Mapping[str, Any], key: str, modules: Sequence[str], oth
     return {name: otherwise if place is None else values[place] for name, place in zip(modules, found, strict=True)}
 
 
-# ---- an adapter and its model ---------------------------------------------------------------------------------------
+# ---- MLX ------------------------------------------------------------------------------------------------------------
+
+_FUSE_FIRST = "merge it into its model with mlx_lm.fuse (--dequantize), and name the folder of the result"
+_MLX_PART = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b)$")
 
 
-def changes(adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Mapping[str, Change]:
-    """What an adapter makes of a model's tensors, by their names.
+def read_mlx(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Adapter:
+    """The adapter that files of MLX hold: x lora_a lora_b is added to what a module makes of x, times the scale.
 
     Args:
-        adapter: the adapter.
-        tensors: the model's tensors by name.
-        config: the model's config.json.
+        config: adapter_config.json.
+        tensors: the tensors of adapters.safetensors by name.
 
     Raises:
-        ModelError: some part of it has no place in the model, or does not fit there.
+        ModelError: it is no LoRA, of a kind that is not built, or damaged; with every problem that was found.
     """
-    fitting = _Fitting(adapter, tensors, config)
-    found = fitting.changes()
-    if fitting.problems:
-        raise ModelError(fitting.problems)
-    return found
+    kind, given = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
+    scale: Any = given.get("scale") if isinstance(given, Mapping) else None
+    if kind != "lora":
+        what = f"is a fine-tune of MLX by {_shown(kind)}; LoRA is the only kind that is built"
+        raise ModelError(Problem(what, hint=_FUSE_FIRST))
+    if not _is_number(scale, ANY) or not tensors:
+        what = f"{OF_MLX} holds no tensor" if not tensors else f"{CONFIG} has no lora_parameters with a number as scale"
+        raise ModelError(Problem(what, hint=_DAMAGED))
+    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for name in sorted(tensors):
+        match = _MLX_PART.match(name)
+        parts[match["module"] if match else name][match["part"] if match else ""] = tensors[name]
+    modules = {name: _of_mlx(name, held, float(scale)) for name, held in parts.items()}
+    if problems := [problem for problem in modules.values() if isinstance(problem, Problem)]:
+        raise ModelError(problems[:SHOWN])
+    named = config.get("model")
+    model = named if isinstance(named, str) else None
+    return Adapter(model, {name: one for name, one in modules.items() if isinstance(one, AdaptedModule)}, {})
 
 
-def _wanted(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
-    """The names by which an adapter calls its model's tensors, and their shapes where it tells them."""
-    modules = adapter.modules.values()
-    return {
-        **dict.fromkeys(adapter.tokens),
-        **{name: tensor.shape for name, tensor in adapter.whole.items()},
-        **{f"{module.name}.weight": (module.outputs, module.inputs) for module in modules},
-        **{f"{module.name}.bias": (module.outputs,) for module in modules if module.bias is not None},
-    }
+def _of_mlx(name: str, parts: Mapping[str, TensorInfo], scale: float) -> AdaptedModule | Problem:
+    """A module's two matrices as PEFT has them: the other way round."""
+    if parts.keys() != {"lora_a", "lora_b"}:
+        first = next(iter(parts.values())).name
+        return Problem(f"{first} is not one of a pair lora_a and lora_b, which alone are read of MLX", hint=_DAMAGED)
+    a, b = parts["lora_a"], parts["lora_b"]
+    odd = next((one for one in (a, b) if len(one.shape) != 2 or one.dtype not in FLOATS), None)
+    if odd is not None:
+        what = f"{odd.name} is {dims(odd.shape)} of {odd.dtype}, and only matrices of floats are read of MLX"
+        return Problem(what, hint=_FUSE_FIRST)
+    if a.shape[1] != b.shape[0]:
+        return Problem(f"{name}: lora_a is {dims(a.shape)} and lora_b is {dims(b.shape)}", hint=_DAMAGED)
+    a, b = replace(a, shape=a.shape[::-1]), replace(b, shape=b.shape[::-1])
+    return AdaptedModule(name, a, b, a.shape[0], scale, is_embedding(f"{name}.weight"), transposed=True)
 
 
-class _Fitting:
-    """One adapter held against one model."""
-
-    def __init__(self, adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
-        self._adapter, self._tensors, self._config = adapter, dict(tensors), config
-        self._counterparts = counterparts(_wanted(adapter), {name: tensor.shape for name, tensor in tensors.items()})
-        self._taken: dict[str, str] = {}
-        self._homeless: list[str] = []
-        self._unclear: list[str] = []
-        self.problems: list[Problem] = []
-
-    def changes(self) -> dict[str, Change]:
-        found: dict[str, Change] = {}
-        for name, tensor in self._adapter.whole.items():
-            untied = is_head(name) and is_tied(self._config)
-            if untied and self._adapter.tied:
-                continue
-            place = self._embedding() if untied else self._place(name, tensor)
-            if place is not None and self._can_replace(place, tensor):
-                place = replace(place, name=name) if untied else place
-                found[place.name] = Change(whole=tensor)
-                self._tensors[place.name] = replace(place, shape=tensor.shape)
-        self._rows(found)
-        places = [(module, self._place(f"{name}.weight", module.a)) for name, module in self._adapter.modules.items()]
-        settled = [(module, place) for module, place in places if place is not None and self._fits(module, place)]
-        usual = self._usually_turned(settled)
-        for module, place in settled:
-            turned = self._turned(module, place, usual)
-            if turned and module.magnitude is not None:
-                self._refuse(f"{module.name} has DoRA and its inputs first, which is not built", _MERGE_FIRST)
-            found[place.name] = replace(found.get(place.name, Change()), low_rank=module, turned=turned)
-            self._bias(module, found)
-        self._tell_unplaced()
-        return found
-
-    def _rows(self, found: dict[str, Change]) -> None:
-        """Single rows; of a head that is the embedding PEFT saves the embedding's once more."""
-        for name, tokens in self._adapter.tokens.items():
-            if is_head(name) and is_tied(self._config) and tokens.numbers in self._of_embeddings():
-                continue
-            place = self._place(name, tokens.rows)
-            if place is None:
-                continue
-            last = max(tokens.numbers, default=-1)
-            if last >= place.shape[0] or tokens.rows.shape[1:] != place.shape[1:]:
-                rows = f"it has rows of {tokens.rows.shape[-1]} numbers up to row {last}"
-                what = f"{rows} for {name}, but the model's {place.name} is {_shape(place)}"
-                self._refuse(what, f"take the model that it was trained on{self._told_model()}")
-            else:
-                found[place.name] = replace(found.get(place.name, Change()), tokens=tokens)
-
-    def _of_embeddings(self) -> list[tuple[int, ...]]:
-        return [tokens.numbers for name, tokens in self._adapter.tokens.items() if is_embedding(name)]
-
-    def _refuse(self, what: str, hint: str) -> None:
-        self.problems.append(Problem(what, hint=hint))
-
-    def _place(self, name: str, tensor: TensorInfo) -> TensorInfo | None:
-        """The model's tensor that the adapter calls `name`."""
-        places = self._counterparts[name]
-        if is_head(name) and is_tied(self._config):
-            what = f"it adds to {name}, which in this model is the embedding"
-            self._refuse(what, _MERGE_FIRST)
-            return None
-        if not places:
-            self._homeless.append(tensor.name)
-            return None
-        if len(places) > 1:
-            self._unclear.append(f"{tensor.name} changes {places[0]} or {places[1]}")
-            return None
-        (place,) = places
-        other = self._taken.setdefault(place, name)
-        if other != name:
-            self._unclear.append(f"{other} or {name} changes {place}")
-            return None
-        if self._tensors[place].dtype not in FLOATS:
-            self._refuse(f"it changes {place}, which is stored as {self._tensors[place].dtype}", _MERGE_FIRST)
-            return None
-        return self._tensors[place]
-
-    def _embedding(self) -> TensorInfo | None:
-        """What a tied head is, so that one of its own has to be like it."""
-        return next((tensor for tensor in self._tensors.values() if _is_of_tokens(tensor)), None)
-
-    def _can_replace(self, place: TensorInfo, tensor: TensorInfo) -> bool:
-        """Whether a tensor can stand in the model's place: of its shape, or an embedding or head of other tokens."""
-        same = tensor.shape == place.shape or (_is_of_tokens(place) and tensor.shape[1:] == place.shape[1:])
-        if tensor.dtype not in FLOATS:
-            self._refuse(f"{tensor.name} is stored as {tensor.dtype}, which is not read", _MERGE_FIRST)
-        elif not same:
-            what = f"{tensor.name} is {_shape(tensor)}, but the model's {place.name} {_shape(place)}"
-            self._refuse(what, f"take the model that it was trained on{self._told_model()}")
-        return tensor.dtype in FLOATS and same
-
-    def _fits(self, module: AdaptedModule, place: TensorInfo) -> bool:
-        sizes = (module.outputs, module.inputs)
-        allowed = [sizes[::-1]] if module.embedding else [sizes, sizes[::-1]]
-        if place.shape in allowed:
-            return True
-        product = "x".join(map(str, allowed[0]))
-        what = f"{module.name}: B A is {product}, but the model's {place.name} is {_shape(place)}"
-        hint = f"take the model that it was trained on{self._told_model()}"
-        if _is_of_tokens(place):
-            hint += "; if it was given tokens before, give it those first (resize_token_embeddings in transformers)"
-        self._refuse(what, hint)
-        return False
-
-    def _usually_turned(self, settled: Iterable[tuple[AdaptedModule, TensorInfo]]) -> bool:
-        """Whether square matrices have their inputs first: as those do whose shape tells, else as the configs say."""
-        told = [place.shape == (module.inputs, module.outputs) for module, place in settled
-                if module.inputs != module.outputs and not module.embedding]  # fmt: skip
-        return any(told) if told else self._adapter.turned or self._config.get("model_type") in TURNED_MODELS
-
-    def _turned(self, module: AdaptedModule, place: TensorInfo, usual: bool) -> bool:
-        if module.embedding or module.inputs != module.outputs:
-            return place.shape == (module.inputs, module.outputs)
-        return usual
-
-    def _bias(self, module: AdaptedModule, found: dict[str, Change]) -> None:
-        if module.bias is None:
-            return
-        place = self._place(f"{module.name}.bias", module.bias)
-        if place is not None and self._can_replace(place, module.bias):
-            found[place.name] = replace(found.get(place.name, Change()), added=module.bias, scale=module.scale)
-
-    def _tell_unplaced(self) -> None:
-        if self._unclear:
-            rest = f", and so of {len(self._unclear) - 1} more" if len(self._unclear) > 1 else ""
-            self._refuse(f"the adapter's names do not tell whether {self._unclear[0]}{rest}", _MERGE_FIRST)
-        if self._homeless:
-            names, more = self._homeless[:_SHOWN], len(self._homeless) - _SHOWN
-            told = ", ".join(names) + (f" and {more} more" if more > 0 else "")
-            hint = f"take the model that it was trained on{self._told_model()}"
-            self._refuse(f"the model has no place for {told}", hint)
-
-    def _told_model(self) -> str:
-        return f": {self._adapter.model}" if self._adapter.model else ""
-
-
-def _is_of_tokens(tensor: TensorInfo) -> bool:
-    return len(tensor.shape) == 2 and (is_embedding(tensor.name) or is_head(tensor.name))
-
-
-def _shape(tensor: TensorInfo) -> str:
-    return "x".join(map(str, tensor.shape)) or "a single number"
+def dims(shape: Sequence[int]) -> str:
+    """A shape as people write it."""
+    return "x".join(map(str, shape)) or "a single number"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from merger.models.lora.modules import AdaptedModule
 from merger.planning.inputs.base import Input, Stored
 from merger.planning.inputs.derived import Zeros
 
@@ -30,8 +31,8 @@ class LowRank(Input):
 
     kind = "low-rank"
     of: Input
-    a: Stored
-    b: Stored
+    a: Input
+    b: Input
     scale: float
     turned: bool = False
     magnitude: Stored | None = None
@@ -59,13 +60,108 @@ class LowRank(Input):
     @property
     def again(self) -> tuple[Stored, ...]:
         """The adapter's; the matrix's too where whole rows of it are looked at."""
-        return (*self.leaves, *self.of.again) if self.magnitude else (*self.of.again, self.a, self.b)
+        small = (*self.a.leaves, *self.b.leaves)
+        return (*self.leaves, *self.of.again) if self.magnitude else (*self.of.again, *small)
 
     @property
     def scratch(self) -> int:
         """The one small matrix as stored and in float32, some rows of the other, and of the product and the sum."""
         rows, columns = self.chunk_rows, self.shape[1]
-        return self.of.scratch + 12 * self.rank * columns + 4 * rows * (2 * self.rank + 3 * columns)
+        small = 12 * self.rank * columns + 4 * rows * (2 * self.rank + 3 * columns)
+        return self.of.scratch + max(self.a.scratch, self.b.scratch) + small
+
+
+@dataclass(frozen=True)
+class ExpertColumns(Input):
+    """Of a B of several experts the columns of one of them.
+
+    Args:
+        of: B, in whose rows the experts' entries take turns.
+        expert: the expert.
+        experts: how many there are.
+    """
+
+    kind = "expert columns"
+    of: Stored
+    expert: int
+    experts: int
+
+    def encode(self) -> dict[str, Any]:
+        return {"of": self.of, "expert": self.expert, "experts": self.experts}
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return (self.of,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As many rows, and a column for each direction."""
+        return (self.of.shape[0], self.of.shape[1] // self.experts)
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many rows of B are read at once."""
+        return max(1, PRODUCT_ENTRIES // self.of.shape[1])
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """B: rows are read more than once."""
+        return self.leaves
+
+    @property
+    def scratch(self) -> int:
+        """Some whole rows of B, as stored and in float32."""
+        return 8 * max(PRODUCT_ENTRIES, self.of.shape[1])
+
+
+@dataclass(frozen=True)
+class ExpertsLowRank(Input):
+    """Matrices of several experts, one behind the other, and what a LoRA adapter adds to each of them.
+
+    Args:
+        of: the matrices.
+        a: A of one expert behind that of the other.
+        b: B, in whose rows the experts' entries take turns.
+        scale: what the products are multiplied by.
+        turned: whether the matrices have their inputs as rows.
+    """
+
+    kind = "low-rank experts"
+    of: Input
+    a: Stored
+    b: Stored
+    scale: float
+    turned: bool
+
+    def encode(self) -> dict[str, Any]:
+        return {"of": self.of, "a": self.a, "b": self.b, "scale": self.scale, "turned": self.turned,
+                "experts": self.shape[0]}  # fmt: skip
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return (self.of, self.a, self.b)
+
+    @property
+    def rank(self) -> int:
+        """How many directions the product of one expert has."""
+        return self.a.shape[0] // self.shape[0]
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many rows of one expert are made at once."""
+        return max(1, PRODUCT_ENTRIES // max(1, self.shape[2]))
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """The adapter's."""
+        return (*self.of.again, self.a, self.b)
+
+    @property
+    def scratch(self) -> int:
+        """B as stored and in float32, and of one expert A, some rows of the product and of the sum."""
+        _, rows, columns = self.shape
+        small = 12 * self.rank * (rows + columns) + 8 * self.chunk_rows * columns
+        return self.of.scratch + 8 * self.b.tensor.entries + small
 
 
 @dataclass(frozen=True)
@@ -88,6 +184,57 @@ class Added(Input):
     def scratch(self) -> int:
         """The other's entries in float32."""
         return self.to.scratch + 4 * self.plus.tensor.entries
+
+
+@dataclass(frozen=True)
+class Transposed(Input):
+    """A small matrix that is stored as its transpose."""
+
+    kind = "transposed"
+    transpose: Stored
+
+    def encode(self) -> dict[str, Any]:
+        return {"transpose": self.transpose}
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return (self.transpose,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The stored one's the other way round."""
+        return self.transpose.shape[::-1]
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """It: some rows are some of every stored row."""
+        return self.leaves
+
+    @property
+    def scratch(self) -> int:
+        """All of it in float32, once more than those have it who read it."""
+        return 4 * self.transpose.tensor.entries
+
+
+def factors(adapter: int, module: AdaptedModule) -> tuple[Input, Input]:
+    """A and B of a module, in the files of the adapter of that number."""
+    if not module.transposed:
+        return Stored(adapter, module.a), Stored(adapter, module.b)
+    a, b = (Stored(adapter, replace(one, shape=one.shape[::-1])) for one in (module.a, module.b))
+    return Transposed(a), Transposed(b)
+
+
+def with_product(source: Input, adapter: int, module: AdaptedModule, turned: bool) -> Input:
+    """A tensor and what the adapter of that number adds to it for a module."""
+    a, b = factors(adapter, module)
+    if len(source.shape) == 2 and module.experts == 1:
+        lengths = None if module.magnitude is None else Stored(adapter, module.magnitude)
+        return LowRank(source, a, b, module.scale, turned, lengths)
+    assert isinstance(a, Stored)
+    assert isinstance(b, Stored), "experts are stored as PEFT has them"
+    if module.expert is None:
+        return ExpertsLowRank(source, a, b, module.scale, turned)
+    return LowRank(source, a, ExpertColumns(b, module.expert, module.experts), module.scale)
 
 
 # ---- what becomes an adapter ----------------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ from merger.lock.locked import LockedModel
 from merger.methods.registry import Method, declared
 from merger.models.architecture import Architecture, is_before_layers, is_buffer, is_embedding, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
-from merger.models.lora.adapter import TURNED_MODELS, AdaptedModule
+from merger.models.lora.changes import TURNED_MODELS
 from merger.models.lora.counterparts import counterparts
-from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand, Stored
+from merger.models.lora.modules import AdaptedModule
+from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand
 from merger.planning.inputs.derived import Zeros
-from merger.planning.inputs.low_rank import Difference, Factor, LowRank, MergedDeltas
+from merger.planning.inputs.low_rank import Difference, Factor, LowRank, MergedDeltas, factors
 from merger.planning.jobs import DTYPES, PREDICTION, JobSet, arguments
 from merger.planning.slices import Findings, Segment
 from merger.planning.stage_model import StagedRecipe
@@ -178,6 +179,9 @@ class _Blend:
         if rest:
             what = f"it holds more than A and B: {rest[0].name}" + (f" and {len(rest) - 1} more" * (len(rest) > 1))
             self._findings.about_part(what, part, _ADD_FIRST)
+        if lora.parameters:
+            what = f"it changes parameters that are no module's weight, of {lora.parameters[0].module}"
+            self._findings.about_part(what, part, _ADD_FIRST)
 
     def _refuse_other_names(
         self, part: Segment, held: Mapping[str, AdaptedModule], first: Mapping[str, AdaptedModule]
@@ -277,13 +281,13 @@ def _delta(number: int, module: AdaptedModule | None, like: AdaptedModule) -> Lo
     zeros = Zeros((like.outputs, like.inputs), like.a.dtype)
     if module is None:
         return zeros
-    return LowRank(zeros, Stored(number, module.a), Stored(number, module.b), module.scale)
+    return LowRank(zeros, *factors(number, module), module.scale)
 
 
 def _of_first(model: LockedModel) -> dict[str, Any]:
     """What the result's config takes from the first adapter's; of a model in a folder its name without the place."""
     config = model.checkpoint.config
-    named = config.get("base_model_name_or_path")
+    named = model.lora.model if model.lora is not None else None
     on_hub = isinstance(named, str) and named.count("/") == 1 and not named.startswith((".", "/", "~"))
     return {
         "task_type": config.get("task_type"),
