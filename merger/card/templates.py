@@ -32,7 +32,7 @@ from jinja2.nodes import Concat
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from merger.card import escape as text
+from merger.card import escape
 from merger.errors import MissingError, ModelError, Problem, RecipeError, did_you_mean
 from merger.recipe.model import Publish
 from merger.safety.apart import BeyondError, Bounds, call
@@ -304,13 +304,13 @@ def _environment(loader: BaseLoader) -> Environment:
     )
     environment.filters = {name: _on_text(of) for name, of in FILTERS.items() if name not in _UNESCAPING}
     environment.filters |= {
-        "code": text.code,
-        "e": text.escaped,
-        "escape": text.escaped,
-        "fenced": text.fenced,
+        "code": escape.code,
+        "e": escape.escaped,
+        "escape": escape.escaped,
+        "fenced": escape.fenced,
         "join": _join,
-        "literal": text.literal,
-        "shell": text.shell,
+        "literal": escape.literal,
+        "shell": escape.shell,
     }
     del environment.globals["lipsum"]
     return environment
@@ -319,7 +319,7 @@ def _environment(loader: BaseLoader) -> Environment:
 def _printed(value: Any) -> Markup:
     """What stands in the card for a value; of what is no single value nothing could."""
     if isinstance(value, str | int | float | Undefined):
-        return text.escaped(value)
+        return escape.escaped(value)
     raise TemplateRuntimeError(f"{_WORDS.get(type(value), type(value).__name__)} has no text: name a part of it")
 
 
@@ -341,4 +341,4 @@ def _on_text(of: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _join(values: Any, between: str = "") -> Markup:
-    return Markup(str(text.inline(between)).join(text.escaped(value) for value in values))
+    return Markup(str(escape.inline(between)).join(escape.escaped(value) for value in values))

@@ -17,8 +17,7 @@ import yaml
 from merger.errors import MissingError, ModelError, Problem, RecipeError
 from merger.lock.adapted import with_adapter
 from merger.lock.locked import LockedModel, LockedRecipe, stated_licence
-from merger.models import chat
-from merger.models import vocabulary as vocab
+from merger.models import chat, vocabulary
 from merger.models.checkpoint import (
     STEM,
     SUFFIX,
@@ -172,7 +171,7 @@ def _with_texts(
 def _texts_of(model: LockedModel, wanted: Container[str]) -> Mapping[str, FileInfo]:
     """Its files of these names, but for those that would tell its vocabulary only if there were no better ones."""
     files = model.located.files
-    idle = set(vocab.FILES).difference(vocab.told_by(files))
+    idle = set(vocabulary.FILES).difference(vocabulary.told_by(files))
     return {name: info for name, info in files.items() if name in wanted and name not in idle}
 
 
@@ -185,13 +184,13 @@ def _wanted(recipe: Recipe, models: Sequence[LockedModel]) -> Iterator[str]:
 
 def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
     told = [
-        {name: _content(files[name], number, name) for name in vocab.told_by(files)}
+        {name: _content(files[name], number, name) for name in vocabulary.told_by(files)}
         for number, files in enumerate(model.speaker.located.files for model in merged)
     ]
     if recipe.tokenizer is not None:
-        yield from (*vocab.FILES, GENERATION)
+        yield from (*vocabulary.FILES, GENERATION)
     elif any(files != told[0] for files in told):
-        yield from vocab.FILES
+        yield from vocabulary.FILES
     if recipe.chat_template is not None and recipe.chat_template.text == AUTO:
         yield from chat.FILES
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from merger.lock.lock import GENERATION
 from merger.lock.locked import LockedModel, LockedRecipe
-from merger.models import chat
-from merger.models import vocabulary as vocab
+from merger.models import chat, vocabulary
 from merger.models.checkpoint import TensorInfo
 from merger.models.vocabulary import Json
 from merger.planning.inputs.base import Input, Job, StageTensor, Stored
@@ -51,14 +50,14 @@ class Texts:
     @property
     def changing(self) -> tuple[str, ...]:
         """The names of those files that have to be read whole, since something is written into them."""
-        vocabulary = vocab.EXTENDED if self.added is not None else ()
-        return tuple(dict.fromkeys([*vocabulary, *(chat.FILES if self.template is not None else ())]))
+        tokens = vocabulary.EXTENDED if self.added is not None else ()
+        return tuple(dict.fromkeys([*tokens, *(chat.FILES if self.template is not None else ())]))
 
     def edited(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
         """The files `changing` that were taken over, with all that is to be written into them."""
         made = dict(files)
         if self.added is not None:
-            made |= vocab.rewritten(made, self.added)
+            made |= vocabulary.rewritten(made, self.added)
         if self.template is not None:
             made |= chat.with_template(made, self.template)
         if self.generation is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from merger.errors import MismatchError, ModelError, Problem, RecipeError
 from merger.lock.locked import LockedModel
-from merger.models import vocabulary as vocab
+from merger.models import vocabulary
 from merger.models.architecture import is_embedding, is_head
 from merger.models.checkpoint import TensorInfo
 from merger.models.vocabulary import Json, Vocabulary
@@ -154,8 +154,10 @@ def tokens(locked: StagedRecipe) -> Tokens | None:
     spelled = {number: held.spelled(known[source].spelling) for number, held in known.items()}
     whole = _whole(locked, block, spelled, source)
     new = len(whole.ids) - len(known[source].ids)
-    if new and vocab.TOKENIZER not in locked.numbered(source).speaker.texts:
-        what = f"{locked.numbered(source).name} has no {vocab.TOKENIZER}, so no tokens can be added to its tokenizer"
+    if new and vocabulary.TOKENIZER not in locked.numbered(source).speaker.texts:
+        what = (
+            f"{locked.numbered(source).name} has no {vocabulary.TOKENIZER}, so no tokens can be added to its tokenizer"
+        )
         raise ModelError(Problem(what, block.at, "tokenizer", _SAVE))
     filling = Filling(locked, block, spelled, whole, source)
     donor = locked.index(locked.recipe.donor)
@@ -198,13 +200,13 @@ def _vocabularies(models: Sequence[LockedModel]) -> list[Vocabulary | None]:
     Raises:
         ModelError: with every tokenizer that is damaged.
     """
-    texts = [{name: text for name, text in model.speaker.texts.items() if name in vocab.FILES} for model in models]
+    texts = [{name: text for name, text in model.speaker.texts.items() if name in vocabulary.FILES} for model in models]
     found: list[Vocabulary | None] = []
     problems = []
     for number, model in enumerate(models):
         try:
             same = texts.index(texts[number])
-            found.append(found[same] if same < number else vocab.read_vocabulary(texts[number]))
+            found.append(found[same] if same < number else vocabulary.read_vocabulary(texts[number]))
         except ValueError as error:
             found.append(None)
             problems.append(_about(model, f"{model.name}: {error}", _DAMAGED))
@@ -218,10 +220,10 @@ def _whole(locked: StagedRecipe, block: Tokenizer, known: Mapping[int, Vocabular
     merged = [locked.index(ref) for ref in locked.recipe.merged] if block.source == UNION else []
     others = [(known[number], locked.numbered(number).token_rows or 0) for number in merged]
     base = known[source]
-    if vocab.TOKENIZER in locked.numbered(source).speaker.texts:
-        base = vocab.special_as_in(base, others)
+    if vocabulary.TOKENIZER in locked.numbered(source).speaker.texts:
+        base = vocabulary.special_as_in(base, others)
     try:
-        return vocab.extended(base, others, [row.token for row in block.tokens])
+        return vocabulary.extended(base, others, [row.token for row in block.tokens])
     except ValueError as error:
         hint = "name another model's tokenizer: tokenizer: {source: org/name}"
         raise RecipeError(Problem(f"{locked.numbered(source).name}: {error}", block.at, "tokenizer", hint)) from None
