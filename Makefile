@@ -7,7 +7,7 @@ BIN := .venv/bin
 # The tests start many hundred processes, each of which would compile our code anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-THOROUGH := test_reliability.py test_disk.py test_memory.py test_mixtures.py test_evaluation.py test_properties.py methods/test_laws.py space/test_api.py
+THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py planning/test_mixtures.py evaluation/test_evaluation.py run/test_properties.py methods/test_laws.py space/test_api.py
 
 .PHONY: demo test reliability lint tables clean
 

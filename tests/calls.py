@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+"""The real command in a process of its own: the fixture `command`."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from calls import Command
 
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # the tests run side by side
 
@@ -55,9 +57,6 @@ def client(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """A child with the writer's token in its environment."""
     with Client(served.env(tmp_path_factory.mktemp("home"), WRITER)) as child:
         yield child
-
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from places import ROOT
 from waiting import HANGS_SECONDS
 
-ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (
     "merger.cli.commands", "merger.cli.text", "merger.run.pipeline", "merger.engine.execute", "merger.engine.geometry",
     "merger.card.pictures.movement",

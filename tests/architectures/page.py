@@ -1,6 +1,6 @@
 """docs/architectures.md, written from what comes of the trials by `python tests/architectures/page.py`: a minute.
 
-Not here: the trials (trial), and comparing the page with them (tests/test_architectures.py).
+Not here: the trials (trial), and comparing the page with them (tests/planning/test_architectures.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 HEAD = """\
 # Which models can be merged
 
-Written from `tests/architectures` by `make tables`; `tests/test_architectures.py` tries it in every run of the tests.
+Written from `tests/architectures` by `make tables`; `tests/planning/test_architectures.py` tries it in every run of
+the tests.
 
 There is no list of architectures in the code: a stack of layers is a run of tensor names that count from zero, and
 `config.json` is edited by what its keys say. So a class that is not on this page most likely works, and these are the

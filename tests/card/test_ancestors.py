@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from calls import Command
 from loopback import LoopbackHub
 from waiting import HANGS_SECONDS
 
@@ -21,8 +21,6 @@ from merger.methods.registry import methods
 from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
 from merger.stores.ports import FileInfo, Located
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def with_card(folder: Path, **metadata: Any) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
-from plan.models import model
+from planning.models import model
 
 from merger.card.facts import lock_file
 from merger.card.relations import Relations

@@ -1,6 +1,6 @@
 """docs/reliability.md, written from the rows that the tests try by `python tests/reliability/page.py`.
 
-Not here: trying them (trial), and comparing the page with the rows (tests/test_reliability.py).
+Not here: trying them (trial), and comparing the page with the rows (tests/run/test_reliability.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 HEAD = """\
 # When something goes wrong
 
-Written from `tests/reliability` by `make tables`; `tests/test_reliability.py` tries it.
+Written from `tests/reliability` by `make tables`; `tests/run/test_reliability.py` tries it.
 
 A run makes the result file by file. On the way to the Hub each finished file is uploaded and put on a branch of its
 own, `merge-staging/...`; on the way to a folder it lies in `FOLDER.merging` beside the destination. Only when all files

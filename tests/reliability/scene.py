@@ -24,9 +24,9 @@ from typing import Any, Self
 
 import tiny
 from loopback import LoopbackHub, Request
+from places import ROOT
 from waiting import HANGS_SECONDS
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_writer_of_org"
 REPO = "org/merged"
 PARENTS = ("base", "one", "two")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from merger.safety.environment import OURS, is_secret, public
 
-ROOT = Path(__file__).resolve().parents[2]
 LOOKS = """\
 import json, os, sys
 from merger.safety.environment import hand_over

@@ -7,13 +7,13 @@ import gc
 import html
 import io
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 import tiny
+from calls import Command
 from hypothesis import given
 from hypothesis import strategies as st
 from loopback import LoopbackHub
@@ -36,7 +36,6 @@ models:
 parameters: {weight: 0.5}
 publish: {license: apache-2.0}
 """
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loopback import LoopbackHub, Request
+from places import ROOT, ZOO
 from waiting import HANGS_SECONDS, until
 
-ROOT = Path(__file__).resolve().parents[2]
-ZOO = ROOT / "examples" / "zoo"
 SCOPES = "openid profile contribute-repos gated-repos"
 SECRET = "the-secret-of-the-application"
 

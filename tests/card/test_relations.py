@@ -1,0 +1,170 @@
+"""How the parents relate: measured on the way, told in card and plan, with doubts where a merge means little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from places import ZOO
+from torch import Tensor
+
+from merger.cli.commands import main
+from merger.engine.execute import Observed
+from merger.engine.geometry import observe
+from merger.planning.geometry import Geometry, noted, recalled, total_geometry
+from merger.run.options import Options
+from merger.run.pipeline import merge
+from merger.run.prepare import plan, read_recipe
+
+Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def test_geometry_is_that_of_the_vectors() -> None:
+    """Norms, cosines and the share of entries with both signs, by hand."""
+    one, other = torch.tensor([3.0, 4.0, 0.0, 0.0]), torch.tensor([4.0, -3.0, 0.0, 5.0])
+    seen = observe([one, other], one + other, 0, 4)
+    assert (seen.norm(0), seen.norm(1), seen.norm(-1)) == (5.0, 50**0.5, 75**0.5)
+    assert seen.cosine(0, 1) == 0.0
+    assert seen.cosines() == [0.0]
+    assert seen.opposition() == 1 / 3
+    assert total_geometry([seen, seen]).norm(0) == 50**0.5
+
+
+def test_geometry_tells_how_the_result_lies_to_each_input_and_to_the_base() -> None:
+    """In how many entries they have opposite signs, of how many that are not zero; and the base's products."""
+    one, other = torch.tensor([3.0, -4.0, 0.0, 1.0]), torch.tensor([0.0, -3.0, 2.0, 5.0])
+    result, base = torch.tensor([-1.0, -1.0, -1.0, 0.0]), torch.tensor([1.0, 2.0, 0.0, 0.0])
+    seen = observe([one, other], result, 0, 4, base)
+    assert (seen.against, seen.moved) == ((1, 1), (3, 3))
+    assert seen.base == (-5.0, -6.0, -3.0, 5.0)
+    assert total_geometry([seen, seen]).against == (2, 2)
+    assert total_geometry([seen, seen]).base == (-10.0, -12.0, -6.0, 10.0)
+    assert observe([one, other], result, 0, 4).base == ()
+
+
+def test_a_zero_vector_has_no_angle() -> None:
+    """It is neither like nor unlike any other."""
+    assert Geometry(((0.0, 0.0), (0.0, 1.0)), 0, 1).cosine(0, 1) is None
+
+
+def test_what_is_noted_gives_the_very_same_numbers_back() -> None:
+    """So that the card of a resumed run is that of an undisturbed one, to the last digit."""
+    draw = torch.Generator().manual_seed(4)
+    seen = {
+        name: observe([torch.randn(50, generator=draw)], torch.ones(50), 0, 50, base)
+        for name, base in (("b", None), ("a", torch.randn(50, generator=draw)))
+    }
+    assert recalled(noted(seen)) == seen
+    assert list(recalled(noted(seen))) == ["b", "a"]
+
+
+@pytest.mark.parametrize("entries", [400_000, 5_000_000])
+def test_the_sample_of_a_large_tensor_does_not_depend_on_its_blocks(entries: int) -> None:
+    """The same entries are looked at however the tensor is cut, and they say what all say."""
+    draw = torch.Generator().manual_seed(3)
+    one, other = (torch.randn(entries, generator=draw) for _ in range(2))
+    mixed = 0.6 * one + 0.8 * other
+    whole = observe([one, mixed], mixed, 0, entries)
+    cuts = [0, 131_072, 262_144, entries // 3 * 2, entries]
+    parts = [observe([one[a:b], mixed[a:b]], mixed[a:b], a, entries) for a, b in pairwise(cuts)]
+    assert total_geometry(parts).sampled == whole.sampled > 3_000
+    assert total_geometry(parts).cosine(0, 1) == pytest.approx(whole.cosine(0, 1), abs=1e-12)
+    assert whole.cosine(0, 1) == pytest.approx(0.6, abs=0.04)
+
+
+def merged(tmp_path: Path, method: str, one: Edit, other: Edit, base: bool = True) -> tuple[str, tuple[str, ...]]:
+    """The card and the doubts of a merge of two edits of one model."""
+    held = tiny.tensors(0, dtype=torch.float32)
+    tiny.write(tmp_path / "base", held)
+    tiny.write(tmp_path / "one", one(held))
+    tiny.write(tmp_path / "other", other(held))
+    lines = [f"merge_method: {method}", f"base_model: {tmp_path}/base" if base else "", "models:"]
+    lines += [f"- model: {tmp_path}/{name}\n  parameters: {{weight: 0.5}}" for name in ("one", "other")]
+    (tmp_path / "mine.yaml").write_text("\n".join(lines))
+    options = Options(to=str(tmp_path / "out"))
+    done = merge(*plan(read_recipe(tmp_path / "mine.yaml"), options), options)
+    return (tmp_path / "out/README.md").read_text(), done.doubts
+
+
+def moved(seed: int, by: float = 0.01) -> Edit:
+    def edit(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        return {name: tensor + by * torch.randn(tensor.shape, generator=draw) for name, tensor in held.items()}
+
+    return edit
+
+
+def test_ordinary_fine_tunes_raise_no_doubt(tmp_path: Path) -> None:
+    """Deltas at right angles are what two tasks look like; the card has a row for each layer."""
+    card, doubts = merged(tmp_path, "task_arithmetic", moved(1), moved(2))
+    assert doubts == ()
+    assert "## How the parents relate" in card
+    assert "| layer 0 | " in card
+    assert "| layer 1 | " in card
+    assert "Doubtful" not in card
+
+
+@pytest.mark.parametrize(
+    ("method", "one", "other", "sentence"),
+    [
+        ("task_arithmetic", moved(1), moved(1, -0.01), "moved away from the base in opposite directions"),
+        ("task_arithmetic", moved(1), moved(1), "one and other are as good as the same"),
+        ("ties", dict, moved(2), "one is the base model, bit for bit: it adds nothing"),
+    ],
+    ids=["opposite", "same", "base"],
+)
+def test_a_merge_that_means_little_is_doubted(
+    method: str, one: Edit, other: Edit, sentence: str, tmp_path: Path
+) -> None:
+    """In a sentence with the number, after the run and in the card."""
+    card, doubts = merged(tmp_path, method, one, other)
+    assert any(sentence in doubt for doubt in doubts)
+    assert sentence in card
+    assert "**Doubtful:**" in card
+
+
+def test_models_without_a_common_ancestor_are_doubted(tmp_path: Path) -> None:
+    """Their tensors are at right angles, so their mean is neither."""
+
+    def stranger(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(9)
+        return {name: 0.1 * torch.randn(tensor.shape, generator=draw) for name, tensor in held.items()}
+
+    def centred(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor - tensor.mean() for name, tensor in held.items()}
+
+    _, doubts = merged(tmp_path, "linear", centred, stranger, base=False)
+    assert any("one and other have no ancestor in common" in doubt for doubt in doubts)
+
+
+def test_threads_do_not_change_what_is_seen(tmp_path: Path) -> None:
+    """One thread or three: the same numbers for every tensor."""
+    (tmp_path / "mine.yaml").write_text(
+        f"merge_method: ties\nbase_model: {ZOO}/base\n"
+        f"models: [{{model: {ZOO}/kjv}}, {{model: {ZOO}/python}}]\nparameters: {{density: 0.5}}\n"
+    )
+    seen = []
+    for threads in (1, 3):
+        options = Options(to=str(tmp_path / f"out{threads}"), threads=threads)
+        events: list[object] = []
+        result = merge(*plan(read_recipe(tmp_path / "mine.yaml"), options), options, events.append)
+        seen.append({event.job.name: event.geometry for event in events if isinstance(event, Observed)})
+        assert result.doubts == ()
+    assert seen[0] == seen[1]
+    assert len(seen[0]) > 10
+
+
+def test_plan_looks_at_the_parents_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sample is read before anything is merged; a model named twice is seen without."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"merge_method: linear\nmodels: [{{model: {ZOO}/kjv}}, {{model: {ZOO}/python}}]\n")
+    assert main(["plan", str(recipe), "--look"]) == 0
+    said = capsys.readouterr().out
+    assert "kjv and python: cosine 0.9" in said
+    assert "layer 0: cosine" in said
+    recipe.write_text(f"merge_method: linear\nmodels: [{{model: {ZOO}/kjv}}, {{model: {ZOO}/kjv/}}]\n")
+    assert main(["plan", str(recipe)]) == 0

@@ -1,0 +1,116 @@
+"""action.yml and the workflows: pinned, wired to the program, and free of spliced inputs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from places import ROOT
+
+from merger.cli import action, inputs
+from merger.cli.inputs import Inputs
+from merger.safety.environment import OURS
+
+ACTION = ROOT / "action.yml"
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FILES = [ACTION, *WORKFLOWS, *sorted((ROOT / "examples").glob("*.yml"))]
+
+
+def steps(node: Any) -> Iterator[dict[str, Any]]:
+    """Every step of an action or a workflow."""
+    if isinstance(node, dict):
+        yield from node.get("steps") or ()
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from steps(inner)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_actions_of_others_are_pinned_by_commit_with_their_version(file: Path) -> None:
+    """All but our own, which users follow by its major version."""
+    lines = [line.split("uses:")[1].strip() for line in file.read_text().splitlines() if "uses:" in line]
+    assert lines
+    others = [line for line in lines if not line.startswith(("./", "OWNER/merger@v1"))]
+    assert [line for line in others if not re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_no_expression_stands_in_a_command(file: Path) -> None:
+    """What an event or an input says comes in by the environment."""
+    found = list(steps(yaml.safe_load(file.read_text())))
+    assert found
+    assert [step["run"] for step in found if "${{" in step.get("run", "")] == []
+
+
+def test_every_input_reaches_the_program_and_is_described() -> None:
+    """Under the name that the program reads; only what sets up Python is used before."""
+    declared = yaml.safe_load(ACTION.read_text())
+    (merge,) = [step for step in declared["runs"]["steps"] if step.get("id") == "merge"]
+    before = {"python-version", "torch-index", "install"}
+    wired = {inputs.variable(name): f"${{{{ inputs.{name} }}}}" for name in declared["inputs"] if name not in before}
+    assert merge["env"] == wired
+    assert {name for name in OURS if name.startswith("INPUT_")} == {name for name in wired if name.endswith("_TOKEN")}
+    for about in (*declared["inputs"].values(), *declared["outputs"].values()):
+        assert about["description"].endswith(".")
+
+
+def test_torch_is_installed_for_the_modes_and_events_that_run() -> None:
+    """The condition of action.yml is the program's."""
+    condition = ACTION.read_text().partition("WITH_TORCH: ")[2].splitlines()[0]
+    modes = re.findall(r"inputs\.mode == '(\w+)'", condition)
+    events = re.findall(r'"(\w+)"', condition)
+    assert (modes, tuple(events)) == ([*action.RUNNING, "auto"], action.STARTED_TO_RUN)
+
+
+def test_the_defaults_of_the_action_are_understood(tmp_path: Path) -> None:
+    """As the runner hands them over."""
+    declared = yaml.safe_load(ACTION.read_text())["inputs"]
+    given = {inputs.variable(name): str(about["default"]) for name, about in declared.items()}
+    taken = Inputs.take({**given, "GITHUB_WORKSPACE": str(tmp_path)})
+    assert (taken.recipe, taken.mode, taken.folder) == ("merges/*.yaml", "auto", tmp_path.resolve())
+    assert (taken.part_size, taken.time_limit, taken.commit_lock, taken.comment) == (60 * 10**9, None, False, True)
+    assert (taken.options.force, taken.options.to, taken.options.part, taken.options.read_token) == (False,) + (
+        None,
+    ) * 3
+
+
+PIP = """\
+#!/bin/sh
+# A Python whose pip only writes down what it is asked for.
+[ "$2 $3" = "-m pip" ] || [ "$2 $3" = "-m uv" ] || exec "{python}" "$@"
+echo "$@" >> "{log}"
+for word; do case "$word" in "$TMPDIR"/*) cat "$word" >> "{log}";; esac; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "torch"),
+    [
+        ({"WITH_TORCH": "false"}, 2, None),
+        ({"WITH_TORCH": "true"}, 5, "-m uv pip install --python {python} --torch-backend cpu --no-deps"),
+        ({"WITH_TORCH": "true", "TORCH_INDEX": "the-index"}, 4, "--no-deps --index-url the-index torch"),
+    ],
+)
+def test_check_and_plan_are_installed_without_torch_and_a_run_with_one_for_cpus(
+    settings: dict[str, str], count: int, torch: str | None, tmp_path: Path
+) -> None:
+    """All with what the package needs besides, and with the Action's own extra."""
+    stand_in, log = tmp_path / "bin", tmp_path / "log"
+    stand_in.mkdir()
+    (stand_in / "python").write_text(PIP.format(python=sys.executable, log=log))
+    (stand_in / "python").chmod(0o755)
+    path = f"{stand_in}{os.pathsep}{os.environ['PATH']}"
+    settings = {"PATH": path, "TMPDIR": str(tmp_path / "bin"), **settings}
+    subprocess.run(["bash", str(ROOT / ".ci" / "install")], env=settings, check=True, capture_output=True)
+    told = log.read_text()
+    assert told.count("pip install") == count
+    assert ("torch" in told) == (torch is not None)
+    assert torch is None or torch.format(python=stand_in / "python") in told
+    for need in ("huggingface_hub", "jinja2", "numpy", "pyyaml", "requests"):
+        assert re.search(rf"^{need}[><=]", told, re.MULTILINE)
