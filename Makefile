@@ -7,7 +7,8 @@ BIN := .venv/bin
 # The tests start many hundred processes, each of which would compile our code anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py planning/test_mixtures.py evaluation/test_evaluation.py run/test_properties.py methods/test_laws.py space/test_api.py
+THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py \
+	planning/test_mixtures.py evaluation/test_evaluation.py run/test_properties.py methods/test_laws.py cli/test_act.py space/test_api.py
 
 .PHONY: demo test reliability lint tables clean
 

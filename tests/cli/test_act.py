@@ -23,6 +23,7 @@ from actions import NOTHING, Checkout, environment, pull_request, push
 from loopback import LoopbackGitHub, LoopbackHub
 from loopback.github import IDENTITY, READ_ONLY, TOKEN
 from places import ROOT
+from thorough import thorough_only
 from waiting import HANGS_SECONDS
 from watching import Watch, watching
 
@@ -272,6 +273,7 @@ def test_a_forks_pull_request_is_planned_without_a_secret_and_its_names_run_noth
     assert not (tmp_path / "trapped").exists()
 
 
+@thorough_only
 def test_a_matrix_of_parts_makes_the_model_of_a_single_job(
     clone: Checkout, served: LoopbackHub, runner: Runner, tmp_path: Path
 ) -> None:
