@@ -26,7 +26,7 @@ from space.texts import FIRST, examples
 from space.work import admission as rules
 from space.work.admission import TooBigError
 from space.work.queue import Token
-from space.work.service import Desk, Planned
+from space.work.service import Planned, Service
 
 CSS = (Path(__file__).parent / "page.css").read_text("utf-8")
 _PRIVATE = "private"
@@ -41,16 +41,16 @@ Profile = gr.OAuthProfile | None
 Session = gr.OAuthToken | None
 
 
-def build(desk: Desk, with_login: bool) -> gr.Blocks:
+def build(service: Service, with_login: bool) -> gr.Blocks:
     """The page, and with it what programs may call.
 
     Args:
-        desk: who does the work.
+        service: what plans and queues.
         with_login: whether there is somebody to sign in with: in a Space.
     """
     with gr.Blocks(title="Merger", analytics_enabled=False, fill_width=True) as blocks:
-        Page(blocks, desk, with_login)
-        offer(desk)  # here: who opens the blocks a second time has their events twice
+        Page(blocks, service, with_login)
+        offer(service)  # here: who opens the blocks a second time has their events twice
     for event in blocks.fns.values():  # the button's own question would be offered as a tool
         if event.api_name == "_check_login_status":
             event.api_visibility = _PRIVATE
@@ -60,8 +60,8 @@ def build(desk: Desk, with_login: bool) -> gr.Blocks:
 class Page:
     """Its parts, and what they do."""
 
-    def __init__(self, blocks: gr.Blocks, desk: Desk, with_login: bool) -> None:
-        self.blocks, self.desk = blocks, desk
+    def __init__(self, blocks: gr.Blocks, service: Service, with_login: bool) -> None:
+        self.blocks, self.service = blocks, service
         self._typed_last: dict[str, str] = {}
         self._lay_out(with_login)
         self._bind_form()
@@ -316,7 +316,7 @@ class Page:
 
     def _plan(self, text: str, session: Session) -> list[Any]:
         try:
-            return _plan_shown(self.desk.plan(text, session.token if session else None))
+            return _plan_shown(self.service.plan(text, session.token if session else None))
         except MergerError as error:
             return _refused(error)
 
@@ -325,7 +325,7 @@ class Page:
             problem = Problem("nobody is signed in, so there is nobody to publish for", hint=_SIGN_IN)
             return [*_refused(MergerError(problem)), *_nothing(7)]
         try:
-            job = self.desk.submit(profile.username, Token(session.token, session.expires_at), text)
+            job = self.service.submit(profile.username, Token(session.token, session.expires_at), text)
         except MergerError as error:
             return [*_refused(error), *_nothing(7)]
         gone = [gr.update(visible=False), *_nothing(4), gr.update(visible=False)]
@@ -350,7 +350,7 @@ class Page:
     def _arrived(self, text: str, profile: Profile, session: Session) -> list[Any]:
         if profile is None or session is None:
             return _nothing(len(self._all) + 7)
-        self.desk.keeper.welcome(profile.username, Token(session.token, session.expires_at))
+        self.service.queue.register_token(profile.username, Token(session.token, session.expires_at))
         return [*_shown(_with_destination(text, profile)), *self._listed(profile.username, None)]
 
     def _ticked(self, chosen: str | None, profile: Profile, session: Session) -> list[Any]:
@@ -363,31 +363,31 @@ class Page:
                 *[gr.update(visible=False)] * 2,
                 gr.Timer(active=False),
             ]
-        self.desk.keeper.welcome(profile.username, Token(session.token, session.expires_at))
+        self.service.queue.register_token(profile.username, Token(session.token, session.expires_at))
         return self._listed(profile.username, chosen)
 
     def _cancelled(self, chosen: str | None, profile: Profile) -> list[Any]:
         if profile is None:
             return _nothing(7)
         try:
-            self.desk.keeper.cancel(profile.username, chosen or "")
+            self.service.queue.cancel(profile.username, chosen or "")
         except MergerError as error:
             raise gr.Error(str(error.problems[0].what)) from None
         return self._listed(profile.username, chosen)
 
     def _taken(self, chosen: str | None, text: str, profile: Profile) -> list[Any]:
-        mine = self.desk.keeper.store.of(profile.username) if profile else []
+        mine = self.service.queue.jobs.of(profile.username) if profile else []
         return _shown(next((job.recipe for job in mine if job.id == chosen), text))
 
     def _listed(self, owner: str, chosen: str | None) -> list[Any]:
         """Somebody's jobs, the newest first, and one of them in full."""
-        mine = list(reversed(self.desk.keeper.store.of(owner)))
+        mine = list(reversed(self.service.queue.jobs.of(owner)))
         if not mine:
             return [gr.skip(), views.jobs_hint(signed_in=True), *_nothing(5)]
         shown = next((job for job in mine if job.id == chosen), mine[0])
         return [
             gr.update(choices=[(views.label(job), job.id) for job in mine], value=shown.id, visible=True),
-            views.job(shown, self.desk.keeper.ahead(shown)),
+            views.job(shown, self.service.queue.ahead(shown)),
             gr.update(visible=bool(shown.log)),
             views.log(shown),
             gr.update(visible=True),

@@ -32,7 +32,7 @@ from space import views
 from space.api import Api
 from space.work import admission as rules
 from space.work.admission import Limits
-from space.work.service import Desk
+from space.work.service import Service
 
 TWO = "models: [{model: org/a, parameters: {weight: 1}}, {model: org/b, parameters: {weight: 1}}]\n"
 BOTH = "merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n  - model: ./{}\n  - model: ./{}\n"
@@ -205,7 +205,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
-NO_DESK = cast(Desk, None)
+NO_SERVICE = cast(Service, None)
 """A recipe is checked without one."""
 
 
@@ -278,7 +278,7 @@ def test_what_is_said_of_a_recipe(name: str, here: Path, checked: Step) -> None:
     assert [line for line in checked.commands if f"file={file(name)}," in line] == [on_github(says, name)]
     assert in_the_summary(says, name) in checked.summary
     assert words(views.problem_list(rules.check(recipe))) == in_the_space(says)
-    answer = Api(NO_DESK).check(recipe)
+    answer = Api(NO_SERVICE).check(recipe)
     (told,) = answer["problems" if says.kind == "error" else "warnings"]
     where = f"{told['where']}: " if told["where"] else ""
     assert (told["line"], told["column"], where + told["what"], told["hint"]) == (
