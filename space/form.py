@@ -1,7 +1,7 @@
 """The form and the recipe's text, both ways: what the form shows of a text, and the text after a turn of a knob.
 
 The text is the truth: an edit changes the lines it is about, and leaves comments and all else as they are. Reading is
-lenient, for what is wrong is told beside the text (rules). Not here: the controls themselves (page).
+lenient, for what is wrong is told beside the text (work.admission). Not here: the controls themselves (page).
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def with_method(text: str, method: Method, table: Mapping[str, Method]) -> str:
                 _drop_unused(block, method, table)
         for param in method.params:
             if param.required and not any(_mentions(block, param.name) for block in (top, *(listed or ()))):
-                _block(top)[param.name] = starting(param)
+                _block(top)[param.name] = start_value(param)
 
     return edit(text, change)
 
@@ -213,11 +213,19 @@ def _block(level: Any) -> Any:
     return level["parameters"]
 
 
-def starting(param: Param) -> float | int | bool:
+def start_value(param: Param) -> float | int | bool:
     """Where a control stands before anybody has touched it."""
     if param.default is not None:
         return param.default
     return {"float": 0.5, "int": 1, "bool": False}[param.kind]
+
+
+def slider_range(param: Param, value: float) -> tuple[float, float]:
+    """Where a slider begins and ends: the parameter's bounds, else what is usual."""
+    low, high = (param.bounds.low, param.bounds.high) if param.bounds else (None, None)
+    least = min(0.0 if value >= 0 else -2.0, value) if low is None else min(low, value)
+    most = max(2.0, 2 * value) if high is None else max(high, value)
+    return least, most
 
 
 def with_models(text: str, names: Sequence[str]) -> str:
@@ -312,7 +320,13 @@ def numbers_of(words: str) -> list[float]:
     ]
 
 
-def suggested(form: Form, user: str) -> str:
+def with_destination(text: str, user: str) -> str:
+    """With a repo of this user's to publish to, unless it names one."""
+    shown = read_form(text)
+    return text if shown is None or shown.repo else with_publish(text, "repo", suggest_repo(shown, user))
+
+
+def suggest_repo(form: Form, user: str) -> str:
     """A repo's name for a result, of what it is made of."""
     parts = [name.split("@")[0].split("/")[-1] for name in form.models if name != form.base][:3]
     words = [part.split("-") for part in parts]

@@ -116,7 +116,7 @@ class TooBigError(BudgetError):
 
 
 @dataclass(frozen=True)
-class Looked:
+class CheckedRecipe:
     """What is known of a recipe's text.
 
     Args:
@@ -132,13 +132,13 @@ class Looked:
     warnings: tuple[Problem, ...] = ()
 
 
-def check(text: str) -> Looked:
+def check(text: str) -> CheckedRecipe:
     """All that can be said of a recipe without its models."""
     try:
         recipe = parse_recipe(text)
     except MergerError as error:
-        return Looked(text, None, error.problems)
-    return Looked(text, recipe, (), recipe.warnings)
+        return CheckedRecipe(text, None, error.problems)
+    return CheckedRecipe(text, recipe, (), recipe.warnings)
 
 
 def parse_recipe(text: str) -> Recipe:

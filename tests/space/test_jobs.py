@@ -13,11 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import tiny
 import waiting
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loopback import LoopbackHub, Request
 from served import halted, staged
 from waiting import HANGS_SECONDS
@@ -150,6 +153,32 @@ def test_users_take_turns(make_queue: MakeQueue) -> None:
     assert [job.to for job in sorted(ended, key=lambda job: job.started)] == [
         "hf://alice/turn0", "hf://bob/turn", "hf://alice/turn1", "hf://alice/turn2"
     ]  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(owners=st.lists(st.sampled_from("abc"), min_size=1, max_size=9))
+def test_a_round_has_one_job_of_each_owner(owners: list[str]) -> None:
+    """Whoever asks in whatever order: first the first jobs of all, by age, then the second ones; as they are told."""
+    with TemporaryDirectory() as folder:
+        queue = MergeQueue(Path(folder), Limits(jobs_each=9))
+        jobs = [submit(queue, owner, f"{number}", ALICE) for number, owner in enumerate(owners)]
+        told = {queue.ahead(queue.job(job.owner, job.id)): job.id for job in jobs}
+        rounds = [owners[:number].count(owner) for number, owner in enumerate(owners)]
+        turns = [turn[0].id for _ in jobs if (turn := queue._next_turn())]
+        assert turns == [job.id for _, job in sorted(zip(rounds, jobs, strict=True), key=lambda pair: pair[0])]
+        assert turns == [told[place] for place in range(len(jobs))]
+        queue.stop()
+        assert queue._next_turn() is None
+
+
+def test_a_job_that_cannot_be_begun_fails_and_the_next_one_goes_on(make_queue: MakeQueue) -> None:
+    """Whatever goes wrong beside its worker ends that job alone, and it says so."""
+    queue = make_queue(start=False)
+    jobs = [submit(queue, "alice", name) for name in ("unlucky", "lucky")]
+    (queue._folder / jobs[0].id).write_bytes(b"in the way of its folder")
+    queue.start()
+    assert "ended without a word" in until(queue, jobs[0], "failed").problems[0]
+    until(queue, jobs[1], "done")
 
 
 def test_a_stopped_space_goes_on_once_the_owner_is_back(make_queue: MakeQueue, hub: LoopbackHub) -> None:
