@@ -44,7 +44,9 @@ class Api:
         if not name:
             return {method.name: method.summary for method in registry.methods().values()}
         found = registry.methods().get(name)
-        return _refusal(f"there is no method {name!r}") if found is None else {"text": method_text(found)}
+        if found is None:
+            return _answer_refusal(MergerError(Problem(f"there is no method {name!r}")))
+        return {"text": method_text(found)}
 
     def check(self, recipe: str) -> dict[str, Any]:
         """Find what is wrong with a recipe, without looking at its models.
@@ -135,7 +137,3 @@ def _plain(problem: Problem) -> dict[str, Any]:
     """A problem as data; without the recipe's name, for a map with a path is a file to the client."""
     place = {"line": problem.at.line, "column": problem.at.column} if problem.at else {}
     return {"what": problem.what, "where": problem.where, "hint": problem.hint, **place}
-
-
-def _refusal(what: str) -> dict[str, Any]:
-    return _answer_refusal(MergerError(Problem(what)))

@@ -306,18 +306,17 @@ def _plain(number: Any, param: Param) -> float | int | bool:
     return int(rounded) if param.kind == "int" or rounded.is_integer() else rounded
 
 
-def numbers_of(words: str) -> list[float]:
-    """The numbers that somebody typed, such as ``0, 0.5, 1``.
+def parse_numbers(words: str) -> list[float]:
+    """The numbers that somebody typed; none if there is anything among them that a recipe may not have.
 
-    >>> numbers_of("0, .5 1")
-    [0.0, 0.5, 1.0]
-
-    Raises:
-        ValueError: something among it is no number, or none that a recipe may have.
+    >>> parse_numbers("0, .5 1"), parse_numbers("0, a")
+    ([0.0, 0.5, 1.0], [])
     """
-    return [numbers.parse_decimal(word, numbers.ANY) for word in re.split(r"[,;\s]+", words.strip(" []")) if word][
-        :MOST_POINTS
-    ]
+    typed = [word for word in re.split(r"[,;\s]+", words.strip(" []")) if word]
+    try:
+        return [numbers.parse_decimal(word, numbers.ANY) for word in typed][:MOST_POINTS]
+    except ValueError:
+        return []
 
 
 def with_destination(text: str, user: str) -> str:

@@ -175,8 +175,9 @@ class Page:
                 self._number(param, value.numbers[0], row)
 
     def _number(self, param: Param, value: float, row: int | None) -> None:
+        key = (param.name, row)
         about: dict[str, Any] = {"label": param.name, "info": param.description, "interactive": True}
-        about |= _key("number", param, row)
+        about |= _keep("number", *key)
         control: gr.Checkbox | gr.Number | gr.Slider
         if param.kind == "bool":
             control = gr.Checkbox(bool(value), **about)
@@ -185,31 +186,30 @@ class Page:
         else:
             low, high = form.slider_range(param, value)
             control = gr.Slider(low, high, value, step=1 if param.kind == "int" else _STEP, **about)
-        key = _key("turn", param, row)["key"]
-        self._on_edit(
-            control.input, control, lambda text, x: form.with_value(text, row, param, [x]), in_form=False, key=key
-        )
+
+        def turn(text: str, number: float, points: int = 1) -> str:
+            return form.with_value(text, row, param, points * [number])
+
+        self._on_edit(control.input, control, turn, in_form=False, key=("turn", *key))
         if param.kind == "float":
-            kept = _key("vary", param, row)
-            vary = gr.Button(f"Vary {param.name} by layer", size="sm", elem_classes=["vary"], **kept)
-            key = (*kept["key"], "click")
-            self._on_edit(vary.click, control, lambda text, x: form.with_value(text, row, param, [x, x]), key=key)
+            title = f"Vary {param.name} by layer"
+            button = gr.Button(title, size="sm", elem_classes=["vary"], **_keep("vary", *key))
+            self._on_edit(button.click, control, partial(turn, points=2), key=("vary", *key, "click"))
 
     def _gradient(self, param: Param, value: ShownSetting, row: int | None, name: str) -> None:
+        key = (param.name, row)
         words = ", ".join(f"{number:g}" for number in value.numbers)
         info = f"{param.description} Numbers from the first layer to the last, as many as you like."
-        key = partial(_key, param=param, row=row)
-        line = gr.Textbox(words, label=param.name, info=info, max_lines=1, interactive=True, **key("line"))
-        curve = gr.HTML(views.curves(value, name), **key("curve"))
+        line = gr.Textbox(words, label=param.name, info=info, max_lines=1, interactive=True, **_keep("line", *key))
+        curve = gr.HTML(views.curves(value, name), **_keep("curve", *key))
         bend = partial(self._bend, param=param, row=row, name=name, curve=curve)
-        _on(line.input, bend, [self.text, line], [*self._text_parts, curve], key=key("bend")["key"])
-        same = gr.Button("The same for all layers", size="sm", elem_classes=["vary"], **key("same"))
-        self._on_edit(
-            same.click,
-            line,
-            lambda text, words: form.with_value(text, row, param, _numbers(words)[:1] or [form.start_value(param)]),
-            key=key("level")["key"],
-        )
+        _on(line.input, bend, [self.text, line], [*self._text_parts, curve], key=("bend", *key))
+        same = gr.Button("The same for all layers", size="sm", elem_classes=["vary"], **_keep("same", *key))
+
+        def level(text: str, words: str) -> str:
+            return form.with_value(text, row, param, form.parse_numbers(words)[:1] or [form.start_value(param)])
+
+        self._on_edit(same.click, line, level, key=("level", *key))
 
     # ---- the form and the text ---------------------------------------------------------------------------------------
 
@@ -267,7 +267,7 @@ class Page:
         return self._show(form.with_destination(chosen, profile.username) if profile else chosen)
 
     def _bend(self, text: str, words: str, param: Param, row: int | None, name: str, curve: gr.HTML) -> Updates:
-        numbers = _numbers(words)
+        numbers = form.parse_numbers(words)
         if not numbers:
             return {curve: "<p class='fine'>Write numbers with commas between them, such as 0, 0.5, 1.</p>"}
         drawn = views.curves(ShownSetting({"": tuple(numbers)}), name)
@@ -300,10 +300,9 @@ class Page:
             return self._show_refusal(error)
 
     def _merge(self, text: str, profile: Profile, session: Session) -> Updates:
-        if profile is None or session is None:
-            problem = Problem("nobody is signed in, so there is nobody to publish for", hint=_SIGN_IN)
-            return self._show_refusal(MergerError(problem))
         try:
+            if profile is None or session is None:
+                raise MergerError(Problem("nobody is signed in, so there is nobody to publish for", hint=_SIGN_IN))
             job = self.service.submit(profile.username, _token(session), text)
         except MergerError as error:
             return self._show_refusal(error)
@@ -400,16 +399,9 @@ def _token(session: gr.OAuthToken) -> Token:
     return Token(session.token, session.expires_at)
 
 
-def _numbers(words: str) -> list[float]:
-    try:
-        return form.numbers_of(words)
-    except ValueError:
-        return []
-
-
-def _key(part: str, param: Param, row: int | None) -> dict[str, Any]:
+def _keep(*key: Any) -> dict[str, Any]:
     """What makes a control the same one when all are made anew, but for its value: else a click on the way is lost."""
-    return {"key": (part, param.name, row), "preserved_by_key": []}
+    return {"key": key, "preserved_by_key": []}
 
 
 def _summary(name: str) -> str:

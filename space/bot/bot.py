@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -221,32 +220,33 @@ class Bot:
     def _merge_file(self, event: WebhookEvent) -> None:
         """A commit to main since which merge.yaml is another: what main has now is merged, once, or refused."""
         head = self._head(event.repo)
-        if head is None or head.text == self._file(event.repo, event.old):
+        commit, text = head or ("", "")
+        if head is None or text == self._file(event.repo, event.old):
             self._close(event)
             return
-        if head.changed != event.new:  # that commit is dealt with in the place of all before it, or was already
-            self._events.add(_commit_event(event.repo, event.old, head.changed))
+        if commit != event.new:  # that commit is dealt with in the place of all before it, or was already
+            self._events.add(_commit_event(event.repo, event.old, commit))
             self._close(event, f"A newer {FILE} is merged in its place." if event.num else "")
             return
-        made = self._api.list_repo_commits(event.repo, revision=head.changed)[0]
+        made = self._api.list_repo_commits(event.repo, revision=commit)[0]
         if self.name in made.authors:
             self._close(event)
             return
         event = self._events.change(event, is_meant=True)
         try:
-            self._queue(event, _author(made, event.repo), head.text, self._plan(head.text, event.repo), force=True)
+            self._queue(event, _author(made, event.repo), text, self._plan(text, event.repo), force=True)
         except JobError as error:
             self._put_off(event, error.problems, _LATER)
         except MergerError as error:
             self._close(event, markdown.problems_section(f"{FILE} of {event.new[:12]} is not merged", error.problems))
 
-    def _head(self, repo: str) -> _Head | None:
-        """merge.yaml as main has it now; None where it has none."""
+    def _head(self, repo: str) -> tuple[str, str] | None:
+        """The commit that made merge.yaml what it is on main, and its text; None where there is none."""
         commit = self._main(repo)
         found = self._api.get_paths_info(repo, [FILE], revision=commit, expand=True)
         last = found[0].last_commit if found else None
         text = self._file(repo, commit) if last is not None else None
-        return None if text is None or last is None else _Head(last.oid, text)
+        return None if text is None or last is None else (last.oid, text)
 
     def _main(self, repo: str) -> str:
         return self._api.model_info(repo, revision="main").sha or ""
@@ -344,19 +344,6 @@ class Bot:
             return event
         made = self._api.create_discussion(event.repo, f"{FILE} at {event.new[:12]}", description=words)
         return self._events.change(event, num=made.num)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """merge.yaml on main.
-
-    Args:
-        changed: the commit that made it what it is.
-        text: the file's.
-    """
-
-    changed: str
-    text: str
 
 
 def _commit_event(repo: str, old: str, new: str) -> WebhookEvent:

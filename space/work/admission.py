@@ -68,35 +68,32 @@ class Limits:
             ValueError: a variable is no size or no number.
         """
 
-        def variable(name: str) -> str | None:
-            return environment.get(f"MERGER_SPACE_{name}") or None
+        def size_of(name: str) -> int | None:
+            text = environment.get(f"MERGER_SPACE_{name}")
+            return numbers.parse_size(text) if text else None
 
-        room = _size(variable("MEMORY")) or runtime.free_memory()
-        free = _size(variable("DISK")) or shutil.disk_usage(folder).free * 9 // 10
+        def count_of(name: str) -> int | None:
+            text = environment.get(f"MERGER_SPACE_{name}")
+            return numbers.parse_whole(text, numbers.COUNT) if text else None
+
+        room = size_of("MEMORY") or runtime.free_memory()
+        free = size_of("DISK") or shutil.disk_usage(folder).free * 9 // 10
         most = 1 if room is None else max(1, min(_MOST_WORKERS, (room - _PAGE_BYTES) // _LEAST_A_WORKER))
-        workers = _count(variable("WORKERS")) or most
+        workers = count_of("WORKERS") or most
         return cls(
             memory=None if room is None else max(0, room - _PAGE_BYTES) // workers,
             disk=free // workers,
-            traffic=_size(variable("TRAFFIC")) or cls.traffic,
+            traffic=size_of("TRAFFIC") or cls.traffic,
             workers=workers,
-            jobs_each=_count(variable("JOBS_EACH")) or cls.jobs_each,
-            jobs=_count(variable("JOBS")) or cls.jobs,
-            shard_size=_size(variable("SHARD_SIZE")),
+            jobs_each=count_of("JOBS_EACH") or cls.jobs_each,
+            jobs=count_of("JOBS") or cls.jobs,
+            shard_size=size_of("SHARD_SIZE"),
         )
 
     def for_a_job(self) -> dict[str, Any]:
         """What a worker is told."""
         threads = max(1, runtime.cores() // self.workers)
         return {"memory": self.memory, "disk": self.disk, "threads": threads, "shard_size": self.shard_size}
-
-
-def _count(text: str | None) -> int | None:
-    return numbers.parse_whole(text, numbers.COUNT) if text else None
-
-
-def _size(text: str | None) -> int | None:
-    return numbers.parse_size(text) if text else None
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
@@ -108,6 +105,7 @@ MOST_MODELS = 16
 
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}", re.ASCII)
 _MODEL = re.compile(r"\bmodel[\"']?\s*:")
+_TOO_BIG = "it is too big for this Space; the GitHub Action or your own machine can make it"
 _HERE = "only models on the Hub can be merged here: write owner/name or owner/name@revision"
 
 
@@ -117,17 +115,8 @@ class TooBigError(BudgetError):
 
 @dataclass(frozen=True)
 class CheckedRecipe:
-    """What is known of a recipe's text.
+    """What is wrong with a recipe's text, and what in it is likely not meant."""
 
-    Args:
-        text: the text.
-        recipe: what it says; None where that cannot be made out.
-        problems: what is wrong with it.
-        warnings: what is likely not meant.
-    """
-
-    text: str
-    recipe: Recipe | None
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
 
@@ -137,8 +126,8 @@ def check(text: str) -> CheckedRecipe:
     try:
         recipe = parse_recipe(text)
     except MergerError as error:
-        return CheckedRecipe(text, None, error.problems)
-    return CheckedRecipe(text, recipe, (), recipe.warnings)
+        return CheckedRecipe(error.problems)
+    return CheckedRecipe((), recipe.warnings)
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -149,17 +138,16 @@ def parse_recipe(text: str) -> Recipe:
     """
     _refuse_large(text)
     recipe = parse_text(text, NAME)
-    problems = list(_find_refusals(recipe))
-    if problems:
+    if problems := _find_refusals(recipe):
         raise RecipeError(problems)
     return recipe
 
 
 def _refuse_large(text: str) -> None:
     """Before anything is parsed."""
-    size, models = len(text.encode("utf-8", "replace")), len(_MODEL.findall(text))
-    if size > MOST_BYTES:
-        what = f"the recipe has {size:,} bytes, and this Space reads {MOST_BYTES:,} at most"
+    nbytes, models = len(text.encode("utf-8", "replace")), len(_MODEL.findall(text))
+    if nbytes > MOST_BYTES:
+        what = f"the recipe has {nbytes:,} bytes, and this Space reads {MOST_BYTES:,} at most"
         raise RecipeError(Problem(what, hint="a recipe names models and holds none"))
     if models > 8 * MOST_MODELS:
         what = f"the recipe names models {models:,} times, and this Space reads {8 * MOST_MODELS} at most"
@@ -223,9 +211,6 @@ def plan_recipe(recipe: Recipe, how: Options, limits: Limits) -> tuple[Plan, Sto
         told = f"this merge reads and writes {size(traffic)}, and this Space moves {size(limits.traffic)}"
         raise TooBigError(Problem(f"{told} a merge at most", hint=_TOO_BIG))
     return found, store
-
-
-_TOO_BIG = "it is too big for this Space; the GitHub Action or your own machine can make it"
 
 
 def pinned_commits(found: Plan) -> Mapping[str, str]:

@@ -41,11 +41,6 @@ class ForkServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._orders: socket.socket | None = None
 
-    @property
-    def pid(self) -> int | None:
-        """The process, if it is there."""
-        return self._process.pid if self._process else None
-
     def start(self) -> None:
         """Start the process, unless it is there."""
         with self._lock:

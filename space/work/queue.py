@@ -30,6 +30,7 @@ from space.work.records import Records
 from space.work.worker import RECIPE
 
 _SPARE_SECONDS = 120
+_PAUSE = 1.0
 _NO_WORD = (
     "the work ended without a word, for want of memory perhaps\n"
     "    submit it again, and it goes on from its finished files; please report it if it ends like this each time"
@@ -145,9 +146,8 @@ class MergeQueue:
     def ahead(self, job: QueuedMerge) -> int:
         """How many jobs are running or come before this one."""
         others = [other for other in self.jobs.open() if other.id != job.id]
-        return sum(
-            other.state == "running" or (other.state == "queued" and _order(other) < _order(job)) for other in others
-        )
+        queued = [other for other in others if other.state == "queued" and _order(other) < _order(job)]
+        return len(queued) + sum(other.state == "running" for other in others)
 
     def cancel(self, owner: str, id: str) -> QueuedMerge:
         """Stop one of somebody's own jobs; one that is over stays as it is.
@@ -195,9 +195,25 @@ class MergeQueue:
         return job
 
     def _run_jobs(self) -> None:
-        """One job after the other, until the queue stops."""
-        while (turn := self._next_turn()) is not None:
-            self._run(*turn)
+        """One job after the other, until the queue stops; what goes wrong here, a full disk say, ends no thread."""
+        while not self._is_stopping:
+            try:
+                self._run_next()
+            except Exception:
+                log.exception("a fault of ours or of this machine")
+                with self._changed:
+                    self._changed.wait(_PAUSE)
+
+    def _run_next(self) -> None:
+        if (turn := self._next_turn()) is None:
+            return
+        job, token = turn
+        folder, told = self._folder / job.id, dict[str, Any]()
+        try:
+            told = self._make(job, token, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._settle(job.id, token, told)
 
     def _next_turn(self) -> tuple[QueuedMerge, Token] | None:
         """Wait for the job whose turn it is and that has a good token; None: the queue stops."""
@@ -213,16 +229,6 @@ class MergeQueue:
                     return self.jobs.change(job.id, state="running", started=time.time(), made=0, kept=0), token
                 self.jobs.change(job.id, state="waiting")
             return None
-
-    def _run(self, job: QueuedMerge, token: Token) -> None:
-        folder, told = self._folder / job.id, dict[str, Any]()
-        try:
-            told = self._make(job, token, folder)
-        except Exception:
-            log.exception("job %s: a bug of ours", job.id)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._settle(job.id, token, told)
 
     def _make(self, job: QueuedMerge, token: Token, folder: Path) -> dict[str, Any]:
         """Have it made; what the worker tells of the end, and nothing if it ends without a word."""

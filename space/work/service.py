@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from merger.errors import Problem, RecipeError
 from merger.run.artifacts import card, elders
-from merger.run.options import Options
 from merger.safety import secrets
 from merger.safety.names import need_repo
 from merger.stores.ports import HUB
@@ -31,7 +30,6 @@ class Planned:
     recipe: Recipe
     plan: Plan
     store: Store = field(repr=False)
-    options: Options
 
     @property
     def to(self) -> str | None:
@@ -61,10 +59,9 @@ class Service:
             MergerError: any kind; TooBigError where it could be made elsewhere.
         """
         recipe = admission.parse_recipe(text)
-        options = admission.options(token, self.queue.limits)
+        options = admission.options(token, self.queue.limits)  # the token is watched for while these are there
         secrets.refuse_tokens({"the recipe": text})
-        plan, store = admission.plan_recipe(recipe, options, self.queue.limits)
-        return Planned(recipe, plan, store, options)
+        return Planned(recipe, *admission.plan_recipe(recipe, options, self.queue.limits))
 
     def submit(self, owner: str, token: Token, text: str, to: str | None = None, how: How = DEFAULT) -> QueuedMerge:
         """Queue a merge.

@@ -126,11 +126,10 @@ def test_names_for_results() -> None:
 
 
 def test_numbers_that_are_typed() -> None:
-    """Numbers may be written with commas, blanks or brackets; anything else is refused."""
-    assert form.numbers_of("[0, 0.5,1]") == [0.0, 0.5, 1.0]
+    """Numbers may be written with commas, blanks or brackets; with anything else among them there are none."""
+    assert form.parse_numbers("[0, 0.5,1]") == [0.0, 0.5, 1.0]
     for words in ("0, a", "nan", "1e999", "0, 1000001", "9" * 5000):
-        with pytest.raises(ValueError, match="is no number from"):
-            form.numbers_of(words)
+        assert form.parse_numbers(words) == []
 
 
 @pytest.mark.parametrize("point", [None, "0.5", [1], float("nan"), float("inf"), 10**400, -1e7])

@@ -103,7 +103,7 @@ def until(queue: MergeQueue, job: QueuedMerge, *states: str) -> QueuedMerge:
 
 def only_worker(queue: MergeQueue) -> int:
     """The one process that is at work."""
-    pid = queue._forkserver.pid
+    pid = waiting.until(lambda: queue._forkserver._process).pid
     those = Path(f"/proc/{pid}/task/{pid}/children")
     return int(waiting.until(lambda: len(found := those.read_text().split()) == 1 and found[0]))
 
@@ -287,8 +287,8 @@ def test_a_fork_server_that_is_killed(make_queue: MakeQueue) -> None:
     """When the process that forks the workers is killed, the next job has a new one."""
     queue = make_queue()
     until(queue, submit(queue, "alice", "before"), "done")
-    assert queue._forkserver.pid is not None
-    os.kill(queue._forkserver.pid, signal.SIGKILL)
+    assert queue._forkserver._process is not None
+    queue._forkserver._process.kill()
     until(queue, submit(queue, "alice", "after"), "done")
 
 
