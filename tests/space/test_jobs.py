@@ -156,19 +156,24 @@ def test_users_take_turns(make_queue: MakeQueue) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(owners=st.lists(st.sampled_from("abc"), min_size=1, max_size=9))
-def test_a_round_has_one_job_of_each_owner(owners: list[str]) -> None:
-    """Whoever asks in whatever order: first the first jobs of all, by age, then the second ones; as they are told."""
+@given(owners=st.lists(st.sampled_from("abc"), min_size=1, max_size=9), data=st.data())
+def test_a_round_has_one_job_of_each_owner(owners: list[str], data: st.DataObject) -> None:
+    """First the first jobs of all, by age, then the second ones, as they are told; who comes late is in the round."""
+    begun = data.draw(st.integers(0, len(owners)))
+    rounds = [owners[:number].count(owner) for number, owner in enumerate(owners)]
     with TemporaryDirectory() as folder:
         queue = MergeQueue(Path(folder), Limits(jobs_each=9))
         jobs = [submit(queue, owner, f"{number}", ALICE) for number, owner in enumerate(owners)]
-        told = {queue.ahead(queue.job(job.owner, job.id)): job.id for job in jobs}
-        rounds = [owners[:number].count(owner) for number, owner in enumerate(owners)]
-        turns = [turn[0].id for _ in jobs if (turn := queue._next_turn())]
-        assert turns == [job.id for _, job in sorted(zip(rounds, jobs, strict=True), key=lambda pair: pair[0])]
-        assert turns == [told[place] for place in range(len(jobs))]
+        told = {queue.ahead(job): job.id for job in jobs}
+        turns = [queue._next_turn()[0].id for _ in range(begun)]
+        late = submit(queue, "late", "x", ALICE)
+        turns += [queue._next_turn()[0].id for _ in range(len(jobs) + 1 - begun)]
         queue.stop()
-        assert queue._next_turn() is None
+    now = sorted(rounds)[begun - 1] if begun else 0
+    in_order = sorted(zip([*rounds, now], [*jobs, late], strict=True), key=lambda pair: pair[0])
+    assert turns == [job.id for _, job in in_order]
+    assert [id for id in turns if id != late.id] == [told[place] for place in range(len(jobs))]
+    assert queue._next_turn() is None
 
 
 def test_a_job_that_cannot_be_begun_fails_and_the_next_one_goes_on(make_queue: MakeQueue) -> None:
@@ -228,6 +233,24 @@ def test_cancelling(make_queue: MakeQueue, hub: LoopbackHub) -> None:
     assert [commit.title for commit in hub.commits("alice/stopped")] == ["initial commit"]
     assert not hub.exists("alice/never")
     assert until(queue, submit(queue, "alice", "next"), "done")
+
+
+def test_a_job_that_is_cancelled_while_its_worker_begins_makes_nothing(make_queue: MakeQueue, hub: LoopbackHub) -> None:
+    """Between its turn and its worker there is nobody to be ended yet: the worker is, as soon as it is there."""
+    queue = make_queue(start=False)
+    job = submit(queue, "alice", "sudden")
+    fork = queue._forkserver.fork
+
+    def cancel_first(folder: Path) -> socket.socket:
+        queue.cancel("alice", job.id)
+        return fork(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue._forkserver, "fork", cancel_first)
+        queue.start()
+        waiting.until(lambda: queue.job("alice", job.id).is_over)
+    until(queue, submit(queue, "alice", "next"), "done")
+    assert not hub.exists("alice/sudden")
 
 
 def test_another_users_job(make_queue: MakeQueue) -> None:

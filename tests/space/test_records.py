@@ -34,6 +34,15 @@ def test_a_job_is_read_as_it_was_written(state: Any, tmp_path: Path) -> None:
     assert again.open() == ([] if job.is_over else [job])
 
 
+def test_a_write_is_on_disk_when_it_returns(tmp_path: Path) -> None:
+    """SQLite forces its log to the disk at each commit, and each write is one."""
+    records = Records(tmp_path / "jobs.db")
+    assert records._execute("PRAGMA synchronous") == [(2,)]
+    assert records._execute("PRAGMA journal_mode") == [("wal",)]
+    assert records.add("job", "a", {"key": 1})
+    assert not records._file.in_transaction
+
+
 def test_records_keep_their_order_and_their_kind(tmp_path: Path) -> None:
     """A change moves none; the same key of another kind is another record; the oldest that are over go."""
     records = Records(tmp_path / "jobs.db")
@@ -90,7 +99,7 @@ def test_a_file_of_the_first_version_is_read_once(tmp_path: Path) -> None:
     states = {"z": "running", "y": "queued", "x": "waiting", "w": "done", "v": "failed", "u": "cancelled"}
     jobs = {f"job:{id}": old_job(id, state, number) for number, (id, state) in enumerate(states.items())}
     events = {f"ask:{key}": old_event(key, state, 1.0) for key, state in ((PUSHED, "job"), (SAID, "over"))}
-    write_old_file(tmp_path / "jobs.db", {**events, **jobs})
+    write_old_file(tmp_path / "jobs.db", dict(reversed({**events, **jobs}.items())))
     for _ in range(2):
         queue = MergeQueue(tmp_path, Limits())
         assert [job.id for job in queue.jobs.of("alice")] == list(states)
