@@ -32,7 +32,7 @@ from space.hub import _reach
 from space.work.admission import Limits
 from space.work.forkserver import ForkServer
 from space.work.job_table import OVER, How, JobError, QueuedMerge, Reach
-from space.work.queue import MergeQueue, Token
+from space.work.queue import MergeQueue, Token, _outcome
 
 ALICE, BOB = Token("hf_alice_secret"), Token("hf_bob_secret")
 RECIPE = tiny.TIES_RECIPE.format(base="org/base", one="org/one", two="org/two")
@@ -167,6 +167,7 @@ def test_a_round_has_one_job_of_each_owner(owners: list[str], data: st.DataObjec
         told = {queue.ahead(job): job.id for job in jobs}
         turns = [queue._next_turn()[0].id for _ in range(begun)]
         late = submit(queue, "late", "x", ALICE)
+        assert queue.ahead(late) >= begun
         turns += [queue._next_turn()[0].id for _ in range(len(jobs) + 1 - begun)]
         queue.stop()
     now = sorted(rounds)[begun - 1] if begun else 0
@@ -333,6 +334,25 @@ def test_a_token_that_ends(make_queue: MakeQueue) -> None:
     until(queue, job, "waiting")
     queue.register_token("alice", ALICE)
     until(queue, job, "done")
+
+
+PUBLISHED = {"where": "there", "commit": "c0ffee", "is_new": True, "doubts": ["odd"]}
+OUTCOMES: list[tuple[Token, dict[str, Any], dict[str, Any]]] = [
+    # the token, what the worker told, and some of what the job is then
+    (ALICE, PUBLISHED, {"state": "done", "made": 9, "log": ("warning: odd",), "commit": "c0ffee"}),
+    (Token("hf_past", 1.0), PUBLISHED, {"state": "done", "where": "there"}),
+    (ALICE, {"failed": ["for a reason"]}, {"state": "failed", "problems": ("for a reason",)}),
+    (ALICE, {}, {"state": "failed"}),
+    (Token("hf_past", 1.0), {"failed": ["the Hub refused"]}, {"state": "waiting"}),
+]
+
+
+@pytest.mark.parametrize(("token", "told", "then"), OUTCOMES)
+def test_what_becomes_of_a_job(token: Token, told: dict[str, Any], then: dict[str, Any]) -> None:
+    """What its worker told decides, and where that is no result, whether its token ended meanwhile."""
+    outcome = _outcome(QueuedMerge("a", "alice", RECIPE, "hf://alice/a", {}, 9), token, told)
+    assert {name: outcome[name] for name in then} == then
+    assert ("ended" in outcome) is (outcome["state"] in OVER)
 
 
 def test_old_jobs_go(make_queue: MakeQueue) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def test_a_job_is_read_as_it_was_written(state: Any, tmp_path: Path) -> None:
     assert again.of("alice") == [job]
     assert again.of("bob") == []
     assert again.open() == ([] if job.is_over else [job])
+
+
+def test_progress_is_seen_at_once_and_kept_in_memory_alone(tmp_path: Path) -> None:
+    """By its name and in its owner's list; what an earlier run had made counts."""
+    table = JobTable(Records(tmp_path / "jobs.db"))
+    table.put(replace(JOB, kept=4))
+    table.progress("a", 3)
+    table.progress("a", 5, "half of it")
+    job = replace(JOB, kept=4, made=9, log=("é", "half of it"))
+    assert (table.get("a"), table.of("alice"), table.open()) == (job, [job], [job])
+    assert JobTable(Records(tmp_path / "jobs.db")).get("a") == replace(JOB, kept=4)
 
 
 def test_a_write_is_on_disk_when_it_returns(tmp_path: Path) -> None:
