@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -84,10 +85,12 @@ def main() -> None:
     service = Service(queue)
     bot = Bot.of(service, os.environ)
     host = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
-    queue.start()
-    if bot is not None:
-        bot.start()
-    try:
+    with ExitStack() as ends:
+        queue.start()
+        ends.callback(queue.stop)
+        if bot is not None:
+            bot.start()
+            ends.callback(bot.stop)
         app = make_app(service, bot)
         secrets.take_out()
         uvicorn.run(
@@ -98,7 +101,3 @@ def main() -> None:
             proxy_headers=True,
             forwarded_allow_ips="*",
         )
-    finally:
-        if bot is not None:
-            bot.stop()
-        queue.stop()

@@ -207,10 +207,18 @@ def _mentions(block: Any, name: str) -> bool:
     return isinstance(known, dict) and name in known
 
 
-def _block(level: Any) -> Any:
-    if not isinstance(level.get("parameters"), dict):
-        level["parameters"] = CommentedMap()
-    return level["parameters"]
+def _block(level: Any, key: str = "parameters") -> Any:
+    if not isinstance(level.get(key), dict):
+        level[key] = CommentedMap()
+    return level[key]
+
+
+def _put(block: Any, key: str, value: str | bool) -> None:
+    """A key and its value, or no key where that is empty."""
+    if value:
+        block[key] = value
+    else:
+        block.pop(key, None)
 
 
 def start_value(param: Param) -> float | int | bool:
@@ -248,29 +256,15 @@ def with_models(text: str, names: Sequence[str]) -> str:
 
 def with_text(text: str, key: str, value: str) -> str:
     """With a name at the top, such as the base model's; without the key where it is empty."""
-
-    def change(top: CommentedMap) -> None:
-        if value.strip():
-            top[key] = value.strip()
-        else:
-            top.pop(key, None)
-
-    return edit(text, change)
+    return edit(text, lambda top: _put(top, key, value.strip()))
 
 
 def with_publish(text: str, key: str, value: str | bool) -> str:
     """With another destination, or another way to go there."""
 
     def change(top: CommentedMap) -> None:
-        publish = top.get("publish")
-        if not isinstance(publish, dict):
-            publish = top["publish"] = CommentedMap()
-        if value in ("", False):
-            publish.pop(key, None)
-        else:
-            publish[key] = value
-        if not publish:
-            del top["publish"]
+        _put(_block(top, "publish"), key, value)
+        _put(top, "publish", top["publish"])
 
     return edit(text, change)
 
