@@ -10,21 +10,21 @@ from typing import Any
 
 import gradio as gr
 
-from merger.cli import text as console
+from merger.cli.text import method_text, plan_text
 from merger.errors import MergerError, Problem
-from merger.methods.registry import methods as table
+from merger.methods import registry
 from space import hub
-from space.work import admission as rules
+from space.work import admission
 from space.work.job_table import JobError, QueuedMerge
 from space.work.queue import Token
-from space.work.service import Desk
+from space.work.service import Service
 
 _HEADERS = ("authorization", "x-hf-authorization")
 
 
-def offer(desk: Desk) -> None:
+def offer(service: Service) -> None:
     """Add the functions to the page that is being made."""
-    api = Api(desk)
+    api = Api(service)
     for function in (api.methods, api.check, api.plan, api.merge, api.job, api.cancel):
         gr.api(function, api_name=function.__name__)  # type: ignore[attr-defined]
 
@@ -32,8 +32,8 @@ def offer(desk: Desk) -> None:
 class Api:
     """The functions; each answers with plain data, and a refusal is an answer too."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     def methods(self, name: str = "") -> dict[str, Any]:
         """List the merge methods, or tell all about one of them.
@@ -42,9 +42,11 @@ class Api:
             name: a method's name; empty for the list.
         """
         if not name:
-            return {method.name: method.summary for method in table().values()}
-        found = table().get(name)
-        return _refusal(f"there is no method {name!r}") if found is None else {"text": console.method_text(found)}
+            return {method.name: method.summary for method in registry.methods().values()}
+        found = registry.methods().get(name)
+        if found is None:
+            return _answer_refusal(MergerError(Problem(f"there is no method {name!r}")))
+        return {"text": method_text(found)}
 
     def check(self, recipe: str) -> dict[str, Any]:
         """Find what is wrong with a recipe, without looking at its models.
@@ -52,9 +54,9 @@ class Api:
         Args:
             recipe: the recipe's YAML text.
         """
-        looked = rules.check(recipe)
-        warnings = [_plain(warning) for warning in looked.warnings]
-        return {"ok": not looked.problems, "problems": list(map(_plain, looked.problems)), "warnings": warnings}
+        checked = admission.check(recipe)
+        warnings = [_plain(warning) for warning in checked.warnings]
+        return {"ok": not checked.problems, "problems": list(map(_plain, checked.problems)), "warnings": warnings}
 
     def plan(self, recipe: str, request: gr.Request) -> dict[str, Any]:
         """Tell what a recipe makes and what that takes, without reading any tensor.
@@ -63,12 +65,12 @@ class Api:
             recipe: the recipe's YAML text; its models are read with the caller's token where one is sent.
         """
         try:
-            found = self._desk.plan(recipe, _token(request))
+            found = self._service.plan(recipe, _token(request))
         except MergerError as error:
-            return _told(error)
+            return _answer_refusal(error)
         about = found.plan.as_json()
         kept = ("hash", "models", "seed", "peak_memory", "disk", "read_bytes", "size")
-        return {"ok": True, **{name: about[name] for name in kept}, "text": console.plan_text(found.plan, found.to)}
+        return {"ok": True, **{name: about[name] for name in kept}, "text": plan_text(found.plan, found.to)}
 
     def merge(self, recipe: str, to: str, request: gr.Request) -> dict[str, Any]:
         """Queue a merge that is published on the Hub as the caller; needs a token in the header Authorization.
@@ -79,9 +81,9 @@ class Api:
         """
         try:
             owner, token = _caller(request)
-            return self._about(self._desk.submit(owner, token, recipe, to or None))
+            return self._about(self._service.submit(owner, token, recipe, to or None))
         except MergerError as error:
-            return _told(error)
+            return _answer_refusal(error)
 
     def job(self, id: str, request: gr.Request) -> dict[str, Any]:
         """Tell how far one of the caller's merges is; needs a token in the header Authorization.
@@ -91,10 +93,10 @@ class Api:
         """
         try:
             owner, token = _caller(request)
-            self._desk.keeper.welcome(owner, token)
-            return self._about(self._desk.keeper.job(owner, id))
+            self._service.queue.register_token(owner, token)
+            return self._about(self._service.queue.job(owner, id))
         except MergerError as error:
-            return _told(error)
+            return _answer_refusal(error)
 
     def cancel(self, id: str, request: gr.Request) -> dict[str, Any]:
         """Stop one of the caller's merges; needs a token in the header Authorization.
@@ -104,14 +106,14 @@ class Api:
         """
         try:
             owner, _ = _caller(request)
-            return self._about(self._desk.keeper.cancel(owner, id))
+            return self._about(self._service.queue.cancel(owner, id))
         except MergerError as error:
-            return _told(error)
+            return _answer_refusal(error)
 
     def _about(self, job: QueuedMerge) -> dict[str, Any]:
         kept = ("id", "to", "state", "total", "made", "log", "problems", "where", "commit")
         about = asdict(job)
-        return {"ok": True, **{name: about[name] for name in kept}, "ahead": self._desk.keeper.ahead(job)}
+        return {"ok": True, **{name: about[name] for name in kept}, "ahead": self._service.queue.ahead(job)}
 
 
 def _token(request: gr.Request) -> str | None:
@@ -127,7 +129,7 @@ def _caller(request: gr.Request) -> tuple[str, Token]:
     return owner, Token(token, reach=reach)
 
 
-def _told(error: MergerError) -> dict[str, Any]:
+def _answer_refusal(error: MergerError) -> dict[str, Any]:
     return {"ok": False, "exit_code": error.exit_code, "problems": list(map(_plain, error.problems))}
 
 
@@ -135,7 +137,3 @@ def _plain(problem: Problem) -> dict[str, Any]:
     """A problem as data; without the recipe's name, for a map with a path is a file to the client."""
     place = {"line": problem.at.line, "column": problem.at.column} if problem.at else {}
     return {"what": problem.what, "where": problem.where, "hint": problem.hint, **place}
-
-
-def _refusal(what: str) -> dict[str, Any]:
-    return _told(MergerError(Problem(what)))

@@ -1,4 +1,4 @@
-"""The Space's process: the keeper with its workers, and the server of page and API. `python -m space` starts it.
+"""The Space's process: the queue with its workers, and the server of page and API. `python -m space` starts it.
 
 Settings are environment variables, as Spaces have them: ``MERGER_SPACE_DATA`` is the folder for the queue, others
 are in limits. Not here: what the page shows (page) and what programs may call (api).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -25,8 +26,8 @@ from space.entry.body_limit import BodyLimit
 from space.entry.door import Door, own_origins
 from space.page import CSS, build
 from space.work.admission import Limits
-from space.work.queue import Keeper
-from space.work.service import Desk
+from space.work.queue import MergeQueue
+from space.work.service import Service
 
 _FONTS = ["system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "monospace"]
@@ -44,14 +45,14 @@ def folder() -> Path:
     return Path(given) if given else storage / "merger" if has_storage else Path("data")
 
 
-def served(desk: Desk, bot: Bot | None = None) -> FastAPI:
+def make_app(service: Service, bot: Bot | None = None) -> FastAPI:
     """Page, API and the bot's webhook as one web application."""
     own, with_login = own_origins(os.environ), "OAUTH_CLIENT_ID" in os.environ
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit)
     if bot is not None:
         bot.offer(app)  # before the page, which takes all other addresses
-    blocks = build(desk, with_login)
+    blocks = build(service, with_login)
     blocks.queue(max_size=_MOST_WAITING, default_concurrency_limit=_AT_ONCE)
     blocks.space_id = None  # else the page loads the Space's header, and its fonts, from two other servers
     gr.mount_gradio_app(
@@ -80,15 +81,17 @@ def main() -> None:
     sys.stdout, sys.stderr = (secrets.sieved(stream, ends=False) for stream in (sys.stdout, sys.stderr))
     at = folder().resolve()
     at.mkdir(parents=True, exist_ok=True)
-    keeper = Keeper(at, Limits.here(at))
-    desk = Desk(keeper)
-    bot = Bot.of(desk, os.environ)
+    queue = MergeQueue(at, Limits.here(at))
+    service = Service(queue)
+    bot = Bot.of(service, os.environ)
     host = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
-    keeper.start()
-    if bot is not None:
-        bot.start()
-    try:
-        app = served(desk, bot)
+    with ExitStack() as ends:
+        queue.start()
+        ends.callback(queue.stop)
+        if bot is not None:
+            bot.start()
+            ends.callback(bot.stop)
+        app = make_app(service, bot)
         secrets.take_out()
         uvicorn.run(
             app,
@@ -98,7 +101,3 @@ def main() -> None:
             proxy_headers=True,
             forwarded_allow_ips="*",
         )
-    finally:
-        if bot is not None:
-            bot.stop()
-        keeper.stop()

@@ -1,7 +1,7 @@
 """The form and the recipe's text, both ways: what the form shows of a text, and the text after a turn of a knob.
 
 The text is the truth: an edit changes the lines it is about, and leaves comments and all else as they are. Reading is
-lenient, for what is wrong is told beside the text (rules). Not here: the controls themselves (page).
+lenient, for what is wrong is told beside the text (work.admission). Not here: the controls themselves (page).
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def with_method(text: str, method: Method, table: Mapping[str, Method]) -> str:
                 _drop_unused(block, method, table)
         for param in method.params:
             if param.required and not any(_mentions(block, param.name) for block in (top, *(listed or ()))):
-                _block(top)[param.name] = starting(param)
+                _block(top)[param.name] = start_value(param)
 
     return edit(text, change)
 
@@ -207,17 +207,33 @@ def _mentions(block: Any, name: str) -> bool:
     return isinstance(known, dict) and name in known
 
 
-def _block(level: Any) -> Any:
-    if not isinstance(level.get("parameters"), dict):
-        level["parameters"] = CommentedMap()
-    return level["parameters"]
+def _block(level: Any, key: str = "parameters") -> Any:
+    if not isinstance(level.get(key), dict):
+        level[key] = CommentedMap()
+    return level[key]
 
 
-def starting(param: Param) -> float | int | bool:
+def _put(block: Any, key: str, value: str | bool) -> None:
+    """A key and its value, or no key where that is empty."""
+    if value:
+        block[key] = value
+    else:
+        block.pop(key, None)
+
+
+def start_value(param: Param) -> float | int | bool:
     """Where a control stands before anybody has touched it."""
     if param.default is not None:
         return param.default
     return {"float": 0.5, "int": 1, "bool": False}[param.kind]
+
+
+def slider_range(param: Param, value: float) -> tuple[float, float]:
+    """Where a slider begins and ends: the parameter's bounds, else what is usual."""
+    low, high = (param.bounds.low, param.bounds.high) if param.bounds else (None, None)
+    least = min(0.0 if value >= 0 else -2.0, value) if low is None else min(low, value)
+    most = max(2.0, 2 * value) if high is None else max(high, value)
+    return least, most
 
 
 def with_models(text: str, names: Sequence[str]) -> str:
@@ -240,29 +256,15 @@ def with_models(text: str, names: Sequence[str]) -> str:
 
 def with_text(text: str, key: str, value: str) -> str:
     """With a name at the top, such as the base model's; without the key where it is empty."""
-
-    def change(top: CommentedMap) -> None:
-        if value.strip():
-            top[key] = value.strip()
-        else:
-            top.pop(key, None)
-
-    return edit(text, change)
+    return edit(text, lambda top: _put(top, key, value.strip()))
 
 
 def with_publish(text: str, key: str, value: str | bool) -> str:
     """With another destination, or another way to go there."""
 
     def change(top: CommentedMap) -> None:
-        publish = top.get("publish")
-        if not isinstance(publish, dict):
-            publish = top["publish"] = CommentedMap()
-        if value in ("", False):
-            publish.pop(key, None)
-        else:
-            publish[key] = value
-        if not publish:
-            del top["publish"]
+        _put(_block(top, "publish"), key, value)
+        _put(top, "publish", top["publish"])
 
     return edit(text, change)
 
@@ -298,21 +300,26 @@ def _plain(number: Any, param: Param) -> float | int | bool:
     return int(rounded) if param.kind == "int" or rounded.is_integer() else rounded
 
 
-def numbers_of(words: str) -> list[float]:
-    """The numbers that somebody typed, such as ``0, 0.5, 1``.
+def parse_numbers(words: str) -> list[float]:
+    """The numbers that somebody typed; none if there is anything among them that a recipe may not have.
 
-    >>> numbers_of("0, .5 1")
-    [0.0, 0.5, 1.0]
-
-    Raises:
-        ValueError: something among it is no number, or none that a recipe may have.
+    >>> parse_numbers("0, .5 1"), parse_numbers("0, a")
+    ([0.0, 0.5, 1.0], [])
     """
-    return [numbers.parse_decimal(word, numbers.ANY) for word in re.split(r"[,;\s]+", words.strip(" []")) if word][
-        :MOST_POINTS
-    ]
+    typed = [word for word in re.split(r"[,;\s]+", words.strip(" []")) if word]
+    try:
+        return [numbers.parse_decimal(word, numbers.ANY) for word in typed][:MOST_POINTS]
+    except ValueError:
+        return []
 
 
-def suggested(form: Form, user: str) -> str:
+def with_destination(text: str, user: str) -> str:
+    """With a repo of this user's to publish to, unless it names one."""
+    shown = read_form(text)
+    return text if shown is None or shown.repo else with_publish(text, "repo", suggest_repo(shown, user))
+
+
+def suggest_repo(form: Form, user: str) -> str:
     """A repo's name for a result, of what it is made of."""
     parts = [name.split("@")[0].split("/")[-1] for name in form.models if name != form.base][:3]
     words = [part.split("-") for part in parts]

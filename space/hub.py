@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import httpx
 
@@ -53,8 +53,3 @@ def _reach(token: dict[str, Any]) -> Reach:
     if token.get("role") == "fineGrained":
         return Reach.SOME if allowed.intersection(_WRITING) else Reach.READS
     return Reach.READS if token.get("role") == "read" else Reach.ALL
-
-
-def page_of(repo: str) -> str:
-    """A repo's address."""
-    return f"{constants.ENDPOINT}/{repo}"

@@ -7,7 +7,7 @@ Not here: the look of lists and figures (views), and what programs may call (api
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from merger.card.escape import code
 from merger.cli import markdown
 from merger.errors import MergerError, Problem
 from merger.methods.registry import Param, methods
-from space import form, hub, views
-from space import texts as elsewhere
+from space import form, hub, texts, views
 from space.api import offer
 from space.form import Form, ShownSetting
 from space.texts import FIRST, examples
-from space.work import admission as rules
+from space.work import admission
 from space.work.admission import TooBigError
 from space.work.queue import Token
-from space.work.service import Desk, Planned
+from space.work.service import Planned, Service
 
 CSS = (Path(__file__).parent / "page.css").read_text("utf-8")
 _PRIVATE = "private"
@@ -39,18 +38,20 @@ _SIGN_IN = "sign in with the button at the top: the Space can then make repos fo
 
 Profile = gr.OAuthProfile | None
 Session = gr.OAuthToken | None
+Updates = dict[Any, Any]
+"""What an event of the page changes, by component."""
 
 
-def build(desk: Desk, with_login: bool) -> gr.Blocks:
+def build(service: Service, with_login: bool) -> gr.Blocks:
     """The page, and with it what programs may call.
 
     Args:
-        desk: who does the work.
+        service: what plans and queues.
         with_login: whether there is somebody to sign in with: in a Space.
     """
     with gr.Blocks(title="Merger", analytics_enabled=False, fill_width=True) as blocks:
-        Page(blocks, desk, with_login)
-        offer(desk)  # here: who opens the blocks a second time has their events twice
+        Page(blocks, service, with_login)
+        offer(service)  # here: who opens the blocks a second time has their events twice
     for event in blocks.fns.values():  # the button's own question would be offered as a tool
         if event.api_name == "_check_login_status":
             event.api_visibility = _PRIVATE
@@ -60,13 +61,13 @@ def build(desk: Desk, with_login: bool) -> gr.Blocks:
 class Page:
     """Its parts, and what they do."""
 
-    def __init__(self, blocks: gr.Blocks, desk: Desk, with_login: bool) -> None:
-        self.blocks, self.desk = blocks, desk
+    def __init__(self, blocks: gr.Blocks, service: Service, with_login: bool) -> None:
+        self.blocks, self.service = blocks, service
         self._typed_last: dict[str, str] = {}
         self._lay_out(with_login)
         self._bind_form()
-        self._bind_buttons()
         self._bind_jobs()
+        self._bind_buttons()
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
@@ -91,52 +92,27 @@ class Page:
                 self._lay_out_plan()
 
     def _lay_out_form(self) -> None:
-        text = examples()[FIRST]
-        shown = form.read_form(text) or Form()
+        shown = form.read_form(examples()[FIRST]) or Form()
         self.shown = gr.State(shown)
         titles = [(method.title, name) for name, method in methods().items()]
-        self.example = gr.Dropdown(
-            list(examples()), value=FIRST, label="Start from", info="A recipe to begin with.", elem_id="example"
-        )
-        self.method = gr.Dropdown(
-            titles, value=shown.method, label="Method", info=_summary(shown.method), elem_id="method"
-        )
-        self.models = gr.Dropdown(
-            shown.models,
-            value=shown.models,
-            multiselect=True,
-            allow_custom_value=True,
-            label="Models",
-            info="Type a part of a name to search the Hub, or owner/name@revision.",
-            elem_id="models",
-        )
-        self.base = gr.Dropdown(
-            ["", shown.base],
-            value=shown.base,
-            allow_custom_value=True,
-            label="Base model",
-            info="What the others were made from, for methods that need it.",
-            elem_id="base",
-        )
+        self.example = _dropdown("example", "Start from", "A recipe to begin with.", list(examples()), FIRST)
+        self.method = _dropdown("method", "Method", _summary(shown.method), titles, shown.method)
+        info = "Type a part of a name to search the Hub, or owner/name@revision."
+        free = {"allow_custom_value": True}
+        self.models = _dropdown("models", "Models", info, shown.models, shown.models, multiselect=True, **free)
+        info = "What the others were made from, for methods that need it."
+        self.base = _dropdown("base", "Base model", info, ["", shown.base], shown.base, **free)
         gr.render(inputs=[self.shown])(self._parameters)
         with gr.Group():
-            self.repo = gr.Textbox(
-                shown.repo, label="Publish to", info="owner/name of a new repo on the Hub.", max_lines=1, elem_id="repo"
-            )
+            info = "owner/name of a new repo on the Hub."
+            self.repo = gr.Textbox(shown.repo, label="Publish to", info=info, max_lines=1, elem_id="repo")
             self.private = gr.Checkbox(shown.private, label="Private", elem_id="private")
 
     def _lay_out_recipe(self) -> None:
-        self.text = gr.Code(
-            examples()[FIRST],
-            language="yaml",
-            label="Recipe",
-            elem_id="recipe",
-            lines=12,
-            max_lines=32,
-            interactive=True,
-            wrap_lines=True,
-        )
-        self.problems = gr.HTML(views.problem_list(rules.check(examples()[FIRST])), elem_id="problems")
+        text = examples()[FIRST]
+        look: dict[str, Any] = {"lines": 12, "max_lines": 32, "interactive": True, "wrap_lines": True}
+        self.text = gr.Code(text, language="yaml", label="Recipe", elem_id="recipe", **look)
+        self.problems = gr.HTML(views.problem_list(admission.check(text)), elem_id="problems")
 
     def _lay_out_plan(self) -> None:
         with gr.Column(visible=False, elem_id="planned") as self.planned:
@@ -145,10 +121,10 @@ class Page:
             self.lineage = gr.HTML(elem_id="lineage")
             with gr.Accordion("Preview of the model card", open=False):
                 self.card = gr.Markdown(elem_id="card", latex_delimiters=[])
-        with gr.Column(visible=False, elem_id="elsewhere") as self.elsewhere:
-            gr.Markdown(elsewhere.STEPS)
+        with gr.Column(visible=False, elem_id="too-big") as self.too_big:
+            gr.Markdown(texts.STEPS)
             gr.Code(
-                elsewhere.workflow(),
+                texts.workflow(),
                 language="yaml",
                 label=".github/workflows/merge.yml",
                 max_lines=16,
@@ -188,7 +164,7 @@ class Page:
 
     def _control(self, param: Param, setting: ShownSetting | None, row: int | None, model: str) -> None:
         """A slider or a box, and the curve where the value is one over the layers."""
-        value = setting or ShownSetting({"": (float(form.starting(param)),)})
+        value = setting or ShownSetting({"": (float(form.start_value(param)),)})
         name = f"{param.name} of {model}" if model else param.name
         with gr.Group(elem_classes=["control"]):
             if not value.is_simple:
@@ -199,100 +175,103 @@ class Page:
                 self._number(param, value.numbers[0], row)
 
     def _number(self, param: Param, value: float, row: int | None) -> None:
-        turned = partial(self._turned, param=param, row=row)
+        key = (param.name, row)
         about: dict[str, Any] = {"label": param.name, "info": param.description, "interactive": True}
-        about |= _kept("number", param, row)
+        about |= _keep("number", *key)
         control: gr.Checkbox | gr.Number | gr.Slider
         if param.kind == "bool":
             control = gr.Checkbox(bool(value), **about)
         elif param.kind == "float" and 0 < abs(value) < _STEP:
             control = gr.Number(value, minimum=param.range.least, maximum=param.range.most, **about)
         else:
-            low, high = _range(param, value)
+            low, high = form.slider_range(param, value)
             control = gr.Slider(low, high, value, step=1 if param.kind == "int" else _STEP, **about)
-        key = _kept("turned", param, row)["key"]
-        _on(control.input, turned, [self.text, control], [self.text, self.problems], key=key)
+
+        def turn(text: str, number: float, points: int = 1) -> str:
+            return form.with_value(text, row, param, points * [number])
+
+        self._on_edit(control.input, control, turn, in_form=False, key=("turn", *key))
         if param.kind == "float":
-            kept = _kept("vary", param, row)
-            vary = gr.Button(f"Vary {param.name} by layer", size="sm", elem_classes=["vary"], **kept)
-            varied = partial(self._varied, param=param, row=row)
-            _on(vary.click, varied, [self.text, control], self._all, key=(*kept["key"], "click"))
+            title = f"Vary {param.name} by layer"
+            button = gr.Button(title, size="sm", elem_classes=["vary"], **_keep("vary", *key))
+            self._on_edit(button.click, control, partial(turn, points=2), key=("vary", *key, "click"))
 
     def _gradient(self, param: Param, value: ShownSetting, row: int | None, name: str) -> None:
+        key = (param.name, row)
         words = ", ".join(f"{number:g}" for number in value.numbers)
         info = f"{param.description} Numbers from the first layer to the last, as many as you like."
-        kept = partial(_kept, param=param, row=row)
-        line = gr.Textbox(words, label=param.name, info=info, max_lines=1, interactive=True, **kept("line"))
-        curve = gr.HTML(views.curves(value, name), **kept("curve"))
-        bent = partial(self._bent, param=param, row=row, name=name)
-        _on(line.input, bent, [self.text, line], [self.text, self.problems, curve], key=kept("bent")["key"])
-        same = gr.Button("The same for all layers", size="sm", elem_classes=["vary"], **kept("same"))
-        evened = partial(self._evened, param=param, row=row)
-        _on(same.click, evened, [self.text, line], self._all, key=kept("evened")["key"])
+        line = gr.Textbox(words, label=param.name, info=info, max_lines=1, interactive=True, **_keep("line", *key))
+        curve = gr.HTML(views.curves(value, name), **_keep("curve", *key))
+        bend = partial(self._bend, param=param, row=row, name=name, curve=curve)
+        _on(line.input, bend, [self.text, line], [*self._text_parts, curve], key=("bend", *key))
+        same = gr.Button("The same for all layers", size="sm", elem_classes=["vary"], **_keep("same", *key))
+
+        def level(text: str, words: str) -> str:
+            return form.with_value(text, row, param, form.parse_numbers(words)[:1] or [form.start_value(param)])
+
+        self._on_edit(same.click, line, level, key=("level", *key))
 
     # ---- the form and the text ---------------------------------------------------------------------------------------
 
-    @property
-    def _all(self) -> list[Any]:
-        """Whatever a change of the text may show in."""
-        return [
-            self.text, self.problems, self.shown, self.method, self.models, self.base, self.repo, self.private
-        ]  # fmt: skip
-
     def _bind_form(self) -> None:
-        _on(self.text.input, self._typed, [self.text], self._all)
-        _on(self.example.input, self._begun, [self.example, self.text], self._all)
-        _on(self.method.input, self._with_method, [self.text, self.method], self._all)
-        _on(
-            self.models.input,
-            lambda text, names: _shown(form.with_models(text, names)),
-            [self.text, self.models],
-            self._all,
+        self._text_parts = [self.text, self.problems]
+        self._form_parts = [*self._text_parts, self.shown, self.method, self.models, self.base, self.repo, self.private]
+        _on(self.text.input, self._read_text, [self.text], self._form_parts)
+        _on(self.example.input, self._load_example, [self.example, self.text], self._form_parts)
+        self._on_edit(
+            self.method.input, self.method, lambda text, name: form.with_method(text, methods()[name], methods())
         )
-        _on(
-            self.base.input,
-            lambda text, name: _shown(form.with_text(text, "base_model", name or "")),
-            [self.text, self.base],
-            self._all,
+        self._on_edit(self.models.input, self.models, form.with_models)
+        self._on_edit(self.base.input, self.base, lambda text, name: form.with_text(text, "base_model", name or ""))
+        self._on_edit(
+            self.repo.input, self.repo, lambda text, name: form.with_publish(text, "repo", name), in_form=False
+        )
+        self._on_edit(
+            self.private.input, self.private, lambda text, on: form.with_publish(text, "private", on), in_form=False
         )
         for box in (self.models, self.base):  # of "always_last" the page sends the first words typed again
             how = {"trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
             _on(box.key_up, self._search, [box], [box], **how)
-        for key, control in (("repo", self.repo), ("private", self.private)):
-            changed = partial(self._to, key=key)
-            _on(control.input, changed, [self.text, control], [self.text, self.problems])
 
-    def _typed(self, text: str) -> list[Any]:
-        return [gr.skip(), *_shown(text)[1:]]
+    def _on_edit(
+        self, event: Any, control: Any, edit: Callable[[str, Any], str], in_form: bool = True, **how: Any
+    ) -> None:
+        """A control changes the text; the form is brought up to date with it, unless it shows the change already."""
+        show, parts = (self._show, self._form_parts) if in_form else (self._check, self._text_parts)
+        _on(event, lambda text, value: show(edit(text, value)), [self.text, control], parts, **how)
 
-    def _begun(self, title: str, text: str, profile: Profile) -> list[Any]:
-        return _shown(_with_destination(examples().get(title, text), profile))
+    def _check(self, text: str) -> Updates:
+        return {self.text: text, self.problems: views.problem_list(admission.check(text))}
 
-    def _with_method(self, text: str, name: str) -> list[Any]:
-        return _shown(form.with_method(text, methods()[name], methods()))
+    def _show(self, text: str) -> Updates:
+        """A text in all that shows it; the form stays as it is while the text is no YAML."""
+        updates, shown = self._check(text), form.read_form(text)
+        if shown is None:
+            return updates
+        names = list(dict.fromkeys([*shown.models, shown.base]))
+        known = shown.method if shown.method in methods() else None
+        return updates | {
+            self.shown: shown,
+            self.method: gr.update(value=known, info=_summary(shown.method)),
+            self.models: gr.update(choices=names, value=shown.models),
+            self.base: gr.update(choices=names, value=shown.base),
+            self.repo: shown.repo,
+            self.private: shown.private,
+        }
 
-    def _to(self, text: str, value: str | bool, key: str) -> list[Any]:
-        text = form.with_publish(text, key, value)
-        return [text, views.problem_list(rules.check(text))]
+    def _read_text(self, text: str) -> Updates:
+        return {**self._show(text), self.text: gr.skip()}
 
-    def _turned(self, text: str, value: float, param: Param, row: int | None) -> list[Any]:
-        text = form.with_value(text, row, param, [value])
-        return [text, views.problem_list(rules.check(text))]
+    def _load_example(self, title: str, text: str, profile: Profile) -> Updates:
+        chosen = examples().get(title, text)
+        return self._show(form.with_destination(chosen, profile.username) if profile else chosen)
 
-    def _varied(self, text: str, value: float, param: Param, row: int | None) -> list[Any]:
-        return _shown(form.with_value(text, row, param, [value, value]))
-
-    def _evened(self, text: str, words: str, param: Param, row: int | None) -> list[Any]:
-        return _shown(form.with_value(text, row, param, _numbers(words)[:1] or [float(form.starting(param))]))
-
-    def _bent(self, text: str, words: str, param: Param, row: int | None, name: str) -> list[Any]:
-        numbers = _numbers(words)
+    def _bend(self, text: str, words: str, param: Param, row: int | None, name: str, curve: gr.HTML) -> Updates:
+        numbers = form.parse_numbers(words)
         if not numbers:
-            told = "<p class='fine'>Write numbers with commas between them, such as 0, 0.5, 1.</p>"
-            return [gr.skip(), gr.skip(), told]
-        text = form.with_value(text, row, param, numbers)
+            return {curve: "<p class='fine'>Write numbers with commas between them, such as 0, 0.5, 1.</p>"}
         drawn = views.curves(ShownSetting({"": tuple(numbers)}), name)
-        return [text, views.problem_list(rules.check(text)), drawn]
+        return {**self._check(form.with_value(text, row, param, numbers)), curve: drawn}
 
     async def _search(self, key: gr.KeyUpData, chosen: list[str] | str, session: Session, request: gr.Request) -> Any:
         """Models whose names hold what is being typed; asked for once the typing pauses."""
@@ -309,91 +288,97 @@ class Page:
     # ---- the buttons -------------------------------------------------------------------------------------------------
 
     def _bind_buttons(self) -> None:
-        shown = [self.refused, self.planned, self.table, self.lineage, self.card, self.elsewhere]
-        _on(self.plan.click, self._plan, [self.text], shown, concurrency_id="hub", concurrency_limit=_AT_ONCE)
-        merged = [*shown, *self._of_jobs]
-        _on(self.merge.click, self._merge, [self.text], merged, concurrency_id="hub", concurrency_limit=_AT_ONCE)
+        shown = [self.refused, self.planned, self.table, self.lineage, self.card, self.too_big]
+        how = {"concurrency_id": "hub", "concurrency_limit": _AT_ONCE}
+        _on(self.plan.click, self._plan, [self.text], shown, **how)
+        _on(self.merge.click, self._merge, [self.text], [*shown, *self._job_parts], **how)
 
-    def _plan(self, text: str, session: Session) -> list[Any]:
+    def _plan(self, text: str, session: Session) -> Updates:
         try:
-            return _plan_shown(self.desk.plan(text, session.token if session else None))
+            return self._show_plan(self.service.plan(text, session.token if session else None))
         except MergerError as error:
-            return _refused(error)
+            return self._show_refusal(error)
 
-    def _merge(self, text: str, profile: Profile, session: Session) -> list[Any]:
-        if profile is None or session is None:
-            problem = Problem("nobody is signed in, so there is nobody to publish for", hint=_SIGN_IN)
-            return [*_refused(MergerError(problem)), *_nothing(7)]
+    def _merge(self, text: str, profile: Profile, session: Session) -> Updates:
         try:
-            job = self.desk.submit(profile.username, Token(session.token, session.expires_at), text)
+            if profile is None or session is None:
+                raise MergerError(Problem("nobody is signed in, so there is nobody to publish for", hint=_SIGN_IN))
+            job = self.service.submit(profile.username, _token(session), text)
         except MergerError as error:
-            return [*_refused(error), *_nothing(7)]
-        gone = [gr.update(visible=False), *_nothing(4), gr.update(visible=False)]
-        return [*gone, *self._listed(profile.username, job.id)]
+            return self._show_refusal(error)
+        return {**_hide(self.refused, self.too_big), **self._show_jobs(profile.username, job.id)}
+
+    def _show_plan(self, found: Planned) -> Updates:
+        notes = "".join(f"\n\n**Warning:** {code(str(note))}" for note in found.recipe.warnings)
+        files = found.card()
+        return {
+            **_hide(self.refused, self.too_big),
+            self.planned: gr.update(visible=True),
+            self.table: markdown.plan_section(found.plan, found.to) + notes,
+            self.lineage: views.lineage(files, [str(model) for model in found.recipe.models]),
+            self.card: views.card_text(files),
+        }
+
+    def _show_refusal(self, error: MergerError) -> Updates:
+        return {
+            **_hide(self.planned),
+            self.refused: gr.update(value=views.refusal(error.problems), visible=True),
+            self.too_big: gr.update(visible=isinstance(error, TooBigError)),
+        }
 
     # ---- jobs --------------------------------------------------------------------------------------------------------
 
     def _bind_jobs(self) -> None:
-        parts = self._of_jobs
-        _on(self.blocks.load, self._arrived, [self.text], [*self._all, *parts])
+        shown = [self.jobs, self.job, self.log_box, self.log, self.job_buttons, self.cancel, self.timer]
+        self._job_parts = shown
+        _on(self.blocks.load, self._load, [self.text], [*self._form_parts, *shown])
         self.blocks.load(None, js=_LIVE)
-        _on(self.timer.tick, self._ticked, [self.jobs], parts, show_progress="hidden")
-        _on(self.jobs.input, self._ticked, [self.jobs], parts, show_progress="hidden")
-        _on(self.cancel.click, self._cancelled, [self.jobs], parts)
-        _on(self.again.click, self._taken, [self.jobs, self.text], self._all)
+        _on(self.timer.tick, self._refresh, [self.jobs], shown, show_progress="hidden")
+        _on(self.jobs.input, self._refresh, [self.jobs], shown, show_progress="hidden")
+        _on(self.cancel.click, self._cancel, [self.jobs], shown)
+        _on(self.again.click, self._show_recipe, [self.jobs, self.text], self._form_parts)
 
-    @property
-    def _of_jobs(self) -> list[Any]:
-        """Whatever a change of a job may show in."""
-        return [self.jobs, self.job, self.log_box, self.log, self.job_buttons, self.cancel, self.timer]
-
-    def _arrived(self, text: str, profile: Profile, session: Session) -> list[Any]:
+    def _load(self, text: str, profile: Profile, session: Session) -> Updates:
         if profile is None or session is None:
-            return _nothing(len(self._all) + 7)
-        self.desk.keeper.welcome(profile.username, Token(session.token, session.expires_at))
-        return [*_shown(_with_destination(text, profile)), *self._listed(profile.username, None)]
+            return dict(gr.skip())
+        return {**self._show(form.with_destination(text, profile.username)), **self._refresh(None, profile, session)}
 
-    def _ticked(self, chosen: str | None, profile: Profile, session: Session) -> list[Any]:
+    def _refresh(self, chosen: str | None, profile: Profile, session: Session) -> Updates:
         if profile is None or session is None:
-            return [
-                gr.update(visible=False),
-                views.jobs_hint(signed_in=False),
-                gr.update(visible=False),
-                gr.skip(),
-                *[gr.update(visible=False)] * 2,
-                gr.Timer(active=False),
-            ]
-        self.desk.keeper.welcome(profile.username, Token(session.token, session.expires_at))
-        return self._listed(profile.username, chosen)
+            hidden = _hide(self.jobs, self.log_box, self.job_buttons)
+            return {**hidden, self.job: views.jobs_hint(signed_in=False), self.timer: gr.Timer(active=False)}
+        self.service.queue.register_token(profile.username, _token(session))
+        return self._show_jobs(profile.username, chosen)
 
-    def _cancelled(self, chosen: str | None, profile: Profile) -> list[Any]:
+    def _cancel(self, chosen: str | None, profile: Profile) -> Updates:
         if profile is None:
-            return _nothing(7)
+            return dict(gr.skip())
         try:
-            self.desk.keeper.cancel(profile.username, chosen or "")
+            self.service.queue.cancel(profile.username, chosen or "")
         except MergerError as error:
             raise gr.Error(str(error.problems[0].what)) from None
-        return self._listed(profile.username, chosen)
+        return self._show_jobs(profile.username, chosen)
 
-    def _taken(self, chosen: str | None, text: str, profile: Profile) -> list[Any]:
-        mine = self.desk.keeper.store.of(profile.username) if profile else []
-        return _shown(next((job.recipe for job in mine if job.id == chosen), text))
+    def _show_recipe(self, chosen: str | None, text: str, profile: Profile) -> Updates:
+        mine = self.service.queue.jobs.of(profile.username) if profile else []
+        return self._show(next((job.recipe for job in mine if job.id == chosen), text))
 
-    def _listed(self, owner: str, chosen: str | None) -> list[Any]:
+    def _show_jobs(self, owner: str, chosen: str | None) -> Updates:
         """Somebody's jobs, the newest first, and one of them in full."""
-        mine = list(reversed(self.desk.keeper.store.of(owner)))
+        mine = list(reversed(self.service.queue.jobs.of(owner)))
         if not mine:
-            return [gr.skip(), views.jobs_hint(signed_in=True), *_nothing(5)]
+            return {self.job: views.jobs_hint(signed_in=True)}
         shown = next((job for job in mine if job.id == chosen), mine[0])
-        return [
-            gr.update(choices=[(views.label(job), job.id) for job in mine], value=shown.id, visible=True),
-            views.job(shown, self.desk.keeper.ahead(shown)),
-            gr.update(visible=bool(shown.log)),
-            views.log(shown),
-            gr.update(visible=True),
-            gr.update(visible=not shown.is_over),
-            gr.Timer(active=any(not job.is_over for job in mine)),
-        ]
+        choices = [(views.label(job), job.id) for job in mine]
+        return {
+            self.jobs: gr.update(choices=choices, value=shown.id, visible=True),
+            self.job: views.job(shown, self.service.queue.ahead(shown)),
+            self.log_box: gr.update(visible=bool(shown.log)),
+            self.log: views.log(shown),
+            self.job_buttons: gr.update(visible=True),
+            self.cancel: gr.update(visible=not shown.is_over),
+            self.timer: gr.Timer(active=any(not job.is_over for job in mine)),
+        }
 
 
 def _on(event: Any, function: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any], **how: Any) -> None:
@@ -402,78 +387,23 @@ def _on(event: Any, function: Callable[..., Any], inputs: Sequence[Any], outputs
     event(function, list(inputs), list(outputs), api_visibility=_PRIVATE, **how)
 
 
-def _numbers(words: str) -> list[float]:
-    try:
-        return form.numbers_of(words)
-    except ValueError:
-        return []
+def _dropdown(id: str, label: str, info: str, choices: Sequence[Any], value: Any, **how: Any) -> gr.Dropdown:
+    return gr.Dropdown(choices, value=value, label=label, info=info, elem_id=id, **how)
 
 
-def _kept(part: str, param: Param, row: int | None) -> dict[str, Any]:
+def _hide(*parts: Any) -> Updates:
+    return {part: gr.update(visible=False) for part in parts}
+
+
+def _token(session: gr.OAuthToken) -> Token:
+    return Token(session.token, session.expires_at)
+
+
+def _keep(*key: Any) -> dict[str, Any]:
     """What makes a control the same one when all are made anew, but for its value: else a click on the way is lost."""
-    return {"key": (part, param.name, row), "preserved_by_key": []}
-
-
-def _nothing(count: int) -> list[Any]:
-    return [gr.skip() for _ in range(count)]
-
-
-def _shown(text: str) -> list[Any]:
-    """A text in all that shows it; the form stays as it is while the text is no YAML."""
-    told = [text, views.problem_list(rules.check(text))]
-    shown = form.read_form(text)
-    if shown is None:
-        return [*told, *_nothing(6)]
-    names = list(dict.fromkeys([*shown.models, shown.base]))
-    return [
-        *told,
-        shown,
-        gr.update(value=shown.method if shown.method in methods() else None, info=_summary(shown.method)),
-        gr.update(choices=names, value=shown.models),
-        gr.update(choices=names, value=shown.base),
-        shown.repo,
-        shown.private,
-    ]
+    return {"key": key, "preserved_by_key": []}
 
 
 def _summary(name: str) -> str:
     method = methods().get(name)
     return method.summary if method else "None of the methods is named in the recipe."
-
-
-def _with_destination(text: str, profile: Profile) -> str:
-    """Whoever is signed in publishes under their own name, unless the recipe says otherwise."""
-    shown = form.read_form(text)
-    if profile is None or shown is None or shown.repo:
-        return text
-    return form.with_publish(text, "repo", form.suggested(shown, profile.username))
-
-
-def _plan_shown(found: Planned) -> list[Any]:
-    notes = "".join(f"\n\n**Warning:** {code(str(note))}" for note in found.recipe.warnings)
-    table = markdown.plan_section(found.plan, found.to) + notes
-    files = found.card()
-    shown = [table, views.lineage(files, [str(model) for model in found.recipe.models]), _card(files)]
-    return [gr.update(visible=False), gr.update(visible=True), *shown, gr.update(visible=False)]
-
-
-def _card(files: Mapping[str, bytes]) -> str:
-    """A card as the Hub shows it: its front matter apart, and its pictures in it."""
-    text = files["README.md"].decode()
-    for name, content in files.items():
-        text = text.replace(f"({name})", f"({views.data_url(content)})")
-    parts = text.split("---\n", 2)
-    return f"```yaml\n{parts[1]}```\n\n{parts[2]}" if len(parts) == 3 and not parts[0].strip() else text
-
-
-def _refused(error: MergerError) -> list[Any]:
-    told = gr.update(value=views.refusal(error.problems), visible=True)
-    return [told, gr.update(visible=False), *_nothing(3), gr.update(visible=isinstance(error, TooBigError))]
-
-
-def _range(param: Param, value: float) -> tuple[float, float]:
-    """Where a slider begins and ends: the parameter's bounds, else what is usual."""
-    low, high = (param.bounds.low, param.bounds.high) if param.bounds else (None, None)
-    least = min(0.0 if value >= 0 else -2.0, value) if low is None else min(low, value)
-    most = max(2.0, 2 * value) if high is None else max(high, value)
-    return least, most

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-_EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+_ROOT = Path(__file__).resolve().parents[1]
+_EXAMPLES, _TEMPLATES = _ROOT / "examples", _ROOT / "templates" / "recipes"
 
 STEPS = """\
 **Make it with the GitHub Action**, which is free for public repositories: put this recipe into `merges/mine.yaml` of a
@@ -32,7 +33,6 @@ def workflow() -> str:
 # ---- examples -------------------------------------------------------------------------------------------------------
 
 
-_ROOT = Path(__file__).resolve().parents[1]
 ZOO = ("base", "kjv", "python")
 FIRST = "Two skills in one small model"
 _NAMES = {
@@ -62,14 +62,10 @@ def examples() -> Mapping[str, str]:
     """Recipe by the words for it; those of the zoo come first."""
     owner = zoo_owner()
     ready = {title: _of_the_zoo(name, owner) for name, title in _NAMES.items()}
-    blank = {f"Blank: {path.stem}": path.read_text("utf-8") for path in sorted(_folder().glob("*.yaml"))}
+    blank = {f"Blank: {path.stem}": path.read_text("utf-8") for path in sorted(_TEMPLATES.glob("*.yaml"))}
     return {**ready, **blank}
 
 
-def _folder() -> Path:
-    return _ROOT / "templates" / "recipes"
-
-
 def _of_the_zoo(name: str, owner: str) -> str:
-    text = (_ROOT / "examples" / "recipes" / f"{name}.yaml").read_text("utf-8")
+    text = (_EXAMPLES / "recipes" / f"{name}.yaml").read_text("utf-8")
     return _LOCAL.sub(lambda found: zoo_repo(owner, found[1]), _COMMAND.sub("", text))

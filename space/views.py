@@ -16,7 +16,7 @@ from merger.cli.text import size
 from merger.errors import Problem
 from merger.safety.text import lined
 from space.form import ShownSetting
-from space.work.admission import Looked
+from space.work.admission import CheckedRecipe
 from space.work.job_table import QueuedMerge
 
 _WIDTH, _HEIGHT, _EDGE = 240, 64, 6
@@ -30,11 +30,11 @@ _WORDS = {
 }
 
 
-def problem_list(looked: Looked) -> str:
+def problem_list(checked: CheckedRecipe) -> str:
     """What is wrong with a recipe, line by line, and marks at those lines of the editor."""
-    if not looked.problems and not looked.warnings:
+    if not checked.problems and not checked.warnings:
         return '<p class="fine">No problem found in the recipe itself. Plan looks at its models.</p>'
-    found = [("error", problem) for problem in looked.problems] + [("warning", note) for note in looked.warnings]
+    found = [("error", problem) for problem in checked.problems] + [("warning", note) for note in checked.warnings]
     lines = {problem.at.line: kind for kind, problem in reversed(found) if problem.at}
     marks = "".join(
         f"#recipe .cm-content > .cm-line:nth-of-type({line}) {{ box-shadow: inset 3px 0 var(--{kind}); "
@@ -116,6 +116,15 @@ def lineage(files: Mapping[str, bytes], models: Sequence[str]) -> str:
     return "" if png is None else f'<img class="picture" src="{data_url(png)}" alt="{alt}">'
 
 
+def card_text(files: Mapping[str, bytes]) -> str:
+    """A card as the Hub shows it: its front matter apart, and its pictures in it."""
+    text = files["README.md"].decode()
+    for name, content in files.items():
+        text = text.replace(f"({name})", f"({data_url(content)})")
+    parts = text.split("---\n", 2)
+    return f"```yaml\n{parts[1]}```\n\n{parts[2]}" if len(parts) == 3 and not parts[0].strip() else text
+
+
 # ---- jobs -----------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +157,7 @@ def _state(found: QueuedMerge, ahead: int) -> str:
     repo = _text(found.to.removeprefix("hf://"))
     match found.state:
         case "queued":
-            return f"<b>{repo}</b> waits its turn: {_before(ahead)}."
+            return f"<b>{repo}</b> waits its turn: {_place(ahead)}."
         case "running":
             return f"<b>{repo}</b> is being made."
         case "waiting":
@@ -165,7 +174,7 @@ def _state(found: QueuedMerge, ahead: int) -> str:
             )
 
 
-def _before(ahead: int) -> str:
+def _place(ahead: int) -> str:
     return "it is next" if ahead == 0 else f"{ahead} merge{'' if ahead == 1 else 's'} before it"
 
 

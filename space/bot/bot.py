@@ -2,7 +2,8 @@
 
 The Hub tells of both by a webhook. What a webhook says is only taken for where to look: who wrote what is then read
 from the Hub itself. The bot reads models without any token, and writes into a repo only for those who might do so
-themselves. Not here: planning and queueing (desk), reading comments (comments), and what was asked before (asks).
+themselves. Not here: planning and queueing (work.service), reading comments (comments), and what was asked before
+(webhook_events).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,18 +27,18 @@ from huggingface_hub.utils import httpx
 from pydantic import ValidationError
 
 from merger.cli import markdown
-from merger.cli import text as console
+from merger.cli.text import size
 from merger.errors import MergerError, Problem, RecipeError
 from merger.safety import secrets
 from merger.safety.names import is_repo
 from space.bot.comments import command, recipe_block
-from space.bot.webhook_events import Ask, Asks
-from space.work import admission as rules
+from space.bot.webhook_events import WebhookEvent, WebhookEvents
+from space.work import admission
 from space.work.job_table import How, JobError, QueuedMerge
 from space.work.queue import Token
 
 if TYPE_CHECKING:
-    from space.work.service import Desk, Planned
+    from space.work.service import Planned, Service
 
 ROUTE = "/bot/webhook"
 FILE = "merge.yaml"
@@ -68,20 +68,20 @@ class Bot:
     """Hears webhooks and answers them, in a thread of its own.
 
     Args:
-        desk: what plans and queues.
+        service: what plans and queues.
         token: the bot's own, which may write into the repos that it works in, and comment.
         secret: what the Hub sends with every webhook of ours.
     """
 
-    def __init__(self, desk: Desk, token: str, secret: str) -> None:
-        self._desk, self._token, self._secret = desk, Token(token), secret
+    def __init__(self, service: Service, token: str, secret: str) -> None:
+        self._service, self._token, self._secret = service, Token(token), secret
         self._api = HfApi(token=token)
-        self._asks = Asks(desk.keeper.storage)
+        self._events = WebhookEvents(service.queue.records)
         self._wake, self._is_stopping = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="bot", daemon=True)
 
     @classmethod
-    def of(cls, desk: Desk, environment: Mapping[str, str]) -> Bot | None:
+    def of(cls, service: Service, environment: Mapping[str, str]) -> Bot | None:
         """The bot of MERGER_BOT_TOKEN and MERGER_BOT_SECRET; None where they are not set.
 
         Raises:
@@ -90,7 +90,7 @@ class Bot:
         token, secret = environment.get("MERGER_BOT_TOKEN"), environment.get("MERGER_BOT_SECRET")
         if bool(token) != bool(secret):
             raise ValueError("the bot needs both MERGER_BOT_TOKEN and MERGER_BOT_SECRET")
-        return cls(desk, token, secret) if token and secret else None
+        return cls(service, token, secret) if token and secret else None
 
     @cached_property
     def name(self) -> str:
@@ -99,8 +99,8 @@ class Bot:
 
     def start(self) -> None:
         """Begin to answer; what was under way when an earlier process ended goes on at once."""
-        for owner in {job.owner for job in self._desk.keeper.store.all() if job.owner.startswith(MARK)}:
-            self._desk.keeper.welcome(owner, self._token)
+        for owner in {job.owner for job in self._service.queue.jobs.open() if job.owner.startswith(MARK)}:
+            self._service.queue.register_token(owner, self._token)
         self._thread.start()
 
     def stop(self) -> None:
@@ -125,12 +125,12 @@ class Bot:
     def hear(self, body: bytes) -> tuple[int, dict[str, str]]:
         """Take note of a webhook of ours; the answer's status and content."""
         try:
-            ask = parse_event(WebhookPayload.model_validate_json(body))
+            event = parse_event(WebhookPayload.model_validate_json(body))
         except ValidationError:
             return 400, {"error": "this is no webhook of the Hub's, version 3"}
-        if ask is None:
+        if event is None:
             return 200, {"state": "nothing to do"}
-        is_new = self._asks.add(ask)
+        is_new = self._events.add(event)
         self._wake.set()
         return 200, {"state": "heard" if is_new else "known already"}
 
@@ -144,109 +144,109 @@ class Bot:
 
     def turn(self) -> None:
         """One step with all that is open."""
-        for ask in self._asks.open():
-            self._step_safely(ask)
+        for event in self._events.open():
+            self._step_safely(event)
 
-    def _step_safely(self, ask: Ask) -> None:
+    def _step_safely(self, event: WebhookEvent) -> None:
         """A step that fails for the Hub's sake is taken again, some times; then it is said, and can be asked again."""
         try:
-            self._step(ask)
+            self._step(event)
         except (HfHubHTTPError, httpx.HTTPError) as error:
-            log.warning("%s: the Hub refused (%s)", ask.repo, type(error).__name__)
-            now = self._asks.get(ask.key)
+            log.warning("%s: the Hub refused (%s)", event.repo, type(error).__name__)
+            now = self._events.get(event.key)
             if now.tries < _TRIES:
-                self._asks.change(now, tries=now.tries + 1)
+                self._events.change(now, tries=now.tries + 1)
             else:
                 self._give_up(now, "The Hub has refused it too often: please ask again later.")
         except Exception as error:
-            log.exception("%s: a bug of ours", ask.repo)
+            log.exception("%s: a bug of ours", event.repo)
             words = f"This has failed for a fault of ours ({type(error).__name__}): please report it, and ask again."
-            now = self._asks.get(ask.key)
-            if ask.state == "job" or now.state != "job":  # else it was just queued: what becomes of it is said later
+            now = self._events.get(event.key)
+            if event.state == "job" or now.state != "job":  # else it was just queued: its end is said later
                 self._give_up(now, words)
 
-    def _give_up(self, ask: Ask, words: str) -> None:
+    def _give_up(self, event: WebhookEvent, words: str) -> None:
         """Say so where it was asked, if that much can be done."""
-        self._asks.change(ask, state="over")
-        if ask.is_meant:
+        self._events.change(event, state="over")
+        if event.is_meant:
             try:
-                self._close(ask, words)
+                self._close(event, words)
             except Exception:
-                log.exception("%s: nobody could be told", ask.repo)
+                log.exception("%s: nobody could be told", event.repo)
 
-    def _step(self, ask: Ask) -> None:
-        if ask.state == "job":
-            self._follow(ask)
-        elif ask.state == "waits" and (time.time() < ask.again or self._asks.is_busy(ask.repo)):
+    def _step(self, event: WebhookEvent) -> None:
+        if event.state == "job":
+            self._follow(event)
+        elif event.state == "waits" and (time.time() < event.again or self._events.is_busy(event.repo)):
             return
-        elif ask.comment:
-            self._answer(ask)
-        elif not self._asks.is_busy(ask.repo):
-            self._merge_file(ask)
+        elif event.comment:
+            self._answer(event)
+        elif not self._events.is_busy(event.repo):
+            self._merge_file(event)
 
-    def _answer(self, ask: Ask) -> None:
+    def _answer(self, event: WebhookEvent) -> None:
         """What a comment asks for, if it asks us."""
-        comment = self._comment(ask)
+        comment = self._comment(event)
         try:
             verb = None if comment is None else command(comment.content, self.name)
             if comment is None or verb is None:
-                self._close(ask)
+                self._close(event)
                 return
-            ask = self._asks.change(ask, is_meant=True)
+            event = self._events.change(event, is_meant=True)
             text = recipe_block(comment.content)
-            planned = self._plan(text, ask.repo)
+            planned = self._plan(text, event.repo)
             if verb == "plan":
-                self._close(ask, plan_words(planned, ask.repo))
+                self._close(event, plan_words(planned, event.repo))
                 return
-            create_pr = not self._may_write(comment.author, ask.repo)
-            if self._asks.is_busy(ask.repo):
-                self._put_off(ask, [Problem(f"another merge into {ask.repo} is under way")])
+            create_pr = not self._may_write(comment.author, event.repo)
+            if self._events.is_busy(event.repo):
+                self._put_off(event, [Problem(f"another merge into {event.repo} is under way")])
             else:
-                self._queue(ask, comment.author, text, planned, create_pr=create_pr)
+                self._queue(event, comment.author, text, planned, create_pr=create_pr)
         except JobError as error:
-            self._put_off(ask, error.problems, _LATER)
+            self._put_off(event, error.problems, _LATER)
         except MergerError as error:
-            self._close(ask, markdown.problems_section("Not merged", error.problems))
+            self._close(event, markdown.problems_section("Not merged", error.problems))
 
-    def _comment(self, ask: Ask) -> DiscussionComment | None:
+    def _comment(self, event: WebhookEvent) -> DiscussionComment | None:
         """The comment as the Hub has it now; None if it is gone, or somebody else had a hand in it, or it is ours."""
-        assert ask.num is not None
-        num = ask.num
-        events = self._api.get_discussion_details(ask.repo, num).events
-        found = next((event for event in events if event.id == ask.comment), None)
+        assert event.num is not None
+        talk = self._api.get_discussion_details(event.repo, event.num).events
+        found = next((said for said in talk if said.id == event.comment), None)
         if not isinstance(found, DiscussionComment) or found.hidden or found.author in (self.name, _NOBODY):
             return None
         return None if found.edited and found.last_edited_by != found.author else found
 
-    def _merge_file(self, ask: Ask) -> None:
+    def _merge_file(self, event: WebhookEvent) -> None:
         """A commit to main since which merge.yaml is another: what main has now is merged, once, or refused."""
-        head = self._head(ask.repo)
-        if head is None or head.text == self._file(ask.repo, ask.old):
-            self._close(ask)
+        head = self._head(event.repo)
+        commit, text = head or ("", "")
+        if head is None or text == self._file(event.repo, event.old):
+            self._close(event)
             return
-        if head.changed != ask.new:  # that commit is dealt with in the place of all before it, or was already
-            self._asks.add(_of_commit(ask.repo, ask.old, head.changed))
-            self._close(ask, f"A newer {FILE} is merged in its place." if ask.num else "")
+        if commit != event.new:  # that commit is dealt with in the place of all before it, or was already
+            self._events.add(_commit_event(event.repo, event.old, commit))
+            self._close(event, f"A newer {FILE} is merged in its place." if event.num else "")
             return
-        made = self._api.list_repo_commits(ask.repo, revision=head.changed)[0]
+        made = self._api.list_repo_commits(event.repo, revision=commit)[0]
         if self.name in made.authors:
-            self._close(ask)
+            self._close(event)
             return
-        ask = self._asks.change(ask, is_meant=True)
+        event = self._events.change(event, is_meant=True)
         try:
-            self._queue(ask, _author(made, ask.repo), head.text, self._plan(head.text, ask.repo), force=True)
+            self._queue(event, _author(made, event.repo), text, self._plan(text, event.repo), force=True)
         except JobError as error:
-            self._put_off(ask, error.problems, _LATER)
+            self._put_off(event, error.problems, _LATER)
         except MergerError as error:
-            self._close(ask, markdown.problems_section(f"{FILE} of {ask.new[:12]} is not merged", error.problems))
+            self._close(event, markdown.problems_section(f"{FILE} of {event.new[:12]} is not merged", error.problems))
 
-    def _head(self, repo: str) -> _Head | None:
-        """merge.yaml as main has it now; None where it has none."""
+    def _head(self, repo: str) -> tuple[str, str] | None:
+        """The commit that made merge.yaml what it is on main, and its text; None where there is none."""
         commit = self._main(repo)
         found = self._api.get_paths_info(repo, [FILE], revision=commit, expand=True)
         last = found[0].last_commit if found else None
         text = self._file(repo, commit) if last is not None else None
-        return None if text is None or last is None else _Head(last.oid, text)
+        return None if text is None or last is None else (last.oid, text)
 
     def _main(self, repo: str) -> str:
         return self._api.model_info(repo, revision="main").sha or ""
@@ -261,14 +261,14 @@ class Bot:
             return None
         if not found or not isinstance(found[0], RepoFile):
             return None
-        if found[0].size > rules.MOST_BYTES:
-            return " " * (rules.MOST_BYTES + 1)  # refused by its size, like any other text
+        if found[0].size > admission.MOST_BYTES:
+            return " " * (admission.MOST_BYTES + 1)  # refused by its size, like any other text
         with tempfile.TemporaryDirectory() as folder:
             path = self._api.hf_hub_download(repo, FILE, revision=commit, local_dir=folder)
             return Path(path).read_text("utf-8", "replace")
 
     def _plan(self, text: str, repo: str) -> Planned:
-        planned = self._desk.plan(text, None)
+        planned = self._service.plan(text, None)
         said = planned.recipe.publish.repo
         if said not in (None, repo):
             what = f"the recipe publishes to {said}, and this is {repo}"
@@ -298,62 +298,56 @@ class Bot:
             return set()  # it is no organisation, or none that tells
 
     def _queue(
-        self, ask: Ask, author: str, text: str, planned: Planned, create_pr: bool = False, force: bool = False
+        self,
+        event: WebhookEvent,
+        author: str,
+        text: str,
+        planned: Planned,
+        create_pr: bool = False,
+        force: bool = False,
     ) -> None:
-        main = self._main(ask.repo)
+        main = self._main(event.repo)
         how = How(is_public=True, create_pr=create_pr, force=force)
-        job = self._desk.submit(MARK + author, self._token, text, ask.repo, how)
-        ask = self._asks.change(ask, state="job", job=job.id, main=main, is_begun=False)
-        self._say(ask, f"{plan_words(planned, ask.repo)}\n\n{place_words(self._desk.keeper.ahead(job))} {_FOLLOWS}")
+        job = self._service.submit(MARK + author, self._token, text, event.repo, how)
+        event = self._events.change(event, state="job", job=job.id, main=main, is_begun=False)
+        place = place_words(self._service.queue.ahead(job))
+        self._say(event, f"{plan_words(planned, event.repo)}\n\n{place} {_FOLLOWS}")
 
-    def _put_off(self, ask: Ask, problems: Sequence[Problem], seconds: float = 0.0) -> None:
+    def _put_off(self, event: WebhookEvent, problems: Sequence[Problem], seconds: float = 0.0) -> None:
         """Wait for a while, and until the merge under way in its repo is over; that is said once."""
-        if ask.state == "new":
-            ask = self._say(ask, f"{markdown.problems_section('Not yet', problems)}\n\n{_AGAIN}")
-        self._asks.change(ask, state="waits", again=time.time() + seconds)
+        if event.state == "new":
+            event = self._say(event, f"{markdown.problems_section('Not yet', problems)}\n\n{_AGAIN}")
+        self._events.change(event, state="waits", again=time.time() + seconds)
 
-    def _follow(self, ask: Ask) -> None:
+    def _follow(self, event: WebhookEvent) -> None:
         """Say what has become of a merge, where there is news."""
-        job = self._desk.keeper.store.get(ask.job)
-        if job is not None and job.state == "failed" and self._main(ask.repo) != ask.main:
-            ask = self._say(ask, f"{result_words(job)}\n\n{_MOVED}")
-            self._asks.change(ask, state="waits", again=0.0)
+        job = self._service.queue.jobs.get(event.job)
+        if job is not None and job.state == "failed" and self._main(event.repo) != event.main:
+            event = self._say(event, f"{result_words(job)}\n\n{_MOVED}")
+            self._events.change(event, state="waits", again=0.0)
         elif job is None or job.is_over:
-            self._close(ask, result_words(job))
-        elif job.state == "running" and not ask.is_begun:
-            ask = self._say(ask, f"The merge has begun: {console.size(job.total)} to make.")
-            self._asks.change(ask, is_begun=True)
+            self._close(event, result_words(job))
+        elif job.state == "running" and not event.is_begun:
+            event = self._say(event, f"The merge has begun: {size(job.total)} to make.")
+            self._events.change(event, is_begun=True)
 
-    def _close(self, ask: Ask, words: str = "") -> None:
+    def _close(self, event: WebhookEvent, words: str = "") -> None:
         """The end of it, with what there is to say."""
-        ask = self._say(ask, words) if words else ask
-        self._asks.change(ask, state="over")
+        event = self._say(event, words) if words else event
+        self._events.change(event, state="over")
 
-    def _say(self, ask: Ask, words: str) -> Ask:
+    def _say(self, event: WebhookEvent, words: str) -> WebhookEvent:
         """Say something where it was asked; of a commit, in a discussion that is opened about it."""
         secrets.refuse_tokens({"what the bot would say": words})
-        if ask.num is not None:
-            self._api.comment_discussion(ask.repo, ask.num, words)
-            return ask
-        made = self._api.create_discussion(ask.repo, f"{FILE} at {ask.new[:12]}", description=words)
-        return self._asks.change(ask, num=made.num)
+        if event.num is not None:
+            self._api.comment_discussion(event.repo, event.num, words)
+            return event
+        made = self._api.create_discussion(event.repo, f"{FILE} at {event.new[:12]}", description=words)
+        return self._events.change(event, num=made.num)
 
 
-@dataclass(frozen=True)
-class _Head:
-    """merge.yaml on main.
-
-    Args:
-        changed: the commit that made it what it is.
-        text: the file's.
-    """
-
-    changed: str
-    text: str
-
-
-def _of_commit(repo: str, old: str, new: str) -> Ask:
-    return Ask(f"{repo}@{new}", repo, old=old, new=new)
+def _commit_event(repo: str, old: str, new: str) -> WebhookEvent:
+    return WebhookEvent(f"{repo}@{new}", repo, old=old, new=new)
 
 
 def _author(made: GitCommitInfo, repo: str) -> str:
@@ -361,7 +355,7 @@ def _author(made: GitCommitInfo, repo: str) -> str:
     return next((name for name in made.authors if name), repo.split("/")[0])
 
 
-def parse_event(payload: WebhookPayload) -> Ask | None:
+def parse_event(payload: WebhookPayload) -> WebhookEvent | None:
     """The event, if it is one that may ask for something."""
     repo, scope = payload.repo.name, payload.event.scope
     if payload.repo.type != "model" or not is_repo(repo):
@@ -369,12 +363,12 @@ def parse_event(payload: WebhookPayload) -> Ask | None:
     comment, talk = payload.comment, payload.discussion
     if talk is not None and comment is not None and payload.event.action == "create":
         is_one = 0 < talk.num < _MOST_NUM and _ID.fullmatch(comment.id)
-        return Ask(f"{repo}/{talk.num}/{comment.id}", repo, talk.num, comment.id) if is_one else None
+        return WebhookEvent(f"{repo}/{talk.num}/{comment.id}", repo, talk.num, comment.id) if is_one else None
     if scope.startswith("repo"):
         for moved in payload.updatedRefs or ():
             old, new = moved.oldSha or "", moved.newSha or ""
             if moved.ref == "refs/heads/main" and _SHA.fullmatch(new):
-                return _of_commit(repo, old if _SHA.fullmatch(old) else "", new)
+                return _commit_event(repo, old if _SHA.fullmatch(old) else "", new)
     return None
 
 

@@ -61,7 +61,7 @@ def _plain(tokens: Sequence[Token]) -> Iterator[str]:
     """The lines of paragraphs that are nothing but text, and stand in nothing else."""
     depth = 0
     for before, token in pairwise(tokens):
-        depth = max(0, depth + (_opened(before.content) if before.type == "html_block" else 0))
+        depth = max(0, depth + (_count_open(before.content) if before.type == "html_block" else 0))
         if token.type == "inline" and before.type == "paragraph_open" and before.level == 0 and depth == 0:
             children = token.children or []
             if not any(child.type == "html_inline" for child in children):
@@ -80,7 +80,7 @@ def _lines(children: Sequence[Token]) -> Iterator[str]:
         line = []
 
 
-def _opened(html: str) -> int:
+def _count_open(html: str) -> int:
     """How many elements a block of HTML leaves open, less those that it closes."""
     tags = [tag for tag in _TAG.findall(_COMMENT.sub("", html)) if tag[1].lower() not in _ALONE and not tag[2]]
     return sum(-1 if closing else 1 for closing, _, _ in tags)

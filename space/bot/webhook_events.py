@@ -1,25 +1,23 @@
-"""What was asked of the bot: one record for each event of the Hub, kept in the queue's file until it is answered.
+"""What was asked of the bot: one record for each event of the Hub, kept in the file of jobs until it is answered.
 
 An event that comes twice is one record: that is what a replayed webhook comes to. Not here: answering (bot).
 """
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from huey.storage import BaseStorage
+from space.work.records import Records
 
 KEPT = 2_000
-"""How many records are kept: an event older than all of them would be taken for a new one."""
+"""How many that are over are kept: an event older than all of them would be taken for a new one."""
 
-_KEY = "ask:"
+_KIND = "event"
 
 
 @dataclass(frozen=True)
-class Ask:
+class WebhookEvent:
     """An event that asks for something.
 
     Args:
@@ -35,7 +33,6 @@ class Ask:
         is_meant: whether it is known that it asks us.
         again: when it is looked at again, in seconds since 1970.
         tries: how many times the Hub failed us.
-        at: seconds since 1970.
     """
 
     key: str
@@ -51,49 +48,39 @@ class Ask:
     is_meant: bool = False
     again: float = 0.0
     tries: int = 0
-    at: float = field(default_factory=time.time)
 
 
-class Asks:
-    """All records.
+class WebhookEvents:
+    """All events that are known.
 
     Args:
-        disk: the storage of the queue.
+        records: where they are kept.
     """
 
-    def __init__(self, disk: BaseStorage) -> None:
-        self._disk = disk
+    def __init__(self, records: Records) -> None:
+        self._records = records
 
-    def add(self, ask: Ask) -> bool:
+    def add(self, event: WebhookEvent) -> bool:
         """Note an event; False if it is known already."""
-        return bool(self._disk.put_if_empty(_KEY + ask.key, _written(ask)))
+        return self._records.add(_KIND, event.key, asdict(event))
 
-    def get(self, key: str) -> Ask:
+    def get(self, key: str) -> WebhookEvent:
         """One that is known."""
-        return Ask(**json.loads(self._disk.peek_data(_KEY + key)))
+        return WebhookEvent(**self._records.find(_KIND, key=key)[0])
 
-    def change(self, ask: Ask, **changes: Any) -> Ask:
+    def change(self, event: WebhookEvent, **changes: Any) -> WebhookEvent:
         """Change what is known of one."""
-        ask = replace(ask, **changes)
-        self._disk.put_data(_KEY + ask.key, _written(ask))
-        return ask
+        event = replace(event, **changes)
+        is_over = event.state == "over"
+        self._records.put(_KIND, event.key, asdict(event), is_over=is_over)
+        if is_over:
+            self._records.forget(_KIND, KEPT)
+        return event
 
-    def open(self) -> list[Ask]:
+    def open(self) -> list[WebhookEvent]:
         """Those that are not over, the oldest first."""
-        found = sorted(self._all(), key=lambda ask: ask.at)
-        for old in found[: max(0, len(found) - KEPT)]:
-            if old.state == "over":
-                self._disk.pop_data(_KEY + old.key)
-        return [ask for ask in found if ask.state != "over"]
+        return [WebhookEvent(**known) for known in self._records.find(_KIND, is_over=False)]
 
     def is_busy(self, repo: str) -> bool:
         """Whether a merge into a repo is under way."""
-        return any(ask.repo == repo and ask.state == "job" for ask in self._all())
-
-    def _all(self) -> list[Ask]:
-        items = self._disk.result_items().items()
-        return [Ask(**json.loads(data)) for key, data in items if str(key).startswith(_KEY)]
-
-
-def _written(ask: Ask) -> bytes:
-    return json.dumps(asdict(ask)).encode()
+        return any(event.repo == repo and event.state == "job" for event in self.open())

@@ -30,7 +30,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         try:
-            messages = None if _stated(scope) > BODY.most else await _taken(receive)
+            messages = None if _read_length(scope) > BODY.most else await _read_body(receive)
             if messages is None:
                 await _linger(receive)
         except ClientDisconnect:
@@ -41,13 +41,13 @@ class BodyLimit:
             return
         first = iter(messages)
 
-        async def replayed() -> Message:
+        async def replay() -> Message:
             return next(first, None) or await receive()
 
-        await self._app(scope, replayed, send)
+        await self._app(scope, replay, send)
 
 
-def _stated(scope: Scope) -> int:
+def _read_length(scope: Scope) -> int:
     stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     return int(stated) if stated.isdigit() else 0
 
@@ -68,7 +68,7 @@ async def _linger(receive: Receive) -> None:
                     return
 
 
-async def _taken(receive: Receive) -> list[Message] | None:
+async def _read_body(receive: Receive) -> list[Message] | None:
     """The parts of a body; None: there are more bytes than are read.
 
     Raises:

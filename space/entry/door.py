@@ -56,17 +56,17 @@ class Door:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        refused = self._refused(scope, headers)
+        refused = self._find_refusal(scope, headers)
         if refused is None:
-            await self._app(scope, receive, partial(self._send, send, self._ours(headers)))
+            await self._app(scope, receive, partial(self._send, send, self._origins(headers)))
         elif scope["type"] == "websocket":
             await WebSocketClose(1008)(scope, receive, send)
         else:
             await _answer(refused, headers)(scope, receive, send)
 
-    def _refused(self, scope: Scope, headers: Headers) -> str | None:
+    def _find_refusal(self, scope: Scope, headers: Headers) -> str | None:
         """Why it does not come in."""
-        ours = self._ours(headers)
+        ours = self._origins(headers)
         if any(origin not in ours for origin in headers.getlist("origin")):
             return _STRANGE
         if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in FRONT:
@@ -76,7 +76,7 @@ class Door:
             return _UNKNOWN
         return None if _is_from(headers, ours) else _STRANGE
 
-    def _ours(self, headers: Headers) -> frozenset[str]:
+    def _origins(self, headers: Headers) -> frozenset[str]:
         """The origins that may ask."""
         if self._own:
             return self._own | {self._hub}

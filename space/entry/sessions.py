@@ -42,7 +42,7 @@ log = logging.getLogger("space.entry.sessions")
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Entry:
     content: Mapping[str, Any]
     until: float
 
@@ -57,7 +57,7 @@ class Table:
     """What is known of browsers, by names that nobody can guess. Sign-ins that were only begun have their own room."""
 
     def __init__(self) -> None:
-        self._rooms: tuple[dict[str, _Kept], dict[str, _Kept]] = {}, {}
+        self._rooms: tuple[dict[str, _Entry], dict[str, _Entry]] = {}, {}
 
     def get(self, name: str) -> Session:
         """A copy of what is known; empty where that is nothing, or was long ago."""
@@ -74,7 +74,7 @@ class Table:
         now, name = time.time(), secrets.token_urlsafe(32)
         is_begun = _SIGNED_IN not in content
         until = content.get(_SIGNED_IN, {}).get("expires_at") or now + (_SECONDS_TO_BEGIN if is_begun else _SECONDS)
-        kept = _Kept(dict(content), float(until))
+        kept = _Entry(dict(content), float(until))
         room = self._rooms[is_begun]
         for old in [old for old, other in room.items() if other.until < now]:
             del room[old]
@@ -107,22 +107,22 @@ class Sessions:
         name = HTTPConnection(scope).cookies.get(self._cookie, "")
         session = scope["session"] = self._table.get(name)
 
-        async def sending(message: Message) -> None:
+        async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start" and session.modified:
                 self._table.drop(name)
                 kept = f"{self._cookie}={self._table.put(session)}" if session else f"{self._cookie}=; Max-Age=0"
                 MutableHeaders(scope=message).append("Set-Cookie", f"{kept}; {self._flags}")
             await send(message)
 
-        await _signing_in(self._app, scope, receive, sending)
+        await _answer_sign_in(self._app, scope, receive, send_named)
 
 
-async def _signing_in(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+async def _answer_sign_in(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """The page, where a sign-in that goes wrong is told."""
     if scope["type"] != "http" or scope["path"] not in (BEGIN, RETURN):
         await app(scope, receive, send)
         return
-    refused = _refused(scope)
+    refused = _find_refusal(scope)
     if refused is None:
         try:
             await app(scope, receive, send)
@@ -133,7 +133,7 @@ async def _signing_in(app: ASGIApp, scope: Scope, receive: Receive, send: Send) 
         await refused(scope, receive, send)
 
 
-def _refused(scope: Scope) -> Response | None:
+def _find_refusal(scope: Scope) -> Response | None:
     """What can be said before the Hub is asked."""
     if len(scope["query_string"]) > _MOST_QUERY_BYTES:
         return page(400, _LONG, {"To the Space": "/"})

@@ -1,4 +1,4 @@
-"""Recipe and plan, as the Space does them: from the Hub alone, within the rules for strangers and the Space's limits.
+"""Recipe and plan, as the Space does them: from the Hub alone, of what it takes from strangers, within its limits.
 
 Whatever is refused is refused with a sentence, and with its place where it has one. Not here: the language and the
 planning themselves (merger.run.prepare).
@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merger import runtime as machine
-from merger.cli import text as console
+from merger import runtime
+from merger.cli.text import size
 from merger.errors import BudgetError, MergerError, Problem, RecipeError
 from merger.run.options import Options, needed_disk
 from merger.run.prepare import parse_text, plan
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 _PAGE_BYTES = 1_000_000_000
-"""What the page with plans of many users at once, and the nursery, may come to."""
+"""What the page with plans of many users at once, and the fork server, may come to."""
 
 _LEAST_A_WORKER = 6_000_000_000
 _MOST_WORKERS = 2
@@ -68,38 +68,35 @@ class Limits:
             ValueError: a variable is no size or no number.
         """
 
-        def given(name: str) -> str | None:
-            return environment.get(f"MERGER_SPACE_{name}") or None
+        def size_of(name: str) -> int | None:
+            text = environment.get(f"MERGER_SPACE_{name}")
+            return numbers.parse_size(text) if text else None
 
-        room = _size(given("MEMORY")) or machine.free_memory()
-        free = _size(given("DISK")) or shutil.disk_usage(folder).free * 9 // 10
+        def count_of(name: str) -> int | None:
+            text = environment.get(f"MERGER_SPACE_{name}")
+            return numbers.parse_whole(text, numbers.COUNT) if text else None
+
+        room = size_of("MEMORY") or runtime.free_memory()
+        free = size_of("DISK") or shutil.disk_usage(folder).free * 9 // 10
         most = 1 if room is None else max(1, min(_MOST_WORKERS, (room - _PAGE_BYTES) // _LEAST_A_WORKER))
-        workers = _count(given("WORKERS")) or most
+        workers = count_of("WORKERS") or most
         return cls(
             memory=None if room is None else max(0, room - _PAGE_BYTES) // workers,
             disk=free // workers,
-            traffic=_size(given("TRAFFIC")) or cls.traffic,
+            traffic=size_of("TRAFFIC") or cls.traffic,
             workers=workers,
-            jobs_each=_count(given("JOBS_EACH")) or cls.jobs_each,
-            jobs=_count(given("JOBS")) or cls.jobs,
-            shard_size=_size(given("SHARD_SIZE")),
+            jobs_each=count_of("JOBS_EACH") or cls.jobs_each,
+            jobs=count_of("JOBS") or cls.jobs,
+            shard_size=size_of("SHARD_SIZE"),
         )
 
     def for_a_job(self) -> dict[str, Any]:
-        """What a child is told."""
-        threads = max(1, machine.cores() // self.workers)
+        """What a worker is told."""
+        threads = max(1, runtime.cores() // self.workers)
         return {"memory": self.memory, "disk": self.disk, "threads": threads, "shard_size": self.shard_size}
 
 
-def _count(text: str | None) -> int | None:
-    return numbers.parse_whole(text, numbers.COUNT) if text else None
-
-
-def _size(text: str | None) -> int | None:
-    return numbers.parse_size(text) if text else None
-
-
-# ---- rules ----------------------------------------------------------------------------------------------------------
+# ---- recipes --------------------------------------------------------------------------------------------------------
 
 
 NAME = "recipe.yaml"
@@ -108,37 +105,29 @@ MOST_MODELS = 16
 
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}", re.ASCII)
 _MODEL = re.compile(r"\bmodel[\"']?\s*:")
+_TOO_BIG = "it is too big for this Space; the GitHub Action or your own machine can make it"
 _HERE = "only models on the Hub can be merged here: write owner/name or owner/name@revision"
 
 
 class TooBigError(BudgetError):
-    """It takes more than this Space gives to one merge; elsewhere it may well be made."""
+    """It takes more than this Space gives to one merge; another machine may well make it."""
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What is known of a recipe's text.
+class CheckedRecipe:
+    """What is wrong with a recipe's text, and what in it is likely not meant."""
 
-    Args:
-        text: the text.
-        recipe: what it says; None where that cannot be made out.
-        problems: what is wrong with it.
-        warnings: what is likely not meant.
-    """
-
-    text: str
-    recipe: Recipe | None
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
 
 
-def check(text: str) -> Looked:
+def check(text: str) -> CheckedRecipe:
     """All that can be said of a recipe without its models."""
     try:
         recipe = parse_recipe(text)
     except MergerError as error:
-        return Looked(text, None, error.problems)
-    return Looked(text, recipe, (), recipe.warnings)
+        return CheckedRecipe(error.problems)
+    return CheckedRecipe((), recipe.warnings)
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -149,25 +138,24 @@ def parse_recipe(text: str) -> Recipe:
     """
     _refuse_large(text)
     recipe = parse_text(text, NAME)
-    problems = list(_strange(recipe))
-    if problems:
+    if problems := _find_refusals(recipe):
         raise RecipeError(problems)
     return recipe
 
 
 def _refuse_large(text: str) -> None:
     """Before anything is parsed."""
-    size, models = len(text.encode("utf-8", "replace")), len(_MODEL.findall(text))
-    if size > MOST_BYTES:
-        what = f"the recipe has {size:,} bytes, and this Space reads {MOST_BYTES:,} at most"
+    nbytes, models = len(text.encode("utf-8", "replace")), len(_MODEL.findall(text))
+    if nbytes > MOST_BYTES:
+        what = f"the recipe has {nbytes:,} bytes, and this Space reads {MOST_BYTES:,} at most"
         raise RecipeError(Problem(what, hint="a recipe names models and holds none"))
     if models > 8 * MOST_MODELS:
         what = f"the recipe names models {models:,} times, and this Space reads {8 * MOST_MODELS} at most"
         raise RecipeError(Problem(what, hint="merge a few first, and go on with the result"))
 
 
-def _strange(recipe: Recipe) -> list[Problem]:
-    """What a recipe may say elsewhere and not here."""
+def _find_refusals(recipe: Recipe) -> list[Problem]:
+    """What a recipe may say to the command, and not here."""
     found = [problem for ref in recipe.models if (problem := _of_model(ref)) is not None]
     if len(recipe.models) > MOST_MODELS:
         what = f"the recipe names {len(recipe.models)} models, and this Space merges {MOST_MODELS} at most"
@@ -205,7 +193,7 @@ def options(token: str | None, limits: Limits) -> Options:
     )
 
 
-def planned(recipe: Recipe, how: Options, limits: Limits) -> tuple[Plan, Store]:
+def plan_recipe(recipe: Recipe, how: Options, limits: Limits) -> tuple[Plan, Store]:
     """What the recipe makes, and where its models are.
 
     Raises:
@@ -216,18 +204,13 @@ def planned(recipe: Recipe, how: Options, limits: Limits) -> tuple[Plan, Store]:
         found, store = plan(recipe, how)
         needed_disk(found, how, found.shards)
     except BudgetError as error:
-        what = tuple(replace(problem, hint=_ELSEWHERE) for problem in error.problems)
+        what = tuple(replace(problem, hint=_TOO_BIG) for problem in error.problems)
         raise TooBigError(what) from None
     traffic = found.read_bytes + found.size
     if traffic > limits.traffic:
-        told = (
-            f"this merge reads and writes {console.size(traffic)}, and this Space moves {console.size(limits.traffic)}"
-        )
-        raise TooBigError(Problem(f"{told} a merge at most", hint=_ELSEWHERE))
+        told = f"this merge reads and writes {size(traffic)}, and this Space moves {size(limits.traffic)}"
+        raise TooBigError(Problem(f"{told} a merge at most", hint=_TOO_BIG))
     return found, store
-
-
-_ELSEWHERE = "it is too big for this Space; the GitHub Action or your own machine can make it"
 
 
 def pinned_commits(found: Plan) -> Mapping[str, str]:

@@ -1,8 +1,9 @@
-"""Where children come from: a process with all imports done, which forks one for each job.
+"""A process with all imports done, which forks a worker for each job.
 
-Importing torch takes longer than a small merge; a child that is forked has it at once. The process gets no secret of
-the Space's: a token goes from the keeper to a child directly, by a socket that ends with either of them. Not here:
-what a child does (child).
+Importing torch takes longer than a small merge; a worker that is forked has it at once. The process gets no secret of
+the Space's: a token goes from the queue to a worker directly, by a socket that ends with either of them. The standard
+library's fork server takes no environment of its own: it inherits this process's, in which a secret may have any name.
+Not here: what a worker does (worker).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from merger.card.pictures import canvas
 from merger.run.pipeline import warm
 from merger.runtime import take_over
-from space.work import worker as child
+from space.work import worker
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "OMP_NUM_THREADS")
@@ -27,66 +28,61 @@ _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy"
 _MOST_BYTES = 4096
 
 
-class Nursery:
-    """The keeper's side of it.
+class ForkServer:
+    """The queue's side of it.
 
     Args:
-        folder: the nursery's own; it is empty.
+        folder: the process's own; it is empty.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._desk: socket.socket | None = None
+        self._orders: socket.socket | None = None
 
-    @property
-    def pid(self) -> int | None:
-        """The process, if it is there."""
-        return self._process.pid if self._process else None
-
-    def open(self) -> None:
+    def start(self) -> None:
         """Start the process, unless it is there."""
         with self._lock:
-            self._opened()
+            self._connect()
 
-    def child(self, folder: Path) -> socket.socket:
-        """A new child at work in a folder; it ends when the socket does."""
+    def fork(self, folder: Path) -> socket.socket:
+        """A new worker in a folder; it ends when the socket does."""
         ours, theirs = socket.socketpair()
         with theirs, self._lock:
             try:
-                self._ask(folder, theirs)
+                self._order(folder, theirs)
             except OSError:  # somebody has killed it: another one then, or the error
-                self._closed()
-                self._ask(folder, theirs)
+                self._end()
+                self._order(folder, theirs)
         return ours
 
     def close(self) -> None:
-        """End the process. Children end with their own sockets."""
+        """End the process. Workers end with their own sockets."""
         with self._lock:
-            self._closed()
+            self._end()
 
-    def _ask(self, folder: Path, theirs: socket.socket) -> None:
-        desk = self._opened()
-        socket.send_fds(desk, [os.fsencode(folder)], [theirs.fileno()])
-        if not desk.recv(1):
-            raise ConnectionError("the nursery is gone")
+    def _order(self, folder: Path, theirs: socket.socket) -> None:
+        orders = self._connect()
+        socket.send_fds(orders, [os.fsencode(folder)], [theirs.fileno()])
+        if not orders.recv(1):
+            raise ConnectionError("the fork server is gone")
 
-    def _opened(self) -> socket.socket:
-        if self._desk is None:
-            self._desk, theirs = socket.socketpair()
+    def _connect(self) -> socket.socket:
+        if self._orders is None:
+            self._orders, theirs = socket.socketpair()
             with theirs:
                 line = [sys.executable, "-P", "-m", "space.work.forkserver"]
                 self._process = subprocess.Popen(
                     line, cwd=self._folder, env=_environment(self._folder), stdin=theirs.fileno()
                 )
-        return self._desk
+        return self._orders
 
-    def _closed(self) -> None:
-        if self._desk is not None and self._process is not None:
-            self._desk.close()
+    def _end(self) -> None:
+        if self._orders is not None and self._process is not None:
+            self._orders.close()
             self._process.wait()
-            self._desk = self._process = None
+            self._orders = self._process = None
 
 
 def _environment(folder: Path) -> Mapping[str, str]:
@@ -98,23 +94,23 @@ def _environment(folder: Path) -> Mapping[str, str]:
 
 
 def main() -> None:
-    """Fork a child for each folder and socket that come in, until none can come any more."""
+    """Fork a worker for each folder and socket that come in, until none can come any more."""
     take_over()
     warm()
     canvas.warm_fonts()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: the keeper sees their sockets end
-    with socket.socket(fileno=os.dup(0)) as desk:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: the queue sees their sockets end
+    with socket.socket(fileno=os.dup(0)) as orders:
         while True:
-            folder, sockets, _, _ = socket.recv_fds(desk, _MOST_BYTES, 1)
+            folder, sockets, _, _ = socket.recv_fds(orders, _MOST_BYTES, 1)
             if not folder:
                 return
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                desk.close()
+                orders.close()
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                child.live(socket.socket(fileno=sockets[0]), Path(os.fsdecode(folder)))
+                worker.run_job(socket.socket(fileno=sockets[0]), Path(os.fsdecode(folder)))
             os.close(sockets[0])
-            desk.sendall(b".")
+            orders.sendall(b".")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Jobs: what somebody asked to be merged, how far it is, and what became of it; kept in Huey's SQLite file.
+"""Jobs: what somebody asked to be merged, how far it is, and what became of it.
 
-No token is ever among it. Not here: whose turn it is, and the work (keeper).
+No token is ever among it. Not here: whose turn it is, and the work (queue).
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 import threading
 from collections.abc import Mapping
@@ -13,9 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal
 
-from huey import SqliteHuey
-
 from merger.errors import MergerError, Problem
+from space.work.records import Records
 
 State = Literal["queued", "running", "waiting", "done", "failed", "cancelled"]
 OVER: tuple[State, ...] = ("done", "failed", "cancelled")
@@ -23,7 +21,7 @@ LOG_LINES = 200
 KEPT = 20
 """How many jobs of one owner that are over are kept."""
 
-_KEY = "job:"
+_KIND = "job"
 
 
 class Reach(IntEnum):
@@ -53,7 +51,7 @@ class How:
     force: bool = False
 
 
-AS_SAID = How()
+DEFAULT = How()
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class QueuedMerge:
     where: str = ""
     commit: str = ""
     is_new: bool = False
-    how: How = AS_SAID
+    how: How = DEFAULT
 
     @property
     def is_over(self) -> bool:
@@ -120,62 +118,61 @@ def new_id() -> str:
 
 
 class JobTable:
-    """All jobs, in memory and on disk.
+    """All jobs on disk; those that are not over in memory too, with how far they are.
 
     Args:
-        huey: the queue whose file they are kept in.
+        records: where they are kept.
     """
 
-    def __init__(self, huey: SqliteHuey) -> None:
-        self._disk = huey.storage
+    def __init__(self, records: Records) -> None:
         self.lock = threading.RLock()
-        found = [_read(data) for key, data in self._disk.result_items().items() if str(key).startswith(_KEY)]
-        self._jobs = {job.id: job for job in sorted(found, key=lambda job: job.created)}
+        self._records = records
+        self._open = {job.id: job for job in self._find(is_over=False)}
 
-    def all(self) -> list[QueuedMerge]:
-        """Every job, the oldest first."""
+    def open(self) -> list[QueuedMerge]:
+        """Every job that is not over, the oldest first."""
         with self.lock:
-            return list(self._jobs.values())
+            return list(self._open.values())
 
     def of(self, owner: str) -> list[QueuedMerge]:
         """Those of one owner, the oldest first."""
-        return [job for job in self.all() if job.owner == owner]
+        with self.lock:
+            return [self._open.get(job.id, job) for job in self._find(owner=owner)]
 
     def get(self, id: str) -> QueuedMerge | None:
         """A job, if there is one of this name."""
         with self.lock:
-            return self._jobs.get(id)
+            return self._open.get(id) or next(iter(self._find(key=id)), None)
 
     def put(self, job: QueuedMerge) -> None:
         """Add a job, or put it in place of what it was."""
         with self.lock:
-            self._jobs[job.id] = job
-            self._disk.put_data(_KEY + job.id, json.dumps(asdict(job)).encode())
-            self._forget_old(job.owner)
+            self._records.put(_KIND, job.id, asdict(job), job.owner, job.is_over)
+            if job.is_over:
+                self._open.pop(job.id, None)
+                self._records.forget(_KIND, KEPT, job.owner)
+            else:
+                self._open[job.id] = job
 
     def change(self, id: str, **changes: Any) -> QueuedMerge:
-        """Change some of what is known of a job, on disk too."""
+        """Change some of what is known of a job that is not over, on disk too."""
         with self.lock:
-            job = replace(self._jobs[id], **changes)
+            job = replace(self._open[id], **changes)
             self.put(job)
             return job
 
     def progress(self, id: str, made: int, say: str | None = None) -> None:
         """So many bytes are made in this run; in memory alone, for after a kill the Hub tells what is kept."""
         with self.lock:
-            job = self._jobs[id]
-            log = job.log if say is None else (*job.log, say)[-LOG_LINES:]
-            self._jobs[id] = replace(job, made=job.kept + made, log=log)
+            if (job := self._open.get(id)) is not None:
+                log = job.log if say is None else (*job.log, say)[-LOG_LINES:]
+                self._open[id] = replace(job, made=job.kept + made, log=log)
 
-    def _forget_old(self, owner: str) -> None:
-        over = [job for job in self.of(owner) if job.is_over]
-        for job in over[: max(0, len(over) - KEPT)]:
-            del self._jobs[job.id]
-            self._disk.pop_data(_KEY + job.id)
+    def _find(self, **columns: str | bool) -> list[QueuedMerge]:
+        return list(map(_parse, self._records.find(_KIND, **columns)))
 
 
-def _read(data: bytes) -> QueuedMerge:
-    known: dict[str, Any] = json.loads(data)
+def _parse(known: dict[str, Any]) -> QueuedMerge:
     plain = {"log": tuple(known["log"]), "problems": tuple(known["problems"]), "how": How(**known["how"])}
     return QueuedMerge(**{**known, **plain})
 

@@ -1,43 +1,47 @@
-"""The keeper of the queue: whose turn it is, the token of each job, and the children that do the work.
+"""The queue of merges: whose turn it is, each job's token, and the threads that have the jobs made.
 
-The queue is Huey's, on SQLite. A job goes through it by its name alone; what is known of it is in the store. A job's
-token is held in memory while the job is not over, and reaches its child by a socket. After a restart there are none:
-every job that was not over waits until its owner is back. Not here: what a job makes (child).
+A job's token is held in memory while the job is not over, and reaches its worker by a socket. After a restart there are
+none: every job that was not over waits until its owner is back. Not here: what is kept of a job (job_table), and what a
+worker does (worker).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huey import SqliteHuey
-from huey.consumer import Consumer
 
 from merger.errors import Problem
 from merger.safety import secrets
 from space.work.admission import Limits
-from space.work.forkserver import Nursery
-from space.work.job_table import AS_SAID, How, JobError, JobTable, QueuedMerge, Reach, new_id, not_yours
+from space.work.forkserver import ForkServer
+from space.work.job_table import DEFAULT, How, JobError, JobTable, QueuedMerge, Reach, new_id, not_yours
+from space.work.records import Records
 from space.work.worker import RECIPE
 
 _SPARE_SECONDS = 120
+_PAUSE = 1.0
 _NO_WORD = (
     "the work ended without a word, for want of memory perhaps\n"
     "    submit it again, and it goes on from its finished files; please report it if it ends like this each time"
 )
 
+log = logging.getLogger("space.work.queue")
+
 
 @dataclass(frozen=True)
 class Token:
-    """What lets a child act as an owner, until when (seconds since 1970), and what it may write as far as is known."""
+    """What lets a worker act as an owner, until when (seconds since 1970), and what it may write as far as is known."""
 
     value: str = field(repr=False)
     expires: float = float("inf")
@@ -58,46 +62,36 @@ class Token:
         return self.reach >= than.reach and self.expires > than.expires
 
 
-class _Workers(Consumer):  # type: ignore[misc]
-    """Huey's consumer in a process that has other things to do: it leaves the process's signals alone."""
-
-    def _set_signal_handlers(self) -> None:
-        pass
-
-
-class Keeper:
+class MergeQueue:
     """The queue and its workers.
 
     Args:
-        folder: where the queue's file lies and the children work.
+        folder: where the file of jobs lies and the workers work.
         limits: what one job may take, and how many jobs there may be.
-        nursery: where children come from, unless it is one of the keeper's own.
+        forkserver: where workers come from, unless it is one of the queue's own.
     """
 
-    def __init__(self, folder: Path, limits: Limits, nursery: Nursery | None = None) -> None:
+    def __init__(self, folder: Path, limits: Limits, forkserver: ForkServer | None = None) -> None:
         self.limits = limits
-        self._work = folder / "work"
-        shutil.rmtree(self._work, ignore_errors=True)
-        self._work.mkdir(parents=True)
-        self._huey = SqliteHuey("space", filename=str(folder / "jobs.db"), fsync=True)
-        self._huey.storage.flush_queue()
-        self._turn = self._huey.task(name="turn")(self._take_turn)
-        self.storage = self._huey.storage
-        self.store = JobTable(self._huey)
+        self._folder = folder / "work"
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        self.records = Records(folder / "jobs.db")
+        self.jobs = JobTable(self.records)
+        self._changed = threading.Condition(self.jobs.lock)
         self._tokens: dict[str, Token] = {}
-        self._nursery = nursery or Nursery(self._work)
-        self._children: dict[str, socket.socket] = {}
+        self._forkserver = forkserver or ForkServer(self._folder)
+        self._workers: dict[str, socket.socket] = {}
+        self._threads: list[threading.Thread] = []
         self._round = 0
-        self._workers: _Workers | None = None
         self._is_stopping = False
-        for job in self.store.all():
-            if not job.is_over:
-                self.store.change(job.id, state="waiting", made=0, kept=0)
+        for job in self.jobs.open():
+            self.jobs.change(job.id, state="waiting", made=0, kept=0)
 
     # ---- what others ask ---------------------------------------------------------------------------------------------
 
     def submit(
-        self, owner: str, token: Token, recipe: str, to: str, pins: Mapping[str, str], total: int, how: How = AS_SAID
+        self, owner: str, token: Token, recipe: str, to: str, pins: Mapping[str, str], total: int, how: How = DEFAULT
     ) -> QueuedMerge:
         """Queue a merge.
 
@@ -115,28 +109,28 @@ class Keeper:
         """
         if token.reach == Reach.READS:
             raise JobError(Problem("this token only reads", hint="send one that may write: the result is published"))
-        with self.store.lock:
-            mine = [job for job in self.store.of(owner) if not job.is_over]
+        with self.jobs.lock:
+            everyones = self.jobs.open()
+            mine = [job for job in everyones if job.owner == owner]
             if len(mine) >= self.limits.jobs_each:
                 what = f"you have {len(mine)} merges that are not over, and {self.limits.jobs_each} is the limit"
                 raise JobError(Problem(what, hint="wait for one of them, or cancel it"))
             if any(job.to == to for job in mine):
                 raise JobError(Problem(f"a merge into {to} is not over yet", hint="wait for it, or cancel it"))
-            if sum(not job.is_over for job in self.store.all()) >= self.limits.jobs:
+            if len(everyones) >= self.limits.jobs:
                 raise JobError(Problem("the queue of this Space is full", hint="try again in a while"))
             job = QueuedMerge(new_id(), owner, recipe, to, dict(pins), total, created=time.time(), how=how)
-            self.store.put(job)
             self._tokens[job.id] = token
             return self._enqueue(job)
 
-    def welcome(self, owner: str, token: Token) -> None:
+    def register_token(self, owner: str, token: Token) -> None:
         """Somebody is here: their jobs that want a better token take this one, those that waited for it are queued."""
-        with self.store.lock:
-            for job in [job for job in self.store.of(owner) if not job.is_over]:
+        with self.jobs.lock:
+            for job in [job for job in self.jobs.open() if job.owner == owner]:
                 if token.is_better(self._tokens.get(job.id)):
                     self._tokens[job.id] = token
-                if job.state == "waiting" and self._has_good_token(job):
-                    self._enqueue(self.store.change(job.id, state="queued"))
+                if job.state == "waiting" and self._good_token(job):
+                    self._enqueue(job)
 
     def job(self, owner: str, id: str) -> QueuedMerge:
         """One of somebody's own jobs.
@@ -144,15 +138,16 @@ class Keeper:
         Raises:
             JobError: there is none of that name, or it is another's.
         """
-        job = self.store.get(id)
+        job = self.jobs.get(id)
         if job is None or job.owner != owner:
             raise not_yours(id)
         return job
 
     def ahead(self, job: QueuedMerge) -> int:
         """How many jobs are running or come before this one."""
-        others = [other for other in self.store.all() if other.state in ("queued", "running")]
-        return sum(other.state == "running" or _order(other) < _order(job) for other in others if other.id != job.id)
+        others = [other for other in self.jobs.open() if other.id != job.id]
+        queued = [other for other in others if other.state == "queued" and _order(other) < _order(job)]
+        return len(queued) + sum(other.state == "running" for other in others)
 
     def cancel(self, owner: str, id: str) -> QueuedMerge:
         """Stop one of somebody's own jobs; one that is over stays as it is.
@@ -160,130 +155,145 @@ class Keeper:
         Raises:
             JobError: there is none of that name, or it is another's.
         """
-        with self.store.lock:
+        with self.jobs.lock:
             job = self.job(owner, id)
             if job.is_over:
                 return job
-            job = self.store.change(id, state="cancelled", ended=time.time())
+            job = self.jobs.change(id, state="cancelled", ended=time.time())
             self._tokens.pop(id, None)
-            if (child := self._children.get(id)) is not None:
-                _end(child)
+            if (worker := self._workers.get(id)) is not None:
+                _end(worker)
             return job
 
     def start(self) -> None:
         """Let the workers begin."""
-        self._nursery.open()
-        workers = self.limits.workers
-        self._workers = _Workers(self._huey, workers=workers, periodic=False, initial_delay=0.05, max_delay=0.2)
-        self._workers.start()
+        self._forkserver.start()
+        names = [f"worker {number}" for number in range(self.limits.workers)]
+        self._threads = [threading.Thread(target=self._run_jobs, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """End the workers and their children; what is not over waits for the next start."""
-        self._is_stopping = True
-        if self._workers is not None:
-            self._workers.stop(graceful=False)
-            with self.store.lock:
-                for child in self._children.values():
-                    _end(child)
-            for _, thread in self._workers.worker_threads:
-                thread.join()
-        self._nursery.close()
+        """End the workers; what is not over waits for the next start."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+            for worker in self._workers.values():
+                _end(worker)
+        for thread in self._threads:
+            thread.join()
+        self._forkserver.close()
 
     # ---- turns -------------------------------------------------------------------------------------------------------
 
     def _enqueue(self, job: QueuedMerge) -> QueuedMerge:
         """Into the round after that of the owner's last job, so that who asks for much waits for those who do not."""
-        rounds = [other.turn for other in self.store.of(job.owner) if other.state == "queued" and other.id != job.id]
-        turn = max([self._round, *(number + 1 for number in rounds)])
-        job = self.store.change(job.id, turn=turn)
-        self._huey.enqueue(self._turn.s(job.id, priority=-turn))
+        queued = [other for other in self.jobs.open() if other.owner == job.owner and other.state == "queued"]
+        job = replace(job, state="queued", turn=max([self._round, *(other.turn + 1 for other in queued)]))
+        self.jobs.put(job)
+        self._changed.notify()
         return job
 
-    def _take_turn(self, id: str) -> None:
-        with self.store.lock:
-            job = self.store.get(id)
-            if job is None or job.state != "queued":
-                return
-            self._round = max(self._round, job.turn)
-            if not self._has_good_token(job):
-                self.store.change(id, state="waiting")
-                return
-            token = self._tokens[id]
-            job = self.store.change(id, state="running", started=time.time(), made=0, kept=0)
-        folder = self._work / id
+    def _run_jobs(self) -> None:
+        """One job after the other, until the queue stops; what goes wrong here, a full disk say, ends no thread."""
+        while not self._is_stopping:
+            try:
+                self._run_next()
+            except Exception:
+                log.exception("a fault of ours or of this machine")
+                with self._changed:
+                    self._changed.wait(_PAUSE)
+
+    def _run_next(self) -> None:
+        if (turn := self._next_turn()) is None:
+            return
+        job, token = turn
+        folder, told = self._folder / job.id, dict[str, Any]()
         try:
-            self._make(job, token, folder)
-        except Exception:
-            self._settle(id, token, {})
-            raise
+            told = self._make(job, token, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            with self.store.lock:
-                self._children.pop(id, None)
-                self._forget_token(id)
+            self._settle(job.id, token, told)
 
-    def _make(self, job: QueuedMerge, token: Token, folder: Path) -> None:
+    def _next_turn(self) -> tuple[QueuedMerge, Token] | None:
+        """Wait for the job whose turn it is and that has a good token; None: the queue stops."""
+        with self._changed:
+            while not self._is_stopping:
+                queued = [job for job in self.jobs.open() if job.state == "queued"]
+                if not queued:
+                    self._changed.wait()
+                    continue
+                job = min(queued, key=_order)
+                self._round = max(self._round, job.turn)
+                if (token := self._good_token(job)) is not None:
+                    return self.jobs.change(job.id, state="running", started=time.time(), made=0, kept=0), token
+                self.jobs.change(job.id, state="waiting")
+            return None
+
+    def _make(self, job: QueuedMerge, token: Token, folder: Path) -> dict[str, Any]:
+        """Have it made; what the worker tells of the end, and nothing if it ends without a word."""
         folder.mkdir()
         (folder / RECIPE).write_text(job.recipe, "utf-8")
         pins = {"models": [{"model": model, "commit": commit} for model, commit in job.pins.items()]}
         (folder / RECIPE).with_suffix(".lock.yaml").write_text(yaml.safe_dump(pins), "utf-8")
         asked = {"to": job.to, "token": token.value, **vars(job.how), **self.limits.for_a_job()}
         told: dict[str, Any] = {}
-        with self._begin(job, folder) as child, suppress(ConnectionError):  # it is gone already: it was cancelled
-            child.sendall(json.dumps(asked).encode() + b"\n")
-            for line in child.makefile("r"):
-                told |= self._heard(job.id, json.loads(line)) if line.endswith("\n") else {}
-        self._settle(job.id, token, told)
+        with self._fork(job, folder) as worker, suppress(ConnectionError):  # it is gone already: it was cancelled
+            worker.sendall(json.dumps(asked).encode() + b"\n")
+            for line in worker.makefile("r"):
+                told |= self._note(job.id, json.loads(line)) if line.endswith("\n") else {}
+        return told
 
-    def _begin(self, job: QueuedMerge, folder: Path) -> socket.socket:
-        child = self._nursery.child(folder)
-        with self.store.lock:
-            self._children[job.id] = child
-            if self._is_stopping or self.store.get(job.id) != job:  # it was cancelled a moment ago
-                _end(child)
-        return child
+    def _fork(self, job: QueuedMerge, folder: Path) -> socket.socket:
+        worker = self._forkserver.fork(folder)
+        with self.jobs.lock:
+            self._workers[job.id] = worker
+            if self._is_stopping or self.jobs.get(job.id) != job:  # it was cancelled a moment ago
+                _end(worker)
+        return worker
 
-    def _heard(self, id: str, line: dict[str, Any]) -> dict[str, Any]:
-        """Note a line of the child's; what is left of it is about the end."""
+    def _note(self, id: str, line: dict[str, Any]) -> dict[str, Any]:
+        """Note a line of the worker's; what is left of it is about the end."""
         kept, made, say = line.pop("kept", None), line.pop("made", None), line.pop("say", None)
-        with self.store.lock:
-            if kept is not None:
-                self.store.change(id, kept=kept, made=kept)
-            if made is not None:
-                self.store.progress(id, made, say)
+        with self.jobs.lock:
+            if (job := self.jobs.get(id)) is not None and not job.is_over:
+                if kept is not None:
+                    self.jobs.change(id, kept=kept, made=kept)
+                if made is not None:
+                    self.jobs.progress(id, made, say)
         return line
 
     def _settle(self, id: str, token: Token, told: Mapping[str, Any]) -> None:
         """Write down how it ended."""
-        with self.store.lock:
-            job = self.store.get(id)
-            if job is None or job.state != "running" or self._is_stopping:
-                return
-            if "where" in told:
-                log = (*job.log, *(f"warning: {doubt}" for doubt in told["doubts"]))
-                found = {"where": told["where"], "commit": told["commit"], "is_new": told["is_new"]}
-                self.store.change(id, state="done", made=job.total, ended=time.time(), log=log, **found)
-            elif time.time() > token.expires:
-                self.store.change(id, state="waiting")
-            else:
-                problems = tuple(told.get("failed") or [_NO_WORD])
-                self.store.change(id, state="failed", problems=problems, ended=time.time())
+        with self.jobs.lock:
+            self._workers.pop(id, None)
+            job = self.jobs.get(id)
+            if job is not None and job.state == "running" and not self._is_stopping:
+                job = self.jobs.change(id, **_outcome(job, token, told))
+            if job is None or job.is_over:
+                self._tokens.pop(id, None)
 
-    def _has_good_token(self, job: QueuedMerge) -> bool:
+    def _good_token(self, job: QueuedMerge) -> Token | None:
         token = self._tokens.get(job.id)
-        return token is not None and token.is_good
+        return token if token is not None and token.is_good else None
 
-    def _forget_token(self, id: str) -> None:
-        job = self.store.get(id)
-        if job is None or job.is_over:
-            self._tokens.pop(id, None)
+
+def _outcome(job: QueuedMerge, token: Token, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a job once its worker has ended."""
+    if "where" in told:
+        lines = (*job.log, *(f"warning: {doubt}" for doubt in told["doubts"]))
+        found = {"where": told["where"], "commit": told["commit"], "is_new": told["is_new"]}
+        return {"state": "done", "made": job.total, "ended": time.time(), "log": lines, **found}
+    if time.time() > token.expires:
+        return {"state": "waiting"}
+    return {"state": "failed", "problems": tuple(told.get("failed") or [_NO_WORD]), "ended": time.time()}
 
 
 def _order(job: QueuedMerge) -> tuple[int, float]:
     return job.turn, job.created
 
 
-def _end(child: socket.socket) -> None:
-    """The child's end, and that of whoever listens to it."""
+def _end(worker: socket.socket) -> None:
+    """The worker's end, and that of whoever listens to it."""
     with suppress(OSError):  # it may have ended by itself
-        child.shutdown(socket.SHUT_RDWR)
+        worker.shutdown(socket.SHUT_RDWR)

@@ -1,6 +1,6 @@
-"""The desk: what page, API and bot ask for alike. Recipe in, plan or job out.
+"""What page, API and bot ask for alike: recipe in, plan or job out.
 
-Not here: who is asking (page, api), the rules (rules), and the queue (keeper).
+Not here: who is asking (page, api), what is taken from strangers (admission), and the queue (queue).
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 from merger.errors import Problem, RecipeError
 from merger.run.artifacts import card, elders
-from merger.run.options import Options
 from merger.safety import secrets
 from merger.safety.names import need_repo
 from merger.stores.ports import HUB
-from space.work import admission as rules
-from space.work.job_table import AS_SAID, How, QueuedMerge
-from space.work.queue import Keeper, Token
+from space.work import admission
+from space.work.job_table import DEFAULT, How, QueuedMerge
+from space.work.queue import MergeQueue, Token
 
 if TYPE_CHECKING:
     from merger.planning.plan import Plan
@@ -31,7 +30,6 @@ class Planned:
     recipe: Recipe
     plan: Plan
     store: Store = field(repr=False)
-    options: Options
 
     @property
     def to(self) -> str | None:
@@ -44,15 +42,15 @@ class Planned:
         return card(self.plan, self.recipe.publish.repo or "your-name/merge", {}, self.store, older).files
 
 
-class Desk:
+class Service:
     """Plans and submits.
 
     Args:
-        keeper: the queue.
+        queue: where merges wait their turn.
     """
 
-    def __init__(self, keeper: Keeper) -> None:
-        self.keeper = keeper
+    def __init__(self, queue: MergeQueue) -> None:
+        self.queue = queue
 
     def plan(self, text: str, token: str | None) -> Planned:
         """What a recipe makes, with the models that this token may read; None reads public ones.
@@ -60,13 +58,12 @@ class Desk:
         Raises:
             MergerError: any kind; TooBigError where it could be made elsewhere.
         """
-        recipe = rules.parse_recipe(text)
-        options = rules.options(token, self.keeper.limits)
+        recipe = admission.parse_recipe(text)
+        options = admission.options(token, self.queue.limits)  # the token is watched for while these are there
         secrets.refuse_tokens({"the recipe": text})
-        plan, store = rules.planned(recipe, options, self.keeper.limits)
-        return Planned(recipe, plan, store, options)
+        return Planned(recipe, *admission.plan_recipe(recipe, options, self.queue.limits))
 
-    def submit(self, owner: str, token: Token, text: str, to: str | None = None, how: How = AS_SAID) -> QueuedMerge:
+    def submit(self, owner: str, token: Token, text: str, to: str | None = None, how: How = DEFAULT) -> QueuedMerge:
         """Queue a merge.
 
         Args:
@@ -85,4 +82,4 @@ class Desk:
             raise RecipeError(Problem("where shall the result go?", hint=f"write for example {owner}/my-merge"))
         need_repo(to)
         total = sum(job.nbytes for job in found.plan.jobs)
-        return self.keeper.submit(owner, token, text, HUB + to, rules.pinned_commits(found.plan), total, how)
+        return self.queue.submit(owner, token, text, HUB + to, admission.pinned_commits(found.plan), total, how)

@@ -1,8 +1,8 @@
-"""The child process in which one job's merge is made: hears what to do by a socket, and tells of it line by line.
+"""The process in which one job's merge is made: it is told what to do by a socket, and tells how far it is by lines.
 
 It works in a folder of its own that holds recipe.yaml and its lock file. The token comes by the socket alone, which
-stays open for as long as the worker lives: when that ends, by whatever cause, so does the child, and what it had
-finished waits on the Hub. Not here: when to begin (keeper), and being born (nursery).
+stays open for as long as the queue lives: when that ends, by whatever cause, so does the worker, and what it had
+finished waits on the Hub. Not here: when to begin (queue), and the fork (forkserver).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from merger.cli import text as console
+from merger.cli.text import Progress, show
 from merger.errors import MergerError
 from merger.run.options import Options
 from merger.run.pipeline import Resumed, merge
@@ -33,8 +33,8 @@ RECIPE = "recipe.yaml"
 _SECONDS = 0.2
 
 
-class _Teller(console.Progress):
-    """Tells the worker how far it is, a few times a second."""
+class ProgressPipe(Progress):
+    """Tells the queue how far it is, a few times a second."""
 
     def __init__(self, total: int, out: TextIO) -> None:
         super().__init__(total, out)
@@ -54,23 +54,23 @@ class _Teller(console.Progress):
         print(json.dumps(what), file=self._out, flush=True)
 
 
-def live(worker: socket.socket, folder: Path) -> NoReturn:
-    """Make the merge that the worker describes, and end the process, whatever happens.
+def run_job(queue: socket.socket, folder: Path) -> NoReturn:
+    """Make the merge that the queue describes, and end the process, whatever happens.
 
     Args:
-        worker: where the description comes from, and where the telling goes.
-        folder: the child's own; the recipe and its lock file are in it.
+        queue: where the description comes from, and where the lines go.
+        folder: the worker's own; the recipe and its lock file are in it.
     """
     code = 1
     try:
         os.chdir(folder)
         tempfile.tempdir = str(folder)
         os.environ |= {"TMPDIR": str(folder), "HF_XET_CACHE": str(folder / "xet")}
-        hears, out = worker.makefile("r"), secrets.sieved(worker.makefile("w"))
+        orders, out = queue.makefile("r"), secrets.sieved(queue.makefile("w"))
         sys.stderr = secrets.sieved(sys.stderr, ends=False)
-        asked = json.loads(hears.readline())
-        threading.Thread(target=_end_with_the_worker, args=(hears,), daemon=True).start()
-        code = _told(asked, out)
+        asked = json.loads(orders.readline())
+        threading.Thread(target=_end_with, args=(orders,), daemon=True).start()
+        code = _answer(asked, out)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -78,28 +78,29 @@ def live(worker: socket.socket, folder: Path) -> NoReturn:
         os._exit(code)
 
 
-def _end_with_the_worker(hears: TextIO) -> None:
+def _end_with(orders: TextIO) -> None:
+    """End when the queue does."""
     try:
-        hears.read()
-    finally:  # a worker that was killed before it read all it was told resets the connection
+        orders.read()
+    finally:  # a queue that was killed before it read all it was told resets the connection
         os._exit(1)
 
 
-def _told(asked: dict[str, Any], out: TextIO) -> int:
-    """The exit code; a refusal is told to the worker."""
+def _answer(asked: dict[str, Any], out: TextIO) -> int:
+    """The exit code; a refusal is told to the queue."""
     try:
         with limits_told():
             _make(asked, out)
     except MergerError as error:
-        return _failed(error, out)
+        return _tell_failure(error, out)
     return 0
 
 
-def _failed(error: MergerError, out: TextIO) -> int:
+def _tell_failure(error: MergerError, out: TextIO) -> int:
     try:
         print(json.dumps({"failed": [str(problem) for problem in error.problems]}), file=out, flush=True)
     except secrets.LeakError as leak:
-        return _failed(leak, out)
+        return _tell_failure(leak, out)
     return error.exit_code
 
 
@@ -118,12 +119,12 @@ def _make(asked: dict[str, Any], out: TextIO) -> None:
         write_token=asked["token"],
     )
     planned, store = plan(read_recipe(Path(RECIPE)), options)
-    teller = _Teller(sum(job.nbytes for job in planned.jobs), out)
+    progress = ProgressPipe(sum(job.nbytes for job in planned.jobs), out)
 
     def tell(event: Event) -> None:
         if isinstance(event, Resumed):
-            teller.tell(kept=planned.size * event.shards // event.of)
-        console.show(event, teller)
+            progress.tell(kept=planned.size * event.shards // event.of)
+        show(event, progress)
 
     result = merge(planned, store, options, tell)
-    teller.tell(where=result.where, commit=result.commit or "", is_new=result.is_new, doubts=result.doubts)
+    progress.tell(where=result.where, commit=result.commit or "", is_new=result.is_new, doubts=result.doubts)

@@ -30,9 +30,9 @@ from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
 from space import views
 from space.api import Api
-from space.work import admission as rules
+from space.work import admission
 from space.work.admission import Limits
-from space.work.service import Desk
+from space.work.service import Service
 
 TWO = "models: [{model: org/a, parameters: {weight: 1}}, {model: org/b, parameters: {weight: 1}}]\n"
 BOTH = "merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n  - model: ./{}\n  - model: ./{}\n"
@@ -205,7 +205,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
-NO_DESK = cast(Desk, None)
+NO_SERVICE = cast(Service, None)
 """A recipe is checked without one."""
 
 
@@ -277,8 +277,8 @@ def test_what_is_said_of_a_recipe(name: str, here: Path, checked: Step) -> None:
     assert (done.code, done.err) == (2 if says.kind == "error" else 0, on_the_terminal(says, name))
     assert [line for line in checked.commands if f"file={file(name)}," in line] == [on_github(says, name)]
     assert in_the_summary(says, name) in checked.summary
-    assert words(views.problem_list(rules.check(recipe))) == in_the_space(says)
-    answer = Api(NO_DESK).check(recipe)
+    assert words(views.problem_list(admission.check(recipe))) == in_the_space(says)
+    answer = Api(NO_SERVICE).check(recipe)
     (told,) = answer["problems" if says.kind == "error" else "warnings"]
     where = f"{told['where']}: " if told["where"] else ""
     assert (told["line"], told["column"], where + told["what"], told["hint"]) == (
@@ -338,7 +338,7 @@ def test_what_takes_memory_is_told_wherever_there_is_too_little(here: Path, tmp_
                if line.startswith("::error")]  # fmt: skip
     assert told.endswith(f"::{what}%0A{hint}")
     with pytest.raises(BudgetError) as caught:
-        rules.planned(read_recipe(Path(name)), Options(max_memory=1_000_000), Limits())
+        admission.plan_recipe(read_recipe(Path(name)), Options(max_memory=1_000_000), Limits())
     assert words(views.refusal(caught.value.problems)) == (
         f"error {what} it is too big for this Space; the GitHub Action or your own machine can make it"
     )

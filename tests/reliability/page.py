@@ -50,7 +50,7 @@ FOOT = """
 Killed by SIGKILL in the middle of a merge and started again, the Space has the job, which goes on when its owner is
 back and publishes the bytes of an undisturbed run. Of twenty users who submit at the same moment each is served or told
 their place, none sees another's, and nothing is lost: on two cores with two workers all had submitted within 3 s, and
-their merges of tiny models were done within 18 to 23 s (five runs); page, nursery and children together took 1.05 GB
+their merges of tiny models were done within 18 to 23 s (five runs); page, fork server and workers together took 1.05 GB
 at most, where limit and plans allow 3.2 GB. tests/space tries both (`test_twenty_at_once` prints its figures).
 
 ## Not covered

@@ -130,4 +130,4 @@ def test_the_client_says_the_same(name: str) -> None:
 def test_the_name_that_the_form_suggests_is_one(models: list[str], method: str) -> None:
     """Whatever the models are called."""
     shown = Form(method=method, rows=tuple(ModelRow(name) for name in models))
-    assert is_repo(form.suggested(shown, "alice"))
+    assert is_repo(form.suggest_repo(shown, "alice"))

@@ -222,21 +222,21 @@ def test_the_plan_says_which_models_would_be_told_of(
     assert ("warning: bob/priv is private" in said[0].stdout) is is_warned
 
 
-# The Space's desk
+# The Space's service
 
 
-def desk_says(folder: str, recipe: str, tokens: list[str | None]) -> list[str]:
-    """What each of these callers is told of the recipe, by one desk, one after the other."""
+def service_says(folder: str, recipe: str, tokens: list[str | None]) -> list[str]:
+    """What each of these callers is told of the recipe, by one service, one after the other."""
     from merger.cli import markdown
     from merger.errors import MergerError
     from space.work.admission import Limits
-    from space.work.queue import Keeper
-    from space.work.service import Desk
+    from space.work.queue import MergeQueue
+    from space.work.service import Service
 
-    desk, found = Desk(Keeper(Path(folder), Limits())), []
+    service, found = Service(MergeQueue(Path(folder), Limits())), []
     for token in tokens:
         try:
-            planned = desk.plan(recipe, token)
+            planned = service.plan(recipe, token)
             files = [content.decode("utf-8", "replace") for content in planned.card().values()]
             found.append("\n".join([markdown.plan_section(planned.plan, planned.to), *files]))
         except MergerError as error:
@@ -244,12 +244,12 @@ def desk_says(folder: str, recipe: str, tokens: list[str | None]) -> list[str]:
     return found
 
 
-def test_a_desk_tells_each_what_they_may_read(scene: Scene, tmp_path: Path) -> None:
+def test_the_service_tells_each_what_they_may_read(scene: Scene, tmp_path: Path) -> None:
     """Neither what it told another before, nor what the Space's own token or cache may have."""
     scene.hub.add_user("eve", token="hf_token_of_eve")
     with Client(scene.hub.env(scene.home, BOB)) as client:
         tokens = [BOB, None, "hf_token_of_eve"]
-        bob, *others = client(desk_says, str(tmp_path / "desk"), LINEAR.format("pub/one", "bob/priv"), tokens)
+        bob, *others = client(service_says, str(tmp_path / "space"), LINEAR.format("pub/one", "bob/priv"), tokens)
     assert scene.hub.head("bob/priv")[:12] in bob
     assert "bob/priv is private, and the result is public" in bob
     assert "bob/older" not in bob, "the card that is shown is the card that will be published"

@@ -16,7 +16,7 @@ from hostile import HOSTILE, obeyed
 from merger.errors import Problem
 from space import views
 from space.form import ShownSetting
-from space.work import admission as rules
+from space.work import admission
 from space.work.job_table import QueuedMerge
 
 JOB = QueuedMerge("id", "alice", "a: 1", "hf://alice/<b>", {}, 1_000_000, created=1.0)
@@ -60,7 +60,7 @@ def test_a_log_is_text() -> None:
 
 def test_words_of_others_are_escaped() -> None:
     """Markup in a recipe is shown, not obeyed."""
-    told = views.problem_list(rules.check("merge_method: <img src=x onerror=alert(1)>\nmodels: [{model: a/b}]\n"))
+    told = views.problem_list(admission.check("merge_method: <img src=x onerror=alert(1)>\nmodels: [{model: a/b}]\n"))
     assert "<img" not in told
     assert "&lt;img" in told
     assert "<script" not in views.curves(ShownSetting({"<script>": (0.0, float("nan"), 1.0)}), "<script>")
@@ -73,7 +73,7 @@ def test_words_of_others_turn_nothing_and_are_no_lines_of_ours() -> None:
     pages = [
         views.job(job, 0),
         views.log(job),
-        views.problem_list(rules.check(recipe)),
+        views.problem_list(admission.check(recipe)),
         views.refusal([Problem(HOSTILE, hint=HOSTILE)]),
         views.curves(ShownSetting({HOSTILE: (0.0, 1.0)}), HOSTILE),
         views.lineage({"pictures/lineage.png": b""}, [HOSTILE]),

@@ -10,7 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from waiting import HANGS_SECONDS
 
 from space.bot.bot import Bot
 from space.work.admission import Limits
-from space.work.queue import Keeper
-from space.work.service import Desk
+from space.work.queue import MergeQueue
+from space.work.service import Service
 
 NOW = {"repo": "alice/model", "sha": "a" * 40}
 _BOTS: list[Bot] = []
@@ -38,7 +38,7 @@ _BOTS: list[Bot] = []
 
 def begin(folder: str) -> None:
     """A bot whose queue nobody works off."""
-    _BOTS[:] = [Bot(Desk(Keeper(Path(folder), Limits())), TOKEN, SECRET)]
+    _BOTS[:] = [Bot(Service(MergeQueue(Path(folder), Limits())), TOKEN, SECRET)]
 
 
 def hear(told: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
@@ -50,26 +50,25 @@ def turn(times: int = 1) -> list[dict[str, Any]]:
     """Steps with all that is open; what is known of all that was asked since the beginning."""
     for _ in range(times):
         _BOTS[0].turn()
-    return [asdict(ask) for ask in sorted(_BOTS[0]._asks._all(), key=lambda ask: ask.at)]
+    return _BOTS[0]._service.queue.records.find("event")
 
 
 def jobs() -> list[dict[str, Any]]:
     """All that was queued, the oldest first."""
-    return [asdict(job) for job in _BOTS[0]._desk.keeper.store.all()]
+    return _BOTS[0]._service.queue.records.find("job")
 
 
 def end(state: str, *problems: str) -> None:
     """The end of whatever is queued."""
-    store = _BOTS[0]._desk.keeper.store
-    for job in store.all():
-        if not job.is_over:
-            store.change(job.id, state=state, problems=problems, where="there", is_new=True)
+    jobs = _BOTS[0]._service.queue.jobs
+    for job in jobs.open():
+        jobs.change(job.id, state=state, problems=problems, where="there", is_new=True)
 
 
 def tired() -> None:
     """What waits for a while has waited."""
-    for ask in _BOTS[0]._asks.open():
-        _BOTS[0]._asks.change(ask, again=0.0)
+    for event in _BOTS[0]._events.open():
+        _BOTS[0]._events.change(event, again=0.0)
 
 
 # The scene
@@ -149,8 +148,8 @@ def test_whatever_webhook_comes_first_main_is_merged_once(order: list[int], scen
     scene(end, "done")
     for number in (0, 1, 2):
         scene(hear, told[number])
-    asks = scene(turn, 3)
-    assert {ask["state"] for ask in asks} == {"over"}
+    events = scene(turn, 3)
+    assert {event["state"] for event in events} == {"over"}
     assert len(scene(jobs)) == 1
     assert ["Published: there" in said for said in scene.said(repo)] == [False, True]
 
@@ -173,15 +172,15 @@ def test_one_merge_at_a_time_for_a_repo(scene: Scene, repo: str) -> None:
     scene(end, "done")
     scene(turn, 2)
     scene(end, "done")
-    assert {ask["state"] for ask in scene(turn)} == {"over"}
+    assert {event["state"] for event in scene(turn)} == {"over"}
     assert [job["recipe"] for job in scene(jobs)] == [OLD, NEW, RECIPE]
 
 
-def test_a_commit_that_leaves_merge_yaml_alone_asks_for_nothing(scene: Scene, repo: str) -> None:
+def test_a_commit_that_leaves_merge_yaml_alone_events_for_nothing(scene: Scene, repo: str) -> None:
     """Also where nobody has ever told of the file that lies there."""
     scene.push(repo, OLD)
     scene(hear, scene.push(repo, "", notes_txt="mine"))
-    assert [ask["state"] for ask in scene(turn, 2)] == ["over"]
+    assert [event["state"] for event in scene(turn, 2)] == ["over"]
     assert (scene(jobs), scene.said(repo)) == ([], [])
 
 
@@ -219,7 +218,7 @@ def test_a_commit_without_authors_is_the_owners(scene: Scene, repo: str) -> None
     """Who may not write there has none on main."""
     scene.hub.fail(lambda request: "/commits/" in request.path, spoil=_spoilt(without_authors), times=9)
     scene(hear, scene.push(repo, RECIPE))
-    assert [ask["state"] for ask in scene(turn)] == ["job"]
+    assert [event["state"] for event in scene(turn)] == ["job"]
     assert [job["owner"] for job in scene(jobs)] == ["@alice"]
 
 
@@ -240,7 +239,7 @@ def test_a_hub_that_refuses_for_long_is_told_of(scene: Scene, repo: str) -> None
     """Once it is known that it asks us; the step is taken some times before."""
     scene.hub.fail(lambda request: "/zoo" in request.path or "/revision/main" in request.path, times=99)
     scene(hear, scene.push(repo, RECIPE))
-    assert [ask["state"] for ask in scene(turn, 12)] == ["over"]
+    assert [event["state"] for event in scene(turn, 12)] == ["over"]
     assert scene.said(repo) == []
 
 
@@ -321,9 +320,9 @@ def test_an_odd_answer_of_the_hubs_ends_in_a_state_and_what_asks_us_in_words(
         scene(end, "failed", "for a reason")
         scene(tired)
         scene(turn, 3)
-    asks = scene(turn)
-    assert {ask["state"] for ask in asks} == {"over"}
-    if any(ask["is_meant"] for ask in asks):
+    events = scene(turn)
+    assert {event["state"] for event in events} == {"over"}
+    if any(event["is_meant"] for event in events):
         assert scene.said(repo)
 
 
@@ -349,7 +348,7 @@ WHOLE = [
 @pytest.fixture(scope="module")
 def listening(tmp_path_factory: pytest.TempPathFactory) -> Bot:
     """A bot in this process."""
-    return Bot(Desk(Keeper(tmp_path_factory.mktemp("listening"), Limits())), TOKEN, SECRET)
+    return Bot(Service(MergeQueue(tmp_path_factory.mktemp("listening"), Limits())), TOKEN, SECRET)
 
 
 @settings(max_examples=200, deadline=None)
@@ -363,9 +362,9 @@ def test_any_webhook_has_a_status(listening: Bot, data: st.DataObject) -> None:
         body = json.dumps(changed(whole, way, data.draw(st.sampled_from(ODD)))).encode()
     status, told = listening.hear(body)
     assert (status, list(told)) in [(200, ["state"]), (400, ["error"])]
-    for ask in listening._asks.open()[-1:]:
-        assert re.fullmatch(r"[\w./-]+(/\d{1,10}/[\w-]{1,64}|@[0-9a-f]{40})", ask.key, re.ASCII), ask
-        assert re.fullmatch(r"([0-9a-f]{40})?", ask.old), ask
+    for event in listening._events.open()[-1:]:
+        assert re.fullmatch(r"[\w./-]+(/\d{1,10}/[\w-]{1,64}|@[0-9a-f]{40})", event.key, re.ASCII), event
+        assert re.fullmatch(r"([0-9a-f]{40})?", event.old), event
 
 
 @pytest.mark.parametrize("whole", WHOLE)

@@ -14,7 +14,7 @@ from naming import PLACES
 from merger.errors import MergerError
 from merger.recipe import model
 from merger.safety.limits import ALL_TENSORS, SPACE_TENSORS, Limit
-from space.work import admission as rules
+from space.work import admission
 from space.work.admission import Limits
 
 TWO = "merge_method: linear\nmodels:\n  - model: {}\n  - model: org/b\nparameters: {{weight: 1}}\n"
@@ -38,7 +38,7 @@ STRANGE = [
 
 
 def refused(text: str) -> str:
-    return "\n".join(map(str, rules.check(text).problems))
+    return "\n".join(map(str, admission.check(text).problems))
 
 
 @pytest.mark.parametrize("name", STRANGE)
@@ -107,7 +107,7 @@ def test_no_templates() -> None:
 
 def test_large_recipes_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recipe of too many bytes, or with thousands of models, is refused before anything reads it."""
-    monkeypatch.setattr(rules, "parse_text", lambda *_: pytest.fail("it was parsed"))
+    monkeypatch.setattr(admission, "parse_text", lambda *_: pytest.fail("it was parsed"))
     assert "the recipe has 70,001 bytes, and this Space reads 64,000 at most" in refused("# " + "é" * 34_999 + "x")
     assert "names models 5,000 times" in refused("models:\n" + "- {model: a}\n" * 2_500 + "- model: a\n" * 2_500)
 
@@ -125,15 +125,14 @@ def test_as_many_models_as_there_is_room_for() -> None:
 )
 def test_what_is_no_recipe(text: str) -> None:
     """Whatever is typed, there is a sentence for it and no exception."""
-    assert rules.check(text).recipe is None
-    assert rules.check(text).problems
+    assert admission.check(text).problems
 
 
 # ---- with a Hub -----------------------------------------------------------------------------------------------------
 
 
 def planned(text: str, token: str | None, limits: Limits) -> str:
-    return rules.planned(rules.parse_recipe(text), rules.options(token, limits), limits)[0].hash
+    return admission.plan_recipe(admission.parse_recipe(text), admission.options(token, limits), limits)[0].hash
 
 
 @pytest.fixture(scope="module")
@@ -162,15 +161,17 @@ def test_a_folder_of_that_name(client: Client) -> None:
 
 
 def planned_with_few(text: str) -> None:
-    rules.planned(
-        rules.parse_recipe(text), replace(rules.options(None, Limits()), tensors=Limit("all", 3, "", "x")), Limits()
+    admission.plan_recipe(
+        admission.parse_recipe(text),
+        replace(admission.options(None, Limits()), tensors=Limit("all", 3, "", "x")),
+        Limits(),
     )
 
 
 @pytest.mark.usefixtures("models")
 def test_headers_fill_no_page(client: Client) -> None:
     """All models' headers together tell of fewer tensors than on a machine of one's own, or the plan is refused."""
-    assert rules.options(None, Limits()).tensors == SPACE_TENSORS
+    assert admission.options(None, Limits()).tensors == SPACE_TENSORS
     assert SPACE_TENSORS.most < ALL_TENSORS.most
     with pytest.raises(ClientError, match="at most 3 are read"):
         client(planned_with_few, TWO.format("org/b@main"))
@@ -206,5 +207,5 @@ def test_limits_of_this_machine(tmp_path: Path) -> None:
 
 def test_a_refusal_has_an_exit_code() -> None:
     """Each refusal of the Space is one of the errors that the rest of the project knows."""
-    assert issubclass(rules.TooBigError, MergerError)
-    assert rules.TooBigError.exit_code == 5
+    assert issubclass(admission.TooBigError, MergerError)
+    assert admission.TooBigError.exit_code == 5
