@@ -82,10 +82,11 @@ def browser(launch: Callable[[list[str]], Browser]) -> Browser:
 class Visitor:
     """Somebody with a browser of their own."""
 
-    def __init__(self, context: BrowserContext, url: str) -> None:
-        self.context, self.url, self.clicks = context, url, 0
+    def __init__(self, context: BrowserContext, url: str, stays: bool = False) -> None:
+        self.context, self.url, self.stays, self.clicks = context, url, stays, 0
         self.outside: list[str] = []
         context.set_default_timeout(1000 * HANGS_SECONDS)
+        context.on("dialog", lambda dialog: dialog.accept())  # "leave this page?", once somebody has typed in it
         context.on("request", self._look)  # a route would switch the browser's cache off
         self.page = context.new_page()
 
@@ -95,9 +96,9 @@ class Visitor:
             self.outside.append(request.url)
 
     def open(self, query: str = "") -> Page:
-        """Open the page in a new tab, in place of the one before, and wait until it can be worked with."""
-        self.page.close()
-        self.page = self.context.new_page()
+        """Open the page anew, in a new tab if there is none, and wait until it can be worked with."""
+        if self.page.is_closed():
+            self.page = self.context.new_page()
         self.page.goto(self.url + query)
         self.ready()
         return self.page
@@ -158,12 +159,27 @@ def signed_in() -> dict[str, Any]:
     return {}
 
 
+@pytest.fixture(scope="module")
+def stranger(browser: Browser, space: ServedSpace) -> Iterator[Visitor]:
+    """Somebody who never signs in, with a tab that stays: to open the page anew in it takes half of the work."""
+    visitor = Visitor(browser.new_context(viewport={"width": 1280, "height": 900}), space.url, stays=True)
+    yield visitor
+    visitor.context.close()
+
+
 @pytest.fixture
-def visit(browser: Browser, space: ServedSpace, signed_in: dict[str, Any]) -> Iterator[Visit]:
+def visit(
+    browser: Browser, space: ServedSpace, signed_in: dict[str, Any], request: pytest.FixtureRequest
+) -> Iterator[Visit]:
     """Makes visitors, signed in as a user if need be; afterwards none of their pages has asked another machine."""
     made: list[Visitor] = []
 
-    def visitor(user: str | None = None, dark: bool = False) -> Visitor:
+    def visitor(user: str | None = None, dark: bool = False, fresh: bool = False) -> Visitor:
+        if user is None and not dark and not fresh:
+            made.append(request.getfixturevalue("stranger"))
+            made[-1].page.set_viewport_size({"width": 1280, "height": 900})
+            made[-1].open()
+            return made[-1]
         scheme: Any = "dark" if dark else "light"
         size: Any = {"width": 1280, "height": 900}
         known = signed_in.get(user or "")
@@ -178,5 +194,6 @@ def visit(browser: Browser, space: ServedSpace, signed_in: dict[str, Any]) -> It
 
     yield visitor
     for each in made:
-        each.context.close()
+        if not each.stays:
+            each.context.close()
     assert [address for each in made for address in each.outside] == []

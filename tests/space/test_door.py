@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -224,18 +224,25 @@ async ([space, path, text]) => {
 FRAMED = "<iframe id=space width=1000 height=900 src='{}'></iframe>"
 
 
-@pytest.fixture
-def visitor(launch: Callable[[list[str]], Browser], space: ServedSpace, tmp_path: Any) -> Iterator[Visitor]:
-    """Somebody with a browser in which the Space has its name, before TLS as on the Hub."""
-    relay = Relay(space.port, HOST, tmp_path)
+@pytest.fixture(scope="module")
+def relayed(
+    launch: Callable[[list[str]], Browser], space: ServedSpace, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Browser]:
+    """A browser in which the Space has its name, before TLS as on the Hub."""
+    relay = Relay(space.port, HOST, tmp_path_factory.mktemp("relay"))
     rules = f"MAP {HOST}:443 127.0.0.1:{relay.port}, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
     # else the browser itself keeps a site from asking this machine, where on the Hub it is another one
     near = "--disable-features=LocalNetworkAccessChecks,PrivateNetworkAccessRespectPreflightResults"
-    browser = launch(["--no-sandbox", near, f"--host-resolver-rules={rules}"])
-    found = Visitor(browser.new_context(ignore_https_errors=True), OWN)
-    yield found
-    browser.close()
+    yield launch(["--no-sandbox", near, f"--host-resolver-rules={rules}"])
     relay.close()
+
+
+@pytest.fixture
+def visitor(relayed: Browser) -> Iterator[Visitor]:
+    """Somebody with that browser."""
+    context = relayed.new_context(ignore_https_errors=True)
+    yield Visitor(context, OWN)
+    context.close()
 
 
 def elsewhere(visitor: Visitor, url: str, body: str = "") -> Page:

@@ -37,7 +37,7 @@ def named(visitor: Visitor, repo: str) -> None:
 
 def test_a_first_visit(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
     """From opening the page to a published merge in three clicks; the link leads to the repo."""
-    alice = visit()
+    alice = visit(fresh=True)
     alice.sign_in("alice")
     alice.click("button", "Merge and publish")
     alice.job("done")
