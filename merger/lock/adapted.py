@@ -26,9 +26,9 @@ def with_adapter(model: LockedModel, adapter: LockedModel) -> LockedModel:
     assert adapter.lora is not None
     held = model.checkpoint
     found = changes(adapter.lora, held.tensors, held.config)
-    scaled = next((name for name, change in found.items() if change.tokens and name in model.scaled), None)
-    if scaled is not None:
-        raise ModelError(Problem(f"it has single rows of {scaled}, which is quantised", hint=_OTHER_ADAPTER))
+    stored = next((name for name, change in found.items() if change.tokens and name in model.quantised), None)
+    if stored is not None:
+        raise ModelError(Problem(f"it has single rows of {stored}, which is quantised", hint=_OTHER_ADAPTER))
     return _with_rows(replace(model, adapter=adapter, changes=found))
 
 

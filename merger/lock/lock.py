@@ -124,7 +124,7 @@ def _found(attempts: Iterable[_Attempt], others: Iterable[_Attempt] = ()) -> tup
 
 def _in_one_layout(models: Sequence[LockedModel]) -> tuple[LockedModel, ...]:
     """The models with a tensor for each expert, where some have one and others have all of a layer's in one."""
-    fused = [model for model in models if are_fused(model.checkpoint.tensors)]
+    fused = [model for model in models if are_fused(model.checkpoint.tensors) and not model.quantised]
     like = next((model.checkpoint.tensors for model in models if model not in fused and model.has_experts), None)
     if like is None:
         return tuple(models)
@@ -264,9 +264,9 @@ class _Fetching:
         checkpoint = Checkpoint(found.tensors, found.config, begins)
         card, licence = _licensed(located, store)
         steps = {name: _contents(located, name, store) for name in pipeline(located.files)}
-        aside, scaled = found.aside, found.scaled
+        aside, quantised = found.aside, found.quantised
         return LockedModel(
-            ref, located, checkpoint, card, scaled=scaled, aside=aside, licence_file=licence, pipeline=steps
+            ref, located, checkpoint, card, quantised=quantised, aside=aside, licence_file=licence, pipeline=steps
         )
 
     def adapter(self, ref: ModelRef) -> LockedModel:

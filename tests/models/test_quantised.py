@@ -1,4 +1,7 @@
-"""Models that are stored in eight bits with scales are merged as what they stand for; packed ones are refused."""
+"""Models that are stored in eight bits with scales are merged as what they stand for; what is not read is refused.
+
+Not here: packed formats that are read (test_packed).
+"""
 
 from __future__ import annotations
 
@@ -158,7 +161,7 @@ PACKED: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any] | None, str]]
                      "is quantised by bitsandbytes; its stored numbers must not"),
     "MXFP4": ({"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.ones(2, dtype=torch.uint8),
                "model.layers.0.mlp.experts.gate_up_proj_scales": torch.ones(2, dtype=torch.uint8)},
-              {"quant_method": "mxfp4"}, "is quantised by MXFP4; its stored numbers must not"),
+              {"quant_method": "mxfp4"}, "stores model.layers.0.mlp.experts.gate_up_proj as [2] of U8 with scales [2]"),
     "NVFP4": ({NAME: torch.ones(24, 8, dtype=torch.uint8), NAME + "_scale": torch.ones(24, 1).to(FP8),
                NAME + "_scale_2": torch.tensor(1.0)}, {"quant_method": "modelopt", "quant_algo": "NVFP4"},
               "is quantised by NVFP4; its stored numbers must not"),

@@ -1,0 +1,207 @@
+"""Tensors that are stored in packed formats are merged as what their library reads from them.
+
+Each format has its row in CASES: tensors as they are stored, and what they stand for by a straight computation, which
+is compared with the format's own library where that is installed. Not here: numbers of eight bits with scales, and what
+is refused (test_quantised).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from merging import merged
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from merger.engine.readers import load_input
+from merger.planning.inputs.base import Input, Stored
+from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
+
+Tensors = dict[str, Tensor]
+Draw = torch.Generator
+GRID = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
+FOURS = torch.cat([GRID, -GRID])
+MODULE = "model.layers.0.mlp.up_proj"
+
+
+def codes(draw: Draw, *shape: int, below: int = 16) -> Tensor:
+    """Random ones of four bits, or others."""
+    return torch.randint(0, below, shape, generator=draw)
+
+
+def paired(numbers: Tensor) -> Tensor:
+    """Two codes a byte, the first one in the low half."""
+    return (numbers[..., 0::2] | numbers[..., 1::2] << 4).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A format.
+
+    Args:
+        make: the stored tensors by their names, and what they stand for.
+        tensor: the name of that.
+        said: what the config says.
+        dtype: the model's.
+        shapes: how many rows and columns it is tried with.
+    """
+
+    make: Callable[[Draw, int, int], tuple[Tensors, Tensor]]
+    tensor: str = f"{MODULE}.weight"
+    said: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"
+    shapes: tuple[tuple[int, int], ...] = ((32, 48), (96, 40))
+
+
+# ---- the formats ----------------------------------------------------------------------------------------------------
+
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def mxfp4(
+    draw: Draw, rows: int, columns: int, name: str = EXPERTS, least: int = 0, below: int = 253
+) -> tuple[Tensors, Tensor]:
+    """Two experts; scales of every power of two that bfloat16 has beside the numbers."""
+    numbers = codes(draw, 2, columns, rows // 32, 32)
+    scales = torch.randint(least, below, numbers.shape[:-1], generator=draw)
+    values = FOURS[numbers].double() * 2.0 ** (scales.double() - 127)[..., None]
+    stored = {f"{name}_blocks": paired(numbers), f"{name}_scales": scales.to(torch.uint8)}
+    return stored, values.flatten(2).transpose(1, 2).float()
+
+
+CASES: Mapping[str, Case] = {
+    "MXFP4": Case(mxfp4, EXPERTS, {"quant_method": "mxfp4"}, shapes=((32, 48), (96, 40), (64, 9000))),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+"""Rows may be shorter than what is read at once, or longer than what a read skips."""
+
+
+# ---- what is read ---------------------------------------------------------------------------------------------------
+
+
+def written(case: Case, folder: Path, rows: int, columns: int) -> tuple[Path, Tensor]:
+    """A model with one tensor in the format, and what that stands for."""
+    stored, values = case.make(Draw().manual_seed(rows), rows, columns)
+    held = {"model.norm.weight": torch.ones(columns, dtype=torch.bfloat16), **stored}
+    return tiny.write(folder, held, torch_dtype=case.dtype, quantization_config=case.said), values
+
+
+def passed(model: Path, dtype: str = "float32") -> str:
+    """A recipe that hands on what it reads."""
+    return f"merge_method: passthrough\ndtype: {dtype}\nmodels: [{{model: {model}}}]\n"
+
+
+@every_case
+def test_a_packed_tensor_is_read_as_what_it_stands_for(case: str, tmp_path: Path) -> None:
+    """Bit for bit, in float32; the config no longer speaks of it, and the plan says what the numbers come from."""
+    of = CASES[case]
+    for number, shape in enumerate(of.shapes):
+        model, values = written(of, tmp_path / f"{number}", *shape)
+        planned = merged(passed(model), tmp_path / f"out-{number}")
+        found = tiny.read(tmp_path / f"out-{number}")
+        assert found.keys() == {"model.norm.weight", of.tensor}
+        assert torch.equal(found[of.tensor], values)
+        assert "quantization_config" not in json.loads((tmp_path / f"out-{number}/config.json").read_text())
+        form = case.partition(",")[0]
+        assert planned.notes == (f"read back from few bits: {number} ({form}); "
+                                 "what is made of them carries the error of their quantisation",)  # fmt: skip
+        assert not planned.left_out
+
+
+class Files:
+    """The stored tensors of one model's file, in place of a job's; `read` counts the bytes."""
+
+    def __init__(self, file: Path) -> None:
+        self._bytes, self.read = file.read_bytes(), 0
+
+    def raw(self, leaf: Stored, start: int, stop: int) -> NDArray[np.uint8]:
+        assert 0 <= start <= stop <= leaf.tensor.nbytes
+        self.read += stop - start
+        return np.frombuffer(self._bytes, np.uint8, stop - start, leaf.tensor.start + start)
+
+
+def planned_input(folder: Path, model: Path, name: str) -> Input:
+    (folder / "mine.yaml").write_text(passed(model))
+    found, _ = plan(read_recipe(folder / "mine.yaml"), Options())
+    return next(job.inputs[0].source for job in found.jobs if job.name == name)
+
+
+@every_case
+def test_any_part_read_alone_is_that_of_the_whole(case: str, tmp_path: Path) -> None:
+    """Blocks may begin and end within rows, within groups, and in different matrices."""
+    model, values = written(CASES[case], tmp_path / "model", *CASES[case].shapes[-1])
+    source = planned_input(tmp_path, model, CASES[case].tensor)
+    files: Any = Files(model / "model.safetensors")
+    load = partial(load_input, source, leaves=files)
+    count = values.numel()
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.tuples(st.integers(0, count), st.integers(0, count)), st.integers(1, 5))
+    def check(ends: tuple[int, int], step: int) -> None:
+        start, stop = sorted(ends)
+        read = load(start, stop, torch.empty(stop - start), step=step)
+        assert torch.equal(read, values.flatten()[start:stop][-start % step :: step])
+
+    check()
+
+
+def test_only_the_groups_of_the_rows_are_read(tmp_path: Path) -> None:
+    """Of columns that are too long to read on to the next one: of 64 groups the one that a block needs."""
+    model, values = written(CASES["MXFP4"], tmp_path / "model", 32 * 1100, 3)
+    source = planned_input(tmp_path, model, EXPERTS)
+    files: Any = Files(model / "model.safetensors")
+    rows = load_input(source, 32 * 3, 64 * 3, torch.empty(32 * 3), files)
+    assert torch.equal(rows, values[0, 32:64].flatten())
+    assert files.read < 3 * 16 + 3 * 1100 + 1
+
+
+def test_gpt_oss_merges_as_published_with_its_fine_tune(tmp_path: Path) -> None:
+    """The result is that of a merge with what transformers reads, and transformers loads it."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = GptOssConfig(**sizes, num_key_value_heads=2, head_dim=16, vocab_size=40, num_local_experts=2)
+    tuned, plain = GptOssForCausalLM(config).bfloat16(), GptOssForCausalLM(config).bfloat16()
+    held, packed = plain.state_dict(), Tensors()
+    for name in [name for name in held if name.endswith("_proj") and "experts" in name]:
+        rows, columns = held[name].shape[1:]
+        stored, values = mxfp4(Draw().manual_seed(rows), rows, columns, name, 120, 128)
+        packed |= stored
+        held[name].copy_(values)
+    plain.save_pretrained(tmp_path / "plain")
+    tuned.save_pretrained(tmp_path / "tuned")
+    kept = {name: tensor for name, tensor in held.items() if f"{name}_blocks" not in packed}
+    written = {**json.loads((tmp_path / "plain/config.json").read_text())}
+    tiny.write(tmp_path / "packed", {**kept, **packed}, config=written, quantization_config={"quant_method": "mxfp4"})
+    for one, out in (("plain", "expected"), ("packed", "out")):
+        models = f"[{{model: {tmp_path / one}}}, {{model: {tmp_path}/tuned}}]"
+        merged(f"merge_method: linear\ndtype: bfloat16\nmodels: {models}\n", tmp_path / out)
+    found, expected = tiny.read(tmp_path / "out"), tiny.read(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    model, told = GptOssForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values())
+    assert not hasattr(model.config, "quantization_config")
+
+
+# ---- as their libraries read them -----------------------------------------------------------------------------------
+
+
+def test_mxfp4_is_what_transformers_reads() -> None:
+    """Its own function, whose result is in bfloat16: no number is rounded."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    stored, values = mxfp4(Draw().manual_seed(3), 96, 40)
+    theirs = convert_moe_packed_tensors(*stored.values(), dtype=torch.bfloat16)
+    assert torch.equal(theirs.float(), values)
