@@ -7,6 +7,7 @@ is refused (test_quantised).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ Draw = torch.Generator
 GRID = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
 FOURS = torch.cat([GRID, -GRID])
 MODULE = "model.layers.0.mlp.up_proj"
+NAME = f"{MODULE}.weight"
 
 
 def codes(draw: Draw, *shape: int, below: int = 16) -> Tensor:
@@ -60,10 +62,10 @@ class Case:
     """
 
     make: Callable[[Draw, int, int], tuple[Tensors, Tensor]]
-    tensor: str = f"{MODULE}.weight"
+    tensor: str = NAME
     said: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "bfloat16"
-    shapes: tuple[tuple[int, int], ...] = ((32, 48), (96, 40))
+    shapes: tuple[tuple[int, int], ...] = ((32, 64), (96, 160))
 
 
 # ---- the formats ----------------------------------------------------------------------------------------------------
@@ -82,8 +84,50 @@ def mxfp4(
     return stored, values.flatten(2).transpose(1, 2).float()
 
 
+def nvfp4(draw: Draw, rows: int, columns: int) -> tuple[Tensors, Tensor]:
+    """A scale for 16 numbers of a row, and one for all."""
+    numbers, scales = codes(draw, rows, columns // 16, 16), eighths(draw, rows, columns // 16)
+    values = (FOURS[numbers] + 0) * (scales.float() * NVFP4_WHOLE)[..., None]
+    stored = {
+        f"{NAME}": paired(numbers).flatten(1),
+        f"{NAME}_scale": scales,
+        f"{NAME}_scale_2": torch.tensor(NVFP4_WHOLE),
+    }
+    return stored, values.flatten(1).bfloat16().float()
+
+
+NVFP4_WHOLE = 0.0023
+
+
+def eighths(draw: Draw, *shape: int) -> Tensor:
+    """Every number that float8 has but its NaN."""
+    bits = torch.randint(0, 254, shape, generator=draw)
+    return (bits + bits // 127).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def nvfp4_of_compressed_tensors(draw: Draw, rows: int, columns: int) -> tuple[Tensors, Tensor]:
+    """The scale of all is what the others go through."""
+    numbers, scales = codes(draw, rows, columns // 16, 16), eighths(draw, rows, columns // 16)
+    whole = torch.tensor([731.3])
+    values = FOURS[numbers] * (scales.float() / whole)[..., None]
+    stored = {"_packed": paired(numbers).flatten(1), "_scale": scales, "_global_scale": whole}
+    return {NAME + end: tensor for end, tensor in stored.items()}, values.flatten(1).bfloat16().float()
+
+
+def mxfp4_of_compressed_tensors(draw: Draw, rows: int, columns: int) -> tuple[Tensors, Tensor]:
+    """Rows as they are."""
+    numbers, scales = codes(draw, rows, columns // 32, 32), codes(draw, rows, columns // 32, below=253)
+    values = FOURS[numbers].double() * 2.0 ** (scales.double() - 127)[..., None]
+    stored = {f"{NAME}_packed": paired(numbers).flatten(1), f"{NAME}_scale": scales.to(torch.uint8)}
+    return stored, values.flatten(1).float()
+
+
+CT = {"quant_method": "compressed-tensors"}
 CASES: Mapping[str, Case] = {
     "MXFP4": Case(mxfp4, EXPERTS, {"quant_method": "mxfp4"}, shapes=((32, 48), (96, 40), (64, 9000))),
+    "NVFP4": Case(nvfp4, said={"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    "NVFP4 of compressed-tensors": Case(nvfp4_of_compressed_tensors, said=CT),
+    "MXFP4 of compressed-tensors": Case(mxfp4_of_compressed_tensors, said=CT),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 """Rows may be shorter than what is read at once, or longer than what a read skips."""
@@ -113,7 +157,7 @@ def test_a_packed_tensor_is_read_as_what_it_stands_for(case: str, tmp_path: Path
         planned = merged(passed(model), tmp_path / f"out-{number}")
         found = tiny.read(tmp_path / f"out-{number}")
         assert found.keys() == {"model.norm.weight", of.tensor}
-        assert torch.equal(found[of.tensor], values)
+        assert found[of.tensor].numpy().tobytes() == values.contiguous().numpy().tobytes()
         assert "quantization_config" not in json.loads((tmp_path / f"out-{number}/config.json").read_text())
         form = case.partition(",")[0]
         assert planned.notes == (f"read back from few bits: {number} ({form}); "
@@ -198,10 +242,59 @@ def test_gpt_oss_merges_as_published_with_its_fine_tune(tmp_path: Path) -> None:
 # ---- as their libraries read them -----------------------------------------------------------------------------------
 
 
-def test_mxfp4_is_what_transformers_reads() -> None:
-    """Its own function, whose result is in bfloat16: no number is rounded."""
+def by_transformers(stored: Tensors) -> Tensor:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    stored, values = mxfp4(Draw().manual_seed(3), 96, 40)
-    theirs = convert_moe_packed_tensors(*stored.values(), dtype=torch.bfloat16)
-    assert torch.equal(theirs.float(), values)
+    return convert_moe_packed_tensors(*stored.values(), dtype=torch.bfloat16)
+
+
+def by_modelopt(stored: Tensors) -> Tensor:
+    from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+
+    packed, scale, whole = stored.values()
+    tensor = NVFP4QTensor((packed.shape[0], packed.shape[1] * 2), torch.bfloat16, packed)
+    return tensor.dequantize(scale=scale, double_scale=whole, block_sizes={-1: 16})
+
+
+def by_compressed_tensors(stored: Tensors, form: str, **weights: Any) -> Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    held = {name.removeprefix(f"{MODULE}."): tensor for name, tensor in stored.items()}
+    return BaseCompressor.get_value_from_registry(form).decompress(held, scheme)["weight"]
+
+
+FLOATS = {"num_bits": 4, "type": "float"}
+LIBRARIES: Mapping[str, tuple[str, Callable[[Tensors], Tensor]]] = {
+    "MXFP4": ("transformers", by_transformers),
+    "NVFP4": ("modelopt", by_modelopt),
+    "NVFP4 of compressed-tensors": ("compressed_tensors", partial(
+        by_compressed_tensors, form="nvfp4-pack-quantized", group_size=16, strategy="tensor_group", **FLOATS)),
+    "MXFP4 of compressed-tensors": ("compressed_tensors", partial(
+        by_compressed_tensors, form="mxfp4-pack-quantized", group_size=32, strategy="group", **FLOATS)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("default")
+@every_case
+def test_a_library_reads_the_same(case: str) -> None:
+    """Bit for bit, in the dtype in which it gives them. Where it is not installed, the digests stand for it."""
+    of = CASES[case]
+    library, read = LIBRARIES[case]
+    stored, values = of.make(Draw().manual_seed(of.shapes[0][0]), *of.shapes[0])
+    found = values.to(getattr(torch, of.dtype))
+    assert hashlib.sha256(found.float().numpy().tobytes()).hexdigest()[:16] == DIGESTS[case]
+    pytest.importorskip(library)
+    theirs = read(stored)
+    assert theirs.dtype == found.dtype
+    assert theirs.float().numpy().tobytes() == found.float().numpy().tobytes()
+
+
+DIGESTS: Mapping[str, str] = {
+    "MXFP4": "d4d4f7551ab5d8ec",
+    "NVFP4": "39506a051541f1da",
+    "NVFP4 of compressed-tensors": "17efbd613faf90d1",
+    "MXFP4 of compressed-tensors": "2baef193fcabf4be",
+}
+"""Of what the library read of a case's first shape, in float32."""

@@ -99,13 +99,13 @@ def unpacked_rows(source: Packed, start: int, stop: int, out: Tensor, leaves: Le
     """Whole rows, some at a time, of one matrix after another."""
     (rows, columns), form = source.shape[-2:], FORMATS[source.form]
     step = max(1, UNPACKED_AT_ONCE // (columns * form.step)) * form.step
-    first, last = start // columns, -(-stop // columns)
+    first, last, filled = start // columns, -(-stop // columns), out.numpy()
     while first < last:
         number, row = divmod(first, rows)
         until = min(row // step * step + step, rows, row + last - first)
         made = form.unpack(_matrix(source, number, leaves), row, until).reshape(-1)
         low, high = max(start, first * columns), min(stop, (first + until - row) * columns)
-        out[low - start : high - start] = torch.from_numpy(made[low - first * columns : high - first * columns])
+        filled[low - start : high - start] = made[low - first * columns : high - first * columns]
         first += until - row
     return out[: stop - start]
 
@@ -119,7 +119,7 @@ def _matrix(source: Packed, number: int, leaves: Leaves) -> PackedMatrix:
 
     shapes = {role: part.shape[several:] for role, part in parts.items()}
     rows, columns = source.shape[-2:]
-    return PackedMatrix((rows, columns), shapes, dict(source.settings), read)
+    return PackedMatrix((rows, columns), source.dtype, shapes, dict(source.settings), read)
 
 
 def _strided(leaf: Stored, number: int | None, ranges: Sequence[tuple[int, int]], leaves: Leaves) -> NDArray[Any]:

@@ -21,6 +21,10 @@ Read = Callable[..., NDArray[Any]]
 """By role, part of a stored tensor: a range of each of its first axes, and all of the others."""
 
 Settings = Mapping[str, int | str]
+Parts = Mapping[str, TensorInfo]
+Described = tuple[tuple[int, ...], Settings] | None
+Describe = Callable[[Parts, Mapping[str, Any]], Described]
+"""From the stored tensors by role, and what the config says of them, the shape of what they stand for, and settings."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class PackedTensor:
     """
 
     form: str
-    parts: Mapping[str, TensorInfo]
+    parts: Parts
     shape: tuple[int, ...]
     settings: Settings = field(default_factory=dict)
 
@@ -46,12 +50,14 @@ class PackedMatrix:
 
     Args:
         shape: its rows and columns.
+        dtype: the model's before it was quantised.
         parts: the shapes of the stored tensors by role, without an axis for matrices.
         settings: see PackedTensor.
         read: gives part of a stored tensor; what is stored as floats comes in float32.
     """
 
     shape: tuple[int, int]
+    dtype: str
     parts: Mapping[str, tuple[int, ...]]
     settings: Settings
     read: Read
@@ -64,18 +70,18 @@ class PackedFormat:
     Args:
         name: what readers know it by; it stands in plan hashes.
         endings: by role what follows the tensor's stem in the name of a stored one; the codes first.
-        describe: from the stored tensors and what the config says of them the shape, and settings; None: not read.
+        describe: shape and settings; None: it does not read such tensors.
         unpack: rows ``[first, last)`` of a matrix in float32.
         mark: the role whose ending tells the format.
         optional: roles that may be missing.
         tensor: what follows the stem in the name of what they stand for.
-        methods: which quant_method or format in the config speaks of it; none: its names tell enough.
+        methods: which quant_method in the config speaks of it; none: its names tell enough.
         step: rows that are stored together.
     """
 
     name: str
     endings: Mapping[str, str]
-    describe: Callable[[Mapping[str, TensorInfo], Mapping[str, Any]], tuple[tuple[int, ...], Settings] | None]
+    describe: Describe
     unpack: Callable[[PackedMatrix, int, int], Floats]
     mark: str = "codes"
     optional: tuple[str, ...] = ()
@@ -137,3 +143,10 @@ def round_to(values: Floats, dtype: str) -> Floats:
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
         return np.where(np.isnan(values), values, rounded)
     return values
+
+
+def scale_groups(numbers: Floats, scales: Floats) -> Floats:
+    """The numbers, each row of them in as many groups as it has scales, times their group's; in place."""
+    grouped = numbers.reshape(*scales.shape, -1)
+    grouped *= scales[..., None]
+    return numbers

@@ -33,6 +33,7 @@ _ZERO = "_zero_point"
 _PACKED = {
     "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "weight_packed": "packed numbers", "absmax": "bitsandbytes",
     "quant_map": "bitsandbytes", "SCB": "bitsandbytes", "codebooks": "AQLM", "W_q": "HQQ",
+    "pre_quant_scale": "ModelOpt with scaled inputs", "bitmask": "sparse bit masks",
 }  # fmt: skip
 _NAMES = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4", "aqlm": "AQLM", "hqq": "HQQ"}
 _READABLE = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
@@ -83,6 +84,8 @@ def unpacked(tensors: Mapping[str, TensorInfo], config: Config) -> Unpacked:
         ModelError: its tensors are stored in a way that is not read here.
     """
     said, dtype = quantisation(config), stated_dtype(config)
+    if said and said.get("transform_config"):
+        raise _refusal("a method that rotates weights (transform_config)", _HINT)
     packed = dict(_packed(tensors, said or {}))
     parts = {part.name: name for name, found in packed.items() for part in found.parts.values()}
     rest = {name: tensor for name, tensor in tensors.items() if name not in parts}

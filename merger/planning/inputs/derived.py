@@ -11,7 +11,7 @@ from typing import Any
 
 from merger.planning.inputs.base import Input, Stored
 
-UNPACKED_AT_ONCE = 1 << 18
+UNPACKED_AT_ONCE = 1 << 19
 """How many entries of a packed tensor are made at once, if its rows are short enough."""
 
 STRIDED_BYTES = 1 << 20
