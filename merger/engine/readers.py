@@ -119,7 +119,8 @@ def _matrix(source: Packed, number: int, leaves: Leaves) -> PackedMatrix:
 
     shapes = {role: part.shape[several:] for role, part in parts.items()}
     rows, columns = source.shape[-2:]
-    return PackedMatrix((rows, columns), source.dtype, shapes, dict(source.settings), read)
+    name = source.parts[0][1].tensor.name
+    return PackedMatrix(name, (rows, columns), source.dtype, shapes, dict(source.settings), read)
 
 
 def _strided(leaf: Stored, number: int | None, ranges: Sequence[tuple[int, int]], leaves: Leaves) -> NDArray[Any]:

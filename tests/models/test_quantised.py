@@ -169,6 +169,17 @@ PACKED: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any] | None, str]]
                                 NAME + "_scale_2": torch.tensor(1.0),
                                 NAME.replace("weight", "pre_quant_scale"): torch.ones(16)},
                                {"quant_method": "modelopt"}, "is quantised by ModelOpt with scaled inputs; its stored"),
+    "AWQ of another order": ({NAME.replace("weight", "qweight"): torch.ones(24, 2, dtype=torch.int32),
+                              NAME.replace("weight", "qzeros"): torch.ones(1, 3, dtype=torch.int32),
+                              NAME.replace("weight", "scales"): torch.ones(1, 24)},
+                             {"quant_method": "awq", "version": "gemv"},
+                             f"stores {NAME} as [24, 2] of I32 with zeros [1, 3] of I32 and scales [1, 24] of F32"),
+    "a scheme that is not the tensor's": ({NAME + "_packed": torch.ones(24, 2, dtype=torch.int32),
+                                           NAME + "_scale": torch.ones(24, 1)},
+                                          {"quant_method": "compressed-tensors", "config_groups": {
+                                              "group_0": {"weights": {"num_bits": 8, "group_size": 16,
+                                                                      "strategy": "group"}}}},
+                                          f"stores {NAME} as [24, 2] of I32 with scales [24, 1] of F32"),
     "rotated weights": ({}, {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {}}},
                         "is quantised by a method that rotates weights (transform_config); its stored"),
     "NVFP4 that its config does not tell": ({NAME: torch.ones(24, 8, dtype=torch.uint8), NAME + "_scale_2":

@@ -49,6 +49,7 @@ class PackedMatrix:
     """One matrix of such a tensor, as it is read.
 
     Args:
+        name: the tensor's.
         shape: its rows and columns.
         dtype: the model's before it was quantised.
         parts: the shapes of the stored tensors by role, without an axis for matrices.
@@ -56,6 +57,7 @@ class PackedMatrix:
         read: gives part of a stored tensor; what is stored as floats comes in float32.
     """
 
+    name: str
     shape: tuple[int, int]
     dtype: str
     parts: Mapping[str, tuple[int, ...]]

@@ -2,7 +2,7 @@
 
 Numbers of eight bits beside which scales lie (fp8 by blocks, rows or whole tensors, and symmetric int8) are read as
 what they stand for: stored number times scale. So are the packed formats of FORMATS; others are refused. Nothing is
-ever merged as it is stored. Not here: the packed formats (fours), reading (engine), other tensors (checkpoint).
+ever merged as it is stored. Not here: the packed formats (fours, integers), and reading (engine).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 from merger.errors import ModelError, Problem
 from merger.models.checkpoint import FLOATS, TensorInfo
 from merger.models.config import Config, quantisation, stated_dtype, unquantised
-from merger.models.formats import fours
+from merger.models.formats import fours, integers
 from merger.models.formats.packed import PackedFormat, PackedTensor
 
-FORMATS: Mapping[str, PackedFormat] = {form.name: form for form in fours.FORMATS}
+FORMATS: Mapping[str, PackedFormat] = {form.name: form for form in (*fours.FORMATS, *integers.FORMATS)}
 """The packed formats that are read, in the order in which they are tried."""
 
 SCALED = ("F8_E4M3", "F8_E5M2", "I8")
