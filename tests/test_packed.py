@@ -183,7 +183,57 @@ def awq(draw: Draw, rows: int, columns: int, groups: int = 2) -> tuple[Tensors, 
     }, values.T.float().contiguous()
 
 
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+       0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+FP4 = (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+
+
+def four_bits(
+    draw: Draw, rows: int, columns: int, kind: str = "nf4", dtype: str = "bfloat16", block: int = 64, nested: int = 0
+) -> tuple[Tensors, Tensor]:
+    """Blocks that go on from row to row; with nested ones scales of eight bits that have scales themselves.
+
+    bitsandbytes quantises so everywhere. Its kernels for the CPU begin a block with each row, which is the same where
+    rows are whole blocks.
+    """
+    count = rows * columns
+    numbers, table = codes(draw, count), torch.tensor(NF4 if kind == "nf4" else [*FP4, 0.0, *(-one for one in FP4[1:])])
+    scales = torch.rand(-(-count // block), generator=draw)
+    state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": dtype, "shape": [rows, columns]}
+    stored = {".absmax": scales, ".quant_map": table}
+    if nested:
+        small, inner = codes(draw, len(scales), below=256), torch.linspace(-1, 1, 256)
+        outer = torch.rand(-(-len(scales) // nested), generator=draw)
+        scales = inner[small] * outer.repeat_interleave(nested)[: len(scales)] + torch.tensor(0.6180339)
+        stored = {
+            ".absmax": small.to(torch.uint8),
+            ".nested_absmax": outer,
+            ".nested_quant_map": inner,
+            ".quant_map": table,
+        }
+        state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": 0.6180339}
+    values = table[numbers] * scales.repeat_interleave(block)[:count]
+    numbers = torch.nn.functional.pad(numbers, (0, count % 2))
+    stored[f".quant_state.bitsandbytes__{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    packed = {"": (numbers[0::2] << 4 | numbers[1::2]).to(torch.uint8).view(-1, 1), **stored}
+    held = {NAME + end: tensor for end, tensor in packed.items()}
+    return held, values.view(rows, columns).to(getattr(torch, dtype)).float()
+
+
+def eight_bits(draw: Draw, rows: int, columns: int) -> tuple[Tensors, Tensor]:
+    """The largest of each row beside its numbers."""
+    numbers, largest = codes(draw, rows, columns, below=255) - 127, torch.rand(rows, generator=draw)
+    values = numbers.float() * largest[:, None] * 7.874015718698502e-3
+    return {
+        NAME: numbers.to(torch.int8),
+        f"{MODULE}.SCB": largest,
+        f"{MODULE}.weight_format": torch.tensor(0).byte(),
+    }, values
+
+
 CT = {"quant_method": "compressed-tensors"}
+BNB = {"quant_method": "bitsandbytes"}
 
 
 def ct(bits: int, **weights: Any) -> dict[str, Any]:
@@ -211,6 +261,12 @@ CASES: Mapping[str, Case] = {
     "GPTQ, 8 bits": Case(partial(gptq, bits=8), said={"quant_method": "gptq"}, **HALF, shapes=((32, 64), (21, 64))),
     "GPTQ, version 2": Case(partial(gptq, less=0), said={"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
                             **HALF),
+    "bitsandbytes nf4": Case(four_bits, said=BNB, shapes=((16, 64), (13, 70), (9, 70000))),
+    "bitsandbytes nf4, nested": Case(partial(four_bits, nested=8), said=BNB, shapes=((32, 64), (13, 70))),
+    "bitsandbytes nf4, half": Case(partial(four_bits, nested=8, dtype="float16", block=128), said=BNB, **HALF,
+                                   shapes=((32, 128), (13, 70))),
+    "bitsandbytes fp4": Case(partial(four_bits, kind="fp4", dtype="float32"), said=BNB, dtype="float32"),
+    "bitsandbytes int8": Case(eight_bits, said=BNB, dtype="float32"),
     "AWQ": Case(awq, said={"quant_method": "awq", "version": "gemm"}, **HALF, shapes=((32, 64), (40000, 16))),
 }  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES)
@@ -301,6 +357,8 @@ DAMAGED: Mapping[str, tuple[str, str, Tensor, str]] = {
                                   f"{NAME} is of 4 groups, and its g_idx names 4 to 4"),
     "columns that codes were added to": ("pack-quantized, 8 bits by rows", ".weight_shape", torch.tensor([9, 62]),
                                          f"{NAME} is [9, 62] by its weight_shape, and there are codes for [9, 64]"),
+    "an order of one kind of GPU": ("bitsandbytes int8", ".weight_format", torch.tensor(1).byte(),
+                                    f"{NAME} has its numbers in an order for one kind of GPU (weight_format)"),
 }  # fmt: skip
 
 
@@ -331,6 +389,21 @@ def test_packed_tensors_come_from_the_hub_once(served: LoopbackHub, command: Com
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "local/model.safetensors").read_bytes()
     sent = sum(r.sent for r in served.log if r.host == "cdn" and r.method == "GET")
     assert sent <= (model / "model.safetensors").stat().st_size
+
+
+def test_an_adapter_is_added_to_what_is_read_back(tmp_path: Path) -> None:
+    """As after QLoRA: W + B A is of the numbers that the codes stand for."""
+    stored, values = four_bits(Draw().manual_seed(1), 24, 16, dtype="float32", nested=4)
+    held = tiny.tensors(dtype=torch.float32)
+    plain = tiny.write(tmp_path / "plain", held | {NAME: values})
+    packed = tiny.write(tmp_path / "packed", held | stored, quantization_config=BNB)
+    lora = tiny.lora(tmp_path / "lora", plain, rank=2)
+    for model in (plain, packed):
+        merged(passed(Path(f"{model}+{lora}")), tmp_path / f"out-{model.name}")
+    found, expected = tiny.read(tmp_path / "out-packed"), tiny.read(tmp_path / "out-plain")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not torch.equal(found[NAME], values)
 
 
 def test_gpt_oss_merges_as_published_with_its_fine_tune(tmp_path: Path) -> None:
@@ -408,6 +481,20 @@ def by_autoawq(stored: Tensors) -> Tensor:
     return dequantize_gemm(qweight, qzeros, scales, 4, len(qweight) // len(scales)).T
 
 
+def by_bitsandbytes(stored: Tensors) -> Tensor:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    state = {name.removeprefix(f"{NAME}."): tensor for name, tensor in stored.items() if name != NAME}
+    return dequantize_4bit(stored[NAME], QuantState.from_dict(state, torch.device("cpu")))
+
+
+def by_int8_of_bitsandbytes(stored: Tensors) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    numbers, largest, _ = stored.values()
+    return int8_vectorwise_dequant(numbers, largest)
+
+
 PACKED = partial(by_compressed_tensors, form="pack-quantized", type="int")
 FLOATS = {"num_bits": 4, "type": "float"}
 LIBRARIES: Mapping[str, tuple[str, Callable[[Tensors], Tensor]]] = {
@@ -428,6 +515,11 @@ LIBRARIES: Mapping[str, tuple[str, Callable[[Tensors], Tensor]]] = {
     "GPTQ, 8 bits": ("gptqmodel", partial(by_gptqmodel, bits=8)),
     "GPTQ, version 2": ("gptqmodel", partial(by_gptqmodel, added=0)),
     "AWQ": ("awq", by_autoawq),
+    "bitsandbytes nf4": ("bitsandbytes", by_bitsandbytes),
+    "bitsandbytes nf4, nested": ("bitsandbytes", by_bitsandbytes),
+    "bitsandbytes nf4, half": ("bitsandbytes", by_bitsandbytes),
+    "bitsandbytes fp4": ("bitsandbytes", by_bitsandbytes),
+    "bitsandbytes int8": ("bitsandbytes", by_int8_of_bitsandbytes),
 }  # fmt: skip
 
 
@@ -476,5 +568,10 @@ DIGESTS: Mapping[str, str] = {
     "GPTQ, 8 bits": "e37bc246cc7eb902",
     "GPTQ, version 2": "91e7cf56bcfded0e",
     "AWQ": "a9b2940bfe0076c1",
+    "bitsandbytes nf4": "a2c926854c07513f",
+    "bitsandbytes nf4, nested": "9e117215171d3712",
+    "bitsandbytes nf4, half": "3843c7d38b4bced9",
+    "bitsandbytes fp4": "b609147e25938937",
+    "bitsandbytes int8": "e7ef0108c72910d2",
 }
 """Of what the library read of a case's first shape, in float32."""

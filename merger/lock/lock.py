@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import yaml
@@ -259,7 +260,8 @@ class _Fetching:
         alone = is_single(located.name)
         config = {} if alone else _config(located, store, self.pickles)
         _refuse_barred(located, config)
-        found = unpacked(tensors_of(located, store, self.pool, self.pickles, self.tally), config)
+        stored = tensors_of(located, store, self.pool, self.pickles, self.tally)
+        found = unpacked(stored, config, lambda small: self.pool.map(partial(_bytes_of, located, store), small))
         begins = STEM if alone or (self.pickles and is_pickled(located.files)) else _stem(located)
         checkpoint = Checkpoint(found.tensors, found.config, begins)
         card, licence = _licensed(located, store)
@@ -281,6 +283,10 @@ class _Fetching:
         lora = read(config, tensors)
         card, licence = _licensed(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
+
+
+def _bytes_of(located: Located, store: Store, tensor: TensorInfo) -> bytes:
+    return store.fetch(located, tensor.file, tensor.start, tensor.stop)
 
 
 def _contents(located: Located, name: str, store: Store) -> frozenset[str]:

@@ -180,6 +180,15 @@ PACKED: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any] | None, str]]
                                               "group_0": {"weights": {"num_bits": 8, "group_size": 16,
                                                                       "strategy": "group"}}}},
                                           f"stores {NAME} as [24, 2] of I32 with scales [24, 1] of F32"),
+    "a state that is no JSON": ({NAME: torch.ones(192, 1, dtype=torch.uint8), NAME + ".absmax": torch.ones(6),
+                                 NAME + ".quant_map": torch.ones(16),
+                                 NAME + ".quant_state.bitsandbytes__nf4": torch.ones(9, dtype=torch.uint8)},
+                                {"quant_method": "bitsandbytes"}, f"stores {NAME} as [192, 1] of U8 with scales [6]"),
+    "a state of another shape": ({NAME: torch.ones(192, 1, dtype=torch.uint8), NAME + ".absmax": torch.ones(6),
+                                  NAME + ".quant_map": torch.ones(16),
+                                  NAME + ".quant_state.bitsandbytes__nf4": torch.tensor(list(
+                                      b'{"shape": [24, 20], "blocksize": 64, "dtype": "float16"}'), dtype=torch.uint8)},
+                                 {"quant_method": "bitsandbytes"}, f"stores {NAME} as [192, 1] of U8 with scales [6]"),
     "rotated weights": ({}, {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {}}},
                         "is quantised by a method that rotates weights (transform_config); its stored"),
     "NVFP4 that its config does not tell": ({NAME: torch.ones(24, 8, dtype=torch.uint8), NAME + "_scale_2":

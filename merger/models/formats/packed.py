@@ -20,11 +20,12 @@ Floats = NDArray[np.float32]
 Read = Callable[..., NDArray[Any]]
 """By role, part of a stored tensor: a range of each of its first axes, and all of the others."""
 
-Settings = Mapping[str, int | str]
+Settings = Mapping[str, int | float | str]
 Parts = Mapping[str, TensorInfo]
 Described = tuple[tuple[int, ...], Settings] | None
 Describe = Callable[[Parts, Mapping[str, Any]], Described]
-"""From the stored tensors by role, and what the config says of them, the shape of what they stand for, and settings."""
+"""The shape of what stored tensors stand for, and settings; from the tensors by role, and from what the config says of
+them, under "state" with what a tensor says that holds JSON."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class PackedFormat:
         unpack: rows ``[first, last)`` of a matrix in float32.
         mark: the role whose ending tells the format.
         optional: roles that may be missing.
+        state: the role of a tensor that holds JSON; none: there is none.
         tensor: what follows the stem in the name of what they stand for.
         methods: which quant_method in the config speaks of it; none: its names tell enough.
         step: rows that are stored together.
@@ -87,6 +89,7 @@ class PackedFormat:
     unpack: Callable[[PackedMatrix, int, int], Floats]
     mark: str = "codes"
     optional: tuple[str, ...] = ()
+    state: str = ""
     tensor: str = ""
     methods: tuple[str, ...] = ()
     step: int = 1

@@ -2,22 +2,27 @@
 
 Numbers of eight bits beside which scales lie (fp8 by blocks, rows or whole tensors, and symmetric int8) are read as
 what they stand for: stored number times scale. So are the packed formats of FORMATS; others are refused. Nothing is
-ever merged as it is stored. Not here: the packed formats (fours, integers), and reading (engine).
+ever merged as it is stored. Not here: the packed formats (fours, integers, bitsandbytes), and reading (engine).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.errors import ModelError, Problem
 from merger.models.checkpoint import FLOATS, TensorInfo
 from merger.models.config import Config, quantisation, stated_dtype, unquantised
-from merger.models.formats import fours, integers
-from merger.models.formats.packed import PackedFormat, PackedTensor
+from merger.models.formats import bitsandbytes, fours, integers
+from merger.models.formats.packed import PackedFormat, PackedTensor, Parts
+from merger.safety.limits import STATE, parsed
 
-FORMATS: Mapping[str, PackedFormat] = {form.name: form for form in (*fours.FORMATS, *integers.FORMATS)}
+Fetch = Callable[[Sequence[TensorInfo]], Iterable[bytes]]
+
+FORMATS: Mapping[str, PackedFormat] = {
+    form.name: form for form in (*fours.FORMATS, *integers.FORMATS, *bitsandbytes.FORMATS)
+}
 """The packed formats that are read, in the order in which they are tried."""
 
 SCALED = ("F8_E4M3", "F8_E5M2", "I8")
@@ -77,8 +82,13 @@ class Unpacked:
     aside: tuple[str, ...] = ()
 
 
-def unpacked(tensors: Mapping[str, TensorInfo], config: Config) -> Unpacked:
+def unpacked(tensors: Mapping[str, TensorInfo], config: Config, fetch: Fetch) -> Unpacked:
     """The checkpoint without its quantisation.
+
+    Args:
+        tensors: its tensors as they are stored.
+        config: its config.
+        fetch: reads small ones that say how others are stored.
 
     Raises:
         ModelError: its tensors are stored in a way that is not read here.
@@ -86,7 +96,7 @@ def unpacked(tensors: Mapping[str, TensorInfo], config: Config) -> Unpacked:
     said, dtype = quantisation(config), stated_dtype(config)
     if said and said.get("transform_config"):
         raise _refusal("a method that rotates weights (transform_config)", _HINT)
-    packed = dict(_packed(tensors, said or {}))
+    packed = dict(_packed(tensors, said or {}, fetch))
     parts = {part.name: name for name, found in packed.items() for part in found.parts.values()}
     rest = {name: tensor for name, tensor in tensors.items() if name not in parts}
     _refuse_packed(rest, said, bool(packed))
@@ -105,7 +115,9 @@ def unpacked(tensors: Mapping[str, TensorInfo], config: Config) -> Unpacked:
     return Unpacked(kept, unquantised(config), {**scaled, **packed}, aside)
 
 
-def _packed(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any]) -> Iterator[tuple[str, PackedTensor]]:
+def _packed(
+    tensors: Mapping[str, TensorInfo], said: Mapping[str, Any], fetch: Fetch
+) -> Iterator[tuple[str, PackedTensor]]:
     """The tensors that are stored in several, as the first format reads them that knows their shapes.
 
     Raises:
@@ -113,8 +125,10 @@ def _packed(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any]) -> Itera
     """
     found, unread = dict[str, PackedTensor](), dict[str, Mapping[str, TensorInfo]]()
     for form in FORMATS.values():
-        for name, parts in _grouped(form, tensors, said):
-            described = form.describe(parts, said)
+        grouped = dict(_grouped(form, tensors, said))
+        states = _states(form, grouped, fetch)
+        for name, parts in grouped.items():
+            described = form.describe(parts, {**said, "state": states.get(name, {})})
             if described is None:
                 unread.setdefault(name, parts)
             elif name not in found:
@@ -135,6 +149,21 @@ def _grouped(
         parts = {role: tensors[stem + end] for role, end in form.endings.items() if stem + end in tensors}
         if not form.endings.keys() - parts.keys() - set(form.optional):
             yield stem + form.tensor, parts
+
+
+def _states(form: PackedFormat, grouped: Mapping[str, Parts], fetch: Fetch) -> Mapping[str, Mapping[str, Any]]:
+    """What tensors that hold JSON say, by the names of those that they speak of; of others nothing."""
+    said = {name: parts[form.state] for name, parts in grouped.items() if form.state in parts}
+    small = {name: part for name, part in said.items() if part.nbytes <= STATE.most}
+    found = dict(zip(small, map(_state, fetch(list(small.values()))), strict=True))
+    return {name: state for name, state in found.items() if isinstance(state, dict)}
+
+
+def _state(text: bytes) -> Any:
+    try:
+        return parsed(text, STATE)
+    except ValueError:
+        return None
 
 
 def _unread(name: str, parts: Mapping[str, TensorInfo]) -> ModelError:

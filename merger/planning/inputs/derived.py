@@ -74,7 +74,7 @@ class Packed(Input):
     form: str
     parts: tuple[tuple[str, Stored], ...]
     size: tuple[int, ...]
-    settings: tuple[tuple[str, int | str], ...]
+    settings: tuple[tuple[str, int | float | str], ...]
     restored: str
 
     def encode(self) -> dict[str, Any]:
