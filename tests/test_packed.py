@@ -262,9 +262,9 @@ CASES: Mapping[str, Case] = {
     "GPTQ, version 2": Case(partial(gptq, less=0), said={"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
                             **HALF),
     "bitsandbytes nf4": Case(four_bits, said=BNB, shapes=((16, 64), (13, 70), (9, 70000))),
-    "bitsandbytes nf4, nested": Case(partial(four_bits, nested=8), said=BNB, shapes=((32, 64), (13, 70))),
-    "bitsandbytes nf4, half": Case(partial(four_bits, nested=8, dtype="float16", block=128), said=BNB, **HALF,
-                                   shapes=((32, 128), (13, 70))),
+    "bitsandbytes nf4, nested": Case(partial(four_bits, nested=32), said=BNB, shapes=((64, 64), (33, 70))),
+    "bitsandbytes nf4, half": Case(partial(four_bits, nested=32, dtype="float16", block=128), said=BNB, **HALF,
+                                   shapes=((64, 128), (33, 270))),
     "bitsandbytes fp4": Case(partial(four_bits, kind="fp4", dtype="float32"), said=BNB, dtype="float32"),
     "bitsandbytes int8": Case(eight_bits, said=BNB, dtype="float32"),
     "AWQ": Case(awq, said={"quant_method": "awq", "version": "gemm"}, **HALF, shapes=((32, 64), (40000, 16))),
@@ -375,6 +375,15 @@ def test_what_only_bytes_tell_is_checked_where_they_are_read(damage: str, tmp_pa
     assert [problem.what for problem in caught.value.problems] == [sentence]
 
 
+def test_an_order_of_nothing_but_minus_one_is_none(tmp_path: Path) -> None:
+    """So llm-compressor wrote it where groups are runs of columns."""
+    of = CASES["pack-quantized"]
+    stored, values = of.make(Draw().manual_seed(1), *of.shapes[0])
+    stored |= {f"{NAME}_g_idx": torch.full((64,), -1, dtype=torch.int32)}
+    merged(passed(tiny.write(tmp_path / "one", stored, quantization_config=of.said)), tmp_path / "out")
+    assert torch.equal(tiny.read(tmp_path / "out")[NAME], values)
+
+
 def test_packed_tensors_come_from_the_hub_once(served: LoopbackHub, command: Command, tmp_path: Path) -> None:
     """Though rows are read whole, and rows of a transposed tensor from all over it."""
     case = CASES["AWQ"]
@@ -393,7 +402,7 @@ def test_packed_tensors_come_from_the_hub_once(served: LoopbackHub, command: Com
 
 def test_an_adapter_is_added_to_what_is_read_back(tmp_path: Path) -> None:
     """As after QLoRA: W + B A is of the numbers that the codes stand for."""
-    stored, values = four_bits(Draw().manual_seed(1), 24, 16, dtype="float32", nested=4)
+    stored, values = four_bits(Draw().manual_seed(1), 24, 16, dtype="float32", nested=32)
     held = tiny.tensors(dtype=torch.float32)
     plain = tiny.write(tmp_path / "plain", held | {NAME: values})
     packed = tiny.write(tmp_path / "packed", held | stored, quantization_config=BNB)
@@ -569,8 +578,8 @@ DIGESTS: Mapping[str, str] = {
     "GPTQ, version 2": "91e7cf56bcfded0e",
     "AWQ": "a9b2940bfe0076c1",
     "bitsandbytes nf4": "a2c926854c07513f",
-    "bitsandbytes nf4, nested": "9e117215171d3712",
-    "bitsandbytes nf4, half": "3843c7d38b4bced9",
+    "bitsandbytes nf4, nested": "b16d6da5831b8821",
+    "bitsandbytes nf4, half": "934b21912fc9ba03",
     "bitsandbytes fp4": "b609147e25938937",
     "bitsandbytes int8": "e7ef0108c72910d2",
 }

@@ -189,6 +189,9 @@ PACKED: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any] | None, str]]
                                   NAME + ".quant_state.bitsandbytes__nf4": torch.tensor(list(
                                       b'{"shape": [24, 20], "blocksize": 64, "dtype": "float16"}'), dtype=torch.uint8)},
                                  {"quant_method": "bitsandbytes"}, f"stores {NAME} as [192, 1] of U8 with scales [6]"),
+    "packed and as it is": ({NAME + "_blocks": torch.ones(2, 4, 1, 16, dtype=torch.uint8),
+                             NAME + "_scales": torch.ones(2, 4, 1, dtype=torch.uint8)}, {"quant_method": "mxfp4"},
+                            f"holds {NAME} twice: as it is, and in MXFP4"),
     "rotated weights": ({}, {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {}}},
                         "is quantised by a method that rotates weights (transform_config); its stored"),
     "NVFP4 that its config does not tell": ({NAME: torch.ones(24, 8, dtype=torch.uint8), NAME + "_scale_2":

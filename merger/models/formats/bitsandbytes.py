@@ -17,6 +17,9 @@ from merger.errors import ModelError, Problem
 from merger.models.formats.packed import Described, Floats, PackedFormat, PackedMatrix, Parts, Settings, round_to
 
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_BLOCKS = tuple(1 << power for power in range(5, 13))
+"""How many numbers may share a scale."""
+
 _INVERSE = np.float32(7.874015718698502e-3)
 """Of 127, as bitsandbytes writes it."""
 
@@ -29,7 +32,7 @@ def _four_bits(parts: Parts, said: Mapping[str, Any]) -> Described:
     state, codes = said["state"], parts["codes"]
     shape, dtype = state.get("shape"), _DTYPES.get(str(state.get("dtype")))
     block: Any = state.get("blocksize")
-    if not _are_sizes(shape, 2) or not _are_sizes([block], 1) or dtype is None or codes.dtype != "U8":
+    if not _is_matrix(shape) or block not in _BLOCKS or dtype is None or codes.dtype != "U8":
         return None
     entries = math.prod(shape)
     blocks = -(-entries // block)
@@ -44,15 +47,15 @@ def _nested(parts: Parts, state: Mapping[str, Any], blocks: int) -> Settings | N
     """Of scales that are stored as codes of eight bits themselves."""
     block: Any = state.get("nested_blocksize")
     offset = state.get("nested_offset")
-    if not _are_sizes([block], 1) or not isinstance(offset, float) or not math.isfinite(offset):
+    if block not in _BLOCKS or not isinstance(offset, float) or not math.isfinite(offset):
         return None
     codes = _is(parts["scales"], "U8", blocks) and _is(parts["nested_table"], "F32", 256)
     fitting = codes and _is(parts["nested"], "F32", -(-blocks // block)) and state.get("nested_dtype") == "float32"
     return {"nested_block": block, "offset": offset} if fitting else None
 
 
-def _are_sizes(found: Any, count: int) -> bool:
-    return isinstance(found, list) and len(found) == count and all(type(one) is int and one > 0 for one in found)
+def _is_matrix(shape: Any) -> bool:
+    return isinstance(shape, list) and len(shape) == 2 and all(type(side) is int and side > 0 for side in shape)
 
 
 def _is(part: Any, dtype: str, entries: int) -> bool:

@@ -108,7 +108,7 @@ def _pack_quantized(parts: Parts, said: Mapping[str, Any]) -> Described:
 def _unpack_pack_quantized(of: PackedMatrix, first: int, last: int) -> Floats:
     """Both codes and zero points have half of their range added; without these the half is the zero point."""
     bits, columns = int(of.settings["bits"]), of.shape[1]
-    if "shape" in of.parts and tuple(of.read("shape")) != of.shape:
+    if "shape" in of.parts and not np.array_equal(of.read("shape"), of.shape):
         what = f"{of.name} is {of.read('shape').tolist()} by its weight_shape, and there are codes for {list(of.shape)}"
         raise ModelError(Problem(what, hint="read it back with compressed-tensors, save it, and merge that"))
     codes = codes_of(of.read("codes", (first, last)), bits).reshape(last - first, -1)[:, :columns]
@@ -118,7 +118,9 @@ def _unpack_pack_quantized(of: PackedMatrix, first: int, last: int) -> Floats:
         begin, end = _covering(first, last, bits)
         stored = codes_of(of.read("zeros", (begin, end)), bits).swapaxes(1, 2).reshape(-1, scales.shape[1])
         zeros = stored[first - begin * _WORD // bits :][: last - first].astype(np.float32)
-    return round_to(_dequantise(codes, zeros, scales, _groups(of, scales.shape[1])), str(of.settings["rounded"]))
+    unordered = "order" not in of.parts or -1 in of.read("order")  # as these may be written, too
+    groups = None if unordered else _groups(of, scales.shape[1])
+    return round_to(_dequantise(codes, zeros, scales, groups), str(of.settings["rounded"]))
 
 
 # ---- GPTQ and AWQ: columns of words ---------------------------------------------------------------------------------

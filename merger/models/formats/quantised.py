@@ -133,6 +133,8 @@ def _packed(
                 unread.setdefault(name, parts)
             elif name not in found:
                 found[name] = PackedTensor(form.name, parts, *described)
+                if name in tensors and tensors[name] not in parts.values():
+                    raise ModelError(Problem(f"holds {name} twice: as it is, and in {form.name}", hint=_HINT))
     for name in unread.keys() - found.keys():
         raise _unread(name, unread[name])
     return iter(found.items())

@@ -102,8 +102,8 @@ class Packed(Input):
 
     @property
     def scratch(self) -> int:
-        """Rows as they are stored and in float32, before and after they are scaled."""
-        return 16 * (UNPACKED_AT_ONCE + 32 * self.size[-1]) + STRIDED_BYTES
+        """Rows as they are stored, in float32 before and after they are scaled, and what looking them up takes."""
+        return 24 * (UNPACKED_AT_ONCE + 32 * self.size[-1]) + STRIDED_BYTES
 
 
 @dataclass(frozen=True)
