@@ -189,7 +189,7 @@ PACKED: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any] | None, str]]
                                   NAME + ".quant_state.bitsandbytes__nf4": torch.tensor(list(
                                       b'{"shape": [24, 20], "blocksize": 64, "dtype": "float16"}'), dtype=torch.uint8)},
                                  {"quant_method": "bitsandbytes"}, f"stores {NAME} as [192, 1] of U8 with scales [6]"),
-    "packed and as it is": ({NAME + "_blocks": torch.ones(2, 4, 1, 16, dtype=torch.uint8),
+    "packed and as it is": ({NAME: torch.ones(24, 16), NAME + "_blocks": torch.ones(2, 4, 1, 16, dtype=torch.uint8),
                              NAME + "_scales": torch.ones(2, 4, 1, dtype=torch.uint8)}, {"quant_method": "mxfp4"},
                             f"holds {NAME} twice: as it is, and in MXFP4"),
     "rotated weights": ({}, {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {}}},
@@ -204,6 +204,9 @@ PACKED: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any] | None, str]]
     "zero points": ({NAME: torch.ones(24, 16, dtype=torch.int8), NAME + "_scale": torch.ones(24, 1),
                      NAME + "_zero_point": torch.ones(24, 1, dtype=torch.int8)}, {"quant_method": "compressed-tensors"},
                     "is quantised by a method with zero points; its stored numbers must not"),
+    "zero points of floats": ({NAME + "_packed": torch.ones(24, 16, dtype=torch.uint8), NAME + "_scale":
+                               torch.ones(24, 1, dtype=torch.uint8), NAME + "_zero_point": torch.ones(24, 1)},
+                              {"quant_method": "compressed-tensors"}, "is quantised by a method with zero points; its"),
     "fp8 without scales": ({NAME: torch.ones(24, 16).to(FP8)}, {"quant_method": "fp8"},
                            f"stores {NAME} as F8_E4M3 without scales beside it"),
     "scales of another shape": ({NAME: torch.ones(24, 16).to(FP8), NAME + "_scale_inv": torch.ones(5, 5)},
@@ -217,7 +220,8 @@ def test_what_cannot_be_read_back_is_refused(case: str, tmp_path: Path) -> None:
     """At the place where the recipe names the model, with what to merge instead; never merged as it is stored."""
     tensors, said, sentence = PACKED[case]
     changed = {} if said is None else {"quantization_config": said}
-    tiny.write(tmp_path / "one", tiny.tensors() | dict(tensors), **changed)
+    others = {name: tensor for name, tensor in tiny.tensors().items() if name != NAME}
+    tiny.write(tmp_path / "one", others | dict(tensors), **changed)
     (tmp_path / "mine.yaml").write_text(f"merge_method: passthrough\nmodels: [{{model: {tmp_path}/one}}]\n")
     with pytest.raises(ModelError) as caught:
         plan(read_recipe(tmp_path / "mine.yaml"), Options())

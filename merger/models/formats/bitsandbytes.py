@@ -113,6 +113,7 @@ FORMATS = (
     *(
         PackedFormat(
             f"bitsandbytes {kind}",
+            "bitsandbytes, nested scales too: number of the table × scale in float32, rounded to the state's dtype",
             {**_FOUR_BITS, "state": f".quant_state.bitsandbytes__{kind}"},
             _four_bits,
             _unpack_four_bits,
@@ -124,6 +125,7 @@ FORMATS = (
     ),
     PackedFormat(
         "bitsandbytes int8",
+        "bitsandbytes: number × largest of its row × (1 / 127) in float32",
         {"codes": ".weight", "scales": ".SCB", "layout": ".weight_format"},
         _eight_bits,
         _unpack_eight_bits,

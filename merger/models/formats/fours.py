@@ -74,7 +74,7 @@ def _rows_of(group: int, scale: str) -> Describe:
 
     def describe(parts: Parts, _said: Mapping[str, Any]) -> Described:
         codes, scales = parts["codes"], parts["scales"]
-        if (codes.dtype, scales.dtype) != ("U8", scale) or len(codes.shape) != 2 or "zeros" in parts:
+        if (codes.dtype, scales.dtype) != ("U8", scale) or len(codes.shape) != 2:
             return None
         rows, bytes_of_row = codes.shape
         if scales.shape != (rows, 2 * bytes_of_row // group) or 2 * bytes_of_row % group:
@@ -104,12 +104,18 @@ def _unpack_mx_rows(of: PackedMatrix, first: int, last: int) -> Floats:
     return scale_groups(fours(of.read("codes", (first, last))), powers_of_two()[of.read("scales", (first, last))])
 
 
-_PACKED_ROWS = {"codes": "_packed", "scales": "_scale", "zeros": "_zero_point"}
-
 FORMATS = (
-    PackedFormat("MXFP4", {"codes": "_blocks", "scales": "_scales"}, _mxfp4, _unpack_mxfp4, step=32),
+    PackedFormat(
+        "MXFP4",
+        "as gpt-oss is published; transformers: exact, the transpose of what is stored",
+        {"codes": "_blocks", "scales": "_scales"},
+        _mxfp4,
+        _unpack_mxfp4,
+        step=32,
+    ),
     PackedFormat(
         "NVFP4",
+        "ModelOpt: number × (scale × the tensor's scale) in float32, rounded to the model's dtype",
         {"codes": "", "scales": "_scale", "whole": "_scale_2"},
         _rows_of(16, "F8_E4M3"),
         _unpack_modelopt,
@@ -117,10 +123,16 @@ FORMATS = (
     ),
     PackedFormat(
         "NVFP4 of compressed-tensors",
-        {**_PACKED_ROWS, "whole": "_global_scale"},
+        "compressed-tensors: number × (scale / the tensor's scale) in float32, rounded to bfloat16",
+        {"codes": "_packed", "scales": "_scale", "whole": "_global_scale"},
         _rows_of(16, "F8_E4M3"),
         _unpack_nvfp4,
-        optional=("zeros",),
     ),
-    PackedFormat("MXFP4 of compressed-tensors", _PACKED_ROWS, _rows_of(32, "U8"), _unpack_mx_rows, optional=("zeros",)),
+    PackedFormat(
+        "MXFP4 of compressed-tensors",
+        "compressed-tensors: exact",
+        {"codes": "_packed", "scales": "_scale"},
+        _rows_of(32, "U8"),
+        _unpack_mx_rows,
+    ),
 )

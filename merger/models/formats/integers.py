@@ -197,6 +197,7 @@ _COLUMNS = {"codes": ".qweight", "zeros": ".qzeros", "scales": ".scales"}
 FORMATS = (
     PackedFormat(
         "pack-quantized",
+        "compressed-tensors (Kimi K2), 2, 4, 8 bits, groups or rows: (code - zero point) × scale in the scales' dtype",
         {"codes": "_packed", "scales": "_scale", "shape": "_shape", "zeros": "_zero_point", "order": "_g_idx"},
         _pack_quantized,
         _unpack_pack_quantized,
@@ -204,6 +205,7 @@ FORMATS = (
     ),
     PackedFormat(
         "GPTQ",
+        "GPTQModel, 2, 4, 8 bits, version 1 or 2, any `desc_act`: scale × (code - zero point) in the scales' dtype",
         {**_COLUMNS, "order": ".g_idx"},
         _gptq,
         _unpack_gptq,
@@ -211,5 +213,13 @@ FORMATS = (
         tensor=".weight",
         methods=("gptq",),
     ),
-    PackedFormat("AWQ", _COLUMNS, _awq, _unpack_awq, tensor=".weight", methods=("awq",)),
+    PackedFormat(
+        "AWQ",
+        "AutoAWQ (gemm): (code - zero point) × scale in the scales' dtype",
+        _COLUMNS,
+        _awq,
+        _unpack_awq,
+        tensor=".weight",
+        methods=("awq",),
+    ),
 )

@@ -44,6 +44,11 @@ class PackedTensor:
     shape: tuple[int, ...]
     settings: Settings = field(default_factory=dict)
 
+    @property
+    def codes(self) -> TensorInfo:
+        """The stored tensor that holds most of it."""
+        return self.parts["codes"]
+
 
 @dataclass(frozen=True)
 class PackedMatrix:
@@ -72,6 +77,7 @@ class PackedFormat:
 
     Args:
         name: what readers know it by; it stands in plan hashes.
+        how: in what order and dtype its library reads it, for docs/formats.md.
         endings: by role what follows the tensor's stem in the name of a stored one; the codes first.
         describe: shape and settings; None: it does not read such tensors.
         unpack: rows ``[first, last)`` of a matrix in float32.
@@ -84,6 +90,7 @@ class PackedFormat:
     """
 
     name: str
+    how: str
     endings: Mapping[str, str]
     describe: Describe
     unpack: Callable[[PackedMatrix, int, int], Floats]

@@ -97,22 +97,20 @@ def unpacked(tensors: Mapping[str, TensorInfo], config: Config, fetch: Fetch) ->
     if said and said.get("transform_config"):
         raise _refusal("a method that rotates weights (transform_config)", _HINT)
     packed = dict(_packed(tensors, said or {}, fetch))
-    parts = {part.name: name for name, found in packed.items() for part in found.parts.values()}
+    parts = {part.name for found in packed.values() for part in found.parts.values()}
     rest = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    _refuse_packed(rest, said, bool(packed))
+    _refuse_packed(rest, said, packed)
     scaled = dict(_scaled(rest, said))
     if not packed and not scaled and said is None:
         return Unpacked(tensors, config)
     scales = {of.scales.name for of in scaled.values()}
     aside = tuple(name for name in rest if name not in scales and name.rpartition(".")[2] in _ASIDE)
-    kept = dict[str, TensorInfo]()
-    for name, tensor in tensors.items():
-        if (whole := parts.get(name)) is not None:
-            if tensor is next(iter(packed[whole].parts.values())):
-                kept[whole] = replace(tensor, name=whole, dtype=dtype, shape=packed[whole].shape)
-        elif name not in scales and name not in aside:
-            kept[name] = replace(tensor, dtype=dtype) if name in scaled else tensor
-    return Unpacked(kept, unquantised(config), {**scaled, **packed}, aside)
+    codes = {found.codes.name: replace(found.codes, name=name, shape=found.shape) for name, found in packed.items()}
+    gone = {*parts, *scales, *aside} - codes.keys()
+    kept = [codes.get(name, tensor) for name, tensor in tensors.items() if name not in gone]
+    stored: Mapping[str, Scaled | PackedTensor] = {**scaled, **packed}
+    named = {each.name: replace(each, dtype=dtype) if each.name in stored else each for each in kept}
+    return Unpacked(named, unquantised(config), stored, aside)
 
 
 def _packed(
@@ -174,15 +172,19 @@ def _unread(name: str, parts: Mapping[str, TensorInfo]) -> ModelError:
     return ModelError(Problem(f"stores {name} as {first[1]} with {told}, which is not read here", hint=_HINT))
 
 
-def _refuse_packed(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | None, is_read: bool) -> None:
-    """Refuse what no format reads; `is_read`: one reads what the config speaks of."""
+def _refuse_packed(
+    tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | None, packed: Mapping[str, PackedTensor]
+) -> None:
+    """Refuse what no format reads, beside the tensors that one does."""
     method = "" if said is None else str(said.get("quant_method", ""))
     known = next((_PACKED[last] for name in tensors if (last := name.rpartition(".")[2]) in _PACKED), None)
+    if any(name + _ZERO in tensors for name in (*tensors, *packed)):
+        raise _refusal("a method with zero points", _HINT)
     if any(name.endswith("_scale_2") for name in tensors):
         raise _refusal(str((said or {}).get("quant_algo") or "NVFP4"), _HINT)
     if any(name.endswith(".scales") and f"{name[:-7]}.biases" in tensors for name in tensors):
         raise _refusal("MLX", _HINT)
-    if known is not None or (said is not None and not is_read and method not in _READABLE):
+    if known is not None or (said is not None and not packed and method not in _READABLE):
         raise _refusal(_NAMES.get(method) or known or method or "an unnamed method", _HINT)
 
 
@@ -200,8 +202,6 @@ def _scaled(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | None) -
         if tensor.dtype not in SCALED:
             continue
         scales = next((tensors[name + end] for end in _SCALES if name + end in tensors), None)
-        if scales is not None and name + _ZERO in tensors:
-            raise _refusal("a method with zero points", _HINT)
         if scales is not None:
             yield name, Scaled(tensor, scales, _block(tensor, scales, said or {}))
         elif said is not None:
