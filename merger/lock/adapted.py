@@ -42,11 +42,11 @@ def _with_rows(model: LockedModel) -> LockedModel:
     whole = {name: change.whole for name, change in model.changes.items() if change.whole is not None}
     like = {name: of for name in dict.fromkeys((*whole, *heads)) if (of := _like(model, name)) is not None}
     new = {name: replace(of, name=name, shape=whole.get(name, of).shape) for name, of in like.items()}
-    scaled = {name: model.scaled[of.name] for name, of in like.items() if of.name in model.scaled}
+    stored = {name: model.quantised[of.name] for name, of in like.items() if of.name in model.quantised}
     brought = tuple(name for name in new if name not in held.tensors)
     config = untied(held.config) if heads else held.config
     checkpoint = Checkpoint({**held.tensors, **new}, config, held.stem)
-    grown = replace(model, checkpoint=checkpoint, scaled={**model.scaled, **scaled}, brought=brought)
+    grown = replace(model, checkpoint=checkpoint, quantised={**model.quantised, **stored}, brought=brought)
     _check_rows(model, grown)
     if grown.token_rows == model.token_rows:
         return grown
