@@ -10,7 +10,7 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from merger.card.terms import KINDS, TERMS
 from merger.cli.text import models_taken
 from merger.errors import MergerError
 from merger.methods.registry import Method, Param, methods
+from merger.models.formats.packed import PackedFormat
+from merger.models.formats.quantised import FORMATS
 from merger.recipe.checks import FIELD_METHODS
 from merger.recipe.mergekit import POINTS
 from merger.safety.limits import TABLE
@@ -32,6 +34,7 @@ MERGEKIT = ROOT / "docs" / "mergekit.md"
 ACTION = ROOT / "docs" / "action.md"
 CARDS = ROOT / "docs" / "cards.md"
 SECURITY = ROOT / "docs" / "security.md"
+FORMATS_PAGE = ROOT / "docs" / "formats.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 DEPARTS = "Departs from mergekit: "
 
@@ -49,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         CARDS: filled(CARDS, in_cards),
         METHODS: methods_page(built),
         ARCHITECTURE: filled(ARCHITECTURE, {"wings": wings_picture()}),
+        FORMATS_PAGE: filled(FORMATS_PAGE, {"packed": packed_table()}),
         SECURITY: filled(SECURITY, {"limits": limits_table()}),
         MERGEKIT: filled(MERGEKIT, {"departures": departures(built), "warned": warned_table()}),
     }
@@ -192,6 +196,18 @@ def limits_table() -> str:
     most = {limit: f", {limit.values:,} values" if limit.values else "" for limit in TABLE}
     rows = [(limit.what, f"{limit.most:,} {limit.unit}{most[limit]}", limit.why) for limit in TABLE]
     return table(("what is read", "at most", "why so much"), rows)
+
+
+def packed_table() -> str:
+    """A row for each format of packed tensors."""
+    rows = [(form.name, ", ".join(_stored_names(form)), form.how) for form in FORMATS.values()]
+    return table(("format", "stored tensors (those in brackets may be missing)", "as which library reads it"), rows)
+
+
+def _stored_names(form: PackedFormat) -> Iterator[str]:
+    for role, ending in form.endings.items():
+        name = f"`…{ending}`"
+        yield f"({name})" if role in form.optional else name
 
 
 def example(name: str) -> str:

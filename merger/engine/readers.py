@@ -12,15 +12,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merger.engine.pursuit import pursued
 from merger.engine.stored import Leaves, Load, read_whole, rows_of_map
 from merger.methods.steps.arithmetic import Rng
 from merger.methods.steps.random import normal, uniform
+from merger.models.formats.packed import NUMPY_DTYPES, PackedMatrix, decode
+from merger.models.formats.quantised import FORMATS
 from merger.planning.geometry import Geometry
 from merger.planning.inputs.base import Input, StageTensor, Stored
-from merger.planning.inputs.derived import DRAWN_AT_ONCE, Dequantised, Drawn, Noised, Routed, Stacked, Zeros
+from merger.planning.inputs.derived import (
+    DRAWN_AT_ONCE,
+    STRIDED_BYTES,
+    UNPACKED_AT_ONCE,
+    Dequantised,
+    Drawn,
+    Noised,
+    Packed,
+    Routed,
+    Stacked,
+    Zeros,
+)
 from merger.planning.inputs.low_rank import (
     Added,
     Difference,
@@ -72,6 +87,65 @@ def _multiply(rows: Tensor, scales: Tensor, across: int) -> None:
     whole = blocks * across
     rows[:, :whole].view(len(rows), blocks, across).mul_(scales[:, :blocks, None])
     rows[:, whole:].mul_(scales[:, blocks:])
+
+
+# ---- packed ---------------------------------------------------------------------------------------------------------
+
+_SKIPPED_BYTES = 1 << 14
+"""Up to here it is as fast to read on as to begin another read."""
+
+
+def unpacked_rows(source: Packed, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+    """Whole rows, some at a time, of one matrix after another."""
+    (rows, columns), form = source.shape[-2:], FORMATS[source.form]
+    step = max(1, UNPACKED_AT_ONCE // (columns * form.step)) * form.step
+    first, last, filled = start // columns, -(-stop // columns), out.numpy()
+    while first < last:
+        number, row = divmod(first, rows)
+        until = min(row // step * step + step, rows, row + last - first)
+        made = form.unpack(_matrix(source, number, leaves), row, until).reshape(-1)
+        low, high = max(start, first * columns), min(stop, (first + until - row) * columns)
+        filled[low - start : high - start] = made[low - first * columns : high - first * columns]
+        first += until - row
+    return out[: stop - start]
+
+
+def _matrix(source: Packed, number: int, leaves: Leaves) -> PackedMatrix:
+    """One matrix of those that the tensor holds."""
+    parts, several = dict(source.parts), len(source.shape) > 2
+
+    def read(role: str, *ranges: tuple[int, int]) -> NDArray[Any]:
+        return _strided(parts[role], number if several else None, ranges, leaves)
+
+    shapes = {role: part.shape[several:] for role, part in parts.items()}
+    rows, columns = source.shape[-2:]
+    name = source.parts[0][1].tensor.name
+    return PackedMatrix(name, (rows, columns), source.dtype, shapes, dict(source.settings), read)
+
+
+def _strided(leaf: Stored, number: int | None, ranges: Sequence[tuple[int, int]], leaves: Leaves) -> NDArray[Any]:
+    """Part of a stored tensor, or of one of the matrices in it: rows of it, and of these a range of columns."""
+    shape = leaf.shape if number is None else leaf.shape[1:]
+    dtype = np.dtype(NUMPY_DTYPES[leaf.dtype])
+    (top, bottom), (left, right) = (*ranges, *((0, side) for side in shape[len(ranges) :]), (0, 1), (0, 1))[:2]
+    entry = math.prod(shape[2:]) * dtype.itemsize
+    width, wanted = math.prod(shape[1:]) * dtype.itemsize, (right - left) * entry
+    begin = (number or 0) * math.prod(shape) * dtype.itemsize + left * entry
+    step = _rows_at_once(bottom - top, width, wanted)
+    made = np.empty((bottom - top, wanted), dtype=np.uint8)
+    for row in range(top, bottom, step):
+        until = min(row + step, bottom)
+        raw = leaves.raw(leaf, begin + row * width, begin + (until - 1) * width + wanted)
+        made[row - top : until - top] = as_strided(raw, (until - row, wanted), (width, 1))
+    found = made.view(dtype).reshape(bottom - top, right - left, *shape[2:])
+    return decode(found.reshape([stop - start for start, stop in ranges] + list(shape[len(ranges) :])), leaf.dtype)
+
+
+def _rows_at_once(rows: int, width: int, wanted: int) -> int:
+    """How many rows of `width` bytes one read goes through, where `wanted` bytes of each are."""
+    if wanted == width:
+        return max(1, rows)
+    return STRIDED_BYTES // width if width <= _SKIPPED_BYTES else 1
 
 
 # ---- low rank -------------------------------------------------------------------------------------------------------
@@ -289,6 +363,7 @@ _READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
     Rows: rows_of_map,
     Pursuit: pursued,
     Dequantised: dequantised,
+    Packed: unpacked_rows,
     LowRank: _low_rank,
     ExpertsLowRank: experts_with_low_rank,
     ExpertColumns: expert_columns,

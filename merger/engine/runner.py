@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merger.engine.decompose import RunPairs
@@ -352,6 +353,14 @@ class Work:
             self._look(leaf, number, view[place * nbytes : (place + 1) * nbytes])
         out.copy_(raw.view(dtype).view(out.shape))
 
+    def raw(self, leaf: Stored, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of a stored tensor."""
+        found = bytearray(stop - start)
+        self._fill(leaf, start, memoryview(found))
+        if self._allow:
+            self._look(leaf, start, memoryview(found))
+        return np.frombuffer(found, np.uint8)
+
     def router(self, source: Routed) -> Tensor:
         """The rows of a router that was computed beforehand."""
         return self._routers[source]
@@ -389,7 +398,7 @@ class _Leaves:
     def __init__(self, origin: Leaves, block: Block, step: int, shared: Mapping[Stored, Tensor]) -> None:
         self._origin, self._shared = origin, shared
         self._block, self._loaded = (block.start, block.stop, step), dict[Stored, Tensor]()
-        self.rows, self.router, self.once = origin.rows, origin.router, origin.once
+        self.rows, self.raw, self.router, self.once = origin.rows, origin.raw, origin.router, origin.once
         self.pairs, self.tell = origin.pairs, origin.tell
 
     def entries(self, leaf: Stored | StageTensor, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:

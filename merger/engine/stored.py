@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merger.planning.geometry import Geometry
@@ -71,6 +72,13 @@ class Leaves(Protocol):
 
         Raises:
             ModelError: the bytes cannot be had.
+        """
+
+    def raw(self, leaf: Stored, start: int, stop: int) -> NDArray[np.uint8]:
+        """The leaf's bytes ``[start, stop)``.
+
+        Raises:
+            ModelError: they cannot be had.
         """
 
     def router(self, source: Routed) -> Tensor:

@@ -26,9 +26,9 @@ def with_adapter(model: LockedModel, adapter: LockedModel) -> LockedModel:
     assert adapter.lora is not None
     held = model.checkpoint
     found = changes(adapter.lora, held.tensors, held.config)
-    scaled = next((name for name, change in found.items() if change.tokens and name in model.scaled), None)
-    if scaled is not None:
-        raise ModelError(Problem(f"it has single rows of {scaled}, which is quantised", hint=_OTHER_ADAPTER))
+    stored = next((name for name, change in found.items() if change.tokens and name in model.quantised), None)
+    if stored is not None:
+        raise ModelError(Problem(f"it has single rows of {stored}, which is quantised", hint=_OTHER_ADAPTER))
     return _with_rows(replace(model, adapter=adapter, changes=found))
 
 
@@ -42,11 +42,11 @@ def _with_rows(model: LockedModel) -> LockedModel:
     whole = {name: change.whole for name, change in model.changes.items() if change.whole is not None}
     like = {name: of for name in dict.fromkeys((*whole, *heads)) if (of := _like(model, name)) is not None}
     new = {name: replace(of, name=name, shape=whole.get(name, of).shape) for name, of in like.items()}
-    scaled = {name: model.scaled[of.name] for name, of in like.items() if of.name in model.scaled}
+    stored = {name: model.quantised[of.name] for name, of in like.items() if of.name in model.quantised}
     brought = tuple(name for name in new if name not in held.tensors)
     config = untied(held.config) if heads else held.config
     checkpoint = Checkpoint({**held.tensors, **new}, config, held.stem)
-    grown = replace(model, checkpoint=checkpoint, scaled={**model.scaled, **scaled}, brought=brought)
+    grown = replace(model, checkpoint=checkpoint, quantised={**model.quantised, **stored}, brought=brought)
     _check_rows(model, grown)
     if grown.token_rows == model.token_rows:
         return grown

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import yaml
@@ -124,7 +125,7 @@ def _found(attempts: Iterable[_Attempt], others: Iterable[_Attempt] = ()) -> tup
 
 def _in_one_layout(models: Sequence[LockedModel]) -> tuple[LockedModel, ...]:
     """The models with a tensor for each expert, where some have one and others have all of a layer's in one."""
-    fused = [model for model in models if are_fused(model.checkpoint.tensors)]
+    fused = [model for model in models if are_fused(model.checkpoint.tensors) and not model.quantised]
     like = next((model.checkpoint.tensors for model in models if model not in fused and model.has_experts), None)
     if like is None:
         return tuple(models)
@@ -259,14 +260,15 @@ class _Fetching:
         alone = is_single(located.name)
         config = {} if alone else _config(located, store, self.pickles)
         _refuse_barred(located, config)
-        found = unpacked(tensors_of(located, store, self.pool, self.pickles, self.tally), config)
+        stored = tensors_of(located, store, self.pool, self.pickles, self.tally)
+        found = unpacked(stored, config, lambda small: self.pool.map(partial(_bytes_of, located, store), small))
         begins = STEM if alone or (self.pickles and is_pickled(located.files)) else _stem(located)
         checkpoint = Checkpoint(found.tensors, found.config, begins)
         card, licence = _licensed(located, store)
         steps = {name: _contents(located, name, store) for name in pipeline(located.files)}
-        aside, scaled = found.aside, found.scaled
+        aside, quantised = found.aside, found.quantised
         return LockedModel(
-            ref, located, checkpoint, card, scaled=scaled, aside=aside, licence_file=licence, pipeline=steps
+            ref, located, checkpoint, card, quantised=quantised, aside=aside, licence_file=licence, pipeline=steps
         )
 
     def adapter(self, ref: ModelRef) -> LockedModel:
@@ -281,6 +283,10 @@ class _Fetching:
         lora = read(config, tensors)
         card, licence = _licensed(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
+
+
+def _bytes_of(located: Located, store: Store, tensor: TensorInfo) -> bytes:
+    return store.fetch(located, tensor.file, tensor.start, tensor.stop)
 
 
 def _contents(located: Located, name: str, store: Store) -> frozenset[str]:

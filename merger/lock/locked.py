@@ -13,6 +13,7 @@ from typing import Any
 from merger.models.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.models.checkpoint import FLOATS, Checkpoint, TensorInfo
 from merger.models.config import is_tied, predicted_layers
+from merger.models.formats.packed import PackedTensor
 from merger.models.formats.quantised import Scaled
 from merger.models.lora.adapter import Adapter
 from merger.models.lora.changes import Change
@@ -31,7 +32,7 @@ class LockedModel:
         checkpoint: its tensors' names, shapes, dtypes and places, and its config.json.
         card: the metadata of its own model card, empty where there is none.
         texts: of its tokenizer's files those that the plan needs, by name.
-        scaled: the tensors that are stored as numbers and scales, by name.
+        quantised: the tensors that are stored as numbers and scales, or packed, by name.
         aside: the names of stored tensors that only a quantised model has a use for.
         lora: what its files hold, of a LoRA adapter; its config is adapter_config.json.
         adapter: the LoRA adapter that is added to it.
@@ -46,7 +47,7 @@ class LockedModel:
     checkpoint: Checkpoint = field(repr=False)
     card: Mapping[str, Any] = field(default_factory=dict, repr=False)
     texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
-    scaled: Mapping[str, Scaled] = field(default_factory=dict, repr=False)
+    quantised: Mapping[str, Scaled | PackedTensor] = field(default_factory=dict, repr=False)
     aside: tuple[str, ...] = field(default=(), repr=False)
     lora: Adapter | None = field(default=None, repr=False)
     adapter: LockedModel | None = field(default=None, repr=False)

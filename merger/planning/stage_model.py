@@ -6,16 +6,18 @@ Not here: planning a stage (makers.stages), and the models that were found (lock
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.lock.lock import GENERATION
 from merger.lock.locked import LockedModel, LockedRecipe
 from merger.models import chat, vocabulary
 from merger.models.checkpoint import TensorInfo
+from merger.models.formats.packed import PackedTensor
+from merger.models.formats.quantised import Scaled
 from merger.models.vocabulary import Json
 from merger.planning.inputs.base import Input, Job, StageTensor, Stored
-from merger.planning.inputs.derived import Dequantised
+from merger.planning.inputs.derived import Dequantised, Packed
 from merger.planning.inputs.low_rank import Added, with_product
 from merger.planning.inputs.rows import with_rows
 from merger.recipe.model import ModelRef
@@ -137,9 +139,8 @@ class StagedRecipe(LockedRecipe):
     def _stored(self, number: int, tensor: TensorInfo) -> Input:
         """The same without an adapter."""
         model, owner = self.numbered(number), self.owner(number)
-        if (scaled := model.scaled.get(tensor.name)) is not None:
-            numbers, scales = Stored(owner, scaled.numbers), Stored(owner, scaled.scales)
-            return Dequantised(numbers, scales, scaled.block, tensor.dtype)
+        if (held := model.quantised.get(tensor.name)) is not None:
+            return _dequantised(owner, held, tensor)
         if not isinstance(model, StageModel):
             return Stored(owner, tensor)
         job = model.jobs[tensor.name]
@@ -163,3 +164,13 @@ class StagedRecipe(LockedRecipe):
         """The model in whose files that config lies: the donor, or the donor of the stage that is the donor."""
         donor = self.donor
         return donor.locked.holder if isinstance(donor, StageModel) else donor
+
+
+def _dequantised(owner: int, held: Scaled | PackedTensor, tensor: TensorInfo) -> Input:
+    """A tensor that is stored in few bits, whose codes go by its name."""
+    if isinstance(held, Scaled):
+        return Dequantised(Stored(owner, held.numbers), Stored(owner, held.scales), held.block, tensor.dtype)
+    (role, codes), *others = held.parts.items()
+    parts = {role: replace(codes, name=tensor.name), **dict(others)}
+    stored = tuple((role, Stored(owner, part)) for role, part in parts.items())
+    return Packed(held.form, stored, tensor.shape, tuple(held.settings.items()), tensor.dtype)

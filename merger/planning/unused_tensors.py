@@ -128,7 +128,13 @@ def notes(locked: StagedRecipe, making: JobSet) -> tuple[str, ...]:
     models = [locked.numbered(number) for number in locked.own]
     own = [model.name for model in models if making.has_head and any(is_head(name) for name in model.brought)]
     told = f"head: a tensor of its own, for {', '.join(own)} changes it, and not the embedding that it was"
-    return (*([told] if own else []), *_of_prediction(locked, making, models))
+    return (*_of_quantised(locked), *([told] if own else []), *_of_prediction(locked, making, models))
+
+
+def _of_quantised(locked: StagedRecipe) -> Iterator[str]:
+    forms = {model.name: dict.fromkeys(held.form for held in model.quantised.values()) for model in locked.models}
+    if told := ", ".join(f"{name} ({', '.join(of)})" for name, of in forms.items() if of):
+        yield f"read back from few bits: {told}; what is made of them carries the error of their quantisation"
 
 
 def _of_prediction(locked: StagedRecipe, making: JobSet, models: Sequence[LockedModel]) -> tuple[str, ...]:

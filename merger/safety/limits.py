@@ -102,6 +102,7 @@ SPACE_TENSORS = Limit(
     "the same in the Space, where many plan at once", 200_000, "half a gigabyte of its page", _TENSORS
 )
 TENSOR_NAME = Limit("a tensor's name", 1_000, "the longest have 150", "characters")
+STATE = Limit("what bitsandbytes writes of a tensor (quant_state)", 4_000, "the longest have 300 bytes", values=200)
 RECIPE = Limit("a recipe", 1_000_000, "the longest have 20 kB", values=20_000)
 DOCUMENTS = Limit("the documents of a recipe", 50, "each is a stage; six are the most that were seen", "documents")
 EXPRESSION = Limit("a regular expression (include, exclude, rank_pattern, alpha_pattern)", 1_000,
@@ -114,8 +115,8 @@ BODY = Limit("the body of a request to the Space: form, API, upload, webhook", 1
              "a recipe there has 64 kB at most; counted as it comes, before anything of it is parsed")  # fmt: skip
 
 TABLE = (
-    CONFIG, INDEX, HEADER, MODEL_TENSORS, ALL_TENSORS, SPACE_TENSORS, TENSOR_NAME, TOKENIZER, TOKENIZERS, CHAT, LICENCE,
-    SIDE, SIDES,
+    CONFIG, INDEX, HEADER, MODEL_TENSORS, ALL_TENSORS, SPACE_TENSORS, TENSOR_NAME, STATE, TOKENIZER, TOKENIZERS, CHAT,
+    LICENCE, SIDE, SIDES,
     CARD, RECORD, LOCK, MEASURED, OTHER, TEMPLATE, TEMPLATES, RECIPE, DOCUMENTS, EXPRESSION, EXPRESSIONS, TEXT, EVENT,
     GITHUB, BODY,
 )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Models that are stored in eight bits with scales are merged as what they stand for; packed ones are refused."""
+"""Models that are stored in eight bits with scales are merged as what they stand for; what is not read is refused.
+
+Not here: packed formats that are read (test_packed).
+"""
 
 from __future__ import annotations
 
@@ -158,10 +161,39 @@ PACKED: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any] | None, str]]
                      "is quantised by bitsandbytes; its stored numbers must not"),
     "MXFP4": ({"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.ones(2, dtype=torch.uint8),
                "model.layers.0.mlp.experts.gate_up_proj_scales": torch.ones(2, dtype=torch.uint8)},
-              {"quant_method": "mxfp4"}, "is quantised by MXFP4; its stored numbers must not"),
-    "NVFP4": ({NAME: torch.ones(24, 8, dtype=torch.uint8), NAME + "_scale": torch.ones(24, 1).to(FP8),
-               NAME + "_scale_2": torch.tensor(1.0)}, {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-              "is quantised by NVFP4; its stored numbers must not"),
+              {"quant_method": "mxfp4"}, "stores model.layers.0.mlp.experts.gate_up_proj as [2] of U8 with scales [2]"),
+    "NVFP4 of other groups": ({NAME: torch.ones(24, 8, dtype=torch.uint8), NAME + "_scale": torch.ones(24, 2).to(FP8),
+                               NAME + "_scale_2": torch.tensor(1.0)}, {"quant_method": "modelopt"},
+                              f"stores {NAME} as [24, 8] of U8 with scales [24, 2] of F8_E4M3 and whole [] of F32"),
+    "NVFP4 of scaled inputs": ({NAME: torch.ones(24, 8, dtype=torch.uint8), NAME + "_scale": torch.ones(24, 1).to(FP8),
+                                NAME + "_scale_2": torch.tensor(1.0),
+                                NAME.replace("weight", "pre_quant_scale"): torch.ones(16)},
+                               {"quant_method": "modelopt"}, "is quantised by ModelOpt with scaled inputs; its stored"),
+    "AWQ of another order": ({NAME.replace("weight", "qweight"): torch.ones(24, 2, dtype=torch.int32),
+                              NAME.replace("weight", "qzeros"): torch.ones(1, 3, dtype=torch.int32),
+                              NAME.replace("weight", "scales"): torch.ones(1, 24)},
+                             {"quant_method": "awq", "version": "gemv"},
+                             f"stores {NAME} as [24, 2] of I32 with zeros [1, 3] of I32 and scales [1, 24] of F32"),
+    "a scheme that is not the tensor's": ({NAME + "_packed": torch.ones(24, 2, dtype=torch.int32),
+                                           NAME + "_scale": torch.ones(24, 1)},
+                                          {"quant_method": "compressed-tensors", "config_groups": {
+                                              "group_0": {"weights": {"num_bits": 8, "group_size": 16,
+                                                                      "strategy": "group"}}}},
+                                          f"stores {NAME} as [24, 2] of I32 with scales [24, 1] of F32"),
+    "a state that is no JSON": ({NAME: torch.ones(192, 1, dtype=torch.uint8), NAME + ".absmax": torch.ones(6),
+                                 NAME + ".quant_map": torch.ones(16),
+                                 NAME + ".quant_state.bitsandbytes__nf4": torch.ones(9, dtype=torch.uint8)},
+                                {"quant_method": "bitsandbytes"}, f"stores {NAME} as [192, 1] of U8 with scales [6]"),
+    "a state of another shape": ({NAME: torch.ones(192, 1, dtype=torch.uint8), NAME + ".absmax": torch.ones(6),
+                                  NAME + ".quant_map": torch.ones(16),
+                                  NAME + ".quant_state.bitsandbytes__nf4": torch.tensor(list(
+                                      b'{"shape": [24, 20], "blocksize": 64, "dtype": "float16"}'), dtype=torch.uint8)},
+                                 {"quant_method": "bitsandbytes"}, f"stores {NAME} as [192, 1] of U8 with scales [6]"),
+    "packed and as it is": ({NAME: torch.ones(24, 16), NAME + "_blocks": torch.ones(2, 4, 1, 16, dtype=torch.uint8),
+                             NAME + "_scales": torch.ones(2, 4, 1, dtype=torch.uint8)}, {"quant_method": "mxfp4"},
+                            f"holds {NAME} twice: as it is, and in MXFP4"),
+    "rotated weights": ({}, {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {}}},
+                        "is quantised by a method that rotates weights (transform_config); its stored"),
     "NVFP4 that its config does not tell": ({NAME: torch.ones(24, 8, dtype=torch.uint8), NAME + "_scale_2":
                                              torch.tensor(1.0)}, None, "is quantised by NVFP4; its stored numbers"),
     "MLX": ({NAME: torch.ones(24, 2, dtype=torch.uint32), NAME.replace("weight", "scales"): torch.ones(24, 1),
@@ -172,6 +204,9 @@ PACKED: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any] | None, str]]
     "zero points": ({NAME: torch.ones(24, 16, dtype=torch.int8), NAME + "_scale": torch.ones(24, 1),
                      NAME + "_zero_point": torch.ones(24, 1, dtype=torch.int8)}, {"quant_method": "compressed-tensors"},
                     "is quantised by a method with zero points; its stored numbers must not"),
+    "zero points of floats": ({NAME + "_packed": torch.ones(24, 16, dtype=torch.uint8), NAME + "_scale":
+                               torch.ones(24, 1, dtype=torch.uint8), NAME + "_zero_point": torch.ones(24, 1)},
+                              {"quant_method": "compressed-tensors"}, "is quantised by a method with zero points; its"),
     "fp8 without scales": ({NAME: torch.ones(24, 16).to(FP8)}, {"quant_method": "fp8"},
                            f"stores {NAME} as F8_E4M3 without scales beside it"),
     "scales of another shape": ({NAME: torch.ones(24, 16).to(FP8), NAME + "_scale_inv": torch.ones(5, 5)},
@@ -185,7 +220,8 @@ def test_what_cannot_be_read_back_is_refused(case: str, tmp_path: Path) -> None:
     """At the place where the recipe names the model, with what to merge instead; never merged as it is stored."""
     tensors, said, sentence = PACKED[case]
     changed = {} if said is None else {"quantization_config": said}
-    tiny.write(tmp_path / "one", tiny.tensors() | dict(tensors), **changed)
+    others = {name: tensor for name, tensor in tiny.tensors().items() if name != NAME}
+    tiny.write(tmp_path / "one", others | dict(tensors), **changed)
     (tmp_path / "mine.yaml").write_text(f"merge_method: passthrough\nmodels: [{{model: {tmp_path}/one}}]\n")
     with pytest.raises(ModelError) as caught:
         plan(read_recipe(tmp_path / "mine.yaml"), Options())

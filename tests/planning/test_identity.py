@@ -14,7 +14,7 @@ import pytest
 
 from merger.models.checkpoint import TensorInfo
 from merger.planning.inputs.base import Input, Job, Operand, StageTensor, Stored, unpack
-from merger.planning.inputs.derived import Dequantised, Drawn, Noised, Routed, Stacked, Zeros
+from merger.planning.inputs.derived import Dequantised, Drawn, Noised, Packed, Routed, Stacked, Zeros
 from merger.planning.inputs.low_rank import (
     Added,
     Difference,
@@ -46,6 +46,11 @@ ENCODED: list[tuple[Input, str]] = [
     (
         Dequantised(ONE, ONE, (1, 2), "BF16"),
         f'{{"block": [1, 2], "dtype": "BF16", "numbers": {STORED}, "scales": {STORED}}}',
+    ),
+    (
+        Packed("MXFP4", (("codes", ONE), ("scales", ONE)), (2, 4), (("group", 32),), "BF16"),
+        f'{{"dtype": "BF16", "form": "MXFP4", "parts": [{STORED}, {STORED}], "roles": ["codes", "scales"], '
+        '"settings": {"group": 32}, "size": [2, 4]}',
     ),
     (Stacked((ONE,), ((0, 1),), 1, 2), f'{{"axis": 1, "givers": [{STORED}], "share": 2, "taken": [[0, 1]]}}'),
     (NOISE, DRAWN),

@@ -1,19 +1,29 @@
 """Checkpoints that hold their tensors in few bits: what is needed to have them back, or why they cannot be had.
 
 Numbers of eight bits beside which scales lie (fp8 by blocks, rows or whole tensors, and symmetric int8) are read as
-what they stand for: stored number times scale. Packed ones are refused. Nothing is ever merged as it is stored. Not
-here: reading them (engine), and a model's other tensors (checkpoint).
+what they stand for: stored number times scale. So are the packed formats of FORMATS; others are refused. Nothing is
+ever merged as it is stored. Not here: the packed formats (fours, integers, bitsandbytes), and reading (engine).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.errors import ModelError, Problem
 from merger.models.checkpoint import FLOATS, TensorInfo
 from merger.models.config import Config, quantisation, stated_dtype, unquantised
+from merger.models.formats import bitsandbytes, fours, integers
+from merger.models.formats.packed import PackedFormat, PackedTensor, Parts
+from merger.safety.limits import STATE, parsed
+
+Fetch = Callable[[Sequence[TensorInfo]], Iterable[bytes]]
+
+FORMATS: Mapping[str, PackedFormat] = {
+    form.name: form for form in (*fours.FORMATS, *integers.FORMATS, *bitsandbytes.FORMATS)
+}
+"""The packed formats that are read, in the order in which they are tried."""
 
 SCALED = ("F8_E4M3", "F8_E5M2", "I8")
 """The dtypes of stored numbers that a scale turns into what they stand for."""
@@ -28,6 +38,7 @@ _ZERO = "_zero_point"
 _PACKED = {
     "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "weight_packed": "packed numbers", "absmax": "bitsandbytes",
     "quant_map": "bitsandbytes", "SCB": "bitsandbytes", "codebooks": "AQLM", "W_q": "HQQ",
+    "pre_quant_scale": "ModelOpt with scaled inputs", "bitmask": "sparse bit masks",
 }  # fmt: skip
 _NAMES = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4", "aqlm": "AQLM", "hqq": "HQQ"}
 _READABLE = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
@@ -48,6 +59,11 @@ class Scaled:
     scales: TensorInfo
     block: tuple[int, int]
 
+    @property
+    def form(self) -> str:
+        """What readers know it by."""
+        return f"{self.numbers.dtype} with scales"
+
 
 @dataclass(frozen=True)
 class Unpacked:
@@ -56,49 +72,119 @@ class Unpacked:
     Args:
         tensors: its tensors; of one that is scaled dtype and shape are those of what it stands for.
         config: its config, which no longer says that it is quantised.
-        scaled: the tensors that are stored as numbers and scales, by name.
+        quantised: the tensors that are stored as numbers and scales, or packed, by name.
         aside: the names of stored tensors that only a quantised model has a use for.
     """
 
     tensors: Mapping[str, TensorInfo]
     config: Config
-    scaled: Mapping[str, Scaled] = field(default_factory=dict)
+    quantised: Mapping[str, Scaled | PackedTensor] = field(default_factory=dict)
     aside: tuple[str, ...] = ()
 
 
-def unpacked(tensors: Mapping[str, TensorInfo], config: Config) -> Unpacked:
+def unpacked(tensors: Mapping[str, TensorInfo], config: Config, fetch: Fetch) -> Unpacked:
     """The checkpoint without its quantisation.
+
+    Args:
+        tensors: its tensors as they are stored.
+        config: its config.
+        fetch: reads small ones that say how others are stored.
 
     Raises:
         ModelError: its tensors are stored in a way that is not read here.
     """
-    said = quantisation(config)
-    _refuse_packed(tensors, said)
-    dtype, scaled = stated_dtype(config), dict(_scaled(tensors, said))
-    if not scaled and said is None:
+    said, dtype = quantisation(config), stated_dtype(config)
+    if said and said.get("transform_config"):
+        raise _refusal("a method that rotates weights (transform_config)", _HINT)
+    packed = dict(_packed(tensors, said or {}, fetch))
+    parts = {part.name for found in packed.values() for part in found.parts.values()}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    _refuse_packed(rest, said, packed)
+    scaled = dict(_scaled(rest, said))
+    if not packed and not scaled and said is None:
         return Unpacked(tensors, config)
     scales = {of.scales.name for of in scaled.values()}
-    aside = tuple(name for name in tensors if name not in scales and name.rpartition(".")[2] in _ASIDE)
-    kept = {name: _read_back(tensor, dtype) if name in scaled else tensor for name, tensor in tensors.items()
-            if name not in scales and name not in aside}  # fmt: skip
-    return Unpacked(kept, unquantised(config), scaled, aside)
+    aside = tuple(name for name in rest if name not in scales and name.rpartition(".")[2] in _ASIDE)
+    codes = {found.codes.name: replace(found.codes, name=name, shape=found.shape) for name, found in packed.items()}
+    gone = {*parts, *scales, *aside} - codes.keys()
+    kept = [codes.get(name, tensor) for name, tensor in tensors.items() if name not in gone]
+    stored: Mapping[str, Scaled | PackedTensor] = {**scaled, **packed}
+    named = {each.name: replace(each, dtype=dtype) if each.name in stored else each for each in kept}
+    return Unpacked(named, unquantised(config), stored, aside)
 
 
-def _read_back(tensor: TensorInfo, dtype: str) -> TensorInfo:
-    """The tensor as others see it; only the shape and the dtype count, for its bytes are never taken as they lie."""
-    return TensorInfo(tensor.name, dtype, tensor.shape, tensor.file, tensor.start, tensor.stop)
+def _packed(
+    tensors: Mapping[str, TensorInfo], said: Mapping[str, Any], fetch: Fetch
+) -> Iterator[tuple[str, PackedTensor]]:
+    """The tensors that are stored in several, as the first format reads them that knows their shapes.
+
+    Raises:
+        ModelError: the names are those of a format, and none knows the shapes.
+    """
+    found, unread = dict[str, PackedTensor](), dict[str, Mapping[str, TensorInfo]]()
+    for form in FORMATS.values():
+        grouped = dict(_grouped(form, tensors, said))
+        states = _states(form, grouped, fetch)
+        for name, parts in grouped.items():
+            described = form.describe(parts, {**said, "state": states.get(name, {})})
+            if described is None:
+                unread.setdefault(name, parts)
+            elif name not in found:
+                found[name] = PackedTensor(form.name, parts, *described)
+                if name in tensors and tensors[name] not in parts.values():
+                    raise ModelError(Problem(f"holds {name} twice: as it is, and in {form.name}", hint=_HINT))
+    for name in unread.keys() - found.keys():
+        raise _unread(name, unread[name])
+    return iter(found.items())
 
 
-def _refuse_packed(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | None) -> None:
+def _grouped(
+    form: PackedFormat, tensors: Mapping[str, TensorInfo], said: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+    """By the name of the tensor that they are together the stored ones by role."""
+    ending = form.endings[form.mark]
+    if form.methods and said.get("quant_method") not in form.methods:
+        return
+    for stem in (name.removesuffix(ending) for name in tensors if name.endswith(ending)):
+        parts = {role: tensors[stem + end] for role, end in form.endings.items() if stem + end in tensors}
+        if not form.endings.keys() - parts.keys() - set(form.optional):
+            yield stem + form.tensor, parts
+
+
+def _states(form: PackedFormat, grouped: Mapping[str, Parts], fetch: Fetch) -> Mapping[str, Mapping[str, Any]]:
+    """What tensors that hold JSON say, by the names of those that they speak of; of others nothing."""
+    said = {name: parts[form.state] for name, parts in grouped.items() if form.state in parts}
+    small = {name: part for name, part in said.items() if part.nbytes <= STATE.most}
+    found = dict(zip(small, map(_state, fetch(list(small.values()))), strict=True))
+    return {name: state for name, state in found.items() if isinstance(state, dict)}
+
+
+def _state(text: bytes) -> Any:
+    try:
+        return parsed(text, STATE)
+    except ValueError:
+        return None
+
+
+def _unread(name: str, parts: Mapping[str, TensorInfo]) -> ModelError:
+    first, *others = ((role, f"{list(part.shape)} of {part.dtype}") for role, part in parts.items())
+    told = " and ".join(f"{role} {what}" for role, what in others)
+    return ModelError(Problem(f"stores {name} as {first[1]} with {told}, which is not read here", hint=_HINT))
+
+
+def _refuse_packed(
+    tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | None, packed: Mapping[str, PackedTensor]
+) -> None:
+    """Refuse what no format reads, beside the tensors that one does."""
     method = "" if said is None else str(said.get("quant_method", ""))
     known = next((_PACKED[last] for name in tensors if (last := name.rpartition(".")[2]) in _PACKED), None)
-    if any(name.endswith("_blocks") and f"{name[:-7]}_scales" in tensors for name in tensors):
-        raise _refusal("MXFP4", "let transformers read it back (Mxfp4Config(dequantize=True)), save it, and merge that")
+    if any(name + _ZERO in tensors for name in (*tensors, *packed)):
+        raise _refusal("a method with zero points", _HINT)
     if any(name.endswith("_scale_2") for name in tensors):
         raise _refusal(str((said or {}).get("quant_algo") or "NVFP4"), _HINT)
     if any(name.endswith(".scales") and f"{name[:-7]}.biases" in tensors for name in tensors):
         raise _refusal("MLX", _HINT)
-    if known is not None or (said is not None and method not in _READABLE):
+    if known is not None or (said is not None and not packed and method not in _READABLE):
         raise _refusal(_NAMES.get(method) or known or method or "an unnamed method", _HINT)
 
 
@@ -116,8 +202,6 @@ def _scaled(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | None) -
         if tensor.dtype not in SCALED:
             continue
         scales = next((tensors[name + end] for end in _SCALES if name + end in tensors), None)
-        if scales is not None and name + _ZERO in tensors:
-            raise _refusal("a method with zero points", _HINT)
         if scales is not None:
             yield name, Scaled(tensor, scales, _block(tensor, scales, said or {}))
         elif said is not None:
@@ -137,8 +221,7 @@ def _block(tensor: TensorInfo, scales: TensorInfo, said: Mapping[str, Any]) -> t
         down, across = (_share(side, count, stated) for side, count, stated in sides)
         if down and across:
             return down, across
-    told = f"{list(tensor.shape)} of {tensor.dtype} with scales {list(scales.shape)} of {scales.dtype}"
-    raise ModelError(Problem(f"stores {tensor.name} as {told}, which is not read here", hint=_HINT))
+    raise _unread(tensor.name, {"numbers": tensor, "scales": scales})
 
 
 def _share(side: int, count: int, stated: int) -> int:

@@ -11,6 +11,12 @@ from typing import Any
 
 from merger.planning.inputs.base import Input, Stored
 
+UNPACKED_AT_ONCE = 1 << 19
+"""How many entries of a packed tensor are made at once, if its rows are short enough."""
+
+STRIDED_BYTES = 1 << 20
+"""How many bytes of a stored tensor are read at once of which not all are wanted."""
+
 
 @dataclass(frozen=True)
 class Dequantised(Input):
@@ -50,6 +56,54 @@ class Dequantised(Input):
         """The scales of some rows, once for each row."""
         rows, columns = self.shape
         return 4 * rows * -(-columns // self.block[1])
+
+
+@dataclass(frozen=True)
+class Packed(Input):
+    """A tensor that is stored as codes of a packed format.
+
+    Args:
+        form: the format's name.
+        parts: the stored tensors by role, that of the codes first.
+        size: its shape: a matrix, or several.
+        settings: what reading it has to know besides.
+        restored: the dtype of the model that it was made from.
+    """
+
+    kind = "packed"
+    form: str
+    parts: tuple[tuple[str, Stored], ...]
+    size: tuple[int, ...]
+    settings: tuple[tuple[str, int | float | str], ...]
+    restored: str
+
+    def encode(self) -> dict[str, Any]:
+        return {
+            "form": self.form, "roles": tuple(role for role, _ in self.parts), "parts": self.children,
+            "size": self.size, "settings": dict(self.settings), "dtype": self.restored,
+        }  # fmt: skip
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return tuple(stored for _, stored in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size
+
+    @property
+    def dtype(self) -> str:
+        return self.restored
+
+    @property
+    def again(self) -> tuple[Stored, ...]:
+        """All: rows are read whole, and in some formats those beside them."""
+        return self.leaves
+
+    @property
+    def scratch(self) -> int:
+        """Rows as they are stored, in float32 before and after they are scaled, and what looking them up takes."""
+        return 24 * (UNPACKED_AT_ONCE + 32 * self.size[-1]) + STRIDED_BYTES
 
 
 @dataclass(frozen=True)
