@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from merger.card.terms import KINDS, TERMS
-from merger.cli.text import models_taken
+from merger.cli.text import models_text
 from merger.errors import MergerError
 from merger.methods.registry import Method, Param, methods
 from merger.models.formats.packed import PackedFormat
@@ -138,7 +138,7 @@ def method_section(method: Method) -> str:
     """A method's part of the page."""
     formula = [f"$$ {method.formula} $$", ""] if method.formula else []
     lines = [f"## `{method.name}`: {method.title}", "", *formula, method.description, ""]
-    lines += [f"Models: {models_taken(method)}.", ""]
+    lines += [f"Models: {models_text(method)}.", ""]
     if method.params:
         head = ("parameter", "kind", "default", "what it is")
         lines += [table(head, [parameter(param) for param in method.params]), ""]

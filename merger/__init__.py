@@ -111,11 +111,11 @@ def merge(
     >>> merge("examples/recipes/linear.yaml", to="./merged").shards[0].name
     'model.safetensors'
     """
-    from merger.run.options import fitted
+    from merger.run.options import with_free_memory
     from merger.run.pipeline import ignore, merge
     from merger.run.prepare import options_for, plan
 
-    chosen = fitted(options_for(options, to))
+    chosen = with_free_memory(options_for(options, to))
     planned, library = plan(check(recipe), chosen)
     return merge(planned, library, chosen, on_event or ignore)
 
@@ -136,10 +136,10 @@ def verify(model: str, *, everything: bool = False, tensors: int | None = None, 
     >>> verify("./merged").passed
     True
     """
-    from merger.run.options import Options, fitted
+    from merger.run.options import Options, with_free_memory
     from merger.verification.verify import Extent, verify
 
-    return verify(model, fitted(Options()), Extent(everything, tensors, seed))
+    return verify(model, with_free_memory(Options()), Extent(everything, tensors, seed))
 
 
 def diff(a: str, b: str) -> Contrast:

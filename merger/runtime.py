@@ -91,7 +91,7 @@ def _keep_freed_memory() -> None:
 
 def free_memory(root: Path = _ROOT) -> int | None:
     """Bytes that may still be taken: what the system has to give, but no more than the control groups leave."""
-    known = [found for found in (_available(root), *_left(root)) if found is not None]
+    known = [found for found in (_available(root), *_left_by_groups(root)) if found is not None]
     return min(known, default=None)
 
 
@@ -106,7 +106,7 @@ def _available(root: Path) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
 
 
-def _left(root: Path) -> Iterator[int]:
+def _left_by_groups(root: Path) -> Iterator[int]:
     """Of each control group from this process's own up to the first one: its limit less what cannot be taken back."""
     for line in (_text(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -140,7 +140,7 @@ def _text(path: Path) -> str | None:
 # ---- what it refuses ------------------------------------------------------------------------------------------------
 
 
-def refused(what: str, error: OSError, otherwise: type[MergerError], hint: str | None = None) -> MergerError:
+def refusal(what: str, error: OSError, otherwise: type[MergerError], hint: str | None = None) -> MergerError:
     """A refusal of the system's as one of ours: of the kind `otherwise`, or BudgetError where something is used up.
 
     Args:
@@ -160,16 +160,16 @@ def lacking(error: BaseException) -> BudgetError | None:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _USED_UP:
             at = "" if cause.filename is None else f" at {cause.filename}"
-            found = refused(f"the work cannot go on{at}", cause, BudgetError)
+            found = refusal(f"the work cannot go on{at}", cause, BudgetError)
             assert isinstance(found, BudgetError)
             return found
-        if (hint := _said(cause)) is not None:
+        if (hint := _hint_of(cause)) is not None:
             return BudgetError(Problem(f"the work cannot go on ({str(cause) or 'no memory is left'})", hint=hint))
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
 
-def _said(error: BaseException) -> str | None:
+def _hint_of(error: BaseException) -> str | None:
     if isinstance(error, MemoryError):
         return _USED_UP[errno.ENOMEM]
     told = (hint for words, hint in _IN_WORDS.items() if isinstance(error, RuntimeError) and words in str(error))
@@ -177,7 +177,7 @@ def _said(error: BaseException) -> str | None:
 
 
 @contextmanager
-def limits_told() -> Iterator[None]:
+def tell_limits() -> Iterator[None]:
     """What this machine has no more of inside is told as a refusal; all else passes as it is.
 
     Raises:

@@ -78,7 +78,7 @@ def make_app(service: Service, bot: Bot | None = None) -> FastAPI:
 def main() -> None:
     """Serve until the process is ended. No token gets into its log, nor to a process that is started from here."""
     take_over()
-    sys.stdout, sys.stderr = (secrets.sieved(stream, ends=False) for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (secrets.sieve(stream, ends=False) for stream in (sys.stdout, sys.stderr))
     at = folder().resolve()
     at.mkdir(parents=True, exist_ok=True)
     queue = MergeQueue(at, Limits.here(at))

@@ -322,7 +322,7 @@ class Page:
     def _show_refusal(self, error: MergerError) -> Updates:
         return {
             **_hide(self.planned),
-            self.refused: gr.update(value=views.refusal(error.problems), visible=True),
+            self.refused: gr.update(value=views.refusal_html(error.problems), visible=True),
             self.too_big: gr.update(visible=isinstance(error, TooBigError)),
         }
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from merger.cli.text import size
 from merger.errors import Problem
-from merger.safety.text import lined
+from merger.safety.text import join_lines
 from space.form import ShownSetting
 from space.work.admission import CheckedRecipe
 from space.work.job_table import QueuedMerge
@@ -46,10 +46,10 @@ def problem_list(checked: CheckedRecipe) -> str:
 
 def _text(words: str) -> str:
     """Words of others as text of a page, with the lines that they have."""
-    return html.escape(lined(words.split("\n")))
+    return html.escape(join_lines(words.split("\n")))
 
 
-def refusal(found: Sequence[Problem]) -> str:
+def refusal_html(found: Sequence[Problem]) -> str:
     """Why something was not done."""
     return f'<div role="alert">{_list([("error", problem) for problem in found])}</div>'
 

@@ -165,7 +165,7 @@ def blank_pictures() -> None:
     """
     canvas: Any = importlib.import_module("merger.card.pictures.canvas")
     canvas.warm_fonts()
-    canvas._drawn = lambda figure, dots: BLANK + bytes([len(figure.axes)])  # no two are one file
+    canvas._draw_png = lambda figure, dots: BLANK + bytes([len(figure.axes)])  # no two are one file
 
 
 def _keep(order: Mapping[str, Any], out: int, err: int, news: int) -> NoReturn:

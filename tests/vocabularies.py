@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers.utils.sentencepiece_model_pb2_new import ModelProto
 
-from merger.models.tokenizer_files import BYTES, SPACES, respelled
+from merger.models.tokenizer_files import BYTES, SPACES, respell
 
 CHARACTERS = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ"]
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("an", "d")]
@@ -38,7 +38,7 @@ def sentencepiece(tokens: Sequence[str] = BASE) -> bytes:
     proto = ModelProto()
     for number, token in enumerate(tokens):
         kind = 3 if token in ("<s>", "</s>") else 1
-        proto.pieces.add(piece=respelled(token, BYTES, SPACES), score=-float(number), type=kind)
+        proto.pieces.add(piece=respell(token, BYTES, SPACES), score=-float(number), type=kind)
     proto.trainer_spec.vocab_size = len(tokens)
     return proto.SerializeToString()
 

@@ -157,7 +157,7 @@ def family(
     for model in held:
         located = _for_readers(replace(model.located, card=model.card), recipe.publish.private)
         place = search.add(_Ref(located.name, located.commit, is_local=located.commit is None))
-        first.append((place, partial(_described, located, store, methods)))
+        first.append((place, partial(_describe, located, store, methods)))
     search.grow(first)
     return Family(tuple(search.members))
 
@@ -269,7 +269,7 @@ def _looked_up(ref: _Ref, hub: Store, methods: Collection[str]) -> _Answer:
     try:
         located = hub.locate(ref.name, ref.commit)
         known = Member(ref.name, ref.commit)  # it is there for everybody
-        return _described(located, hub, methods)
+        return _describe(located, hub, methods)
     except GatedError:
         note = "gated"
     except MissingError:
@@ -279,17 +279,17 @@ def _looked_up(ref: _Ref, hub: Store, methods: Collection[str]) -> _Answer:
     return _Answer(replace(known, note=note))
 
 
-def _described(located: Located, store: Store, methods: Collection[str]) -> _Answer:
+def _describe(located: Located, store: Store, methods: Collection[str]) -> _Answer:
     """What a model's card and its record of a merge tell; one request at most beyond finding it."""
     card = located.card or {}
     kinds = ((LOCAL, located.commit is None), ("private", located.private), ("gated", located.gated))
     note = next((kind for kind, holds in kinds if holds), None)
     record = _record(located, store)
     method = _method(card, methods) or _method_of(record)
-    parents = _parents_of(record) or _named(card.get("base_model"))
+    parents = _parents_of(record) or _base_refs(card.get("base_model"))
     if located.commit is None:
         parents = tuple(replace(ref, is_hearsay=True) for ref in parents)
-    member = Member(located.name, located.commit, _licence(card), _made(card, method, len(parents)), note)
+    member = Member(located.name, located.commit, _licence(card), _tell_method(card, method, len(parents)), note)
     return _Answer(member, parents)
 
 
@@ -308,11 +308,11 @@ def _parents_of(record: Any) -> tuple[_Ref, ...]:
     """The models that a record names, in its order."""
     models = record.get("models") if isinstance(record, Mapping) else None
     if isinstance(models, list) and all(isinstance(item, Mapping) and "commit" in item for item in models):
-        return tuple(_locked(item) for item in models)
+        return tuple(_locked_ref(item) for item in models)
     return tuple(dict.fromkeys(_ref(name) for name in _models_in(record)))
 
 
-def _locked(item: Mapping[str, Any]) -> _Ref:
+def _locked_ref(item: Mapping[str, Any]) -> _Ref:
     """A model of a lock file: without a commit it was a folder."""
     named, commit = _ref(str(item.get("model"))), item.get("commit")
     if not commit or named.is_local:
@@ -333,7 +333,7 @@ def _models_in(recipe: Any) -> Iterable[str]:
                 yield from _models_in(value)
 
 
-def _named(base_model: Any) -> tuple[_Ref, ...]:
+def _base_refs(base_model: Any) -> tuple[_Ref, ...]:
     """The models that a card calls its base."""
     names = base_model if isinstance(base_model, list) else [base_model]
     return tuple(dict.fromkeys(_ref(name) for name in names if isinstance(name, str) and name.strip()))
@@ -359,7 +359,7 @@ def _method_of(record: Any) -> str | None:
     return _text(record.get("merge_method")) if isinstance(record, Mapping) else None
 
 
-def _made(card: Mapping[str, Any], method: str | None, parents: int) -> str | None:
+def _tell_method(card: Mapping[str, Any], method: str | None, parents: int) -> str | None:
     if method is not None:
         return f"merge by {method}"
     relation = card.get("base_model_relation")

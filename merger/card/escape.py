@@ -21,7 +21,7 @@ _INLINE = re.compile(r"""[&<>"'\\$@]|([`*_\[\]|~]|:(?=//)|(?<=www)\.)""", re.IGN
 _STARTS = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=[-+](?:\s|$)|-[-\s]*$|=+$|#{1,6}(?:\s|$)))")
 
 
-def escaped(text: object) -> Markup:
+def escape_text(text: object) -> Markup:
     """Text that stands for itself, whatever it holds, on one line."""
     if isinstance(text, Markup):
         return text
@@ -37,7 +37,7 @@ def _stands(found: re.Match[str]) -> str:
     return f"\\{found[1]}" if found[1] else _ENTITIES[found[0]]
 
 
-def fenced(text: str, language: str = "") -> Markup:
+def fence(text: str, language: str = "") -> Markup:
     """Text as a code block that nothing inside can end."""
     text = visible(text)
     fence = "`" * max(3, _longest(text) + 1)

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from merger.evaluation.budget import Score
-from merger.lock.locked import LockedModel, shown
+from merger.lock.locked import LockedModel, display_name
 from merger.models.checkpoint import SUFFIX, index_name
 from merger.models.licence import licence_files
 from merger.models.lora.adapter import CONFIG as ADAPTER_CONFIG
@@ -51,12 +51,12 @@ def lock_file(planned: Plan, output: Mapping[str, FileInfo], checksum: Checksum)
         shard_bytes=planned.shard_bytes,
         made_with={"python": platform.python_version(), **{package: version(package) for package in _MADE_WITH}},
         recipe=planned.locked.recipe.text,
-        models=tuple(_parent(planned, model, _unknown if model in unhashed else checksum) for model in models),
+        models=tuple(_parent(planned, model, _no_checksum if model in unhashed else checksum) for model in models),
         output=output,
     ).text()
 
 
-def _unknown(model: Located, file: str) -> None:
+def _no_checksum(model: Located, file: str) -> None:
     """For a checksum that it would take too long to find out."""
 
 
@@ -73,7 +73,7 @@ def _read(planned: Plan, model: LockedModel) -> list[str]:
 def _parent(planned: Plan, model: LockedModel, checksum: Checksum) -> Parent:
     located = model.located
     files = {name: FileInfo(located.files[name].size, checksum(located, name)) for name in _read(planned, model)}
-    return Parent(shown(model), located.commit, model.licence, files, located.name if located.moved else None)
+    return Parent(display_name(model), located.commit, model.licence, files, located.name if located.moved else None)
 
 
 # ---- mixtures -------------------------------------------------------------------------------------------------------
@@ -104,10 +104,10 @@ class MixtureFacts:
 
 def mixture_facts(planned: Plan, mixture: Mixture) -> MixtureFacts:
     """The mixture in sentences: its experts, its router, and what is the base model's."""
-    base = shown(planned.locked.donor)
+    base = display_name(planned.locked.donor)
     per_token = planned.config["num_experts_per_tok"]
     sentences = [
-        f"Each layer has {len(mixture.experts)} experts: the MLPs of {_named(planned, mixture.experts)}.",
+        f"Each layer has {len(mixture.experts)} experts: the MLPs of {_expert_names(planned, mixture.experts)}.",
         *(f"Every token also goes through the MLPs of {_name(planned, one)}." for one in mixture.shared_experts),
         f"A router sends each token through {per_token} of them; everything else is that of {base}.",
         f"The router was {_ROUTERS[mixture.gate_mode].format(base=base)}.",
@@ -116,13 +116,13 @@ def mixture_facts(planned: Plan, mixture: Mixture) -> MixtureFacts:
     return MixtureFacts(METHOD, TITLE, sentences[0], " ".join(sentences))
 
 
-def _named(planned: Plan, experts: tuple[Expert, ...]) -> str:
+def _expert_names(planned: Plan, experts: tuple[Expert, ...]) -> str:
     counts = Counter(_name(planned, expert) for expert in experts)
     return ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in counts.items())
 
 
 def _name(planned: Plan, expert: Expert) -> str:
-    return shown(planned.locked.model(expert.source_model))
+    return display_name(planned.locked.model(expert.source_model))
 
 
 def _changes(planned: Plan, expert: Expert) -> Iterator[str]:
@@ -198,7 +198,7 @@ def vocabulary_facts(planned: Plan) -> str | None:
     tokens = planned.tokens
     if tokens is None:
         return None
-    of = shown(planned.locked.numbered(tokens.source))
+    of = display_name(planned.locked.numbered(tokens.source))
     more = f" and {tokens.new:,} tokens more" if tokens.new else ""
     cut = f"; {tokens.cut:,} rows of {of} behind its last token are left out (rows: base keeps them)"
     return f"{tokens.rows:,} rows: the tokenizer of {of}{more}{cut if tokens.cut else ''}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind, Terms
 from merger.errors import MismatchError, Problem, RecipeError
-from merger.lock.locked import LockedModel, shown
+from merger.lock.locked import LockedModel, display_name
 from merger.models.licence import LICENCES, is_notice, licence_files
 from merger.planning.plan import Plan
 from merger.recipe.model import Publish
@@ -86,7 +86,7 @@ def judge(planned: Plan, name: str | None = None) -> Judgement:
     """
     publish, models = planned.locked.recipe.publish, planned.locked.models
     parents = [licence_of(model) for model in models]
-    result = stated(publish) or proposed(parents)
+    result = stated_licences(publish) or propose_licences(parents)
     duties = sorted({terms for licence in parents for terms in licence.terms}, key=_strictness)
     return Judgement(
         licences=result,
@@ -114,7 +114,7 @@ def refuse_licences(planned: Plan, published: bool) -> None:
         return
     reason = "say why it may be so with publish.license_override, for the card"
     if found.stated:
-        fitting = proposed([licence_of(model) for model in planned.locked.models])
+        fitting = propose_licences([licence_of(model) for model in planned.locked.models])
         fits = fitting and not any(_conflicts(model, fitting) for model in planned.locked.models)
         hint = f"leave it out, for {_names(fitting)} fits; or {reason}" if fits else f"leave the model out; or {reason}"
         raise RecipeError(
@@ -134,16 +134,16 @@ def licence_of(model: LockedModel) -> Licence:
     if model.licence is None:
         return Licence(UNSTATED)
     link = model.card.get("license_link")
-    return _named(model.licence, link if isinstance(link, str) else None)
+    return _find_licence(model.licence, link if isinstance(link, str) else None)
 
 
-def stated(publish: Publish) -> tuple[Licence, ...]:
+def stated_licences(publish: Publish) -> tuple[Licence, ...]:
     """What the recipe says, a licence for each part of ``a AND b``; nothing where it leaves it to us."""
     if publish.license is None:
         return ()
     is_other = publish.license.strip().lower() == "other"
     name = publish.license_name if is_other and publish.license_name else publish.license
-    return _parts(_named(name, publish.license_link))
+    return _parts(_find_licence(name, publish.license_link))
 
 
 def _parts(licence: Licence) -> tuple[Licence, ...]:
@@ -151,14 +151,14 @@ def _parts(licence: Licence) -> tuple[Licence, ...]:
     return tuple(Licence(terms.name, (terms,), licence.link) for terms in licence.terms) or (licence,)
 
 
-def _named(text: str, link: str | None = None) -> Licence:
+def _find_licence(text: str, link: str | None = None) -> Licence:
     """What is known under a name, which may be an expression of SPDX."""
     flat = " ".join(text.split())
-    known = _known(flat)
+    known = _find_terms(flat)
     return Licence(known.name, (known,), link) if known else Licence(flat, _expression(flat), link)
 
 
-def _known(name: str) -> Terms | None:
+def _find_terms(name: str) -> Terms | None:
     slug = re.sub(r"[\s_]+", "-", name.lower())
     return TERMS.get(ALIASES.get(slug, slug))
 
@@ -178,7 +178,7 @@ def _expression(text: str) -> tuple[Terms, ...]:
 def _terms_in(part: object) -> tuple[Terms, ...]:
     parts = [_terms_in(argument) for argument in getattr(part, "args", ())]
     if not parts:
-        known = _known(str(getattr(part, "license_symbol", part)))
+        known = _find_terms(str(getattr(part, "license_symbol", part)))
         return (known,) if known else ()
     if "or" in str(getattr(part, "operator", "")).lower():
         return min((terms for terms in parts if terms), key=lambda terms: max(map(_strictness, terms)), default=())
@@ -188,7 +188,7 @@ def _terms_in(part: object) -> tuple[Terms, ...]:
 # ---- what fits ------------------------------------------------------------------------------------------------------
 
 
-def proposed(parents: Sequence[Licence]) -> tuple[Licence, ...]:
+def propose_licences(parents: Sequence[Licence]) -> tuple[Licence, ...]:
     """The strictest of the parents' licences, and beside it those whose terms it does not pass on.
 
     None where a parent's licence is not known, unless all have that one; none where nothing may be published.
@@ -217,7 +217,7 @@ def _names(licences: Sequence[Licence]) -> str:
 
 def _conflicts(model: LockedModel, result: Sequence[Licence]) -> list[str]:
     licence = licence_of(model)
-    return [f"{shown(model)} ({licence.name}) {why}" for why in _against(licence, result)]
+    return [f"{display_name(model)} ({licence.name}) {why}" for why in _against(licence, result)]
 
 
 def _against(parent: Licence, result: Sequence[Licence]) -> Iterator[str]:
@@ -250,7 +250,7 @@ def _covers(result: Sequence[Licence], wanted: Terms) -> bool:
 
 
 def _open(models: Sequence[LockedModel], result: Sequence[Licence]) -> Iterator[str]:
-    unknown = [f"{shown(model)} ({licence_of(model).name})" for model in models if not licence_of(model).terms]
+    unknown = [f"{display_name(model)} ({licence_of(model).name})" for model in models if not licence_of(model).terms]
     if not result and unknown:
         yield (f"the licence is not settled: what {', '.join(unknown)} asks is not known here; "
                "state the result's with publish: {license: ...}")  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merger.errors import few
-from merger.lock.locked import LockedModel, shown
+from merger.lock.locked import LockedModel, display_name
 from merger.methods.registry import Method
 from merger.models.architecture import Architecture
 from merger.planning.geometry import Geometry, total_geometry
@@ -90,7 +90,7 @@ def relations(planned: Plan, seen: Mapping[str, Geometry]) -> Relations:
         for job in mine:
             by_layer.setdefault(_layer(architecture, job.name), []).append(seen[job.name])
         for layer, parts in sorted(by_layer.items()):
-            layers.append(_relation(_named(layer), total_geometry(parts)))
+            layers.append(_relation(_layer_name(layer), total_geometry(parts)))
     doubts += _odd(planned, seen)
     return Relations(tuple(overall), tuple(layers), tuple(dict.fromkeys(doubts)), _losses(planned, seen, architecture))
 
@@ -105,7 +105,7 @@ def _odd(planned: Plan, seen: Mapping[str, Geometry]) -> Iterator[str]:
             yield f"{sum(counts.values()):,} of {model.name}'s {entries} NaN or infinite, in {each}"
 
 
-def _named(layer: int) -> str:
+def _layer_name(layer: int) -> str:
     return f"layer {layer}" if layer >= 0 else "outside of the layers"
 
 
@@ -116,7 +116,7 @@ def _losses(planned: Plan, seen: Mapping[str, Geometry], architecture: Architect
         source = job.inputs[0].source
         if isinstance(source, Factor) and source.part == "A" and job.name in seen:
             by_layer.setdefault(_layer(architecture, job.name), []).append(seen[job.name])
-    rows = [Loss(_named(layer), _left_out(parts)) for layer, parts in sorted(by_layer.items())]
+    rows = [Loss(_layer_name(layer), _left_out(parts)) for layer, parts in sorted(by_layer.items())]
     everything = [part for parts in by_layer.values() for part in parts]
     return (Loss("all", _left_out(everything)), *rows) if everything else ()
 
@@ -288,7 +288,9 @@ def tracks(planned: Plan, seen: Mapping[str, Geometry]) -> list[Track]:
                 found[entry.model].setdefault(layer, Apart()).add(geometry, place)
             if job.base is not None and geometry.base:
                 found[job.base.model].setdefault(layer, Apart()).add_base(geometry)
-    return [Track(shown(model), layers) for model, layers in zip(planned.locked.all, found, strict=True) if layers]
+    return [
+        Track(display_name(model), layers) for model, layers in zip(planned.locked.all, found, strict=True) if layers
+    ]
 
 
 def layer_of(architecture: Architecture, name: str) -> Layer:
@@ -357,7 +359,7 @@ def parameters(planned: Plan, table: Mapping[str, Method]) -> list[Parameter]:
 def _values(planned: Plan) -> dict[str, dict[str, _Kinds]]:
     """By parameter and parent; what holds for all parents stands under no name."""
     architecture = Architecture([job.name for job in planned.jobs], planned.config)
-    names = [shown(model) for model in planned.locked.all]
+    names = [display_name(model) for model in planned.locked.all]
     found: dict[str, dict[str, _Kinds]] = {}
     for job in planned.jobs:
         if job.is_copy:
@@ -401,9 +403,9 @@ def _lines(owner: str, kinds: _Kinds) -> list[Line]:
     lines, outside = list[Line](), list[Line]()
     for values, group in groups.items():
         if values[0][0] == OUTSIDE:
-            outside.append(Line(owner, _told(group, [] if inside else group), dict(values)))
+            outside.append(Line(owner, _shorten_names(group, [] if inside else group), dict(values)))
         else:
-            lines.append(Line(owner, _told(group, inside), dict(values)))
+            lines.append(Line(owner, _shorten_names(group, inside), dict(values)))
     for line in outside:
         _join(lines, line)
     return lines
@@ -418,7 +420,7 @@ def _join(lines: list[Line], outside: Line) -> None:
     lines.append(outside)
 
 
-def _told(group: Sequence[str], everyone: Sequence[str]) -> str:
+def _shorten_names(group: Sequence[str], everyone: Sequence[str]) -> str:
     """Their names, or the first part of them for kinds of which none is missing; nothing for all."""
     if len(group) == len(everyone):
         return ""

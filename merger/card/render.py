@@ -22,7 +22,7 @@ from merger.card.metadata import front_matter, head_class, library, metadata
 from merger.card.relations import Relation, Relations, parameters
 from merger.card.templates import fill, refuse_unused
 from merger.card.terms import KINDS, Terms
-from merger.lock.locked import shown
+from merger.lock.locked import display_name
 from merger.methods.registry import Method, Paper
 from merger.planning.plan import Plan
 from merger.recipe.model import Publish, Recipe
@@ -41,7 +41,7 @@ def shown_recipe(planned: Plan) -> str:
         found = next((path for path in places if value in (path, f"{path}/") or value.startswith(f"{path}+")), None)
         if found is not None:
             new = places[found] + value[len(found) :].removeprefix("/")
-            text = text[:start] + _replaced(text[start:end], value, new, anchored) + text[end:]
+            text = text[:start] + _replace_value(text[start:end], value, new, anchored) + text[end:]
     for path in sorted(places, key=len, reverse=True):
         if path.count("/") > 1:
             text = text.replace(path.rstrip("/"), places[path])
@@ -63,7 +63,7 @@ def _scalars(text: str) -> list[tuple[int, int, bool, str]]:
     ]
 
 
-def _replaced(source: str, value: str, new: str, anchored: bool) -> str:
+def _replace_value(source: str, value: str, new: str, anchored: bool) -> str:
     """The value's source with another value; one that is escaped is quoted anew."""
     return source.replace(value, new) if anchored or value in source else json.dumps(new, ensure_ascii=False)
 
@@ -228,7 +228,7 @@ def _licence(planned: Plan, found: Judgement) -> dict[str, Any]:
         "override": found.override,
         "notes": found.notes,
         "duties": [_duty(planned, terms) for terms in found.duties],
-        "asks": _asked(found),
+        "asks": _licence_asks(found),
         "built_with": list(dict.fromkeys(terms.built_with for terms in found.duties if terms.built_with)),
         "notices": [terms.notice for terms in found.duties if terms.notice],
     }
@@ -239,16 +239,16 @@ def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
     titles = dict.fromkeys(table[piece.method].title for piece in recipe.slices) if recipe.mixture is None else [TITLE]
     models = [planned.locked.model(ref) for ref in recipe.parents]
     own = recipe is not planned.locked.recipe
-    return Stage(recipe.name if own else None, ", ".join(titles), tuple(shown(model) for model in models))
+    return Stage(recipe.name if own else None, ", ".join(titles), tuple(display_name(model) for model in models))
 
 
 def _duty(planned: Plan, terms: Terms) -> dict[str, Any]:
     """A licence of some parents: its name, its text, and of which models it is."""
-    parents = [shown(model) for model in planned.locked.models if terms in licence_of(model).terms]
+    parents = [display_name(model) for model in planned.locked.models if terms in licence_of(model).terms]
     return {"title": terms.title, "url": link_address(terms.url), "parents": parents}
 
 
-def _asked(found: Judgement) -> list[dict[str, Any]]:
+def _licence_asks(found: Judgement) -> list[dict[str, Any]]:
     """What the licences ask, each with those that ask it."""
     asking = {kind: [terms.title for terms in found.duties if kind in terms.asks] for kind in KINDS}
     return [{"what": KINDS[kind], "licences": titles} for kind, titles in asking.items() if titles]
@@ -269,7 +269,7 @@ def _beside(planned: Plan) -> dict[str, Any]:
     """Of files beside the tensors: which hold tensors that were not merged, what differs, and what is left out, why."""
     reasons = dict.fromkeys(planned.left_beside.values())
     left = [{"why": why, "files": [name for name, its in planned.left_beside.items() if its == why]} for why in reasons]
-    return {"base": shown(planned.locked.holder), "copied": planned.copied_tensors, "doubts": planned.doubts,
+    return {"base": display_name(planned.locked.holder), "copied": planned.copied_tensors, "doubts": planned.doubts,
             "left_out": left}  # fmt: skip
 
 
@@ -313,5 +313,9 @@ def _parent(planned: Plan, number: int) -> ParentRow:
     role = ADAPTER if model.lora is not None else role
     url = f"/{model.located.where}/tree/{model.located.commit}"  # a page of the Hub that the card lies on
     return ParentRow(
-        shown(model), link_address(url if model.located.commit else ""), model.located.commit, model.licence, role
+        display_name(model),
+        link_address(url if model.located.commit else ""),
+        model.located.commit,
+        model.licence,
+        role,
     )

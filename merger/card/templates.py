@@ -150,7 +150,7 @@ def fill(own: Mapping[str, str], publish: Publish, content: Mapping[str, Any]) -
         RecipeError: a template of the recipe cannot be filled in.
     """
     if not own:
-        return _rendered(_with_ours(), content)
+        return _render(_with_ours(), content)
     origin = publish.template or ""
     try:
         answer = call(f"{__name__}:{fill_unbounded.__name__}", (dict(own), origin, _data(content)), _BOUNDS)
@@ -171,7 +171,7 @@ def fill_unbounded(asked: tuple[Mapping[str, str], str, Mapping[str, Any]]) -> d
     own, origin, content = asked
     loader = _Loader(own, origin)
     try:
-        return {"made": _rendered(_environment(loader), content)}
+        return {"made": _render(_environment(loader), content)}
     except MemoryError:
         raise
     except Exception as error:  # a template may raise whatever Python can
@@ -184,7 +184,7 @@ def _with_ours() -> Environment:
     return _environment(_Loader({}, ""))
 
 
-def _rendered(environment: Environment, content: Mapping[str, Any]) -> str:
+def _render(environment: Environment, content: Mapping[str, Any]) -> str:
     made = environment.get_template(LAYOUT).render(content)
     if len(made) > MAX_CHARACTERS:
         raise TemplateError(f"it makes a card of {len(made):,} characters; {MAX_CHARACTERS:,} are allowed")
@@ -297,7 +297,7 @@ def _environment(loader: BaseLoader) -> Environment:
         loader=loader,
         undefined=StrictUndefined,
         autoescape=True,
-        finalize=_printed,
+        finalize=_print_value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -305,9 +305,9 @@ def _environment(loader: BaseLoader) -> Environment:
     environment.filters = {name: _on_text(of) for name, of in FILTERS.items() if name not in _UNESCAPING}
     environment.filters |= {
         "code": escape.code,
-        "e": escape.escaped,
-        "escape": escape.escaped,
-        "fenced": escape.fenced,
+        "e": escape.escape_text,
+        "escape": escape.escape_text,
+        "fenced": escape.fence,
         "join": _join,
         "literal": escape.literal,
         "shell": escape.shell,
@@ -316,10 +316,10 @@ def _environment(loader: BaseLoader) -> Environment:
     return environment
 
 
-def _printed(value: Any) -> Markup:
+def _print_value(value: Any) -> Markup:
     """What stands in the card for a value; of what is no single value nothing could."""
     if isinstance(value, str | int | float | Undefined):
-        return escape.escaped(value)
+        return escape.escape_text(value)
     raise TemplateRuntimeError(f"{_WORDS.get(type(value), type(value).__name__)} has no text: name a part of it")
 
 
@@ -341,4 +341,4 @@ def _on_text(of: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _join(values: Any, between: str = "") -> Markup:
-    return Markup(str(escape.inline(between)).join(escape.escaped(value) for value in values))
+    return Markup(str(escape.inline(between)).join(escape.escape_text(value) for value in values))

@@ -27,12 +27,12 @@ from merger.cli import markdown, text
 from merger.cli.github import Event, GitHubApi, GitHubError, Log, write_outputs, write_summary
 from merger.cli.inputs import Inputs, top
 from merger.errors import MergerError, Problem, RecipeError, UploadError
-from merger.run.options import Options, destination, fitted
+from merger.run.options import Options, destination, with_free_memory
 from merger.run.pipeline import Ready, Result, Resumed, lock_text, merge, trusted_publishing
 from merger.run.prepare import lock_path, named_recipes, plan, read_recipe
-from merger.runtime import Halt, halting, limits_told, take_over
+from merger.runtime import Halt, halting, take_over, tell_limits
 from merger.safety.paths import inside
-from merger.safety.text import guarded, line
+from merger.safety.text import guard_streams, line
 from merger.stores.ports import HUB
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def recipes(inputs: Inputs, event: Event, top: Path, api: GitHubApi) -> list[Pat
         RecipeError: a name leads out of the repository, or names nothing.
         GitHubError: nobody can tell what changed.
     """
-    found = _named(inputs, top)
+    found = _find_recipes(inputs, top)
     changes = event.pull is not None or event.name == "push"
     changed = event.changed(top, api) if inputs.mode == "auto" and changes else None
     if changed is None:
@@ -92,7 +92,7 @@ def recipes(inputs: Inputs, event: Event, top: Path, api: GitHubApi) -> list[Pat
     return [path for path in found if {(inputs.folder / each).resolve() for each in (path, lock_path(path))} & there]
 
 
-def _named(inputs: Inputs, top: Path) -> list[Path]:
+def _find_recipes(inputs: Inputs, top: Path) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in inputs.recipe.splitlines():
         for name in _files(pattern.strip(), inputs.folder):
@@ -176,7 +176,7 @@ class ActionRun:
         """What comes of a recipe, told on the way."""
         known = [Outcome(os.path.relpath(self.inputs.folder / path, self.top))]
         try:
-            with limits_told():
+            with tell_limits():
                 known.extend(self._steps(path, known[0]))
         except MergerError as error:
             print(text.format_problems(error))
@@ -208,13 +208,13 @@ class ActionRun:
             return options
         to = destination(recipe, options)
         if not to.startswith(HUB) or options.write_token:
-            return fitted(options)
+            return with_free_memory(options)
         if "ACTIONS_ID_TOKEN_REQUEST_URL" not in self.environment:
             hint = "give hf-token, or let the job have the permission id-token: write and the repo trust this workflow"
             raise UploadError(Problem(f"there is no token to publish {to} with", hint=hint))
         token = trusted_publishing(to.removeprefix(HUB))
         self.log.mask(token)
-        return replace(fitted(options), read_token=options.read_token or False)
+        return replace(with_free_memory(options), read_token=options.read_token or False)
 
     def _merge(self, outcome: Outcome, planned: Plan, store: Library, options: Options) -> Outcome:
         """Make it; it is left after a file where the next might not be done in time."""
@@ -229,7 +229,7 @@ class ActionRun:
             result = merge(planned, store, options, tell)
         except TimeIsUpError:
             return replace(outcome, state="stopped", exit_code=STOPPED)
-        print(text.ended(result))
+        print(text.result_text(result))
         state = "part" if result.part else "published" if result.is_new else "unchanged"
         return replace(outcome, state=state, result=result)
 
@@ -358,10 +358,10 @@ def outputs(outcomes: Sequence[Outcome], part_size: int, report: Path) -> dict[s
 
 def report(outcomes: Sequence[Outcome], part_size: int) -> str:
     """All that is known of all recipes, as JSON."""
-    return json.dumps([_reported(outcome, part_size) for outcome in outcomes], indent=2)
+    return json.dumps([_report_one(outcome, part_size) for outcome in outcomes], indent=2)
 
 
-def _reported(outcome: Outcome, part_size: int) -> dict[str, object]:
+def _report_one(outcome: Outcome, part_size: int) -> dict[str, object]:
     return {
         "recipe": outcome.recipe,
         "state": outcome.state,
@@ -381,8 +381,8 @@ def main() -> int:
     log = Log(sys.stdout)  # commands are its own alone: whatever else is printed from here on is none
     for name in OURS:
         log.mask(os.environ.get(name, "").strip())
-    with guarded():
-        return secrets.watched(lambda: _step(log))
+    with guard_streams():
+        return secrets.watch(lambda: _step(log))
 
 
 def _step(log: Log) -> int:

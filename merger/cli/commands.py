@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from merger.cli.arguments import parse_arguments
 from merger.errors import MergerError, Problem, RecipeError, VerificationError
-from merger.runtime import Halt, halting, limits_told, take_over
+from merger.runtime import Halt, halting, take_over, tell_limits
 from merger.safety import secrets
-from merger.safety.text import guarded, line
+from merger.safety.text import guard_streams, line
 
 if TYPE_CHECKING:
     from merger.distributed.start import Engine, PartMade, PartStarted
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or that of the error's class. No token gets into what it prints."""
-    with guarded():
-        return secrets.watched(lambda: _main(argv))
+    with guard_streams():
+        return secrets.watch(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:
     take_over()
     try:
         arguments = parse_arguments(argv)
-        with halting(), limits_told():
+        with halting(), tell_limits():
             return _COMMANDS[arguments.command](arguments)
     except MergerError as error:
         _report(error, "--json" in (sys.argv if argv is None else argv))
@@ -111,7 +111,7 @@ def _options(arguments: argparse.Namespace) -> Options:
 def _plan(arguments: argparse.Namespace) -> int:
     from merger.cli import text
     from merger.run.options import needed_disk, stated_destination
-    from merger.run.prepare import looked, plan, read_recipe
+    from merger.run.prepare import plan, read_recipe, sample_relations
 
     recipe = read_recipe(arguments.recipe)
     options = _options(arguments)
@@ -123,7 +123,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     to = stated_destination(recipe, options)
     print(json.dumps(text.plan_json(planned, to)) if arguments.json else text.plan_text(planned, to))
     if arguments.look:
-        print(text.relations_text(looked(planned, store)), file=sys.stderr if arguments.json else sys.stdout)
+        print(text.relations_text(sample_relations(planned, store)), file=sys.stderr if arguments.json else sys.stdout)
     return 0
 
 
@@ -153,13 +153,13 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from merger.cli import text
-    from merger.distributed.start import distribute, suited
-    from merger.run.options import destination, fitted
+    from merger.distributed.start import distribute, options_of_parts
+    from merger.run.options import destination, with_free_memory
     from merger.run.pipeline import Ready, merge
     from merger.run.prepare import plan
 
     options, engine = _options(arguments), _engine(arguments)
-    options = fitted(options) if engine is None else suited(options, engine)
+    options = with_free_memory(options) if engine is None else options_of_parts(options, engine)
     to = destination(recipe, options)  # a missing destination is said before the models are asked for
     planned, store = plan(recipe, options)
     progress = None if arguments.quiet else text.Progress(sum(job.nbytes for job in planned.jobs))
@@ -182,7 +182,7 @@ def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"plan": planned.hash, **text.as_json(result)}))
     elif not arguments.quiet:
-        print(text.ended(result))
+        print(text.result_text(result))
     return 0
 
 
@@ -216,7 +216,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from merger.cli import reports, text
-    from merger.run.options import Options, fitted
+    from merger.run.options import Options, with_free_memory
     from merger.verification.verify import Begun, Extent, verify
 
     means = Options(max_memory=arguments.max_memory, threads=arguments.threads, cache=arguments.cache)
@@ -230,7 +230,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             text.show(event, shown[0])
 
     try:
-        report = verify(arguments.model, fitted(means), extent, tell)
+        report = verify(arguments.model, with_free_memory(means), extent, tell)
     finally:
         for progress in shown:
             progress.close()
@@ -264,7 +264,7 @@ def _card(arguments: argparse.Namespace) -> int:
     if arguments.print_only:
         print(made.text, end="")
     else:
-        print(text.carded(made, write_card(made, Options())))
+        print(text.card_result_text(made, write_card(made, Options())))
     return 0
 
 

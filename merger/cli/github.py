@@ -20,8 +20,8 @@ from urllib.parse import quote
 
 from merger.errors import MergerError, Problem
 from merger.safety.environment import public
-from merger.safety.limits import EVENT, GITHUB, parsed, read_limited
-from merger.safety.secrets import refuse_tokens, sieved
+from merger.safety.limits import EVENT, GITHUB, parse_json, read_limited
+from merger.safety.secrets import refuse_tokens, sieve
 from merger.safety.text import visible
 from merger.stores.http import PASSING, again
 
@@ -66,7 +66,7 @@ class Event:
     def read(cls, environment: Mapping[str, str]) -> Event:
         """The event of this job; outside GitHub one without a name."""
         path = environment.get("GITHUB_EVENT_PATH")
-        payload = parsed(read_limited(Path(path), EVENT, GitHubError)) if path and os.path.isfile(path) else {}
+        payload = parse_json(read_limited(Path(path), EVENT, GitHubError)) if path and os.path.isfile(path) else {}
         return cls(environment.get("GITHUB_EVENT_NAME", ""), payload)
 
     @property
@@ -106,21 +106,21 @@ class Event:
         if self.pull is not None:
             number, pull = self.pull, self.payload["pull_request"]
             found = _by_git(root, f"{pull['base']['sha']}...{pull['head']['sha']}")
-            return found if found is not None else _asked(lambda: api.files_of(number))
+            return found if found is not None else _ask_changed(lambda: api.files_of(number))
         before, after = str(self.payload.get("before", "")), str(self.payload.get("after", ""))
         if self.payload.get("deleted"):
             return set()
         if not _NO_COMMIT.match(before):
             found = _by_git(root, f"{before}..{after}")
-            return found if found is not None else _asked(lambda: api.compared(before, after))
+            return found if found is not None else _ask_changed(lambda: api.compared(before, after))
         main = str(self.payload.get("repository", {}).get("default_branch", ""))
         if not main or self.payload.get("ref") == f"refs/heads/{main}":
             return None
         found = _by_git(root, f"refs/remotes/origin/{main}...{after}")
-        return found if found is not None else _asked(lambda: api.compared(main, after))
+        return found if found is not None else _ask_changed(lambda: api.compared(main, after))
 
 
-def _asked(ask: Callable[[], set[str] | None]) -> set[str] | None:
+def _ask_changed(ask: Callable[[], set[str] | None]) -> set[str] | None:
     """What GitHub says: a clone of actions/checkout holds one commit only."""
     try:
         return ask()
@@ -149,7 +149,7 @@ class Log:
     """The job's log. Commands are what goes through `command`; what is printed inside `text` is taken for none."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._masks, self._stream = stream, sieved(stream)
+        self._masks, self._stream = stream, sieve(stream)
         self._word = ""
 
     def command(self, name: str, message: str = "", **properties: object) -> None:

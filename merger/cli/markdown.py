@@ -6,12 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from merger.card.escape import code, escaped, fenced
+from merger.card.escape import code, escape_text, fence
 from merger.card.facts import vocabulary_facts
 from merger.card.licences import judge
 from merger.cli.text import plan_doubts, size
 from merger.errors import Problem, few
-from merger.lock.locked import shown
+from merger.lock.locked import display_name
 from merger.planning.plan import Plan
 from merger.run.pipeline import Result
 from merger.safety.text import line, visible
@@ -23,9 +23,9 @@ _FRONT_MATTER = re.compile(r"\A\s*---\n.*?\n---\n", re.DOTALL)
 _END_OF_HEAD = re.compile(r"\n## (?:Lineage|Method)\n")
 
 
-def _told(text: str) -> str:
+def _sentence(text: str) -> str:
     """A sentence of ours with others' names in it; an @ in them calls nobody."""
-    return escaped(text.replace("@", "@\u200b"))
+    return escape_text(text.replace("@", "@\u200b"))
 
 
 def plan_section(planned: Plan, destination: str | None) -> str:
@@ -36,7 +36,7 @@ def plan_section(planned: Plan, destination: str | None) -> str:
 def _models(planned: Plan) -> list[str]:
     rows = [
         (
-            code(shown(model)),
+            code(display_name(model)),
             f"`{model.located.commit[:12]}`" if model.located.commit else "local folder",
             code(model.licence) if model.licence else "not stated",
             size(model.checkpoint.nbytes),
@@ -52,7 +52,7 @@ def _costs(planned: Plan, destination: str | None) -> list[str]:
     rows = [
         ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in used.items())),
         ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {len(planned.shards)} files"),
-        *([("tokens", _told(tokens))] if (tokens := vocabulary_facts(planned)) else []),
+        *([("tokens", _sentence(tokens))] if (tokens := vocabulary_facts(planned)) else []),
         ("licence", _licence(planned)),
         ("goes to", code(destination) if destination else "not said yet"),
         ("reads", size(planned.read_bytes)),
@@ -79,20 +79,20 @@ def _minutes(planned: Plan) -> int:
 
 
 def _notes(planned: Plan, to: str | None) -> list[str]:
-    notes = [f"**Warning:** {_told(doubt)}" for doubt in plan_doubts(planned, to)]
+    notes = [f"**Warning:** {_sentence(doubt)}" for doubt in plan_doubts(planned, to)]
     found = judge(planned)
-    notes += [f"**Licence:** {_told(what)}" for what in (*(each.what for each in found.conflicts), *found.notes)]
+    notes += [f"**Licence:** {_sentence(what)}" for what in (*(each.what for each in found.conflicts), *found.notes)]
     if found.override is not None and found.conflicts:
-        notes.append(f"**Published all the same:** {_told(found.override)}")
-    notes += [f"**Note:** {_told(note)}" for note in planned.notes]
+        notes.append(f"**Published all the same:** {_sentence(found.override)}")
+    notes += [f"**Note:** {_sentence(note)}" for note in planned.notes]
     if planned.left_out:
         why = Counter(item.why for item in planned.left_out)
-        told = "; ".join(f"{count} tensors: {_told(reason)}" for reason, count in why.items())
+        told = "; ".join(f"{count} tensors: {_sentence(reason)}" for reason, count in why.items())
         notes.append(f"**Left out:** {told}")
     if planned.left_beside:
         reasons = Counter(planned.left_beside.values())
         told = "; ".join(
-            f"{code(few([name for name, why in planned.left_beside.items() if why == reason]))}: {_told(reason)}"
+            f"{code(few([name for name, why in planned.left_beside.items() if why == reason]))}: {_sentence(reason)}"
             for reason in reasons
         )
         notes.append(f"**Files left out:** {told}")
@@ -101,7 +101,7 @@ def _notes(planned: Plan, to: str | None) -> list[str]:
 
 def problems_section(title: str, problems: Sequence[Problem]) -> str:
     """Errors or warnings, word by word."""
-    return f"**{title}**\n\n" + fenced("\n".join(str(problem) for problem in problems), "text")
+    return f"**{title}**\n\n" + fence("\n".join(str(problem) for problem in problems), "text")
 
 
 def result_section(result: Result) -> str:
@@ -110,8 +110,8 @@ def result_section(result: Result) -> str:
         return f"Part {result.part} is made: {len(result.shards)} of {result.of} files. `mode: publish` ends it."
     commit = f" at commit `{result.commit}`" if result.commit else ""
     told = "Published" if result.is_new else "Nothing to do: it is already there"
-    doubts = "".join(f"\n\n**Warning:** {_told(doubt)}" for doubt in result.doubts)
-    return f"{told}: {line(result.where)}{commit}{doubts}{_quoted(_head(result.card))}"
+    doubts = "".join(f"\n\n**Warning:** {_sentence(doubt)}" for doubt in result.doubts)
+    return f"{told}: {line(result.where)}{commit}{doubts}{_quote(_head(result.card))}"
 
 
 def _head(card: str) -> str:
@@ -119,7 +119,7 @@ def _head(card: str) -> str:
     return _END_OF_HEAD.split(_FRONT_MATTER.sub("", card))[0].strip()
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return "\n\n" + "\n".join(f"> {each}" for each in visible(text).split("\n")) if text else ""
 
 

@@ -11,7 +11,7 @@ from merger.cli.text import size
 from merger.errors import few
 from merger.models.checkpoint import TensorInfo
 from merger.planning.lockfile import OURS
-from merger.safety.text import lined
+from merger.safety.text import join_lines
 from merger.verification.diff import Contrast, Side, TensorDiff
 from merger.verification.sample import Mismatch
 from merger.verification.verify import Report
@@ -27,7 +27,7 @@ def report_text(report: Report) -> str:
     share = report.read / max(1, report.of)
     lines = [
         f"{report.model}{at}: made with merger {report.made_with.get(OURS, '(unknown)')}, plan {report.plan[:16]}",
-        f"compared  {_compared(report)}",
+        f"compared  {_compared_line(report)}",
         f"read      {size(report.read)} of models and result, {share:.1%} of what --all reads",
     ]
     if report.left_out:
@@ -37,10 +37,10 @@ def report_text(report: Report) -> str:
         *map(_difference_text, report.differences),
         *(f"note: {each}" for each in (*report.notes, *report.doubts)),
     ]
-    return lined([*lines, _verdict(report)])
+    return join_lines([*lines, _verdict(report)])
 
 
-def _compared(report: Report) -> str:
+def _compared_line(report: Report) -> str:
     numbers = sum(piece.stop - piece.start for piece in report.compared)
     tensors = len({piece.tensor for piece in report.compared})
     drawn = "" if report.seed is None else f" (a sample, seed {report.seed})"
@@ -75,7 +75,7 @@ def contrast_text(found: Contrast) -> str:
     """What only one of the two has; and of what both have the most different tensors, and the layers."""
     lines = [f"A  {_side(found.one)}", f"B  {_side(found.other)}"]
     if found.same:
-        return lined([*lines, f"the same: all {len(found.tensors)} tensors, bit for bit"])
+        return join_lines([*lines, f"the same: all {len(found.tensors)} tensors, bit for bit"])
     for side, names in (("A", found.only_one), ("B", found.only_other)):
         lines += [f"only in {side}: {len(names)} tensors, {few(names)}"] if names else []
     lines += [f"two shapes: {name} is {_shape(one)} in A, {_shape(other)} in B" for name, one, other in found.shapes]
@@ -83,7 +83,7 @@ def contrast_text(found: Contrast) -> str:
     others = [row for row in found.tensors if row.distance.differing or len(set(row.dtypes)) > 1]
     more = f", the first {_ROWS_SHOWN} of {len(others)}" if len(others) > _ROWS_SHOWN else ""
     lines += ["", *_table(f"tensor{more}", others[:_ROWS_SHOWN])]
-    return lined([*lines, "", *_table("layer", [row for row in found.layers if row.distance.differing])])
+    return join_lines([*lines, "", *_table("layer", [row for row in found.layers if row.distance.differing])])
 
 
 def _side(side: Side) -> str:

@@ -16,12 +16,12 @@ from merger.distributed.start import PartMade, PartStarted
 from merger.errors import MergerError, Problem, few
 from merger.evaluation.budget import evaluation_memory
 from merger.evaluation.evaluate import Measured, Measuring
-from merger.lock.locked import shown
+from merger.lock.locked import display_name
 from merger.methods.registry import Method, Param
 from merger.planning.plan import Plan
-from merger.run.options import exposed
+from merger.run.options import exposed_models
 from merger.run.pipeline import Result, Resumed
-from merger.safety.text import line, lined
+from merger.safety.text import join_lines, line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -60,12 +60,12 @@ def plan_text(planned: Plan, to: str | None = None) -> str:
     """What will be made of what, what it takes, what is left out, and under which licence."""
     made = [*_models(planned), "", *_making(planned), "", *_costs(planned), *_accounting(planned)]
     doubts = plan_doubts(planned, to)
-    return lined([*made, *_licence(planned), *(each for doubt in doubts for each in ("", f"warning: {doubt}"))])
+    return join_lines([*made, *_licence(planned), *(each for doubt in doubts for each in ("", f"warning: {doubt}"))])
 
 
 def plan_doubts(planned: Plan, to: str | None) -> list[str]:
     """Sentences on what is likely not meant."""
-    return [*warnings(planned), *planned.doubts, *exposed(planned, to)]
+    return [*warnings(planned), *planned.doubts, *exposed_models(planned, to)]
 
 
 def plan_json(planned: Plan, to: str | None = None) -> dict[str, Any]:
@@ -97,11 +97,11 @@ def _licence(planned: Plan) -> list[str]:
 
 def _models(planned: Plan) -> list[str]:
     lines = ["models"]
-    width = max(len(shown(model)) for model in planned.locked.models)
+    width = max(len(display_name(model)) for model in planned.locked.models)
     for model in planned.locked.models:
         commit = model.located.commit[:12] if model.located.commit else "local folder"
         held = f"{len(model.checkpoint.tensors)} tensors, {size(model.checkpoint.nbytes)}"
-        lines.append(f"  {shown(model):{width}}  {commit}  {model.licence or 'licence not stated'}  {held}")
+        lines.append(f"  {display_name(model):{width}}  {commit}  {model.licence or 'licence not stated'}  {held}")
     return lines
 
 
@@ -114,7 +114,7 @@ def _making(planned: Plan) -> list[str]:
         *([f"by way  of {stages}, none of which is stored"] if stages else []),
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
-        f"{len(planned.texts.taken)} side files from {shown(planned.locked.donor)}",
+        f"{len(planned.texts.taken)} side files from {display_name(planned.locked.donor)}",
         *([f"tokens  {tokens}"] if (tokens := vocabulary_facts(planned)) else []),
         *(f"note    {note}" for note in planned.notes),
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
@@ -144,8 +144,8 @@ def _accounting(planned: Plan) -> list[str]:
     """Copied and left-out tensors by reason, so that nothing is lost in silence."""
     copied = [(job.why, job.name) for job in planned.jobs if job.why is not None]
     models = planned.locked.models
-    left = [(f"{shown(models[item.model])}: {item.why}", item.tensor) for item in planned.left_out]
-    base = shown(planned.locked.holder)
+    left = [(f"{display_name(models[item.model])}: {item.why}", item.tensor) for item in planned.left_out]
+    base = display_name(planned.locked.holder)
     copied += [(f"as {base} has it, for what follows after the model", name) for name in planned.copied_tensors]
     left += [(f"{base}: {why}", name) for name, why in planned.left_beside.items()]
     return [*_by_reason("copied", copied), *_by_reason("left out", left)]
@@ -154,7 +154,7 @@ def _accounting(planned: Plan) -> list[str]:
 def relations_text(related: Relations) -> str:
     """How the parents relate, and what speaks against merging them."""
     lines = ["", "parents", *(_relation_text(row) for row in (*related.overall, *related.layers))]
-    return lined([*lines, *(f"warning: {doubt}" for doubt in related.doubts)])
+    return join_lines([*lines, *(f"warning: {doubt}" for doubt in related.doubts)])
 
 
 def _relation_text(row: Relation) -> str:
@@ -190,7 +190,7 @@ def method_text(method: Method) -> str:
         "",
         method.description,
         "",
-        f"models: {models_taken(method)}",
+        f"models: {models_text(method)}",
         "",
         "parameters:",
     ]
@@ -201,7 +201,7 @@ def method_text(method: Method) -> str:
     return "\n".join(lines)
 
 
-def models_taken(method: Method) -> str:
+def models_text(method: Method) -> str:
     """How many models a method takes, and what the base model is to it."""
     least, most = method.models
     count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
@@ -317,15 +317,15 @@ def file_done(event: Event) -> bool:
 # ---- the end --------------------------------------------------------------------------------------------------------
 
 
-def ended(result: Result) -> str:
+def result_text(result: Result) -> str:
     """What has become of it."""
     doubts = [f"warning: {doubt}" for doubt in result.doubts]
     if result.part is not None:
         files = f"{len(result.shards)} of {result.of} files"
-        return lined([*doubts, f"part {result.part} is there: {files}; after all parts: merger publish"])
+        return join_lines([*doubts, f"part {result.part} is there: {files}; after all parts: merger publish"])
     commit = f" at commit {result.commit[:12]}" if result.commit else ""
     what = "merged into" if result.is_new else "nothing to do: it is already"
-    return lined([*doubts, *_losses(result.losses), f"{what} {result.where}{commit}"])
+    return join_lines([*doubts, *_losses(result.losses), f"{what} {result.where}{commit}"])
 
 
 def _losses(losses: Sequence[Loss]) -> list[str]:
@@ -348,7 +348,7 @@ def as_json(result: Result) -> dict[str, Any]:
     }
 
 
-def carded(made: Recarded, kept: Published | None) -> str:
+def card_result_text(made: Recarded, kept: Published | None) -> str:
     """What has become of a card."""
     if kept is None:
         return line(f"nothing to do: the card of {made.merge.located.name} is the same")
@@ -361,4 +361,4 @@ def leftovers_text(to: str, found: Sequence[Leftover]) -> str:
         f"{item.where}: {item.shards} finished files, {size(item.nbytes)}{', a run is at work' if item.busy else ''}"
         for item in found
     ]
-    return lined(lines or [f"{to}: no unfinished run"])
+    return join_lines(lines or [f"{to}: no unfinished run"])

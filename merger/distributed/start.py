@@ -18,7 +18,7 @@ from merger.errors import PartError, Problem, RecipeError
 from merger.methods.registry import methods
 from merger.planning.plan import Part, Plan, share
 from merger.recipe.parse import parse
-from merger.run.options import Options, destination, fitted
+from merger.run.options import Options, destination, with_free_memory
 from merger.run.pipeline import Ready, Result, merge, missing_parts
 from merger.run.prepare import is_lock, plan
 from merger.runtime import take_over
@@ -76,7 +76,7 @@ class PartMade:
     nbytes: int
 
 
-def suited(options: Options, engine: Engine) -> Options:
+def options_of_parts(options: Options, engine: Engine) -> Options:
     """The options that the plan is made with: on a Ray cluster a part takes one CPU unless --threads says more."""
     return replace(options, threads=options.threads or 1) if engine.kind == "ray" else options
 
@@ -131,7 +131,7 @@ def _refuse_what_stays(planned: Plan, options: Options) -> None:
         raise RecipeError(problems)
 
 
-def _made(planned: Plan, part: Part, where: str) -> PartMade:
+def _part_made(planned: Plan, part: Part, where: str) -> PartMade:
     return PartMade(part, where, sum(shard.size for shard in share(planned.shards, part)))
 
 
@@ -147,7 +147,7 @@ def _by_ray(planned: Plan, options: Options, engine: Engine, parts: Sequence[Par
     cuda = {"num_gpus": 1} if options.device == "cuda" else {}
     resources = {"num_cpus": planned.threads, "memory": planned.peak_memory, **cuda}
     for part, where in on_ray(make, parts, resources):
-        yield _made(planned, part, where)
+        yield _part_made(planned, part, where)
 
 
 def make_part(text: str, path: str, options: Options, identity: str, part: Part) -> None:
@@ -158,7 +158,7 @@ def make_part(text: str, path: str, options: Options, identity: str, part: Part)
         PartError: it would not be a part of the merge that `identity` names.
     """
     take_over()  # a task of Ray's has its process to itself
-    here = fitted(replace(options, part=part))
+    here = with_free_memory(replace(options, part=part))
     planned, store = plan(parse(text, path, methods()), here)
     if planned.identity != identity:
         hint = "a parent has a new commit, or this machine another version of merger; org/name@commit pins a parent"
@@ -174,7 +174,7 @@ def _by_jobs(
 ) -> Iterator[PartStarted | PartMade]:
     from merger.distributed.hub_jobs import HubJobs
 
-    environment = {"MERGER_RECIPE": _packed(planned), "MERGER_VERSION": version("hub-merger")}
+    environment = {"MERGER_RECIPE": _pack_recipe(planned), "MERGER_VERSION": version("hub-merger")}
     started: dict[HubJob, Part] = {}
     problems: list[Problem] = []
     with HubJobs(engine.flavor, engine.timeout) as hub:
@@ -186,7 +186,7 @@ def _by_jobs(
             yield PartStarted(part, job.page)
         for job, trouble in hub.ended():
             if trouble is None:
-                yield _made(planned, started[job], job.page)
+                yield _part_made(planned, started[job], job.page)
             else:
                 hint = f"{job.page} has its log; the same command makes only what is missing"
                 problems.append(Problem(f"part {started[job]}: {trouble}", hint=hint))
@@ -194,7 +194,7 @@ def _by_jobs(
         raise PartError(problems)
 
 
-def _packed(planned: Plan) -> str:
+def _pack_recipe(planned: Plan) -> str:
     text = planned.locked.recipe.text.encode()
     if len(text) > _LONGEST_RECIPE:
         what = f"a Hub job takes a recipe of {_LONGEST_RECIPE:,} bytes at most, and this has {len(text):,}"

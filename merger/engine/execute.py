@@ -24,7 +24,7 @@ from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard
 from merger.planning.budget import BLOCK_ENTRIES, needs
-from merger.planning.geometry import Geometry, noted
+from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.inputs.base import Job
 from merger.planning.inputs.derived import Routed
 from merger.planning.plan import BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
@@ -162,8 +162,8 @@ def _shard(
                     yield Observed(job, found)
             written = writer.close()
     except OSError as error:
-        raise runtime.refused(f"{shard.name} cannot be written", error, BudgetError, "look at its disk") from None
-    sink.take(written, noted(seen))
+        raise runtime.refusal(f"{shard.name} cannot be written", error, BudgetError, "look at its disk") from None
+    sink.take(written, dump_geometry(seen))
     yield ShardDone(written)
 
 

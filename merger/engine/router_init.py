@@ -23,11 +23,11 @@ from merger.errors import ModelError, Problem, RecipeError
 from merger.lock.locked import LockedModel
 from merger.methods.registry import Method
 from merger.models.mixtures import EMBEDDING
-from merger.planning.budget import EMBEDDED, embedding, layers, prompts, routed
+from merger.planning.budget import EMBEDDED, embedding, layers, prompts, routers_of
 from merger.planning.inputs.base import PASSTHROUGH, Job, Operand, Stored
 from merger.planning.inputs.derived import Routed
 from merger.planning.plan import Plan
-from merger.safety.limits import of, parsed
+from merger.safety.limits import of, parse_json
 from merger.stores.ports import Reader, Store, Ticket
 
 _CONDITION = 5.0
@@ -51,7 +51,7 @@ def gates(plan: Plan, jobs: Sequence[Job], table: Mapping[str, Method], store: S
         RecipeError: a package that this needs is not installed.
         ModelError: bytes of the base model or its tokenizer cannot be read.
     """
-    wanted = routed(jobs)
+    wanted = routers_of(jobs)
     if not wanted:
         return {}
     needed = ("tokenizers",) if wanted[0].mode == EMBEDDED else ("tokenizers", "transformers")
@@ -152,7 +152,7 @@ def _begin(files: Mapping[str, bytes]) -> str:
     """The text of the token that begins a text, empty where there is none."""
     for file in _READ[1:]:
         try:
-            said = parsed(files.get(file, b"{}"), of(file))
+            said = parse_json(files.get(file, b"{}"), of(file))
         except ValueError:
             said = {}
         token = said.get("bos_token") if isinstance(said, dict) else None

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from merger.planning.plan import Plan
-from merger.safety.limits import MEASURED, parsed
+from merger.safety.limits import MEASURED, parse_json
 
 _MERGING_BYTES, _LOADING_BYTES, _HARNESS_BYTES = 420 << 20, 700 << 20, 500 << 20
 """What this process keeps, what torch and transformers take beside a model, and lm-evaluation-harness."""
@@ -44,7 +44,7 @@ class Score:
     dataset: str
 
 
-def kept(scores: Iterable[Score]) -> str:
+def scores_text(scores: Iterable[Score]) -> str:
     """Them as text that lies beside a result."""
     return json.dumps([asdict(score) for score in scores], indent=2) + "\n"
 
@@ -55,7 +55,7 @@ def read_scores(text: str) -> tuple[Score, ...]:
     Raises:
         ValueError, TypeError: it is none.
     """
-    return tuple(Score(**item) for item in parsed(text, MEASURED))
+    return tuple(Score(**item) for item in parse_json(text, MEASURED))
 
 
 def evaluation_memory(planned: Plan) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from merger.errors import BudgetError, EvaluationError, ModelError, Problem, RecipeError, Span
 from merger.evaluation.budget import Score, evaluation_memory
-from merger.lock.locked import LockedModel, shown
+from merger.lock.locked import LockedModel, display_name
 from merger.models.checkpoint import index_name
 from merger.models.side_files import side_files
 from merger.planning.plan import Plan
@@ -225,11 +225,11 @@ def measure(
         if model.ref.adapter is not None:
             continue  # its files are those of the model without it
         if model.located.commit is None:
-            try_out(Path(model.located.where), shown(model))
+            try_out(Path(model.located.where), display_name(model))
             continue
         with _folder() as folder:
             _copy(model, store, folder)
-            try_out(folder, shown(model))
+            try_out(folder, display_name(model))
     return tuple(found)
 
 
@@ -250,10 +250,10 @@ def _folder() -> Iterator[Path]:
 
 
 def _score(folder: Path, model: str | None, wanted: Wanted, asked: Evaluate) -> tuple[Score, ...]:
-    from merger.evaluation.process import evaluated
+    from merger.evaluation.process import score_model
 
     try:
-        return evaluated(folder, model, wanted)
+        return score_model(folder, model, wanted)
     except EvaluationError as error:
         (problem,) = error.problems
         what = f"{model or 'the merge'} cannot be measured: {problem.what}"

@@ -51,7 +51,7 @@ class Wanted:
     threads: int
 
 
-def evaluated(folder: Path, model: str | None, wanted: Wanted) -> tuple[Score, ...]:
+def score_model(folder: Path, model: str | None, wanted: Wanted) -> tuple[Score, ...]:
     """The scores of a model that transformers can load from a folder.
 
     Args:
@@ -63,7 +63,7 @@ def evaluated(folder: Path, model: str | None, wanted: Wanted) -> tuple[Score, .
         EvaluationError: it cannot be measured.
     """
     asked = {**vars(wanted), "texts": [vars(text) for text in wanted.texts], "folder": str(folder)}
-    return tuple(Score(model=model, **score) for score in _asked(asked, wanted.threads)["scores"])
+    return tuple(Score(model=model, **score) for score in _ask(asked, wanted.threads)["scores"])
 
 
 def unknown_tasks(tasks: Sequence[str]) -> list[str]:
@@ -72,11 +72,11 @@ def unknown_tasks(tasks: Sequence[str]) -> list[str]:
     Raises:
         EvaluationError: it cannot be asked.
     """
-    found: list[str] = _asked({"folder": None, "tasks": list(tasks)}, 1)["unknown"]
+    found: list[str] = _ask({"folder": None, "tasks": list(tasks)}, 1)["unknown"]
     return found
 
 
-def _asked(question: Mapping[str, Any], threads: int) -> Mapping[str, Any]:
+def _ask(question: Mapping[str, Any], threads: int) -> Mapping[str, Any]:
     """The process's answer. It is killed with us, should we be interrupted."""
     # Threads that wait actively for each other took three times as long where others use the cores too.
     few = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
@@ -92,7 +92,7 @@ def _asked(question: Mapping[str, Any], threads: int) -> Mapping[str, Any]:
             check=False,
         )
         if done.returncode:
-            raise _ended(done.returncode, _last_words(words))
+            raise _explain_end(done.returncode, _last_words(words))
     answer: dict[str, Any] = json.loads(done.stdout)
     if "error" in answer:
         raise EvaluationError(Problem(answer["error"]))
@@ -111,7 +111,7 @@ def _last_words(words: Any) -> str:
     return lines[-1][:_WORDS_SHOWN] if lines else ""
 
 
-def _ended(code: int, words: str) -> EvaluationError:
+def _explain_end(code: int, words: str) -> EvaluationError:
     if code == -signal.SIGKILL:
         hint = "most likely for lack of memory: write dtype: bfloat16 under evaluate:, or take a larger machine"
         return EvaluationError(Problem("the system killed its process", hint=hint))

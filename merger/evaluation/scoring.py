@@ -33,13 +33,13 @@ def main() -> int:
         os.environ.update(asked["tokens"])  # a task's data may be gated
         answer = _answer(asked)
     except Exception as error:  # whatever goes wrong in a stranger's model or task is told, not thrown
-        answer = {"error": _told(error)}
+        answer = {"error": _shorten_error(error)}
     json.dump(answer, answer_to)
     answer_to.close()
     return 0
 
 
-def _told(error: Exception) -> str:
+def _shorten_error(error: Exception) -> str:
     """Its kind and the beginning of its words, without the signatures of addresses."""
     words = re.sub(r"\?\S+", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {words[:_MESSAGE_LETTERS]}"
@@ -47,16 +47,16 @@ def _told(error: Exception) -> str:
 
 def _answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     if asked["folder"] is None:
-        return {"unknown": _unknown(asked["tasks"])}
+        return {"unknown": _unknown_of(asked["tasks"])}
     torch.set_num_threads(asked["threads"])
-    model, tokenizer = _loaded(asked["folder"], asked["dtype"], asked["device"])
+    model, tokenizer = _load(asked["folder"], asked["dtype"], asked["device"])
     scores = [score for text in asked["texts"] for score in _of_text(model, tokenizer, text)]
     if asked["tasks"]:
         scores += _of_tasks(model, tokenizer, asked["tasks"], asked["limit"])
     return {"scores": scores}
 
 
-def _loaded(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
+def _load(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
     transformers: Any = import_module("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True
@@ -127,7 +127,7 @@ def _manager(tasks: list[str]) -> tuple[Any, list[str]]:
     return manager, [str(names.get(task, task)) for task in tasks]
 
 
-def _unknown(tasks: list[str]) -> list[str]:
+def _unknown_of(tasks: list[str]) -> list[str]:
     """Those of which lm-evaluation-harness knows nothing."""
     manager, names = _manager(tasks)
     return [task for task, name in zip(tasks, names, strict=True) if name not in manager.all_tasks]

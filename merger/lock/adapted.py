@@ -11,7 +11,7 @@ from merger.errors import ModelError, Problem
 from merger.lock.locked import LockedModel
 from merger.models.architecture import is_head
 from merger.models.checkpoint import Checkpoint, TensorInfo
-from merger.models.config import untied, with_vocabulary
+from merger.models.config import with_vocabulary, without_tie
 from merger.models.lora.changes import changes
 
 _OTHER_ADAPTER = "take the model that it was trained on, or merge both with PEFT's merge_and_unload and name the result"
@@ -44,7 +44,7 @@ def _with_rows(model: LockedModel) -> LockedModel:
     new = {name: replace(of, name=name, shape=whole.get(name, of).shape) for name, of in like.items()}
     stored = {name: model.quantised[of.name] for name, of in like.items() if of.name in model.quantised}
     brought = tuple(name for name in new if name not in held.tensors)
-    config = untied(held.config) if heads else held.config
+    config = without_tie(held.config) if heads else held.config
     checkpoint = Checkpoint({**held.tensors, **new}, config, held.stem)
     grown = replace(model, checkpoint=checkpoint, quantised={**model.quantised, **stored}, brought=brought)
     _check_rows(model, grown)

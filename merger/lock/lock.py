@@ -34,8 +34,8 @@ from merger.models.checkpoint import (
 )
 from merger.models.formats.pickled import SINGLE as PICKLED
 from merger.models.formats.pickled import is_pickled, pickled_tensors
-from merger.models.formats.quantised import unpacked
-from merger.models.licence import TITLE_BYTES, licence_text, recognised
+from merger.models.formats.quantised import unpack_checkpoint
+from merger.models.licence import TITLE_BYTES, licence_text, recognise_licence
 from merger.models.lora import adapter as adapters
 from merger.models.mixtures import are_fused, split
 from merger.models.plain_yaml import load_yaml
@@ -101,17 +101,17 @@ def lock(
         fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(tensors))
         fetch = fetching.adapter if recipe.merges_adapters else fetching.model
         merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
-        loras = _found(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), merged)
-    found = _in_one_layout(_found(merged))
+        loras = _collect(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), merged)
+    found = _in_one_layout(_collect(merged))
     by_ref = {lora.ref: lora for lora in loras}
-    changed = _found(_attempt_with(model, by_ref) for model in found)
+    changed = _collect(_attempt_with(model, by_ref) for model in found)
     return LockedRecipe(recipe, _with_texts(recipe, changed, loras, store))
 
 
 _Attempt = tuple[LockedModel | None, tuple[Problem, ...]]
 
 
-def _found(attempts: Iterable[_Attempt], others: Iterable[_Attempt] = ()) -> tuple[LockedModel, ...]:
+def _collect(attempts: Iterable[_Attempt], others: Iterable[_Attempt] = ()) -> tuple[LockedModel, ...]:
     """The models that were found.
 
     Raises:
@@ -141,7 +141,7 @@ def _with_texts(
     Raises:
         ModelError: with every file that cannot be read.
     """
-    wanted = set(_wanted(recipe, merged)) if recipe.lora is None else set()
+    wanted = set(_token_files(recipe, merged)) if recipe.lora is None else set()
     models = (*merged, *loras)
     speaking = {model.ref for one in merged for model in (one, one.speaker)}
     held = [_texts_of(model, wanted) if model.ref in speaking else {} for model in models]
@@ -176,7 +176,7 @@ def _texts_of(model: LockedModel, wanted: Container[str]) -> Mapping[str, FileIn
     return {name: info for name, info in files.items() if name in wanted and name not in idle}
 
 
-def _wanted(recipe: Recipe, models: Sequence[LockedModel]) -> Iterator[str]:
+def _token_files(recipe: Recipe, models: Sequence[LockedModel]) -> Iterator[str]:
     """The names of the files that decide which tokens mean what; none where the models' are known to be equal."""
     for document in recipe.documents:
         # what a stage's files hold is made of what its models' do
@@ -261,10 +261,12 @@ class _Fetching:
         config = {} if alone else _config(located, store, self.pickles)
         _refuse_barred(located, config)
         stored = tensors_of(located, store, self.pool, self.pickles, self.tally)
-        found = unpacked(stored, config, lambda small: self.pool.map(partial(_bytes_of, located, store), small))
+        found = unpack_checkpoint(
+            stored, config, lambda small: self.pool.map(partial(_bytes_of, located, store), small)
+        )
         begins = STEM if alone or (self.pickles and is_pickled(located.files)) else _stem(located)
         checkpoint = Checkpoint(found.tensors, found.config, begins)
-        card, licence = _licensed(located, store)
+        card, licence = _read_licence(located, store)
         steps = {name: _contents(located, name, store) for name in pipeline(located.files)}
         aside, quantised = found.aside, found.quantised
         return LockedModel(
@@ -281,7 +283,7 @@ class _Fetching:
             file, read = adapters.OF_MLX, adapters.read_mlx
         tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, file, self.tally)}
         lora = read(config, tensors)
-        card, licence = _licensed(located, self.store)
+        card, licence = _read_licence(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
 
 
@@ -321,7 +323,7 @@ def _check_adapter_files(located: Located) -> None:
         raise ModelError(Problem(what, hint=hint if pickled else "the adapter is incomplete: download it again"))
 
 
-def _licensed(located: Located, store: Store) -> tuple[Mapping[str, Any], str | None]:
+def _read_licence(located: Located, store: Store) -> tuple[Mapping[str, Any], str | None]:
     """The metadata of its card; and where that names no licence, which one the file beside it is."""
     card = _card(located, store)
     return card, None if stated_licence(card) else _licence_file(located, store)
@@ -332,7 +334,7 @@ def _licence_file(located: Located, store: Store) -> str | None:
     if file is None:
         return None
     opening = store.fetch(located, file, 0, min(located.files[file].size, TITLE_BYTES))
-    return recognised(opening.decode("utf-8", "replace"))
+    return recognise_licence(opening.decode("utf-8", "replace"))
 
 
 def _stem(located: Located) -> str:
@@ -355,7 +357,7 @@ def _config(located: Located, store: Store, pickles: bool) -> Mapping[str, Any]:
 
 def _json(located: Located, file: str, store: Store) -> Mapping[str, Any]:
     try:
-        content = limits.parsed(store.fetch(located, file), limits.of(file))
+        content = limits.parse_json(store.fetch(located, file), limits.of(file))
     except ValueError as error:
         raise ModelError(Problem(f"{file} is no JSON ({error})", hint="download the model again")) from None
     if not isinstance(content, dict):

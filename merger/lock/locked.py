@@ -196,8 +196,9 @@ def stated_licence(card: Mapping[str, Any]) -> str | None:
     return " AND ".join(" ".join(name.split()) for name in names) or None
 
 
-def shown(model: LockedModel) -> str:
+def display_name(model: LockedModel) -> str:
     """A model's name for readers: as the recipe writes it on the Hub, of a folder its last part, of a stage its own."""
     if model.adapter is not None:
-        return f"{shown(replace(model, ref=replace(model.ref, adapter=None), adapter=None))}+{shown(model.adapter)}"
+        alone = replace(model, ref=replace(model.ref, adapter=None), adapter=None)
+        return f"{display_name(alone)}+{display_name(model.adapter)}"
     return str(model.ref) if model.located.commit else model.name

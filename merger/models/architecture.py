@@ -54,7 +54,7 @@ class Place:
         return f"{self.stack}.{layer}.{self.role}"
 
 
-def numbered(name: str) -> Place:
+def parse_place(name: str) -> Place:
     """What a name tells by itself: what is before its first number and behind it, whether or not that is a stack."""
     match = _NUMBERED.match(name)
     return Place(None, None, name) if match is None else Place(match["stack"], int(match["layer"]), match["role"])
@@ -83,7 +83,7 @@ class Architecture:
 
     def place(self, name: str) -> Place:
         """Where the tensor of this name belongs."""
-        told = numbered(name)
+        told = parse_place(name)
         inside = told.stack is not None and told.layer is not None and told.layer < self.stacks.get(told.stack, 0)
         return told if inside else Place(None, None, name)
 

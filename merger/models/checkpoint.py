@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.errors import ModelError, Problem
-from merger.safety.limits import HEADER, INDEX, TENSOR_NAME, excess, parsed
+from merger.safety.limits import HEADER, INDEX, TENSOR_NAME, excess, parse_json
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
@@ -158,7 +158,7 @@ _DAMAGED = "the model is incomplete or damaged: download it again, or ask its au
 
 def _weight_map(index: str, single: str) -> dict[str, str]:
     try:
-        found = parsed(index, INDEX)["weight_map"]
+        found = parse_json(index, INDEX)["weight_map"]
     except (ValueError, KeyError, TypeError):
         raise ModelError(Problem(f"{index_name(single)} holds no weight_map", hint=_DAMAGED)) from None
     if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
@@ -211,7 +211,7 @@ def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
     """
     try:
         text = raw.decode()
-        entries = parsed(text, object_pairs_hook=_once_each, parse_float=_fraction, parse_constant=_fraction)
+        entries = parse_json(text, object_pairs_hook=_once_each, parse_float=_fraction, parse_constant=_fraction)
         _check_metadata(entries.pop("__metadata__", None))
         first = 8 + len(raw)
         tensors = [_tensor(name, entry, file, first) for name, entry in entries.items()]

@@ -71,7 +71,7 @@ def quantisation(config: Config) -> Mapping[str, Any] | None:
     return (found[0] if isinstance(found[0], dict) else {}) if found else None
 
 
-def unquantised(config: Config) -> dict[str, Any]:
+def without_quantisation(config: Config) -> dict[str, Any]:
     """The config without a word of that, for tensors that were read back."""
     edited = copy.deepcopy(dict(config))
     for part in _parts(edited):
@@ -84,7 +84,7 @@ _STATED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 def stated_dtype(config: Config) -> str:
     """The dtype that the config gives the model, as safetensors writes it; bfloat16 where it gives none."""
-    said = [str(value).removeprefix("torch.") for key, value in _stated(config) if key in ("dtype", "torch_dtype")]
+    said = [str(value).removeprefix("torch.") for key, value in _statements(config) if key in ("dtype", "torch_dtype")]
     return next((_STATED_DTYPES[name] for name in said if name in _STATED_DTYPES), "BF16")
 
 
@@ -98,7 +98,7 @@ def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
     return edited
 
 
-def untied(config: Config) -> dict[str, Any]:
+def without_tie(config: Config) -> dict[str, Any]:
     """The config with the statement that head and embedding are two tensors."""
     edited = copy.deepcopy(dict(config))
     stated = [part for part in _parts(edited) if "tie_word_embeddings" in part]
@@ -126,7 +126,9 @@ def with_vocabulary(config: Config, before: int, rows: int) -> dict[str, Any]:
     return edited
 
 
-def renumbered(config: Config, follow: Sequence[int], source: Config) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+def renumber_tokens(
+    config: Config, follow: Sequence[int], source: Config
+) -> tuple[dict[str, Any], list[tuple[str, int]]]:
     """The config with the ids that its tokens have in another tokenizer, and what it names that is not there.
 
     Which tokens begin, end and pad a text is the tokenizer's own affair: those come from its model's config.
@@ -144,12 +146,12 @@ def renumbered(config: Config, follow: Sequence[int], source: Config) -> tuple[d
             if role and key in theirs:
                 part[key] = theirs[key]
                 continue
-            part[key], missing = _followed(part[key], follow)
+            part[key], missing = _follow_ids(part[key], follow)
             lost += [] if role else [(key, number) for number in missing]
     return edited, lost
 
 
-def _followed(value: Any, follow: Sequence[int]) -> tuple[Any, list[int]]:
+def _follow_ids(value: Any, follow: Sequence[int]) -> tuple[Any, list[int]]:
     """One id or a list of them in new numbers, and those that have none."""
     listed = value if isinstance(value, list) else [value]
     ids = [number for number in listed if type(number) is int]
@@ -190,7 +192,7 @@ class Section:
         for part in self.parts(config):
             for key, value in part.items():
                 if self._speaks(key):
-                    yield part, key, _opened(key, value)
+                    yield part, key, _open_pattern(key, value)
 
     def _speaks(self, key: str) -> bool:
         """Of encoder and decoder in one part, a key that names neither is about the encoder."""
@@ -256,12 +258,12 @@ def _counts(said: Config) -> list[int]:
     return numbers or [len(value) for value in kinds if isinstance(value, list | str)]
 
 
-def _opened(key: str, value: Any) -> Any:
+def _open_pattern(key: str, value: Any) -> Any:
     """A text with a letter for a layer as the list of its letters; all else as it is."""
     return list(value) if isinstance(value, str) and _LETTERS.search(key) else value
 
 
-def _closed(old: Any, value: Any) -> Any:
+def _close_pattern(old: Any, value: Any) -> Any:
     """The new value in the form that the old one has."""
     return "".join(value) if isinstance(old, str) and isinstance(value, list) else value
 
@@ -294,7 +296,7 @@ def _numbers(value: Any) -> Iterator[int]:
 
 def predicted_layers(config: Config) -> int:
     """How many layers of multi-token prediction a config promises."""
-    found = [value for key, value in _stated(config) if key in _PREDICTED and type(value) is int]
+    found = [value for key, value in _statements(config) if key in _PREDICTED and type(value) is int]
     return max(found, default=0)
 
 
@@ -305,7 +307,7 @@ def with_prediction(config: Config, layers: int, like: Config) -> Config:
         return config
     edited = copy.deepcopy(dict(config))
     stated = [(part, key) for part in _parts(edited) for key in _PREDICTED if key in part]
-    theirs = [(_text(edited), key) for key, _ in _stated(like) if key in _PREDICTED]
+    theirs = [(_text(edited), key) for key, _ in _statements(like) if key in _PREDICTED]
     for part, key in stated or theirs:
         part[key] = layers
     for part in _parts(edited):
@@ -344,11 +346,11 @@ def with_layers(
             if counts_leading
             else trailing
             if trailing is not None
-            else _closed(part[key], _follow(key, value, len(donor), layers, section))
+            else _close_pattern(part[key], _follow(key, value, len(donor), layers, section))
         )
     _check_kinds(edited, config, donor, layers, section)
     for part, key, entries in predicted:
-        part[key] = _closed(part[key], [*part[key], *entries])
+        part[key] = _close_pattern(part[key], [*part[key], *entries])
     return edited
 
 
@@ -380,13 +382,13 @@ def _follow(key: str, value: Any, count: int, layers: Sequence[Layer], section: 
         return len(layers)
     theirs = [_theirs(key, value, layer, section) for layer in layers]
     if _is_index_list(key, value, count):
-        return _renumbered(key, value, [new for new, layer in enumerate(layers) if layer.number in theirs[new]])
+        return _renumber(key, value, [new for new, layer in enumerate(layers) if layer.number in theirs[new]])
     if _is_per_layer(key, value, count):
         return [_entry(key, of, layer) for of, layer in zip(theirs, layers, strict=True)]
     return value
 
 
-def _renumbered(key: str, old: list[int], new: list[int]) -> list[int]:
+def _renumber(key: str, old: list[int], new: list[int]) -> list[int]:
     if _ONE_MODULE_EACH.search(key) and len(new) != len(old):
         raise ValueError(f"config.json's {key} names {len(old)} layers, each with a module of its own, not {len(new)}")
     return new
@@ -400,7 +402,7 @@ def _entry(key: str, of: list[Any], layer: Layer) -> Any:
 
 def _theirs(key: str, ours: list[Any], layer: Layer, section: Section) -> list[Any]:
     """The list of the model that the layer comes from; the donor's, where that model has none."""
-    found = next((_opened(key, part[key]) for part in section.parts(layer.config) if key in part), None)
+    found = next((_open_pattern(key, part[key]) for part in section.parts(layer.config) if key in part), None)
     return found if isinstance(found, list) else ours
 
 
@@ -425,20 +427,20 @@ def _check(config: Config, donor: Sequence[Kind], layers: Sequence[Layer], secti
     as_stated = [layer.number for layer in layers] == list(range(len(layers))) and len(layers) in counts
     if len(layers) != count and count not in counts and not as_stated:
         raise ValueError(f"config.json does not say that there are {count} layers, so it cannot be told {len(layers)}")
-    said = _said(stated, count)
+    said = _kinds_by_layer(stated, count)
     for key, value in stated:
         every = len(value) if isinstance(value, list) else value
         counted = _EVERY.search(key) is not None and type(every) is int and every > 1 and not any(said)
         if counted and any(layer.number % every != new % every for new, layer in enumerate(layers)):
             raise ValueError(f"config.json counts layers by {key}: {every}, which this order of layers would break")
     listed = _tells_apart(said, donor) or _counts_leading(stated, donor, layers)
-    if not listed and any(layer.kind != _expected(donor, new) for new, layer in enumerate(layers)):
+    if not listed and any(layer.kind != _expected_kind(donor, new) for new, layer in enumerate(layers)):
         raise ValueError("its layers are not all alike, and config.json cannot say that they come in this order")
 
 
 def _check_kinds(edited: Config, before: Config, donor: Sequence[Kind], layers: Sequence[Layer], of: Section) -> None:
     """Whether what the edited lists say of a layer is what the donor's say of layers of its kind."""
-    known, new = (_said([(key, value) for _, key, value in of.stated(config)], count)
+    known, new = (_kinds_by_layer([(key, value) for _, key, value in of.stated(config)], count)
                   for config, count in ((before, len(donor)), (edited, len(layers))))  # fmt: skip
     told = [(said, layer.kind) for said, layer in zip(new, layers, strict=True) if layer.kind in donor]
     if _tells_apart(known, donor) and not _tells_apart(
@@ -447,7 +449,7 @@ def _check_kinds(edited: Config, before: Config, donor: Sequence[Kind], layers: 
         raise ValueError("its layers are not all alike, and the models' config.json say it in different ways")
 
 
-def _said(stated: Sequence[tuple[str, Any]], count: int) -> list[list[Any]]:
+def _kinds_by_layer(stated: Sequence[tuple[str, Any]], count: int) -> list[list[Any]]:
     """For each layer, what the config's lists say of it."""
     indexes = [value for key, value in stated if _is_index_list(key, value, count)]
     entries = [value for key, value in stated if _is_per_layer(key, value, count)]
@@ -473,7 +475,7 @@ def _leading(first: Kind, kinds: Sequence[Kind]) -> int | None:
     return None if first in kinds[count:] else count
 
 
-def _expected(donor: Sequence[Kind], position: int) -> Kind | None:
+def _expected_kind(donor: Sequence[Kind], position: int) -> Kind | None:
     """The kind that a rule by position would put there, if the donor shows such a rule.
 
     Either its kinds repeat with a period, or they stay the same from somewhere in the first half on.
@@ -502,5 +504,5 @@ def _parts(config: Config) -> tuple[dict[str, Any], ...]:
     return (text,) if text is config else (config, text)  # type: ignore[return-value]
 
 
-def _stated(config: Config) -> Iterator[tuple[str, Any]]:
+def _statements(config: Config) -> Iterator[tuple[str, Any]]:
     return ((key, value) for part in _parts(config) for key, value in part.items())

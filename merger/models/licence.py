@@ -70,7 +70,7 @@ def licence_text(files: Iterable[str]) -> str | None:
     return min((name for name in files if _TEXTS.fullmatch(name)), key=lambda name: (len(name), name), default=None)
 
 
-def recognised(text: str) -> str | None:
+def recognise_licence(text: str) -> str | None:
     """The licence's identifier, as the Hub writes it where it has one; None: these are words of some other licence.
 
     >>> recognised("Apache License\\n  Version 2.0, January 2004")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merger.models.checkpoint import FLOATS, TensorInfo
-from merger.safety.limits import parsed
+from merger.safety.limits import parse_json
 
 BYTES, SPACES, PLAIN = "bytes", "spaces", "plain"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -47,7 +47,7 @@ def _steps(found: object) -> list[Mapping[str, Any]]:
     return [found, *(deeper for step in inside for deeper in _steps(step))]
 
 
-def respelled(token: str, written: str, wanted: str) -> str:
+def respell(token: str, written: str, wanted: str) -> str:
     """A token of one spelling in another; as it is where it has none there."""
     if written == wanted or PLAIN in (written, wanted):
         return token
@@ -157,13 +157,13 @@ def split_tokens(tokenizer: bytes, tokens: Sequence[str], written: str) -> list[
         model = Tokenizer.from_buffer(tokenizer).model
     except Exception as error:  # the library raises nothing more special
         raise ValueError(f"tokenizer.json is not read by the tokenizers library ({error})") from None
-    wanted = spelling(parsed(tokenizer))
+    wanted = spelling(parse_json(tokenizer))
     return [[piece.id for piece in model.tokenize(_text(token, written, wanted))] for token in tokens]
 
 
 def _text(token: str, written: str, wanted: str) -> str:
     """A token's text as the model of a tokenizer is handed it."""
-    return token.removeprefix(_INSIDE) if PLAIN in (written, wanted) else respelled(token, written, wanted)
+    return token.removeprefix(_INSIDE) if PLAIN in (written, wanted) else respell(token, written, wanted)
 
 
 # ---- ids of rows ----------------------------------------------------------------------------------------------------

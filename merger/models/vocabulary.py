@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.models.tokenizer_files import BYTES, PLAIN, SPACES, model_pieces, respelled, spelling
-from merger.safety.limits import of, parsed
+from merger.models.tokenizer_files import BYTES, PLAIN, SPACES, model_pieces, respell, spelling
+from merger.safety.limits import of, parse_json
 
 TOKENIZER, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 WORDS = ("vocab.json", "vocab.txt")
@@ -77,7 +77,7 @@ class Vocabulary:
             return self
         ids: dict[str, int] = {}
         for token, number in self.ids.items():
-            ids.setdefault(token if token in self.added else respelled(token, self.spelling, wanted), number)
+            ids.setdefault(token if token in self.added else respell(token, self.spelling, wanted), number)
         return Vocabulary(ids, self.added, wanted)
 
     def agrees(self, other: Vocabulary, limit: int) -> bool:
@@ -106,7 +106,7 @@ def read_vocabulary(files: Mapping[str, bytes]) -> Vocabulary | None:
         ValueError: a file is damaged; how, in a sentence.
     """
     if TOKENIZER in files:
-        return _numbered(_object(files, TOKENIZER), _further(files))
+        return _number(_object(files, TOKENIZER), _further(files))
     own, spelled = _words(files), BYTES if WORDS[0] in files else PLAIN
     if own is None and PIECES in files:
         own, spelled = _pieces(files), SPACES
@@ -119,7 +119,7 @@ def read_vocabulary(files: Mapping[str, bytes]) -> Vocabulary | None:
 
 def _object(files: Mapping[str, bytes], name: str) -> Json:
     try:
-        found = parsed(files[name], of(name))
+        found = parse_json(files[name], of(name))
     except ValueError as error:
         raise ValueError(f"{name} is no JSON ({error})") from None
     if not isinstance(found, dict):
@@ -169,7 +169,7 @@ def _further(files: Mapping[str, bytes]) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
-def _numbered(content: Json, further: Mapping[str, int]) -> Vocabulary:
+def _number(content: Json, further: Mapping[str, int]) -> Vocabulary:
     """The vocabulary as the library numbers it: an added token that is new takes the next free id."""
     own, listed = _of_tokenizer(content)
     ids, added = dict(own), {}
@@ -222,7 +222,9 @@ def _distinct(found: Vocabulary) -> Vocabulary:
 # ---- several tokenizers ---------------------------------------------------------------------------------------------
 
 
-def extended(base: Vocabulary, others: Sequence[tuple[Vocabulary, int]], extra: Iterable[str] = ()) -> Vocabulary:
+def extend_tokenizer(
+    base: Vocabulary, others: Sequence[tuple[Vocabulary, int]], extra: Iterable[str] = ()
+) -> Vocabulary:
     """The base's vocabulary with the tokens of others that it lacks, as added tokens, in the order of their ids.
 
     Args:
@@ -254,7 +256,7 @@ def special_as_in(base: Vocabulary, others: Sequence[tuple[Vocabulary, int]]) ->
 
     Args:
         base: keeps its ids.
-        others: as for `extended`.
+        others: as for `extend_tokenizer`.
     """
     added = dict(base.added)
     for other, limit in others:
@@ -270,12 +272,12 @@ def _record(token: str, number: int) -> Json:
     return {"id": number, "content": token, **_FLAGS}
 
 
-def rewritten(files: Mapping[str, bytes], added: Iterable[Json]) -> dict[str, bytes]:
+def rewrite_files(files: Mapping[str, bytes], added: Iterable[Json]) -> dict[str, bytes]:
     """Those of a tokenizer's files that must be written anew so that it knows more tokens.
 
     Args:
         files: those of `EXTENDED` that it has, tokenizer.json among them.
-        added: what tokenizer.json is to say of each added token, as `extended` gives it.
+        added: what tokenizer.json is to say of each added token, as `extend_tokenizer` gives it.
     """
     content = _object(files, TOKENIZER)
     known = {item["content"] for item in content.get("added_tokens") or []}
@@ -286,13 +288,13 @@ def rewritten(files: Mapping[str, bytes], added: Iterable[Json]) -> dict[str, by
     if settings.get("added_tokens_decoder"):
         records = {str(record["id"]): {key: record[key] for key in record if key != "id"} for record in new}
         settings["added_tokens_decoder"] = {**settings["added_tokens_decoder"], **records}
-        made[SETTINGS] = written(settings)
+        made[SETTINGS] = dump_json(settings)
     if ADDED in files:
         numbers = {record["content"]: record["id"] for record in new}
-        made[ADDED] = written({**_object(files, ADDED), **numbers})
+        made[ADDED] = dump_json({**_object(files, ADDED), **numbers})
     return made
 
 
-def written(content: Json) -> bytes:
+def dump_json(content: Json) -> bytes:
     """A small file's JSON, as people read it."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

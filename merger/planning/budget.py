@@ -138,7 +138,7 @@ _HIDDEN_STATES = 16
 """How many states of a prompt a layer holds at once, its MLP's apart: queries, keys, values, what is added."""
 
 
-def routed(jobs: Sequence[Job]) -> list[Routed]:
+def routers_of(jobs: Sequence[Job]) -> list[Routed]:
     """The routers that are computed from prompts for these jobs, in their order."""
     return [source for job in jobs for source in job.sources if isinstance(source, Routed)]
 
@@ -168,7 +168,7 @@ def _whole(locked: StagedRecipe, tensor: TensorInfo) -> Job:
 
 def router_read_bytes(locked: StagedRecipe, jobs: Sequence[Job]) -> int:
     """How many bytes of tensors are read at most."""
-    routers = routed(jobs)
+    routers = routers_of(jobs)
     if not routers:
         return 0
     table = embedding(locked)
@@ -185,7 +185,7 @@ def _read_routing(job: Job) -> int:
 
 def router_spool(locked: StagedRecipe, jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int]) -> int:
     """The most bytes of temporary disk that are held at once: one tensor's, as there is one at a time."""
-    routers = routed(jobs)
+    routers = routers_of(jobs)
     if not routers:
         return 0
     made = [embedding(locked), *(job for of in layers(locked, routers) for job in of)]
@@ -196,7 +196,7 @@ def router_memory(
     locked: StagedRecipe, jobs: Sequence[Job], table: Mapping[str, Method], threads: int
 ) -> tuple[int, int]:
     """The most bytes that computing the routers takes at once, and what is held from then on, beside that."""
-    routers = routed(jobs)
+    routers = routers_of(jobs)
     if not routers:
         return 0, 0
     first, run = embedding(locked), layers(locked, routers)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from merger.safety.limits import MEASURED, parsed
+from merger.safety.limits import MEASURED, parse_json
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -81,7 +81,7 @@ NOTHING = Geometry(((0.0, 0.0), (0.0, 0.0)), 0, 0, (0,), (0,))
 """What is known of a tensor that is copied."""
 
 
-def noted(seen: Mapping[str, Geometry]) -> str:
+def dump_geometry(seen: Mapping[str, Geometry]) -> str:
     """What was measured of some tensors, by name, as text that gives the very same numbers back."""
     return json.dumps({name: _numbers(found) for name, found in seen.items()})
 
@@ -92,7 +92,7 @@ def _numbers(found: Geometry) -> list[object]:
     return told if found.odd else told[:-1]
 
 
-def recalled(text: str) -> dict[str, Geometry]:
+def load_geometry(text: str) -> dict[str, Geometry]:
     """What such a text says."""
     return {
         name: Geometry(
@@ -104,5 +104,5 @@ def recalled(text: str) -> dict[str, Geometry]:
             tuple(base),
             tuple((model, count) for part in odd for model, count in part),
         )
-        for name, (products, opposed, sampled, against, moved, base, *odd) in parsed(text, MEASURED).items()
+        for name, (products, opposed, sampled, against, moved, base, *odd) in parse_json(text, MEASURED).items()
     }

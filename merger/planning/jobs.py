@@ -87,13 +87,13 @@ def arguments(method: Method, job: Job) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for param in method.params:
         if param.per_model:
-            values[param.argument] = [_typed(param, entry.settings[param.name]) for entry in job.inputs]
+            values[param.argument] = [_convert(param, entry.settings[param.name]) for entry in job.inputs]
         else:
-            values[param.argument] = _typed(param, job.settings[param.name])
+            values[param.argument] = _convert(param, job.settings[param.name])
     return values
 
 
-def _typed(param: Param, value: float) -> float | int | bool:
+def _convert(param: Param, value: float) -> float | int | bool:
     kinds: dict[str, type[float | int | bool]] = {"float": float, "int": int, "bool": bool}
     return kinds[param.kind](value)
 

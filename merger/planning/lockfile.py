@@ -94,11 +94,11 @@ class Lock:
                     **({"now": item.now} if item.now else {}),
                     "commit": item.commit,
                     "licence": item.licence,
-                    "files": _listed(item.files),
+                    "files": _list_files(item.files),
                 }
                 for item in self.models
             ],
-            "output": _listed(self.output),
+            "output": _list_files(self.output),
             "recipe": _Block(self.recipe),
         }
         return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -120,7 +120,7 @@ def _block(dumper: _Dumper, text: _Block) -> yaml.ScalarNode:
 _Dumper.add_representer(_Block, _block)
 
 
-def _listed(files: Mapping[str, FileInfo]) -> list[dict[str, Any]]:
+def _list_files(files: Mapping[str, FileInfo]) -> list[dict[str, Any]]:
     """A checksum that nobody has found out is said to be unknown: null."""
     return [{"file": name, "size": info.size, "sha256": info.sha256} for name, info in files.items()]
 
@@ -229,11 +229,11 @@ def changed_models(locked: LockedRecipe, held: Lock, checksum: Checksum) -> list
     return [
         problem
         for model, parent in zip(locked.models, held.models, strict=True)
-        for problem in _changed(model, parent, checksum)
+        for problem in _find_changes(model, parent, checksum)
     ]
 
 
-def _changed(model: LockedModel, parent: Parent, checksum: Checksum) -> list[Problem]:
+def _find_changes(model: LockedModel, parent: Parent, checksum: Checksum) -> list[Problem]:
     """A commit of the Hub pins its files, so there only what the Hub tells without being asked is compared."""
     located, at = model.located, model.ref.at
     if (located.commit is None) != (parent.commit is None):
@@ -271,17 +271,17 @@ def other_meaning(planned: Plan | None, held: Lock) -> list[Problem]:
         held: the lock.
     """
     same = planned is not None and planned.hash == held.plan
-    return [] if same else _said(since(held.format), held)
+    return [] if same else _tell_changes(since(held.format), held)
 
 
 def other_numbers(planned: Plan, held: Lock) -> list[Problem]:
     """That an earlier version made the merge, and the same plan comes out with other numbers now."""
     jobs = (*planned.jobs, *(made.job for made in planned.stages))
     made = {(job.method, job.name, job.shape) for job in jobs}
-    return _said([each for each in since(held.format) if any(each.touches(*tensor) for tensor in made)], held)
+    return _tell_changes([each for each in since(held.format) if any(each.touches(*tensor) for tensor in made)], held)
 
 
-def _said(changes: Sequence[FormatChange], held: Lock) -> list[Problem]:
+def _tell_changes(changes: Sequence[FormatChange], held: Lock) -> list[Problem]:
     if not changes:
         return []
     then = held.made_with.get(OURS, "an unknown version")

@@ -29,7 +29,7 @@ from merger.planning.budget import (
     thread_memory,
 )
 from merger.planning.inputs.base import Job, StageTensor
-from merger.planning.inputs.rows import held
+from merger.planning.inputs.rows import held_bytes
 from merger.planning.jobs import JobSet, make_jobs
 from merger.planning.makers import moe
 from merger.planning.makers.lora import make_lora
@@ -228,7 +228,7 @@ class Plan:
             "left_out": [asdict(each) for each in self.left_out],
             "notes": self.notes,
         }
-        plain: dict[str, Any] = json.loads(json.dumps(content, default=_encoded))
+        plain: dict[str, Any] = json.loads(json.dumps(content, default=_encode))
         return plain
 
 
@@ -256,7 +256,7 @@ def make_plan(
     locked = with_stages(found, table, seed)
     seed = locked.recipe.seed if seed is None else seed
     format = formats.FORMAT if format is None else format
-    making, edited = _made(locked, table, seed)
+    making, edited = _make_jobs(locked, table, seed)
     small = beside_adapter(locked, making.speaker) if lora else texts(locked, making.tokens)
     passed_files(locked, small)  # a file that is too large is told before all else is worked out
     shards = _whole_file(making.jobs) if lora else _files_of(locked, making.jobs, budget.shard_bytes)
@@ -283,12 +283,12 @@ def make_plan(
         hash=_hash(locked, shards, edited, seed, small, format),
         format=format,
     )
-    return _fitted(draft, table, budget)
+    return _fit(draft, table, budget)
 
 
 def _whole_file(jobs: tuple[Job, ...]) -> tuple[Shard, ...]:
     """An adapter: one file, whatever its size. A and B stay side by side, for they are made together."""
-    return (Shard(TENSORS, _aligned(jobs)),)
+    return (Shard(TENSORS, _align(jobs)),)
 
 
 def _files_of(locked: StagedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[Shard, ...]:
@@ -297,7 +297,7 @@ def _files_of(locked: StagedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[
     return tuple(_shards(ordered, limit, holder.checkpoint.stem))
 
 
-def _made(locked: StagedRecipe, table: Mapping[str, Method], seed: int) -> tuple[JobSet, Mapping[str, Any]]:
+def _make_jobs(locked: StagedRecipe, table: Mapping[str, Method], seed: int) -> tuple[JobSet, Mapping[str, Any]]:
     """The jobs, and the output's config.json."""
     if locked.recipe.mixture is not None:
         return moe.make_mixture(locked, locked.recipe.mixture, seed)
@@ -336,16 +336,16 @@ def _shards(jobs: tuple[Job, ...], limit: int, stem: str) -> list[Shard]:
             held = 0
         groups[-1].append(job)
         held += job.nbytes
-    ordered = [_aligned(group) for group in groups]
+    ordered = [_align(group) for group in groups]
     return [Shard(shard_name(number, len(ordered), stem), group) for number, group in enumerate(ordered, 1)]
 
 
-def _aligned(jobs: Sequence[Job]) -> tuple[Job, ...]:
+def _align(jobs: Sequence[Job]) -> tuple[Job, ...]:
     """Loaders want each tensor aligned to its own item size; larger items first keep them so."""
     return tuple(sorted(jobs, key=lambda job: -ITEM_BYTES[job.dtype]))
 
 
-def _fitted(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:
+def _fit(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:
     """The plan with as many threads and as much read-ahead as fit into the memory."""
     least = _LEAST_READ_AHEAD if draft.read_ahead else 0
     choices = [(threads, ahead) for ahead in (draft.read_ahead, least) for threads in range(draft.threads, 0, -1)]
@@ -381,7 +381,7 @@ def _takes(plan: Plan, table: Mapping[str, Method]) -> dict[str, int]:
     )
     jobs = _BYTES_A_JOB * (len(plan.jobs) + len(plan.left_out))
     made = [*plan.jobs, *(made.job for made in plan.stages)]
-    tokens = _tokenizer_memory(plan) + sum(held(source) for job in made for source in job.sources)
+    tokens = _tokenizer_memory(plan) + sum(held_bytes(source) for job in made for source in job.sources)
     before, kept = router_memory(plan.locked, plan.jobs, table, plan.threads)
     work, what = max(
         (plan.threads * thread + waiting, f"the work on {widest}"),
@@ -425,7 +425,7 @@ def _hash(
         content["allow_non_finite"] = True
     if stages := _stages([job for shard in shards for job in shard.jobs]):
         content["stages"] = [[made, made.job] for made in stages]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_encoded).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_encode).encode()).hexdigest()
 
 
 def _stages(jobs: Sequence[Job]) -> tuple[StageTensor, ...]:
@@ -434,7 +434,7 @@ def _stages(jobs: Sequence[Job]) -> tuple[StageTensor, ...]:
     return tuple(made for job in jobs for made in below(job, seen))
 
 
-def _encoded(value: Any) -> Any:
+def _encode(value: Any) -> Any:
     """What a job is made of, as JSON."""
     return value.encode()
 

@@ -28,7 +28,7 @@ def unlike(donor: LockedModel, other: LockedModel, stack: str) -> tuple[str, str
     """
     ours, theirs = donor.architecture.stacks, other.architecture.stacks
     pairs = [(mine, name) for mine in ours for name in theirs if name not in ours]
-    alike = [(mine, name) for mine, name in pairs if _built(donor, mine) == _built(other, name)]
+    alike = [(mine, name) for mine, name in pairs if _first_layer(donor, mine) == _first_layer(other, name)]
     if alike:
         mine, name = next((pair for pair in alike if pair[0] == stack), alike[0])
         what = f"the layers {mine}.N of {donor.name} are called {name}.N in {other.name}"
@@ -41,7 +41,7 @@ def unlike(donor: LockedModel, other: LockedModel, stack: str) -> tuple[str, str
     return what, hint if shared else "only models of one architecture can be merged"
 
 
-def _built(model: LockedModel, stack: str) -> frozenset[tuple[str, tuple[int, ...]]]:
+def _first_layer(model: LockedModel, stack: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     """The roles and shapes of a stack's first layer."""
     return frozenset((model.architecture.place(tensor.name).role, tensor.shape) for tensor in model.layer(stack, 0))
 

@@ -59,7 +59,7 @@ class Texts:
         """The files `changing` that were taken over, with all that is to be written into them."""
         made = dict(files)
         if self.added is not None:
-            made |= vocabulary.rewritten(made, self.added)
+            made |= vocabulary.rewrite_files(made, self.added)
         if self.template is not None:
             made |= chat.with_template(made, self.template)
         if self.generation is not None:
@@ -140,7 +140,7 @@ class StagedRecipe(LockedRecipe):
         """The same without an adapter."""
         model, owner = self.numbered(number), self.owner(number)
         if (held := model.quantised.get(tensor.name)) is not None:
-            return _dequantised(owner, held, tensor)
+            return _dequantise(owner, held, tensor)
         if not isinstance(model, StageModel):
             return Stored(owner, tensor)
         job = model.jobs[tensor.name]
@@ -166,7 +166,7 @@ class StagedRecipe(LockedRecipe):
         return donor.locked.holder if isinstance(donor, StageModel) else donor
 
 
-def _dequantised(owner: int, held: Scaled | PackedTensor, tensor: TensorInfo) -> Input:
+def _dequantise(owner: int, held: Scaled | PackedTensor, tensor: TensorInfo) -> Input:
     """A tensor that is stored in few bits, whose codes go by its name."""
     if isinstance(held, Scaled):
         return Dequantised(Stored(owner, held.numbers), Stored(owner, held.scales), held.block, tensor.dtype)

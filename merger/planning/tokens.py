@@ -149,7 +149,7 @@ def tokens(locked: StagedRecipe) -> Tokens | None:
     block = locked.recipe.tokenizer
     if block is None:
         return None
-    known = _known(locked)
+    known = _read_vocabularies(locked)
     source = locked.index(block.source if isinstance(block.source, ModelRef) else locked.recipe.donor)
     spelled = {number: held.spelled(known[source].spelling) for number, held in known.items()}
     whole = _whole(locked, block, spelled, source)
@@ -178,7 +178,7 @@ def tokens(locked: StagedRecipe) -> Tokens | None:
     )
 
 
-def _known(locked: StagedRecipe) -> dict[int, Vocabulary]:
+def _read_vocabularies(locked: StagedRecipe) -> dict[int, Vocabulary]:
     """Each model's vocabulary, by its number; all must have one, and an embedding of its tokens."""
     models = [locked.numbered(number) for number in locked.own]
     found = dict(zip(locked.own, _vocabularies(models), strict=True))
@@ -223,7 +223,7 @@ def _whole(locked: StagedRecipe, block: Tokenizer, known: Mapping[int, Vocabular
     if vocabulary.TOKENIZER in locked.numbered(source).speaker.texts:
         base = vocabulary.special_as_in(base, others)
     try:
-        return vocabulary.extended(base, others, [row.token for row in block.tokens])
+        return vocabulary.extend_tokenizer(base, others, [row.token for row in block.tokens])
     except ValueError as error:
         hint = "name another model's tokenizer: tokenizer: {source: org/name}"
         raise RecipeError(Problem(f"{locked.numbered(source).name}: {error}", block.at, "tokenizer", hint)) from None

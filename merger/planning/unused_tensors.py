@@ -17,13 +17,13 @@ from merger.models.config import (
     Kind,
     Layer,
     predicted_layers,
-    renumbered,
+    renumber_tokens,
     section,
-    untied,
     with_dtype,
     with_layers,
     with_prediction,
     with_vocabulary,
+    without_tie,
 )
 from merger.models.tokenizer_files import rows_of
 from merger.planning.inputs.base import Job
@@ -165,11 +165,11 @@ def config(locked: StagedRecipe, making: JobSet) -> Mapping[str, Any]:
         return edited
     for stack, taken in making.layers.items():
         if list(taken) != [(donor, layer) for layer in range(donor.architecture.stacks[stack])]:
-            edited = _layered(locked, edited, stack, taken)
+            edited = _with_layers(locked, edited, stack, taken)
     giver = making.prediction or donor
     edited = with_prediction(edited, giver.predicted_layers, giver.checkpoint.config)
     if making.has_head and (donor.is_tied or donor.head is None):
-        edited = untied(edited)
+        edited = without_tie(edited)
     if making.tokens is not None:
         edited = _with_tokens(locked, making.tokens, edited)
     dtype = locked.recipe.dtype
@@ -182,7 +182,7 @@ def _with_tokens(locked: StagedRecipe, tokens: Tokens, edited: Mapping[str, Any]
     if tokens.follow is None:
         return sized
     source = locked.numbered(tokens.source)
-    found, lost = renumbered(sized, tokens.follow, source.checkpoint.config)
+    found, lost = renumber_tokens(sized, tokens.follow, source.checkpoint.config)
     if lost:
         told = ", ".join(f"{key}: {number}" for key, number in lost)
         what = f"config.json of {locked.donor.name} names tokens that the tokenizer of {source.name} lacks ({told})"
@@ -192,7 +192,7 @@ def _with_tokens(locked: StagedRecipe, tokens: Tokens, edited: Mapping[str, Any]
     return found
 
 
-def _layered(
+def _with_layers(
     locked: StagedRecipe, edited: Mapping[str, Any], stack: str, taken: Sequence[tuple[LockedModel, int]]
 ) -> Mapping[str, Any]:
     """The config with the output's layers of a stack."""

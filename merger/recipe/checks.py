@@ -121,12 +121,12 @@ def fit(found: Found) -> None:
         _count(found, method)
         _warn_of_base(found, method)
         _warn_of_base_aside(found, method)
-        handed = [source.model for source in found.piece.sources if _handed(source, found.piece, method)]
+        handed = [source.model for source in found.piece.sources if _is_counted(source, found.piece, method)]
         if all(replace(model, adapter=None) == found.piece.base_model for model in handed):
             few_directions(method, found.levels, found.listed)
     for param in method.params:
         if param.required:
-            _required(found, method, param)
+            _require(found, method, param)
 
 
 def alone(piece: Slice, method: Method) -> Source | None:
@@ -136,7 +136,7 @@ def alone(piece: Slice, method: Method) -> Source | None:
     """
     if method.models[1] is not None:
         return None
-    counted = [source for source in piece.sources if _handed(source, piece, method)]
+    counted = [source for source in piece.sources if _is_counted(source, piece, method)]
     if method.subtracts_base and not counted:
         return next((source for source in piece.sources if not source.added), None)
     lone = method.base in ("optional", "included") and len(counted) == 1 < method.models[0]
@@ -197,15 +197,15 @@ def last_slice(slices: Sequence[Slice], place: Value) -> None:
 
 def _count(found: Found, method: Method) -> None:
     least, most = method.models
-    counted = [source for source in found.piece.sources if _handed(source, found.piece, method)]
+    counted = [source for source in found.piece.sources if _is_counted(source, found.piece, method)]
     if least <= len(counted) and (most is None or len(counted) <= most):
         return
     besides = " besides the base model" if method.subtracts_base else ""
-    what = f"{method.name} merges {_amount(least, most)}{besides}, found {_named(counted)}"
+    what = f"{method.name} merges {_amount(least, most)}{besides}, found {_list_names(counted)}"
     found.listed.error(what, _count_hint(found.piece, method, len(counted) < least), found.listed.key)
 
 
-def _handed(source: Source, piece: Slice, method: Method) -> bool:
+def _is_counted(source: Source, piece: Slice, method: Method) -> bool:
     """Whether a source is one of those that `Method.models` counts."""
     if method.subtracts_base:
         return source.model != piece.base_model
@@ -219,7 +219,7 @@ def _amount(least: int, most: int | None) -> str:
     return f"exactly {amount} model{'' if most == 1 else 's'}"
 
 
-def _named(sources: list[Source]) -> str:
+def _list_names(sources: list[Source]) -> str:
     names = ", ".join(str(source.model) for source in sources)
     return f"{len(sources)}: {names}" if sources else "none"
 
@@ -232,7 +232,7 @@ def _count_hint(piece: Slice, method: Method, too_few: bool) -> str:
     return "list fewer models, or take a method that merges more of them: `merger methods`"
 
 
-def _required(found: Found, method: Method, param: Param) -> None:
+def _require(found: Found, method: Method, param: Param) -> None:
     if any(_mentions(level, param.name) for level in found.levels):
         return
     needing = list(zip(found.piece.sources, found.places, strict=False))
@@ -241,10 +241,10 @@ def _required(found: Found, method: Method, param: Param) -> None:
     lacking = [pair for pair in needing if not (param.per_model and _mentions(pair[0].parameters, param.name))]
     what = f"{method.name} needs {param.name}"
     if not param.per_model or (needing and lacking == needing):
-        found.choice.place.error(what, f"{_where_to_write(param)}; {_described(param)}")
+        found.choice.place.error(what, f"{_where_to_write(param)}; {_describe(param)}")
         return
     for source, place in lacking:
-        place.error(f"{what}, and {source.model} has none", f"{_where_to_write(param)}; {_described(param)}")
+        place.error(f"{what}, and {source.model} has none", f"{_where_to_write(param)}; {_describe(param)}")
 
 
 def _where_to_write(param: Param) -> str:
@@ -257,7 +257,7 @@ def _mentions(level: Parameters, name: str) -> bool:
     return name in level or any(nearest(key, [name]) for key in level if key not in FIELD_PARAMETERS)
 
 
-def _described(param: Param) -> str:
+def _describe(param: Param) -> str:
     return f"{param.name}: {param.description}"
 
 
@@ -281,19 +281,19 @@ def check_block(
         elif params:
             _values(written, params)
         elif found.place is not None and known and None not in methods:
-            _unused(name, found.place, written.place, known, table)
+            _warn_unused(name, found.place, written.place, known, table)
 
 
-def outdated(name: str, place: Value) -> None:
+def warn_outdated(name: str, place: Value) -> None:
     """Say of one of the keys in OUTDATED that it does nothing."""
     place.warn(f"{name} has no effect: only old releases of mergekit knew it", OUTDATED[name], place.key)
 
 
-def _unused(name: str, block: Value, place: Value, methods: list[Method], table: Mapping[str, Method]) -> None:
+def _warn_unused(name: str, block: Value, place: Value, methods: list[Method], table: Mapping[str, Method]) -> None:
     if name == _NO_EFFECT_ANYWHERE:
         return
     if name in OUTDATED:
-        outdated(name, place)
+        warn_outdated(name, place)
         return
     names = ", ".join(method.name for method in methods)
     if name in FIELD_PARAMETERS or any(method.param(name) for method in table.values()):
@@ -310,17 +310,17 @@ def _values(written: WrittenParameter, params: list[Param]) -> None:
             _value(one, param)
         if param.kind != "float" and not written.even:
             kind = "true or false" if param.kind == "bool" else "a whole number"
-            hint = f"give tensors different values by filters; {_described(param)}"
+            hint = f"give tensors different values by filters; {_describe(param)}"
             written.place.error(f"{param.name} is {kind}; a gradient has values in between", hint)
 
 
 def _value(one: Number, param: Param) -> None:
     if param.kind == "bool" and one.value not in (0, 1):
-        one.place.error(f"expected true or false, found the number {number(one.value)}", _described(param))
+        one.place.error(f"expected true or false, found the number {number(one.value)}", _describe(param))
     elif not param.range.holds(one.value):
-        one.place.outside(one.value, param.range, _described(param))
+        one.place.outside(one.value, param.range, _describe(param))
     elif param.kind == "int" and not one.value.is_integer():
-        one.place.error(f"expected a whole number, found the number {number(one.value)}", _described(param))
+        one.place.error(f"expected a whole number, found the number {number(one.value)}", _describe(param))
 
 
 def _equally_long(found: Found) -> None:

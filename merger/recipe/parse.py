@@ -205,7 +205,7 @@ class _Reader:
             self.top.error("this is a search of mergekit-evolve, and no recipe", hint, given[_SEARCH].at)
             return None
         for key in checks.OUTDATED.keys() & given.keys():
-            checks.outdated(key, replace(self.top, node=given[key].value, where=key, key_at=given.pop(key).at))
+            checks.warn_outdated(key, replace(self.top, node=given[key].value, where=key, key_at=given.pop(key).at))
         top = replace(self.top, node=replace(found, entries=tuple(given.values()))) if given else self.top
         return top.fields("a map with the key merge_method", TOP, _TOP_HINTS)
 
@@ -237,7 +237,7 @@ class _Reader:
             **read,
             name=name.text("a name") if name else None,
             dtype=out_dtype or dtype,
-            seed=_seed(fields),
+            seed=_parse_seed(fields),
             allow_non_finite=bool(allow.flag()) if allow else False,
             chat_template=chat_template(fields),
             evaluate=evaluate(fields),
@@ -386,10 +386,10 @@ def _tensors(fields: Fields) -> tuple[Taken, ...]:
     """What stands behind ``tensors``: which of them come from one model alone."""
     place = fields.get("tensors")
     items = place.items("a list of tensors, each - filter: self_attn with a model", filter_of) if place else []
-    return tuple(rule for item in items if (rule := _taken(item)) is not None)
+    return tuple(rule for item in items if (rule := _parse_taken(item)) is not None)
 
 
-def _taken(place: Value) -> Taken | None:
+def _parse_taken(place: Value) -> Taken | None:
     keys = place.fields("a map with the keys filter and model", TENSORS, _PINNED)
     wanted = keys.need("filter", "write filter: and a part of the tensors' names, such as self_attn") if keys else None
     model = keys.need("model", "write model: org/name, or model: ./folder") if keys else None
@@ -437,7 +437,7 @@ def _dtype(fields: Fields, key: str) -> str | None:
     return None
 
 
-def _seed(fields: Fields) -> int:
+def _parse_seed(fields: Fields) -> int:
     place = fields.get("seed")
     hint = "any whole number will do, such as seed: 42"
     return (place.whole(numbers.SEED, hint) if place else None) or 0
@@ -482,7 +482,7 @@ def _repo(place: Value) -> str | None:
     text = place.text("owner/name")
     if text is None:
         return None
-    name = names.destined(text)
+    name = names.parse_repo(text)
     if names.is_repo(name):
         return name
     place.error(f"{text!r} is no repo's name on the Hub", names.HINT)

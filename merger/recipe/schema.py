@@ -80,7 +80,9 @@ def schema(table: Mapping[str, Method]) -> Json:
         **_top(),
         "$defs": {
             "reference": _reference(),
-            "path": _or_null(_map(values.PATH, _described(ModelRef), {key: _text() for key in values.PATH}, ["path"])),
+            "path": _or_null(
+                _map(values.PATH, _describe_fields(ModelRef), {key: _text() for key in values.PATH}, ["path"])
+            ),
             "method": {"anyOf": [*_methods(table), {"type": "null"}]},
             "parameters": _parameters(table),
             "models": _list(_source(parse.MODEL)),
@@ -97,7 +99,7 @@ def schema(table: Mapping[str, Method]) -> Json:
 
 
 def _top() -> Json:
-    described = _WORDS | _described(Mixture) | _described(Recipe)
+    described = _WORDS | _describe_fields(Mixture) | _describe_fields(Recipe)
     dtypes = {"enum": [*parse.DTYPES, *(f"torch.{name}" for name in parse.DTYPES), None]}
     computed = {"enum": [*dtypes["enum"], "float64", "torch.float64"]}
     shapes = {
@@ -107,7 +109,7 @@ def _top() -> Json:
         "slices": _maybe(_ref("slices")),
         "modules": {"type": ["object", "null"], "additionalProperties": _ref("module")},
         "tensors": _list(
-            _map(parse.TENSORS, _described(Taken), {"filter": _text(), "model": _ref("reference")}, parse.TENSORS)
+            _map(parse.TENSORS, _describe_fields(Taken), {"filter": _text(), "model": _ref("reference")}, parse.TENSORS)
         ),
         "base_model": _ref("reference"),
         "parameters": _ref("parameters"),
@@ -138,7 +140,7 @@ def _top() -> Json:
 
 def _reference() -> Json:
     hover = "org/name, org/name@revision, or a folder such as ./name"
-    described = _WORDS | _described(ModelRef) | {"model": "The model."}
+    described = _WORDS | _describe_fields(ModelRef) | {"model": "The model."}
     path = {"anyOf": [_text(pattern=f"^{_PART}$"), _ref("path")]}
     shapes = {"model": path, "lora": path, "override_architecture": {}}
     as_map = _map(values.REFERENCE, described, shapes, ["model"])
@@ -152,7 +154,7 @@ def _source(keys: tuple[str, ...]) -> Json:
         "layer_range": {"type": "array", "items": layer, "minItems": 2, "maxItems": 2},
         "parameters": _ref("parameters"),
     }
-    return _map(keys, _described(Source), shapes, [key for key in keys if key != "parameters"])
+    return _map(keys, _describe_fields(Source), shapes, [key for key in keys if key != "parameters"])
 
 
 def _slice() -> Json:
@@ -163,12 +165,12 @@ def _slice() -> Json:
         "parameters": _ref("parameters"),
         "residual_weight": {},
     }
-    return _map(parse.SLICE, _WORDS | _described(Slice), shapes, ["sources"])
+    return _map(parse.SLICE, _WORDS | _describe_fields(Slice), shapes, ["sources"])
 
 
 def _module() -> Json:
     shapes = {"slices": _maybe(_ref("slices")), "models": _maybe(_ref("models")), "parameters": _ref("parameters")}
-    described = _WORDS | _described(Module)
+    described = _WORDS | _describe_fields(Module)
     return _map(parse.MODULE, described, shapes) | {"oneOf": [_given("slices"), _given("models")]}
 
 
@@ -181,7 +183,7 @@ def _expert() -> Json:
         "noise_scale": number | _ends(numbers.Range(0)),
         "residual_scale": number | _ends(numbers.Range()),
     }
-    return _map(mixture.EXPERT, _described(Expert), shapes, ["source_model"])
+    return _map(mixture.EXPERT, _describe_fields(Expert), shapes, ["source_model"])
 
 
 def _publish() -> Json:
@@ -193,7 +195,7 @@ def _publish() -> Json:
         "create_pr": flag,
         "template": _or_null(_text()),
     }
-    return _or_null(_map(parse.PUBLISH, _described(Publish), shapes))
+    return _or_null(_map(parse.PUBLISH, _describe_fields(Publish), shapes))
 
 
 def _lora(keys: tuple[str, ...]) -> Json:
@@ -208,14 +210,14 @@ def _lora(keys: tuple[str, ...]) -> Json:
         **dict.fromkeys(("core", "embeddings", "distribute_scale", "skip_rest"), flag),
     }
     words = {"model": "The fine-tune.", "base_model": "The model that it was made from."}
-    return _map(keys, _described(Lora) | words, shapes)
+    return _map(keys, _describe_fields(Lora) | words, shapes)
 
 
 def _evaluate() -> Json:
     limit, window = _or_null(_whole(evaluation.LIMIT)), numbers.Range(2, evaluation.MAX_WINDOW)
     stride = _or_null(_whole(numbers.Range(1, evaluation.MAX_WINDOW)))
     shapes = {"text": _text(), "window": _or_null(_whole(window)), "stride": stride, "limit": limit}
-    perplexity = _map(evaluation.PERPLEXITY, _described(Perplexity), shapes, ["text"])
+    perplexity = _map(evaluation.PERPLEXITY, _describe_fields(Perplexity), shapes, ["text"])
     shapes = {
         "perplexity": {"anyOf": [perplexity, _list(perplexity), {"type": "null"}]},
         "tasks": _or_null(_list(_text())),
@@ -223,11 +225,11 @@ def _evaluate() -> Json:
         "parents": _flag(),
         "dtype": {"enum": [*evaluation.DTYPES, None]},
     }
-    return _or_null(_map(evaluation.EVALUATE, _described(Evaluate), shapes))
+    return _or_null(_map(evaluation.EVALUATE, _describe_fields(Evaluate), shapes))
 
 
 def _tokenizer() -> Json:
-    words = _WORDS | _described(TokenOf) | _described(TokenRow) | _described(Tokenizer)
+    words = _WORDS | _describe_fields(TokenOf) | _describe_fields(TokenRow) | _describe_fields(Tokenizer)
     token = {
         "kind": {"enum": list(tokenizer.KINDS)},
         "model": _ref("reference"),
@@ -248,7 +250,7 @@ def _tokenizer() -> Json:
         "missing": {"enum": [*tokenizer.MISSING, None]},
         "k": _or_null(_whole(numbers.Range(1, tokenizer.MAX_ATOMS))),
     }
-    return _or_null(_map(tokenizer.TOKENIZER, words | _described(Tokenizer), shapes))
+    return _or_null(_map(tokenizer.TOKENIZER, words | _describe_fields(Tokenizer), shapes))
 
 
 def _whole(within: numbers.Range) -> Json:
@@ -304,7 +306,7 @@ def _bounds(params: list[Param]) -> Json:
     return _ends(numbers.Range(min(one.least for one in ranges), max(one.most for one in ranges)))
 
 
-def _described(of: type) -> dict[str, str]:
+def _describe_fields(of: type) -> dict[str, str]:
     """What stands under ``Args:`` in a dataclass's docstring, by key."""
     block = inspect.getdoc(of).partition("\nArgs:\n")[2]  # type: ignore[union-attr]  # every dataclass of model has one
     found = re.findall(r"^    (\w+): ((?:.|\n {8,})*)", block, flags=re.MULTILINE)

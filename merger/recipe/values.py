@@ -20,7 +20,7 @@ from merger.recipe import spans
 from merger.recipe.mergekit import OVERRIDE
 from merger.recipe.model import ModelRef, Parameters, Rule, Setting
 from merger.recipe.spans import Node, Scalar
-from merger.safety.names import named
+from merger.safety.names import parse_name
 from merger.safety.numbers import ANY, Range
 
 # ---- values and where they stand ------------------------------------------------------------------------------------
@@ -248,18 +248,18 @@ def _of_text(place: Value, text: str) -> ModelRef:
     if len(adapters) > 1:
         place.error(f"{text!r} holds more than one +", "one adapter a model: org/name+adapter")
         return UNREADABLE
-    found = _pinned(place, model)
-    return replace(found, adapter=replace(_pinned(place, adapters[0]), at=place.at)) if adapters else found
+    found = _parse_pinned(place, model)
+    return replace(found, adapter=replace(_parse_pinned(place, adapters[0]), at=place.at)) if adapters else found
 
 
-def _pinned(place: Value, text: str) -> ModelRef:
+def _parse_pinned(place: Value, text: str) -> ModelRef:
     """The ``PATH[@REVISION]`` in a part of a reference."""
-    path, *revisions = named(text.strip()).split("@")
+    path, *revisions = parse_name(text.strip()).split("@")
     if len(revisions) > 1:
         place.error(f"{text!r} holds more than one @", _PARTS)
     if not all([path, *revisions]):
         place.error("a part of the model's name is empty", _PARTS)
-    return _checked(place, ModelRef(path, revisions[0] if revisions else None))
+    return _check_ref(place, ModelRef(path, revisions[0] if revisions else None))
 
 
 def _of_map(fields: Fields) -> ModelRef:
@@ -275,7 +275,7 @@ def _path(place: Value) -> ModelRef:
     """One half of a reference in a map: a text, or a map of path and revision."""
     if not isinstance(place.node, spans.Mapping):
         text = place.text(_A_MODEL)
-        return _pinned(place, text) if text is not None else UNREADABLE
+        return _parse_pinned(place, text) if text is not None else UNREADABLE
     fields = place.fields(_A_MODEL, PATH)
     path = fields.need("path", _MAP) if fields else None
     name = path.text(_A_MODEL) if path else None
@@ -283,13 +283,13 @@ def _path(place: Value) -> ModelRef:
     pin = revision.text("a branch, a tag or a commit") if revision else None
     if name is None:
         return UNREADABLE
-    if named(name) == name:
-        return _checked(place, ModelRef(name, pin))
-    found = _pinned(place, name)
+    if parse_name(name) == name:
+        return _check_ref(place, ModelRef(name, pin))
+    found = _parse_pinned(place, name)
     return replace(found, revision=pin or found.revision)
 
 
-def _checked(place: Value, found: ModelRef) -> ModelRef:
+def _check_ref(place: Value, found: ModelRef) -> ModelRef:
     if found.path.endswith(_PICKLED):
         hint = "such files can run code when they are read: convert it to safetensors first"
         place.error(f"{found.path} is not in safetensors", hint)

@@ -14,12 +14,12 @@ from merger.card.pictures.lineage import portrait
 from merger.card.pictures.movement import movement_plot, settings_plot
 from merger.card.relations import parameters, relations, tracks
 from merger.card.render import render
-from merger.evaluation.budget import Score, kept
+from merger.evaluation.budget import Score, scores_text
 from merger.methods.registry import methods
 from merger.models.checkpoint import SUFFIX, index_name
 from merger.models.formats.safetensors import WrittenShard, index
 from merger.models.side_files import CARD_NAME, EVALUATED_NAME, LOCK_NAME, MEASURED_NAME
-from merger.planning.geometry import Geometry, noted
+from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.plan import Plan
 from merger.stores.ports import Content, FileInfo, Store, sha256_of, size_of
 from merger.stores.resolve import Library
@@ -42,7 +42,9 @@ class Card:
     @property
     def texts(self) -> dict[str, bytes]:
         """The files that are text."""
-        return {CARD_NAME: self.text.encode()} | ({EVALUATED_NAME: kept(self.scores).encode()} if self.scores else {})
+        return {CARD_NAME: self.text.encode()} | (
+            {EVALUATED_NAME: scores_text(self.scores).encode()} if self.scores else {}
+        )
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -100,7 +102,11 @@ def small_files(
 ) -> dict[str, Content]:
     """All that stands beside shards and card; index and config come last, for they make it look like a model."""
     proven: dict[str, Content] = {"recipe.yaml": planned.locked.recipe.text.encode()}
-    proven |= {MEASURED_NAME: noted(seen).encode()} | licence_notices(planned, store.taken) | used_files(planned, store)
+    proven |= (
+        {MEASURED_NAME: dump_geometry(seen).encode()}
+        | licence_notices(planned, store.taken)
+        | used_files(planned, store)
+    )
     written = {shard.name: FileInfo(shard.size, shard.sha256) for shard in shards}
     written |= {name: FileInfo(size_of(data), sha256_of(data)) for name, data in proven.items()}
     lock = lock_file(planned, written, store.checksum)

@@ -14,7 +14,7 @@ from merger.planning.plan import SHARD_BYTES, Budget, Part, Plan, Shard
 from merger.recipe.model import Recipe
 from merger.safety import secrets
 from merger.safety.limits import ALL_TENSORS, Limit
-from merger.safety.names import destined, is_repo, need_repo
+from merger.safety.names import is_repo, need_repo, parse_repo
 from merger.safety.paths import ANYWHERE
 from merger.stores.ports import HUB
 
@@ -88,7 +88,7 @@ def _sending(to: str) -> int:
     return upload_memory()
 
 
-def fitted(options: Options) -> Options:
+def with_free_memory(options: Options) -> Options:
     """The options with this machine's memory where none is given: for what is to run here."""
     return options if options.max_memory is not None else replace(options, max_memory=runtime.free_memory())
 
@@ -145,7 +145,7 @@ def to_hub(recipe: Recipe, options: Options) -> bool:
     return destination(recipe, options).startswith(HUB)
 
 
-def exposed(planned: Plan, to: str | None) -> list[str]:
+def exposed_models(planned: Plan, to: str | None) -> list[str]:
     """Sentences about private models of which all will read who may read the result.
 
     Args:
@@ -166,20 +166,20 @@ def stated_destination(recipe: Recipe, options: Options) -> str:
     """Where the result goes, if anything says it.
 
     Raises:
-        RecipeError: as `placed` does.
+        RecipeError: as `parse_destination` does.
     """
     if options.to is not None:
-        return placed(options.to)
+        return parse_destination(options.to)
     return "" if recipe.publish.repo is None else HUB + recipe.publish.repo
 
 
-def placed(to: str) -> str:
+def parse_destination(to: str) -> str:
     """Where somebody's word for a destination leads: a folder, or ``hf://owner/name``.
 
     Raises:
         RecipeError: a place on the Hub that cannot be called so, or a word that may be a folder or a repo.
     """
-    name = destined(to)
+    name = parse_repo(to)
     if name != to:
         need_repo(name)
         return HUB + name

@@ -21,11 +21,11 @@ from merger.lock.locked import LockedRecipe
 from merger.methods.registry import methods
 from merger.models.formats.safetensors import WrittenShard
 from merger.models.side_files import LOCK_NAME
-from merger.planning.geometry import Geometry, recalled
+from merger.planning.geometry import Geometry, load_geometry
 from merger.planning.plan import Part, Plan, Shard, share
 from merger.recipe.model import Recipe
 from merger.run.artifacts import card, elders, small_files, used_files
-from merger.run.options import Options, destination, exposed, needed_disk, placed, to_hub
+from merger.run.options import Options, destination, exposed_models, needed_disk, parse_destination, to_hub
 from merger.stores.folder import ResultFolder
 from merger.stores.ports import HUB, Destination, Leftover, Published, Session, bytes_of
 from merger.stores.resolve import Library
@@ -143,14 +143,14 @@ def missing_parts(planned: Plan, options: Options, count: int) -> Result | tuple
     """
     session = _place(planned.locked.recipe, options, planned.locked).open(planned.identity, shared=True)
     if isinstance(session, Published):
-        return _found(planned, session)
+        return _found_result(planned, session)
     held = session.held()
     session.leave()
     parts = (Part(number, count) for number in range(1, count + 1))
     return tuple(part for part in parts if any(shard.name not in held for shard in share(planned.shards, part)))
 
 
-def _found(planned: Plan, published: Published) -> Result:
+def _found_result(planned: Plan, published: Published) -> Result:
     return Result(published.where, published.commit, (), len(planned.shards), plan=planned.hash)
 
 
@@ -177,7 +177,7 @@ def merge(planned: Plan, store: Library, options: Options, on_event: Observer = 
         session = place.open(planned.identity, shared=options.part is not None)
     if isinstance(session, Published):
         on_event(Ready())
-        return _found(planned, session)
+        return _found_result(planned, session)
     try:
         on_event(Ready())
         result = _Run(planned, store, options, place, session, on_event).result()
@@ -216,7 +216,7 @@ class _Run:
         if self._held:
             self._on_event(Resumed(len(planned.shards) - len(missing), len(planned.shards)))
         if missing and options.publish_only:
-            raise _unfinished(missing, planned)
+            raise _refuse_unfinished(missing, planned)
         self._session.reserve(needed_disk(planned, options, missing))
         wanted = None if options.part else prepare_measuring(planned, options.device, options.read_token, options.root)
         if missing:
@@ -252,7 +252,7 @@ class _Run:
     def _recall(self) -> None:
         """What earlier runs saw of the shards that they made."""
         for note in self._session.notes():
-            self._seen |= recalled(note)
+            self._seen |= load_geometry(note)
 
     def _score(self, wanted: Wanted) -> tuple[Score, ...]:
         """What is measured of the result before it is published."""
@@ -267,7 +267,7 @@ class _Run:
         written = card(planned, self._place.name, seen, self._store, ancestors, scores)
         small = small_files(planned, self._store, shards, seen)
         published = self._session.finish({**written.files, **small}, _title(planned))
-        doubts = (*related.doubts, *self._doubts, *exposed(planned, destination(self._recipe, self._options)))
+        doubts = (*related.doubts, *self._doubts, *exposed_models(planned, destination(self._recipe, self._options)))
         return Result(
             published.where,
             published.commit,
@@ -294,7 +294,7 @@ def _forget(session: Session, made: Sequence[str], why: DamagedError) -> None:
         raise DamagedError([*why.problems, *error.problems]) from None
 
 
-def _unfinished(missing: Sequence[Shard], planned: Plan) -> UploadError:
+def _refuse_unfinished(missing: Sequence[Shard], planned: Plan) -> UploadError:
     names = ", ".join(shard.name for shard in missing[:3]) + (", ..." if len(missing) > 3 else "")
     what = f"{len(missing)} of {len(planned.shards)} shards are not there yet: {names}"
     return UploadError(Problem(what, hint="run the parts that make them, with the same recipe, seed and --shard-size"))
@@ -308,7 +308,7 @@ def leftovers(to: str) -> list[Leftover]:
         UploadError: the destination cannot be asked.
     """
     found = place_of(to).leftovers()
-    if not found and not placed(to).startswith(HUB) and not os.path.lexists(os.path.expanduser(to)):
+    if not found and not parse_destination(to).startswith(HUB) and not os.path.lexists(os.path.expanduser(to)):
         what = f"there is no folder {to!r}, nor a run that was to make it"
         raise MissingError(Problem(what, hint="paths are relative to the working directory; a repo starts with hf://"))
     return found
@@ -329,7 +329,7 @@ def place_of(to: str, token: str | None = None) -> Destination:
     Raises:
         RecipeError: a place on the Hub that cannot be called so, or a word that may be a folder or a repo.
     """
-    to = placed(to)
+    to = parse_destination(to)
     if not to.startswith(HUB):
         return ResultFolder(Path(to))
     from merger.stores.staging import HubRepo

@@ -26,7 +26,7 @@ from merger.recipe.blocks.evaluate import named_files, without_files
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
 from merger.run.options import Options, budget_of, stated_destination
-from merger.runtime import refused
+from merger.runtime import refusal
 from merger.safety import limits
 from merger.safety.paths import ANYWHERE, read_named
 from merger.stores.folder import FolderStore
@@ -99,7 +99,7 @@ def _text(path: Path) -> str:
     try:
         return limits.read_limited_text(path, limits.LOCK if is_lock(path) else limits.RECIPE, RecipeError)
     except OSError as error:
-        raise refused(f"{path}: cannot be read", error, RecipeError) from None
+        raise refusal(f"{path}: cannot be read", error, RecipeError) from None
     except UnicodeDecodeError:
         raise RecipeError(Problem(f"{path}: cannot be read (it is not UTF-8 text)")) from None
 
@@ -169,7 +169,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     store = stores(paths, options.cache, options.read_token, options.root)
     path = Path(recipe.path)
     if is_lock(path) and path.is_file():
-        planned = _planned_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
+        planned = _plan_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
     else:
         locked = lock(
             recipe, store, _pins(lock_path(path), options.root or path.parent), options.allow_pickle, options.tensors
@@ -189,7 +189,7 @@ def with_templates(planned: Plan, store: Store, root: Path | None = ANYWHERE) ->
     return tried
 
 
-def _planned_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:
+def _plan_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:
     for word, said, was in (("seed", options.seed, held.seed), ("shard-size", options.shard_size, held.shard_bytes)):
         if said not in (None, was):
             what = f"--{word} {said} makes another merge than the lock's, which has {was}"
@@ -236,7 +236,7 @@ def _pins(path: Path, root: Path | None) -> dict[str, Pin]:
         raise RecipeError(error.problems) from None
 
 
-def looked(planned: Plan, store: Store) -> Relations:
+def sample_relations(planned: Plan, store: Store) -> Relations:
     """How the parents relate, by a sample of their tensors that is read now.
 
     Raises:

@@ -134,14 +134,14 @@ def _limit(seconds: int, memory: int) -> None:
         resource.RLIMIT_CPU: (seconds, seconds + 1),  # at the second one it is killed without a word
         resource.RLIMIT_CORE: (0, 0),
         resource.RLIMIT_FSIZE: (0, 0),
-        resource.RLIMIT_AS: (_mapped() + memory,) * 2,
+        resource.RLIMIT_AS: (_address_space() + memory,) * 2,
     }
     for kind, most in wanted.items():
         with suppress(OSError, ValueError):
             resource.setrlimit(kind, most)
 
 
-def _mapped() -> int:
+def _address_space() -> int:
     """The bytes of address space that are taken already; 0: nobody tells."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])

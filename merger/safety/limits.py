@@ -47,22 +47,22 @@ class Limit:
     files: re.Pattern[str] | None = None
 
 
-def _named(pattern: str) -> re.Pattern[str]:
+def _names(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*/)?({pattern})", re.IGNORECASE | re.DOTALL)
 
 
 CONFIG = Limit(
     "config.json, adapter_config.json, generation_config.json, processor_config.json and their like", 5_000_000,
-    "most have kilobytes; the labels of 21,000 classes take 2 MB", values=500_000, files=_named(r"[^/]*config\.json"),
+    "most have kilobytes; the labels of 21,000 classes take 2 MB", values=500_000, files=_names(r"[^/]*config\.json"),
 )  # fmt: skip
 INDEX = Limit(
     "the index of a model's shards (*.index.json)", 64_000_000,
-    "DeepSeek V3's has 9 MB", values=1_500_000, files=_named(r"[^/]*\.index\.json"),
+    "DeepSeek V3's has 9 MB", values=1_500_000, files=_names(r"[^/]*\.index\.json"),
 )  # fmt: skip
 TOKENIZER = Limit(
     "a tokenizer's file that is looked into (tokenizer.json, vocab.json, tokenizer.model and their like)", 120_000_000,
     "Gemma's tokenizer.json has 33 MB", values=8_000_000,
-    files=_named(
+    files=_names(
         r"(tokenizer|tekken|vocab|added_tokens|special_tokens_map)(_config)?\.(json|txt)|merges\.txt"
         r"|[^/]*\.(tiktoken|spm|model)(\.v\d+)?"
     ),
@@ -72,25 +72,25 @@ TOKENIZERS = Limit(
     "they are held side by side while the result's is made",
 )  # fmt: skip
 CHAT = Limit("a chat template", 1_000_000, "the longest have 30 kB; none is rendered",
-             files=_named(r"chat_template\.(jinja|json)|[^/]*\.jinja"))  # fmt: skip
+             files=_names(r"chat_template\.(jinja|json)|[^/]*\.jinja"))  # fmt: skip
 LICENCE = Limit("a licence or a notice that is passed on", 1_000_000, "the longest have 100 kB",
-                files=_named(r"(licen[cs]e|copying|use_policy|notice)([-_.][^/]*)?|licences/.*"))  # fmt: skip
+                files=_names(r"(licen[cs]e|copying|use_policy|notice)([-_.][^/]*)?|licences/.*"))  # fmt: skip
 SIDE = Limit("any other file that is passed on as it is", 120_000_000, "it is copied in pieces, never held whole")
 SIDES = Limit("the files that are passed on beside the tensors, together", 500_000_000, "a tokenizer's have 60 MB")
 TEMPLATE = Limit("a recipe's own templates for the card, all together", 1_000_000,
                  "ours have 20 kB; they are filled in by a process of its own with 3 s and 192 MB",
-                 files=_named(r"[^/]*\.j2"))  # fmt: skip
+                 files=_names(r"[^/]*\.j2"))  # fmt: skip
 TEMPLATES = Limit("the files of a folder of templates", 100, "ours are fewer than 20", "files")
 CARD = Limit("the card of a parent or an ancestor (README.md)", 1_000_000,
              "of a longer one nothing is known; scores of many tasks take 0.5 MB", values=50_000,
-             files=_named(r"readme\.md"))  # fmt: skip
+             files=_names(r"readme\.md"))  # fmt: skip
 RECORD = Limit("an ancestor's record of its merge (its lock, mergekit_config.yml)", 1_000_000,
-               "of a longer one nothing is known", values=60_000, files=_named(r"mergekit_config\.yml"))  # fmt: skip
+               "of a longer one nothing is known", values=60_000, files=_names(r"mergekit_config\.yml"))  # fmt: skip
 LOCK = Limit("a lock", 16_000_000, "one line for each file: that of 16 models of 160 shards has 0.5 MB",
-             values=300_000, files=_named(r"[^/]*\.lock\.yaml"))  # fmt: skip
+             values=300_000, files=_names(r"[^/]*\.lock\.yaml"))  # fmt: skip
 MEASURED = Limit("merger.measured.json, merger.evaluation.json", 64_000_000,
                  "up to 700 bytes a tensor that is merged of three", values=6_000_000,
-                 files=_named(r"merger\.(measured|evaluation)\.json"))  # fmt: skip
+                 files=_names(r"merger\.(measured|evaluation)\.json"))  # fmt: skip
 OTHER = Limit("any other file of a model that is looked into", 1_000_000, "recipe.yaml and what is yet to come")
 _TENSOR_BYTES = 400
 _TENSORS = f"tensors (of {_TENSOR_BYTES} bytes each in the header)"
@@ -196,7 +196,7 @@ class Tally:
             return excess(name, self._so_far, self._limit)
 
 
-def parsed(text: bytes | str, limit: Limit | None = None, **how: Any) -> Any:
+def parse_json(text: bytes | str, limit: Limit | None = None, **how: Any) -> Any:
     """JSON of a stranger's: of so many values, so deep, with numbers so long.
 
     Args:

@@ -33,7 +33,7 @@ _PAGE = re.compile(
 )
 
 
-def named(text: str) -> str:
+def parse_name(text: str) -> str:
     """The model that words name: of a page's address, or of what follows ``hf://``; other words are as they are.
 
     >>> named("https://huggingface.co/org/name/tree/v1"), named("hf://org/name"), named("./org/name")
@@ -47,9 +47,9 @@ def named(text: str) -> str:
     return page["repo"] + within + (f"@{unquote(page['revision'])}" if page["revision"] else "")
 
 
-def destined(text: str) -> str:
+def parse_repo(text: str) -> str:
     """The repo that words name as a destination: its page may be that of its main branch."""
-    return named(text).removesuffix("@main") if _PAGE.fullmatch(text.strip()) else named(text)
+    return parse_name(text).removesuffix("@main") if _PAGE.fullmatch(text.strip()) else parse_name(text)
 
 
 def is_repo(name: str) -> bool:

@@ -113,7 +113,7 @@ def _blobs(home: Path) -> Path | None:
     return next((each.parents[1] / "blobs" for each in (home, *home.parents) if each.parent.name == "snapshots"), None)
 
 
-def opened(place: Path) -> int:
+def open_regular(place: Path) -> int:
     """A descriptor of a regular file that was reached; opening it never waits, and follows no link any more.
 
     Raises:
@@ -139,7 +139,7 @@ def read_file(place: Path, start: int = 0, stop: int | None = None, limit: Limit
         ModelError: it is larger.
         OSError: it cannot be read, or has more or fewer.
     """
-    with os.fdopen(opened(place), "rb") as source:
+    with os.fdopen(open_regular(place), "rb") as source:
         size = os.fstat(source.fileno()).st_size
         if stop is None and limit is not None and (problem := excess(str(place), size, limit)):
             raise ModelError(problem)

@@ -81,11 +81,11 @@ def leaks(content: str | bytes) -> bool:
     tokens = [token.encode("utf-8", "surrogatepass") for token in _in_use()]
     read = [raw]
     if tokens and len(raw) <= _DECODED_BYTES:
-        read.append(_ENCODED.sub(_decoded, raw))
+        read.append(_ENCODED.sub(_decode, raw))
     return any(form in text for text in read for token in tokens for form in _forms(token))
 
 
-def _decoded(found: re.Match[bytes]) -> bytes:
+def _decode(found: re.Match[bytes]) -> bytes:
     """The letter that an address, HTML or JSON has written otherwise; nothing for Markdown's backslash."""
     percent, decimal, hexadecimal, escape, name = found.groups()
     if digits := percent or hexadecimal or escape:
@@ -119,7 +119,7 @@ def refuse_tokens(texts: Mapping[str, str | bytes]) -> None:
         raise LeakError(problems)
 
 
-def passed(name: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
+def pass_pieces(name: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The pieces of a file, up to the first one with which a token stands in it.
 
     Raises:
@@ -157,7 +157,7 @@ class Sieve:
         self.has_dropped |= not all(passed)
         if self.ends and not all(passed):
             self._end_line()
-            raise _dropped()
+            raise _leak_dropped()
         return len(text)
 
     def _passed(self, piece: str) -> bool:
@@ -182,16 +182,16 @@ class Sieve:
         return getattr(self._stream, name)
 
 
-def _dropped() -> LeakError:
+def _leak_dropped() -> LeakError:
     return LeakError(Problem("a line of the log held a token that is in use here: it was dropped", hint=_HINT))
 
 
-def sieved(stream: TextIO, ends: bool = True) -> TextIO:
+def sieve(stream: TextIO, ends: bool = True) -> TextIO:
     """The stream behind a sieve."""
     return cast("TextIO", Sieve(stream, ends))
 
 
-def watched(run: Callable[[], int]) -> int:
+def watch(run: Callable[[], int]) -> int:
     """The exit code of a command whose standard output and error go through one; a bug's traceback is no exception.
 
     A dropped line ends the command, and makes its exit code that of a refused upload.
@@ -208,6 +208,6 @@ def watched(run: Callable[[], int]) -> int:
             traceback.print_exc()
             code = 1
         if (out.has_dropped or err.has_dropped) and code != LeakError.exit_code:
-            print(_dropped(), file=sys.stderr)
+            print(_leak_dropped(), file=sys.stderr)
             code = LeakError.exit_code
     return code

@@ -48,13 +48,13 @@ def line(text: object, longest: int = LONGEST) -> str:
     >>> line("::error::x")
     '\\::error::x'
     """
-    flat = _disarmed(_ENDS.sub(_escape, visible(str(text))))
+    flat = _disarm(_ENDS.sub(_escape, visible(str(text))))
     if len(flat) <= longest + _WORDS:
         return flat
     return f"{flat[:longest]}… ({len(flat) - longest:,} characters more)"
 
 
-def lined(lines: Iterable[object]) -> str:
+def join_lines(lines: Iterable[object]) -> str:
     """Text of ours: one line for each of these, whatever others' names are in it."""
     return "\n".join(map(line, lines))
 
@@ -67,7 +67,7 @@ def _escape(found: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65_536 else f"\\U{code:08x}"
 
 
-def _disarmed(text: str) -> str:
+def _disarm(text: str) -> str:
     return _COMMAND.sub(lambda found: "#\\#" if found[0] == "##" else f"{found[1]}\\", text)
 
 
@@ -88,7 +88,7 @@ class Guarded:
         """Write it, made visible; on a terminal bars may move."""
         before, words, after = _moves(text) if self._stream.isatty() else ("", text, "")
         shown = visible(words)
-        shown = _disarmed("x" + shown)[1:] if self._begun else _disarmed(shown)
+        shown = _disarm("x" + shown)[1:] if self._begun else _disarm(shown)
         self._stream.write(before + shown + after)
         if shown:
             self._begun = bool(shown.rpartition("\n")[2].strip())
@@ -112,7 +112,7 @@ def _moves(text: str) -> tuple[str, str, str]:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def guard_streams() -> Iterator[None]:
     """Inside, the standard streams are guarded; and from then on an exception that nobody catches is told so, too."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = cast(TextIO, Guarded(out)), cast(TextIO, Guarded(err))

@@ -75,21 +75,21 @@ class FolderStore:
         if stop is None:
             refuse_large(model, file, model.files[file].size, limit)
         with _readable(model, file):
-            return paths.read_file(_reached(model.where, file, self._root), start, stop, limit)
+            return paths.read_file(_reach(model.where, file, self._root), start, stop, limit)
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> FolderReader:
         """A reader that asks the disk each time: the system's page cache is the read-ahead."""
         return FolderReader(tickets, self._root)
 
 
-def _reached(folder: str, file: str, root: Path | None) -> Path:
+def _reach(folder: str, file: str, root: Path | None) -> Path:
     """What lies behind a name; a link out of the folder is followed to its own weights: all else may be published."""
     return paths.reach(folder, file, root, leaves=is_weights(file) and not in_pipeline(file))
 
 
 def _info(folder: Path, name: str, root: Path | None) -> FileInfo:
     try:
-        place = _reached(str(folder), name, root)
+        place = _reach(str(folder), name, root)
     except BarredError as why:
         return FileInfo(0, barred=str(why))
     stat = place.stat()
@@ -126,13 +126,13 @@ def _readable(model: Located, file: str) -> Iterator[None]:
     try:
         yield
     except BarredError as why:
-        raise ModelError(Problem(f"{_called(model, file)} {why}", hint=paths.COPY)) from None
+        raise ModelError(Problem(f"{_name_file(model, file)} {why}", hint=paths.COPY)) from None
     except OSError as error:
         hint = f"look at its rights and its disk: {model.where}"
-        raise runtime.refused(f"{_called(model, file)} cannot be read", error, ModelError, hint) from None
+        raise runtime.refusal(f"{_name_file(model, file)} cannot be read", error, ModelError, hint) from None
 
 
-def _called(model: Located, file: str) -> str:
+def _name_file(model: Located, file: str) -> str:
     """Several models have files of the same name; a single file is its own."""
     return file if file == model.name else f"{model.name}: {file}"
 
@@ -161,7 +161,7 @@ class FolderReader:
     @contextmanager
     def _opened(self, folder: str, file: str) -> Iterator[int]:
         with self._lock:
-            found = self._open.pop((folder, file), None) or _Open(paths.opened(_reached(folder, file, self._root)))
+            found = self._open.pop((folder, file), None) or _Open(paths.open_regular(_reach(folder, file, self._root)))
             self._open[folder, file] = found  # the last in the row now
             found.readers += 1
         try:
@@ -294,7 +294,7 @@ class ResultFolder:
             yield
         except OSError as error:
             what, hint = f"cannot write to the destination {str(self.folder)!r}", "look at its disk, or choose another"
-            raise runtime.refused(what, error, UploadError, hint) from None
+            raise runtime.refusal(what, error, UploadError, hint) from None
 
 
 class _Work:
@@ -529,7 +529,7 @@ def _holds(folder: Path, identity: str) -> bool:
     """Whether the finished result of this very run lies there, as its lock file says."""
     try:
         content = load_yaml(
-            paths.read_file(_reached(str(folder), LOCK_NAME, ANYWHERE), limit=limits.LOCK).decode(), limits.LOCK
+            paths.read_file(_reach(str(folder), LOCK_NAME, ANYWHERE), limit=limits.LOCK).decode(), limits.LOCK
         )
         shards = {item["file"]: item["size"] for item in content["output"]}
         sizes = {name: (folder / name).stat().st_size for name in shards}
@@ -586,7 +586,7 @@ class Scratch:
         while self._folder is None:
             made = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX))
             with suppress(FileNotFoundError, BlockingIOError):  # another run swept it before it was locked
-                self._lock = _locked(made)
+                self._lock = _open_locked(made)
                 self._folder = made
         return self._folder
 
@@ -616,7 +616,7 @@ def _remove_dead(folder: Path) -> None:
         os.close(opened)
 
 
-def _locked(folder: Path) -> int:
+def _open_locked(folder: Path) -> int:
     """The folder, open and locked; where this disk has no locks it is only open, and nobody can sweep it either.
 
     Raises:

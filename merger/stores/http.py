@@ -167,17 +167,17 @@ def asked_pause(status: int, headers: Mapping[str, str]) -> float:
 
 def _client() -> httpx.Client:
     client = default_client_factory()
-    client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], _bounded]}
+    client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], _bound_request]}
     return client
 
 
-def _bounded(request: httpx.Request) -> None:
+def _bound_request(request: httpx.Request) -> None:
     """Some calls ask to wait for ever in so many words, so that a client's own timeout would not do."""
     if request.extensions.get("timeout", {}).get("read") is None:
         request.extensions["timeout"] = httpx.Timeout(TIMEOUT_SECONDS, read=ANSWER_SECONDS).as_dict()
 
 
-def _unsigned(record: logging.LogRecord) -> bool:
+def _strip_signatures(record: logging.LogRecord) -> bool:
     """Take the query from the addresses in a line of the client's log."""
     record.msg, record.args = re.sub(r"\?\S+", "", record.getMessage()), ()
     return True
@@ -188,7 +188,7 @@ def _bound_the_client() -> None:
     """No call of the Hub's client waits for ever, and its log names no signed address."""
     set_client_factory(_client)
     for handler in logging.getLogger("huggingface_hub").handlers:
-        handler.addFilter(_unsigned)
+        handler.addFilter(_strip_signatures)
 
 
 # ---- connections ----------------------------------------------------------------------------------------------------

@@ -233,14 +233,14 @@ class CachedStore:
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """From the disk if the file is there."""
-        cached = _cached(model, file)
+        cached = _find_cached(model, file)
         if cached is None:
             return self._hub.fetch(model, file, start, stop)
         return self._disk.fetch(cached, file, start, stop)
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> Reader:
         """A reader of the disk for what is there, one of the Hub for the rest."""
-        files = {(ticket.model, ticket.file): _cached(ticket.model, ticket.file) for ticket in tickets}
+        files = {(ticket.model, ticket.file): _find_cached(ticket.model, ticket.file) for ticket in tickets}
         found = [files[ticket.model, ticket.file] for ticket in tickets]
         placed = [
             (self._hub, ticket) if cached is None else (self._disk, replace(ticket, model=cached))
@@ -249,7 +249,7 @@ class CachedStore:
         return readers(placed, budget)
 
 
-def _cached(model: Located, file: str) -> Located | None:
+def _find_cached(model: Located, file: str) -> Located | None:
     """The model as a folder of the cache, if this file of it lies there; a link's target is named by its SHA-256."""
     info = model.files[file]
     path = try_to_load_from_cache(model.where, model.inside + file, revision=model.commit)

@@ -332,7 +332,9 @@ HELD_BYTES = 32 << 20
 """So much of files that are taken over is read at once: one request each, and not two."""
 
 
-def taken(files: Iterable[tuple[Located, str]], store: Store, checksum: Callable[[Located, str], str]) -> list[Content]:
+def take_files(
+    files: Iterable[tuple[Located, str]], store: Store, checksum: Callable[[Located, str], str]
+) -> list[Content]:
     """What some files hold: those that are small at once, the others as copies.
 
     Args:
@@ -384,7 +386,7 @@ def write(content: Content, target: Path) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as file:
-        for piece in secrets.passed(target.name, (content,) if isinstance(content, bytes) else content.pieces()):
+        for piece in secrets.pass_pieces(target.name, (content,) if isinstance(content, bytes) else content.pieces()):
             file.write(piece)
 
 

@@ -96,7 +96,7 @@ class RangeClient:
                 if address.is_foreign and answer.status in (401, 403):
                     self._addresses.pop(key, None)
                     raise _TryAgain("the signed address expired")
-                _check(_told(answer, address.url), start, stop, model.files[file].size)
+                _check(_as_response(answer, address.url), start, stop, model.files[file].size)
                 got = 0
                 for chunk in chunks(answer):
                     got += len(chunk)
@@ -206,7 +206,7 @@ def _check_identity(answer: httpx.Response, sha256: str | None) -> None:
         raise _TryAgain("the Hub offers another file than the locked one")
 
 
-def _told(answer: BaseHTTPResponse, address: str) -> httpx.Response:
+def _as_response(answer: BaseHTTPResponse, address: str) -> httpx.Response:
     """What an answer says of itself, as the Hub's client would have it; the body only of a refusal."""
     why = answer.read(_REASON_BYTES) if answer.status >= 400 else b""
     request = httpx.Request("GET", address)

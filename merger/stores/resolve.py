@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from merger.errors import MissingError, ModelError
-from merger.safety.names import named
+from merger.safety.names import parse_name
 from merger.safety.paths import ANYWHERE
 from merger.stores.folder import FolderStore
-from merger.stores.ports import Content, Located, Reader, Store, Ticket, readers, taken
+from merger.stores.ports import Content, Located, Reader, Store, Ticket, readers, take_files
 
 _HASHED_AT_ONCE = 16 << 20
 
@@ -48,7 +48,7 @@ def find(target: str, token: str | bool | None = None) -> tuple[Library, Located
     Raises:
         ModelError: there is no such model or revision, or it may not be read.
     """
-    path = named(target)
+    path = parse_name(target)
     if target == path and FolderStore().has(path):
         store = stores([path], False, token)
         return store, store.locate(path, None)
@@ -105,7 +105,7 @@ class Library:
         Raises:
             ModelError: one of them cannot be read.
         """
-        return taken(files, self, self.checksum)
+        return take_files(files, self, self.checksum)
 
     def checksum(self, model: Located, file: str) -> str:
         """The SHA-256 of a file; it is read for that if neither its store tells nor somebody has read it whole.

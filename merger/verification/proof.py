@@ -90,7 +90,7 @@ def compare_pieces(
         allow = planned.locked.recipe.allow_non_finite
         work = Work(piece.job, table, 0, reader, planned.seed, torch.device("cpu"), routers, allow=allow)
         try:
-            return piece, _compared(work, piece, published)
+            return piece, _compare(work, piece, published)
         except NotFinite as found:
             raise explained(found, planned, (), store) from found.__cause__
 
@@ -104,15 +104,15 @@ def compare_pieces(
             yield from pool.map(compared, some)
 
 
-def _compared(work: Work, piece: Piece, published: PublishedTensors) -> Mismatch | None:
+def _compare(work: Work, piece: Piece, published: PublishedTensors) -> Mismatch | None:
     with closing(work):
         if work.wants_preparing:
             work.prepare()
-        parts = [_difference(piece, start, data, published) for start, data in _made(work, piece)]
+        parts = [_difference(piece, start, data, published) for start, data in _make(work, piece)]
     return join_mismatches(parts, piece.stop - piece.start)
 
 
-def _made(work: Work, piece: Piece) -> Iterator[tuple[int, memoryview]]:
+def _make(work: Work, piece: Piece) -> Iterator[tuple[int, memoryview]]:
     """The piece's bytes and where in the tensor they begin; blocks are as in a run, so that their sums are."""
     size = ITEM_BYTES[piece.job.dtype]
     unit = 1 if work.job.is_copy else size

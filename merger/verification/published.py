@@ -26,7 +26,7 @@ from merger.models.side_files import (
     loaded_as,
     since_later,
 )
-from merger.planning.geometry import Geometry, recalled
+from merger.planning.geometry import Geometry, load_geometry
 from merger.planning.lockfile import Lock, read_lock
 from merger.planning.plan import Plan, Shard
 from merger.recipe.model import Recipe
@@ -146,7 +146,7 @@ def other_contents(
         others: files that are known not to be the lock's.
     """
     located, output = merge.located, merge.held.output
-    promised = [name for name in _promised(planned, made) if not since_later(name, merge.held.format)]
+    promised = [name for name in _promised_files(planned, made) if not since_later(name, merge.held.format)]
     if unlocked := [name for name in promised if name not in output]:
         yield Problem(f"the lock says nothing of {few(unlocked)}", hint="was it changed after the merge was made?")
     if unsure := [name for name, info in output.items() if info.sha256 is None]:
@@ -158,7 +158,7 @@ def other_contents(
             yield Problem(f"{name} is not what the lock's recipe makes", hint=_CHANGED)
 
 
-def _promised(planned: Plan, made: Collection[str]) -> list[str]:
+def _promised_files(planned: Plan, made: Collection[str]) -> list[str]:
     """The files that a loader needs, as far as the plan knows them."""
     return list(dict.fromkeys([*(shard.name for shard in planned.shards), *made, *planned.texts.taken]))
 
@@ -169,7 +169,7 @@ def strangers(merge: Merge, planned: Plan, made: Collection[str]) -> tuple[list[
     That the lock lists a file is not enough for those: its plan has to make it.
     """
     listed = merge.held.output
-    promised = {*_promised(planned, made), *({MEASURED_NAME} & listed.keys())}
+    promised = {*_promised_files(planned, made), *({MEASURED_NAME} & listed.keys())}
     there = set(merge.located.files) if merge.located.commit else set(tree(merge.located.where))
     brought = [
         name
@@ -211,7 +211,7 @@ def holds(merge: Merge, name: str, content: Content) -> bool:
     return same_size and merge.store.checksum(merge.located, name) == sha256_of(content)
 
 
-def other_taken(merge: Merge, planned: Plan) -> Iterator[Problem]:
+def other_side_files(merge: Merge, planned: Plan) -> Iterator[Problem]:
     """Small files that are not those of the model that they were taken from, where git's names of both tell it."""
     for name in _told_by_git(merge, planned):
         if merge.located.files[name].oid != _parents(planned, name).oid:
@@ -230,15 +230,15 @@ def card_again(merge: Merge, planned: Plan, parents: Library) -> Card:
         VerificationError: what was measured is damaged.
     """
     elsewhere = elders(planned, merge.located.commit is not None)
-    return card(planned, merge.located.name, _measured(merge), parents, elsewhere, _scores(merge))
+    return card(planned, merge.located.name, _read_measured(merge), parents, elsewhere, _scores(merge))
 
 
-def _measured(merge: Merge) -> dict[str, Geometry]:
+def _read_measured(merge: Merge) -> dict[str, Geometry]:
     """What was measured of the merge, where it is kept."""
     if MEASURED_NAME not in merge.located.files:
         return {}
     try:
-        return recalled(merge.store.fetch(merge.located, MEASURED_NAME).decode())
+        return load_geometry(merge.store.fetch(merge.located, MEASURED_NAME).decode())
     except (ValueError, TypeError, AttributeError):
         hint = "remove the file: the card will do without the tables of how the models relate"
         raise VerificationError(Problem(f"{MEASURED_NAME} is damaged", hint=hint)) from None
@@ -292,7 +292,7 @@ def comparable(merge: Merge, planned: Plan) -> tuple[dict[str, TensorInfo], list
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         headers = list(pool.map(partial(_header, merge, problems, tally), files))
     found = {tensor.name: tensor for tensor in (tensor for part in headers for tensor in part)}
-    wanted = {tensor.name: tensor for shard in planned.shards for tensor in _headed(shard)}
+    wanted = {tensor.name: tensor for shard in planned.shards for tensor in _header_of(shard)}
     same = {name: tensor for name, tensor in found.items() if name in wanted and _is_like(tensor, wanted[name])}
     return same, [*problems, *_other_tensors(found, wanted, same)]
 
@@ -305,7 +305,7 @@ def _header(merge: Merge, problems: list[Problem], tally: Tally, file: str) -> t
         return ()
 
 
-def _headed(shard: Shard) -> Iterator[TensorInfo]:
+def _header_of(shard: Shard) -> Iterator[TensorInfo]:
     """The shard's tensors as its header has them."""
     place = len(header(shard.jobs))
     for job in shard.jobs:

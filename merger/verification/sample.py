@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from merger.methods.registry import Method
 from merger.models.checkpoint import ITEM_BYTES
-from merger.planning.budget import routed
+from merger.planning.budget import routers_of
 from merger.planning.inputs.base import Job, Stored
 from merger.planning.plan import Plan
 
@@ -105,7 +105,7 @@ def draw(planned: Plan, table: Mapping[str, Method], seed: int, tensors: int | N
     chance.shuffle(pieces)
     if tensors is not None:
         return Sample(tuple(pieces[:tensors]))
-    routers = [piece.job.name for piece in pieces if routed([piece.job])]
+    routers = [piece.job.name for piece in pieces if routers_of([piece.job])]
     pieces = [piece for piece in pieces if piece.job.name not in routers]
     left = min(MOST_BYTES, int(SHARE * sum(piece.cost for piece in pieces)))
     allowed = left // max(1, len(pieces))

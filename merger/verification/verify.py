@@ -33,7 +33,7 @@ from merger.verification.published import (
     open_merge,
     other_contents,
     other_files,
-    other_taken,
+    other_side_files,
     strangers,
 )
 from merger.verification.sample import Mismatch, Piece, Sample, draw, whole_tensor
@@ -142,13 +142,13 @@ def verify(
     parents = stores([ref.path for ref in merge.recipe.references], options.cache, options.read_token, merge.root)
     locked = lock(merge.recipe, parents, merge.held.pins)
     problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
-    planned = _planned(merge.held, locked, options, problems)
+    planned = _plan(merge.held, locked, options, problems)
     is_made = extent.everything or planned.texts.is_edited
     made = made_again(merge, planned, taken_files(planned, parents) if is_made else {})
     others = other_files(merge, planned, made, extent.everything)
     added, readable = strangers(merge, planned, made)
     tensors, misplaced = comparable(merge, planned)
-    contents = [*other_contents(merge, planned, made, others), *other_taken(merge, planned)]
+    contents = [*other_contents(merge, planned, made, others), *other_side_files(merge, planned)]
     problems += [*other_plan(planned, merge.held), *others.values(), *contents, *readable, *misplaced]
     whole_shards = [shard for shard in planned.shards if extent.everything or shard.name in others]
     check = _Check(merge, planned, parents, tensors, whole_shards)
@@ -158,7 +158,7 @@ def verify(
     return replace(check.report(problems), added=tuple(added), notes=tuple(notes))
 
 
-def _planned(held: Lock, locked: LockedRecipe, options: Options, problems: Sequence[Problem]) -> Plan:
+def _plan(held: Lock, locked: LockedRecipe, options: Options, problems: Sequence[Problem]) -> Plan:
     """The lock's plan; where there can be none, what was found so far may be the reason."""
     try:
         return planned_again(held, locked, options)
@@ -245,7 +245,7 @@ class _Check:
             seed=self._seed,
             tensors=len(every),
             entries=planned.entries,
-            compared=tuple(map(_told, compared)),
+            compared=tuple(map(_compared_piece, compared)),
             left_out=self._sample.left_out,
             read=headers + sum(piece.cost for piece in (*self._sample.pieces, *in_full)),
             of=headers + sum(piece.cost for piece in every),
@@ -255,7 +255,7 @@ class _Check:
         )
 
 
-def _told(piece: Piece) -> Compared:
+def _compared_piece(piece: Piece) -> Compared:
     return Compared(piece.job.name, piece.file, piece.start, piece.stop)
 
 

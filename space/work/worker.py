@@ -23,7 +23,7 @@ from merger.errors import MergerError
 from merger.run.options import Options
 from merger.run.pipeline import Resumed, merge
 from merger.run.prepare import plan, read_recipe
-from merger.runtime import limits_told
+from merger.runtime import tell_limits
 from merger.safety import secrets
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def run_job(queue: socket.socket, folder: Path) -> NoReturn:
         os.chdir(folder)
         tempfile.tempdir = str(folder)
         os.environ |= {"TMPDIR": str(folder), "HF_XET_CACHE": str(folder / "xet")}
-        orders, out = queue.makefile("r"), secrets.sieved(queue.makefile("w"))
-        sys.stderr = secrets.sieved(sys.stderr, ends=False)
+        orders, out = queue.makefile("r"), secrets.sieve(queue.makefile("w"))
+        sys.stderr = secrets.sieve(sys.stderr, ends=False)
         asked = json.loads(orders.readline())
         threading.Thread(target=_end_with, args=(orders,), daemon=True).start()
         code = _answer(asked, out)
@@ -89,7 +89,7 @@ def _end_with(orders: TextIO) -> None:
 def _answer(asked: dict[str, Any], out: TextIO) -> int:
     """The exit code; a refusal is told to the queue."""
     try:
-        with limits_told():
+        with tell_limits():
             _make(asked, out)
     except MergerError as error:
         return _tell_failure(error, out)

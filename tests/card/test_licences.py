@@ -12,8 +12,7 @@ import pytest
 import tiny
 import yaml
 
-from merger.card.licences import Judgement, judge, keys, proposed, stated
-from merger.card.licences import _named as named
+from merger.card.licences import Judgement, _find_licence, judge, keys, propose_licences, stated_licences
 from merger.card.relations import Relations
 from merger.card.render import render
 from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind
@@ -62,7 +61,7 @@ def planned(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
 
 def names(*licences: str) -> list[str]:
     """What is proposed for parents of these licences."""
-    return [licence.name for licence in proposed([named(licence) for licence in licences])]
+    return [licence.name for licence in propose_licences([_find_licence(licence) for licence in licences])]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ def test_what_is_proposed_fits(planned: Planned) -> None:
     """No parent's licence of the table speaks against what is proposed for it with any other, or a conflict says so."""
     for one in TERMS:
         for other in TERMS:
-            result = proposed([named(one), named(other)])
+            result = propose_licences([_find_licence(one), _find_licence(other)])
             kinds = {kind for terms in (TERMS[one], TERMS[other]) for kind in terms.asks}
             if Kind.NO_DERIVATIVES in kinds:
                 assert not result
@@ -216,7 +215,7 @@ def test_names_that_a_licence_asks_for(planned: Planned) -> None:
 )  # fmt: skip
 def test_what_the_hub_is_told(publish: dict[str, str], data: dict[str, Any]) -> None:
     """Its own identifiers where it has one, all of several; else other with a name and a link that are fit for it."""
-    assert keys(stated(Publish(**publish))) == data  # type: ignore[arg-type]
+    assert keys(stated_licences(Publish(**publish))) == data  # type: ignore[arg-type]
 
 
 def test_a_parents_own_name_and_link_are_carried_over(planned: Planned) -> None:

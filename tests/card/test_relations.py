@@ -15,7 +15,7 @@ from torch import Tensor
 from merger.cli.commands import main
 from merger.engine.execute import Observed
 from merger.engine.geometry import observe
-from merger.planning.geometry import Geometry, noted, recalled, total_geometry
+from merger.planning.geometry import Geometry, dump_geometry, load_geometry, total_geometry
 from merger.run.options import Options
 from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
@@ -58,8 +58,8 @@ def test_what_is_noted_gives_the_very_same_numbers_back() -> None:
         name: observe([torch.randn(50, generator=draw)], torch.ones(50), 0, 50, base)
         for name, base in (("b", None), ("a", torch.randn(50, generator=draw)))
     }
-    assert recalled(noted(seen)) == seen
-    assert list(recalled(noted(seen))) == ["b", "a"]
+    assert load_geometry(dump_geometry(seen)) == seen
+    assert list(load_geometry(dump_geometry(seen))) == ["b", "a"]
 
 
 @pytest.mark.parametrize("entries", [400_000, 5_000_000])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from merger.card.escape import code, escaped, fenced, link_address, literal, shell
+from merger.card.escape import code, escape_text, fence, link_address, literal, shell
 from merger.safety.text import visible
 
 MARKDOWN = MarkdownIt("gfm-like", {"html": True, "linkify": False}).enable(["table", "strikethrough"])
@@ -42,37 +42,37 @@ def shown(text: str) -> str:
 @pytest.mark.parametrize("text", NASTY)
 def test_text_stands_for_itself(text: str) -> None:
     """Markdown, HTML, formulas and tables in it are read as the signs they are, on one line."""
-    assert shown(escaped(text)) == visible(" ".join(text.split()))
+    assert shown(escape_text(text)) == visible(" ".join(text.split()))
 
 
 @given(any_text)
 def test_any_text_stands_for_itself(text: str) -> None:
     """The same of whatever signs."""
     if flat := " ".join(text.split()):
-        assert shown(escaped(text)) == visible(flat)
+        assert shown(escape_text(text)) == visible(flat)
 
 
 @given(any_text)
 def test_text_opens_no_formula_and_no_markup(text: str) -> None:
     """Nothing that opens a tag, an attribute's end or, on the Hub, a formula is left in it."""
-    assert not re.search(r"""[<>"'$]|\\\\[()]""", escaped(text))
+    assert not re.search(r"""[<>"'$]|\\\\[()]""", escape_text(text))
 
 
 def test_what_is_markdown_is_not_escaped_twice() -> None:
     """A filter may stand behind another."""
-    assert escaped(escaped("a*b")) == "a\\*b"
+    assert escape_text(escape_text("a*b")) == "a\\*b"
 
 
 def test_readable_where_nothing_is_meant() -> None:
     """Names, versions and numbers as people write them stay as they are."""
     for text in ("org/Model-7B-v1.5", "apache-2.0", "-0.25", "0.5", "layer 3", "#1", "2023 (v2)"):
-        assert escaped(text) == text
+        assert escape_text(text) == text
 
 
 @given(any_text.map(lambda text: text + "`" * 3), st.sampled_from(["", "yaml"]))
 def test_nothing_ends_a_code_block(text: str, language: str) -> None:
     """Its fence is longer than any inside, so that the page has one block with all of the text."""
-    page = MARKDOWN.render(fenced(text, language))
+    page = MARKDOWN.render(fence(text, language))
     inside = re.fullmatch(r"(?s)<pre><code[^>]*>(.*)</code></pre>\n", page)
     assert inside
     assert html.unescape(inside[1]).rstrip("\n") == visible(text).rstrip()

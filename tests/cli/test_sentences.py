@@ -297,7 +297,7 @@ def test_what_is_said_of_a_model(name: str, here: Path, looked_at: Step) -> None
     assert in_the_summary(says, name) in looked_at.summary
     with pytest.raises(MergerError) as caught:
         plan(read_recipe(Path(file(name))), Options())
-    assert words(views.refusal(caught.value.problems)).startswith(in_the_space(says))
+    assert words(views.refusal_html(caught.value.problems)).startswith(in_the_space(says))
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -339,6 +339,6 @@ def test_what_takes_memory_is_told_wherever_there_is_too_little(here: Path, tmp_
     assert told.endswith(f"::{what}%0A{hint}")
     with pytest.raises(BudgetError) as caught:
         admission.plan_recipe(read_recipe(Path(name)), Options(max_memory=1_000_000), Limits())
-    assert words(views.refusal(caught.value.problems)) == (
+    assert words(views.refusal_html(caught.value.problems)) == (
         f"error {what} it is too big for this Space; the GitHub Action or your own machine can make it"
     )

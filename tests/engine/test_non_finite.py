@@ -20,7 +20,7 @@ from merger.cli import text as console
 from merger.engine.finite import is_finite, not_finite
 from merger.errors import MismatchError
 from merger.methods.registry import methods
-from merger.planning.geometry import recalled
+from merger.planning.geometry import load_geometry
 from merger.recipe.model import ModelRef
 from merger.run import pipeline as run
 from merger.run import prepare as planning
@@ -117,9 +117,13 @@ def test_a_recipe_may_allow_them_and_the_result_says_so(method: str, models: Pat
     planned, store = planning.plan(planning.read_recipe(path), options)
     done = run.merge(planned, store, options)
     told = f"2 of broken's entries are NaN or infinite, in {UP.format(0)} (1), {UP.format(1)} (1)"
-    assert f"warning: {told}" in console.ended(done)
+    assert f"warning: {told}" in console.result_text(done)
     assert told.replace("_", "\\_").replace("'", "&#39;") in (out / "README.md").read_text()
-    odd = {name: found.odd for name, found in recalled((out / "merger.measured.json").read_text()).items() if found.odd}
+    odd = {
+        name: found.odd
+        for name, found in load_geometry((out / "merger.measured.json").read_text()).items()
+        if found.odd
+    }
     assert set(odd) == {UP.format(0), UP.format(1)}
     assert set(odd.values()) == {((planned.locked.index(ModelRef(str(models / "broken"))), 1),)}
     assert not torch.isfinite(tiny.read(out)[UP.format(0)].float()).all()

@@ -28,8 +28,8 @@ from merger.cli.commands import main
 from merger.errors import BudgetError, EvaluationError, RecipeError
 from merger.evaluation import evaluate as evaluation
 from merger.evaluation import process as evaluate
-from merger.evaluation.budget import Score, evaluation_memory, kept, read_scores
-from merger.evaluation.process import _ended
+from merger.evaluation.budget import Score, evaluation_memory, read_scores, scores_text
+from merger.evaluation.process import _explain_end
 from merger.evaluation.scoring import loss
 from merger.run.options import Options, Part, needed_disk
 from merger.run.pipeline import merge
@@ -238,8 +238,8 @@ def test_what_is_not_installed_is_told_before_the_merge(tmp_path: Path, monkeypa
 
 def test_a_process_that_the_system_killed() -> None:
     """It is told what is most likely, and what to do."""
-    assert "lack of memory" in str(_ended(-9, ""))
-    assert "(last words)" in str(_ended(1, "last words"))
+    assert "lack of memory" in str(_explain_end(-9, ""))
+    assert "(last words)" in str(_explain_end(1, "last words"))
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def score(model: str | None, task: str, metric: str, value: float, **other: Any)
 def test_scores_are_kept_as_they_are() -> None:
     """What lies beside a card gives the very same numbers back."""
     scores = (score(None, "a", "b", 0.1 + 0.2), score("org/x", "a", "b", 1e-30, error=0.5))
-    assert read_scores(kept(scores)) == scores
+    assert read_scores(scores_text(scores)) == scores
 
 
 def test_a_table_of_scores() -> None:

@@ -250,13 +250,13 @@ def test_a_recipe_that_means_something_else_by_now_is_said_to_and_not_to_be_forg
 ) -> None:
     """Which version made it, what has changed since, and how to get that version."""
     says = later(monkeypatch, LATER)
-    real = plan_module._made
+    real = plan_module._make_jobs
 
     def otherwise(*given: Any) -> Any:
         making, config = real(*given)
         return making, {**config, "counted": 1}
 
-    monkeypatch.setattr(plan_module, "_made", otherwise)
+    monkeypatch.setattr(plan_module, "_make_jobs", otherwise)
     done = again(merge, command)
     assert (done.code, done.err.strip()) == (7, says)
 

@@ -16,11 +16,11 @@ from merger.models.config import (
     is_tied,
     quantisation,
     section,
-    unquantised,
-    untied,
     with_dtype,
     with_layers,
     with_prediction,
+    without_quantisation,
+    without_tie,
 )
 
 A, B, C = (frozenset({"norm", role}) for role in ("attention", "mamba", "experts"))
@@ -309,8 +309,8 @@ def test_whether_the_head_is_the_embedding_is_read_from_the_config(config: Confi
 ])  # fmt: skip
 def test_untying_says_so_wherever_it_was_said(config: Config, expected: Config) -> None:
     """And where nothing was said, since classes differ in what they then take for granted."""
-    assert untied(config) == expected
-    assert is_tied(untied(config)) is False
+    assert without_tie(config) == expected
+    assert is_tied(without_tie(config)) is False
 
 
 @pytest.mark.parametrize(("config", "expected"), [
@@ -337,7 +337,7 @@ def test_quantised_models_are_known_by_their_config() -> None:
 def test_a_tensor_that_is_read_back_leaves_no_word_of_quantisation() -> None:
     """Neither in the config nor in its language model's part; nothing else changes."""
     said = {"quantization_config": {"quant_method": "fp8"}, "text_config": {"quantization_config": {}, "n_layer": 2}}
-    assert unquantised(said) == {"text_config": {"n_layer": 2}}
+    assert without_quantisation(said) == {"text_config": {"n_layer": 2}}
     assert said["quantization_config"] == {"quant_method": "fp8"}
 
 

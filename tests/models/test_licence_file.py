@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from merger.models.licence import licence_files, licence_text, recognised
+from merger.models.licence import licence_files, licence_text, recognise_licence
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ from merger.models.licence import licence_files, licence_text, recognised
 )  # fmt: skip
 def test_known_by_its_words(text: str, licence: str | None) -> None:
     """The opening of each licence names it; of other words nothing is guessed."""
-    assert recognised(text) == licence
+    assert recognise_licence(text) == licence
 
 
 def test_which_files_they_are() -> None:

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from vocabularies import BASE, sentencepiece, tokenizer
 
 from merger.models import vocabulary as vocab
-from merger.models.tokenizer_files import BYTES, PLAIN, SPACES, respelled, spelling
-from merger.models.vocabulary import Vocabulary, extended, read_vocabulary, rewritten
+from merger.models.tokenizer_files import BYTES, PLAIN, SPACES, respell, spelling
+from merger.models.vocabulary import Vocabulary, extend_tokenizer, read_vocabulary, rewrite_files
 
 WORDS = st.text("abc<>", min_size=1, max_size=4)
 
@@ -118,7 +118,7 @@ def test_the_base_keeps_its_ids_and_others_tokens_follow() -> None:
         Vocabulary({"b": 0, "d": 2, "c": 1}, {"c": {"id": 1, "content": "c", "special": True}}),
     )
     far = Vocabulary({"e": 0, "f": 1})
-    whole = extended(base, [(other, 3), (far, 1)], ["a", "g"])
+    whole = extend_tokenizer(base, [(other, 3), (far, 1)], ["a", "g"])
     assert whole.ids == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4, "g": 5}
     assert whole.added["c"] == {"id": 2, "content": "c", "special": True}
     assert whole.added["g"] == {"id": 5, "content": "g", "single_word": False, "lstrip": False, "rstrip": False,
@@ -128,9 +128,9 @@ def test_the_base_keeps_its_ids_and_others_tokens_follow() -> None:
 def test_tokens_are_not_put_into_gaps() -> None:
     """Where the base's ids have gaps the library would number new tokens differently: that is refused."""
     gaps = Vocabulary({"a": 0, "b": 5})
-    assert extended(gaps, [(Vocabulary({"a": 3}), 9)]).ids == gaps.ids
+    assert extend_tokenizer(gaps, [(Vocabulary({"a": 3}), 9)]).ids == gaps.ids
     with pytest.raises(ValueError, match=r"^its 2 tokens have ids up to 5, so none can be added to them$"):
-        extended(gaps, [(Vocabulary({"c": 0}), 1)])
+        extend_tokenizer(gaps, [(Vocabulary({"c": 0}), 1)])
 
 
 @given(st.lists(st.sampled_from(["<a>", "<b>", "</s>", "the", "new", "Ġnew"]), max_size=4, unique=True))
@@ -146,8 +146,8 @@ def test_the_library_gives_the_promised_ids(extra: list[str]) -> None:
     }
     base = read_vocabulary(files)
     assert base is not None
-    whole = extended(base, [], extra)
-    made = {**files, **rewritten(files, whole.added.values())}
+    whole = extend_tokenizer(base, [], extra)
+    made = {**files, **rewrite_files(files, whole.added.values())}
     assert library_ids(made["tokenizer.json"]) == whole.ids
     assert read_vocabulary(made) == whole
     assert json.loads(made["added_tokens.json"]) == {
@@ -173,7 +173,7 @@ def test_the_library_gives_the_promised_ids(extra: list[str]) -> None:
 )
 def test_one_spelling_becomes_the_other(token: str, written: str, wanted: str, found: str) -> None:
     """Bytes as characters and spaces as underscores are turned into each other; what has no counterpart stays."""
-    assert respelled(token, written, wanted) == found
+    assert respell(token, written, wanted) == found
 
 
 def test_tokens_of_two_spellings_meet() -> None:
@@ -205,7 +205,7 @@ def test_large_vocabularies() -> None:
     one, other = vocab.read_vocabulary(files), vocab.read_vocabulary(files)
     assert one is not None
     assert other is not None
-    whole = extended(one, [(other, size)], ["<x>"])
+    whole = extend_tokenizer(one, [(other, size)], ["<x>"])
     found = [held.rows(whole.tokens, size) for held in (one, other)]
     assert all(rows.tolist() == [*range(size), -1] for rows in found)
 

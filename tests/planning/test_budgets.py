@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from merger.cli.commands import main
-from merger.run.options import Options, fitted
+from merger.run.options import Options, with_free_memory
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_the_shard_size_that_fits_is_named_and_fits(recipe: Path, capsys: pytest
 
 def test_a_run_takes_the_machines_memory_for_its_limit() -> None:
     """Unless it is told another."""
-    limit = fitted(Options()).max_memory
+    limit = with_free_memory(Options()).max_memory
     assert limit is not None
     assert limit > 100_000_000
-    assert fitted(Options(max_memory=5)).max_memory == 5
+    assert with_free_memory(Options(max_memory=5)).max_memory == 5

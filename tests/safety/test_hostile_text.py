@@ -326,7 +326,7 @@ def _logged() -> None:
 @pytest.mark.parametrize("tell", [_printed, _warned, _logged])
 def test_what_libraries_print_is_guarded(tell: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
     """Prints, warnings and logs, also in pieces; what follows on a line is none that begins one."""
-    with text.guarded():
+    with text.guard_streams():
         tell()
     told = capsys.readouterr()
     assert obeyed(told.out) == obeyed(told.err) == []

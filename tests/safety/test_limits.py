@@ -247,7 +247,7 @@ JSON = {
 def test_json_that_is_built_to_hurt_is_no_json(kind: str) -> None:
     """Deep, wide or with numbers of no end: whoever reads it hears what is wrong with it, in one kind of error."""
     with little(), pytest.raises(ValueError):  # noqa: PT011  all of them say it in their own words
-        limits.parsed(JSON[kind], limits.CONFIG)
+        limits.parse_json(JSON[kind], limits.CONFIG)
     if JSON[kind].startswith(b"{"):
         Path("one/config.json").write_bytes(JSON[kind])
         with pytest.raises(ModelError, match=r"config\.json is no JSON"):
@@ -257,8 +257,8 @@ def test_json_that_is_built_to_hurt_is_no_json(kind: str) -> None:
 def test_json_as_models_have_it_is_read() -> None:
     """With 1e30 as a whole number, as tokenizers write it, and lists in maps in lists."""
     text = '{"model_max_length": 1000000000000000019884624838656, "a": [[{"b": [1.5, null, true]}]]}'
-    assert limits.parsed(text, limits.CONFIG)["model_max_length"] == int(1e30)
-    assert limits.parsed(b"[" * 64 + b"]" * 64) is not None
+    assert limits.parse_json(text, limits.CONFIG)["model_max_length"] == int(1e30)
+    assert limits.parse_json(b"[" * 64 + b"]" * 64) is not None
 
 
 YAML = {

@@ -15,7 +15,7 @@ from merger.cli.commands import main
 from merger.errors import MergerError, RecipeError
 from merger.run.options import Options, destination
 from merger.run.prepare import parse_text
-from merger.safety.names import is_repo, named
+from merger.safety.names import is_repo, parse_name
 from space import form
 from space.form import Form, ModelRow
 
@@ -87,7 +87,7 @@ PAGES = {
 def test_a_pasted_address_names_its_model(page: str, tmp_path: Path) -> None:
     """The same in a recipe, for a model in any form; a destination is a repo, and nothing inside of it."""
     name = PAGES[page]
-    assert named(page) == name
+    assert parse_name(page) == name
     path, _, revision = name.partition("@")
     for form_of in (f'"{page}"', f'{{model: "{page}"}}', f'{{model: {{path: "{page}"}}}}'):
         recipe = parse_text(f"merge_method: passthrough\nmodels:\n  - model: {form_of}\n", "r.yaml")
@@ -108,7 +108,7 @@ def test_a_pasted_address_names_its_model(page: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_is_no_address_of_a_model_stays_as_it_is(words: str) -> None:
     """Pages of other kinds, other hosts, folders, names."""
-    assert named(words) == words
+    assert parse_name(words) == words
 
 
 @pytest.mark.parametrize("name", SOME)

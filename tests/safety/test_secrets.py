@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loopback import LoopbackHub
 
-from merger.card.escape import escaped
+from merger.card.escape import escape_text
 from merger.cli import github
 from merger.cli.github import GitHubApi, Log
 from merger.run.options import Options
@@ -51,7 +51,7 @@ SPELT: dict[str, Callable[[str], str | bytes]] = {
     "as it stands": str,
     "bytes": str.encode,
     "between other letters": lambda token: f"x{token}y",
-    "Markdown of a card": escaped,
+    "Markdown of a card": escape_text,
     "HTML": html.escape,
     "an address": lambda token: quote(token, safe=""),
     "an address in small letters": lambda token: quote(token, safe="").lower(),
@@ -266,7 +266,7 @@ def test_a_bugs_traceback_goes_without_its_token(capsys: pytest.CaptureFixture[s
     def bug() -> int:
         raise ZeroDivisionError(TOKEN)
 
-    assert secrets.watched(bug) == 6
+    assert secrets.watch(bug) == 6
     told = capsys.readouterr().err
     assert "in bug" in told
     assert TOKEN not in told
@@ -281,7 +281,7 @@ def test_github_is_told_no_token(tmp_path: Path, capsys: pytest.CaptureFixture[s
     place = str(tmp_path / "told")
     for leave in (
         lambda: github.write_outputs(place, {"to": TOKEN}),
-        lambda: github.write_summary(place, escaped(TOKEN)),
+        lambda: github.write_summary(place, escape_text(TOKEN)),
         lambda: api.keep_comment(7, "<!-- -->", TOKEN),
         lambda: api.commit_file("mine.lock.yaml", f"x{TOKEN}", "Lock", "main"),
         lambda: api.commit_file("mine.lock.yaml", "", f"Lock {TOKEN}", "main"),

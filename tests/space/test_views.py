@@ -74,7 +74,7 @@ def test_words_of_others_turn_nothing_and_are_no_lines_of_ours() -> None:
         views.job(job, 0),
         views.log(job),
         views.problem_list(admission.check(recipe)),
-        views.refusal([Problem(HOSTILE, hint=HOSTILE)]),
+        views.refusal_html([Problem(HOSTILE, hint=HOSTILE)]),
         views.curves(ShownSetting({HOSTILE: (0.0, 1.0)}), HOSTILE),
         views.lineage({"pictures/lineage.png": b""}, [HOSTILE]),
     ]
@@ -85,5 +85,5 @@ def test_words_of_others_turn_nothing_and_are_no_lines_of_ours() -> None:
 
 def test_a_problem_without_a_place() -> None:
     """A refusal that is about no line tells none, and its next step stands with it."""
-    told = words(views.refusal([Problem("no room", hint="make some")]))
+    told = words(views.refusal_html([Problem("no room", hint="make some")]))
     assert told == "error no room make some"

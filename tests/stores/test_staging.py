@@ -391,11 +391,11 @@ def publish_without_threads(repo: str) -> None:
     """Each thread's stack would be larger than the address space."""
     import threading
 
-    from merger.runtime import limits_told
+    from merger.runtime import tell_limits
 
     before = threading.stack_size(1 << 47)
     try:
-        with limits_told():
+        with tell_limits():
             publish(repo)
     finally:
         threading.stack_size(before)

@@ -104,7 +104,7 @@ class Picture:
                 matplotlib.rcParams.update(_STYLE)
                 figure = Figure()
                 self.paint(figure)
-                return {f"{PICTURES}{self.name}.{kind}": _saved(figure, kind) for kind in self.formats}
+                return {f"{PICTURES}{self.name}.{kind}": _save(figure, kind) for kind in self.formats}
 
 
 def warm_fonts() -> None:
@@ -116,18 +116,18 @@ def warm_fonts() -> None:
     _ = Picture("", "", paint, ("png", "svg")).files
 
 
-def _saved(figure: Figure, kind: str) -> bytes:
+def _save(figure: Figure, kind: str) -> bytes:
     if kind == "svg":
         held = io.BytesIO()
         figure.savefig(held, format=kind, metadata={"Date": None, "Creator": None})
         return held.getvalue()
     for dots in _DOTS:
-        if len(small := _drawn(figure, dots)) <= _BYTES:
+        if len(small := _draw_png(figure, dots)) <= _BYTES:
             break
     return small
 
 
-def _drawn(figure: Figure, dots: int) -> bytes:
+def _draw_png(figure: Figure, dots: int) -> bytes:
     """As PNG, with few colours in a quarter of the bytes; `savefig` would lay it out and draw it twice."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image

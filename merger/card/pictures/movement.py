@@ -89,16 +89,16 @@ def _paint_movement(figure: Figure, found: Sequence[Track]) -> None:
     axes = figure.subplots(len(_MEASURES), 1, sharex=True)
     lines: list[Line2D] = []
     for panel, (title, measure) in zip(axes, _MEASURES, strict=True):
-        lines = [_draw(panel, places, _measured(track, measure), number) for number, track in enumerate(found)]
+        lines = [_draw(panel, places, _by_layer(track, measure), number) for number, track in enumerate(found)]
         panel.set_title(title, loc="left", size=9)
         _widen(panel)
     _percent(axes[0])
     _percent(axes[2])
     _axis(axes[-1], places)
-    figure.legend(lines, _told(labels), loc="outside lower left", ncols=_columns(labels))
+    figure.legend(lines, _alt_words(labels), loc="outside lower left", ncols=_columns(labels))
 
 
-def _measured(track: Track, measure: _Measure) -> Mapping[Layer, float]:
+def _by_layer(track: Track, measure: _Measure) -> Mapping[Layer, float]:
     return {layer: value for layer, apart in track.layers.items() if (value := measure(apart)) is not None}
 
 
@@ -152,10 +152,10 @@ def _axis(axes: Axes, places: Mapping[Layer, float]) -> None:
 def _legend(axes: Axes, lines: list[Line2D], labels: list[str], title: str) -> None:
     axes.set_ylabel(title)
     columns = _columns(labels)
-    axes.legend(lines, _told(labels), loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)
+    axes.legend(lines, _alt_words(labels), loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)
 
 
-def _told(labels: Sequence[str]) -> list[str]:
+def _alt_words(labels: Sequence[str]) -> list[str]:
     return [legible(shorten_middle(label, _LABEL_LETTERS)) for label in labels]
 
 

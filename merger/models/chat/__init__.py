@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merger.safety.limits import parsed
+from merger.safety.limits import parse_json
 
 JINJA, SETTINGS, PROCESSOR = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 FILES = (JINJA, PROCESSOR, SETTINGS)
@@ -38,7 +38,7 @@ def template(files: Mapping[str, bytes]) -> str | None:
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        found = parsed(text)
+        found = parse_json(text)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -57,12 +57,12 @@ def with_template(files: Mapping[str, bytes], text: str) -> dict[str, bytes]:
 
     It stands wherever one stood, else in a file of its own.
     """
-    made = {name: _replaced(_object(files[name]), text) for name in (PROCESSOR, SETTINGS) if name in files}
+    made = {name: _replace_template(_object(files[name]), text) for name in (PROCESSOR, SETTINGS) if name in files}
     found = {name: content for name, content in made.items() if content is not None}
     return found if found and JINJA not in files else {**found, JINJA: text.encode()}
 
 
-def _replaced(content: dict[str, Any], text: str) -> bytes | None:
+def _replace_template(content: dict[str, Any], text: str) -> bytes | None:
     """The JSON with this template in place of its own; None where it has none."""
     if _default(content.get(_KEY)) is None:
         return None

@@ -87,7 +87,7 @@ def pickled_tensors(file: str, size: int, fetch: Fetch, each: Each) -> tuple[Ten
         keys = list(dict.fromkeys(view.storage.key for view in views.values()))
         headers = [records[key].header_offset for key in keys]
         starts = dict(zip(keys, each(lambda place: _start(place, fetch), headers), strict=True))
-        found = [_placed(name, view, file, starts, records) for name, view in views.items()]
+        found = [_place_tensor(name, view, file, starts, records) for name, view in views.items()]
     except _Foreign as error:
         raise ModelError(Problem(f"{file}: {error}", hint=_CONVERT)) from None
     except Exception as error:  # whatever a damaged zip or pickle makes of the readers
@@ -146,7 +146,7 @@ def _start(place: int, fetch: Fetch) -> int:
     return int(place + _LOCAL_HEADER.size + header[9] + header[10])
 
 
-def _placed(
+def _place_tensor(
     name: str, view: _View, file: str, starts: Mapping[str, int], records: Mapping[str, zipfile.ZipInfo]
 ) -> TensorInfo:
     item = ITEM_BYTES[view.storage.dtype]

@@ -13,10 +13,10 @@ from typing import Any
 
 from merger.errors import ModelError, Problem
 from merger.models.checkpoint import FLOATS, TensorInfo
-from merger.models.config import Config, quantisation, stated_dtype, unquantised
+from merger.models.config import Config, quantisation, stated_dtype, without_quantisation
 from merger.models.formats import bitsandbytes, fours, integers
 from merger.models.formats.packed import PackedFormat, PackedTensor, Parts
-from merger.safety.limits import STATE, parsed
+from merger.safety.limits import STATE, parse_json
 
 Fetch = Callable[[Sequence[TensorInfo]], Iterable[bytes]]
 
@@ -82,7 +82,7 @@ class Unpacked:
     aside: tuple[str, ...] = ()
 
 
-def unpacked(tensors: Mapping[str, TensorInfo], config: Config, fetch: Fetch) -> Unpacked:
+def unpack_checkpoint(tensors: Mapping[str, TensorInfo], config: Config, fetch: Fetch) -> Unpacked:
     """The checkpoint without its quantisation.
 
     Args:
@@ -96,11 +96,11 @@ def unpacked(tensors: Mapping[str, TensorInfo], config: Config, fetch: Fetch) ->
     said, dtype = quantisation(config), stated_dtype(config)
     if said and said.get("transform_config"):
         raise _refusal("a method that rotates weights (transform_config)", _HINT)
-    packed = dict(_packed(tensors, said or {}, fetch))
+    packed = dict(_find_packed(tensors, said or {}, fetch))
     parts = {part.name for found in packed.values() for part in found.parts.values()}
     rest = {name: tensor for name, tensor in tensors.items() if name not in parts}
     _refuse_packed(rest, said, packed)
-    scaled = dict(_scaled(rest, said))
+    scaled = dict(_find_scaled(rest, said))
     if not packed and not scaled and said is None:
         return Unpacked(tensors, config)
     scales = {of.scales.name for of in scaled.values()}
@@ -110,10 +110,10 @@ def unpacked(tensors: Mapping[str, TensorInfo], config: Config, fetch: Fetch) ->
     kept = [codes.get(name, tensor) for name, tensor in tensors.items() if name not in gone]
     stored: Mapping[str, Scaled | PackedTensor] = {**scaled, **packed}
     named = {each.name: replace(each, dtype=dtype) if each.name in stored else each for each in kept}
-    return Unpacked(named, unquantised(config), stored, aside)
+    return Unpacked(named, without_quantisation(config), stored, aside)
 
 
-def _packed(
+def _find_packed(
     tensors: Mapping[str, TensorInfo], said: Mapping[str, Any], fetch: Fetch
 ) -> Iterator[tuple[str, PackedTensor]]:
     """The tensors that are stored in several, as the first format reads them that knows their shapes.
@@ -123,7 +123,7 @@ def _packed(
     """
     found, unread = dict[str, PackedTensor](), dict[str, Mapping[str, TensorInfo]]()
     for form in FORMATS.values():
-        grouped = dict(_grouped(form, tensors, said))
+        grouped = dict(_group(form, tensors, said))
         states = _states(form, grouped, fetch)
         for name, parts in grouped.items():
             described = form.describe(parts, {**said, "state": states.get(name, {})})
@@ -138,7 +138,7 @@ def _packed(
     return iter(found.items())
 
 
-def _grouped(
+def _group(
     form: PackedFormat, tensors: Mapping[str, TensorInfo], said: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
     """By the name of the tensor that they are together the stored ones by role."""
@@ -161,7 +161,7 @@ def _states(form: PackedFormat, grouped: Mapping[str, Parts], fetch: Fetch) -> M
 
 def _state(text: bytes) -> Any:
     try:
-        return parsed(text, STATE)
+        return parse_json(text, STATE)
     except ValueError:
         return None
 
@@ -197,7 +197,7 @@ def _refusal(method: str, hint: str) -> ModelError:
     )
 
 
-def _scaled(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | None) -> Iterator[tuple[str, Scaled]]:
+def _find_scaled(tensors: Mapping[str, TensorInfo], said: Mapping[str, Any] | None) -> Iterator[tuple[str, Scaled]]:
     for name, tensor in tensors.items():
         if tensor.dtype not in SCALED:
             continue

@@ -100,7 +100,7 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     problems = list(_config_problems(config))
     if problems:
         raise ModelError(problems)
-    parts, whole, aside = _parted(tensors)
+    parts, whole, aside = _split_parts(tensors)
     targets = by_end(config.get("target_parameters") or ())
     try:
         pairs, of_modules = of_parameters(parts, targets)
@@ -126,7 +126,7 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     named = config.get("base_model_name_or_path")
     model = named if isinstance(named, str) else None
     turned = config.get("fan_in_fan_out") is True
-    adapted = [_adapted(name, held, strengths, targets, config) for name, held in pairs.items()]
+    adapted = [_read_parameters(name, held, strengths, targets, config) for name, held in pairs.items()]
     return Adapter(model, modules, whole, tokens, turned, _copies_head(config, parts), aside, adapted)
 
 
@@ -167,9 +167,9 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _number_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     if not _is_number(rank, RANK) or not isinstance(rank, int):
-        yield Problem(f"{CONFIG} has r: {_shown(rank)}, which is no rank from {RANK}", hint=_DAMAGED)
+        yield Problem(f"{CONFIG} has r: {_show_value(rank)}, which is no rank from {RANK}", hint=_DAMAGED)
     if not _is_number(alpha, ANY):
-        yield Problem(f"{CONFIG} has lora_alpha: {_shown(alpha)}, which is no number from {ANY}", hint=_DAMAGED)
+        yield Problem(f"{CONFIG} has lora_alpha: {_show_value(alpha)}, which is no number from {ANY}", hint=_DAMAGED)
     for key, within in (("rank_pattern", RANK), ("alpha_pattern", ANY)):
         patterns = config.get(key) or {}
         sound = isinstance(patterns, Mapping) and all(_is_number(value, within) for value in patterns.values())
@@ -183,7 +183,7 @@ def _is_number(value: Any, within: Range) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and within.holds(value)
 
 
-def _shown(value: Any) -> str:
+def _show_value(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -191,7 +191,7 @@ def _shown(value: Any) -> str:
 _Parts = dict[str, dict[str, TensorInfo]]
 
 
-def _parted(tensors: Mapping[str, TensorInfo]) -> tuple[_Parts, dict[str, TensorInfo], dict[str, str]]:
+def _split_parts(tensors: Mapping[str, TensorInfo]) -> tuple[_Parts, dict[str, TensorInfo], dict[str, str]]:
     """The tensors of each module by what they are to it, those that stand for whole tensors, and why some do not."""
     parts: _Parts = defaultdict(dict)
     whole: dict[str, TensorInfo] = {}
@@ -212,7 +212,7 @@ def _parted(tensors: Mapping[str, TensorInfo]) -> tuple[_Parts, dict[str, Tensor
     return parts, whole, aside
 
 
-def _adapted(
+def _read_parameters(
     name: str,
     held: Sequence[Mapping[str, TensorInfo]],
     strengths: Mapping[str, tuple[int, float]],
@@ -311,7 +311,7 @@ def read_mlx(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Ad
     kind, given = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     scale: Any = given.get("scale") if isinstance(given, Mapping) else None
     if kind != "lora":
-        what = f"is a fine-tune of MLX by {_shown(kind)}; LoRA is the only kind that is built"
+        what = f"is a fine-tune of MLX by {_show_value(kind)}; LoRA is the only kind that is built"
         raise ModelError(Problem(what, hint=_FUSE_FIRST))
     if not _is_number(scale, ANY) or not tensors:
         what = f"{OF_MLX} holds no tensor" if not tensors else f"{CONFIG} has no lora_parameters with a number as scale"

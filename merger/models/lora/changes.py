@@ -63,7 +63,7 @@ def changes(adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping
     return found
 
 
-def _wanted(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
+def _wanted_shapes(adapter: Adapter) -> dict[str, tuple[int, ...] | None]:
     """The names by which an adapter calls its model's tensors, and their shapes where it tells them."""
     modules = adapter.modules.values()
     return {
@@ -99,7 +99,7 @@ class _Fitting:
         self._tensors, self._config = dict(tensors), config
         self._stacks = {name: Home(parts) for name, parts in join(tensors).items()} if adapter.parameters else {}
         self._adapter = adapter = _with_parameters_of(adapter, [*self._tensors, *self._stacks])
-        self._counterparts = counterparts(_wanted(adapter), self._shapes())
+        self._counterparts = counterparts(_wanted_shapes(adapter), self._shapes())
         self._taken: dict[str, str] = {}
         self._homeless: list[str] = []
         self._unclear: list[str] = []

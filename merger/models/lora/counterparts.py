@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from merger.models.architecture import is_embedding, numbered
+from merger.models.architecture import is_embedding, parse_place
 
 _TOWER = re.compile(
     r"(?:(?P<reads>language|text|llm)|(?P<sees>vision|visual|image|vit)|(?P<hears>audio|speech))"
@@ -115,7 +115,7 @@ def _modules(tensors: Mapping[str, Shape | None]) -> dict[str, _Module]:
     """Stacks, and modules outside of them, by their names."""
     parts: dict[str, dict[_Part, tuple[str, Shape | None]]] = defaultdict(dict)
     for name, shape in tensors.items():
-        told = numbered(name)
+        told = parse_place(name)
         path, _, role = name.rpartition(".") if told.stack is None else (told.stack, "", told.role)
         parts[path][told.layer, role] = (name, shape)
     readers = {path.rpartition(".")[0] for path in parts if is_embedding(f"{path}.weight")}

@@ -191,10 +191,10 @@ class Pursuit(Input):
         return self.known.scratch + 4 * (chosen + atoms + 3 * PURSUED_ROWS * (width + self.known.width))
 
 
-def held(source: Input) -> int:
+def held_bytes(source: Input) -> int:
     """Bytes of memory that a source keeps for as long as its job is planned or under way."""
     if isinstance(source, Pursuit):
         shared = len(source.pairs.shared) * (source.donor.shape[1] * ITEM_BYTES[source.donor.dtype] + 4)
         made = len(source.pairs.wanted) * source.known.width * 4
-        return held(source.known) + source.pairs.nbytes + shared + made
+        return held_bytes(source.known) + source.pairs.nbytes + shared + made
     return source.map.nbytes if isinstance(source, Rows) else 0

@@ -200,7 +200,7 @@ class _Blend:
         leader = kinds[0][1]
         for part, module in kinds[1:]:
             if _kind(module) != _kind(leader):
-                what = f"{name} is {_described(module)} in {part.model.name}, but {_described(leader)} in "
+                what = f"{name} is {_describe(module)} in {part.model.name}, but {_describe(leader)} in "
                 hint = "only adapters of one model can be merged"
                 self._findings.about_part(what + kinds[0][0].model.name, part, hint)
                 return False
@@ -273,7 +273,7 @@ def _kind(module: AdaptedModule) -> tuple[bool, int, int]:
     return module.embedding, module.outputs, module.inputs
 
 
-def _described(module: AdaptedModule) -> str:
+def _describe(module: AdaptedModule) -> str:
     return f"{'an embedding' if module.embedding else 'a matrix'} of {module.outputs}x{module.inputs}"
 
 

@@ -14,13 +14,13 @@ from merger.errors import ModelError, Problem, few
 from merger.lock.lock import GENERATION
 from merger.lock.locked import LockedModel
 from merger.models import chat
-from merger.models.config import renumbered
+from merger.models.config import renumber_tokens
 from merger.models.licence import licence_files
 from merger.models.side_files import left_beside, side_files, tokenizer_files
 from merger.planning.stage_model import StagedRecipe, StageModel, Texts
 from merger.planning.tokens import Tokens
 from merger.recipe.blocks.tokenizer import AUTO, CHAT_TEMPLATES
-from merger.safety.limits import CONFIG, LICENCE, SIDE, SIDES, excess, parsed
+from merger.safety.limits import CONFIG, LICENCE, SIDE, SIDES, excess, parse_json
 from merger.stores.ports import FileInfo
 
 
@@ -132,9 +132,9 @@ def _generation(locked: StagedRecipe, tokens: Tokens) -> str | None:
         return None
     source = locked.numbered(tokens.source)
     try:
-        own = parsed(text, CONFIG)
-        theirs = parsed(source.texts.get(GENERATION, b"{}"), CONFIG)
-        found, _ = renumbered(own, tokens.follow, {**source.checkpoint.config, **theirs})
+        own = parse_json(text, CONFIG)
+        theirs = parse_json(source.texts.get(GENERATION, b"{}"), CONFIG)
+        found, _ = renumber_tokens(own, tokens.follow, {**source.checkpoint.config, **theirs})
     except (ValueError, AttributeError, TypeError):
         what = f"{GENERATION} of {locked.donor.name} or {source.name} is damaged"
         hint = "download the model again, or take the file out"

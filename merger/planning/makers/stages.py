@@ -41,7 +41,7 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
             document.holder.located,
             Checkpoint(tensors, config(document, making)),
             document.holder.card,
-            _held(document, small),
+            _held_files(document, small),
             locked=document,
             jobs={job.name: job for job in making.jobs},
             reasons=making.reasons,
@@ -53,7 +53,7 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
     return locked
 
 
-def _held(document: StagedRecipe, small: Texts) -> Mapping[str, bytes]:
+def _held_files(document: StagedRecipe, small: Texts) -> Mapping[str, bytes]:
     """Of a stage's small files those that the plan knows of its models."""
     models = {name: document.numbered(number) for name, number in small.taken.items()}
     return small.edited({name: model.texts[name] for name, model in models.items() if name in model.texts})

@@ -69,7 +69,7 @@ def mixture(fields: Fields) -> Mixture:
     per_token, architecture = fields.get("experts_per_token"), fields.get("architecture")
     return Mixture(
         experts=experts,
-        shared_experts=_shared(fields, gate_mode),
+        shared_experts=_shared_experts(fields, gate_mode),
         gate_mode=gate_mode,
         experts_per_token=_per_token(per_token, len(experts)) if per_token else None,
         architecture=_architecture(architecture) if architecture else None,
@@ -135,7 +135,7 @@ def _scale(place: Value) -> float:
     return 1.0 if found is None else found
 
 
-def _shared(fields: Fields, gate_mode: str) -> tuple[Expert, ...]:
+def _shared_experts(fields: Fields, gate_mode: str) -> tuple[Expert, ...]:
     place = fields.get("shared_experts")
     places = place.items("a list of one expert, with source_model", _model_of) if place else []
     for more in places[1:]:

@@ -20,12 +20,12 @@ _NO_NAME = re.compile(r"[/\\@+]|^[.~]")
 def join_stages(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
     """The result's document, with the others as its stages; problems go to the notes."""
     result = _result(recipes, notes)
-    named = _named(recipes, notes)
+    named = _by_name(recipes, notes)
     for recipe in recipes:
         _check_references(recipe, named, notes)
         if recipe is not result:
             _refuse_ends(recipe, notes)
-    order = _ordered(result, named, notes)
+    order = _in_order(result, named, notes)
     for name, recipe in named.items():
         if recipe is not result and recipe not in order:
             _warn(notes, f"nothing is made of the stage {name}", recipe.name_at, "name it as a model, or take it out")
@@ -55,7 +55,7 @@ def _result(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
     return nameless[0] if nameless else recipes[-1]
 
 
-def _named(recipes: Sequence[Recipe], notes: Notes) -> dict[str, Recipe]:
+def _by_name(recipes: Sequence[Recipe], notes: Notes) -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
     for recipe in recipes:
         if recipe.name is None:
@@ -82,7 +82,7 @@ def _check_references(recipe: Recipe, named: Mapping[str, Recipe], notes: Notes)
             _error(notes, f"no document of this file has the name {ref.path!r}", ref.at, hint, where)
 
 
-def _ordered(result: Recipe, named: Mapping[str, Recipe], notes: Notes) -> list[Recipe]:
+def _in_order(result: Recipe, named: Mapping[str, Recipe], notes: Notes) -> list[Recipe]:
     """What the result is made of, and itself last; a stage that is made of itself is a problem."""
     order: list[Recipe] = []
     above: list[str] = []
