@@ -85,6 +85,7 @@ def not_finite(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # a trial holds whole files
 def test_whatever_is_drawn_ends_in_a_sentence(root: Path, client: Client) -> None:
     """An exit code of the table, without a traceback; what fails says why; what is made is finite, or was allowed."""
 
