@@ -8,7 +8,8 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py \
-	planning/test_mixtures.py evaluation/test_evaluation.py run/test_properties.py methods/test_laws.py cli/test_act.py space/test_api.py
+	planning/test_mixtures.py evaluation/test_evaluation.py run/test_properties.py methods/test_laws.py cli/test_act.py \
+	distributed/test_ray.py planning/test_large.py space/test_api.py space/test_bot.py space/test_page.py space/test_webhooks.py
 
 .PHONY: demo test reliability lint tables clean
 
@@ -16,7 +17,7 @@ demo: .venv/set-up
 	$(BIN)/python examples/demo.py
 
 test: .venv/set-up
-	$(BIN)/pytest -n 3 --dist worksteal
+	$(BIN)/pytest -n 4 --dist worksteal
 
 # Every case of docs/reliability.md, where make test tries some, a merge larger than its memory, and thousands of drawn
 # recipes, options and models: some minutes.

@@ -17,6 +17,7 @@ import pytest
 import tiny
 from calls import Command
 from loopback import LoopbackHub
+from thorough import thorough_only
 from waiting import HANGS_SECONDS, until
 
 WRITER = "hf_writer_of_org"
@@ -122,6 +123,7 @@ def kill_one_at_work(above: int) -> bool:
     return False
 
 
+@thorough_only
 def test_a_merge_on_ray(ray: Driver, at: Path, command: Command, hub: LoopbackHub) -> None:
     """It survives a killed worker, refuses here what a part refuses there, and does not wait for a node there is not.
 

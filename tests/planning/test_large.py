@@ -9,6 +9,7 @@ from pathlib import Path
 
 import big
 import pytest
+from thorough import thorough_only
 
 from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
@@ -52,6 +53,7 @@ def calls(folder: Path, layout: big.Layout) -> float:
     return counted / (len(planned.jobs) + PARENTS * len(planned.shards))
 
 
+@thorough_only
 def test_the_work_of_planning_grows_with_the_tensors_and_no_faster(tmp_path: Path) -> None:
     """Four times the layers, or larger tensors in many more files, take no more steps for each of them."""
     usual = calls(tmp_path / "70B", big.LLAMA_70B)

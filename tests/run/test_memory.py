@@ -87,7 +87,8 @@ def test_memory_is_planned_and_does_not_grow(method: str, parents: dict[str, lis
     assert large["planned"] < 1.02 * small["planned"]
 
 
-@pytest.mark.parametrize(("stage", "result"), STAGES if THOROUGH else STAGES[:1])
+@thorough_only
+@pytest.mark.parametrize(("stage", "result"), STAGES)
 def test_the_memory_of_stages_is_planned(
     stage: str, result: str, parents: dict[str, list[Path]], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import waiting
 from huggingface_hub import DiscussionComment, HfApi
 from loopback import LoopbackHub
 from served import ServedSpace, halted, zoo
+from thorough import thorough_only
 
 from space.bot.bot import ROUTE
 
@@ -290,6 +291,7 @@ def test_a_merge_that_main_moved_away_from_is_made_again(hooks: Hooks, served: L
     assert len(served.commits("alice/moved")) == 4
 
 
+@thorough_only
 def test_a_killed_bot_goes_on_by_itself(hooks: Hooks, served: LoopbackHub) -> None:
     """What it was asked before it was killed it does after it is started again, without anybody's help."""
     served.add_model("alice/killed", {"README.md": b"mine\n"})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from loopback import LoopbackHub, Request
 from served import SCOPES, SECRET, ServedSpace, halted, staged
+from thorough import thorough_only
 from waiting import HANGS_SECONDS, until
 
 if TYPE_CHECKING:
@@ -195,6 +196,7 @@ async id => {
 """
 
 
+@thorough_only
 def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
     """Killed in the middle of a merge and started again, it goes on when the owner signs in, to the same bytes."""
     reached, go, seen = threading.Event(), threading.Event(), []

@@ -22,6 +22,7 @@ from loopback import Client, LoopbackHub
 from loopback.wire import Answer
 from served import zoo
 from test_bot import BOT, RECIPE, SECRET, TOKEN, asking, commented, payload
+from thorough import THOROUGH
 from waiting import HANGS_SECONDS
 
 from space.bot.bot import Bot
@@ -290,7 +291,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("pattern", ANSWERS.values(), ids=ANSWERS.keys())
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=40 if THOROUGH else 4, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_an_odd_answer_of_the_hubs_ends_in_a_state_and_what_asks_us_in_words(
     pattern: str, served: LoopbackHub, child: Client, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
