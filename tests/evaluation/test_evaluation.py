@@ -111,6 +111,7 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.
 # ---- over the Hub ---------------------------------------------------------------------------------------------------
 
 
+@thorough_only
 def test_merge_and_parents_on_the_hub(served: LoopbackHub, command: Command, tmp_path: Path) -> None:
     """The merge comes back from the staging branch, the parents from their commits, the text from a data set."""
     for name in ("kjv", "python"):

@@ -608,6 +608,7 @@ def test_published_mixtures_run(name: str, experts: int, tmp_path: Path) -> None
         assert torch.allclose(gate(found, 2).float().norm(dim=1), torch.ones(experts), atol=0.01)
 
 
+@thorough_only
 def test_a_mixture_from_the_hub_to_the_hub(
     command: Callable[..., subprocess.CompletedProcess[str]], served: LoopbackHub, tmp_path: Path
 ) -> None:

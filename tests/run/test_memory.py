@@ -115,6 +115,7 @@ def test_a_smaller_allowance_is_kept(parents: dict[str, list[Path]], tmp_path: P
     assert kept["peak"] <= kept["planned"] < free["planned"]
 
 
+@thorough_only
 def test_memory_is_kept_from_hub_to_hub(served: LoopbackHub, parents: dict[str, list[Path]], tmp_path: Path) -> None:
     """Read ahead and upload are in the plan too: models read from the Hub and the merge published there."""
     models = [f"org/ties-{number}" for number in range(3)]

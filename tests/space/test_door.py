@@ -20,6 +20,7 @@ from relay import Relay
 from served import ServedSpace
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
+from thorough import thorough_only
 
 from space.entry.door import Door, own_origins
 
@@ -289,6 +290,7 @@ def test_another_site_acts_for_nobody(visitor: Visitor, hub: LoopbackHub, space:
     assert visitor.context.cookies(OWN) == [cookie]
 
 
+@thorough_only
 def test_a_link_from_elsewhere_leads_to_the_page(visitor: Visitor) -> None:
     """And whoever is signed in still is."""
     visitor.open()
