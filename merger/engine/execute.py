@@ -41,7 +41,7 @@ class BytesWritten:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard is finished and handed to the sink."""
+    """A shard is finished and handed over."""
 
     shard: WrittenShard
 

@@ -1,7 +1,7 @@
 """The tokens in use in this process, and the one scan for them: files and comments are refused, lines of a log dropped.
 
 A token is found as it stands, as Markdown, HTML, JSON or an address write it, in hexadecimal, and inside of base64. Not
-here: where texts leave (the stores' sinks, github, the shells), and what environment others get (environment).
+here: where texts leave (the stores, github, the shells), and what environment others get (environment).
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class Files:
         self._path(name).unlink()
 
     def close(self) -> None:
-        """The folder is the sink's to remove."""
+        """The folder is the session's to remove."""
         for file in self._reading.values():
             file.close()
 

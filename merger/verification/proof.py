@@ -167,7 +167,7 @@ def compare_shards(
 
 
 class Against:
-    """Takes shards as a sink does, but compares them with what was published.
+    """Takes shards as a session does, but compares them with what was published.
 
     Args:
         shards: those that will come, in this order.
