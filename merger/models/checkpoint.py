@@ -255,6 +255,8 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name stands twice")
+    texts = [*found, *(value for value in found.values() if isinstance(value, str))]
+    "".join(texts).encode()  # half a letter, as JSON can escape it, is no text: a ValueError
     return found
 
 
