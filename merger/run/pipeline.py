@@ -144,8 +144,10 @@ def missing_parts(planned: Plan, options: Options, count: int) -> Result | tuple
     session = _place(planned.locked.recipe, options, planned.locked).open(planned.identity, shared=True)
     if isinstance(session, Published):
         return _found_result(planned, session)
-    held = session.held()
-    session.leave()
+    try:
+        held = session.held()
+    finally:
+        session.leave()
     parts = (Part(number, count) for number in range(1, count + 1))
     return tuple(part for part in parts if any(shard.name not in held for shard in share(planned.shards, part)))
 
@@ -216,7 +218,7 @@ class _Run:
         if self._held:
             self._on_event(Resumed(len(planned.shards) - len(missing), len(planned.shards)))
         if missing and options.publish_only:
-            raise _refuse_unfinished(missing, planned)
+            raise _unfinished_error(missing, planned)
         self._session.reserve(needed_disk(planned, options, missing))
         wanted = None if options.part else prepare_measuring(planned, options.device, options.read_token, options.root)
         if missing:
@@ -294,7 +296,7 @@ def _forget(session: Session, made: Sequence[str], why: DamagedError) -> None:
         raise DamagedError([*why.problems, *error.problems]) from None
 
 
-def _refuse_unfinished(missing: Sequence[Shard], planned: Plan) -> UploadError:
+def _unfinished_error(missing: Sequence[Shard], planned: Plan) -> UploadError:
     names = ", ".join(shard.name for shard in missing[:3]) + (", ..." if len(missing) > 3 else "")
     what = f"{len(missing)} of {len(planned.shards)} shards are not there yet: {names}"
     return UploadError(Problem(what, hint="run the parts that make them, with the same recipe, seed and --shard-size"))
