@@ -18,8 +18,7 @@ from torch import Tensor
 
 from merger.engine.pursuit import pursued
 from merger.engine.stored import Leaves, Load, read_whole, rows_of_map
-from merger.methods.steps.arithmetic import Rng
-from merger.methods.steps.random import normal, uniform
+from merger.methods.steps.random import Rng, normal, uniform
 from merger.models.formats.packed import NUMPY_DTYPES, PackedMatrix, decode
 from merger.models.formats.quantised import FORMATS
 from merger.planning.geometry import Geometry

@@ -26,7 +26,7 @@ from merger.engine.geometry import observe
 from merger.engine.readers import load_input
 from merger.engine.stored import STORED_DTYPES, TORCH_DTYPES, Leaves, T
 from merger.methods.registry import Method, declared
-from merger.methods.steps.arithmetic import Rng
+from merger.methods.steps.random import Rng
 from merger.models.architecture import matrix_shape
 from merger.planning.budget import BLOCK_ENTRIES, block_entries, needs
 from merger.planning.geometry import NOTHING, Geometry, total_geometry

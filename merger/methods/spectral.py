@@ -6,23 +6,25 @@ Not here: the decomposition (steps.decompose).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
 from merger.methods.steps.arithmetic import divisor, per_model, weighted_sum
 from merger.methods.steps.decompose import (
     TINY,
+    Matrix,
     Spectrum,
     as_matrix,
     is_matrix,
     isometry,
     matrix_sum,
+    namespace,
+    rounded,
     side_by_side,
     spectrum,
+    squares,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.methods.steps.step import Array
 
 _PAPER = Paper(
     "Marczak et al.",
@@ -46,7 +48,7 @@ _PAPER = Paper(
     laws=("zero", "permutation", "scale"),
     spreads=True,
 )
-def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Tensor:
+def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Array:
     """The sum of the task vectors' matrices, with all singular values made equal.
 
     With Σ wᵢ (θᵢ − θ₀) = U diag(σ) Vᵀ and r the smaller of rows and columns, the result is θ₀ + λ (Σ σ / r) U Vᵀ: what
@@ -81,7 +83,7 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
     if not is_matrix(deltas[0], spectral):
         return _mean(deltas, weights, lambda_)
     vectors, values = isometry(matrix_sum(deltas, weights))
-    return vectors.mul(values.mean() * lambda_).to(deltas[0].dtype)
+    return rounded(vectors * (values.mean() * lambda_))
 
 
 @merge_method(
@@ -104,7 +106,7 @@ def iso_cts(
     common: Annotated[float, Range(0, 1)] = 0.8,
     lambda_: float = 1.0,
     spectral: bool = True,
-) -> Tensor:
+) -> Array:
     """The common directions of the task vectors' matrices and those of each task alone, all equally strong.
 
     With τᵢ = wᵢ (θᵢ − θ₀), N models and r the smaller of rows and columns: s = round((r − ⌊common r⌋) / N) directions a
@@ -139,20 +141,20 @@ def iso_cts(
     shared = spectrum(matrix_sum(deltas, weights), rank - own * len(deltas))
     parts = [shared, *(_rest(as_matrix(*pair), shared, own) for pair in zip(deltas, weights, strict=True))]
     left, values, right = side_by_side(parts)
-    return (left.mul_(values.sum() * (lambda_ / rank)) @ right).to(like.dtype)
+    return rounded((left * (values.sum() * (lambda_ / rank))) @ right)
 
 
 def _directions_a_task(rank: int, common: float, models: int) -> int:
     return min(round((rank - int(rank * common)) / models), rank // models)
 
 
-def _rest(matrix: Tensor, shared: Spectrum, top: int) -> Spectrum:
+def _rest(matrix: Matrix, shared: Spectrum, top: int) -> Spectrum:
     """The leading triples of what the common directions leave of a task; rounding of the matrix is no direction."""
-    noise = TINY * float(matrix.norm())
-    return spectrum(matrix.sub_(shared.left @ (shared.left.T @ matrix)), top, noise)
+    noise = TINY * float(squares(matrix).sum() ** 0.5)
+    return spectrum(matrix - shared.left @ (shared.left.T @ matrix), top, noise)
 
 
-def _mean(deltas: Sequence[Tensor], weights: Sequence[float], factor: float) -> Tensor:
+def _mean(deltas: Sequence[Array], weights: Sequence[float], factor: float) -> Array:
     return weighted_sum(deltas, [number * factor / len(deltas) for number in weights])
 
 
@@ -180,7 +182,7 @@ _TSVM_PAPER = Paper(
     scratch=22,
     laws=("zero", "permutation", "scale"),
 )
-def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Tensor:
+def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Array:
     """The leading singular vectors of each task vector's matrices, decorrelated across tasks and added.
 
     Of each of the N matrices τᵢ = wᵢ (θᵢ − θ₀) = Uᵢ Σᵢ Vᵢᵀ the k = ⌊r / N⌋ leading triples stay, r the smaller of rows
@@ -219,7 +221,7 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
         return weighted_sum(deltas, [number * lambda_ / len(deltas) for number in weights])
     parts = [spectrum(as_matrix(*pair), kept) for pair in zip(deltas, weights, strict=True)]
     left, values, right = side_by_side(parts)
-    return ((left * (values * lambda_)) @ right).to(like.dtype)
+    return rounded((left * (values * lambda_)) @ right)
 
 
 # ---- svc ------------------------------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def svc(
     normalize: bool = False,
     lambda_: float = 1.0,
     spectral: bool = True,
-) -> Tensor:
+) -> Array:
     """Task arithmetic, or any merge, without counting what its tasks share several times.
 
     τ is task arithmetic's: λ Σ wᵢ τᵢ with τᵢ = θᵢ − θ₀, divided by Σ wᵢ if normalize; with merged_first it is λ w₁ τ₁
@@ -305,20 +307,21 @@ def svc(
     factors = [number * share for number in weights[: len(sources)]]
     if not is_matrix(deltas[0], spectral):
         return weighted_sum(sources, factors)
-    return _calibrated(matrix_sum(sources, factors), tasks, alpha).to(deltas[0].dtype)
+    return rounded(_calibrated(matrix_sum(sources, factors), tasks, alpha))
 
 
-def _calibrated(merged: Tensor, tasks: Sequence[Tensor], alpha: float) -> Tensor:
-    parts = spectrum(merged)
-    rows = parts.right * parts.values[:, None]
-    counted = parts.values.new_zeros(parts.values.shape)
+def _calibrated(merged: Matrix, tasks: Sequence[Array], alpha: float) -> Matrix:
+    parts, where = spectrum(merged), namespace(merged).where
+    rows, counted = parts.right * parts.values[:, None], parts.values * 0
     for task in tasks:
-        counted.add_(_times(rows, parts.left.T @ as_matrix(task)).clamp_(min=alpha))
-    factors = counted.reciprocal_().mul_(len(tasks)).nan_to_num_(posinf=1.0)
-    return (parts.left * factors) @ rows
+        counted = counted + _times(rows, parts.left.T @ as_matrix(task)).clip(min=alpha)
+    calibrated: Matrix = (parts.left * (len(tasks) / where(counted == 0, float(len(tasks)), counted))) @ rows
+    return calibrated
 
 
-def _times(merged: Tensor, task: Tensor) -> Tensor:
+def _times(merged: Matrix, task: Matrix) -> Matrix:
     """For each row how many times the merge holds what the task does there."""
-    squares, dots = task.square().sum(1), (merged * task).sum(1)
-    return dots.div_(squares).masked_fill_(squares <= TINY**2 * merged.square().sum(1), 0.0)
+    lengths, where = squares(task), namespace(merged).where
+    none = lengths <= TINY**2 * squares(merged)
+    times: Matrix = where(none, 0.0, (merged * task).sum(1) / where(none, 1.0, lengths))
+    return times

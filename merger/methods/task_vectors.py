@@ -7,24 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
-from merger.methods.steps.arithmetic import (
-    Blocks,
-    choose,
-    divisor,
-    elect_and_merge,
-    extremes,
-    l1_factors,
-    per_model,
-    scaled,
-    trim,
-    weighted_sum,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.methods.steps.arithmetic import Blocks, divisor, l1_factors, per_model, weighted_sum
+from merger.methods.steps.step import Array
+from merger.methods.steps.votes import chosen, elect_and_merge, extremes, trim
 
 _PAPER = Paper("Ilharco et al.", 2023, "Editing models with task arithmetic", "https://arxiv.org/abs/2212.04089")
 
@@ -37,7 +25,7 @@ _PAPER = Paper("Ilharco et al.", 2023, "Editing models with task arithmetic", "h
     models=(1, None),
     laws=("zero", "permutation", "scale"),
 )
-def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = False, lambda_: float = 1.0) -> Tensor:
+def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = False, lambda_: float = 1.0) -> Array:
     """The base plus a weighted sum of the models' task vectors.
 
     With τᵢ = θᵢ − θ₀ the result is θ₀ + λ Σ wᵢ τᵢ, the sum divided by Σ wᵢ if normalize. A negative weight takes a task
@@ -112,7 +100,7 @@ def ties(
     rescale: bool = False,
     *,
     measured: Trim | None = None,
-) -> Tensor:
+) -> Array:
     """The largest entries of each task vector, merged where they agree on a sign.
 
     Trim: of each τᵢ = θᵢ − θ₀ the k = int(density · N) entries of largest magnitude stay, at least one; τ̂ᵢ.
@@ -141,8 +129,11 @@ def ties(
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     found = measured or measure_ties([deltas], densities, rescale)
-    kept = [trim(*pair, f"term {model}") for model, pair in enumerate(zip(deltas, found.thresholds, strict=True))]
-    return elect_and_merge(kept, weights, found.factors, normalize, lambda_)
+
+    def keep(model: int, factor: float) -> Array:
+        return trim(deltas[model], found.thresholds[model], factor)
+
+    return elect_and_merge(keep, weights, found.factors, normalize, lambda_)
 
 
 # ---- magmax ---------------------------------------------------------------------------------------------------------
@@ -168,7 +159,7 @@ _MAGMAX_PAPER = Paper(
     scratch=5,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
-def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tensor:
+def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
     """At every entry the one task vector that moved it most.
 
     With τᵢ = wᵢ (θᵢ − θ₀) the result is θ₀ + λ τₖ, where k at each entry is the model of largest |τᵢ|. The paper trains
@@ -187,10 +178,8 @@ def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tens
     >>> magmax([one, other])
     tensor([ 4.0000,  3.0000, -5.0000,  0.5000])
     """
-    weights = per_model(weight, len(deltas))
-    terms = (scaled(delta, number) for delta, number in zip(deltas, weights, strict=True))
-    above, below = extremes(terms, like=deltas[0])
-    return choose(above, below, vote=above + below).mul_(lambda_)
+    above, below = extremes(deltas, per_model(weight, len(deltas)))
+    return chosen(above, below, weighted_sum([above, below], [1.0, 1.0]), lambda_)
 
 
 # ---- emr ------------------------------------------------------------------------------------------------------------
@@ -214,7 +203,7 @@ _EMR_PAPER = Paper(
     scratch=6,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
-def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tensor:
+def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
     """The largest entry among the task vectors that have the elected sign.
 
     With τᵢ = wᵢ (θᵢ − θ₀): γ = the sign of Σ τᵢ; ε = the largest |τᵢ| among those of sign γ, 0 where there is none. The
@@ -236,9 +225,7 @@ def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tensor:
     tensor([ 4.0000,  3.0000, -5.0000,  0.5000])
     """
     weights = per_model(weight, len(deltas))
-    terms = (scaled(delta, number) for delta, number in zip(deltas, weights, strict=True))
-    above, below = extremes(terms, like=deltas[0])
-    return choose(above, below, vote=weighted_sum(deltas, weights)).mul_(lambda_)
+    return chosen(*extremes(deltas, weights), weighted_sum(deltas, weights), lambda_)
 
 
 # ---- expo -----------------------------------------------------------------------------------------------------------
@@ -256,7 +243,7 @@ _EXPO_PAPER = Paper("Zheng et al.", 2024, "Model Extrapolation Expedites Alignme
     scratch=1,
     laws=("zero", "scale", full("task_arithmetic", alpha=0)),
 )
-def expo(deltas: Deltas, alpha: float) -> Tensor:
+def expo(deltas: Deltas, alpha: float) -> Array:
     """A trained model, moved further from its starting point.
 
     With θ₁ the model after preference training and θ₀ (base_model) the one it started from, the result is
