@@ -52,12 +52,12 @@ def linear(tensors: Tensors, weight: PerModel = 1.0, normalize: bool = True) -> 
         weight: how much of each model goes in.
         normalize: divide by the sum of the weights, so that only their ratios count.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 2.0, -1.0, 0.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 2, 3, 4]), np.float32([5, 2, -1, 0])
     >>> linear([one, other], weight=[3, 1])
-    tensor([2., 2., 2., 3.])
+    array([2., 2., 2., 3.], dtype=float32)
     >>> linear([one, other], weight=[3, 1], normalize=False)
-    tensor([ 8.,  8.,  8., 12.])
+    array([ 8.,  8.,  8., 12.], dtype=float32)
     """
     weights = per_model(weight, len(tensors))
     _check(weights, normalize)
@@ -84,9 +84,9 @@ def passthrough(tensors: Tensors, scale: PerModel = 1.0) -> Array:
     Args:
         scale: what the tensor is multiplied by.
 
-    >>> import torch
-    >>> passthrough([torch.tensor([1.0, -2.0, 3.0, 0.5])], scale=2)
-    tensor([ 2., -4.,  6.,  1.])
+    >>> import numpy as np
+    >>> passthrough([np.float32([1, -2, 3, 0.5])], scale=2)
+    array([ 2., -4.,  6.,  1.], dtype=float32)
     """
     (tensor,) = tensors
     (factor,) = per_model(scale, 1)
@@ -136,10 +136,10 @@ def model_stock(deltas: Deltas, filter_wise: bool = False, *, measured: float | 
     Args:
         filter_wise: a cosine for each row, not one for the whole tensor.
 
-    >>> import torch
-    >>> one, other = torch.tensor([3.0, 4.0, 0.0, 0.0]), torch.tensor([3.0, 0.0, 4.0, 0.0])
-    >>> model_stock([one, other])
-    tensor([1.5882, 1.0588, 1.0588, 0.0000])
+    >>> import numpy as np
+    >>> one, other = np.float32([3, 4, 0, 0]), np.float32([3, 0, 4, 0])
+    >>> model_stock([one, other]).round(4)
+    array([1.5882, 1.0588, 1.0588, 0.    ], dtype=float32)
     """
     rows = [as_rows(delta) for delta in deltas]
     total = weighted_sum(deltas, [1.0] * len(rows))

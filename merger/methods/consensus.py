@@ -73,9 +73,7 @@ def add_squared_difference(x: Array, y: Array, total: NDArray[np.float64]) -> No
         total[i] += difference * difference
 
 
-@add_squared_difference.torch
-def _(x: Any, y: Any, total: Any) -> None:
-    total.view(x.shape).add_((x.double() - y.double()).square_())
+add_squared_difference.twin = lambda x, y, total: total.view(x.shape).add_((x.double() - y.double()).square_())
 
 
 @step("void(float32[::1], float32[::1], float32, float32[::1])")
@@ -85,9 +83,7 @@ def keep_varying(x: Array, variance: Array, least: float, out: Array) -> None:
         out[i] = x[i] * (ONE if variance[i] >= least else ZERO)
 
 
-@keep_varying.torch
-def _(x: Any, variance: Any, least: float, out: Any) -> None:
-    out.copy_(x * variance.ge(least))
+keep_varying.twin = lambda x, variance, least, out: out.copy_(x * variance.ge(least))
 
 
 def _variance(deltas: Sequence[Array]) -> Array:
@@ -146,12 +142,12 @@ def sce(
     Args:
         select_topk: share of entries selected, of those in which the models differ, by their variance.
 
-    >>> import torch
-    >>> one, other = torch.tensor([3.0, 1.0, 0.0, -2.0]), torch.tensor([1.0, 1.0, 0.0, 4.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([3, 1, 0, -2]), np.float32([1, 1, 0, 4])
     >>> sce([one, other])
-    tensor([1.8750, 1.0000, 0.0000, 4.0000])
+    array([1.875, 1.   , 0.   , 4.   ], dtype=float32)
     >>> sce([one, other], select_topk=0.5)
-    tensor([0., 0., 0., 4.])
+    array([0., 0., 0., 4.], dtype=float32)
     """
     found = measured or measure_sce([deltas], select_topk)
     votes = _selected(deltas, found.threshold)
@@ -191,9 +187,9 @@ def ram(deltas: Deltas, epsilon: Annotated[float, Range(0)] = 1e-5) -> Array:
     Args:
         epsilon: the magnitude up to which an entry counts as unchanged.
 
-    >>> import torch
-    >>> ram([torch.tensor([1.0, 2.0, 0.0, -3.0]), torch.tensor([0.0, 4.0, 0.0, 1.0])])
-    tensor([ 1.,  3.,  0., -1.])
+    >>> import numpy as np
+    >>> ram([np.float32([1, 2, 0, -3]), np.float32([0, 4, 0, 1])])
+    array([ 1.,  3.,  0., -1.], dtype=float32)
     """
     return _merged(deltas, epsilon, [1.0] * len(deltas))
 
@@ -249,10 +245,10 @@ def ramplus_tl(
         alpha: the largest ρ that counts.
         epsilon: the magnitude up to which an entry counts as unchanged.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 2.0, 0.0, -3.0]), torch.tensor([0.0, 4.0, 0.0, 1.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 2, 0, -3]), np.float32([0, 4, 0, 1])
     >>> ramplus_tl([one, other], r=1, alpha=0.5)
-    tensor([ 1.5000,  3.0000,  0.0000, -1.0000])
+    array([ 1.5,  3. ,  0. , -1. ], dtype=float32)
     """
     return _merged(deltas, epsilon, measured or measure_ram([deltas], r, alpha, epsilon))
 
@@ -283,9 +279,7 @@ def share_changes(total: Array, models: Array, own: Array, out: Array) -> None:
         out[i] = total[i] / (ONE if count < ONE else count) + own[i] * (ONE if count == ONE else ZERO)
 
 
-@share_changes.torch
-def _(total: Any, models: Any, own: Any, out: Any) -> None:
-    out.copy_(total.div(models.clamp_min(1)).add_(own * models.eq(1)))
+share_changes.twin = lambda total, models, own, out: out.copy_(total.div(models.clamp_min(1)).add_(own * models.eq(1)))
 
 
 def _merged(deltas: Sequence[Array], epsilon: float, factors: Sequence[float]) -> Array:
@@ -336,9 +330,7 @@ def keep_counted(x: Array, count: Array, least: float, factor: float, out: Array
         out[i] = x[i] * (ONE if count[i] >= least else ZERO) * factor
 
 
-@keep_counted.torch
-def _(x: Any, count: Any, least: float, factor: float, out: Any) -> None:
-    out.copy_((x * count.ge(least)).mul_(factor))
+keep_counted.twin = lambda x, count, least, factor, out: out.copy_((x * count.ge(least)).mul_(factor))
 
 
 def _wanted(
@@ -388,12 +380,12 @@ def consensus_ta(
         mask_lambda: how strict each task's mask is; larger keeps fewer entries.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 2.0, 0.1, 3.0]), torch.tensor([1.0, 1.0, 4.0, -2.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 2, 0.1, 3]), np.float32([1, 1, 4, -2])
     >>> consensus_ta([one, other])
-    tensor([2., 3., 0., 1.])
+    array([2., 3., 0., 1.], dtype=float32)
     >>> consensus_ta([one, other], k=1)
-    tensor([2.0000, 3.0000, 4.1000, 1.0000])
+    array([2. , 3. , 4.1, 1. ], dtype=float32)
     """
     # λ goes into the terms: a factor common to all changes no mask, and so k = 0 is task arithmetic to the bit.
     factors = [number * lambda_ for number in per_model(weight, len(deltas))]
@@ -444,12 +436,12 @@ def consensus_ties(
         normalize: divide by the sum of the weights of the models that agree.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([4.0, 2.0, 0.1, 3.0]), torch.tensor([4.0, 1.0, 5.0, -2.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([4, 2, 0.1, 3]), np.float32([4, 1, 5, -2])
     >>> consensus_ties([one, other], density=0.5)
-    tensor([8., 0., 0., 3.])
+    array([8., 0., 0., 3.], dtype=float32)
     >>> consensus_ties([one, other], density=0.5, k=1)
-    tensor([8., 0., 5., 3.])
+    array([8., 0., 5., 3.], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     thresholds = measured or measure_tall_masks([deltas], per_model(density, len(deltas)))

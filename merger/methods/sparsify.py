@@ -136,12 +136,12 @@ def dare_linear(deltas: Deltas, **given: Any) -> Array:
     are summed in float64; the rescaling is left out only where less than 1e-7 of the delta's norm is left, not for
     every small delta. All in float32, whatever the dtype.
 
-    >>> import torch
-    >>> delta = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    >>> import numpy as np
+    >>> delta = np.float32([1, 2, 3, 4])
     >>> dare_linear([delta], density=0.5, rescale=False, rng=Rng(seed=1))
-    tensor([1., 0., 0., 4.])
+    array([1., 0., 0., 4.], dtype=float32)
     >>> dare_linear([delta], density=0.5, unbiased=True, rng=Rng(seed=1))
-    tensor([2., 0., 0., 8.])
+    array([2., 0., 0., 8.], dtype=float32)
     """
     return dare(deltas, **given).summed()
 
@@ -174,12 +174,12 @@ def dare_ties(deltas: Deltas, **given: Any) -> Array:
         weight: how much each task vector counts, in the vote and in the sum.
         normalize: divide by the sum of the weights of the models that agree.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, -3.0, -1.0, 1.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 2, 3, 4]), np.float32([1, -3, -1, 1])
     >>> dare_ties([one, other], rng=Rng(seed=1))
-    tensor([ 2., -3.,  3.,  5.])
-    >>> dare_ties([one, other], density=[0.5, 1.0], rescale=False, rng=Rng(seed=1))
-    tensor([ 2., -3., -1.,  5.])
+    array([ 2., -3.,  3.,  5.], dtype=float32)
+    >>> dare_ties([one, other], density=[0.5, 1], rescale=False, rng=Rng(seed=1))
+    array([ 2., -3., -1.,  5.], dtype=float32)
     """
     return dare(deltas, **given).elected()
 
@@ -283,10 +283,10 @@ def della(deltas: Deltas, **given: Any) -> Array:
         weight: how much each task vector counts, in the vote and in the mean.
         normalize: divide by the sum of the weights of the models that agree.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, -3.0, -1.0, 1.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 2, 3, 4]), np.float32([1, -3, -1, 1])
     >>> della([one, other], density=0.5, epsilon=0.5, rescale=False, rng=Rng(seed=1))
-    tensor([ 0., -3.,  3.,  4.])
+    array([ 0., -3.,  3.,  4.], dtype=float32)
     """
     return della_rows(deltas, **given).elected()
 
@@ -313,10 +313,10 @@ def della_linear(deltas: Deltas, **given: Any) -> Array:
 
     Departs from mergekit: as della.
 
-    >>> import torch
-    >>> delta = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    >>> import numpy as np
+    >>> delta = np.float32([1, 2, 3, 4])
     >>> della_linear([delta], density=0.5, epsilon=0.5, rescale=False, rng=Rng(seed=1))
-    tensor([0., 0., 3., 4.])
+    array([0., 0., 3., 4.], dtype=float32)
     """
     return della_rows(deltas, **given).summed()
 
@@ -428,11 +428,11 @@ def breadcrumbs(deltas: Deltas, **given: Any) -> Array:
     Until mergekit 0.1.4 a gamma so small that no entry is an outlier (gamma 0, or a tensor of fewer than 1 / γ entries)
     erases the whole task vector there.
 
-    >>> import torch
-    >>> breadcrumbs([torch.tensor([9.0, -3.0, 2.0, 0.5])], density=0.5, gamma=0.25)
-    tensor([ 0., -3.,  2.,  0.])
-    >>> breadcrumbs([torch.tensor([9.0, -3.0, 2.0, 0.5])], density=0.5, gamma=0)
-    tensor([ 9., -3.,  0.,  0.])
+    >>> import numpy as np
+    >>> breadcrumbs([np.float32([9, -3, 2, 0.5])], density=0.5, gamma=0.25)
+    array([ 0., -3.,  2.,  0.], dtype=float32)
+    >>> breadcrumbs([np.float32([9, -3, 2, 0.5])], density=0.5, gamma=0)
+    array([ 9., -3.,  0.,  0.], dtype=float32)
     """
     return crumbs(deltas, **given).summed()
 
@@ -464,9 +464,9 @@ def breadcrumbs_ties(deltas: Deltas, **given: Any) -> Array:
         weight: how much each task vector counts, in the vote and in the sum.
         normalize: divide by the sum of the weights of the models that agree.
 
-    >>> import torch
-    >>> one, other = torch.tensor([9.0, -3.0, 2.0, 0.5]), torch.tensor([1.0, 4.0, 7.0, 8.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([9, -3, 2, 0.5]), np.float32([1, 4, 7, 8])
     >>> breadcrumbs_ties([one, other], density=0.5, gamma=0.25)
-    tensor([0., 4., 9., 0.])
+    array([0., 4., 9., 0.], dtype=float32)
     """
     return crumbs(deltas, **given).elected()

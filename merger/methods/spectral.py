@@ -72,12 +72,12 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
         lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
-    >>> import torch
-    >>> iso_c([torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])])
-    tensor([[2.5000, 0.0000],
-            [0.0000, 2.5000]])
-    >>> iso_c([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0])])
-    tensor([2., 1.])
+    >>> import numpy as np
+    >>> iso_c([np.float32([[3, 0], [0, 1]]), np.float32([[0, 0], [0, 1]])]).round(4)
+    array([[2.5, 0. ],
+           [0. , 2.5]], dtype=float32)
+    >>> iso_c([np.float32([3, 1]), np.float32([1, 1])]).round(4)
+    array([2., 1.], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     if not is_matrix(deltas[0], spectral):
@@ -126,12 +126,12 @@ def iso_cts(
         lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
-    >>> import torch
-    >>> one, other = torch.diag(torch.tensor([4.0, 1.0, 0.0])), torch.diag(torch.tensor([4.0, 0.0, 2.0]))
-    >>> iso_cts([one, other], common=0.4)
-    tensor([[3.6667, 0.0000, 0.0000],
-            [0.0000, 3.6667, 0.0000],
-            [0.0000, 0.0000, 3.6667]])
+    >>> import numpy as np
+    >>> one, other = np.diag(np.float32([4, 1, 0])), np.diag(np.float32([4, 0, 2]))
+    >>> iso_cts([one, other], common=0.4).round(4)
+    array([[3.6667, 0.    , 0.    ],
+           [0.    , 3.6667, 0.    ],
+           [0.    , 0.    , 3.6667]], dtype=float32)
     """
     like, weights = deltas[0], per_model(weight, len(deltas))
     rank = min(like.shape) if is_matrix(like, spectral) else 0
@@ -205,14 +205,14 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
         lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
-    >>> import torch
-    >>> one, other = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0]])
-    >>> tsvm([one])
-    tensor([[3., 0.],
-            [0., 1.]])
-    >>> tsvm([torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])])
-    tensor([[3., 0.],
-            [0., 2.]])
+    >>> import numpy as np
+    >>> one, other = np.float32([[3, 0], [0, 1]]), np.float32([[0, 1], [0, 2]])
+    >>> tsvm([one]).round(4)
+    array([[3., 0.],
+           [0., 1.]], dtype=float32)
+    >>> tsvm([np.float32([[3, 0], [0, 1]]), np.float32([[1, 0], [0, 2]])]).round(4)
+    array([[3., 0.],
+           [0., 2.]], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     like = deltas[0]
@@ -291,14 +291,14 @@ def svc(
         lambda_: what the merged task vector is multiplied by before it is calibrated.
         spectral: treat tensors of two or more dimensions as matrices; false leaves them as merged.
 
-    >>> import torch
-    >>> one, other = torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([3.0, 0.0]))
-    >>> svc([one, other])
-    tensor([[3., 0.],
-            [0., 1.]])
-    >>> svc([one + other, one, other], merged_first=True, alpha=0.25)
-    tensor([[3.0000, 0.0000],
-            [0.0000, 1.6000]])
+    >>> import numpy as np
+    >>> one, other = np.diag(np.float32([3, 1])), np.diag(np.float32([3, 0]))
+    >>> svc([one, other]).round(4)
+    array([[3., 0.],
+           [0., 1.]], dtype=float32)
+    >>> svc([one + other, one, other], merged_first=True, alpha=0.25).round(4)
+    array([[3. , 0. ],
+           [0. , 1.6]], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     _check(weights, merged_first)

@@ -137,9 +137,9 @@ def multislerp(
         normalize_weights: divide by the sum of the weights, so that only their ratios count.
         eps: the length below which the mean of the directions is none.
 
-    >>> import torch
-    >>> multislerp([torch.tensor([4.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 0.0])])
-    tensor([2.1213, 2.1213, 0.0000, 0.0000])
+    >>> import numpy as np
+    >>> multislerp([np.float32([4, 0, 0, 0]), np.float32([0, 2, 0, 0])]).round(4)
+    array([2.1213, 2.1213, 0.    , 0.    ], dtype=float32)
     """
     weights = per_model(weight, len(tensors))
     _check(weights, normalize_weights)
@@ -232,9 +232,9 @@ def karcher(
         max_iter: how many steps at most.
         tol: the angle, in radians, that counts as none; a step shorter than that is the last.
 
-    >>> import torch
-    >>> karcher([torch.tensor([3.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])])
-    tensor([1.4142, 1.4142, 0.0000, 0.0000])
+    >>> import numpy as np
+    >>> karcher([np.float32([3, 0, 0, 0]), np.float32([0, 1, 0, 0])]).round(4)
+    array([1.4142, 1.4142, 0.    , 0.    ], dtype=float32)
     """
     return weighted_sum(tensors, measured or measure_karcher([tensors], max_iter, tol))
 
@@ -295,10 +295,10 @@ def slerp(tensors: Tensors, t: float, *, measured: Angle | None = None) -> Array
     Args:
         t: how far to go: 0 is the base, 1 the other model.
 
-    >>> import torch
-    >>> a, b = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
-    >>> slerp([a, b], t=0.5)
-    tensor([0.7071, 0.7071, 0.0000, 0.0000])
+    >>> import numpy as np
+    >>> a, b = np.float32([1, 0, 0, 0]), np.float32([0, 1, 0, 0])
+    >>> slerp([a, b], t=0.5).round(4)
+    array([0.7071, 0.7071, 0.    , 0.    ], dtype=float32)
     """
     angle = measured or measure_slerp([tensors], t)
     if angle is None or t in (0, 1):
@@ -379,11 +379,11 @@ def nuslerp(
         nuslerp_flatten: one angle for the whole tensor.
         nuslerp_row_wise: without nuslerp_flatten, an angle for each column in place of each row.
 
-    >>> import torch
-    >>> a, b = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [4.0, 0.0]])
-    >>> nuslerp([a, b], weight=[1, 1], nuslerp_flatten=False)
-    tensor([[0.7071, 0.7071],
-            [3.0000, 0.0000]])
+    >>> import numpy as np
+    >>> a, b = np.float32([[1, 0], [2, 0]]), np.float32([[0, 1], [4, 0]])
+    >>> nuslerp([a, b], weight=[1, 1], nuslerp_flatten=False).round(4)
+    array([[0.7071, 0.7071],
+           [3.    , 0.    ]], dtype=float32)
     """
     t = _share(per_model(weight, 2))
     if t in (0, 1):
@@ -458,10 +458,10 @@ def nearswap(tensors: Tensors, t: Annotated[float, Range(0)]) -> Array:
     Args:
         t: how far an entry may move from the base's.
 
-    >>> import torch
-    >>> a, b = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.25, 3.0, -2.0, 1.0])
+    >>> import numpy as np
+    >>> a, b = np.float32([1, 1, 1, 1]), np.float32([1.25, 3, -2, 1])
     >>> nearswap([a, b], t=0.5)
-    tensor([1.2500, 1.5000, 0.5000, 1.0000])
+    array([1.25, 1.5 , 0.5 , 1.  ], dtype=float32)
     """
     base, other = tensors
     clamp_near(base, other, t, out := new(base))

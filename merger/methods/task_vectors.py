@@ -39,10 +39,10 @@ def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = Fa
         normalize: divide by the sum of the weights, so that only their ratios count.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 0.0, -2.0, 4.0]), torch.tensor([3.0, 1.0, 2.0, 0.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 0, -2, 4]), np.float32([3, 1, 2, 0])
     >>> task_arithmetic([one, other], weight=[1, 0.5], lambda_=2)
-    tensor([ 5.,  1., -2.,  8.])
+    array([ 5.,  1., -2.,  8.], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     share = lambda_ / divisor(weights, normalize)
@@ -120,12 +120,12 @@ def ties(
         lambda_: what the merged task vector is multiplied by before the base is added.
         rescale: multiply each trimmed task vector so that its L1 norm is that of the whole one.
 
-    >>> import torch
-    >>> one, other = torch.tensor([4.0, -1.0, 2.0, 0.5]), torch.tensor([2.0, 3.0, -5.0, 0.1])
+    >>> import numpy as np
+    >>> one, other = np.float32([4, -1, 2, 0.5]), np.float32([2, 3, -5, 0.1])
     >>> ties([one, other])
-    tensor([ 3.0000,  3.0000, -5.0000,  0.3000])
+    array([ 3. ,  3. , -5. ,  0.3], dtype=float32)
     >>> ties([one, other], density=0.5)
-    tensor([ 4.,  3., -5.,  0.])
+    array([ 4.,  3., -5.,  0.], dtype=float32)
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     found = measured or measure_ties([deltas], densities, rescale)
@@ -173,10 +173,10 @@ def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Arra
         weight: what each task vector is multiplied by, before magnitudes are compared.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([4.0, -1.0, 2.0, 0.5]), torch.tensor([2.0, 3.0, -5.0, -0.1])
+    >>> import numpy as np
+    >>> one, other = np.float32([4, -1, 2, 0.5]), np.float32([2, 3, -5, -0.1])
     >>> magmax([one, other])
-    tensor([ 4.0000,  3.0000, -5.0000,  0.5000])
+    array([ 4. ,  3. , -5. ,  0.5], dtype=float32)
     """
     above, below = extremes(deltas, per_model(weight, len(deltas)))
     return chosen(above, below, weighted_sum([above, below], [1.0, 1.0]), lambda_)
@@ -219,10 +219,10 @@ def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
         weight: what each task vector is multiplied by, before the vote.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([4.0, -1.0, 2.0, 0.5]), torch.tensor([2.0, 3.0, -5.0, 0.1])
+    >>> import numpy as np
+    >>> one, other = np.float32([4, -1, 2, 0.5]), np.float32([2, 3, -5, 0.1])
     >>> emr([one, other])
-    tensor([ 4.0000,  3.0000, -5.0000,  0.5000])
+    array([ 4. ,  3. , -5. ,  0.5], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     return chosen(*extremes(deltas, weights), weighted_sum(deltas, weights), lambda_)
@@ -255,8 +255,8 @@ def expo(deltas: Deltas, alpha: float) -> Array:
     Args:
         alpha: how far to go on, in lengths of the training's own change.
 
-    >>> import torch
-    >>> expo([torch.tensor([1.0, -2.0, 0.0, 4.0])], alpha=0.5)
-    tensor([ 1.5000, -3.0000,  0.0000,  6.0000])
+    >>> import numpy as np
+    >>> expo([np.float32([1, -2, 0, 4])], alpha=0.5)
+    array([ 1.5, -3. ,  0. ,  6. ], dtype=float32)
     """
     return weighted_sum(deltas, [1 + alpha])

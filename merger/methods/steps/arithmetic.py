@@ -63,9 +63,7 @@ def add_scaled(total: Array, x: Array, factor: float) -> None:
         total[i] += x[i] * factor
 
 
-@add_scaled.torch
-def _(total: Any, x: Any, factor: float) -> None:
-    total.add_(x * factor)
+add_scaled.twin = lambda total, x, factor: total.add_(x * factor)
 
 
 @step("void(float32[::1], float32[::1])")
@@ -75,9 +73,7 @@ def multiply(total: Array, x: Array) -> None:
         total[i] *= x[i]
 
 
-@multiply.torch
-def _(total: Any, x: Any) -> None:
-    total.mul_(x)
+multiply.twin = lambda total, x: total.mul_(x)
 
 
 @step("void(float32[::1], float32[::1], float32)")
@@ -87,9 +83,7 @@ def multiply_add(total: Array, x: Array, number: float) -> None:
         total[i] = total[i] * x[i] + number
 
 
-@multiply_add.torch
-def _(total: Any, x: Any, number: float) -> None:
-    total.mul_(x).add_(number)
+multiply_add.twin = lambda total, x, number: total.mul_(x).add_(number)
 
 
 @step("void(float32[::1], float32[::1], float32, float32[::1])")
@@ -99,9 +93,7 @@ def divide(x: Array, by: Array, factor: float, out: Array) -> None:
         out[i] = x[i] / (ONE if by[i] == ZERO else by[i]) * factor
 
 
-@divide.torch
-def _(x: Any, by: Any, factor: float, out: Any) -> None:
-    out.copy_(x.div(by.add(by.eq(0))).mul_(factor))
+divide.twin = lambda x, by, factor, out: out.copy_(x.div(by.add(by.eq(0))).mul_(factor))
 
 
 @step("void(float32[::1], float32[::1], float32[::1])")
@@ -197,9 +189,7 @@ def sum_magnitudes(x: Array, lanes: NDArray[np.float64]) -> None:
         lanes[lane] += abs(rest[lane])
 
 
-@sum_magnitudes.torch
-def _(x: Any, lanes: Any) -> None:
-    _add_lanes(x.double().abs(), lanes)
+sum_magnitudes.twin = lambda x, lanes: _add_lanes(x.double().abs(), lanes)
 
 
 @step("void(float32[::1], float32[::1], float64[::1])")
@@ -214,9 +204,7 @@ def sum_products(x: Array, y: Array, lanes: NDArray[np.float64]) -> None:
         lanes[lane] += wide(x[whole + lane]) * wide(y[whole + lane])
 
 
-@sum_products.torch
-def _(x: Any, y: Any, lanes: Any) -> None:
-    _add_lanes(x.double() * y.double(), lanes)
+sum_products.twin = lambda x, y, lanes: _add_lanes(x.double() * y.double(), lanes)
 
 
 def _add_lanes(terms: Any, lanes: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,18 @@ def _(x: Any, out: Any) -> None:
     import torch
 
     out.view(torch.float16).copy_(x)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Entries as they are stored: their bits, as `HELD` has them, and their dtype as safetensors writes it."""
+
+    bits: Raw
+    dtype: str
+
+    def floats(self, start: int, stop: int, out: Array) -> Array:
+        """Some of the entries in float32, in the front of `out`."""
+        return load(self.bits[start:stop], self.dtype, out)
 
 
 def load(raw: Raw, dtype: str, out: Array) -> Array:

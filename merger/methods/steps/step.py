@@ -74,6 +74,12 @@ def step(signature: str) -> Callable[[Callable[..., None]], Step]:
     return make
 
 
+def compile_steps() -> None:
+    """Compile every step there is: for a process that forks others, each of which then has them at once."""
+    for known in STEPS.values():
+        _ = known.compiled
+
+
 def is_tensor(array: Any) -> bool:
     """Whether an array is torch's."""
     return type(array).__module__ == "torch"
@@ -146,6 +152,15 @@ def tile() -> Iterator[None]:
     finally:
         _arena.used = used
         _arena.tiles -= 1
+
+
+def room(nbytes: int) -> NDArray[np.uint8]:
+    """Bytes with anything in them, good as long as the tile."""
+    import numpy as np
+
+    if _arena.tiles == 0 or nbytes > 4 * _KEPT_ENTRIES:
+        return np.empty(nbytes, np.uint8)
+    return _arena.take(-(-nbytes // 4)).view(np.uint8)[:nbytes]
 
 
 def new(like: Array) -> Array:
