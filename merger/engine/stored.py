@@ -30,15 +30,6 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-STORED_DTYPES: Mapping[str, torch.dtype] = {
-    **TORCH_DTYPES,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I8": torch.int8,
-}
-"""Those that an input may be stored in, too."""
-
 Load = Callable[[Input, int, int, Tensor], Tensor]
 """Entries ``[start, stop)`` of a source in float32, in the front of a buffer."""
 

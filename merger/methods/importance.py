@@ -110,7 +110,7 @@ def measure_pcb(blocks: Blocks, density: Sequence[float]) -> Balance:
 
     spans = _spans(blocks, len(density))
     balance = Balance(spans, *_means(blocks, spans, len(density)))
-    thresholds = kth_magnitudes(Mapped(blocks, balance.scores), density)
+    thresholds = kth_magnitudes(Mapped(blocks, balance.scores, entrywise=True), density)
     return Balance(balance.spans, balance.intra, balance.inter, thresholds)
 
 

@@ -80,13 +80,13 @@ def test_same_bytes_on_tensors_and_in_tiles_of_another_size(
 ) -> None:
     """What a GPU is handed, torch's tensors of a whole block, gives on the processor what numpy's tiles give."""
     path = recipe(tmp_path, method, parents)
-    first = merge(path, tmp_path / "tiles")
+    first = merged(path, tmp_path / "tiles")
     with monkeypatch.context() as patch:
         patch.setattr("merger.engine.runner.TILE", 10_000)
-        assert merge(path, tmp_path / "small") == first
+        assert merged(path, tmp_path / "small") == first
     monkeypatch.setattr("merger.engine.runner.TILE", 1 << 19)
     monkeypatch.setitem(methods(), method, replace(methods()[method], needs="torch"))  # type: ignore[misc]  # a dict
-    assert merge(path, tmp_path / "tensors") == first
+    assert merged(path, tmp_path / "tensors") == first
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])

@@ -286,10 +286,12 @@ class Mapped:
     Args:
         blocks: what they are made of.
         make: a block from the number of a block, and it.
+        entrywise: whether an entry needs none but those at its own place.
     """
 
     blocks: Blocks
     make: Callable[[int, Sequence[Array]], Sequence[Array]]
+    entrywise: bool = False
 
     @property
     def entries(self) -> int:
@@ -299,6 +301,12 @@ class Mapped:
     def __iter__(self) -> Iterator[Sequence[Array]]:
         for place, block in enumerate(self.blocks):
             yield self.make(place, block)
+
+    def strided(self, step: int) -> Iterator[Sequence[Array]]:
+        """Every `step`-th entry."""
+        if not self.entrywise:
+            return _slices(self, step)
+        return (self.make(place, block) for place, block in enumerate(strided(self.blocks, step)))
 
 
 def entry_count(x: Array) -> int:
@@ -321,7 +329,7 @@ def strided(blocks: Blocks, step: int) -> Iterator[Sequence[Array]]:
 def _slices(blocks: Blocks, step: int) -> Iterator[Sequence[Array]]:
     seen = 0
     for block in blocks:
-        yield [tensor.reshape(-1)[-seen % step :: step] for tensor in block]
+        yield [tensor.reshape(-1)[-seen % step :: step].repeat(1) for tensor in block]  # contiguous
         seen += entry_count(block[0])
 
 

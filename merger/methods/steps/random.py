@@ -157,13 +157,15 @@ def keep_winners(
     x: Array, draws: NDArray[np.uint16], low: int, high: int, start: int, key: int, row: int, kept: Mask
 ) -> None:
     """Below `low` a draw keeps the entry; from there to `high`, if it is larger than another one of its row."""
-    for i in range(kept.size):
-        kept[i] = draws[i] < low
-        if draws[i] >= low and draws[i] < high:
-            bits = random_bits(i, start, key)
-            other = i + 1 + share_of(bits, row - 1)
-            other -= row if other >= i // row * row + row else 0
-            kept[i] = magnitude_bits(x[i]) >= magnitude_bits(x[other]) + (bits & 1)
+    for first in range(0, kept.size, row):
+        mine, drawn, stays = x[first : first + row], draws[first : first + row], kept[first : first + row]
+        for i in range(mine.size):
+            stays[i] = drawn[i] < low
+            if drawn[i] >= low and drawn[i] < high:
+                bits = random_bits(first + i, start, key)
+                other = i + 1 + share_of(bits, row - 1)
+                other -= row if other >= row else 0
+                stays[i] = magnitude_bits(mine[i]) >= magnitude_bits(mine[other]) + (bits & 1)
 
 
 def keep_by_rank(delta: Array, model: int, density: float, epsilon: float, rng: Rng) -> Mask:
