@@ -20,7 +20,7 @@ from torch import Tensor, from_numpy
 
 from merger.methods.registry import methods
 from merger.methods.sparsify import keep_by_rank
-from merger.methods.steps.arithmetic import Rng
+from merger.methods.steps.random import Rng
 from merger.planning.inputs.base import Job, Operand
 from merger.planning.jobs import arguments
 from merger.planning.plan import Plan

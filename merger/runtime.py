@@ -137,6 +137,16 @@ def _text(path: Path) -> str | None:
         return None
 
 
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """Matrices are multiplied and decomposed on the thread that asks for it; afterwards it is as it was."""
+    import numpy  # noqa: F401  what is to be held back must be there
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
+
+
 # ---- what it refuses ------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ from places import ROOT
 from waiting import HANGS_SECONDS
 
 IMPORTED = (
-    "merger.cli.commands", "merger.cli.text", "merger.run.pipeline", "merger.engine.execute", "merger.engine.geometry",
+    "merger.cli.commands", "merger.cli.text", "merger.run.pipeline", "merger.engine.execute", "merger.engine.readers",
     "merger.card.pictures.movement",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "httpx2", "urllib3",
     "safetensors.torch", "tokenizers", "tqdm",
@@ -142,6 +142,7 @@ def main() -> None:
     """Fork until no order can come any more."""
     for name in IMPORTED:
         importlib.import_module(name)
+    importlib.import_module("merger.methods.steps.step").compile_steps()
     blank_pictures()
     assert NOT_IMPORTED not in sys.modules
     gc.freeze()

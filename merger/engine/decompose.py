@@ -19,8 +19,8 @@ from torch import Tensor
 
 from merger.engine.stored import Load, read_whole
 from merger.methods.registry import methods
-from merger.methods.steps.arithmetic import Rng
 from merger.methods.steps.decompose import TINY
+from merger.methods.steps.random import Rng
 from merger.planning.geometry import Geometry
 from merger.planning.inputs.base import Input
 from merger.planning.inputs.derived import Zeros

@@ -6,24 +6,23 @@ Not here: what a block is made of (blocks).
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from merger import runtime
-from merger.engine.decompose import RunPairs
 from merger.engine.finite import NotFinite, explained
-from merger.engine.router_init import doubts, gates
-from merger.engine.runner import Block, Work, blocks
+from merger.engine.runner import Block, Bytes, Work, blocks, shared_pairs
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard
-from merger.planning.budget import BLOCK_ENTRIES, needs
+from merger.planning.budget import BLOCK_ENTRIES, needs, routers_of
 from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.inputs.base import Job
 from merger.planning.inputs.derived import Routed
@@ -95,10 +94,10 @@ def execute(
         UploadError: the sink refuses a shard.
         RecipeError: a package is not installed that the recipe needs.
     """
-    place = _device(device)
+    _refuse_missing(device)
     try:
         with single_threaded():
-            yield from _executed(plan, shards, table, store, sink, place)
+            yield from _executed(plan, shards, table, store, sink, device)
     except NotFinite as found:
         beside = next((shard.jobs for shard in shards if found.job in shard.jobs), ())
         raise explained(found, plan, beside, store) from found.__cause__
@@ -106,30 +105,41 @@ def execute(
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """One thread a block: torch's own threads cost more than they give on small blocks."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """One thread a block: the libraries' own threads cost more than they give on small blocks."""
+    threads = None if (torch := sys.modules.get("torch")) is None else torch.get_num_threads()
     try:
-        yield
+        with runtime.single_threaded_blas():
+            if torch is not None:
+                torch.set_num_threads(1)
+            yield
     finally:
-        torch.set_num_threads(threads)
+        if (torch := sys.modules.get("torch")) is not None:
+            torch.set_num_threads(threads or runtime.cores())
 
 
 def _executed(
-    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Taker, place: torch.device
+    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Taker, device: str
 ) -> Iterator[Event]:
-    routers = gates(plan, [job for shard in shards for job in shard.jobs], table, store)
-    yield from map(Doubted, doubts(routers))
+    routers = dict[Routed, Any]()
+    if routers_of(jobs := [job for shard in shards for job in shard.jobs]):
+        from merger.engine.router_init import doubts, gates
+
+        routers |= gates(plan, jobs, table, store)
+        yield from map(Doubted, doubts(routers))
     with closing(store.reader(tickets(plan, shards, table), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
-        made = pool.in_order(_work(plan, shards, table, reader, place, routers))
+        made = pool.in_order(_work(plan, shards, table, reader, device, routers))
         for shard in shards:
             yield from _shard(sink, shard, table, made)
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BudgetError(Problem("this machine has no CUDA device that torch can use", hint="leave out --device cuda"))
-    return torch.device(name)
+def _refuse_missing(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        hint = "leave out --device cuda"
+        raise BudgetError(Problem("this machine has no CUDA device that torch can use", hint=hint))
 
 
 def _work(
@@ -137,11 +147,12 @@ def _work(
     shards: Sequence[Shard],
     table: Mapping[str, Method],
     reader: Reader,
-    device: torch.device,
-    routers: Mapping[Routed, Tensor],
+    device: str,
+    routers: Mapping[Routed, Any],
 ) -> Iterator[Work]:
-    first, pairs, allow = 0, RunPairs(), plan.locked.recipe.allow_non_finite
-    for job in (job for shard in shards for job in shard.jobs):
+    jobs = [job for shard in shards for job in shard.jobs]
+    first, pairs, allow = 0, shared_pairs(jobs), plan.locked.recipe.allow_non_finite
+    for job in jobs:
         yield Work(job, table, first, reader, plan.seed, device, routers, pairs, allow)
         first += len(job.reads)
 
@@ -167,7 +178,7 @@ def _shard(
     yield ShardDone(written)
 
 
-_Waiting = tuple[Future[memoryview], Tensor, Work, bool]
+_Waiting = tuple[Future[memoryview], Bytes, Work, bool]
 """A block under way, its buffer, its job, and whether it is the job's last."""
 
 
@@ -176,7 +187,7 @@ class _Pool:
 
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="merge")
-        self._free = deque(torch.empty(8 * BLOCK_ENTRIES, dtype=torch.uint8) for _ in range(threads * BLOCKS_IN_FLIGHT))
+        self._free = deque(np.empty(8 * BLOCK_ENTRIES, np.uint8) for _ in range(threads * BLOCKS_IN_FLIGHT))
         self._ahead = threads * JOBS_AHEAD
         self._open: list[Work] = []
 
@@ -195,8 +206,8 @@ class _Pool:
             if not self._free:
                 yield from self._first(waiting)
             buffer = self._free.popleft()
-            if buffer.numel() < 8 * (block.stop - block.start):
-                buffer = torch.empty(8 * (block.stop - block.start), dtype=torch.uint8)
+            if buffer.size < 8 * (block.stop - block.start):
+                buffer = np.empty(8 * (block.stop - block.start), np.uint8)
             waiting.append((self._threads.submit(work.make, block, buffer), buffer, work, last))
         while waiting:
             yield from self._first(waiting)

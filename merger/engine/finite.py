@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from merger.errors import MismatchError, Problem
 from merger.planning.inputs.base import Job, Stored
@@ -105,7 +104,7 @@ def explained(found: NotFinite, plan: Plan, jobs: Sequence[Job], store: Store) -
     counted = dict(_counted(found.job.reads, plan, store))
     guilty = {leaf.model for leaf in counted}
     cause = found.__cause__
-    if not counted and cause is not None and not isinstance(cause, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+    if not counted and cause is not None and not type(cause).__name__.endswith("LinAlgError"):  # numpy's or torch's
         raise cause  # no entry of a model is to blame for it
     if not counted:
         told = "and no parent holds NaN or an infinity"

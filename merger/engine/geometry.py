@@ -11,11 +11,10 @@ from contextlib import closing
 from functools import cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from merger.engine.stored import TORCH_DTYPES
+from merger.methods.steps.dtypes import HELD, load
+from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry
 from merger.planning.inputs.base import Job, Stored
 from merger.planning.plan import Plan
@@ -31,24 +30,52 @@ are as many: some 1e-2 of a cosine, for one to four hundredths of the loop's tim
 apart cost a cache miss each, and that ten times the time."""
 
 
-def observe(inputs: Sequence[Tensor], result: Tensor, start: int, entries: int, base: Tensor | None = None) -> Geometry:
-    """The geometry of a block.
+class Sample:
+    """Entries of a block that are looked at, taken tile by tile.
 
     Args:
-        inputs: what the method was given, in float32.
-        result: what it made of them, before a base is added.
         start: the block's place in its tensor.
+        stop: its end.
         entries: how many entries the whole tensor has.
-        base: what was subtracted from each input.
     """
-    if _is_passed_by(start, inputs[0].numel(), entries):
-        return _nothing(len(inputs), base is not None)
-    rows = [tensor.reshape(-1) for tensor in (*inputs, result, *(() if base is None else (base,)))]
-    places = np.arange(len(rows[0])) if entries <= _SMALL else _runs(start, len(rows[0]), entries)
-    held = np.array([_taken(row, places) for row in rows], dtype=np.float64)
+
+    def __init__(self, start: int, stop: int, entries: int) -> None:
+        self._entries, self._passes_by = entries, _is_passed_by(start, stop - start, entries)
+        self._held: list[NDArray[np.float64]] = []
+
+    def take(self, start: int, tensors: Sequence[Array]) -> None:
+        """Those of a tile.
+
+        Args:
+            start: the tile's place in its tensor.
+            tensors: what the method was given, in float32; what it made of that, before a base is added; and the base,
+                if one was subtracted from each input.
+        """
+        if self._passes_by:
+            return
+        rows = [tensor.reshape(-1) for tensor in tensors]
+        places = np.arange(len(rows[0])) if self._entries <= _SMALL else _runs(start, len(rows[0]), self._entries)
+        if len(places):
+            self._held.append(np.array([row.take(places) for row in rows], dtype=np.float64))
+
+    def geometry(self, count: int, has_base: bool) -> Geometry:
+        """The geometry of the block, of so many inputs."""
+        if not self._held:
+            return _nothing(count, has_base)
+        return _geometry(np.concatenate(self._held, axis=1), count)
+
+
+def observe(inputs: Sequence[Array], result: Array, start: int, entries: int, base: Array | None = None) -> Geometry:
+    """The geometry of a block that is there as a whole; see `Sample`."""
+    sample = Sample(start, start + inputs[0].size, entries)
+    sample.take(start, [*inputs, result, *(() if base is None else (base,))])
+    return sample.geometry(len(inputs), base is not None)
+
+
+def _geometry(held: NDArray[np.float64], count: int) -> Geometry:
+    """Of rows of entries: the inputs, the result, and the base where there is one."""
     if not np.isfinite(held).all():  # a recipe may allow it; a product of it would say nothing
         held = np.where(np.isfinite(held), held, 0.0)
-    count = len(inputs)
     above, below = held[: count + 1] > 0, held[: count + 1] < 0
     up, down = above[:count].any(0), below[:count].any(0)
     products = (held @ held.T).tolist()
@@ -58,7 +85,7 @@ def observe(inputs: Sequence[Tensor], result: Tensor, start: int, entries: int, 
         sampled=_count(up | down),
         against=tuple(_count(above[row] & below[count]) + _count(below[row] & above[count]) for row in range(count)),
         moved=tuple(_count(above[row]) + _count(below[row]) for row in range(count)),
-        base=() if base is None else tuple(products[count + 1]),
+        base=() if len(held) == count + 1 else tuple(products[count + 1]),
     )
 
 
@@ -83,14 +110,6 @@ def _runs(start: int, count: int, entries: int) -> NDArray[np.intp]:
     found = (np.arange(-(start % _PERIOD), count, _PERIOD)[:, None] + _OF_A_RUN).reshape(-1)
     found = found[(found >= 0) & (found < count)]
     return found if entries <= _STRETCH * _EVERY else found[(found + start) // _STRETCH % _EVERY == 0]
-
-
-def _taken(row: Tensor, places: NDArray[np.intp]) -> NDArray[np.float32]:
-    """The entries in these places. On the CPU by numpy, whose small steps cost a third of torch's."""
-    if row.device.type == "cpu":
-        taken: NDArray[np.float32] = row.numpy().take(places)
-        return taken
-    return row[torch.from_numpy(places).to(row.device)].cpu().numpy()
 
 
 # ---- inputs alone ---------------------------------------------------------------------------------------------------
@@ -122,7 +141,7 @@ def measure_geometry(plan: Plan, store: Store) -> Iterator[tuple[str, Geometry]]
 def _ticket(plan: Plan, entry: Stored) -> Ticket:
     """A run of entries from the tensor's middle, the same in all of a job's inputs."""
     tensor = entry.tensor
-    size = TORCH_DTYPES[tensor.dtype].itemsize
+    size = np.dtype(HELD[tensor.dtype]).itemsize
     count = min(_ENTRIES, tensor.nbytes // size)
     start = tensor.start + (tensor.nbytes // size - count) // 2 * size
     return Ticket(plan.locked.models[entry.model].located, tensor.file, start, start + count * size)
@@ -131,10 +150,11 @@ def _ticket(plan: Plan, entry: Stored) -> Ticket:
 def _seen(job: Job, reader: Reader, tickets: list[Ticket], first: int) -> Geometry:
     read = [_read(reader, tickets, first + place, entry) for place, entry in enumerate(job.reads)]
     inputs = read if job.base is None else [tensor - read[-1] for tensor in read[:-1]]
-    return observe(inputs, torch.zeros_like(inputs[0]), 0, _ENTRIES)
+    return observe(inputs, np.zeros_like(inputs[0]), 0, _ENTRIES)
 
 
-def _read(reader: Reader, tickets: list[Ticket], number: int, entry: Stored) -> Tensor:
+def _read(reader: Reader, tickets: list[Ticket], number: int, entry: Stored) -> Array:
     raw = bytearray(tickets[number].stop - tickets[number].start)
     reader.read(number, 0, memoryview(raw))
-    return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.tensor.dtype]).float()
+    bits = np.frombuffer(raw, HELD[entry.tensor.dtype])
+    return load(bits, entry.tensor.dtype, np.empty(len(bits), np.float32))

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merger.engine.pursuit import pursued
-from merger.engine.stored import Leaves, Load, read_whole, rows_of_map
-from merger.methods.steps.arithmetic import Rng
-from merger.methods.steps.random import normal, uniform
+from merger.engine.stored import Leaves, Load, Origin, TensorLeaves, read_whole, rows_of_map
+from merger.methods.steps.dtypes import Held
+from merger.methods.steps.random import Rng, normal, uniform
 from merger.models.formats.packed import NUMPY_DTYPES, PackedMatrix, decode
 from merger.models.formats.quantised import FORMATS
 from merger.planning.geometry import Geometry
@@ -304,6 +304,14 @@ def load_input(source: Input, start: int, stop: int, out: Tensor, leaves: Leaves
         return leaves.entries(source, start, stop, out, step)
     full = _READINGS[type(source)](source, start, stop, out, leaves)
     return full[-start % step :: step]
+
+
+def read(
+    source: Input, start: int, stop: int, out: Any, origin: Origin, step: int, shared: Mapping[Stored, Held]
+) -> Any:
+    """The same for numpy's memory."""
+    leaves = TensorLeaves(origin, (start, stop, step), shared)
+    return load_input(source, start, stop, torch.from_numpy(out), leaves, step).numpy()
 
 
 def _low_rank(source: LowRank, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:

@@ -14,11 +14,13 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from merger.engine.readers import load_input
 from merger.engine.runner import Work, blocks
+from merger.engine.stored import TensorLeaves
 from merger.errors import ModelError, Problem, RecipeError
 from merger.lock.locked import LockedModel
 from merger.methods.registry import Method
@@ -217,7 +219,7 @@ class _Base:
                 work.prepare()
             for row, token in zip(rows, ids, strict=True):
                 start = token * job.shape[1]
-                load_input(job.sources[0], start, start + job.shape[1], row, work)
+                load_input(job.sources[0], start, start + job.shape[1], row, TensorLeaves(work))
         return rows
 
     def weights(self, run: Sequence[Sequence[Job]]) -> Generator[dict[str, Tensor]]:
@@ -235,16 +237,16 @@ class _Base:
 
     def _made(self, job: Job, first: int, reader: Reader) -> Tensor:
         """A whole tensor."""
-        made = torch.empty(job.nbytes, dtype=torch.uint8)
+        made = np.empty(job.nbytes, np.uint8)
         with closing(self._work(job, first, reader)) as work:
             if work.wants_preparing:
                 work.prepare()
             for block in blocks(job, work.method):
                 work.make(block, made[block.start * (1 if job.is_copy else 4) :])
-        return made.view(torch.float32)
+        return torch.from_numpy(made.view(np.float32))
 
     def _work(self, job: Job, first: int, reader: Reader) -> Work:
-        return Work(job, self._table, first, reader, self.plan.seed, torch.device("cpu"), {})
+        return Work(job, self._table, first, reader, self.plan.seed, "cpu", {})
 
     def _reader(self, jobs: Sequence[Job]) -> Reader:
         models = self.plan.locked.models

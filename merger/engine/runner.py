@@ -1,6 +1,7 @@
-"""One job's blocks: read into kept buffers, brought to float32, merged, rounded once to the output's dtype.
+"""One job's blocks: read as they are stored, then tile by tile brought to float32, merged and rounded once.
 
-Not here: the order of jobs and what happens to finished blocks (execute).
+A tile stays in a core's cache from its first number to its last. Not here: the order of jobs and what happens to
+finished blocks (execute).
 """
 
 from __future__ import annotations
@@ -9,33 +10,39 @@ import os
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache, cached_property
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from merger.engine.decompose import RunPairs
 from merger.engine.finite import NotFinite, is_finite, not_finite
-from merger.engine.geometry import observe
-from merger.engine.readers import load_input
-from merger.engine.stored import STORED_DTYPES, TORCH_DTYPES, Leaves, T
+from merger.engine.geometry import Sample
 from merger.methods.registry import Method, declared
-from merger.methods.steps.arithmetic import Rng
+from merger.methods.steps.dtypes import HELD, Held, load, store
+from merger.methods.steps.random import Rng
+from merger.methods.steps.step import TILE, Array, room, tile
 from merger.models.architecture import matrix_shape
 from merger.planning.budget import BLOCK_ENTRIES, block_entries, needs
 from merger.planning.geometry import NOTHING, Geometry, total_geometry
-from merger.planning.inputs.base import Job, StageTensor, Stored
+from merger.planning.inputs.base import Input, Job, StageTensor, Stored
 from merger.planning.inputs.derived import Routed
-from merger.planning.inputs.rows import Numbers
+from merger.planning.inputs.low_rank import Factor
 from merger.planning.jobs import arguments
 from merger.stores.ports import Reader
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merger.engine.stored import Pairs
+
+T = TypeVar("T")
+Bytes = NDArray[np.uint8]
 _COPY_BYTES = 4 * BLOCK_ENTRIES
 _SPOOL_BYTES = 8 << 20
 
@@ -52,35 +59,6 @@ def blocks(job: Job, method: Method) -> list[Block]:
     """The blocks of a job, in order. Their size never depends on a budget: so neither does the result."""
     size, step = (job.nbytes, _COPY_BYTES) if job.is_copy else (job.entries, block_entries(job, method))
     return [Block(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-class _Kept(threading.local):
-    """This thread's buffers: new memory would cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self.raw = torch.empty(0, dtype=torch.uint8)
-        self.floats: list[Tensor] = []
-
-    def bytes_of(self, nbytes: int) -> Tensor:
-        """Room for an input as it is stored."""
-        if self.raw.numel() < nbytes:
-            self.raw = torch.empty(nbytes, dtype=torch.uint8)
-        return self.raw[:nbytes]
-
-    def floats_of(self, first: int, count: int, entries: int) -> list[Tensor]:
-        """The buffers from number `first` on; those before it belong to jobs that wait for this one."""
-        self.floats[first:] = [buffer for buffer in self.floats[first:] if buffer.numel() == entries]
-        missing = first + count - len(self.floats)
-        self.floats += [torch.empty(entries, dtype=torch.float32) for _ in range(missing)]
-        return self.floats[first : first + count]
-
-
-_kept = _Kept()
-
-
-def _bytes(buffer: Tensor) -> memoryview:
-    """A uint8 tensor's memory."""
-    return memoryview(buffer.numpy())  # type: ignore[arg-type]  # a numpy array is a buffer; its stub does not say so
 
 
 class Spool:
@@ -112,6 +90,26 @@ class Spool:
             self._file.close()
 
 
+def shared_pairs(jobs: Sequence[Job]) -> Pairs | None:
+    """What two jobs of a run make together, where there is such; it needs torch."""
+    if not any(isinstance(source, Factor) for job in jobs for source in job.sources):
+        return None
+    from merger.engine.decompose import RunPairs
+
+    return RunPairs()
+
+
+@cache
+def _readers() -> ModuleType:
+    """How inputs are read that are no stored tensors: with torch, on one thread as all else."""
+    import torch
+
+    import merger.engine.readers
+
+    torch.set_num_threads(1)
+    return merger.engine.readers
+
+
 @dataclass(eq=False)
 class JobRunner:
     """The arithmetic of one job, whether its result is the output's or only a stage's.
@@ -120,32 +118,29 @@ class JobRunner:
         job: what is made.
         method: by which method.
         seed: for a method that draws random numbers.
-        device: where the arithmetic is done.
+        device: where the arithmetic is done, ``cpu`` or ``cuda``.
         origin: where the inputs' entries come from.
         whole: the output's tensor that it is made for.
-        first: the number of the first of this thread's buffers that it takes.
         measured: what the method measured of the whole tensor, once it is known.
     """
 
     job: Job
     method: Method
     seed: int
-    device: torch.device
+    device: str
     origin: Work
     whole: Job
-    first: int = 0
     measured: Any = None
     seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
 
-    @property
-    def buffers(self) -> int:
-        """How many of a thread's buffers it takes."""
-        return len(self.job.sources) + len(self.job.shared)
+    @cached_property
+    def _arguments(self) -> dict[str, Any]:
+        return arguments(self.method, self.job)
 
     def measure(self) -> None:
         """Let the method see the whole tensor, block by block."""
         if self.method.measure is not None:
-            given = {**arguments(self.method, self.job), "rng": Rng(self.seed, self.job.name)}
+            given = {**self._arguments, "rng": Rng(self.seed, self.job.name)}
             with self._told():
                 self.measured = self.method.measure(_Blocks(self), **declared(self.method.measure, given))
 
@@ -153,64 +148,107 @@ class JobRunner:
     def _told(self) -> Iterator[None]:
         """NaN breaks what sorts or decomposes: whether that is why, is found out where the whole is seen."""
         try:
-            yield
+            with np.errstate(all="ignore"):
+                yield
         except (ArithmeticError, ValueError, RuntimeError) as error:
             raise NotFinite(self.whole, f"{self.job.name} cannot be made by {self.method.name} ({error})") from error
 
-    def round(self, block: Block, out: Tensor) -> Tensor:
-        """Make one block in `out`, which has the job's dtype.
+    def round(self, block: Block, out: Bytes) -> Bytes:
+        """Make one block in the front of `out`, in the job's dtype.
 
         Raises:
             NotFinite: an entry is not finite, and no parent holds NaN or an infinity, or none is allowed.
         """
-        with self._told():
-            merged = self._merged(block)
-        rounded = out.copy_(merged.reshape(-1))
-        if not is_finite(_bytes(rounded.view(torch.uint8)), self.job.dtype) and not self.origin.odd:
-            raise _not_finite(self, rounded)
-        return rounded
+        held = np.dtype(HELD[self.job.dtype])
+        made = out[: (block.stop - block.start) * held.itemsize].view(held)
+        sample = None if block.start in self.seen else Sample(block.start, block.stop, self.job.entries)
+        with self._told(), tile():
+            loaded = self.load(block)
+            for start, stop in self.tiles(block):
+                with tile():
+                    self._round(block, loaded, start, made[start:stop], sample)
+        if sample is not None:
+            self.seen.setdefault(block.start, sample.geometry(len(self.job.inputs), self.job.base is not None))
+        return made.view(np.uint8)
 
-    def parts(self) -> Iterator[memoryview]:
-        """The bytes of every block; each is good until the next one is asked for."""
-        for block in blocks(self.job, self.method):
-            rounded = self.round(block, torch.empty(block.stop - block.start, dtype=TORCH_DTYPES[self.job.dtype]))
-            yield _bytes(rounded.view(torch.uint8))
+    def _round(self, block: Block, loaded: list[Held], start: int, out: NDArray[Any], sample: Sample | None) -> None:
+        inputs, base = self.handed(loaded, start, start + out.size)
+        merged = self._merged(inputs, block.start + start)
+        if sample is not None:
+            sample.take(block.start + start, [*inputs, merged, *(() if base is None else (base,))])
+        if base is not None:
+            np.add(merged, base, out=merged)
+        store(merged, self.job.dtype, out)
+        if not self.origin.odd and not is_finite(out, self.job.dtype):
+            raise _not_finite(self, out)
 
-    def _merged(self, block: Block) -> Tensor:
-        given = arguments(self.method, self.job)
+    def _merged(self, inputs: list[Array], start: int) -> Array:
+        """What the method makes of a tile, in one row."""
+        given = dict(self._arguments)
         if self.method.random:
-            given["rng"] = Rng(self.seed, self.job.name, block.start)
+            given["rng"] = Rng(self.seed, self.job.name, start)
         if self.method.measure is not None:
             given["measured"] = self.measured
-        inputs, base = self.load(block)
-        merged: Tensor = self.method.function(inputs, **given)
-        if block.start not in self.seen:
-            self.seen[block.start] = observe(inputs, merged, block.start, self.job.entries, base)
-        return merged if base is None else merged.add_(base)
+        made = self.method.function(self.placed(inputs), **given)
+        found: Array = np.ascontiguousarray(made if isinstance(made, np.ndarray) else made.cpu().numpy(), np.float32)
+        return found.reshape(-1)
 
-    def load(self, block: Block, step: int = 1) -> tuple[list[Tensor], Tensor | None]:
-        """The inputs' entries in float32, the base subtracted if the job has one; and the base.
+    def placed(self, inputs: list[Array]) -> list[Any]:
+        """The inputs where the method computes: as they are, or as torch's tensors."""
+        if self.device == "cpu" and self.method.needs != "torch":
+            return inputs
+        import torch
 
-        Of the tensor's entries every `step`-th; in one row, if these are not all.
-        """
-        sources, shared = self.job.sources, self.job.shared
-        floats = _kept.floats_of(self.first, self.buffers, max(BLOCK_ENTRIES, block.stop - block.start))
-        leaves = _Leaves(self.origin, block, step, dict(zip(shared, floats[len(sources) :], strict=True)))
-        loaded = [
-            load_input(source, block.start, block.stop, floats[number], leaves, step).to(self.device)
-            for number, source in enumerate(sources)
-        ]
-        if step == 1:
-            loaded = [self._shaped(entries) for entries in loaded]
-        if self.job.base is None:
-            return loaded, None
-        return [tensor.sub_(loaded[-1]) for tensor in loaded[:-1]], loaded[-1]
+        return [torch.from_numpy(entries).to(self.device) for entries in inputs]
 
-    def _shaped(self, entries: Tensor) -> Tensor:
+    def tiles(self, block: Block) -> Iterator[tuple[int, int]]:
+        """The parts of a block that are made at once, from its start: of whole rows where rows count."""
+        size = block.stop - block.start
+        step, row = TILE, max(1, self.job.shape[-1] if self.job.shape else 1)
+        if self.method.unit == "rows":
+            step = max(1, TILE // row) * row if len(self.job.shape) > 1 else size
+        if self.method.unit == "matrix" or self.device != "cpu":
+            step = size
+        return ((start, min(start + step, size)) for start in range(0, size, max(1, step)))
+
+    def handed(self, loaded: list[Held], start: int, stop: int) -> tuple[list[Array], Array | None]:
+        """The inputs of a tile in float32, as the method wants them, the base subtracted if there is one; and it."""
+        floats, base = self.subtracted(loaded, start, stop)
+        return [self._shaped(entries) for entries in floats], base
+
+    def subtracted(self, loaded: list[Held], start: int, stop: int) -> tuple[list[Array], Array | None]:
+        """The same in one row."""
+        floats = [bits.floats(start, stop, _floats(stop - start)) for bits in loaded]
+        base = None if self.job.base is None else floats.pop()
+        if base is not None:
+            for entries in floats:
+                np.subtract(entries, base, out=entries)
+        return floats, base
+
+    def load(self, block: Block, step: int = 1) -> list[Held]:
+        """All sources' entries as they are stored, or of the tensor's entries every `step`-th; good within a tile."""
+        shared = {leaf: self.origin.bits(leaf, block.start, block.stop, step) for leaf in self.job.shared}
+        return [self._loaded(source, block, step, shared) for source in self.job.sources]
+
+    def _loaded(self, source: Input, block: Block, step: int, shared: Mapping[Stored, Held]) -> Held:
+        if isinstance(source, Stored) and source in shared:
+            return shared[source]
+        if isinstance(source, Stored | StageTensor):
+            return self.origin.bits(source, block.start, block.stop, step)
+        out = _floats(block.stop - block.start)
+        return Held(_readers().read(source, block.start, block.stop, out, self.origin, step, shared), "F32")
+
+    def _shaped(self, entries: Array) -> Array:
         """As the method wants its blocks: a run of entries, whole rows, or a matrix."""
         if self.method.unit == "matrix":
-            return entries.view(matrix_shape(self.job.name, self.job.shape))
-        return entries.view(-1, self.job.shape[-1] if self.job.shape else 1) if self.method.unit == "rows" else entries
+            return entries.reshape(matrix_shape(self.job.name, self.job.shape))
+        if self.method.unit == "entries":
+            return entries
+        return entries.reshape(-1, self.job.shape[-1] if self.job.shape else 1)
+
+
+def _floats(entries: int) -> Array:
+    return room(4 * entries).view(np.float32)
 
 
 class Work:
@@ -235,12 +273,12 @@ class Work:
         first: int,
         reader: Reader,
         seed: int,
-        device: torch.device,
+        device: str,
         routers: Mapping[Routed, Tensor],
-        pairs: RunPairs | None = None,
+        pairs: Pairs | None = None,
         allow: bool = False,
     ) -> None:
-        self.job, self.method, self.pairs = job, table[job.method], pairs or RunPairs()
+        self.job, self.method, self.pairs = job, table[job.method], pairs or shared_pairs([job])
         self._allow, self.odd = allow, dict[tuple[Stored | StageTensor, int], int]()
         self.prepared: Future[None] | None = None
         self._reader, self._needs, self._routers = reader, needs(job, table), routers
@@ -253,15 +291,6 @@ class Work:
         self._spool: Spool | None = None
         self._done: dict[Hashable, Future[Any]] = {}
         self._lock = threading.Lock()
-        for making in (self._making, *(self._stages[made] for made in self._needs.spooled)):
-            self._place(making)
-
-    def _place(self, making: JobRunner) -> None:
-        """Give buffers to the stages that are computed while this one's are in use."""
-        for source in making.job.sources:
-            if isinstance(source, StageTensor) and source not in self._needs.spooled:
-                self._stages[source].first = making.first + making.buffers
-                self._place(self._stages[source])
 
     @property
     def wants_preparing(self) -> bool:
@@ -277,7 +306,7 @@ class Work:
         for made, making in self._stages.items():
             making.measure()
             if made in self._needs.spooled:
-                self._keep(made, making.parts())
+                self._keep(made, self._parts(making))
         self._making.measure()
 
     def _keep(self, what: Stored | StageTensor, parts: Iterable[memoryview]) -> None:
@@ -291,19 +320,22 @@ class Work:
             self._reader.read(self._tickets[leaf], offset, part)
             yield part
 
-    def make(self, block: Block, out: Tensor) -> memoryview:
-        """Make one block in the buffer `out` (bytes), and return the part of it that holds the result."""
-        if self.job.is_copy:
-            copied = _bytes(out)[: block.stop - block.start]
-            self._reader.read(self._tickets[self.job.reads[0]], block.start, copied)
-            self._look(self.job.reads[0], block.start, copied)
-            if self.odd and not self._allow:
-                raise NotFinite(self.job, "an entry that is copied is NaN or infinite")
-            return copied
-        dtype = TORCH_DTYPES[self.job.dtype]
-        result = out[: (block.stop - block.start) * dtype.itemsize]
-        self._making.round(block, result.view(dtype))
-        return _bytes(result)
+    def _parts(self, making: JobRunner) -> Iterator[memoryview]:
+        """The bytes of every block of a stage; each is good until the next one is asked for."""
+        for block in blocks(making.job, making.method):
+            with tile():
+                yield making.round(block, _room(making.job.dtype, block)).data
+
+    def make(self, block: Block, out: Bytes) -> memoryview:
+        """Make one block in the front of `out`, and return the part of it that holds the result."""
+        if not self.job.is_copy:
+            return self._making.round(block, out).data
+        copied = out[: block.stop - block.start].data
+        self._reader.read(self._tickets[self.job.reads[0]], block.start, copied)
+        self._look(self.job.reads[0], block.start, copied)
+        if self.odd and not self._allow:
+            raise NotFinite(self.job, "an entry that is copied is NaN or infinite")
+        return copied
 
     def seen(self) -> Geometry | None:
         """How inputs and result lie to each other, by the blocks made so far; None where nothing is to be said."""
@@ -315,24 +347,29 @@ class Work:
             return replace(total_geometry(self._making.seen[start] for start in sorted(self._making.seen)), odd=told)
         return replace(NOTHING, odd=told) if told else None
 
-    def _look(self, leaf: Stored | StageTensor, place: int, raw: memoryview) -> None:
+    def _look(self, leaf: Stored | StageTensor, place: int, raw: Any) -> None:
         """Note how many of the entries that stand there are not finite."""
         if count := not_finite(raw, leaf.dtype):
             self.odd[leaf, place] = count
 
-    def entries(self, leaf: Stored | StageTensor, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
-        """The entries of a stored tensor, or of what a stage makes, in float32, in the front of `out`."""
+    def bits(self, leaf: Stored | StageTensor, start: int, stop: int, step: int = 1) -> Held:
+        """The entries of a stored tensor, or of what a stage makes, as they are stored; good within a tile.
+
+        Of the tensor's entries only those whose number is a multiple of `step`.
+
+        Raises:
+            ModelError: the bytes cannot be had.
+            MismatchError: an entry that a stage makes is not finite.
+        """
+        block = Block(start, stop)
+        raw = _room(leaf.dtype, block)
         if isinstance(leaf, StageTensor) and leaf not in self._needs.spooled:
-            block = Block(start, stop)
-            rounded = self._stages[leaf].round(block, torch.empty(stop - start, dtype=TORCH_DTYPES[leaf.dtype]))
-            return out[: stop - start].copy_(rounded)
-        dtype = STORED_DTYPES[leaf.dtype]
-        raw = _kept.bytes_of((stop - start) * dtype.itemsize)
-        self._fill(leaf, start * dtype.itemsize, _bytes(raw))
-        if self._allow:
-            self._look(leaf, start, _bytes(raw))
-        entries = raw.view(dtype)[-start % step :: step]
-        return out[: len(entries)].copy_(entries)
+            self._stages[leaf].round(block, raw)
+        else:
+            self._fill(leaf, start * (len(raw) // max(1, stop - start)), raw.data)
+            if self._allow:
+                self._look(leaf, start, raw)
+        return Held(raw.view(HELD[leaf.dtype])[-start % step :: step], leaf.dtype)
 
     def _fill(self, what: Stored | StageTensor, offset: int, out: memoryview) -> None:
         if self._spool is not None and what in self._spool:
@@ -341,25 +378,29 @@ class Work:
             assert isinstance(what, Stored)  # what a stage makes is kept, but where it is read in its own blocks
             self._reader.read(self._tickets[what], offset, out)
 
-    def rows(self, leaf: Stored | StageTensor, numbers: Numbers, out: Tensor) -> None:
-        """The rows of a tensor of these numbers in float32, by one read for each run of consecutive ones."""
-        dtype = TORCH_DTYPES[leaf.dtype]
-        nbytes = out.shape[-1] * dtype.itemsize
-        raw = torch.empty(len(numbers) * nbytes, dtype=torch.uint8)
-        view, starts = _bytes(raw), np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+    def rows(self, leaf: Stored | StageTensor, numbers: NDArray[np.intp], width: int) -> Held:
+        """The rows of a tensor of these numbers, by one read for each run of consecutive ones.
+
+        Raises:
+            ModelError: the bytes cannot be had.
+        """
+        held = np.dtype(HELD[leaf.dtype])
+        nbytes = width * held.itemsize
+        raw = np.empty(len(numbers) * nbytes, np.uint8)
+        view, starts = raw.data, np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=False):
             self._fill(leaf, int(numbers[start]) * nbytes, view[start * nbytes : stop * nbytes])
         for place, number in enumerate(numbers.tolist() if self._allow else ()):
             self._look(leaf, number, view[place * nbytes : (place + 1) * nbytes])
-        out.copy_(raw.view(dtype).view(out.shape))
+        return Held(raw.view(held), leaf.dtype)
 
-    def raw(self, leaf: Stored, start: int, stop: int) -> NDArray[np.uint8]:
+    def raw(self, leaf: Stored, start: int, stop: int) -> Bytes:
         """The bytes of a stored tensor."""
-        found = bytearray(stop - start)
-        self._fill(leaf, start, memoryview(found))
+        found = np.empty(stop - start, np.uint8)
+        self._fill(leaf, start, found.data)
         if self._allow:
-            self._look(leaf, start, memoryview(found))
-        return np.frombuffer(found, np.uint8)
+            self._look(leaf, start, found)
+        return found
 
     def router(self, source: Routed) -> Tensor:
         """The rows of a router that was computed beforehand."""
@@ -388,51 +429,44 @@ class Work:
             self._spool.close()
 
 
-class _Leaves:
-    """A job's inputs while one block of it is loaded; a stored tensor that several sources read is read once.
-
-    Args:
-        shared: a buffer for each of those that several sources read.
-    """
-
-    def __init__(self, origin: Leaves, block: Block, step: int, shared: Mapping[Stored, Tensor]) -> None:
-        self._origin, self._shared = origin, shared
-        self._block, self._loaded = (block.start, block.stop, step), dict[Stored, Tensor]()
-        self.rows, self.raw, self.router, self.once = origin.rows, origin.raw, origin.router, origin.once
-        self.pairs, self.tell = origin.pairs, origin.tell
-
-    def entries(self, leaf: Stored | StageTensor, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
-        if isinstance(leaf, StageTensor) or leaf not in self._shared or (start, stop, step) != self._block:
-            return self._origin.entries(leaf, start, stop, out, step)
-        if leaf not in self._loaded:
-            self._loaded[leaf] = self._origin.entries(leaf, start, stop, self._shared[leaf], step)
-        return out[: len(self._loaded[leaf])].copy_(self._loaded[leaf])
+def _room(dtype: str, block: Block) -> Bytes:
+    return room((block.stop - block.start) * np.dtype(HELD[dtype]).itemsize)
 
 
 class _Blocks:
-    """The blocks of a whole tensor as a method's `measure` walks them, as often as it likes."""
+    """The blocks of a whole tensor as a method's `measure` walks them, tile by tile and as often as it likes."""
 
     def __init__(self, making: JobRunner) -> None:
         self._making = making
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        for block in blocks(self._making.job, self._making.method):
-            yield self._making.load(block)[0]
+    def __iter__(self) -> Iterator[list[Any]]:
+        making = self._making
+        for block in blocks(making.job, making.method):
+            with tile():
+                loaded = making.load(block)
+                for start, stop in making.tiles(block):
+                    with tile():
+                        yield making.placed(making.handed(loaded, start, stop)[0])
 
     @property
     def entries(self) -> int:
         return self._making.job.entries
 
-    def strided(self, step: int) -> Iterator[list[Tensor]]:
+    def strided(self, step: int) -> Iterator[list[Any]]:
         """Every `step`-th entry of each input, in one row: only these are brought to float32."""
-        for block in blocks(self._making.job, self._making.method):
-            yield self._making.load(block, step)[0]
+        making = self._making
+        for block in blocks(making.job, making.method):
+            with tile():
+                loaded = making.load(block, step)
+                inputs, _ = making.subtracted(loaded, 0, loaded[0].bits.size)
+                yield inputs
 
 
-def _not_finite(making: JobRunner, rounded: Tensor) -> NotFinite:
+def _not_finite(making: JobRunner, rounded: NDArray[Any]) -> NotFinite:
     """What comes out, and what may be to blame where no parent is."""
     dtype = making.job.dtype
-    value = rounded[int(torch.nonzero(~torch.isfinite(rounded))[0])].item()
+    floats = load(rounded, dtype, np.empty(rounded.size, np.float32))
+    value = float(floats[np.argmin(np.isfinite(floats))])
     stage = "" if making.job is making.whole else f" in the stage's {making.job.name}"
     if dtype == "F16" and value == value:
         hint = "write dtype: bfloat16 or float32"

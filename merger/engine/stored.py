@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from merger.methods.steps.dtypes import Held
+from merger.methods.steps.step import tile
 from merger.planning.geometry import Geometry
 from merger.planning.inputs.base import Input, StageTensor, Stored
 from merger.planning.inputs.derived import Routed
@@ -28,15 +30,6 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-STORED_DTYPES: Mapping[str, torch.dtype] = {
-    **TORCH_DTYPES,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I8": torch.int8,
-}
-"""Those that an input may be stored in, too."""
-
 Load = Callable[[Input, int, int, Tensor], Tensor]
 """Entries ``[start, stop)`` of a source in float32, in the front of a buffer."""
 
@@ -93,6 +86,60 @@ class Leaves(Protocol):
 
     def tell(self, start: int, seen: Geometry) -> None:
         """What was seen of the block that starts there, in place of what its entries tell."""
+
+
+class Origin(Protocol):
+    """A job's stored tensors, what stages make for it, and what was computed beforehand, in numpy's memory."""
+
+    pairs: Pairs | None
+
+    def bits(self, leaf: Stored | StageTensor, start: int, stop: int, step: int = 1) -> Held:
+        """The entries of a tensor as they are stored; good within a tile."""
+
+    def rows(self, leaf: Stored | StageTensor, numbers: Numbers, width: int) -> Held:
+        """The rows of a tensor of these numbers."""
+
+    def raw(self, leaf: Stored, start: int, stop: int) -> NDArray[np.uint8]:
+        """The leaf's bytes."""
+
+    def router(self, source: Routed) -> Tensor:
+        """A router's rows."""
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once a job."""
+
+    def tell(self, start: int, seen: Geometry) -> None:
+        """What was seen of the block that starts there."""
+
+
+class TensorLeaves:
+    """The stored tensors of a job for readings with torch, whose memory is numpy's.
+
+    Args:
+        origin: the job.
+        shared: what several sources read of the block at hand, which begins and ends there.
+    """
+
+    def __init__(
+        self, origin: Origin, block: tuple[int, int, int] | None = None, shared: Mapping[Stored, Held] | None = None
+    ) -> None:
+        self._origin, self._block, self._shared = origin, block, shared or {}
+        self.raw, self.router, self.once, self.tell = origin.raw, origin.router, origin.once, origin.tell
+
+    @property
+    def pairs(self) -> Pairs:
+        assert self._origin.pairs is not None
+        return self._origin.pairs
+
+    def entries(self, leaf: Stored | StageTensor, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
+        with tile():
+            known = self._shared.get(leaf) if isinstance(leaf, Stored) and (start, stop, step) == self._block else None
+            found = known or self._origin.bits(leaf, start, stop, step)
+            return torch.from_numpy(found.floats(0, found.bits.size, out.numpy()))
+
+    def rows(self, leaf: Stored | StageTensor, numbers: Numbers, out: Tensor) -> None:
+        found = self._origin.rows(leaf, numbers, out.shape[-1])
+        found.floats(0, found.bits.size, out.view(-1).numpy())
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,11 @@ CHANGES: tuple[FormatChange, ...] = (
     FormatChange(
         2, "a tensor of a LoRA adapter that has no name of the model's files is placed by layer, role and tower"
     ),
+    FormatChange(
+        2,
+        "norms, angles and energies are summed in another order, and singular vectors are numpy's: a factor may differ "
+        "in float64's last bits, and an entry in a thousand million in its own",
+    ),
 )
 
 FORMAT = 2

@@ -8,13 +8,13 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from merger.methods.registry import Deltas, Paper, PerModel, Tensors, merge_method
-from merger.methods.steps.arithmetic import Blocks, per_model, square, weighted_sum
+from merger.methods.steps.arithmetic import Blocks, lines_scaled, per_model, scaled, square, weighted_sum
 from merger.methods.steps.rows import as_rows, row_dots, whole_dots
+from merger.methods.steps.step import Array
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
 _PAPER = Paper(
     "Wortsman et al.",
@@ -39,7 +39,7 @@ def _check(weight: Sequence[float], normalize: bool) -> None:
     check=_check,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
-def linear(tensors: Tensors, weight: PerModel = 1.0, normalize: bool = True) -> Tensor:
+def linear(tensors: Tensors, weight: PerModel = 1.0, normalize: bool = True) -> Array:
     """The weighted average of the models' tensors.
 
     The result is Σ wᵢ θᵢ, divided by Σ wᵢ if normalize. With equal weights it is the uniform soup of the paper; weights
@@ -52,12 +52,12 @@ def linear(tensors: Tensors, weight: PerModel = 1.0, normalize: bool = True) -> 
         weight: how much of each model goes in.
         normalize: divide by the sum of the weights, so that only their ratios count.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 2.0, -1.0, 0.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 2, 3, 4]), np.float32([5, 2, -1, 0])
     >>> linear([one, other], weight=[3, 1])
-    tensor([2., 2., 2., 3.])
+    array([2., 2., 2., 3.], dtype=float32)
     >>> linear([one, other], weight=[3, 1], normalize=False)
-    tensor([ 8.,  8.,  8., 12.])
+    array([ 8.,  8.,  8., 12.], dtype=float32)
     """
     weights = per_model(weight, len(tensors))
     _check(weights, normalize)
@@ -75,7 +75,7 @@ def linear(tensors: Tensors, weight: PerModel = 1.0, normalize: bool = True) -> 
     models=(1, 1),
     laws=("zero", "idempotent", "scale"),
 )
-def passthrough(tensors: Tensors, scale: PerModel = 1.0) -> Tensor:
+def passthrough(tensors: Tensors, scale: PerModel = 1.0) -> Array:
     """One model's tensor, unchanged or times a number.
 
     The result is scale · θ. It is what slices use to stack layers; a scale of 0 on a layer's output projections makes
@@ -84,13 +84,13 @@ def passthrough(tensors: Tensors, scale: PerModel = 1.0) -> Tensor:
     Args:
         scale: what the tensor is multiplied by.
 
-    >>> import torch
-    >>> passthrough([torch.tensor([1.0, -2.0, 3.0, 0.5])], scale=2)
-    tensor([ 2., -4.,  6.,  1.])
+    >>> import numpy as np
+    >>> passthrough([np.float32([1, -2, 3, 0.5])], scale=2)
+    array([ 2., -4.,  6.,  1.], dtype=float32)
     """
     (tensor,) = tensors
     (factor,) = per_model(scale, 1)
-    return tensor * factor
+    return scaled(tensor, factor)
 
 
 # ---- model stock ----------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def measure_model_stock(blocks: Blocks, filter_wise: bool = False) -> float | No
     measure=measure_model_stock,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
-def model_stock(deltas: Deltas, filter_wise: bool = False, *, measured: float | None = None) -> Tensor:
+def model_stock(deltas: Deltas, filter_wise: bool = False, *, measured: float | None = None) -> Array:
     """The mean of the fine-tunes, drawn towards the base the more they point in different directions.
 
     With τᵢ = θᵢ − θ₀, N of them, and cos the mean of τᵢ·τⱼ / (‖τᵢ‖ ‖τⱼ‖) over all pairs, the result is
@@ -136,22 +136,18 @@ def model_stock(deltas: Deltas, filter_wise: bool = False, *, measured: float | 
     Args:
         filter_wise: a cosine for each row, not one for the whole tensor.
 
-    >>> import torch
-    >>> one, other = torch.tensor([3.0, 4.0, 0.0, 0.0]), torch.tensor([3.0, 0.0, 4.0, 0.0])
-    >>> model_stock([one, other])
-    tensor([1.5882, 1.0588, 1.0588, 0.0000])
+    >>> import numpy as np
+    >>> one, other = np.float32([3, 4, 0, 0]), np.float32([3, 0, 4, 0])
+    >>> model_stock([one, other]).round(4)
+    array([1.5882, 1.0588, 1.0588, 0.    ], dtype=float32)
     """
     rows = [as_rows(delta) for delta in deltas]
+    total = weighted_sum(deltas, [1.0] * len(rows))
     if filter_wise:
-        ratio: float | Tensor = rows[0].new_tensor(_ratios(row_dots(rows)) / len(rows)).view(-1, 1)
-    else:
-        found = measure_model_stock([rows]) if measured is None else measured
-        assert found is not None
-        ratio = found / len(rows)
-    total = rows[0] + rows[1]
-    for delta in rows[2:]:
-        total.add_(delta)
-    return total.mul_(ratio).view(deltas[0].shape)
+        return lines_scaled(total, _ratios(row_dots(rows)) / len(rows), by_row=True)
+    found = measure_model_stock([rows]) if measured is None else measured
+    assert found is not None
+    return scaled(total, found / len(rows))
 
 
 def _ratios(dots: NDArray[np.float64]) -> NDArray[np.float64]:

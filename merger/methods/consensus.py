@@ -1,40 +1,26 @@
 """Methods by what the models agree on, entry by entry: SCE, RAM and the masks of TALL (consensus).
 
-Not here: the search for the variance that selects (steps.select), and the erasing (steps.arithmetic).
+Not here: the search for the variance that selects (steps.select), and the erasing (steps.votes).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
-from merger.methods.steps.arithmetic import (
-    Blocks,
-    array,
-    consensus,
-    elect_and_merge,
-    entries_of,
-    per_model,
-    scaled,
-    scratch,
-    square_sums,
-    trim,
-    weighted_sum,
-)
+from merger.methods.steps.arithmetic import Blocks, Mapped, array, dot, per_model, weighted_sum
+from merger.methods.steps.step import ONE, ZERO, Array, new, step, wide, wide_zeros, zeros
+from merger.methods.steps.votes import consensus, elect_and_merge, trim
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
 _PAPER = Paper("Wan et al.", 2024, "FuseChat: Knowledge Fusion of Chat Models", "https://arxiv.org/abs/2408.07990")
-
-
-_RUN = 1 << 16  # entries
 
 
 @dataclass(frozen=True)
@@ -48,8 +34,8 @@ class Selection:
 def measure_sce(blocks: Blocks, select_topk: float) -> Selection:
     """The threshold and the weights of a whole tensor."""
     threshold = _threshold(blocks, select_topk)
-    squares = [[square_sums(delta) for delta in _selected(block, threshold)] for block in blocks]
-    totals = [math.fsum(number for sums in model for number in sums) for model in zip(*squares, strict=True)]
+    squares = [[dot(delta, delta) for delta in _selected(block, threshold)] for block in blocks]
+    totals = [math.fsum(sums) for sums in zip(*squares, strict=True)]
     whole = math.fsum(totals)
     return Selection(threshold, tuple(total / whole if whole else 1 / len(totals) for total in totals))
 
@@ -61,68 +47,66 @@ def _threshold(blocks: Blocks, select_topk: float) -> float:
         return 0.0
     if select_topk <= 0:
         return math.inf
-    variances = _Variances(blocks, [])
-    found = magnitudes_at(variances, {0: lambda _: [max(1, int(select_topk * sum(variances.varying)))]})
+    varying: list[int] = []  # in each block, how many variances are not zero
+
+    def variances(place: int, block: Sequence[Array]) -> list[Array]:
+        variance = _variance(block)
+        if place == len(varying):
+            varying.append(_count(array(variance)))
+        return [variance]
+
+    found = magnitudes_at(Mapped(blocks, variances), {0: lambda _: [max(1, int(select_topk * sum(varying)))]})
     return found[0][0] or math.inf
 
 
-@dataclass(frozen=True)
-class _Variances:
-    """The blocks of the variance over the models, made from the models' blocks; of each it counts what is not zero."""
-
-    blocks: Blocks
-    varying: list[int]
-
-    @property
-    def entries(self) -> int:
-        """How many entries a tensor has."""
-        return entries_of(self.blocks)
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        for place, block in enumerate(self.blocks):
-            variance = _variance(block)
-            if place == len(self.varying):
-                self.varying.append(_count(variance))
-            yield [variance]
-
-
-def _count(variance: Tensor) -> int:
+def _count(mask: NDArray[Any]) -> int:
     import numpy as np
 
-    return int(np.count_nonzero(array(variance)))
+    return int(np.count_nonzero(mask))
 
 
-def _variance(deltas: Sequence[Tensor]) -> Tensor:
+@step("void(float32[::1], float32[::1], float64[::1])")
+def add_squared_difference(x: Array, y: Array, total: NDArray[np.float64]) -> None:
+    """To each entry of a sum in float64 the square of a difference."""
+    for i in range(total.size):
+        difference = wide(x[i]) - wide(y[i])
+        total[i] += difference * difference
+
+
+add_squared_difference.twin = lambda x, y, total: total.view(x.shape).add_((x.double() - y.double()).square_())
+
+
+@step("void(float32[::1], float32[::1], float32, float32[::1])")
+def keep_varying(x: Array, variance: Array, least: float, out: Array) -> None:
+    """The entry where the variance is `least` or more, else a zero of its sign."""
+    for i in range(out.size):
+        out[i] = x[i] * (ONE if variance[i] >= least else ZERO)
+
+
+keep_varying.twin = lambda x, variance, least, out: out.copy_(x * variance.ge(least))
+
+
+def _variance(deltas: Sequence[Array]) -> Array:
     """The variance over the models, times their number squared: Σ over pairs of (τᵢ − τⱼ)²; 0 where all are equal.
 
     In float64, then rounded: in float32, sums of the same squares in another order would come out as different numbers,
-    and the threshold would fall between entries of equal variance. In runs short enough for a core's own cache, and by
-    numpy, which widens on the way: all of the block at once, in float64 tensors, took five times as long.
+    and the threshold would fall between entries of equal variance.
     """
-    import numpy as np
-    import torch
-
-    rows, variance = [array(delta) for delta in deltas], np.empty(deltas[0].numel(), np.float32)
-    total, square = np.empty(_RUN), np.empty(_RUN)
-    for start in range(0, variance.size, _RUN):
-        parts = [row[start : start + _RUN] for row in rows]
-        sums, squares = total[: parts[0].size], square[: parts[0].size]
-        sums.fill(0)
-        for one, other in combinations(parts, 2):
-            np.subtract(one, other, out=squares, dtype=np.float64)
-            np.add(sums, np.multiply(squares, squares, out=squares), out=sums)
-        np.copyto(variance[start : start + _RUN], sums, casting="same_kind")
-    return scratch("variance", deltas[0]).copy_(torch.from_numpy(variance).view(deltas[0].shape))
+    total, variance = wide_zeros(deltas[0]), new(deltas[0])
+    for one, other in combinations(deltas, 2):
+        add_squared_difference(one, other, total)
+    variance[...] = total
+    return variance
 
 
-def _selected(deltas: Sequence[Tensor], threshold: float) -> Sequence[Tensor]:
+def _selected(deltas: Sequence[Array], threshold: float) -> Sequence[Array]:
     """The deltas with zero where the variance is below the threshold."""
-    import torch
-
     if threshold <= 0:
         return deltas
-    mask = torch.ge(_variance(deltas), threshold, out=scratch("part", deltas[0]))
-    return [torch.mul(delta, mask, out=scratch(f"term {place}", delta)) for place, delta in enumerate(deltas)]
+    variance, kept = _variance(deltas), [new(delta) for delta in deltas]
+    for delta, out in zip(deltas, kept, strict=True):
+        keep_varying(delta, variance, threshold, out)
+    return kept
 
 
 @merge_method(
@@ -141,7 +125,7 @@ def _selected(deltas: Sequence[Tensor], threshold: float) -> Sequence[Tensor]:
 )
 def sce(
     deltas: Deltas, select_topk: Annotated[float, Range(0, 1)] = 1.0, *, measured: Selection | None = None
-) -> Tensor:
+) -> Array:
     """The entries in which the task vectors differ most, weighted by their energy, where they agree on a sign.
 
     Select: of the entries whose variance over the models is not zero the k = int(select_topk · their number) of largest
@@ -158,12 +142,12 @@ def sce(
     Args:
         select_topk: share of entries selected, of those in which the models differ, by their variance.
 
-    >>> import torch
-    >>> one, other = torch.tensor([3.0, 1.0, 0.0, -2.0]), torch.tensor([1.0, 1.0, 0.0, 4.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([3, 1, 0, -2]), np.float32([1, 1, 0, 4])
     >>> sce([one, other])
-    tensor([1.8750, 1.0000, 0.0000, 4.0000])
+    array([1.875, 1.   , 0.   , 4.   ], dtype=float32)
     >>> sce([one, other], select_topk=0.5)
-    tensor([0., 0., 0., 4.])
+    array([0., 0., 0., 4.], dtype=float32)
     """
     found = measured or measure_sce([deltas], select_topk)
     votes = _selected(deltas, found.threshold)
@@ -192,7 +176,7 @@ _RAM_PAPER = Paper(
     models=(1, None),
     laws=("zero", "permutation"),
 )
-def ram(deltas: Deltas, epsilon: Annotated[float, Range(0)] = 1e-5) -> Tensor:
+def ram(deltas: Deltas, epsilon: Annotated[float, Range(0)] = 1e-5) -> Array:
     """What one model alone changed, in full, and the mean of what several changed.
 
     Of each τᵢ = θᵢ − θ₀ the entries with |τᵢ| > ε count as changed: τ̂ᵢ, zero elsewhere. With c the number of models
@@ -203,9 +187,9 @@ def ram(deltas: Deltas, epsilon: Annotated[float, Range(0)] = 1e-5) -> Tensor:
     Args:
         epsilon: the magnitude up to which an entry counts as unchanged.
 
-    >>> import torch
-    >>> ram([torch.tensor([1.0, 2.0, 0.0, -3.0]), torch.tensor([0.0, 4.0, 0.0, 1.0])])
-    tensor([ 1.,  3.,  0., -1.])
+    >>> import numpy as np
+    >>> ram([np.float32([1, 2, 0, -3]), np.float32([0, 4, 0, 1])])
+    array([ 1.,  3.,  0., -1.], dtype=float32)
     """
     return _merged(deltas, epsilon, [1.0] * len(deltas))
 
@@ -213,28 +197,18 @@ def ram(deltas: Deltas, epsilon: Annotated[float, Range(0)] = 1e-5) -> Tensor:
 def measure_ram(blocks: Blocks, r: float, alpha: float, epsilon: float) -> tuple[float, ...]:
     """What each model's own changes are multiplied by, from the counts over the whole tensor."""
     counts = [_counts(block, epsilon) for block in blocks]
-    totals = [
-        (sum(own), sum(shared)) for own, shared in (zip(*model, strict=True) for model in zip(*counts, strict=True))
-    ]
+    totals = [(sum(own), sum(shared)) for own, shared in (zip(*of, strict=True) for of in zip(*counts, strict=True))]
     return tuple(1 + r * min(alpha, shared / own if own else alpha) for own, shared in totals)
 
 
-def _counts(deltas: Sequence[Tensor], epsilon: float) -> list[tuple[int, int]]:
+def _counts(deltas: Sequence[Array], epsilon: float) -> list[tuple[int, int]]:
     """For each model how many entries it alone changed, and how many another changed too."""
     import numpy as np
 
     changed = [np.abs(array(delta)) > np.float32(epsilon) for delta in deltas]
-    models = np.zeros(changed[0].size, np.uint16)
-    for mask in changed:
-        models += mask.view(np.uint8)
-    own = [_count_ram(mask & (models == 1)) for mask in changed]
-    return [(alone, _count_ram(mask) - alone) for mask, alone in zip(changed, own, strict=True)]
-
-
-def _count_ram(mask: NDArray[np.bool_]) -> int:
-    import numpy as np
-
-    return int(np.count_nonzero(mask))
+    alone = np.add.reduce(changed, dtype=np.uint16) == 1
+    own = [_count(mask & alone) for mask in changed]
+    return [(found, _count(mask) - found) for mask, found in zip(changed, own, strict=True)]
 
 
 @merge_method(
@@ -256,7 +230,7 @@ def ramplus_tl(
     epsilon: Annotated[float, Range(0)] = 1e-5,
     *,
     measured: tuple[float, ...] | None = None,
-) -> Tensor:
+) -> Array:
     """What one model alone changed, enlarged the more it shares, and the mean of what several changed.
 
     Changes, c and the mean are those of ram. A change that model i alone made is multiplied by λᵢ = 1 + r · min(α, ρᵢ),
@@ -271,27 +245,50 @@ def ramplus_tl(
         alpha: the largest ρ that counts.
         epsilon: the magnitude up to which an entry counts as unchanged.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 2.0, 0.0, -3.0]), torch.tensor([0.0, 4.0, 0.0, 1.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 2, 0, -3]), np.float32([0, 4, 0, 1])
     >>> ramplus_tl([one, other], r=1, alpha=0.5)
-    tensor([ 1.5000,  3.0000,  0.0000, -1.0000])
+    array([ 1.5,  3. ,  0. , -1. ], dtype=float32)
     """
     return _merged(deltas, epsilon, measured or measure_ram([deltas], r, alpha, epsilon))
 
 
-def _merged(deltas: Sequence[Tensor], epsilon: float, factors: Sequence[float]) -> Tensor:
-    """The mean of the changes at each entry; where only one model made any, that times the model's factor."""
-    import torch
+@step("void(float32[::1], float32, float32, float32[::1], float32[::1], float32[::1])")
+def add_change(x: Array, most: float, gain: float, total: Array, models: Array, own: Array) -> None:
+    """What is larger than `most` to the total, 1 to the number of models, and it times `gain` to their own."""
+    for i in range(total.size):
+        change = ZERO if abs(x[i]) <= most else x[i]
+        total[i] += change
+        models[i] += ONE if change != ZERO else ZERO
+        own[i] += change * gain
 
-    total, models, own = (scratch(slot, deltas[0]).zero_() for slot in ("total", "models", "own"))
+
+@add_change.torch
+def _(x: Any, most: float, gain: float, total: Any, models: Any, own: Any) -> None:
+    change = x.masked_fill(x.abs() <= most, 0.0)
+    total.add_(change)
+    models.add_(change.ne(0))
+    own.add_(change.mul_(gain))
+
+
+@step("void(float32[::1], float32[::1], float32[::1], float32[::1])")
+def share_changes(total: Array, models: Array, own: Array, out: Array) -> None:
+    """The mean of the changes, and where one model alone made any, what is its own."""
+    for i in range(out.size):
+        count = models[i]
+        out[i] = total[i] / (ONE if count < ONE else count) + own[i] * (ONE if count == ONE else ZERO)
+
+
+share_changes.twin = lambda total, models, own, out: out.copy_(total.div(models.clamp_min(1)).add_(own * models.eq(1)))
+
+
+def _merged(deltas: Sequence[Array], epsilon: float, factors: Sequence[float]) -> Array:
+    """The mean of the changes at each entry; where only one model made any, that times the model's factor."""
+    total, models, own = zeros(deltas[0]), zeros(deltas[0]), zeros(deltas[0])
     for delta, factor in zip(deltas, factors, strict=True):
-        change = torch.hardshrink(delta, lambd=epsilon, out=scratch("trimmed", delta))
-        total.add_(change)
-        models.add_(torch.ne(change, 0, out=scratch("part", delta)))
-        if factor != 1:
-            own.add_(change.mul_(factor - 1))
-    own.mul_(torch.eq(models, 1, out=scratch("part", own)))
-    return total.div_(models.clamp_min_(1)).add(own)
+        add_change(delta, epsilon, factor - 1, total, models, own)
+    share_changes(total, models, own, out := new(total))
+    return out
 
 
 # ---- tall masks -----------------------------------------------------------------------------------------------------
@@ -312,15 +309,39 @@ def measure_tall_masks(blocks: Blocks, density: Sequence[float]) -> tuple[float,
     return kth_magnitudes(blocks, density)
 
 
-def _agreed(terms: Iterable[Tensor], merged: Tensor, strictness: Sequence[float], k: int) -> Tensor:
-    """1 where at least `k` of the terms are no smaller than their distance from `merged` times their strictness."""
-    import torch
+@step("void(float32[::1], float32, float32[::1], float32, float32[::1])")
+def count_near(delta: Array, factor: float, merged: Array, strictness: float, count: Array) -> None:
+    """One more where a term is no smaller than its distance from `merged`, times its strictness."""
+    for i in range(count.size):
+        term = delta[i] * factor
+        count[i] += ONE if abs(term) >= abs(merged[i] - term) * strictness else ZERO
 
-    count = torch.zeros_like(merged)
-    for term, factor in zip(terms, strictness, strict=True):
-        distance = torch.sub(merged, term, out=scratch("part", merged)).abs_().mul_(factor)
-        count.add_(torch.ge(term.abs_(), distance, out=scratch("trimmed", merged)))
-    return count.ge_(k)
+
+@count_near.torch
+def _(delta: Any, factor: float, merged: Any, strictness: float, count: Any) -> None:
+    term = delta * factor
+    count.add_(term.abs().ge((merged - term).abs_().mul_(strictness)))
+
+
+@step("void(float32[::1], float32[::1], float32, float32, float32[::1])")
+def keep_counted(x: Array, count: Array, least: float, factor: float, out: Array) -> None:
+    """The entry where a count is `least` or more, else a zero of its sign; times a number."""
+    for i in range(out.size):
+        out[i] = x[i] * (ONE if count[i] >= least else ZERO) * factor
+
+
+keep_counted.twin = lambda x, count, least, factor, out: out.copy_((x * count.ge(least)).mul_(factor))
+
+
+def _wanted(
+    merged: Array, deltas: Sequence[Array], factors: Sequence[float], mask_lambda: PerModel, k: int, lambda_: float
+) -> Array:
+    """λ times `merged`, where at least `k` of the terms are no smaller than their distance from it."""
+    count = zeros(merged)
+    for delta, factor, strictness in zip(deltas, factors, per_model(mask_lambda, len(deltas)), strict=True):
+        count_near(delta, factor, merged, strictness, count)
+    keep_counted(merged, count, k, lambda_, out := new(merged))
+    return out
 
 
 @merge_method(
@@ -341,7 +362,7 @@ def consensus_ta(
     k: Annotated[int, Range(0)] = 2,
     mask_lambda: Annotated[PerModel, Range(0)] = 0.4,
     lambda_: float = 1.0,
-) -> Tensor:
+) -> Array:
     """The sum of the task vectors, where it matters to at least k of them.
 
     With τᵢ = wᵢ (θᵢ − θ₀) and τ = Σ τᵢ, task i has entry e in its mask where |τᵢ| ≥ λᵢ |τ − τᵢ|: there the sum is near
@@ -359,18 +380,17 @@ def consensus_ta(
         mask_lambda: how strict each task's mask is; larger keeps fewer entries.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 2.0, 0.1, 3.0]), torch.tensor([1.0, 1.0, 4.0, -2.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 2, 0.1, 3]), np.float32([1, 1, 4, -2])
     >>> consensus_ta([one, other])
-    tensor([2., 3., 0., 1.])
+    array([2., 3., 0., 1.], dtype=float32)
     >>> consensus_ta([one, other], k=1)
-    tensor([2.0000, 3.0000, 4.1000, 1.0000])
+    array([2. , 3. , 4.1, 1. ], dtype=float32)
     """
     # λ goes into the terms: a factor common to all changes no mask, and so k = 0 is task arithmetic to the bit.
     factors = [number * lambda_ for number in per_model(weight, len(deltas))]
     merged = weighted_sum(deltas, factors)
-    terms = (scaled(delta, factor) for delta, factor in zip(deltas, factors, strict=True))
-    return merged.mul_(_agreed(terms, merged, per_model(mask_lambda, len(deltas)), k))
+    return _wanted(merged, deltas, factors, mask_lambda, k, 1.0)
 
 
 @merge_method(
@@ -396,7 +416,7 @@ def consensus_ties(
     lambda_: float = 1.0,
     *,
     measured: tuple[float, ...] | None = None,
-) -> Tensor:
+) -> Array:
     """TIES's merge of the task vectors, where it matters to at least k of them.
 
     τ is what ties makes of the task vectors (trimmed to density, a sign elected, those that agree summed), and the
@@ -416,16 +436,18 @@ def consensus_ties(
         normalize: divide by the sum of the weights of the models that agree.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([4.0, 2.0, 0.1, 3.0]), torch.tensor([4.0, 1.0, 5.0, -2.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([4, 2, 0.1, 3]), np.float32([4, 1, 5, -2])
     >>> consensus_ties([one, other], density=0.5)
-    tensor([8., 0., 0., 3.])
+    array([8., 0., 0., 3.], dtype=float32)
     >>> consensus_ties([one, other], density=0.5, k=1)
-    tensor([8., 0., 5., 3.])
+    array([8., 0., 5., 3.], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     thresholds = measured or measure_tall_masks([deltas], per_model(density, len(deltas)))
-    trimmed = [trim(*pair, f"term {model}") for model, pair in enumerate(zip(deltas, thresholds, strict=True))]
-    merged = elect_and_merge(trimmed, weights, [1.0] * len(weights), normalize, 1.0)
-    terms = (scaled(delta, number) for delta, number in zip(deltas, weights, strict=True))
-    return merged.mul_(_agreed(terms, merged, per_model(mask_lambda, len(deltas)), k)).mul_(lambda_)
+
+    def keep(model: int, factor: float) -> Array:
+        return trim(deltas[model], thresholds[model], factor)
+
+    merged = elect_and_merge(keep, weights, [1.0] * len(weights), normalize, 1.0)
+    return _wanted(merged, deltas, weights, mask_lambda, k, lambda_)

@@ -7,19 +7,32 @@ adds for those who have data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, Tensors, merge_method
-from merger.methods.steps.arithmetic import Blocks, Mapped, entries_of, magnitude_sums, per_model, scaled, scratch, trim
+from merger.methods.steps.arithmetic import (
+    Blocks,
+    Mapped,
+    add_scaled,
+    entry_count,
+    magnitude_sum,
+    multiply,
+    multiply_add,
+    per_model,
+    quotient,
+    scaled,
+    weighted_sum,
+)
 from merger.methods.steps.rows import as_rows, row_chunks
+from merger.methods.steps.step import ONE, ZERO, Array, new, step, zeros
+from merger.methods.steps.votes import trim
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
 _PAPER = Paper(
     "Du et al.", 2024, "Parameter Competition Balancing for Model Merging", "https://arxiv.org/abs/2410.02396"
@@ -37,15 +50,24 @@ class ProductRange:
     least: float
     inverse: float
 
-    def exp(self, one: Tensor, other: Tensor) -> Tensor:
+    def exp(self, one: Array, other: Array) -> Array:
         """e to the pair's products, scaled to 0 to 1: by sums and products, for a library's exp is its machine's."""
-        import torch
-
-        power = torch.mul(one, other).sub_(self.least).mul_(self.inverse)
-        total = torch.full_like(power, 1 / math.factorial(_TERMS))
+        scale_products(one, other, self.least, self.inverse, power := new(one))
+        total = new(one)
+        total[...] = 1 / math.factorial(_TERMS)
         for term in reversed(range(_TERMS)):
-            total.mul_(power).add_(1 / math.factorial(term))
+            multiply_add(total, power, 1 / math.factorial(term))
         return total
+
+
+@step("void(float32[::1], float32[::1], float32, float32, float32[::1])")
+def scale_products(x: Array, y: Array, least: float, factor: float, out: Array) -> None:
+    """The products, less a number, times a number."""
+    for i in range(out.size):
+        out[i] = (x[i] * y[i] - least) * factor
+
+
+scale_products.twin = lambda x, y, least, factor, out: out.copy_(x.mul(y).sub_(least).mul_(factor))
 
 
 @dataclass(frozen=True)
@@ -57,29 +79,28 @@ class Balance:
     inter: Mapping[Pair, float]
     thresholds: tuple[float, ...] = ()
 
-    def scores(self, block: Sequence[Tensor]) -> list[Tensor]:
+    def scores(self, _: int, block: Sequence[Array]) -> list[Array]:
         """The scores of all models."""
         return [self.score(block, model) for model in range(len(block))]
 
-    def score(self, block: Sequence[Tensor], model: int) -> Tensor:
+    def score(self, block: Sequence[Array], model: int) -> Array:
         """The model's intra-balancing times its inter-balancing, times the square of the number of entries."""
-        others = range(len(block))
-        exps = {other: self.spans[_pair(model, other)].exp(block[model], block[other]) for other in others}
-        own = _power(exps[model], len(block)).mul_(1 / self.intra[model])
-        total = exps[0].mul_(1 / self.inter[_pair(model, 0)])
-        for other in others[1:]:
-            total.add_(exps[other].mul_(1 / self.inter[_pair(model, other)]))
-        return total.mul_(own)
+        exps = [self.spans[_pair(model, other)].exp(block[model], one) for other, one in enumerate(block)]
+        own = scaled(_power(exps[model], len(block)), 1 / self.intra[model])
+        shares = [1 / self.inter[_pair(model, other)] for other in range(len(block))]
+        total = weighted_sum(exps, shares)
+        multiply(total, own)
+        return total
 
 
 def _pair(one: int, other: int) -> Pair:
     return (one, other) if one <= other else (other, one)
 
 
-def _power(base: Tensor, exponent: int) -> Tensor:
-    total = base.clone()
+def _power(base: Array, exponent: int) -> Array:
+    total = scaled(base, 1.0)
     for _ in range(exponent - 1):
-        total.mul_(base)
+        multiply(total, base)
     return total
 
 
@@ -89,18 +110,16 @@ def measure_pcb(blocks: Blocks, density: Sequence[float]) -> Balance:
 
     spans = _spans(blocks, len(density))
     balance = Balance(spans, *_means(blocks, spans, len(density)))
-    thresholds = kth_magnitudes(Mapped(blocks, balance.scores), density)
+    thresholds = kth_magnitudes(Mapped(blocks, balance.scores, entrywise=True), density)
     return Balance(balance.spans, balance.intra, balance.inter, thresholds)
 
 
 def _spans(blocks: Blocks, models: int) -> Mapping[Pair, ProductRange]:
-    import torch
-
     bounds = dict.fromkeys(combinations_with_replacement(range(models), 2), (math.inf, -math.inf))
     for block in blocks:
         for (one, other), (least, most) in bounds.items():
-            low, high = torch.aminmax(torch.mul(block[one], block[other]))
-            bounds[one, other] = min(least, float(low)), max(most, float(high))
+            multiply(products := scaled(block[one], 1.0), block[other])
+            bounds[one, other] = min(least, float(products.min())), max(most, float(products.max()))
     return {
         pair: ProductRange(least, 1 / (most - least) if most > least else 0.0) for pair, (least, most) in bounds.items()
     }
@@ -114,12 +133,12 @@ def _means(
     inter: dict[Pair, list[float]] = {pair: [] for pair in spans}
     entries = 0
     for block in blocks:
-        entries += block[0].numel()
+        entries += entry_count(block[0])
         for (one, other), span in spans.items():
             exp = span.exp(block[one], block[other])
-            inter[one, other] += magnitude_sums(exp)
+            inter[one, other].append(magnitude_sum(exp))
             if one == other:
-                intra[one] += magnitude_sums(_power(exp, models))
+                intra[one].append(magnitude_sum(_power(exp, models)))
     return (
         tuple(math.fsum(sums) / entries for sums in intra),
         {pair: math.fsum(sums) / entries for pair, sums in inter.items()},
@@ -147,7 +166,7 @@ def pcb(
     lambda_: float = 1.0,
     *,
     measured: Balance | None = None,
-) -> Tensor:
+) -> Array:
     """The mean of the task vectors, each entry weighed by how it stands in its task and among the tasks.
 
     With τᵢ = θᵢ − θ₀, N models, and softmax and norm over a tensor's entries, norm(x) = (x − min) / (max − min):
@@ -168,20 +187,20 @@ def pcb(
         density: share of entries kept in each task vector, by score.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([4.0, 1.0, 2.0, 0.5]), torch.tensor([2.0, 1.0, -5.0, 0.1])
-    >>> pcb([one, other], density=0.5)
-    tensor([ 3.7667,  0.0000, -4.2267,  0.0000])
+    >>> import numpy as np
+    >>> one, other = np.float32([4, 1, 2, 0.5]), np.float32([2, 1, -5, 0.1])
+    >>> pcb([one, other], density=0.5).round(4)
+    array([ 3.7667,  0.    , -4.2267,  0.    ], dtype=float32)
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     balance = measured or measure_pcb([deltas], densities)
-    total = deltas[0].new_zeros(deltas[0].shape)
-    scores = deltas[0].new_zeros(deltas[0].shape)
+    total, scores = zeros(deltas[0]), zeros(deltas[0])
     for model, (delta, number) in enumerate(zip(deltas, weights, strict=True)):
         kept = trim(balance.score(deltas, model), balance.thresholds[model])
-        scores.add_(kept)
-        total.add_(scaled(delta, number).mul_(kept))
-    return total.div_(scores.add_(scores.eq(0))).mul_(lambda_)
+        add_scaled(scores, kept, 1.0)
+        multiply(term := scaled(delta, number), kept)
+        add_scaled(total, term, 1.0)
+    return quotient(total, scores, lambda_)
 
 
 # ---- arcee fusion ---------------------------------------------------------------------------------------------------
@@ -196,7 +215,15 @@ def measure_arcee_fusion(blocks: Blocks) -> float:
 
     from merger.methods.steps.select import quartiles
 
-    low, median, high = quartiles(_Importances(blocks))
+    divergences: list[NDArray[np.float32]] = []  # kept: they cost more than all the rest
+
+    def importances(place: int, block: Sequence[Array]) -> list[Array]:
+        if place == len(divergences):
+            divergences.append(_divergence(block))
+        measure_importance(*block, divergences[place], out := new(block[0]))
+        return [out]
+
+    low, median, high = quartiles(Mapped(blocks, importances))
     return float(np.float32(median + 1.5 * (high - low)))
 
 
@@ -215,7 +242,7 @@ def measure_arcee_fusion(blocks: Blocks) -> float:
     scratch=24,  # three searches at once, for two inputs
     laws=("zero", "idempotent"),
 )
-def arcee_fusion(tensors: Tensors, *, measured: float | None = None) -> Tensor:
+def arcee_fusion(tensors: Tensors, *, measured: float | None = None) -> Array:
     """The base, with the other model's entries where they differ most, in rows that differ most.
 
     The importance of an entry is |b − a| · KL(p ‖ q), with a the base's tensor, b the other's, p and q the softmax of
@@ -227,48 +254,51 @@ def arcee_fusion(tensors: Tensors, *, measured: float | None = None) -> Tensor:
     million are estimated from a random sample; softmax and KL are float64, for in float32 the KL of two rows that are
     close is mostly rounding, and a negative one counts as 0.
 
-    >>> import torch
-    >>> a, b = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.1, 1.9, 3.0, 6.0])
+    >>> import numpy as np
+    >>> a, b = np.float32([1, 2, 3, 4]), np.float32([1.1, 1.9, 3, 6])
     >>> arcee_fusion([a, b])
-    tensor([1., 2., 3., 6.])
+    array([1., 2., 3., 6.], dtype=float32)
     """
-    import torch
-
     base, other = (as_rows(tensor) for tensor in tensors)
     threshold = measure_arcee_fusion([[base, other]]) if measured is None else measured
-    mask = _importance([base, other], _divergence([base, other])).ge_(threshold)
-    return torch.sub(other, base).mul_(mask).add_(base).view(tensors[0].shape)
+    measure_importance(base, other, _divergence([base, other]), importance := new(base))
+    take_important(base, other, importance, threshold, out := new(tensors[0]))
+    return out
 
 
-@dataclass(frozen=True)
-class _Importances:
-    """The importances of a tensor's entries, block by block, as often as they are walked."""
-
-    blocks: Blocks
-    divergences: list[NDArray[np.float32]] = field(default_factory=list)  # kept: they cost more than all the rest
-
-    @property
-    def entries(self) -> int:
-        """How many entries the tensor has."""
-        return entries_of(self.blocks)
-
-    def __iter__(self) -> Iterator[Sequence[Tensor]]:
-        for place, block in enumerate(self.blocks):
-            if place == len(self.divergences):
-                self.divergences.append(_divergence(block))
-            yield [_importance(block, self.divergences[place])]
+@step("void(float32[::1], float32[::1], float32[::1], float32[::1])")
+def measure_importance(base: Array, other: Array, divergence: NDArray[np.float32], out: Array) -> None:
+    """The magnitude of each difference, times its row's divergence."""
+    count = divergence.size
+    rows, others = base.reshape(count, base.size // max(1, count)), other.reshape(count, base.size // max(1, count))
+    made = out.reshape(count, base.size // max(1, count))
+    for row in range(count):
+        for i in range(rows.shape[1]):
+            made[row, i] = abs(others[row, i] - rows[row, i]) * divergence[row]
 
 
-def _importance(block: Sequence[Tensor], divergence: NDArray[np.float32]) -> Tensor:
-    """In a buffer that the next call reuses."""
+@measure_importance.torch
+def _(base: Any, other: Any, divergence: Any, out: Any) -> None:
     import torch
 
-    base, other = block
-    difference = torch.sub(other, base, out=scratch("part", base)).abs_()
-    return difference.mul_(torch.from_numpy(divergence).to(base.device).view(-1, 1))
+    rows = max(1, len(divergence))
+    difference = (other - base).abs_().reshape(rows, -1)
+    out.view(rows, -1).copy_(difference.mul_(torch.from_numpy(divergence).to(base.device).view(-1, 1)))
 
 
-def _divergence(block: Sequence[Tensor]) -> NDArray[np.float32]:
+@step("void(float32[::1], float32[::1], float32[::1], float32, float32[::1])")
+def take_important(base: Array, other: Array, importance: Array, least: float, out: Array) -> None:
+    """The other's entry where the importance is `least` or more, else the base's."""
+    for i in range(out.size):
+        out[i] = (other[i] - base[i]) * (ONE if importance[i] >= least else ZERO) + base[i]
+
+
+@take_important.torch
+def _(base: Any, other: Any, importance: Any, least: float, out: Any) -> None:
+    out.copy_((other - base).mul_(importance.ge(least)).add_(base).view(out.shape))
+
+
+def _divergence(block: Sequence[Array]) -> NDArray[np.float32]:
     """KL(p ‖ q) of each row.
 
     Another machine's exponential may differ in the last bit of float64. That is the only place here where one could

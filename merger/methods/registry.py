@@ -12,7 +12,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, TypeVar, get_args, get_origin, get_type_hints
 
@@ -21,11 +21,11 @@ from merger.safety.numbers import LIMIT
 from merger.safety.numbers import Range as Range  # methods name it with the rest of what they declare
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from merger.methods.steps.step import Array
 
-Tensors = NewType("Tensors", Sequence["Tensor"])
+Tensors = NewType("Tensors", Sequence["Array"])
 """One float32 block of each model, all of one shape, in the recipe's order."""
-Deltas = NewType("Deltas", Sequence["Tensor"])
+Deltas = NewType("Deltas", Sequence["Array"])
 """The same, with the base model's block already subtracted from each; the base itself is not among them."""
 
 
@@ -101,7 +101,8 @@ class Method:
     one, reads the blocks of the whole tensor before the function sees the first of them. `check`, if there is one,
     raises ValueError, with a sentence, for arguments that are each in bounds but cannot be meant together. `scratch` is
     how many float32 blocks the method may hold at once besides its inputs. `spreads` says that it shares out the
-    strength of what it is given among all directions that a matrix can have.
+    strength of what it is given among all directions that a matrix can have. `needs` is torch where it is handed
+    torch's tensors, and not numpy's arrays.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Method:
     formula: str | None = None
     check: Callable[..., None] | None = None
     spreads: bool = False
+    needs: Literal["torch"] | None = None
 
     @property
     def explanation(self) -> str:
@@ -166,6 +168,7 @@ def merge_method(
     scratch: int = 10,
     laws: Iterable[str | Law] = (),
     spreads: bool = False,
+    needs: Literal["torch"] | None = None,
 ) -> Callable[[F], F]:
     """Register a function as the merge method `name`; the function comes back unchanged.
 
@@ -184,6 +187,7 @@ def merge_method(
         scratch: how many float32 blocks it may hold at once besides its inputs.
         laws: what tests may hold about it.
         spreads: whether it shares out strength among all directions of a matrix: of adapters little is left then.
+        needs: what it is handed in place of numpy's arrays.
 
     Raises:
         TypeError: at import, when an argument has no hint the table can read, or no description.
@@ -213,10 +217,36 @@ def merge_method(
             formula=formula,
             check=check,
             spreads=spreads,
+            needs=needs,
         )
         return function
 
     return register
+
+
+def parameters_of(shared: Callable[..., Any], **defaults: Any) -> Callable[[F], F]:
+    """Give a function the parameters of another one, with their hints, and what is said of them where it says nothing.
+
+    Args:
+        shared: the other function, which methods that differ in what comes after it have in common.
+        defaults: those that are otherwise.
+    """
+
+    def give(function: F) -> F:
+        signature = inspect.signature(shared)
+        changed = [p.replace(default=defaults.get(name, p.default)) for name, p in signature.parameters.items()]
+
+        @wraps(function)
+        def method(*positional: Any, **named: Any) -> Any:
+            return function(**(defaults | dict(zip(signature.parameters, positional, strict=False)) | named))
+
+        found: Any = method
+        found.__signature__, found.__annotations__ = signature.replace(parameters=changed), shared.__annotations__
+        found.shared = shared
+        made: F = found
+        return made
+
+    return give
 
 
 @cache
@@ -254,7 +284,8 @@ def declared(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The evaluated hints; `Tensor` stands for itself, so that torch need not be imported to read them."""
-    return get_type_hints(function, localns={"Tensor": Any}, include_extras=True)
+    names = {"Tensor": Any, "Array": Any, "NDArray": list, "np": Any}
+    return get_type_hints(getattr(function, "shared", function), localns=names, include_extras=True)
 
 
 def _takes(function: Callable[..., Any]) -> Literal["tensors", "deltas"]:
@@ -311,6 +342,7 @@ def _docstring(function: Callable[..., Any]) -> tuple[str, str, dict[str, str]]:
     body = re.split(r"\n(?=>>> )", body)[0]  # an example without Args: before it
     block = re.split(r"\n(?=\S)", rest, maxsplit=1)[0]
     found = re.findall(r"^    (\w+): ((?:.|\n {8,})*)", block, flags=re.MULTILINE)
-    arguments = {name: " ".join(words.split()) for name, words in found}
+    shared = getattr(function, "shared", None)
+    arguments = (_docstring(shared)[2] if shared else {}) | {name: " ".join(words.split()) for name, words in found}
     summary = " ".join(body.split("\n\n")[0].split())
     return summary, body.strip(), arguments

@@ -1,6 +1,7 @@
 """Methods that drop entries of each task vector and rescale the rest, then sum or elect: DARE, DELLA, Breadcrumbs.
 
-Not here: the draws themselves (steps.arithmetic.Rng), which the engine hands over placed at the block.
+Each has two methods, which differ in the second half alone: what stays is said once. Not here: the draws themselves
+(steps.random), which the engine hands over placed at the block.
 """
 
 from __future__ import annotations
@@ -8,27 +9,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
-from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
-from merger.methods.steps.arithmetic import (
-    Blocks,
-    Rng,
-    array,
-    band,
-    divisor,
-    elect_and_merge,
-    l1_factors,
-    likely,
-    masked,
-    per_model,
-    weighted_sum,
-)
+from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method, parameters_of
+from merger.methods.steps.arithmetic import Blocks, divisor, entry_count, l1_factors, per_model, scaled
+from merger.methods.steps.random import Rng, keep_by_rank, likely, masked
+from merger.methods.steps.step import Array
+from merger.methods.steps.votes import Keep, band, elect_and_merge, sum_kept
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
+
+@dataclass(frozen=True)
+class Sparse:
+    """What stays of each task vector, how much it weighs, and the factor that makes up for what is gone."""
+
+    keep: Keep
+    weights: Sequence[float]
+    factors: Sequence[float]
+    normalize: bool
+    lambda_: float
+
+    def summed(self) -> Array:
+        """λ Σ wᵢ fᵢ kᵢ, divided by Σ wᵢ if normalize (undivided where that is zero)."""
+        share = self.lambda_ / divisor(self.weights, self.normalize)
+        return sum_kept(
+            self.keep, [number * share * factor for number, factor in zip(self.weights, self.factors, strict=True)]
+        )
+
+    def elected(self) -> Array:
+        """What ties makes of the kᵢ."""
+        return elect_and_merge(self.keep, self.weights, self.factors, self.normalize, self.lambda_)
+
+
+# ---- dare -----------------------------------------------------------------------------------------------------------
+
 
 _PAPER = Paper(
     "Yu et al.",
@@ -58,12 +71,43 @@ def _check(rescale: bool, unbiased: bool) -> None:
         raise ValueError("unbiased says how to rescale, but rescale is false; leave one of them out")
 
 
-def drop(delta: Tensor, model: int, density: float, rng: Rng, slot: str = "trimmed") -> Tensor:
-    """The delta with a random share of its entries left; the result may be a buffer or `delta`."""
+def drop(delta: Array, model: int, density: float, rng: Rng, factor: float = 1.0) -> Array:
+    """The delta times a number, with a random share of its entries left."""
     if density >= 1:
-        return delta
-    (kept,) = rng.below(model, delta.numel(), density)
-    return masked(delta, kept, slot)
+        return scaled(delta, factor)
+    return masked(delta, rng.below(model, entry_count(delta), density), factor)
+
+
+def dare(
+    deltas: Deltas,
+    weight: PerModel = 1.0,
+    density: Annotated[PerModel, Range(0, 1)] = 1.0,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    unbiased: bool = False,
+    *,
+    rng: Rng,
+    measured: tuple[float, ...] | None = None,
+) -> Sparse:
+    """A random share of each task vector.
+
+    Args:
+        weight: how much of each task vector goes in.
+        density: share of entries kept in each task vector, at random.
+        normalize: divide by the sum of the weights, so that only their ratios count.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
+        unbiased: rescale by 1 / density, as in the paper, in place of the L1 norms.
+    """
+    weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
+    _check(rescale, unbiased)
+    factors = measured or measure_dare([deltas], densities, rng, rescale, unbiased)
+
+    def keep(model: int, factor: float) -> Array:
+        return drop(deltas[model], model, densities[model], rng, factor)
+
+    return Sparse(keep, weights, factors, normalize, lambda_)
 
 
 @merge_method(
@@ -79,18 +123,8 @@ def drop(delta: Tensor, model: int, density: float, rng: Rng, slot: str = "trimm
     check=_check,
     laws=("zero", "scale", full("task_arithmetic", density=1)),
 )
-def dare_linear(
-    deltas: Deltas,
-    weight: PerModel = 1.0,
-    density: Annotated[PerModel, Range(0, 1)] = 1.0,
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = True,
-    unbiased: bool = False,
-    *,
-    rng: Rng,
-    measured: tuple[float, ...] | None = None,
-) -> Tensor:
+@parameters_of(dare)
+def dare_linear(deltas: Deltas, **given: Any) -> Array:
     """A random share of each task vector, rescaled, summed.
 
     Of each τᵢ = θᵢ − θ₀ every entry stays with probability density, by a mask mᵢ; what stays is multiplied by
@@ -102,28 +136,14 @@ def dare_linear(
     are summed in float64; the rescaling is left out only where less than 1e-7 of the delta's norm is left, not for
     every small delta. All in float32, whatever the dtype.
 
-    Args:
-        weight: how much of each task vector goes in.
-        density: share of entries kept in each task vector, at random.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
-        unbiased: rescale by 1 / density, as in the paper, in place of the L1 norms.
-
-    >>> import torch
-    >>> delta = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    >>> import numpy as np
+    >>> delta = np.float32([1, 2, 3, 4])
     >>> dare_linear([delta], density=0.5, rescale=False, rng=Rng(seed=1))
-    tensor([1., 0., 0., 4.])
+    array([1., 0., 0., 4.], dtype=float32)
     >>> dare_linear([delta], density=0.5, unbiased=True, rng=Rng(seed=1))
-    tensor([2., 0., 0., 8.])
+    array([2., 0., 0., 8.], dtype=float32)
     """
-    weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
-    _check(rescale, unbiased)
-    factors = measured or measure_dare([deltas], densities, rng, rescale, unbiased)
-    share = lambda_ / divisor(weights, normalize)
-    total = [number * share * factor for number, factor in zip(weights, factors, strict=True)]
-    dropped = (drop(delta, model, densities[model], rng) for model, delta in enumerate(deltas))
-    return weighted_sum(dropped, total)
+    return dare(deltas, **given).summed()
 
 
 @merge_method(
@@ -140,18 +160,8 @@ def dare_linear(
     check=_check,
     laws=("zero", "scale", full("ties", density=1)),
 )
-def dare_ties(
-    deltas: Deltas,
-    weight: PerModel = 1.0,
-    density: Annotated[PerModel, Range(0, 1)] = 1.0,
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = True,
-    unbiased: bool = False,
-    *,
-    rng: Rng,
-    measured: tuple[float, ...] | None = None,
-) -> Tensor:
+@parameters_of(dare)
+def dare_ties(deltas: Deltas, **given: Any) -> Array:
     """A random share of each task vector, rescaled, merged where they agree on a sign.
 
     Drops and rescales as dare_linear: τ̂ᵢ = fᵢ mᵢ τᵢ. Then elects and merges as ties: s = + where Σ wᵢ τ̂ᵢ ≥ 0, else −;
@@ -162,24 +172,16 @@ def dare_ties(
 
     Args:
         weight: how much each task vector counts, in the vote and in the sum.
-        density: share of entries kept in each task vector, at random.
         normalize: divide by the sum of the weights of the models that agree.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
-        unbiased: rescale by 1 / density, as in the paper, in place of the L1 norms.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, -3.0, -1.0, 1.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 2, 3, 4]), np.float32([1, -3, -1, 1])
     >>> dare_ties([one, other], rng=Rng(seed=1))
-    tensor([ 2., -3.,  3.,  5.])
-    >>> dare_ties([one, other], density=[0.5, 1.0], rescale=False, rng=Rng(seed=1))
-    tensor([ 2., -3., -1.,  5.])
+    array([ 2., -3.,  3.,  5.], dtype=float32)
+    >>> dare_ties([one, other], density=[0.5, 1], rescale=False, rng=Rng(seed=1))
+    array([ 2., -3., -1.,  5.], dtype=float32)
     """
-    weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
-    _check(rescale, unbiased)
-    factors = measured or measure_dare([deltas], densities, rng, rescale, unbiased)
-    kept = [drop(delta, model, densities[model], rng, f"term {model}") for model, delta in enumerate(deltas)]
-    return elect_and_merge(kept, weights, factors, normalize, lambda_)
+    return dare(deltas, **given).elected()
 
 
 # ---- della ----------------------------------------------------------------------------------------------------------
@@ -202,48 +204,47 @@ def measure_della(
     return l1_factors(
         blocks,
         density,
-        lambda model, delta, offset: _prune(
-            delta, model, density[model], epsilon[model], rng.at(rng.start + offset), "trimmed"
-        ),
+        lambda model, delta, offset: _prune(delta, model, density[model], epsilon[model], rng.at(rng.start + offset)),
     )
 
 
-def keep_by_rank(delta: Tensor, model: int, density: float, epsilon: float, rng: Rng) -> NDArray[np.bool_]:
-    """Which entries stay, each with the probability density − ε + 2 ε (rank − 1) / (R − 1) by its rank in its row of R.
+def _prune(delta: Array, model: int, density: float, epsilon: float, rng: Rng, factor: float = 1.0) -> Array:
+    """The delta times a number, with a share of its entries left."""
+    if density >= 1:
+        return scaled(delta, factor)
+    return masked(delta, keep_by_rank(delta, model, density, epsilon, rng), factor)
 
-    With probability density − ε an entry stays, with probability 1 − density − ε it goes, and else it stays if it is
-    larger than another entry of its row, drawn at random for it alone: rank − 1 of the R − 1 others are smaller, so
-    that is the second term, exactly, and no row is sorted. Among equals a coin decides, which gives them their mean
-    rank.
+
+def della_rows(
+    deltas: Deltas,
+    weight: PerModel = 1.0,
+    density: Annotated[PerModel, Range(0, 1)] = 1.0,
+    epsilon: Annotated[PerModel, Range(0, 1)] = 0.15,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    *,
+    rng: Rng,
+    measured: tuple[float, ...] | None = None,
+) -> Sparse:
+    """A random share of each row of each task vector, the large entries likelier.
+
+    Args:
+        weight: how much of each task vector goes in.
+        density: share of entries kept in each task vector, at random.
+        epsilon: how far the probability of a row's smallest entry lies below the density, and the largest's above.
+        normalize: divide by the sum of the weights, so that only their ratios count.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
     """
-    import numpy as np
+    weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
+    epsilons = per_model(epsilon, len(deltas))
+    factors = measured or measure_della([deltas], densities, epsilons, rng, rescale)
 
-    spread = min(epsilon, density, 1 - density)
-    kept, open_ = rng.below(model, delta.numel(), density - spread, density + spread)
-    places = np.flatnonzero(open_ ^ kept)
-    kept[places] = _wins(array(delta), places, delta.shape[-1] if delta.ndim else 1, rng.bits(model, places, "duel"))
-    return kept
+    def keep(model: int, factor: float) -> Array:
+        return _prune(deltas[model], model, densities[model], epsilons[model], rng, factor)
 
-
-def _wins(
-    entries: NDArray[np.float32], places: NDArray[np.intp], row: int, bits: NDArray[np.uint64]
-) -> NDArray[np.bool_]:
-    """Whether the entry at each place is larger than one of the other entries of its row; an equal is by a coin."""
-    import numpy as np
-
-    starts = places // row * row
-    steps = (bits >> np.uint64(32)) * np.uint64(row - 1) >> np.uint64(32)
-    others = places + 1 + steps.view(np.intp)
-    others -= row * (others >= starts + row)
-    magnitudes = np.abs(entries[places]).view(np.uint32)
-    coins = (bits & np.uint64(1)).astype(np.uint32)
-    won: NDArray[np.bool_] = magnitudes >= np.abs(entries[others]).view(np.uint32) + coins
-    return won
-
-
-def _prune(delta: Tensor, model: int, density: float, epsilon: float, rng: Rng, slot: str) -> Tensor:
-    """The delta with a share of its entries left; the result may be a buffer or `delta`."""
-    return delta if density >= 1 else masked(delta, keep_by_rank(delta, model, density, epsilon, rng), slot)
+    return Sparse(keep, weights, factors, normalize, lambda_)
 
 
 @merge_method(
@@ -260,18 +261,8 @@ def _prune(delta: Tensor, model: int, density: float, epsilon: float, rng: Rng, 
     measure=measure_della,
     laws=("zero", "scale", full("ties", density=1)),
 )
-def della(
-    deltas: Deltas,
-    weight: PerModel = 1.0,
-    density: Annotated[PerModel, Range(0, 1)] = 1.0,
-    epsilon: Annotated[PerModel, Range(0, 1)] = 0.15,
-    normalize: bool = True,
-    lambda_: float = 1.0,
-    rescale: bool = True,
-    *,
-    rng: Rng,
-    measured: tuple[float, ...] | None = None,
-) -> Tensor:
+@parameters_of(della_rows, normalize=True)
+def della(deltas: Deltas, **given: Any) -> Array:
     """A random share of each task vector, the large entries likelier, merged where they agree on a sign.
 
     Of each row of τᵢ = θᵢ − θ₀ (the last dimension; a 1-D tensor is one row of R entries) the entry of rank r by
@@ -290,20 +281,14 @@ def della(
 
     Args:
         weight: how much each task vector counts, in the vote and in the mean.
-        density: share of entries kept in each task vector, at random.
-        epsilon: how far the probability of a row's smallest entry lies below the density, and the largest's above.
         normalize: divide by the sum of the weights of the models that agree.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, -3.0, -1.0, 1.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 2, 3, 4]), np.float32([1, -3, -1, 1])
     >>> della([one, other], density=0.5, epsilon=0.5, rescale=False, rng=Rng(seed=1))
-    tensor([ 0., -3.,  3.,  4.])
+    array([ 0., -3.,  3.,  4.], dtype=float32)
     """
-    weights = per_model(weight, len(deltas))
-    pruned, factors = _pruned(deltas, density, epsilon, rescale, rng, measured)
-    return elect_and_merge(pruned, weights, factors, normalize, lambda_)
+    return della_rows(deltas, **given).elected()
 
 
 @merge_method(
@@ -319,18 +304,8 @@ def della(
     measure=measure_della,
     laws=("zero", "scale", full("task_arithmetic", density=1)),
 )
-def della_linear(
-    deltas: Deltas,
-    weight: PerModel = 1.0,
-    density: Annotated[PerModel, Range(0, 1)] = 1.0,
-    epsilon: Annotated[PerModel, Range(0, 1)] = 0.15,
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = True,
-    *,
-    rng: Rng,
-    measured: tuple[float, ...] | None = None,
-) -> Tensor:
+@parameters_of(della_rows)
+def della_linear(deltas: Deltas, **given: Any) -> Array:
     """A random share of each task vector, the large entries likelier, summed.
 
     Drops and rescales as della: τ̂ᵢ. The result is θ₀ + λ Σ wᵢ τ̂ᵢ, the sum divided by Σ wᵢ if normalize (undivided
@@ -338,42 +313,12 @@ def della_linear(
 
     Departs from mergekit: as della.
 
-    Args:
-        weight: how much of each task vector goes in.
-        density: share of entries kept in each task vector, at random.
-        epsilon: how far the probability of a row's smallest entry lies below the density, and the largest's above.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
-
-    >>> import torch
-    >>> delta = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    >>> import numpy as np
+    >>> delta = np.float32([1, 2, 3, 4])
     >>> della_linear([delta], density=0.5, epsilon=0.5, rescale=False, rng=Rng(seed=1))
-    tensor([0., 0., 3., 4.])
+    array([0., 0., 3., 4.], dtype=float32)
     """
-    weights = per_model(weight, len(deltas))
-    pruned, factors = _pruned(deltas, density, epsilon, rescale, rng, measured)
-    share = lambda_ / divisor(weights, normalize)
-    return weighted_sum(pruned, [number * share * factor for number, factor in zip(weights, factors, strict=True)])
-
-
-def _pruned(
-    deltas: Deltas,
-    density: PerModel,
-    epsilon: PerModel,
-    rescale: bool,
-    rng: Rng,
-    measured: tuple[float, ...] | None,
-) -> tuple[list[Tensor], Sequence[float]]:
-    """What stays of each task vector, and the factor it is to be multiplied by."""
-    models = len(deltas)
-    densities, epsilons = per_model(density, models), per_model(epsilon, models)
-    factors = measured or measure_della([deltas], densities, epsilons, rng, rescale)
-    pruned = [
-        _prune(delta, model, densities[model], epsilons[model], rng, f"term {model}")
-        for model, delta in enumerate(deltas)
-    ]
-    return pruned, factors
+    return della_rows(deltas, **given).summed()
 
 
 # ---- breadcrumbs ----------------------------------------------------------------------------------------------------
@@ -427,6 +372,36 @@ def _limits(density: float, found: Sequence[float] | None) -> tuple[float, float
     return found[1], found[0]
 
 
+def crumbs(
+    deltas: Deltas,
+    weight: PerModel = 1.0,
+    density: Annotated[PerModel, Range(0, 1)] = 1.0,
+    gamma: Annotated[PerModel, Range(0, 1)] = 0.01,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = False,
+    *,
+    measured: Bands | None = None,
+) -> Sparse:
+    """The entries of middle magnitude of each task vector.
+
+    Args:
+        weight: how much of each task vector goes in.
+        density: share of entries kept in each task vector, by magnitude, the outliers left aside.
+        gamma: share of entries dropped as outliers, the largest.
+        normalize: divide by the sum of the weights, so that only their ratios count.
+        lambda_: what the merged task vector is multiplied by before the base is added.
+        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
+    """
+    models = len(deltas)
+    found = measured or measure_breadcrumbs([deltas], per_model(density, models), per_model(gamma, models), rescale)
+
+    def keep(model: int, factor: float) -> Array:
+        return band(deltas[model], *found.limits[model], factor)
+
+    return Sparse(keep, per_model(weight, models), found.factors, normalize, lambda_)
+
+
 @merge_method(
     "breadcrumbs",
     title="Model Breadcrumbs",
@@ -439,17 +414,8 @@ def _limits(density: float, found: Sequence[float] | None) -> tuple[float, float
     measure=measure_breadcrumbs,
     laws=("zero", "permutation", "scale", full("task_arithmetic", density=1)),
 )
-def breadcrumbs(
-    deltas: Deltas,
-    weight: PerModel = 1.0,
-    density: Annotated[PerModel, Range(0, 1)] = 1.0,
-    gamma: Annotated[PerModel, Range(0, 1)] = 0.01,
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = False,
-    *,
-    measured: Bands | None = None,
-) -> Tensor:
+@parameters_of(crumbs)
+def breadcrumbs(deltas: Deltas, **given: Any) -> Array:
     """The entries of middle magnitude of each task vector, summed.
 
     Of each τᵢ = θᵢ − θ₀ the g = int(γ · N) entries of largest magnitude go, and of the others the k = int(density · N)
@@ -462,24 +428,13 @@ def breadcrumbs(
     Until mergekit 0.1.4 a gamma so small that no entry is an outlier (gamma 0, or a tensor of fewer than 1 / γ entries)
     erases the whole task vector there.
 
-    Args:
-        weight: how much of each task vector goes in.
-        density: share of entries kept in each task vector, by magnitude, the outliers left aside.
-        gamma: share of entries dropped as outliers, the largest.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
-
-    >>> import torch
-    >>> breadcrumbs([torch.tensor([9.0, -3.0, 2.0, 0.5])], density=0.5, gamma=0.25)
-    tensor([ 0., -3.,  2.,  0.])
-    >>> breadcrumbs([torch.tensor([9.0, -3.0, 2.0, 0.5])], density=0.5, gamma=0)
-    tensor([ 9., -3.,  0.,  0.])
+    >>> import numpy as np
+    >>> breadcrumbs([np.float32([9, -3, 2, 0.5])], density=0.5, gamma=0.25)
+    array([ 0., -3.,  2.,  0.], dtype=float32)
+    >>> breadcrumbs([np.float32([9, -3, 2, 0.5])], density=0.5, gamma=0)
+    array([ 9., -3.,  0.,  0.], dtype=float32)
     """
-    weights = per_model(weight, len(deltas))
-    kept, factors = _in_bands(deltas, density, gamma, rescale, measured)
-    share = lambda_ / divisor(weights, normalize)
-    return weighted_sum(kept, [number * share * factor for number, factor in zip(weights, factors, strict=True)])
+    return crumbs(deltas, **given).summed()
 
 
 @merge_method(
@@ -495,17 +450,8 @@ def breadcrumbs(
     measure=measure_breadcrumbs,
     laws=("zero", "permutation", "scale", full("ties", density=1)),
 )
-def breadcrumbs_ties(
-    deltas: Deltas,
-    weight: PerModel = 1.0,
-    density: Annotated[PerModel, Range(0, 1)] = 1.0,
-    gamma: Annotated[PerModel, Range(0, 1)] = 0.01,
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = False,
-    *,
-    measured: Bands | None = None,
-) -> Tensor:
+@parameters_of(crumbs)
+def breadcrumbs_ties(deltas: Deltas, **given: Any) -> Array:
     """The entries of middle magnitude of each task vector, merged where they agree on a sign.
 
     Drops the largest and the small entries as breadcrumbs: τ̂ᵢ. Then elects and merges as ties: s = + where
@@ -516,27 +462,11 @@ def breadcrumbs_ties(
 
     Args:
         weight: how much each task vector counts, in the vote and in the sum.
-        density: share of entries kept in each task vector, by magnitude, the outliers left aside.
-        gamma: share of entries dropped as outliers, the largest.
         normalize: divide by the sum of the weights of the models that agree.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
 
-    >>> import torch
-    >>> one, other = torch.tensor([9.0, -3.0, 2.0, 0.5]), torch.tensor([1.0, 4.0, 7.0, 8.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([9, -3, 2, 0.5]), np.float32([1, 4, 7, 8])
     >>> breadcrumbs_ties([one, other], density=0.5, gamma=0.25)
-    tensor([0., 4., 9., 0.])
+    array([0., 4., 9., 0.], dtype=float32)
     """
-    weights = per_model(weight, len(deltas))
-    kept, factors = _in_bands(deltas, density, gamma, rescale, measured)
-    return elect_and_merge(kept, weights, factors, normalize, lambda_)
-
-
-def _in_bands(
-    deltas: Deltas, density: PerModel, gamma: PerModel, rescale: bool, measured: Bands | None
-) -> tuple[list[Tensor], Sequence[float]]:
-    """What stays of each task vector, and the factor it is to be multiplied by."""
-    models = len(deltas)
-    found = measured or measure_breadcrumbs([deltas], per_model(density, models), per_model(gamma, models), rescale)
-    kept = [band(delta, *found.limits[model], f"term {model}") for model, delta in enumerate(deltas)]
-    return kept, found.factors
+    return crumbs(deltas, **given).elected()

@@ -6,23 +6,25 @@ Not here: the decomposition (steps.decompose).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
 from merger.methods.steps.arithmetic import divisor, per_model, weighted_sum
 from merger.methods.steps.decompose import (
     TINY,
+    Matrix,
     Spectrum,
     as_matrix,
     is_matrix,
     isometry,
     matrix_sum,
+    namespace,
+    rounded,
     side_by_side,
     spectrum,
+    squares,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.methods.steps.step import Array
 
 _PAPER = Paper(
     "Marczak et al.",
@@ -46,7 +48,7 @@ _PAPER = Paper(
     laws=("zero", "permutation", "scale"),
     spreads=True,
 )
-def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Tensor:
+def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Array:
     """The sum of the task vectors' matrices, with all singular values made equal.
 
     With Σ wᵢ (θᵢ − θ₀) = U diag(σ) Vᵀ and r the smaller of rows and columns, the result is θ₀ + λ (Σ σ / r) U Vᵀ: what
@@ -70,18 +72,18 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
         lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
-    >>> import torch
-    >>> iso_c([torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])])
-    tensor([[2.5000, 0.0000],
-            [0.0000, 2.5000]])
-    >>> iso_c([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0])])
-    tensor([2., 1.])
+    >>> import numpy as np
+    >>> iso_c([np.float32([[3, 0], [0, 1]]), np.float32([[0, 0], [0, 1]])]).round(4)
+    array([[2.5, 0. ],
+           [0. , 2.5]], dtype=float32)
+    >>> iso_c([np.float32([3, 1]), np.float32([1, 1])]).round(4)
+    array([2., 1.], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     if not is_matrix(deltas[0], spectral):
         return _mean(deltas, weights, lambda_)
     vectors, values = isometry(matrix_sum(deltas, weights))
-    return vectors.mul(values.mean() * lambda_).to(deltas[0].dtype)
+    return rounded(vectors * (values.mean() * lambda_))
 
 
 @merge_method(
@@ -104,7 +106,7 @@ def iso_cts(
     common: Annotated[float, Range(0, 1)] = 0.8,
     lambda_: float = 1.0,
     spectral: bool = True,
-) -> Tensor:
+) -> Array:
     """The common directions of the task vectors' matrices and those of each task alone, all equally strong.
 
     With τᵢ = wᵢ (θᵢ − θ₀), N models and r the smaller of rows and columns: s = round((r − ⌊common r⌋) / N) directions a
@@ -124,12 +126,12 @@ def iso_cts(
         lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
-    >>> import torch
-    >>> one, other = torch.diag(torch.tensor([4.0, 1.0, 0.0])), torch.diag(torch.tensor([4.0, 0.0, 2.0]))
-    >>> iso_cts([one, other], common=0.4)
-    tensor([[3.6667, 0.0000, 0.0000],
-            [0.0000, 3.6667, 0.0000],
-            [0.0000, 0.0000, 3.6667]])
+    >>> import numpy as np
+    >>> one, other = np.diag(np.float32([4, 1, 0])), np.diag(np.float32([4, 0, 2]))
+    >>> iso_cts([one, other], common=0.4).round(4)
+    array([[3.6667, 0.    , 0.    ],
+           [0.    , 3.6667, 0.    ],
+           [0.    , 0.    , 3.6667]], dtype=float32)
     """
     like, weights = deltas[0], per_model(weight, len(deltas))
     rank = min(like.shape) if is_matrix(like, spectral) else 0
@@ -139,20 +141,20 @@ def iso_cts(
     shared = spectrum(matrix_sum(deltas, weights), rank - own * len(deltas))
     parts = [shared, *(_rest(as_matrix(*pair), shared, own) for pair in zip(deltas, weights, strict=True))]
     left, values, right = side_by_side(parts)
-    return (left.mul_(values.sum() * (lambda_ / rank)) @ right).to(like.dtype)
+    return rounded((left * (values.sum() * (lambda_ / rank))) @ right)
 
 
 def _directions_a_task(rank: int, common: float, models: int) -> int:
     return min(round((rank - int(rank * common)) / models), rank // models)
 
 
-def _rest(matrix: Tensor, shared: Spectrum, top: int) -> Spectrum:
+def _rest(matrix: Matrix, shared: Spectrum, top: int) -> Spectrum:
     """The leading triples of what the common directions leave of a task; rounding of the matrix is no direction."""
-    noise = TINY * float(matrix.norm())
-    return spectrum(matrix.sub_(shared.left @ (shared.left.T @ matrix)), top, noise)
+    noise = TINY * float(squares(matrix).sum() ** 0.5)
+    return spectrum(matrix - shared.left @ (shared.left.T @ matrix), top, noise)
 
 
-def _mean(deltas: Sequence[Tensor], weights: Sequence[float], factor: float) -> Tensor:
+def _mean(deltas: Sequence[Array], weights: Sequence[float], factor: float) -> Array:
     return weighted_sum(deltas, [number * factor / len(deltas) for number in weights])
 
 
@@ -180,7 +182,7 @@ _TSVM_PAPER = Paper(
     scratch=22,
     laws=("zero", "permutation", "scale"),
 )
-def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Tensor:
+def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Array:
     """The leading singular vectors of each task vector's matrices, decorrelated across tasks and added.
 
     Of each of the N matrices τᵢ = wᵢ (θᵢ − θ₀) = Uᵢ Σᵢ Vᵢᵀ the k = ⌊r / N⌋ leading triples stay, r the smaller of rows
@@ -203,14 +205,14 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
         lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
-    >>> import torch
-    >>> one, other = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0]])
-    >>> tsvm([one])
-    tensor([[3., 0.],
-            [0., 1.]])
-    >>> tsvm([torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])])
-    tensor([[3., 0.],
-            [0., 2.]])
+    >>> import numpy as np
+    >>> one, other = np.float32([[3, 0], [0, 1]]), np.float32([[0, 1], [0, 2]])
+    >>> tsvm([one]).round(4)
+    array([[3., 0.],
+           [0., 1.]], dtype=float32)
+    >>> tsvm([np.float32([[3, 0], [0, 1]]), np.float32([[1, 0], [0, 2]])]).round(4)
+    array([[3., 0.],
+           [0., 2.]], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     like = deltas[0]
@@ -219,7 +221,7 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
         return weighted_sum(deltas, [number * lambda_ / len(deltas) for number in weights])
     parts = [spectrum(as_matrix(*pair), kept) for pair in zip(deltas, weights, strict=True)]
     left, values, right = side_by_side(parts)
-    return ((left * (values * lambda_)) @ right).to(like.dtype)
+    return rounded((left * (values * lambda_)) @ right)
 
 
 # ---- svc ------------------------------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def svc(
     normalize: bool = False,
     lambda_: float = 1.0,
     spectral: bool = True,
-) -> Tensor:
+) -> Array:
     """Task arithmetic, or any merge, without counting what its tasks share several times.
 
     τ is task arithmetic's: λ Σ wᵢ τᵢ with τᵢ = θᵢ − θ₀, divided by Σ wᵢ if normalize; with merged_first it is λ w₁ τ₁
@@ -289,14 +291,14 @@ def svc(
         lambda_: what the merged task vector is multiplied by before it is calibrated.
         spectral: treat tensors of two or more dimensions as matrices; false leaves them as merged.
 
-    >>> import torch
-    >>> one, other = torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([3.0, 0.0]))
-    >>> svc([one, other])
-    tensor([[3., 0.],
-            [0., 1.]])
-    >>> svc([one + other, one, other], merged_first=True, alpha=0.25)
-    tensor([[3.0000, 0.0000],
-            [0.0000, 1.6000]])
+    >>> import numpy as np
+    >>> one, other = np.diag(np.float32([3, 1])), np.diag(np.float32([3, 0]))
+    >>> svc([one, other]).round(4)
+    array([[3., 0.],
+           [0., 1.]], dtype=float32)
+    >>> svc([one + other, one, other], merged_first=True, alpha=0.25).round(4)
+    array([[3. , 0. ],
+           [0. , 1.6]], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     _check(weights, merged_first)
@@ -305,20 +307,21 @@ def svc(
     factors = [number * share for number in weights[: len(sources)]]
     if not is_matrix(deltas[0], spectral):
         return weighted_sum(sources, factors)
-    return _calibrated(matrix_sum(sources, factors), tasks, alpha).to(deltas[0].dtype)
+    return rounded(_calibrated(matrix_sum(sources, factors), tasks, alpha))
 
 
-def _calibrated(merged: Tensor, tasks: Sequence[Tensor], alpha: float) -> Tensor:
-    parts = spectrum(merged)
-    rows = parts.right * parts.values[:, None]
-    counted = parts.values.new_zeros(parts.values.shape)
+def _calibrated(merged: Matrix, tasks: Sequence[Array], alpha: float) -> Matrix:
+    parts, where = spectrum(merged), namespace(merged).where
+    rows, counted = parts.right * parts.values[:, None], parts.values * 0
     for task in tasks:
-        counted.add_(_times(rows, parts.left.T @ as_matrix(task)).clamp_(min=alpha))
-    factors = counted.reciprocal_().mul_(len(tasks)).nan_to_num_(posinf=1.0)
-    return (parts.left * factors) @ rows
+        counted = counted + _times(rows, parts.left.T @ as_matrix(task)).clip(min=alpha)
+    calibrated: Matrix = (parts.left * (len(tasks) / where(counted == 0, float(len(tasks)), counted))) @ rows
+    return calibrated
 
 
-def _times(merged: Tensor, task: Tensor) -> Tensor:
+def _times(merged: Matrix, task: Matrix) -> Matrix:
     """For each row how many times the merge holds what the task does there."""
-    squares, dots = task.square().sum(1), (merged * task).sum(1)
-    return dots.div_(squares).masked_fill_(squares <= TINY**2 * merged.square().sum(1), 0.0)
+    lengths, where = squares(task), namespace(merged).where
+    none = lengths <= TINY**2 * squares(merged)
+    times: Matrix = where(none, 0.0, (merged * task).sum(1) / where(none, 1.0, lengths))
+    return times

@@ -9,16 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from merger.methods.registry import Paper, PerModel, Range, Tensors, endpoints, merge_method
-from merger.methods.steps.arithmetic import Blocks, dot_sums, gram, per_model, scratch, weighted_sum
+from merger.methods.steps.arithmetic import (
+    Blocks,
+    add_scaled,
+    lines_scaled,
+    per_model,
+    scaled,
+    square,
+    tensor_dots,
+    weighted_sum,
+)
 from merger.methods.steps.rows import as_rows, column_dots, row_dots, whole_dots
+from merger.methods.steps.step import Array, new, step
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
+    from merger.methods.steps.rows import Floats
 
 # The name is that of a paper from 1990; the centre of mass is Grove's and Karcher's, and the method best told here.
 _KARCHER = Paper(
@@ -54,7 +62,7 @@ class Directions:
 
 def directions(blocks: Blocks) -> Directions:
     """The norms and the angles of whole tensors, in one pass."""
-    dots = gram(blocks)
+    dots = square(tensor_dots(blocks))
     norms = [math.sqrt(row[place]) for place, row in enumerate(dots)]
     norms = [norm if norm > _SPECK * max(norms) else 0.0 for norm in norms]
     cosines = [
@@ -111,7 +119,7 @@ def multislerp(
     eps: Annotated[float, Range(0)] = 1e-8,
     *,
     measured: tuple[float, ...] | None = None,
-) -> Tensor:
+) -> Array:
     """The weighted mean of the models' directions, with the weighted mean of their norms.
 
     With uᵢ = θᵢ / ‖θᵢ‖ and the weights divided by their sum if normalize_weights, the result is
@@ -129,9 +137,9 @@ def multislerp(
         normalize_weights: divide by the sum of the weights, so that only their ratios count.
         eps: the length below which the mean of the directions is none.
 
-    >>> import torch
-    >>> multislerp([torch.tensor([4.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 0.0])])
-    tensor([2.1213, 2.1213, 0.0000, 0.0000])
+    >>> import numpy as np
+    >>> multislerp([np.float32([4, 0, 0, 0]), np.float32([0, 2, 0, 0])]).round(4)
+    array([2.1213, 2.1213, 0.    , 0.    ], dtype=float32)
     """
     weights = per_model(weight, len(tensors))
     _check(weights, normalize_weights)
@@ -207,7 +215,7 @@ def karcher(
     tol: Annotated[float, Range(0)] = 1e-5,
     *,
     measured: tuple[float, ...] | None = None,
-) -> Tensor:
+) -> Array:
     """The centre of mass of the models' directions on the sphere, with the mean of their norms.
 
     With uᵢ = θᵢ / ‖θᵢ‖ and c the mean of the uᵢ normalised (the first of them where that mean is shorter than tol),
@@ -224,9 +232,9 @@ def karcher(
         max_iter: how many steps at most.
         tol: the angle, in radians, that counts as none; a step shorter than that is the last.
 
-    >>> import torch
-    >>> karcher([torch.tensor([3.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])])
-    tensor([1.4142, 1.4142, 0.0000, 0.0000])
+    >>> import numpy as np
+    >>> karcher([np.float32([3, 0, 0, 0]), np.float32([0, 1, 0, 0])]).round(4)
+    array([1.4142, 1.4142, 0.    , 0.    ], dtype=float32)
     """
     return weighted_sum(tensors, measured or measure_karcher([tensors], max_iter, tol))
 
@@ -254,8 +262,7 @@ def measure_slerp(blocks: Blocks, t: float) -> Angle | None:
     """The norms and the dot product, in float64; nothing is read where the result is an endpoint."""
     if t in (0, 1):
         return None
-    chunks = [dots for block in blocks for dots in dot_sums(block)]
-    first, dot, second = (math.fsum(column) for column in zip(*chunks, strict=True))
+    first, dot, second = tensor_dots(blocks)
     return Angle(math.sqrt(first), math.sqrt(second), dot)
 
 
@@ -272,7 +279,7 @@ def measure_slerp(blocks: Blocks, t: float) -> Angle | None:
     measure=measure_slerp,
     laws=("zero", "idempotent", "scale", endpoints("t")),
 )
-def slerp(tensors: Tensors, t: float, *, measured: Angle | None = None) -> Tensor:
+def slerp(tensors: Tensors, t: float, *, measured: Angle | None = None) -> Array:
     """From the base's tensor to the other's along the arc between their directions.
 
     With ω the angle between a and b as vectors, cos ω = a·b / (‖a‖ ‖b‖), the result is
@@ -288,14 +295,14 @@ def slerp(tensors: Tensors, t: float, *, measured: Angle | None = None) -> Tenso
     Args:
         t: how far to go: 0 is the base, 1 the other model.
 
-    >>> import torch
-    >>> a, b = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0, 0.0])
-    >>> slerp([a, b], t=0.5)
-    tensor([0.7071, 0.7071, 0.0000, 0.0000])
+    >>> import numpy as np
+    >>> a, b = np.float32([1, 0, 0, 0]), np.float32([0, 1, 0, 0])
+    >>> slerp([a, b], t=0.5).round(4)
+    array([0.7071, 0.7071, 0.    , 0.    ], dtype=float32)
     """
     angle = measured or measure_slerp([tensors], t)
     if angle is None or t in (0, 1):
-        return tensors[int(t)].clone()
+        return scaled(tensors[int(t)], 1.0)
     return weighted_sum(tensors, coefficients(t, angle))
 
 
@@ -322,23 +329,9 @@ def _nearer(t: float, angle: Angle) -> tuple[float, float]:
 _NUSLERP_PARALLEL = 1 - 1e-12  # there the arc and the straight line are one in float64
 
 
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """What the first and the second tensor are multiplied by: one number for all of it, or for each column or row."""
-
-    first: NDArray[np.float32]
-    second: NDArray[np.float32]
-
-    def tensors(self, like: Tensor) -> list[Tensor]:
-        """The same, where `like` is."""
-        import torch
-
-        return [torch.from_numpy(numbers).to(like.device) for numbers in (self.first, self.second)]
-
-
 def measure_nuslerp(
     blocks: Blocks, weight: Sequence[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
-) -> Factors | None:
+) -> tuple[Floats, Floats] | None:
     """The factors of the whole tensors, or of their columns; nothing is read for an endpoint, or row by row."""
     t = _share(weight)
     if t in (0, 1) or not (nuslerp_flatten or nuslerp_row_wise):
@@ -365,8 +358,8 @@ def nuslerp(
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
     *,
-    measured: Factors | None = None,
-) -> Tensor:
+    measured: tuple[Any, Any] | None = None,
+) -> Array:
     """Along the arc between two models, or between their task vectors where the recipe names a base.
 
     With t = w₂ / (w₁ + w₂), or 0.5 where |w₁ + w₂| < 1e-6, and ω the angle between a and b, the result is
@@ -386,23 +379,27 @@ def nuslerp(
         nuslerp_flatten: one angle for the whole tensor.
         nuslerp_row_wise: without nuslerp_flatten, an angle for each column in place of each row.
 
-    >>> import torch
-    >>> a, b = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [4.0, 0.0]])
-    >>> nuslerp([a, b], weight=[1, 1], nuslerp_flatten=False)
-    tensor([[0.7071, 0.7071],
-            [3.0000, 0.0000]])
+    >>> import numpy as np
+    >>> a, b = np.float32([[1, 0], [2, 0]]), np.float32([[0, 1], [4, 0]])
+    >>> nuslerp([a, b], weight=[1, 1], nuslerp_flatten=False).round(4)
+    array([[0.7071, 0.7071],
+           [3.    , 0.    ]], dtype=float32)
     """
     t = _share(per_model(weight, 2))
     if t in (0, 1):
-        return tensors[int(t)].clone()
-    rows = [as_rows(tensor) for tensor in tensors]
-    if nuslerp_flatten or nuslerp_row_wise:
+        return scaled(tensors[int(t)], 1.0)
+    rows, by_row = [as_rows(tensor) for tensor in tensors], not (nuslerp_flatten or nuslerp_row_wise)
+    if by_row:
+        first, second = _factors(t, row_dots(rows))
+    else:
         found = measured or measure_nuslerp([rows], per_model(weight, 2), nuslerp_flatten, nuslerp_row_wise)
         assert found is not None
-        factors = found.tensors(rows[0])
-    else:
-        factors = [numbers.view(-1, 1) for numbers in _factors(t, row_dots(rows)).tensors(rows[0])]
-    return weighted_sum(rows, factors).view(tensors[0].shape)
+        first, second = found
+    if len(first) == 1:
+        return weighted_sum(tensors, [float(first[0]), float(second[0])])
+    total = lines_scaled(tensors[0], first, by_row)
+    add_scaled(total, lines_scaled(tensors[1], second, by_row), 1.0)
+    return total
 
 
 def _share(weight: Sequence[float]) -> float:
@@ -411,17 +408,33 @@ def _share(weight: Sequence[float]) -> float:
     return second / (first + second) if abs(first + second) >= 1e-6 else 0.5
 
 
-def _factors(t: float, dots: NDArray[np.float64]) -> Factors:
+def _factors(t: float, dots: Floats) -> tuple[Floats, Floats]:
     """The coefficients of each arc, from its start's squared norm, the dot product, and its end's squared norm."""
     import numpy as np
 
     norms = np.sqrt(dots[[0, 2]]).tolist()
     arcs = zip(*norms, dots[1].tolist(), strict=True)
     first, second = zip(*(coefficients(t, Angle(*arc), _NUSLERP_PARALLEL) for arc in arcs), strict=True)
-    return Factors(np.array(first, np.float32), np.array(second, np.float32))
+    return np.array(first), np.array(second)
 
 
 # ---- nearswap -------------------------------------------------------------------------------------------------------
+
+
+@step("void(float32[::1], float32[::1], float32, float32[::1])")
+def clamp_near(base: Array, other: Array, most: float, out: Array) -> None:
+    """The other's entry, or what is nearest to it of what is at most so far from the base's."""
+    for i in range(out.size):
+        low, high = base[i] - most, base[i] + most
+        raised = low if low > other[i] or low != low else other[i]
+        out[i] = raised if raised < high or raised != raised else high
+
+
+@clamp_near.torch
+def _(base: Any, other: Any, most: float, out: Any) -> None:
+    low, high = base.sub(most), base.add(most)
+    raised = low.where((low > other) | low.isnan(), other)
+    out.copy_(raised.where((raised < high) | raised.isnan(), high))
 
 
 @merge_method(
@@ -432,7 +445,7 @@ def _factors(t: float, dots: NDArray[np.float64]) -> Factors:
     base="first",
     laws=("zero", "idempotent"),
 )
-def nearswap(tensors: Tensors, t: Annotated[float, Range(0)]) -> Tensor:
+def nearswap(tensors: Tensors, t: Annotated[float, Range(0)]) -> Array:
     """The other model's entries where they are near the base's, and a small step towards them elsewhere.
 
     At each entry w b + (1−w) a, with a the base's, b the other model's and w = min(1, t / |a − b|): that is b where it
@@ -445,14 +458,11 @@ def nearswap(tensors: Tensors, t: Annotated[float, Range(0)]) -> Tensor:
     Args:
         t: how far an entry may move from the base's.
 
-    >>> import torch
-    >>> a, b = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.25, 3.0, -2.0, 1.0])
+    >>> import numpy as np
+    >>> a, b = np.float32([1, 1, 1, 1]), np.float32([1.25, 3, -2, 1])
     >>> nearswap([a, b], t=0.5)
-    tensor([1.2500, 1.5000, 0.5000, 1.0000])
+    array([1.25, 1.5 , 0.5 , 1.  ], dtype=float32)
     """
-    import torch
-
     base, other = tensors
-    result = torch.sub(base, t)
-    torch.maximum(result, other, out=result)
-    return torch.minimum(result, torch.add(base, t, out=scratch("scaled", base)), out=result)
+    clamp_near(base, other, t, out := new(base))
+    return out

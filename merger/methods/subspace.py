@@ -6,15 +6,27 @@ Not here: the decomposition (steps.decompose).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from functools import reduce
+from operator import add
+from typing import Annotated
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
-from merger.methods.steps.arithmetic import divisor, elect_and_merge, per_model, trim
-from merger.methods.steps.decompose import TINY, as_matrix, eigen, is_matrix, matrix_sum, spectrum
+from merger.methods.steps.arithmetic import divisor, per_model, scaled
+from merger.methods.steps.decompose import (
+    TINY,
+    Matrix,
+    as_matrix,
+    eigen,
+    is_matrix,
+    matrix_sum,
+    namespace,
+    rounded,
+    spectrum,
+    squares,
+)
+from merger.methods.steps.step import Array
+from merger.methods.steps.votes import elect_and_merge, trim
 from merger.methods.task_vectors import task_arithmetic, ties
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _PAPER = Paper("Stoica et al.", 2025, "Model merging with SVD to tie the Knots", "https://arxiv.org/abs/2410.19735")
 
@@ -39,7 +51,7 @@ def knots(
     normalize: bool = True,
     lambda_: float = 1.0,
     spectral: bool = True,
-) -> Tensor:
+) -> Array:
     """The task vectors' matrices, turned into a basis they share, merged there as by TIES, and turned back.
 
     With τᵢ = θᵢ − θ₀ and the SVD [τ₁ … τₙ] = U Σ [V₁ … Vₙ], task i is Cᵢ = Σ Vᵢ = Uᵀ τᵢ in the basis U. C is what ties
@@ -66,59 +78,57 @@ def knots(
         lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false merges them by ties.
 
-    >>> import torch
-    >>> one, other = torch.tensor([[2.0, 2.0], [2.0, 2.0]]), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
-    >>> knots([one, other])
-    tensor([[3., 1.],
-            [1., 3.]])
-    >>> knots([one, other], density=0.25)
-    tensor([[3., 1.],
-            [1., 3.]])
+    >>> import numpy as np
+    >>> one, other = np.float32([[2, 2], [2, 2]]), np.float32([[1, -1], [-1, 1]])
+    >>> knots([one, other]).round(4)
+    array([[3., 1.],
+           [1., 3.]], dtype=float32)
+    >>> knots([one, other], density=0.25).round(4)
+    array([[3., 1.],
+           [1., 3.]], dtype=float32)
     """
     if not is_matrix(deltas[0], spectral):
         return ties(deltas, weight, density, normalize, lambda_)
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     basis = _basis(deltas)
     parts = [_trimmed(_lying(delta), basis, share) for delta, share in zip(deltas, densities, strict=True)]
-    merged = elect_and_merge(parts, weights, [1.0] * len(weights), normalize, 1.0)
-    return _upright(basis @ merged.double(), deltas[0]).mul_(lambda_)
+
+    def keep(model: int, factor: float) -> Array:
+        return scaled(parts[model], factor)
+
+    merged = elect_and_merge(keep, weights, [1.0] * len(weights), normalize, 1.0)
+    return scaled(_upright(basis @ as_matrix(merged), deltas[0]), lambda_)
 
 
-def _lying(tensor: Tensor) -> Tensor:
+def _lying(tensor: Array) -> Matrix:
     """The tensor as a matrix with no more rows than columns."""
     matrix = as_matrix(tensor)
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 
-def _upright(matrix: Tensor, like: Tensor) -> Tensor:
-    return (matrix.T if like.shape[0] > like.shape[1] else matrix).to(like.dtype)
+def _upright(matrix: Matrix, like: Array) -> Array:
+    return rounded(matrix.T if like.shape[0] > like.shape[1] else matrix)
 
 
-def _basis(deltas: Sequence[Tensor]) -> Tensor:
+def _basis(deltas: Sequence[Array]) -> Matrix:
     """The left singular vectors of all matrices side by side, as columns, each with its largest entry positive."""
-    values, vectors = eigen(_gram(deltas))
+    values, vectors = eigen(reduce(add, (matrix @ matrix.T for matrix in map(_lying, deltas))))
     vectors = vectors[:, values > TINY * values[-1]]
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) if vectors.numel() else vectors
-    return vectors.mul_(largest.sign())
+    if not vectors.shape[1]:
+        return vectors
+    largest = abs(vectors).argmax(0)
+    turned: Matrix = vectors * namespace(vectors).sign(vectors[largest, range(len(largest))])
+    return turned
 
 
-def _gram(deltas: Sequence[Tensor]) -> Tensor:
-    first = _lying(deltas[0])
-    total = first @ first.T
-    for delta in deltas[1:]:
-        matrix = _lying(delta)
-        total.addmm_(matrix, matrix.T)
-    return total
-
-
-def _trimmed(matrix: Tensor, basis: Tensor, density: float) -> Tensor:
+def _trimmed(matrix: Matrix, basis: Matrix, density: float) -> Array:
     from merger.methods.steps.select import kth_magnitudes
 
-    part = basis.T @ matrix
-    part.masked_fill_(part.abs() <= TINY * matrix.norm(dim=0), 0.0)  # a zero but for rounding would vote and be counted
-    part = part.float()
-    (threshold,) = kth_magnitudes([[part]], [density]) if part.numel() else (0.0,)
-    return trim(part, threshold).clone()  # each part is kept until all of them vote
+    along = basis.T @ matrix
+    # a zero but for rounding would vote and be counted
+    part = rounded(along * (abs(along) > TINY * squares(matrix.T) ** 0.5))
+    (threshold,) = kth_magnitudes([[part]], [density]) if part.shape[0] else (0.0,)
+    return trim(part, threshold)
 
 
 # ---- boosting -------------------------------------------------------------------------------------------------------
@@ -147,7 +157,7 @@ def subspace_boosting(
     normalize: bool = False,
     lambda_: float = 1.0,
     spectral: bool = True,
-) -> Tensor:
+) -> Array:
     """Task arithmetic, or any merge, with the weak directions of its matrices raised.
 
     τ is task arithmetic's: λ Σ wᵢ (θᵢ − θ₀), divided by Σ wᵢ if normalize; for one model of weight 1 simply that
@@ -170,28 +180,29 @@ def subspace_boosting(
         lambda_: what the merged task vector is multiplied by before it is boosted.
         spectral: treat tensors of two or more dimensions as matrices; false leaves them as merged.
 
-    >>> import torch
-    >>> subspace_boosting([torch.diag(torch.tensor([6.0, 3.0, 1.0]))], beta=0.8)
-    tensor([[6., 0., 0.],
-            [0., 3., 0.],
-            [0., 0., 3.]])
-    >>> subspace_boosting([torch.diag(torch.tensor([6.0, 3.0])), torch.diag(torch.tensor([0.0, 1.0]))])
-    tensor([[6., 0.],
-            [0., 6.]])
+    >>> import numpy as np
+    >>> subspace_boosting([np.diag(np.float32([6, 3, 1]))], beta=0.8).round(4)
+    array([[6., 0., 0.],
+           [0., 3., 0.],
+           [0., 0., 3.]], dtype=float32)
+    >>> subspace_boosting([np.diag(np.float32([6, 3])), np.diag(np.float32([0, 1]))]).round(4)
+    array([[6., 0.],
+           [0., 6.]], dtype=float32)
     """
     if not is_matrix(deltas[0], spectral) or beta >= 1:
         return task_arithmetic(deltas, weight, normalize, lambda_)
     weights = per_model(weight, len(deltas))
     share = lambda_ / divisor(weights, normalize)
     merged = matrix_sum(deltas, [number * share for number in weights])
-    return _boosted(merged, beta).to(deltas[0].dtype)
+    return rounded(_boosted(merged, beta))
 
 
-def _boosted(merged: Tensor, beta: float) -> Tensor:
+def _boosted(merged: Matrix, beta: float) -> Matrix:
     parts = spectrum(merged)
-    if not parts.values.numel():
+    if not parts.values.shape[0]:
         return merged
     before = int((parts.values.cumsum(0) < beta * parts.values.sum()).sum())
-    added = parts.values[min(before, parts.values.numel() - 1)] - parts.values
+    added = parts.values[min(before, len(parts.values) - 1)] - parts.values
     weak = added > 0
-    return merged.add_((parts.left[:, weak] * added[weak]) @ parts.right[weak])
+    boosted: Matrix = merged + (parts.left[:, weak] * added[weak]) @ parts.right[weak]
+    return boosted

@@ -7,24 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
-from merger.methods.steps.arithmetic import (
-    Blocks,
-    choose,
-    divisor,
-    elect_and_merge,
-    extremes,
-    l1_factors,
-    per_model,
-    scaled,
-    trim,
-    weighted_sum,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from merger.methods.steps.arithmetic import Blocks, divisor, l1_factors, per_model, weighted_sum
+from merger.methods.steps.step import Array
+from merger.methods.steps.votes import chosen, elect_and_merge, extremes, trim
 
 _PAPER = Paper("Ilharco et al.", 2023, "Editing models with task arithmetic", "https://arxiv.org/abs/2212.04089")
 
@@ -37,7 +25,7 @@ _PAPER = Paper("Ilharco et al.", 2023, "Editing models with task arithmetic", "h
     models=(1, None),
     laws=("zero", "permutation", "scale"),
 )
-def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = False, lambda_: float = 1.0) -> Tensor:
+def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = False, lambda_: float = 1.0) -> Array:
     """The base plus a weighted sum of the models' task vectors.
 
     With τᵢ = θᵢ − θ₀ the result is θ₀ + λ Σ wᵢ τᵢ, the sum divided by Σ wᵢ if normalize. A negative weight takes a task
@@ -51,10 +39,10 @@ def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = Fa
         normalize: divide by the sum of the weights, so that only their ratios count.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([1.0, 0.0, -2.0, 4.0]), torch.tensor([3.0, 1.0, 2.0, 0.0])
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 0, -2, 4]), np.float32([3, 1, 2, 0])
     >>> task_arithmetic([one, other], weight=[1, 0.5], lambda_=2)
-    tensor([ 5.,  1., -2.,  8.])
+    array([ 5.,  1., -2.,  8.], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
     share = lambda_ / divisor(weights, normalize)
@@ -112,7 +100,7 @@ def ties(
     rescale: bool = False,
     *,
     measured: Trim | None = None,
-) -> Tensor:
+) -> Array:
     """The largest entries of each task vector, merged where they agree on a sign.
 
     Trim: of each τᵢ = θᵢ − θ₀ the k = int(density · N) entries of largest magnitude stay, at least one; τ̂ᵢ.
@@ -132,17 +120,20 @@ def ties(
         lambda_: what the merged task vector is multiplied by before the base is added.
         rescale: multiply each trimmed task vector so that its L1 norm is that of the whole one.
 
-    >>> import torch
-    >>> one, other = torch.tensor([4.0, -1.0, 2.0, 0.5]), torch.tensor([2.0, 3.0, -5.0, 0.1])
+    >>> import numpy as np
+    >>> one, other = np.float32([4, -1, 2, 0.5]), np.float32([2, 3, -5, 0.1])
     >>> ties([one, other])
-    tensor([ 3.0000,  3.0000, -5.0000,  0.3000])
+    array([ 3. ,  3. , -5. ,  0.3], dtype=float32)
     >>> ties([one, other], density=0.5)
-    tensor([ 4.,  3., -5.,  0.])
+    array([ 4.,  3., -5.,  0.], dtype=float32)
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     found = measured or measure_ties([deltas], densities, rescale)
-    kept = [trim(*pair, f"term {model}") for model, pair in enumerate(zip(deltas, found.thresholds, strict=True))]
-    return elect_and_merge(kept, weights, found.factors, normalize, lambda_)
+
+    def keep(model: int, factor: float) -> Array:
+        return trim(deltas[model], found.thresholds[model], factor)
+
+    return elect_and_merge(keep, weights, found.factors, normalize, lambda_)
 
 
 # ---- magmax ---------------------------------------------------------------------------------------------------------
@@ -168,7 +159,7 @@ _MAGMAX_PAPER = Paper(
     scratch=5,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
-def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tensor:
+def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
     """At every entry the one task vector that moved it most.
 
     With τᵢ = wᵢ (θᵢ − θ₀) the result is θ₀ + λ τₖ, where k at each entry is the model of largest |τᵢ|. The paper trains
@@ -182,15 +173,13 @@ def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tens
         weight: what each task vector is multiplied by, before magnitudes are compared.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([4.0, -1.0, 2.0, 0.5]), torch.tensor([2.0, 3.0, -5.0, -0.1])
+    >>> import numpy as np
+    >>> one, other = np.float32([4, -1, 2, 0.5]), np.float32([2, 3, -5, -0.1])
     >>> magmax([one, other])
-    tensor([ 4.0000,  3.0000, -5.0000,  0.5000])
+    array([ 4. ,  3. , -5. ,  0.5], dtype=float32)
     """
-    weights = per_model(weight, len(deltas))
-    terms = (scaled(delta, number) for delta, number in zip(deltas, weights, strict=True))
-    above, below = extremes(terms, like=deltas[0])
-    return choose(above, below, vote=above + below).mul_(lambda_)
+    above, below = extremes(deltas, per_model(weight, len(deltas)))
+    return chosen(above, below, weighted_sum([above, below], [1.0, 1.0]), lambda_)
 
 
 # ---- emr ------------------------------------------------------------------------------------------------------------
@@ -214,7 +203,7 @@ _EMR_PAPER = Paper(
     scratch=6,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
-def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tensor:
+def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
     """The largest entry among the task vectors that have the elected sign.
 
     With τᵢ = wᵢ (θᵢ − θ₀): γ = the sign of Σ τᵢ; ε = the largest |τᵢ| among those of sign γ, 0 where there is none. The
@@ -230,15 +219,13 @@ def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Tensor:
         weight: what each task vector is multiplied by, before the vote.
         lambda_: what the merged task vector is multiplied by before the base is added.
 
-    >>> import torch
-    >>> one, other = torch.tensor([4.0, -1.0, 2.0, 0.5]), torch.tensor([2.0, 3.0, -5.0, 0.1])
+    >>> import numpy as np
+    >>> one, other = np.float32([4, -1, 2, 0.5]), np.float32([2, 3, -5, 0.1])
     >>> emr([one, other])
-    tensor([ 4.0000,  3.0000, -5.0000,  0.5000])
+    array([ 4. ,  3. , -5. ,  0.5], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
-    terms = (scaled(delta, number) for delta, number in zip(deltas, weights, strict=True))
-    above, below = extremes(terms, like=deltas[0])
-    return choose(above, below, vote=weighted_sum(deltas, weights)).mul_(lambda_)
+    return chosen(*extremes(deltas, weights), weighted_sum(deltas, weights), lambda_)
 
 
 # ---- expo -----------------------------------------------------------------------------------------------------------
@@ -256,7 +243,7 @@ _EXPO_PAPER = Paper("Zheng et al.", 2024, "Model Extrapolation Expedites Alignme
     scratch=1,
     laws=("zero", "scale", full("task_arithmetic", alpha=0)),
 )
-def expo(deltas: Deltas, alpha: float) -> Tensor:
+def expo(deltas: Deltas, alpha: float) -> Array:
     """A trained model, moved further from its starting point.
 
     With θ₁ the model after preference training and θ₀ (base_model) the one it started from, the result is
@@ -268,8 +255,8 @@ def expo(deltas: Deltas, alpha: float) -> Tensor:
     Args:
         alpha: how far to go on, in lengths of the training's own change.
 
-    >>> import torch
-    >>> expo([torch.tensor([1.0, -2.0, 0.0, 4.0])], alpha=0.5)
-    tensor([ 1.5000, -3.0000,  0.0000,  6.0000])
+    >>> import numpy as np
+    >>> expo([np.float32([1, -2, 0, 4])], alpha=0.5)
+    array([ 1.5, -3. ,  0. ,  6. ], dtype=float32)
     """
     return weighted_sum(deltas, [1 + alpha])

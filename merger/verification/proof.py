@@ -88,7 +88,7 @@ def compare_pieces(
     def compared(piece: Piece) -> tuple[Piece, Mismatch | None]:
         reader = _AsAsked(planned, piece.job, store)
         allow = planned.locked.recipe.allow_non_finite
-        work = Work(piece.job, table, 0, reader, planned.seed, torch.device("cpu"), routers, allow=allow)
+        work = Work(piece.job, table, 0, reader, planned.seed, "cpu", routers, allow=allow)
         try:
             return piece, _compare(work, piece, published)
         except NotFinite as found:
@@ -118,7 +118,7 @@ def _make(work: Work, piece: Piece) -> Iterator[tuple[int, memoryview]]:
     unit = 1 if work.job.is_copy else size
     run = Block(piece.start * size // unit, piece.stop * size // unit)
     for block in blocks(work.job, work.method) if piece.is_whole else [run]:
-        buffer = torch.empty((block.stop - block.start) * unit, dtype=torch.uint8)
+        buffer = np.empty((block.stop - block.start) * unit, np.uint8)
         yield block.start * unit, work.make(block, buffer)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from merger.cli.commands import main
 from merger.engine.execute import Observed
 from merger.engine.geometry import observe
+from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry, dump_geometry, load_geometry, total_geometry
 from merger.run.options import Options
 from merger.run.pipeline import merge
@@ -23,9 +25,14 @@ from merger.run.prepare import plan, read_recipe
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
+def normal(draw: np.random.Generator, entries: int) -> Array:
+    """Normal entries."""
+    return draw.standard_normal(entries, np.float32)
+
+
 def test_geometry_is_that_of_the_vectors() -> None:
     """Norms, cosines and the share of entries with both signs, by hand."""
-    one, other = torch.tensor([3.0, 4.0, 0.0, 0.0]), torch.tensor([4.0, -3.0, 0.0, 5.0])
+    one, other = np.float32([3.0, 4.0, 0.0, 0.0]), np.float32([4.0, -3.0, 0.0, 5.0])
     seen = observe([one, other], one + other, 0, 4)
     assert (seen.norm(0), seen.norm(1), seen.norm(-1)) == (5.0, 50**0.5, 75**0.5)
     assert seen.cosine(0, 1) == 0.0
@@ -36,8 +43,8 @@ def test_geometry_is_that_of_the_vectors() -> None:
 
 def test_geometry_tells_how_the_result_lies_to_each_input_and_to_the_base() -> None:
     """In how many entries they have opposite signs, of how many that are not zero; and the base's products."""
-    one, other = torch.tensor([3.0, -4.0, 0.0, 1.0]), torch.tensor([0.0, -3.0, 2.0, 5.0])
-    result, base = torch.tensor([-1.0, -1.0, -1.0, 0.0]), torch.tensor([1.0, 2.0, 0.0, 0.0])
+    one, other = np.float32([3.0, -4.0, 0.0, 1.0]), np.float32([0.0, -3.0, 2.0, 5.0])
+    result, base = np.float32([-1.0, -1.0, -1.0, 0.0]), np.float32([1.0, 2.0, 0.0, 0.0])
     seen = observe([one, other], result, 0, 4, base)
     assert (seen.against, seen.moved) == ((1, 1), (3, 3))
     assert seen.base == (-5.0, -6.0, -3.0, 5.0)
@@ -53,10 +60,10 @@ def test_a_zero_vector_has_no_angle() -> None:
 
 def test_what_is_noted_gives_the_very_same_numbers_back() -> None:
     """So that the card of a resumed run is that of an undisturbed one, to the last digit."""
-    draw = torch.Generator().manual_seed(4)
+    draw = np.random.default_rng(4)
     seen = {
-        name: observe([torch.randn(50, generator=draw)], torch.ones(50), 0, 50, base)
-        for name, base in (("b", None), ("a", torch.randn(50, generator=draw)))
+        name: observe([normal(draw, 50)], np.ones(50, np.float32), 0, 50, base)
+        for name, base in (("b", None), ("a", normal(draw, 50)))
     }
     assert load_geometry(dump_geometry(seen)) == seen
     assert list(load_geometry(dump_geometry(seen))) == ["b", "a"]
@@ -65,9 +72,9 @@ def test_what_is_noted_gives_the_very_same_numbers_back() -> None:
 @pytest.mark.parametrize("entries", [400_000, 5_000_000])
 def test_the_sample_of_a_large_tensor_does_not_depend_on_its_blocks(entries: int) -> None:
     """The same entries are looked at however the tensor is cut, and they say what all say."""
-    draw = torch.Generator().manual_seed(3)
-    one, other = (torch.randn(entries, generator=draw) for _ in range(2))
-    mixed = 0.6 * one + 0.8 * other
+    draw = np.random.default_rng(3)
+    one, other = (normal(draw, entries) for _ in range(2))
+    mixed = np.float32(0.6) * one + np.float32(0.8) * other
     whole = observe([one, mixed], mixed, 0, entries)
     cuts = [0, 131_072, 262_144, entries // 3 * 2, entries]
     parts = [observe([one[a:b], mixed[a:b]], mixed[a:b], a, entries) for a, b in pairwise(cuts)]

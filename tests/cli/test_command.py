@@ -61,7 +61,7 @@ try:
     code = main(sys.argv[1:])
 except SystemExit as done:
     code = done.code
-heavy = [name for name in ("torch", "huggingface_hub", "transformers", "matplotlib") if name in sys.modules]
+heavy = [name for name in ("torch", "numba", "huggingface_hub", "transformers", "matplotlib") if name in sys.modules]
 print(json.dumps([code, heavy]), file=sys.stderr)
 """
 

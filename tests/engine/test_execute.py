@@ -74,6 +74,31 @@ def test_same_bytes_whatever_the_budget(method: str, parents: list[Path], tmp_pa
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
 
 
+@pytest.mark.parametrize("method", RECIPES)
+def test_same_bytes_on_tensors_and_in_tiles_of_another_size(
+    method: str, parents: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU is handed, torch's tensors of a whole block, gives on the processor what numpy's tiles give."""
+    path = recipe(tmp_path, method, parents)
+    first = merged(path, tmp_path / "tiles")
+    with monkeypatch.context() as patch:
+        patch.setattr("merger.engine.runner.TILE", 10_000)
+        assert merged(path, tmp_path / "small") == first
+    monkeypatch.setattr("merger.engine.runner.TILE", 1 << 19)
+    monkeypatch.setitem(methods(), method, replace(methods()[method], needs="torch"))  # type: ignore[misc]  # a dict
+    assert merged(path, tmp_path / "tensors") == first
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+def test_a_merge_on_the_processor_imports_no_torch(method: str, parents: list[Path], tmp_path: Path) -> None:
+    """From the recipe to the finished folder."""
+    command = ["run", str(recipe(tmp_path, method, parents)), "--to", str(tmp_path / "out"), "--quiet"]
+    code = f"import sys; from merger.cli.commands import main; print(main({command!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "0 False\n", done.stderr
+    assert list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_same_bytes_whatever_the_hash_seed(parents: list[Path], tmp_path: Path) -> None:
     """Two processes with different PYTHONHASHSEED write the same files: shards, index, config, card and lock."""
     path = recipe(tmp_path, "dare_ties", parents)

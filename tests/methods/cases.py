@@ -13,7 +13,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from merger.methods.registry import Method, Param, Range, declared
-from merger.methods.steps.arithmetic import Rng
+from merger.methods.steps.random import Rng
 
 KINDS = ("normal", "heavy", "sparse", "few values", "zeros")
 TOLERANCES = (0.0, 1e-8, 1e-5, 1e-2)
@@ -34,14 +34,23 @@ class Case:
         given = {**self.arguments, **others}
         if self.method.random:
             given = {"rng": self.rng, **given}
-        result: torch.Tensor = self.method.function(list(self.tensors), **given)
+        return as_tensor(self.method.function(self.handed(self.tensors), **given))
+
+    def run_on_tensors(self) -> torch.Tensor:
+        """The method on torch's tensors, by the second bodies of its steps."""
+        given = {"rng": self.rng} if self.method.random else {}
+        result: torch.Tensor = self.method.function(list(self.tensors), **given, **self.arguments)
         return result
+
+    def handed(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """What the engine hands over: numpy's arrays, or tensors where the method needs torch."""
+        return [tensor if self.method.needs == "torch" else tensor.numpy() for tensor in tensors]
 
     def run_in_blocks(self, cuts: Sequence[int]) -> torch.Tensor:
         """The method as the engine calls it: measure over all blocks, then each block by itself."""
         step = self.step
         edges = sorted({0, *(cut // step * step for cut in cuts), self.tensors[0].numel()})
-        blocks = Blocks(self.tensors, edges, self.method.unit)
+        blocks = [self.handed(block) for block in Blocks(self.tensors, edges, self.method.unit)]
         found = {}
         if self.method.measure:
             offered = {**self.arguments, "rng": self.rng}
@@ -49,7 +58,7 @@ class Case:
         pieces = []
         for start, block in zip(edges, blocks, strict=False):
             rng = {"rng": self.rng.at(start)} if self.method.random else {}
-            pieces.append(self.method.function(block, **self.arguments, **rng, **found))
+            pieces.append(as_tensor(self.method.function(block, **self.arguments, **rng, **found)))
             assert pieces[-1].shape == block[0].shape
         return torch.cat([piece.reshape(-1) for piece in pieces]).view(self.tensors[0].shape)
 
@@ -63,6 +72,11 @@ class Case:
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Case:
         """The same case on other tensors."""
         return replace(self, tensors=tuple(tensors))
+
+
+def as_tensor(result: Any) -> torch.Tensor:
+    """A result as a tensor."""
+    return result if isinstance(result, torch.Tensor) else torch.from_numpy(result)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from merger.methods.sparsify import (
     dare_ties,
     della,
     della_linear,
-    keep_by_rank,
 )
 from merger.methods.spherical import measure_slerp, slerp
-from merger.methods.steps.arithmetic import Rng
+from merger.methods.steps.random import Rng, keep_by_rank
 from merger.methods.task_vectors import measure_ties, task_arithmetic, ties
 
 from .oracles import della_probability

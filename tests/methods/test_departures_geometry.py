@@ -13,7 +13,7 @@ from merger.methods import averaging as stock
 from merger.methods import importance as fusion
 from merger.methods import spherical as arcs
 from merger.methods.averaging import model_stock
-from merger.methods.importance import arcee_fusion
+from merger.methods.importance import arcee_fusion, measure_arcee_fusion
 from merger.methods.registry import methods
 from merger.methods.spherical import karcher, measure_karcher, measure_multislerp, multislerp, nearswap, nuslerp, slerp
 from merger.methods.steps.rows import column_dots, row_dots, whole_dots
@@ -338,13 +338,14 @@ def test_arcee_fusion_tells_close_rows_apart() -> None:
     assert float(taken[:7].float().mean()) < 0.2
 
 
-def test_arcee_fusion_takes_a_divergence_once_a_block() -> None:
-    """Walked twice, the importances ask for the softmax of each block once."""
-    block = [normal(1, 3, 4), normal(2, 3, 4)]
-    twice = fusion._Importances([block, block])
-    first, second = ([float(entry) for one in twice for entry in one[0].view(-1)] for _ in range(2))
-    assert first == second
-    assert len(twice.divergences) == 2
+def test_arcee_fusion_takes_a_divergence_once_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the importances are walked, the softmax of each block is taken once."""
+    taken, real = [], fusion._divergence
+    monkeypatch.setattr(fusion, "_divergence", lambda block: taken.append(block) or real(block))
+    blocks = Walked(*([normal(seed, 90, 400), normal(seed + 1, 90, 400)] for seed in (1, 2)))
+    measure_arcee_fusion(blocks)
+    assert blocks.walks >= 2
+    assert len(taken) == 2
 
 
 def test_quartiles_are_entries() -> None:

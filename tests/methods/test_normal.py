@@ -7,8 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from merger.methods.steps.arithmetic import Rng
-from merger.methods.steps.random import normal, uniform
+from merger.methods.steps.random import Rng, normal, uniform
 
 ENDS = np.array([0, 2**64 - 1, 2**63, 2**63 - 1, 1 << 12], np.uint64)
 

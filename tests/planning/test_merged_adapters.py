@@ -148,7 +148,7 @@ def test_a_method_merges_what_the_adapters_add(method: str, trio: list[Path], tm
         if name == "model.embed_tokens.weight":
             parts = [part.T.contiguous() for part in parts]
         if table.random:
-            from merger.methods.steps.arithmetic import Rng
+            from merger.methods.steps.random import Rng
 
             given["rng"] = Rng(5, name.removesuffix(".weight"))
         expected = table.function(parts, **given)

@@ -1,41 +1,33 @@
-"""The pieces that merge methods are composed of: sums, trimming, sign election, norms, masks by counter.
+"""The pieces that merge methods are composed of: sums, products, norms, and the blocks that a measure walks.
 
-Every elementwise step is one IEEE operation on float32 (a product and a sum, never a fused one), and every reduction
-adds in one order in float64: so neither threads nor the machine's vector units change a bit. Not here: any one method,
-and the search for a threshold (`select`). torch and numpy are imported when a piece is called, so that the table of
-methods can be read without them.
+Every entry's steps are IEEE operations on float32 (a product and a sum, never a fused one), and every reduction adds in
+one order in float64: so neither threads nor the machine's vector units change a bit. A piece allocates what it returns
+and calls one or two steps. Not here: votes (`votes`), masks by counter (`random`), the search for a threshold
+(`select`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import struct
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from merger.methods.steps.step import ONE, ZERO, Array, is_tensor, new, step, wide
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
-Blocks: TypeAlias = "Iterable[Sequence[Tensor]]"
+Blocks: TypeAlias = "Iterable[Sequence[Array]]"
 """The blocks of a whole tensor, each a list with one block a model; it may be walked several times.
 
 They may know how many `entries` they hold, and how to read every n-th of them faster than all: see `strided`.
 """
 
 Pair = TypeVar("Pair")
-
-CHUNK = 1 << 18
-"""Entries that a reduction takes at a time; the engine's blocks are a multiple of it."""
-
-_SCRATCH_LIMIT = 1 << 20  # entries; 4 MiB a slot and thread. What is larger is a direct call, and is not kept.
 
 
 def per_model(value: float | Sequence[float], models: int) -> list[float]:
@@ -47,44 +39,123 @@ def per_model(value: float | Sequence[float], models: int) -> list[float]:
     return [float(number) for number in value]
 
 
-# Sums
+# ---- sums -----------------------------------------------------------------------------------------------------------
 
 
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
+@step("void(float32[::1], float32, float32[::1])")
+def scale(x: Array, factor: float, out: Array) -> None:
+    """Each entry times a number."""
+    for i in range(out.size):
+        out[i] = x[i] * factor
 
 
-_scratch = _Scratch()
-
-
-def scratch(slot: str, like: Tensor) -> Tensor:
-    """This thread's buffer called `slot`, shaped like `like`, with anything in it; never a result."""
+@scale.torch
+def _(x: Any, factor: float, out: Any) -> None:
     import torch
 
-    entries = like.numel()
-    if entries > _SCRATCH_LIMIT:
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-    kept = _scratch.kept.get(slot)
-    if kept is None or kept.numel() < entries or kept.device != like.device or kept.dtype != like.dtype:
-        kept = _scratch.kept[slot] = torch.empty(entries, dtype=like.dtype, device=like.device)
-    return kept[:entries].view(like.shape)
+    torch.mul(x, factor, out=out)
 
 
-def scaled(tensor: Tensor, factor: float | Tensor, slot: str = "scaled") -> Tensor:
-    """The tensor times `factor` (a number, or one a row or column), in the buffer `slot`, which may be its own."""
+@step("void(float32[::1], float32[::1], float32)")
+def add_scaled(total: Array, x: Array, factor: float) -> None:
+    """To each entry another one times a number."""
+    for i in range(total.size):
+        total[i] += x[i] * factor
+
+
+add_scaled.twin = lambda total, x, factor: total.add_(x * factor)
+
+
+@step("void(float32[::1], float32[::1])")
+def multiply(total: Array, x: Array) -> None:
+    """Each entry times another one."""
+    for i in range(total.size):
+        total[i] *= x[i]
+
+
+multiply.twin = lambda total, x: total.mul_(x)
+
+
+@step("void(float32[::1], float32[::1], float32)")
+def multiply_add(total: Array, x: Array, number: float) -> None:
+    """Each entry times another one, and a number added: what Horner's rule takes at each power."""
+    for i in range(total.size):
+        total[i] = total[i] * x[i] + number
+
+
+multiply_add.twin = lambda total, x, number: total.mul_(x).add_(number)
+
+
+@step("void(float32[::1], float32[::1], float32, float32[::1])")
+def divide(x: Array, by: Array, factor: float, out: Array) -> None:
+    """Each entry divided by another one (by 1 where that is zero), then times a number."""
+    for i in range(out.size):
+        out[i] = x[i] / (ONE if by[i] == ZERO else by[i]) * factor
+
+
+divide.twin = lambda x, by, factor, out: out.copy_(x.div(by.add(by.eq(0))).mul_(factor))
+
+
+@step("void(float32[::1], float32[::1], float32[::1])")
+def scale_rows(x: Array, factors: Array, out: Array) -> None:
+    """Each row, of as many as there are factors, times its own."""
+    count = factors.size
+    rows, made = x.reshape(count, x.size // max(1, count)), out.reshape(count, x.size // max(1, count))
+    for row in range(count):
+        for i in range(rows.shape[1]):
+            made[row, i] = rows[row, i] * factors[row]
+
+
+@scale_rows.torch
+def _(x: Any, factors: Any, out: Any) -> None:
+    rows = max(1, len(factors))
+    out.view(rows, -1).copy_(x.reshape(rows, -1) * _beside(factors, x).view(-1, 1))
+
+
+@step("void(float32[::1], float32[::1], float32[::1])")
+def scale_columns(x: Array, factors: Array, out: Array) -> None:
+    """Each column, of as many as there are factors, times its own."""
+    width = factors.size
+    rows, made = x.reshape(x.size // max(1, width), width), out.reshape(x.size // max(1, width), width)
+    for row in range(len(rows)):
+        for column in range(width):
+            made[row, column] = rows[row, column] * factors[column]
+
+
+@scale_columns.torch
+def _(x: Any, factors: Any, out: Any) -> None:
+    out.view(-1, len(factors)).copy_(x.reshape(-1, len(factors)) * _beside(factors, x))
+
+
+def _beside(numbers: Array, x: Any) -> Any:
+    """Numbers that were computed here, where a tensor is."""
     import torch
 
-    return torch.mul(tensor, factor, out=scratch(slot, tensor))
+    return torch.from_numpy(numbers).to(x.device)
 
 
-def weighted_sum(tensors: Iterable[Tensor], factors: Sequence[float | Tensor]) -> Tensor:
-    """The sum of each tensor times its factor, as a new tensor."""
+def scaled(x: Array, factor: float) -> Array:
+    """The tensor times a number."""
+    out = new(x)
+    scale(x, factor, out)
+    return out
+
+
+def lines_scaled(x: Array, factors: NDArray[np.float64], by_row: bool) -> Array:
+    """Each row, or each column, times its own number."""
+    import numpy as np
+
+    out = new(x)
+    (scale_rows if by_row else scale_columns)(x, np.ascontiguousarray(factors, np.float32), out)
+    return out
+
+
+def weighted_sum(tensors: Iterable[Array], factors: Sequence[float]) -> Array:
+    """The sum of each tensor times its factor."""
     pairs = zip(tensors, factors, strict=True)
-    first, factor = next(pairs)
-    total = first * factor
+    total = scaled(*next(pairs))
     for tensor, factor in pairs:
-        total.add_(scaled(tensor, factor))
+        add_scaled(total, tensor, factor)
     return total
 
 
@@ -94,244 +165,85 @@ def divisor(weights: Sequence[float], normalize: bool) -> float:
     return total if normalize and abs(total) >= 1e-8 else 1.0
 
 
-# Trimming and election
-
-
-def trim(delta: Tensor, threshold: float, slot: str = "trimmed") -> Tensor:
-    """The delta with every entry of magnitude below `threshold` set to zero; the result may be a buffer or `delta`."""
-    import torch
-
-    if threshold <= 0:
-        return delta
-    return torch.hardshrink(delta, lambd=_next_below(threshold), out=scratch(slot, delta))
-
-
-def band(delta: Tensor, floor: float, ceiling: float, slot: str = "trimmed") -> Tensor:
-    """The delta with every entry set to zero whose magnitude is below `floor` or above `ceiling`."""
-    import torch
-
-    kept = trim(delta, floor, slot)
-    if math.isinf(ceiling):
-        return kept
-    beyond = torch.hardshrink(delta, lambd=ceiling, out=scratch("part", delta))
-    return torch.sub(kept, beyond, out=scratch(slot, delta))
-
-
-def _next_below(value: float) -> float:
-    """The largest float32 below a positive one (infinity stays): hardshrink zeroes what is equal to its threshold."""
-    if math.isinf(value):
-        return value
-    (bits,) = struct.unpack("<I", struct.pack("<f", value))
-    below: float = struct.unpack("<f", struct.pack("<I", bits - 1))[0]
-    return below
-
-
-def elect_and_merge(
-    kept: Sequence[Tensor], weights: Sequence[float], factors: Sequence[float], normalize: bool, lambda_: float
-) -> Tensor:
-    """TIES's second half: λ times the sum of those of wᵢ fᵢ kᵢ that have the elected sign, divided by their Σ wᵢ."""
-    gains = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
-    if gains[0] > 0 and len(set(gains)) == len(set(weights)) == 1:  # one number for all: left for the end
-        share = factors[0] if normalize else gains[0]
-        return consensus(kept, [1.0] * len(kept), normalize).mul_(lambda_ * share)
-    terms = [
-        scaled(tensor, gain, f"term {place}") for place, (tensor, gain) in enumerate(zip(kept, gains, strict=True))
-    ]
-    return consensus(terms, weights, normalize).mul_(lambda_)
-
-
-def consensus(
-    votes: Sequence[Tensor], weights: Sequence[float], normalize: bool, gains: Sequence[float] | None = None
-) -> Tensor:
-    """The sum of the votes that have the elected sign, times their gains, divided if `normalize` by their weights' sum.
-
-    The sign elected at an entry is that of the sum of all votes; a sum of exactly 0 elects plus. A vote may be a
-    buffer, but not one called "part", "sign", "total" or "divisor".
-    """
-    sign = _elected(votes)
-    total = _agreeing(votes[0], sign, "total")
-    divisor = _shares(total, weights[0], "divisor") if normalize else None
-    _gained(total, gains, 0)
-    for place, vote in enumerate(votes[1:], 1):
-        agreeing = _agreeing(vote, sign, "part")
-        if divisor is None:
-            total.add_(_gained(agreeing, gains, place))
-        else:
-            shares = _shares(agreeing, weights[place], "scaled")
-            total.add_(_gained(agreeing, gains, place))
-            divisor.add_(shares)
-    _flipped(total, sign, total)
-    return total.clone() if divisor is None else total.div(_without_zeros(divisor, weights))
-
-
-def _agreeing(vote: Tensor, sign: Tensor, slot: str) -> Tensor:
-    """The vote's magnitude where it has the sign, else 0."""
-    return _flipped(vote, sign, scratch(slot, sign)).clamp_min_(0)
-
-
-def _shares(agreeing: Tensor, weight: float, slot: str) -> Tensor:
-    """The weight where the vote agrees, else 0."""
-    import torch
-
-    return _times(torch.gt(agreeing, 0, out=scratch(slot, agreeing)), weight)
-
-
-def _gained(agreeing: Tensor, gains: Sequence[float] | None, place: int) -> Tensor:
-    return _times(agreeing, 1 if gains is None else gains[place])
-
-
-def _elected(votes: Sequence[Tensor]) -> Tensor:
-    """The sign bit of the votes' sum, alone."""
-    import torch
-
-    if len(votes) == 1:
-        total = scratch("sign", votes[0]).copy_(votes[0])
-    else:
-        total = torch.add(votes[0], votes[1], out=scratch("sign", votes[0]))
-    for vote in votes[2:]:
-        total.add_(vote)
-    total.view(torch.int32).bitwise_and_(-(1 << 31))
-    return total
-
-
-def _flipped(tensor: Tensor, sign: Tensor, out: Tensor) -> Tensor:
-    """The tensor with its sign turned where `sign` has the bit: what agrees is then positive, the rest negative."""
-    import torch
-
-    torch.bitwise_xor(tensor.view(torch.int32), sign.view(torch.int32), out=out.view(torch.int32))
+def quotient(x: Array, by: Array, factor: float = 1.0) -> Array:
+    """Each entry divided by another one (by 1 where that is zero), then times a number."""
+    out = new(x)
+    divide(x, by, factor, out)
     return out
 
 
-def _times(tensor: Tensor, factor: float) -> Tensor:
-    return tensor if factor == 1 else tensor.mul_(factor)
+# ---- norms ----------------------------------------------------------------------------------------------------------
+
+LANES = 16
+"""Sums run in as many lanes, each over every 16th entry, in float64: an order that vectors have, too."""
 
 
-def _without_zeros(divisor: Tensor, weights: Sequence[float]) -> Tensor:
-    """The divisor with another where no vote agrees, or where the weights of those that do cancel (but for rounding).
+@step("void(float32[::1], float64[::1])")
+def sum_magnitudes(x: Array, lanes: NDArray[np.float64]) -> None:
+    """To each lane the magnitudes of its entries."""
+    rows, rest = x[: x.size // LANES * LANES].reshape(-1, LANES), x[x.size // LANES * LANES :]
+    for row in range(len(rows)):
+        for lane in range(LANES):
+            lanes[lane] += abs(rows[row, lane])
+    for lane in range(rest.size):
+        lanes[lane] += abs(rest[lane])
 
-    There the sum is 0, or is not divided: so where all weights are positive, any other will do.
-    """
+
+sum_magnitudes.twin = lambda x, lanes: _add_lanes(x.double().abs(), lanes)
+
+
+@step("void(float32[::1], float32[::1], float64[::1])")
+def sum_products(x: Array, y: Array, lanes: NDArray[np.float64]) -> None:
+    """To each lane the products of its entries, which float64 holds exactly."""
+    whole = x.size // LANES * LANES
+    rows, others = x[:whole].reshape(-1, LANES), y[:whole].reshape(-1, LANES)
+    for row in range(len(rows)):
+        for lane in range(LANES):
+            lanes[lane] += wide(rows[row, lane]) * wide(others[row, lane])
+    for lane in range(x.size - whole):
+        lanes[lane] += wide(x[whole + lane]) * wide(y[whole + lane])
+
+
+sum_products.twin = lambda x, y, lanes: _add_lanes(x.double() * y.double(), lanes)
+
+
+def _add_lanes(terms: Any, lanes: Any) -> None:
+    """One row of entries after the other, as a loop adds them."""
     import torch
 
-    if min(weights) > 0:
-        return divisor.clamp_min_(min(weights))
-    if min(weights) < 0 < max(weights):
-        noise = 1e-6 * math.fsum(abs(weight) for weight in weights)
-        divisor = torch.hardshrink(divisor, lambd=noise, out=scratch("scaled", divisor))
-    return divisor.add_(torch.eq(divisor, 0, out=scratch("part", divisor)))
+    row = torch.nn.functional.pad(terms.reshape(-1), (0, -terms.numel() % LANES)).view(-1, LANES)
+    found = torch.cat([_beside(lanes, row)[None], row]).cumsum(0)[-1].cpu().numpy()
+    lanes[...] = found
 
 
-# Blocks
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """Blocks made of other blocks, each of one.
-
-    Args:
-        blocks: what they are made of.
-        make: a block from a block of as many entries, which it may overwrite.
-        entrywise: whether an entry needs none but those at its own place.
-    """
-
-    blocks: Blocks
-    make: Callable[[Sequence[Tensor]], Sequence[Tensor]]
-    entrywise: bool = True
-
-    @property
-    def entries(self) -> int:
-        """How many entries a tensor has."""
-        return entries_of(self.blocks)
-
-    def __iter__(self) -> Iterator[Sequence[Tensor]]:
-        return map(self.make, self.blocks)
-
-    def strided(self, step: int) -> Iterator[Sequence[Tensor]]:
-        """Every `step`-th entry."""
-        return map(self.make, strided(self.blocks, step)) if self.entrywise else _slices(self, step)
-
-
-def entries_of(blocks: Blocks) -> int:
-    """How many entries a tensor has that comes in these blocks."""
-    known: int | None = getattr(blocks, "entries", None)
-    return sum(block[0].numel() for block in blocks) if known is None else known
-
-
-def strided(blocks: Blocks, step: int) -> Iterator[Sequence[Tensor]]:
-    """Every `step`-th entry of each tensor, block by block, in one row."""
-    known: Callable[[int], Iterator[Sequence[Tensor]]] = getattr(blocks, "strided", partial(_slices, blocks))
-    return known(step)
-
-
-def _slices(blocks: Blocks, step: int) -> Iterator[Sequence[Tensor]]:
-    seen = 0
-    for block in blocks:
-        yield [tensor.reshape(-1)[-seen % step :: step] for tensor in block]
-        seen += block[0].numel()
-
-
-# Norms
-
-
-def array(tensor: Tensor) -> NDArray[np.float32]:
-    """A float32 tensor's entries in one row, without a copy where that can be."""
-    if str(tensor.dtype) != "torch.float32":
-        raise TypeError(f"merge methods take float32 tensors, not {tensor.dtype}")
-    entries: NDArray[np.float32] = tensor.detach().reshape(-1).cpu().numpy()
-    return entries
-
-
-def magnitude_sums(tensor: Tensor) -> list[float]:
-    """The sums of the magnitudes of each chunk's entries; `math.fsum` of them all is the L1 norm."""
+def _lanes() -> NDArray[np.float64]:
     import numpy as np
 
-    row, buffer = array(tensor), np.empty(min(CHUNK, tensor.numel()), np.float32)
-    return [
-        float(np.add.reduce(np.absolute(part, buffer[: part.size]), dtype=np.float64))
-        for part in (row[start : start + CHUNK] for start in range(0, max(1, row.size), CHUNK))
-    ]
+    return np.zeros(LANES)
 
 
-def square_sums(tensor: Tensor) -> list[float]:
-    """The sums of the squares of each chunk's entries."""
-    import numpy as np
-
-    return [float(np.add.reduce(np.multiply(chunk, chunk, chunk))) for (chunk,) in _chunks([tensor])]
-
-
-def dot_sums(tensors: Sequence[Tensor]) -> list[list[float]]:
-    """For each chunk the dot products of all pairs: first with first, first with second, ..., last with last."""
-    import numpy as np
-
-    product = np.empty(CHUNK)
-
-    def dot(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-        return float(np.add.reduce(np.multiply(one, other, product[: one.size])))
-
-    return [[dot(*pair) for pair in combinations_with_replacement(chunks, 2)] for chunks in _chunks(tensors)]
+def magnitude_sum(x: Array) -> float:
+    """The sum of the magnitudes."""
+    lanes = _lanes()
+    sum_magnitudes(x, lanes)
+    return math.fsum(lanes)
 
 
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[NDArray[np.float64]]]:
-    """The tensors' chunks in float64, in buffers that the next chunks reuse; they may be overwritten.
-
-    By numpy, not torch: its order of adding is the same on every machine and with any number of threads.
-    """
-    import numpy as np
-
-    rows = [array(tensor) for tensor in tensors]
-    buffers = [np.empty(CHUNK) for _ in rows]
-    for start in range(0, max(1, rows[0].size), CHUNK):
-        parts = [row[start : start + CHUNK] for row in rows]
-        chunks = [buffer[: part.size] for buffer, part in zip(buffers, parts, strict=True)]
-        for chunk, part in zip(chunks, parts, strict=True):
-            np.copyto(chunk, part)
-        yield chunks
+def dot(x: Array, y: Array) -> float:
+    """The sum of the products."""
+    lanes = _lanes()
+    sum_products(x, y, lanes)
+    return math.fsum(lanes)
 
 
-def gram(blocks: Blocks) -> list[list[float]]:
-    """The dot products of whole tensors: a square table, each tensor with each, itself included."""
-    chunks = [dots for block in blocks for dots in dot_sums(block)]
-    return square([math.fsum(column) for column in zip(*chunks, strict=True)])
+def dots(tensors: Sequence[Array]) -> list[float]:
+    """The dot products of all pairs: first with first, first with second, ..., last with last."""
+    return [dot(*pair) for pair in combinations_with_replacement(tensors, 2)]
+
+
+def tensor_dots(blocks: Blocks) -> list[float]:
+    """The dot products of all pairs of whole tensors."""
+    return [math.fsum(column) for column in zip(*map(dots, blocks), strict=True)]
 
 
 def square(pairs: Sequence[Pair]) -> list[list[Pair]]:
@@ -342,35 +254,8 @@ def square(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return [[found[min(row, column), max(row, column)] for column in range(size)] for row in range(size)]
 
 
-# At each entry
-
-
-def extremes(terms: Iterable[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """At each entry the largest of the terms, or 0 where none is positive; and the least, or 0 where none is negative.
-
-    A term may be a buffer: each is used up before the next is asked for.
-    """
-    import torch
-
-    above, below = torch.zeros_like(like), torch.zeros_like(like)
-    for term in terms:
-        torch.maximum(above, term, out=above)
-        torch.minimum(below, term, out=below)
-    return above, below
-
-
-def choose(above: Tensor, below: Tensor, vote: Tensor) -> Tensor:
-    """`above` where the vote is 0 or more, else `below`; all three are overwritten."""
-    plus = vote.ge_(0)
-    above.mul_(plus)
-    return above.add_(below.mul_(plus.neg_().add_(1)))
-
-
-# Order
-
-
 def l1_factors(
-    blocks: Blocks, density: Sequence[float], sparsify: Callable[[int, Tensor, int], Tensor]
+    blocks: Blocks, density: Sequence[float], sparsify: Callable[[int, Array, int], Array]
 ) -> tuple[float, ...]:
     """For each model the L1 norm of its delta over that of what `sparsify(model, delta, offset)` leaves of it."""
     sums: dict[int, tuple[list[float], list[float]]] = {
@@ -379,9 +264,9 @@ def l1_factors(
     offset = 0
     for block in blocks if sums else ():
         for model, (whole, left) in sums.items():
-            whole += magnitude_sums(block[model])
-            left += magnitude_sums(sparsify(model, block[model], offset))
-        offset += block[0].numel()
+            whole.append(magnitude_sum(block[model]))
+            left.append(magnitude_sum(sparsify(model, block[model], offset)))
+        offset += entry_count(block[0])
     return tuple(_l1_factor(*sums[model]) if model in sums else 1.0 for model in range(len(density)))
 
 
@@ -391,94 +276,71 @@ def _l1_factor(whole: Sequence[float], left: Sequence[float]) -> float:
     return before / after if after > 1e-7 * before else 1.0
 
 
-# Masks by counter
-
-
-def masked(delta: Tensor, kept: NDArray[np.bool_], slot: str = "trimmed") -> Tensor:
-    """The delta where `kept` holds, else zero, in the buffer `slot`."""
-    import numpy as np
-    import torch
-
-    mask = torch.from_numpy(kept.view(np.uint8)).view(delta.shape)
-    return scratch(slot, delta).copy_(mask).mul_(delta)
-
-
-_DRAWS = 65_536
-
-
-def likely(share: float) -> float:
-    """The probability nearest to `share` that a draw has; only 0 is never and only 1 is always."""
-    return share if share <= 0 or share >= 1 else min(max(round(share * _DRAWS), 1), _DRAWS - 1) / _DRAWS
+# ---- blocks ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Rng:
-    """Randomness by position: entry e of model m of a tensor always gets the same draw, whoever asks for it and when.
-
-    A draw is one of 65,536 equally likely numbers: the entry's quarter of a word of PCG64 (O'Neill, 2014), keyed by a
-    digest of (seed, tensor, model) and advanced to the entry's place. So a draw depends neither on the order of tensors
-    or blocks, nor on threads or the machine; and a probability is one of the 65,535 between 0 and 1, the nearest.
+class Mapped:
+    """Blocks made of other blocks, each of one.
 
     Args:
-        seed: the recipe's seed.
-        tensor: the output tensor's name.
-        start: the entry of that tensor at which the block at hand starts.
+        blocks: what they are made of.
+        make: a block from the number of a block, and it.
+        entrywise: whether an entry needs none but those at its own place.
     """
 
-    seed: int
-    tensor: str = ""
-    start: int = 0
+    blocks: Blocks
+    make: Callable[[int, Sequence[Array]], Sequence[Array]]
+    entrywise: bool = False
 
-    def at(self, offset: int) -> Rng:
-        """The same stream at entry `offset` of the tensor."""
-        return replace(self, start=offset)
+    @property
+    def entries(self) -> int:
+        """How many entries a tensor has."""
+        return entries_of(self.blocks)
 
-    def keep(self, model: int, like: Tensor, density: float) -> Tensor:
-        """A new tensor of 1 and 0, shaped like `like`: 1 with probability `density`, for the entries from `start`."""
-        import torch
+    def __iter__(self) -> Iterator[Sequence[Array]]:
+        for place, block in enumerate(self.blocks):
+            yield self.make(place, block)
 
-        (kept,) = self.below(model, like.numel(), density)
-        return torch.from_numpy(kept).to(like.device).to(like.dtype).view(like.shape)
+    def strided(self, step: int) -> Iterator[Sequence[Array]]:
+        """Every `step`-th entry."""
+        if not self.entrywise:
+            return _slices(self, step)
+        return (self.make(place, block) for place, block in enumerate(strided(self.blocks, step)))
 
-    def below(self, model: int, count: int, *shares: float) -> list[NDArray[np.bool_]]:
-        """For each share whether the draws of `count` entries from `start` are below it: so with that probability."""
-        import numpy as np
 
-        draws = self.draws(model, count) if any(0 < share < 1 for share in shares) else np.zeros(count, np.uint16)
-        return [
-            draws < np.uint16(likely(share) * _DRAWS) if 0 < share < 1 else np.full(count, share >= 1)
-            for share in shares
-        ]
+def entry_count(x: Array) -> int:
+    """How many entries a tensor has, whichever library's it is."""
+    return math.prod(x.shape)
 
-    def draws(self, model: int, count: int) -> NDArray[np.uint16]:
-        """The draws of `count` entries from `start`."""
-        import numpy as np
 
-        step, skip = divmod(self.start, 4)
-        words = np.random.PCG64(int.from_bytes(self._digest(model), "little")).advance(step)
-        # The raw words, as random_raw gives them, but without holding up the other threads meanwhile.
-        drawn = np.random.Generator(words).integers(0, 2**64 - 1, -(-(skip + count) // 4), np.uint64, endpoint=True)
-        draws: NDArray[np.uint16] = drawn.astype("<u8", copy=False).view("<u2")[skip : skip + count]
-        return draws
+def entries_of(blocks: Blocks) -> int:
+    """How many entries a tensor has that comes in these blocks."""
+    known: int | None = getattr(blocks, "entries", None)
+    return sum(entry_count(block[0]) for block in blocks) if known is None else known
 
-    def bits(self, model: int, places: NDArray[np.intp], use: str) -> NDArray[np.uint64]:
-        """64 random bits for each of some entries, counted from `start`; another `use`, other bits.
 
-        This is SplitMix64 (Steele et al., 2014), whose counter is the entry: any entry's bits without the others'.
-        """
-        import numpy as np
+def strided(blocks: Blocks, step: int) -> Iterator[Sequence[Array]]:
+    """Every `step`-th entry of each tensor, block by block, in one row."""
+    known: Callable[[int], Iterator[Sequence[Array]]] = getattr(blocks, "strided", partial(_slices, blocks))
+    return known(step)
 
-        key = int.from_bytes(self._digest(model, use)[:8], "little")
-        bits = places.astype(np.uint64)
-        bits += np.uint64(self.start + 1)
-        bits *= np.uint64(0x9E3779B97F4A7C15)
-        bits += np.uint64(key)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            bits ^= bits >> np.uint64(shift)
-            bits *= np.uint64(factor)
-        bits ^= bits >> np.uint64(31)
-        return bits
 
-    def _digest(self, model: int, *use: str) -> bytes:
-        words = json.dumps([self.seed, self.tensor, model, *use]).encode()
-        return hashlib.blake2b(words, digest_size=16, person=b"merger.rng").digest()
+def _slices(blocks: Blocks, step: int) -> Iterator[Sequence[Array]]:
+    seen = 0
+    for block in blocks:
+        yield [tensor.reshape(-1)[-seen % step :: step].repeat(1) for tensor in block]  # contiguous
+        seen += entry_count(block[0])
+
+
+def array(tensor: Array) -> Array:
+    """The entries in one row, as numpy's, without a copy where that can be.
+
+    Raises:
+        TypeError: they are not float32.
+    """
+    row: Any = tensor.reshape(-1)
+    found: Array = row.detach().cpu().numpy() if is_tensor(tensor) else row
+    if found.dtype != "float32":
+        raise TypeError(f"merge methods take float32 tensors, not {found.dtype}")
+    return found

@@ -15,10 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from merger.methods.steps.step import Array, is_tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
+
+Matrix: TypeAlias = "NDArray[np.float64]"
+"""Of numpy, or of torch where a GPU computes."""
 
 TINY = 1e-6
 
@@ -27,65 +35,87 @@ TINY = 1e-6
 class Spectrum:
     """Leading singular triples of a matrix, in float64: columns, numbers from large to small, rows."""
 
-    left: Tensor
-    values: Tensor
-    right: Tensor
+    left: Matrix
+    values: Matrix
+    right: Matrix
 
 
-def is_matrix(tensor: Tensor, spectral: bool) -> bool:
+def namespace(like: Any) -> Any:
+    """The library of an array: numpy, or torch; what is asked of it here has one name in both."""
+    import numpy as np
+
+    if not is_tensor(like):
+        return np
+    import torch
+
+    return torch
+
+
+def is_matrix(tensor: Array, spectral: bool) -> bool:
     """Whether a method treats a block as the matrix that it is: it has two dimensions, and the recipe lets it."""
-    return spectral and tensor.dim() == 2
+    return spectral and tensor.ndim == 2
 
 
-def as_matrix(tensor: Tensor, factor: float = 1.0) -> Tensor:
+def as_matrix(tensor: Array, factor: float = 1.0) -> Matrix:
     """The matrix times `factor`, in float64."""
-    return tensor.double().mul_(factor)
+    wide: Any = tensor
+    found: Matrix = (wide.double() if is_tensor(tensor) else wide.astype("float64")) * factor
+    return found
 
 
-def matrix_sum(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+def rounded(matrix: Matrix) -> Array:
+    """The matrix in float32."""
+    wide: Any = matrix
+    found: Array = wide.float() if is_tensor(matrix) else wide.astype("float32")
+    return found
+
+
+def matrix_sum(tensors: Sequence[Array], factors: Sequence[float]) -> Matrix:
     """The sum of each tensor times its factor, as a matrix in float64."""
-    total = as_matrix(tensors[0], factors[0])
-    for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
-        total.add_(as_matrix(tensor, factor))
-    return total
+    return reduce(add, map(as_matrix, tensors, factors))
 
 
-def spectrum(matrix: Tensor, top: int | None = None, noise: float = 0.0) -> Spectrum:
+def spectrum(matrix: Matrix, top: int | None = None, noise: float = 0.0) -> Spectrum:
     """The `top` singular triples (None: all) whose values are above `noise` and above `TINY` of the largest."""
     if matrix.shape[0] > matrix.shape[1]:
         turned = spectrum(matrix.T, top, noise)
         return Spectrum(turned.right.T, turned.values, turned.left.T)
     values, vectors = eigen(matrix @ matrix.T)
-    kept = (values > max(noise, TINY * float(values[-1]))).nonzero()[:, 0].flip(0)[:top]
-    left = vectors[:, kept]
+    kept = values > max(noise, TINY * float(values[-1]))
+    left = namespace(matrix).flip(vectors[:, kept], (1,))[:, :top]
     right = left.T @ matrix
-    norms = right.norm(dim=1)  # nearer the truth than the eigenvalue's root: wrong by the square of the vector's error
-    return Spectrum(left, norms, right.div_(norms[:, None]))
+    # nearer the truth than the eigenvalue's root: wrong by the square of the vector's error
+    norms = squares(right) ** 0.5
+    return Spectrum(left, norms, right / norms[:, None])
 
 
-def isometry(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def squares(rows: Matrix) -> Matrix:
+    """Of each row the square of its length."""
+    found: Matrix = (rows * rows).sum(1)
+    return found
+
+
+def isometry(matrix: Matrix) -> tuple[Matrix, Matrix]:
     """The matrix with all singular values replaced by 1 (those that are noise by 0), and the singular values."""
     if matrix.shape[0] < matrix.shape[1]:
         turned, values = isometry(matrix.T)
         return turned.T, values
     values, vectors = eigen(matrix.T @ matrix)
-    inverse = values.reciprocal().masked_fill_(values <= TINY * values[-1:], 0.0)
-    return (matrix @ vectors).mul_(inverse) @ vectors.T, values
+    kept = values > TINY * values[-1:]
+    some = vectors[:, kept]
+    return (matrix @ some / values[kept]) @ some.T, values
 
 
-def side_by_side(parts: list[Spectrum]) -> tuple[Tensor, Tensor, Tensor]:
+def side_by_side(parts: list[Spectrum]) -> tuple[Matrix, Matrix, Matrix]:
     """The left vectors, values and right vectors of all parts, the vectors made orthonormal; the list is emptied."""
-    import torch
-
-    values = torch.cat([part.values for part in parts])
-    left, right = torch.cat([part.left for part in parts], 1), torch.cat([part.right for part in parts], 0)
+    joined = namespace(parts[0].values).concatenate
+    values = joined([part.values for part in parts])
+    left, right = joined([part.left for part in parts], 1), joined([part.right for part in parts], 0)
     parts.clear()  # as large as the matrix
     return isometry(left)[0], values, isometry(right)[0]
 
 
-def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(gram: Matrix) -> tuple[Matrix, Matrix]:
     """The roots of a Gram matrix's eigenvalues, from small to large, and its eigenvectors as columns in that order."""
-    import torch
-
-    values, vectors = torch.linalg.eigh(gram)
-    return values.clamp_(min=0).sqrt_(), vectors
+    values, vectors = namespace(gram).linalg.eigh(gram)
+    return namespace(gram).sqrt(values.clip(min=0)), vectors

@@ -1,17 +1,194 @@
-"""Random bits to numbers: uniform, and normal by the inverse of the distribution's function.
+"""Randomness by position: masks by counter, and random bits to numbers: uniform, and normal by the inverse of its law.
 
-Only additions, products, quotients and square roots of float64 are used, each rounded as IEEE 754 has it, so that every
-machine makes the same numbers. Not here: the bits (`arithmetic.Rng`).
+For numbers only additions, products, quotients and square roots of float64 are used, each rounded as IEEE 754 has it,
+so that every machine makes the same. Not here: which methods drop what.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from merger.methods.steps.arithmetic import array
+from merger.methods.steps.step import ONE, ZERO, Array, new, step
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    Mask = NDArray[np.bool_]
+
+magnitude_bits: Any = None
+random_bits: Any = None
+share_of: Any = None
+"""Words of compiled loops: `intrinsics` has them."""
+
+_DRAWS = 65_536
+
+
+def likely(share: float) -> float:
+    """The probability nearest to `share` that a draw has; only 0 is never and only 1 is always."""
+    return share if share <= 0 or share >= 1 else min(max(round(share * _DRAWS), 1), _DRAWS - 1) / _DRAWS
+
+
+class _Words(threading.local):
+    """This thread's generator: to make one takes longer than to draw a tile."""
+
+    def __init__(self) -> None:
+        import numpy as np
+
+        self.bits = np.random.PCG64(0)
+        self.drawn = np.random.Generator(self.bits)
+
+
+_generator = cache(_Words)
+
+
+@lru_cache(maxsize=1024)
+def _digest(words: str) -> bytes:
+    return hashlib.blake2b(words.encode(), digest_size=16, person=b"merger.rng").digest()
+
+
+@lru_cache(maxsize=256)
+def _first_state(digest: bytes) -> Any:
+    import numpy as np
+
+    return np.random.PCG64(int.from_bytes(digest, "little")).state
+
+
+@dataclass(frozen=True)
+class Rng:
+    """Randomness by position: entry e of model m of a tensor always gets the same draw, whoever asks for it and when.
+
+    A draw is one of 65,536 equally likely numbers: the entry's quarter of a word of PCG64 (O'Neill, 2014), keyed by a
+    digest of (seed, tensor, model) and advanced to the entry's place. So a draw depends neither on the order of tensors
+    or blocks, nor on threads or the machine; and a probability is one of the 65,535 between 0 and 1, the nearest.
+
+    Args:
+        seed: the recipe's seed.
+        tensor: the output tensor's name.
+        start: the entry of that tensor at which the block at hand starts.
+    """
+
+    seed: int
+    tensor: str = ""
+    start: int = 0
+
+    def at(self, offset: int) -> Rng:
+        """The same stream at entry `offset` of the tensor."""
+        return replace(self, start=offset)
+
+    def below(self, model: int, count: int, share: float) -> Mask:
+        """Whether the draws of `count` entries from `start` are below a share: so with that probability."""
+        import numpy as np
+
+        if not 0 < share < 1:
+            return np.full(count, share >= 1)
+        return self.draws(model, count) < np.uint16(likely(share) * _DRAWS)
+
+    def draws(self, model: int, count: int) -> NDArray[np.uint16]:
+        """The draws of `count` entries from `start`."""
+        import numpy as np
+
+        step, skip = divmod(self.start, 4)
+        words = _generator()
+        words.bits.state = _first_state(self._key(model))
+        words.bits.advance(step)
+        # The raw words, as random_raw gives them, but without holding up the other threads meanwhile.
+        drawn = words.drawn.integers(0, 2**64 - 1, -(-(skip + count) // 4), np.uint64, endpoint=True)
+        draws: NDArray[np.uint16] = drawn.astype("<u8", copy=False).view("<u2")[skip : skip + count]
+        return draws
+
+    def bits(self, model: int, places: NDArray[np.intp], use: str) -> NDArray[np.uint64]:
+        """64 random bits for each of some entries, counted from `start`; another `use`, other bits.
+
+        This is SplitMix64 (Steele et al., 2014), whose counter is the entry: any entry's bits without the others'.
+        """
+        import numpy as np
+
+        bits = places.astype(np.uint64)
+        bits += np.uint64(self.start + 1)
+        bits *= np.uint64(0x9E3779B97F4A7C15)
+        bits += np.uint64(self.key(model, use))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            bits ^= bits >> np.uint64(shift)
+            bits *= np.uint64(factor)
+        bits ^= bits >> np.uint64(31)
+        return bits
+
+    def key(self, model: int, use: str) -> int:
+        """What sets the bits of a model and a use apart from others."""
+        return int.from_bytes(self._key(model, use)[:8], "little")
+
+    def _key(self, model: int, *use: str) -> bytes:
+        return _digest(json.dumps([self.seed, self.tensor, model, *use]))
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+@step("void(float32[::1], boolean[::1], float32, float32[::1])")
+def keep_masked(x: Array, kept: Mask, factor: float, out: Array) -> None:
+    """The entry times a number where the mask holds, else a zero of its sign."""
+    for i in range(out.size):
+        out[i] = x[i] * (ONE if kept[i] else ZERO) * factor
+
+
+@keep_masked.torch
+def _(x: Any, kept: Any, factor: float, out: Any) -> None:
+    import torch
+
+    out.copy_((x * torch.from_numpy(kept).to(x.device).view(x.shape)).mul_(factor))
+
+
+def masked(delta: Array, kept: Mask, factor: float) -> Array:
+    """The delta times a number where the mask holds, else zero."""
+    keep_masked(delta, kept, factor, out := new(delta))
+    return out
+
+
+@step("void(float32[::1], uint16[::1], int64, int64, uint64, uint64, int64, boolean[::1])")
+def keep_winners(
+    x: Array, draws: NDArray[np.uint16], low: int, high: int, start: int, key: int, row: int, kept: Mask
+) -> None:
+    """Below `low` a draw keeps the entry; from there to `high`, if it is larger than another one of its row."""
+    for first in range(0, kept.size, row):
+        mine, drawn, stays = x[first : first + row], draws[first : first + row], kept[first : first + row]
+        for i in range(mine.size):
+            stays[i] = drawn[i] < low
+            if drawn[i] >= low and drawn[i] < high:
+                bits = random_bits(first + i, start, key)
+                other = i + 1 + share_of(bits, row - 1)
+                other -= row if other >= row else 0
+                stays[i] = magnitude_bits(mine[i]) >= magnitude_bits(mine[other]) + (bits & 1)
+
+
+def keep_by_rank(delta: Array, model: int, density: float, epsilon: float, rng: Rng) -> Mask:
+    """Which entries stay, each with the probability density − ε + 2 ε (rank − 1) / (R − 1) by its rank in its row of R.
+
+    With probability density − ε an entry stays, with probability 1 − density − ε it goes, and else it stays if it is
+    larger than another entry of its row, drawn at random for it alone: rank − 1 of the R − 1 others are smaller, so
+    that is the second term, exactly, and no row is sorted. Among equals a coin decides, which gives them their mean
+    rank.
+    """
+    import numpy as np
+
+    entries, spread = array(delta), min(epsilon, density, 1 - density)
+    low, high = (round(likely(share) * _DRAWS) for share in (density - spread, density + spread))
+    drawn = low < high or 0 < low < _DRAWS
+    draws = rng.draws(model, entries.size) if drawn else np.zeros(entries.size, np.uint16)
+    kept = np.empty(entries.size, np.bool_)
+    row = delta.shape[-1] if delta.ndim else 1
+    keep_winners(entries, draws, low, high, rng.start, rng.key(model, "duel"), row, kept)
+    return kept
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
 
 # Wichura, 1988, Algorithm AS 241 (PPND16): numerators and denominators for the middle, the sides and the far sides.
 # fmt: off

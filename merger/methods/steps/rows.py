@@ -9,47 +9,87 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from merger.methods.steps.arithmetic import CHUNK, Blocks, array
+from merger.methods.steps.arithmetic import LANES, Blocks, array
+from merger.methods.steps.step import Array, step, wide
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
+
+    Floats = NDArray[np.float64]
+
+_CHUNK = 1 << 18
 
 
-def as_rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Array) -> Array:
     """The same entries in two dimensions, the last one kept; one row for a tensor of one dimension or none."""
-    return tensor.flatten(0, -2) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    width = tensor.shape[-1] if tensor.ndim > 1 else math.prod(tensor.shape)
+    return tensor.reshape(math.prod(tensor.shape[:-1]), width)
 
 
-def row_chunks(tensors: Sequence[Tensor]) -> Iterator[list[NDArray[np.float64]]]:
-    """The tensors' rows in float64, several at a time, in buffers that the next ones reuse; they may be overwritten."""
+@step("void(float32[::1], float32[::1], float64[::1], float64[::1])")
+def sum_row_products(x: Array, y: Array, lanes: Floats, out: Floats) -> None:
+    """For each row, of as many as `out` has room for, the sum of the products, in as many lanes as there are."""
+    width = x.size // max(1, out.size)
+    whole = width // LANES
+    for row in range(out.size):
+        one, other = x[row * width : (row + 1) * width], y[row * width : (row + 1) * width]
+        ones, others = one[: whole * LANES].reshape(whole, LANES), other[: whole * LANES].reshape(whole, LANES)
+        lanes[:] = 0
+        for at in range(whole):
+            for lane in range(LANES):
+                lanes[lane] += wide(ones[at, lane]) * wide(others[at, lane])
+        for lane in range(width - whole * LANES):
+            lanes[lane] += wide(one[whole * LANES + lane]) * wide(other[whole * LANES + lane])
+        for lane in range(1, LANES):
+            lanes[0] += lanes[lane]
+        out[row] = lanes[0]
+
+
+@sum_row_products.torch
+def _(x: Any, y: Any, lanes: Floats, out: Floats) -> None:
+    import torch
+
+    terms = (x.double() * y.double()).view(len(out), -1)
+    padded = torch.nn.functional.pad(terms, (0, -terms.shape[1] % LANES)).view(len(out), -1, LANES)
+    if padded.numel():
+        out[...] = padded.cumsum(1)[:, -1].cumsum(1)[:, -1].cpu().numpy()
+    else:
+        out[...] = 0
+
+
+@step("void(float32[::1], float32[::1], float64[::1])")
+def sum_column_products(x: Array, y: Array, out: Floats) -> None:
+    """To each column's sum its products, row after row."""
+    rows, others = x.reshape(x.size // max(1, out.size), out.size), y.reshape(x.size // max(1, out.size), out.size)
+    for row in range(len(rows)):
+        for column in range(out.size):
+            out[column] += wide(rows[row, column]) * wide(others[row, column])
+
+
+@sum_column_products.torch
+def _(x: Any, y: Any, out: Floats) -> None:
+    import torch
+
+    terms = (x.double() * y.double()).view(-1, len(out))
+    before = torch.from_numpy(out).to(terms.device)[None]
+    out[...] = torch.cat([before, terms]).cumsum(0)[-1].cpu().numpy()
+
+
+def row_dots(tensors: Sequence[Array]) -> Floats:
+    """For each row (the second dimension) the dot products of all pairs (the first), in the order of `dots`."""
     import numpy as np
 
-    rows = [array(tensor).reshape(as_rows(tensor).shape) for tensor in tensors]
-    count, width = rows[0].shape
-    step = max(1, CHUNK // max(1, width))
-    buffers = [np.empty((min(step, count), width)) for _ in rows]
-    for start in range(0, count, step):
-        chunks = [buffer[: count - start] for buffer in buffers]
-        for chunk, row in zip(chunks, rows, strict=True):
-            np.copyto(chunk, row[start : start + step])
-        yield chunks
+    lanes = np.empty(LANES)
+    found = np.empty((len(tensors) * (len(tensors) + 1) // 2, as_rows(tensors[0]).shape[0]))
+    for place, (one, other) in enumerate(combinations_with_replacement(tensors, 2)):
+        sum_row_products(one, other, lanes, found[place])
+    return found
 
 
-def row_dots(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
-    """For each row (the second dimension) the dot products of all pairs (the first), in the order of `dot_sums`."""
-    import numpy as np
-
-    def dots(chunks: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-        return [np.add.reduce(one * other, axis=1) for one, other in combinations_with_replacement(chunks, 2)]
-
-    return np.concatenate([dots(chunks) for chunks in row_chunks(tensors)], axis=1)
-
-
-def whole_dots(blocks: Blocks) -> NDArray[np.float64]:
+def whole_dots(blocks: Blocks) -> Floats:
     """The dot products of all pairs of whole tensors that come in blocks of whole rows, as a single column."""
     import numpy as np
 
@@ -57,15 +97,32 @@ def whole_dots(blocks: Blocks) -> NDArray[np.float64]:
     return np.array([[math.fsum(sums)] for sums in rows])
 
 
-def column_dots(blocks: Blocks) -> NDArray[np.float64]:
+def column_dots(blocks: Blocks) -> Floats:
     """For each column (the second dimension) the dot products of all pairs (the first); a single row is one column."""
     import numpy as np
 
-    total, count = np.zeros(()), 0
+    totals: list[Floats] = []
+    count = 0
     for block in blocks:
-        for chunks in row_chunks(block):
-            pairs = [one * other for one, other in combinations_with_replacement(chunks, 2)]
-            for row in np.stack(pairs, axis=1):  # one after the other: numpy's own order depends on how many there are
-                total = total + row if not count else np.add(total, row, out=total)
-                count += 1
-    return total if count > 1 else np.array([[math.fsum(sums)] for sums in total])
+        rows = as_rows(block[0])
+        pairs = list(combinations_with_replacement(block, 2))
+        totals = totals or [np.zeros(rows.shape[1]) for _ in pairs]
+        for (one, other), total in zip(pairs, totals, strict=True):
+            sum_column_products(one, other, total)
+        count += len(rows)
+    return np.array(totals if count > 1 else [[math.fsum(sums)] for sums in totals])
+
+
+def row_chunks(tensors: Sequence[Array]) -> Iterator[list[Floats]]:
+    """The tensors' rows in float64, several at a time, in buffers that the next ones reuse; they may be overwritten."""
+    import numpy as np
+
+    count, width = math.prod(tensors[0].shape[:-1]), tensors[0].shape[-1] if tensors[0].ndim else 1
+    rows = [array(tensor).reshape(count, width) for tensor in tensors]
+    step = max(1, _CHUNK // max(1, width))
+    buffers = [np.empty((min(step, count), width)) for _ in rows]
+    for start in range(0, count, step):
+        chunks = [buffer[: count - start] for buffer in buffers]
+        for chunk, row in zip(chunks, rows, strict=True):
+            np.copyto(chunk, row[start : start + step])
+        yield chunks

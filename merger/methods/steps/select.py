@@ -11,17 +11,23 @@ exactly, denormals included. Not here: what a method does with the threshold (`a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.methods.steps.arithmetic import CHUNK, array, entries_of, strided
+from merger.methods.steps.arithmetic import array, entries_of, strided
+from merger.methods.steps.step import NONE, Array, step
 
 if TYPE_CHECKING:
     from merger.methods.steps.arithmetic import Blocks
+
+magnitude_bits: Any = None
+tally: Any = None
+within: Any = None
+"""Words of compiled loops: `intrinsics` has them."""
 
 Bits = NDArray[np.uint32]
 Ranks: TypeAlias = Callable[[int], Sequence[int]]
@@ -31,12 +37,14 @@ _MAGNITUDE = 0x7FFFFFFF
 _SMALL = 1 << 16  # entries; a tensor no larger is its own sample
 _ROOM = 1 << 22  # 16 MiB a model for what lies inside the bracket
 _BINS_LOG2 = 16
+RUN = 32
+"""Entries of which most have none in a bracket: then a loop without a branch, one of vectors, passes them."""
 
 
 class Search(Protocol):
     """One pass of the search for one rank; `outcome` is the bit pattern found, or the next pass."""
 
-    def feed(self, chunk: Bits) -> None: ...
+    def feed(self, entries: Array) -> None: ...
 
     def outcome(self) -> int | Search: ...
 
@@ -104,8 +112,12 @@ def _samples(blocks: Blocks, models: Sequence[int], step: int) -> dict[int, Bits
     pieces: dict[int, list[Bits]] = {model: [] for model in models}
     for block in strided(blocks, step):
         for model, held in pieces.items():
-            held.append(array(block[model]).view(np.uint32) & np.uint32(_MAGNITUDE))
+            held.append(_bits(array(block[model])))
     return {model: np.concatenate(held) for model, held in pieces.items()}
+
+
+def _bits(entries: Array) -> Bits:
+    return np.ascontiguousarray(entries).view(np.uint32) & np.uint32(_MAGNITUDE)
 
 
 def _search(sample: Bits, rank: int, entries: int) -> int | Search:
@@ -115,21 +127,9 @@ def _search(sample: Bits, rank: int, entries: int) -> int | Search:
 
 
 def _read(blocks: Blocks, searches: Mapping[tuple[int, int], Search]) -> None:
-    buffer = np.empty(CHUNK, np.uint32)
-    by_model = {model: [search for (of, _), search in searches.items() if of == model] for model, _ in searches}
     for block in blocks:
-        for model, its_searches in by_model.items():
-            for chunk in _magnitudes(array(block[model]), buffer):
-                for search in its_searches:
-                    search.feed(chunk)
-
-
-def _magnitudes(entries: NDArray[np.float32], buffer: Bits) -> Iterator[Bits]:
-    """The entries' magnitudes as bit patterns, chunk by chunk, each in `buffer`."""
-    bits = entries.view(np.uint32)
-    for start in range(0, bits.size, buffer.size):
-        part = bits[start : start + buffer.size]
-        yield np.bitwise_and(part, np.uint32(_MAGNITUDE), out=buffer[: part.size])
+        for (model, _), search in searches.items():
+            search.feed(array(block[model]))
 
 
 def _magnitude(bits: int) -> float:
@@ -161,6 +161,31 @@ def _is_frequent(sample: Bits, value: int) -> bool:
     return int(np.count_nonzero(sample == np.uint32(value))) > 1
 
 
+@step("void(float32[::1], uint32, uint32, uint32, uint32, int64[::1], uint32[::1])")
+def sift(x: Array, low: int, high: int, least: int, most: int, counts: NDArray[np.int64], room: Bits) -> None:
+    """Count the magnitudes above, at `high`, at `low`, and from `least` to `most`; gather these, less `least`."""
+    above = from_high = above_low = from_low = NONE
+    for i in range(x.size):
+        bits = magnitude_bits(x[i])
+        above = tally(above, bits > high)
+        from_high = tally(from_high, bits >= high)
+        above_low = tally(above_low, bits > low)
+        from_low = tally(from_low, bits >= low)
+    place = counts[3]
+    counts[0] += above
+    counts[1] += from_high - above
+    counts[2] += from_low - above_low
+    counts[3] += above_low - (above if most == high else from_high)
+    for start in range(0, x.size if place < counts[3] <= room.size - RUN else 0, RUN):
+        run, hits = x[start : start + RUN], NONE
+        for i in range(run.size):
+            hits = tally(hits, within(magnitude_bits(run[i]), least, most))
+        for i in range(run.size if hits > 0 else 0):
+            bits = magnitude_bits(run[i])
+            room[place] = bits - least
+            place += within(bits, least, most)
+
+
 @dataclass
 class _Count:
     """What lies above, at and inside a bracket; an end that many entries share is counted apart, not collected."""
@@ -170,10 +195,7 @@ class _Count:
     high: int
     low_apart: bool = True
     high_apart: bool = True
-    above: int = 0
-    at_high: int = 0
-    inside: int = 0
-    at_low: int = 0
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(4, np.int64))
     room: Bits = field(default_factory=lambda: np.empty(_ROOM, np.uint32))
 
     def __post_init__(self) -> None:
@@ -184,41 +206,31 @@ class _Count:
         """The least and the largest value that is collected; what is at or below `low` follows from the rest."""
         return self.low + 1, self.high - self.high_apart
 
-    def feed(self, chunk: Bits) -> None:
-        mask = np.empty(chunk.size, np.bool_)
-        self.above += int(np.count_nonzero(np.greater(chunk, np.uint32(self.high), out=mask)))
-        if self.high_apart:
-            self.at_high += int(np.count_nonzero(np.equal(chunk, np.uint32(self.high), out=mask)))
-        if self.low_apart and self.low < self.high:
-            self.at_low += int(np.count_nonzero(np.equal(chunk, np.uint32(self.low), out=mask)))
+    def feed(self, entries: Array) -> None:
         least, most = self._inside
-        if least <= most:
-            self._collect(_shifted_inside(chunk, least, most))
-
-    def _collect(self, entries: Bits) -> None:
-        room = self.room[self.inside : self.inside + entries.size]
-        room[:] = entries[: room.size]
-        self.inside += entries.size
+        sift(entries, self.low, self.high, least, max(least - 1, most), self.counts, self.room)
 
     def outcome(self) -> int | Search:
+        above, at_high, at_low, inside = self.counts.tolist()
         rank = self.rank
-        if rank <= self.above:
+        if rank <= above:
             return _Histogram(rank, self.high + 1, _MAGNITUDE)
-        rank -= self.above
-        if rank <= self.at_high:
-            return self.high
-        rank -= self.at_high
+        rank -= above
+        if self.high_apart:
+            if rank <= at_high:
+                return self.high
+            rank -= at_high
         least, most = self._inside
-        if rank <= self.inside <= self.room.size:
-            return least + _nth_largest(self.room[: self.inside], rank)
-        if rank <= self.inside:
+        if rank <= inside <= self.room.size - RUN:
+            return least + _nth_largest(self.room[:inside], rank)
+        if rank <= inside:
             return _Histogram(rank, least, most)
-        return self._below(rank - self.inside)
+        return self._below(rank - inside, at_low if self.low_apart and self.low < self.high else 0)
 
-    def _below(self, rank: int) -> int | Search:
-        if self.low == 0 or rank <= self.at_low:
+    def _below(self, rank: int, at_low: int) -> int | Search:
+        if self.low == 0 or rank <= at_low:
             return self.low
-        return _Histogram(rank - self.at_low, 0, self.low - 1 if self.low_apart else self.low)
+        return _Histogram(rank - at_low, 0, self.low - 1 if self.low_apart else self.low)
 
 
 @dataclass
@@ -234,9 +246,10 @@ class _Histogram:
     def _shift(self) -> int:
         return max(0, (self.high - self.low).bit_length() - _BINS_LOG2)
 
-    def feed(self, chunk: Bits) -> None:
-        entries = _shifted_inside(chunk, self.low, self.high)
-        self.counts += np.bincount(entries >> np.uint32(self._shift), minlength=self.counts.size)
+    def feed(self, entries: Array) -> None:
+        shifted = _bits(entries) - np.uint32(self.low)  # what is below wraps round to far above
+        inside = np.compress(shifted <= np.uint32(self.high - self.low), shifted)
+        self.counts += np.bincount(inside >> np.uint32(self._shift), minlength=self.counts.size)
 
     def outcome(self) -> int | Search:
         from_top = np.cumsum(self.counts[::-1])
@@ -246,9 +259,3 @@ class _Histogram:
             return low
         above = int(from_top[place - 1]) if place else 0
         return _Histogram(self.rank - above, low, min(self.high, low + (1 << self._shift) - 1))
-
-
-def _shifted_inside(chunk: Bits, low: int, high: int) -> Bits:
-    """The entries of [low, high] less `low`. Below `low` wraps round to far above."""
-    shifted = chunk - np.uint32(low)
-    return np.compress(shifted <= np.uint32(high - low), shifted)  # half the time of an index by a mask

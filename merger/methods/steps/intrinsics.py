@@ -1,0 +1,120 @@
+"""Bits of numbers inside of compiled loops, in LLVM's own words.
+
+In numba's integers 32 bits widen to 64, and a loop with them does not become one of vectors. Not here: the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_U16, _U32, _U64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_SIGN, _INFINITE = 0x8000_0000, 0x7F80_0000
+
+
+def _word(result: Any, *of: Any) -> Callable[[Callable[..., Any]], Any]:
+    def make(build: Callable[..., Any]) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return build(builder, *values)
+
+        signature = result(*of), generate
+        return intrinsic(_TAKES[len(of)](signature))
+
+    return make
+
+
+_TAKES: dict[int, Callable[[Any], Any]] = {
+    1: lambda found: lambda context, x: found,
+    2: lambda found: lambda context, x, y: found,
+    3: lambda found: lambda context, x, y, z: found,
+}
+"""numba counts the arguments by their names."""
+
+
+def _k(number: int, kind: ir.IntType = _U32) -> ir.Constant:
+    return ir.Constant(kind, number)
+
+
+@_word(types.float32, types.float32, types.float32)
+def flip(b: Any, x: Any, like: Any) -> Any:
+    """The first number, its sign turned where the second has the sign bit."""
+    return b.bitcast(b.xor(b.bitcast(x, _U32), b.and_(b.bitcast(like, _U32), _k(_SIGN))), _F32)
+
+
+@_word(types.uint32, types.float32)
+def magnitude_bits(b: Any, x: Any) -> Any:
+    """The bits without the sign: as integers they stand in the order of the magnitudes."""
+    return b.and_(b.bitcast(x, _U32), _k(_SIGN - 1))
+
+
+@_word(types.uint32, types.uint32, types.boolean)
+def tally(b: Any, count: Any, hit: Any) -> Any:
+    """One more where it is a hit."""
+    return b.add(count, b.zext(hit, _U32))
+
+
+@_word(types.boolean, types.uint32, types.uint32, types.uint32)
+def within(b: Any, bits: Any, least: Any, most: Any) -> Any:
+    """Whether it is one of these; none is where the least is the larger one by 1."""
+    return b.icmp_unsigned("<", b.sub(bits, least), b.sub(b.add(most, _k(1)), least))
+
+
+@_word(types.float32, types.uint16)
+def from_bfloat16(b: Any, x: Any) -> Any:
+    """A bfloat16's bits are the upper half of the same float32's."""
+    return b.bitcast(b.shl(b.zext(x, _U32), _k(16)), _F32)
+
+
+@_word(types.uint16, types.float32)
+def to_bfloat16(b: Any, x: Any) -> Any:
+    """Rounded to nearest, ties to even; NaN to one NaN."""
+    bits = b.bitcast(x, _U32)
+    odd = b.and_(b.lshr(bits, _k(16)), _k(1))
+    rounded = b.lshr(b.add(bits, b.add(_k(0x7FFF), odd)), _k(16))
+    return b.trunc(b.select(b.fcmp_unordered("uno", x, x), _k(0x7FC0), rounded), _U16)
+
+
+@_word(types.float32, types.uint16)
+def from_float16(b: Any, x: Any) -> Any:
+    """Its exponent moved by a product with 2¹¹², which makes denormals of it normal numbers, too."""
+    bits = b.zext(x, _U32)
+    moved = b.shl(b.and_(bits, _k(0x7FFF)), _k(13))
+    number = b.bitcast(b.fmul(b.bitcast(moved, _F32), b.bitcast(_k((127 + 112) << 23), _F32)), _U32)
+    odd = b.icmp_unsigned(">=", moved, _k(0x7C00 << 13))  # infinite or NaN
+    found = b.select(odd, b.or_(moved, _k(_INFINITE)), number)
+    return b.bitcast(b.or_(found, b.shl(b.and_(bits, _k(0x8000)), _k(16))), _F32)
+
+
+@_word(types.uint16, types.float32)
+def to_float16(b: Any, x: Any) -> Any:
+    """Rounded to nearest, ties to even; what is too large becomes infinite, and NaN one NaN."""
+    bits = b.bitcast(x, _U32)
+    size = b.and_(bits, _k(_SIGN - 1))
+    magic = _k((127 - 15 + 23 - 10 + 1) << 23)  # a sum with it leaves a denormal's bits at the end, rounded
+    small = b.sub(b.bitcast(b.fadd(b.bitcast(size, _F32), b.bitcast(magic, _F32)), _U32), magic)
+    odd = b.and_(b.lshr(size, _k(13)), _k(1))
+    normal = b.lshr(b.add(size, b.add(_k(((15 - 127) << 23) + 0xFFF & 0xFFFF_FFFF), odd)), _k(13))
+    large = b.select(b.icmp_unsigned(">", size, _k(_INFINITE)), _k(0x7E00), _k(0x7C00))
+    found = b.select(b.icmp_unsigned("<", size, _k(113 << 23)), small, normal)
+    found = b.select(b.icmp_unsigned(">=", size, _k((127 + 16) << 23)), large, found)
+    return b.trunc(b.or_(found, b.lshr(b.and_(bits, _k(_SIGN)), _k(16))), _U16)
+
+
+@_word(types.int64, types.int64, types.uint64, types.uint64)
+def random_bits(b: Any, place: Any, start: Any, key: Any) -> Any:
+    """SplitMix64 (Steele et al., 2014), whose counter is the entry: the same as `Rng.bits`."""
+    x = b.mul(b.add(b.add(place, start), _k(1, _U64)), _k(0x9E3779B97F4A7C15, _U64))
+    x = b.add(x, key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = b.mul(b.xor(x, b.lshr(x, _k(shift, _U64))), _k(factor, _U64))
+    return b.xor(x, b.lshr(x, _k(31, _U64)))
+
+
+@_word(types.int64, types.int64, types.int64)
+def share_of(b: Any, bits: Any, count: Any) -> Any:
+    """One of `count` numbers from 0 on, by the upper half of 64 random bits."""
+    return b.lshr(b.mul(b.lshr(bits, _k(32, _U64)), count), _k(32, _U64))
