@@ -30,7 +30,7 @@ are as many: some 1e-2 of a cosine, for one to four hundredths of the loop's tim
 apart cost a cache miss each, and that ten times the time."""
 
 
-class Sample:
+class BlockSample:
     """Entries of a block that are looked at, taken tile by tile.
 
     Args:
@@ -66,8 +66,8 @@ class Sample:
 
 
 def observe(inputs: Sequence[Array], result: Array, start: int, entries: int, base: Array | None = None) -> Geometry:
-    """The geometry of a block that is there as a whole; see `Sample`."""
-    sample = Sample(start, start + inputs[0].size, entries)
+    """The geometry of a block that is there as a whole; see `BlockSample`."""
+    sample = BlockSample(start, start + inputs[0].size, entries)
     sample.take(start, [*inputs, result, *(() if base is None else (base,))])
     return sample.geometry(len(inputs), base is not None)
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merger.engine.finite import NotFinite, is_finite, not_finite
-from merger.engine.geometry import Sample
+from merger.engine.geometry import BlockSample
 from merger.methods.registry import Method, declared
 from merger.methods.steps.dtypes import HELD, Held, load, store
 from merger.methods.steps.random import Rng
@@ -161,7 +161,7 @@ class JobRunner:
         """
         held = np.dtype(HELD[self.job.dtype])
         made = out[: (block.stop - block.start) * held.itemsize].view(held)
-        sample = None if block.start in self.seen else Sample(block.start, block.stop, self.job.entries)
+        sample = None if block.start in self.seen else BlockSample(block.start, block.stop, self.job.entries)
         with self._told(), tile():
             loaded = self.load(block)
             for start, stop in self.tiles(block):
@@ -171,7 +171,9 @@ class JobRunner:
             self.seen.setdefault(block.start, sample.geometry(len(self.job.inputs), self.job.base is not None))
         return made.view(np.uint8)
 
-    def _round(self, block: Block, loaded: list[Held], start: int, out: NDArray[Any], sample: Sample | None) -> None:
+    def _round(
+        self, block: Block, loaded: list[Held], start: int, out: NDArray[Any], sample: BlockSample | None
+    ) -> None:
         inputs, base = self.handed(loaded, start, start + out.size)
         merged = self._merged(inputs, block.start + start)
         if sample is not None:
@@ -227,7 +229,8 @@ class JobRunner:
 
     def load(self, block: Block, step: int = 1) -> list[Held]:
         """All sources' entries as they are stored, or of the tensor's entries every `step`-th; good within a tile."""
-        shared = {leaf: self.origin.bits(leaf, block.start, block.stop, step) for leaf in self.job.shared}
+        alike = [stored for stored in self.job.shared if stored.tensor.entries == self.job.entries]  # others: elsewhere
+        shared = {stored: self.origin.bits(stored, block.start, block.stop, step) for stored in alike}
         return [self._loaded(source, block, step, shared) for source in self.job.sources]
 
     def _loaded(self, source: Input, block: Block, step: int, shared: Mapping[Stored, Held]) -> Held:

@@ -113,6 +113,12 @@ def thread_memory(job: Job, table: Mapping[str, Method]) -> int:
     return max([whole, *(taken[made] for made in wanted.spooled)])
 
 
+def takes_torch(jobs: Sequence[Job], table: Mapping[str, Method]) -> bool:
+    """Whether torch is imported for these: for inputs that are computed, and for methods that want it."""
+    computed = any(not isinstance(source, Stored | StageTensor) for job in jobs for source in job.sources)
+    return computed or any(table[job.method].needs == "torch" for job in jobs)
+
+
 def _with_streamed(job: Job, table: Mapping[str, Method], wanted: Needs, taken: Mapping[StageTensor, int]) -> int:
     made = [source for source in job.sources if isinstance(source, StageTensor) and source not in wanted.spooled]
     return _own(job, table[job.method]) + max((taken[source] for source in made), default=0)

@@ -26,6 +26,7 @@ from merger.planning.budget import (
     router_read_bytes,
     router_spool,
     spool,
+    takes_torch,
     thread_memory,
 )
 from merger.planning.inputs.base import Job, StageTensor
@@ -50,7 +51,7 @@ JOBS_AHEAD = 2
 
 READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
-_BASELINE_BYTES = 420 << 20
+_BASELINE_BYTES, _TORCH_BYTES = 220 << 20, 200 << 20
 _BYTES_A_JOB = 6_000
 _TOLD = 3
 """How many of the things that take memory a refusal names, the largest first."""
@@ -367,7 +368,7 @@ def _peak_memory(plan: Plan, table: Mapping[str, Method]) -> int:
 
 
 def _takes(plan: Plan, table: Mapping[str, Method]) -> dict[str, int]:
-    """The interpreter with torch, each thread's buffers, finished blocks on their way out, and what is read ahead.
+    """The interpreter, each thread's buffers, finished blocks on their way out, and what is read ahead.
 
     Of what is computed before the first block: what that takes, if it is more, and what is held of it.
     """
@@ -389,7 +390,7 @@ def _takes(plan: Plan, table: Mapping[str, Method]) -> dict[str, int]:
         (_side_memory(plan), "the files beside the tensors"),
     )
     return {
-        "Python and torch": _BASELINE_BYTES,
+        "Python and its libraries": _BASELINE_BYTES + _TORCH_BYTES * takes_torch(made, table),
         what: work + kept,
         "what is read ahead": 2 * plan.read_ahead,
         f"the list of {len(plan.jobs) + len(plan.left_out):,} tensors": jobs,

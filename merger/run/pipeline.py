@@ -96,9 +96,13 @@ def ignore(event: object) -> None:
 
 
 def warm() -> None:
-    """Import all that a run to the Hub needs: for a process that forks others, each of which then has it at once."""
-    import merger.engine.execute
+    """Import and compile all that a run to the Hub needs: for a process that forks others, so that each has it."""
+    import merger.engine.readers
     import merger.stores.staging  # noqa: F401
+    from merger.methods.steps.step import compile_steps
+
+    methods()
+    compile_steps()
 
 
 def lock_text(planned: Plan, result: Result) -> str:
