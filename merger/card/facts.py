@@ -104,7 +104,7 @@ class MixtureFacts:
 
 def mixture_facts(planned: Plan, mixture: Mixture) -> MixtureFacts:
     """The mixture in sentences: its experts, its router, and what is the base model's."""
-    base = display_name(planned.locked.donor)
+    base = display_name(planned.locked.config_model)
     per_token = planned.config["num_experts_per_tok"]
     sentences = [
         f"Each layer has {len(mixture.experts)} experts: the MLPs of {_expert_names(planned, mixture.experts)}.",

@@ -41,12 +41,12 @@ def metadata(
         extra: keys that only a finished merge has, such as ``model-index``.
     """
     models = planned.locked.models
-    donor = planned.locked.donor.card
+    config_model = planned.locked.config_model.card
     parents = list(dict.fromkeys(model.located.where for model in models if model.located.commit is not None))
     found = {
         **licence,
-        "library_name": _fitting(donor.get("library_name"), _SLUG) or library(planned.config),
-        "pipeline_tag": _fitting(donor.get("pipeline_tag"), _SLUG) or task(planned.config),
+        "library_name": _fitting(config_model.get("library_name"), _SLUG) or library(planned.config),
+        "pipeline_tag": _fitting(config_model.get("pipeline_tag"), _SLUG) or task(planned.config),
         "language": _union((model.card.get("language") for model in models), _LANGUAGE),
         "datasets": _union((model.card.get("datasets") for model in models), _DATASET),
         "tags": ["merge", "merger", *(method.name for method in used)],

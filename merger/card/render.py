@@ -269,8 +269,8 @@ def _beside(planned: Plan) -> dict[str, Any]:
     """Of files beside the tensors: which hold tensors that were not merged, what differs, and what is left out, why."""
     reasons = dict.fromkeys(planned.left_beside.values())
     left = [{"why": why, "files": [name for name, its in planned.left_beside.items() if its == why]} for why in reasons]
-    return {"base": display_name(planned.locked.holder), "copied": planned.copied_tensors, "doubts": planned.doubts,
-            "left_out": left}  # fmt: skip
+    return {"base": display_name(planned.locked.config_owner), "copied": planned.copied_tensors,
+            "doubts": planned.doubts, "left_out": left}  # fmt: skip
 
 
 def _method(method: Method | MixtureFacts) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def _parent(planned: Plan, number: int) -> ParentRow:
     bases = {planned.locked.index(piece.base_model) for piece in pieces if piece.base_model}
     mixture = planned.locked.recipe.mixture
     if mixture is not None and number not in [planned.locked.index(expert.source_model) for expert in mixture.experts]:
-        bases.add(planned.locked.index(planned.locked.recipe.donor))
+        bases.add(planned.locked.index(planned.locked.recipe.config_model))
     giving = any(number in job.givers for job in planned.jobs)
     role = (BASE if number in bases else GIVES) if giving else CONFIG_ONLY
     role = ADAPTER if model.lora is not None else role

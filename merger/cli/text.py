@@ -114,7 +114,7 @@ def _making(planned: Plan) -> list[str]:
         *([f"by way  of {stages}, none of which is stored"] if stages else []),
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
-        f"{len(planned.texts.taken)} side files from {display_name(planned.locked.donor)}",
+        f"{len(planned.texts.taken)} side files from {display_name(planned.locked.config_model)}",
         *([f"tokens  {tokens}"] if (tokens := vocabulary_facts(planned)) else []),
         *(f"note    {note}" for note in planned.notes),
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
@@ -145,7 +145,7 @@ def _accounting(planned: Plan) -> list[str]:
     copied = [(job.why, job.name) for job in planned.jobs if job.why is not None]
     models = planned.locked.models
     left = [(f"{display_name(models[item.model])}: {item.why}", item.tensor) for item in planned.left_out]
-    base = display_name(planned.locked.holder)
+    base = display_name(planned.locked.config_owner)
     copied += [(f"as {base} has it, for what follows after the model", name) for name in planned.copied_tensors]
     left += [(f"{base}: {why}", name) for name, why in planned.left_beside.items()]
     return [*_by_reason("copied", copied), *_by_reason("left out", left)]

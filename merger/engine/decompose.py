@@ -157,7 +157,7 @@ def _made(source: Factor, load: Load) -> tuple[Tensor, Tensor, Geometry]:
 
 def _shared_out(source: Factor, found: Decomposition) -> tuple[Tensor, Tensor]:
     """A and B in float32: the singular values go to B, or their roots to both. Of a turned matrix B has the columns."""
-    a, b = (found.left.T, found.right.T) if source.turned else (found.right, found.left)
+    a, b = (found.left.T, found.right.T) if source.transposed else (found.right, found.left)
     shares = found.values.sqrt() if source.spread else found.values
     a = a * shares[:, None] if source.spread else a
     return a.float().contiguous(), (b * (shares / source.scale)).float().contiguous()

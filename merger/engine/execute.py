@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from merger import runtime
-from merger.engine.finite import NotFinite, explained
+from merger.engine.finite import NotFinite, explain
 from merger.engine.runner import Block, Bytes, Work, blocks, shared_pairs
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
@@ -68,8 +68,8 @@ def tickets(plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method]) ->
     found: list[Ticket] = []
     for job in (job for shard in shards for job in shard.jobs):
         turn = None if needs(job, table).kept else len(found)  # one that is kept is read whole before the next
-        for leaf in job.reads:
-            located, tensor = plan.locked.models[leaf.model].located, leaf.tensor
+        for stored in job.reads:
+            located, tensor = plan.locked.models[stored.model].located, stored.tensor
             found.append(Ticket(located, tensor.file, tensor.start, tensor.stop, turn))
     return found
 
@@ -97,10 +97,10 @@ def execute(
     _refuse_missing(device)
     try:
         with single_threaded():
-            yield from _executed(plan, shards, table, store, sink, device)
+            yield from _make_shards(plan, shards, table, store, sink, device)
     except NotFinite as found:
         beside = next((shard.jobs for shard in shards if found.job in shard.jobs), ())
-        raise explained(found, plan, beside, store) from found.__cause__
+        raise explain(found, plan, beside, store) from found.__cause__
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def single_threaded() -> Iterator[None]:
             torch.set_num_threads(threads or runtime.cores())
 
 
-def _executed(
+def _make_shards(
     plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Taker, device: str
 ) -> Iterator[Event]:
     routers = dict[Routed, Any]()
@@ -202,7 +202,7 @@ class _Pool:
     def in_order(self, works: Iterator[Work]) -> Iterator[tuple[memoryview, Work]]:
         """Each block of each job in turn, made a few ahead; a block is good until the next one is asked for."""
         waiting: deque[_Waiting] = deque()
-        for work, block, last in self._prepared_early(works):
+        for work, block, last in self._prepare_early(works):
             if not self._free:
                 yield from self._first(waiting)
             buffer = self._free.popleft()
@@ -221,7 +221,7 @@ class _Pool:
         yield data, work
         self._free.append(buffer)
 
-    def _prepared_early(self, works: Iterator[Work]) -> Iterator[tuple[Work, Block, bool]]:
+    def _prepare_early(self, works: Iterator[Work]) -> Iterator[tuple[Work, Block, bool]]:
         """The blocks of each job whose preparing is over; that of the next jobs runs meanwhile, one job a thread."""
         ahead: deque[Work] = deque()
         for work in works:

@@ -89,7 +89,7 @@ class NotFinite(MismatchError):
         return MismatchError, (self.problems,)
 
 
-def explained(found: NotFinite, plan: Plan, jobs: Sequence[Job], store: Store) -> MismatchError:
+def explain(found: NotFinite, plan: Plan, jobs: Sequence[Job], store: Store) -> MismatchError:
     """The refusal with the parents that hold such entries, and in which tensors; these are read once more.
 
     Args:
@@ -101,26 +101,26 @@ def explained(found: NotFinite, plan: Plan, jobs: Sequence[Job], store: Store) -
     Raises:
         ModelError: bytes of a model cannot be read.
     """
-    counted = dict(_counted(found.job.reads, plan, store))
-    guilty = {leaf.model for leaf in counted}
+    counted = dict(_count(found.job.reads, plan, store))
+    guilty = {stored.model for stored in counted}
     cause = found.__cause__
     if not counted and cause is not None and not type(cause).__name__.endswith("LinAlgError"):  # numpy's or torch's
         raise cause  # no entry of a model is to blame for it
     if not counted:
         told = "and no parent holds NaN or an infinity"
         return MismatchError([replace(problem, what=f"{problem.what}, {told}") for problem in found.problems])
-    others = {leaf: None for job in jobs for leaf in job.reads if leaf.model in guilty and leaf not in counted}
-    counted |= dict(_counted(tuple(others), plan, store))
+    others = {stored: None for job in jobs for stored in job.reads if stored.model in guilty and stored not in counted}
+    counted |= dict(_count(tuple(others), plan, store))
     problems = [
-        Problem(f"{said(count)} of {plan.locked.models[leaf.model].name} {are(count)} NaN or infinite",
-                where=f"tensor {leaf.tensor.name}", hint=f"take another model; or {ALLOW}")
-        for leaf, count in counted.items()
+        Problem(f"{say(count)} of {plan.locked.models[stored.model].name} {are(count)} NaN or infinite",
+                where=f"tensor {stored.tensor.name}", hint=f"take another model; or {ALLOW}")
+        for stored, count in counted.items()
     ]  # fmt: skip
     more = [] if len(problems) <= _SHOWN else [Problem(f"and {len(problems) - _SHOWN} more tensors of the same")]
     return MismatchError([*problems[:_SHOWN], *more])
 
 
-def said(count: int) -> str:
+def say(count: int) -> str:
     """How many entries, in words."""
     return f"{count:,} {'entry' if count == 1 else 'entries'}"
 
@@ -130,21 +130,21 @@ def are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def _counted(leaves: Sequence[Stored], plan: Plan, store: Store) -> Iterator[tuple[Stored, int]]:
+def _count(leaves: Sequence[Stored], plan: Plan, store: Store) -> Iterator[tuple[Stored, int]]:
     """Those of the stored tensors that are not finite, and in how many entries."""
-    looked = [leaf for leaf in leaves if leaf.tensor.dtype in _BITS]
-    models = [plan.locked.models[leaf.model].located for leaf in looked]
+    looked = [stored for stored in leaves if stored.tensor.dtype in _BITS]
+    models = [plan.locked.models[stored.model].located for stored in looked]
     tickets = [
-        Ticket(model, leaf.tensor.file, leaf.tensor.start, leaf.tensor.stop)
-        for leaf, model in zip(looked, models, strict=True)
+        Ticket(model, stored.tensor.file, stored.tensor.start, stored.tensor.stop)
+        for stored, model in zip(looked, models, strict=True)
     ]
     room = memoryview(bytearray(_READ_BYTES))
     with closing(store.reader(tickets, _READ_BYTES)) as reader:
-        for number, leaf in enumerate(looked):
+        for number, stored in enumerate(looked):
             count = 0
-            for offset in range(0, leaf.tensor.nbytes, _READ_BYTES):
-                part = room[: min(_READ_BYTES, leaf.tensor.nbytes - offset)]
+            for offset in range(0, stored.tensor.nbytes, _READ_BYTES):
+                part = room[: min(_READ_BYTES, stored.tensor.nbytes - offset)]
                 reader.read(number, offset, part)
-                count += not_finite(part, leaf.tensor.dtype)
+                count += not_finite(part, stored.tensor.dtype)
             if count:
-                yield leaf, count
+                yield stored, count

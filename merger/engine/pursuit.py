@@ -103,16 +103,16 @@ def _group(source: Pursuit, group: int, leaves: Leaves) -> Tensor:
     """Some of the wanted rows: always the same ones together, whatever block asks for one of them."""
     atoms = leaves.once((source, "atoms"), partial(_atoms, source, leaves))
     theirs = source.pairs.theirs[group * PURSUED_ROWS : (group + 1) * PURSUED_ROWS]
-    targets = torch.empty(len(theirs), source.donor.shape[1])
-    leaves.rows(source.donor, theirs, targets)
+    targets = torch.empty(len(theirs), source.complete.shape[1])
+    leaves.rows(source.complete, theirs, targets)
     found = [_sum(source, *chosen, leaves) for chosen in pursue(targets, atoms, source.k)]
     return torch.stack(found)
 
 
 def _atoms(source: Pursuit, leaves: Leaves) -> Atoms:
-    shared, width = source.pairs.shared, source.donor.shape[1]
-    rows = torch.empty(len(shared), width, dtype=TORCH_DTYPES[source.donor.dtype])
-    leaves.rows(source.donor, shared, rows)
+    shared, width = source.pairs.shared, source.complete.shape[1]
+    rows = torch.empty(len(shared), width, dtype=TORCH_DTYPES[source.complete.dtype])
+    leaves.rows(source.complete, shared, rows)
     step = max(1, PURSUED_ATOMS // width)
     lengths = [rows[start : start + step].float().norm(dim=1) for start in range(0, len(rows), step)]
     return Atoms(rows, torch.cat(lengths))

@@ -123,10 +123,10 @@ def _matrix(source: Packed, number: int, leaves: Leaves) -> PackedMatrix:
     return PackedMatrix(name, (rows, columns), source.dtype, shapes, dict(source.settings), read)
 
 
-def _strided(leaf: Stored, number: int | None, ranges: Sequence[tuple[int, int]], leaves: Leaves) -> NDArray[Any]:
+def _strided(stored: Stored, number: int | None, ranges: Sequence[tuple[int, int]], leaves: Leaves) -> NDArray[Any]:
     """Part of a stored tensor, or of one of the matrices in it: rows of it, and of these a range of columns."""
-    shape = leaf.shape if number is None else leaf.shape[1:]
-    dtype = np.dtype(NUMPY_DTYPES[leaf.dtype])
+    shape = stored.shape if number is None else stored.shape[1:]
+    dtype = np.dtype(NUMPY_DTYPES[stored.dtype])
     (top, bottom), (left, right) = (*ranges, *((0, side) for side in shape[len(ranges) :]), (0, 1), (0, 1))[:2]
     entry = math.prod(shape[2:]) * dtype.itemsize
     width, wanted = math.prod(shape[1:]) * dtype.itemsize, (right - left) * entry
@@ -135,10 +135,10 @@ def _strided(leaf: Stored, number: int | None, ranges: Sequence[tuple[int, int]]
     made = np.empty((bottom - top, wanted), dtype=np.uint8)
     for row in range(top, bottom, step):
         until = min(row + step, bottom)
-        raw = leaves.raw(leaf, begin + row * width, begin + (until - 1) * width + wanted)
+        raw = leaves.raw(stored, begin + row * width, begin + (until - 1) * width + wanted)
         made[row - top : until - top] = as_strided(raw, (until - row, wanted), (width, 1))
     found = made.view(dtype).reshape(bottom - top, right - left, *shape[2:])
-    return decode(found.reshape([stop - start for start, stop in ranges] + list(shape[len(ranges) :])), leaf.dtype)
+    return decode(found.reshape([stop - start for start, stop in ranges] + list(shape[len(ranges) :])), stored.dtype)
 
 
 def _rows_at_once(rows: int, width: int, wanted: int) -> int:
@@ -181,12 +181,12 @@ def _runs_of_rows(shape: Sequence[int], step: int, start: int, stop: int) -> Ite
 
 def _right(source: LowRank, load: Load) -> Tensor:
     """The small matrix that has a column for each of the large one's: A, or Bᵀ."""
-    return read_whole(source.b, load).T if source.turned else read_whole(source.a, load)
+    return read_whole(source.b, load).T if source.transposed else read_whole(source.a, load)
 
 
 def _left(source: LowRank, first: int, last: int, load: Load) -> Tensor:
     """Some rows of the other one: of B, or of Aᵀ, which are columns of A."""
-    if not source.turned:
+    if not source.transposed:
         rank = source.rank
         return load(source.b, first * rank, last * rank, torch.empty((last - first) * rank)).view(-1, rank)
     columns, width = torch.empty(source.rank, last - first), source.a.shape[1]
@@ -225,7 +225,7 @@ def _of_expert(source: ExpertsLowRank, expert: int, b: Tensor, load: Load) -> tu
     """An expert's B and A, or the transpose of both the other way round."""
     entries = source.rank * source.a.shape[1]
     a = load(source.a, expert * entries, (expert + 1) * entries, torch.empty(entries)).view(source.rank, -1)
-    return (a.T, b[:, :, expert].T) if source.turned else (b[:, :, expert], a)
+    return (a.T, b[:, :, expert].T) if source.transposed else (b[:, :, expert], a)
 
 
 def expert_columns(source: ExpertColumns, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:

@@ -69,7 +69,7 @@ def _through_layers(base: _Base, wanted: Sequence[Routed], states: States) -> di
     """Each router from its layer's input."""
     found: dict[Routed, Tensor] = {}
     run = layers(base.plan.locked, wanted)
-    decoders = _Decoders(base.plan.locked.donor.checkpoint.config)
+    decoders = _Decoders(base.plan.locked.config_model.checkpoint.config)
     with ThreadPoolExecutor(base.plan.threads) as pool, closing(base.weights(run)) as weights:
         for layer in range(len(run) + 1):
             found |= {router: _rows(router, states) for router in wanted if router.layer == layer}
@@ -136,17 +136,21 @@ def _tokens(plan: Plan, store: Store, texts: Sequence[str]) -> dict[str, list[in
     files = {
         name: store.fetch(models[number].located, name) for name, number in plan.texts.taken.items() if name in _READ
     }
-    donor = plan.locked.donor
+    config_model = plan.locked.config_model
     try:
         tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
     except Exception as error:  # the library raises nothing more special
-        raise ModelError(_about(donor, f"tokenizer.json cannot be read ({error})", "download it again")) from None
+        raise ModelError(
+            _about(config_model, f"tokenizer.json cannot be read ({error})", "download it again")
+        ) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     begin = _begin(files)
     encoded = {text: tokenizer.encode(begin + text, add_special_tokens=False).ids for text in texts}
     if (empty := next((text for text, ids in encoded.items() if not ids), None)) is not None:
-        raise RecipeError(_about(donor, f"its tokenizer makes no token of the prompt {empty!r}", "take the prompt out"))
+        raise RecipeError(
+            _about(config_model, f"its tokenizer makes no token of the prompt {empty!r}", "take the prompt out")
+        )
     return encoded
 
 
@@ -164,8 +168,8 @@ def _begin(files: Mapping[str, bytes]) -> str:
     return ""
 
 
-def _about(donor: LockedModel, what: str, hint: str) -> Problem:
-    return Problem(f"{donor.name}: {what}", donor.ref.at, "base_model", hint)
+def _about(config_model: LockedModel, what: str, hint: str) -> Problem:
+    return Problem(f"{config_model.name}: {what}", config_model.ref.at, "base_model", hint)
 
 
 def _refuse_missing(plan: Plan, packages: Sequence[str]) -> None:
@@ -194,19 +198,19 @@ class _Base:
         ids = sorted({token for row in tokens.values() for token in row})
         if ids[-1] >= job.shape[0]:
             what = f"its tokenizer knows the token {ids[-1]}, and its embedding has {job.shape[0]} rows"
-            raise ModelError(_about(self.plan.locked.donor, what, "take a base_model whose tokenizer fits it"))
+            raise ModelError(_about(self.plan.locked.config_model, what, "take a base_model whose tokenizer fits it"))
         source = job.sources[0]
         rows = self._stored_rows(source, ids) if isinstance(source, Stored) else self._made_rows(job, ids)
         places = {token: place for place, token in enumerate(ids)}
         return {text: rows[[places[token] for token in row]] for text, row in tokens.items()}
 
-    def _stored_rows(self, leaf: Stored, ids: Sequence[int]) -> Tensor:
+    def _stored_rows(self, stored: Stored, ids: Sequence[int]) -> Tensor:
         """Rows of a stored tensor, of which no others are read: each is a tensor of its own for once."""
-        count, width = leaf.shape
-        size = leaf.tensor.nbytes // count
-        starts = [leaf.tensor.start + row * size for row in ids]
-        cut = [replace(leaf.tensor, shape=(width,), start=start, stop=start + size) for start in starts]
-        inputs = [Operand(Stored(leaf.model, row), {"scale": 1.0}) for row in cut]
+        count, width = stored.shape
+        size = stored.tensor.nbytes // count
+        starts = [stored.tensor.start + row * size for row in ids]
+        cut = [replace(stored.tensor, shape=(width,), start=start, stop=start + size) for start in starts]
+        inputs = [Operand(Stored(stored.model, row), {"scale": 1.0}) for row in cut]
         jobs = [Job(EMBEDDING, "F32", (width,), PASSTHROUGH, (row,)) for row in inputs]
         with closing(self._reader(jobs)) as reader:
             return torch.stack([self._made(job, number, reader) for number, job in enumerate(jobs)])
@@ -224,7 +228,7 @@ class _Base:
 
     def weights(self, run: Sequence[Sequence[Job]]) -> Generator[dict[str, Tensor]]:
         """Each layer's tensors by role."""
-        place = self.plan.locked.donor.architecture.place
+        place = self.plan.locked.config_model.architecture.place
         first = 0
         with closing(self._reader([job for layer in run for job in layer])) as reader:
             for layer in run:
@@ -250,7 +254,7 @@ class _Base:
 
     def _reader(self, jobs: Sequence[Job]) -> Reader:
         models = self.plan.locked.models
-        leaves = [leaf for job in jobs for leaf in job.reads]
+        leaves = [stored for job in jobs for stored in job.reads]
         tickets = [Ticket(models[of.model].located, of.tensor.file, of.tensor.start, of.tensor.stop) for of in leaves]
         return self._store.reader(tickets, self.plan.read_ahead)
 

@@ -141,11 +141,11 @@ class JobRunner:
         """Let the method see the whole tensor, block by block."""
         if self.method.measure is not None:
             given = {**self._arguments, "rng": Rng(self.seed, self.job.name)}
-            with self._told():
+            with self._explain():
                 self.measured = self.method.measure(_Blocks(self), **declared(self.method.measure, given))
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _explain(self) -> Iterator[None]:
         """NaN breaks what sorts or decomposes: whether that is why, is found out where the whole is seen."""
         try:
             with np.errstate(all="ignore"):
@@ -162,7 +162,7 @@ class JobRunner:
         held = np.dtype(HELD[self.job.dtype])
         made = out[: (block.stop - block.start) * held.itemsize].view(held)
         sample = None if block.start in self.seen else BlockSample(block.start, block.stop, self.job.entries)
-        with self._told(), tile():
+        with self._explain(), tile():
             loaded = self.load(block)
             for start, stop in self.tiles(block):
                 with tile():
@@ -174,8 +174,8 @@ class JobRunner:
     def _round(
         self, block: Block, loaded: list[Held], start: int, out: NDArray[Any], sample: BlockSample | None
     ) -> None:
-        inputs, base = self.handed(loaded, start, start + out.size)
-        merged = self._merged(inputs, block.start + start)
+        inputs, base = self.hand_over(loaded, start, start + out.size)
+        merged = self._merge(inputs, block.start + start)
         if sample is not None:
             sample.take(block.start + start, [*inputs, merged, *(() if base is None else (base,))])
         if base is not None:
@@ -184,18 +184,18 @@ class JobRunner:
         if not self.origin.odd and not is_finite(out, self.job.dtype):
             raise _not_finite(self, out)
 
-    def _merged(self, inputs: list[Array], start: int) -> Array:
+    def _merge(self, inputs: list[Array], start: int) -> Array:
         """What the method makes of a tile, in one row."""
         given = dict(self._arguments)
         if self.method.random:
             given["rng"] = Rng(self.seed, self.job.name, start)
         if self.method.measure is not None:
             given["measured"] = self.measured
-        made = self.method.function(self.placed(inputs), **given)
+        made = self.method.function(self.hand_over_NO(inputs), **given)
         found: Array = np.ascontiguousarray(made if isinstance(made, np.ndarray) else made.cpu().numpy(), np.float32)
         return found.reshape(-1)
 
-    def placed(self, inputs: list[Array]) -> list[Any]:
+    def hand_over_NO(self, inputs: list[Array]) -> list[Any]:
         """The inputs where the method computes: as they are, or as torch's tensors."""
         if self.device == "cpu" and self.method.needs != "torch":
             return inputs
@@ -213,12 +213,12 @@ class JobRunner:
             step = size
         return ((start, min(start + step, size)) for start in range(0, size, max(1, step)))
 
-    def handed(self, loaded: list[Held], start: int, stop: int) -> tuple[list[Array], Array | None]:
+    def hand_over(self, loaded: list[Held], start: int, stop: int) -> tuple[list[Array], Array | None]:
         """The inputs of a tile in float32, as the method wants them, the base subtracted if there is one; and it."""
-        floats, base = self.subtracted(loaded, start, stop)
-        return [self._shaped(entries) for entries in floats], base
+        floats, base = self.subtract_base(loaded, start, stop)
+        return [self._shape(entries) for entries in floats], base
 
-    def subtracted(self, loaded: list[Held], start: int, stop: int) -> tuple[list[Array], Array | None]:
+    def subtract_base(self, loaded: list[Held], start: int, stop: int) -> tuple[list[Array], Array | None]:
         """The same in one row."""
         floats = [bits.floats(start, stop, _floats(stop - start)) for bits in loaded]
         base = None if self.job.base is None else floats.pop()
@@ -231,9 +231,9 @@ class JobRunner:
         """All sources' entries as they are stored, or of the tensor's entries every `step`-th; good within a tile."""
         alike = [stored for stored in self.job.shared if stored.tensor.entries == self.job.entries]  # others: elsewhere
         shared = {stored: self.origin.bits(stored, block.start, block.stop, step) for stored in alike}
-        return [self._loaded(source, block, step, shared) for source in self.job.sources]
+        return [self._load(source, block, step, shared) for source in self.job.sources]
 
-    def _loaded(self, source: Input, block: Block, step: int, shared: Mapping[Stored, Held]) -> Held:
+    def _load(self, source: Input, block: Block, step: int, shared: Mapping[Stored, Held]) -> Held:
         if isinstance(source, Stored) and source in shared:
             return shared[source]
         if isinstance(source, Stored | StageTensor):
@@ -241,7 +241,7 @@ class JobRunner:
         out = _floats(block.stop - block.start)
         return Held(_readers().read(source, block.start, block.stop, out, self.origin, step, shared), "F32")
 
-    def _shaped(self, entries: Array) -> Array:
+    def _shape(self, entries: Array) -> Array:
         """As the method wants its blocks: a run of entries, whole rows, or a matrix."""
         if self.method.unit == "matrix":
             return entries.reshape(matrix_shape(self.job.name, self.job.shape))
@@ -285,7 +285,7 @@ class Work:
         self._allow, self.odd = allow, dict[tuple[Stored | StageTensor, int], int]()
         self.prepared: Future[None] | None = None
         self._reader, self._needs, self._routers = reader, needs(job, table), routers
-        self._tickets = {leaf: first + place for place, leaf in enumerate(job.reads)}
+        self._tickets = {stored: first + place for place, stored in enumerate(job.reads)}
         self._making = JobRunner(job, self.method, seed, device, self, job)
         self._stages = {
             made: JobRunner(made.job, table[made.job.method], made.seed, device, self, job)
@@ -303,9 +303,9 @@ class Work:
 
     def prepare(self) -> None:
         """Keep what is read more than once, compute the stages, and let methods see whole tensors, block by block."""
-        for leaf in self._needs.kept:
-            if not self._reader.repeatable(self._tickets[leaf]):
-                self._keep(leaf, self._read(leaf))
+        for stored in self._needs.kept:
+            if not self._reader.repeatable(self._tickets[stored]):
+                self._keep(stored, self._read(stored))
         for made, making in self._stages.items():
             making.measure()
             if made in self._needs.spooled:
@@ -316,11 +316,11 @@ class Work:
         self._spool = self._spool or Spool()
         self._spool.keep(what, parts)
 
-    def _read(self, leaf: Stored) -> Iterator[memoryview]:
-        room = memoryview(bytearray(min(_SPOOL_BYTES, leaf.tensor.nbytes)))
-        for offset in range(0, leaf.tensor.nbytes, _SPOOL_BYTES):
-            part = room[: min(_SPOOL_BYTES, leaf.tensor.nbytes - offset)]
-            self._reader.read(self._tickets[leaf], offset, part)
+    def _read(self, stored: Stored) -> Iterator[memoryview]:
+        room = memoryview(bytearray(min(_SPOOL_BYTES, stored.tensor.nbytes)))
+        for offset in range(0, stored.tensor.nbytes, _SPOOL_BYTES):
+            part = room[: min(_SPOOL_BYTES, stored.tensor.nbytes - offset)]
+            self._reader.read(self._tickets[stored], offset, part)
             yield part
 
     def _parts(self, making: JobRunner) -> Iterator[memoryview]:
@@ -343,19 +343,19 @@ class Work:
     def seen(self) -> Geometry | None:
         """How inputs and result lie to each other, by the blocks made so far; None where nothing is to be said."""
         odd = Counter[int]()
-        for (leaf, _), count in self.odd.items():
-            odd[leaf.model if isinstance(leaf, Stored) else leaf.stage] += count
+        for (stored, _), count in self.odd.items():
+            odd[stored.model if isinstance(stored, Stored) else stored.stage] += count
         told = tuple(sorted(odd.items()))
         if self._making.seen:
             return replace(total_geometry(self._making.seen[start] for start in sorted(self._making.seen)), odd=told)
         return replace(NOTHING, odd=told) if told else None
 
-    def _look(self, leaf: Stored | StageTensor, place: int, raw: Any) -> None:
+    def _look(self, stored: Stored | StageTensor, place: int, raw: Any) -> None:
         """Note how many of the entries that stand there are not finite."""
-        if count := not_finite(raw, leaf.dtype):
-            self.odd[leaf, place] = count
+        if count := not_finite(raw, stored.dtype):
+            self.odd[stored, place] = count
 
-    def bits(self, leaf: Stored | StageTensor, start: int, stop: int, step: int = 1) -> Held:
+    def bits(self, stored: Stored | StageTensor, start: int, stop: int, step: int = 1) -> Held:
         """The entries of a stored tensor, or of what a stage makes, as they are stored; good within a tile.
 
         Of the tensor's entries only those whose number is a multiple of `step`.
@@ -365,14 +365,14 @@ class Work:
             MismatchError: an entry that a stage makes is not finite.
         """
         block = Block(start, stop)
-        raw = _room(leaf.dtype, block)
-        if isinstance(leaf, StageTensor) and leaf not in self._needs.spooled:
-            self._stages[leaf].round(block, raw)
+        raw = _room(stored.dtype, block)
+        if isinstance(stored, StageTensor) and stored not in self._needs.spooled:
+            self._stages[stored].round(block, raw)
         else:
-            self._fill(leaf, start * (len(raw) // max(1, stop - start)), raw.data)
+            self._fill(stored, start * (len(raw) // max(1, stop - start)), raw.data)
             if self._allow:
-                self._look(leaf, start, raw)
-        return Held(raw.view(HELD[leaf.dtype])[-start % step :: step], leaf.dtype)
+                self._look(stored, start, raw)
+        return Held(raw.view(HELD[stored.dtype])[-start % step :: step], stored.dtype)
 
     def _fill(self, what: Stored | StageTensor, offset: int, out: memoryview) -> None:
         if self._spool is not None and what in self._spool:
@@ -381,28 +381,28 @@ class Work:
             assert isinstance(what, Stored)  # what a stage makes is kept, but where it is read in its own blocks
             self._reader.read(self._tickets[what], offset, out)
 
-    def rows(self, leaf: Stored | StageTensor, numbers: NDArray[np.intp], width: int) -> Held:
+    def rows(self, stored: Stored | StageTensor, numbers: NDArray[np.intp], width: int) -> Held:
         """The rows of a tensor of these numbers, by one read for each run of consecutive ones.
 
         Raises:
             ModelError: the bytes cannot be had.
         """
-        held = np.dtype(HELD[leaf.dtype])
+        held = np.dtype(HELD[stored.dtype])
         nbytes = width * held.itemsize
         raw = np.empty(len(numbers) * nbytes, np.uint8)
         view, starts = raw.data, np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=False):
-            self._fill(leaf, int(numbers[start]) * nbytes, view[start * nbytes : stop * nbytes])
+            self._fill(stored, int(numbers[start]) * nbytes, view[start * nbytes : stop * nbytes])
         for place, number in enumerate(numbers.tolist() if self._allow else ()):
-            self._look(leaf, number, view[place * nbytes : (place + 1) * nbytes])
-        return Held(raw.view(held), leaf.dtype)
+            self._look(stored, number, view[place * nbytes : (place + 1) * nbytes])
+        return Held(raw.view(held), stored.dtype)
 
-    def raw(self, leaf: Stored, start: int, stop: int) -> Bytes:
+    def raw(self, stored: Stored, start: int, stop: int) -> Bytes:
         """The bytes of a stored tensor."""
         found = np.empty(stop - start, np.uint8)
-        self._fill(leaf, start, found.data)
+        self._fill(stored, start, found.data)
         if self._allow:
-            self._look(leaf, start, found)
+            self._look(stored, start, found)
         return found
 
     def router(self, source: Routed) -> Tensor:
@@ -449,7 +449,7 @@ class _Blocks:
                 loaded = making.load(block)
                 for start, stop in making.tiles(block):
                     with tile():
-                        yield making.placed(making.handed(loaded, start, stop)[0])
+                        yield making.hand_over_NO(making.hand_over(loaded, start, stop)[0])
 
     @property
     def entries(self) -> int:
@@ -461,7 +461,7 @@ class _Blocks:
         for block in blocks(making.job, making.method):
             with tile():
                 loaded = making.load(block, step)
-                inputs, _ = making.subtracted(loaded, 0, loaded[0].bits.size)
+                inputs, _ = making.subtract_base(loaded, 0, loaded[0].bits.size)
                 yield inputs
 
 

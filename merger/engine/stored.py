@@ -50,7 +50,7 @@ class Pairs(Protocol):
 class Leaves(Protocol):
     """The stored tensors of a job, what stages make for it, and what was computed beforehand."""
 
-    def entries(self, leaf: Stored | StageTensor, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
+    def entries(self, part: Stored | StageTensor, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
         """The leaf's entries ``[start, stop)`` as float32, in the front of `out`.
 
         Of the tensor's entries only those whose number is a multiple of `step`.
@@ -60,14 +60,14 @@ class Leaves(Protocol):
             MismatchError: an entry that a stage makes is not finite.
         """
 
-    def rows(self, leaf: Stored | StageTensor, numbers: Numbers, out: Tensor) -> None:
+    def rows(self, part: Stored | StageTensor, numbers: Numbers, out: Tensor) -> None:
         """Fill `out`, of as many rows, with the leaf's rows of these numbers as float32.
 
         Raises:
             ModelError: the bytes cannot be had.
         """
 
-    def raw(self, leaf: Stored, start: int, stop: int) -> NDArray[np.uint8]:
+    def raw(self, part: Stored, start: int, stop: int) -> NDArray[np.uint8]:
         """The leaf's bytes ``[start, stop)``.
 
         Raises:
@@ -93,13 +93,13 @@ class Origin(Protocol):
 
     pairs: Pairs | None
 
-    def bits(self, leaf: Stored | StageTensor, start: int, stop: int, step: int = 1) -> Held:
+    def bits(self, part: Stored | StageTensor, start: int, stop: int, step: int = 1) -> Held:
         """The entries of a tensor as they are stored; good within a tile."""
 
-    def rows(self, leaf: Stored | StageTensor, numbers: Numbers, width: int) -> Held:
+    def rows(self, part: Stored | StageTensor, numbers: Numbers, width: int) -> Held:
         """The rows of a tensor of these numbers."""
 
-    def raw(self, leaf: Stored, start: int, stop: int) -> NDArray[np.uint8]:
+    def raw(self, part: Stored, start: int, stop: int) -> NDArray[np.uint8]:
         """The leaf's bytes."""
 
     def router(self, source: Routed) -> Tensor:
@@ -131,14 +131,14 @@ class TensorLeaves:
         assert self._origin.pairs is not None
         return self._origin.pairs
 
-    def entries(self, leaf: Stored | StageTensor, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
+    def entries(self, part: Stored | StageTensor, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
         with tile():
-            known = self._shared.get(leaf) if isinstance(leaf, Stored) and (start, stop, step) == self._block else None
-            found = known or self._origin.bits(leaf, start, stop, step)
+            known = self._shared.get(part) if isinstance(part, Stored) and (start, stop, step) == self._block else None
+            found = known or self._origin.bits(part, start, stop, step)
             return torch.from_numpy(found.floats(0, found.bits.size, out.numpy()))
 
-    def rows(self, leaf: Stored | StageTensor, numbers: Numbers, out: Tensor) -> None:
-        found = self._origin.rows(leaf, numbers, out.shape[-1])
+    def rows(self, part: Stored | StageTensor, numbers: Numbers, out: Tensor) -> None:
+        found = self._origin.rows(part, numbers, out.shape[-1])
         found.floats(0, found.bits.size, out.view(-1).numpy())
 
 
@@ -150,8 +150,8 @@ def rows_of_map(source: Rows, start: int, stop: int, out: Tensor, leaves: Leaves
     width = source.width
     first, last = start // width, -(-stop // width)
     if (shift := _run(source.map, first, last)) is not None:
-        leaf, rows = shift
-        return leaves.entries(source.parts[leaf], start + rows * width, stop + rows * width, out)
+        part, rows = shift
+        return leaves.entries(source.parts[part], start + rows * width, stop + rows * width, out)
     step = max(1, CHUNK_ENTRIES // width)
     for row in range(first, last, step):
         until = min(row + step, last)
@@ -169,9 +169,9 @@ def _run(rows: RowMap, first: int, last: int) -> tuple[int, int] | None:
         return None
     ahead = numbers - np.arange(first, last)
     single = (np.diff(rows.starts[first : last + 1]) == 1).all() and (
-        rows.leaves[begin:end] == rows.leaves[begin]
+        rows.tensors[begin:end] == rows.tensors[begin]
     ).all()
-    return (int(rows.leaves[begin]), int(ahead[0])) if single and (ahead == ahead[0]).all() else None
+    return (int(rows.tensors[begin]), int(ahead[0])) if single and (ahead == ahead[0]).all() else None
 
 
 def _gathered(source: Rows, places: Numbers, leaves: Leaves) -> Tensor:
@@ -189,25 +189,25 @@ def _gathered(source: Rows, places: Numbers, leaves: Leaves) -> Tensor:
 def _stored(source: Rows, entries: Numbers, leaves: Leaves) -> Tensor:
     """The stored rows that a map's lists name at these places."""
     found = torch.empty(len(entries), source.width)
-    of, numbers = source.map.leaves[entries], source.map.rows[entries]
-    for leaf in np.unique(of):
-        stored = source.parts[leaf]
-        at = np.flatnonzero((of == leaf) & (numbers != ALL_ROWS))
+    of, numbers = source.map.tensors[entries], source.map.rows[entries]
+    for part in np.unique(of):
+        stored = source.parts[part]
+        at = np.flatnonzero((of == part) & (numbers != ALL_ROWS))
         rows = torch.empty(len(at), source.width)
         leaves.rows(stored, numbers[at], rows)
         found[torch.from_numpy(at)] = rows
-        if len(averaged := np.flatnonzero((of == leaf) & (numbers == ALL_ROWS))):
+        if len(averaged := np.flatnonzero((of == part) & (numbers == ALL_ROWS))):
             found[torch.from_numpy(averaged)] = leaves.once(("mean", stored), partial(_mean, stored, leaves))
     return found
 
 
-def _mean(leaf: Stored | StageTensor, leaves: Leaves) -> Tensor:
+def _mean(part: Stored | StageTensor, leaves: Leaves) -> Tensor:
     """The mean of all rows of a tensor, summed in float64."""
-    count, width = leaf.shape[0], math.prod(leaf.shape[1:])
+    count, width = part.shape[0], math.prod(part.shape[1:])
     total = torch.zeros(width, dtype=torch.float64)
     step = max(1, CHUNK_ENTRIES // width)
     for row in range(0, count, step):
         rows = torch.empty(min(step, count - row), width)
-        leaves.rows(leaf, np.arange(row, row + len(rows)), rows)
+        leaves.rows(part, np.arange(row, row + len(rows)), rows)
         total += rows.sum(dim=0, dtype=torch.float64)
     return (total / count).float()

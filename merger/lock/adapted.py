@@ -68,7 +68,7 @@ def _check_rows(model: LockedModel, grown: LockedModel) -> None:
     if len(set(rows.values())) > 1:
         told = " and ".join(f"{count:,} rows in {name}" for name, count in rows.items())
         raise ModelError(Problem(f"with the adapter there are {told}: not one for each token", hint=_OTHER_ADAPTER))
-    if grown.token_rows != model.token_rows and grown.speaker is grown:
+    if grown.token_rows != model.token_rows and grown.tokenizer_model is grown:
         what = f"the adapter's embedding has {grown.token_rows:,} rows, the model's {model.token_rows:,}"
         hint = "put the tokenizer with which it was trained into the adapter's folder"
         raise ModelError(Problem(f"{what}, and no tokenizer beside the adapter tells its tokens", hint=hint))

@@ -143,7 +143,7 @@ def _with_texts(
     """
     wanted = set(_token_files(recipe, merged)) if recipe.lora is None else set()
     models = (*merged, *loras)
-    speaking = {model.ref for one in merged for model in (one, one.speaker)}
+    speaking = {model.ref for one in merged for model in (one, one.tokenizer_model)}
     held = [_texts_of(model, wanted) if model.ref in speaking else {} for model in models]
     places = {
         _content(info, number, name): (models[number], name)
@@ -186,7 +186,7 @@ def _token_files(recipe: Recipe, models: Sequence[LockedModel]) -> Iterator[str]
 def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
     told = [
         {name: _content(files[name], number, name) for name in vocabulary.told_by(files)}
-        for number, files in enumerate(model.speaker.located.files for model in merged)
+        for number, files in enumerate(model.tokenizer_model.located.files for model in merged)
     ]
     if recipe.tokenizer is not None:
         yield from (*vocabulary.FILES, GENERATION)

@@ -135,7 +135,7 @@ class LockedModel:
         return self.token_rows in {one.shape[1] for one in (self.embedding, self.head) if one is not None}
 
     @property
-    def speaker(self) -> LockedModel:
+    def tokenizer_model(self) -> LockedModel:
         """In whose files its tokenizer lies: in its adapter's, if that has one and rows for its tokens."""
         trained = (name for name, change in self.changes.items() if change.whole or change.tokens)
         if self.adapter is None or not any(is_embedding(name) for name in trained):

@@ -156,7 +156,7 @@ def _means(
     paper=_PAPER,
     models=(1, None),
     measure=measure_pcb,
-    scratch=24,
+    workspace=24,
     laws=("zero", "permutation", "scale"),
 )
 def pcb(
@@ -239,7 +239,7 @@ def measure_arcee_fusion(blocks: Blocks) -> float:
     base="first",
     unit="rows",
     measure=measure_arcee_fusion,
-    scratch=24,  # three searches at once, for two inputs
+    workspace=24,  # three searches at once, for two inputs
     laws=("zero", "idempotent"),
 )
 def arcee_fusion(tensors: Tensors, *, measured: float | None = None) -> Array:

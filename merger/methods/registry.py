@@ -99,7 +99,7 @@ class Method:
 
     `models` counts the tensors that the function is handed, least and most (None: any number). `measure`, if there is
     one, reads the blocks of the whole tensor before the function sees the first of them. `check`, if there is one,
-    raises ValueError, with a sentence, for arguments that are each in bounds but cannot be meant together. `scratch` is
+    raises ValueError, with a sentence, for arguments that are each in bounds but not together. `workspace` is
     how many float32 blocks the method may hold at once besides its inputs. `spreads` says that it shares out the
     strength of what it is given among all directions that a matrix can have. `needs` is torch where it is handed
     torch's tensors, and not numpy's arrays.
@@ -116,7 +116,7 @@ class Method:
     laws: tuple[Law, ...]
     random: bool
     unit: Unit
-    scratch: int
+    workspace: int
     paper: Paper | None
     summary: str
     description: str
@@ -165,7 +165,7 @@ def merge_method(
     measure: Callable[..., Any] | None = None,
     check: Callable[..., None] | None = None,
     unit: Unit = "entries",
-    scratch: int = 10,
+    workspace: int = 10,
     laws: Iterable[str | Law] = (),
     spreads: bool = False,
     needs: Literal["torch"] | None = None,
@@ -184,7 +184,7 @@ def merge_method(
         check: a function of any of the method's own arguments, by name (a list where it takes one number a model), that
             raises ValueError for a combination that cannot be meant.
         unit: what a block must hold.
-        scratch: how many float32 blocks it may hold at once besides its inputs.
+        workspace: how many float32 blocks it may hold at once besides its inputs.
         laws: what tests may hold about it.
         spreads: whether it shares out strength among all directions of a matrix: of adapters little is left then.
         needs: what it is handed in place of numpy's arrays.
@@ -210,7 +210,7 @@ def merge_method(
             laws=tuple(Law(law) if isinstance(law, str) else law for law in laws),
             random="rng" in inspect.signature(function).parameters,
             unit=unit,
-            scratch=scratch,
+            workspace=workspace,
             paper=paper,
             summary=summary,
             description=description,

@@ -44,7 +44,7 @@ _PAPER = Paper(
     paper=_PAPER,
     models=(1, None),
     unit="matrix",
-    scratch=12,
+    workspace=12,
     laws=("zero", "permutation", "scale"),
     spreads=True,
 )
@@ -96,7 +96,7 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
     paper=_PAPER,
     models=(1, None),
     unit="matrix",
-    scratch=22,
+    workspace=22,
     laws=("zero", "permutation", "scale", full("iso_c", common=1)),
     spreads=True,
 )
@@ -179,7 +179,7 @@ _TSVM_PAPER = Paper(
     paper=_TSVM_PAPER,
     models=(1, None),
     unit="matrix",
-    scratch=22,
+    workspace=22,
     laws=("zero", "permutation", "scale"),
 )
 def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral: bool = True) -> Array:
@@ -252,7 +252,7 @@ def _check(weight: Sequence[float], merged_first: bool) -> None:
     models=(1, None),
     check=_check,
     unit="matrix",
-    scratch=16,
+    workspace=16,
     laws=("zero", "scale"),
 )
 def svc(

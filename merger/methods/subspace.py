@@ -41,7 +41,7 @@ _PAPER = Paper("Stoica et al.", 2025, "Model merging with SVD to tie the Knots",
     paper=_PAPER,
     models=(1, None),
     unit="matrix",
-    scratch=20,
+    workspace=20,
     laws=("zero", "permutation", "scale"),
 )
 def knots(
@@ -147,7 +147,7 @@ _BOOSTING_PAPER = Paper("Skorobogat et al.", 2025, "Subspace-Boosted Model Mergi
     paper=_BOOSTING_PAPER,
     models=(1, None),
     unit="matrix",
-    scratch=16,
+    workspace=16,
     laws=("zero", "permutation", "scale", full("task_arithmetic", beta=1)),
 )
 def subspace_boosting(

@@ -156,7 +156,7 @@ _MAGMAX_PAPER = Paper(
     ),
     paper=_MAGMAX_PAPER,
     models=(1, None),
-    scratch=5,
+    workspace=5,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
 def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
@@ -200,7 +200,7 @@ _EMR_PAPER = Paper(
     ),
     paper=_EMR_PAPER,
     models=(1, None),
-    scratch=6,
+    workspace=6,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
 def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
@@ -240,7 +240,7 @@ _EXPO_PAPER = Paper("Zheng et al.", 2024, "Model Extrapolation Expedites Alignme
     formula=r"\theta = \theta_1 + \alpha (\theta_1 - \theta_0)",
     paper=_EXPO_PAPER,
     models=(1, 1),
-    scratch=1,
+    workspace=1,
     laws=("zero", "scale", full("task_arithmetic", alpha=0)),
 )
 def expo(deltas: Deltas, alpha: float) -> Array:

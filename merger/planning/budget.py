@@ -58,8 +58,8 @@ def needs(job: Job, table: Mapping[str, Method]) -> Needs:
         end for each in jobs for source in each.sources for end in unpack(source) if isinstance(end, StageTensor)
     )
     streamed = {made for each in jobs for made in _streamed(each, table) if uses[made] == 1}
-    reads = Counter(leaf for each in jobs for leaf in _read(each, table))
-    return Needs(stages, frozenset(stages) - streamed, tuple(leaf for leaf, times in reads.items() if times > 1))
+    reads = Counter(stored for each in jobs for stored in _read(each, table))
+    return Needs(stages, frozenset(stages) - streamed, tuple(stored for stored, times in reads.items() if times > 1))
 
 
 def below(job: Job, seen: set[StageTensor]) -> Iterator[StageTensor]:
@@ -87,7 +87,7 @@ def _read(job: Job, table: Mapping[str, Method]) -> Iterator[Stored]:
     yield from own
     if table[job.method].measure is not None and not job.is_copy:
         yield from own
-    yield from (leaf for source in job.sources for leaf in source.again if leaf in own)
+    yield from (stored for source in job.sources for stored in source.reread if stored in own)
 
 
 def spool(job: Job, table: Mapping[str, Method], remote: frozenset[int]) -> int:
@@ -99,7 +99,7 @@ def spool(job: Job, table: Mapping[str, Method], remote: frozenset[int]) -> int:
         remote: the numbers of the models that are read from afar.
     """
     wanted = needs(job, table)
-    read = sum(leaf.tensor.nbytes for leaf in wanted.kept if leaf.model in remote)
+    read = sum(stored.tensor.nbytes for stored in wanted.kept if stored.model in remote)
     return read + sum(made.job.nbytes for made in wanted.spooled)
 
 
@@ -127,9 +127,9 @@ def _with_streamed(job: Job, table: Mapping[str, Method], wanted: Needs, taken: 
 def _own(job: Job, method: Method) -> int:
     """An input as stored, all in float32, what the method holds besides, and its measuring."""
     sources = job.sources
-    buffers = 2 + len(sources) + len(job.shared) + method.scratch
+    buffers = 2 + len(sources) + len(job.shared) + method.workspace
     measuring = len(sources) * _MEASURE_BYTES if method.measure else 0
-    return buffers * 4 * block_entries(job, method) + max(source.scratch for source in sources) + measuring
+    return buffers * 4 * block_entries(job, method) + max(source.workspace_bytes for source in sources) + measuring
 
 
 # ---- routers from prompts -------------------------------------------------------------------------------------------
@@ -157,18 +157,18 @@ def prompts(routers: Sequence[Routed]) -> list[str]:
 
 def embedding(locked: StagedRecipe) -> Job:
     """The base model's embedding in float32; only rows of it are made."""
-    return _whole(locked, locked.donor.checkpoint.tensors[EMBEDDING])
+    return _whole(locked, locked.config_model.checkpoint.tensors[EMBEDDING])
 
 
 def layers(locked: StagedRecipe, routers: Sequence[Routed]) -> list[list[Job]]:
     """The tensors of the layers that the prompts run through for these routers, each made of its layer's input."""
     count = max((router.layer for router in routers if router.mode != EMBEDDED), default=0)
-    found = [locked.donor.layer(STACK, layer) for layer in range(count)]
+    found = [locked.config_model.layer(STACK, layer) for layer in range(count)]
     return [[_whole(locked, tensor) for tensor in layer if not is_buffer(tensor.name)] for layer in found]
 
 
 def _whole(locked: StagedRecipe, tensor: TensorInfo) -> Job:
-    source = locked.source(locked.index(locked.donor.ref), tensor)
+    source = locked.source(locked.index(locked.config_model.ref), tensor)
     return Job(tensor.name, "F32", source.shape, PASSTHROUGH, (Operand(source, {"scale": 1.0}),))
 
 
@@ -186,7 +186,7 @@ def router_read_bytes(locked: StagedRecipe, jobs: Sequence[Job]) -> int:
 
 
 def _read_routing(job: Job) -> int:
-    return sum(leaf.tensor.nbytes for leaf in job.reads)
+    return sum(stored.tensor.nbytes for stored in job.reads)
 
 
 def router_spool(locked: StagedRecipe, jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int]) -> int:

@@ -46,9 +46,9 @@ class JobSet:
             the layer's tensors, and its number there.
         has_head: whether the output's head is a tensor of its own, not the embedding.
         tokens: what the recipe's tokenizer block brings about, if it has one.
-        config: the output's config, where it is not the donor's.
+        config: the output's config, where it is not the config model's.
         reasons: why tensors of the models are left out, by their names, where that was decided on the way.
-        speaker: the number of the model whose tokenizer lies beside an adapter, where that has rows for other tokens.
+        tokenizer_model: whose tokenizer lies beside an adapter, by its number, where that has rows for other tokens.
         prediction: the model whose layers of multi-token prediction the output has, or that names them; None: no model.
     """
 
@@ -58,7 +58,7 @@ class JobSet:
     tokens: Tokens | None = None
     config: Mapping[str, Any] | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
-    speaker: int | None = None
+    tokenizer_model: int | None = None
     prediction: LockedModel | None = None
 
 
@@ -126,7 +126,7 @@ class _Maker:
         if isinstance(module, CutModule) and module.stack is not None and not _is_whole(module.cuts, module.stack):
             self._cuts[module.stack] = module.cuts
         if isinstance(module, str):
-            yield from self._copied(module)
+            yield from self._copy_module(module)
         elif module.cuts:
             if module.loose:
                 self._tell_vocabularies(module.cuts[0], module.cuts[-1])
@@ -137,24 +137,24 @@ class _Maker:
                 yield from self._predicting(module.cuts[-1])
                 yield from self._loose(module.cuts[-1], before=False)
 
-    def _copied(self, name: str) -> Iterator[Job]:
-        number, why = self._locked.index(self._locked.donor.ref), f"the recipe does not name the module {name}"
-        for tensor in self._locked.donor.checkpoint.tensors.values():
-            if self._locked.donor.architecture.module(tensor.name) != name:
+    def _copy_module(self, name: str) -> Iterator[Job]:
+        number, why = self._locked.index(self._locked.config_model.ref), f"the recipe does not name the module {name}"
+        for tensor in self._locked.config_model.checkpoint.tensors.values():
+            if self._locked.config_model.architecture.module(tensor.name) != name:
                 continue
-            if (found := self._shares(self._locked.donor, tensor)) is not None:
-                yield from self._shared(tensor.name, found)
+            if (found := self._shares(self._locked.config_model, tensor)) is not None:
+                yield from self._join_shares(tensor.name, found)
             else:
-                yield from self._kept(number, tensor, why)
+                yield from self._keep(number, tensor, why)
 
-    def _kept(self, number: int, tensor: TensorInfo, why: str) -> Iterator[Job]:
+    def _keep(self, number: int, tensor: TensorInfo, why: str) -> Iterator[Job]:
         """The job that takes a tensor from a model as it is, unless a rule names another's."""
         model = self._locked.numbered(number)
         out = model.architecture.moved_behind(tensor.name, self._counts)
         if model.architecture.predicts(tensor.name):
             self.prediction = model
         if (rule := self._rule(tensor.name)) is not None:
-            yield from self._taken(rule, out, number, tensor)
+            yield from self._take(rule, out, number, tensor)
         else:
             yield self._copy(out, number, tensor, why)
 
@@ -162,17 +162,17 @@ class _Maker:
     def _counts(self) -> Mapping[str, int]:
         """How many layers the output's stacks have."""
         made = {stack: len(taken) for stack, taken in self.layers.items()}
-        return {**self._locked.donor.architecture.stacks, **made}
+        return {**self._locked.config_model.architecture.stacks, **made}
 
     def _predicting(self, piece: Cut) -> Iterator[Job]:
         """Layers of multi-token prediction: merged where all models have them, else kept from one that does.
 
         They are no layers of a stack: they lie behind the last one, and take a gradient's first value as all outside.
         """
-        leader, donor = piece.parts[piece.leader].model, self._locked.donor
-        giver = leader if leader.prediction else donor
+        leader, config_model = piece.parts[piece.leader].model, self._locked.config_model
+        giver = leader if leader.prediction else config_model
         self.prediction = giver if giver.prediction else None
-        number = piece.parts[piece.leader].number if giver is leader else self._locked.index(donor.ref)
+        number = piece.parts[piece.leader].number if giver is leader else self._locked.index(config_model.ref)
         names = [_behind(giver, part.model) for part in piece.parts]
         merged = giver is leader and all(
             name in part.model.checkpoint.tensors
@@ -184,7 +184,7 @@ class _Maker:
                 out = giver.architecture.moved_behind(tensor.name, self._counts)
                 yield from self._job(piece, out, [theirs[place] for theirs in names], 0.0)
             else:
-                yield from self._kept(number, tensor, NOT_ALL_PREDICT)
+                yield from self._keep(number, tensor, NOT_ALL_PREDICT)
 
     def _copy(self, out: str, number: int, tensor: TensorInfo, why: str) -> Job:
         """A job that takes a tensor as it is; a trained one in the recipe's dtype, if it names one."""
@@ -199,7 +199,7 @@ class _Maker:
             return self._locked.source(number, tensor)
         return self.tokens.rows_of(self._locked, number, tensor, is_head(out))
 
-    def _named(self, number: int) -> int | None:
+    def _repeats(self, number: int) -> int | None:
         return number if self._locked.owner(number) != number else None
 
     def _stack(self, stack: str, cuts: Sequence[Cut]) -> Iterator[Job]:
@@ -223,7 +223,7 @@ class _Maker:
             if is_before_layers(tensor.name) != before or tensor is leader.head or tensor.name == head:
                 continue
             if (found := self._shares(leader, tensor)) is not None:
-                yield from self._shared(tensor.name, found)
+                yield from self._join_shares(tensor.name, found)
             else:
                 yield from self._job(piece, tensor.name, [tensor.name] * len(piece.parts), 0.0)
         if head is not None and not before:
@@ -236,7 +236,7 @@ class _Maker:
         found = shares(model, tensor) if outside else None
         return found if found is not None and found.stack in self._cuts else None
 
-    def _shared(self, name: str, found: Shares) -> Iterator[Job]:
+    def _join_shares(self, name: str, found: Shares) -> Iterator[Job]:
         """The job that puts a tensor together from the shares of those layers that the recipe takes."""
         cuts = [piece for piece in self._cuts[found.stack] if piece.layers]
         alike = len({(piece.piece.method, tuple(part.is_base for part in piece.parts)) for piece in cuts}) == 1
@@ -267,7 +267,7 @@ class _Maker:
                 self._findings.about_part(f"{name} does not fit in all models: {shapes}", part, _ONE_KIND)
                 return None
             by_token = self.tokens is None and part.model.by_token(tensor)
-            if by_token and (told := disagreements([self._locked.donor, part.model])):
+            if by_token and (told := disagreements([self._locked.config_model, part.model])):
                 what = f"the vocabularies differ: {told[part.model.ref]}"
                 self._findings.about_part(what, part, _ONE_VOCABULARY)
                 return None
@@ -281,7 +281,7 @@ class _Maker:
         found = [part.model.checkpoint.tensors.get(name) for part, name in zip(piece.parts, names, strict=True)]
         leading, number = found[piece.leader], piece.parts[piece.leader].number
         if leading is not None and (rule := self._rule(out if is_head(out) else leading.name)) is not None:
-            yield from self._taken(rule, out, number, leading)
+            yield from self._take(rule, out, number, leading)
             return
         if leading is not None and (why := _why_copied(piece, leading, found)):
             yield self._copy(out, number, leading, why)
@@ -302,7 +302,7 @@ class _Maker:
             self._unused.pop(rule, None)
         return rule
 
-    def _taken(self, rule: Taken, out: str, number: int, leading: TensorInfo) -> Iterator[Job]:
+    def _take(self, rule: Taken, out: str, number: int, leading: TensorInfo) -> Iterator[Job]:
         """The job that takes a tensor from a rule's model in place of `leading` of the model of that number."""
         giver, model, leader = (
             self._locked.index(rule.model),
@@ -357,7 +357,7 @@ class _Maker:
 
     def tell_unused(self) -> None:
         """A rule that speaks about no tensor is misspelt."""
-        words = dict.fromkeys(word for name in self._locked.donor.checkpoint.tensors for word in name.split("."))
+        words = dict.fromkeys(word for name in self._locked.config_model.checkpoint.tensors for word in name.split("."))
         for rule in self._unused:
             what = f"no tensor's name contains {rule.filter!r}, or rules above it speak about all that do"
             hint = did_you_mean(rule.filter, [word for word in words if not word.isdigit()])
@@ -372,10 +372,10 @@ class _Maker:
         base: Operand | None = None
         for part, tensor, source in zip(piece.parts, tensors, sources, strict=True):
             if part.is_base and method.subtracts_base:
-                base = Operand(source, named=self._named(part.number))
+                base = Operand(source, named=self._repeats(part.number))
                 continue
             own = self._numbers(piece, method, (part.source.parameters, *levels), tensor.name, position, per_model=True)
-            inputs.append(Operand(source, own, self._named(part.number)))
+            inputs.append(Operand(source, own, self._repeats(part.number)))
         settings = self._numbers(piece, method, levels, out, position, per_model=False)
         leading = tensors[piece.leader]
         dtype = self._dtype or self._donors_dtype(piece.parts[piece.leader].model, leading)
@@ -384,9 +384,9 @@ class _Maker:
         return job
 
     def _donors_dtype(self, leader: LockedModel, leading: TensorInfo) -> str:
-        """The dtype that the config's donor has in this place, in any of its layers: one model, one dtype."""
+        """The dtype that the config model has in this place, in any of its layers: one model, one dtype."""
         place = leader.architecture.place(leading.name)
-        followed = self._locked.donor.dtypes.get((place.stack, place.role), leading.dtype)
+        followed = self._locked.config_model.dtypes.get((place.stack, place.role), leading.dtype)
         return followed if followed in FLOATS else leading.dtype
 
     def _numbers(
@@ -448,7 +448,7 @@ class _Maker:
         """Without a tokenizer block each row of embedding and head must be the same token's in all models."""
         givers = {part.number: part for piece in (first, last) for part in piece.parts}
         if self.tokens is None:
-            told = disagreements([self._locked.donor, *(part.model for part in givers.values())])
+            told = disagreements([self._locked.config_model, *(part.model for part in givers.values())])
             for part in givers.values():
                 if part.model.ref in told:
                     self._strangers.add(part.number)

@@ -38,7 +38,7 @@ from merger.planning.makers.side_files import beside_adapter, left_out_files, ot
 from merger.planning.makers.stages import with_stages
 from merger.planning.stage_model import StagedRecipe, Texts
 from merger.planning.tokens import Tokens
-from merger.planning.unused_tensors import LeftOut, config, left_out, notes
+from merger.planning.unused_tensors import LeftOut, config, find_unused, notes
 from merger.safety import numbers
 from merger.stores.ports import HELD_BYTES
 
@@ -258,14 +258,14 @@ def make_plan(
     seed = locked.recipe.seed if seed is None else seed
     format = formats.FORMAT if format is None else format
     making, edited = _make_jobs(locked, table, seed)
-    small = beside_adapter(locked, making.speaker) if lora else texts(locked, making.tokens)
+    small = beside_adapter(locked, making.tokenizer_model) if lora else texts(locked, making.tokens)
     passed_files(locked, small)  # a file that is too large is told before all else is worked out
     shards = _whole_file(making.jobs) if lora else _files_of(locked, making.jobs, budget.shard_bytes)
     remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
     draft = Plan(
         locked=locked,
         shards=shards,
-        left_out=tuple(left_out(locked, making)),
+        left_out=tuple(find_unused(locked, making)),
         notes=notes(locked, making),
         config=edited,
         tokens=making.tokens,
@@ -275,7 +275,7 @@ def make_plan(
         threads=budget.threads,
         read_ahead=READ_AHEAD_BYTES if remote else 0,
         peak_memory=0,
-        read_bytes=sum(leaf.tensor.nbytes for job in making.jobs for leaf in job.reads)
+        read_bytes=sum(stored.tensor.nbytes for job in making.jobs for stored in job.reads)
         + router_read_bytes(locked, making.jobs),
         spool=max(
             _spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
@@ -293,9 +293,9 @@ def _whole_file(jobs: tuple[Job, ...]) -> tuple[Shard, ...]:
 
 
 def _files_of(locked: StagedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[Shard, ...]:
-    holder = locked.holder
-    ordered = _in_file_order(jobs, locked.owner(locked.index(holder.ref)))
-    return tuple(_shards(ordered, limit, holder.checkpoint.stem))
+    config_owner = locked.config_owner
+    ordered = _in_file_order(jobs, locked.owner(locked.index(config_owner.ref)))
+    return tuple(_shards(ordered, limit, config_owner.checkpoint.stem))
 
 
 def _make_jobs(locked: StagedRecipe, table: Mapping[str, Method], seed: int) -> tuple[JobSet, Mapping[str, Any]]:
@@ -313,13 +313,13 @@ def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[i
     return max(sums[min(start + ahead + 1, len(nbytes))] - sums[start] for start in range(len(sums)))
 
 
-def _in_file_order(jobs: tuple[Job, ...], donor: int) -> tuple[Job, ...]:
-    """The jobs as the donor's files hold its tensors, if each job reads one of them; else as they stand.
+def _in_file_order(jobs: tuple[Job, ...], config_model: int) -> tuple[Job, ...]:
+    """The jobs as the config model's files hold its tensors, if each job reads one of them; else as they stand.
 
     A file that is read front to back needs few requests, and its SHA-256 can be checked on the way.
     """
     places = [
-        next(((entry.tensor.file, entry.tensor.start) for entry in job.reads if entry.model == donor), None)
+        next(((entry.tensor.file, entry.tensor.start) for entry in job.reads if entry.model == config_model), None)
         for job in jobs
     ]
     if None in places:

@@ -18,21 +18,21 @@ from merger.recipe.model import Module, Slice, Source
 # ---- layers of another name -----------------------------------------------------------------------------------------
 
 
-def unlike(donor: LockedModel, other: LockedModel, stack: str) -> tuple[str, str]:
+def unlike(config_model: LockedModel, other: LockedModel, stack: str) -> tuple[str, str]:
     """What a model lacks, and what to do about it.
 
     Args:
-        donor: the model that has the stack.
+        config_model: the model that has the stack.
         other: the model that has no stack of this name.
         stack: the stack's name.
     """
-    ours, theirs = donor.architecture.stacks, other.architecture.stacks
+    ours, theirs = config_model.architecture.stacks, other.architecture.stacks
     pairs = [(mine, name) for mine in ours for name in theirs if name not in ours]
-    alike = [(mine, name) for mine, name in pairs if _first_layer(donor, mine) == _first_layer(other, name)]
+    alike = [(mine, name) for mine, name in pairs if _first_layer(config_model, mine) == _first_layer(other, name)]
     if alike:
         mine, name = next((pair for pair in alike if pair[0] == stack), alike[0])
-        what = f"the layers {mine}.N of {donor.name} are called {name}.N in {other.name}"
-        found = ((len(ours), len(mine), donor), (len(theirs), len(name), other))
+        what = f"the layers {mine}.N of {config_model.name} are called {name}.N in {other.name}"
+        found = ((len(ours), len(mine), config_model), (len(theirs), len(name), other))
         (*_, less), (*_, more) = sorted(found, key=lambda each: each[:2])
         return what, _one_name(less, more)
     shared = " and ".join(name for name in theirs if name in ours)
@@ -145,7 +145,7 @@ def parts(locked: StagedRecipe, piece: Slice, method: Method) -> tuple[Segment, 
 
 def cut(locked: StagedRecipe, table: Mapping[str, Method], findings: Findings) -> list[CutModule | str]:
     """The output's modules in order; of a module that the recipe does not name, only its name: it will be copied."""
-    architecture = locked.donor.architecture
+    architecture = locked.config_model.architecture
     named = {module.name: module for module in locked.recipe.modules}
     if None in named and not _is_clear(locked, named[None], findings):
         return []
@@ -153,7 +153,7 @@ def cut(locked: StagedRecipe, table: Mapping[str, Method], findings: Findings) -
         if name is not None and name not in architecture.modules:
             hint = did_you_mean(name, architecture.modules)
             findings.about_recipe(
-                f"{locked.donor.name} has no module {name!r}", named[name].at, f"modules.{name}", hint
+                f"{locked.config_model.name} has no module {name!r}", named[name].at, f"modules.{name}", hint
             )
     everything = named.get(None)
     chosen = [(name, named.get(name, everything)) for name in architecture.modules]
@@ -162,11 +162,11 @@ def cut(locked: StagedRecipe, table: Mapping[str, Method], findings: Findings) -
 
 def _is_clear(locked: StagedRecipe, module: Module, findings: Findings) -> bool:
     """Layer ranges without a module's name need a model with one stack of layers."""
-    stacks = locked.donor.architecture.stacks
+    stacks = locked.config_model.architecture.stacks
     ranged = next((s for piece in module.slices for s in piece.sources if s.layer_range is not None), None)
     if ranged is None or len(stacks) == 1:
         return True
-    what = f"{locked.donor.name} has {len(stacks)} stacks of layers ({', '.join(stacks) or 'none'})"
+    what = f"{locked.config_model.name} has {len(stacks)} stacks of layers ({', '.join(stacks) or 'none'})"
     hint = "use models:, or modules: with an entry for each stack" if stacks else "use models:"
     findings.about_recipe(f"{what}, so it is not clear which a layer_range means", ranged.range_at, "slices", hint)
     return False
@@ -175,7 +175,7 @@ def _is_clear(locked: StagedRecipe, module: Module, findings: Findings) -> bool:
 def _module(
     locked: StagedRecipe, table: Mapping[str, Method], findings: Findings, module: Module, name: str
 ) -> CutModule:
-    stacks = locked.donor.architecture.stacks
+    stacks = locked.config_model.architecture.stacks
     only = next(iter(stacks)) if len(stacks) == 1 else None
     stack = only if name == DEFAULT else name
     return CutModule(tuple(_cuts(locked, table, findings, module, stack)), stack, loose=name == DEFAULT)
@@ -188,19 +188,19 @@ def _cuts(
     for number, piece in enumerate(module.slices):
         taken = parts(locked, piece, table[piece.method])
         where = f"{inside}slices[{number}]"
-        ranges = [_range(part, stack, where, locked.donor, findings) for part in taken]
+        ranges = [_range(part, stack, where, locked.config_model, findings) for part in taken]
         sound = [found for found in ranges if found is not None]
         if len(sound) == len(taken) and _equally_long(piece, taken, sound, stack, findings):
             yield Cut(piece, module, taken, tuple(start for start, _ in sound), sound[0][1] - sound[0][0])
 
 
 def _range(
-    part: Segment, stack: str | None, where: str, donor: LockedModel, findings: Findings
+    part: Segment, stack: str | None, where: str, config_model: LockedModel, findings: Findings
 ) -> tuple[int, int] | None:
     """The part's layers; None, and a problem, where its model does not have them."""
     count = part.model.architecture.stacks.get(stack or "", 0)
     if stack is not None and count == 0:
-        what, hint = unlike(donor, part.model, stack)
+        what, hint = unlike(config_model, part.model, stack)
         findings.about_part(what, part, hint)
         return None
     start, stop = part.source.layer_range or (0, count)

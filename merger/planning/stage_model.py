@@ -55,7 +55,7 @@ class Texts:
         tokens = vocabulary.EXTENDED if self.added is not None else ()
         return tuple(dict.fromkeys([*tokens, *(chat.FILES if self.template is not None else ())]))
 
-    def edited(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    def edit(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
         """The files `changing` that were taken over, with all that is to be written into them."""
         made = dict(files)
         if self.added is not None:
@@ -71,7 +71,7 @@ class Texts:
 class StageModel(LockedModel):
     """What a stage of the recipe makes, as a model of the documents after it: its tensors are in no file.
 
-    `located` is where the files come from that are taken over: those of its own donor.
+    `located` is where the files come from that are taken over: those of its own config model.
 
     Args:
         locked: the stage's document.
@@ -127,16 +127,16 @@ class StagedRecipe(LockedRecipe):
         """Where the entries of a tensor of the model or stage of that number come from, as its adapter changes them."""
         model = self.numbered(number)
         if model.adapter is None or (change := model.changes.get(tensor.name)) is None:
-            return self._stored(number, tensor)
+            return self._published(number, tensor)
         adapter = self.index(model.adapter.ref)
-        source = self._stored(number, tensor) if change.whole is None else Stored(adapter, change.whole)
+        source = self._published(number, tensor) if change.whole is None else Stored(adapter, change.whole)
         if change.tokens is not None:
             source = with_rows(source, Stored(adapter, change.tokens.rows), change.tokens.numbers)
         if change.low_rank is not None:
-            source = with_product(source, adapter, change.low_rank, change.turned)
+            source = with_product(source, adapter, change.low_rank, change.transposed)
         return source if change.added is None else Added(source, Stored(adapter, change.added), change.scale)
 
-    def _stored(self, number: int, tensor: TensorInfo) -> Input:
+    def _published(self, number: int, tensor: TensorInfo) -> Input:
         """The same without an adapter."""
         model, owner = self.numbered(number), self.owner(number)
         if (held := model.quantised.get(tensor.name)) is not None:
@@ -155,15 +155,15 @@ class StagedRecipe(LockedRecipe):
         return next(first for first, model in enumerate(self.models) if model.located == here.located)
 
     @property
-    def donor(self) -> LockedModel:
+    def config_model(self) -> LockedModel:
         """The model or stage whose config the result takes."""
-        return self.model(self.recipe.donor)
+        return self.model(self.recipe.config_model)
 
     @property
-    def holder(self) -> LockedModel:
-        """The model in whose files that config lies: the donor, or the donor of the stage that is the donor."""
-        donor = self.donor
-        return donor.locked.holder if isinstance(donor, StageModel) else donor
+    def config_owner(self) -> LockedModel:
+        """The model in whose files that config lies: the config model, or that of the stage which is it."""
+        config_model = self.config_model
+        return config_model.locked.config_owner if isinstance(config_model, StageModel) else config_model
 
 
 def _dequantise(owner: int, held: Scaled | PackedTensor, tensor: TensorInfo) -> Input:

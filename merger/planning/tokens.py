@@ -41,7 +41,7 @@ class Tokens:
         k: how many rows a pursued one is put together from, at most.
         maps: for each merged model, by its number, the rows that make the result's; leaves are numbers of models.
         pairs: for the models of which rows are pursued, what they and the tokenizer's own model have in common.
-        follow: for each id of the config's donor the result's, -1 for none; None: they are the same.
+        follow: for each id of the config model the result's, -1 for none; None: they are the same.
     """
 
     source: int
@@ -74,16 +74,16 @@ class Tokens:
             return own
         if same:
             return own
-        others = [int(other) for other in np.unique(seen.leaves) if other != number]
+        others = [int(other) for other in np.unique(seen.tensors) if other != number]
         lent = [(other, _like(locked.numbered(other), model, tensor, as_head)) for other in others]
         parts = tuple(_rows_in(locked, *place) for place in ((number, tensor), *lent))
         known = Rows(parts, seen.among([number, *others]))
         if number not in self.pairs or len(tensor.shape) == 1:
             return known
-        donor = _in_place_of(model, tensor, locked.numbered(self.source), as_head)
-        if donor is None:
+        complete = _in_place_of(model, tensor, locked.numbered(self.source), as_head)
+        if complete is None:
             return known
-        return Pursuit(known, _rows_in(locked, self.source, donor), self.pairs[number], self.k)
+        return Pursuit(known, _rows_in(locked, self.source, complete), self.pairs[number], self.k)
 
 
 def _rows_in(locked: StagedRecipe, number: int, tensor: TensorInfo) -> Stored | StageTensor:
@@ -150,19 +150,19 @@ def tokens(locked: StagedRecipe) -> Tokens | None:
     if block is None:
         return None
     known = _read_vocabularies(locked)
-    source = locked.index(block.source if isinstance(block.source, ModelRef) else locked.recipe.donor)
+    source = locked.index(block.source if isinstance(block.source, ModelRef) else locked.recipe.config_model)
     spelled = {number: held.spelled(known[source].spelling) for number, held in known.items()}
     whole = _whole(locked, block, spelled, source)
     new = len(whole.ids) - len(known[source].ids)
-    if new and vocabulary.TOKENIZER not in locked.numbered(source).speaker.texts:
+    if new and vocabulary.TOKENIZER not in locked.numbered(source).tokenizer_model.texts:
         what = (
             f"{locked.numbered(source).name} has no {vocabulary.TOKENIZER}, so no tokens can be added to its tokenizer"
         )
         raise ModelError(Problem(what, block.at, "tokenizer", _SAVE))
     filling = Filling(locked, block, spelled, whole, source)
-    donor = locked.index(locked.recipe.donor)
-    if block.rows == BASE and source != donor:
-        what = f"the base model is {locked.donor.name}, and the tokenizer that of {locked.numbered(source).name}"
+    config_model = locked.index(locked.recipe.config_model)
+    if block.rows == BASE and source != config_model:
+        what = f"the base model is {locked.config_model.name}, and the tokenizer that of {locked.numbered(source).name}"
         hint = "leave out rows: base; pad_to_multiple_of: 64 gives rows that no token uses"
         raise RecipeError(Problem(what, block.at, "tokenizer.rows", hint))
     return Tokens(
@@ -174,7 +174,7 @@ def tokens(locked: StagedRecipe) -> Tokens | None:
         k=block.k,
         maps={number: filling.map(number) for number in filling.merged},
         pairs={number: found for number in filling.merged if (found := filling.pairs(number)) is not None},
-        follow=None if source == donor else tuple(whole.rows(spelled[donor].tokens, whole.size).tolist()),
+        follow=None if source == config_model else tuple(whole.rows(spelled[config_model].tokens, whole.size).tolist()),
     )
 
 
@@ -200,7 +200,10 @@ def _vocabularies(models: Sequence[LockedModel]) -> list[Vocabulary | None]:
     Raises:
         ModelError: with every tokenizer that is damaged.
     """
-    texts = [{name: text for name, text in model.speaker.texts.items() if name in vocabulary.FILES} for model in models]
+    texts = [
+        {name: text for name, text in model.tokenizer_model.texts.items() if name in vocabulary.FILES}
+        for model in models
+    ]
     found: list[Vocabulary | None] = []
     problems = []
     for number, model in enumerate(models):
@@ -220,7 +223,7 @@ def _whole(locked: StagedRecipe, block: Tokenizer, known: Mapping[int, Vocabular
     merged = [locked.index(ref) for ref in locked.recipe.merged] if block.source == UNION else []
     others = [(known[number], locked.numbered(number).token_rows or 0) for number in merged]
     base = known[source]
-    if vocabulary.TOKENIZER in locked.numbered(source).speaker.texts:
+    if vocabulary.TOKENIZER in locked.numbered(source).tokenizer_model.texts:
         base = vocabulary.special_as_in(base, others)
     try:
         return vocabulary.extend_tokenizer(base, others, [row.token for row in block.tokens])
@@ -239,7 +242,7 @@ def disagreements(models: Iterable[LockedModel]) -> dict[ModelRef, str]:
         ModelError: with every tokenizer that is damaged.
     """
     all_models = tuple(models)
-    if all(model.speaker.texts == all_models[0].speaker.texts for model in all_models):
+    if all(model.tokenizer_model.texts == all_models[0].tokenizer_model.texts for model in all_models):
         return {}
     first, *others = _vocabularies(all_models)
     told = {}

@@ -54,7 +54,7 @@ class _Document:
     read: Mapping[int, set[str]]
 
 
-def left_out(locked: StagedRecipe, making: JobSet) -> Iterator[LeftOut]:
+def find_unused(locked: StagedRecipe, making: JobSet) -> Iterator[LeftOut]:
     """Every stored tensor that is read for no tensor of the output; the first document that has its model says why."""
     read = _read(making.jobs)
     documents = [
@@ -92,13 +92,13 @@ def _read(jobs: Iterable[Job]) -> dict[int, set[str]]:
     """The names of the stored tensors that are read, by their model's number."""
     found: dict[int, set[str]] = {}
     for job in jobs:
-        for leaf in job.reads:
-            found.setdefault(leaf.model, set()).add(leaf.tensor.name)
+        for stored in job.reads:
+            found.setdefault(stored.model, set()).add(stored.tensor.name)
     return found
 
 
 def _why(document: _Document, model: LockedModel, name: str, layers: set[tuple[str | None, int | None]]) -> str:
-    donor, recipe = document.locked.donor, document.locked.recipe
+    config_model, recipe = document.locked.config_model, document.locked.recipe
     place: Place = model.architecture.place(name)
     if recipe.lora is not None:
         return "the adapter holds the fine-tune's in its place"
@@ -113,14 +113,14 @@ def _why(document: _Document, model: LockedModel, name: str, layers: set[tuple[s
         return "the method takes no base model, so this one gives no tensors"
     if place.stack is not None and (place.stack, place.layer) not in layers:
         ranges = any(source.layer_range for piece in recipe.slices for source in piece.sources)
-        return "its layer is in no layer_range" if ranges else f"{donor.name} has no such layer"
+        return "its layer is in no layer_range" if ranges else f"{config_model.name} has no such layer"
     if is_buffer(name):
         return "a constant, not a trained tensor"
     if model.is_tied_head(name):
         return "the head is the embedding, as the model's config says"
-    if name in donor.checkpoint.tensors:
+    if name in config_model.checkpoint.tensors:
         return "the recipe takes this tensor from another model"
-    return f"{donor.name}, whose tensors name the output's, has no such tensor"
+    return f"{config_model.name}, whose tensors name the output's, has no such tensor"
 
 
 def notes(locked: StagedRecipe, making: JobSet) -> tuple[str, ...]:
@@ -139,12 +139,14 @@ def _of_quantised(locked: StagedRecipe) -> Iterator[str]:
 
 def _of_prediction(locked: StagedRecipe, making: JobSet, models: Sequence[LockedModel]) -> tuple[str, ...]:
     giver = making.prediction
-    promised = predicted_layers(locked.donor.checkpoint.config)
+    promised = predicted_layers(locked.config_model.checkpoint.config)
     if making.config is not None or not (promised or any(model.prediction for model in models)):
         return ()
     if giver is None:
         theirs = ", ".join(model.name for model in models if model.prediction)
-        why = f"those of {theirs} are left out, for {locked.donor.name} has none" if theirs else "no model has any"
+        why = (
+            f"those of {theirs} are left out, for {locked.config_model.name} has none" if theirs else "no model has any"
+        )
         return (f"{PREDICTION}: {_NOT_THERE} ({why})",)
     if any(job.why == NOT_ALL_PREDICT for job in making.jobs):
         return (f"{PREDICTION}: the layers of {giver.name} are kept as they are, for not every model has such",)
@@ -152,23 +154,23 @@ def _of_prediction(locked: StagedRecipe, making: JobSet, models: Sequence[Locked
 
 
 def config(locked: StagedRecipe, making: JobSet) -> Mapping[str, Any]:
-    """The donor's config.json with the dtype, the layers and the head that the output has; empty if it has none.
+    """The config model's config.json with the dtype, the layers and the head that the output has; empty if it has none.
 
     Raises:
         RecipeError: no config could describe the layers in this order, or a token that it names.
     """
     if making.config is not None:
         return making.config
-    donor = locked.donor
-    edited: Mapping[str, Any] = donor.checkpoint.config
+    config_model = locked.config_model
+    edited: Mapping[str, Any] = config_model.checkpoint.config
     if not edited:
         return edited
     for stack, taken in making.layers.items():
-        if list(taken) != [(donor, layer) for layer in range(donor.architecture.stacks[stack])]:
+        if list(taken) != [(config_model, layer) for layer in range(config_model.architecture.stacks[stack])]:
             edited = _with_layers(locked, edited, stack, taken)
-    giver = making.prediction or donor
+    giver = making.prediction or config_model
     edited = with_prediction(edited, giver.predicted_layers, giver.checkpoint.config)
-    if making.has_head and (donor.is_tied or donor.head is None):
+    if making.has_head and (config_model.is_tied or config_model.head is None):
         edited = without_tie(edited)
     if making.tokens is not None:
         edited = _with_tokens(locked, making.tokens, edited)
@@ -178,14 +180,16 @@ def config(locked: StagedRecipe, making: JobSet) -> Mapping[str, Any]:
 
 def _with_tokens(locked: StagedRecipe, tokens: Tokens, edited: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config with the result's number of rows, and its own ids for the tokens that it names."""
-    sized = with_vocabulary(edited, locked.donor.token_rows or 0, tokens.rows)
+    sized = with_vocabulary(edited, locked.config_model.token_rows or 0, tokens.rows)
     if tokens.follow is None:
         return sized
     source = locked.numbered(tokens.source)
     found, lost = renumber_tokens(sized, tokens.follow, source.checkpoint.config)
     if lost:
         told = ", ".join(f"{key}: {number}" for key, number in lost)
-        what = f"config.json of {locked.donor.name} names tokens that the tokenizer of {source.name} lacks ({told})"
+        what = (
+            f"config.json of {locked.config_model.name} names tokens that the tokenizer of {source.name} lacks ({told})"
+        )
         block = locked.recipe.tokenizer
         hint = "list these tokens under tokens:, or take another tokenizer"
         raise RecipeError(Problem(what, block.at if block else None, "tokenizer", hint))
@@ -196,14 +200,16 @@ def _with_layers(
     locked: StagedRecipe, edited: Mapping[str, Any], stack: str, taken: Sequence[tuple[LockedModel, int]]
 ) -> Mapping[str, Any]:
     """The config with the output's layers of a stack."""
-    donor, stacks = locked.donor, locked.donor.architecture.stacks
-    kinds = [_kind(donor, stack, layer) for layer in range(stacks[stack])]
+    config_model, stacks = locked.config_model, locked.config_model.architecture.stacks
+    kinds = [_kind(config_model, stack, layer) for layer in range(stacks[stack])]
     layers = [Layer(model.checkpoint.config, layer, _kind(model, stack, layer)) for model, layer in taken]
     try:
         return with_layers(edited, kinds, layers, section(edited, stack, stacks))
     except ValueError as error:
-        hint = f"{donor.name} would load with other layers than these: take them in the order in which it has them"
-        raise RecipeError(Problem(f"{donor.name}: {error}", *_place(locked, stack), hint)) from None
+        hint = (
+            f"{config_model.name} would load with other layers than these: take them in the order in which it has them"
+        )
+        raise RecipeError(Problem(f"{config_model.name}: {error}", *_place(locked, stack), hint)) from None
 
 
 def _place(locked: StagedRecipe, stack: str) -> tuple[Span | None, str]:

@@ -474,7 +474,7 @@ class Recipe:
         return (*self.models, *self.adapters)
 
     @property
-    def donor(self) -> ModelRef:
+    def config_model(self) -> ModelRef:
         """The model whose config and side files the result takes: the base model, else the recipe's first model."""
         base = self.base_model or self.slices[0].base_model
         return base or self.merged[0]

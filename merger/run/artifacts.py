@@ -129,7 +129,7 @@ def taken_files(planned: Plan, store: Library) -> dict[str, Content]:
     copied = [name for name in places if name not in edited]
     found = store.taken([(places[name], name) for name in copied])
     made = {**edited, **dict(zip(copied, found, strict=True))}
-    return {name: made[name] for name in places} | planned.texts.edited(edited)
+    return {name: made[name] for name in places} | planned.texts.edit(edited)
 
 
 def model_files(planned: Plan) -> dict[str, bytes]:
@@ -138,7 +138,7 @@ def model_files(planned: Plan) -> dict[str, bytes]:
     if len(planned.shards) > 1:
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
         total = sum(job.nbytes for job in planned.jobs)
-        files[index_name(planned.locked.holder.checkpoint.stem + SUFFIX)] = index(
+        files[index_name(planned.locked.config_owner.checkpoint.stem + SUFFIX)] = index(
             dict(sorted(weight_map.items())), total
         )
     if planned.config:

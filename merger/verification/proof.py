@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from merger.engine.execute import BytesWritten, execute, single_threaded
-from merger.engine.finite import NotFinite, explained
+from merger.engine.finite import NotFinite, explain
 from merger.engine.router_init import gates
 from merger.engine.runner import Block, Work, blocks
 from merger.engine.stored import TORCH_DTYPES
@@ -53,15 +53,15 @@ class _AsAsked:
     """Reads a job's inputs only where they are asked for: where a few entries are wanted, nothing is read ahead."""
 
     def __init__(self, planned: Plan, job: Job, store: Store) -> None:
-        self._models, self._leaves, self._store = planned.locked.models, job.reads, store
+        self._models, self._stored, self._store = planned.locked.models, job.reads, store
 
     def read(self, ticket: int, offset: int, out: memoryview) -> None:
-        leaf = self._leaves[ticket]
-        start = leaf.tensor.start + offset
-        out[:] = self._store.fetch(self._models[leaf.model].located, leaf.tensor.file, start, start + len(out))
+        stored = self._stored[ticket]
+        start = stored.tensor.start + offset
+        out[:] = self._store.fetch(self._models[stored.model].located, stored.tensor.file, start, start + len(out))
 
     def repeatable(self, ticket: int) -> bool:
-        return self._models[self._leaves[ticket].model].located.commit is None
+        return self._models[self._stored[ticket].model].located.commit is None
 
     def close(self) -> None:
         """Nothing is held."""
@@ -92,7 +92,7 @@ def compare_pieces(
         try:
             return piece, _compare(work, piece, published)
         except NotFinite as found:
-            raise explained(found, planned, (), store) from found.__cause__
+            raise explain(found, planned, (), store) from found.__cause__
 
     # A block of entries takes short requests, whose answers are waited for; a whole tensor takes a thread's memory.
     small, large = list[Piece](), list[Piece]()

@@ -84,7 +84,7 @@ class Mismatch:
 
 def whole_tensor(file: str, job: Job) -> Piece:
     """A tensor in full."""
-    return Piece(file, job, 0, job.entries, job.nbytes + sum(leaf.tensor.nbytes for leaf in job.reads))
+    return Piece(file, job, 0, job.entries, job.nbytes + sum(stored.tensor.nbytes for stored in job.reads))
 
 
 def draw(planned: Plan, table: Mapping[str, Method], seed: int, tensors: int | None = None) -> Sample:

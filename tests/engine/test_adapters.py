@@ -70,7 +70,7 @@ def test_blocks_of_any_size_make_the_same_sum(
     expected = w + 0.7 * (b @ a)
     if kind == "turned":
         held.tensors |= {"a": b.T.contiguous(), "b": a.T.contiguous()}
-        source = LowRank(source.of, stored("a", rank, rows), stored("b", columns, rank), 0.7, turned=True)
+        source = LowRank(source.of, stored("a", rank, rows), stored("b", columns, rank), 0.7, transposed=True)
     elif kind == "dora":
         source = LowRank(source.of, source.a, source.b, 0.7, magnitude=stored("m", rows))
         expected = m[:, None] * expected / expected.norm(dim=1, keepdim=True)
@@ -141,5 +141,5 @@ def test_a_block_reads_no_more_of_the_matrix_than_its_entries() -> None:
     source = LowRank(stored("w", 64, 32), stored("a", 2, 32), stored("b", 64, 2), 1.0)
     pieces(source, held, [500, 900])
     assert held.most["w"] == 64 * 32 - 900
-    assert source.again == (source.a, source.b)
-    assert LowRank(source.of, source.a, source.b, 1.0, magnitude=stored("m", 64)).again[0] == source.of
+    assert source.reread == (source.a, source.b)
+    assert LowRank(source.of, source.a, source.b, 1.0, magnitude=stored("m", 64)).reread[0] == source.of

@@ -87,7 +87,7 @@ def test_any_part_of_mapped_rows_is_what_the_map_says(
 def test_maps_are_equal_by_what_they_say() -> None:
     """And a number that moves from one list to the next makes another one."""
     one, same = row_map([[(0, 1)], [(1, 2)]]), row_map([[(0, 1)], [(1, 2)]])
-    other = RowMap(one.starts, one.rows, one.leaves)
+    other = RowMap(one.starts, one.rows, one.tensors)
     assert (one == same, hash(one) == hash(same), one == other, str(one) == str(other)) == (True, True, False, False)
     assert row_map([[(3, 0)], [(3, 1)]]).is_identity(3)
     assert not row_map([[(3, 0)], [(3, 2)]]).is_identity(3)

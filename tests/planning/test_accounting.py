@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from merger.errors import MismatchError
 from merger.methods.registry import methods
 from merger.planning.jobs import make_jobs
-from merger.planning.unused_tensors import left_out
+from merger.planning.unused_tensors import find_unused
 
 from .models import Tensors, llama, model, planned, staged, write
 
@@ -86,7 +86,7 @@ def test_each_tensor_is_merged_copied_or_left_out_or_the_plan_is_refused(
     event("planned")
     outputs = [job.name for job in making.jobs]
     assert len(set(outputs)) == len(outputs)
-    rest = list(left_out(found, making))
+    rest = list(find_unused(found, making))
     for number, held in enumerate((one, other)):
         merged = {e.tensor.name for job in making.jobs if job.why is None for e in job.reads if e.model == number}
         copied = {e.tensor.name for job in making.jobs if job.why for e in job.reads if e.model == number}

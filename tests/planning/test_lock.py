@@ -31,7 +31,7 @@ def test_models_are_locked_in_the_order_of_the_recipe_each_once(tmp_path: Path) 
     one, other = model(tmp_path / "one"), model(tmp_path / "other", layers=3)
     found = locked(f"merge_method: task_arithmetic\nbase_model: {one}\nmodels: [{{model: {other}}}, {{model: {one}}}]")
     assert [held.name for held in found.models] == ["other", "one"]
-    assert str(found.recipe.donor) == one
+    assert str(found.recipe.config_model) == one
     assert list(found.models[0].checkpoint.tensors) == list(llama(3))
     assert found.models[0].checkpoint.config["num_hidden_layers"] == 3
     assert found.models[0].checkpoint.nbytes == 2 * (3 * 656 + 2 * 20 * 8 + 8)

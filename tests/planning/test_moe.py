@@ -210,7 +210,7 @@ def test_prompts_cost_what_running_them_reads_and_holds() -> None:
     chance = plan_of()
     hidden = plan_of(experts=experts, gate_mode="hidden")
     cheap = plan_of(experts=experts, gate_mode="cheap_embed")
-    layer = sum(tensor.nbytes for tensor in hidden.locked.donor.layer("model.layers", 0))
+    layer = sum(tensor.nbytes for tensor in hidden.locked.config_model.layer("model.layers", 0))
     rows = 2 * 4 * 8 * 2  # two prompts of three bytes and a token before them, eight entries of two bytes
     assert cheap.read_bytes - chance.read_bytes == rows
     assert hidden.read_bytes - cheap.read_bytes == layer

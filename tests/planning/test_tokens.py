@@ -192,7 +192,7 @@ def test_a_plan_with_maps_prints_as_json(folders: Path) -> None:
 def test_a_model_that_only_lends_tokens_gives_nothing_else(folders: Path) -> None:
     """Its other tensors are left out with that reason, and its rows are read where they are named."""
     found = planned(ONE + "tokenizer: {tokens: {<new>: {source: {kind: model_token, model: other, token: the}}}}")
-    assert [leaf.model for leaf in rows(found)[0].leaves] == [0, 1]
+    assert [stored.model for stored in rows(found)[0].stored_tensors] == [0, 1]
     reasons = {item.why for item in found.left_out if item.model == 1}
     assert reasons == {"the recipe takes only tokens of this model"}
 
@@ -203,7 +203,7 @@ def test_memory_and_disk_of_maps_are_counted(folders: Path) -> None:
     (source,) = rows(united)
     assert isinstance(source, Rows)
     texts = sum(len(text) for model in united.locked.models for text in model.texts.values())
-    assert united.peak_memory - plain.peak_memory >= 2 * source.map.nbytes + source.scratch + texts
+    assert united.peak_memory - plain.peak_memory >= 2 * source.map.nbytes + source.workspace_bytes + texts
     assert united.spool == 0
     pursued = planned(ONE + "tokenizer: {source: other, missing: omp, k: 4}")
     assert pursued.peak_memory > united.peak_memory

@@ -59,7 +59,7 @@ def test_models_and_places(read: Read) -> None:
     """The models are the experts', the shared one's and the base model, once each; refusals can point at them."""
     recipe = read(WHOLE)
     assert [str(model) for model in recipe.models] == ["org/a@v1", "org/b", "org/base"]
-    assert str(recipe.donor) == "org/base"
+    assert str(recipe.config_model) == "org/base"
     assert recipe.mixture is not None
     assert recipe.mixture.experts[0].at == Span("mine.yaml", 7, 5)
     assert recipe.mixture.gate_mode_at == Span("mine.yaml", 3, 12)

@@ -430,7 +430,7 @@ def test_a_base_model_that_is_no_input_is_kept_aside(read: Read) -> None:
     """A method that has no use for a base model still merges as many models as it takes; the base only gives files."""
     recipe = read("merge_method: passthrough\nbase_model: org/base\nmodels: [{model: org/a}]\n")
     assert [source.added for source in recipe.slices[0].sources] == [False, True]
-    assert recipe.donor == ModelRef("org/base")
+    assert recipe.config_model == ModelRef("org/base")
 
 
 def test_empty_keys_say_nothing(read: Read) -> None:

@@ -78,8 +78,8 @@ def matrix_sum(tensors: Sequence[Array], factors: Sequence[float]) -> Matrix:
 def spectrum(matrix: Matrix, top: int | None = None, noise: float = 0.0) -> Spectrum:
     """The `top` singular triples (None: all) whose values are above `noise` and above `TINY` of the largest."""
     if matrix.shape[0] > matrix.shape[1]:
-        turned = spectrum(matrix.T, top, noise)
-        return Spectrum(turned.right.T, turned.values, turned.left.T)
+        transposed = spectrum(matrix.T, top, noise)
+        return Spectrum(transposed.right.T, transposed.values, transposed.left.T)
     values, vectors = eigen(matrix @ matrix.T)
     kept = values > max(noise, TINY * float(values[-1]))
     left = namespace(matrix).flip(vectors[:, kept], (1,))[:, :top]
@@ -98,8 +98,8 @@ def squares(rows: Matrix) -> Matrix:
 def isometry(matrix: Matrix) -> tuple[Matrix, Matrix]:
     """The matrix with all singular values replaced by 1 (those that are noise by 0), and the singular values."""
     if matrix.shape[0] < matrix.shape[1]:
-        turned, values = isometry(matrix.T)
-        return turned.T, values
+        transposed, values = isometry(matrix.T)
+        return transposed.T, values
     values, vectors = eigen(matrix.T @ matrix)
     kept = values > TINY * values[-1:]
     some = vectors[:, kept]

@@ -84,8 +84,8 @@ def _next_below(value: float) -> float:
 def add_agreeing(vote: Array, elected: Array, gain: float, weight: float, total: Array, share: Array) -> None:
     """Where a vote has the elected sign: its magnitude times `gain` to the total, and `weight` to the share."""
     for i in range(total.size):
-        turned = flip(vote[i], elected[i])
-        agreeing = ZERO if turned < ZERO else turned
+        flipped = flip(vote[i], elected[i])
+        agreeing = ZERO if flipped < ZERO else flipped
         total[i] += agreeing * gain
         share[i] += weight if agreeing > ZERO else ZERO
 
@@ -94,8 +94,8 @@ def add_agreeing(vote: Array, elected: Array, gain: float, weight: float, total:
 def _(vote: Any, elected: Any, gain: float, weight: float, total: Any, share: Any) -> None:
     import torch
 
-    turned = _flipped(vote, elected)
-    agreeing = turned.masked_fill_(turned < 0, 0.0)
+    flipped = _flipped(vote, elected)
+    agreeing = flipped.masked_fill_(flipped < 0, 0.0)
     total.add_(agreeing * gain)
     share.add_(torch.where(agreeing > 0, weight, 0.0))
 

@@ -72,7 +72,7 @@ class Adapter:
         parameters: what it holds for parameters that PEFT was told by name.
         whole: the tensors that it holds whole, in place of its model's, by the names that these have there.
         tokens: the single rows that it holds, in place of its model's, by the names of the tensors that have them.
-        turned: whether its config says that matrices have their inputs first.
+        transposed: whether its config says that matrices have their inputs first.
         tied: whether a head that it holds whole is its embedding once more.
         aside: why some of its tensors are not read, by their names in its file.
     """
@@ -81,7 +81,7 @@ class Adapter:
     modules: Mapping[str, AdaptedModule] = field(repr=False)
     whole: Mapping[str, TensorInfo] = field(repr=False)
     tokens: Mapping[str, TokenRows] = field(default_factory=dict, repr=False)
-    turned: bool = False
+    transposed: bool = False
     tied: bool = False
     aside: Mapping[str, str] = field(default_factory=dict, repr=False)
     parameters: Sequence[AdaptedParameters] = field(default=(), repr=False)
@@ -125,9 +125,9 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
         raise ModelError(problems[:SHOWN])
     named = config.get("base_model_name_or_path")
     model = named if isinstance(named, str) else None
-    turned = config.get("fan_in_fan_out") is True
+    transposed = config.get("fan_in_fan_out") is True
     adapted = [_read_parameters(name, held, strengths, targets, config) for name, held in pairs.items()]
-    return Adapter(model, modules, whole, tokens, turned, _copies_head(config, parts), aside, adapted)
+    return Adapter(model, modules, whole, tokens, transposed, _copies_head(config, parts), aside, adapted)
 
 
 def _copies_head(config: Mapping[str, Any], modules: Iterable[str]) -> bool:

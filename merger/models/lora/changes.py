@@ -20,7 +20,7 @@ from merger.models.lora.modules import TURNED_EXPERTS, AdaptedModule, AdaptedPar
 from merger.models.mixtures import join, without_blocks
 from merger.models.tokenizer_files import TokenRows
 
-TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Kinds of models whose linear layers hold their matrices with the inputs first (transformers' Conv1D)."""
 
 
@@ -32,7 +32,7 @@ class Change:
         whole: it is replaced by this one.
         tokens: some of its rows are replaced by these.
         low_rank: a product of two small matrices is added to it.
-        turned: whether the tensor has the module's inputs as rows.
+        transposed: whether the tensor has the module's inputs as rows.
         added: this is added to it, times `scale`.
         scale: see there.
     """
@@ -40,7 +40,7 @@ class Change:
     whole: TensorInfo | None = None
     tokens: TokenRows | None = None
     low_rank: AdaptedModule | None = None
-    turned: bool = False
+    transposed: bool = False
     added: TensorInfo | None = None
     scale: float = 1.0
 
@@ -120,10 +120,10 @@ class _Fitting:
         settled = [(module, place) for module, place in places if place is not None and self._fits(module, place)]
         usual = self._usually_turned(settled)
         for module, place in settled:
-            turned = self._turned(module, place, usual)
-            if turned and module.magnitude is not None:
+            transposed = self._transposed(module, place, usual)
+            if transposed and module.magnitude is not None:
                 self._refuse(f"{module.name} has DoRA and its inputs first, which is not built", MERGE_FIRST)
-            found[place.name] = replace(found.get(place.name, Change()), low_rank=module, turned=turned)
+            found[place.name] = replace(found.get(place.name, Change()), low_rank=module, transposed=transposed)
             self._bias(module, found)
         self._parameters(found)
         self._tell_unplaced()
@@ -136,9 +136,9 @@ class _Fitting:
     def _parameters(self, found: dict[str, Change]) -> None:
         """What is added to parameters: to a tensor each, or to those of all experts."""
         homes = self._homes([name for one in self._adapter.parameters for name in one.named])
-        turned = self._experts_turned(homes)
+        transposed = self._transposed_experts(homes)
         for held in self._adapter.parameters:
-            orders = held.orders(homes, turned)
+            orders = held.orders(homes, transposed)
             if not any(name in homes for name in held.named):
                 self._homeless += [] if self._unclear else [held.pairs[0][0].name]
             elif not orders:
@@ -148,7 +148,7 @@ class _Fitting:
                 self._unclear.append(f"{one.a.name} changes {one.name} or {other.name}")
             else:
                 for module in orders[0]:
-                    self._add(module, homes[module.name], turned, found)
+                    self._add(module, homes[module.name], transposed, found)
 
     def _homes(self, names: Sequence[str]) -> dict[str, Home]:
         """Where parameters are: what the model calls so, else what it calls so in another block of experts."""
@@ -167,7 +167,7 @@ class _Fitting:
                 homes[name] = self._stacks.get(places[0]) or Home([(self._tensors[places[0]],)])
         return homes
 
-    def _experts_turned(self, homes: Mapping[str, Home]) -> bool:
+    def _transposed_experts(self, homes: Mapping[str, Home]) -> bool:
         """Whether experts that are in one tensor have their inputs first: all or none, as the shapes tell."""
         stacks = [one for one in self._adapter.parameters if any(n in homes and homes[n].is_stack for n in one.named)]
         ways = [way for way in (False, True) if all(one.orders(homes, way) for one in stacks)]
@@ -179,11 +179,11 @@ class _Fitting:
             self._refuse(what, MERGE_FIRST)
         return len(ways) == 2
 
-    def _add(self, module: AdaptedModule, home: Home, turned: bool, found: dict[str, Change]) -> None:
+    def _add(self, module: AdaptedModule, home: Home, transposed: bool, found: dict[str, Change]) -> None:
         for tensor, share in home.shares(module):
             if self._takes(tensor, module.name):
                 found[tensor.name] = replace(
-                    found.get(tensor.name, Change()), low_rank=share, turned=turned and home.is_stack
+                    found.get(tensor.name, Change()), low_rank=share, transposed=transposed and home.is_stack
                 )
 
     def _rows(self, found: dict[str, Change]) -> None:
@@ -270,9 +270,9 @@ class _Fitting:
         """Whether square matrices have their inputs first: as those do whose shape tells, else as the configs say."""
         told = [place.shape == (module.inputs, module.outputs) for module, place in settled
                 if module.inputs != module.outputs and not module.embedding]  # fmt: skip
-        return any(told) if told else self._adapter.turned or self._config.get("model_type") in TURNED_MODELS
+        return any(told) if told else self._adapter.transposed or self._config.get("model_type") in TRANSPOSED_MODELS
 
-    def _turned(self, module: AdaptedModule, place: TensorInfo, usual: bool) -> bool:
+    def _transposed(self, module: AdaptedModule, place: TensorInfo, usual: bool) -> bool:
         if module.embedding or module.inputs != module.outputs:
             return place.shape == (module.inputs, module.outputs)
         return usual

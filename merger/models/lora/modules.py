@@ -81,21 +81,25 @@ class AdaptedParameters:
     named: Mapping[str, tuple[int, float]]
     alone: AdaptedModule | None = None
 
-    def orders(self, homes: Mapping[str, Home], turned: bool) -> list[list[AdaptedModule]]:
+    def orders(self, homes: Mapping[str, Home], transposed: bool) -> list[list[AdaptedModule]]:
         """The ways in which the pairs can be the parameters', no more than two of them."""
         names = [name for name in self.named if name in homes]
-        return list(islice(self._orders(self.pairs, names, homes, turned), 2)) if len(names) <= _MOST_NAMES else []
+        return list(islice(self._orders(self.pairs, names, homes, transposed), 2)) if len(names) <= _MOST_NAMES else []
 
     def _orders(
-        self, pairs: Sequence[tuple[TensorInfo, TensorInfo]], names: list[str], homes: Mapping[str, Home], turned: bool
+        self,
+        pairs: Sequence[tuple[TensorInfo, TensorInfo]],
+        names: list[str],
+        homes: Mapping[str, Home],
+        transposed: bool,
     ) -> Iterator[list[AdaptedModule]]:
         if not pairs:
             yield []
             return
         for one in (AdaptedModule(name, *pairs[0], *self.named[name]) for name in names):
-            if homes[one.name].fits(one, turned):
+            if homes[one.name].fits(one, transposed):
                 others = [name for name in names if name != one.name]
-                yield from ([one, *rest] for rest in self._orders(pairs[1:], others, homes, turned))
+                yield from ([one, *rest] for rest in self._orders(pairs[1:], others, homes, transposed))
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,14 @@ class Home:
         first = self.parts[0][0].shape
         return first if self.is_stack else (len(self.parts), sum(part.shape[0] for part in self.parts[0]), *first[1:])
 
-    def fits(self, module: AdaptedModule, turned: bool) -> bool:
+    def fits(self, module: AdaptedModule, transposed: bool) -> bool:
         """Whether each expert's B A has its matrix's shape; only of a stack it may be `turned`."""
         experts, *matrix = self.shape
         sizes = [module.outputs, module.inputs]
         directions = (module.a.shape[0], module.b.shape[1])
-        return directions == (experts * module.rank,) * 2 and matrix == sizes[:: -1 if turned and self.is_stack else 1]
+        return (
+            directions == (experts * module.rank,) * 2 and matrix == sizes[:: -1 if transposed and self.is_stack else 1]
+        )
 
     def shares(self, module: AdaptedModule) -> Iterator[tuple[TensorInfo, AdaptedModule]]:
         """The tensors, and what is added to each."""

@@ -49,19 +49,19 @@ class Input:
         return self.children[0].dtype
 
     @property
-    def leaves(self) -> tuple[Stored, ...]:
+    def stored_tensors(self) -> tuple[Stored, ...]:
         """The stored tensors that it reads, each once; the one that names it is the first."""
-        return tuple(dict.fromkeys(leaf for child in self.children for leaf in child.leaves))
+        return tuple(dict.fromkeys(stored for child in self.children for stored in child.stored_tensors))
 
     @property
-    def again(self) -> tuple[Stored, ...]:
-        """Those leaves of which a block reads more than its own entries: of remote ones a copy is kept on disk."""
-        return tuple(leaf for child in self.children for leaf in child.again)
+    def reread(self) -> tuple[Stored, ...]:
+        """The stored tensors of which a block reads more than its own entries: a copy of remote ones is kept."""
+        return tuple(stored for child in self.children for stored in child.reread)
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """Bytes of memory that reading a block of it takes, beside the block's float32 entries."""
-        return sum(child.scratch for child in self.children)
+        return sum(child.workspace_bytes for child in self.children)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Stored(Input):
         return self.tensor.dtype
 
     @property
-    def leaves(self) -> tuple[Stored, ...]:
+    def stored_tensors(self) -> tuple[Stored, ...]:
         return (self,)
 
 
@@ -122,7 +122,7 @@ class StageTensor(Input):
         return self.job.dtype
 
     @cached_property
-    def leaves(self) -> tuple[Stored, ...]:
+    def stored_tensors(self) -> tuple[Stored, ...]:
         """All that is read for it; what is read more than once, and its memory, planning.budget finds by its job."""
         return self.job.reads
 
@@ -150,7 +150,7 @@ class Operand:
         """The number of the model or stage that it stands for in the locked recipe."""
         if self.named is not None:
             return self.named
-        return self.source.stage if isinstance(self.source, StageTensor) else self.source.leaves[0].model
+        return self.source.stage if isinstance(self.source, StageTensor) else self.source.stored_tensors[0].model
 
 
 @dataclass(frozen=True)
@@ -204,18 +204,18 @@ class Job:
         """The numbers of the models and adapters that it takes anything of."""
         inputs = self.inputs if self.base is None else (*self.inputs, self.base)
         named = [entry.named for entry in inputs if entry.named is not None]
-        return tuple(dict.fromkeys([*named, *(leaf.model for leaf in self.reads)]))
+        return tuple(dict.fromkeys([*named, *(stored.model for stored in self.reads)]))
 
     @property
     def reads(self) -> tuple[Stored, ...]:
         """The stored tensors that are read for it, each once, those of the base last."""
-        return tuple(dict.fromkeys(leaf for source in self.sources for leaf in source.leaves))
+        return tuple(dict.fromkeys(stored for source in self.sources for stored in source.stored_tensors))
 
     @property
     def shared(self) -> tuple[Stored, ...]:
         """Those that several of its sources read."""
         uses = Counter(end for source in self.sources for end in unpack(source) if isinstance(end, Stored))
-        return tuple(leaf for leaf, count in uses.items() if count > 1)
+        return tuple(stored for stored, count in uses.items() if count > 1)
 
     @property
     def is_copy(self) -> bool:

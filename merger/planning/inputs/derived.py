@@ -47,12 +47,12 @@ class Dequantised(Input):
         return self.restored
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """The scales: those of a row of blocks belong to more rows than one block has."""
         return (self.scales,)
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """The scales of some rows, once for each row."""
         rows, columns = self.shape
         return 4 * rows * -(-columns // self.block[1])
@@ -96,12 +96,12 @@ class Packed(Input):
         return self.restored
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """All: rows are read whole, and in some formats those beside them."""
-        return self.leaves
+        return self.stored_tensors
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """Rows as they are stored, in float32 before and after they are scaled, and what looking them up takes."""
         return 24 * (UNPACKED_AT_ONCE + 32 * self.size[-1]) + STRIDED_BYTES
 
@@ -142,15 +142,15 @@ class Stacked(Input):
         return self.share * math.prod(self.givers[0].shape[self.axis + 1 :])
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """All: shares are read in any order."""
-        return self.leaves
+        return self.stored_tensors
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """Rows of the result and of a giver, in float32, and what reading that takes."""
         row = math.prod(self.shape[self.axis :]) if self.axis else self.run
-        return 12 * max(1 << 17, row) + max(giver.scratch for giver in self.givers)
+        return 12 * max(1 << 17, row) + max(giver.workspace_bytes for giver in self.givers)
 
 
 DRAWN_AT_ONCE = 1 << 16
@@ -190,7 +190,7 @@ class Drawn(Input):
         return "F32"
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """What the arithmetic takes, in float64."""
         return 12 * 8 * DRAWN_AT_ONCE
 

@@ -18,14 +18,14 @@ PRODUCT_ENTRIES = 1 << 17
 
 @dataclass(frozen=True)
 class LowRank(Input):
-    """A matrix and what a LoRA adapter adds to it: ``scale * B @ A``, the other way round where it is turned.
+    """A matrix and what a LoRA adapter adds to it: ``scale * B @ A``, transposed where the matrix is.
 
     Args:
         of: the matrix.
         a: A, one column for each input.
         b: B, one row for each output.
         scale: what the product is multiplied by.
-        turned: whether the matrix has its inputs as rows.
+        transposed: whether the matrix has its inputs as rows.
         magnitude: of DoRA the length that each row of the sum is brought to.
     """
 
@@ -34,12 +34,12 @@ class LowRank(Input):
     a: Input
     b: Input
     scale: float
-    turned: bool = False
+    transposed: bool = False
     magnitude: Stored | None = None
 
     def encode(self) -> dict[str, Any]:
         return {
-            "of": self.of, "a": self.a, "b": self.b, "scale": self.scale, "turned": self.turned,
+            "of": self.of, "a": self.a, "b": self.b, "scale": self.scale, "turned": self.transposed,
             "magnitude": self.magnitude,
         }  # fmt: skip
 
@@ -58,17 +58,17 @@ class LowRank(Input):
         return max(1, PRODUCT_ENTRIES // max(1, self.shape[1]))
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """The adapter's; the matrix's too where whole rows of it are looked at."""
-        small = (*self.a.leaves, *self.b.leaves)
-        return (*self.leaves, *self.of.again) if self.magnitude else (*self.of.again, *small)
+        small = (*self.a.stored_tensors, *self.b.stored_tensors)
+        return (*self.stored_tensors, *self.of.reread) if self.magnitude else (*self.of.reread, *small)
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """The one small matrix as stored and in float32, some rows of the other, and of the product and the sum."""
         rows, columns = self.chunk_rows, self.shape[1]
         small = 12 * self.rank * columns + 4 * rows * (2 * self.rank + 3 * columns)
-        return self.of.scratch + max(self.a.scratch, self.b.scratch) + small
+        return self.of.workspace_bytes + max(self.a.workspace_bytes, self.b.workspace_bytes) + small
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ class ExpertColumns(Input):
         return max(1, PRODUCT_ENTRIES // self.of.shape[1])
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """B: rows are read more than once."""
-        return self.leaves
+        return self.stored_tensors
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """Some whole rows of B, as stored and in float32."""
         return 8 * max(PRODUCT_ENTRIES, self.of.shape[1])
 
@@ -123,7 +123,7 @@ class ExpertsLowRank(Input):
         a: A of one expert behind that of the other.
         b: B, in whose rows the experts' entries take turns.
         scale: what the products are multiplied by.
-        turned: whether the matrices have their inputs as rows.
+        transposed: whether the matrices have their inputs as rows.
     """
 
     kind = "low-rank experts"
@@ -131,11 +131,11 @@ class ExpertsLowRank(Input):
     a: Stored
     b: Stored
     scale: float
-    turned: bool
+    transposed: bool
 
     def encode(self) -> dict[str, Any]:
-        return {"of": self.of, "a": self.a, "b": self.b, "scale": self.scale, "turned": self.turned,
-                "experts": self.shape[0]}  # fmt: skip
+        return {"of": self.of, "a": self.a, "b": self.b, "scale": self.scale,
+                "turned": self.transposed, "experts": self.shape[0]}  # fmt: skip
 
     @property
     def children(self) -> tuple[Input, ...]:
@@ -152,16 +152,16 @@ class ExpertsLowRank(Input):
         return max(1, PRODUCT_ENTRIES // max(1, self.shape[2]))
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """The adapter's."""
-        return (*self.of.again, self.a, self.b)
+        return (*self.of.reread, self.a, self.b)
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """B as stored and in float32, and of one expert A, some rows of the product and of the sum."""
         _, rows, columns = self.shape
         small = 12 * self.rank * (rows + columns) + 8 * self.chunk_rows * columns
-        return self.of.scratch + 8 * self.b.tensor.entries + small
+        return self.of.workspace_bytes + 8 * self.b.tensor.entries + small
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ class Added(Input):
         return (self.to, self.plus)
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """The other's entries in float32."""
-        return self.to.scratch + 4 * self.plus.tensor.entries
+        return self.to.workspace_bytes + 4 * self.plus.tensor.entries
 
 
 @dataclass(frozen=True)
@@ -206,12 +206,12 @@ class Transposed(Input):
         return self.transpose.shape[::-1]
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """It: some rows are some of every stored row."""
-        return self.leaves
+        return self.stored_tensors
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """All of it in float32, once more than those have it who read it."""
         return 4 * self.transpose.tensor.entries
 
@@ -224,16 +224,16 @@ def factors(adapter: int, module: AdaptedModule) -> tuple[Input, Input]:
     return Transposed(a), Transposed(b)
 
 
-def with_product(source: Input, adapter: int, module: AdaptedModule, turned: bool) -> Input:
+def with_product(source: Input, adapter: int, module: AdaptedModule, transposed: bool) -> Input:
     """A tensor and what the adapter of that number adds to it for a module."""
     a, b = factors(adapter, module)
     if len(source.shape) == 2 and module.experts == 1:
         lengths = None if module.magnitude is None else Stored(adapter, module.magnitude)
-        return LowRank(source, a, b, module.scale, turned, lengths)
+        return LowRank(source, a, b, module.scale, transposed, lengths)
     assert isinstance(a, Stored)
     assert isinstance(b, Stored), "experts are stored as PEFT has them"
     if module.expert is None:
-        return ExpertsLowRank(source, a, b, module.scale, turned)
+        return ExpertsLowRank(source, a, b, module.scale, transposed)
     return LowRank(source, a, ExpertColumns(b, module.expert, module.experts), module.scale)
 
 
@@ -262,9 +262,9 @@ class Difference(Input):
         return (self.minuend, self.subtrahend)
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """That of both; those who read it count its second block, whose size they know."""
-        return self.minuend.scratch + self.subtrahend.scratch
+        return self.minuend.workspace_bytes + self.subtrahend.workspace_bytes
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class MergedDeltas(Input):
     @property
     def dtype(self) -> str:
         """That of the first adapter's numbers."""
-        return self.leaves[0].dtype
+        return self.stored_tensors[0].dtype
 
     @property
     def rank(self) -> int:
@@ -310,12 +310,12 @@ class MergedDeltas(Input):
         return sum(delta.rank for delta in self.deltas if isinstance(delta, LowRank))
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """All."""
-        return self.leaves
+        return self.stored_tensors
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """The deltas in the space where they are merged, what the method holds besides, and the bases of that space."""
         rows, columns = self.shape
         bases = 6 * 8 * self.rank * (rows + columns)
@@ -333,7 +333,7 @@ class Factor(Input):
         rank: how many directions they have.
         part: which of them.
         scale: see there.
-        turned: whether the matrix has the inputs as rows: then it is the transpose that B A is near to.
+        transposed: whether the matrix has the inputs as rows: then it is the transpose that B A is near to.
         spread: whether the singular values are shared between both; else B has them.
     """
 
@@ -342,13 +342,13 @@ class Factor(Input):
     rank: int
     part: Literal["A", "B"]
     scale: float = 1.0
-    turned: bool = False
+    transposed: bool = False
     spread: bool = False
 
     def encode(self) -> dict[str, Any]:
         return {
-            "product": self.product, "rank": self.rank, "part": self.part, "scale": self.scale, "turned": self.turned,
-            "spread": self.spread,
+            "product": self.product, "rank": self.rank, "part": self.part, "scale": self.scale,
+            "turned": self.transposed, "spread": self.spread,
         }  # fmt: skip
 
     @property
@@ -363,22 +363,22 @@ class Factor(Input):
     @property
     def shape(self) -> tuple[int, ...]:
         """A has a column for each input, B a row for each output."""
-        outputs, inputs = self.product.shape[::-1] if self.turned else self.product.shape
+        outputs, inputs = self.product.shape[::-1] if self.transposed else self.product.shape
         return (self.rank, inputs) if self.part == "A" else (outputs, self.rank)
 
     @property
-    def leaves(self) -> tuple[Stored, ...]:
+    def stored_tensors(self) -> tuple[Stored, ...]:
         """The matrix's for A, with which B is made."""
-        return self.product.leaves if self.part == "A" else ()
+        return self.product.stored_tensors if self.part == "A" else ()
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """All: a matrix is read several times."""
-        return self.leaves
+        return self.stored_tensors
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """Directions of rows and columns in float64, some rows of the matrix, and the two pairs that may be waiting."""
         ends = sum(self.product.shape)
         chunk = max(FACTOR_ENTRIES, self.product.shape[1])
-        return self.product.scratch + 40 * (self.rank + OVERSAMPLING) * ends + 8 * self.rank * ends + 16 * chunk
+        return self.product.workspace_bytes + 40 * (self.rank + OVERSAMPLING) * ends + 8 * self.rank * ends + 16 * chunk

@@ -34,7 +34,7 @@ class _Means:
 
     places: Numbers
     counts: Numbers
-    leaves: Numbers
+    tensors: Numbers
     rows: Numbers
 
 
@@ -101,16 +101,16 @@ class Filling:
     def _lent(self) -> tuple[Numbers, Numbers]:
         """For each row the model, and its row, that stand in where a model has none of its own."""
         counts = (self.own >= 0).sum(axis=0)
-        leaves, rows = np.where(counts > 1, _SEVERAL, _NOBODY), np.full(self.rows, 0, dtype=np.int64)
+        tensors, rows = np.where(counts > 1, _SEVERAL, _NOBODY), np.full(self.rows, 0, dtype=np.int64)
         alone = np.flatnonzero(counts == 1)
         first = (self.own[:, alone] >= 0).argmax(axis=0)
-        leaves[alone], rows[alone] = np.array(self.merged)[first], self.own[first, alone]
+        tensors[alone], rows[alone] = np.array(self.merged)[first], self.own[first, alone]
         base = self.locked.recipe.base_model or self.locked.recipe.slices[0].base_model
         if base is not None:
             number = self.locked.index(base)
             theirs = self.own[self.merged.index(number)]
-            leaves[theirs >= 0], rows[theirs >= 0] = number, theirs[theirs >= 0]
-        return leaves, rows
+            tensors[theirs >= 0], rows[theirs >= 0] = number, theirs[theirs >= 0]
+        return tensors, rows
 
     @cached_property
     def _named(self) -> Mapping[int, tuple[int, int, bool]]:
@@ -143,26 +143,26 @@ class Filling:
 
     def map(self, number: int) -> RowMap:
         """The rows that make the result's, as this model sees them; leaves are numbers of models."""
-        leaves, rows = self._single(number)
-        nobody = np.flatnonzero(leaves == _NOBODY)
+        tensors, rows = self._single(number)
+        nobody = np.flatnonzero(tensors == _NOBODY)
         tokens = nobody[nobody < self.whole.size]
         split = self._subwords(number, tokens if self.block.missing == "subword" else tokens[:0])
-        given = {"zero": tokens, "subword": split.places, "omp": self._pursued(tokens)}
+        given = {"zero": tokens, "subword": split.places, "omp": self._to_pursue(tokens)}
         averaged = np.setdiff1d(nobody, given.get(self.block.missing, tokens[:0]))
-        leaves[averaged], rows[averaged] = number, ALL_ROWS
-        return _row_map(leaves, rows, [self._several(np.flatnonzero(leaves == _SEVERAL)), split])
+        tensors[averaged], rows[averaged] = number, ALL_ROWS
+        return _row_map(tensors, rows, [self._several(np.flatnonzero(tensors == _SEVERAL)), split])
 
     def _single(self, number: int) -> tuple[Numbers, Numbers]:
         """For each row the model and its row, where it is a single one."""
         mine = self.own[self.merged.index(number)]
-        leaves, rows = (part.copy() for part in self._lent)
-        leaves[mine >= 0], rows[mine >= 0] = number, mine[mine >= 0]
+        tensors, rows = (part.copy() for part in self._lent)
+        tensors[mine >= 0], rows[mine >= 0] = number, mine[mine >= 0]
         kept = np.array(self._kept, dtype=np.int64)
-        leaves[kept], rows[kept] = self.source, kept
+        tensors[kept], rows[kept] = self.source, kept
         for place, (model, row, forced) in self._named.items():
             if forced or mine[place] < 0:
-                leaves[place], rows[place] = model, row
-        return leaves, rows
+                tensors[place], rows[place] = model, row
+        return tensors, rows
 
     def _several(self, places: Numbers) -> _Means:
         """The means of all models that have the token."""
@@ -173,7 +173,7 @@ class Filling:
     def _subwords(self, number: int, places: Numbers) -> _Means:
         """The means of the pieces that the model's own tokenizer splits the tokens into."""
         model = self.locked.numbered(number)
-        text = model.speaker.texts.get(TOKENIZER)
+        text = model.tokenizer_model.texts.get(TOKENIZER)
         if not len(places):
             return _Means(places, places, places, places)
         if text is None:
@@ -189,7 +189,7 @@ class Filling:
         rows = np.array([row for of in kept for row in of], dtype=np.int64)
         return _Means(places[counts > 0], counts[counts > 0], np.full(len(rows), number), rows)
 
-    def _pursued(self, tokens: Numbers) -> Numbers:
+    def _to_pursue(self, tokens: Numbers) -> Numbers:
         """Those tokens that the tokenizer's own model has a row for."""
         return tokens[self._theirs[tokens] >= 0]
 
@@ -200,8 +200,8 @@ class Filling:
 
     def pairs(self, number: int) -> RowPairs | None:
         """For `missing: omp`, what this model and the tokenizer's have in common, and what it lacks; None: nothing."""
-        leaves, _ = self._single(number)
-        wanted = self._pursued(np.flatnonzero(leaves[: self.whole.size] == _NOBODY))
+        tensors, _ = self._single(number)
+        wanted = self._to_pursue(np.flatnonzero(tensors[: self.whole.size] == _NOBODY))
         if self.block.missing != "omp" or not len(wanted):
             return None
         mine = self.own[self.merged.index(number), : self.whole.size]
@@ -214,17 +214,17 @@ class Filling:
         return RowPairs(mine[both], self._theirs[both], wanted, self._theirs[wanted])
 
 
-def _row_map(leaves: Numbers, rows: Numbers, means: Sequence[_Means]) -> RowMap:
-    """The map of single rows, where a leaf's number is given, and of means."""
-    counts = np.where(leaves >= 0, 1, 0)
+def _row_map(tensors: Numbers, rows: Numbers, means: Sequence[_Means]) -> RowMap:
+    """The map of single rows, where a tensor's number is given, and of means."""
+    counts = np.where(tensors >= 0, 1, 0)
     for mean in means:
         counts[mean.places] = mean.counts
     starts = np.concatenate([[0], np.cumsum(counts)])
-    all_leaves, all_rows = (np.empty(starts[-1], dtype=np.int64) for _ in range(2))
-    single = leaves >= 0
-    all_leaves[starts[:-1][single]], all_rows[starts[:-1][single]] = leaves[single], rows[single]
+    all_tensors, all_rows = (np.empty(starts[-1], dtype=np.int64) for _ in range(2))
+    single = tensors >= 0
+    all_tensors[starts[:-1][single]], all_rows[starts[:-1][single]] = tensors[single], rows[single]
     for mean in means:
         within = np.arange(len(mean.rows)) - np.repeat(np.cumsum(mean.counts) - mean.counts, mean.counts)
         at = np.repeat(starts[mean.places], mean.counts) + within
-        all_leaves[at], all_rows[at] = mean.leaves, mean.rows
-    return RowMap(starts, all_leaves, all_rows)
+        all_tensors[at], all_rows[at] = mean.tensors, mean.rows
+    return RowMap(starts, all_tensors, all_rows)

@@ -58,27 +58,27 @@ class RowMap(_Lists):
 
     Args:
         starts: row r is the mean of the rows number ``starts[r]`` to ``starts[r + 1]`` of the following lists.
-        leaves: for each of them the number of the tensor that it is a row of.
+        tensors: for each of them the number of the tensor that it is a row of.
         rows: its number there, or ALL_ROWS.
     """
 
-    def __init__(self, starts: Numbers, leaves: Numbers, rows: Numbers) -> None:
-        super().__init__(starts, leaves, rows)
-        self.starts, self.leaves, self.rows = starts, leaves, rows
+    def __init__(self, starts: Numbers, tensors: Numbers, rows: Numbers) -> None:
+        super().__init__(starts, tensors, rows)
+        self.starts, self.tensors, self.rows = starts, tensors, rows
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def is_identity(self, leaf: int) -> bool:
+    def is_identity(self, tensor: int) -> bool:
         """Whether each row is the row of the same number of this tensor."""
         whole = np.arange(len(self))
-        return len(self.rows) == len(self) and bool((self.leaves == leaf).all() and (self.rows == whole).all())
+        return len(self.rows) == len(self) and bool((self.tensors == tensor).all() and (self.rows == whole).all())
 
-    def among(self, leaves: Sequence[int]) -> RowMap:
-        """The same map with each leaf's place in this list for its number."""
-        places = np.zeros(max(leaves) + 1, dtype=np.int64)
-        places[list(leaves)] = range(len(leaves))
-        return RowMap(self.starts, places[self.leaves], self.rows)
+    def among(self, tensors: Sequence[int]) -> RowMap:
+        """The same map with each tensor's place in this list for its number."""
+        places = np.zeros(max(tensors) + 1, dtype=np.int64)
+        places[list(tensors)] = range(len(tensors))
+        return RowMap(self.starts, places[self.tensors], self.rows)
 
 
 class RowPairs(_Lists):
@@ -127,12 +127,12 @@ class Rows(Input):
         return math.prod(self.parts[0].shape[1:])
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """All: rows are read in any order."""
-        return self.leaves
+        return self.stored_tensors
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """A chunk of rows, those read for it, and those of one tensor, in float32 and as stored."""
         return 24 * max(CHUNK_ENTRIES, self.width)
 
@@ -141,9 +141,9 @@ def with_rows(source: Input, rows: Stored, numbers: Sequence[int]) -> Rows:
     """A tensor with some of its rows replaced by these, each in the place of that number."""
     assert isinstance(source, Stored | StageTensor), "an embedding that is stored as it is"
     count = source.shape[0]
-    leaves, taken = np.zeros(count, dtype=np.int64), np.arange(count)
-    leaves[list(numbers)], taken[list(numbers)] = 1, range(len(numbers))
-    return Rows((source, rows), RowMap(np.arange(count + 1), leaves, taken))
+    tensors, taken = np.zeros(count, dtype=np.int64), np.arange(count)
+    tensors[list(numbers)], taken[list(numbers)] = 1, range(len(numbers))
+    return Rows((source, rows), RowMap(np.arange(count + 1), tensors, taken))
 
 
 PURSUED_ROWS = 64
@@ -159,42 +159,42 @@ class Pursuit(Input):
 
     Args:
         known: the rows; those that are wanted are zeros in it.
-        donor: the tensor of the model that has all tokens.
-        pairs: which rows of `donor` and of the first leaf of `known` belong together, and which are wanted.
+        complete: the tensor of the model that has all tokens.
+        pairs: which rows of `complete` and of the first tensor of `known` belong together, and which are wanted.
         k: how many rows a wanted one is put together from, at most.
     """
 
     kind = "pursuit"
     known: Rows
-    donor: Stored | StageTensor
+    complete: Stored | StageTensor
     pairs: RowPairs
     k: int
 
     def encode(self) -> dict[str, Any]:
-        return {"known": self.known, "donor": self.donor, "pairs": self.pairs.digest, "k": self.k}
+        return {"known": self.known, "donor": self.complete, "pairs": self.pairs.digest, "k": self.k}
 
     @property
     def children(self) -> tuple[Input, ...]:
-        return (self.known, self.donor)
+        return (self.known, self.complete)
 
     @property
-    def again(self) -> tuple[Stored, ...]:
+    def reread(self) -> tuple[Stored, ...]:
         """All: rows are read in any order."""
-        return self.leaves
+        return self.stored_tensors
 
     @property
-    def scratch(self) -> int:
+    def workspace_bytes(self) -> int:
         """Targets, what is left of them, basis and chosen rows; the shared rows in float32, and their scores."""
-        width = self.donor.shape[1]
+        width = self.complete.shape[1]
         chosen = min(self.k, width) * (PURSUED_ROWS * width + 6 * width + 2 * self.known.width)
         atoms = 2 * max(PURSUED_ATOMS, width) + PURSUED_ROWS * len(self.pairs.shared)
-        return self.known.scratch + 4 * (chosen + atoms + 3 * PURSUED_ROWS * (width + self.known.width))
+        return self.known.workspace_bytes + 4 * (chosen + atoms + 3 * PURSUED_ROWS * (width + self.known.width))
 
 
 def held_bytes(source: Input) -> int:
     """Bytes of memory that a source keeps for as long as its job is planned or under way."""
     if isinstance(source, Pursuit):
-        shared = len(source.pairs.shared) * (source.donor.shape[1] * ITEM_BYTES[source.donor.dtype] + 4)
+        shared = len(source.pairs.shared) * (source.complete.shape[1] * ITEM_BYTES[source.complete.dtype] + 4)
         made = len(source.pairs.wanted) * source.known.width * 4
         return held_bytes(source.known) + source.pairs.nbytes + shared + made
     return source.map.nbytes if isinstance(source, Rows) else 0

@@ -18,7 +18,7 @@ from merger.lock.locked import LockedModel
 from merger.methods.registry import Method, declared
 from merger.models.architecture import Architecture, is_before_layers, is_buffer, is_embedding, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
-from merger.models.lora.changes import TURNED_MODELS
+from merger.models.lora.changes import TRANSPOSED_MODELS
 from merger.models.lora.counterparts import counterparts
 from merger.models.lora.modules import AdaptedModule
 from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand
@@ -55,7 +55,9 @@ def make_lora(locked: StagedRecipe, table: Mapping[str, Method], seed: int) -> J
     maker = _Extraction(locked, findings) if locked.recipe.lora.extracted else _Blend(locked, table, findings, seed)
     jobs = tuple(maker.jobs())
     findings.settle()
-    return JobSet(jobs, {}, False, config=maker.draft.config(), reasons=maker.reasons, speaker=maker.speaker)
+    return JobSet(
+        jobs, {}, False, config=maker.draft.config(), reasons=maker.reasons, tokenizer_model=maker.tokenizer_model
+    )
 
 
 @dataclass
@@ -116,15 +118,15 @@ class _Draft:
         meant = [name for name in self.all_modules if name.rsplit(".", 1)[-1] in ends]
         return ends if set(meant) == set(self.ranks) else list(self.ranks)
 
-    def add(self, name: str, product: Difference | MergedDeltas, rank: int, dtype: str, turned: bool,
+    def add(self, name: str, product: Difference | MergedDeltas, rank: int, dtype: str, transposed: bool,
             embedding: bool) -> Iterator[Job]:  # fmt: skip
         """The jobs that make A and B of a module; A comes first, for both are made then."""
         self.ranks[name] = rank
         parts: tuple[Literal["A", "B"], ...] = ("A", "B")
         for part in parts:
-            source = Factor(product, rank, part, self.scale, turned, self.lora.distribute_scale)
+            source = Factor(product, rank, part, self.scale, transposed, self.lora.distribute_scale)
             tensor = f"lora_embedding_{part}" if embedding else f"lora_{part}.weight"
-            entry = Operand(source, {"scale": 1.0}, product.leaves[0].model)
+            entry = Operand(source, {"scale": 1.0}, product.stored_tensors[0].model)
             yield Job(f"{_PREFIX}{name}.{tensor}", dtype, source.shape, PASSTHROUGH, (entry,))
 
 
@@ -148,7 +150,7 @@ class _Blend:
             for source in self._piece.sources
         ]
         self.reasons: dict[str, str] = {}
-        self.speaker = None
+        self.tokenizer_model = None
         first = self._parts[0].model
         self.draft = _Draft(_of_first(first), self._lora)
 
@@ -209,10 +211,10 @@ class _Blend:
     def _module(self, name: str, found: Sequence[AdaptedModule | None], layers: Architecture) -> Iterator[Job]:
         leader = next(module for module in found if module is not None)
         deltas = tuple(_delta(part.number, m, leader) for part, m in zip(self._parts, found, strict=True))
-        called = self._called(name, layers, deltas)
+        called = self._arguments(name, layers, deltas)
         drawn = (self._seed, name) if self._method.random else None
         product = MergedDeltas(deltas, self._method.name, called, drawn, self._space(leader, deltas),
-                               self._method.scratch)  # fmt: skip
+                               self._method.workspace)  # fmt: skip
         most = min(leader.inputs, leader.outputs)
         lies_in = product.rank if product.space != "full" else most
         rank = min(self._lora.rank or product.rank, lies_in, most)
@@ -228,7 +230,7 @@ class _Blend:
             return "columns" if module.outputs > module.inputs else "rows"
         return "full"
 
-    def _called(self, name: str, layers: Architecture, deltas: Sequence[Input]) -> tuple[tuple[str, Any], ...]:
+    def _arguments(self, name: str, layers: Architecture, deltas: Sequence[Input]) -> tuple[tuple[str, Any], ...]:
         """What the method is called with for a module: its parameters' values there."""
         tensor = f"{name}.weight"
         levels = (self._piece.parameters, self._locked.recipe.parameters)
@@ -307,14 +309,14 @@ class _Extraction:
         self._locked, self._lora, self._findings = locked, locked.recipe.lora, findings
         self._tuned, self._base = (locked.model(source.model) for source in locked.recipe.slices[0].sources)
         self._part = Segment(locked.recipe.slices[0].sources[0], locked.index(self._tuned.ref), self._tuned, False)
-        self._turned = self._base.checkpoint.config.get("model_type") in TURNED_MODELS
+        self._transposed = self._base.checkpoint.config.get("model_type") in TRANSPOSED_MODELS
         self.reasons: dict[str, str] = {}
-        self.speaker: int | None = None
+        self.tokenizer_model: int | None = None
         self.draft = _Draft(
             {
                 "task_type": "CAUSAL_LM" if _is_causal(self._base.checkpoint.config) else None,
                 "base_model_name_or_path": self._base.ref.path if self._base.located.commit else self._base.name,
-                "fan_in_fan_out": self._turned,
+                "fan_in_fan_out": self._transposed,
             },
             self._lora,
         )
@@ -358,11 +360,11 @@ class _Extraction:
         names = list({**self._base.checkpoint.tensors, **self._tuned.checkpoint.tensors})
         for expression, kept in ((self._lora.include, True), (self._lora.exclude, False)):
             if expression is not None:
-                names = [name for name, place in zip(names, self._tried(expression, names), strict=True)
+                names = [name for name, place in zip(names, self._try_pattern(expression, names), strict=True)
                          if (place is not None) == kept]  # fmt: skip
         return frozenset(names)
 
-    def _tried(self, expression: str, names: Sequence[str]) -> list[int | None]:
+    def _try_pattern(self, expression: str, names: Sequence[str]) -> list[int | None]:
         try:
             return first([expression], names)
         except BeyondError as error:
@@ -396,7 +398,7 @@ class _Extraction:
         dtype = DTYPES[self._locked.recipe.dtype] if self._locked.recipe.dtype else theirs.dtype
         embedding = self._is_embedding(ours)
         if self._is_of_other_tokens(ours, theirs):
-            self.speaker = self._part.number
+            self.tokenizer_model = self._part.number
             yield from self._whole(theirs, dtype, embedding=True)
             return
         if len(ours.shape) != 2 or not ours.name.endswith(".weight") or (embedding and not self._lora.embeddings):
@@ -405,8 +407,8 @@ class _Extraction:
         base = self._locked.index(self._base.ref)
         product = Difference(self._locked.source(self._part.number, theirs), self._locked.source(base, ours))
         rank = min(self._lora.rank or 1, *ours.shape)
-        turned = embedding or self._turned
-        yield from self.draft.add(_module_of(ours.name), product, rank, dtype, turned, embedding)
+        transposed = embedding or self._transposed
+        yield from self.draft.add(_module_of(ours.name), product, rank, dtype, transposed, embedding)
 
     def _is_embedding(self, tensor: TensorInfo) -> bool:
         outside = self._base.architecture.place(tensor.name).stack is None
@@ -427,13 +429,13 @@ class _Extraction:
         else:
             self._refuse(f"{theirs.name} has no module of its own that an adapter could hold")
             return
-        yield self._copied(name, theirs, dtype)
+        yield self._copy(name, theirs, dtype)
         if self._base.is_tied and is_embedding(theirs.name):
             self.draft.tied = True
             self.draft.whole[_HEAD] = None
-            yield self._copied(f"{_HEAD}.weight", theirs, dtype)
+            yield self._copy(f"{_HEAD}.weight", theirs, dtype)
 
-    def _copied(self, name: str, theirs: TensorInfo, dtype: str) -> Job:
+    def _copy(self, name: str, theirs: TensorInfo, dtype: str) -> Job:
         entry = Operand(self._locked.source(self._part.number, theirs), {"scale": 1.0})
         return Job(f"{_PREFIX}{name}", dtype, theirs.shape, PASSTHROUGH, (entry,), why="held whole, not taken apart")
 

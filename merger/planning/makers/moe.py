@@ -54,7 +54,7 @@ def make_mixture(locked: StagedRecipe, mixture: Mixture, seed: int) -> tuple[Job
     jobs = tuple(mixer.jobs())
     if mixer.problems:
         raise MismatchError(mixer.problems)
-    layers = tuple((locked.donor, layer) for layer in range(locked.donor.architecture.stacks[STACK]))
+    layers = tuple((locked.config_model, layer) for layer in range(locked.config_model.architecture.stacks[STACK]))
     return JobSet(jobs, {STACK: layers}, mixer.has_head, None), mixer.config()
 
 
@@ -110,7 +110,7 @@ class _Mixer:
 
     def __init__(self, locked: StagedRecipe, mixture: Mixture, layout: Layout, seed: int) -> None:
         self._locked, self._mixture, self._layout, self._seed = locked, mixture, layout, seed
-        self._base = locked.donor
+        self._base = locked.config_model
         self._dtype = DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
         self.problems: list[Problem] = []
 

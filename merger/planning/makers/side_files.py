@@ -30,7 +30,7 @@ def texts(locked: StagedRecipe, tokens: Tokens | None) -> Texts:
     Raises:
         ModelError: a file cannot be read that has to be changed.
     """
-    small = _small(locked, locked.index(locked.donor.ref))
+    small = _small(locked, locked.index(locked.config_model.ref))
     if tokens is not None:
         theirs = _small(locked, tokens.source)
         small = Texts(
@@ -43,10 +43,10 @@ def texts(locked: StagedRecipe, tokens: Tokens | None) -> Texts:
     return small if template is None else replace(small, template=template)
 
 
-def beside_adapter(locked: StagedRecipe, speaker: int | None) -> Texts:
+def beside_adapter(locked: StagedRecipe, tokenizer_model: int | None) -> Texts:
     """The small files of a result that is an adapter: the tokenizer of the model of that number, if it needs one."""
-    files = () if speaker is None else tokenizer_files(locked.numbered(speaker).located.files)
-    return Texts({} if speaker is None else dict.fromkeys(files, speaker))
+    files = () if tokenizer_model is None else tokenizer_files(locked.numbered(tokenizer_model).located.files)
+    return Texts({} if tokenizer_model is None else dict.fromkeys(files, tokenizer_model))
 
 
 def passed_files(locked: StagedRecipe, small: Texts) -> list[FileInfo]:
@@ -70,12 +70,12 @@ def passed_files(locked: StagedRecipe, small: Texts) -> list[FileInfo]:
 
 def left_out_files(locked: StagedRecipe, small: Texts) -> dict[str, str]:
     """The files of the base that a model made of it lacks, each with the reason."""
-    return left_beside(locked.holder.located.files, small.taken) if locked.recipe.lora is None else {}
+    return left_beside(locked.config_owner.located.files, small.taken) if locked.recipe.lora is None else {}
 
 
 def other_pipelines(locked: StagedRecipe, small: Texts) -> list[str]:
     """Sentences on files of sentence-transformers that are the base's own, and other ones in other models."""
-    base = locked.holder
+    base = locked.config_owner
     if locked.recipe.lora is not None or not any(model.pipeline for model in locked.merged):
         return []
     others = {name: [model.name for model in locked.merged if model.pipeline and _differs(model, base, name)]
@@ -97,10 +97,12 @@ def _small(locked: StagedRecipe, number: int) -> Texts:
     if isinstance(model, StageModel):
         return model.small
     own = dict.fromkeys(side_files(model.located.files, model.checkpoint.config), number)
-    if model.speaker is model:
+    if model.tokenizer_model is model:
         return Texts(own)
-    speaker = model.speaker
-    return Texts(_speaking(own, dict.fromkeys(side_files(speaker.located.files, {}), locked.index(speaker.ref))))
+    tokenizer_model = model.tokenizer_model
+    return Texts(
+        _speaking(own, dict.fromkeys(side_files(tokenizer_model.located.files, {}), locked.index(tokenizer_model.ref)))
+    )
 
 
 def _speaking(taken: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
@@ -110,7 +112,7 @@ def _speaking(taken: Mapping[str, int], others: Mapping[str, int]) -> dict[str, 
 
 
 def _template(locked: StagedRecipe) -> str | None:
-    """The chat template that the recipe asks for; "auto" is the one that most models have, first the donor's."""
+    """The chat template that the recipe asks for; "auto" is the one that most models have, first the config model's."""
     asked = locked.recipe.chat_template
     if asked is None:
         return None
@@ -119,15 +121,15 @@ def _template(locked: StagedRecipe) -> str | None:
     if asked.text != AUTO:
         return asked.text
     own = [locked.numbered(number) for number in locked.own]
-    models = [locked.donor, *(model for model in own if model is not locked.donor)]
-    held = [chat.template(model.speaker.texts) for model in models if model.ref in locked.recipe.merged]
+    models = [locked.config_model, *(model for model in own if model is not locked.config_model)]
+    held = [chat.template(model.tokenizer_model.texts) for model in models if model.ref in locked.recipe.merged]
     most = Counter(text for text in held if text is not None).most_common(1)
     return most[0][0] if most else None
 
 
 def _generation(locked: StagedRecipe, tokens: Tokens) -> str | None:
-    """The donor's generation_config.json with the result's ids, if it has one and they are other ones."""
-    text = locked.donor.texts.get(GENERATION)
+    """The config model's generation_config.json with the result's ids, if it has one and they are other ones."""
+    text = locked.config_model.texts.get(GENERATION)
     if text is None or tokens.follow is None:
         return None
     source = locked.numbered(tokens.source)
@@ -136,7 +138,9 @@ def _generation(locked: StagedRecipe, tokens: Tokens) -> str | None:
         theirs = parse_json(source.texts.get(GENERATION, b"{}"), CONFIG)
         found, _ = renumber_tokens(own, tokens.follow, {**source.checkpoint.config, **theirs})
     except (ValueError, AttributeError, TypeError):
-        what = f"{GENERATION} of {locked.donor.name} or {source.name} is damaged"
+        what = f"{GENERATION} of {locked.config_model.name} or {source.name} is damaged"
         hint = "download the model again, or take the file out"
-        raise ModelError(Problem(what, locked.donor.ref.at, f"models[{locked.donor.ref}]", hint)) from None
+        raise ModelError(
+            Problem(what, locked.config_model.ref.at, f"models[{locked.config_model.ref}]", hint)
+        ) from None
     return json.dumps(found, indent=2) + "\n"

@@ -38,9 +38,9 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
         tensors = {job.name: _tensor(job) for job in making.jobs}
         stage = StageModel(
             ModelRef(recipe.name or "", at=recipe.name_at),
-            document.holder.located,
+            document.config_owner.located,
             Checkpoint(tensors, config(document, making)),
-            document.holder.card,
+            document.config_owner.card,
             _held_files(document, small),
             locked=document,
             jobs={job.name: job for job in making.jobs},
@@ -56,7 +56,7 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
 def _held_files(document: StagedRecipe, small: Texts) -> Mapping[str, bytes]:
     """Of a stage's small files those that the plan knows of its models."""
     models = {name: document.numbered(number) for name, number in small.taken.items()}
-    return small.edited({name: model.texts[name] for name, model in models.items() if name in model.texts})
+    return small.edit({name: model.texts[name] for name, model in models.items() if name in model.texts})
 
 
 def _tensor(job: Job) -> TensorInfo:
