@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -78,6 +77,16 @@ _OTHER_OPTIONS = {
     "-f": "write --force",
 }  # fmt: skip
 """What options of other tools, or of old habits, are here."""
+
+
+class _Version(argparse.Action):
+    """Shows the version; who does not ask for it does not wait until the installed packages are looked through."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"merger {version('hub-merger')}")
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -162,7 +171,7 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
         "9 the result cannot be measured. "
         "Environment: HF_TOKEN, HF_ENDPOINT, HF_HOME.",
     )
-    parser.add_argument("--version", action="version", version=f"merger {version('hub-merger')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_add_check, _add_plan, _add_run, _add_publish, _add_extract, _add_status, _add_verify, _add_diff):
         add(commands)
