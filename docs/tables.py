@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from console import MERGE, MISTAKES, console
 
 from merger.card.terms import KINDS, TERMS
 from merger.cli.text import models_text
@@ -31,11 +32,16 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 METHODS = ROOT / "docs" / "methods.md"
 MERGEKIT = ROOT / "docs" / "mergekit.md"
+COMMAND = ROOT / "docs" / "command.md"
 ACTION = ROOT / "docs" / "action.md"
 CARDS = ROOT / "docs" / "cards.md"
 SECURITY = ROOT / "docs" / "security.md"
 FORMATS_PAGE = ROOT / "docs" / "formats.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+FAMILIES = (
+    "averaging", "spherical", "task_vectors", "sparsify", "consensus", "importance", "spectral", "subspace",
+)  # fmt: skip
+"""The files of methods, as README has them: what to try first comes first."""
 DEPARTS = "Departs from mergekit: "
 
 
@@ -43,12 +49,13 @@ def main(arguments: Sequence[str]) -> int:
     """Write or check what is generated; 1 if the check finds a difference."""
     built = methods().values()
     action = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
-    in_readme = {"methods": methods_table(built), "exit-codes": exit_codes_table(), "workflow": example("workflow")}
+    in_command = {"mistakes": console(MISTAKES), "exit-codes": exit_codes_table()}
     in_action = {"inputs": inputs_table(action["inputs"]), "outputs": outputs_table(action["outputs"])}
     in_cards = {"kinds": kinds_table(), "licences": licences_table()}
     wanted = {
-        README: filled(README, in_readme),
-        ACTION: filled(ACTION, in_action | {"workflow-parts": example("workflow-parts")}),
+        README: filled(README, {"merge": console(MERGE), "families": families_table(built)}),
+        COMMAND: filled(COMMAND, in_command),
+        ACTION: filled(ACTION, in_action | {name: example(name) for name in ("workflow", "workflow-parts")}),
         CARDS: filled(CARDS, in_cards),
         METHODS: methods_page(built),
         ARCHITECTURE: filled(ARCHITECTURE, {"wings": wings_picture()}),
@@ -94,6 +101,21 @@ def wings_picture() -> str:
     return f"```\n{picture}\n```\n\n{table(('wing', 'what it is for', 'rooms', 'of these in wings of its own'), rows)}"
 
 
+def families_table(built: Iterable[Method]) -> str:
+    """A row for each family of methods: a file, what it says of itself, and its methods."""
+    files: dict[str, list[str]] = {f"merger.methods.{name}": [] for name in FAMILIES}
+    for method in built:
+        files[method.function.__module__].append(f"[`{method.name}`](docs/methods.md#{_anchor(method)})")
+    says = {name: (sys.modules[name].__doc__ or "").splitlines()[0].split(":")[0] for name in files}
+    return table(
+        ("family", "methods"), [(says[name].removeprefix("Methods "), ", ".join(of)) for name, of in files.items()]
+    )
+
+
+def _anchor(method: Method) -> str:
+    return re.sub(r"[^a-z0-9_ -]", "", f"{method.name} {method.title}".lower()).replace(" ", "-")
+
+
 def methods_table(built: Iterable[Method]) -> str:
     """A row for each merge method."""
     rows = [(f"`{method.name}`", method.summary, parameters(method), source(method)) for method in built]
@@ -131,7 +153,7 @@ def methods_page(built: Iterable[Method]) -> str:
         "tensor of its own. Any other tensor of more than two dimensions, such as a convolution's `[out, in, k…]`, is\n"
         "one matrix, `[out, in · k…]`.\n"
     )
-    return "\n".join([head, *(method_section(method) for method in built)])
+    return "\n".join([head, methods_table(built), "", *(method_section(method) for method in built)])
 
 
 def method_section(method: Method) -> str:

@@ -1,4 +1,4 @@
-"""Every method's recipe in templates/recipes/ parses, plans and runs on small models, and README's recipes parse.
+"""Every method's recipe in templates/recipes/ parses, plans and runs on small models, and those that pages show parse.
 
 Not here: what a method computes (methods), and recipes for the zoo (test_demo).
 """
@@ -19,8 +19,9 @@ from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
 
 RECIPES = ROOT / "templates" / "recipes"
-_BLOCKS = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
-README = [text for text in _BLOCKS if "\njobs:\n" not in text]  # a workflow is no recipe
+_PAGES = "".join((ROOT / page).read_text("utf-8") for page in ("README.md", "docs/recipes.md"))
+_BLOCKS = re.findall(r"^```yaml\n(.*?)^```", _PAGES, re.DOTALL | re.MULTILINE)
+SHOWN = [text for text in _BLOCKS if "\njobs:\n" not in text]  # a workflow is no recipe
 PLACEHOLDERS = ("org/base", "org/model-a", "org/model-b", "org/model-c")
 BESIDES = {"lines": "task_arithmetic"}  # recipes of what is no method of its own, and the method they use
 DEEP, SHALLOW = 32, 2
@@ -81,9 +82,9 @@ def test_the_stack_is_deeper(models: dict[tuple[str, int], Path], tmp_path: Path
     assert planned.config["num_hidden_layers"] == 48
 
 
-@pytest.mark.parametrize("text", README, ids=lambda text: text.splitlines()[0])
-def test_readmes_recipes_read(text: str, tmp_path: Path) -> None:
-    """A recipe that README shows is well formed; its piece of one is, once there are models."""
+@pytest.mark.parametrize("text", SHOWN, ids=lambda text: text.splitlines()[0])
+def test_recipes_that_are_shown_read(text: str, tmp_path: Path) -> None:
+    """A recipe that README or its page shows is well formed; its piece of one is, once there are models."""
     models = "merge_method: linear\nmodels: [{model: org/a}, {model: org/b}]\n"
     whole = text if "merge_method" in text else models + text
     (tmp_path / "recipe.yaml").write_text(whole, "utf-8")
