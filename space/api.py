@@ -70,7 +70,7 @@ class Api:
             return _answer_refusal(error)
         about = found.plan.as_json()
         kept = ("hash", "models", "seed", "peak_memory", "disk", "read_bytes", "size")
-        return {"ok": True, **{name: about[name] for name in kept}, "text": plan_text(found.plan, found.to)}
+        return {"ok": True, **{name: about[name] for name in kept}, "text": plan_text(found.summary())}
 
     def merge(self, recipe: str, to: str, request: gr.Request) -> dict[str, Any]:
         """Queue a merge that is published on the Hub as the caller; needs a token in the header Authorization.

@@ -314,7 +314,7 @@ class Page:
         return {
             **_hide(self.refused, self.too_big),
             self.planned: gr.update(visible=True),
-            self.table: markdown.plan_section(found.plan, found.to) + notes,
+            self.table: markdown.plan_section(found.summary()) + notes,
             self.lineage: views.lineage(files, [str(model) for model in found.recipe.models]),
             self.card: views.card_text(files),
         }

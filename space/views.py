@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from merger.cli.text import size
 from merger.errors import Problem
+from merger.safety.names import HUB
 from merger.safety.text import join_lines
 from space.form import ShownSetting
 from space.work.admission import CheckedRecipe
@@ -130,7 +131,7 @@ def card_text(files: Mapping[str, bytes]) -> str:
 
 def label(job: QueuedMerge) -> str:
     """A job in a list."""
-    return f"{job.to.removeprefix('hf://')}: {_WORDS[job.state]}"
+    return f"{job.to.removeprefix(HUB)}: {_WORDS[job.state]}"
 
 
 def job(found: QueuedMerge, ahead: int) -> str:
@@ -154,7 +155,7 @@ def log(found: QueuedMerge) -> str:
 
 
 def _state(found: QueuedMerge, ahead: int) -> str:
-    repo = _text(found.to.removeprefix("hf://"))
+    repo = _text(found.to.removeprefix(HUB))
     match found.state:
         case "queued":
             return f"<b>{repo}</b> waits its turn: {_place(ahead)}."

@@ -1,4 +1,4 @@
-"""What a card and a lock file say of a merge, as facts: models, mixture, scores, vocabulary, and the lock's content.
+"""What card, lock and all surfaces say of a merge, as facts: a plan's summary, mixture, scores, the lock's content.
 
 No path of the machine that made it stands in them, but for those in the recipe's own text. Not here: the card for
 people (render), and how a lock file is written and read (planning.lockfile).
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
+from merger.card.licences import Judgement, judge
 from merger.evaluation.budget import Score
 from merger.lock.locked import LockedModel, display_name
 from merger.models.checkpoint import SUFFIX, index_name
@@ -23,9 +24,143 @@ from merger.planning.lockfile import OURS, Lock, Parent
 from merger.planning.plan import Plan
 from merger.recipe.blocks.mixture import METHOD
 from merger.recipe.model import Expert, Mixture
+from merger.safety.names import HUB, hub_path
 from merger.stores.ports import FileInfo, Located
 
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What a person wants to know of a plan, beside the numbers that it holds.
+
+    Args:
+        plan: the plan.
+        to: where its result goes; None: that is not said yet.
+        methods: how many tensors each makes; among them is copying.
+        dtypes: those of the result.
+        tokens: a sentence on its vocabulary, where that is another one.
+        copied: the tensors that are copied although the recipe names a method, by reason.
+        left_out: those that nothing is made of, by model and reason.
+        left_beside: the base's files beside its tensors that the result lacks, by reason.
+        licence: the result's.
+        doubts: sentences on what is likely not meant.
+    """
+
+    plan: Plan
+    to: str | None
+    methods: Mapping[str, int]
+    dtypes: tuple[str, ...]
+    tokens: str | None
+    copied: Mapping[str, Sequence[str]]
+    left_out: Mapping[tuple[str, str], Sequence[str]]
+    left_beside: Mapping[str, Sequence[str]]
+    licence: Judgement
+    doubts: tuple[str, ...]
+
+
+def summarize(planned: Plan, to: str | None = None) -> PlanSummary:
+    """The facts of a plan whose result goes there; None: that is not said yet."""
+    models, jobs = planned.locked.models, planned.jobs
+    return PlanSummary(
+        plan=planned,
+        to=to,
+        methods=Counter(job.kind for job in jobs),
+        dtypes=tuple(dict.fromkeys(job.dtype for job in jobs)),
+        tokens=_vocabulary(planned),
+        copied=_group((job.why, job.name) for job in jobs if job.why is not None),
+        left_out=_group(((display_name(models[each.model]), each.why), each.tensor) for each in planned.left_out),
+        left_beside=_group((why, name) for name, why in planned.left_beside.items()),
+        licence=judge(planned, hub_path(to or "")),
+        doubts=_doubts(planned, to),
+    )
+
+
+def _group(pairs: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
+    """The names by reason, both as they come."""
+    groups: dict[_Key, list[str]] = {}
+    for why, name in pairs:
+        groups.setdefault(why, []).append(name)
+    return groups
+
+
+def _vocabulary(planned: Plan) -> str | None:
+    """How many rows there are, whose tokenizer it is, and how many of its model's rows are gone; None: as they were."""
+    tokens = planned.tokens
+    if tokens is None:
+        return None
+    of = display_name(planned.locked.numbered(tokens.source))
+    more = f" and {tokens.new:,} tokens more" if tokens.new else ""
+    cut = f"; {tokens.cut:,} rows of {of} behind its last token are left out (rows: base keeps them)"
+    return f"{tokens.rows:,} rows: the tokenizer of {of}{more}{cut if tokens.cut else ''}"
+
+
+# ---- doubts ---------------------------------------------------------------------------------------------------------
+
+
+def _doubts(planned: Plan, to: str | None) -> tuple[str, ...]:
+    located = [model.located for model in planned.locked.models]
+    moved = dict.fromkeys(f"{each.moved} is now {each.where}" for each in located if each.moved)
+    return (*moved, *_same_models(planned), *_strange_adapters(planned), *planned.doubts, *exposed_models(planned, to))
+
+
+def exposed_models(planned: Plan, to: str | None) -> list[str]:
+    """Sentences about private models of which all will read who may read the result.
+
+    Args:
+        planned: what is made.
+        to: where it goes; None: that is not said yet, and may be the Hub.
+    """
+    if planned.locked.recipe.publish.private or hub_path(to or HUB) is None:
+        return []
+    models = planned.locked.models
+    found = [each for model in models for each in (model, model.adapter) if each is not None and each.located.private]
+    what = "is private, and the result is public, unless its repo is there already and private: card and lock tell its"
+    keep = "write publish: {private: true} for a private result"
+    names = dict.fromkeys(model.located.name for model in found)
+    return [f"{name} {what} name, commit, licence and checksums; {keep}" for name in names]
+
+
+def _same_models(planned: Plan) -> list[str]:
+    """Models of the recipe that are one and the same."""
+    found: dict[object, str] = {}
+    doubts = []
+    for model in planned.locked.models:
+        files = {tensor.file: model.located.files[tensor.file].sha256 for tensor in model.checkpoint.tensors.values()}
+        known = None not in files.values()
+        own: object = frozenset(files.values()) if known else (model.located.where, model.located.commit)
+        identity = (own, None if model.adapter is None else model.adapter.located)
+        if identity in found:
+            doubts.append(f"{found[identity]} and {model.name} are the same model")
+        found.setdefault(identity, model.name)
+    return doubts
+
+
+def _strange_adapters(planned: Plan) -> list[str]:
+    """Adapters that are added to another model than the one that they name as theirs, or merged with strangers."""
+    if planned.locked.recipe.merges_adapters:
+        trained = dict.fromkeys(model.lora.model for model in planned.locked.models if model.lora is not None)
+        on = [name for name in trained if name is not None]
+        return [f"the adapters were trained on different models: {', '.join(on)}"] if len(on) > 1 else []
+    found: dict[str, None] = {}
+    for model in planned.locked.models:
+        named = model.adapter.lora.model if model.adapter is not None and model.adapter.lora is not None else None
+        if model.adapter is not None and named and not _means(named, model):
+            what = f"{model.adapter.name} was trained on {named}, and the recipe adds it to {model.located.name}"
+            found[what] = None
+    return list(found)
+
+
+def _means(named: str, model: LockedModel) -> bool:
+    """Whether an adapter's config speaks of this model: by its repo id, or where either is a folder, its last part."""
+    on_hub = model.located.commit is not None and named.count("/") == 1 and not named.startswith((".", "/"))
+    theirs, ours = named.lower().rstrip("/"), (model.ref.path if on_hub else model.located.name).lower()
+    return theirs == ours if on_hub else theirs.split("/")[-1] == ours.split("/")[-1]
+
+
+# ---- the lock file --------------------------------------------------------------------------------------------------
+
+
 Checksum = Callable[[Located, str], str | None]
+_Key = TypeVar("_Key")
 _MADE_WITH = (OURS, "torch", "numpy", "huggingface_hub")
 _HASHED_FOLDERS = 1_000_000_000
 """Up to so many bytes of models in folders are read once more for their SHA-256, in a second; of more it is unknown."""
@@ -188,17 +323,3 @@ def _index(scores: Sequence[Score], name: str) -> list[dict[str, Any]]:
         metric = {"type": score.metric, "value": score.value, "name": score.metric}
         results.setdefault(score.task, entry)["metrics"].append(metric)
     return [{"name": name.rsplit("/", 1)[-1], "results": list(results.values())}]
-
-
-# ---- vocabulary -----------------------------------------------------------------------------------------------------
-
-
-def vocabulary_facts(planned: Plan) -> str | None:
-    """How many rows there are, whose tokenizer it is, and how many of its model's rows are gone; None: as they were."""
-    tokens = planned.tokens
-    if tokens is None:
-        return None
-    of = display_name(planned.locked.numbered(tokens.source))
-    more = f" and {tokens.new:,} tokens more" if tokens.new else ""
-    cut = f"; {tokens.cut:,} rows of {of} behind its last token are left out (rows: base keeps them)"
-    return f"{tokens.rows:,} rows: the tokenizer of {of}{more}{cut if tokens.cut else ''}"

@@ -6,14 +6,14 @@ Not here: measuring it (engine).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merger.errors import few
-from merger.lock.locked import LockedModel, display_name
+from merger.lock.locked import display_name
 from merger.methods.registry import Method
 from merger.models.architecture import Architecture
-from merger.planning.geometry import Geometry, total_geometry
+from merger.planning.geometry import Geometry, add_up, cosine_of, total_geometry
 from merger.planning.inputs.base import Job
 from merger.planning.inputs.low_rank import Factor
 from merger.planning.plan import Plan
@@ -65,9 +65,9 @@ class Relations:
     `losses`: of an adapter what it leaves out, in all and by layer.
     """
 
-    overall: tuple[Relation, ...]
-    layers: tuple[Relation, ...]
-    doubts: tuple[str, ...]
+    overall: tuple[Relation, ...] = ()
+    layers: tuple[Relation, ...] = ()
+    doubts: tuple[str, ...] = ()
     losses: tuple[Loss, ...] = ()
 
 
@@ -86,11 +86,7 @@ def relations(planned: Plan, seen: Mapping[str, Geometry]) -> Relations:
         whole = total_geometry(seen[job.name] for job in mine)
         overall.append(_relation(" and ".join(names), whole))
         doubts += _doubts(names, whole, subtracted)
-        by_layer: dict[int, list[Geometry]] = {}
-        for job in mine:
-            by_layer.setdefault(_layer(architecture, job.name), []).append(seen[job.name])
-        for layer, parts in sorted(by_layer.items()):
-            layers.append(_relation(_layer_name(layer), total_geometry(parts)))
+        layers += [_relation(where, total_geometry(parts)) for where, parts in _by_layer(architecture, mine, seen)]
     doubts += _odd(planned, seen)
     return Relations(tuple(overall), tuple(layers), tuple(dict.fromkeys(doubts)), _losses(planned, seen, architecture))
 
@@ -105,20 +101,24 @@ def _odd(planned: Plan, seen: Mapping[str, Geometry]) -> Iterator[str]:
             yield f"{sum(counts.values()):,} of {model.name}'s {entries} NaN or infinite, in {each}"
 
 
-def _layer_name(layer: int) -> str:
-    return f"layer {layer}" if layer >= 0 else "outside of the layers"
+def _by_layer(
+    architecture: Architecture, jobs: Iterable[Job], seen: Mapping[str, Geometry]
+) -> Iterator[tuple[str, list[Geometry]]]:
+    """What was seen of the tensors of each layer, from the first to the last; of what is outside of them before."""
+    found: dict[int, list[Geometry]] = {}
+    for job in jobs:
+        layer = architecture.place(job.name).layer
+        found.setdefault(-1 if layer is None else layer, []).append(seen[job.name])
+    for layer, parts in sorted(found.items()):
+        yield f"layer {layer}" if layer >= 0 else "outside of the layers", parts
 
 
 def _losses(planned: Plan, seen: Mapping[str, Geometry], architecture: Architecture) -> tuple[Loss, ...]:
     """What was seen while matrices were taken apart: each matrix once, with the first of the two it becomes."""
-    by_layer: dict[int, list[Geometry]] = {}
-    for job in planned.jobs:
-        source = job.inputs[0].source
-        if isinstance(source, Factor) and source.part == "A" and job.name in seen:
-            by_layer.setdefault(_layer(architecture, job.name), []).append(seen[job.name])
-    rows = [Loss(_layer_name(layer), _left_out(parts)) for layer, parts in sorted(by_layer.items())]
-    everything = [part for parts in by_layer.values() for part in parts]
-    return (Loss("all", _left_out(everything)), *rows) if everything else ()
+    sources = [(job, job.inputs[0].source) for job in planned.jobs if job.name in seen]
+    jobs = [job for job, source in sources if isinstance(source, Factor) and source.part == "A"]
+    rows = [Loss(where, _left_out(parts)) for where, parts in _by_layer(architecture, jobs, seen)]
+    return (Loss("all", _left_out([seen[job.name] for job in jobs])), *rows) if jobs else ()
 
 
 def _left_out(parts: Sequence[Geometry]) -> float:
@@ -129,11 +129,6 @@ def _left_out(parts: Sequence[Geometry]) -> float:
 def _parents(job: Job) -> tuple[tuple[int, ...], bool]:
     """The models that a method was given, and whether as what they differ from a base."""
     return tuple(entry.model for entry in job.inputs), job.base is not None
-
-
-def _layer(architecture: Architecture, name: str) -> int:
-    layer = architecture.place(name).layer
-    return -1 if layer is None else layer
 
 
 def _relation(where: str, seen: Geometry) -> Relation:
@@ -163,50 +158,6 @@ def _doubts(names: Sequence[str], seen: Geometry, subtracted: bool) -> list[str]
     return found
 
 
-def warnings(planned: Plan) -> list[str]:
-    """What is to be said of the models before a tensor is read."""
-    located = [model.located for model in planned.locked.models]
-    moved = [f"{each.moved} is now {each.where}" for each in located if each.moved]
-    return [*dict.fromkeys(moved), *same_models(planned), *strange_adapters(planned)]
-
-
-def same_models(planned: Plan) -> list[str]:
-    """What can be doubted before a tensor is read: models of the recipe that are one and the same."""
-    found: dict[object, str] = {}
-    doubts = []
-    for model in planned.locked.models:
-        files = {tensor.file: model.located.files[tensor.file].sha256 for tensor in model.checkpoint.tensors.values()}
-        known = None not in files.values()
-        own: object = frozenset(files.values()) if known else (model.located.where, model.located.commit)
-        identity = (own, None if model.adapter is None else model.adapter.located)
-        if identity in found:
-            doubts.append(f"{found[identity]} and {model.name} are the same model")
-        found.setdefault(identity, model.name)
-    return doubts
-
-
-def strange_adapters(planned: Plan) -> list[str]:
-    """Adapters that are added to another model than the one that they name as theirs, or merged with strangers."""
-    if planned.locked.recipe.merges_adapters:
-        trained = dict.fromkeys(model.lora.model for model in planned.locked.models if model.lora is not None)
-        on = [name for name in trained if name is not None]
-        return [f"the adapters were trained on different models: {', '.join(on)}"] if len(on) > 1 else []
-    found: dict[str, None] = {}
-    for model in planned.locked.models:
-        named = model.adapter.lora.model if model.adapter is not None and model.adapter.lora is not None else None
-        if model.adapter is not None and named and not _means(named, model):
-            what = f"{model.adapter.name} was trained on {named}, and the recipe adds it to {model.located.name}"
-            found[what] = None
-    return list(found)
-
-
-def _means(named: str, model: LockedModel) -> bool:
-    """Whether an adapter's config speaks of this model: by its repo id, or where either is a folder, its last part."""
-    on_hub = model.located.commit is not None and named.count("/") == 1 and not named.startswith((".", "/"))
-    theirs, ours = named.lower().rstrip("/"), (model.ref.path if on_hub else model.located.name).lower()
-    return theirs == ours if on_hub else theirs.split("/")[-1] == ours.split("/")[-1]
-
-
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +168,7 @@ OUTSIDE: Layer = ("", -1)
 _KINDS_SHOWN = 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class Apart:
     """Sums over tensors that say how far the result lies from a parent; of the base there is only a distance.
 
@@ -237,19 +188,6 @@ class Apart:
     against: int = 0
     moved: int = 0
 
-    def add(self, seen: Geometry, place: int) -> None:
-        """One more tensor, of which the parent is the input of this number."""
-        row, made = seen.products[place], seen.products[-1][-1]
-        self.between += max(0.0, row[place] - 2 * row[-1] + made)
-        self.whole += row[place] + (seen.base[-1] + 2 * seen.base[place] if seen.base else 0.0)
-        self.along, self.given, self.made = self.along + row[-1], self.given + row[place], self.made + made
-        self.against, self.moved = self.against + seen.against[place], self.moved + seen.moved[place]
-
-    def add_base(self, seen: Geometry) -> None:
-        """One more tensor, of which the parent is the base."""
-        self.between += seen.products[-1][-1]
-        self.whole += seen.base[-1]
-
     @property
     def distance(self) -> float | None:
         """The norm of what lies between them as a share of the parent's."""
@@ -258,13 +196,20 @@ class Apart:
     @property
     def cosine(self) -> float | None:
         """Of the angle between what was given and what was made."""
-        norms = math.sqrt(self.given * self.made)
-        return max(-1.0, min(1.0, self.along / norms)) if norms > 0 else None
+        return cosine_of(self.along, self.given, self.made)
 
     @property
     def conflict(self) -> float | None:
         """The share of the parent's entries against whose sign the result went."""
         return self.against / self.moved if self.moved else None
+
+
+def _apart(seen: Geometry, place: int) -> Apart:
+    """A tensor of which the parent is the input of this number."""
+    row, made = seen.products[place], seen.products[-1][-1]
+    between = max(0.0, row[place] - 2 * row[-1] + made)
+    whole = row[place] + (seen.base[-1] + 2 * seen.base[place] if seen.base else 0.0)
+    return Apart(between, whole, row[-1], row[place], made, seen.against[place], seen.moved[place])
 
 
 @dataclass(frozen=True)
@@ -280,16 +225,20 @@ def tracks(planned: Plan, seen: Mapping[str, Geometry]) -> list[Track]:
     if planned.locked.recipe.mixture is not None:
         return []
     architecture = Architecture([job.name for job in planned.jobs], planned.config)
-    found: list[dict[Layer, Apart]] = [{} for _ in planned.locked.all]
+    found: list[dict[Layer, list[Apart]]] = [{} for _ in planned.locked.all]
     for job in planned.jobs:
         if geometry := seen.get(job.name):
             layer = layer_of(architecture, job.name)
             for place, entry in enumerate(job.inputs):
-                found[entry.model].setdefault(layer, Apart()).add(geometry, place)
+                found[entry.model].setdefault(layer, []).append(_apart(geometry, place))
             if job.base is not None and geometry.base:
-                found[job.base.model].setdefault(layer, Apart()).add_base(geometry)
+                of_base = Apart(geometry.products[-1][-1], geometry.base[-1])
+                found[job.base.model].setdefault(layer, []).append(of_base)
+    pairs = zip(planned.locked.all, found, strict=True)
     return [
-        Track(display_name(model), layers) for model, layers in zip(planned.locked.all, found, strict=True) if layers
+        Track(display_name(model), {layer: add_up(parts) for layer, parts in layers.items()})
+        for model, layers in pairs
+        if layers
     ]
 
 

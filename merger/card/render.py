@@ -16,8 +16,8 @@ import yaml
 from markupsafe import Markup
 
 from merger.card.escape import link_address
-from merger.card.facts import TITLE, MixtureFacts, mixture_facts, vocabulary_facts
-from merger.card.licences import Judgement, judge, keys, licence_of
+from merger.card.facts import TITLE, MixtureFacts, PlanSummary, mixture_facts, summarize
+from merger.card.licences import Judgement, keys, licence_of
 from merger.card.metadata import front_matter, head_class, library, metadata
 from merger.card.relations import Relation, Relations, parameters
 from merger.card.templates import fill, refuse_unused
@@ -26,6 +26,7 @@ from merger.lock.locked import display_name
 from merger.methods.registry import Method, Paper
 from merger.planning.plan import Plan
 from merger.recipe.model import Publish, Recipe
+from merger.safety.names import HUB, hub_path
 
 # ---- recipe ---------------------------------------------------------------------------------------------------------
 
@@ -50,7 +51,7 @@ def shown_recipe(planned: Plan) -> str:
 
 def _template(publish: Publish) -> Mapping[str, str]:
     path = publish.template or publish.left_out
-    return {} if path is None or path.startswith("hf://") else {path: f"./{path.rstrip('/').split('/')[-1]}"}
+    return {} if path is None or hub_path(path) else {path: f"./{path.rstrip('/').split('/')[-1]}"}
 
 
 def _scalars(text: str) -> list[tuple[int, int, bool, str]]:
@@ -99,10 +100,12 @@ def bibtex(name: str, paper: Paper) -> str:
 
 GIVES, BASE, ADAPTER, CONFIG_ONLY = "model", "base model", "LoRA adapter", "config and tokenizer only"
 
-NO_PARTS: Mapping[str, Any] = {"lineage": "", "pictures": {}, "evaluation": None, "metadata": {}}
-"""The parts of the card that are known only at the end, as they are before: the family as a tree of text; pictures by
-name, each with its `alt` and its `place` beside the card; a table with its `columns`, `rows` and a `note`; and more
-keys for the front matter."""
+NO_PARTS: Mapping[str, Any] = {
+    "related": Relations(), "lineage": "", "pictures": {}, "evaluation": None, "metadata": {},
+}  # fmt: skip
+"""The parts of the card that are known only at the end, as they are before: how the parents relate; the family as a
+tree of text; pictures by name, each with its `alt` and its `place` beside the card; a table with its `columns`, `rows`
+and a `note`; and more keys for the front matter."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +128,13 @@ class Stage:
     models: tuple[str, ...]
 
 
-def render(
-    planned: Plan, table: Mapping[str, Method], name: str, related: Relations, parts: Mapping[str, Any] = NO_PARTS
-) -> str:
+def render(planned: Plan, table: Mapping[str, Method], name: str, parts: Mapping[str, Any] = NO_PARTS) -> str:
     """The text of README.md.
 
     Args:
         planned: what was made.
         table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
-        related: how the parents relate, as far as this run has seen it.
         parts: what else the card shows; each name of `NO_PARTS` that is not there is as there.
 
     Raises:
@@ -144,9 +144,9 @@ def render(
     named = dict.fromkeys(piece.method for of in recipe.documents for piece in of.slices)
     mixed = [] if recipe.mixture is None else [mixture_facts(planned, recipe.mixture)]
     used: list[Method | MixtureFacts] = [*(table[method] for method in named), *mixed]
-    found = judge(planned, name if "/" in name else None)
-    data = metadata(planned, used, keys(found.licences), more.pop("metadata"))
-    content = {**_content(planned, table, used, name), **more, "licence": _licence(planned, found), "related": related}
+    facts = summarize(planned, f"{HUB if '/' in name else './'}{name}")
+    data = metadata(planned, used, keys(facts.licence.licences), more.pop("metadata"))
+    content = {**_content(planned, table, used, facts), "name": name, **more}
     body = fill(planned.locked.templates, recipe.publish, content)
     return f"{front_matter(data)}{body.strip()}\n"
 
@@ -160,13 +160,13 @@ def rehearse(planned: Plan, table: Mapping[str, Method]) -> None:
     publish = planned.locked.recipe.publish
     if planned.locked.templates:
         refuse_unused(planned.locked.templates, publish)
-        render(planned, table, publish.repo or "merged", Relations((), (), ()))
-        render(planned, table, publish.repo or "merged", _SOME_RELATIONS, _SOME_PARTS)
+        render(planned, table, publish.repo or "merged")
+        render(planned, table, publish.repo or "merged", _SOME_PARTS)
 
 
 _A_RELATION = Relation("layer 0", 0.5, 0.25, (1.0, 0.5), 0.75)
-_SOME_RELATIONS = Relations((_A_RELATION,), (_A_RELATION,), ("a sentence",))
 _SOME_PARTS: Mapping[str, Any] = {
+    "related": Relations((_A_RELATION,), (_A_RELATION,), ("a sentence",)),
     "lineage": "a tree",
     "pictures": {name: {"alt": "words", "place": "a.png"} for name in ("lineage", "settings", "movement")},
     "evaluation": {"columns": ["model", "task"], "rows": [["one", "0.5"]], "note": "a sentence"},
@@ -174,15 +174,14 @@ _SOME_PARTS: Mapping[str, Any] = {
 
 
 def _content(
-    planned: Plan, table: Mapping[str, Method], used: Sequence[Method | MixtureFacts], name: str
+    planned: Plan, table: Mapping[str, Method], used: Sequence[Method | MixtureFacts], facts: PlanSummary
 ) -> dict[str, Any]:
-    documents = planned.locked.recipe.documents
+    documents, repo, target = planned.locked.recipe.documents, hub_path(facts.to or ""), facts.to or ""
     parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
     return {
-        "name": name,
-        "title": name.split("/")[-1],
-        "address": name if "/" in name else f"./{name}",
-        "target": f"hf://{name}" if "/" in name else f"./{name}",
+        "title": target.split("/")[-1],
+        "address": repo or target,
+        "target": target,
         "parents": parents,
         "givers": [parent.name for parent in parents if parent.role == GIVES],
         "bases": [parent.name for parent in parents if parent.role == BASE],
@@ -191,14 +190,15 @@ def _content(
         "all_local": all(parent.commit is None for parent in parents),
         "stages": [_stage(planned, table, recipe) for recipe in documents] if len(documents) > 1 else [],
         "any_local": any(parent.commit is None for parent in parents),
-        "tokens": vocabulary_facts(planned),
+        "tokens": facts.tokens,
+        "licence": _licence(planned, facts.licence),
         "methods": [_method(method) for method in used],
         "parameters": _in_force(planned, table),
         "recipe": shown_recipe(planned),
-        "plan": _plan(planned),
-        "beside": _beside(planned),
+        "plan": _plan(facts),
+        "beside": _beside(facts),
         "library": library(planned.config),
-        "on_hub": "/" in name,
+        "on_hub": repo is not None,
         "first_file": planned.shards[0].name,
         "class_name": planned.config.get("_class_name"),
         "auto_class": f"AutoModel{head_class(planned.config) or ''}",
@@ -254,23 +254,16 @@ def _licence_asks(found: Judgement) -> list[dict[str, Any]]:
     return [{"what": KINDS[kind], "licences": titles} for kind, titles in asking.items() if titles]
 
 
-def _plan(planned: Plan) -> dict[str, Any]:
-    return {
-        "hash": planned.hash,
-        "seed": planned.seed,
-        "entries": planned.entries,
-        "dtypes": list(dict.fromkeys(job.dtype for job in planned.jobs)),
-        "files": len(planned.shards),
-        "notes": planned.notes,
-    }
+def _plan(facts: PlanSummary) -> dict[str, Any]:
+    own = {name: getattr(facts.plan, name) for name in ("hash", "seed", "entries", "notes")}
+    return {**own, "dtypes": facts.dtypes, "files": len(facts.plan.shards)}
 
 
-def _beside(planned: Plan) -> dict[str, Any]:
+def _beside(facts: PlanSummary) -> dict[str, Any]:
     """Of files beside the tensors: which hold tensors that were not merged, what differs, and what is left out, why."""
-    reasons = dict.fromkeys(planned.left_beside.values())
-    left = [{"why": why, "files": [name for name, its in planned.left_beside.items() if its == why]} for why in reasons]
-    return {"base": display_name(planned.locked.config_owner), "copied": planned.copied_tensors,
-            "doubts": planned.doubts, "left_out": left}  # fmt: skip
+    planned, left = facts.plan, [{"why": why, "files": names} for why, names in facts.left_beside.items()]
+    return {"base": display_name(planned.locked.config_owner), "copied": planned.copied_tensors, "doubts": planned.doubts,
+            "left_out": left}  # fmt: skip
 
 
 def _method(method: Method | MixtureFacts) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger.card.escape import code
+from merger.card.facts import PlanSummary, summarize
 from merger.cli import markdown, text
 from merger.cli.github import Event, GitHubApi, GitHubError, Log, write_outputs, write_summary
 from merger.cli.inputs import Inputs, top
@@ -31,9 +32,9 @@ from merger.run.options import Options, destination, with_free_memory
 from merger.run.pipeline import Ready, Result, Resumed, lock_text, merge, trusted_publishing
 from merger.run.prepare import lock_path, named_recipes, plan, read_recipe
 from merger.runtime import Halt, halting, take_over, tell_limits
+from merger.safety.names import HUB, hub_path
 from merger.safety.paths import inside
 from merger.safety.text import guard_streams, line
-from merger.stores.ports import HUB
 
 if TYPE_CHECKING:
     from merger.planning.plan import Plan
@@ -119,8 +120,7 @@ class Outcome:
     Args:
         recipe: its path from the top of the repository.
         state: checked, planned, published, unchanged, part, stopped or failed.
-        plan: what was or would be made.
-        to: where it goes.
+        summary: what was or would be made, and where it goes.
         result: what became of a run.
         problems: what went wrong.
         warnings: what is likely not meant.
@@ -129,12 +129,16 @@ class Outcome:
 
     recipe: str
     state: str = "checked"
-    plan: Plan | None = None
-    to: str | None = None
+    summary: PlanSummary | None = None
     result: Result | None = None
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
     exit_code: int = 0
+
+    @property
+    def to(self) -> str | None:
+        """Where it goes, if that is said."""
+        return self.summary.to if self.summary else None
 
     @property
     def published(self) -> Result | None:
@@ -193,9 +197,10 @@ class ActionRun:
             return
         options = self._options(recipe)
         planned, store = plan(recipe, options)
-        outcome = replace(outcome, state="planned", plan=planned, to=_destination(recipe, options))
+        found = summarize(planned, _destination(recipe, options))
+        outcome = replace(outcome, state="planned", summary=found)
         yield outcome
-        print(text.plan_text(planned, outcome.to), flush=True)
+        print(text.plan_text(found), flush=True)
         if self.mode in RUNNING:
             yield self._merge(outcome, planned, store, options)
 
@@ -207,18 +212,19 @@ class ActionRun:
         if self.mode not in RUNNING:
             return options
         to = destination(recipe, options)
-        if not to.startswith(HUB) or options.write_token:
+        repo = hub_path(to)
+        if repo is None or options.write_token:
             return with_free_memory(options)
         if "ACTIONS_ID_TOKEN_REQUEST_URL" not in self.environment:
             hint = "give hf-token, or let the job have the permission id-token: write and the repo trust this workflow"
             raise UploadError(Problem(f"there is no token to publish {to} with", hint=hint))
-        token = trusted_publishing(to.removeprefix(HUB))
+        token = trusted_publishing(repo)
         self.log.mask(token)
         return replace(with_free_memory(options), read_token=options.read_token or False)
 
     def _merge(self, outcome: Outcome, planned: Plan, store: Library, options: Options) -> Outcome:
         """Make it; it is left after a file where the next might not be done in time."""
-        progress = text.Progress(sum(job.nbytes for job in planned.jobs), sys.stdout)
+        progress = text.Progress(planned.nbytes, sys.stdout)
         watch = Watch(self.deadline)
 
         def tell(event: RunEvent) -> None:
@@ -270,11 +276,11 @@ class ActionRun:
         """Commit the lock file beside the recipe of an outcome, where the workflow wants that."""
         head = self.environment.get("GITHUB_REF", "")
         path = lock_path(self.top / outcome.recipe)
-        if not (self.inputs.commit_lock and outcome.published and outcome.plan):
+        if not (self.inputs.commit_lock and outcome.published and outcome.summary):
             return
         if not head.startswith("refs/heads/") or not (outcome.published.is_new or not path.is_file()):
             return
-        content, place = lock_text(outcome.plan, outcome.published), path.relative_to(self.top).as_posix()
+        content, place = lock_text(outcome.summary.plan, outcome.published), path.relative_to(self.top).as_posix()
         self.api.commit_file(place, content, f"Lock the models of {outcome.recipe}", head.removeprefix("refs/heads/"))
 
 
@@ -329,8 +335,8 @@ def summary_section(outcome: Outcome) -> str:
         parts.append(markdown.problems_section("What is wrong", outcome.problems))
     if outcome.warnings:
         parts.append(markdown.problems_section("Warnings", outcome.warnings))
-    if outcome.plan is not None:
-        parts.append(markdown.plan_section(outcome.plan, outcome.to))
+    if outcome.summary is not None:
+        parts.append(markdown.plan_section(outcome.summary))
     if outcome.result is not None:
         parts.append(markdown.result_section(outcome.result))
     return "\n\n".join(parts)
@@ -338,8 +344,7 @@ def summary_section(outcome: Outcome) -> str:
 
 def matrix(planned: Plan, part_size: int) -> list[str]:
     """The parts a merge is best made in: of so many bytes read and written each, and no more of them than files."""
-    wanted = -(-(planned.read_bytes + planned.size) // part_size)
-    count = max(1, min(wanted, len(planned.shards), MOST_PARTS))
+    count = max(1, min(-(-planned.traffic // part_size), len(planned.shards), MOST_PARTS))
     return [f"{number}/{count}" for number in range(1, count + 1)]
 
 
@@ -348,8 +353,9 @@ def outputs(outcomes: Sequence[Outcome], part_size: int, report: Path) -> dict[s
     found = {"state": "none", "repo-url": "", "repo-id": "", "commit": "", "plan-hash": "", "matrix": "[]"}
     for outcome in outcomes:
         found = found | {"state": outcome.state}
-        if outcome.plan is not None:
-            found |= {"plan-hash": outcome.plan.hash, "matrix": json.dumps(matrix(outcome.plan, part_size))}
+        if outcome.summary is not None:
+            planned = outcome.summary.plan
+            found |= {"plan-hash": planned.hash, "matrix": json.dumps(matrix(planned, part_size))}
         if outcome.published is not None:
             found |= {"repo-url": outcome.published.where, "commit": outcome.published.commit or ""}
             found |= {"repo-id": (outcome.to or "").removeprefix(HUB)}
@@ -369,8 +375,8 @@ def _report_one(outcome: Outcome, part_size: int) -> dict[str, object]:
         "problems": [asdict(problem) for problem in outcome.problems],
         "warnings": [asdict(problem) for problem in outcome.warnings],
         "to": outcome.to,
-        "plan": text.plan_json(outcome.plan, outcome.to) if outcome.plan else None,
-        "matrix": matrix(outcome.plan, part_size) if outcome.plan else [],
+        "plan": text.plan_json(outcome.summary) if outcome.summary else None,
+        "matrix": matrix(outcome.summary.plan, part_size) if outcome.summary else [],
         "done": text.as_json(outcome.result) if outcome.result else None,
     }
 

@@ -23,7 +23,6 @@ from merger.safety.text import guard_streams, line
 if TYPE_CHECKING:
     from merger.distributed.start import Engine, PartMade, PartStarted
     from merger.engine.execute import BytesWritten
-    from merger.planning.plan import Plan
     from merger.recipe.model import Recipe
     from merger.run.options import Options
     from merger.run.pipeline import Event
@@ -109,6 +108,7 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from merger.card.facts import summarize
     from merger.cli import text
     from merger.run.options import needed_disk, stated_destination
     from merger.run.prepare import plan, read_recipe, sample_relations
@@ -120,8 +120,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         needed_disk(planned, options, planned.shards)
     for note in recipe.warnings:
         print(text.warning(note), file=sys.stderr)
-    to = stated_destination(recipe, options)
-    print(json.dumps(text.plan_json(planned, to)) if arguments.json else text.plan_text(planned, to))
+    found = summarize(planned, stated_destination(recipe, options))
+    print(json.dumps(text.plan_json(found)) if arguments.json else text.plan_text(found))
     if arguments.look:
         print(text.relations_text(sample_relations(planned, store)), file=sys.stderr if arguments.json else sys.stdout)
     return 0
@@ -152,6 +152,7 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 
 def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from merger.card.facts import summarize
     from merger.cli import text
     from merger.distributed.start import distribute, options_of_parts
     from merger.run.options import destination, with_free_memory
@@ -162,13 +163,14 @@ def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
     options = with_free_memory(options) if engine is None else options_of_parts(options, engine)
     to = destination(recipe, options)  # a missing destination is said before the models are asked for
     planned, store = plan(recipe, options)
-    progress = None if arguments.quiet else text.Progress(sum(job.nbytes for job in planned.jobs))
+    progress = None if arguments.quiet else text.Progress(planned.nbytes)
 
     def tell(event: Event | PartStarted | PartMade) -> None:
         if progress is None:
             return
         if isinstance(event, Ready):
-            _tell(recipe, planned, to)
+            notes = [text.warning(note) for note in recipe.warnings]  # by now the destination has not refused
+            print("\n".join([*notes, text.plan_text(summarize(planned, to)), ""]), file=sys.stderr)
         text.show(event, progress)
 
     try:
@@ -184,14 +186,6 @@ def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         print(text.result_text(result))
     return 0
-
-
-def _tell(recipe: Recipe, planned: Plan, to: str) -> None:
-    """By now the destination has not refused."""
-    from merger.cli import text
-
-    notes = [text.warning(note) for note in recipe.warnings]
-    print("\n".join([*notes, text.plan_text(planned, to), ""]), file=sys.stderr)
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from merger.card.escape import code, escape_text, fence
-from merger.card.facts import vocabulary_facts
-from merger.card.licences import judge
-from merger.cli.text import plan_doubts, size
+from merger.card.facts import PlanSummary
+from merger.card.licences import Judgement
+from merger.cli.text import size
 from merger.errors import Problem, few
 from merger.lock.locked import display_name
 from merger.planning.plan import Plan
@@ -28,9 +28,9 @@ def _sentence(text: str) -> str:
     return escape_text(text.replace("@", "@\u200b"))
 
 
-def plan_section(planned: Plan, destination: str | None) -> str:
+def plan_section(found: PlanSummary) -> str:
     """What will be made, of what, and what that takes."""
-    return "\n".join([*_models(planned), "", *_costs(planned, destination), *_notes(planned, destination)])
+    return "\n".join([*_models(found.plan), "", *_costs(found), *_notes(found)])
 
 
 def _models(planned: Plan) -> list[str]:
@@ -46,15 +46,14 @@ def _models(planned: Plan) -> list[str]:
     return _table(("model", "commit", "licence", "size"), rows)
 
 
-def _costs(planned: Plan, destination: str | None) -> list[str]:
-    used = Counter(job.kind for job in planned.jobs)
-    dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
+def _costs(found: PlanSummary) -> list[str]:
+    planned, dtypes = found.plan, ", ".join(found.dtypes)
     rows = [
-        ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in used.items())),
+        ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in found.methods.items())),
         ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {len(planned.shards)} files"),
-        *([("tokens", _sentence(tokens))] if (tokens := vocabulary_facts(planned)) else []),
-        ("licence", _licence(planned)),
-        ("goes to", code(destination) if destination else "not said yet"),
+        *([("tokens", _sentence(found.tokens))] if found.tokens else []),
+        ("licence", _licence(found.licence)),
+        ("goes to", code(found.to) if found.to else "not said yet"),
         ("reads", size(planned.read_bytes)),
         ("memory", f"{size(planned.peak_memory)} at most"),
         ("disk", f"{size(planned.disk(staged=True))} for the Hub, {size(planned.disk(staged=False))} for a folder"),
@@ -64,9 +63,8 @@ def _costs(planned: Plan, destination: str | None) -> list[str]:
     return _table(("", ""), rows)
 
 
-def _licence(planned: Plan) -> str:
+def _licence(found: Judgement) -> str:
     """The result's, and what the parents' ask."""
-    found = judge(planned)
     asks = dict.fromkeys(kind.value for terms in found.duties for kind in terms.asks)
     told = "stated" if found.stated else "proposed, as the strictest that fits"
     return (f"{code(found.name)} ({told})" if found.name else "not settled") + (
@@ -78,23 +76,22 @@ def _minutes(planned: Plan) -> int:
     return 1 + int((planned.read_bytes / IN_BYTES_A_SECOND + planned.size / OUT_BYTES_A_SECOND) / 60)
 
 
-def _notes(planned: Plan, to: str | None) -> list[str]:
-    notes = [f"**Warning:** {_sentence(doubt)}" for doubt in plan_doubts(planned, to)]
-    found = judge(planned)
-    notes += [f"**Licence:** {_sentence(what)}" for what in (*(each.what for each in found.conflicts), *found.notes)]
-    if found.override is not None and found.conflicts:
-        notes.append(f"**Published all the same:** {_sentence(found.override)}")
-    notes += [f"**Note:** {_sentence(note)}" for note in planned.notes]
-    if planned.left_out:
-        why = Counter(item.why for item in planned.left_out)
-        told = "; ".join(f"{count} tensors: {_sentence(reason)}" for reason, count in why.items())
+def _notes(found: PlanSummary) -> list[str]:
+    licence = found.licence
+    notes = [f"**Warning:** {_sentence(doubt)}" for doubt in found.doubts]
+    against = [*(each.what for each in licence.conflicts), *licence.notes]
+    notes += [f"**Licence:** {_sentence(what)}" for what in against]
+    if licence.override is not None and licence.conflicts:
+        notes.append(f"**Published all the same:** {_sentence(licence.override)}")
+    notes += [f"**Note:** {_sentence(note)}" for note in found.plan.notes]
+    if found.left_out:
+        counts = Counter[str]()
+        for (_, why), names in found.left_out.items():
+            counts[why] += len(names)
+        told = "; ".join(f"{count} tensors: {_sentence(why)}" for why, count in counts.items())
         notes.append(f"**Left out:** {told}")
-    if planned.left_beside:
-        reasons = Counter(planned.left_beside.values())
-        told = "; ".join(
-            f"{code(few([name for name, why in planned.left_beside.items() if why == reason]))}: {_sentence(reason)}"
-            for reason in reasons
-        )
+    if found.left_beside:
+        told = "; ".join(f"{code(few(names))}: {_sentence(why)}" for why, names in found.left_beside.items())
         notes.append(f"**Files left out:** {told}")
     return [line for note in notes for line in ("", note)]
 

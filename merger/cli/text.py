@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from merger.card.facts import vocabulary_facts
-from merger.card.licences import judge
-from merger.card.relations import Loss, Relation, Relations, warnings
+from merger.card.facts import PlanSummary
+from merger.card.licences import Judgement
+from merger.card.relations import Loss, Relation, Relations
 from merger.distributed.start import PartMade, PartStarted
 from merger.errors import MergerError, Problem, few
 from merger.evaluation.budget import evaluation_memory
@@ -19,7 +18,6 @@ from merger.evaluation.evaluate import Measured, Measuring
 from merger.lock.locked import display_name
 from merger.methods.registry import Method, Param
 from merger.planning.plan import Plan
-from merger.run.options import exposed_models
 from merger.run.pipeline import Result, Resumed
 from merger.safety.text import join_lines, line
 
@@ -56,35 +54,29 @@ def warning(problem: Problem) -> str:
     return f"warning: {problem}"
 
 
-def plan_text(planned: Plan, to: str | None = None) -> str:
+def plan_text(found: PlanSummary) -> str:
     """What will be made of what, what it takes, what is left out, and under which licence."""
-    made = [*_models(planned), "", *_making(planned), "", *_costs(planned), *_accounting(planned)]
-    doubts = plan_doubts(planned, to)
-    return join_lines([*made, *_licence(planned), *(each for doubt in doubts for each in ("", f"warning: {doubt}"))])
+    made = [*_models(found.plan), "", *_making(found), "", *_costs(found.plan), *_accounting(found)]
+    doubts = [each for doubt in found.doubts for each in ("", f"warning: {doubt}")]
+    return join_lines([*made, *_licence(found.licence), *doubts])
 
 
-def plan_doubts(planned: Plan, to: str | None) -> list[str]:
-    """Sentences on what is likely not meant."""
-    return [*warnings(planned), *planned.doubts, *exposed_models(planned, to)]
-
-
-def plan_json(planned: Plan, to: str | None = None) -> dict[str, Any]:
-    """The same for machines."""
-    found = judge(planned)
-    licence = {
-        "license": found.name or None,
-        "stated": found.stated,
-        "conflicts": [conflict.what for conflict in found.conflicts],
-        "override": found.override,
-        "notes": found.notes,
-        "asks": {terms.name: [kind.value for kind in terms.asks] for terms in found.duties},
+def plan_json(found: PlanSummary) -> dict[str, Any]:
+    """The same for machines, and each tensor."""
+    licence = found.licence
+    about = {
+        "license": licence.name or None,
+        "stated": licence.stated,
+        "conflicts": [conflict.what for conflict in licence.conflicts],
+        "override": licence.override,
+        "notes": licence.notes,
+        "asks": {terms.name: [kind.value for kind in terms.asks] for terms in licence.duties},
     }
-    return {**planned.as_json(), "licence": licence, "warnings": plan_doubts(planned, to)}
+    return {**found.plan.as_json(), "licence": about, "warnings": found.doubts}
 
 
-def _licence(planned: Plan) -> list[str]:
+def _licence(found: Judgement) -> list[str]:
     """The result's licence, what it and others ask, and what speaks against it."""
-    found = judge(planned)
     lines = ["", f"licence {found.name or 'not settled'}{'' if found.stated or not found.name else ' (proposed)'}"]
     width = max((len(terms.name) for terms in found.duties), default=0)
     asked = [(terms.name, ", ".join(kind.value for kind in terms.asks) or "nothing") for terms in found.duties]
@@ -105,17 +97,16 @@ def _models(planned: Plan) -> list[str]:
     return lines
 
 
-def _making(planned: Plan) -> list[str]:
-    used = Counter(job.kind for job in planned.jobs)
-    methods = ", ".join(f"{name} {count}" for name, count in used.items())
-    dtypes = ", ".join(dict.fromkeys(job.dtype for job in planned.jobs))
+def _making(found: PlanSummary) -> list[str]:
+    planned, dtypes = found.plan, ", ".join(found.dtypes)
+    methods = ", ".join(f"{name} {count}" for name, count in found.methods.items())
     stages = ", ".join(f"{stage.name} ({len(stage.jobs)} tensors)" for stage in planned.locked.stages)
     return [
         *([f"by way  of {stages}, none of which is stored"] if stages else []),
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
         f"{len(planned.texts.taken)} side files from {display_name(planned.locked.config_model)}",
-        *([f"tokens  {tokens}"] if (tokens := vocabulary_facts(planned)) else []),
+        *([f"tokens  {found.tokens}"] if found.tokens else []),
         *(f"note    {note}" for note in planned.notes),
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
     ]
@@ -140,15 +131,16 @@ def _measuring(planned: Plan) -> list[str]:
     return [f"then    measures {whose}: {tried}; about {size(evaluation_memory(planned))} of memory"]
 
 
-def _accounting(planned: Plan) -> list[str]:
-    """Copied and left-out tensors by reason, so that nothing is lost in silence."""
-    copied = [(job.why, job.name) for job in planned.jobs if job.why is not None]
-    models = planned.locked.models
-    left = [(f"{display_name(models[item.model])}: {item.why}", item.tensor) for item in planned.left_out]
-    base = display_name(planned.locked.config_owner)
-    copied += [(f"as {base} has it, for what follows after the model", name) for name in planned.copied_tensors]
-    left += [(f"{base}: {why}", name) for name, why in planned.left_beside.items()]
-    return [*_by_reason("copied", copied), *_by_reason("left out", left)]
+def _accounting(found: PlanSummary) -> Iterator[str]:
+    """Copied and left-out tensors and files by reason, so that nothing is lost in silence."""
+    base, copied = display_name(found.plan.locked.config_owner), dict(found.copied)
+    if found.plan.copied_tensors:
+        copied[f"as {base} has it, for what follows after the model"] = found.plan.copied_tensors
+    left = {f"{model}: {why}": names for (model, why), names in found.left_out.items()}
+    left |= {f"{base}: {why}": names for why, names in found.left_beside.items()}
+    for title, groups in (("copied", copied), ("left out", left)):
+        yield from ["", title] if groups else []
+        yield from (f"  {few(names)}: {why}" for why, names in groups.items())
 
 
 def relations_text(related: Relations) -> str:
@@ -161,16 +153,6 @@ def _relation_text(row: Relation) -> str:
     cosine = "none" if row.cosine is None else f"{row.cosine:.2f}"
     sizes = ", ".join(f"{norm:.2f}" for norm in row.norms)
     return f"  {row.where}: cosine {cosine}, opposite signs {row.opposition:.0%}, sizes {sizes}"
-
-
-def _by_reason(title: str, items: Iterable[tuple[str, str]]) -> list[str]:
-    groups: dict[str, list[str]] = {}
-    for why, name in items:
-        groups.setdefault(why, []).append(name)
-    lines = ["", title] if groups else []
-    for why, names in groups.items():
-        lines.append(f"  {few(names)}: {why}")
-    return lines
 
 
 # ---- methods --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from merger.run.options import Options, destination, with_free_memory
 from merger.run.pipeline import Ready, Result, merge, missing_parts
 from merger.run.prepare import is_lock, plan
 from merger.runtime import take_over
-from merger.stores.ports import HUB
+from merger.safety.names import hub_path
 from merger.stores.resolve import Library
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _refuse_what_stays(planned: Plan, options: Options) -> None:
         hint = "start the parts yourself with --part, or give the recipe"
         problems.append(Problem(f"{recipe.path}: a lock file stays here, the other machines get the recipe", hint=hint))
     to = destination(recipe, options)
-    if not to.startswith(HUB):
+    if hub_path(to) is None:
         problems.append(Problem(f"the folder {to} is on this machine alone", hint="give --to hf://owner/name"))
     if problems:
         raise RecipeError(problems)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from merger.safety.limits import MEASURED, parse_json
 
+_Sums = TypeVar("_Sums")
 Table = tuple[tuple[float, ...], ...]
 
 
@@ -49,8 +51,7 @@ class Geometry:
 
     def cosine(self, one: int, other: int) -> float | None:
         """The cosine of the angle between two of them; None where one is zero."""
-        norms = self.norm(one) * self.norm(other)
-        return max(-1.0, min(1.0, self.products[one][other] / norms)) if norms > 0 else None
+        return cosine_of(self.products[one][other], self.products[one][one], self.products[other][other])
 
     def cosines(self) -> list[float]:
         """Those of all pairs of inputs."""
@@ -64,17 +65,24 @@ class Geometry:
 
 def total_geometry(parts: Iterable[Geometry]) -> Geometry:
     """That of several tensors, or blocks, seen as one; they have as many inputs."""
-    found = list(parts)
-    rows = zip(*(part.products for part in found), strict=True)
-    products = tuple(tuple(math.fsum(column) for column in zip(*row, strict=True)) for row in rows)
-    return Geometry(
-        products,
-        sum(part.opposed for part in found),
-        sum(part.sampled for part in found),
-        tuple(map(sum, zip(*(part.against for part in found), strict=True))),
-        tuple(map(sum, zip(*(part.moved for part in found), strict=True))),
-        tuple(map(math.fsum, zip(*(part.base for part in found), strict=True))),
-    )
+    return add_up([replace(part, odd=()) for part in parts])
+
+
+def add_up(parts: Sequence[_Sums]) -> _Sums:
+    """Dataclasses of numbers, or of tuples of them, as one: the sum of each field, the same in whatever order."""
+    return type(parts[0])(**{name: _add([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+def _add(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], tuple):
+        return tuple(map(_add, zip(*values, strict=True)))
+    return sum(values) if isinstance(values[0], int) else math.fsum(values)
+
+
+def cosine_of(product: float, one: float, other: float) -> float | None:
+    """Of the angle between two, from their inner product and the squares of their norms; None where one is zero."""
+    norms = math.sqrt(max(0.0, one)) * math.sqrt(max(0.0, other))
+    return max(-1.0, min(1.0, product / norms)) if norms > 0 else None
 
 
 NOTHING = Geometry(((0.0, 0.0), (0.0, 0.0)), 0, 0, (0,), (0,))

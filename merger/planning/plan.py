@@ -169,6 +169,16 @@ class Plan:
         return sum(job.entries for job in self.jobs)
 
     @property
+    def nbytes(self) -> int:
+        """How many bytes they take."""
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def traffic(self) -> int:
+        """How many bytes are read and written."""
+        return self.read_bytes + self.size
+
+    @property
     def stages(self) -> tuple[StageTensor, ...]:
         """What stages make on the way, each once."""
         return _stages(self.jobs)

@@ -12,7 +12,7 @@ from merger.card.licences import licence_notices
 from merger.card.pictures.canvas import Picture
 from merger.card.pictures.lineage import portrait
 from merger.card.pictures.movement import movement_plot, settings_plot
-from merger.card.relations import parameters, relations, tracks
+from merger.card.relations import Relations, parameters, relations, tracks
 from merger.card.render import render
 from merger.evaluation.budget import Score, scores_text
 from merger.methods.registry import methods
@@ -31,11 +31,13 @@ class Card:
 
     Args:
         text: of the card itself.
+        related: how the parents relate, of which it has a table.
         pictures: that it shows.
         scores: what was measured of the merge and its parents.
     """
 
     text: str
+    related: Relations
     pictures: tuple[Picture, ...] = ()
     scores: tuple[Score, ...] = ()
 
@@ -80,9 +82,9 @@ def card(
     drawn = [portrait(tree), settings_plot(inforce), movement_plot(moved)]
     pictures = tuple(picture for picture in drawn if picture is not None)
     shown = {picture.name: {"alt": picture.alt, "place": picture.place} for picture in pictures}
-    parts = {"lineage": tree.tree(), "pictures": shown, **score_facts(scores, name)}
-    text = render(planned, methods(), name, relations(planned, seen), parts)
-    return Card(text, pictures, tuple(scores))
+    related = relations(planned, seen)
+    parts = {"related": related, "lineage": tree.tree(), "pictures": shown, **score_facts(scores, name)}
+    return Card(render(planned, methods(), name, parts), related, pictures, tuple(scores))
 
 
 def elders(planned: Plan, to_hub: bool) -> Store | None:
@@ -137,10 +139,8 @@ def model_files(planned: Plan) -> dict[str, bytes]:
     files = {}
     if len(planned.shards) > 1:
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
-        total = sum(job.nbytes for job in planned.jobs)
-        files[index_name(planned.locked.config_owner.checkpoint.stem + SUFFIX)] = index(
-            dict(sorted(weight_map.items())), total
-        )
+        name = index_name(planned.locked.config_owner.checkpoint.stem + SUFFIX)
+        files[name] = index(dict(sorted(weight_map.items())), planned.nbytes)
     if planned.config:
         files[planned.config_name] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files

@@ -14,9 +14,8 @@ from merger.planning.plan import SHARD_BYTES, Budget, Part, Plan, Shard
 from merger.recipe.model import Recipe
 from merger.safety import secrets
 from merger.safety.limits import ALL_TENSORS, Limit
-from merger.safety.names import is_repo, need_repo, parse_repo
+from merger.safety.names import HUB, hub_path, is_repo, need_repo, parse_repo
 from merger.safety.paths import ANYWHERE
-from merger.stores.ports import HUB
 
 _HEADER_BYTES = 1_000_000
 
@@ -81,7 +80,7 @@ def budget_of(recipe: Recipe, options: Options) -> Budget:
 
 def _sending(to: str) -> int:
     """Bytes of memory that it may take to send shards there."""
-    if not to.startswith(HUB):
+    if hub_path(to) is None:
         return 0
     from merger.stores.uploads import upload_memory
 
@@ -131,7 +130,7 @@ def destination(recipe: Recipe, options: Options) -> str:
     if not to:
         hint = "give --to FOLDER or --to hf://owner/name, or write publish: {repo: owner/name} into the recipe"
         raise RecipeError(Problem(f"{recipe.path}: where shall the result go?", hint=hint))
-    if options.stream and not to.startswith(HUB):
+    if options.stream and hub_path(to) is None:
         raise RecipeError(Problem(f"--stream is for the Hub, and {to!r} is a folder", hint="leave out --stream"))
     return to
 
@@ -142,24 +141,7 @@ def to_hub(recipe: Recipe, options: Options) -> bool:
     Raises:
         RecipeError: see `destination`.
     """
-    return destination(recipe, options).startswith(HUB)
-
-
-def exposed_models(planned: Plan, to: str | None) -> list[str]:
-    """Sentences about private models of which all will read who may read the result.
-
-    Args:
-        planned: what is made.
-        to: where it goes; None: that is not said yet, and may be the Hub.
-    """
-    if planned.locked.recipe.publish.private or not (to or HUB).startswith(HUB):
-        return []
-    models = planned.locked.models
-    found = [each for model in models for each in (model, model.adapter) if each is not None and each.located.private]
-    what = "is private, and the result is public, unless its repo is there already and private: card and lock tell its"
-    keep = "write publish: {private: true} for a private result"
-    names = dict.fromkeys(model.located.name for model in found)
-    return [f"{name} {what} name, commit, licence and checksums; {keep}" for name in names]
+    return hub_path(destination(recipe, options)) is not None
 
 
 def stated_destination(recipe: Recipe, options: Options) -> str:

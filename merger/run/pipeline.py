@@ -11,23 +11,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merger.card.facts import lock_file
-from merger.card.relations import Loss, relations
+from merger.card.facts import exposed_models, lock_file
+from merger.card.relations import Loss
 from merger.card.render import render
 from merger.errors import DamagedError, MergerError, MissingError, Problem, UploadError
 from merger.evaluation.budget import Score
 from merger.evaluation.evaluate import Measured, Measuring, measure, prepare_measuring
-from merger.lock.locked import LockedRecipe
 from merger.methods.registry import methods
 from merger.models.formats.safetensors import WrittenShard
 from merger.models.side_files import LOCK_NAME
 from merger.planning.geometry import Geometry, load_geometry
 from merger.planning.plan import Part, Plan, Shard, share
-from merger.recipe.model import Recipe
+from merger.recipe.model import Publish
 from merger.run.artifacts import card, elders, small_files, used_files
-from merger.run.options import Options, destination, exposed_models, needed_disk, parse_destination, to_hub
+from merger.run.options import Options, destination, needed_disk, parse_destination, to_hub
+from merger.safety.names import hub_path
 from merger.stores.folder import ResultFolder
-from merger.stores.ports import HUB, Destination, Leftover, Published, Session, bytes_of
+from merger.stores.ports import Destination, Leftover, Published, Session, bytes_of
 from merger.stores.resolve import Library
 
 if TYPE_CHECKING:
@@ -121,31 +121,15 @@ def trusted_publishing(repo: str) -> str:
     return trusted_publisher(repo)
 
 
-def _place(recipe: Recipe, options: Options, locked: LockedRecipe) -> Destination:
-    to = destination(recipe, options)
-    if not to.startswith(HUB):
-        parents = [Path(model.located.where) for model in locked.models if model.located.commit is None]
-        return ResultFolder(Path(to), options.force, parents)
-    from merger.stores.staging import HubRepo
-
-    publish = recipe.publish
-    return HubRepo(
-        to.removeprefix(HUB),
-        publish.private,
-        options.force,
-        publish.create_pr or options.create_pr,
-        options.stream,
-        options.write_token,
-    )
-
-
 def missing_parts(planned: Plan, options: Options, count: int) -> Result | tuple[Part, ...]:
     """Those of `count` parts of which a shard is still to be made; the result where the model itself is there already.
 
     Raises:
         UploadError: the destination refuses what would be made.
     """
-    session = _place(planned.locked.recipe, options, planned.locked).open(planned.identity, shared=True)
+    session = place_of(destination(planned.locked.recipe, options), options, planned).open(
+        planned.identity, shared=True
+    )
     if isinstance(session, Published):
         return _found_result(planned, session)
     try:
@@ -175,7 +159,7 @@ def merge(planned: Plan, store: Library, options: Options, on_event: Observer = 
         MergerError: any kind; the destination is then as it was before, and finished shards wait for another run.
     """
     began = time.monotonic()
-    place = _place(planned.locked.recipe, options, planned.locked)
+    place = place_of(destination(planned.locked.recipe, options), options, planned)
     with ThreadPoolExecutor(1) as meanwhile:
         # the Hub's answers and torch's import take a second or two each
         if to_hub(planned.locked.recipe, options) and not options.publish_only:
@@ -226,7 +210,7 @@ class _Run:
         self._session.reserve(needed_disk(planned, options, missing))
         wanted = None if options.part else prepare_measuring(planned, options.device, options.read_token, options.root)
         if missing:
-            self._place.check_card(render(planned, methods(), self._place.name, relations(planned, {})))
+            self._place.check_card(render(planned, methods(), self._place.name))
             self._make(missing)
         shards = tuple(self._held[shard.name] for shard in mine)
         if options.part is not None:
@@ -268,9 +252,9 @@ class _Run:
     def _publish(self, shards: tuple[WrittenShard, ...], scores: tuple[Score, ...]) -> Result:
         planned = self._planned
         seen = {job.name: self._seen[job.name] for job in planned.jobs if job.name in self._seen}  # in the plan's order
-        related = relations(planned, seen)
         ancestors = elders(planned, to_hub(self._recipe, self._options))
         written = card(planned, self._place.name, seen, self._store, ancestors, scores)
+        related = written.related
         small = small_files(planned, self._store, shards, seen)
         published = self._session.finish({**written.files, **small}, _title(planned))
         doubts = (*related.doubts, *self._doubts, *exposed_models(planned, destination(self._recipe, self._options)))
@@ -313,8 +297,8 @@ def leftovers(to: str) -> list[Leftover]:
         MissingError: nothing is there, neither a result nor what a run left.
         UploadError: the destination cannot be asked.
     """
-    found = place_of(to).leftovers()
-    if not found and not parse_destination(to).startswith(HUB) and not os.path.lexists(os.path.expanduser(to)):
+    found = place_of(to, Options()).leftovers()
+    if not found and hub_path(parse_destination(to)) is None and not os.path.lexists(os.path.expanduser(to)):
         what = f"there is no folder {to!r}, nor a run that was to make it"
         raise MissingError(Problem(what, hint="paths are relative to the working directory; a repo starts with hf://"))
     return found
@@ -326,18 +310,28 @@ def clean(to: str, leftover: Leftover) -> None:
     Raises:
         UploadError: a run is at work there, or we may not write.
     """
-    place_of(to).clean(leftover)
+    place_of(to, Options()).clean(leftover)
 
 
-def place_of(to: str, token: str | None = None) -> Destination:
-    """What is at a destination, for all but making a merge there.
+def place_of(to: str, options: Options, planned: Plan | None = None) -> Destination:
+    """What is at a destination: a folder, or a repo on the Hub.
+
+    Args:
+        to: its name.
+        options: how it is written, and with which token.
+        planned: what shall be there; None: no merge is made.
 
     Raises:
         RecipeError: a place on the Hub that cannot be called so, or a word that may be a folder or a repo.
     """
     to = parse_destination(to)
-    if not to.startswith(HUB):
-        return ResultFolder(Path(to))
+    repo = hub_path(to)
+    if repo is None:
+        models = () if planned is None else planned.locked.models
+        parents = [Path(model.located.where) for model in models if model.located.commit is None]
+        return ResultFolder(Path(to), options.force, parents)
     from merger.stores.staging import HubRepo
 
-    return HubRepo(to.removeprefix(HUB), token=token)
+    publish = Publish() if planned is None else planned.locked.recipe.publish
+    as_pull = publish.create_pr or options.create_pr
+    return HubRepo(repo, publish.private, options.force, as_pull, options.stream, options.write_token)

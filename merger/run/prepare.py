@@ -28,9 +28,10 @@ from merger.recipe.parse import parse
 from merger.run.options import Options, budget_of, stated_destination
 from merger.runtime import refusal
 from merger.safety import limits
+from merger.safety.names import hub_path
 from merger.safety.paths import ANYWHERE, read_named
 from merger.stores.folder import FolderStore
-from merger.stores.ports import HUB, Store
+from merger.stores.ports import Store
 from merger.stores.resolve import Library, stores
 
 LOCK_SUFFIX = ".lock.yaml"
@@ -139,7 +140,7 @@ def recipe_of(held: Lock, path: str) -> Recipe:
     """
     recipe = parse(held.recipe, f"{path} (recipe)", methods())
     publish, evaluate, notes = recipe.publish, recipe.evaluate, list[Problem]()
-    if publish.template is not None and not publish.template.startswith(HUB):
+    if publish.template is not None and hub_path(publish.template) is None:
         notes.append(_left_out(publish.template, publish.template_at, "publish.template"))
         publish = replace(publish, template=None, left_out=publish.template)
     if evaluate is not None:
@@ -164,9 +165,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
     check_evaluation(recipe, options.root)
-    template = recipe.publish.template or ""
-    paths = [*(ref.path for ref in recipe.references), *([template] if template.startswith(HUB) else [])]
-    store = stores(paths, options.cache, options.read_token, options.root)
+    store = stores_of(recipe, options, options.root)
     path = Path(recipe.path)
     if is_lock(path) and path.is_file():
         planned = _plan_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
@@ -175,10 +174,17 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
             recipe, store, _pins(lock_path(path), options.root or path.parent), options.allow_pickle, options.tensors
         )
         planned = make_plan(locked, methods(), budget_of(recipe, options), options.seed)
-    refuse_licences(planned, published=stated_destination(recipe, options).startswith(HUB))
+    refuse_licences(planned, published=hub_path(stated_destination(recipe, options)) is not None)
     if options.part is None:
         check_memory(planned, options.max_memory)
     return with_templates(planned, store, options.root), store
+
+
+def stores_of(recipe: Recipe, options: Options, root: Path | None) -> Library:
+    """Where the recipe's models are, and its templates, if they are on the Hub; `root` as in `stores`."""
+    template = recipe.publish.template or ""
+    paths = [*(ref.path for ref in recipe.references), *([template] if hub_path(template) else [])]
+    return stores(paths, options.cache, options.read_token, root)
 
 
 def with_templates(planned: Plan, store: Store, root: Path | None = ANYWHERE) -> Plan:

@@ -10,6 +10,9 @@ from urllib.parse import unquote
 
 from merger.errors import Problem, RecipeError
 
+HUB = "hf://"
+"""What stands before the name of what is on the Hub."""
+
 HINT = (
     "write it as its address on the Hub ends, owner/name: letters, digits, -, _ and ., 96 at most in each; "
     "neither begins or ends with - or ., nowhere is -- or .., and .git is no ending"
@@ -41,10 +44,19 @@ def parse_name(text: str) -> str:
     """
     page = _PAGE.fullmatch(text.strip())
     if page is None or page["repo"].startswith(_NO_MODELS):
-        return text.removeprefix("hf://")
+        return text.removeprefix(HUB)
     inside = (page["inside"] or "").strip("/")
     within = f"/{inside}" if inside and ("/tree/" in text or inside.endswith(".safetensors")) else ""
     return page["repo"] + within + (f"@{unquote(page['revision'])}" if page["revision"] else "")
+
+
+def hub_path(place: str) -> str | None:
+    """What is named on the Hub, a repo or a file of one; None for a place on this machine.
+
+    >>> hub_path("hf://alice/merged-7b"), hub_path("./merged")
+    ('alice/merged-7b', None)
+    """
+    return place.removeprefix(HUB) if place.startswith(HUB) else None
 
 
 def parse_repo(text: str) -> str:

@@ -16,9 +16,6 @@ from merger.models.formats.safetensors import Outlet, WrittenShard
 from merger.safety import secrets
 from merger.safety.limits import Limit, excess
 
-HUB = "hf://"
-"""What stands before the name of a repo."""
-
 PIECE_BYTES = 4 << 20
 """How much of a file that is copied is held at once."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from merger.engine.stored import TORCH_DTYPES
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
 from merger.planning.budget import BLOCK_ENTRIES
+from merger.planning.geometry import add_up, cosine_of
 from merger.stores.ports import Reader
 
 _READABLE = {
@@ -55,22 +56,13 @@ class Distance:
     @property
     def cosine(self) -> float | None:
         """Of the angle between A and B; None where one of them is zero or not finite."""
-        norms = math.sqrt(self.one) * math.sqrt(self.other)
-        return max(-1.0, min(1.0, self.product / norms)) if norms and math.isfinite(self.largest) else None
+        return cosine_of(self.product, self.one, self.other) if math.isfinite(self.largest) else None
 
 
 def total_distance(parts: Iterable[Distance]) -> Distance:
     """That of several runs of entries, or tensors, seen as one."""
-    found = list(parts)
-    return Distance(
-        apart=math.fsum(part.apart for part in found),
-        one=math.fsum(part.one for part in found),
-        other=math.fsum(part.other for part in found),
-        product=math.fsum(part.product for part in found),
-        largest=max((part.largest for part in found), default=0.0),
-        differing=sum(part.differing for part in found),
-        entries=sum(part.entries for part in found),
-    )
+    found = [Distance(), *parts]
+    return replace(add_up(found), largest=max(part.largest for part in found))
 
 
 def distances(

@@ -5,15 +5,16 @@ Not here: the comparison of tensors (verify), and models that are no merges of o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 from merger.errors import MergerError, ModelError, Problem, RecipeError, VerificationError, few
-from merger.evaluation.budget import Score, read_scores
+from merger.evaluation.budget import read_scores
 from merger.lock.lock import tensors_in
 from merger.models.checkpoint import TensorInfo
 from merger.models.formats.safetensors import header
@@ -26,7 +27,7 @@ from merger.models.side_files import (
     loaded_as,
     since_later,
 )
-from merger.planning.geometry import Geometry, load_geometry
+from merger.planning.geometry import load_geometry
 from merger.planning.lockfile import Lock, read_lock
 from merger.planning.plan import Plan, Shard
 from merger.recipe.model import Recipe
@@ -38,6 +39,7 @@ from merger.stores.folder import tree
 from merger.stores.ports import Content, FileInfo, Located, sha256_of, size_of
 from merger.stores.resolve import Library, find
 
+_Measured = TypeVar("_Measured")
 _REQUESTS_AT_ONCE = 8
 _SMALL = 64 << 20
 """Files of up to so many bytes that are no shards are always compared by their checksum; larger ones with --all."""
@@ -230,29 +232,20 @@ def card_again(merge: Merge, planned: Plan, parents: Library) -> Card:
         VerificationError: what was measured is damaged.
     """
     elsewhere = elders(planned, merge.located.commit is not None)
-    return card(planned, merge.located.name, _read_measured(merge), parents, elsewhere, _scores(merge))
+    seen = _measured(merge, MEASURED_NAME, load_geometry, "the tables of how the models relate")
+    scores = _measured(merge, EVALUATED_NAME, read_scores, "the table of scores")
+    return card(planned, merge.located.name, seen or {}, parents, elsewhere, scores or ())
 
 
-def _read_measured(merge: Merge) -> dict[str, Geometry]:
-    """What was measured of the merge, where it is kept."""
-    if MEASURED_NAME not in merge.located.files:
-        return {}
+def _measured(merge: Merge, name: str, load: Callable[[str], _Measured], lost: str) -> _Measured | None:
+    """What a file says that was measured of the merge; None where there is none."""
+    if name not in merge.located.files:
+        return None
     try:
-        return load_geometry(merge.store.fetch(merge.located, MEASURED_NAME).decode())
+        return load(merge.store.fetch(merge.located, name).decode())
     except (ValueError, TypeError, AttributeError):
-        hint = "remove the file: the card will do without the tables of how the models relate"
-        raise VerificationError(Problem(f"{MEASURED_NAME} is damaged", hint=hint)) from None
-
-
-def _scores(merge: Merge) -> tuple[Score, ...]:
-    """What was measured of its use, where that was."""
-    if EVALUATED_NAME not in merge.located.files:
-        return ()
-    try:
-        return read_scores(merge.store.fetch(merge.located, EVALUATED_NAME).decode())
-    except (ValueError, TypeError):
-        hint = "remove the file: the card will do without the table of scores"
-        raise VerificationError(Problem(f"{EVALUATED_NAME} is damaged", hint=hint)) from None
+        hint = f"remove the file: the card will do without {lost}"
+        raise VerificationError(Problem(f"{name} is damaged", hint=hint)) from None
 
 
 def find_edits(merge: Merge, planned: Plan, parents: Library) -> Iterator[str]:

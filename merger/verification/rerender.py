@@ -14,9 +14,9 @@ from merger.models.side_files import CARD_NAME
 from merger.planning.lockfile import changed_models, other_plan
 from merger.run.options import Options
 from merger.run.pipeline import place_of
-from merger.run.prepare import planned_again, with_templates
-from merger.stores.ports import HUB, Published
-from merger.stores.resolve import stores
+from merger.run.prepare import planned_again, stores_of, with_templates
+from merger.safety.names import HUB
+from merger.stores.ports import Published
 from merger.verification.published import Merge, card_again, holds, open_merge
 
 
@@ -60,9 +60,7 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     recipe = merge.recipe
     if template is not None:
         recipe = replace(recipe, publish=replace(recipe.publish, template=template, template_at=None))
-    own = recipe.publish.template or ""
-    paths = [*(ref.path for ref in recipe.references), *([own] if own.startswith(HUB) else [])]
-    parents = stores(paths, options.cache, options.read_token, merge.root)
+    parents = stores_of(recipe, options, merge.root)
     locked = lock(recipe, parents, merge.held.pins)
     planned = planned_again(merge.held, locked, options)
     planned = with_templates(planned, parents, options.root)  # the lock names none of this machine
@@ -81,6 +79,6 @@ def write_card(made: Recarded, options: Options) -> Published | None:
     """
     if not made.files:
         return None
-    place = place_of(made.destination, options.write_token)
+    place = place_of(made.destination, options)
     place.check_card(made.text)
     return place.amend(made.files, "Render the card again", made.merge.located)

@@ -23,8 +23,8 @@ from merger.planning.plan import Plan, Shard
 from merger.run.artifacts import taken_files
 from merger.run.options import Options
 from merger.run.pipeline import ignore
-from merger.run.prepare import planned_again
-from merger.stores.resolve import Library, stores
+from merger.run.prepare import planned_again, stores_of
+from merger.stores.resolve import Library
 from merger.verification.published import (
     Merge,
     comparable,
@@ -139,7 +139,7 @@ def verify(
     merge = open_merge(target, options.read_token)
     if merge.recipe.lora is not None:  # its tensors are made in pairs, so that one alone cannot be
         extent = replace(extent, everything=True)
-    parents = stores([ref.path for ref in merge.recipe.references], options.cache, options.read_token, merge.root)
+    parents = stores_of(merge.recipe, options, merge.root)
     locked = lock(merge.recipe, parents, merge.held.pins)
     problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
     planned = _plan(merge.held, locked, options, problems)

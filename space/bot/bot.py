@@ -374,7 +374,7 @@ def parse_event(payload: WebhookPayload) -> WebhookEvent | None:
 
 def plan_words(planned: Planned, repo: str) -> str:
     """A plan as a comment."""
-    words = markdown.plan_section(planned.plan, f"hf://{repo}")
+    words = markdown.plan_section(planned.summary(repo))
     warnings = planned.recipe.warnings
     return f"{words}\n\n{markdown.problems_section('Warnings', warnings)}" if warnings else words
 

@@ -206,9 +206,8 @@ def plan_recipe(recipe: Recipe, how: Options, limits: Limits) -> tuple[Plan, Sto
     except BudgetError as error:
         what = tuple(replace(problem, hint=_TOO_BIG) for problem in error.problems)
         raise TooBigError(what) from None
-    traffic = found.read_bytes + found.size
-    if traffic > limits.traffic:
-        told = f"this merge reads and writes {size(traffic)}, and this Space moves {size(limits.traffic)}"
+    if found.traffic > limits.traffic:
+        told = f"this merge reads and writes {size(found.traffic)}, and this Space moves {size(limits.traffic)}"
         raise TooBigError(Problem(f"{told} a merge at most", hint=_TOO_BIG))
     return found, store
 

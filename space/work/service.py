@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from merger.card.facts import PlanSummary, summarize
 from merger.errors import Problem, RecipeError
 from merger.run.artifacts import card, elders
 from merger.safety import secrets
-from merger.safety.names import need_repo
-from merger.stores.ports import HUB
+from merger.safety.names import HUB, need_repo
 from space.work import admission
 from space.work.job_table import DEFAULT, How, QueuedMerge
 from space.work.queue import MergeQueue, Token
@@ -31,10 +31,10 @@ class Planned:
     plan: Plan
     store: Store = field(repr=False)
 
-    @property
-    def to(self) -> str | None:
-        """Where it goes, as far as the recipe says it."""
-        return None if self.recipe.publish.repo is None else HUB + self.recipe.publish.repo
+    def summary(self, to: str | None = None) -> PlanSummary:
+        """What page, API and bot tell of it, where it goes to this repo, or as the recipe says."""
+        repo = to or self.recipe.publish.repo
+        return summarize(self.plan, None if repo is None else HUB + repo)
 
     def card(self) -> dict[str, bytes]:
         """The card's files, README.md and pictures, as far as they are known before anything is made."""
@@ -81,5 +81,5 @@ class Service:
         if to is None:
             raise RecipeError(Problem("where shall the result go?", hint=f"write for example {owner}/my-merge"))
         need_repo(to)
-        total = sum(job.nbytes for job in found.plan.jobs)
+        total = found.plan.nbytes
         return self.queue.submit(owner, token, text, HUB + to, admission.pinned_commits(found.plan), total, how)

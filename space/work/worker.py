@@ -119,7 +119,7 @@ def _make(asked: dict[str, Any], out: TextIO) -> None:
         write_token=asked["token"],
     )
     planned, store = plan(read_recipe(Path(RECIPE)), options)
-    progress = ProgressPipe(sum(job.nbytes for job in planned.jobs), out)
+    progress = ProgressPipe(planned.nbytes, out)
 
     def tell(event: Event) -> None:
         if isinstance(event, Resumed):

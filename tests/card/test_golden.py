@@ -37,6 +37,7 @@ RELATIONS = Relations(
     ("org/one and org/two are as good as the same (cosine 0.9999): their merge is either of them",),
 )  # fmt: skip
 PARTS = {
+    "related": RELATIONS,
     "lineage": "org/merged (merge by ties)\n├── org/one @ 1111 (fine-tune, llama3.1)\n└── org/two @ 2222 (apache-2.0)",
     "pictures": {
         name: {"alt": f"The {name} as a picture", "place": f"pictures/{name}.png"}
@@ -115,7 +116,7 @@ def test_a_card_word_for_word(name: str, root: Path) -> None:
     made = planned(RECIPES[name], root)
     whole = name in ("ties", "documents")
     title = made.locked.recipe.publish.repo or ("merged" if name == "local" else "org/merged")
-    card = render(made, methods(), title, RELATIONS if whole else Relations((), (), ()), PARTS if whole else {})
+    card = render(made, methods(), title, PARTS if whole else {})
     card = card.replace(made.hash[:16], "PLAN")
     golden = GOLDEN / f"{name}.md"
     if os.environ.get("GOLDEN") == "write":

@@ -89,11 +89,12 @@ def card(template: str | None = None, **others: str) -> tuple[dict[str, Any], Sk
     comment = "".join(f"# {line}\n" for line in said["comment"].splitlines())
     Path("mine.yaml").write_text(comment + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     row = Relation(said["measured"], 0.5, 0.25, (1.0, 0.5), 0.75)
-    parts = {"lineage": said["measured"], "pictures": {"lineage": {"alt": said["measured"], "place": "a.png"}},
+    parts = {"related": Relations((row,), (row,), (said["measured"],)), "lineage": said["measured"],
+             "pictures": {"lineage": {"alt": said["measured"], "place": "a.png"}},
              "evaluation": {"columns": [said["measured"]], "rows": [[said["measured"]]], "note": said["measured"]},
              }  # fmt: skip
     planned = plan(read_recipe(Path("mine.yaml")), Options())[0]
-    made = render(planned, methods(), said["title"], Relations((row,), (row,), (said["measured"],)), parts)
+    made = render(planned, methods(), said["title"], parts)
     assert problems(made) == ([], [])
     _, front, body = made.split("---\n", 2)
     return yaml.safe_load(front), Skeleton(HUB.render(body))

@@ -12,8 +12,8 @@ import pytest
 import tiny
 import yaml
 
+from merger.card.facts import summarize
 from merger.card.licences import Judgement, _find_licence, judge, keys, propose_licences, stated_licences
-from merger.card.relations import Relations
 from merger.card.render import render
 from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind
 from merger.cli import markdown
@@ -153,18 +153,18 @@ def test_what_no_licence_fits_is_not_published(parents: tuple[str, str], said: l
     for problem, what in zip(refused.value.problems, said, strict=True):
         line = 3 if what.startswith("one") else 4
         assert str(problem).startswith(f"mine.yaml:{line}:10: models[./{what[:3]}]: {what}")
-    told = console.plan_text(planned(parents))
+    told = console.plan_text(summarize(planned(parents)))
     assert all(f"warning: {what}" in told for what in said)
 
 
 def test_the_recipe_may_say_why(planned: Planned) -> None:
     """Its words stand in plan, comment and card, beside what they override."""
     made = planned(("cc-by-nc-4.0", "mit"), {"license": "mit", "license_override": "*I* made it"}, to="hf://org/x")
-    card = render(made, methods(), "org/x", Relations((), (), ()))
+    card = render(made, methods(), "org/x")
     assert "> **Conflict:** one (cc-by-nc-4.0) allows no commercial use, and mit does." in card
     assert "The publisher says why it is published all the same: \\*I\\* made it" in card
-    assert "published all the same: *I* made it" in console.plan_text(made)
-    assert "**Published all the same:** \\*I\\* made it" in markdown.plan_section(made, None)
+    assert "published all the same: *I* made it" in console.plan_text(summarize(made))
+    assert "**Published all the same:** \\*I\\* made it" in markdown.plan_section(summarize(made))
 
 
 def judged(planned: Planned, *licences: Any, **publish: Any) -> Judgement:
@@ -174,10 +174,12 @@ def judged(planned: Planned, *licences: Any, **publish: Any) -> Judgement:
 def test_the_plan_tells_of_licences(planned: Planned) -> None:
     """As text, as Markdown and as JSON: what is proposed, and what the parents' licences ask."""
     made = planned(("llama3.1", "apache-2.0"))
-    assert "licence llama3.1 (proposed)\n  apache-2.0  credit, notice\n  llama3.1    credit," in console.plan_text(made)
+    assert "licence llama3.1 (proposed)\n  apache-2.0  credit, notice\n  llama3.1    credit," in console.plan_text(
+        summarize(made)
+    )
     row = "| licence | `llama3.1` (proposed, as the strictest that fits); the parents' licences ask: credit, notice, "
-    assert row in markdown.plan_section(made, None)
-    told = json.loads(json.dumps(console.plan_json(made)))["licence"]
+    assert row in markdown.plan_section(summarize(made))
+    told = json.loads(json.dumps(console.plan_json(summarize(made))))["licence"]
     assert told["license"] == "llama3.1"
     assert not told["stated"]
     assert told["asks"]["apache-2.0"] == ["credit", "notice"]
@@ -187,12 +189,12 @@ def test_the_plan_tells_of_licences(planned: Planned) -> None:
 def test_names_that_a_licence_asks_for(planned: Planned) -> None:
     """What has to stand beside the model stands in the card; a name that does not begin as it has to is told."""
     made = planned(("llama3.1", "llama3.1"), {"repo": "org/mine"})
-    card = render(made, methods(), "org/mine", Relations((), (), ()))
+    card = render(made, methods(), "org/mine")
     assert "**Built with Llama**" in card
     assert "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc." in card
     note = "the Llama 3.1 Community License asks that the result's name begins with Llama: mine does not"
     assert judge(made).notes == (note,)
-    assert f"warning: {note}" in console.plan_text(made)
+    assert f"warning: {note}" in console.plan_text(summarize(made))
     assert judge(made, "org/Llama-3.1-mine").notes == ()
     assert judge(planned(("llama3", "mit")), "org/llama3-x").notes == ()
 

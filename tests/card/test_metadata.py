@@ -15,7 +15,6 @@ from loopback import Client, LoopbackHub
 from loopback.cards import problems
 
 from merger.card.metadata import front_matter
-from merger.card.relations import Relations
 from merger.card.render import render
 from merger.methods.registry import methods
 from merger.run.options import Options
@@ -56,7 +55,7 @@ def metadata(folder: str, recipe: str) -> tuple[dict[str, Any], str]:
 
     os.chdir(folder)
     Path("mine.yaml").write_text(recipe)
-    card = render(plan(read_recipe(Path("mine.yaml")), Options())[0], methods(), "org/x", Relations((), (), ()))
+    card = render(plan(read_recipe(Path("mine.yaml")), Options())[0], methods(), "org/x")
     return yaml.safe_load(card.split("---\n", 2)[1]), card
 
 

@@ -12,7 +12,6 @@ import pytest
 import tiny
 from loopback import Client, LoopbackHub
 
-from merger.card.relations import Relations
 from merger.card.render import render
 from merger.errors import RecipeError
 from merger.methods.registry import methods
@@ -47,7 +46,7 @@ def body(template: str, name: str = "org/a_b") -> str:
     """The card of a recipe with this value for publish.template, below its metadata."""
     Path("mine.yaml").write_text(RECIPE % template)
     planned = plan(read_recipe(Path("mine.yaml")), Options())[0]
-    return render(planned, methods(), name, Relations((), (), ())).split("---\n", 2)[2]
+    return render(planned, methods(), name).split("---\n", 2)[2]
 
 
 def of(text: str) -> str:
@@ -100,7 +99,7 @@ def _body(folder: str, recipe: str) -> str:
     os.chdir(folder)
     Path("mine.yaml").write_text(recipe)
     planned = plan(read_recipe(Path("mine.yaml")), Options())[0]
-    return render(planned, methods(), "org/a_b", Relations((), (), ())).split("---\n", 2)[2]
+    return render(planned, methods(), "org/a_b").split("---\n", 2)[2]
 
 
 LICENCE = "parents[0].licence"

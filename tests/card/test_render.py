@@ -12,7 +12,6 @@ import yaml
 from planning.models import model
 
 from merger.card.facts import lock_file
-from merger.card.relations import Relations
 from merger.card.render import render
 from merger.methods.registry import methods
 from merger.planning.plan import Plan
@@ -21,7 +20,6 @@ from merger.run.prepare import plan, read_recipe
 from merger.stores.ports import FileInfo
 from merger.stores.resolve import Library
 
-UNSEEN = Relations((), (), ())
 RECIPE = """\
 merge_method: ties
 base_model: ./base
@@ -57,7 +55,7 @@ def planned(text: str) -> Plan:
 
 def card(text: str, name: str = "org/merged") -> tuple[dict[str, Any], str]:
     """A recipe's card: its metadata as data, and its body."""
-    _, front, body = render(planned(text), methods(), name, UNSEEN).split("---\n", 2)
+    _, front, body = render(planned(text), methods(), name).split("---\n", 2)
     return yaml.safe_load(front), body
 
 

@@ -23,6 +23,7 @@ from actions import commands, environment
 from brought import cloned, of_gguf, of_mlx
 from calls import called
 
+from merger.card.facts import summarize
 from merger.cli import action
 from merger.cli.markdown import plan_section
 from merger.errors import BudgetError, MergerError
@@ -235,29 +236,26 @@ def stepped(root: Path, place: Path, recipes: str, **given: str) -> Step:
 
 
 @pytest.fixture(scope="module")
-def checked(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Step:
-    """The recipes as the Action checks them."""
-    return stepped(here, tmp_path_factory.mktemp("runner"), "\n".join(map(file, RECIPES)), mode="check")
+def steps(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Step]:
+    """The recipes as the Action checks them, and those with models as it plans them, by mode."""
+    every = {"check": (*RECIPES,), "plan": (*MODELS, *PLANNED)}
+    return {
+        mode: stepped(here, tmp_path_factory.mktemp("runner"), "\n".join(map(file, names)), mode=mode)
+        for mode, names in every.items()
+    }
 
 
-@pytest.fixture(scope="module")
-def looked_at(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Step:
-    """Those with models, as the Action plans them."""
-    return stepped(here, tmp_path_factory.mktemp("runner"), "\n".join(map(file, (*MODELS, *PLANNED))), mode="plan")
+def in_text(says: Says, name: str) -> str:
+    return f"{file(name)}:{says.line}:{says.column}: {says.what}\n    {says.hint}\n"
 
 
-def on_the_terminal(says: Says, name: str) -> str:
-    kind = "warning: " if says.kind == "warning" else ""
-    return f"{kind}{file(name)}:{says.line}:{says.column}: {says.what}\n    {says.hint}\n"
-
-
-def on_github(says: Says, name: str) -> str:
+def on_github(step: Step, says: Says, name: str) -> list[str]:
+    """The commands about a recipe, of which the first says it, as the summary does too."""
     what = f"{says.what}\n    {says.hint}".replace("%", "%25").replace("\n", "%0A")
-    return f"::{says.kind} file={file(name)},line={says.line},col={says.column},title=Merger::{what}"
-
-
-def in_the_summary(says: Says, name: str) -> str:
-    return f"```text\n{file(name)}:{says.line}:{says.column}: {says.what}\n    {says.hint}\n"
+    told = [line for line in step.commands if f"file={file(name)}," in line]
+    assert told[0] == f"::{says.kind} file={file(name)},line={says.line},col={says.column},title=Merger::{what}"
+    assert f"```text\n{in_text(says, name)}" in step.summary
+    return told
 
 
 def in_the_space(says: Says) -> str:
@@ -270,13 +268,13 @@ def words(page: str) -> str:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_said_of_a_recipe(name: str, here: Path, checked: Step) -> None:
+def test_what_is_said_of_a_recipe(name: str, here: Path, steps: Mapping[str, Step]) -> None:
     """And nothing else, on the terminal; at its line on GitHub, and in the summary; in the Space's page and answers."""
     recipe, says = RECIPES[name]
     done = called(["check", file(name)])
-    assert (done.code, done.err) == (2 if says.kind == "error" else 0, on_the_terminal(says, name))
-    assert [line for line in checked.commands if f"file={file(name)}," in line] == [on_github(says, name)]
-    assert in_the_summary(says, name) in checked.summary
+    code, kind = (2, "") if says.kind == "error" else (0, "warning: ")
+    assert (done.code, done.err) == (code, kind + in_text(says, name))
+    assert len(on_github(steps["check"], says, name)) == 1
     assert words(views.problem_list(admission.check(recipe))) == in_the_space(says)
     answer = Api(NO_SERVICE).check(recipe)
     (told,) = answer["problems" if says.kind == "error" else "warnings"]
@@ -287,27 +285,26 @@ def test_what_is_said_of_a_recipe(name: str, here: Path, checked: Step) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_said_of_a_model(name: str, here: Path, looked_at: Step) -> None:
+def test_what_is_said_of_a_model(name: str, here: Path, steps: Mapping[str, Step]) -> None:
     """First, on the terminal and in the Space; at the model's line on GitHub, and in the summary."""
     says = MODELS[name][1]
     done = called(["plan", file(name)])
     assert done.code in (3, 4)
-    assert done.err.startswith(on_the_terminal(says, name))
-    assert next(line for line in looked_at.commands if f"file={file(name)}," in line) == on_github(says, name)
-    assert in_the_summary(says, name) in looked_at.summary
+    assert done.err.startswith(in_text(says, name))
+    assert on_github(steps["plan"], says, name)
     with pytest.raises(MergerError) as caught:
         plan(read_recipe(Path(file(name))), Options())
     assert words(views.refusal_html(caught.value.problems)).startswith(in_the_space(says))
 
 
 @pytest.mark.parametrize("name", PLANNED)
-def test_what_is_said_of_a_plan(name: str, here: Path, looked_at: Step) -> None:
+def test_what_is_said_of_a_plan(name: str, here: Path, steps: Mapping[str, Step]) -> None:
     """In the plan on the terminal, and as Markdown in the summary, and as the Space's page has it."""
     _, terminal, markdown = PLANNED[name]
     done = called(["plan", file(name)])
     assert (done.code, terminal in done.out) == (0, True), done.out
     planned, _ = plan(read_recipe(Path(file(name))), Options())
-    for told in (looked_at.summary, plan_section(planned, None)):
+    for told in (steps["plan"].summary, plan_section(summarize(planned))):
         assert markdown in told.replace("\\", ""), told
 
 

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils import logging as transformers_logging
 
+import merger
 from merger.cli.commands import main
-from merger.run import pipeline as run
+from merger.planning.plan import Part
 from merger.run.options import Options
-from merger.run.prepare import plan, read_recipe
+from merger.run.pipeline import Resumed
 
 WILD = Path(__file__).parents[1] / "recipe" / "wild"
 SMALL: Mapping[str, Any] = {
@@ -146,11 +147,7 @@ def recipe(case: Case, models: Sequence[Path], shared: Path | None = None, **cha
 
 def mixed(written: Mapping[str, Any], out: Path, **options: Any) -> dict[str, Tensor]:
     """Make the mixture of a recipe; its tensors."""
-    path = out.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(dict(written), sort_keys=False))
-    chosen = Options(to=str(out), **{"threads": 2, **options})
-    planned, store = plan(read_recipe(path), chosen)
-    run.merge(planned, store, chosen)
+    merger.merge(written, str(out), options=Options(**{"threads": 2, **options}))
     return tiny.read(out)
 
 
@@ -230,31 +227,15 @@ def test_each_layout_loads_and_holds_its_models_tensors(
 
 @every_layout
 def test_a_mixture_of_one_model_is_that_model(name: str, dense: Mapping[str, Sequence[Path]], tmp_path: Path) -> None:
-    """Equal experts compute what the dense model does, whatever the router does; a shared one of scale 0 adds none."""
-    case, model = CASES[name], dense[name][0]
-    written = recipe(case, [model, model, model, model])
-    for shared in written.get("shared_experts", ()):
-        shared["residual_scale"] = 0
-    mixed(written, tmp_path / "out")
-    plain = getattr(transformers, f"{case.dense}ForCausalLM").from_pretrained(model).eval()
-    assert torch.allclose(logits(loaded(case, tmp_path / "out")), logits(plain), rtol=1e-4, atol=1e-5)
+    """Equal experts compute what the dense model does, whatever the router does; a shared one of scale 0 adds none.
 
-
-@pytest.mark.parametrize("name", ["mixtral", "mixtral-of-mistral", "qwen", "qwen-with-windows", "qwen3"])
-def test_what_the_base_models_config_leaves_out_means_the_same(
-    name: str, dense: Mapping[str, Sequence[Path]], tmp_path: Path
-) -> None:
-    """An old config says only what is no default of its class; the mixture's has others, and is told all."""
-    case = CASES[name]
-    settings = {key: value for key, value in case.settings.items() if key != "tie_word_embeddings"}
-    config = getattr(transformers, f"{case.dense}Config")(**{**SMALL, **settings})
-    defaults = getattr(transformers, f"{case.dense}Config")().to_dict()
-    said = {key: value for key, value in config.to_dict().items() if value != defaults.get(key)}
-    said |= {"model_type": config.model_type, "architectures": [f"{case.dense}ForCausalLM"]}
-    folder = tmp_path / "model"
-    tiny.write(folder, tiny.read(dense[name][0]))
-    (folder / "config.json").write_text(json.dumps(said))
-    written = recipe(case, [folder] * 3)
+    Its config is an old one, which says only what is no default of its class; the mixture's, with others, is told all.
+    """
+    case, folder, kind = CASES[name], tmp_path / "model", getattr(transformers, f"{CASES[name].dense}Config")
+    config, defaults = kind(**SMALL, **case.settings).to_dict(), kind().to_dict()
+    said = {key: value for key, value in config.items() if value != defaults.get(key) or key == "model_type"}
+    tiny.write(folder, tiny.read(dense[name][0]), config=said, architectures=[f"{case.dense}ForCausalLM"])
+    written = recipe(case, [folder] * 4)
     for shared in written.get("shared_experts", ()):
         shared["residual_scale"] = 0
     mixed(written, tmp_path / "out")
@@ -365,14 +346,11 @@ def test_the_same_bytes_whatever_the_threads_and_shards(mode: str, tmp_path: Pat
     mixed(written, tmp_path / "one", threads=1)
     mixed(written, tmp_path / "three", threads=3, shard_size=400_000)
     assert sha256(tmp_path / "three") == sha256(tmp_path / "one")
-    path = tmp_path / "parts.yaml"
-    path.write_text(yaml.safe_dump(written))
     events: list[object] = []
-    for part in (run.Part(2, 3), None):
-        options = Options(to=str(tmp_path / "parts"), threads=2, shard_size=400_000, part=part)
-        planned, store = plan(read_recipe(path), options)
-        run.merge(planned, store, options, events.append)
-    assert any(isinstance(event, run.Resumed) for event in events)
+    for part in (Part(2, 3), None):
+        options = Options(threads=2, shard_size=400_000, part=part)
+        merger.merge(written, str(tmp_path / "parts"), options=options, on_event=events.append)
+    assert any(isinstance(event, Resumed) for event in events)
     assert sha256(tmp_path / "parts") == sha256(tmp_path / "one")
 
 
@@ -516,12 +494,7 @@ def test_prompts_too_similar_are_told_of(tmp_path: Path) -> None:
     written = zoo("hidden")
     for number, expert in enumerate(written["experts"]):
         expert["positive_prompts"] = ["The same words" + " again" * number + "."]
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(written))
-    options = Options(to=str(tmp_path / "out"), threads=1)
-    planned, store = plan(read_recipe(path), options)
-    done = run.merge(planned, store, options)
-    (doubt,) = done.doubts
+    (doubt,) = merger.merge(written, str(tmp_path / "out")).doubts
     assert doubt.startswith("the router's rows are nearly alike in 6 of 6 layers (0, 1, 2, 3, 4, 5)")
 
 
@@ -630,6 +603,7 @@ def test_a_mixture_from_the_hub_to_the_hub(
 MEASURED = """
 import json, sys
 from pathlib import Path
+import merger
 from merger.cli.commands import main
 from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe as read

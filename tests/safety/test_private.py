@@ -238,7 +238,7 @@ def service_says(folder: str, recipe: str, tokens: list[str | None]) -> list[str
         try:
             planned = service.plan(recipe, token)
             files = [content.decode("utf-8", "replace") for content in planned.card().values()]
-            found.append("\n".join([markdown.plan_section(planned.plan, planned.to), *files]))
+            found.append("\n".join([markdown.plan_section(planned.summary()), *files]))
         except MergerError as error:
             found.append("\n".join(map(str, error.problems)))
     return found
