@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from merger.card.relations import Relations
 from merger.planning.plan import Plan
 from merger.run import artifacts as beside
 from merger.run import pipeline as run
 from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
 
-_NO_CARD = beside.Card("---\n---\n")
+_NO_CARD = beside.Card("---\n---\n", Relations())
 
 
 def merged(recipe: str, out: Path, card: bool = False, **options: Any) -> Plan:

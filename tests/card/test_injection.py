@@ -12,11 +12,10 @@ import yaml
 from loopback.cards import problems
 from markdown_it import MarkdownIt
 
+import merger
 from merger.card.relations import Relation, Relations
 from merger.card.render import render
 from merger.methods.registry import methods
-from merger.run.options import Options
-from merger.run.prepare import plan, read_recipe
 from merger.safety.text import visible
 
 PLAIN = "plain"
@@ -93,7 +92,7 @@ def card(template: str | None = None, **others: str) -> tuple[dict[str, Any], Sk
              "pictures": {"lineage": {"alt": said["measured"], "place": "a.png"}},
              "evaluation": {"columns": [said["measured"]], "rows": [[said["measured"]]], "note": said["measured"]},
              }  # fmt: skip
-    planned = plan(read_recipe(Path("mine.yaml")), Options())[0]
+    planned = merger.plan("mine.yaml")
     made = render(planned, methods(), said["title"], parts)
     assert problems(made) == ([], [])
     _, front, body = made.split("---\n", 2)

@@ -9,14 +9,12 @@ import tiny
 import torch
 from torch import Tensor
 
+import merger
 from merger.card.relations import OUTSIDE, Parameter, parameters, tracks
 from merger.engine.execute import Observed
 from merger.methods.registry import methods
 from merger.planning.geometry import Geometry
 from merger.planning.plan import Plan
-from merger.run.options import Options
-from merger.run.pipeline import merge
-from merger.run.prepare import plan, read_recipe
 
 STACK = "model.layers"
 TASK = """\
@@ -31,11 +29,10 @@ def merged(tmp_path: Path, text: str) -> tuple[Plan, dict[str, Geometry]]:
     for seed, name in enumerate(("base", "one", "two")):
         tiny.model(tmp_path / name, seed, dtype=torch.float32)
     (tmp_path / "mine.yaml").write_text(text.format(tmp_path))
-    options = Options(to=str(tmp_path / "out"))
-    planned, store = plan(read_recipe(tmp_path / "mine.yaml"), options)
     events: list[object] = []
-    merge(planned, store, options, events.append)
-    return planned, {event.job.name: event.geometry for event in events if isinstance(event, Observed)}
+    merger.merge(tmp_path / "mine.yaml", str(tmp_path / "out"), on_event=events.append)
+    seen = {event.job.name: event.geometry for event in events if isinstance(event, Observed)}
+    return merger.plan(tmp_path / "mine.yaml"), seen
 
 
 def flat(folder: Path, within: str) -> Tensor:
@@ -82,7 +79,7 @@ def in_force(tmp_path: Path, text: str, layers: int = 3) -> dict[str, Parameter]
     for seed, name in enumerate(("base", "one", "two")):
         tiny.model(tmp_path / name, seed, layers=layers)
     (tmp_path / "mine.yaml").write_text(text.format(tmp_path))
-    planned, _ = plan(read_recipe(tmp_path / "mine.yaml"), Options())
+    planned = merger.plan(tmp_path / "mine.yaml")
     return {parameter.name: parameter for parameter in parameters(planned, methods())}
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import yaml
 
+import merger
 from merger.card.facts import summarize
 from merger.card.licences import Judgement, _find_licence, judge, keys, propose_licences, stated_licences
 from merger.card.render import render
@@ -22,9 +23,6 @@ from merger.errors import MergerError, MismatchError, RecipeError
 from merger.methods.registry import methods
 from merger.planning.plan import Plan
 from merger.recipe.model import Publish
-from merger.run.options import Options
-from merger.run.pipeline import merge
-from merger.run.prepare import plan, read_recipe
 
 Planned = Callable[..., Plan]
 
@@ -54,7 +52,7 @@ def planned(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
         recipe = {"merge_method": "linear", "models": [{"model": "./one"}, {"model": "./two"}],
                   "parameters": {"weight": 1}, **({"publish": publish} if publish else {})}  # fmt: skip
         Path("mine.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        return plan(read_recipe(Path("mine.yaml")), Options(to=to))[0]
+        return merger.plan("mine.yaml", to)
 
     return make
 
@@ -278,9 +276,7 @@ def test_files_that_licences_ask_to_be_passed_on(planned: Planned, tmp_path: Pat
         for file, text in files.items():
             (tmp_path / name / file).parent.mkdir(exist_ok=True)
             (tmp_path / name / file).write_text(text)
-    options = Options(to=str(tmp_path / "out"))
-    made, store = plan(read_recipe(Path("mine.yaml")), options)
-    merge(made, store, options)
+    merger.merge("mine.yaml", str(tmp_path / "out"))
     out = tmp_path / "out"
     assert (out / "LICENSE").read_text() == "of one"
     assert (out / "USE_POLICY.md").read_text() == "be good"

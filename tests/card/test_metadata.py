@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from loopback import Client, LoopbackHub
 from loopback.cards import problems
 
+import merger
 from merger.card.metadata import front_matter
 from merger.card.render import render
 from merger.methods.registry import methods
-from merger.run.options import Options
-from merger.run.prepare import plan, read_recipe
 
 RECIPE = """\
 merge_method: task_arithmetic
@@ -55,7 +54,7 @@ def metadata(folder: str, recipe: str) -> tuple[dict[str, Any], str]:
 
     os.chdir(folder)
     Path("mine.yaml").write_text(recipe)
-    card = render(plan(read_recipe(Path("mine.yaml")), Options())[0], methods(), "org/x")
+    card = render(merger.plan("mine.yaml"), methods(), "org/x")
     return yaml.safe_load(card.split("---\n", 2)[1]), card
 
 

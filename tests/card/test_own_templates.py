@@ -12,11 +12,10 @@ import pytest
 import tiny
 from loopback import Client, LoopbackHub
 
+import merger
 from merger.card.render import render
 from merger.errors import RecipeError
 from merger.methods.registry import methods
-from merger.run.options import Options
-from merger.run.prepare import plan, read_recipe
 from merger.safety.apart import Bounds
 
 RECIPE = """\
@@ -45,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def body(template: str, name: str = "org/a_b") -> str:
     """The card of a recipe with this value for publish.template, below its metadata."""
     Path("mine.yaml").write_text(RECIPE % template)
-    planned = plan(read_recipe(Path("mine.yaml")), Options())[0]
+    planned = merger.plan("mine.yaml")
     return render(planned, methods(), name).split("---\n", 2)[2]
 
 
@@ -98,7 +97,7 @@ def _body(folder: str, recipe: str) -> str:
 
     os.chdir(folder)
     Path("mine.yaml").write_text(recipe)
-    planned = plan(read_recipe(Path("mine.yaml")), Options())[0]
+    planned = merger.plan("mine.yaml")
     return render(planned, methods(), "org/a_b").split("---\n", 2)[2]
 
 

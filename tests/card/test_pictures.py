@@ -15,15 +15,13 @@ import pytest
 import tiny
 from PIL import Image
 
+import merger
 from merger.card.ancestors import Family, Member
 from merger.card.pictures import movement as plots
 from merger.card.pictures.canvas import Picture
 from merger.card.pictures.lineage import columns, portrait
 from merger.card.pictures.movement import movement_plot, settings_plot
 from merger.card.relations import OUTSIDE, Apart, Line, Parameter, Track
-from merger.run.options import Options
-from merger.run.pipeline import merge
-from merger.run.prepare import plan, read_recipe
 
 COMMIT = "0123456789" * 4
 KIN = Family(
@@ -111,8 +109,7 @@ def test_every_picture_of_a_card_lies_beside_it(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"merge_method: slerp\nbase_model: {one}\nmodels: [{{model: {one}}}, {{model: {two}}}]\n"
                       "parameters: {t: [0.1, 0.9]}\n")  # fmt: skip
-    options = Options(to=str(tmp_path / "out"))
-    merge(*plan(read_recipe(recipe), options), options)
+    merger.merge(recipe, str(tmp_path / "out"))
     shown = re.findall(r"!\[(.+)\]\((pictures/\w+\.png)\)", (tmp_path / "out/README.md").read_text())
     assert [alt for alt, _ in shown] == [
         "Lineage of out: 2 models, 2 of them its parents",

@@ -13,14 +13,13 @@ import torch
 from places import ZOO
 from torch import Tensor
 
+import merger
 from merger.cli.commands import main
 from merger.engine.execute import Observed
 from merger.engine.geometry import observe
 from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry, dump_geometry, load_geometry, total_geometry
 from merger.run.options import Options
-from merger.run.pipeline import merge
-from merger.run.prepare import plan, read_recipe
 
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -92,8 +91,7 @@ def merged(tmp_path: Path, method: str, one: Edit, other: Edit, base: bool = Tru
     lines = [f"merge_method: {method}", f"base_model: {tmp_path}/base" if base else "", "models:"]
     lines += [f"- model: {tmp_path}/{name}\n  parameters: {{weight: 0.5}}" for name in ("one", "other")]
     (tmp_path / "mine.yaml").write_text("\n".join(lines))
-    options = Options(to=str(tmp_path / "out"))
-    done = merge(*plan(read_recipe(tmp_path / "mine.yaml"), options), options)
+    done = merger.merge(tmp_path / "mine.yaml", str(tmp_path / "out"))
     return (tmp_path / "out/README.md").read_text(), done.doubts
 
 
@@ -156,9 +154,9 @@ def test_threads_do_not_change_what_is_seen(tmp_path: Path) -> None:
     )
     seen = []
     for threads in (1, 3):
-        options = Options(to=str(tmp_path / f"out{threads}"), threads=threads)
         events: list[object] = []
-        result = merge(*plan(read_recipe(tmp_path / "mine.yaml"), options), options, events.append)
+        to, options = str(tmp_path / f"out{threads}"), Options(threads=threads)
+        result = merger.merge(tmp_path / "mine.yaml", to, options=options, on_event=events.append)
         seen.append({event.job.name: event.geometry for event in events if isinstance(event, Observed)})
         assert result.doubts == ()
     assert seen[0] == seen[1]

@@ -8,9 +8,8 @@ import pytest
 import tiny
 import yaml
 
+import merger
 from merger.card.render import shown_recipe
-from merger.run.options import Options
-from merger.run.prepare import plan, read_recipe
 
 
 @pytest.mark.parametrize(
@@ -40,7 +39,7 @@ def test_places_of_folders_are_not_shown(
         f"  - model: {written.format(place=tmp_path, escaped=escaped)} # one\n  - model: ./two\n"
     )
     Path("mine.yaml").write_text(text)
-    found = shown_recipe(plan(read_recipe(Path("mine.yaml")), Options())[0])
+    found = shown_recipe(merger.plan("mine.yaml"))
     assert f"  - model: {shown} # one\n  - model: ./two\n" in found
     assert str(tmp_path) not in yaml.safe_dump(yaml.safe_load(found))
     if "{place}" in written:
@@ -54,4 +53,4 @@ def test_a_recipe_without_folders_elsewhere_is_shown_as_it_is(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     text = "merge_method:   linear # ok\nparameters: {weight: 1}\nmodels: [{model: ./one}, {model: ./two}]"
     Path("mine.yaml").write_text(text)
-    assert shown_recipe(plan(read_recipe(Path("mine.yaml")), Options())[0]) == text
+    assert shown_recipe(merger.plan("mine.yaml")) == text

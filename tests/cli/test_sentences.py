@@ -23,12 +23,13 @@ from actions import commands, environment
 from brought import cloned, of_gguf, of_mlx
 from calls import called
 
+import merger
 from merger.card.facts import summarize
 from merger.cli import action
 from merger.cli.markdown import plan_section
 from merger.errors import BudgetError, MergerError
 from merger.run.options import Options
-from merger.run.prepare import plan, read_recipe
+from merger.run.prepare import read_recipe
 from space import views
 from space.api import Api
 from space.work import admission
@@ -293,7 +294,7 @@ def test_what_is_said_of_a_model(name: str, here: Path, steps: Mapping[str, Step
     assert done.err.startswith(in_text(says, name))
     assert on_github(steps["plan"], says, name)
     with pytest.raises(MergerError) as caught:
-        plan(read_recipe(Path(file(name))), Options())
+        merger.plan(file(name))
     assert words(views.refusal_html(caught.value.problems)).startswith(in_the_space(says))
 
 
@@ -303,7 +304,7 @@ def test_what_is_said_of_a_plan(name: str, here: Path, steps: Mapping[str, Step]
     _, terminal, markdown = PLANNED[name]
     done = called(["plan", file(name)])
     assert (done.code, terminal in done.out) == (0, True), done.out
-    planned, _ = plan(read_recipe(Path(file(name))), Options())
+    planned = merger.plan(Path(file(name)))
     for told in (steps["plan"].summary, plan_section(summarize(planned))):
         assert markdown in told.replace("\\", ""), told
 

@@ -10,10 +10,9 @@ from loopback import Client, LoopbackHub
 from loopback.wire import Answer
 from places import ZOO
 
+import merger
 from merger.errors import RecipeError, VerificationError
 from merger.run.options import Options
-from merger.run.pipeline import merge
-from merger.run.prepare import plan, read_recipe
 from merger.verification.rerender import recard, write_card
 
 RECIPE = """\
@@ -34,8 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own/parts").mkdir(parents=True)
     (tmp_path / "own/parts/citation.md.j2").write_text("\n")
     (tmp_path / "mine.yaml").write_text(RECIPE.format(ZOO))
-    chosen = Options(to="out")
-    merge(*plan(read_recipe(Path("mine.yaml")), chosen), chosen)
+    merger.merge("mine.yaml", "out")
     return tmp_path
 
 

@@ -16,10 +16,9 @@ from calls import Said, called
 from loopback import Client, LoopbackHub
 from places import ZOO
 
+import merger
 from merger.models.checkpoint import read_header
 from merger.run.options import Options
-from merger.run.pipeline import merge
-from merger.run.prepare import plan, read_recipe
 from merger.verification.sample import whole_tensor
 from merger.verification.verify import Extent, Report, verify
 
@@ -247,8 +246,7 @@ def test_another_tokenizer_on_the_hub_is_seen_without_reading_it(
 def merged(folder: Path, text: str, **options: Any) -> Path:
     """A merge of the zoo's models in a folder; its path."""
     (folder / "mine.yaml").write_text(text.replace("proof/", f"{ZOO}/"))
-    chosen = Options(to=str(folder / "out"), force=True, **options)
-    merge(*plan(read_recipe(folder / "mine.yaml"), chosen), chosen)
+    merger.merge(folder / "mine.yaml", str(folder / "out"), options=Options(force=True, **options))
     return folder / "out"
 
 
@@ -378,9 +376,8 @@ def test_a_parents_other_file_in_a_folder_is_told(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "kjv", "python")):
         tiny.model(tmp_path / name, seed)
     (tmp_path / "mine.yaml").write_text(RECIPE.format(method="linear").replace("proof/", f"{tmp_path}/"))
-    chosen = Options(to=str(tmp_path / "out"))
-    planned, store = plan(read_recipe(tmp_path / "mine.yaml"), chosen)
-    merge(planned, store, chosen)
+    planned = merger.plan(tmp_path / "mine.yaml")
+    merger.merge(tmp_path / "mine.yaml", str(tmp_path / "out"))
     tiny.model(tmp_path / "kjv", seed=9)
     found = report(tmp_path / "out", everything=True)
     assert found.problems[0].what.startswith("kjv: model.safetensors is another file: its SHA-256 is ")
