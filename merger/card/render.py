@@ -262,8 +262,8 @@ def _plan(facts: PlanSummary) -> dict[str, Any]:
 def _beside(facts: PlanSummary) -> dict[str, Any]:
     """Of files beside the tensors: which hold tensors that were not merged, what differs, and what is left out, why."""
     planned, left = facts.plan, [{"why": why, "files": names} for why, names in facts.left_beside.items()]
-    return {"base": display_name(planned.locked.config_owner), "copied": planned.copied_tensors, "doubts": planned.doubts,
-            "left_out": left}  # fmt: skip
+    base = display_name(planned.locked.config_owner)
+    return {"base": base, "copied": planned.copied_tensors, "doubts": planned.doubts, "left_out": left}
 
 
 def _method(method: Method | MixtureFacts) -> dict[str, Any]:
