@@ -10,6 +10,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -24,54 +25,71 @@ from merger.planning.lockfile import OURS, Lock, Parent
 from merger.planning.plan import Plan
 from merger.recipe.blocks.mixture import METHOD
 from merger.recipe.model import Expert, Mixture
-from merger.safety.names import HUB, hub_path
+from merger.safety.names import HUB, hub_path, is_repo
 from merger.stores.ports import FileInfo, Located
 
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """What a person wants to know of a plan, beside the numbers that it holds.
+    """What a person wants to know of a plan, beside the numbers that it holds; each found out when first asked for.
 
     Args:
         plan: the plan.
         to: where its result goes; None: that is not said yet.
-        methods: how many tensors each makes; among them is copying.
-        dtypes: those of the result.
-        tokens: a sentence on its vocabulary, where that is another one.
-        copied: the tensors that are copied although the recipe names a method, by reason.
-        left_out: those that nothing is made of, by model and reason.
-        left_beside: the base's files beside its tensors that the result lacks, by reason.
-        licence: the result's.
-        doubts: sentences on what is likely not meant.
     """
 
     plan: Plan
-    to: str | None
-    methods: Mapping[str, int]
-    dtypes: tuple[str, ...]
-    tokens: str | None
-    copied: Mapping[str, Sequence[str]]
-    left_out: Mapping[tuple[str, str], Sequence[str]]
-    left_beside: Mapping[str, Sequence[str]]
-    licence: Judgement
-    doubts: tuple[str, ...]
+    to: str | None = None
 
+    @cached_property
+    def methods(self) -> Mapping[str, int]:
+        """How many tensors each method makes; copying is among them."""
+        return Counter(job.kind for job in self.plan.jobs)
 
-def summarize(planned: Plan, to: str | None = None) -> PlanSummary:
-    """The facts of a plan whose result goes there; None: that is not said yet."""
-    models, jobs = planned.locked.models, planned.jobs
-    return PlanSummary(
-        plan=planned,
-        to=to,
-        methods=Counter(job.kind for job in jobs),
-        dtypes=tuple(dict.fromkeys(job.dtype for job in jobs)),
-        tokens=_vocabulary(planned),
-        copied=_group((job.why, job.name) for job in jobs if job.why is not None),
-        left_out=_group(((display_name(models[each.model]), each.why), each.tensor) for each in planned.left_out),
-        left_beside=_group((why, name) for name, why in planned.left_beside.items()),
-        licence=judge(planned, hub_path(to or "")),
-        doubts=_doubts(planned, to),
-    )
+    @cached_property
+    def dtypes(self) -> tuple[str, ...]:
+        """Those of the result."""
+        return tuple(dict.fromkeys(job.dtype for job in self.plan.jobs))
+
+    @cached_property
+    def copied(self) -> Mapping[str, Sequence[str]]:
+        """The tensors that are copied although the recipe names a method, by reason."""
+        return _group((job.why, job.name) for job in self.plan.jobs if job.why is not None)
+
+    @cached_property
+    def left_out(self) -> Mapping[tuple[str, str], Sequence[str]]:
+        """The tensors that nothing is made of, by model and reason."""
+        names = [display_name(model) for model in self.plan.locked.models]
+        return _group(((names[each.model], each.why), each.tensor) for each in self.plan.left_out)
+
+    @cached_property
+    def left_beside(self) -> Mapping[str, Sequence[str]]:
+        """The base's files beside its tensors that the result lacks, by reason."""
+        return _group((why, name) for name, why in self.plan.left_beside.items())
+
+    @cached_property
+    def licence(self) -> Judgement:
+        """The result's licence."""
+        return judge(self.plan, hub_path(self.to or ""))
+
+    @cached_property
+    def doubts(self) -> tuple[str, ...]:
+        """Sentences on what is likely not meant."""
+        located = [model.located for model in self.plan.locked.models]
+        moved = dict.fromkeys(f"{each.moved} is now {each.where}" for each in located if each.moved)
+        found = [*moved, *_same_models(self.plan), *_strange_adapters(self.plan), *self.plan.doubts]
+        return (*found, *exposed_models(self.plan, self.to))
+
+    @cached_property
+    def tokens(self) -> str | None:
+        """How many rows there are, whose tokenizer it is, and how many of its model's are gone; None: as they were."""
+        tokens = self.plan.tokens
+        if tokens is None:
+            return None
+        of = display_name(self.plan.locked.numbered(tokens.source))
+        more = f" and {tokens.new:,} tokens more" if tokens.new else ""
+        cut = f"; {tokens.cut:,} rows of {of} behind its last token are left out (rows: base keeps them)"
+        return f"{tokens.rows:,} rows: the tokenizer of {of}{more}{cut if tokens.cut else ''}"
 
 
 def _group(pairs: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
@@ -82,24 +100,7 @@ def _group(pairs: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
     return groups
 
 
-def _vocabulary(planned: Plan) -> str | None:
-    """How many rows there are, whose tokenizer it is, and how many of its model's rows are gone; None: as they were."""
-    tokens = planned.tokens
-    if tokens is None:
-        return None
-    of = display_name(planned.locked.numbered(tokens.source))
-    more = f" and {tokens.new:,} tokens more" if tokens.new else ""
-    cut = f"; {tokens.cut:,} rows of {of} behind its last token are left out (rows: base keeps them)"
-    return f"{tokens.rows:,} rows: the tokenizer of {of}{more}{cut if tokens.cut else ''}"
-
-
 # ---- doubts ---------------------------------------------------------------------------------------------------------
-
-
-def _doubts(planned: Plan, to: str | None) -> tuple[str, ...]:
-    located = [model.located for model in planned.locked.models]
-    moved = dict.fromkeys(f"{each.moved} is now {each.where}" for each in located if each.moved)
-    return (*moved, *_same_models(planned), *_strange_adapters(planned), *planned.doubts, *exposed_models(planned, to))
 
 
 def exposed_models(planned: Plan, to: str | None) -> list[str]:
@@ -151,7 +152,7 @@ def _strange_adapters(planned: Plan) -> list[str]:
 
 def _means(named: str, model: LockedModel) -> bool:
     """Whether an adapter's config speaks of this model: by its repo id, or where either is a folder, its last part."""
-    on_hub = model.located.commit is not None and named.count("/") == 1 and not named.startswith((".", "/"))
+    on_hub = model.located.commit is not None and is_repo(named)
     theirs, ours = named.lower().rstrip("/"), (model.ref.path if on_hub else model.located.name).lower()
     return theirs == ours if on_hub else theirs.split("/")[-1] == ours.split("/")[-1]
 

@@ -15,6 +15,7 @@ from merger.card.facts import MixtureFacts
 from merger.methods.registry import Method
 from merger.models.config import is_diffusion
 from merger.planning.plan import Plan
+from merger.safety.names import is_repo
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
@@ -62,7 +63,7 @@ def _of_adapter(planned: Plan, used: Sequence[Method | MixtureFacts]) -> dict[st
     """What it says of a LoRA adapter: the model that it belongs to is its base, whatever it was made of."""
     lora, config = planned.locked.recipe.lora, planned.config
     base = config.get("base_model_name_or_path")
-    on_hub = isinstance(base, str) and _DATASET.fullmatch(base) is not None and "/" in base
+    on_hub = isinstance(base, str) and is_repo(base)
     made = ["merge", "merger", *(method.name for method in used)] if lora and not lora.extracted else ["merger"]
     return {
         "library_name": "peft",

@@ -16,7 +16,7 @@ import yaml
 from markupsafe import Markup
 
 from merger.card.escape import link_address
-from merger.card.facts import TITLE, MixtureFacts, PlanSummary, mixture_facts, summarize
+from merger.card.facts import TITLE, MixtureFacts, PlanSummary, mixture_facts
 from merger.card.licences import Judgement, keys, licence_of
 from merger.card.metadata import front_matter, head_class, library, metadata
 from merger.card.relations import Relation, Relations, parameters
@@ -144,7 +144,7 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, parts: Mapping
     named = dict.fromkeys(piece.method for of in recipe.documents for piece in of.slices)
     mixed = [] if recipe.mixture is None else [mixture_facts(planned, recipe.mixture)]
     used: list[Method | MixtureFacts] = [*(table[method] for method in named), *mixed]
-    facts = summarize(planned, f"{HUB if '/' in name else './'}{name}")
+    facts = PlanSummary(planned, f"{HUB if '/' in name else './'}{name}")
     data = metadata(planned, used, keys(facts.licence.licences), more.pop("metadata"))
     content = {**_content(planned, table, used, facts), "name": name, **more}
     body = fill(planned.locked.templates, recipe.publish, content)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger.card.escape import code
-from merger.card.facts import PlanSummary, summarize
+from merger.card.facts import PlanSummary
 from merger.cli import markdown, text
 from merger.cli.github import Event, GitHubApi, GitHubError, Log, write_outputs, write_summary
 from merger.cli.inputs import Inputs, top
@@ -197,7 +197,7 @@ class ActionRun:
             return
         options = self._options(recipe)
         planned, store = plan(recipe, options)
-        found = summarize(planned, _destination(recipe, options))
+        found = PlanSummary(planned, _destination(recipe, options))
         outcome = replace(outcome, state="planned", summary=found)
         yield outcome
         print(text.plan_text(found), flush=True)

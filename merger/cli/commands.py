@@ -108,7 +108,7 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from merger.card.facts import summarize
+    from merger.card.facts import PlanSummary
     from merger.cli import text
     from merger.run.options import needed_disk, stated_destination
     from merger.run.prepare import plan, read_recipe, sample_relations
@@ -120,7 +120,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         needed_disk(planned, options, planned.shards)
     for note in recipe.warnings:
         print(text.warning(note), file=sys.stderr)
-    found = summarize(planned, stated_destination(recipe, options))
+    found = PlanSummary(planned, stated_destination(recipe, options))
     print(json.dumps(text.plan_json(found)) if arguments.json else text.plan_text(found))
     if arguments.look:
         print(text.relations_text(sample_relations(planned, store)), file=sys.stderr if arguments.json else sys.stdout)
@@ -152,7 +152,7 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 
 def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
-    from merger.card.facts import summarize
+    from merger.card.facts import PlanSummary
     from merger.cli import text
     from merger.distributed.start import distribute, options_of_parts
     from merger.run.options import destination, with_free_memory
@@ -170,7 +170,7 @@ def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
             return
         if isinstance(event, Ready):
             notes = [text.warning(note) for note in recipe.warnings]  # by now the destination has not refused
-            print("\n".join([*notes, text.plan_text(summarize(planned, to)), ""]), file=sys.stderr)
+            print("\n".join([*notes, text.plan_text(PlanSummary(planned, to)), ""]), file=sys.stderr)
         text.show(event, progress)
 
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from merger.card.facts import PlanSummary, summarize
+from merger.card.facts import PlanSummary
 from merger.errors import Problem, RecipeError
 from merger.run.artifacts import card, elders
 from merger.safety import secrets
@@ -34,7 +34,7 @@ class Planned:
     def summary(self, to: str | None = None) -> PlanSummary:
         """What page, API and bot tell of it, where it goes to this repo, or as the recipe says."""
         repo = to or self.recipe.publish.repo
-        return summarize(self.plan, None if repo is None else HUB + repo)
+        return PlanSummary(self.plan, None if repo is None else HUB + repo)
 
     def card(self) -> dict[str, bytes]:
         """The card's files, README.md and pictures, as far as they are known before anything is made."""

@@ -13,7 +13,7 @@ import tiny
 import yaml
 
 import merger
-from merger.card.facts import summarize
+from merger.card.facts import PlanSummary
 from merger.card.licences import Judgement, _find_licence, judge, keys, propose_licences, stated_licences
 from merger.card.render import render
 from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind
@@ -151,7 +151,7 @@ def test_what_no_licence_fits_is_not_published(parents: tuple[str, str], said: l
     for problem, what in zip(refused.value.problems, said, strict=True):
         line = 3 if what.startswith("one") else 4
         assert str(problem).startswith(f"mine.yaml:{line}:10: models[./{what[:3]}]: {what}")
-    told = console.plan_text(summarize(planned(parents)))
+    told = console.plan_text(PlanSummary(planned(parents)))
     assert all(f"warning: {what}" in told for what in said)
 
 
@@ -161,8 +161,8 @@ def test_the_recipe_may_say_why(planned: Planned) -> None:
     card = render(made, methods(), "org/x")
     assert "> **Conflict:** one (cc-by-nc-4.0) allows no commercial use, and mit does." in card
     assert "The publisher says why it is published all the same: \\*I\\* made it" in card
-    assert "published all the same: *I* made it" in console.plan_text(summarize(made))
-    assert "**Published all the same:** \\*I\\* made it" in markdown.plan_section(summarize(made))
+    assert "published all the same: *I* made it" in console.plan_text(PlanSummary(made))
+    assert "**Published all the same:** \\*I\\* made it" in markdown.plan_section(PlanSummary(made))
 
 
 def judged(planned: Planned, *licences: Any, **publish: Any) -> Judgement:
@@ -173,11 +173,11 @@ def test_the_plan_tells_of_licences(planned: Planned) -> None:
     """As text, as Markdown and as JSON: what is proposed, and what the parents' licences ask."""
     made = planned(("llama3.1", "apache-2.0"))
     assert "licence llama3.1 (proposed)\n  apache-2.0  credit, notice\n  llama3.1    credit," in console.plan_text(
-        summarize(made)
+        PlanSummary(made)
     )
     row = "| licence | `llama3.1` (proposed, as the strictest that fits); the parents' licences ask: credit, notice, "
-    assert row in markdown.plan_section(summarize(made))
-    told = json.loads(json.dumps(console.plan_json(summarize(made))))["licence"]
+    assert row in markdown.plan_section(PlanSummary(made))
+    told = json.loads(json.dumps(console.plan_json(PlanSummary(made))))["licence"]
     assert told["license"] == "llama3.1"
     assert not told["stated"]
     assert told["asks"]["apache-2.0"] == ["credit", "notice"]
@@ -192,7 +192,7 @@ def test_names_that_a_licence_asks_for(planned: Planned) -> None:
     assert "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc." in card
     note = "the Llama 3.1 Community License asks that the result's name begins with Llama: mine does not"
     assert judge(made).notes == (note,)
-    assert f"warning: {note}" in console.plan_text(summarize(made))
+    assert f"warning: {note}" in console.plan_text(PlanSummary(made))
     assert judge(made, "org/Llama-3.1-mine").notes == ()
     assert judge(planned(("llama3", "mit")), "org/llama3-x").notes == ()
 

@@ -24,7 +24,7 @@ from brought import cloned, of_gguf, of_mlx
 from calls import called
 
 import merger
-from merger.card.facts import summarize
+from merger.card.facts import PlanSummary
 from merger.cli import action
 from merger.cli.markdown import plan_section
 from merger.errors import BudgetError, MergerError
@@ -305,7 +305,7 @@ def test_what_is_said_of_a_plan(name: str, here: Path, steps: Mapping[str, Step]
     done = called(["plan", file(name)])
     assert (done.code, terminal in done.out) == (0, True), done.out
     planned = merger.plan(Path(file(name)))
-    for told in (steps["plan"].summary, plan_section(summarize(planned))):
+    for told in (steps["plan"].summary, plan_section(PlanSummary(planned))):
         assert markdown in told.replace("\\", ""), told
 
 
@@ -331,7 +331,7 @@ def test_what_takes_memory_is_told_wherever_there_is_too_little(here: Path, tmp_
     done = called(["plan", name, "--max-memory", "1,000,000"])
     what, hint = done.err.splitlines()
     assert re.fullmatch(r"this merge needs [\d,]+ bytes of memory, and 1,000,000 are allowed", what)
-    assert re.search(r"small buffers: [\d,]+ for Python and torch, [\d,]+ for the work on \S+, [\d,]+ for ", hint)
+    assert re.search(r"small buffers: [\d,]+ for Python and its libraries, [\d,]+ for the work on \S+, [\d,]+ for ", hint)
     (told,) = [line for line in stepped(here, tmp_path, name, mode="plan", max_memory="1,000,000").commands
                if line.startswith("::error")]  # fmt: skip
     assert told.endswith(f"::{what}%0A{hint}")

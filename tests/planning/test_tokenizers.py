@@ -15,7 +15,7 @@ from loopback import LoopbackHub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import BASE, model, rows, sentencepiece
 
-from merger.card.facts import summarize
+from merger.card.facts import PlanSummary
 from merger.cli.markdown import plan_section
 from merger.cli.text import plan_text
 from merger.errors import MismatchError, RecipeError
@@ -177,8 +177,8 @@ def test_rows_behind_the_tokens_are_kept_or_said_to_be_cut(block: str, tmp_path:
     recipe = linear(models[0], models[other], more=f"tokenizer: {{{block}}}")
     made = merge(recipe, tmp_path / "out")
     told = f"{count} rows: the tokenizer of padded{says}"
-    assert f"tokens  {told}" in plan_text(summarize(made)).splitlines()
-    assert visible(told) in visible(plan_section(summarize(made)))
+    assert f"tokens  {told}" in plan_text(PlanSummary(made)).splitlines()
+    assert visible(told) in visible(plan_section(PlanSummary(made)))
     assert f"Embedding and head: {visible(told)}." in visible((tmp_path / "out/README.md").read_text())
     assert config(tmp_path / "out")["vocab_size"] == count
     for name in (EMBEDDING, HEAD):
