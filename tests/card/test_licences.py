@@ -193,7 +193,7 @@ def test_names_that_a_licence_asks_for(planned: Planned) -> None:
     note = "the Llama 3.1 Community License asks that the result's name begins with Llama: mine does not"
     assert judge(made).notes == (note,)
     assert f"warning: {note}" in console.plan_text(PlanSummary(made))
-    assert judge(made, "org/Llama-3.1-mine").notes == ()
+    assert PlanSummary(made, "hf://org/Llama-3.1-mine").licence.notes == ()
     assert judge(planned(("llama3", "mit")), "org/llama3-x").notes == ()
 
 

@@ -331,7 +331,7 @@ def test_what_takes_memory_is_told_wherever_there_is_too_little(here: Path, tmp_
     done = called(["plan", name, "--max-memory", "1,000,000"])
     what, hint = done.err.splitlines()
     assert re.fullmatch(r"this merge needs [\d,]+ bytes of memory, and 1,000,000 are allowed", what)
-    assert re.search(r"small buffers: [\d,]+ for Python and its libraries, [\d,]+ for the work on \S+, [\d,]+ for ", hint)
+    assert re.search(r"small buffers: [\d,]+ for Python and its libraries, [\d,]+ for the work on \S+, ", hint)
     (told,) = [line for line in stepped(here, tmp_path, name, mode="plan", max_memory="1,000,000").commands
                if line.startswith("::error")]  # fmt: skip
     assert told.endswith(f"::{what}%0A{hint}")
