@@ -209,6 +209,7 @@ def test_names_that_a_licence_asks_for(planned: Planned) -> None:
         ({"license": "other", "license_name": "mine", "license_link": "javascript:alert(1)"},
          {"license": "other", "license_name": "mine"}),
         ({"license": "<script>"}, {"license": "other", "license_name": "script"}),
+        ({"license": "mit\ntags: [evil]\n---\n"}, {"license": "other", "license_name": "mit-tags-evil"}),
         ({"license": "\U0001f600"}, {"license": "other", "license_name": "unnamed"}),
         ({}, {}),
     ],

@@ -77,25 +77,6 @@ def test_local_parents_are_no_base_models(folder: Path) -> None:
     assert "(a local folder)" in body
 
 
-def test_text_of_others_stays_text(folder: Path) -> None:
-    """A licence, a folder's name and a recipe full of Markdown, HTML and Jinja change nothing but their own text."""
-    nasty = "x](http://evil) <script>alert(1)</script> | {{ 7 * 7 }}"
-    (folder / "one" / "README.md").write_text(yaml.safe_dump({"license": nasty}).join(["---\n", "---\n"]))
-    _, body = card(RECIPE + "# ```\n# </details> {{ 7 * 7 }}\n")
-    assert "<script>" not in body
-    assert "](http://evil)" not in body
-    assert "49" not in body
-    assert "````yaml" in body
-
-
-def test_metadata_survives_any_licence(folder: Path) -> None:
-    """Front matter is written as data: a licence that looks like YAML becomes a name that the Hub takes."""
-    text = "mit\ntags: [evil]\n---\n"
-    metadata, _ = card(RECIPE + yaml.safe_dump({"publish": {"license": text}}))
-    assert (metadata["license"], metadata["license_name"]) == ("other", "mit-tags-evil")
-    assert metadata["tags"] == ["merge", "merger", "ties"]
-
-
 def test_lock_names_inputs_and_outputs(folder: Path) -> None:
     """The lock holds each file that is read and each that is written with its checksum, the recipe, and no path."""
     made, store = planned_with_store(RECIPE + "seed: 5\n")
