@@ -52,20 +52,27 @@ class Needs:
 
 def needs(job: Job, table: Mapping[str, Method]) -> Needs:
     """What has to be there before a job's first block."""
-    stages = tuple(dict.fromkeys(below(job, set())))
+    stages = tuple(below(job, set()))
+    jobs = (*(made.job for made in stages), job)
+    reads = Counter(stored for each in jobs for stored in _read(each, table))
+    kept = tuple(stored for stored, times in reads.items() if times > 1)
+    return Needs(stages, _spooled(job, stages, table), kept)
+
+
+def _spooled(job: Job, stages: tuple[StageTensor, ...], table: Mapping[str, Method]) -> frozenset[StageTensor]:
+    if not stages:
+        return frozenset()
     jobs = (*(made.job for made in stages), job)
     uses = Counter(
         end for each in jobs for source in each.sources for end in unpack(source) if isinstance(end, StageTensor)
     )
-    streamed = {made for each in jobs for made in _streamed(each, table) if uses[made] == 1}
-    reads = Counter(stored for each in jobs for stored in _read(each, table))
-    return Needs(stages, frozenset(stages) - streamed, tuple(stored for stored, times in reads.items() if times > 1))
+    return frozenset(stages) - {made for each in jobs for made in _streamed(each, table) if uses[made] == 1}
 
 
 def below(job: Job, seen: set[StageTensor]) -> Iterator[StageTensor]:
     """The stages' tensors that a job is made of, each once, after those that it is made of itself."""
     for source in job.sources:
-        for end in unpack(source):
+        for end in () if isinstance(source, Stored) else unpack(source):
             if isinstance(end, StageTensor) and end not in seen:
                 seen.add(end)
                 yield from below(end.job, seen)
@@ -98,29 +105,30 @@ def spool(job: Job, table: Mapping[str, Method], remote: frozenset[int]) -> int:
         table: the merge methods by name.
         remote: the numbers of the models that are read from afar.
     """
-    wanted = needs(job, table)
-    read = sum(stored.tensor.nbytes for stored in wanted.kept if stored.model in remote)
-    return read + sum(made.job.nbytes for made in wanted.spooled)
+    read = sum(stored.tensor.nbytes for stored in needs(job, table).kept if stored.model in remote) if remote else 0
+    return read + sum(made.job.nbytes for made in _spooled(job, tuple(below(job, set())), table))
 
 
 def thread_memory(job: Job, table: Mapping[str, Method]) -> int:
     """The bytes that a thread takes for a job: its stages that are kept are made before, the others with it."""
-    wanted = needs(job, table)
-    taken: dict[StageTensor, int] = {}
-    for made in wanted.stages:
-        taken[made] = _with_streamed(made.job, table, wanted, taken)
-    whole = _with_streamed(job, table, wanted, taken)
-    return max([whole, *(taken[made] for made in wanted.spooled)])
+    stages = tuple(below(job, set()))
+    spooled, taken = _spooled(job, stages, table), dict[StageTensor, int]()
+    for made in stages:
+        taken[made] = _with_streamed(made.job, table, spooled, taken)
+    whole = _with_streamed(job, table, spooled, taken)
+    return max([whole, *(taken[made] for made in spooled)])
 
 
 def takes_torch(jobs: Sequence[Job], table: Mapping[str, Method]) -> bool:
     """Whether torch is imported for these: for inputs that are computed, and for methods that want it."""
-    computed = any(not isinstance(source, Stored | StageTensor) for job in jobs for source in job.sources)
+    computed = any(not isinstance(source, (Stored, StageTensor)) for job in jobs for source in job.sources)
     return computed or any(table[job.method].needs == "torch" for job in jobs)
 
 
-def _with_streamed(job: Job, table: Mapping[str, Method], wanted: Needs, taken: Mapping[StageTensor, int]) -> int:
-    made = [source for source in job.sources if isinstance(source, StageTensor) and source not in wanted.spooled]
+def _with_streamed(
+    job: Job, table: Mapping[str, Method], spooled: frozenset[StageTensor], taken: Mapping[StageTensor, int]
+) -> int:
+    made = [source for source in job.sources if isinstance(source, StageTensor) and source not in spooled]
     return _own(job, table[job.method]) + max((taken[source] for source in made), default=0)
 
 
