@@ -58,11 +58,13 @@ class BlockSample:
         if len(places):
             self._held.append(np.array([row.take(places) for row in rows], dtype=np.float64))
 
-    def geometry(self, count: int, has_base: bool) -> Geometry:
-        """The geometry of the block, of so many inputs."""
+    def geometry(self, count: int, has_base: bool, part: slice = slice(None)) -> Geometry:
+        """The geometry of what was taken of the block, or of a part of that, of so many inputs."""
         if not self._held:
             return _nothing(count, has_base)
-        return _geometry(np.concatenate(self._held, axis=1), count)
+        if len(self._held) > 1:
+            self._held = [np.concatenate(self._held, axis=1)]
+        return _geometry(self._held[0][:, part], count)
 
 
 def observe(inputs: Sequence[Array], result: Array, start: int, entries: int, base: Array | None = None) -> Geometry:

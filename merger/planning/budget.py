@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from merger.methods.registry import Method
 from merger.models.architecture import is_buffer, matrix_shape
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
 from merger.models.mixtures import EMBEDDING, GATE, STACK
-from merger.planning.inputs.base import PASSTHROUGH, Job, Operand, StageTensor, Stored, unpack
+from merger.planning.inputs.base import PASSTHROUGH, Input, Job, JoinedJob, Operand, StageTensor, Stored, unpack
 from merger.planning.inputs.derived import Routed
 from merger.planning.stage_model import StagedRecipe
 
 BLOCK_ENTRIES = 1 << 19
 """How many entries of a tensor are worked on at once; fixed, so that no budget changes a bit of the result."""
+
+JOINED_ENTRIES = 1 << 16
+"""How many entries small tensors have together that are made as one: a tile."""
 
 _MEASURE_BYTES = 24 << 20
 
@@ -33,6 +36,57 @@ def block_entries(job: Job, method: Method) -> int:
         return max(1, math.prod(matrix_shape(job.name, job.shape)))
     row = job.shape[-1] if len(job.shape) > 1 else job.entries
     return max(1, BLOCK_ENTRIES // row) * row if row else max(1, job.entries)
+
+
+def join(jobs: Iterable[Job], table: Mapping[str, Method]) -> Iterator[Job]:
+    """The jobs in their order, but as one those small ones that differ in nothing but which entries they take.
+
+    What is made of an entry is then the same whatever is beside it, and one read, one task and one write do for all.
+    """
+    held, entries = list[Job](), 0
+    for job in jobs:
+        if held and (entries + job.entries > JOINED_ENTRIES or not _continues(held[-1], job, table[job.method])):
+            yield _as_one(held)
+            held, entries = [], 0
+        held.append(job)
+        entries += job.entries
+    if held:
+        yield _as_one(held)
+
+
+def _continues(before: Job, job: Job, method: Method) -> bool:
+    """Whether a job differs from the one before only in that its inputs begin where that one's end."""
+    if method.unit != "entries" or method.random or method.measure is not None or not (before.entries and job.entries):
+        return False
+    alike = (before.method, before.dtype, before.settings) == (job.method, job.dtype, job.settings)
+    if not alike or [of.settings for of in before.inputs] != [of.settings for of in job.inputs]:
+        return False
+    if len(before.sources) != len(job.sources) or (before.base is None) != (job.base is None):
+        return False
+    return all(map(_is_next, before.sources, job.sources))
+
+
+def _is_next(before: Input, source: Input) -> bool:
+    if not (isinstance(before, Stored) and isinstance(source, Stored) and before.model == source.model):
+        return False
+    last, tensor = before.tensor, source.tensor
+    return (last.stop, last.file, last.dtype) == (tensor.start, tensor.file, tensor.dtype)
+
+
+def _as_one(jobs: Sequence[Job]) -> Job:
+    if len(jobs) == 1:
+        return jobs[0]
+    first, last, shape = jobs[0], jobs[-1], (sum(job.entries for job in jobs),)
+
+    def span(begin: Operand, end: Operand) -> Operand:
+        (stored,), (until,) = begin.source.stored_tensors, end.source.stored_tensors
+        return replace(
+            begin, source=replace(stored, tensor=replace(stored.tensor, shape=shape, stop=until.tensor.stop))
+        )
+
+    inputs = tuple(map(span, first.inputs, last.inputs))
+    base = span(first.base, last.base) if first.base and last.base else None
+    return JoinedJob(first.name, first.dtype, shape, first.method, inputs, base, first.settings, members=tuple(jobs))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
@@ -183,6 +184,11 @@ class Job:
         operands = self.inputs if self.base is None else (*self.inputs, self.base)
         object.__setattr__(self, "sources", tuple([operand.source for operand in operands]))
 
+    @property
+    def parts(self) -> tuple[tuple[Job, slice], ...]:
+        """The jobs that it is made of, and which of its entries are each one's."""
+        return ((self, slice(0, self.entries)),)
+
     def encode(self) -> dict[str, Any]:
         """Plain data, and its inputs, that name it in a plan's hash."""
         return {
@@ -237,6 +243,18 @@ class Job:
     def kind(self) -> str:
         """What is done, in a word: copy, low-rank, or the method's name."""
         return "copy" if self.is_copy else "low-rank" if self.inputs[0].source.kind == "factor" else self.method
+
+
+@dataclass(frozen=True)
+class JoinedJob(Job):
+    """Jobs that are made as one, whose inputs lie one behind the other as their results do; see `join` in budget."""
+
+    members: tuple[Job, ...] = field(kw_only=True)
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Job, slice], ...]:
+        ends = list(accumulate(member.entries for member in self.members))
+        return tuple((member, slice(end - member.entries, end)) for member, end in zip(self.members, ends, strict=True))
 
 
 def unpack(source: Input) -> Iterator[Stored | StageTensor]:
