@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from merger.engine.runner import Block, Bytes, Work, blocks, shared_pairs
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard
-from merger.planning.budget import BLOCK_ENTRIES, needs, routers_of
+from merger.planning.budget import BLOCK_ENTRIES, join, needs, routers_of
 from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.inputs.base import Job
 from merger.planning.inputs.derived import Routed
@@ -126,6 +126,8 @@ def _make_shards(
 
         routers |= gates(plan, jobs, table, store)
         yield from map(Doubted, doubts(routers))
+    if not plan.locked.recipe.allow_non_finite:  # what is odd is counted tensor by tensor
+        shards = [replace(shard, jobs=tuple(join(shard.jobs, table))) for shard in shards]
     with closing(store.reader(tickets(plan, shards, table), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
         made = pool.in_order(_work(plan, shards, table, reader, device, routers))
         for shard in shards:
@@ -162,15 +164,16 @@ def _shard(
 ) -> Iterator[Event]:
     seen: dict[str, Geometry] = {}
     try:
-        with ShardWriter(shard.name, sink.open(shard.name), shard.jobs) as writer:
+        written_jobs = [member for job in shard.jobs for member, _ in job.parts]
+        with ShardWriter(shard.name, sink.open(shard.name), written_jobs) as writer:
             for job in shard.jobs:
                 for _ in blocks(job, table[job.method]):
                     data, work = next(made)
                     writer.write(data)
                     yield BytesWritten(len(data), job)
-                if job.entries and job.reads and (found := work.seen()) is not None:
-                    seen[job.name] = found
-                    yield Observed(job, found)
+                for member, found in work.seen() if job.entries and job.reads else ():
+                    seen[member.name] = found
+                    yield Observed(member, found)
             written = writer.close()
     except OSError as error:
         raise runtime.refusal(f"{shard.name} cannot be written", error, BudgetError, "look at its disk") from None

@@ -13,7 +13,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from merger.methods.steps.arithmetic import LANES
 from merger.methods.steps.dtypes import HELD, load
+from merger.methods.steps.rows import compare_rows
 from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry
 from merger.planning.inputs.base import Job, Stored
@@ -41,7 +43,7 @@ class BlockSample:
 
     def __init__(self, start: int, stop: int, entries: int) -> None:
         self._entries, self._passes_by = entries, _is_passed_by(start, stop - start, entries)
-        self._held: list[NDArray[np.float64]] = []
+        self._held: list[Array] = []
 
     def take(self, start: int, tensors: Sequence[Array]) -> None:
         """Those of a tile.
@@ -56,13 +58,18 @@ class BlockSample:
         rows = [tensor.reshape(-1) for tensor in tensors]
         places = np.arange(len(rows[0])) if self._entries <= _SMALL else _runs(start, len(rows[0]), self._entries)
         if len(places):
-            self._held.append(np.array([row.take(places) for row in rows], dtype=np.float64))
+            held = np.array(rows if len(places) == len(rows[0]) else [row.take(places) for row in rows], np.float32)
+            if not np.isfinite(held).all():  # a recipe may allow it; a product of it would say nothing
+                held[~np.isfinite(held)] = 0
+            self._held.append(held)
 
-    def geometry(self, count: int, has_base: bool) -> Geometry:
-        """The geometry of the block, of so many inputs."""
+    def geometry(self, count: int, has_base: bool, part: slice = slice(None)) -> Geometry:
+        """The geometry of what was taken of the block, or of a part of that, of so many inputs."""
         if not self._held:
             return _nothing(count, has_base)
-        return _geometry(np.concatenate(self._held, axis=1), count)
+        if len(self._held) > 1:
+            self._held = [np.concatenate(self._held, axis=1)]
+        return _geometry(self._held[0], count, part)
 
 
 def observe(inputs: Sequence[Array], result: Array, start: int, entries: int, base: Array | None = None) -> Geometry:
@@ -72,25 +79,21 @@ def observe(inputs: Sequence[Array], result: Array, start: int, entries: int, ba
     return sample.geometry(len(inputs), base is not None)
 
 
-def _geometry(held: NDArray[np.float64], count: int) -> Geometry:
-    """Of rows of entries: the inputs, the result, and the base where there is one."""
-    if not np.isfinite(held).all():  # a recipe may allow it; a product of it would say nothing
-        held = np.where(np.isfinite(held), held, 0.0)
-    above, below = held[: count + 1] > 0, held[: count + 1] < 0
-    up, down = above[:count].any(0), below[:count].any(0)
-    products = (held @ held.T).tolist()
+def _geometry(rows: Array, count: int, part: slice) -> Geometry:
+    """Of some of the entries of each row: the inputs, the result, and the base where there is one."""
+    many, size = rows.shape
+    start, stop, _ = part.indices(size)
+    products, counts = np.empty(many * many), np.empty(2 + 2 * count, np.int64)
+    compare_rows(rows, many, start, np.empty(LANES), products, np.empty(stop - start, np.uint8), counts)
+    table, (opposed, sampled, *others) = products.reshape(many, many).tolist(), counts.tolist()
     return Geometry(
-        products=tuple(tuple(row[: count + 1]) for row in products[: count + 1]),
-        opposed=_count(up & down),
-        sampled=_count(up | down),
-        against=tuple(_count(above[row] & below[count]) + _count(below[row] & above[count]) for row in range(count)),
-        moved=tuple(_count(above[row]) + _count(below[row]) for row in range(count)),
-        base=() if len(held) == count + 1 else tuple(products[count + 1]),
+        products=tuple(tuple(row[: count + 1]) for row in table[: count + 1]),
+        opposed=opposed,
+        sampled=sampled,
+        against=tuple(others[:count]),
+        moved=tuple(others[count:]),
+        base=() if many == count + 1 else tuple(table[count + 1]),
     )
-
-
-def _count(entries: NDArray[np.bool_] | np.bool_) -> int:
-    return int(np.count_nonzero(entries))
 
 
 def _is_passed_by(start: int, count: int, entries: int) -> bool:

@@ -30,7 +30,7 @@ from merger.methods.steps.step import TILE, Array, room, tile
 from merger.models.architecture import matrix_shape
 from merger.planning.budget import BLOCK_ENTRIES, block_entries, needs
 from merger.planning.geometry import NOTHING, Geometry, total_geometry
-from merger.planning.inputs.base import Input, Job, StageTensor, Stored
+from merger.planning.inputs.base import Input, Job, JoinedJob, StageTensor, Stored
 from merger.planning.inputs.derived import Routed
 from merger.planning.inputs.low_rank import Factor
 from merger.planning.jobs import arguments
@@ -168,7 +168,10 @@ class JobRunner:
                 with tile():
                     self._round(block, loaded, start, made[start:stop], sample)
         if sample is not None:
-            self.seen.setdefault(block.start, sample.geometry(len(self.job.inputs), self.job.base is not None))
+            of = len(self.job.inputs), self.job.base is not None
+            parts = self.job.parts if isinstance(self.job, JoinedJob) else [(self.job, slice(0, None))]
+            for _, part in parts:
+                self.seen.setdefault(block.start + part.start, sample.geometry(*of, part))
         return made.view(np.uint8)
 
     def _round(
@@ -182,7 +185,7 @@ class JobRunner:
             np.add(merged, base, out=merged)
         store(merged, self.job.dtype, out)
         if not self.origin.odd and not is_finite(out, self.job.dtype):
-            raise _not_finite(self, out)
+            raise _not_finite(self, out, block.start + start)
 
     def _merge(self, inputs: list[Array], start: int) -> Array:
         """What the method makes of a tile, in one row."""
@@ -337,18 +340,30 @@ class Work:
         self._reader.read(self._tickets[self.job.reads[0]], block.start, copied)
         self._look(self.job.reads[0], block.start, copied)
         if self.odd and not self._allow:
-            raise NotFinite(self.job, "an entry that is copied is NaN or infinite")
+            bytes_each = self.job.nbytes // self.job.entries
+            raise NotFinite(
+                next(
+                    job
+                    for job, part in self.job.parts
+                    if not_finite(copied[part.start * bytes_each : part.stop * bytes_each], job.dtype)
+                ),
+                "an entry that is copied is NaN or infinite",
+            )
         return copied
 
-    def seen(self) -> Geometry | None:
-        """How inputs and result lie to each other, by the blocks made so far; None where nothing is to be said."""
+    def seen(self) -> Iterator[tuple[Job, Geometry]]:
+        """How inputs and result lie to each other, by the blocks made so far; nothing where nothing is to be said."""
+        made = self._making.seen
+        if isinstance(self.job, JoinedJob):
+            yield from ((member, made[part.start]) for member, part in self.job.parts if part.start in made)
+            return
         odd = Counter[int]()
         for (stored, _), count in self.odd.items():
             odd[stored.model if isinstance(stored, Stored) else stored.stage] += count
         told = tuple(sorted(odd.items()))
-        if self._making.seen:
-            return replace(total_geometry(self._making.seen[start] for start in sorted(self._making.seen)), odd=told)
-        return replace(NOTHING, odd=told) if told else None
+        if made or told:
+            found = total_geometry(made[start] for start in sorted(made)) if made else NOTHING
+            yield self.job, replace(found, odd=told)
 
     def _look(self, stored: Stored | StageTensor, place: int, raw: Any) -> None:
         """Note how many of the entries that stand there are not finite."""
@@ -465,13 +480,15 @@ class _Blocks:
                 yield inputs
 
 
-def _not_finite(making: JobRunner, rounded: NDArray[Any]) -> NotFinite:
+def _not_finite(making: JobRunner, rounded: NDArray[Any], start: int) -> NotFinite:
     """What comes out, and what may be to blame where no parent is."""
     dtype = making.job.dtype
     floats = load(rounded, dtype, np.empty(rounded.size, np.float32))
-    value = float(floats[np.argmin(np.isfinite(floats))])
+    first = int(np.argmin(np.isfinite(floats)))
+    value = float(floats[first])
     stage = "" if making.job is making.whole else f" in the stage's {making.job.name}"
+    whole = making.whole if stage else next(job for job, part in making.job.parts if start + first < part.stop)
     if dtype == "F16" and value == value:
         hint = "write dtype: bfloat16 or float32"
-        return NotFinite(making.whole, f"a value{stage} is beyond float16, which ends at 65,504", hint)
-    return NotFinite(making.whole, f"an entry{stage} comes out as {value} in {dtype}", "is a weight huge, or a sum 0?")
+        return NotFinite(whole, f"a value{stage} is beyond float16, which ends at 65,504", hint)
+    return NotFinite(whole, f"an entry{stage} comes out as {value} in {dtype}", "is a weight huge, or a sum 0?")

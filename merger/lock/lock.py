@@ -9,8 +9,10 @@ import hashlib
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -31,6 +33,7 @@ from merger.models.checkpoint import (
     read_header,
     stem,
     weight_files,
+    weight_map,
 )
 from merger.models.formats.pickled import SINGLE as PICKLED
 from merger.models.formats.pickled import is_pickled, pickled_tensors
@@ -49,6 +52,8 @@ from merger.stores.ports import PIECE_BYTES, FileInfo, Located, Store
 GENERATION = "generation_config.json"
 _FRONT_MATTER = re.compile(r"\s*---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
 _REQUESTS_AT_ONCE = 8
+_ONE_FOLDER = Lock()
+"""A disk answers at once: threads that parse its headers side by side only take each other's turns."""
 
 
 @dataclass(frozen=True)
@@ -383,11 +388,14 @@ def tensors_of(
     pickled = pickles and is_pickled(located.files)
     single = PICKLED if pickled else _stem(located) + SUFFIX
     name = index_name(single)
-    index = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
+    text = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
+    index = None if text is None else weight_map(text, single)
     files = weight_files(located.files, index, single)
     counted = limits.Tally(limits.MODEL_TENSORS), *tallies
-    headers = _pickled_in if pickled else tensors_in
-    tensors = gather(pool.map(lambda file: headers(located, store, file, *counted), files), index, single)
+    read = partial(_pickled_in if pickled else tensors_in, located, store)
+    with nullcontext() if located.commit else _ONE_FOLDER:
+        headers = (pool.map if located.commit else map)(lambda file: read(file, *counted), files)
+        tensors = gather(headers, index, single)
     if not tensors:
         raise ModelError(Problem("its files hold no tensor", hint="the model is incomplete: download it again"))
     return tensors

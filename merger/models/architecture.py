@@ -19,19 +19,24 @@ from merger.models.config import ordinary_layers
 _NUMBERED = re.compile(r"^(?P<stack>.+?)\.(?P<layer>0|[1-9][0-9]{0,4})\.(?P<role>.+)$")
 _PREDICTING = re.compile(r"(^|\.)mtp(_[a-z_]+)?\.")
 _CONTAINER = re.compile(r"(^|[._])(layers?|h|blocks?|resblocks)$")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer|output)\.weight$")
-_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|token_embedding|embeddings?|shared)\.weight$"
-)
+_HEADS = tuple(f".{name}.weight" for name in ("lm_head", "embed_out", "output_layer", "output"))
+_EMBEDDINGS = tuple(
+    f".{name}.weight"
+    for name in (
+        "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "token_embedding", "embedding",
+        "embeddings", "shared",
+    )
+)  # fmt: skip
 _BEFORE_LAYERS = re.compile(r"(^|[._])(emb|embed|embedding|embeddings|wte|wpe|shared)([._]|$)|embed")
 _OTHER_ROWS = re.compile(r"position|wpe|token_type|norm|(^|\.)ln_")
 _STACK = re.compile(
     r"(^|[._])(experts|moe)\.(?!experts|\d)|\.(input|output)_linear\.weight$|\.codebooks_head\.weight$"
     r"|\.(dt|x)_proj_weight$|\.rg_lru\.(input|recurrent)_gate_weight$"
 )
-_BUFFER = re.compile(
-    r"(^|\.)(inv_freq|(cos|sin)_cached|rope\.freqs|attn\.bias|masked_bias|position_ids|token_type_ids)$"
-)
+_BUFFERS = (
+    ".inv_freq", ".cos_cached", ".sin_cached", ".rope.freqs", ".attn.bias", ".masked_bias", ".position_ids",
+    ".token_type_ids",
+)  # fmt: skip
 
 DEFAULT = "default"
 """The module that holds what is in no stack; of a model with one stack, the whole model."""
@@ -72,7 +77,7 @@ class Architecture:
         layers: dict[str, dict[int, set[str]]] = {}
         for name in names:
             match = _NUMBERED.match(name)
-            if match and not _PREDICTING.search(name):
+            if match and not ("mtp" in name and _PREDICTING.search(name)):
                 roles = layers.setdefault(match["stack"], {}).setdefault(int(match["layer"]), set())
                 roles.add(match["role"])
         found = {stack: of for stack, of in layers.items() if _is_stack(stack, of)}
@@ -80,19 +85,23 @@ class Architecture:
         said = {stack: ordinary_layers(config or {}, stack, counts) for stack in found}
         self.stacks: Mapping[str, int] = {stack: _ordinary(of, said[stack]) for stack, of in found.items()}
         self.behind: Mapping[str, int] = {stack: count - self.stacks[stack] for stack, count in counts.items()}
+        self._places: dict[str, Place] = {}
 
     def place(self, name: str) -> Place:
         """Where the tensor of this name belongs."""
+        if (known := self._places.get(name)) is not None:
+            return known
         told = parse_place(name)
         inside = told.stack is not None and told.layer is not None and told.layer < self.stacks.get(told.stack, 0)
-        return told if inside else Place(None, None, name)
+        return self._places.setdefault(name, told if inside else Place(None, None, name))
 
     def predicts(self, name: str) -> bool:
         """Whether the tensor belongs to layers of multi-token prediction, which a model computes as well without."""
-        match = _NUMBERED.match(name)
+        if "mtp" in name and _PREDICTING.search(name) is not None:
+            return True
+        match = _NUMBERED.match(name) if any(self.behind.values()) else None
         beyond = 0 if match is None else int(match["layer"]) - self.stacks.get(match["stack"], 0)
-        behind = match is not None and 0 <= beyond < self.behind.get(match["stack"], 0)
-        return behind or _PREDICTING.search(name) is not None
+        return match is not None and 0 <= beyond < self.behind.get(match["stack"], 0)
 
     def predicted(self, names: Iterable[str]) -> int:
         """How many layers of multi-token prediction these tensors are of."""
@@ -141,12 +150,12 @@ def _is_stack(name: str, layers: Mapping[int, set[str]]) -> bool:
 
 def is_head(name: str) -> bool:
     """Whether the tensor turns hidden states into logits over the vocabulary."""
-    return _HEAD.search(name) is not None
+    return f".{name}".endswith(_HEADS)
 
 
 def is_embedding(name: str) -> bool:
     """Whether the tensor holds one row for each token of the vocabulary, at the model's input."""
-    return _EMBEDDING.search(name) is not None
+    return f".{name}".endswith(_EMBEDDINGS)
 
 
 def never_by_token(name: str) -> bool:
@@ -156,7 +165,7 @@ def never_by_token(name: str) -> bool:
 
 def is_buffer(name: str) -> bool:
     """Whether the tensor is a constant that old checkpoints carry along: computed from the config, never trained."""
-    return _BUFFER.search(name) is not None
+    return f".{name}".endswith(_BUFFERS)
 
 
 def is_stack_of_matrices(name: str, shape: tuple[int, ...]) -> bool:

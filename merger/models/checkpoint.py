@@ -6,6 +6,7 @@ Not here: fetching those bytes (stores), and what a tensor's name means (archite
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import struct
@@ -32,6 +33,7 @@ SINGLE = STEM + SUFFIX
 _INDEX_SUFFIX = ".safetensors.index.json"
 MAX_HEADER = HEADER.most
 _PICKLED = re.compile(r"(^|/)(pytorch_model.*\.bin|.*\.(pt|pth|ckpt))$")
+_HARMLESS = re.compile(r"[\w.-]*")
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|^[/\\~]|(^|[/\\])\.\.([/\\]|$)|^[A-Za-z]:[/\\]")
 
 
@@ -45,6 +47,9 @@ class TensorInfo:
     file: str
     start: int
     stop: int
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.start))
 
     def encode(self) -> dict[str, Any]:
         """Plain data that names it in a plan's hash."""
@@ -133,16 +138,16 @@ _GGUF = ".gguf"
 _SHOWN = 60
 
 
-def weight_files(files: Iterable[str], index: str | None, single: str = SINGLE) -> tuple[str, ...]:
-    """The files of a model's tensors, given its files' names and the text of its index, if it has one.
+def weight_files(files: Iterable[str], index: Mapping[str, str] | None, single: str = SINGLE) -> tuple[str, ...]:
+    """The files of a model's tensors, given its files' names and what its index says, if it has one.
 
     Raises:
-        ModelError: a damaged index, or one that names files which the model does not have.
+        ModelError: the index names files which the model does not have.
     """
     present = tuple(files)
     if index is None:
         return (single,)
-    shards = tuple(sorted(set(_weight_map(index, single).values())))
+    shards = tuple(sorted(set(index.values())))
     for shard in shards:
         if _UNSAFE_NAME.search(shard):
             raise ModelError(
@@ -156,7 +161,12 @@ def weight_files(files: Iterable[str], index: str | None, single: str = SINGLE) 
 _DAMAGED = "the model is incomplete or damaged: download it again, or ask its author"
 
 
-def _weight_map(index: str, single: str) -> dict[str, str]:
+def weight_map(index: str, single: str = SINGLE) -> dict[str, str]:
+    """Which file holds which tensor, by the text of a model's index.
+
+    Raises:
+        ModelError: it is damaged.
+    """
     try:
         found = parse_json(index, INDEX)["weight_map"]
     except (ValueError, KeyError, TypeError):
@@ -212,7 +222,10 @@ def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
     try:
         text = raw.decode()
         entries = parse_json(text, object_pairs_hook=_once_each, parse_float=_fraction, parse_constant=_fraction)
+        if "\\u" in text:
+            json.dumps(entries, ensure_ascii=False).encode()  # half a letter, as JSON can escape it, is no text
         _check_metadata(entries.pop("__metadata__", None))
+        _check_names(entries)
         first = 8 + len(raw)
         tensors = [_tensor(name, entry, file, first) for name, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -223,19 +236,26 @@ def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
 
 
 def _tensor(name: str, entry: Mapping[str, Any], file: str, first: int) -> TensorInfo:
-    start, stop = entry["data_offsets"]
-    shape = entry["shape"]
-    if problem := excess(f"the tensor {name[:_SHOWN]}…", len(name), TENSOR_NAME):
-        raise ValueError(problem.what)
-    if _UNSAFE_NAME.search(name):
-        raise ValueError(f"a tensor's name points outside the model: {name!r}")
-    if entry["dtype"] not in ITEM_BYTES:
-        raise ValueError(f"{name} has dtype {str(entry['dtype'])[:_SHOWN]!r}, which is not read here")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+    dtype, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
+    start, stop = places
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"{name} has dtype {str(dtype)[:_SHOWN]!r}, which is not read here")
+    if type(shape) is not list or {*map(type, shape), *map(type, places)} != {int} or min(*shape, *places) < 0:
         raise ValueError(f"{name} has a shape or place that is no whole number")
-    if math.prod(shape) * ITEM_BYTES[entry["dtype"]] != stop - start:
-        raise ValueError(f"{name}: {shape} of {entry['dtype']} does not take {stop - start:,} bytes")
-    return TensorInfo(name, entry["dtype"], tuple(shape), file, first + start, first + stop)
+    if math.prod(shape) * ITEM_BYTES[dtype] != stop - start:
+        raise ValueError(f"{name}: {shape} of {dtype} does not take {stop - start:,} bytes")
+    return TensorInfo(name, dtype, tuple(shape), file, first + start, first + stop)
+
+
+def _check_names(names: Mapping[str, Any]) -> None:
+    joined = "".join(names)
+    if max(map(len, names), default=0) <= TENSOR_NAME.most and _HARMLESS.fullmatch(joined) and ".." not in joined:
+        return
+    for name in names:
+        if problem := excess(f"the tensor {name[:_SHOWN]}…", len(name), TENSOR_NAME):
+            raise ValueError(problem.what)
+        if _UNSAFE_NAME.search(name):
+            raise ValueError(f"a tensor's name points outside the model: {name!r}")
 
 
 def _fraction(text: str) -> float:
@@ -255,8 +275,6 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name stands twice")
-    texts = [*found, *(value for value in found.values() if isinstance(value, str))]
-    "".join(texts).encode()  # half a letter, as JSON can escape it, is no text: a ValueError
     return found
 
 
@@ -271,13 +289,15 @@ def _check_places(tensors: list[TensorInfo], file: str, first: int, size: int) -
         raise ModelError(Problem(f"{file}: has {size:,} bytes, its header promises {end:,}", hint=_DAMAGED))
 
 
-def gather(headers: Iterable[tuple[TensorInfo, ...]], index: str | None, single: str = SINGLE) -> dict[str, TensorInfo]:
+def gather(
+    headers: Iterable[tuple[TensorInfo, ...]], index: Mapping[str, str] | None, single: str = SINGLE
+) -> dict[str, TensorInfo]:
     """All files' tensors by name; where two files hold one name, the index decides.
 
     Raises:
         ModelError: the index names a tensor that its file does not hold, or does not decide.
     """
-    chosen = _weight_map(index, single) if index is not None else {}
+    chosen = index or {}
     tensors: dict[str, TensorInfo] = {}
     for tensor in (tensor for header in headers for tensor in header):
         if tensor.name in tensors and tensor.name not in chosen:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from merger.methods.registry import Method
 from merger.models.architecture import is_buffer, matrix_shape
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
 from merger.models.mixtures import EMBEDDING, GATE, STACK
-from merger.planning.inputs.base import PASSTHROUGH, Job, Operand, StageTensor, Stored, unpack
+from merger.planning.inputs.base import PASSTHROUGH, Input, Job, JoinedJob, Operand, StageTensor, Stored, unpack
 from merger.planning.inputs.derived import Routed
 from merger.planning.stage_model import StagedRecipe
 
 BLOCK_ENTRIES = 1 << 19
 """How many entries of a tensor are worked on at once; fixed, so that no budget changes a bit of the result."""
+
+JOINED_ENTRIES = 1 << 16
+"""How many entries small tensors have together that are made as one: a tile."""
 
 _MEASURE_BYTES = 24 << 20
 
@@ -33,6 +36,57 @@ def block_entries(job: Job, method: Method) -> int:
         return max(1, math.prod(matrix_shape(job.name, job.shape)))
     row = job.shape[-1] if len(job.shape) > 1 else job.entries
     return max(1, BLOCK_ENTRIES // row) * row if row else max(1, job.entries)
+
+
+def join(jobs: Iterable[Job], table: Mapping[str, Method]) -> Iterator[Job]:
+    """The jobs in their order, but as one those small ones that differ in nothing but which entries they take.
+
+    What is made of an entry is then the same whatever is beside it, and one read, one task and one write do for all.
+    """
+    held, entries = list[Job](), 0
+    for job in jobs:
+        if held and (entries + job.entries > JOINED_ENTRIES or not _continues(held[-1], job, table[job.method])):
+            yield _as_one(held)
+            held, entries = [], 0
+        held.append(job)
+        entries += job.entries
+    if held:
+        yield _as_one(held)
+
+
+def _continues(before: Job, job: Job, method: Method) -> bool:
+    """Whether a job differs from the one before only in that its inputs begin where that one's end."""
+    if method.unit != "entries" or method.random or method.measure is not None or not (before.entries and job.entries):
+        return False
+    alike = (before.method, before.dtype, before.settings) == (job.method, job.dtype, job.settings)
+    if not alike or [of.settings for of in before.inputs] != [of.settings for of in job.inputs]:
+        return False
+    if len(before.sources) != len(job.sources) or (before.base is None) != (job.base is None):
+        return False
+    return all(map(_is_next, before.sources, job.sources))
+
+
+def _is_next(before: Input, source: Input) -> bool:
+    if not (isinstance(before, Stored) and isinstance(source, Stored) and before.model == source.model):
+        return False
+    last, tensor = before.tensor, source.tensor
+    return (last.stop, last.file, last.dtype) == (tensor.start, tensor.file, tensor.dtype)
+
+
+def _as_one(jobs: Sequence[Job]) -> Job:
+    if len(jobs) == 1:
+        return jobs[0]
+    first, last, shape = jobs[0], jobs[-1], (sum(job.entries for job in jobs),)
+
+    def span(begin: Operand, end: Operand) -> Operand:
+        (stored,), (until,) = begin.source.stored_tensors, end.source.stored_tensors
+        return replace(
+            begin, source=replace(stored, tensor=replace(stored.tensor, shape=shape, stop=until.tensor.stop))
+        )
+
+    inputs = tuple(map(span, first.inputs, last.inputs))
+    base = span(first.base, last.base) if first.base and last.base else None
+    return JoinedJob(first.name, first.dtype, shape, first.method, inputs, base, first.settings, members=tuple(jobs))
 
 
 @dataclass(frozen=True)
@@ -52,20 +106,27 @@ class Needs:
 
 def needs(job: Job, table: Mapping[str, Method]) -> Needs:
     """What has to be there before a job's first block."""
-    stages = tuple(dict.fromkeys(below(job, set())))
+    stages = tuple(below(job, set()))
+    jobs = (*(made.job for made in stages), job)
+    reads = Counter(stored for each in jobs for stored in _read(each, table))
+    kept = tuple(stored for stored, times in reads.items() if times > 1)
+    return Needs(stages, _spooled(job, stages, table), kept)
+
+
+def _spooled(job: Job, stages: tuple[StageTensor, ...], table: Mapping[str, Method]) -> frozenset[StageTensor]:
+    if not stages:
+        return frozenset()
     jobs = (*(made.job for made in stages), job)
     uses = Counter(
         end for each in jobs for source in each.sources for end in unpack(source) if isinstance(end, StageTensor)
     )
-    streamed = {made for each in jobs for made in _streamed(each, table) if uses[made] == 1}
-    reads = Counter(stored for each in jobs for stored in _read(each, table))
-    return Needs(stages, frozenset(stages) - streamed, tuple(stored for stored, times in reads.items() if times > 1))
+    return frozenset(stages) - {made for each in jobs for made in _streamed(each, table) if uses[made] == 1}
 
 
 def below(job: Job, seen: set[StageTensor]) -> Iterator[StageTensor]:
     """The stages' tensors that a job is made of, each once, after those that it is made of itself."""
     for source in job.sources:
-        for end in unpack(source):
+        for end in () if isinstance(source, Stored) else unpack(source):
             if isinstance(end, StageTensor) and end not in seen:
                 seen.add(end)
                 yield from below(end.job, seen)
@@ -98,29 +159,30 @@ def spool(job: Job, table: Mapping[str, Method], remote: frozenset[int]) -> int:
         table: the merge methods by name.
         remote: the numbers of the models that are read from afar.
     """
-    wanted = needs(job, table)
-    read = sum(stored.tensor.nbytes for stored in wanted.kept if stored.model in remote)
-    return read + sum(made.job.nbytes for made in wanted.spooled)
+    read = sum(stored.tensor.nbytes for stored in needs(job, table).kept if stored.model in remote) if remote else 0
+    return read + sum(made.job.nbytes for made in _spooled(job, tuple(below(job, set())), table))
 
 
 def thread_memory(job: Job, table: Mapping[str, Method]) -> int:
     """The bytes that a thread takes for a job: its stages that are kept are made before, the others with it."""
-    wanted = needs(job, table)
-    taken: dict[StageTensor, int] = {}
-    for made in wanted.stages:
-        taken[made] = _with_streamed(made.job, table, wanted, taken)
-    whole = _with_streamed(job, table, wanted, taken)
-    return max([whole, *(taken[made] for made in wanted.spooled)])
+    stages = tuple(below(job, set()))
+    spooled, taken = _spooled(job, stages, table), dict[StageTensor, int]()
+    for made in stages:
+        taken[made] = _with_streamed(made.job, table, spooled, taken)
+    whole = _with_streamed(job, table, spooled, taken)
+    return max([whole, *(taken[made] for made in spooled)])
 
 
 def takes_torch(jobs: Sequence[Job], table: Mapping[str, Method]) -> bool:
     """Whether torch is imported for these: for inputs that are computed, and for methods that want it."""
-    computed = any(not isinstance(source, Stored | StageTensor) for job in jobs for source in job.sources)
+    computed = any(not isinstance(source, (Stored, StageTensor)) for job in jobs for source in job.sources)
     return computed or any(table[job.method].needs == "torch" for job in jobs)
 
 
-def _with_streamed(job: Job, table: Mapping[str, Method], wanted: Needs, taken: Mapping[StageTensor, int]) -> int:
-    made = [source for source in job.sources if isinstance(source, StageTensor) and source not in wanted.spooled]
+def _with_streamed(
+    job: Job, table: Mapping[str, Method], spooled: frozenset[StageTensor], taken: Mapping[StageTensor, int]
+) -> int:
+    made = [source for source in job.sources if isinstance(source, StageTensor) and source not in spooled]
     return _own(job, table[job.method]) + max((taken[source] for source in made), default=0)
 
 

@@ -21,7 +21,7 @@ from merger.planning.inputs.shares import Shares, shares
 from merger.planning.slices import Cut, CutModule, Findings, cut, parts
 from merger.planning.stage_model import StagedRecipe
 from merger.planning.tokens import Tokens, disagreements, tokens
-from merger.recipe.model import Parameters, Taken, first_value
+from merger.recipe.model import Parameters, Recipe, Taken, first_value
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """How safetensors writes the dtypes that a recipe may ask for."""
@@ -114,6 +114,8 @@ class _Maker:
         self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
         self.prediction: LockedModel | None = None
         self._cuts: dict[str, Sequence[Cut]] = {}
+        self._filters = _filters(locked.recipe)
+        self._known: dict[tuple[object, ...], _Numbers] = {}
         self._unshared: dict[tuple[str, bool], list[str]] = {}
 
     @property
@@ -366,21 +368,24 @@ class _Maker:
     def _merge(
         self, piece: Cut, out: str, tensors: Sequence[TensorInfo], sources: Sequence[Input], position: float
     ) -> Job:
-        method = self._table[piece.piece.method]
-        levels = (piece.piece.parameters, piece.module.parameters, self._locked.recipe.parameters)
+        method, names = self._table[piece.piece.method], [out, *(tensor.name for tensor in tensors)]
+        spoken_of = [filter in name for filter in self._filters for name in names]
+        known = self._known.get(key := (id(piece), position, *spoken_of))
+        settings, each = known or self._numbers(piece, method, names, position)
         inputs: list[Operand] = []
         base: Operand | None = None
-        for part, tensor, source in zip(piece.parts, tensors, sources, strict=True):
+        for part, source, own in zip(piece.parts, sources, each, strict=True):
+            operand = Operand(source, own, self._repeats(part.number))
             if part.is_base and method.subtracts_base:
-                base = Operand(source, named=self._repeats(part.number))
-                continue
-            own = self._numbers(piece, method, (part.source.parameters, *levels), tensor.name, position, per_model=True)
-            inputs.append(Operand(source, own, self._repeats(part.number)))
-        settings = self._numbers(piece, method, levels, out, position, per_model=False)
+                base = operand
+            else:
+                inputs.append(operand)
         leading = tensors[piece.leader]
         dtype = self._dtype or self._donors_dtype(piece.parts[piece.leader].model, leading)
         job = Job(out, dtype, sources[piece.leader].shape, method.name, tuple(inputs), base, settings)
-        self._ask(piece, method, job)
+        if known is None:
+            self._known[key] = settings, each
+            self._ask(piece, method, job)
         return job
 
     def _donors_dtype(self, leader: LockedModel, leading: TensorInfo) -> str:
@@ -389,11 +394,19 @@ class _Maker:
         followed = self._locked.config_model.dtypes.get((place.stack, place.role), leading.dtype)
         return followed if followed in FLOATS else leading.dtype
 
-    def _numbers(
-        self, piece: Cut, method: Method, levels: Sequence[Parameters], tensor: str, position: float, per_model: bool
-    ) -> dict[str, float]:
-        wanted = [param for param in method.params if param.per_model == per_model]
-        return {param.name: self._number(piece, param, levels, tensor, position) for param in wanted}
+    def _numbers(self, piece: Cut, method: Method, names: Sequence[str], position: float) -> _Numbers:
+        """The parameters in force for the tensor that is named first, and for each of those of the parts after it."""
+        levels = (piece.piece.parameters, piece.module.parameters, self._locked.recipe.parameters)
+        own, shared = ([param for param in method.params if param.per_model == each] for each in (True, False))
+        settings = {param.name: self._number(piece, param, levels, names[0], position) for param in shared}
+        each = [
+            {
+                param.name: self._number(piece, param, (part.source.parameters, *levels), name, position)
+                for param in ([] if part.is_base and method.subtracts_base else own)
+            }
+            for part, name in zip(piece.parts, names[1:], strict=True)
+        ]
+        return settings, each
 
     def _number(self, piece: Cut, param: Param, levels: Sequence[Parameters], tensor: str, position: float) -> float:
         value = first_value(levels, param.name, tensor, position)
@@ -467,7 +480,7 @@ def _why_copied(piece: Cut, leading: TensorInfo, found: Sequence[TensorInfo | No
         return "a constant, not a trained tensor"
     if leading.dtype not in FLOATS and not leading.dtype.startswith("F8"):
         return f"{leading.dtype} numbers are not merged"
-    alone = len(found) > 1 and sum(tensor is not None for tensor in found) == 1
+    alone = len(found) > 1 and [tensor is None for tensor in found].count(False) == 1
     leader = piece.parts[piece.leader].model
     if alone and leader.architecture.place(leading.name).stack is None and leading is not leader.embedding:
         return f"only {leader.name} has it"
@@ -482,6 +495,19 @@ def _is_whole(cuts: Sequence[Cut], stack: str) -> bool:
     return len(cuts) <= 1 and all(
         (start, layers) == (0, part.model.architecture.stacks[stack]) for part, start, layers in parts
     )
+
+
+_Numbers = tuple[dict[str, float], list[dict[str, float]]]
+"""The parameters that are in force for a tensor, and for each of its parts; of a base that is subtracted none."""
+
+
+def _filters(recipe: Recipe) -> tuple[str, ...]:
+    """What the recipe's rules for numbers ask tensors' names for."""
+    levels = [recipe.parameters, *(module.parameters for module in recipe.modules)]
+    for piece in recipe.slices:
+        levels += [piece.parameters, *(source.parameters for source in piece.sources)]
+    settings = (setting for level in levels for setting in level.values())
+    return tuple({rule.filter: None for setting in settings for rule in setting.rules if rule.filter})
 
 
 def _numbers_of(job: Job) -> tuple[object, ...]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
+from operator import methodcaller
 from typing import Any, Self
 
 from merger.errors import BudgetError, Problem
@@ -87,7 +89,7 @@ class Shard:
     name: str
     jobs: tuple[Job, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The file's size in bytes, header included."""
         return len(header(self.jobs)) + sum(job.nbytes for job in self.jobs)
@@ -153,7 +155,7 @@ class Plan:
         """Sentences on files beside the tensors that are of one parent, and other ones in others."""
         return other_pipelines(self.locked, self.texts)
 
-    @property
+    @cached_property
     def jobs(self) -> tuple[Job, ...]:
         """Every job in the order of the output."""
         return tuple(job for shard in self.shards for job in shard.jobs)
@@ -178,7 +180,7 @@ class Plan:
         """How many bytes are read and written."""
         return self.read_bytes + self.size
 
-    @property
+    @cached_property
     def stages(self) -> tuple[StageTensor, ...]:
         """What stages make on the way, each once."""
         return _stages(self.jobs)
@@ -239,7 +241,7 @@ class Plan:
             "left_out": [asdict(each) for each in self.left_out],
             "notes": self.notes,
         }
-        plain: dict[str, Any] = json.loads(json.dumps(content, default=_encode))
+        plain: dict[str, Any] = json.loads(json.dumps(content, default=methodcaller("encode")))
         return plain
 
 
@@ -328,13 +330,16 @@ def _in_file_order(jobs: tuple[Job, ...], config_model: int) -> tuple[Job, ...]:
 
     A file that is read front to back needs few requests, and its SHA-256 can be checked on the way.
     """
-    places = [
-        next(((entry.tensor.file, entry.tensor.start) for entry in job.reads if entry.model == config_model), None)
-        for job in jobs
-    ]
+    places = [next(_places(job, config_model), None) for job in jobs]
     if None in places:
         return jobs
     return tuple(jobs[number] for number in sorted(range(len(jobs)), key=lambda number: places[number] or ("", 0)))
+
+
+def _places(job: Job, model: int) -> Iterator[tuple[str, int]]:
+    """Where the files of a model hold what a job reads of it."""
+    read = (stored for source in job.sources for stored in source.stored_tensors)
+    return ((stored.tensor.file, stored.tensor.start) for stored in read if stored.model == model)
 
 
 def _shards(jobs: tuple[Job, ...], limit: int, stem: str) -> list[Shard]:
@@ -382,8 +387,8 @@ def _takes(plan: Plan, table: Mapping[str, Method]) -> dict[str, int]:
 
     Of what is computed before the first block: what that takes, if it is more, and what is held of it.
     """
-    thread = max((thread_memory(job, table) for job in plan.jobs), default=0)
-    widest = next((job.name for job in plan.jobs if thread_memory(job, table) == thread), "no tensor")
+    taken = ((thread_memory(job, table), job.name) for job in plan.jobs)
+    thread, widest = max(taken, key=lambda item: item[0], default=(0, "no tensor"))
     waiting = (
         BLOCKS_IN_FLIGHT
         * plan.threads
@@ -436,7 +441,22 @@ def _hash(
         content["allow_non_finite"] = True
     if stages := _stages([job for shard in shards for job in shard.jobs]):
         content["stages"] = [[made, made.job] for made in stages]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_encode).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for text in _json(content):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _json(content: Mapping[str, Any]) -> Iterator[str]:
+    """The JSON of a map, shard by shard: in one text it would take as much memory as the jobs."""
+    for number, (key, value) in enumerate(sorted(content.items())):
+        yield f'{", " if number else "{"}"{key}": '
+        if key == "shards":
+            yield from (f"{', ' if place else '['}{_ENCODER.encode(shard)}" for place, shard in enumerate(value))
+            yield "]" if value else "[]"
+        else:
+            yield _ENCODER.encode(value)
+    yield "}"
 
 
 def _stages(jobs: Sequence[Job]) -> tuple[StageTensor, ...]:
@@ -445,9 +465,8 @@ def _stages(jobs: Sequence[Job]) -> tuple[StageTensor, ...]:
     return tuple(made for job in jobs for made in below(job, seen))
 
 
-def _encode(value: Any) -> Any:
-    """What a job is made of, as JSON."""
-    return value.encode()
+_ENCODER = json.JSONEncoder(sort_keys=True, check_circular=False, default=methodcaller("encode"))
+"""Of what a job is made of."""
 
 
 def _files(files: Mapping[str, Any]) -> list[tuple[str, int, str | None]]:

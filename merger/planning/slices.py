@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from merger.errors import MismatchError, Problem, RecipeError, Span, did_you_mean
 from merger.lock.locked import LockedModel
@@ -92,7 +93,7 @@ class Cut:
     starts: tuple[int, ...]
     layers: int
 
-    @property
+    @cached_property
     def leader(self) -> int:
         """The number of the part whose tensors name the output's: the base model, else the first."""
         return next((number for number, part in enumerate(self.parts) if part.is_base), 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from merger.lock.lock import GENERATION
@@ -105,7 +106,7 @@ class StagedRecipe(LockedRecipe):
         """The number of a model, or, counted on, of a stage."""
         return next(number for number, model in enumerate(self.all) if model.ref == ref)
 
-    @property
+    @cached_property
     def all(self) -> tuple[LockedModel, ...]:
         """The models, and the stages after them."""
         return (*self.models, *self.stages)
@@ -125,7 +126,7 @@ class StagedRecipe(LockedRecipe):
 
     def source(self, number: int, tensor: TensorInfo) -> Input:
         """Where the entries of a tensor of the model or stage of that number come from, as its adapter changes them."""
-        model = self.numbered(number)
+        model = self.all[number]
         if model.adapter is None or (change := model.changes.get(tensor.name)) is None:
             return self._published(number, tensor)
         adapter = self.index(model.adapter.ref)
@@ -138,8 +139,8 @@ class StagedRecipe(LockedRecipe):
 
     def _published(self, number: int, tensor: TensorInfo) -> Input:
         """The same without an adapter."""
-        model, owner = self.numbered(number), self.owner(number)
-        if (held := model.quantised.get(tensor.name)) is not None:
+        model, owner = self.all[number], self._owners[number]
+        if model.quantised and (held := model.quantised.get(tensor.name)) is not None:
             return _dequantise(owner, held, tensor)
         if not isinstance(model, StageModel):
             return Stored(owner, tensor)
@@ -149,10 +150,12 @@ class StagedRecipe(LockedRecipe):
 
     def owner(self, number: int) -> int:
         """The number of the first model with the same files: one that is named with several adapters is read once."""
-        here = self.numbered(number)
-        if isinstance(here, StageModel):
-            return number
-        return next(first for first, model in enumerate(self.models) if model.located == here.located)
+        return self._owners[number]
+
+    @cached_property
+    def _owners(self) -> tuple[int, ...]:
+        places = [model.located for model in self.models]
+        return (*map(places.index, places), *range(len(places), len(self.all)))
 
     @property
     def config_model(self) -> LockedModel:

@@ -73,7 +73,7 @@ def find_unused(locked: StagedRecipe, making: JobSet) -> Iterator[LeftOut]:
             continue
         document = next(each for each in documents if model.ref in each.locked.recipe.parents)
         mine = document.read.get(number, set())
-        layers = {(place.stack, place.layer) for place in map(model.architecture.place, mine)}
+        layers = {(place.stack, place.layer) for place in map(model.architecture.place, mine if rest else ())}
         for name in rest:
             made = f"nothing is made of what the stage {document.locked.recipe.name} makes of it"
             why = made if name in mine else document.reasons.get(name) or _why(document, model, name, layers)
@@ -92,8 +92,9 @@ def _read(jobs: Iterable[Job]) -> dict[int, set[str]]:
     """The names of the stored tensors that are read, by their model's number."""
     found: dict[int, set[str]] = {}
     for job in jobs:
-        for stored in job.reads:
-            found.setdefault(stored.model, set()).add(stored.tensor.name)
+        for source in job.sources:
+            for stored in source.stored_tensors:
+                found.setdefault(stored.model, set()).add(stored.tensor.name)
     return found
 
 

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any
@@ -233,10 +234,13 @@ def _is_flat(value: Any) -> bool:
     """Level by level: a million values take a twentieth of a second."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [inner for outer in level for inner in _inside(outer) if type(inner) in (dict, list)]
+        level = [inner for inner in chain.from_iterable(map(_inside, level)) if type(inner) in _NESTED]
         if not level:
             return True
     return False
+
+
+_NESTED = frozenset((dict, list))
 
 
 def _inside(value: Any) -> Iterable[Any]:

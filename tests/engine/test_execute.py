@@ -17,6 +17,7 @@ import torch
 from merger.engine.execute import ShardDone, execute, tickets
 from merger.errors import MismatchError, ModelError
 from merger.methods.registry import methods
+from merger.planning.budget import join
 from merger.run.options import Options
 from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
@@ -87,6 +88,24 @@ def test_same_bytes_on_tensors_and_in_tiles_of_another_size(
     monkeypatch.setattr("merger.engine.runner.TILE", 1 << 19)
     monkeypatch.setitem(methods(), method, replace(methods()[method], needs="torch"))  # type: ignore[misc]  # a dict
     assert merged(path, tmp_path / "tensors") == first
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "passthrough"])
+def test_small_tensors_made_as_one_are_what_each_is_alone(
+    method: str, parents: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bytes, and what was seen of each."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"merge_method: passthrough\nmodels: [{{model: {parents[0]}}}]\n")
+    path = path if method == "passthrough" else recipe(tmp_path, method, parents)
+    jobs = plan(read_recipe(path), Options())[0].jobs
+    assert len(list(join(jobs, methods()))) < len(jobs)
+    first = merged(path, tmp_path / "one" / "out")
+    monkeypatch.setattr("merger.planning.budget.JOINED_ENTRIES", 0)
+    assert list(join(jobs, methods())) == list(jobs)
+    assert merged(path, tmp_path / "two" / "out") == first
+    one, two = ((tmp_path / name / "out" / "merger.measured.json").read_text() for name in ("one", "two"))
+    assert one == two
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])

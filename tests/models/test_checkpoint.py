@@ -25,6 +25,7 @@ from merger.models.checkpoint import (
     read_header,
     stem,
     weight_files,
+    weight_map,
 )
 
 lawful = settings(max_examples=150, deadline=None, derandomize=True)
@@ -297,7 +298,7 @@ def test_the_single_file_is_taken_where_there_is_no_index() -> None:
 def test_the_index_says_which_files_there_are() -> None:
     """Each once, in the order of their names; the others in the folder are not the model's."""
     text = index(a="model-2.safetensors", b="model-1.safetensors", c="model-2.safetensors")
-    found = weight_files([FILE, "model-1.safetensors", "model-2.safetensors"], text)
+    found = weight_files([FILE, "model-1.safetensors", "model-2.safetensors"], weight_map(text))
     assert found == ("model-1.safetensors", "model-2.safetensors")
 
 
@@ -307,14 +308,14 @@ def test_the_index_says_which_files_there_are() -> None:
 )
 def test_an_index_that_points_outside_the_folder_is_refused(outside: str) -> None:
     """Even where such a file is there."""
-    sentence = refusal(lambda: weight_files([outside, FILE], index(a=outside)))
+    sentence = refusal(lambda: weight_files([outside, FILE], weight_map(index(a=outside))))
     assert sentence == f"{INDEX} points outside the model's folder: {outside!r}"
 
 
 def test_an_index_that_names_a_missing_file_is_refused() -> None:
     """The model was not downloaded in full."""
     text = index(a="model-1.safetensors", b="model-2.safetensors")
-    sentence = refusal(lambda: weight_files(["model-1.safetensors"], text))
+    sentence = refusal(lambda: weight_files(["model-1.safetensors"], weight_map(text)))
     assert sentence == f"{INDEX} names 'model-2.safetensors', which is not there"
 
 
@@ -323,7 +324,7 @@ def test_an_index_that_names_a_missing_file_is_refused() -> None:
                                   '{"weight_map": "a"}', "[" * 100_000])  # fmt: skip
 def test_a_damaged_index_is_refused(text: str) -> None:
     """Whatever is wrong with it, the sentence names the index."""
-    assert refusal(lambda: weight_files([FILE], text)).startswith(INDEX)
+    assert refusal(lambda: weight_files([FILE], weight_map(text))).startswith(INDEX)
 
 
 @given(
@@ -333,7 +334,7 @@ def test_a_damaged_index_is_refused(text: str) -> None:
 def test_no_index_raises_anything_else(text: str) -> None:
     """Whatever text stands there: files of the model or a ModelError."""
     with contextlib.suppress(ModelError):
-        assert set(weight_files([FILE, "other"], text)) <= {FILE, "other"}
+        assert set(weight_files([FILE, "other"], weight_map(text))) <= {FILE, "other"}
 
 
 def test_a_model_of_pickles_is_refused_with_the_way_out() -> None:
@@ -348,28 +349,28 @@ def held(name: str, of: str) -> TensorInfo:
 
 def test_tensors_of_all_files_are_gathered_in_order() -> None:
     """By name, file after file, even those that the index forgot."""
-    found = gather([(held("b", "1"), held("a", "1")), (held("c", "2"),)], index(a="1", b="1"))
+    found = gather([(held("b", "1"), held("a", "1")), (held("c", "2"),)], weight_map(index(a="1", b="1")))
     assert [(name, tensor.file) for name, tensor in found.items()] == [("b", "1"), ("a", "1"), ("c", "2")]
 
 
 @pytest.mark.parametrize("chosen", ["1", "2"])
 def test_of_two_tensors_of_one_name_the_index_chooses(chosen: str) -> None:
     """Loaders follow the weight_map, and so do we."""
-    found = gather([(held("a", "1"), held("b", "1")), (held("a", "2"),)], index(a=chosen, b="1"))
+    found = gather([(held("a", "1"), held("b", "1")), (held("a", "2"),)], weight_map(index(a=chosen, b="1")))
     assert found["a"].file == chosen
     assert list(found) == ["a", "b"]
 
 
 def test_two_tensors_of_one_name_that_the_index_does_not_know_are_refused() -> None:
     """There is no telling which one is meant."""
-    sentence = refusal(lambda: gather([(held("a", "1"), held("b", "1")), (held("a", "2"),)], index(b="1")))
+    sentence = refusal(lambda: gather([(held("a", "1"), held("b", "1")), (held("a", "2"),)], weight_map(index(b="1"))))
     assert sentence == f"2 and 1 both hold a, and {INDEX} names neither"
 
 
 def test_a_tensor_in_another_file_than_the_index_says_is_refused() -> None:
     """Also one that is in no file at all."""
     for text, name, file in ((index(a="2"), "a", "2"), (index(z="1"), "z", "1")):
-        sentence = refusal(lambda text=text: gather([(held("a", "1"),), (held("c", "2"),)], text))
+        sentence = refusal(lambda text=text: gather([(held("a", "1"),), (held("c", "2"),)], weight_map(text)))
         assert sentence == f"{INDEX} places {name!r} in {file}, which does not hold it"
 
 

@@ -12,7 +12,7 @@ from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
 from merger.methods.steps.arithmetic import LANES, Blocks, array
-from merger.methods.steps.step import Array, step, wide
+from merger.methods.steps.step import ZERO, Array, step, wide
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,47 @@ def as_rows(tensor: Array) -> Array:
     """The same entries in two dimensions, the last one kept; one row for a tensor of one dimension or none."""
     width = tensor.shape[-1] if tensor.ndim > 1 else math.prod(tensor.shape)
     return tensor.reshape(math.prod(tensor.shape[:-1]), width)
+
+
+@step("void(float32[::1], int64, int64, float64[::1], float64[::1], uint8[::1], int64[::1])")
+def compare_rows(rows: Array, many: int, start: int, lanes: Floats, products: Floats, signs: Any, counts: Any) -> None:
+    """How some rows, inputs and then their result, lie to each other in as many entries as `signs` has room for.
+
+    `products` is a table of the sums of products. `counts` are the entries that inputs pull both ways; those that they
+    pull at all; for each input those in which the result has the other sign; and those in which it is not zero.
+    """
+    size, entries, inputs, whole = rows.size // many, signs.size, counts.size // 2 - 1, signs.size // LANES
+    result = rows[inputs * size + start : inputs * size + start + entries]
+    for one in range(many):
+        x = rows[one * size + start : one * size + start + entries]
+        ones = x[: whole * LANES].reshape(whole, LANES)
+        for other in range(one + 1):
+            y = rows[other * size + start : other * size + start + entries]
+            others = y[: whole * LANES].reshape(whole, LANES)
+            lanes[:] = 0
+            for at in range(whole):
+                for lane in range(LANES):
+                    lanes[lane] += wide(ones[at, lane]) * wide(others[at, lane])
+            for lane in range(entries - whole * LANES):
+                lanes[lane] += wide(x[whole * LANES + lane]) * wide(y[whole * LANES + lane])
+            for lane in range(1, LANES):
+                lanes[0] += lanes[lane]
+            products[one * many + other] = products[other * many + one] = lanes[0]
+    signs[:] = 0
+    for one in range(inputs):
+        x = rows[one * size + start : one * size + start + entries]
+        against, moved = 0, 0
+        for at in range(entries):
+            up, down = x[at] > ZERO, x[at] < ZERO
+            signs[at] |= (1 if up else 0) + (2 if down else 0)
+            moved += up or down
+            against += (up and result[at] < ZERO) or (down and result[at] > ZERO)
+        counts[2 + one], counts[2 + inputs + one] = against, moved
+    opposed, pulled = 0, 0
+    for at in range(entries):
+        opposed += signs[at] == 3
+        pulled += signs[at] != 0
+    counts[0], counts[1] = opposed, pulled
 
 
 @step("void(float32[::1], float32[::1], float64[::1], float64[::1])")

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
@@ -166,6 +167,7 @@ class Job:
         base: what is subtracted from each input first and added to the result, or None.
         settings: the global numbers by the parameter's name.
         why: for a tensor that is copied although the recipe names another method: the reason.
+        sources: what is loaded for each block, the base last; follows from the inputs and the base.
     """
 
     name: str
@@ -176,6 +178,16 @@ class Job:
     base: Operand | None = None
     settings: Mapping[str, float] = field(default_factory=dict)
     why: str | None = None
+    sources: tuple[Input, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        operands = self.inputs if self.base is None else (*self.inputs, self.base)
+        object.__setattr__(self, "sources", tuple([operand.source for operand in operands]))
+
+    @property
+    def parts(self) -> tuple[tuple[Job, slice], ...]:
+        """The jobs that it is made of, and which of its entries are each one's."""
+        return ((self, slice(0, self.entries)),)
 
     def encode(self) -> dict[str, Any]:
         """Plain data, and its inputs, that name it in a plan's hash."""
@@ -195,11 +207,6 @@ class Job:
         return self.entries * ITEM_BYTES[self.dtype]
 
     @property
-    def sources(self) -> tuple[Input, ...]:
-        """What is loaded for each block, the base last."""
-        return tuple(entry.source for entry in (self.inputs if self.base is None else (*self.inputs, self.base)))
-
-    @property
     def givers(self) -> tuple[int, ...]:
         """The numbers of the models and adapters that it takes anything of."""
         inputs = self.inputs if self.base is None else (*self.inputs, self.base)
@@ -214,8 +221,10 @@ class Job:
     @property
     def shared(self) -> tuple[Stored, ...]:
         """Those that several of its sources read."""
-        uses = Counter(end for source in self.sources for end in unpack(source) if isinstance(end, Stored))
-        return tuple(stored for stored, count in uses.items() if count > 1)
+        ends = [end for source in self.sources for end in unpack(source) if isinstance(end, Stored)]
+        if len(set(ends)) == len(ends):
+            return ()
+        return tuple(stored for stored, count in Counter(ends).items() if count > 1)
 
     @property
     def is_copy(self) -> bool:
@@ -225,9 +234,10 @@ class Job:
     @property
     def passed(self) -> Input | None:
         """The source that the job hands on as it is, if that is all it does."""
-        scale = self.inputs[0].settings.get("scale", 1.0)
+        if self.method != PASSTHROUGH or self.inputs[0].settings.get("scale", 1.0) != 1.0:
+            return None
         source = self.inputs[0].source
-        return source if self.method == PASSTHROUGH and scale == 1.0 and source.dtype == self.dtype else None
+        return source if source.dtype == self.dtype else None
 
     @property
     def kind(self) -> str:
@@ -235,9 +245,21 @@ class Job:
         return "copy" if self.is_copy else "low-rank" if self.inputs[0].source.kind == "factor" else self.method
 
 
+@dataclass(frozen=True)
+class JoinedJob(Job):
+    """Jobs that are made as one, whose inputs lie one behind the other as their results do; see `join` in budget."""
+
+    members: tuple[Job, ...] = field(kw_only=True)
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Job, slice], ...]:
+        ends = list(accumulate(member.entries for member in self.members))
+        return tuple((member, slice(end - member.entries, end)) for member, end in zip(self.members, ends, strict=True))
+
+
 def unpack(source: Input) -> Iterator[Stored | StageTensor]:
     """The stored tensors and the stages that a source reads itself; not those that a stage of it reads."""
-    if isinstance(source, Stored | StageTensor):
+    if isinstance(source, (Stored, StageTensor)):
         yield source
         return
     for child in source.children:
