@@ -60,13 +60,18 @@ CHANGES: tuple[FormatChange, ...] = (
         2, "a tensor of a LoRA adapter that has no name of the model's files is placed by layer, role and tower"
     ),
     FormatChange(
-        2,
+        3,
         "norms, angles and energies are summed in another order, and singular vectors are numpy's: a factor may differ "
         "in float64's last bits, and an entry in a thousand million in its own",
     ),
+    FormatChange(
+        3,
+        "random masks are drawn by another generator (Threefry4x32-20)",
+        frozenset({"dare_linear", "dare_ties", "della", "della_linear"}),
+    ),
 )
 
-FORMAT = 2
+FORMAT = 3
 """That of a plan made now: a part of its hash."""
 
 

@@ -52,7 +52,7 @@ def _threshold(blocks: Blocks, select_topk: float) -> float:
     def variances(place: int, block: Sequence[Array]) -> list[Array]:
         variance = _variance(block)
         if place == len(varying):
-            varying.append(_count(array(variance)))
+            varying.append(_count(array(variance) > 0))
         return [variance]
 
     found = magnitudes_at(Mapped(blocks, variances), {0: lambda _: [max(1, int(select_topk * sum(varying)))]})

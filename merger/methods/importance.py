@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +21,10 @@ from merger.methods.steps.arithmetic import (
     entry_count,
     magnitude_sum,
     multiply,
-    multiply_add,
     per_model,
     quotient,
     scaled,
+    square,
     weighted_sum,
 )
 from merger.methods.steps.rows import as_rows, row_chunks
@@ -52,22 +53,35 @@ class ProductRange:
 
     def exp(self, one: Array, other: Array) -> Array:
         """e to the pair's products, scaled to 0 to 1: by sums and products, for a library's exp is its machine's."""
-        scale_products(one, other, self.least, self.inverse, power := new(one))
-        total = new(one)
-        total[...] = 1 / math.factorial(_TERMS)
-        for term in reversed(range(_TERMS)):
-            multiply_add(total, power, 1 / math.factorial(term))
-        return total
+        exp_products(one, other, _series(), self.least, self.inverse, out := new(one))
+        return out
 
 
-@step("void(float32[::1], float32[::1], float32, float32, float32[::1])")
-def scale_products(x: Array, y: Array, least: float, factor: float, out: Array) -> None:
-    """The products, less a number, times a number."""
+@cache
+def _series() -> Array:
+    """The coefficients of e's series, the last one first."""
+    import numpy as np
+
+    return np.array([1 / math.factorial(term) for term in reversed(range(_TERMS + 1))], np.float32)
+
+
+@step("void(float32[::1], float32[::1], float32[::1], float32, float32, float32[::1])")
+def exp_products(x: Array, y: Array, series: Array, least: float, factor: float, out: Array) -> None:
+    """The products, less a number, times a number, in a series of 12 terms."""
     for i in range(out.size):
-        out[i] = (x[i] * y[i] - least) * factor
+        power = (x[i] * y[i] - least) * factor
+        total = series[0]
+        for term in range(1, 12):
+            total = total * power + series[term]
+        out[i] = total
 
 
-scale_products.twin = lambda x, y, least, factor, out: out.copy_(x.mul(y).sub_(least).mul_(factor))
+@exp_products.torch
+def _(x: Any, y: Any, series: Array, least: float, factor: float, out: Any) -> None:
+    power = x.mul(y).sub_(least).mul_(factor)
+    out.fill_(float(series[0]))
+    for coefficient in series[1:].tolist():
+        out.mul_(power).add_(coefficient)
 
 
 @dataclass(frozen=True)
@@ -80,15 +94,13 @@ class Balance:
     thresholds: tuple[float, ...] = ()
 
     def scores(self, _: int, block: Sequence[Array]) -> list[Array]:
-        """The scores of all models."""
-        return [self.score(block, model) for model in range(len(block))]
+        """Of each model the intra-balancing times the inter-balancing, times the square of the number of entries."""
+        exps = square([self.spans[pair].exp(*(block[model] for model in pair)) for pair in self.spans])
+        return [self._score(exps[model], model) for model in range(len(block))]
 
-    def score(self, block: Sequence[Array], model: int) -> Array:
-        """The model's intra-balancing times its inter-balancing, times the square of the number of entries."""
-        exps = [self.spans[_pair(model, other)].exp(block[model], one) for other, one in enumerate(block)]
-        own = scaled(_power(exps[model], len(block)), 1 / self.intra[model])
-        shares = [1 / self.inter[_pair(model, other)] for other in range(len(block))]
-        total = weighted_sum(exps, shares)
+    def _score(self, exps: Sequence[Array], model: int) -> Array:
+        own = scaled(_power(exps[model], len(exps)), 1 / self.intra[model])
+        total = weighted_sum(exps, [1 / self.inter[_pair(model, other)] for other in range(len(exps))])
         multiply(total, own)
         return total
 
@@ -195,8 +207,9 @@ def pcb(
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     balance = measured or measure_pcb([deltas], densities)
     total, scores = zeros(deltas[0]), zeros(deltas[0])
-    for model, (delta, number) in enumerate(zip(deltas, weights, strict=True)):
-        kept = trim(balance.score(deltas, model), balance.thresholds[model])
+    found = balance.scores(0, deltas)
+    for delta, number, score, threshold in zip(deltas, weights, found, balance.thresholds, strict=True):
+        kept = trim(score, threshold)
         add_scaled(scores, kept, 1.0)
         multiply(term := scaled(delta, number), kept)
         add_scaled(total, term, 1.0)

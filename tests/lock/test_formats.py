@@ -181,12 +181,20 @@ def made(kind: str, parents: Path, out: Path) -> Path:
 def test_a_lock_of_an_earlier_version_makes_its_bytes_and_is_verified(
     kind: str, parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan that it names, the files that it lists; and a result that lies beside it is told to be what it says."""
+    """The plan that it names, the files that it lists; and a result that lies beside it is told to be what it says.
+
+    Of a method whose bits are others by now, which version made it.
+    """
     monkeypatch.chdir(parents)
     golden, out = GOLDEN / f"{kind}.lock.yaml", tmp_path / "out"
     if os.environ.get("GOLDEN") == "write" and not golden.exists():
         golden.write_bytes(made(kind, parents, tmp_path / "first").read_bytes())
     done = called(["run", str(golden), "--to", str(out), "--quiet"])
+    if kind == "dare":  # format 1: its masks were PCG64's
+        assert done.code == 7
+        assert "made it (format 1)" in done.err
+        assert "random masks are drawn by another generator" in done.err
+        return
     assert done.code == 0, done.err
     then, now = (yaml.safe_load(path.read_text()) for path in (golden, out / "merger.lock.yaml"))
     assert then["plan"] == now["plan"]

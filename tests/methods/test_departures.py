@@ -370,7 +370,7 @@ def test_della_keeps_by_rank(density: float, kind: str) -> None:
         "one row": normal(3, 12),
     }[kind]
     seeds = 4000
-    kept = np.sum([keep_by_rank(delta, 0, density, 0.15, Rng(seed)) for seed in range(seeds)], axis=0)
+    kept = np.sum([keep_by_rank(delta.numpy(), 0, density, 0.15, Rng(seed)) for seed in range(seeds)], axis=0)
     share = della_probability(delta.double().numpy(), density, 0.15).reshape(-1)
     assert (abs(kept - seeds * share) <= 5 * np.sqrt(seeds * share * (1 - share)) + 1e-9).all()
 
@@ -378,7 +378,7 @@ def test_della_keeps_by_rank(density: float, kind: str) -> None:
 def test_della_keeps_entries_apart_from_each_other() -> None:
     """The number kept of a row varies as that of independent draws does: an entry's duel says nothing of another's."""
     delta = normal(4, 1, 64)
-    counts = np.array([keep_by_rank(delta, 0, 0.5, 0.5, Rng(seed)).sum() for seed in range(4000)])
+    counts = np.array([keep_by_rank(delta.numpy(), 0, 0.5, 0.5, Rng(seed)).sum() for seed in range(4000)])
     share = della_probability(delta.double().numpy(), 0.5, 0.5)
     variance = float((share * (1 - share)).sum())
     assert abs(counts.var() / variance - 1) < 5 * math.sqrt(2 / 4000)
@@ -389,14 +389,14 @@ def test_della_keeps_its_density() -> None:
     """The share kept of a large tensor is the density, also where epsilon does not fit beside it."""
     delta = normal(5, 400, 500)
     for density in (0.1, 0.5, 0.95):
-        kept = keep_by_rank(delta, 1, density, 0.15, Rng(2))
+        kept = keep_by_rank(delta.numpy(), 1, density, 0.15, Rng(2))
         assert abs(int(kept.sum()) - density * kept.size) < 5 * math.sqrt(density * (1 - density) * kept.size)
 
 
 def test_della_prefers_the_large() -> None:
     """At density ± epsilon of 1 and 0 the largest entry of a row always stays, and the smallest never."""
     delta = entries(4, 1, -3, 2).view(1, 4)
-    kept = np.array([keep_by_rank(delta, 0, 0.5, 0.5, Rng(seed)) for seed in range(300)])
+    kept = np.array([keep_by_rank(delta.numpy(), 0, 0.5, 0.5, Rng(seed)) for seed in range(300)])
     assert kept[:, 0].all()
     assert not kept[:, 1].any()
     assert 0 < kept[:, 3].sum() < kept[:, 2].sum() < 300
@@ -405,7 +405,7 @@ def test_della_prefers_the_large() -> None:
 def test_della_ranks_along_the_last_dimension() -> None:
     """Rows are ranked each for itself: the entries of a row of small ones stay as often as those of large ones."""
     delta = torch.stack([normal(1, 500) * 1e-6, normal(1, 500)])
-    kept = [keep_by_rank(delta, 0, 0.5, 0.5, Rng(seed)).reshape(2, 500).sum(1) for seed in range(40)]
+    kept = [keep_by_rank(delta.numpy(), 0, 0.5, 0.5, Rng(seed)).reshape(2, 500).sum(1) for seed in range(40)]
     assert abs(np.mean(kept, axis=0) - 250).max() < 5 * math.sqrt(500 / 6 / 40)
 
 

@@ -123,8 +123,8 @@ def mask(case: Case, model: int, arguments: Mapping[str, Any]) -> np.ndarray[Any
     """Which entries of a model a random method keeps, as 1 and 0."""
     tensor, density = case.tensors[model], arguments["density"][model]
     if "epsilon" not in arguments:
-        return case.rng.below(model, tensor.numel(), density).reshape(tensor.shape).astype(np.float64)
-    kept = keep_by_rank(tensor, model, density, arguments["epsilon"][model], case.rng)
+        return case.rng.mask(model, tensor.numel(), density).reshape(tensor.shape).astype(np.float64)
+    kept = keep_by_rank(tensor.numpy(), model, density, arguments["epsilon"][model], case.rng)
     return kept.reshape(tensor.shape).astype(np.float64)
 
 

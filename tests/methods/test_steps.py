@@ -30,19 +30,23 @@ SIZES = {
     "scale_columns": {1: "columns"},
     "measure_importance": {2: "rows"},
     "sum_magnitudes": {1: "lanes"},
-    "sum_products": {2: "lanes"},
-    "sum_row_products": {2: "room", 3: "rows"},
+    "sum_products": {2: "room", 3: "rows"},
     "sum_column_products": {2: "columns"},
+    "exp_products": {2: "series"},
+    "draw": {0: "words", 1: "key"},
+    "keep_winners": {2: "spent"},
 }
 """Which arguments of a step have not as many entries as the others; what is room alone holds nothing afterwards."""
+TENSORS = ("all", "words", "spent")
+SPENT = ("room", "spent")
 
 
 def values(kind: str, size: int, draw: np.random.Generator) -> np.ndarray[Any, Any]:
     """Entries of a kind, some of them odd ones."""
     if kind == "boolean":
         return draw.random(size) < 0.5
-    if kind == "uint16":
-        return draw.integers(0, 1 << 16, size, np.uint16)
+    if kind.startswith("uint"):
+        return draw.integers(0, np.iinfo(kind).max, size, kind, endpoint=True)
     normal = draw.standard_normal(size) * 10.0 ** draw.integers(-3, 3)
     if kind == "float64":  # sums, which are never a negative zero
         return normal
@@ -63,26 +67,29 @@ def test_both_bodies_of_a_step_give_the_same_bits(
 ) -> None:
     """For any sizes and values, infinities, denormals and signed zeros included; any NaN is as good as another."""
     step, draw = TWINS[name], np.random.default_rng(seed)
-    sizes = {"rows": rows, "columns": columns, "lanes": LANES, "room": LANES, "all": rows * columns}
+    sizes = {"rows": rows, "columns": columns, "lanes": LANES, "room": LANES, "series": 12, "key": 4}
+    sizes |= {"all": rows * columns, "spent": rows * columns, "words": rows * 4 * LANES}
+    whole = iter([20_000, 45_000, columns] if name == "keep_winners" else [2**35 + seed])
     kinds = re.findall(r"(\w+)(\[::1\])?[,)]", step.signature)
     arguments: list[Any] = []
     for place, (kind, is_array) in enumerate(kinds):
         size = sizes[SIZES.get(name, {}).get(place, "all")]
-        arguments.append(values(kind, size, draw) if is_array else numbers[place % 4])
+        number = next(whole) if kind == "int64" else numbers[place % 4]
+        arguments.append(values(kind, size, draw) if is_array else number)
     with np.errstate(all="ignore"):
         here, there = ([np.copy(x) if isinstance(x, np.ndarray) else x for x in arguments] for _ in range(2))
         step.compiled(*here)
         assert step.twin is not None
         step.twin(*[_handed(name, place, x) for place, x in enumerate(there)])
     for place, (one, other) in enumerate(zip(here, there, strict=True)):
-        if isinstance(one, np.ndarray) and SIZES.get(name, {}).get(place) != "room":
+        if isinstance(one, np.ndarray) and SIZES.get(name, {}).get(place) not in SPENT:
             np.testing.assert_array_equal(_bits(name, one), _bits(name, other))
 
 
 def _handed(name: str, place: int, x: Any) -> Any:
-    """Entries as tensors; masks, lanes and numbers of rows stay numpy's, as methods hand them over."""
-    other = isinstance(x, np.ndarray) and x.dtype != bool and place not in SIZES.get(name, {})
-    return torch.from_numpy(x) if other else x
+    """Entries as tensors; lanes, keys and numbers of rows stay numpy's, as methods hand them over."""
+    is_entries = SIZES.get(name, {}).get(place, "all") in TENSORS
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) and is_entries else x
 
 
 def _bits(name: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

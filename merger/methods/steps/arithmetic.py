@@ -76,16 +76,6 @@ def multiply(total: Array, x: Array) -> None:
 multiply.twin = lambda total, x: total.mul_(x)
 
 
-@step("void(float32[::1], float32[::1], float32)")
-def multiply_add(total: Array, x: Array, number: float) -> None:
-    """Each entry times another one, and a number added: what Horner's rule takes at each power."""
-    for i in range(total.size):
-        total[i] = total[i] * x[i] + number
-
-
-multiply_add.twin = lambda total, x, number: total.mul_(x).add_(number)
-
-
 @step("void(float32[::1], float32[::1], float32, float32[::1])")
 def divide(x: Array, by: Array, factor: float, out: Array) -> None:
     """Each entry divided by another one (by 1 where that is zero), then times a number."""
@@ -174,66 +164,85 @@ def quotient(x: Array, by: Array, factor: float = 1.0) -> Array:
 
 # ---- norms ----------------------------------------------------------------------------------------------------------
 
-LANES = 16
-"""Sums run in as many lanes, each over every 16th entry, in float64: an order that vectors have, too."""
+LANES, DEEP = 16, 8
+"""Sums run in as many lanes, each over every 16th entry, in float64: an order that vectors have, too. A lane is in a
+register for so many entries; in memory it would wait for itself each time."""
 
 
 @step("void(float32[::1], float64[::1])")
 def sum_magnitudes(x: Array, lanes: NDArray[np.float64]) -> None:
     """To each lane the magnitudes of its entries."""
-    rows, rest = x[: x.size // LANES * LANES].reshape(-1, LANES), x[x.size // LANES * LANES :]
-    for row in range(len(rows)):
+    whole = x.size // (DEEP * LANES)
+    blocks, rest = x[: whole * DEEP * LANES].reshape(whole, DEEP, LANES), x[whole * DEEP * LANES :]
+    for block in range(whole):
         for lane in range(LANES):
-            lanes[lane] += abs(rows[row, lane])
-    for lane in range(rest.size):
-        lanes[lane] += abs(rest[lane])
+            total = lanes[lane]
+            for row in range(DEEP):
+                total += abs(blocks[block, row, lane])
+            lanes[lane] = total
+    for start in range(0, rest.size, LANES):
+        few = rest[start : start + LANES]
+        for lane in range(few.size):
+            lanes[lane] += abs(few[lane])
 
 
-sum_magnitudes.twin = lambda x, lanes: _add_lanes(x.double().abs(), lanes)
-
-
-@step("void(float32[::1], float32[::1], float64[::1])")
-def sum_products(x: Array, y: Array, lanes: NDArray[np.float64]) -> None:
-    """To each lane the products of its entries, which float64 holds exactly."""
-    whole = x.size // LANES * LANES
-    rows, others = x[:whole].reshape(-1, LANES), y[:whole].reshape(-1, LANES)
-    for row in range(len(rows)):
-        for lane in range(LANES):
-            lanes[lane] += wide(rows[row, lane]) * wide(others[row, lane])
-    for lane in range(x.size - whole):
-        lanes[lane] += wide(x[whole + lane]) * wide(y[whole + lane])
-
-
-sum_products.twin = lambda x, y, lanes: _add_lanes(x.double() * y.double(), lanes)
-
-
-def _add_lanes(terms: Any, lanes: Any) -> None:
+@sum_magnitudes.torch
+def _(x: Any, lanes: Any) -> None:
     """One row of entries after the other, as a loop adds them."""
     import torch
 
-    row = torch.nn.functional.pad(terms.reshape(-1), (0, -terms.numel() % LANES)).view(-1, LANES)
-    found = torch.cat([_beside(lanes, row)[None], row]).cumsum(0)[-1].cpu().numpy()
-    lanes[...] = found
+    row = torch.nn.functional.pad(x.double().abs().reshape(-1), (0, -x.numel() % LANES)).view(-1, LANES)
+    lanes[...] = torch.cat([_beside(lanes, row)[None], row]).cumsum(0)[-1].cpu().numpy()
 
 
-def _lanes() -> NDArray[np.float64]:
-    import numpy as np
+@step("void(float32[::1], float32[::1], float64[::1], float64[::1])")
+def sum_products(x: Array, y: Array, lanes: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+    """For each row, of as many as `out` has room for, the sum of the products, which float64 holds exactly."""
+    width = x.size // max(1, out.size)
+    whole = width // (DEEP * LANES)
+    for place in range(out.size):
+        one, other = x[place * width : (place + 1) * width], y[place * width : (place + 1) * width]
+        ones = one[: whole * DEEP * LANES].reshape(whole, DEEP, LANES)
+        others = other[: whole * DEEP * LANES].reshape(whole, DEEP, LANES)
+        lanes[:] = 0
+        for block in range(whole):
+            for lane in range(LANES):
+                total = lanes[lane]
+                for row in range(DEEP):
+                    total += wide(ones[block, row, lane]) * wide(others[block, row, lane])
+                lanes[lane] = total
+        for start in range(whole * DEEP * LANES, width, LANES):
+            few, fews = one[start : start + LANES], other[start : start + LANES]
+            for lane in range(few.size):
+                lanes[lane] += wide(few[lane]) * wide(fews[lane])
+        for lane in range(1, LANES):
+            lanes[0] += lanes[lane]
+        out[place] = lanes[0]
 
-    return np.zeros(LANES)
+
+@sum_products.torch
+def _(x: Any, y: Any, lanes: Any, out: Any) -> None:
+    import torch
+
+    terms = (x.double() * y.double()).view(len(out), -1)
+    padded = torch.nn.functional.pad(terms, (0, -terms.shape[1] % LANES)).view(len(out), -1, LANES)
+    out[...] = padded.cumsum(1)[:, -1].cumsum(1)[:, -1].cpu().numpy() if padded.numel() else 0
 
 
 def magnitude_sum(x: Array) -> float:
     """The sum of the magnitudes."""
-    lanes = _lanes()
-    sum_magnitudes(x, lanes)
+    import numpy as np
+
+    sum_magnitudes(x, lanes := np.zeros(LANES))
     return math.fsum(lanes)
 
 
 def dot(x: Array, y: Array) -> float:
     """The sum of the products."""
-    lanes = _lanes()
-    sum_products(x, y, lanes)
-    return math.fsum(lanes)
+    import numpy as np
+
+    sum_products(x, y, np.empty(LANES), out := np.empty(1))
+    return float(out[0])
 
 
 def dots(tensors: Sequence[Array]) -> list[float]:

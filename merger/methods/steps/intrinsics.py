@@ -6,6 +6,7 @@ In numba's integers 32 bits widen to 64, and a loop with them does not become on
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -31,6 +32,7 @@ _TAKES: dict[int, Callable[[Any], Any]] = {
     1: lambda found: lambda context, x: found,
     2: lambda found: lambda context, x, y: found,
     3: lambda found: lambda context, x, y, z: found,
+    5: lambda found: lambda context, v, w, x, y, z: found,
 }
 """numba counts the arguments by their names."""
 
@@ -104,17 +106,70 @@ def to_float16(b: Any, x: Any) -> Any:
     return b.trunc(b.or_(found, b.lshr(b.and_(bits, _k(_SIGN)), _k(16))), _U16)
 
 
-@_word(types.int64, types.int64, types.uint64, types.uint64)
-def random_bits(b: Any, place: Any, start: Any, key: Any) -> Any:
-    """SplitMix64 (Steele et al., 2014), whose counter is the entry: the same as `Rng.bits`."""
-    x = b.mul(b.add(b.add(place, start), _k(1, _U64)), _k(0x9E3779B97F4A7C15, _U64))
-    x = b.add(x, key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = b.mul(b.xor(x, b.lshr(x, _k(shift, _U64))), _k(factor, _U64))
-    return b.xor(x, b.lshr(x, _k(31, _U64)))
+_TURNS = (10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20)
 
 
-@_word(types.int64, types.int64, types.int64)
-def share_of(b: Any, bits: Any, count: Any) -> Any:
-    """One of `count` numbers from 0 on, by the upper half of 64 random bits."""
-    return b.lshr(b.mul(b.lshr(bits, _k(32, _U64)), count), _k(32, _U64))
+def threefry_words(
+    words: list[Any],
+    key: list[Any],
+    add: Callable[[Any, Any], Any],
+    xor: Callable[[Any, Any], Any],
+    turn: Callable[[Any, int], Any],
+    number: Callable[[int], Any] = int,
+) -> list[Any]:
+    """Threefry4x32-20 (Salmon et al., 2011) of four words and a key of four, in whatever computes with 32 bits."""
+    keys, found = [*key, reduce(xor, key, number(0x1BD11BDA))], list(words)
+    for count in range(21):
+        if count % 4 == 0:
+            found = [add(word, keys[(count // 4 + place) % 5]) for place, word in enumerate(found)]
+            found[3] = add(found[3], number(count // 4))
+        for one, by in zip((0, 2) if count < 20 else (), _TURNS[count % 8], strict=False):
+            other = one + 1 if count % 2 == 0 else 3 - one
+            found[one] = add(found[one], found[other])
+            found[other] = xor(turn(found[other], by), found[one])
+    return found
+
+
+_FOUR: Any = types.UniTuple
+
+
+@_word(_FOUR(types.uint32, 4), types.int64, *4 * (types.uint32,))
+def threefry(b: Any, counter: Any, *key: Any) -> Any:
+    """Four random words, of a counter."""
+    words = [b.trunc(counter, _U32), b.trunc(b.lshr(counter, _k(32, _U64)), _U32), _k(0), _k(0)]
+
+    def turn(x: Any, by: int) -> Any:
+        return b.or_(b.shl(x, _k(by)), b.lshr(x, _k(32 - by)))
+
+    packed = ir.Constant(ir.ArrayType(_U32, 4), ir.Undefined)
+    for place, word in enumerate(threefry_words(words, list(key), b.add, b.xor, turn, _k)):
+        packed = b.insert_value(packed, word, place)
+    return packed
+
+
+@_word(types.uint32, types.int64, types.uint32, types.int64)
+def rival(b: Any, place: Any, word: Any, count: Any) -> Any:
+    """One of the other places among so many, by the upper 31 of 32 random bits; twice that, and the lowest bit."""
+    others = b.sub(b.trunc(count, _U32), _k(1))
+    ahead = b.trunc(b.lshr(b.mul(b.zext(b.lshr(word, _k(1)), _U64), b.zext(others, _U64)), _k(31, _U64)), _U32)
+    found = b.add(b.add(b.trunc(place, _U32), _k(1)), ahead)
+    found = b.select(b.icmp_unsigned(">", found, others), b.sub(found, b.add(others, _k(1))), found)
+    return b.or_(b.shl(found, _k(1)), b.and_(word, _k(1)))
+
+
+@_word(types.uint64, types.uint32)
+def half(b: Any, word: Any) -> Any:
+    """All bits but the lowest, as a place."""
+    return b.zext(b.lshr(word, _k(1)), _U64)
+
+
+@_word(types.uint32, types.uint32, types.uint32)
+def coin(b: Any, bits: Any, word: Any) -> Any:
+    """The bits, or one more, by a word's lowest bit."""
+    return b.add(bits, b.and_(word, _k(1)))
+
+
+@_word(types.boolean, types.uint16, types.int64)
+def below(b: Any, draw: Any, most: Any) -> Any:
+    """Whether a draw is less."""
+    return b.icmp_unsigned("<", b.zext(draw, _U32), b.trunc(most, _U32))

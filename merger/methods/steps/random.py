@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from merger.methods.steps.arithmetic import array
-from merger.methods.steps.step import ONE, ZERO, Array, new, step
+from merger.methods.steps.arithmetic import LANES
+from merger.methods.steps.step import ONE, ZERO, Array, is_tensor, new, room, step
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Mask = NDArray[np.bool_]
+    Words = NDArray[np.uint32]
 
+below: Any = None
+coin: Any = None
+half: Any = None
 magnitude_bits: Any = None
-random_bits: Any = None
-share_of: Any = None
+rival: Any = None
+threefry: Any = None
 """Words of compiled loops: `intrinsics` has them."""
 
-_DRAWS = 65_536
+_DRAWS, _WORD = 1 << 16, (1 << 32) - 1
 
 
 def likely(share: float) -> float:
@@ -36,38 +40,48 @@ def likely(share: float) -> float:
     return share if share <= 0 or share >= 1 else min(max(round(share * _DRAWS), 1), _DRAWS - 1) / _DRAWS
 
 
-class _Words(threading.local):
-    """This thread's generator: to make one takes longer than to draw a tile."""
-
-    def __init__(self) -> None:
-        import numpy as np
-
-        self.bits = np.random.PCG64(0)
-        self.drawn = np.random.Generator(self.bits)
-
-
-_generator = cache(_Words)
-
-
 @lru_cache(maxsize=1024)
 def _digest(words: str) -> bytes:
     return hashlib.blake2b(words.encode(), digest_size=16, person=b"merger.rng").digest()
 
 
-@lru_cache(maxsize=256)
-def _first_state(digest: bytes) -> Any:
-    import numpy as np
+@step("void(uint32[::1], uint32[::1], int64)")
+def draw(words: Words, key: Words, first: int) -> None:
+    """Threefry's words of the counters from `first` on: of 16 all their first words, all their second; then of 16 more."""
+    groups = words.reshape(words.size // (4 * LANES), 4, LANES)
+    k0, k1, k2, k3 = key[0], key[1], key[2], key[3]
+    for group in range(len(groups)):
+        made = groups[group]
+        for lane in range(LANES):
+            w0, w1, w2, w3 = threefry(first + group * LANES + lane, k0, k1, k2, k3)
+            made[0, lane], made[1, lane], made[2, lane], made[3, lane] = w0, w1, w2, w3
 
-    return np.random.PCG64(int.from_bytes(digest, "little")).state
+
+@draw.torch
+def _(words: Any, key: Words, first: int) -> None:
+    import torch
+
+    from merger.methods.steps.intrinsics import threefry_words
+
+    def add(x: Any, y: Any) -> Any:
+        return x + y & _WORD
+
+    def turn(x: Any, by: int) -> Any:
+        return (x << by | x >> 32 - by) & _WORD
+
+    count = torch.arange(len(words) // 4, device=words.device) + first
+    found = threefry_words([count & _WORD, count >> 32, count * 0, count * 0], key.tolist(), add, operator.xor, turn)
+    words.view(torch.int32).copy_(torch.stack(found).view(4, -1, LANES).transpose(0, 1).reshape(-1))
 
 
 @dataclass(frozen=True)
 class Rng:
     """Randomness by position: entry e of model m of a tensor always gets the same draw, whoever asks for it and when.
 
-    A draw is one of 65,536 equally likely numbers: the entry's quarter of a word of PCG64 (O'Neill, 2014), keyed by a
-    digest of (seed, tensor, model) and advanced to the entry's place. So a draw depends neither on the order of tensors
-    or blocks, nor on threads or the machine; and a probability is one of the 65,535 between 0 and 1, the nearest.
+    A draw is one of 65,536 equally likely numbers: half a word of Threefry4x32-20 (Salmon et al., 2011), whose key is a
+    digest of (seed, tensor, model) and whose counter is the entry's place. So a draw depends neither on the order of
+    tensors or blocks, nor on threads or the machine; and a probability is one of the 65,535 between 0 and 1, the
+    nearest.
 
     Args:
         seed: the recipe's seed.
@@ -83,26 +97,19 @@ class Rng:
         """The same stream at entry `offset` of the tensor."""
         return replace(self, start=offset)
 
-    def below(self, model: int, count: int, share: float) -> Mask:
+    def mask(self, model: int, count: int, share: float, like: Any = None) -> Any:
         """Whether the draws of `count` entries from `start` are below a share: so with that probability."""
-        import numpy as np
+        drawn, most = self.draws(model, count, like), round(likely(share) * _DRAWS)
+        return (drawn.int() & _DRAWS - 1) < most if is_tensor(drawn) else drawn < most
 
-        if not 0 < share < 1:
-            return np.full(count, share >= 1)
-        return self.draws(model, count) < np.uint16(likely(share) * _DRAWS)
+    def draws(self, model: int, count: int, like: Any = None) -> Any:
+        """The draws of `count` entries from `start`, 16 bits each; where `like` is a tensor, beside it."""
+        words, skip = _words(self._key(model), self.start // 2, count // 2 + 1, like), self.start % 2
+        return halves(words)[skip : skip + count]
 
-    def draws(self, model: int, count: int) -> NDArray[np.uint16]:
-        """The draws of `count` entries from `start`."""
-        import numpy as np
-
-        step, skip = divmod(self.start, 4)
-        words = _generator()
-        words.bits.state = _first_state(self._key(model))
-        words.bits.advance(step)
-        # The raw words, as random_raw gives them, but without holding up the other threads meanwhile.
-        drawn = words.drawn.integers(0, 2**64 - 1, -(-(skip + count) // 4), np.uint64, endpoint=True)
-        draws: NDArray[np.uint16] = drawn.astype("<u8", copy=False).view("<u2")[skip : skip + count]
-        return draws
+    def words(self, model: int, count: int, use: str, like: Any = None) -> Any:
+        """32 random bits for each of `count` entries from `start`; another `use`, other bits."""
+        return _words(self._key(model, use), self.start, count, like)
 
     def bits(self, model: int, places: NDArray[np.intp], use: str) -> NDArray[np.uint64]:
         """64 random bits for each of some entries, counted from `start`; another `use`, other bits.
@@ -114,19 +121,40 @@ class Rng:
         bits = places.astype(np.uint64)
         bits += np.uint64(self.start + 1)
         bits *= np.uint64(0x9E3779B97F4A7C15)
-        bits += np.uint64(self.key(model, use))
+        bits += np.uint64(int.from_bytes(self._key(model, use)[:8], "little"))
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             bits ^= bits >> np.uint64(shift)
             bits *= np.uint64(factor)
         bits ^= bits >> np.uint64(31)
         return bits
 
-    def key(self, model: int, use: str) -> int:
-        """What sets the bits of a model and a use apart from others."""
-        return int.from_bytes(self._key(model, use)[:8], "little")
-
     def _key(self, model: int, *use: str) -> bytes:
         return _digest(json.dumps([self.seed, self.tensor, model, *use]))
+
+
+def halves(words: Any) -> Any:
+    """Numbers of 32 bits as twice as many of 16."""
+    if is_tensor(words):
+        import torch
+
+        return words.view(torch.int16)
+    return words.view("<u2")
+
+
+def _words(key: bytes, first: int, count: int, like: Any) -> Any:
+    """Some of the words of a key, of which those before them and after them in their group are made, too."""
+    import numpy as np
+
+    group, skip = divmod(first, 4 * LANES)
+    size = -(-(skip + count) // (4 * LANES)) * 4 * LANES
+    if is_tensor(like):
+        import torch
+
+        made: Any = torch.empty(size, dtype=torch.int32, device=like.device)
+    else:
+        made = room(4 * size).view(np.uint32)
+    draw(made, np.frombuffer(bytearray(key), "<u4"), group * LANES)
+    return made[skip : skip + count]
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
@@ -139,11 +167,7 @@ def keep_masked(x: Array, kept: Mask, factor: float, out: Array) -> None:
         out[i] = x[i] * (ONE if kept[i] else ZERO) * factor
 
 
-@keep_masked.torch
-def _(x: Any, kept: Any, factor: float, out: Any) -> None:
-    import torch
-
-    out.copy_((x * torch.from_numpy(kept).to(x.device).view(x.shape)).mul_(factor))
+keep_masked.twin = lambda x, kept, factor, out: out.copy_((x * kept.view(x.shape)).mul_(factor))
 
 
 def masked(delta: Array, kept: Mask, factor: float) -> Array:
@@ -152,20 +176,33 @@ def masked(delta: Array, kept: Mask, factor: float) -> Array:
     return out
 
 
-@step("void(float32[::1], uint16[::1], int64, int64, uint64, uint64, int64, boolean[::1])")
-def keep_winners(
-    x: Array, draws: NDArray[np.uint16], low: int, high: int, start: int, key: int, row: int, kept: Mask
-) -> None:
-    """Below `low` a draw keeps the entry; from there to `high`, if it is larger than another one of its row."""
+@step("void(float32[::1], uint16[::1], uint32[::1], int64, int64, int64, boolean[::1])")
+def keep_winners(x: Array, draws: NDArray[np.uint16], words: Words, low: int, high: int, row: int, kept: Mask) -> None:
+    """Below `low` a draw keeps the entry; from there to `high`, if it is larger than another one of its row.
+
+    In loops of their own, for only the middle one is none of vectors: which other one, drawn by the words; its
+    magnitude, or one more by a coin, in the words' place; and what stays.
+    """
     for first in range(0, kept.size, row):
-        mine, drawn, stays = x[first : first + row], draws[first : first + row], kept[first : first + row]
-        for i in range(mine.size):
-            stays[i] = drawn[i] < low
-            if drawn[i] >= low and drawn[i] < high:
-                bits = random_bits(first + i, start, key)
-                other = i + 1 + share_of(bits, row - 1)
-                other -= row if other >= row else 0
-                stays[i] = magnitude_bits(mine[i]) >= magnitude_bits(mine[other]) + (bits & 1)
+        mine, word = x[first : first + row], words[first : first + row]
+        drawn, stays = draws[first : first + row], kept[first : first + row]
+        for i in range(word.size):
+            word[i] = rival(i, word[i], row)
+        for i in range(word.size):
+            word[i] = coin(magnitude_bits(mine[half(word[i])]), word[i])
+        for i in range(word.size):
+            stays[i] = below(drawn[i], low) | (below(drawn[i], high) & (magnitude_bits(mine[i]) >= word[i]))
+
+
+@keep_winners.torch
+def _(x: Any, draws: Any, words: Any, low: int, high: int, row: int, kept: Any) -> None:
+    import torch
+
+    sizes, word = x.view(torch.int32).view(-1, row).long() & _WORD >> 1, words.view(torch.int32).view(-1, row).long()
+    ahead = (word >> 1 & _WORD >> 1) * (row - 1) >> 31
+    others = sizes.gather(1, (torch.arange(1, row + 1, device=x.device) + ahead) % row) + (word & 1)
+    drawn = draws.view(torch.int16).view(-1, row).int() & _DRAWS - 1
+    kept.view(-1, row).copy_((drawn < low) | (drawn < high) & (sizes >= others))
 
 
 def keep_by_rank(delta: Array, model: int, density: float, epsilon: float, rng: Rng) -> Mask:
@@ -176,15 +213,12 @@ def keep_by_rank(delta: Array, model: int, density: float, epsilon: float, rng: 
     that is the second term, exactly, and no row is sorted. Among equals a coin decides, which gives them their mean
     rank.
     """
-    import numpy as np
-
-    entries, spread = array(delta), min(epsilon, density, 1 - density)
+    spread, entries = min(epsilon, density, 1 - density), delta.reshape(-1)
     low, high = (round(likely(share) * _DRAWS) for share in (density - spread, density + spread))
-    drawn = low < high or 0 < low < _DRAWS
-    draws = rng.draws(model, entries.size) if drawn else np.zeros(entries.size, np.uint16)
-    kept = np.empty(entries.size, np.bool_)
+    draws = rng.draws(model, len(entries), delta)
+    kept: Mask = draws > 0
     row = delta.shape[-1] if delta.ndim else 1
-    keep_winners(entries, draws, low, high, rng.start, rng.key(model, "duel"), row, kept)
+    keep_winners(entries, draws, rng.words(model, len(entries), "duel", delta), low, high, row, kept)
     return kept
 
 

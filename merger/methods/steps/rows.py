@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
-from merger.methods.steps.arithmetic import LANES, Blocks, array
+from merger.methods.steps.arithmetic import LANES, Blocks, array, sum_products
 from merger.methods.steps.step import ZERO, Array, step, wide
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 14
 
 
 def as_rows(tensor: Array) -> Array:
@@ -70,37 +70,6 @@ def compare_rows(rows: Array, many: int, start: int, lanes: Floats, products: Fl
     counts[0], counts[1] = opposed, pulled
 
 
-@step("void(float32[::1], float32[::1], float64[::1], float64[::1])")
-def sum_row_products(x: Array, y: Array, lanes: Floats, out: Floats) -> None:
-    """For each row, of as many as `out` has room for, the sum of the products, in as many lanes as there are."""
-    width = x.size // max(1, out.size)
-    whole = width // LANES
-    for row in range(out.size):
-        one, other = x[row * width : (row + 1) * width], y[row * width : (row + 1) * width]
-        ones, others = one[: whole * LANES].reshape(whole, LANES), other[: whole * LANES].reshape(whole, LANES)
-        lanes[:] = 0
-        for at in range(whole):
-            for lane in range(LANES):
-                lanes[lane] += wide(ones[at, lane]) * wide(others[at, lane])
-        for lane in range(width - whole * LANES):
-            lanes[lane] += wide(one[whole * LANES + lane]) * wide(other[whole * LANES + lane])
-        for lane in range(1, LANES):
-            lanes[0] += lanes[lane]
-        out[row] = lanes[0]
-
-
-@sum_row_products.torch
-def _(x: Any, y: Any, lanes: Floats, out: Floats) -> None:
-    import torch
-
-    terms = (x.double() * y.double()).view(len(out), -1)
-    padded = torch.nn.functional.pad(terms, (0, -terms.shape[1] % LANES)).view(len(out), -1, LANES)
-    if padded.numel():
-        out[...] = padded.cumsum(1)[:, -1].cumsum(1)[:, -1].cpu().numpy()
-    else:
-        out[...] = 0
-
-
 @step("void(float32[::1], float32[::1], float64[::1])")
 def sum_column_products(x: Array, y: Array, out: Floats) -> None:
     """To each column's sum its products, row after row."""
@@ -126,7 +95,7 @@ def row_dots(tensors: Sequence[Array]) -> Floats:
     lanes = np.empty(LANES)
     found = np.empty((len(tensors) * (len(tensors) + 1) // 2, as_rows(tensors[0]).shape[0]))
     for place, (one, other) in enumerate(combinations_with_replacement(tensors, 2)):
-        sum_row_products(one, other, lanes, found[place])
+        sum_products(one, other, lanes, found[place])
     return found
 
 
