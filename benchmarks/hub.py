@@ -1,10 +1,11 @@
 """The same merge from Hub to Hub and from folder to folder: what the network's part of a run costs.
 
 `python benchmarks/hub.py` makes checkpoints of half a billion parameters or more, serves them from the loopback Hub of
-the tests in a process of its own, and merges three of them with the real command: between folders, over the bare
-loopback, and over a link with a latency for each request and a rate for each connection. The *link's time* of a run is
-what its bytes take if nothing else did: those downloaded on all connections that a reader uses, or those uploaded on
-one, whichever is longer; both go on at once. (Two files may go up at once: then it is half.) Not here: the real Hub.
+the tests in a process of its own, and merges three of them with the real command: between folders, and over links of
+several rates, which all connections share, each way apart. The *link's time* of a run is what its bytes take if nothing
+else did: those downloaded or those uploaded, whichever is more; both go on at once. Where the rest went is told by the
+log of the link's wider way: the seconds before it carried its first byte, those in between in which it stood still, and
+those after its last byte. Not here: the real Hub.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 
@@ -26,22 +28,26 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from loopback import LoopbackHub  # noqa: E402  a room of the tests
 
-from merger.stores.ranges import CONNECTIONS  # noqa: E402
-
 TOKEN = "hf_benchmark"
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What travelled during one run."""
+    """What travelled during one run: how many requests, and the moment and the size of what passed each way."""
 
     requests: int
-    down: int
-    up: int
+    down: Sequence[tuple[float, int]]
+    up: Sequence[tuple[float, int]]
 
-    def link_seconds(self, rate: float) -> float:
-        """The least time for these bytes at a rate for each connection."""
-        return max(self.down / (CONNECTIONS * rate), self.up / rate)
+    @property
+    def wider(self) -> Sequence[tuple[float, int]]:
+        """The way that more bytes went."""
+        return max(self.down, self.up, key=nbytes)
+
+
+def nbytes(way: Sequence[tuple[float, int]]) -> int:
+    """How many bytes went that way."""
+    return sum(size for _, size in way)
 
 
 def serve(link: Connection, root: Path, parents: Sequence[Path]) -> None:
@@ -52,10 +58,7 @@ def serve(link: Connection, root: Path, parents: Sequence[Path]) -> None:
             hub.add_model(f"someone/{parent.name}", parent)
         link.send(hub.env(root / "home", TOKEN))
         while (order := link.recv()) is not None:
-            large = [request for request in hub.log if request.host == "cdn"]
-            down = sum(request.sent for request in large if request.method == "GET")
-            up = sum(request.received for request in large if request.method == "PUT")
-            link.send(Traffic(len(hub.log), down, up))
+            link.send(Traffic(len(hub.log), hub.context.down.log, hub.context.up.log))
             hub.latency(order[0])
             hub.rate(order[1])
             hub.clear_log()
@@ -70,24 +73,12 @@ def recipe(path: Path, method: str, models: Sequence[str]) -> Path:
     return path
 
 
-def merge(recipe: Path, to: str, shard: str, env: Mapping[str, str]) -> float:
-    """Seconds of the whole command."""
-    command = [
-        sys.executable,
-        "-m",
-        "merger",
-        "run",
-        str(recipe),
-        "--to",
-        to,
-        "--shard-size",
-        shard,
-        "--json",
-        "--quiet",
-    ]
-    start = time.perf_counter()
+def merge(recipe: Path, to: str, shard: str, env: Mapping[str, str]) -> tuple[float, float]:
+    """When the whole command began and ended."""
+    command = [sys.executable, "-m", "merger", "run", str(recipe), "--to", to, "--shard-size", shard, "--quiet"]
+    start = time.monotonic()
     subprocess.run(command, check=True, env={**os.environ, **env}, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    return start, time.monotonic()
 
 
 def measure(
@@ -96,30 +87,33 @@ def measure(
     """One method: a row for the folders, then one for each link."""
     work: Path = given.work
     local = recipe(work / f"{method}-folders.yaml", method, [str(parent) for parent in parents])
-    afar = recipe(work / f"{method}-hub.yaml", method, [f"someone/{parent.name}" for parent in parents])
+    remote = recipe(work / f"{method}-hub.yaml", method, [f"someone/{parent.name}" for parent in parents])
     folders = []
     for _ in range(given.runs):
         shutil.rmtree(work / "merged", ignore_errors=True)
-        folders.append(merge(local, str(work / "merged"), given.shard, {}))
-    print(f"| {method} | folders | {median(folders):.1f} s | | | | | |", flush=True)
-    link_name = f"{given.latency:g} ms, {given.rate:g} MB/s a connection"
-    links = {"loopback": (0.0, None), link_name: (given.latency / 1e3, given.rate * 1e6)}
-    for number, (name, (latency, rate)) in enumerate(links.items()):
-        seconds = []
+        start, end = merge(local, str(work / "merged"), given.shard, {})
+        folders.append(end - start)
+    print(f"| {method} | folders | {median(folders):.1f} s | | | | | | | |", flush=True)
+    for rate in given.rates:
+        runs = []
         for run in range(given.runs):
-            link.send((latency, rate))
+            link.send((given.latency / 1e3, rate * 1e6))
             link.recv()
-            to = f"hf://someone/{method}-{number}-{run}"
-            seconds.append(merge(afar, to, given.shard, {**env, "TMPDIR": str(work)}))
-        link.send((0.0, None))
-        print(row(method, name, rate, median(seconds), median(folders), link.recv()), flush=True)
+            start, end = merge(remote, f"hf://someone/{method}-{rate}-{run}", given.shard, {**env, "TMPDIR": str(work)})
+            link.send((0.0, None))
+            runs.append((end - start, start, link.recv()))
+        print(row(method, rate, *sorted(runs, key=itemgetter(0))[len(runs) // 2]), flush=True)
 
 
-def row(method: str, name: str, rate: float | None, seconds: float, folders: float, seen: Traffic) -> str:
+def row(method: str, rate: int, seconds: float, start: float, seen: Traffic) -> str:
     """A line of the table."""
-    least = "|" if rate is None else f"{seen.link_seconds(rate):.1f} s | {seconds / seen.link_seconds(rate):.2f}x"
-    travelled = f"{seen.down / 1e9:.2f} GB, {seen.up / 1e9:.2f} GB | {seen.requests}"
-    return f"| {method} | {name} | {seconds:.1f} s | {seconds / folders:.2f}x | {least} | {travelled} |"
+    least = nbytes(seen.wider) / rate / 1e6
+    first, last = seen.wider[0][0], seen.wider[-1][0]
+    idle = f"{first - start:.1f} s | {last - first - least:.1f} s | {start + seconds - last:.1f} s"
+    travelled = f"{nbytes(seen.down) / 1e9:.2f} GB, {nbytes(seen.up) / 1e9:.2f} GB | {seen.requests}"
+    return (
+        f"| {method} | {rate} MB/s | {seconds:.1f} s | {least:.1f} s | {seconds / least:.2f} | {idle} | {travelled} |"
+    )
 
 
 def main() -> int:
@@ -129,9 +123,9 @@ def main() -> int:
     parser.add_argument("--methods", nargs="*", default=["linear", "ties"])
     parser.add_argument("--size", default="0.5B", choices=("0.5B", "1.2B"), help="how large the models are")
     parser.add_argument("--shard", default="250MB", help="the size of a file of the result")
-    parser.add_argument("--latency", type=float, default=50, help="of the slower link, in milliseconds")
-    parser.add_argument("--rate", type=float, default=100, help="of each of its connections, in MB a second")
-    parser.add_argument("--runs", type=int, default=3, help="of which the median counts")
+    parser.add_argument("--latency", type=float, default=50, help="of each request, in milliseconds")
+    parser.add_argument("--rates", type=int, nargs="*", default=[50, 100, 400], help="of the links, in MB a second")
+    parser.add_argument("--runs", type=int, default=1, help="of which the median counts")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     # In a process of its own: what it held would stay with this one.
@@ -143,8 +137,8 @@ def main() -> int:
     server = context.Process(target=serve, args=(other, given.work, parents))
     server.start()
     env = link.recv()
-    print("| method | from and to | seconds | of folders | the link's time | of it | down, up | requests |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| method | link | seconds | the link's time | ratio | before | idle | after | down, up | requests |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     try:
         for method in given.methods:
             measure(method, parents, link, env, given)

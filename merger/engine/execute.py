@@ -18,7 +18,7 @@ import numpy as np
 
 from merger import runtime
 from merger.engine.finite import NotFinite, explain
-from merger.engine.runner import Block, Bytes, Work, blocks, shared_pairs
+from merger.engine.runner import Allowance, Block, Bytes, Work, blocks, shared_pairs
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard
@@ -154,8 +154,9 @@ def _work(
 ) -> Iterator[Work]:
     jobs = [job for shard in shards for job in shard.jobs]
     first, pairs, allow = 0, shared_pairs(jobs), plan.locked.recipe.allow_non_finite
+    memory = Allowance(plan.kept)
     for job in jobs:
-        yield Work(job, table, first, reader, plan.seed, device, routers, pairs, allow)
+        yield Work(job, table, first, reader, plan.seed, device, routers, pairs, allow, memory)
         first += len(job.reads)
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,16 +61,44 @@ def blocks(job: Job, method: Method) -> list[Block]:
     return [Block(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-class Spool:
-    """One temporary file without a name: what is read more than once from afar, and what stages make."""
+class Allowance:
+    """How many bytes of memory may be taken for tensors that are kept, by all jobs together."""
 
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="merger-spool-")  # noqa: SIM115  closed by `close`, at the last block
+    def __init__(self, nbytes: int) -> None:
+        self._left, self._lock = nbytes, threading.Lock()
+
+    def take(self, nbytes: int) -> bool:
+        """Whether so many bytes were left, which are taken now; what is given back is taken with a minus."""
+        with self._lock:
+            fits = nbytes <= self._left
+            self._left -= nbytes if fits else 0
+            return fits
+
+
+class Spool:
+    """What a job reads more than once of the Hub, as far as it may in memory; else, and what stages make, in a file.
+
+    Args:
+        memory: what may be taken.
+    """
+
+    def __init__(self, memory: Allowance) -> None:
+        self._memory, self._held = memory, dict[Stored | StageTensor, Bytes]()
+        self._file: BinaryIO | None = None
         self._starts: dict[Stored | StageTensor, int] = {}
         self._end = 0
 
+    def room(self, what: Stored, nbytes: int) -> memoryview | None:
+        """Room in memory for its bytes, which who asks fills at once; None: there is not so much left."""
+        if not self._memory.take(nbytes):
+            return None
+        self._held[what] = np.empty(nbytes, np.uint8)
+        return self._held[what].data
+
     def keep(self, what: Stored | StageTensor, parts: Iterable[memoryview]) -> None:
-        """Write its bytes, front to back."""
+        """Write its bytes, front to back, into a temporary file without a name."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="merger-spool-")  # noqa: SIM115  closed by `close`
         self._starts[what] = self._end
         for part in parts:
             self._file.write(part)
@@ -78,16 +106,22 @@ class Spool:
         self._file.flush()
 
     def __contains__(self, what: Stored | StageTensor) -> bool:
-        return what in self._starts
+        return what in self._held or what in self._starts
 
     def read(self, what: Stored | StageTensor, offset: int, out: memoryview) -> None:
         """Fill `out` with its bytes from `offset` on."""
-        os.preadv(self._file.fileno(), [out], self._starts[what] + offset)
+        if (held := self._held.get(what)) is not None:
+            out[:] = held.data[offset : offset + len(out)]
+        elif self._file is not None:
+            os.preadv(self._file.fileno(), [out], self._starts[what] + offset)
 
     def close(self) -> None:
-        """Give the disk back; what did not go onto a full one was told when it was written."""
-        with suppress(OSError):
-            self._file.close()
+        """Give memory and disk back; what did not go onto a full one was told when it was written."""
+        while self._held:
+            self._memory.take(-self._held.popitem()[1].nbytes)
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
 
 
 def shared_pairs(jobs: Sequence[Job]) -> Pairs | None:
@@ -270,6 +304,7 @@ class Work:
         routers: those that were computed beforehand.
         pairs: what two jobs of the run make together; None: this one is alone.
         allow: whether a parent's entries may be NaN or infinite.
+        memory: what may be taken for tensors that are read more than once; None: they are kept on disk.
     """
 
     def __init__(
@@ -283,6 +318,7 @@ class Work:
         routers: Mapping[Routed, Tensor],
         pairs: Pairs | None = None,
         allow: bool = False,
+        memory: Allowance | None = None,
     ) -> None:
         self.job, self.method, self.pairs = job, table[job.method], pairs or shared_pairs([job])
         self._allow, self.odd = allow, dict[tuple[Stored | StageTensor, int], int]()
@@ -294,7 +330,7 @@ class Work:
             made: JobRunner(made.job, table[made.job.method], made.seed, device, self, job)
             for made in self._needs.stages
         }
-        self._spool: Spool | None = None
+        self._spool = Spool(memory or Allowance(0))
         self._done: dict[Hashable, Future[Any]] = {}
         self._lock = threading.Lock()
 
@@ -307,17 +343,17 @@ class Work:
     def prepare(self) -> None:
         """Keep what is read more than once, compute the stages, and let methods see whole tensors, block by block."""
         for stored in self._needs.kept:
-            if not self._reader.repeatable(self._tickets[stored]):
-                self._keep(stored, self._read(stored))
+            if self._reader.repeatable(self._tickets[stored]):
+                continue
+            if (held := self._spool.room(stored, stored.tensor.nbytes)) is not None:
+                self._reader.read(self._tickets[stored], 0, held)
+            else:
+                self._spool.keep(stored, self._read(stored))
         for made, making in self._stages.items():
             making.measure()
             if made in self._needs.spooled:
-                self._keep(made, self._parts(making))
+                self._spool.keep(made, self._parts(making))
         self._making.measure()
-
-    def _keep(self, what: Stored | StageTensor, parts: Iterable[memoryview]) -> None:
-        self._spool = self._spool or Spool()
-        self._spool.keep(what, parts)
 
     def _read(self, stored: Stored) -> Iterator[memoryview]:
         room = memoryview(bytearray(min(_SPOOL_BYTES, stored.tensor.nbytes)))
@@ -390,7 +426,7 @@ class Work:
         return Held(raw.view(HELD[stored.dtype])[-start % step :: step], stored.dtype)
 
     def _fill(self, what: Stored | StageTensor, offset: int, out: memoryview) -> None:
-        if self._spool is not None and what in self._spool:
+        if what in self._spool:
             self._spool.read(what, offset, out)
         else:
             assert isinstance(what, Stored)  # what a stage makes is kept, but where it is read in its own blocks
@@ -443,8 +479,7 @@ class Work:
 
     def close(self) -> None:
         """No more blocks will be asked for."""
-        if self._spool is not None:
-            self._spool.close()
+        self._spool.close()
 
 
 def _room(dtype: str, block: Block) -> Bytes:

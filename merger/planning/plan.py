@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, product
 from operator import methodcaller
 from typing import Any, Self
 
@@ -53,6 +53,10 @@ JOBS_AHEAD = 2
 
 READ_AHEAD_BYTES = 256 << 20
 _LEAST_READ_AHEAD = 64 << 20
+
+KEPT_BYTES = 512 << 20
+"""So much of what is read twice from the Hub stays in memory; the rest waits on disk."""
+
 _BASELINE_BYTES, _TORCH_BYTES = 220 << 20, 200 << 20
 _BYTES_A_JOB = 6_000
 _TOLD = 3
@@ -111,6 +115,7 @@ class Plan:
         shard_bytes: the largest size of a shard's tensors.
         threads: how many threads compute.
         read_ahead: bytes that may be held of what is read from the Hub ahead of need.
+        kept: bytes that may be held of tensors that are read twice from the Hub.
         peak_memory: the most bytes of memory that the run will use.
         read_bytes: how many bytes of tensors are read.
         spool: the most bytes of temporary disk for tensors that are read twice, and for what stages make.
@@ -129,6 +134,7 @@ class Plan:
     shard_bytes: int
     threads: int
     read_ahead: int
+    kept: int
     peak_memory: int
     read_bytes: int
     spool: int
@@ -286,17 +292,17 @@ def make_plan(
         shard_bytes=budget.shard_bytes,
         threads=budget.threads,
         read_ahead=READ_AHEAD_BYTES if remote else 0,
+        kept=0,
         peak_memory=0,
         read_bytes=sum(stored.tensor.nbytes for job in making.jobs for stored in job.reads)
         + router_read_bytes(locked, making.jobs),
-        spool=max(
-            _spool([job for shard in shards for job in shard.jobs], table, remote, budget.threads * JOBS_AHEAD),
-            router_spool(locked, making.jobs, table, remote),
-        ),
+        spool=router_spool(locked, making.jobs, table, remote),
         hash=_hash(locked, shards, edited, seed, small, format),
         format=format,
     )
-    return _fit(draft, table, budget)
+    ahead = budget.threads * JOBS_AHEAD
+    made, all_of_it = (_most_at_once(draft.jobs, table, models, ahead) for models in (frozenset[int](), remote))
+    return _fit(draft, table, budget, made, all_of_it)
 
 
 def _whole_file(jobs: tuple[Job, ...]) -> tuple[Shard, ...]:
@@ -318,11 +324,11 @@ def _make_jobs(locked: StagedRecipe, table: Mapping[str, Method], seed: int) -> 
     return making, config(locked, making)
 
 
-def _spool(jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int], ahead: int) -> int:
-    """The most bytes that a job and those prepared ahead of it hold on disk."""
+def _most_at_once(jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int], ahead: int) -> int:
+    """The most bytes that are kept for a job, for those prepared ahead of it and for the one that is being ended."""
     nbytes = [spool(job, table, remote) for job in jobs]
     sums = [0, *accumulate(nbytes)]
-    return max(sums[min(start + ahead + 1, len(nbytes))] - sums[start] for start in range(len(sums)))
+    return max(sums[min(start + ahead + 2, len(nbytes))] - sums[start] for start in range(len(sums)))
 
 
 def _in_file_order(jobs: tuple[Job, ...], config_model: int) -> tuple[Job, ...]:
@@ -361,12 +367,18 @@ def _align(jobs: Sequence[Job]) -> tuple[Job, ...]:
     return tuple(sorted(jobs, key=lambda job: -ITEM_BYTES[job.dtype]))
 
 
-def _fit(draft: Plan, table: Mapping[str, Method], budget: Budget) -> Plan:
-    """The plan with as many threads and as much read-ahead as fit into the memory."""
-    least = _LEAST_READ_AHEAD if draft.read_ahead else 0
-    choices = [(threads, ahead) for ahead in (draft.read_ahead, least) for threads in range(draft.threads, 0, -1)]
-    for threads, ahead in choices:
-        candidate = replace(draft, threads=threads, read_ahead=ahead)
+def _fit(draft: Plan, table: Mapping[str, Method], budget: Budget, made: int, all_of_it: int) -> Plan:
+    """The plan with as many threads and as much read-ahead as fit into the memory, and what is kept there or on disk.
+
+    Args:
+        draft, table, budget: the plan without them, the methods, and what it may use.
+        made: the most bytes that are kept at once of what stages make.
+        all_of_it: and of what is read twice from the Hub beside it.
+    """
+    least, kept = _LEAST_READ_AHEAD if draft.read_ahead else 0, min(KEPT_BYTES, all_of_it) if all_of_it > made else 0
+    for ahead, threads, held in product((draft.read_ahead, least), range(draft.threads, 0, -1), (kept, 0)):
+        on_disk = max(draft.spool, made if held == all_of_it else all_of_it)
+        candidate = replace(draft, threads=threads, read_ahead=ahead, kept=held, spool=on_disk)
         candidate = replace(candidate, peak_memory=_peak_memory(candidate, table) + budget.sending)
         if budget.memory is None or candidate.peak_memory <= budget.memory:
             return candidate
@@ -408,6 +420,7 @@ def _takes(plan: Plan, table: Mapping[str, Method]) -> dict[str, int]:
         "Python and its libraries": _BASELINE_BYTES + _TORCH_BYTES * takes_torch(made, table),
         what: work + kept,
         "what is read ahead": 2 * plan.read_ahead,
+        "what is read twice": plan.kept,
         f"the list of {len(plan.jobs) + len(plan.left_out):,} tensors": jobs,
         "tokenizers": tokens,
     }

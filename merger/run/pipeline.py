@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -160,11 +159,7 @@ def merge(planned: Plan, store: Library, options: Options, on_event: Observer = 
     """
     began = time.monotonic()
     place = place_of(destination(planned.locked.recipe, options), options, planned)
-    with ThreadPoolExecutor(1) as meanwhile:
-        # the Hub's answers and torch's import take a second or two each
-        if to_hub(planned.locked.recipe, options) and not options.publish_only:
-            meanwhile.submit(warm)
-        session = place.open(planned.identity, shared=options.part is not None)
+    session = place.open(planned.identity, shared=options.part is not None)
     if isinstance(session, Published):
         on_event(Ready())
         return _found_result(planned, session)

@@ -22,7 +22,7 @@ from .journal import Fault, Request
 from .openid import OpenId
 from .repos import Commit, Discussion, Entry, HubError, Repo, User, World
 from .server import Origin
-from .wire import Answer, Context
+from .wire import Answer, Context, Pace
 
 Files = Mapping[str, bytes | Path]
 
@@ -252,8 +252,8 @@ class LoopbackHub:
         self.context.latency = seconds
 
     def rate(self, bytes_a_second: float | None) -> None:
-        """How fast each connection carries the bodies of large files, either way; None: as fast as it can."""
-        self.context.rate = bytes_a_second
+        """How fast all connections together carry the bodies of files, each way apart; None: as fast as they can."""
+        self.context.down, self.context.up = Pace(bytes_a_second), Pace(bytes_a_second)
 
     def url_lifetime(self, seconds: float) -> None:
         """How long the signed URLs of the second origin work from now on; 3600 at first, as on the Hub."""

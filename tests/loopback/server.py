@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_any(self) -> None:
         """Take one request from its headers to its entry in the log."""
         context = self.server.context
-        body = Body(self.rfile, self.headers, context.rate if self.server.side == "cdn" else None)  # type: ignore[arg-type]
+        body = Body(self.rfile, self.headers, context.up if self.server.side == "cdn" else Pace())  # type: ignore[arg-type]
         x = Exchange(self.command, self.path, self.headers, body, self.server.side)  # type: ignore[arg-type]
         with context.journal.in_flight() as place:
             time.sleep(context.latency)
@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(_head(answer) + answer.body[:length])  # one packet for most answers
                 return length
             self.wfile.write(_head(answer))
-            return _send_file(self.connection, answer.body, length, self.server.context.rate)
+            return _send_file(self.connection, answer.body, length, self.server.context.down)
         except OSError:
             self.close_connection = True
             return 0
@@ -108,10 +108,10 @@ def _phrase(status: int) -> str:
     return HTTPStatus(status).phrase if status in HTTPStatus.__members__.values() else "Scripted"
 
 
-def _send_file(connection: socket.socket, part: FilePart, length: int, rate: float | None) -> int:
+def _send_file(connection: socket.socket, part: FilePart, length: int, pace: Pace) -> int:
     if not length:
         return 0
-    pace, step = Pace(rate), length if rate is None else CHUNK
+    step = CHUNK if pace.is_limited else length
     with part.path.open("rb") as file:
         with suppress(OSError):  # the client has had enough; where the file stands says how much it took
             for start in range(0, length, step):

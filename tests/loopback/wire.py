@@ -5,6 +5,7 @@ What the answers say is decided in api.py, commits.py, lfs.py and discussions.py
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,35 @@ from .blobs import CHUNK
 from .journal import Faults, Journal, Request
 from .repos import HubError, Repo, User, World
 from .rights import open_repo
+
+_BURST_SECONDS = 0.05
+"""What a link has not carried for a moment it makes up for: threads wake late."""
+
+
+class Pace:
+    """One way of the link, which all connections share: bytes pass no faster than at its rate. None: at any.
+
+    `log` has the moment (of `time.monotonic`) and the size of all that passed at a rate.
+    """
+
+    def __init__(self, rate: float | None = None) -> None:
+        self.log: list[tuple[float, int]] = []
+        self._rate, self._free, self._lock = rate, 0.0, threading.Lock()
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it has a rate."""
+        return self._rate is not None
+
+    def passed(self, size: int) -> None:
+        """Wait until so many more bytes may have passed."""
+        if self._rate is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._free = until = max(self._free, now - _BURST_SECONDS) + size / self._rate
+            self.log.append((until, size))
+        time.sleep(max(0.0, until - now))
 
 
 @dataclass
@@ -31,7 +61,8 @@ class Context:
     part_size: int | None = None
     url_lifetime: float = 3600.0
     latency: float = 0.0
-    rate: float | None = None
+    down: Pace = field(default_factory=Pace)
+    up: Pace = field(default_factory=Pace)
     secret: bytes = b"loopback"
     xet: Path | None = None
     journal: Journal = field(default_factory=Journal)
@@ -145,25 +176,12 @@ class Exchange:
         return Request(self.method, self.path, self.query, wanted, seen, self.host, status, sent, received, name)
 
 
-class Pace:
-    """Waits so that bytes pass no faster than at a rate, from the first one on."""
-
-    def __init__(self, rate: float | None) -> None:
-        self._rate, self._passed, self._start = rate, 0, time.monotonic()
-
-    def passed(self, size: int) -> None:
-        """Wait until so many more bytes may have passed."""
-        if self._rate is not None:
-            self._passed += size
-            time.sleep(max(0.0, self._start + self._passed / self._rate - time.monotonic()))
-
-
 class Body:
     """A request's body, read once, in pieces; it may come with a length or in chunks."""
 
-    def __init__(self, file: BinaryIO, headers: Mapping[str, str], rate: float | None = None) -> None:
+    def __init__(self, file: BinaryIO, headers: Mapping[str, str], pace: Pace) -> None:
         self._chunks = self._read(file, headers)
-        self._pace = Pace(rate)
+        self._pace = pace
         self.received = 0
 
     def __iter__(self) -> Iterator[bytes]:
@@ -206,7 +224,7 @@ class Loaded(Body):
 
     def __init__(self, body: Body) -> None:
         data = body.read()
-        self._chunks, self._pace = iter([data]), Pace(None)
+        self._chunks, self._pace = iter([data]), Pace()
         self.received = body.received - len(data)  # __iter__ counts it again
 
 
