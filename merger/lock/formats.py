@@ -64,6 +64,11 @@ CHANGES: tuple[FormatChange, ...] = (
         "norms, angles and energies are summed in another order, and singular vectors are numpy's: a factor may differ "
         "in float64's last bits, and an entry in a thousand million in its own",
     ),
+    FormatChange(
+        2,
+        "products of matrices are numpy's (LoRA added, merged and extracted, tokens by pursuit, routers from prompts): "
+        "the last bit of an entry may differ, and an extraction begins with other directions",
+    ),
 )
 
 FORMAT = 2
