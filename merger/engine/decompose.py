@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from merger.engine.stored import Load, read_whole
+from merger.engine.stored import Load, floats, read_whole
 from merger.methods.registry import methods
-from merger.methods.steps.decompose import TINY
-from merger.methods.steps.random import Rng
+from merger.methods.steps.arithmetic import array, dot
+from merger.methods.steps.decompose import TINY, Matrix
+from merger.methods.steps.random import Rng, normal
+from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry
 from merger.planning.inputs.base import Input
 from merger.planning.inputs.derived import Zeros
@@ -33,11 +34,11 @@ from merger.planning.inputs.low_rank import FACTOR_ENTRIES, OVERSAMPLING, Factor
 class Blended:
     """A merged delta: ``rows @ middle @ columns``, where a basis that is None leaves the middle as it is."""
 
-    middle: Tensor
-    rows: Tensor | None
-    columns: Tensor | None
+    middle: Array
+    rows: Matrix | None
+    columns: Matrix | None
 
-    def outside(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def outside(self, left: Matrix, right: Matrix) -> tuple[Matrix, Matrix]:
         """Directions of the middle as those of the whole."""
         return (
             left if self.rows is None else self.rows @ left,
@@ -45,7 +46,7 @@ class Blended:
         )
 
 
-def blended(source: MergedDeltas, load: Load) -> Blended:
+def blend(source: MergedDeltas, load: Load) -> Blended:
     """What the method makes of the deltas."""
     parts = [_part(delta, load) for delta in source.deltas]
     rows = _basis([b for b, _ in parts]) if source.space in ("rows", "core") else None
@@ -55,29 +56,39 @@ def blended(source: MergedDeltas, load: Load) -> Blended:
     if source.random is not None:
         given["rng"] = Rng(*source.random)
     method = methods()[source.method]
-    deltas = [b.float() @ a.float() if source.space == "full" else _product(b, a) for b, a in inner]
-    merged: Tensor = method.function(deltas, **given)
-    return Blended(merged, rows, None if columns is None else columns.T)
+    deltas = [_narrow(b) @ _narrow(a) if source.space == "full" else _product(b, a) for b, a in inner]
+    merged = method.function(method.place(deltas), **given)
+    return Blended(array(merged).reshape(deltas[0].shape), rows, None if columns is None else columns.T)
 
 
-def _part(delta: LowRank | Zeros, load: Load) -> tuple[Tensor, Tensor]:
+def _narrow(matrix: Matrix) -> Array:
+    return np.ascontiguousarray(matrix, np.float32)
+
+
+def _part(delta: LowRank | Zeros, load: Load) -> tuple[Matrix, Matrix]:
     """scale B, and A, in float64; without a direction where the adapter changes nothing."""
     if isinstance(delta, Zeros):
         rows, columns = delta.shape
-        return torch.zeros(rows, 0, dtype=torch.float64), torch.zeros(0, columns, dtype=torch.float64)
-    return read_whole(delta.b, load).double().mul_(delta.scale), read_whole(delta.a, load).double()
+        return np.zeros((rows, 0)), np.zeros((0, columns))
+    return read_whole(delta.b, load).astype(np.float64) * delta.scale, read_whole(delta.a, load).astype(np.float64)
 
 
-def _product(b: Tensor, a: Tensor) -> Tensor:
+def _product(b: Matrix, a: Matrix) -> Array:
     """B A in a basis, where zeros come out as rounding: they are made zeros again, else they would have a vote."""
     found = b @ a
-    return found.masked_fill_(found.abs() <= TINY * found.abs().max(), 0.0).float() if found.numel() else found.float()
+    return _narrow(np.where(abs(found) <= TINY * abs(found).max(initial=0.0), 0.0, found))
 
 
-def _basis(parts: list[Tensor]) -> Tensor:
+def _basis(parts: list[Matrix]) -> Matrix:
     """The left singular vectors of all parts side by side, each with its largest entry positive."""
-    basis: Tensor = torch.linalg.svd(torch.cat(parts, 1), full_matrices=False)[0]
-    return basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    basis = np.linalg.svd(np.concatenate(parts, 1), full_matrices=False)[0]
+    return basis * _signs(basis)
+
+
+def _signs(basis: Matrix) -> Matrix:
+    """Of each column that of its largest entry: else it would be LAPACK's choice."""
+    found: Matrix = np.sign(np.take_along_axis(basis, abs(basis).argmax(0)[None], 0))
+    return found
 
 
 # ---- the two small matrices -----------------------------------------------------------------------------------------
@@ -94,9 +105,9 @@ _SEED = 0x5EED
 class Decomposition:
     """L diag(values) R, as near as can be to a matrix; the squares of the norms of that matrix, and of what is left."""
 
-    left: Tensor
-    values: Tensor
-    right: Tensor
+    left: Matrix
+    values: Matrix
+    right: Matrix
     square: float
     missed: float
 
@@ -107,7 +118,7 @@ class _Pair:
 
     left: int
     begun: bool = False
-    made: Future[tuple[Tensor, Tensor, Geometry]] = field(default_factory=Future)
+    made: Future[tuple[Array, Array, Geometry]] = field(default_factory=Future)
 
 
 class RunPairs:
@@ -117,18 +128,18 @@ class RunPairs:
         self._pairs: dict[Factor, _Pair] = {}
         self._lock = threading.Lock()
 
-    def entries(self, source: Factor, start: int, stop: int, load: Load) -> tuple[Tensor, Geometry]:
+    def entries(self, source: Factor, start: int, stop: int, load: Load) -> tuple[Array, Geometry]:
         """The entries of A or B, and how the matrix and ``scale * B @ A`` lie to each other."""
-        pair = self._begun(source, load)
+        pair = self._begin(source, load)
         a, b, seen = pair.made.result()
-        found = (a if source.part == "A" else b).view(-1)[start:stop]
+        found = (a if source.part == "A" else b).reshape(-1)[start:stop]
         with self._lock:
             pair.left -= stop - start
             if pair.left == 0:
                 del self._pairs[source.pair]
         return found, seen
 
-    def _begun(self, source: Factor, load: Load) -> _Pair:
+    def _begin(self, source: Factor, load: Load) -> _Pair:
         """The pair, made here by the first who asks for A; those who ask for B wait, for A's job was begun before."""
         with self._lock:
             pair = self._pairs.setdefault(source.pair, _Pair(source.rank * sum(source.product.shape)))
@@ -136,34 +147,34 @@ class RunPairs:
             pair.begun |= mine
         if mine:
             try:
-                pair.made.set_result(_made(source, load))
+                pair.made.set_result(_make(source, load))
             except BaseException as error:
                 pair.made.set_exception(error)
         return pair
 
 
-def _made(source: Factor, load: Load) -> tuple[Tensor, Tensor, Geometry]:
+def _make(source: Factor, load: Load) -> tuple[Array, Array, Geometry]:
     product = source.product
     if isinstance(product, MergedDeltas):
-        merged = blended(product, load)
-        found = decomposed(lambda: _rows_of(merged.middle), merged.middle.shape, source.rank)
+        merged = blend(product, load)
+        found = decompose(lambda: _rows_of(merged.middle), merged.middle.shape, source.rank)
         left, right = merged.outside(found.left, found.right)
         found = replace(found, left=left, right=right)
     else:
-        found = decomposed(lambda: _rows(product, load), product.shape, source.rank)
+        found = decompose(lambda: _rows(product, load), product.shape, source.rank)
     kept = found.square - found.missed
-    return *_shared_out(source, found), Geometry(((found.square, kept), (kept, kept)), 0, math.prod(product.shape))
+    return *_share_out(source, found), Geometry(((found.square, kept), (kept, kept)), 0, math.prod(product.shape))
 
 
-def _shared_out(source: Factor, found: Decomposition) -> tuple[Tensor, Tensor]:
-    """A and B in float32: the singular values go to B, or their roots to both. Of a turned matrix B has the columns."""
+def _share_out(source: Factor, found: Decomposition) -> tuple[Array, Array]:
+    """A and B in float32: the singular values go to B, or their roots to both. Transposed, B has the columns."""
     a, b = (found.left.T, found.right.T) if source.transposed else (found.right, found.left)
-    shares = found.values.sqrt() if source.spread else found.values
+    shares = np.sqrt(found.values) if source.spread else found.values
     a = a * shares[:, None] if source.spread else a
-    return a.float().contiguous(), (b * (shares / source.scale)).float().contiguous()
+    return _narrow(a), _narrow(b * (shares / source.scale))
 
 
-def decomposed(rows: Callable[[], Iterator[tuple[int, Tensor]]], shape: tuple[int, ...], rank: int) -> Decomposition:
+def decompose(rows: Callable[[], Iterator[tuple[int, Array]]], shape: tuple[int, ...], rank: int) -> Decomposition:
     """The leading singular triples of a matrix, nearly; exactly if it has no more of them than `rank` + 16.
 
     Args:
@@ -173,39 +184,34 @@ def decomposed(rows: Callable[[], Iterator[tuple[int, Tensor]]], shape: tuple[in
     """
     count, width = shape
     wanted = min(rank + OVERSAMPLING, count, width)
-    draw = torch.Generator().manual_seed(_SEED)
-    basis = torch.randn(width, wanted, generator=draw)
+    drawn = normal(Rng(_SEED).bits(0, np.arange(width * wanted), "directions"))
+    basis = _narrow(drawn.reshape(width, wanted))
     for _ in range(_ROUNDS):
-        total = torch.zeros(width, wanted, dtype=torch.float64)
+        total = np.zeros((width, wanted))
         for _, part in rows():
             total += part.T @ (part @ basis)
-        basis = torch.linalg.qr(total).Q.float()
-    reached, square, missed = torch.empty(count, wanted, dtype=torch.float64), 0.0, 0.0
+        basis = _narrow(np.linalg.qr(total).Q)
+    reached, square, missed = np.empty((count, wanted)), 0.0, 0.0
     for first, part in rows():
         along = part @ basis
         reached[first : first + len(part)] = along
-        square += _square(part)
-        missed += _square(part.addmm(along, basis.T, alpha=-1))
-    left, values, turn = torch.linalg.svd(reached, full_matrices=False)
-    left, right = left[:, :rank], turn[:rank] @ basis.T.double()
-    signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()  # else they would be LAPACK's choice
-    return Decomposition(
-        left * signs, values[:rank], right * signs.T, square, missed + float(values[rank:].square().sum())
-    )
+        square += dot(part, part)
+        rest = np.subtract(part, along @ basis.T)
+        missed += dot(rest, rest)
+    left, values, turn = np.linalg.svd(reached, full_matrices=False)
+    left, right = left[:, :rank], turn[:rank] @ basis.T.astype(np.float64)
+    signs, kept = _signs(left), values[:rank]
+    return Decomposition(left * signs, kept, right * signs.T, square, missed + float((values[rank:] ** 2).sum()))
 
 
-def _square(part: Tensor) -> float:
-    return float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
-
-
-def _rows(source: Input, load: Load) -> Iterator[tuple[int, Tensor]]:
+def _rows(source: Input, load: Load) -> Iterator[tuple[int, Array]]:
     count, width = source.shape
     step = max(1, FACTOR_ENTRIES // max(1, width))
-    room = torch.empty(min(step, count) * width)
+    room = floats(min(step, count) * width)
     for first in range(0, count, step):
         last = min(first + step, count)
-        yield first, load(source, first * width, last * width, room).view(last - first, width)
+        yield first, load(source, first * width, last * width, room).reshape(last - first, width)
 
 
-def _rows_of(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _rows_of(matrix: Array) -> Iterator[tuple[int, Array]]:
     yield 0, matrix

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from merger import runtime
+from merger.engine.decompose import RunPairs
 from merger.engine.finite import NotFinite, explain
-from merger.engine.runner import Allowance, Block, Bytes, Work, blocks, shared_pairs
+from merger.engine.runner import Allowance, Block, Bytes, Work, blocks
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard
@@ -153,7 +154,7 @@ def _work(
     routers: Mapping[Routed, Any],
 ) -> Iterator[Work]:
     jobs = [job for shard in shards for job in shard.jobs]
-    first, pairs, allow = 0, shared_pairs(jobs), plan.locked.recipe.allow_non_finite
+    first, pairs, allow = 0, RunPairs(), plan.locked.recipe.allow_non_finite
     memory = Allowance(plan.kept)
     for job in jobs:
         yield Work(job, table, first, reader, plan.seed, device, routers, pairs, allow, memory)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from merger.engine.stored import TORCH_DTYPES, Leaves, rows_of_map
-from merger.planning.inputs.rows import PURSUED_ATOMS, PURSUED_ROWS, Pursuit
+from merger.engine.stored import StoredTensors, floats, read_rows, rows_of_map
+from merger.methods.steps.dtypes import Held
+from merger.methods.steps.step import Array
+from merger.planning.inputs.rows import PURSUED_ATOMS, PURSUED_ROWS, Numbers, Pursuit
 
 _NOTHING = 1e-6
 """Less than this share of a vector's length is left of it where it is a sum of the others, but for rounding."""
@@ -22,13 +22,37 @@ _NOTHING = 1e-6
 
 @dataclass(frozen=True)
 class Atoms:
-    """The donor's rows of the shared tokens, as stored, and their lengths."""
+    """The donor's rows of the shared tokens, as stored, their width and their lengths."""
 
-    rows: Tensor
-    lengths: Tensor
+    held: Held
+    width: int
+    lengths: Array
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Some of them in float32."""
+        entries = (stop - start) * self.width
+        return self.held.floats(start * self.width, stop * self.width, floats(entries)).reshape(-1, self.width)
+
+    def chosen(self, numbers: Numbers) -> Array:
+        """Those of these numbers in float32."""
+        bits = self.held.bits.reshape(-1, self.width)[numbers].reshape(-1)
+        return Held(bits, self.held.dtype).floats(0, bits.size, floats(bits.size)).reshape(-1, self.width)
 
 
-def pursue(targets: Tensor, atoms: Atoms, k: int) -> list[tuple[Tensor, Tensor]]:
+def measure_atoms(held: Held, width: int) -> Atoms:
+    """Rows as stored, with their lengths."""
+    count, step = held.bits.size // width, max(1, PURSUED_ATOMS // width)
+    bare = Atoms(held, width, floats(0))
+    parts = [_lengths(bare.rows(start, min(start + step, count))) for start in range(0, count, step)]
+    return Atoms(held, width, np.concatenate(parts))
+
+
+def _lengths(rows: Array) -> Array:
+    found: Array = np.sqrt((rows * rows).sum(1))
+    return found
+
+
+def pursue(targets: Array, atoms: Atoms, k: int) -> list[tuple[Numbers, Array]]:
     """Each target as a sum of at most `k` atoms: their numbers and their factors.
 
     Orthogonal matching pursuit (Pati, Rezaiifar and Krishnaprasad 1993): the atom next to what is left of the target,
@@ -40,86 +64,84 @@ def pursue(targets: Tensor, atoms: Atoms, k: int) -> list[tuple[Tensor, Tensor]]
         atoms: rows of the same width.
         k: the most atoms for a target.
     """
-    turns = min(k, len(atoms.rows), targets.shape[1])
-    left, basis = targets.clone(), torch.zeros(len(targets), turns, targets.shape[1])
-    chosen = torch.full((len(targets), turns), -1)
-    lengths = targets.norm(dim=1)
+    count, width = targets.shape
+    turns = min(k, len(atoms.lengths), width)
+    left, basis = targets, np.zeros((count, turns, width), np.float32)
+    chosen = np.full((count, turns), -1)
+    lengths = _lengths(targets)
     for turn in range(turns):
         best = _nearest(left, atoms, chosen[:, :turn])
-        found = _orthogonal(atoms.rows[best].float(), basis[:, :turn])
-        length = found.norm(dim=1)
-        new = (length > _NOTHING * atoms.lengths[best]) & (left.norm(dim=1) > _NOTHING * lengths)
-        basis[:, turn] = torch.where(new[:, None], found / length.clamp_min(1e-30)[:, None], 0.0)
+        found = _orthogonal(atoms.chosen(best), basis[:, :turn])
+        length = _lengths(found)
+        new = (length > _NOTHING * atoms.lengths[best]) & (_lengths(left) > _NOTHING * lengths)
+        basis[new, turn] = found[new] / length[new, None]
         left = _orthogonal(left, basis[:, turn : turn + 1])
-        chosen[:, turn] = torch.where(new, best, -1)
+        chosen[new, turn] = best[new]
     return [_factors(target, atoms, row[row >= 0]) for target, row in zip(targets, chosen, strict=True)]
 
 
-def _nearest(left: Tensor, atoms: Atoms, taken: Tensor) -> Tensor:
+def _nearest(left: Array, atoms: Atoms, taken: Numbers) -> Numbers:
     """For each row of `left` the atom of the largest cosine, of either sign, that is not taken yet."""
-    scores = torch.empty(len(left), len(atoms.rows))
-    step = max(1, PURSUED_ATOMS // left.shape[1])
-    for start in range(0, len(atoms.rows), step):
-        torch.matmul(left, atoms.rows[start : start + step].float().T, out=scores[:, start : start + step])
-    scores.abs_().div_(atoms.lengths.clamp_min(1e-30))
-    known = taken.clamp_min(0)
-    scores.scatter_(1, known, torch.where(taken >= 0, -1.0, scores.gather(1, known)))
-    return scores.argmax(dim=1)
+    count = len(atoms.lengths)
+    scores, step = floats(len(left), count), max(1, PURSUED_ATOMS // atoms.width)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        np.matmul(left, atoms.rows(start, stop).T, out=scores[:, start:stop])
+    np.abs(scores, out=scores)
+    scores /= np.maximum(atoms.lengths, np.float32(1e-30))
+    rows, turns = np.nonzero(taken >= 0)
+    scores[rows, taken[rows, turns]] = -1.0
+    nearest: Numbers = scores.argmax(axis=1)
+    return nearest
 
 
-def _orthogonal(vectors: Tensor, basis: Tensor) -> Tensor:
+def _orthogonal(vectors: Array, basis: Array) -> Array:
     """What of each vector stands at right angles to its own basis; twice, for the rounding of the first time."""
     for _ in range(2):
-        vectors = vectors - torch.einsum("bk,bkd->bd", torch.einsum("bkd,bd->bk", basis, vectors), basis)
+        along = (basis @ vectors[:, :, None])[:, None, :, 0]
+        vectors = np.subtract(vectors, (along @ basis)[:, 0])
     return vectors
 
 
-def _factors(target: Tensor, atoms: Atoms, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(target: Array, atoms: Atoms, chosen: Numbers) -> tuple[Numbers, Array]:
     """The least-squares factors of the chosen atoms."""
     if not len(chosen):
-        return chosen, torch.zeros(0)
-    solved = torch.linalg.lstsq(atoms.rows[chosen].double().T, target.double()[:, None], driver="gelsd")
-    return chosen, solved.solution[:, 0].float()
+        return chosen, floats(0)
+    rows = atoms.chosen(chosen).astype(np.float64)
+    return chosen, np.linalg.lstsq(rows.T, target.astype(np.float64), rcond=None)[0].astype(np.float32)
 
 
 # ---- as a source ----------------------------------------------------------------------------------------------------
 
 
-def pursued(source: Pursuit, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+def pursue_rows(source: Pursuit, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The known rows, and among them those that are pursued."""
-    made, width = rows_of_map(source.known, start, stop, out, leaves), source.known.width
+    made, width = rows_of_map(source.known, start, stop, out, tensors), source.known.width
     wanted = source.pairs.wanted
     first, last = np.searchsorted(wanted, [start // width, -(-stop // width)])
     for number in range(first, last):
         group, place = divmod(number, PURSUED_ROWS)
-        rows = leaves.once((source, group), partial(_group, source, group, leaves))
+        rows = tensors.once((source, group), partial(_group, source, group, tensors))
         row = int(wanted[number]) * width
         begin, end = max(start, row), min(stop, row + width)
         made[begin - start : end - start] = rows[place, begin - row : end - row]
     return made
 
 
-def _group(source: Pursuit, group: int, leaves: Leaves) -> Tensor:
+def _group(source: Pursuit, group: int, tensors: StoredTensors) -> Array:
     """Some of the wanted rows: always the same ones together, whatever block asks for one of them."""
-    atoms = leaves.once((source, "atoms"), partial(_atoms, source, leaves))
+    atoms = tensors.once((source, "atoms"), partial(_atoms, source, tensors))
     theirs = source.pairs.theirs[group * PURSUED_ROWS : (group + 1) * PURSUED_ROWS]
-    targets = torch.empty(len(theirs), source.complete.shape[1])
-    leaves.rows(source.complete, theirs, targets)
-    found = [_sum(source, *chosen, leaves) for chosen in pursue(targets, atoms, source.k)]
-    return torch.stack(found)
+    targets = read_rows(tensors, source.complete, theirs)
+    return np.stack([_sum(source, *chosen, tensors) for chosen in pursue(targets, atoms, source.k)])
 
 
-def _atoms(source: Pursuit, leaves: Leaves) -> Atoms:
-    shared, width = source.pairs.shared, source.complete.shape[1]
-    rows = torch.empty(len(shared), width, dtype=TORCH_DTYPES[source.complete.dtype])
-    leaves.rows(source.complete, shared, rows)
-    step = max(1, PURSUED_ATOMS // width)
-    lengths = [rows[start : start + step].float().norm(dim=1) for start in range(0, len(rows), step)]
-    return Atoms(rows, torch.cat(lengths))
+def _atoms(source: Pursuit, tensors: StoredTensors) -> Atoms:
+    width = source.complete.shape[1]
+    return measure_atoms(tensors.rows(source.complete, source.pairs.shared, width), width)
 
 
-def _sum(source: Pursuit, chosen: Tensor, factors: Tensor, leaves: Leaves) -> Tensor:
+def _sum(source: Pursuit, chosen: Numbers, factors: Array, tensors: StoredTensors) -> Array:
     """The sum of the model's own rows of the chosen tokens."""
-    own = torch.empty(len(chosen), source.known.width)
-    leaves.rows(source.known.parts[0], source.pairs.own[chosen.numpy()], own)
-    return factors @ own
+    found: Array = factors @ read_rows(tensors, source.known.parts[0], source.pairs.own[chosen])
+    return found

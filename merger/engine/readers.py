@@ -11,15 +11,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
-from torch import Tensor
 
-from merger.engine.pursuit import pursued
-from merger.engine.stored import Leaves, Load, Origin, TensorLeaves, read_whole, rows_of_map
-from merger.methods.steps.dtypes import Held
+from merger.engine.pursuit import pursue_rows
+from merger.engine.stored import Load, StoredTensors, floats, read_entries, read_whole, rows_of_map
 from merger.methods.steps.random import Rng, normal, uniform
+from merger.methods.steps.rows import row_dots
+from merger.methods.steps.step import Array
 from merger.models.formats.packed import NUMPY_DTYPES, PackedMatrix, decode
 from merger.models.formats.quantised import FORMATS
 from merger.planning.geometry import Geometry
@@ -50,43 +49,45 @@ from merger.planning.inputs.rows import CHUNK_ENTRIES, Pursuit, Rows
 # ---- few bits and scales --------------------------------------------------------------------------------------------
 
 
-def dequantised(source: Dequantised, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+def _dequantise(source: Dequantised, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The numbers times the scales of their blocks, whole rows at once and what is left of rows at both ends."""
-    made, columns = leaves.entries(source.numbers, start, stop, out), source.shape[1]
+    made, columns = read_entries(tensors, source.numbers, start, stop, out), source.shape[1]
     first, last = start // columns, -(-stop // columns)
-    scales = _of_rows(source, first, last, leaves)
+    scales = _of_rows(source, first, last, tensors)
     begin, end = -(-start // columns), stop // columns
     if begin > end:  # within one row
-        return made.mul_(_spread(source, scales[0])[start - first * columns : stop - first * columns])
+        made *= _spread(source, scales[0])[start - first * columns : stop - first * columns]
+        return made
     head, tail = begin * columns - start, stop - end * columns
     if head:
-        made[:head].mul_(_spread(source, scales[0])[columns - head :])
-    _multiply(made[head : len(made) - tail].view(-1, columns), scales[begin - first : end - first], source.block[1])
+        made[:head] *= _spread(source, scales[0])[columns - head :]
+    _multiply(made[head : len(made) - tail].reshape(-1, columns), scales[begin - first : end - first], source.block[1])
     if tail:
-        made[len(made) - tail :].mul_(_spread(source, scales[-1])[:tail])
+        made[len(made) - tail :] *= _spread(source, scales[-1])[:tail]
     return made
 
 
-def _of_rows(source: Dequantised, first: int, last: int, leaves: Leaves) -> Tensor:
+def _of_rows(source: Dequantised, first: int, last: int, tensors: StoredTensors) -> Array:
     """The scales of these rows, one for each block of columns."""
     down, across = source.block
     width = -(-source.shape[1] // across)
     begin, end = first // down, -(-last // down)
-    held = leaves.entries(source.scales, begin * width, end * width, torch.empty((end - begin) * width))
-    return held.view(-1, width)[torch.arange(first, last) // down - begin]
+    held = read_entries(tensors, source.scales, begin * width, end * width, floats((end - begin) * width))
+    return held.reshape(-1, width)[np.arange(first, last) // down - begin]
 
 
-def _spread(source: Dequantised, scales: Tensor) -> Tensor:
+def _spread(source: Dequantised, scales: Array) -> Array:
     """A row's scales, one for each column."""
-    return scales.repeat_interleave(source.block[1])[: source.shape[1]]
+    return scales.repeat(source.block[1])[: source.shape[1]]
 
 
-def _multiply(rows: Tensor, scales: Tensor, across: int) -> None:
+def _multiply(rows: Array, scales: Array, across: int) -> None:
     """Each row by its scales, each of which stands for `across` columns; the last one may stand for fewer."""
     blocks = rows.shape[1] // across
     whole = blocks * across
-    rows[:, :whole].view(len(rows), blocks, across).mul_(scales[:, :blocks, None])
-    rows[:, whole:].mul_(scales[:, blocks:])
+    made = rows[:, :whole].reshape(len(rows), blocks, across)  # a view
+    made *= scales[:, :blocks, None]
+    rows[:, whole:] *= scales[:, blocks:]
 
 
 # ---- packed ---------------------------------------------------------------------------------------------------------
@@ -95,27 +96,27 @@ _SKIPPED_BYTES = 1 << 14
 """Up to here it is as fast to read on as to begin another read."""
 
 
-def unpacked_rows(source: Packed, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+def _unpack_rows(source: Packed, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """Whole rows, some at a time, of one matrix after another."""
     (rows, columns), form = source.shape[-2:], FORMATS[source.form]
     step = max(1, UNPACKED_AT_ONCE // (columns * form.step)) * form.step
-    first, last, filled = start // columns, -(-stop // columns), out.numpy()
+    first, last = start // columns, -(-stop // columns)
     while first < last:
         number, row = divmod(first, rows)
         until = min(row // step * step + step, rows, row + last - first)
-        made = form.unpack(_matrix(source, number, leaves), row, until).reshape(-1)
+        made = form.unpack(_matrix(source, number, tensors), row, until).reshape(-1)
         low, high = max(start, first * columns), min(stop, (first + until - row) * columns)
-        filled[low - start : high - start] = made[low - first * columns : high - first * columns]
+        out[low - start : high - start] = made[low - first * columns : high - first * columns]
         first += until - row
     return out[: stop - start]
 
 
-def _matrix(source: Packed, number: int, leaves: Leaves) -> PackedMatrix:
+def _matrix(source: Packed, number: int, tensors: StoredTensors) -> PackedMatrix:
     """One matrix of those that the tensor holds."""
     parts, several = dict(source.parts), len(source.shape) > 2
 
     def read(role: str, *ranges: tuple[int, int]) -> NDArray[Any]:
-        return _strided(parts[role], number if several else None, ranges, leaves)
+        return _read_part(parts[role], number if several else None, ranges, tensors)
 
     shapes = {role: part.shape[several:] for role, part in parts.items()}
     rows, columns = source.shape[-2:]
@@ -123,7 +124,9 @@ def _matrix(source: Packed, number: int, leaves: Leaves) -> PackedMatrix:
     return PackedMatrix(name, (rows, columns), source.dtype, shapes, dict(source.settings), read)
 
 
-def _strided(stored: Stored, number: int | None, ranges: Sequence[tuple[int, int]], leaves: Leaves) -> NDArray[Any]:
+def _read_part(
+    stored: Stored, number: int | None, ranges: Sequence[tuple[int, int]], tensors: StoredTensors
+) -> NDArray[Any]:
     """Part of a stored tensor, or of one of the matrices in it: rows of it, and of these a range of columns."""
     shape = stored.shape if number is None else stored.shape[1:]
     dtype = np.dtype(NUMPY_DTYPES[stored.dtype])
@@ -135,7 +138,7 @@ def _strided(stored: Stored, number: int | None, ranges: Sequence[tuple[int, int
     made = np.empty((bottom - top, wanted), dtype=np.uint8)
     for row in range(top, bottom, step):
         until = min(row + step, bottom)
-        raw = leaves.raw(stored, begin + row * width, begin + (until - 1) * width + wanted)
+        raw = tensors.raw(stored, begin + row * width, begin + (until - 1) * width + wanted)
         made[row - top : until - top] = as_strided(raw, (until - row, wanted), (width, 1))
     found = made.view(dtype).reshape(bottom - top, right - left, *shape[2:])
     return decode(found.reshape([stop - start for start, stop in ranges] + list(shape[len(ranges) :])), stored.dtype)
@@ -151,19 +154,20 @@ def _rows_at_once(rows: int, width: int, wanted: int) -> int:
 # ---- low rank -------------------------------------------------------------------------------------------------------
 
 
-def with_low_rank(source: LowRank, start: int, stop: int, out: Tensor, load: Load) -> Tensor:
+def _add_low_rank(source: LowRank, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The entries of W + scale B A; with a magnitude m of m (W + scale B A) / ‖W + scale B A‖, by rows (DoRA).
 
     Follows Hu et al. 2021, https://arxiv.org/abs/2106.09685, and Liu et al. 2024, https://arxiv.org/abs/2402.09353.
     """
+    load = partial(load_input, tensors=tensors)
     entries = out[: stop - start] if source.magnitude else load(source.of, start, stop, out)
     right = _right(source, load)
     for first, last, mine, place in _runs_of_rows(source.shape, source.chunk_rows, start, stop):
-        rows = (_left(source, first, last, load) @ right).mul_(source.scale)
+        rows = (_left(source, first, last, load) @ right) * source.scale
         if source.magnitude is None:
-            entries[place].add_(rows.view(-1)[mine])
+            entries[place] += rows.reshape(-1)[mine]
         else:
-            entries[place] = _brought_to_length(source, source.magnitude, rows, first, load).view(-1)[mine]
+            entries[place] = _bring_to_length(source, source.magnitude, rows, first, load).reshape(-1)[mine]
     return entries
 
 
@@ -179,164 +183,148 @@ def _runs_of_rows(shape: Sequence[int], step: int, start: int, stop: int) -> Ite
         yield first, last, slice(low - first * columns, high - first * columns), slice(low - start, high - start)
 
 
-def _right(source: LowRank, load: Load) -> Tensor:
+def _right(source: LowRank, load: Load) -> Array:
     """The small matrix that has a column for each of the large one's: A, or Bᵀ."""
     return read_whole(source.b, load).T if source.transposed else read_whole(source.a, load)
 
 
-def _left(source: LowRank, first: int, last: int, load: Load) -> Tensor:
+def _left(source: LowRank, first: int, last: int, load: Load) -> Array:
     """Some rows of the other one: of B, or of Aᵀ, which are columns of A."""
     if not source.transposed:
         rank = source.rank
-        return load(source.b, first * rank, last * rank, torch.empty((last - first) * rank)).view(-1, rank)
-    columns, width = torch.empty(source.rank, last - first), source.a.shape[1]
+        return load(source.b, first * rank, last * rank, floats((last - first) * rank)).reshape(-1, rank)
+    columns, width = floats(source.rank, last - first), source.a.shape[1]
     for number, row in enumerate(columns):
         load(source.a, number * width + first, number * width + last, row)
     return columns.T
 
 
-def _brought_to_length(source: LowRank, magnitude: Stored, added: Tensor, first: int, load: Load) -> Tensor:
+def _bring_to_length(source: LowRank, magnitude: Stored, added: Array, first: int, load: Load) -> Array:
     """Rows of the sum, each as long as the magnitude says; `added` is what the adapter adds to them."""
     count, columns = added.shape
-    held = load(source.of, first * columns, (first + count) * columns, torch.empty(count * columns))
-    total = held.view(count, columns).add_(added)
-    wanted = load(magnitude, first, first + count, torch.empty(count))
-    return total.mul_((wanted / torch.linalg.vector_norm(total, dim=1, dtype=torch.float64).float())[:, None])
+    held = load(source.of, first * columns, (first + count) * columns, floats(count * columns))
+    total: Array = np.add(held.reshape(count, columns), added)
+    wanted = load(magnitude, first, first + count, floats(count))
+    total *= (wanted / np.sqrt(row_dots([total])[0]).astype(np.float32))[:, None]
+    return total
 
 
-def experts_with_low_rank(source: ExpertsLowRank, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+def _add_low_rank_experts(source: ExpertsLowRank, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The entries of each expert's W + scale B A, or of its transpose."""
-    load = partial(load_input, leaves=leaves)
+    load = partial(load_input, tensors=tensors)
     entries = load(source.of, start, stop, out)
-    b = leaves.once(("of experts", source.b), partial(read_whole, source.b, load))
+    b = tensors.once(("of experts", source.b), partial(read_whole, source.b, load))
     experts, *shape = source.shape
     size = math.prod(shape)
     for expert in range(start // size, -(-stop // size)):
         begin = expert * size
         low, high = max(start, begin), min(stop, begin + size)
-        left, right = _of_expert(source, expert, b.view(len(b), -1, experts), load)
+        left, right = _of_expert(source, expert, b.reshape(len(b), -1, experts), load)
         mine = entries[low - start : high - start]
         for first, last, run, place in _runs_of_rows(shape, source.chunk_rows, low - begin, high - begin):
-            mine[place].add_((left[first:last] @ right).mul_(source.scale).view(-1)[run])
+            mine[place] += ((left[first:last] @ right) * source.scale).reshape(-1)[run]
     return entries
 
 
-def _of_expert(source: ExpertsLowRank, expert: int, b: Tensor, load: Load) -> tuple[Tensor, Tensor]:
-    """An expert's B and A, or the transpose of both the other way round."""
+def _of_expert(source: ExpertsLowRank, expert: int, b: Array, load: Load) -> tuple[Array, Array]:
+    """An expert's B and A, or the transpose of both, A's first."""
     entries = source.rank * source.a.shape[1]
-    a = load(source.a, expert * entries, (expert + 1) * entries, torch.empty(entries)).view(source.rank, -1)
+    a = load(source.a, expert * entries, (expert + 1) * entries, floats(entries)).reshape(source.rank, -1)
     return (a.T, b[:, :, expert].T) if source.transposed else (b[:, :, expert], a)
 
 
-def expert_columns(source: ExpertColumns, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+def _take_expert_columns(source: ExpertColumns, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """Some whole rows of B at a time, and of these the expert's columns."""
     rank, width = source.shape[1], source.of.shape[1]
     for first, last, run, place in _runs_of_rows(source.shape, source.chunk_rows, start, stop):
-        room = torch.empty((last - first) * width)
-        rows = leaves.entries(source.of, first * width, last * width, room).view(-1, rank, source.experts)
+        room = floats((last - first) * width)
+        rows = read_entries(tensors, source.of, first * width, last * width, room).reshape(-1, rank, source.experts)
         out[place] = rows[:, :, source.expert].reshape(-1)[run]
     return out[: stop - start]
 
 
-def transposed(source: Transposed, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+def _transpose(source: Transposed, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """All of it at once, or some rows: a run of every stored row."""
     rows, columns = source.shape
     first, last = start // columns, -(-stop // columns)
-    found = torch.empty(columns, last - first)
+    found = floats(columns, last - first)
     if last - first == rows:
-        leaves.entries(source.transpose, 0, rows * columns, found.view(-1))
+        read_entries(tensors, source.transpose, 0, rows * columns, found.reshape(-1))
     else:
         for number, row in enumerate(found):
-            leaves.entries(source.transpose, number * rows + first, number * rows + last, row)
+            read_entries(tensors, source.transpose, number * rows + first, number * rows + last, row)
     out[: stop - start] = found.T.reshape(-1)[start - first * columns : stop - first * columns]
     return out[: stop - start]
 
 
-def with_added(source: Added, start: int, stop: int, out: Tensor, load: Load) -> Tensor:
+def _add(source: Added, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The entries of a tensor and of the small one that is added to it, times the scale."""
-    plus = load(source.plus, start, stop, torch.empty(stop - start))
-    return load(source.to, start, stop, out).add_(plus.mul_(source.scale))
+    plus = load_input(source.plus, start, stop, floats(stop - start), tensors)
+    made = load_input(source.to, start, stop, out, tensors)
+    made += plus * source.scale
+    return made
 
 
 # ---- shares of layers -----------------------------------------------------------------------------------------------
 
 
-"""Entries ``[start, stop)`` of a source in float32, in the front of a buffer."""
-
-
-def stacked(source: Stacked, start: int, stop: int, out: Tensor, load: Load) -> Tensor:
+def _stack(source: Stacked, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The layers' shares in their new order: run by run along the first axis, else some rows at a time."""
     run = source.run
     if source.axis == 0:
         for place in range(start // run, -(-stop // run)):
             giver, layer = source.taken[place]
             low, high, shift = max(start, place * run), min(stop, (place + 1) * run), (layer - place) * run
-            load(source.givers[giver], low + shift, high + shift, out[low - start : high - start])
+            load_input(source.givers[giver], low + shift, high + shift, out[low - start : high - start], tensors)
         return out[: stop - start]
     width = run * len(source.taken)
     step = max(1, CHUNK_ENTRIES // width)
     for row in range(start // width, -(-stop // width), step):
         until = min(row + step, -(-stop // width))
-        made = _rows(source, row, until, load).view(-1)
+        made = _rows(source, row, until, tensors).reshape(-1)
         begin, end = max(start, row * width), min(stop, until * width)
         out[begin - start : end - start] = made[begin - row * width : end - row * width]
     return out[: stop - start]
 
 
-def _rows(source: Stacked, first: int, last: int, load: Load) -> Tensor:
+def _rows(source: Stacked, first: int, last: int, tensors: StoredTensors) -> Array:
     """Some rows, of shape (rows, layers, entries of a share)."""
-    made = torch.empty(last - first, len(source.taken), source.run)
+    made = floats(last - first, len(source.taken), source.run)
     for number, giver in enumerate(source.givers):
         width = math.prod(giver.shape[source.axis :])
-        held = load(giver, first * width, last * width, torch.empty((last - first) * width))
+        held = load_input(giver, first * width, last * width, floats((last - first) * width), tensors)
         places = [place for place, (of, _) in enumerate(source.taken) if of == number]
         layers = [layer for of, layer in source.taken if of == number]
-        made[:, places] = held.view(last - first, -1, source.run)[:, layers]
+        made[:, places] = held.reshape(last - first, -1, source.run)[:, layers]
     return made
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------
 
 
-def load_input(source: Input, start: int, stop: int, out: Tensor, leaves: Leaves, step: int = 1) -> Tensor:
+def load_input(source: Input, start: int, stop: int, out: Array, tensors: StoredTensors, step: int = 1) -> Array:
     """The source's entries ``[start, stop)`` as float32, in the front of `out`; with `step` every so many."""
     if isinstance(source, Stored | StageTensor):
-        return leaves.entries(source, start, stop, out, step)
-    full = _READINGS[type(source)](source, start, stop, out, leaves)
+        return read_entries(tensors, source, start, stop, out, step)
+    full = _READINGS[type(source)](source, start, stop, out, tensors)
     return full[-start % step :: step]
 
 
-def read(
-    source: Input, start: int, stop: int, out: Any, origin: Origin, step: int, shared: Mapping[Stored, Held]
-) -> Any:
-    """The same for numpy's memory."""
-    leaves = TensorLeaves(origin, (start, stop, step), shared)
-    return load_input(source, start, stop, torch.from_numpy(out), leaves, step).numpy()
+def _subtract(source: Difference, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+    less = load_input(source.subtrahend, start, stop, floats(stop - start), tensors)
+    return np.subtract(load_input(source.minuend, start, stop, out, tensors), less, out=out[: stop - start])
 
 
-def _low_rank(source: LowRank, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
-    return with_low_rank(source, start, stop, out, partial(load_input, leaves=leaves))
+def _read_factor(source: Factor, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+    entries, seen = tensors.factor(source, start, stop, partial(load_input, tensors=tensors))
+    tensors.tell(start, seen if start == 0 else Geometry(((0.0, 0.0), (0.0, 0.0)), 0, 0))
+    return _fill(out, entries)
 
 
-def _added(source: Added, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
-    return with_added(source, start, stop, out, partial(load_input, leaves=leaves))
-
-
-def _difference(source: Difference, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
-    less = load_input(source.subtrahend, start, stop, torch.empty(stop - start), leaves)
-    return load_input(source.minuend, start, stop, out, leaves).sub_(less)
-
-
-def _factor(source: Factor, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
-    entries, seen = leaves.pairs.entries(source, start, stop, partial(load_input, leaves=leaves))
-    leaves.tell(start, seen if start == 0 else Geometry(((0.0, 0.0), (0.0, 0.0)), 0, 0))
-    return out[: stop - start].copy_(entries)
-
-
-def _drawn(source: Drawn, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
+def _draw(source: Drawn, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     for first in range(start, stop, DRAWN_AT_ONCE):
         last = min(first + DRAWN_AT_ONCE, stop)
-        out[first - start : last - start].copy_(torch.from_numpy(_draws(source, first, last)))
+        out[first - start : last - start] = _draws(source, first, last)
     return out[: stop - start]
 
 
@@ -347,42 +335,44 @@ def _draws(source: Drawn, start: int, stop: int) -> Any:
     return source.spread * (2.0 * uniform(bits) - 1.0)
 
 
-def _noised(source: Noised, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
-    quiet = load_input(source.quiet, start, stop, out, leaves)
+def _add_noise(source: Noised, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+    quiet = load_input(source.quiet, start, stop, out, tensors)
     for first in range(start, stop, DRAWN_AT_ONCE):
         last = min(first + DRAWN_AT_ONCE, stop)
-        quiet[first - start : last - start] += torch.from_numpy(_draws(source.noise, first, last)).float()
+        quiet[first - start : last - start] += _draws(source.noise, first, last).astype(np.float32)
     return quiet
 
 
-def _zeros(source: Zeros, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
-    return out[: stop - start].zero_()
+def _fill_zeros(source: Zeros, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+    out[: stop - start] = 0
+    return out[: stop - start]
 
 
-def _stacked(source: Stacked, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
-    return stacked(source, start, stop, out, partial(load_input, leaves=leaves))
+def _read_router(source: Routed, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+    return _fill(out, tensors.router(source).reshape(-1)[start:stop])
 
 
-def _routed(source: Routed, start: int, stop: int, out: Tensor, leaves: Leaves) -> Tensor:
-    return out[: stop - start].copy_(leaves.router(source).reshape(-1)[start:stop])
+def _fill(out: Array, entries: Array) -> Array:
+    out[: entries.size] = entries
+    return out[: entries.size]
 
 
-_READINGS: Mapping[type, Callable[[Any, int, int, Tensor, Leaves], Tensor]] = {
+_READINGS: Mapping[type, Callable[[Any, int, int, Array, StoredTensors], Array]] = {
     Rows: rows_of_map,
-    Pursuit: pursued,
-    Dequantised: dequantised,
-    Packed: unpacked_rows,
-    LowRank: _low_rank,
-    ExpertsLowRank: experts_with_low_rank,
-    ExpertColumns: expert_columns,
-    Transposed: transposed,
-    Added: _added,
-    Difference: _difference,
-    Factor: _factor,
-    Drawn: _drawn,
-    Noised: _noised,
-    Zeros: _zeros,
-    Stacked: _stacked,
-    Routed: _routed,
+    Pursuit: pursue_rows,
+    Dequantised: _dequantise,
+    Packed: _unpack_rows,
+    LowRank: _add_low_rank,
+    ExpertsLowRank: _add_low_rank_experts,
+    ExpertColumns: _take_expert_columns,
+    Transposed: _transpose,
+    Added: _add,
+    Difference: _subtract,
+    Factor: _read_factor,
+    Drawn: _draw,
+    Noised: _add_noise,
+    Zeros: _fill_zeros,
+    Stacked: _stack,
+    Routed: _read_router,
 }
 """How each kind of source but the plain one fills the front of `out` with its entries ``[start, stop)``."""

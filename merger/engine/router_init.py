@@ -15,15 +15,14 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from merger.engine.readers import load_input
 from merger.engine.runner import Work, blocks
-from merger.engine.stored import TensorLeaves
+from merger.engine.stored import floats
 from merger.errors import ModelError, Problem, RecipeError
 from merger.lock.locked import LockedModel
 from merger.methods.registry import Method
+from merger.methods.steps.step import Array
 from merger.models.mixtures import EMBEDDING
 from merger.planning.budget import EMBEDDED, embedding, layers, prompts, routers_of
 from merger.planning.inputs.base import PASSTHROUGH, Job, Operand, Stored
@@ -36,11 +35,11 @@ _CONDITION = 5.0
 """A router whose singular values lie further apart has rows that are nearly alike."""
 
 _NO_LENGTH = 1e-8
-States = Mapping[str, Tensor]
+States = Mapping[str, Array]
 """For each prompt a row for each of its tokens, in float32."""
 
 
-def gates(plan: Plan, jobs: Sequence[Job], table: Mapping[str, Method], store: Store) -> dict[Routed, Tensor]:
+def gates(plan: Plan, jobs: Sequence[Job], table: Mapping[str, Method], store: Store) -> dict[Routed, Array]:
     """The routers of these jobs that are computed from prompts; each row is of unit length.
 
     Args:
@@ -56,7 +55,7 @@ def gates(plan: Plan, jobs: Sequence[Job], table: Mapping[str, Method], store: S
     wanted = routers_of(jobs)
     if not wanted:
         return {}
-    needed = ("tokenizers",) if wanted[0].mode == EMBEDDED else ("tokenizers", "transformers")
+    needed = ("tokenizers",) if wanted[0].mode == EMBEDDED else ("tokenizers", "torch", "transformers")
     _refuse_missing(plan, needed)
     base = _Base(plan, table, store)
     states = base.embedded(_tokens(plan, store, prompts(wanted)))
@@ -65,9 +64,9 @@ def gates(plan: Plan, jobs: Sequence[Job], table: Mapping[str, Method], store: S
     return _through_layers(base, wanted, states)
 
 
-def _through_layers(base: _Base, wanted: Sequence[Routed], states: States) -> dict[Routed, Tensor]:
+def _through_layers(base: _Base, wanted: Sequence[Routed], states: States) -> dict[Routed, Array]:
     """Each router from its layer's input."""
-    found: dict[Routed, Tensor] = {}
+    found: dict[Routed, Array] = {}
     run = layers(base.plan.locked, wanted)
     decoders = _Decoders(base.plan.locked.config_model.checkpoint.config)
     with ThreadPoolExecutor(base.plan.threads) as pool, closing(base.weights(run)) as weights:
@@ -80,7 +79,7 @@ def _through_layers(base: _Base, wanted: Sequence[Routed], states: States) -> di
     return found
 
 
-def doubts(found: Mapping[Routed, Tensor]) -> tuple[str, ...]:
+def doubts(found: Mapping[Routed, Array]) -> tuple[str, ...]:
     """Whether some of the routers can hardly tell their experts apart, in a sentence."""
     several = {router: rows for router, rows in found.items() if len(rows) > 1}
     odd = sorted(router.layer for router, rows in several.items() if _condition(rows) > _CONDITION)
@@ -91,15 +90,15 @@ def doubts(found: Mapping[Routed, Tensor]) -> tuple[str, ...]:
     return (f"{what}: the experts' prompts may be too similar, and some experts will hardly be chosen",)
 
 
-def _condition(rows: Tensor) -> float:
-    values = torch.linalg.svdvals(rows)
+def _condition(rows: Array) -> float:
+    values = np.linalg.svd(rows, compute_uv=False)
     return float(values.max() / values.min())
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _rows(router: Routed, states: States) -> Tensor:
+def _rows(router: Routed, states: States) -> Array:
     """A row for each expert: what its positive prompts have in common, less the same of the negative ones."""
     rows = [
         _unit(_side(positive, states, router.mode) - _side(negative, states, router.mode))
@@ -107,19 +106,19 @@ def _rows(router: Routed, states: States) -> Tensor:
         else _unit(_side(positive, states, router.mode))
         for positive, negative in router.prompts
     ]
-    return torch.stack(rows)
+    return np.stack(rows)
 
 
-def _side(texts: Sequence[str], states: States, mode: str) -> Tensor:
+def _side(texts: Sequence[str], states: States, mode: str) -> Array:
     if mode == EMBEDDED:
-        return _unit(torch.cat([states[text] for text in texts]).mean(0))
+        return _unit(np.concatenate([states[text] for text in texts]).mean(0))
     pooled = [states[text].mean(0) if mode == "hidden_avg" else states[text][-1] for text in texts]
-    return torch.stack(pooled).mean(0)
+    found: Array = np.stack(pooled).mean(0)
+    return found
 
 
-def _unit(row: Tensor) -> Tensor:
-    unit: Tensor = row / row.norm().clamp(min=_NO_LENGTH)
-    return unit
+def _unit(row: Array) -> Array:
+    return np.divide(row, max(_NO_LENGTH, float(np.sqrt(row @ row))))
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ class _Base:
         places = {token: place for place, token in enumerate(ids)}
         return {text: rows[[places[token] for token in row]] for text, row in tokens.items()}
 
-    def _stored_rows(self, stored: Stored, ids: Sequence[int]) -> Tensor:
+    def _stored_rows(self, stored: Stored, ids: Sequence[int]) -> Array:
         """Rows of a stored tensor, of which no others are read: each is a tensor of its own for once."""
         count, width = stored.shape
         size = stored.tensor.nbytes // count
@@ -213,20 +212,20 @@ class _Base:
         inputs = [Operand(Stored(stored.model, row), {"scale": 1.0}) for row in cut]
         jobs = [Job(EMBEDDING, "F32", (width,), PASSTHROUGH, (row,)) for row in inputs]
         with closing(self._reader(jobs)) as reader:
-            return torch.stack([self._made(job, number, reader) for number, job in enumerate(jobs)])
+            return np.stack([self._make(job, number, reader) for number, job in enumerate(jobs)])
 
-    def _made_rows(self, job: Job, ids: Sequence[int]) -> Tensor:
+    def _made_rows(self, job: Job, ids: Sequence[int]) -> Array:
         """Rows of what is made on the way."""
-        rows = torch.empty(len(ids), job.shape[1])
+        rows = floats(len(ids), job.shape[1])
         with closing(self._reader([job])) as reader, closing(self._work(job, 0, reader)) as work:
             if work.wants_preparing:
                 work.prepare()
             for row, token in zip(rows, ids, strict=True):
                 start = token * job.shape[1]
-                load_input(job.sources[0], start, start + job.shape[1], row, TensorLeaves(work))
+                load_input(job.sources[0], start, start + job.shape[1], row, work)
         return rows
 
-    def weights(self, run: Sequence[Sequence[Job]]) -> Generator[dict[str, Tensor]]:
+    def weights(self, run: Sequence[Sequence[Job]]) -> Generator[dict[str, Array]]:
         """Each layer's tensors by role."""
         place = self.plan.locked.config_model.architecture.place
         first = 0
@@ -234,20 +233,21 @@ class _Base:
             for layer in run:
                 held = {}
                 for job in layer:
-                    held[place(job.name).role] = self._made(job, first, reader).view(job.shape)
+                    held[place(job.name).role] = self._make(job, first, reader).reshape(job.shape)
                     first += len(job.reads)
                 yield held
                 held.clear()
 
-    def _made(self, job: Job, first: int, reader: Reader) -> Tensor:
+    def _make(self, job: Job, first: int, reader: Reader) -> Array:
         """A whole tensor."""
-        made = np.empty(job.nbytes, np.uint8)
+        made = floats(job.entries)
+        room = made.view(np.uint8)
         with closing(self._work(job, first, reader)) as work:
             if work.wants_preparing:
                 work.prepare()
             for block in blocks(job, work.method):
-                work.make(block, made[block.start * (1 if job.is_copy else 4) :])
-        return torch.from_numpy(made.view(np.float32))
+                work.make(block, room[block.start * (1 if job.is_copy else 4) :])
+        return made
 
     def _work(self, job: Job, first: int, reader: Reader) -> Work:
         return Work(job, self._table, first, reader, self.plan.seed, "cpu", {})
@@ -266,23 +266,27 @@ class _Decoders:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        import torch
         from transformers import CONFIG_MAPPING
 
+        self._torch: Any = torch
         self._config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         self._kinds = getattr(self._config, "layer_types", None)
         self._models: dict[str | None, Any] = {}
 
-    def loaded(self, layer: int, weights: dict[str, Tensor]) -> Any:
+    def loaded(self, layer: int, weights: dict[str, Array]) -> Any:
         """A function from the input of that layer to its output, for one prompt."""
         kind = self._kinds[layer] if self._kinds else None
         if kind not in self._models:
             self._models[kind] = self._model(kind)
         model = self._models[kind]
-        model.layers[0].load_state_dict(weights, strict=True, assign=True)
+        tensors = {role: self._torch.from_numpy(held) for role, held in weights.items()}
+        model.layers[0].load_state_dict(tensors, strict=True, assign=True)
 
-        def decode(state: Tensor) -> Tensor:
-            with torch.no_grad():
-                output: Tensor = model(inputs_embeds=state[None], use_cache=False).last_hidden_state[0]
+        def decode(state: Array) -> Array:
+            with self._torch.no_grad():
+                inputs = self._torch.from_numpy(state)[None]
+                output: Array = model(inputs_embeds=inputs, use_cache=False).last_hidden_state[0].numpy()
                 return output
 
         return decode
@@ -299,8 +303,8 @@ class _Decoders:
         one.num_hidden_layers, one.vocab_size, one.pad_token_id = 1, 1, None
         if kind is not None:
             one.layer_types = [kind]
-        with torch.device("meta"):  # no weight is drawn that would only be replaced
+        with self._torch.device("meta"):  # no weight is drawn that would only be replaced
             model: Any = AutoModel.from_config(one, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
         model.rotary_emb = type(model.rotary_emb)(one)
-        model.norm = torch.nn.Identity()
+        model.norm = self._torch.nn.Identity()
         return model.eval()

@@ -10,19 +10,22 @@ import os
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from functools import cached_property
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from merger.engine.decompose import RunPairs
 from merger.engine.finite import NotFinite, is_finite, not_finite
 from merger.engine.geometry import BlockSample
+from merger.engine.readers import load_input
+from merger.engine.stored import Load
 from merger.methods.registry import Method, declared
 from merger.methods.steps.dtypes import HELD, Held, load, store
 from merger.methods.steps.random import Rng
@@ -35,11 +38,6 @@ from merger.planning.inputs.derived import Routed
 from merger.planning.inputs.low_rank import Factor
 from merger.planning.jobs import arguments
 from merger.stores.ports import Reader
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from merger.engine.stored import Pairs
 
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]
@@ -122,26 +120,6 @@ class Spool:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
-
-
-def shared_pairs(jobs: Sequence[Job]) -> Pairs | None:
-    """What two jobs of a run make together, where there is such; it needs torch."""
-    if not any(isinstance(source, Factor) for job in jobs for source in job.sources):
-        return None
-    from merger.engine.decompose import RunPairs
-
-    return RunPairs()
-
-
-@cache
-def _readers() -> ModuleType:
-    """How inputs are read that are no stored tensors: with torch, on one thread as all else."""
-    import torch
-
-    import merger.engine.readers
-
-    torch.set_num_threads(1)
-    return merger.engine.readers
 
 
 @dataclass(eq=False)
@@ -228,17 +206,9 @@ class JobRunner:
             given["rng"] = Rng(self.seed, self.job.name, start)
         if self.method.measure is not None:
             given["measured"] = self.measured
-        made = self.method.function(self.hand_over_NO(inputs), **given)
+        made = self.method.function(self.method.place(inputs, self.device), **given)
         found: Array = np.ascontiguousarray(made if isinstance(made, np.ndarray) else made.cpu().numpy(), np.float32)
         return found.reshape(-1)
-
-    def hand_over_NO(self, inputs: list[Array]) -> list[Any]:
-        """The inputs where the method computes: as they are, or as torch's tensors."""
-        if self.device == "cpu" and self.method.needs != "torch":
-            return inputs
-        import torch
-
-        return [torch.from_numpy(entries).to(self.device) for entries in inputs]
 
     def tiles(self, block: Block) -> Iterator[tuple[int, int]]:
         """The parts of a block that are made at once, from its start: of whole rows where rows count."""
@@ -267,16 +237,14 @@ class JobRunner:
     def load(self, block: Block, step: int = 1) -> list[Held]:
         """All sources' entries as they are stored, or of the tensor's entries every `step`-th; good within a tile."""
         alike = [stored for stored in self.job.shared if stored.tensor.entries == self.job.entries]  # others: elsewhere
-        shared = {stored: self.origin.bits(stored, block.start, block.stop, step) for stored in alike}
-        return [self._load(source, block, step, shared) for source in self.job.sources]
+        tensors = self.origin.with_read(alike, block.start, block.stop, step) if alike else self.origin
+        return [self._load(source, block, step, tensors) for source in self.job.sources]
 
-    def _load(self, source: Input, block: Block, step: int, shared: Mapping[Stored, Held]) -> Held:
-        if isinstance(source, Stored) and source in shared:
-            return shared[source]
+    def _load(self, source: Input, block: Block, step: int, tensors: Work) -> Held:
         if isinstance(source, Stored | StageTensor):
-            return self.origin.bits(source, block.start, block.stop, step)
+            return tensors.bits(source, block.start, block.stop, step)
         out = _floats(block.stop - block.start)
-        return Held(_readers().read(source, block.start, block.stop, out, self.origin, step, shared), "F32")
+        return Held(load_input(source, block.start, block.stop, out, tensors, step), "F32")
 
     def _shape(self, entries: Array) -> Array:
         """As the method wants its blocks: a run of entries, whole rows, or a matrix."""
@@ -315,12 +283,12 @@ class Work:
         reader: Reader,
         seed: int,
         device: str,
-        routers: Mapping[Routed, Tensor],
-        pairs: Pairs | None = None,
+        routers: Mapping[Routed, Array],
+        pairs: RunPairs | None = None,
         allow: bool = False,
         memory: Allowance | None = None,
     ) -> None:
-        self.job, self.method, self.pairs = job, table[job.method], pairs or shared_pairs([job])
+        self.job, self.method, self._pairs = job, table[job.method], pairs or RunPairs()
         self._allow, self.odd = allow, dict[tuple[Stored | StageTensor, int], int]()
         self.prepared: Future[None] | None = None
         self._reader, self._needs, self._routers = reader, needs(job, table), routers
@@ -331,6 +299,7 @@ class Work:
             for made in self._needs.stages
         }
         self._spool = Spool(memory or Allowance(0))
+        self._read_already: Mapping[tuple[Stored | StageTensor, int, int, int], Held] = {}
         self._done: dict[Hashable, Future[Any]] = {}
         self._lock = threading.Lock()
 
@@ -415,6 +384,8 @@ class Work:
             ModelError: the bytes cannot be had.
             MismatchError: an entry that a stage makes is not finite.
         """
+        if (known := self._read_already.get((stored, start, stop, step))) is not None:
+            return known
         block = Block(start, stop)
         raw = _room(stored.dtype, block)
         if isinstance(stored, StageTensor) and stored not in self._needs.spooled:
@@ -424,6 +395,12 @@ class Work:
             if self._allow:
                 self._look(stored, start, raw)
         return Held(raw.view(HELD[stored.dtype])[-start % step :: step], stored.dtype)
+
+    def with_read(self, shared: Iterable[Stored], start: int, stop: int, step: int) -> Work:
+        """The same, of whose tensors these entries are read already; good within a tile."""
+        found = copy(self)
+        found._read_already = {(each, start, stop, step): self.bits(each, start, stop, step) for each in shared}
+        return found
 
     def _fill(self, what: Stored | StageTensor, offset: int, out: memoryview) -> None:
         if what in self._spool:
@@ -456,7 +433,7 @@ class Work:
             self._look(stored, start, found)
         return found
 
-    def router(self, source: Routed) -> Tensor:
+    def router(self, source: Routed) -> Array:
         """The rows of a router that was computed beforehand."""
         return self._routers[source]
 
@@ -472,6 +449,10 @@ class Work:
                 found.set_exception(error)
         made: T = found.result()
         return made
+
+    def factor(self, source: Factor, start: int, stop: int, load: Load) -> tuple[Array, Geometry]:
+        """The entries of A or B, which two jobs make together; and how the matrix and ``scale * B @ A`` lie."""
+        return self._pairs.entries(source, start, stop, load)
 
     def tell(self, start: int, seen: Geometry) -> None:
         """What was seen of the block that starts there while its source was read."""
@@ -499,7 +480,7 @@ class _Blocks:
                 loaded = making.load(block)
                 for start, stop in making.tiles(block):
                     with tile():
-                        yield making.hand_over_NO(making.hand_over(loaded, start, stop)[0])
+                        yield making.method.place(making.hand_over(loaded, start, stop)[0], making.device)
 
     @property
     def entries(self) -> int:

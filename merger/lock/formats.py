@@ -66,6 +66,11 @@ CHANGES: tuple[FormatChange, ...] = (
     ),
     FormatChange(
         3,
+        "products of matrices are numpy's (LoRA added, merged and extracted, tokens by pursuit, routers from prompts): "
+        "the last bit of an entry may differ, and an extraction begins with other directions",
+    ),
+    FormatChange(
+        3,
         "random masks are drawn by another generator (Threefry4x32-20)",
         frozenset({"dare_linear", "dare_ties", "della", "della_linear"}),
     ),

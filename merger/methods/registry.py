@@ -125,6 +125,14 @@ class Method:
     spreads: bool = False
     needs: Literal["torch"] | None = None
 
+    def place(self, arrays: Sequence[Any], device: str = "cpu") -> list[Any]:
+        """Numpy's arrays as the function wants them: as they are, or as torch's tensors on a device."""
+        if device == "cpu" and self.needs != "torch":
+            return list(arrays)
+        import torch
+
+        return [torch.from_numpy(entries).to(device) for entries in arrays]
+
     @property
     def explanation(self) -> str:
         """The description for readers of a card: without what other tools do otherwise."""

@@ -6,22 +6,16 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from merger.engine.stored import TORCH_DTYPES
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
+from merger.models.formats.packed import NUMPY_DTYPES, decode
 from merger.planning.budget import BLOCK_ENTRIES
 from merger.planning.geometry import add_up, cosine_of
 from merger.stores.ports import Reader
-
-_READABLE = {
-    **TORCH_DTYPES,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -103,17 +97,23 @@ class _Run:
     """Some entries: their bits, and their numbers, if they are read as such."""
 
     dtype: str
-    bits: Tensor
-    numbers: Tensor | None
+    bits: NDArray[Any]
+    numbers: NDArray[np.float64] | None
 
 
 def _read(reader: Reader, number: int, tensor: TensorInfo, start: int, stop: int) -> _Run:
     size = ITEM_BYTES[tensor.dtype]
     data = bytearray((stop - start) * size)
     reader.read(number, start * size, memoryview(data))
-    kind = _READABLE.get(tensor.dtype)
-    numbers = None if kind is None else torch.frombuffer(data, dtype=kind).to(torch.float64)
-    return _Run(tensor.dtype, torch.frombuffer(data, dtype=_BITS[size]), numbers)
+    return _Run(tensor.dtype, np.frombuffer(data, f"u{size}"), as_numbers(data, tensor.dtype))
+
+
+def as_numbers(raw: bytes | bytearray, dtype: str) -> NDArray[np.float64] | None:
+    """What bytes of a dtype stand for; None where it is not one of numbers, or has two in each."""
+    if dtype not in NUMPY_DTYPES:
+        return None
+    bits = np.frombuffer(raw, NUMPY_DTYPES[dtype])
+    return (bits if dtype == "F64" else decode(bits, dtype)).astype(np.float64)
 
 
 def _distance(one: _Run, other: _Run) -> Distance:
@@ -121,26 +121,26 @@ def _distance(one: _Run, other: _Run) -> Distance:
     differing, entries, a, b = int((~same).sum()), len(same), one.numbers, other.numbers
     if a is None or b is None:
         return Distance(largest=math.inf if differing else 0.0, differing=differing, entries=entries)
-    if not math.isfinite(float(a.sum() + b.sum())):
-        if not (a.isfinite() & b.isfinite() | same).all():
+    if not (np.isfinite(a) & np.isfinite(b)).all():
+        if not (np.isfinite(a) & np.isfinite(b) | same).all():
             return Distance(largest=math.inf, differing=differing, entries=entries)
-        a, b = (side.nan_to_num(0.0, 0.0, 0.0) for side in (a, b))
+        a, b = (np.where(np.isfinite(side), side, 0.0) for side in (a, b))
     apart = a - b
     return Distance(
         apart=float(apart @ apart),
         one=float(a @ a),
         other=float(b @ b),
         product=float(a @ b),
-        largest=float(apart.abs().max()),
+        largest=float(abs(apart).max()),
         differing=differing,
         entries=entries,
     )
 
 
-def _same(one: _Run, other: _Run) -> Tensor:
+def _same(one: _Run, other: _Run) -> NDArray[np.bool_]:
     """Which entries are equal."""
     if one.dtype == other.dtype:
-        return one.bits == other.bits
+        return np.asarray(one.bits == other.bits)
     if one.numbers is None or other.numbers is None:
-        return torch.zeros(len(one.bits), dtype=torch.bool)
-    return one.numbers == other.numbers
+        return np.zeros(len(one.bits), np.bool_)
+    return np.equal(one.numbers, other.numbers)

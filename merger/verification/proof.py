@@ -11,20 +11,19 @@ from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from merger.engine.execute import BytesWritten, execute, single_threaded
 from merger.engine.finite import NotFinite, explain
 from merger.engine.router_init import gates
 from merger.engine.runner import Block, Work, blocks
-from merger.engine.stored import TORCH_DTYPES
 from merger.methods.registry import Method
-from merger.models.checkpoint import ITEM_BYTES, TensorInfo
+from merger.models.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.models.formats.safetensors import Outlet, WrittenShard, header
 from merger.planning.budget import BLOCK_ENTRIES
 from merger.planning.inputs.base import Job
 from merger.planning.plan import Plan, Shard
 from merger.stores.ports import Located, Reader, Store, Ticket
+from merger.verification.distance import as_numbers
 from merger.verification.sample import Mismatch, Piece
 
 REQUESTS_AT_ONCE = 8
@@ -139,8 +138,8 @@ def difference(file: str, job: Job, start: int, made: memoryview, found: bytes |
 
 
 def _number(raw: bytes, dtype: str) -> str:
-    kind = TORCH_DTYPES.get(dtype)
-    return f"0x{raw[::-1].hex()}" if kind is None else repr(torch.frombuffer(bytearray(raw), dtype=kind).item())
+    found = as_numbers(raw, dtype) if dtype in FLOATS else None
+    return f"0x{raw[::-1].hex()}" if found is None else repr(float(found[0]))
 
 
 def join_mismatches(parts: Sequence[Mismatch | None], compared: int) -> Mismatch | None:

@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from tables import Floats, Tables, drawn, stored
 
-from merger.engine.pursuit import Atoms, pursue
+from merger.engine.pursuit import measure_atoms, pursue
 from merger.engine.readers import load_input
-from merger.models.checkpoint import TensorInfo
-from merger.planning.inputs.base import Stored
+from merger.methods.steps.dtypes import Held
 from merger.planning.inputs.rows import ALL_ROWS, Numbers, Pursuit, RowMap, RowPairs, Rows
-
-
-class Tables:
-    """Stored tensors that are at hand, in place of a job's."""
-
-    def __init__(self, *tables: Tensor) -> None:
-        self.stored = [Stored(number, _info(table)) for number, table in enumerate(tables)]
-        self._tables = dict(zip(self.stored, tables, strict=True))
-        self._made: dict[Hashable, Any] = {}
-
-    def entries(self, leaf: Stored, start: int, stop: int, out: Tensor, step: int = 1) -> Tensor:
-        found = self._tables[leaf].reshape(-1)[start:stop][-start % step :: step]
-        return out[: len(found)].copy_(found)
-
-    def rows(self, leaf: Stored, numbers: Numbers, out: Tensor) -> None:
-        out.copy_(self._tables[leaf][torch.from_numpy(numbers)].reshape(out.shape))
-
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
-
-def _info(table: Tensor) -> TensorInfo:
-    return TensorInfo("table", "F32", tuple(table.shape), "model.safetensors", 0, table.nbytes)
 
 
 def row_map(lists: list[list[tuple[int, int]]]) -> RowMap:
@@ -50,11 +20,11 @@ def row_map(lists: list[list[tuple[int, int]]]) -> RowMap:
     return RowMap(starts, flat[:, 0], flat[:, 1])
 
 
-def mean_of(entries: list[tuple[int, int]], tables: list[Tensor], width: int) -> Tensor:
+def mean_of(entries: list[tuple[int, int]], tables: list[Floats], width: int) -> Floats:
     rows = [
-        tables[leaf].double().mean(dim=0) if row == ALL_ROWS else tables[leaf][row].double() for leaf, row in entries
+        tables[leaf].mean(axis=0, dtype=np.float64) if row == ALL_ROWS else tables[leaf][row] for leaf, row in entries
     ]
-    return torch.stack(rows).mean(dim=0).float() if rows else torch.zeros(width)
+    return np.mean(rows, axis=0, dtype=np.float64) if rows else np.zeros(width)
 
 
 ENTRY = st.tuples(st.integers(0, 1), st.integers(ALL_ROWS, 4))
@@ -65,23 +35,21 @@ LISTS = st.one_of(RUN, st.lists(st.lists(ENTRY, max_size=4), min_size=1, max_siz
 @given(st.lists(LISTS, min_size=1, max_size=4), st.sampled_from([1, 3, 4]), st.integers(1, 9), st.data())
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_part_of_mapped_rows_is_what_the_map_says(
-    drawn: list[list[list[tuple[int, int]]]], width: int, chunk: int, data: st.DataObject
+    maps: list[list[list[tuple[int, int]]]], width: int, chunk: int, data: st.DataObject
 ) -> None:
     """Rows, means of rows, means of all, zeros; from and to any entry, every so many, however small the chunks are."""
-    lists = [entries for part in drawn for entries in part]
-    draw = torch.Generator().manual_seed(0)
-    tables = [torch.randn(5, width, generator=draw) for _ in range(2)]
-    held = Tables(*tables)
-    source = Rows(tuple(held.stored), row_map(lists))
-    whole = torch.stack([mean_of(entries, tables, width) for entries in lists]).reshape(-1)
+    lists = [entries for part in maps for entries in part]
+    tables = drawn(0, one=(5, width), other=(5, width))
+    source = Rows((stored("one", 5, width), stored("other", 5, width)), row_map(lists))
+    whole = np.stack([mean_of(entries, [*tables.values()], width) for entries in lists]).reshape(-1)
     assert source.shape == (len(lists), width)
     start = data.draw(st.integers(0, len(whole) - 1))
     stop = data.draw(st.integers(start + 1, len(whole)))
     step = data.draw(st.integers(1, 3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("merger.engine.stored.CHUNK_ENTRIES", chunk)
-        found = load_input(source, start, stop, torch.empty(len(whole)), held, step)
-    torch.testing.assert_close(found, whole[start:stop][-start % step :: step], rtol=1e-6, atol=1e-6)
+        found = load_input(source, start, stop, np.empty(len(whole), np.float32), Tables(tables), step)
+    np.testing.assert_allclose(found, whole[start:stop][-start % step :: step], rtol=1e-6, atol=1e-6)
 
 
 def test_maps_are_equal_by_what_they_say() -> None:
@@ -113,11 +81,11 @@ def oracle(target: np.ndarray, atoms: np.ndarray, k: int) -> np.ndarray:
     return found
 
 
-def dense(found: list[tuple[Tensor, Tensor]], count: int) -> np.ndarray:
+def dense(found: list[tuple[Numbers, Floats]], count: int) -> np.ndarray:
     """The factors of all atoms, most of them zero."""
     made = np.zeros((len(found), count))
     for row, (chosen, factors) in zip(made, found, strict=True):
-        row[chosen.numpy()] = factors.numpy()
+        row[chosen] = factors
     return made
 
 
@@ -125,42 +93,42 @@ def dense(found: list[tuple[Tensor, Tensor]], count: int) -> np.ndarray:
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_pursuit_chooses_and_weighs_as_the_textbook_does(count: int, width: int, k: int, seed: int) -> None:
     """The same few atoms with the same factors, whatever the numbers of atoms and entries."""
-    draw = torch.Generator().manual_seed(seed)
-    atoms, targets = torch.randn(count, width, generator=draw), torch.randn(5, width, generator=draw)
-    found = dense(pursue(targets, Atoms(atoms, atoms.norm(dim=1)), k), count)
-    expected = np.stack([oracle(target.double().numpy(), atoms.double().numpy(), k) for target in targets])
+    atoms, targets = drawn(seed, atoms=(count, width), targets=(5, width)).values()
+    found = dense(pursue(targets, measure_atoms(Held(atoms.reshape(-1), "F32"), width), k), count)
+    expected = np.stack([oracle(target, atoms, k) for target in targets.astype(np.float64)])
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-4)
 
 
 def test_a_pursuit_finds_a_sum_of_few_again_and_stops() -> None:
     """A target that is a sum of three of 200 is that sum, an atom is itself, and of two alike one is taken."""
-    atoms = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    atoms = drawn(1, atoms=(200, 64))["atoms"]
     atoms[7] = atoms[6]
-    wanted = torch.zeros(4, 200)
-    wanted[0, [3, 50, 120]] = torch.tensor([1.0, -2.0, 0.5])
+    wanted = np.zeros((4, 200), np.float32)
+    wanted[0, [3, 50, 120]] = [1.0, -2.0, 0.5]
     wanted[1, 9], wanted[2, 6] = 3.0, 2.0
-    found = dense(pursue(wanted @ atoms, Atoms(atoms, atoms.norm(dim=1)), 16), 200)
-    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
+    found = dense(pursue(wanted @ atoms, measure_atoms(Held(atoms.reshape(-1), "F32"), 64), 16), 200)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [5, 64, 1000])
 def test_pursued_rows_stand_among_the_known_ones(block: int) -> None:
     """Each is the same sum of the model's rows as of the donor's, and the same bits in whatever blocks it is read."""
-    draw = torch.Generator().manual_seed(2)
-    own, theirs = torch.randn(30, 6, generator=draw), torch.randn(200, 16, generator=draw)
-    mixed = torch.zeros(170, 30)
-    mixed[torch.arange(170), torch.arange(170) % 30] = 1.5
-    mixed[torch.arange(170), (7 * torch.arange(170) + 3) % 30] -= 0.5
-    theirs[30:] = mixed @ theirs[:30]
-    held = Tables(own, theirs)
-    known = Rows((held.stored[0],), row_map([[(0, row)] for row in range(30)] + [[] for _ in range(170)]))
+    tables = drawn(2, own=(30, 6), theirs=(200, 16))
+    mixed, places = np.zeros((170, 30), np.float32), np.arange(170)
+    mixed[places, places % 30] = 1.5
+    mixed[places, (7 * places + 3) % 30] -= 0.5
+    tables["theirs"][30:] = mixed @ tables["theirs"][:30]
+    known = Rows((stored("own", 30, 6),), row_map([[(0, row)] for row in range(30)] + [[] for _ in range(170)]))
     pairs = RowPairs(np.arange(30), np.arange(30), np.arange(30, 200), np.arange(30, 200))
-    source = Pursuit(known, held.stored[1], pairs, k=4)
-    parts = [
-        load_input(source, start, min(start + block, 1200), torch.empty(block), held).clone()
-        for start in range(0, 1200, block)
-    ]
-    found = torch.cat(parts).view(200, 6)
-    torch.testing.assert_close(found[:30], own, rtol=0, atol=0)
-    torch.testing.assert_close(found[30:], mixed @ own, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found.reshape(-1), load_input(source, 0, 1200, torch.empty(1200), Tables(own, theirs)))
+    source = Pursuit(known, stored("theirs", 200, 16), pairs, k=4)
+
+    def read(block: int) -> Floats:
+        held, room = Tables(tables), np.empty(1200, np.float32)
+        for start in range(0, 1200, block):
+            load_input(source, start, min(start + block, 1200), room[start : start + block], held)
+        return room
+
+    found = read(block).reshape(200, 6)
+    assert np.array_equal(found[:30], tables["own"])
+    np.testing.assert_allclose(found[30:], mixed @ tables["own"], rtol=1e-4, atol=1e-4)
+    assert np.array_equal(found.reshape(-1), read(1200))

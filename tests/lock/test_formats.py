@@ -30,7 +30,7 @@ from merger.lock import formats
 from merger.planning import plan as plan_module
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "locks"
-OF_THE_MACHINE = {"extract", "lora"}
+OF_THE_MACHINE = {"adapters", "extract", "lora"}
 """Kinds whose last bits are those of LAPACK and BLAS, which differ from machine to machine: their plan is held."""
 
 SLICES = """\

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merger.cli.commands import main
-from merger.engine.decompose import decomposed
 
 PeftModel = pytest.importorskip("peft").PeftModel
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -168,32 +167,6 @@ def test_modules_are_named_in_full_where_their_last_names_would_mean_others(tmp_
     changed = {name for name, tensor in tiny.read(base).items() if not torch.equal(made[name], tensor)}
     assert changed == {f"{name}.weight" for name in config["target_modules"]}
     assert expected.keys() == made.keys()
-
-
-@pytest.mark.parametrize(("shape", "rank"), [((300, 40), 5), ((40, 300), 5), ((7, 5), 9), ((1, 50), 1), ((50, 1), 1)])
-def test_exact_low_rank_matrices_are_taken_apart_to_rounding(shape: tuple[int, int], rank: int) -> None:
-    """Of any form, read in pieces of any size."""
-    draw = torch.Generator().manual_seed(3)
-    kept = min(rank, *shape)
-    matrix = torch.randn(shape[0], kept, generator=draw) @ torch.randn(kept, shape[1], generator=draw)
-    for step in (1, 7, 1000):
-        found = decomposed(lambda step=step: ((n, matrix[n : n + step]) for n in range(0, shape[0], step)), shape, kept)
-        again = found.left @ torch.diag(found.values) @ found.right
-        assert float((again - matrix).norm()) < 2e-6 * float(matrix.norm())
-        assert found.square == pytest.approx(float(matrix.double().square().sum()))
-        torch.testing.assert_close(found.values.float(), torch.linalg.svdvals(matrix)[:kept], rtol=1e-4, atol=1e-4)
-
-
-def test_a_matrix_with_a_slowly_falling_spectrum_is_cut_nearly_at_best() -> None:
-    """The error is within a thousandth of the best at that rank, where singular values fall like 1/n."""
-    draw = torch.Generator().manual_seed(4)
-    left = torch.linalg.qr(torch.randn(400, 300, generator=draw)).Q
-    right = torch.linalg.qr(torch.randn(300, 300, generator=draw)).Q
-    values = 1.0 / torch.arange(1, 301)
-    matrix = left @ torch.diag(values) @ right.T
-    found = decomposed(lambda: iter([(0, matrix)]), (400, 300), 32)
-    error = (matrix - (found.left @ torch.diag(found.values) @ found.right).float()).norm()
-    assert error <= 1.001 * values[32:].norm()
 
 
 REFUSALS = {

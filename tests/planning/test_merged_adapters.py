@@ -120,7 +120,7 @@ def test_peft_makes_the_same_of_ties_where_all_weigh_one(trio: list[Path], tmp_p
         "dtype: float32\nlora: {rank: 8}\n"
     )
     assert main(["run", str(tmp_path / "mine.yaml"), "--to", str(tmp_path / "out"), "--quiet"]) == 0
-    close(deltas(base, tmp_path / "out"), expected, 2e-5)
+    close(deltas(base, tmp_path / "out"), expected, 5e-5)
 
 
 METHODS = {

@@ -106,7 +106,9 @@ def test_numbers_that_are_none(
     assert (row["relative"], row["max_abs"], row["differing"]) == (pytest.approx(relative), largest, differing)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn, torch.uint16])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn, torch.uint16, torch.float8_e4m3fnuz]
+)
 def test_other_dtypes_are_compared_too(dtype: torch.dtype, tmp_path: Path) -> None:
     """By their bits at least."""
     one = written(tmp_path / "one", a=torch.tensor([0, 1, 1, 0]).to(dtype))
@@ -114,7 +116,7 @@ def test_other_dtypes_are_compared_too(dtype: torch.dtype, tmp_path: Path) -> No
     assert compared(one, one).same
     (row,) = compared(one, other).tensors
     assert (row.distance.differing, row.distance.entries) == (1, 4)
-    assert row.distance.largest == (float("inf") if dtype == torch.uint16 else 1)
+    assert row.distance.largest == (float("inf") if dtype == torch.float8_e4m3fnuz else 1)
 
 
 def test_over_the_hub_only_what_may_differ_is_read(served: LoopbackHub, command: Command, tmp_path: Path) -> None:
