@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from loopback import LoopbackHub  # noqa: E402  a room of the tests
 
-from merger.stores.ranges import CONNECTIONS  # noqa: E402
+from merger.stores.hub.ranges import CONNECTIONS  # noqa: E402
 
 TOKEN = "hf_benchmark"
 

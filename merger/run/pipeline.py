@@ -26,9 +26,9 @@ from merger.planning.plan import Part, Plan, Shard, share
 from merger.recipe.model import Recipe
 from merger.run.artifacts import card, elders, small_files, used_files
 from merger.run.options import Options, destination, exposed_models, needed_disk, parse_destination, to_hub
-from merger.stores.folder import ResultFolder
 from merger.stores.ports import HUB, Destination, Leftover, Published, Session, bytes_of
 from merger.stores.resolve import Library
+from merger.stores.results import ResultFolder
 
 if TYPE_CHECKING:
     from merger.engine.execute import Event as MakingEvent
@@ -98,7 +98,7 @@ def ignore(event: object) -> None:
 def warm() -> None:
     """Import and compile all that a run to the Hub needs: for a process that forks others, so that each has it."""
     import merger.engine.readers
-    import merger.stores.staging  # noqa: F401
+    import merger.stores.hub.staging  # noqa: F401
     from merger.methods.steps.step import compile_steps
 
     methods()
@@ -116,7 +116,7 @@ def trusted_publishing(repo: str) -> str:
     Raises:
         UploadError: the Hub does not trust this job with that repo.
     """
-    from merger.stores.hub import trusted_publisher
+    from merger.stores.hub.store import trusted_publisher
 
     return trusted_publisher(repo)
 
@@ -126,7 +126,7 @@ def _place(recipe: Recipe, options: Options, locked: LockedRecipe) -> Destinatio
     if not to.startswith(HUB):
         parents = [Path(model.located.where) for model in locked.models if model.located.commit is None]
         return ResultFolder(Path(to), options.force, parents)
-    from merger.stores.staging import HubRepo
+    from merger.stores.hub.staging import HubRepo
 
     publish = recipe.publish
     return HubRepo(
@@ -338,6 +338,6 @@ def place_of(to: str, token: str | None = None) -> Destination:
     to = parse_destination(to)
     if not to.startswith(HUB):
         return ResultFolder(Path(to))
-    from merger.stores.staging import HubRepo
+    from merger.stores.hub.staging import HubRepo
 
     return HubRepo(to.removeprefix(HUB), token=token)

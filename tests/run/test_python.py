@@ -73,7 +73,7 @@ before = settings()
 result = merger.merge("examples/recipes/linear.yaml", to="./merged")
 merger.verify("./merged", seed=1)
 merger.diff("./merged", "./merged")
-import merger.stores.staging, merger.stores.uploads
+import merger.stores.hub.staging, merger.stores.hub.uploads
 print(json.dumps([before, settings()]))
 """
 

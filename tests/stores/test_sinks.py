@@ -81,8 +81,8 @@ def begun(way: str, to: str) -> Iterator[Session]:
     """A run's work on the way, left in the end as a run leaves it."""
     from huggingface_hub import constants
 
-    from merger.stores.folder import ResultFolder
-    from merger.stores.staging import HubRepo
+    from merger.stores.hub.staging import HubRepo
+    from merger.stores.results import ResultFolder
 
     place = ResultFolder(Path(to)) if way == "folder" else HubRepo(to, stream=way == "stream")
     with patch.object(constants, "HF_HUB_DISABLE_XET", way == "lfs"), patch("time.sleep"):
@@ -301,7 +301,7 @@ def test_a_streamed_shard_is_described_as_the_client_describes_its_own(to: str, 
 
 def without(name: str, to: str) -> None:
     """A client whose additions lack an attribute that we set."""
-    from merger.stores import uploads as sending
+    from merger.stores.hub import uploads as sending
 
     with patch.object(sending, "_SET_BY_US", frozenset({name})), begun("stream", to):
         pass
@@ -310,7 +310,7 @@ def without(name: str, to: str) -> None:
 def switched_off(to: str) -> None:
     from huggingface_hub import constants
 
-    from merger.stores.staging import HubRepo
+    from merger.stores.hub.staging import HubRepo
 
     with patch.object(constants, "HF_HUB_DISABLE_XET", True):
         HubRepo(to, stream=True).open(IDENTITY)

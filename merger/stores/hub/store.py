@@ -38,10 +38,10 @@ from merger.runtime import lacking
 from merger.safety import limits, secrets
 from merger.safety.limits import LOCK
 from merger.stores.folder import FolderStore
-from merger.stores.http import UnreadableAnswer, is_passing, patiently, status_of
+from merger.stores.hub.http import UnreadableAnswer, is_passing, patiently, status_of
+from merger.stores.hub.ranges import RangeClient
+from merger.stores.hub.reading import Beginnings, RangeReader, confirm
 from merger.stores.ports import FileInfo, Located, Published, Reader, Store, Ticket, readers, refuse_large
-from merger.stores.ranges import RangeClient, RangeReader
-from merger.stores.uploads import Beginnings, confirm
 
 NO_ANSWER = "does a proxy or a sign-in page of the network answer in its place? then check HF_ENDPOINT, and try again"
 

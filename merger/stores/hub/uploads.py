@@ -1,35 +1,29 @@
-"""How the bytes of shards travel to the Hub: from files, by Xet or by LFS, or by Xet as they are made, without a file;
-and the SHA-256 of what comes from there, checked on its way.
+"""How the bytes of shards travel to the Hub: from files, by Xet or by LFS, or by Xet as they are made, without a file.
 
 Not here: what is committed, and where (staging).
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import os
-import threading
-from bisect import insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from merger.errors import DamagedError, Problem, UploadError, VerificationError
+from merger.errors import Problem, UploadError, VerificationError
 from merger.models.formats.safetensors import Outlet, WrittenShard
 from merger.runtime import in_our_process
-from merger.stores.folder import Scratch
-from merger.stores.http import headers_now
-from merger.stores.ports import Located
+from merger.stores.hub.http import headers_now
+from merger.stores.scratch import Scratch
 
 _SECONDS = 60.0
 _XET_BYTES = 512 << 20  # up to 425 MB more than without were seen
@@ -306,100 +300,3 @@ def refuse_no_streams() -> None:
 
 def _no_streams(why: str, hint: str) -> UploadError:
     return UploadError(Problem(f"--stream cannot be kept: {why}", hint=hint))
-
-
-# ---- checksums on the way -------------------------------------------------------------------------------------------
-
-
-File = tuple[Located, str]
-Span = tuple[int, int]
-Piece = TypeVar("Piece")
-
-
-def confirm(file: File, found: str) -> None:
-    """Compare a whole file's SHA-256 with the locked one.
-
-    Raises:
-        DamagedError: they differ.
-    """
-    model, name = file
-    locked = model.files[name].sha256
-    if locked not in (None, found):
-        what = f"{model.name}: {name} came damaged: its SHA-256 is {found}, that of the locked file {locked}"
-        hint = "run it again; if it stays so, a proxy or cache on the way is to blame, or the Hub"
-        raise DamagedError(Problem(what, hint=hint))
-
-
-class Beginnings:
-    """The first bytes of files, their headers, which are read long before the rest: only their hash is kept."""
-
-    def __init__(self) -> None:
-        self._read: dict[File, tuple[hashlib._Hash, int]] = {}
-        self._lock = threading.Lock()  # a recipe may name one model in two ways, and both are locked at once
-
-    def add(self, file: File, start: int, data: bytes | bytearray) -> None:
-        """Take note of bytes that were read, if they follow on those known so far."""
-        with self._lock:
-            begun, place = self._read.get(file, (hashlib.sha256(), 0))
-            if start == place and file[0].files[file[1]].sha256 is not None:
-                begun.update(data)
-                self._read[file] = begun, place + len(data)
-
-    def whole(self, spans: Iterable[tuple[File, Span]], most: int) -> Mapping[File, Digest[Piece]]:
-        """A digest for each file that is read whole.
-
-        Args:
-            spans: all that will be read, in that order.
-            most: how many bytes of a file may be kept at once for their turn.
-        """
-        wanted: dict[File, list[Span]] = {file: [] for file in self._read}
-        for file, span in spans:
-            if file in wanted:
-                wanted[file].append(span)
-        begun = {file: self._read[file] for file in wanted}
-        return {
-            file: Digest(file, begun[file][0].copy(), begun[file][1])
-            for file, parts in wanted.items()
-            if _reaches_the_end(parts, begun[file][1], file[0].files[file[1]].size, most)
-        }
-
-
-def _reaches_the_end(spans: Sequence[Span], place: int, size: int, most: int) -> bool:
-    """Whether these leave no gap after `place`, and never more than `most` bytes wait for those before them."""
-    waiting: list[Span] = []
-    for span in spans:
-        insort(waiting, span)
-        while waiting and waiting[0][0] <= place:
-            place = max(place, waiting.pop(0)[1])
-        if sum(stop - start for start, stop in waiting) > most:
-            return False
-    return place == size
-
-
-class Digest(Generic[Piece]):
-    """The hash of one file under way."""
-
-    def __init__(self, file: File, begun: hashlib._Hash, place: int) -> None:
-        self._file, self._hash, self._place = file, begun, place
-        self._size = file[0].files[file[1]].size
-        self._waiting: list[tuple[int, memoryview, Piece]] = []
-        self._lock = threading.Lock()
-
-    def add(self, start: int, data: memoryview, piece: Piece) -> list[Piece]:
-        """Take a piece's bytes; the pieces whose bytes are no longer needed.
-
-        Raises:
-            DamagedError: the file is complete and not the locked one.
-        """
-        done: list[Piece] = []
-        with self._lock:
-            insort(self._waiting, (start, data, piece), key=itemgetter(0))
-            while self._waiting and self._waiting[0][0] <= self._place:
-                start, data, piece = self._waiting.pop(0)
-                fresh = data[self._place - start :]
-                self._hash.update(fresh)
-                self._place += len(fresh)
-                done.append(piece)
-            if self._place == self._size:
-                confirm(self._file, self._hash.hexdigest())
-        return done

@@ -36,13 +36,13 @@ from merger.models.side_files import CARD_NAME, PICTURES, side_files
 from merger.safety import secrets
 from merger.safety.limits import MEASURED
 from merger.safety.names import HINT, is_repo
-from merger.stores.commits import MAIN, MOVED, Commit, Operation, in_words, make_commit, refusals
-from merger.stores.folder import Scratch, sweep
-from merger.stores.http import headers_now, patiently, status_of
-from merger.stores.hub import Results, description, shards_of
+from merger.stores.hub.commits import MAIN, MOVED, Commit, Operation, in_words, make_commit, refusals
+from merger.stores.hub.http import headers_now, patiently, status_of
+from merger.stores.hub.ranges import RangeClient
+from merger.stores.hub.store import Results, description, shards_of
+from merger.stores.hub.uploads import Sending, Target, plain_uploads, refuse_no_streams, streams
 from merger.stores.ports import Content, FileInfo, Leftover, Located, Published, refuse_large, write
-from merger.stores.ranges import RangeClient
-from merger.stores.uploads import Sending, Target, plain_uploads, refuse_no_streams, streams
+from merger.stores.scratch import Scratch, sweep
 
 _MODEL_FILE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|index\.json)$|^(adapter_)?config\.json$")
 _STAGING, _NOTES, _COPIES, _PULLS = "merge-staging/", "merge-notes/", "copies", "refs/pr/"

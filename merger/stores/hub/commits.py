@@ -20,7 +20,7 @@ from huggingface_hub.utils import httpx
 from merger.errors import Problem, UploadError
 from merger.runtime import lacking
 from merger.safety import secrets
-from merger.stores.http import (
+from merger.stores.hub.http import (
     TRIES,
     UnreadableAnswer,
     is_passing,
@@ -30,7 +30,7 @@ from merger.stores.http import (
     status_of,
     understood,
 )
-from merger.stores.hub import NO_ANSWER, Results, no_token
+from merger.stores.hub.store import NO_ANSWER, Results, no_token
 
 MAIN = "main"
 MOVED = 412
