@@ -301,9 +301,9 @@ def test_a_streamed_shard_is_described_as_the_client_describes_its_own(to: str, 
 
 def without(name: str, to: str) -> None:
     """A client whose additions lack an attribute that we set."""
-    from merger.stores.hub import uploads as sending
+    from merger.stores.hub import client
 
-    with patch.object(sending, "_SET_BY_US", frozenset({name})), begun("stream", to):
+    with patch.object(client, "_SET_BY_US", frozenset({name})), begun("stream", to):
         pass
 
 

@@ -20,6 +20,7 @@ from huggingface_hub.utils import httpx
 from merger.errors import Problem, UploadError
 from merger.runtime import lacking
 from merger.safety import secrets
+from merger.stores.hub.client import cause
 from merger.stores.hub.http import (
     TRIES,
     UnreadableAnswer,
@@ -173,13 +174,6 @@ def refusals(words: Callable[[Exception], Problem], so_far: str = "") -> Iterato
         told = lacking(error) or UploadError(words(cause(error)))
         (problem,) = told.problems
         raise type(told)(replace(problem, what=so_far + problem.what)) from None
-
-
-def cause(error: Exception) -> Exception:
-    """What went wrong: the client wraps the error of an upload in a RuntimeError."""
-    inner = error.__cause__
-    wrapped = isinstance(error, RuntimeError) and isinstance(inner, (HfHubHTTPError, httpx.HTTPError))
-    return inner if wrapped and isinstance(inner, Exception) else error
 
 
 def in_words(error: Exception, repo: str, by_request: bool = False) -> Problem:

@@ -6,40 +6,33 @@ Not here: what is committed, and where (staging).
 from __future__ import annotations
 
 import io
-import logging
-import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, fields
-from importlib.util import find_spec
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from merger.errors import Problem, UploadError, VerificationError
 from merger.models.formats.safetensors import Outlet, WrittenShard
-from merger.runtime import in_our_process
+from merger.stores.hub.client import (
+    SAMPLE,
+    Refusals,
+    Stream,
+    describe,
+    describe_sent,
+    speaks_xet,
+    unknown_to_it,
+    xet_session,
+)
 from merger.stores.hub.http import headers_now
 from merger.stores.scratch import Scratch
 
 _SECONDS = 60.0
 _XET_BYTES = 512 << 20  # up to 425 MB more than without were seen
 _UNKNOWN_ROUTE = (404, 405, 501)
-_SAMPLE = 512
-_SET_BY_US = frozenset({"path_or_fileobj", "upload_info", "_upload_mode", "_should_ignore", "_is_uploaded"})
-
-
-@in_our_process
-def _bound_uploads() -> None:
-    """What concerns uploads alone."""
-    # Each one under way holds 64 MB: with hf_xet's own limit of 64 of them no plan of the memory could be kept.
-    os.environ.setdefault("HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY", "4")
-    # We hand over open files on purpose where the Hub has no Xet: the client's advice against it is not for the user.
-    advice = logging.getLogger("huggingface_hub._commit_api")
-    advice.addFilter(lambda record: "binary IO buffer" not in record.getMessage())
 
 
 class Sending(Protocol):
@@ -92,7 +85,7 @@ class Target:
         Raises:
             HfHubHTTPError: the Hub refuses to answer.
         """
-        if not _client_has_xet():
+        if not speaks_xet():
             return False
         answer = get_session().get(self.xet_token_url, headers=self.headers, timeout=_SECONDS)
         if answer.status_code in _UNKNOWN_ROUTE:
@@ -126,10 +119,10 @@ class Files:
         """Its file by name, or open: what is open the client sends by LFS."""
         path = self._path(shard.name)
         file = path.open("rb")
-        sample = file.read(_SAMPLE)
+        sample = file.read(SAMPLE)
         file.seek(0)
         self._reading[shard.name] = file
-        return _addition(shard, sample, str(path) if self._by_xet else file)
+        return describe(shard, sample, str(path) if self._by_xet else file)
 
     def small(self, name: str, content: bytes) -> CommitOperationAdd:
         """A large tokenizer counts as a large file too."""
@@ -153,17 +146,6 @@ class Files:
             file.close()
 
 
-def _addition(shard: WrittenShard, sample: bytes, source: str | bytes | io.BufferedReader) -> CommitOperationAdd:
-    """What the client would make of it, without reading all of it once more for a checksum that is known."""
-    addition = CommitOperationAdd(shard.name, b"\0")
-    addition.upload_info = type(addition.upload_info)(shard.size, sample, sha256=bytes.fromhex(shard.sha256))
-    addition.path_or_fileobj = source
-    return addition
-
-
-Refusals = Callable[[], AbstractContextManager[None]]
-
-
 class Streams:
     """Shards go to Xet's storage as they are made; no file of theirs is ever on this disk.
 
@@ -177,26 +159,17 @@ class Streams:
     def __init__(self, to: Target, refusals: Refusals) -> None:
         self._to, self._refusals = to, refusals
         self._open: dict[str, Stream] = {}
-        self._xet: Any = None
 
     def open(self, name: str) -> Outlet:
         """A stream, with a token of its own: they last an hour."""
         with self._refusals():
-            headers = self._to.headers
-            commit = self._session().new_upload_commit(
-                token_refresh_url=self._to.xet_token_url,
-                token_refresh_headers=headers,
-                custom_headers={key: value for key, value in headers.items() if key.lower() != "authorization"},
-            )
-            self._open[name] = Stream(commit, commit.start_upload_stream(name=name), self._refusals)
+            to, session = self._to, self._session
+            self._open[name] = Stream(session, name, to.xet_token_url, to.headers, self._refusals)
         return self._open[name]
 
+    @cached_property
     def _session(self) -> Any:
-        if self._xet is None:
-            from hf_xet import XetSession  # type: ignore[import-untyped]
-
-            self._xet = XetSession()
-        return self._xet
+        return xet_session()
 
     def shard(self, shard: WrittenShard) -> CommitOperationAdd:
         """End its stream, and describe what was sent as the client describes what it has uploaded itself."""
@@ -204,9 +177,7 @@ class Streams:
         if stream.finish() != (shard.size, shard.sha256):
             what = f"{shard.name}: what arrived on the Hub is not what was sent"
             raise VerificationError(Problem(what, hint="run it again: finished files are not made again"))
-        addition = _addition(shard, stream.sample, b"")
-        addition._upload_mode, addition._should_ignore, addition._is_uploaded = "lfs", False, True
-        return addition
+        return describe_sent(shard, stream.sample)
 
     def small(self, name: str, content: bytes) -> CommitOperationAdd:
         """As it is."""
@@ -225,36 +196,6 @@ class Streams:
         for stream in self._open.values():
             stream.abort()
         self._open.clear()
-
-
-class Stream:
-    """A shard under way to Xet's storage."""
-
-    def __init__(self, commit: Any, stream: Any, refusals: Refusals) -> None:
-        self._commit, self._stream, self._refusals = commit, stream, refusals
-        self.sample = b""
-
-    def write(self, data: memoryview, /) -> int:
-        """Send them; waits while too many are under way."""
-        with self._refusals():
-            self._stream.write(bytes(data))
-        self.sample += bytes(data[: _SAMPLE - len(self.sample)])
-        return len(data)
-
-    def close(self) -> None:
-        """Whether it is whole, `finish` says: until then it is nothing on the Hub."""
-
-    def finish(self) -> tuple[int, str]:
-        """Wait until all of it has arrived: its size and SHA-256 as Xet has counted them."""
-        info = self._stream.finish().xet_info
-        self._commit.wait_to_finish()
-        return info.file_size, info.sha256
-
-    def abort(self) -> None:
-        """Let go of it; after `finish` there is nothing to let go."""
-        for under_way in (self._stream, self._commit):
-            with suppress(Exception):
-                under_way.abort()
 
 
 def streams(to: Target, refusals: Refusals) -> Streams:
@@ -277,11 +218,7 @@ def plain_uploads(to: Target, scratch: Scratch) -> Files:
 
 def upload_memory() -> int:
     """The bytes that the client may hold of what it sends: much with Xet; LFS sends a file in small pieces."""
-    return _XET_BYTES if _client_has_xet() else 0
-
-
-def _client_has_xet() -> bool:
-    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+    return _XET_BYTES if speaks_xet() else 0
 
 
 def refuse_no_streams() -> None:
@@ -290,11 +227,10 @@ def refuse_no_streams() -> None:
     Raises:
         UploadError: it has no client for it.
     """
-    if not _client_has_xet():
+    if not speaks_xet():
         raise _no_streams("Xet is switched off or not installed", "unset HF_HUB_DISABLE_XET, or leave out --stream")
-    if missing := _SET_BY_US - {field.name for field in fields(CommitOperationAdd)}:
-        version = huggingface_hub.__version__
-        what = f"huggingface_hub {version} knows nothing of {', '.join(sorted(missing))}"
+    if missing := unknown_to_it():
+        what = f"huggingface_hub {huggingface_hub.__version__} knows nothing of {', '.join(missing)}"
         raise _no_streams(what, "leave out --stream, or install huggingface_hub 2.4")
 
 
