@@ -282,7 +282,7 @@ def as_the_client_does(to: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     with begun("stream", to) as session:
-        way = session._sending  # type: ignore[attr-defined]
+        way = session._uploads.sending  # type: ignore[attr-defined]
         ours = way.shard(made(session, FIRST))
         theirs = CommitOperationAdd(FIRST, content_of(FIRST))
         HfApi().preupload_lfs_files(to, [theirs])

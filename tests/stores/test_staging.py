@@ -91,12 +91,12 @@ def _published(repo: str, files: dict[str, bytes] | None, upto: str, **options: 
                 file.write(data)
             session.take(WrittenShard(name, len(data), hashlib.sha256(data).hexdigest()), "seen")
         if upto != "finish":
-            session._settle()
-            return "", sorted(path.name for path in session._scratch.folder().glob("*.safetensors"))
+            session._uploads.settle()
+            return "", sorted(path.name for path in session._uploads._scratch.folder().glob("*.safetensors"))
         done = session.finish(wanted, "Merge of a, b")
         return done.where, done.commit
     finally:
-        folder = session._scratch._folder
+        folder = session._uploads._scratch._folder
         session.leave()
         assert folder is None or not folder.exists()
 
@@ -187,7 +187,7 @@ def third_shard(repo: str) -> list[str]:
             file.write(name.encode())
         session.take(WrittenShard(name, len(name), hashlib.sha256(name.encode()).hexdigest()))
     session.open("three.safetensors").close()
-    there = sorted(path.name for path in session._scratch.folder().iterdir())
+    there = sorted(path.name for path in session._uploads._scratch.folder().iterdir())
     session.leave()
     return there
 

@@ -31,7 +31,8 @@ from merger.stores.hub.http import (
     status_of,
     understood,
 )
-from merger.stores.hub.store import NO_ANSWER, Results, no_token
+from merger.stores.hub.repo import PULLS, Results
+from merger.stores.hub.store import NO_ANSWER, no_token
 
 MAIN = "main"
 MOVED = 412
@@ -132,7 +133,7 @@ def _find(repo: Results, wanted: Commit) -> CommitInfo | None:
         pull = next((item.num for item in repo.pulls(wanted.title)), None)
         if pull is None:
             return None
-        branch = f"refs/pr/{pull}"
+        branch = f"{PULLS}{pull}"
     commits = repo.api.list_repo_commits(repo.repo, revision=branch)
     considered = commits[:1] if branch == MAIN else commits
     ours = next((item.commit_id for item in considered if item.title == wanted.title), None)

@@ -6,6 +6,8 @@ Not here: what is committed, and where (staging).
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from merger.errors import Problem, UploadError, VerificationError
 from merger.models.formats.safetensors import Outlet, WrittenShard
+from merger.safety import secrets
 from merger.stores.hub.client import (
     SAMPLE,
     Refusals,
@@ -27,10 +30,12 @@ from merger.stores.hub.client import (
     unknown_to_it,
     xet_session,
 )
-from merger.stores.hub.http import headers_now
+from merger.stores.hub.http import headers_now, patiently
+from merger.stores.ports import Content, write
 from merger.stores.scratch import Scratch
 
 _SECONDS = 60.0
+_COPIES = "copies"
 _XET_BYTES = 512 << 20  # up to 425 MB more than without were seen
 _UNKNOWN_ROUTE = (404, 405, 501)
 
@@ -236,3 +241,59 @@ def refuse_no_streams() -> None:
 
 def _no_streams(why: str, hint: str) -> UploadError:
     return UploadError(Problem(f"--stream cannot be kept: {why}", hint=hint))
+
+
+class Uploads:
+    """Files on their way to a repo while others are made.
+
+    Args:
+        to: the repo.
+        stream: send shards as they are made.
+        refusals: turns what goes wrong into a sentence.
+
+    Raises:
+        UploadError: shards cannot be sent so.
+    """
+
+    def __init__(self, to: Target, stream: bool, refusals: Refusals) -> None:
+        self._api, self._refusals, self._scratch = to.api, refusals, Scratch()
+        self.sending: Sending = patiently(lambda: streams(to, refusals) if stream else plain_uploads(to, self._scratch))
+        self._pool = ThreadPoolExecutor(self.sending.at_once, thread_name_prefix="upload")
+        self._under_way: set[Future[None]] = set()
+
+    def add(self, name: str, content: Content) -> CommitOperationAdd:
+        """What a commit takes to add a small file: the one place where such files leave.
+
+        What is copied lies on this disk until the commit is made.
+
+        Raises:
+            LeakError: a token stands in it.
+        """
+        headers_now(self._api.token)  # by now the client may have renewed its token
+        if isinstance(content, bytes):
+            secrets.refuse_tokens({name: content})
+            return self.sending.small(name, content)
+        path = self._scratch.folder() / _COPIES / name
+        write(content, path)
+        return self.sending.file(name, path)
+
+    def begin(self, upload: Callable[[], None]) -> None:
+        """Have it done as soon as there is a way free."""
+        self._under_way.add(self._pool.submit(upload))
+
+    def settle(self, but: int = 0) -> None:
+        """Wait until all but so many are over, and tell of one that failed."""
+        while True:
+            patience = None if len(self._under_way) > but else 0
+            over, self._under_way = wait(self._under_way, patience, FIRST_COMPLETED)
+            if not over:
+                return
+            with self._refusals():
+                for upload in over:
+                    upload.result()
+
+    def close(self) -> None:
+        """Begin no other, end those under way, and keep nothing on this disk."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.sending.close()
+        self._scratch.close()
