@@ -22,7 +22,7 @@ from merger.methods.registry import methods
 from merger.methods.sparsify import keep_by_rank
 from merger.methods.steps.random import Rng
 from merger.planning.inputs.base import Job, Operand
-from merger.planning.jobs import arguments
+from merger.planning.jobs.common import arguments
 from merger.planning.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

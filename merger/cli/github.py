@@ -23,7 +23,7 @@ from merger.safety.environment import public
 from merger.safety.limits import EVENT, GITHUB, parse_json, read_limited
 from merger.safety.secrets import refuse_tokens, sieve
 from merger.safety.text import visible
-from merger.stores.http import PASSING, again
+from merger.stores.hub.http import PASSING, again
 
 if TYPE_CHECKING:
     from requests import Response

@@ -18,7 +18,7 @@ from huggingface_hub.utils import httpx
 
 from merger.errors import PartError, Problem
 from merger.safety import secrets
-from merger.stores.http import is_passing, status_of, understood
+from merger.stores.hub.http import is_passing, status_of, understood
 
 _ENDS = (JobStage.COMPLETED, JobStage.CANCELED, JobStage.ERROR, JobStage.DELETED)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0

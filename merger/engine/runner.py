@@ -36,7 +36,7 @@ from merger.planning.geometry import NOTHING, Geometry, total_geometry
 from merger.planning.inputs.base import Input, Job, JoinedJob, StageTensor, Stored
 from merger.planning.inputs.derived import Routed
 from merger.planning.inputs.low_rank import Factor
-from merger.planning.jobs import arguments
+from merger.planning.jobs.common import arguments
 from merger.stores.ports import Reader
 
 T = TypeVar("T")

@@ -24,9 +24,9 @@ from merger.recipe.blocks.evaluate import HUB_FILE, PERPLEXITY_AT, named_files
 from merger.recipe.model import Evaluate, Perplexity, Recipe
 from merger.safety.limits import TEXT
 from merger.safety.paths import ANYWHERE, read_named, regular
-from merger.stores.folder import Scratch, sweep
 from merger.stores.ports import Content, Session, Ticket, write
 from merger.stores.resolve import Library
+from merger.stores.scratch import Scratch, sweep
 
 if TYPE_CHECKING:
     from merger.evaluation.process import Text, Wanted
@@ -178,7 +178,7 @@ def _of_folder(wanted: Perplexity, root: Path | None) -> bytes:
 
 
 def _of_hub(named: re.Match[str], wanted: Perplexity, token: str | bool | None) -> bytes:
-    from merger.stores.hub import hub_file
+    from merger.stores.hub.store import hub_file
 
     try:
         return hub_file(named["repo"], named["file"], named["revision"], bool(named["datasets"]), token)

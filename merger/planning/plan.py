@@ -33,7 +33,8 @@ from merger.planning.budget import (
 )
 from merger.planning.inputs.base import Job, StageTensor
 from merger.planning.inputs.rows import held_bytes
-from merger.planning.jobs import JobSet, make_jobs
+from merger.planning.jobs.common import JobSet
+from merger.planning.jobs.make import make_jobs
 from merger.planning.makers import moe
 from merger.planning.makers.lora import make_lora
 from merger.planning.makers.side_files import beside_adapter, left_out_files, other_pipelines, passed_files, texts

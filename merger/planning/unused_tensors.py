@@ -27,7 +27,7 @@ from merger.models.config import (
 )
 from merger.models.tokenizer_files import rows_of
 from merger.planning.inputs.base import Job
-from merger.planning.jobs import NOT_ALL_PREDICT, PREDICTION, JobSet
+from merger.planning.jobs.common import NOT_ALL_PREDICT, PREDICTION, JobSet
 from merger.planning.stage_model import StagedRecipe
 from merger.planning.tokens import Tokens
 

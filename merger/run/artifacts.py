@@ -94,7 +94,7 @@ def elders(planned: Plan, to_hub: bool) -> Store | None:
     """
     if not to_hub and all(model.located.commit is None for model in planned.locked.models):
         return None
-    from merger.stores.hub import HubStore
+    from merger.stores.hub.store import HubStore
 
     return HubStore(False)
 

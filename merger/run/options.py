@@ -82,7 +82,7 @@ def _sending(to: str) -> int:
     """Bytes of memory that it may take to send shards there."""
     if hub_path(to) is None:
         return 0
-    from merger.stores.uploads import upload_memory
+    from merger.stores.hub.uploads import upload_memory
 
     return upload_memory()
 

@@ -25,9 +25,9 @@ from merger.recipe.model import Publish
 from merger.run.artifacts import card, elders, small_files, used_files
 from merger.run.options import Options, destination, needed_disk, parse_destination, to_hub
 from merger.safety.names import hub_path
-from merger.stores.folder import ResultFolder
 from merger.stores.ports import Destination, Leftover, Published, Session, bytes_of
 from merger.stores.resolve import Library
+from merger.stores.results import ResultFolder
 
 if TYPE_CHECKING:
     from merger.engine.execute import Event as MakingEvent
@@ -97,7 +97,7 @@ def ignore(event: object) -> None:
 def warm() -> None:
     """Import and compile all that a run to the Hub needs: for a process that forks others, so that each has it."""
     import merger.engine.readers
-    import merger.stores.staging  # noqa: F401
+    import merger.stores.hub.staging  # noqa: F401
     from merger.methods.steps.step import compile_steps
 
     methods()
@@ -115,7 +115,7 @@ def trusted_publishing(repo: str) -> str:
     Raises:
         UploadError: the Hub does not trust this job with that repo.
     """
-    from merger.stores.hub import trusted_publisher
+    from merger.stores.hub.store import trusted_publisher
 
     return trusted_publisher(repo)
 
@@ -325,7 +325,7 @@ def place_of(to: str, options: Options, planned: Plan | None = None) -> Destinat
         models = () if planned is None else planned.locked.models
         parents = [Path(model.located.where) for model in models if model.located.commit is None]
         return ResultFolder(Path(to), options.force, parents)
-    from merger.stores.staging import HubRepo
+    from merger.stores.hub.staging import HubRepo
 
     publish = Publish() if planned is None else planned.locked.recipe.publish
     as_pull = publish.create_pr or options.create_pr

@@ -33,7 +33,7 @@ def stores(paths: Sequence[str], cache: bool, token: str | bool | None, root: Pa
     if all(folders.has(path) for path in paths):
         return Library([folders])
     # The Hub's client takes a while to import: not for recipes that need no Hub.
-    from merger.stores.hub import CachedStore, HubStore
+    from merger.stores.hub.store import CachedStore, HubStore
 
     hub = HubStore(token)
     remote = CachedStore(hub) if cache and token is not False else hub
@@ -53,7 +53,7 @@ def find(target: str, token: str | bool | None = None) -> tuple[Library, Located
         store = stores([path], False, token)
         return store, store.locate(path, None)
     name, _, revision = path.partition("@")
-    from merger.stores.hub import HubStore
+    from merger.stores.hub.store import HubStore
 
     store = Library([HubStore(token)])
     return store, store.locate(name, revision or None)

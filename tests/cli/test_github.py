@@ -11,7 +11,7 @@ from loopback import LoopbackGitHub
 from loopback.github import TOKEN
 
 from merger.cli.github import GitHubApi, GitHubError
-from merger.stores import http
+from merger.stores.hub import http
 
 PAGE = b"<!doctype html><title>Sign in to the network</title>"
 FILES = [{"filename": "a.yaml", "status": "added"}, {"filename": "b.yaml", "status": "removed"}]

@@ -21,8 +21,9 @@ from merger.planning.budget import join
 from merger.run.options import Options
 from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
-from merger.stores.folder import FolderReader, FolderSession, FolderStore, ResultFolder
+from merger.stores.folder import FolderReader, FolderStore
 from merger.stores.ports import Ticket
+from merger.stores.results import FolderSession, ResultFolder
 
 RECIPES = {
     "linear": "{weight: 0.6}",

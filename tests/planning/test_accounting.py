@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from merger.errors import MismatchError
 from merger.methods.registry import methods
-from merger.planning.jobs import make_jobs
+from merger.planning.jobs.make import make_jobs
 from merger.planning.unused_tensors import find_unused
 
 from .models import Tensors, llama, model, planned, staged, write

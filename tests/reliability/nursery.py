@@ -29,7 +29,7 @@ HURRY = 0.002
 def main() -> None:
     """Serve until the input ends."""
     importlib.import_module("merger.cli.commands")
-    for name in ("cli.text", "run.pipeline", "engine.execute", "engine.geometry", "stores.hub", "stores.staging"):
+    for name in ("cli.text", "run.pipeline", "engine.execute", "engine.geometry", "stores.hub.staging"):
         importlib.import_module(f"merger.{name}")
     importlib.import_module("forks").blank_pictures()
     _warm_up(json.loads(sys.stdin.readline()))
@@ -74,7 +74,7 @@ def _settle_in(order: dict[str, Any]) -> None:
         os.close(opened)
     os.environ["TMPDIR"] = order["temporary"]
     tempfile.tempdir = None
-    patience = importlib.import_module("merger.stores.http")
+    patience = importlib.import_module("merger.stores.hub.http")
     if order["timeout"]:
         patience.TIMEOUT_SECONDS = patience.ANSWER_SECONDS = order["timeout"]
     real = time.sleep

@@ -16,7 +16,7 @@ from loopback import LoopbackHub
 
 from merger.errors import UploadError
 from merger.models.formats.safetensors import WrittenShard
-from merger.stores.folder import FolderSession, ResultFolder
+from merger.stores.results import FolderSession, ResultFolder
 
 WRITER = "hf_writer_of_org"
 

@@ -65,7 +65,7 @@ def settings():
     return {
         "gc": gc.get_threshold(), "frozen": gc.get_freeze_count(), "threads": torch.get_num_threads(),
         "client": _http._GLOBAL_CLIENT_FACTORY.__module__, "environment": sorted(os.environ.items()),
-        "filters": [len(each.filters) for each in (hub, *hub.handlers, logging.getLogger(f"{hub.name}._commit_api"))],
+        "filters": [len(each.filters) for each in (hub, *hub.handlers)],
         "signals": __import__("signal").getsignal(2).__name__, "excepthook": sys.excepthook.__name__,
         "streams": [type(sys.stdout).__name__, type(sys.stderr).__name__],
     }
@@ -73,7 +73,7 @@ before = settings()
 result = merger.merge("examples/recipes/linear.yaml", to="./merged")
 merger.verify("./merged", seed=1)
 merger.diff("./merged", "./merged")
-import merger.stores.staging, merger.stores.uploads
+import merger.stores.hub.staging, merger.stores.hub.uploads
 print(json.dumps([before, settings()]))
 """
 

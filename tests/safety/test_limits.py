@@ -157,7 +157,7 @@ def test_a_file_that_grows_after_it_was_listed_is_not_read_on() -> None:
 
 
 def fetched(repo: str, file: str) -> str:
-    from merger.stores.hub import HubStore
+    from merger.stores.hub.store import HubStore
 
     store = HubStore()
     try:

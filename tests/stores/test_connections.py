@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from urllib3.exceptions import HTTPError, SSLError
 
-from merger.stores import http as connections
-from merger.stores.http import Connections, chunks
+from merger.stores.hub import http as connections
+from merger.stores.hub.http import Connections, chunks
 
 BODY = bytes(range(256)) * 10
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")

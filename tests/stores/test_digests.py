@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from waiting import HANGS_SECONDS
 
 from merger.errors import DamagedError
-from merger.stores import ranges
+from merger.stores.hub import reading
+from merger.stores.hub.reading import Beginnings, RangeReader, confirm
 from merger.stores.ports import FileInfo, Located, Ticket
-from merger.stores.ranges import RangeReader
-from merger.stores.uploads import Beginnings, confirm
 
 SIZE, HEADER = 3000, 24
 BYTES = bytes(n * 7 % 251 for n in range(SIZE))
@@ -28,7 +27,7 @@ WIDE, TIMEOUT = 100 * SIZE, HANGS_SECONDS
 @pytest.fixture(autouse=True, scope="module")
 def small() -> Iterator[None]:
     """Pieces of 64 bytes."""
-    with patch.multiple(ranges, PIECE_BYTES=64, _GAP_BYTES=8):
+    with patch.multiple(reading, PIECE_BYTES=64, _GAP_BYTES=8):
         yield
 
 

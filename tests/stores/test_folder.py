@@ -17,8 +17,9 @@ from merger import runtime as machine
 from merger.errors import BudgetError, MergerError, ModelError, UploadError
 from merger.models.formats.safetensors import WrittenShard
 from merger.stores import folder as folder_module
-from merger.stores.folder import FolderReader, FolderSession, FolderStore, ResultFolder
+from merger.stores.folder import FolderReader, FolderStore
 from merger.stores.ports import Leftover, Located, Published, Ticket
+from merger.stores.results import FolderSession, ResultFolder
 
 FILES = {"README.md": b"a card", "templates/chat.jinja": b"{{ x }}", "config.json": b"{}"}
 MARK = ".merger-in-work"
@@ -254,7 +255,7 @@ def test_the_same_result_is_not_made_twice(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from merger.stores.folder import ResultFolder
+from merger.stores.results import ResultFolder
 session = ResultFolder(Path(sys.argv[1])).open("a" * 64)
 (session._work.new / "model.safetensors").write_bytes(b"half a shard")
 (session._work.new / "templates").mkdir()
@@ -267,7 +268,7 @@ sys.stdin.read()
 REPLACING = """
 import os, signal
 from pathlib import Path
-from merger.stores.folder import ResultFolder
+from merger.stores.results import ResultFolder
 session = ResultFolder(Path({out!r}), force=True).open("a" * 64)
 rename, done = Path.rename, []
 def dying(self, target):

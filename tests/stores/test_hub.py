@@ -13,7 +13,7 @@ from loopback import Client, ClientError, LoopbackGitHub, LoopbackHub, Request
 from loopback.github import IDENTITY
 from loopback.wire import Answer
 
-from merger.stores import http
+from merger.stores.hub import http
 from merger.stores.ports import Located, Ticket
 
 WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
@@ -41,14 +41,14 @@ def commit(served: LoopbackHub) -> str:
 
 
 def locate(repo: str, revision: str | None = None, token: str | None = None) -> Located:
-    from merger.stores.hub import HubStore
+    from merger.stores.hub.store import HubStore
 
     with patch.object(http, "time", SimpleNamespace(sleep=lambda seconds: None)):
         return HubStore(token).locate(repo, revision)
 
 
 def fetch(repo: str, file: str, start: int = 0, stop: int | None = None, token: str | None = None) -> bytes:
-    from merger.stores.hub import HubStore
+    from merger.stores.hub.store import HubStore
 
     store = HubStore(token)
     with patch("time.sleep", lambda seconds: None):
@@ -56,7 +56,7 @@ def fetch(repo: str, file: str, start: int = 0, stop: int | None = None, token: 
 
 
 def read(repo: str, parts: list[tuple[int, int]]) -> list[bytes]:
-    from merger.stores.hub import HubStore
+    from merger.stores.hub.store import HubStore
 
     store = HubStore()
     model = store.locate(repo, None)
@@ -73,7 +73,7 @@ def locate_at(endpoint: str, repo: str) -> Located:
     """With an endpoint of its own: the child is already bound to its Hub."""
     from huggingface_hub import HfApi, constants
 
-    from merger.stores.hub import HubStore
+    from merger.stores.hub.store import HubStore
 
     store = HubStore()
     store._api = HfApi(endpoint=endpoint)
@@ -96,7 +96,7 @@ def locate_offline(repo: str) -> Located:
 
 
 def of_dataset(repo: str, file: str) -> bytes:
-    from merger.stores.hub import hub_file
+    from merger.stores.hub.store import hub_file
 
     with patch("time.sleep", lambda seconds: None):
         return hub_file(repo, file, None, False, None)
@@ -106,7 +106,7 @@ def trusted(repo: str, settings: dict[str, str]) -> str:
     """The token of a job with these settings, which are gone afterwards."""
     from huggingface_hub.utils import _auth
 
-    from merger.stores.hub import trusted_publisher
+    from merger.stores.hub.store import trusted_publisher
 
     before = dict(os.environ)
     os.environ |= settings

@@ -21,9 +21,10 @@ from loopback import Client, ClientError, LoopbackHub, Request
 from loopback.wire import Answer
 from waiting import HANGS_SECONDS
 
-from merger.stores import ranges
+from merger.stores.hub import ranges, reading
+from merger.stores.hub.ranges import RangeClient
+from merger.stores.hub.reading import RangeReader
 from merger.stores.ports import FileInfo, Located, Ticket
-from merger.stores.ranges import RangeClient, RangeReader
 
 MODELS = [Located(f"org/{name}", f"org/{name}", "c" * 40, {}) for name in "ab"]
 TIMEOUT = HANGS_SECONDS
@@ -52,7 +53,7 @@ class Source:
 @pytest.fixture(autouse=True, scope="module")
 def small() -> Iterator[None]:
     """Pieces of 64 bytes, gaps of 8: the logic is the same, the examples are small."""
-    with patch.multiple(ranges, PIECE_BYTES=64, _GAP_BYTES=8, _NEAR_TICKETS=4):
+    with patch.multiple(reading, PIECE_BYTES=64, _GAP_BYTES=8, _NEAR_TICKETS=4):
         yield
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from merger.stores import folder as scratch
-from merger.stores.folder import Scratch, sweep
+from merger.stores import scratch
+from merger.stores.scratch import Scratch, sweep
 
 AT_WORK = """
 import sys
-from merger.stores.folder import Scratch
+from merger.stores.scratch import Scratch
 folder = Scratch().folder()
 (folder / "model.safetensors").write_bytes(b"half a shard")
 print(folder, flush=True)

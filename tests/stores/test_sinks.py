@@ -81,8 +81,8 @@ def begun(way: str, to: str) -> Iterator[Session]:
     """A run's work on the way, left in the end as a run leaves it."""
     from huggingface_hub import constants
 
-    from merger.stores.folder import ResultFolder
-    from merger.stores.staging import HubRepo
+    from merger.stores.hub.staging import HubRepo
+    from merger.stores.results import ResultFolder
 
     place = ResultFolder(Path(to)) if way == "folder" else HubRepo(to, stream=way == "stream")
     with patch.object(constants, "HF_HUB_DISABLE_XET", way == "lfs"), patch("time.sleep"):
@@ -282,7 +282,7 @@ def as_the_client_does(to: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     with begun("stream", to) as session:
-        way = session._sending  # type: ignore[attr-defined]
+        way = session._uploads.sending  # type: ignore[attr-defined]
         ours = way.shard(made(session, FIRST))
         theirs = CommitOperationAdd(FIRST, content_of(FIRST))
         HfApi().preupload_lfs_files(to, [theirs])
@@ -301,16 +301,16 @@ def test_a_streamed_shard_is_described_as_the_client_describes_its_own(to: str, 
 
 def without(name: str, to: str) -> None:
     """A client whose additions lack an attribute that we set."""
-    from merger.stores import uploads as sending
+    from merger.stores.hub import client
 
-    with patch.object(sending, "_SET_BY_US", frozenset({name})), begun("stream", to):
+    with patch.object(client, "_SET_BY_US", frozenset({name})), begun("stream", to):
         pass
 
 
 def switched_off(to: str) -> None:
     from huggingface_hub import constants
 
-    from merger.stores.staging import HubRepo
+    from merger.stores.hub.staging import HubRepo
 
     with patch.object(constants, "HF_HUB_DISABLE_XET", True):
         HubRepo(to, stream=True).open(IDENTITY)

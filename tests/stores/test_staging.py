@@ -76,8 +76,8 @@ def paused(
 
 
 def _published(repo: str, files: dict[str, bytes] | None, upto: str, **options: Any) -> tuple[str, Any]:
+    from merger.stores.hub.staging import HubRepo
     from merger.stores.ports import Published
-    from merger.stores.staging import HubRepo
 
     place, wanted = HubRepo(repo, **options), FILES if files is None else files
     session = place.open(IDENTITY)
@@ -91,12 +91,12 @@ def _published(repo: str, files: dict[str, bytes] | None, upto: str, **options: 
                 file.write(data)
             session.take(WrittenShard(name, len(data), hashlib.sha256(data).hexdigest()), "seen")
         if upto != "finish":
-            session._settle()
-            return "", sorted(path.name for path in session._scratch.folder().glob("*.safetensors"))
+            session._uploads.settle()
+            return "", sorted(path.name for path in session._uploads._scratch.folder().glob("*.safetensors"))
         done = session.finish(wanted, "Merge of a, b")
         return done.where, done.commit
     finally:
-        folder = session._scratch._folder
+        folder = session._uploads._scratch._folder
         session.leave()
         assert folder is None or not folder.exists()
 
@@ -107,7 +107,7 @@ def publish_with(repo: str, options: dict[str, Any]) -> tuple[str, Any]:
 
 def publish_on_a_full_disk(repo: str) -> None:
     usage = SimpleNamespace(free=0)
-    with patch("merger.stores.staging.shutil.disk_usage", lambda path: usage):
+    with patch("merger.stores.hub.staging.shutil.disk_usage", lambda path: usage):
         publish(repo)
 
 
@@ -179,7 +179,7 @@ def test_two_shards_travel_at_once_by_lfs(hub: LoopbackHub, client: Client, repo
 
 def third_shard(repo: str) -> list[str]:
     """Which files lie here when a third shard can be opened at last."""
-    from merger.stores.staging import HubRepo
+    from merger.stores.hub.staging import HubRepo
 
     session: Any = HubRepo(repo).open(IDENTITY)
     for name in ("one.safetensors", "two.safetensors"):
@@ -187,7 +187,7 @@ def third_shard(repo: str) -> list[str]:
             file.write(name.encode())
         session.take(WrittenShard(name, len(name), hashlib.sha256(name.encode()).hexdigest()))
     session.open("three.safetensors").close()
-    there = sorted(path.name for path in session._scratch.folder().iterdir())
+    there = sorted(path.name for path in session._uploads._scratch.folder().iterdir())
     session.leave()
     return there
 
@@ -433,7 +433,7 @@ def test_who_may_not_write_may_ask(hub: LoopbackHub, client: Client, theirs: str
 
 
 def left(repo: str, remove: bool = False) -> list[tuple[str, int]]:
-    from merger.stores.staging import HubRepo
+    from merger.stores.hub.staging import HubRepo
 
     found = HubRepo(repo).leftovers()
     for leftover in found if remove else ():
@@ -474,8 +474,8 @@ _SESSION: list[Any] = []
 
 def resume_as_publisher(repo: str, identity: str) -> None:
     """Go on from what an earlier run has staged, with a token for this repo alone."""
-    from merger.stores.hub import trusted_publisher
-    from merger.stores.staging import HubRepo
+    from merger.stores.hub.staging import HubRepo
+    from merger.stores.hub.store import trusted_publisher
 
     os.environ["HF_OIDC_ID_TOKEN"] = identity
     os.environ.pop("HF_TOKEN")

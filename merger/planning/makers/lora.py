@@ -24,7 +24,7 @@ from merger.models.lora.modules import AdaptedModule
 from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand
 from merger.planning.inputs.derived import Zeros
 from merger.planning.inputs.low_rank import Difference, Factor, LowRank, MergedDeltas, factors
-from merger.planning.jobs import DTYPES, PREDICTION, JobSet, arguments
+from merger.planning.jobs.common import DTYPES, PREDICTION, JobSet, arguments
 from merger.planning.slices import Findings, Segment
 from merger.planning.stage_model import StagedRecipe
 from merger.recipe.model import Lora, first_value

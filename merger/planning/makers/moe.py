@@ -30,7 +30,7 @@ from merger.models.mixtures import (
 )
 from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand
 from merger.planning.inputs.derived import Drawn, Noised, Routed, Zeros
-from merger.planning.jobs import DTYPES, JobSet, shape_text
+from merger.planning.jobs.common import DTYPES, JobSet, shape_text
 from merger.planning.stage_model import StagedRecipe
 from merger.recipe.blocks.mixture import BY_CHANCE, matching
 from merger.recipe.model import Expert, Mixture

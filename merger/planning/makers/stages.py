@@ -12,7 +12,7 @@ from merger.lock.locked import LockedRecipe
 from merger.methods.registry import Method
 from merger.models.checkpoint import Checkpoint, TensorInfo
 from merger.planning.inputs.base import Job
-from merger.planning.jobs import make_jobs
+from merger.planning.jobs.make import make_jobs
 from merger.planning.makers.side_files import texts
 from merger.planning.stage_model import StagedRecipe, StageModel, Texts
 from merger.planning.unused_tensors import config

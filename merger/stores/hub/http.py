@@ -9,9 +9,7 @@ they do not come (ranges).
 from __future__ import annotations
 
 import json
-import logging
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,11 +24,11 @@ from urllib.request import getproxies, proxy_bypass
 from huggingface_hub import set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, httpx, parse_ratelimit_headers
-from huggingface_hub.utils._http import default_client_factory
 from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Timeout, make_headers
 
 from merger.runtime import in_our_process
 from merger.safety import secrets
+from merger.stores.hub.client import MALFORMED, make_client
 
 # ---- asking again ---------------------------------------------------------------------------------------------------
 
@@ -95,15 +93,13 @@ def understood() -> Iterator[None]:
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
         is_the_clients = any(name.partition(".")[0] == "huggingface_hub" for name in frames)
-        said = not isinstance(error, ValueError) or isinstance(error, _NO_TEXT) or _MALFORMED.search(str(error))
+        said = not isinstance(error, ValueError) or isinstance(error, _NO_TEXT) or MALFORMED.search(str(error))
         if is_the_clients and said:
             raise UnreadableAnswer(type(error).__name__) from None
         raise  # a fault of ours, or what the client refuses by itself
 
 
 _NO_TEXT = (json.JSONDecodeError, UnicodeDecodeError)
-_MALFORMED = re.compile("improperly formatted|Malformed response|Invalid (server response|etag)")
-"""What the client says of answers that it does look at; its other ValueErrors are of what it is asked to do."""
 
 
 def headers_now(token: str | bool | None) -> dict[str, str]:
@@ -165,30 +161,16 @@ def asked_pause(status: int, headers: Mapping[str, str]) -> float:
     return float(after) if after.isdecimal() else float(limit.reset_in_seconds) if limit else 0.0
 
 
-def _client() -> httpx.Client:
-    client = default_client_factory()
-    client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], _bound_request]}
-    return client
-
-
 def _bound_request(request: httpx.Request) -> None:
     """Some calls ask to wait for ever in so many words, so that a client's own timeout would not do."""
     if request.extensions.get("timeout", {}).get("read") is None:
         request.extensions["timeout"] = httpx.Timeout(TIMEOUT_SECONDS, read=ANSWER_SECONDS).as_dict()
 
 
-def _strip_signatures(record: logging.LogRecord) -> bool:
-    """Take the query from the addresses in a line of the client's log."""
-    record.msg, record.args = re.sub(r"\?\S+", "", record.getMessage()), ()
-    return True
-
-
 @in_our_process
 def _bound_the_client() -> None:
-    """No call of the Hub's client waits for ever, and its log names no signed address."""
-    set_client_factory(_client)
-    for handler in logging.getLogger("huggingface_hub").handlers:
-        handler.addFilter(_strip_signatures)
+    """No call of the Hub's client waits for ever."""
+    set_client_factory(lambda: make_client(_bound_request))
 
 
 # ---- connections ----------------------------------------------------------------------------------------------------

@@ -1,27 +1,23 @@
-"""Models on the Hub, by byte ranges at one commit or out of the client's cache, and what lies in a repo of results.
+"""Models on the Hub, by byte ranges at one commit or out of the client's cache.
 
-Not here: writing to the Hub (staging).
+Not here: repos of results (repo).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
-import yaml
-from huggingface_hub import Discussion, HfApi, ModelInfo, RepoFile, constants, get_token, try_to_load_from_cache
+from huggingface_hub import HfApi, RepoFile, constants, get_token, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     OIDCError,
     RepositoryNotFoundError,
@@ -30,18 +26,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx
 
 from merger.errors import GatedError, MissingError, ModelError, Problem, UploadError
-from merger.models.checkpoint import SUFFIX, is_single
-from merger.models.formats.safetensors import WrittenShard
-from merger.models.plain_yaml import load_yaml
-from merger.models.side_files import LOCK_NAME
+from merger.models.checkpoint import is_single
 from merger.runtime import lacking
 from merger.safety import limits, secrets
-from merger.safety.limits import LOCK
 from merger.stores.folder import FolderStore
-from merger.stores.http import UnreadableAnswer, is_passing, patiently, status_of
-from merger.stores.ports import FileInfo, Located, Published, Reader, Store, Ticket, readers, refuse_large
-from merger.stores.ranges import RangeClient, RangeReader
-from merger.stores.uploads import Beginnings, confirm
+from merger.stores.hub.http import UnreadableAnswer, is_passing, patiently, status_of
+from merger.stores.hub.ranges import RangeClient
+from merger.stores.hub.reading import Beginnings, RangeReader, confirm
+from merger.stores.ports import FileInfo, Located, Reader, Store, Ticket, readers, refuse_large
 
 NO_ANSWER = "does a proxy or a sign-in page of the network answer in its place? then check HF_ENDPOINT, and try again"
 
@@ -258,114 +250,3 @@ def _find_cached(model: Located, file: str) -> Located | None:
     real = Path(os.path.realpath(path))
     is_locked = real.name == info.sha256 and real.stat().st_size == info.size
     return replace(model, where=path.removesuffix(file)) if is_locked else None
-
-
-# ---- repos of results -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Results:
-    """What there is of a result in a repo.
-
-    Args:
-        api: the client, with the writer's token.
-        ranges: reads files with it.
-        repo: ``owner/name``.
-    """
-
-    api: HfApi
-    ranges: RangeClient
-    repo: str
-
-    def stands(self, identity: str, info: ModelInfo) -> bool:
-        """Whether the whole result lies at a commit: a lock of this identity, and each shard that it lists."""
-        listed = self._listed(identity, info)
-        there = {name: shard.sha256 for name, shard in shards_of(info).items()}
-        return bool(listed) and listed.items() <= there.items()
-
-    def _listed(self, identity: str, info: ModelInfo) -> Mapping[str, str]:
-        """The shards by the lock at a commit; none where it has no lock, or another merge's."""
-        files = {item.rfilename: FileInfo(item.size or 0) for item in info.siblings or ()}
-        size = files[LOCK_NAME].size if LOCK_NAME in files else 0
-        if not 0 < size <= LOCK.most:
-            return {}
-        text = bytearray(size)
-        try:
-            self.ranges.fill(Located(self.repo, self.repo, info.sha, files), LOCK_NAME, 0, memoryview(text))
-            content = load_yaml(text.decode(), LOCK)
-            found = {str(item["file"]): str(item["sha256"]) for item in content["output"]}
-            is_ours = content.get("identity") == identity
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-            return {}
-        return {name: sha256 for name, sha256 in found.items() if name.endswith(SUFFIX)} if is_ours else {}
-
-    @cached_property
-    def me(self) -> str | None:
-        """Whose token we have; None: the Hub does not say, as of a token without a user."""
-        try:
-            name = self.api.whoami()["name"]
-        except LocalTokenNotFoundError:
-            return None
-        except HfHubHTTPError as error:
-            if is_passing(error):
-                raise
-            return None
-        return name if isinstance(name, str) else None
-
-    def pulls(self, ending: str) -> Iterator[Discussion]:
-        """Our own pull requests that are open or drafts, and whose titles end so; the earliest first."""
-        if self.me is None:
-            return
-        found = self.api.get_repo_discussions(
-            self.repo, author=self.me, discussion_type="pull_request", discussion_status="open"
-        )
-        ours = [item for item in found if item.title.endswith(ending) and item.author == self.me]
-        yield from sorted(ours, key=lambda item: item.num)
-
-    def requested(self, identity: str, ending: str) -> int | None:
-        """The number of our own open pull request that brings the whole result."""
-        for item in self.pulls(ending):
-            ref = f"refs/pr/{item.num}"
-            info = self.api.model_info(self.repo, revision=ref, files_metadata=True)
-            if item.status == "open" and self.stands(identity, info):
-                return item.num
-        return None
-
-    def page(self, pull: int | None = None) -> str:
-        """Where people look at the repo, or at a pull request."""
-        return f"{constants.ENDPOINT}/{self.repo}" + ("" if pull is None else f"/discussions/{pull}")
-
-    def published(self, identity: str, ending: str, info: ModelInfo) -> Published | None:
-        """The commit of main that made the result, if it still stands there."""
-        if not self.stands(identity, info):
-            return None
-        # whoever merges a pull request adds its number to the title
-        commits = self.api.list_repo_commits(self.repo)
-        return Published(self.page(), next((item.commit_id for item in commits if ending in item.title), info.sha))
-
-
-def shards_of(info: ModelInfo) -> dict[str, WrittenShard]:
-    """The files of tensors at a commit."""
-    files = ((item.rfilename, item.size or 0, item.lfs) for item in info.siblings or ())
-    return {name: WrittenShard(name, size, lfs.sha256) for name, size, lfs in files if lfs and name.endswith(SUFFIX)}
-
-
-def description(repo: str, identity: str, shards: Collection[WrittenShard], files: Collection[str]) -> str:
-    """What a pull request says of itself."""
-    size = sum(shard.size for shard in shards)
-    known = {
-        "recipe.yaml": "what was asked for",
-        LOCK_NAME: "the commits and checksums of all that it was made of, and of what came out",
-    }
-    lines = [
-        "merger made this from a recipe, and changed nothing on main.",
-        "",
-        f"- plan: `{identity}`",
-        f"- {len(shards)} files of tensors, {size:,} bytes",
-        *(f"- `{name}`: {what}" for name, what in known.items() if name in files),
-        "",
-        "To make a sample of its tensors again and compare, with the number of this pull request in place of N:",
-        "",
-        f"    merger verify hf://{repo}@refs/pr/N",
-    ]
-    return "\n".join(lines)

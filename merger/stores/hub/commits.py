@@ -20,7 +20,8 @@ from huggingface_hub.utils import httpx
 from merger.errors import Problem, UploadError
 from merger.runtime import lacking
 from merger.safety import secrets
-from merger.stores.http import (
+from merger.stores.hub.client import cause
+from merger.stores.hub.http import (
     TRIES,
     UnreadableAnswer,
     is_passing,
@@ -30,7 +31,8 @@ from merger.stores.http import (
     status_of,
     understood,
 )
-from merger.stores.hub import NO_ANSWER, Results, no_token
+from merger.stores.hub.repo import PULLS, Results
+from merger.stores.hub.store import NO_ANSWER, no_token
 
 MAIN = "main"
 MOVED = 412
@@ -131,7 +133,7 @@ def _find(repo: Results, wanted: Commit) -> CommitInfo | None:
         pull = next((item.num for item in repo.pulls(wanted.title)), None)
         if pull is None:
             return None
-        branch = f"refs/pr/{pull}"
+        branch = f"{PULLS}{pull}"
     commits = repo.api.list_repo_commits(repo.repo, revision=branch)
     considered = commits[:1] if branch == MAIN else commits
     ours = next((item.commit_id for item in considered if item.title == wanted.title), None)
@@ -173,13 +175,6 @@ def refusals(words: Callable[[Exception], Problem], so_far: str = "") -> Iterato
         told = lacking(error) or UploadError(words(cause(error)))
         (problem,) = told.problems
         raise type(told)(replace(problem, what=so_far + problem.what)) from None
-
-
-def cause(error: Exception) -> Exception:
-    """What went wrong: the client wraps the error of an upload in a RuntimeError."""
-    inner = error.__cause__
-    wrapped = isinstance(error, RuntimeError) and isinstance(inner, (HfHubHTTPError, httpx.HTTPError))
-    return inner if wrapped and isinstance(inner, Exception) else error
 
 
 def in_words(error: Exception, repo: str, by_request: bool = False) -> Problem:
