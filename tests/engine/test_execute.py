@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -213,12 +214,19 @@ class Afar(FolderStore):
         return self.opened
 
 
-@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties"])
-def test_each_byte_is_transferred_once(method: str, parents: list[Path], tmp_path: Path) -> None:
-    """A method that reads a tensor several times is given it from a spool: the store is asked once for each byte."""
+@pytest.mark.parametrize(
+    ("method", "kept"), [("linear", 0), ("slerp", None), ("ties", None), ("ties", 2_000_000), ("dare_ties", 0)]
+)
+def test_each_byte_is_transferred_once(
+    method: str, kept: int | None, parents: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read several times waits in memory, or some of it or all on disk: the store is asked once for a byte."""
     path = recipe(tmp_path, method, parents)
     expected = merged(path, tmp_path / "near")
     planned, _ = plan(read_recipe(path), Options(threads=2))
+    planned = replace(planned, kept=planned.read_bytes if kept is None else kept)
+    if kept is None:
+        monkeypatch.delattr(tempfile, "TemporaryFile")
     store, session = Afar(), ResultFolder(tmp_path / "far").open(planned.hash)
     assert isinstance(session, FolderSession)
     shards = [

@@ -364,7 +364,7 @@ chat_template: auto
 def test_models_on_the_hub_are_united_like_folders(
     pair: tuple[Path, Path], tmp_path: Path, hub: LoopbackHub, command: Command
 ) -> None:
-    """Rows are read in any order: what comes from afar lies on disk meanwhile, as the plan says, and is read once."""
+    """Rows are read in any order: what comes from the Hub waits in memory, or on disk, as the plan says."""
     for name, folder in zip(("one", "other"), pair, strict=True):
         (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
         hub.add_model(f"org/{name}", {file.name: file.read_bytes() for file in folder.iterdir()})
@@ -374,9 +374,12 @@ def test_models_on_the_hub_are_united_like_folders(
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"):
         assert (tmp_path / "afar" / name).read_bytes() == (tmp_path / "local" / name).read_bytes(), name
-    plan = json.loads(command("plan", "recipe.yaml", "--json", cwd=tmp_path, hub=hub).stdout)
+    line = ("plan", "recipe.yaml", "--json")
+    plan = json.loads(command(*line, cwd=tmp_path, hub=hub).stdout)
+    tight = json.loads(command(*line, "--max-memory", str(plan["peak_memory"] - 1), cwd=tmp_path, hub=hub).stdout)
     tables = sum(tiny.read(folder)[name].nbytes for folder in pair for name in (EMBEDDING, HEAD))
-    assert plan["disk"]["folder"] == local.size + tables
+    assert (plan["disk"]["folder"], tight["disk"]["folder"]) == (local.size, local.size + tables)
+    assert (tight["peak_memory"], tight["threads"]) == (plan["peak_memory"] - tables, plan["threads"])
 
 
 def test_a_published_recipe_with_a_union_and_a_chat_template(tmp_path: Path) -> None:
