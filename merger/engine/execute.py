@@ -23,7 +23,7 @@ from merger.engine.runner import Allowance, Block, Bytes, Work, blocks
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard
-from merger.planning.budget import BLOCK_ENTRIES, join, needs, routers_of
+from merger.planning.budget import BLOCK_ENTRIES, join_small, needs, routers_of
 from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.inputs.base import Job
 from merger.planning.inputs.derived import Routed
@@ -128,7 +128,7 @@ def _make_shards(
         routers |= gates(plan, jobs, table, store)
         yield from map(Doubted, doubts(routers))
     if not plan.locked.recipe.allow_non_finite:  # what is odd is counted tensor by tensor
-        shards = [replace(shard, jobs=tuple(join(shard.jobs, table))) for shard in shards]
+        shards = [replace(shard, jobs=tuple(join_small(shard.jobs, table))) for shard in shards]
     with closing(store.reader(tickets(plan, shards, table), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
         made = pool.in_order(_work(plan, shards, table, reader, device, routers))
         for shard in shards:

@@ -38,7 +38,7 @@ def block_entries(job: Job, method: Method) -> int:
     return max(1, BLOCK_ENTRIES // row) * row if row else max(1, job.entries)
 
 
-def join(jobs: Iterable[Job], table: Mapping[str, Method]) -> Iterator[Job]:
+def join_small(jobs: Iterable[Job], table: Mapping[str, Method]) -> Iterator[Job]:
     """The jobs in their order, but as one those small ones that differ in nothing but which entries they take.
 
     What is made of an entry is then the same whatever is beside it, and one read, one task and one write do for all.

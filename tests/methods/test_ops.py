@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from merger.methods.steps import select as _select
 from merger.methods.steps.arithmetic import dots, magnitude_sum, per_model
 from merger.methods.steps.intrinsics import threefry_words
-from merger.methods.steps.random import Rng, draw, likely
+from merger.methods.steps.random import Rng, draw_words, likely
 from merger.methods.steps.select import kth_magnitudes, magnitudes_at
 from merger.methods.steps.votes import band, consensus, trim
 
@@ -210,7 +210,7 @@ def test_threefry_is_the_published_one(counter: list[int], key: list[int], words
 def test_words_are_threefrys() -> None:
     """What is drawn are its words: of the first counter all zeros with the key of zeros those published for them."""
     made = np.empty(4 * 16, np.uint32)
-    draw(made, np.zeros(4, np.uint32), 0)
+    draw_words(made, np.zeros(4, np.uint32), 0)
     assert [f"{word:08x}" for word in made[::16]] == ["9c6ca96a", "e17eae66", "fc10ecd4", "5256a7d8"]
 
 

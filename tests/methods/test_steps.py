@@ -33,7 +33,7 @@ SIZES = {
     "sum_products": {2: "room", 3: "rows"},
     "sum_column_products": {2: "columns"},
     "exp_products": {2: "series"},
-    "draw": {0: "words", 1: "key"},
+    "draw_words": {0: "words", 1: "key"},
     "keep_winners": {2: "spent"},
 }
 """Which arguments of a step have not as many entries as the others; what is room alone holds nothing afterwards."""

@@ -237,7 +237,7 @@ def _expired_upload(scene: Scene, thorough: bool) -> Iterator[Case]:
 # ---- a full disk ----------------------------------------------------------------------------------------------------
 
 TEMPORARY, DESTINATION = "temporary", "folder"
-_TOO_LITTLE = 8192
+_TOO_LITTLE = 4096
 """What is left where a disk is full from the start: enough for Python to take it for a place for temporary files."""
 
 

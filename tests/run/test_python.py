@@ -41,7 +41,7 @@ def test_each_function_has_an_example_that_is_true(checkout: Path) -> None:
         (test,) = doctest.DocTestFinder(recurse=False).find(getattr(merger, name), name, globs=vars(merger).copy())
         assert test.examples, name
         runner.run(test)
-    assert runner.PlanSummary(verbose=False).failed == 0
+    assert runner.summarize(verbose=False).failed == 0
 
 
 IMPORTS_ALL = """

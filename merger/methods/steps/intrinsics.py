@@ -170,6 +170,6 @@ def coin(b: Any, bits: Any, word: Any) -> Any:
 
 
 @_word(types.boolean, types.uint16, types.int64)
-def below(b: Any, draw: Any, most: Any) -> Any:
+def is_below(b: Any, draw: Any, most: Any) -> Any:
     """Whether a draw is less."""
     return b.icmp_unsigned("<", b.zext(draw, _U32), b.trunc(most, _U32))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
     Words = NDArray[np.uint32]
 
-below: Any = None
+is_below: Any = None
 coin: Any = None
 half: Any = None
 magnitude_bits: Any = None
@@ -46,7 +46,7 @@ def _digest(words: str) -> bytes:
 
 
 @step("void(uint32[::1], uint32[::1], int64)")
-def draw(words: Words, key: Words, first: int) -> None:
+def draw_words(words: Words, key: Words, first: int) -> None:
     """Threefry's words of the counters from `first` on: of 16 all first words, then all second; then of 16 more."""
     groups = words.reshape(words.size // (4 * LANES), 4, LANES)
     k0, k1, k2, k3 = key[0], key[1], key[2], key[3]
@@ -57,7 +57,7 @@ def draw(words: Words, key: Words, first: int) -> None:
             made[0, lane], made[1, lane], made[2, lane], made[3, lane] = w0, w1, w2, w3
 
 
-@draw.torch
+@draw_words.torch
 def _(words: Any, key: Words, first: int) -> None:
     import torch
 
@@ -153,7 +153,7 @@ def _words(key: bytes, first: int, count: int, like: Any) -> Any:
         made: Any = torch.empty(size, dtype=torch.int32, device=like.device)
     else:
         made = room(4 * size).view(np.uint32)
-    draw(made, np.frombuffer(bytearray(key), "<u4"), group * LANES)
+    draw_words(made, np.frombuffer(bytearray(key), "<u4"), group * LANES)
     return made[skip : skip + count]
 
 
@@ -191,7 +191,7 @@ def keep_winners(x: Array, draws: NDArray[np.uint16], words: Words, low: int, hi
         for i in range(word.size):
             word[i] = coin(magnitude_bits(mine[half(word[i])]), word[i])
         for i in range(word.size):
-            stays[i] = below(drawn[i], low) | (below(drawn[i], high) & (magnitude_bits(mine[i]) >= word[i]))
+            stays[i] = is_below(drawn[i], low) | (is_below(drawn[i], high) & (magnitude_bits(mine[i]) >= word[i]))
 
 
 @keep_winners.torch
