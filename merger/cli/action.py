@@ -28,7 +28,7 @@ from merger.cli import markdown, text
 from merger.cli.github import Event, GitHubApi, GitHubError, Log, write_outputs, write_summary
 from merger.cli.inputs import Inputs, top
 from merger.errors import MergerError, Problem, RecipeError, UploadError
-from merger.run.options import Options, destination, with_free_memory
+from merger.run.options import Options, destination, stated_destination, with_free_memory
 from merger.run.pipeline import Ready, Result, Resumed, lock_text, merge, trusted_publishing
 from merger.run.prepare import lock_path, named_recipes, plan, read_recipe
 from merger.runtime import Halt, halting, take_over, tell_limits
@@ -197,7 +197,7 @@ class ActionRun:
             return
         options = self._options(recipe)
         planned, store = plan(recipe, options)
-        found = PlanSummary(planned, _destination(recipe, options))
+        found = PlanSummary(planned, stated_destination(recipe, options) or None)
         outcome = replace(outcome, state="planned", summary=found)
         yield outcome
         print(text.plan_text(found), flush=True)
@@ -316,13 +316,6 @@ class Watch:
 def _reading(options: Options) -> Options:
     """One token reads and writes where the workflow gives one only."""
     return options if options.read_token else replace(options, read_token=options.write_token)
-
-
-def _destination(recipe: Recipe, options: Options) -> str | None:
-    try:
-        return destination(recipe, options)
-    except RecipeError:
-        return None
 
 
 # ---- what is told at the end ----------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Geometry:
 
 def total_geometry(parts: Iterable[Geometry]) -> Geometry:
     """That of several tensors, or blocks, seen as one; they have as many inputs."""
-    return add_up([replace(part, odd=()) for part in parts])
+    return add_up([replace(part, odd=()) if part.odd else part for part in parts])
 
 
 def add_up(parts: Sequence[_Sums]) -> _Sums:
