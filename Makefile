@@ -12,13 +12,17 @@ THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py \
 	distributed/test_ray.py planning/test_large.py run/test_hub_line.py \
 	space/test_api.py space/test_bot.py space/test_door.py space/test_page.py space/test_webhooks.py
 
-.PHONY: demo test reliability lint tables clean
+.PHONY: demo test light reliability lint tables clean
 
 demo: .venv/set-up
 	$(BIN)/python examples/demo.py
 
 test: .venv/set-up
 	$(BIN)/pytest -n 4 --dist worksteal
+
+# The package as `pip install hub-merger` brings it, without torch, and the tests that take none.
+light: .venv-light/set-up
+	.venv-light/bin/pytest -n 2 --dist worksteal
 
 # Every case of docs/reliability.md, where make test tries some, a merge larger than its memory, and thousands of drawn
 # recipes, options and models: some minutes.
@@ -53,6 +57,12 @@ clean:
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt --group test -e .
+	@touch $@
+
+.venv-light/set-up: pyproject.toml constraints.txt
+	test -x .venv-light/bin/pip || $(PYTHON) -m venv .venv-light
+	.venv-light/bin/python -m pip install --quiet -c constraints.txt --upgrade pip
+	.venv-light/bin/python -m pip install --quiet -c constraints.txt --group light -e .
 	@touch $@
 
 .venv/set-up-lint: .venv/set-up

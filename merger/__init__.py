@@ -66,9 +66,11 @@ def check(recipe: AnyRecipe) -> Recipe:
     merger.errors.RecipeError: recipe:4:1: unknown key 'dtyp'
         did you mean 'dtype'?
     """
+    from merger.run.extras import refuse_missing
     from merger.run.prepare import any_recipe
 
-    return any_recipe(recipe)
+    refuse_missing(found := any_recipe(recipe))
+    return found
 
 
 def plan(recipe: AnyRecipe, to: str | None = None, *, options: Options | None = None) -> Plan:

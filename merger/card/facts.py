@@ -7,6 +7,7 @@ people (render), and how a lock file is written and read (planning.lockfile).
 from __future__ import annotations
 
 import platform
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def _means(named: str, model: LockedModel) -> bool:
 
 Checksum = Callable[[Located, str], str | None]
 _Key = TypeVar("_Key")
-_MADE_WITH = (OURS, "torch", "numpy", "huggingface_hub")
+_MADE_WITH = (OURS, "numpy", "numba", "huggingface_hub")
 _HASHED_FOLDERS = 1_000_000_000
 """Up to so many bytes of models in folders are read once more for their SHA-256, in a second; of more it is unknown."""
 
@@ -178,6 +179,7 @@ def lock_file(planned: Plan, output: Mapping[str, FileInfo], checksum: Checksum)
     models = planned.locked.models
     folders = [model for model in models if model.located.commit is None]
     in_folders = sum(model.located.files[name].size for model in folders for name in _read(planned, model))
+    used = (*_MADE_WITH, *(["torch"] if "torch" in sys.modules else []))
     unhashed = folders if in_folders > _HASHED_FOLDERS else []
     return Lock(
         plan=planned.hash,
@@ -185,7 +187,7 @@ def lock_file(planned: Plan, output: Mapping[str, FileInfo], checksum: Checksum)
         format=planned.format,
         seed=planned.seed,
         shard_bytes=planned.shard_bytes,
-        made_with={"python": platform.python_version(), **{package: version(package) for package in _MADE_WITH}},
+        made_with={"python": platform.python_version()} | dict(zip(used, map(version, used), strict=True)),
         recipe=planned.locked.recipe.text,
         models=tuple(_parent(planned, model, _no_checksum if model in unhashed else checksum) for model in models),
         output=output,

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from merger.cli import markdown, text
 from merger.cli.github import Event, GitHubApi, GitHubError, Log, write_outputs, write_summary
 from merger.cli.inputs import Inputs, top
 from merger.errors import MergerError, Problem, RecipeError, UploadError
+from merger.run.extras import needs_of
 from merger.run.options import Options, destination, stated_destination, with_free_memory
 from merger.run.pipeline import Ready, Result, Resumed, lock_text, merge, trusted_publishing
 from merger.run.prepare import lock_path, named_recipes, plan, read_recipe
@@ -416,6 +418,18 @@ def _tell(job: ActionRun, outcomes: Sequence[Outcome]) -> None:
     job.comment(outcomes)
     for outcome in outcomes:
         job.keep_lock(outcome)
+
+
+def print_extras() -> None:
+    """For the step that installs: which extras the recipes take that `recipe` names, in one line."""
+    found = set[str]()
+    with suppress(MergerError):  # the step that merges tells it
+        inputs = Inputs.take(dict(os.environ))
+        os.chdir(inputs.folder)
+        for path in _find_recipes(inputs, top(os.environ)):
+            with suppress(MergerError):
+                found |= {need.extra for need in needs_of(read_recipe(path))}
+    print(*sorted(found))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def _report(error: MergerError, as_json: bool) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from merger.cli import text
+    from merger.run.extras import refuse_missing
     from merger.run.prepare import named_recipes, read_recipe
 
     code = 0
@@ -73,7 +74,7 @@ def _check(arguments: argparse.Namespace) -> int:
         code = RecipeError.exit_code
     for path in (path for found in named.values() for path in found):
         try:
-            recipe = read_recipe(Path(path))
+            refuse_missing(recipe := read_recipe(Path(path)))
         except MergerError as error:
             _report(error, as_json=False)
             code = error.exit_code

@@ -23,7 +23,7 @@ from merger.engine.runner import Allowance, Block, Bytes, Work, blocks
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard
-from merger.planning.budget import BLOCK_ENTRIES, join_small, needs, routers_of
+from merger.planning.budget import BLOCK_ENTRIES, join_small, needs, routers_of, takes_torch
 from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.inputs.base import Job
 from merger.planning.inputs.derived import Routed
@@ -93,9 +93,9 @@ def execute(
         MismatchError: a result is not finite.
         BudgetError: there is no such device, or the disk is full.
         UploadError: the sink refuses a shard.
-        RecipeError: a package is not installed that the recipe needs.
     """
-    _refuse_missing(device)
+    if device != "cpu" or takes_torch([job for shard in shards for job in shard.jobs], table):
+        _prepare_torch(device)
     try:
         with single_threaded():
             yield from _make_shards(plan, shards, table, store, sink, device)
@@ -135,12 +135,10 @@ def _make_shards(
             yield from _shard(sink, shard, table, made)
 
 
-def _refuse_missing(device: str) -> None:
-    if device == "cpu":
-        return
+def _prepare_torch(device: str) -> None:
     import torch
 
-    if not torch.cuda.is_available():
+    if device != "cpu" and not torch.cuda.is_available():
         hint = "leave out --device cuda"
         raise BudgetError(Problem("this machine has no CUDA device that torch can use", hint=hint))
 

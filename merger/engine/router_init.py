@@ -11,7 +11,6 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -49,14 +48,11 @@ def gates(plan: Plan, jobs: Sequence[Job], table: Mapping[str, Method], store: S
         store: where the models' bytes come from.
 
     Raises:
-        RecipeError: a package that this needs is not installed.
         ModelError: bytes of the base model or its tokenizer cannot be read.
     """
     wanted = routers_of(jobs)
     if not wanted:
         return {}
-    needed = ("tokenizers",) if wanted[0].mode == EMBEDDED else ("tokenizers", "torch", "transformers")
-    _refuse_missing(plan, needed)
     base = _Base(plan, table, store)
     states = base.embedded(_tokens(plan, store, prompts(wanted)))
     if wanted[0].mode == EMBEDDED:
@@ -169,17 +165,6 @@ def _begin(files: Mapping[str, bytes]) -> str:
 
 def _about(config_model: LockedModel, what: str, hint: str) -> Problem:
     return Problem(f"{config_model.name}: {what}", config_model.ref.at, "base_model", hint)
-
-
-def _refuse_missing(plan: Plan, packages: Sequence[str]) -> None:
-    for package in packages:
-        try:
-            import_module(package)
-        except ImportError:
-            mixture = plan.locked.recipe.mixture
-            what = f"a router is computed from prompts with {package}, which is not installed here"
-            at = mixture.gate_mode_at or mixture.at if mixture else None
-            raise RecipeError(Problem(what, at, "gate_mode", "pip install 'hub-merger[moe]'")) from None
 
 
 # ---- the base model -------------------------------------------------------------------------------------------------

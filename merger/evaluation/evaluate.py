@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,6 @@ from merger.stores.scratch import Scratch, sweep
 if TYPE_CHECKING:
     from merger.evaluation.process import Text, Wanted
 
-_INSTALL = "pip install 'hub-merger[eval]'"
 _READ_AHEAD_BYTES = 64 << 20
 _PIECE_BYTES = 16 << 20
 
@@ -117,13 +115,12 @@ def prepare_measuring(
     Raises:
         RecipeError: a text or a task is not there.
         ModelError: a text on the Hub cannot be read.
-        EvaluationError: what measures is not installed.
+        EvaluationError: what measures cannot be asked.
     """
     wanted = planned.locked.recipe.evaluate
     if wanted is None:
         return None
     check_evaluation(planned.locked.recipe, root)
-    _need_installed("transformers", *(("lm_eval",) if wanted.tasks else ()))
     from merger.evaluation.process import Wanted, unknown_tasks
 
     if unknown := unknown_tasks(wanted.tasks) if wanted.tasks else []:
@@ -134,12 +131,6 @@ def prepare_measuring(
     names = _names([text.text for text in wanted.perplexity])
     texts = tuple(_text(text, name, token, root) for text, name in zip(wanted.perplexity, names, strict=True))
     return Wanted(texts, wanted.tasks, wanted.limit, wanted.dtype, device, planned.threads)
-
-
-def _need_installed(*packages: str) -> None:
-    if missing := [package for package in packages if find_spec(package) is None]:
-        what = f"{' and '.join(missing)} measure the result, and are not installed here"
-        raise EvaluationError(Problem(what, hint=_INSTALL))
 
 
 def _names(texts: Sequence[str]) -> list[str]:

@@ -174,9 +174,9 @@ def thread_memory(job: Job, table: Mapping[str, Method]) -> int:
 
 
 def takes_torch(jobs: Sequence[Job], table: Mapping[str, Method]) -> bool:
-    """Whether torch is imported for these: for inputs that are computed, and for methods that want it."""
-    computed = any(not isinstance(source, (Stored, StageTensor)) for job in jobs for source in job.sources)
-    return computed or any(table[job.method].needs == "torch" for job in jobs)
+    """Whether torch is imported for these: for routers from hidden states, and for methods that want it."""
+    hidden = any(router.mode != EMBEDDED for router in routers_of(jobs))
+    return hidden or any(table[job.method].needs == "torch" for job in jobs)
 
 
 def _with_streamed(

@@ -25,6 +25,7 @@ from merger.planning.plan import Plan, make_plan
 from merger.recipe.blocks.evaluate import named_files, without_files
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
+from merger.run.extras import refuse_missing
 from merger.run.options import Options, budget_of, stated_destination
 from merger.runtime import refusal
 from merger.safety import limits
@@ -164,6 +165,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
+    refuse_missing(recipe, options.device, measured=options.part is None)
     check_evaluation(recipe, options.root)
     store = stores_of(recipe, options, options.root)
     path = Path(recipe.path)

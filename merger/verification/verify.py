@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from merger.errors import MismatchError, Problem, RecipeError, VerificationError
@@ -21,6 +22,7 @@ from merger.models.side_files import loaded_as
 from merger.planning.lockfile import OURS, Lock, changed_models, other_numbers, other_plan
 from merger.planning.plan import Plan, Shard
 from merger.run.artifacts import taken_files
+from merger.run.extras import refuse_missing
 from merger.run.options import Options
 from merger.run.pipeline import ignore
 from merger.run.prepare import planned_again, stores_of
@@ -133,10 +135,12 @@ def verify(
 
     Raises:
         ModelError: the merge or a parent cannot be read.
+        RecipeError: it takes what is not installed here.
         VerificationError: the merge has no lock, or one that nothing can be made from.
         BudgetError: it does not fit into the memory.
     """
     merge = open_merge(target, options.read_token)
+    refuse_missing(merge.recipe, measured=False)
     if merge.recipe.lora is not None:  # its tensors are made in pairs, so that one alone cannot be
         extent = replace(extent, everything=True)
     parents = stores_of(merge.recipe, options, merge.root)
@@ -269,7 +273,8 @@ def _header_bytes(tensors: Iterable[TensorInfo]) -> int:
 
 def _doubts(held: Lock) -> Iterator[str]:
     """Another version may round otherwise."""
-    for package in (OURS, "torch", "numpy"):
-        then, now = held.made_with.get(package, "unknown"), version(package)
-        if then != now:
-            yield f"it was made with {package} {then}, and this is {now}: the last bits may be others"
+    for package in (OURS, "numpy", "numba", "torch"):
+        with suppress(PackageNotFoundError):  # what a merge takes is here: without torch it takes none
+            then, now = held.made_with.get(package), version(package)
+            if then not in (None, now):
+                yield f"it was made with {package} {then}, and this is {now}: the last bits may be others"

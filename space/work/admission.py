@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from merger import runtime
 from merger.cli.text import size
 from merger.errors import BudgetError, MergerError, Problem, RecipeError
+from merger.run.extras import needs_of
 from merger.run.options import Options, needed_disk
 from merger.run.prepare import parse_text, plan
 from merger.safety import numbers
@@ -163,6 +164,13 @@ def _find_refusals(recipe: Recipe) -> list[Problem]:
     if recipe.evaluate is not None:
         hint = "leave it out here: merger run and the Action measure"
         found.append(Problem("the Space measures nothing", recipe.evaluate.at, "evaluate", hint))
+    for need in needs_of(replace(recipe, evaluate=None)):
+        if need.missing:
+            what, hint = (
+                f"{need.what} takes {need.missing}, which the Space has not",
+                "merger run and the Action take it",
+            )
+            found.append(Problem(what, need.at, need.where, hint))
     if recipe.publish.template is not None:
         hint = "leave it out: the card is made by Merger's own template"
         found.append(Problem("the Space takes no templates", recipe.publish.template_at, "publish.template", hint))

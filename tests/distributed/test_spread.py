@@ -90,11 +90,11 @@ def is_as_asked(job: Job, part: str, to: str) -> None:
         "secrets": {"HF_TOKEN": WRITER},
     }  # fmt: skip
     assert (shell, flag) == ("sh", "-c")
-    assert 'pip install --quiet --root-user-action=ignore "hub-merger==$MERGER_VERSION"' in script
+    assert 'pip install --quiet --root-user-action=ignore "hub-merger$MERGER_EXTRAS==$MERGER_VERSION"' in script
     options = [f"--to=hf://{to}", f"--part={part}", "--seed=-5", "--shard-size=4000", "--device=cpu"]
     assert arguments == ["merger", *options]
     assert base64.b64decode(environment.pop("MERGER_RECIPE")).decode() == RECIPE
-    assert environment.keys() == {"HF_ENDPOINT", "MERGER_VERSION"}
+    assert environment.keys() == {"HF_ENDPOINT", "MERGER_EXTRAS", "MERGER_VERSION"}
 
 
 def test_hub_jobs_make_the_model_of_a_single_run(

@@ -110,16 +110,6 @@ def test_small_tensors_made_as_one_are_what_each_is_alone(
     assert one == two
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
-def test_a_merge_on_the_processor_imports_no_torch(method: str, parents: list[Path], tmp_path: Path) -> None:
-    """From the recipe to the finished folder."""
-    command = ["run", str(recipe(tmp_path, method, parents)), "--to", str(tmp_path / "out"), "--quiet"]
-    code = f"import sys; from merger.cli.commands import main; print(main({command!r}), 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "0 False\n", done.stderr
-    assert list((tmp_path / "out").glob("*.safetensors"))
-
-
 def test_same_bytes_whatever_the_hash_seed(parents: list[Path], tmp_path: Path) -> None:
     """Two processes with different PYTHONHASHSEED write the same files: shards, index, config, card and lock."""
     path = recipe(tmp_path, "dare_ties", parents)

@@ -25,7 +25,7 @@ from torch import Tensor
 from merger.card.facts import score_facts
 from merger.card.metadata import front_matter
 from merger.cli.commands import main
-from merger.errors import BudgetError, EvaluationError, RecipeError
+from merger.errors import BudgetError, RecipeError
 from merger.evaluation import evaluate as evaluation
 from merger.evaluation import process as evaluate
 from merger.evaluation.budget import Score, evaluation_memory, read_scores, scores_text
@@ -226,15 +226,6 @@ def test_a_text_that_the_hub_does_not_have(served: LoopbackHub, command: Command
     done = command("run", mine.name, "--to", "out", "--quiet", cwd=tmp_path, hub=served)
     assert done.returncode == 3
     assert "mine.yaml:4:31: evaluate.perplexity: org/text has no file b.txt" in done.stderr
-
-
-def test_what_is_not_installed_is_told_before_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the command that installs it."""
-    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
-    mine = recipe(tmp_path, f"{{perplexity: {{text: {tmp_path}/lines.txt}}, tasks: [arc_easy]}}")
-    with pytest.raises(EvaluationError, match="transformers and lm_eval measure the result") as refused:
-        evaluation.prepare_measuring(plan(read_recipe(mine), Options())[0], "cpu", None)
-    assert "hub-merger[eval]" in str(refused.value)
 
 
 def test_a_process_that_the_system_killed() -> None:

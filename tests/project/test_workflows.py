@@ -14,7 +14,7 @@ import pytest
 import yaml
 from places import ROOT
 
-from merger.cli import action, inputs
+from merger.cli import inputs
 from merger.cli.inputs import Inputs
 from merger.safety.environment import OURS
 
@@ -60,14 +60,6 @@ def test_every_input_reaches_the_program_and_is_described() -> None:
         assert about["description"].endswith(".")
 
 
-def test_torch_is_installed_for_the_modes_and_events_that_run() -> None:
-    """The condition of action.yml is the program's."""
-    condition = ACTION.read_text().partition("WITH_TORCH: ")[2].splitlines()[0]
-    modes = re.findall(r"inputs\.mode == '(\w+)'", condition)
-    events = re.findall(r'"(\w+)"', condition)
-    assert (modes, tuple(events)) == ([*action.RUNNING, "auto"], action.STARTED_TO_RUN)
-
-
 def test_the_defaults_of_the_action_are_understood(tmp_path: Path) -> None:
     """As the runner hands them over."""
     declared = yaml.safe_load(ACTION.read_text())["inputs"]
@@ -89,18 +81,25 @@ for word; do case "$word" in "$TMPDIR"/*) cat "$word" >> "{log}";; esac; done
 """
 
 
+LINEAR = "merge_method: linear\nmodels: [{model: org/a}, {model: org/b}]\n"
+MIXED = "base_model: org/a\nexperts:\n- source_model: org/b\n  positive_prompts: [code]\n"
+
+
 @pytest.mark.parametrize(
-    ("settings", "count", "torch"),
+    ("recipe", "settings", "count", "torch"),
     [
-        ({"WITH_TORCH": "false"}, 2, None),
-        ({"WITH_TORCH": "true"}, 5, "-m uv pip install --python {python} --torch-backend cpu --no-deps"),
-        ({"WITH_TORCH": "true", "TORCH_INDEX": "the-index"}, 4, "--no-deps --index-url the-index torch"),
+        (LINEAR, {}, 2, None),
+        ("what: is this", {}, 2, None),
+        (LINEAR + "evaluate: {perplexity: {text: hf://org/a/b.txt}}\n", {}, 6, "--torch-backend cpu --no-deps"),
+        (MIXED, {"TORCH_INDEX": "the-index"}, 5, "--no-deps --index-url the-index torch"),
     ],
 )
-def test_check_and_plan_are_installed_without_torch_and_a_run_with_one_for_cpus(
-    settings: dict[str, str], count: int, torch: str | None, tmp_path: Path
+def test_the_action_installs_no_torch_but_for_recipes_that_take_it(
+    recipe: str, settings: dict[str, str], count: int, torch: str | None, tmp_path: Path
 ) -> None:
-    """All with what the package needs besides, and with the Action's own extra."""
+    """All with what the package needs besides, and with the Action's own extra; torch is one for CPUs."""
+    (tmp_path / "mine.yaml").write_text(recipe)
+    settings = {**settings, "GITHUB_WORKSPACE": str(tmp_path), "INPUT_RECIPE": "*.yaml"}
     stand_in, log = tmp_path / "bin", tmp_path / "log"
     stand_in.mkdir()
     (stand_in / "python").write_text(PIP.format(python=sys.executable, log=log))
@@ -111,6 +110,7 @@ def test_check_and_plan_are_installed_without_torch_and_a_run_with_one_for_cpus(
     told = log.read_text()
     assert told.count("pip install") == count
     assert ("torch" in told) == (torch is not None)
-    assert torch is None or torch.format(python=stand_in / "python") in told
+    assert torch is None or torch in told
+    assert ("transformers>=" in told) == (torch is not None)
     for need in ("huggingface_hub", "jinja2", "numpy", "pyyaml", "requests"):
         assert re.search(rf"^{need}[><=]", told, re.MULTILINE)

@@ -1,0 +1,82 @@
+"""What a recipe asks for beyond the package's own needs: which of its extras, and whether they are installed here.
+
+Not here: what is done with them (evaluation, engine.router_init).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from merger.errors import Problem, RecipeError, Span
+from merger.methods.registry import methods
+from merger.planning.budget import EMBEDDED
+from merger.recipe.blocks.mixture import BY_CHANCE
+from merger.recipe.model import Recipe
+
+
+@dataclass(frozen=True)
+class Need:
+    """A part of a recipe that takes an extra of the package.
+
+    Args:
+        extra: its name.
+        packages: what is imported of it.
+        what: the part, in words.
+        at: where it stands in the recipe; `where`, the same by keys.
+    """
+
+    extra: str
+    packages: tuple[str, ...]
+    what: str
+    at: Span | None = None
+    where: str | None = None
+
+    @property
+    def missing(self) -> str:
+        """The packages that are not installed here, as a sentence has them."""
+        return " and ".join(package for package in self.packages if find_spec(package) is None)
+
+
+def needs_of(recipe: Recipe, device: str = "cpu") -> Iterator[Need]:
+    """What it takes wherever it is made, its evaluation last.
+
+    Args:
+        recipe: the recipe.
+        device: where methods compute.
+    """
+    if device != "cpu":
+        yield Need("torch", ("torch",), f"--device {device}")
+    for document in recipe.documents:
+        mixture = document.mixture
+        if mixture is not None and mixture.gate_mode not in (EMBEDDED, *BY_CHANCE):
+            what, at = f"gate_mode: {mixture.gate_mode}", mixture.gate_mode_at or mixture.at
+            yield Need("moe", ("torch", "transformers"), what, at, "gate_mode")
+        for method in dict.fromkeys(piece.method for piece in document.slices):
+            if methods()[method].needs == "torch":
+                yield Need("torch", ("torch",), f"merge_method: {method}", document.at, "merge_method")
+    if (wanted := recipe.evaluate) is not None:
+        packages = ("torch", "transformers", *(("lm_eval",) if wanted.tasks else ()))
+        yield Need("eval", packages, "evaluate", wanted.at, "evaluate")
+
+
+def refuse_missing(recipe: Recipe, device: str = "cpu", measured: bool = True) -> None:
+    """Refuse a recipe that takes what is not installed here, with the command that installs it.
+
+    Args:
+        recipe: the recipe.
+        device: where methods compute.
+        measured: whether its evaluation is run here.
+
+    Raises:
+        RecipeError: with a problem for each part that takes it.
+    """
+    asked = [need for need in needs_of(recipe, device) if measured or need.extra != "eval"]
+    if missing := [need for need in asked if need.missing]:
+        raise RecipeError([_refusal(need) for need in missing])
+
+
+def _refusal(need: Need) -> Problem:
+    what = f"{need.what} takes {need.missing}, which is not installed here"
+    return Problem(what, need.at, need.where, f"pip install 'hub-merger[{need.extra}]'")
