@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
-from torch import Tensor, from_numpy
+from torch import Tensor
 
 from merger.methods.registry import methods
-from merger.methods.sparsify import keep_by_rank
-from merger.methods.steps.random import Rng
+from merger.methods.steps.random import Rng, keep_by_rank
 from merger.planning.inputs.base import Job, Operand
 from merger.planning.jobs.common import arguments
 from merger.planning.plan import Plan
@@ -103,7 +102,8 @@ def _entries(plan: Plan, entry: Operand) -> Array:
 
 def _mask(plan: Plan, job: Job, model: int, tensor: Array, given: Mapping[str, Any]) -> Array:
     """Which entries a random method keeps of a model, as 1 and 0: by our own generator, whose draws are no formula."""
-    delta, rng, density = from_numpy(tensor).float(), Rng(plan.seed, job.name), given["density"][model]
+    delta, rng, density = tensor.astype(np.float32), Rng(plan.seed, job.name), given["density"][model]
     if "epsilon" not in given:
-        return np.asarray(rng.keep(model, delta, density).double().numpy())
-    return keep_by_rank(delta, model, density, given["epsilon"][model], rng).reshape(tensor.shape).astype(np.float64)
+        return np.asarray(rng.mask(model, delta.size, density), np.float64).reshape(tensor.shape)
+    kept = keep_by_rank(delta, model, density, given["epsilon"][model], rng)
+    return np.asarray(kept, np.float64).reshape(tensor.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Annotated, Any
@@ -222,13 +222,21 @@ def pcb(
 _EPS = 1e-8
 
 
-def measure_arcee_fusion(blocks: Blocks) -> float:
-    """The threshold of the whole tensor's importances."""
+@dataclass(frozen=True)
+class Outliers:
+    """From which importance on an entry is taken, and the divergence of each row of the whole tensor."""
+
+    threshold: float
+    divergences: NDArray[np.float32] = field(repr=False)
+
+
+def measure_arcee_fusion(blocks: Blocks) -> Outliers:
+    """The threshold of the whole tensor's importances, and what costs more than all the rest."""
     import numpy as np
 
     from merger.methods.steps.select import quartiles
 
-    divergences: list[NDArray[np.float32]] = []  # kept: they cost more than all the rest
+    divergences: list[NDArray[np.float32]] = []
 
     def importances(place: int, block: Sequence[Array]) -> list[Array]:
         if place == len(divergences):
@@ -237,7 +245,7 @@ def measure_arcee_fusion(blocks: Blocks) -> float:
         return [out]
 
     low, median, high = quartiles(Mapped(blocks, importances))
-    return float(np.float32(median + 1.5 * (high - low)))
+    return Outliers(float(np.float32(median + 1.5 * (high - low))), np.concatenate(divergences))
 
 
 @merge_method(
@@ -255,7 +263,7 @@ def measure_arcee_fusion(blocks: Blocks) -> float:
     workspace=24,  # three searches at once, for two inputs
     laws=("zero", "idempotent"),
 )
-def arcee_fusion(tensors: Tensors, *, measured: float | None = None) -> Array:
+def arcee_fusion(tensors: Tensors, *, start: int = 0, measured: Outliers | None = None) -> Array:
     """The base, with the other model's entries where they differ most, in rows that differ most.
 
     The importance of an entry is |b − a| · KL(p ‖ q), with a the base's tensor, b the other's, p and q the softmax of
@@ -273,9 +281,10 @@ def arcee_fusion(tensors: Tensors, *, measured: float | None = None) -> Array:
     array([1., 2., 3., 6.], dtype=float32)
     """
     base, other = (as_rows(tensor) for tensor in tensors)
-    threshold = measure_arcee_fusion([[base, other]]) if measured is None else measured
-    measure_importance(base, other, _divergence([base, other]), importance := new(base))
-    take_important(base, other, importance, threshold, out := new(tensors[0]))
+    found = measured or measure_arcee_fusion([[base, other]])
+    row = start // max(1, base.shape[1])
+    measure_importance(base, other, found.divergences[row : row + len(base)], importance := new(base))
+    take_important(base, other, importance, found.threshold, out := new(tensors[0]))
     return out
 
 

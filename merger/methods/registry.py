@@ -101,7 +101,8 @@ class Method:
     one, reads the blocks of the whole tensor before the function sees the first of them. `check`, if there is one,
     raises ValueError, with a sentence, for arguments that are each in bounds but not together. `workspace` is
     how many float32 blocks the method may hold at once besides its inputs. `spreads` says that it shares out the
-    strength of what it is given among all directions that a matrix can have. `needs` is torch where it is handed
+    strength of what it is given among all directions that a matrix can have. `placed` says that it is told as `start`
+    at which entry of the tensor its block starts; a random one is told by `rng`. `needs` is torch where it is handed
     torch's tensors, and not numpy's arrays.
     """
 
@@ -115,6 +116,7 @@ class Method:
     models: tuple[int, int | None]
     laws: tuple[Law, ...]
     random: bool
+    placed: bool
     unit: Unit
     workspace: int
     paper: Paper | None
@@ -216,7 +218,8 @@ def merge_method(
             base=base or ("subtracted" if takes == "deltas" else "unused"),
             models=models,
             laws=tuple(Law(law) if isinstance(law, str) else law for law in laws),
-            random="rng" in inspect.signature(function).parameters,
+            random="rng" in (given := inspect.signature(function).parameters),
+            placed="start" in given,
             unit=unit,
             workspace=workspace,
             paper=paper,
@@ -304,7 +307,7 @@ def _takes(function: Callable[..., Any]) -> Literal["tensors", "deltas"]:
     return "deltas" if hint is Deltas else "tensors"
 
 
-_GIVEN_BY_THE_ENGINE = ("measured", "rng")
+_GIVEN_BY_THE_ENGINE = ("measured", "rng", "start")
 
 
 def _params(function: Callable[..., Any], described: Mapping[str, str]) -> tuple[Param, ...]:

@@ -47,7 +47,7 @@ def _digest(words: str) -> bytes:
 
 @step("void(uint32[::1], uint32[::1], int64)")
 def draw_words(words: Words, key: Words, first: int) -> None:
-    """Threefry's words of the counters from `first` on: of 16 all first words, then all second; then of 16 more."""
+    """Threefry's words of the counters from `first` on: 16 first words, their second, third, fourth, then 16 more."""
     groups = words.reshape(words.size // (4 * LANES), 4, LANES)
     k0, k1, k2, k3 = key[0], key[1], key[2], key[3]
     for group in range(len(groups)):
