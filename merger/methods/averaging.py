@@ -50,7 +50,6 @@ def linear(tensors: Tensors, weight: PerModel = 1.0, normalize: bool = True) -> 
 
     Args:
         weight: how much of each model goes in.
-        normalize: divide by the sum of the weights, so that only their ratios count.
 
     >>> import numpy as np
     >>> one, other = np.float32([1, 2, 3, 4]), np.float32([5, 2, -1, 0])

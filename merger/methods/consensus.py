@@ -375,10 +375,8 @@ def consensus_ta(
     the default is the middle. λ, too, is picked there, among 0.1, 0.2, ..., 1. Weights are not in the paper.
 
     Args:
-        weight: how much of each task vector goes in.
         k: how many tasks an entry must matter to.
         mask_lambda: how strict each task's mask is; larger keeps fewer entries.
-        lambda_: what the merged task vector is multiplied by before the base is added.
 
     >>> import numpy as np
     >>> one, other = np.float32([1, 2, 0.1, 3]), np.float32([1, 1, 4, -2])
@@ -430,11 +428,9 @@ def consensus_ties(
 
     Args:
         weight: how much each task vector counts, in the vote and in the sum.
-        density: share of entries kept in each task vector, by magnitude.
         k: how many tasks an entry must matter to.
         mask_lambda: how strict each task's mask is; larger keeps fewer entries.
         normalize: divide by the sum of the weights of the models that agree.
-        lambda_: what the merged task vector is multiplied by before the base is added.
 
     >>> import numpy as np
     >>> one, other = np.float32([4, 2, 0.1, 3]), np.float32([4, 1, 5, -2])

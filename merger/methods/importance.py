@@ -197,7 +197,6 @@ def pcb(
     Args:
         weight: what each task vector is multiplied by in the mean.
         density: share of entries kept in each task vector, by score.
-        lambda_: what the merged task vector is multiplied by before the base is added.
 
     >>> import numpy as np
     >>> one, other = np.float32([4, 1, 2, 0.5]), np.float32([2, 1, -5, 0.1])

@@ -307,6 +307,14 @@ def _takes(function: Callable[..., Any]) -> Literal["tensors", "deltas"]:
     return "deltas" if hint is Deltas else "tensors"
 
 
+_COMMON: Mapping[str, str] = {
+    "weight": "how much of each task vector goes in.",
+    "density": "share of entries kept in each task vector, by magnitude.",
+    "normalize": "divide by the sum of the weights, so that only their ratios count.",
+    "lambda_": "what the merged task vector is multiplied by before the base is added.",
+    "rescale": "multiply what is kept, so that its L1 norm is that of the whole task vector.",
+}
+"""What these arguments are wherever a method does not say otherwise."""
 _GIVEN_BY_THE_ENGINE = ("measured", "rng", "start")
 
 
@@ -326,7 +334,8 @@ def _param(function: Callable[..., Any], argument: inspect.Parameter, hint: Any,
     kind: Any = "float" if per_model else getattr(base, "__name__", str(base))
     if kind not in ("float", "int", "bool"):
         raise TypeError(f"{function.__name__}: argument {argument.name!r} has a hint no recipe can fill: {hint}")
-    if argument.name not in described:
+    description = described.get(argument.name, _COMMON.get(argument.name))
+    if description is None:
         raise TypeError(f"{function.__name__}: argument {argument.name!r} is not described under Args:")
     required = argument.default is inspect.Parameter.empty
     bounds = next((extra for extra in extras if isinstance(extra, Range)), None)
@@ -340,7 +349,7 @@ def _param(function: Callable[..., Any], argument: inspect.Parameter, hint: Any,
         required=required,
         default=None if required else argument.default,
         bounds=bounds,
-        description=described[argument.name],
+        description=description,
     )
 
 

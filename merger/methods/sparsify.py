@@ -93,11 +93,7 @@ def dare(
     """A random share of each task vector.
 
     Args:
-        weight: how much of each task vector goes in.
         density: share of entries kept in each task vector, at random.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
         unbiased: rescale by 1 / density, as in the paper, in place of the L1 norms.
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
@@ -230,12 +226,8 @@ def della_rows(
     """A random share of each row of each task vector, the large entries likelier.
 
     Args:
-        weight: how much of each task vector goes in.
         density: share of entries kept in each task vector, at random.
         epsilon: how far the probability of a row's smallest entry lies below the density, and the largest's above.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     epsilons = per_model(epsilon, len(deltas))
@@ -386,12 +378,8 @@ def crumbs(
     """The entries of middle magnitude of each task vector.
 
     Args:
-        weight: how much of each task vector goes in.
         density: share of entries kept in each task vector, by magnitude, the outliers left aside.
         gamma: share of entries dropped as outliers, the largest.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
     """
     models = len(deltas)
     found = measured or measure_breadcrumbs([deltas], per_model(density, models), per_model(gamma, models), rescale)

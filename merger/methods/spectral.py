@@ -69,7 +69,6 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
 
     Args:
         weight: what each task vector is multiplied by.
-        lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
     >>> import numpy as np
@@ -123,7 +122,6 @@ def iso_cts(
     Args:
         weight: what each task vector is multiplied by.
         common: share of the directions that is taken from the sum of the task vectors.
-        lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
     >>> import numpy as np
@@ -202,7 +200,6 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
 
     Args:
         weight: what each task vector is multiplied by.
-        lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
     >>> import numpy as np
@@ -287,7 +284,6 @@ def svc(
         weight: how much of each task vector goes into the merge.
         alpha: the least that a task counts in a direction; smaller raises what the merge weakened.
         merged_first: the first model is the merge to be calibrated, the others are its parents.
-        normalize: divide by the sum of the weights, so that only their ratios count.
         lambda_: what the merged task vector is multiplied by before it is calibrated.
         spectral: treat tensors of two or more dimensions as matrices; false leaves them as merged.
 

@@ -75,7 +75,6 @@ def knots(
         weight: how much each task vector counts, in the vote and in the mean.
         density: share of entries kept in each task vector, by magnitude in the shared basis.
         normalize: divide by the sum of the weights of the models that agree.
-        lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false merges them by ties.
 
     >>> import numpy as np
@@ -174,9 +173,7 @@ def subspace_boosting(
     vectors are raised too.
 
     Args:
-        weight: how much of each task vector goes in.
         beta: share of the sum of the singular values that the strong ones hold; those after them are raised.
-        normalize: divide by the sum of the weights, so that only their ratios count.
         lambda_: what the merged task vector is multiplied by before it is boosted.
         spectral: treat tensors of two or more dimensions as matrices; false leaves them as merged.
 

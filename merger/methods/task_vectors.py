@@ -34,10 +34,6 @@ def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = Fa
     Departs from mergekit: weight may be left out; density and rescale, which it reads and does not use, are no
     parameters.
 
-    Args:
-        weight: how much of each task vector goes in.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
 
     >>> import numpy as np
     >>> one, other = np.float32([1, 0, -2, 4]), np.float32([3, 1, 2, 0])
@@ -115,9 +111,7 @@ def ties(
 
     Args:
         weight: how much each task vector counts, in the vote and in the mean.
-        density: share of entries kept in each task vector, by magnitude.
         normalize: divide by the sum of the weights of the models that agree.
-        lambda_: what the merged task vector is multiplied by before the base is added.
         rescale: multiply each trimmed task vector so that its L1 norm is that of the whole one.
 
     >>> import numpy as np
@@ -171,7 +165,6 @@ def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Arra
 
     Args:
         weight: what each task vector is multiplied by, before magnitudes are compared.
-        lambda_: what the merged task vector is multiplied by before the base is added.
 
     >>> import numpy as np
     >>> one, other = np.float32([4, -1, 2, 0.5]), np.float32([2, 3, -5, -0.1])
@@ -217,7 +210,6 @@ def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
 
     Args:
         weight: what each task vector is multiplied by, before the vote.
-        lambda_: what the merged task vector is multiplied by before the base is added.
 
     >>> import numpy as np
     >>> one, other = np.float32([4, -1, 2, 0.5]), np.float32([2, 3, -5, 0.1])
