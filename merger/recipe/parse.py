@@ -115,7 +115,7 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
     if not tops:
         hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
         raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
-    recipes = [_Reader(top, table).recipe(path, text) for top in tops]
+    recipes = [_recipe(top, table, path, text) for top in tops]
     for top, of in zip(tops, recipes, strict=True):
         if of.lora is not None and len(tops) > 1:
             top.error("an adapter is made by a recipe of one document", "put it into a file of its own")
@@ -160,108 +160,105 @@ class _Scope:
         )
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """One reading of one document, level by level."""
+def _recipe(top: Value, table: Mapping[str, Method], path: str, text: str) -> Recipe:
+    if mixture.is_mixture(top):
+        return _mixture(top, path, text)
+    fields = _fields(top)
+    if fields is None:
+        return Recipe(path, text, (), at=top.at)
+    if "extract_lora" in fields.places:
+        return _extraction(top, path, text, fields)
+    block, levels = read_parameters(fields), _Levels(table)
+    scope = _Scope(None, None, ()).below(fields, block, table)
+    modules = levels.modules(fields, scope)
+    if scope.method is None:
+        _without_method(top, table, modules)
+    levels.block(block, [piece for module in modules for piece in module.slices])
+    made = _of(
+        top,
+        path,
+        text,
+        fields,
+        modules=tuple(replace(of, slices=tuple(map(levels.merging, of.slices))) for of in modules),
+        base_model=scope.base_model,
+        tensors=_tensors(fields),
+        parameters=block.settings,
+        tokenizer=tokenizer(fields),
+    )
+    method = scope.method.method if scope.method else None
+    if method is not None and made.lora is not None and not made.lora.core:
+        checks.few_directions(method, scope.levels, fields.places["adapters"])
+    return made
 
-    top: Value
+
+def _fields(top: Value) -> Fields | None:
+    """The document's keys; None where they make no recipe."""
+    found = top.node if isinstance(top.node, spans.Mapping) else spans.Mapping((), top.at)
+    given = {entry.key: entry for entry in found.entries}
+    if _SEARCH in given:
+        hint = "run the recipe that it found: best_config.yaml in its folder"
+        top.error("this is a search of mergekit-evolve, and no recipe", hint, given[_SEARCH].at)
+        return None
+    for key in checks.OUTDATED.keys() & given.keys():
+        checks.warn_outdated(key, replace(top, node=given[key].value, where=key, key_at=given.pop(key).at))
+    kept = replace(top, node=replace(found, entries=tuple(given.values()))) if given else top
+    return kept.fields("a map with the key merge_method", TOP, _TOP_HINTS)
+
+
+def _mixture(top: Value, path: str, text: str) -> Recipe:
+    fields = top.fields("a map with the key experts", mixture.TOP, mixture.TOP_HINTS)
+    if fields is None:
+        return Recipe(path, text, (), at=top.at)
+    base = fields.need("base_model", "name the model that gives everything but the experts: base_model: org/name")
+    base_model = reference(base) if base else UNREADABLE
+    return _of(top, path, text, fields, modules=(), base_model=base_model, mixture=mixture.mixture(fields))
+
+
+def _of(top: Value, path: str, text: str, fields: Fields, **read: Any) -> Recipe:
+    """The recipe, with what every form says in the same keys."""
+    name, allow = fields.get("name"), fields.get("allow_non_finite")
+    dtype, out_dtype = _dtype(fields, "dtype"), _dtype(fields, "out_dtype")
+    return Recipe(
+        path=path,
+        text=text,
+        **read,
+        name=name.text("a name") if name else None,
+        dtype=out_dtype or dtype,
+        seed=_parse_seed(fields),
+        allow_non_finite=bool(allow.flag()) if allow else False,
+        chat_template=chat_template(fields),
+        evaluate=evaluate(fields),
+        publish=_publish(fields),
+        lora=loras.lora(fields),
+        at=top.at,
+        name_at=name.at if name else None,
+        allow_at=allow.key if allow else None,
+    )
+
+
+def _extraction(top: Value, path: str, text: str, fields: Fields) -> Recipe:
+    """A recipe that takes from a fine-tune what it changed: it merges nothing."""
+    for key in [key for key in fields.places if key not in EXTRACTING]:
+        fields.place.error(f"{key} has no meaning beside extract_lora", "take it out", fields.places[key].key)
+    found, module = loras.read_extraction(fields.places["extract_lora"])
+    return replace(_of(top, path, text, fields, modules=(module,), base_model=_base(module)), lora=found)
+
+
+def _without_method(top: Value, table: Mapping[str, Method], modules: tuple[Module, ...]) -> None:
+    """A recipe may leave out merge_method if every slice names one."""
+    pieces = [piece for module in modules for piece in module.slices]
+    if not pieces or any(not piece.method for piece in pieces):
+        top.error("missing merge_method", f"built so far: {', '.join(table)}")
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """What a recipe is made of: modules, slices, sources, and the parameters of each."""
+
     table: Mapping[str, Method]
 
-    def recipe(self, path: str, text: str) -> Recipe:
-        if mixture.is_mixture(self.top):
-            return self._mixture(path, text)
-        fields = self._fields()
-        if fields is None:
-            return Recipe(path, text, (), at=self.top.at)
-        if "extract_lora" in fields.places:
-            return self._extraction(path, text, fields)
-        block = read_parameters(fields)
-        scope = _Scope(None, None, ()).below(fields, block, self.table)
-        modules = self._modules(fields, scope)
-        if scope.method is None:
-            self._without_method(modules)
-        self._block(block, [piece for module in modules for piece in module.slices])
-        made = self._of(
-            path,
-            text,
-            fields,
-            modules=tuple(replace(of, slices=tuple(map(self._merging, of.slices))) for of in modules),
-            base_model=scope.base_model,
-            tensors=_tensors(fields),
-            parameters=block.settings,
-            tokenizer=tokenizer(fields),
-        )
-        method = scope.method.method if scope.method else None
-        if method is not None and made.lora is not None and not made.lora.core:
-            checks.few_directions(method, scope.levels, fields.places["adapters"])
-        return made
-
-    def _fields(self) -> Fields | None:
-        """The document's keys; None where they make no recipe."""
-        found = self.top.node if isinstance(self.top.node, spans.Mapping) else spans.Mapping((), self.top.at)
-        given = {entry.key: entry for entry in found.entries}
-        if _SEARCH in given:
-            hint = "run the recipe that it found: best_config.yaml in its folder"
-            self.top.error("this is a search of mergekit-evolve, and no recipe", hint, given[_SEARCH].at)
-            return None
-        for key in checks.OUTDATED.keys() & given.keys():
-            checks.warn_outdated(key, replace(self.top, node=given[key].value, where=key, key_at=given.pop(key).at))
-        top = replace(self.top, node=replace(found, entries=tuple(given.values()))) if given else self.top
-        return top.fields("a map with the key merge_method", TOP, _TOP_HINTS)
-
-    def _merging(self, piece: Slice) -> Slice:
-        """The slice; where its method would have one model alone, as passthrough makes it."""
-        method = self.table.get(piece.method)
-        single = checks.alone(piece, method) if method else None
-        if single is None:
-            return piece
-        base = None if single.model == piece.base_model else piece.base_model
-        as_it_is = replace(single, parameters={"scale": Setting((Rule((1.0,)),))})
-        return replace(piece, sources=(as_it_is,), method=PASSTHROUGH, base_model=base)
-
-    def _mixture(self, path: str, text: str) -> Recipe:
-        fields = self.top.fields("a map with the key experts", mixture.TOP, mixture.TOP_HINTS)
-        if fields is None:
-            return Recipe(path, text, (), at=self.top.at)
-        base = fields.need("base_model", "name the model that gives everything but the experts: base_model: org/name")
-        base_model = reference(base) if base else UNREADABLE
-        return self._of(path, text, fields, modules=(), base_model=base_model, mixture=mixture.mixture(fields))
-
-    def _of(self, path: str, text: str, fields: Fields, **read: Any) -> Recipe:
-        """The recipe, with what every form says in the same keys."""
-        name, allow = fields.get("name"), fields.get("allow_non_finite")
-        dtype, out_dtype = _dtype(fields, "dtype"), _dtype(fields, "out_dtype")
-        return Recipe(
-            path=path,
-            text=text,
-            **read,
-            name=name.text("a name") if name else None,
-            dtype=out_dtype or dtype,
-            seed=_parse_seed(fields),
-            allow_non_finite=bool(allow.flag()) if allow else False,
-            chat_template=chat_template(fields),
-            evaluate=evaluate(fields),
-            publish=_publish(fields),
-            lora=loras.lora(fields),
-            at=self.top.at,
-            name_at=name.at if name else None,
-            allow_at=allow.key if allow else None,
-        )
-
-    def _extraction(self, path: str, text: str, fields: Fields) -> Recipe:
-        """A recipe that takes from a fine-tune what it changed: it merges nothing."""
-        for key in [key for key in fields.places if key not in EXTRACTING]:
-            fields.place.error(f"{key} has no meaning beside extract_lora", "take it out", fields.places[key].key)
-        found, module = loras.read_extraction(fields.places["extract_lora"])
-        return replace(self._of(path, text, fields, modules=(module,), base_model=_base(module)), lora=found)
-
-    def _without_method(self, modules: tuple[Module, ...]) -> None:
-        """A recipe may leave out merge_method if every slice names one."""
-        pieces = [piece for module in modules for piece in module.slices]
-        if not pieces or any(not piece.method for piece in pieces):
-            self.top.error("missing merge_method", f"built so far: {', '.join(self.table)}")
-
-    def _modules(self, fields: Fields, scope: _Scope) -> tuple[Module, ...]:
+    def modules(self, fields: Fields, scope: _Scope) -> tuple[Module, ...]:
+        """Those of the one form that the recipe is written in."""
         return tuple(module for key in _form(fields, FORMS) for module in self._read_form(key, fields, scope))
 
     def _read_form(self, key: str, fields: Fields, scope: _Scope) -> list[Module]:
@@ -291,7 +288,7 @@ class _Reader:
         scope = replace(scope, levels=(block.settings, *scope.levels))
         given = [(key, fields.places[key]) for key in _form(fields, ("models", "slices"))]
         pieces = tuple(piece for key, form in given for piece in self._slices(key, form, scope))
-        self._block(block, pieces)
+        self.block(block, pieces)
         return Module(name, pieces, block.settings, place.key)
 
     def _slices(self, key: str, place: Value, scope: _Scope) -> tuple[Slice, ...]:
@@ -323,7 +320,7 @@ class _Reader:
         places = listed.items("a list of sources, each with model and layer_range", identity) if listed else []
         sources = [self._source(item, scope, SOURCE) for item in places]
         piece = self._piece(scope, block, sources, listed or place, places)
-        self._block(block, [piece])
+        self.block(block, [piece])
         return replace(piece, at=place.at)
 
     def _piece(
@@ -357,7 +354,17 @@ class _Reader:
             range_at=ranged.at if ranged else None,
         )
 
-    def _block(self, block: SettingsBlock, pieces: Sequence[Slice]) -> None:
+    def merging(self, piece: Slice) -> Slice:
+        """The slice; where its method would have one model alone, as passthrough makes it."""
+        method = self.table.get(piece.method)
+        single = checks.alone(piece, method) if method else None
+        if single is None:
+            return piece
+        base = None if single.model == piece.base_model else piece.base_model
+        as_it_is = replace(single, parameters={"scale": Setting((Rule((1.0,)),))})
+        return replace(piece, sources=(as_it_is,), method=PASSTHROUGH, base_model=base)
+
+    def block(self, block: SettingsBlock, pieces: Sequence[Slice]) -> None:
         """Look at a level's parameters with the methods in force anywhere below it."""
         checks.check_block(block, [self.table.get(piece.method) for piece in pieces], self.table)
 

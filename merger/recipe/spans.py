@@ -120,6 +120,7 @@ _SCALARS = {
 }
 _NUMBERS = (_TAG + "int", _TAG + "float")
 _MERGE = _TAG + "merge"
+_RESOLVER: Any = yaml.SafeLoader("")  # knows what words stand for, and keeps nothing of what it is asked
 
 
 class _Lines:
@@ -149,7 +150,6 @@ class _Reader:
     def __init__(self, text: str, lines: _Lines) -> None:
         self.text = text
         self.lines = lines
-        self.resolver: Any = yaml.SafeLoader("")
         self.events: Iterator[Any] = iter(())
         self.anchors: dict[str, _Anchor] = {}
         self.size = 0
@@ -214,30 +214,17 @@ class _Reader:
             what = f"the recipe holds more than {MAX_NODES:,} values, each alias counted as what it stands for"
             self._stop(what, at, "use fewer or smaller aliases")
 
-    def _tag(self, event: Any) -> str:
-        if event.tag not in (None, "!"):
-            return str(event.tag)
-        return str(self.resolver.resolve(yaml.ScalarNode, event.value, event.implicit))
-
     def _scalar(self, event: Any, at: Span) -> Scalar:
-        tag = self._tag(event)
+        tag = _tag(event)
         if tag not in _SCALARS:
             self._unknown_tag(tag, at)
             return Scalar(event.value, at)
         try:
-            return Scalar(self._value(tag, event.value), at)
+            return Scalar(_value(tag, event.value), at)
         except (ValueError, LookupError, AttributeError, ArithmeticError):
             # what PyYAML's constructors raise at 2024-13-45 or !!bool maybe
             self._note(f"{quoted_short(event.value)} is not {_SCALARS[tag]}", at, "put it in quotes if it is text")
             return Scalar(event.value, at)
-
-    def _value(self, tag: str, text: str) -> Value:
-        if tag not in (_TAG + "str", _TAG + "null") and len(text) > MAX_DIGITS:
-            raise ValueError("too long")
-        if tag in _NUMBERS and ":" in text:
-            return text
-        value: Value = self.resolver.yaml_constructors[tag](self.resolver, yaml.ScalarNode(tag, text))
-        return value
 
     def _collection_tag(self, event: Any, kind: str, at: Span) -> None:
         if event.tag not in (None, "!", _TAG + kind):
@@ -259,7 +246,7 @@ class _Reader:
         merged: dict[str, Entry] = {}
         own: dict[str, Entry] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
-            merge = isinstance(event, yaml.ScalarEvent) and self._tag(event) == _MERGE
+            merge = isinstance(event, yaml.ScalarEvent) and _tag(event) == _MERGE
             key_at = self.lines.span(event.start_mark.index)
             key = None if merge else self._key(self._node(event, depth + 1), key_at, own)
             value = self._node(next(self.events), depth + 1)
@@ -305,6 +292,21 @@ class _Reader:
             self._stop("YAML does not indent by tabs", self.lines.span(offset), "replace the tab by spaces")
         context = f" {error.context}" if error.context else ""
         self._stop(f"not valid YAML: {error.problem}{context}", self.lines.span(offset), _yaml_hint(error))
+
+
+def _tag(event: Any) -> str:
+    if event.tag not in (None, "!"):
+        return str(event.tag)
+    return str(_RESOLVER.resolve(yaml.ScalarNode, event.value, event.implicit))
+
+
+def _value(tag: str, text: str) -> Value:
+    if tag not in (_TAG + "str", _TAG + "null") and len(text) > MAX_DIGITS:
+        raise ValueError("too long")
+    if tag in _NUMBERS and ":" in text:
+        return text
+    value: Value = _RESOLVER.yaml_constructors[tag](_RESOLVER, yaml.ScalarNode(tag, text))
+    return value
 
 
 def _yaml_hint(error: yaml.MarkedYAMLError) -> str:

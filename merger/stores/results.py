@@ -113,7 +113,7 @@ class ResultFolder:
     def leftovers(self) -> list[Leftover]:
         """The work of a run that is not finished."""
         with self.refusals():
-            return _Work.leftover(self.folder)
+            return _leftover(self.folder)
 
     def clean(self, leftover: Leftover) -> None:
         """Remove it, unless a run is at work there."""
@@ -161,20 +161,6 @@ class _Work:
             os.close(opened)
             raise self._busy()
         self._lock: int | None = opened  # the system takes it back when this process ends, however it ends
-
-    @staticmethod
-    def leftover(folder: Path) -> list[Leftover]:
-        """What lies beside a result of a run that is not finished."""
-        place = _place_beside(folder)
-        if not (place / _MARK).is_file():
-            return []
-        shards = _written_down(place / "done").values()
-        opened = os.open(place / _MARK, os.O_RDWR)
-        try:
-            busy = not _flock(opened, fcntl.LOCK_EX)
-        finally:
-            os.close(opened)
-        return [Leftover(str(place), len(shards), sum(shard.size for shard in shards), busy)]
 
     def _busy(self) -> UploadError:
         what = f"another run is writing to {self._folder.name!r}"
@@ -349,6 +335,20 @@ class FolderSession:
     def leave(self) -> None:
         """Remove what is not finished."""
         self._work.leave()
+
+
+def _leftover(folder: Path) -> list[Leftover]:
+    """What lies beside a result of a run that is not finished."""
+    place = _place_beside(folder)
+    if not (place / _MARK).is_file():
+        return []
+    shards = _written_down(place / "done").values()
+    opened = os.open(place / _MARK, os.O_RDWR)
+    try:
+        busy = not _flock(opened, fcntl.LOCK_EX)
+    finally:
+        os.close(opened)
+    return [Leftover(str(place), len(shards), sum(shard.size for shard in shards), busy)]
 
 
 def _place_beside(folder: Path) -> Path:

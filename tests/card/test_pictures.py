@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import tiny
+from matplotlib.figure import Figure
 from PIL import Image
 
 import merger
@@ -101,6 +102,18 @@ def test_names_are_drawn_as_they_are() -> None:
     assert texts(portrait(family)) == ["$x^2$", "<b>_y_ & 名", "$z$"]
     chart = Picture("x", "", partial(plots._paint_movement, found=[track("_one", 3), track("$two$", 3)]), ("svg",))
     assert texts(chart)[-2:] == ["\u200b_one", "$two$"]
+
+
+def test_the_layers_of_a_stack_are_joined_by_a_line() -> None:
+    """One line for each stack, and a mark without one for what lies outside of them."""
+    apart = Apart(0.1, 10.0, 0.5, 1.0, 1.0, 1, 10)
+    layers = {
+        OUTSIDE: apart,
+        **{(stack, at): apart for stack, most in (("encoder", 3), ("decoder", 5)) for at in range(most)},
+    }
+    figure = Figure()
+    plots._paint_movement(figure, [Track("one", layers)])
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [5, 3, 1, 0]  # the last is the legend's
 
 
 def test_every_picture_of_a_card_lies_beside_it(tmp_path: Path) -> None:

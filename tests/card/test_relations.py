@@ -16,7 +16,7 @@ from torch import Tensor
 import merger
 from merger.cli.commands import main
 from merger.engine.execute import Observed
-from merger.engine.geometry import observe
+from merger.engine.geometry import measure_geometry, observe
 from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry, dump_geometry, load_geometry, total_geometry
 from merger.run.options import Options
@@ -161,6 +161,22 @@ def test_threads_do_not_change_what_is_seen(tmp_path: Path) -> None:
         assert result.doubts == ()
     assert seen[0] == seen[1]
     assert len(seen[0]) > 10
+
+
+def test_a_sample_tells_what_the_parents_changed_of_the_base(tmp_path: Path) -> None:
+    """As of the whole tensors, where they are no larger than what is read of each."""
+    (tmp_path / "mine.yaml").write_text(
+        f"merge_method: task_arithmetic\nbase_model: {ZOO}/base\n"
+        f"models: [{{model: {ZOO}/kjv}}, {{model: {ZOO}/python}}]\nparameters: {{weight: 0.5}}\n"
+    )
+    base, *parents = ({name: each.float().numpy() for name, each in tiny.read(ZOO / of).items()}
+                      for of in ("base", "kjv", "python"))  # fmt: skip
+    sampled = dict(measure_geometry(*plan(read_recipe(tmp_path / "mine.yaml"), Options())))
+    small = {name: seen for name, seen in sampled.items() if base[name].size < 16_384}
+    assert len(small) > 5
+    for name, seen in small.items():
+        deltas = [parent[name] - base[name] for parent in parents]
+        assert seen == observe(deltas, np.zeros_like(base[name]), 0, base[name].size), name
 
 
 def test_plan_looks_at_the_parents_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

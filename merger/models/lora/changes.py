@@ -56,10 +56,10 @@ def changes(adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping
     Raises:
         ModelError: some part of it has no place in the model, or does not fit there.
     """
-    fitting = _Fitting(adapter, tensors, config)
-    found = fitting.changes()
-    if fitting.problems:
-        raise ModelError(fitting.problems)
+    places = _Places(adapter, tensors, config)
+    found = _Fitting(places).changes()
+    if places.problems:
+        raise ModelError(places.problems)
     return found
 
 
@@ -92,65 +92,24 @@ def _end(name: str) -> tuple[str, ...]:
     return tuple(name.split(".")[-2:])
 
 
-class _Fitting:
-    """One adapter held against one model."""
+class _Places:
+    """The tensors of one model by the names of one adapter; what has no place, or not one alone, is told."""
 
     def __init__(self, adapter: Adapter, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
-        self._tensors, self._config = dict(tensors), config
+        self.tensors, self.config = dict(tensors), config
         self._stacks = {name: Home(parts) for name, parts in join(tensors).items()} if adapter.parameters else {}
-        self._adapter = adapter = _with_parameters_of(adapter, [*self._tensors, *self._stacks])
+        self.adapter = adapter = _with_parameters_of(adapter, [*self.tensors, *self._stacks])
         self._counterparts = counterparts(_wanted_shapes(adapter), self._shapes())
         self._taken: dict[str, str] = {}
-        self._homeless: list[str] = []
-        self._unclear: list[str] = []
+        self.homeless: list[str] = []
+        self.unclear: list[str] = []
         self.problems: list[Problem] = []
-
-    def changes(self) -> dict[str, Change]:
-        found: dict[str, Change] = {}
-        for name, tensor in self._adapter.whole.items():
-            if is_head(name) and is_tied(self._config) and self._adapter.tied:
-                continue
-            place = self._own_head(name) or self._place(name, tensor)
-            if place is not None and self._can_replace(place, tensor):
-                found[place.name] = Change(whole=tensor)
-                self._tensors[place.name] = replace(place, shape=tensor.shape)
-        self._rows(found)
-        added = {name: module for name, module in self._adapter.modules.items() if not self._is_copy(name)}
-        places = [(module, self._place(f"{name}.weight", module.a)) for name, module in added.items()]
-        settled = [(module, place) for module, place in places if place is not None and self._fits(module, place)]
-        usual = self._usually_turned(settled)
-        for module, place in settled:
-            transposed = self._transposed(module, place, usual)
-            if transposed and module.magnitude is not None:
-                self._refuse(f"{module.name} has DoRA and its inputs first, which is not built", MERGE_FIRST)
-            found[place.name] = replace(found.get(place.name, Change()), low_rank=module, transposed=transposed)
-            self._bias(module, found)
-        self._parameters(found)
-        self._tell_unplaced()
-        return found
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Those of the model's tensors, and of what its experts have together."""
-        return {name: held.shape for of in (self._tensors, self._stacks) for name, held in of.items()}
+        return {name: held.shape for of in (self.tensors, self._stacks) for name, held in of.items()}
 
-    def _parameters(self, found: dict[str, Change]) -> None:
-        """What is added to parameters: to a tensor each, or to those of all experts."""
-        homes = self._homes([name for one in self._adapter.parameters for name in one.named])
-        transposed = self._transposed_experts(homes)
-        for held in self._adapter.parameters:
-            orders = held.orders(homes, transposed)
-            if not any(name in homes for name in held.named):
-                self._homeless += [] if self._unclear else [held.pairs[0][0].name]
-            elif not orders:
-                self._refuse(_misfit(held, homes), f"take the model that it was trained on{self._told_model()}")
-            elif len(orders) > 1:
-                one, other = next(two for two in zip(*orders[:2], strict=True) if two[0] != two[1])
-                self._unclear.append(f"{one.a.name} changes {one.name} or {other.name}")
-            else:
-                for module in orders[0]:
-                    self._add(module, homes[module.name], transposed, found)
-
-    def _homes(self, names: Sequence[str]) -> dict[str, Home]:
+    def homes(self, names: Sequence[str]) -> dict[str, Home]:
         """Where parameters are: what the model calls so, else what it calls so in another block of experts."""
         shapes = self._shapes()
         theirs, ours = without_blocks(names), defaultdict(list)
@@ -162,10 +121,107 @@ class _Fitting:
             alike = [one for of in found.get(theirs.get(name, ""), ()) for one in ours[of]]
             places = self._counterparts[name] or alike
             if len(places) > 1:
-                self._unclear.append(f"{name} is {places[0]} or {places[1]}")
+                self.unclear.append(f"{name} is {places[0]} or {places[1]}")
             elif places:
-                homes[name] = self._stacks.get(places[0]) or Home([(self._tensors[places[0]],)])
+                homes[name] = self._stacks.get(places[0]) or Home([(self.tensors[places[0]],)])
         return homes
+
+    def refuse(self, what: str, hint: str) -> None:
+        """A part does not fit, or cannot be told."""
+        self.problems.append(Problem(what, hint=hint))
+
+    def place(self, name: str, tensor: TensorInfo) -> TensorInfo | None:
+        """The model's tensor that the adapter calls `name`."""
+        places = self._counterparts[name]
+        if (head := self.own_head(name)) is not None:
+            return replace(head, shape=self.adapter.whole.get(name, head).shape)
+        if not places:
+            self.homeless.append(tensor.name)
+            return None
+        if len(places) > 1:
+            self.unclear.append(f"{tensor.name} changes {places[0]} or {places[1]}")
+            return None
+        place = self.tensors[places[0]]
+        return place if self.takes(place, name) else None
+
+    def takes(self, place: TensorInfo, name: str) -> bool:
+        """Whether a tensor of the model can be changed, and by nothing else."""
+        other = self._taken.setdefault(place.name, name)
+        if other != name:
+            self.unclear.append(f"{other} or {name} changes {place.name}")
+        elif place.dtype not in FLOATS:
+            self.refuse(f"it changes {place.name}, which is stored as {place.dtype}", MERGE_FIRST)
+        return other == name and place.dtype in FLOATS
+
+    def own_head(self, name: str) -> TensorInfo | None:
+        """What a head of its own begins as, where the model's is its embedding."""
+        if not (is_head(name) and is_tied(self.config)):
+            return None
+        found = [tensor for of, tensor in self.tensors.items() if is_embedding(of)]
+        return replace(found[0], name=name) if len(found) == 1 else None
+
+    def tell_unplaced(self) -> None:
+        """All at once, in the end."""
+        if self.unclear:
+            rest = f", and so of {len(self.unclear) - 1} more" if len(self.unclear) > 1 else ""
+            self.refuse(f"the adapter's names do not tell whether {self.unclear[0]}{rest}", MERGE_FIRST)
+        if self.homeless:
+            names, more = self.homeless[:SHOWN], len(self.homeless) - SHOWN
+            told = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+            hint = self.its_model()
+            self.refuse(f"the model has no place for {told}", hint)
+
+    def its_model(self) -> str:
+        """The hint to take the model that the adapter names."""
+        return "take the model that it was trained on" + (f": {self.adapter.model}" if self.adapter.model else "")
+
+
+class _Fitting:
+    """One adapter held against one model."""
+
+    def __init__(self, places: _Places) -> None:
+        self._places, self._adapter, self._config = places, places.adapter, places.config
+
+    def changes(self) -> dict[str, Change]:
+        found: dict[str, Change] = {}
+        for name, tensor in self._adapter.whole.items():
+            if is_head(name) and is_tied(self._config) and self._adapter.tied:
+                continue
+            place = self._places.own_head(name) or self._places.place(name, tensor)
+            if place is not None and self._can_replace(place, tensor):
+                found[place.name] = Change(whole=tensor)
+                self._places.tensors[place.name] = replace(place, shape=tensor.shape)
+        self._rows(found)
+        added = {name: module for name, module in self._adapter.modules.items() if not self._is_copy(name)}
+        places = [(module, self._places.place(f"{name}.weight", module.a)) for name, module in added.items()]
+        settled = [(module, place) for module, place in places if place is not None and self._fits(module, place)]
+        usual = self._usually_turned(settled)
+        for module, place in settled:
+            transposed = self._transposed(module, place, usual)
+            if transposed and module.magnitude is not None:
+                self._places.refuse(f"{module.name} has DoRA and its inputs first, which is not built", MERGE_FIRST)
+            found[place.name] = replace(found.get(place.name, Change()), low_rank=module, transposed=transposed)
+            self._bias(module, found)
+        self._parameters(found)
+        self._places.tell_unplaced()
+        return found
+
+    def _parameters(self, found: dict[str, Change]) -> None:
+        """What is added to parameters: to a tensor each, or to those of all experts."""
+        homes = self._places.homes([name for one in self._adapter.parameters for name in one.named])
+        transposed = self._transposed_experts(homes)
+        for held in self._adapter.parameters:
+            orders = held.orders(homes, transposed)
+            if not any(name in homes for name in held.named):
+                self._places.homeless += [] if self._places.unclear else [held.pairs[0][0].name]
+            elif not orders:
+                self._places.refuse(_misfit(held, homes), self._places.its_model())
+            elif len(orders) > 1:
+                one, other = next(two for two in zip(*orders[:2], strict=True) if two[0] != two[1])
+                self._places.unclear.append(f"{one.a.name} changes {one.name} or {other.name}")
+            else:
+                for module in orders[0]:
+                    self._add(module, homes[module.name], transposed, found)
 
     def _transposed_experts(self, homes: Mapping[str, Home]) -> bool:
         """Whether experts that are in one tensor have their inputs first: all or none, as the shapes tell."""
@@ -176,12 +232,12 @@ class _Fitting:
         if len(ways) == 2 and self._config.get("model_type") not in TURNED_EXPERTS:
             first = stacks[0].pairs[0]
             what = f"{first[0].name} and {first[1].name} fit the model's experts either way round"
-            self._refuse(what, MERGE_FIRST)
+            self._places.refuse(what, MERGE_FIRST)
         return len(ways) == 2
 
     def _add(self, module: AdaptedModule, home: Home, transposed: bool, found: dict[str, Change]) -> None:
         for tensor, share in home.shares(module):
-            if self._takes(tensor, module.name):
+            if self._places.takes(tensor, module.name):
                 found[tensor.name] = replace(
                     found.get(tensor.name, Change()), low_rank=share, transposed=transposed and home.is_stack
                 )
@@ -191,52 +247,19 @@ class _Fitting:
         for name, tokens in self._adapter.tokens.items():
             if is_head(name) and is_tied(self._config) and tokens.numbers in self._of_embeddings():
                 continue
-            place = self._place(name, tokens.rows)
+            place = self._places.place(name, tokens.rows)
             if place is None:
                 continue
             last = max(tokens.numbers, default=-1)
             if last >= place.shape[0] or tokens.rows.shape[1:] != place.shape[1:]:
                 rows = f"it has rows of {tokens.rows.shape[-1]} numbers up to row {last}"
                 what = f"{rows} for {name}, but the model's {place.name} is {dims(place.shape)}"
-                self._refuse(what, f"take the model that it was trained on{self._told_model()}")
+                self._places.refuse(what, self._places.its_model())
             else:
                 found[place.name] = replace(found.get(place.name, Change()), tokens=tokens)
 
     def _of_embeddings(self) -> list[tuple[int, ...]]:
         return [tokens.numbers for name, tokens in self._adapter.tokens.items() if is_embedding(name)]
-
-    def _refuse(self, what: str, hint: str) -> None:
-        self.problems.append(Problem(what, hint=hint))
-
-    def _place(self, name: str, tensor: TensorInfo) -> TensorInfo | None:
-        """The model's tensor that the adapter calls `name`."""
-        places = self._counterparts[name]
-        if (head := self._own_head(name)) is not None:
-            return replace(head, shape=self._adapter.whole.get(name, head).shape)
-        if not places:
-            self._homeless.append(tensor.name)
-            return None
-        if len(places) > 1:
-            self._unclear.append(f"{tensor.name} changes {places[0]} or {places[1]}")
-            return None
-        place = self._tensors[places[0]]
-        return place if self._takes(place, name) else None
-
-    def _takes(self, place: TensorInfo, name: str) -> bool:
-        """Whether a tensor of the model can be changed, and by nothing else."""
-        other = self._taken.setdefault(place.name, name)
-        if other != name:
-            self._unclear.append(f"{other} or {name} changes {place.name}")
-        elif place.dtype not in FLOATS:
-            self._refuse(f"it changes {place.name}, which is stored as {place.dtype}", MERGE_FIRST)
-        return other == name and place.dtype in FLOATS
-
-    def _own_head(self, name: str) -> TensorInfo | None:
-        """What a head of its own begins as, where the model's is its embedding."""
-        if not (is_head(name) and is_tied(self._config)):
-            return None
-        found = [tensor for of, tensor in self._tensors.items() if is_embedding(of)]
-        return replace(found[0], name=name) if len(found) == 1 else None
 
     def _is_copy(self, name: str) -> bool:
         """Whether a module is a tied head that gets what the embedding gets: PEFT saves that once more."""
@@ -247,10 +270,10 @@ class _Fitting:
         """Whether a tensor can stand in the model's place: of its shape, or an embedding or head of other tokens."""
         same = tensor.shape == place.shape or (_is_of_tokens(place) and tensor.shape[1:] == place.shape[1:])
         if tensor.dtype not in FLOATS:
-            self._refuse(f"{tensor.name} is stored as {tensor.dtype}, which is not read", MERGE_FIRST)
+            self._places.refuse(f"{tensor.name} is stored as {tensor.dtype}, which is not read", MERGE_FIRST)
         elif not same:
             what = f"{tensor.name} is {dims(tensor.shape)}, but the model's {place.name} {dims(place.shape)}"
-            self._refuse(what, f"take the model that it was trained on{self._told_model()}")
+            self._places.refuse(what, self._places.its_model())
         return tensor.dtype in FLOATS and same
 
     def _fits(self, module: AdaptedModule, place: TensorInfo) -> bool:
@@ -260,10 +283,10 @@ class _Fitting:
             return True
         product = "x".join(map(str, allowed[0]))
         what = f"{module.name}: B A is {product}, but the model's {place.name} is {dims(place.shape)}"
-        hint = f"take the model that it was trained on{self._told_model()}"
+        hint = self._places.its_model()
         if _is_of_tokens(place):
             hint += "; if it was given tokens before, give it those first (resize_token_embeddings in transformers)"
-        self._refuse(what, hint)
+        self._places.refuse(what, hint)
         return False
 
     def _usually_turned(self, settled: Iterable[tuple[AdaptedModule, TensorInfo]]) -> bool:
@@ -280,22 +303,9 @@ class _Fitting:
     def _bias(self, module: AdaptedModule, found: dict[str, Change]) -> None:
         if module.bias is None:
             return
-        place = self._place(f"{module.name}.bias", module.bias)
+        place = self._places.place(f"{module.name}.bias", module.bias)
         if place is not None and self._can_replace(place, module.bias):
             found[place.name] = replace(found.get(place.name, Change()), added=module.bias, scale=module.scale)
-
-    def _tell_unplaced(self) -> None:
-        if self._unclear:
-            rest = f", and so of {len(self._unclear) - 1} more" if len(self._unclear) > 1 else ""
-            self._refuse(f"the adapter's names do not tell whether {self._unclear[0]}{rest}", MERGE_FIRST)
-        if self._homeless:
-            names, more = self._homeless[:SHOWN], len(self._homeless) - SHOWN
-            told = ", ".join(names) + (f" and {more} more" if more > 0 else "")
-            hint = f"take the model that it was trained on{self._told_model()}"
-            self._refuse(f"the model has no place for {told}", hint)
-
-    def _told_model(self) -> str:
-        return f": {self._adapter.model}" if self._adapter.model else ""
 
 
 def _misfit(held: AdaptedParameters, homes: Mapping[str, Home]) -> str:

@@ -117,7 +117,7 @@ class Filling:
         """What the recipe says of a row: the model, or zeros; its row there; and whether it holds for all models."""
         problems: list[Problem] = []
         found = {
-            self.whole.ids[row.token]: (*self._place(row, row.source, problems), row.force)
+            self.whole.ids[row.token]: (*_place(self, row, row.source, problems), row.force)
             for row in self.block.tokens
             if row.source is not None
         }
@@ -125,28 +125,12 @@ class Filling:
             raise RecipeError(problems)
         return found
 
-    def _place(self, row: TokenRow, source: TokenOf | str, problems: list[Problem]) -> tuple[int, int]:
-        if not isinstance(source, TokenOf):
-            return _ZEROS, 0
-        number = self.locked.index(source.model)
-        model, held = self.locked.numbered(number), self.known[number]
-        token = row.token if source.token is None else source.token
-        found = held.ids.get(token, -1) if source.id is None else source.id
-        if 0 <= found < (model.token_rows or 0):
-            return number, found
-        named = f"token {token!r}" if source.id is None else f"row {source.id}"
-        what = f"{model.name} has no {named}" + ("" if found < 0 else f": its embedding has {model.token_rows:,} rows")
-        added = ", ".join(list(held.added)[:_TOKENS_SHOWN]) or "none"
-        hint = f"its added tokens: {added}" if found < 0 else "name a token by its text: token: TOKEN"
-        problems.append(Problem(what, row.at, f"tokenizer.tokens.{row.token}", hint))
-        return _ZEROS, 0
-
     def map(self, number: int) -> RowMap:
         """The rows that make the result's, as this model sees them; leaves are numbers of models."""
         tensors, rows = self._single(number)
         nobody = np.flatnonzero(tensors == _NOBODY)
         tokens = nobody[nobody < self.whole.size]
-        split = self._subwords(number, tokens if self.block.missing == "subword" else tokens[:0])
+        split = _subwords(self, number, tokens if self.block.missing == "subword" else tokens[:0])
         given = {"zero": tokens, "subword": split.places, "omp": self._to_pursue(tokens)}
         averaged = np.setdiff1d(nobody, given.get(self.block.missing, tokens[:0]))
         tensors[averaged], rows[averaged] = number, ALL_ROWS
@@ -169,25 +153,6 @@ class Filling:
         has = self.own[:, places] >= 0
         token, model = np.nonzero(has.T)
         return _Means(places, has.sum(axis=0), np.array(self.merged)[model], self.own[model, places[token]])
-
-    def _subwords(self, number: int, places: Numbers) -> _Means:
-        """The means of the pieces that the model's own tokenizer splits the tokens into."""
-        model = self.locked.numbered(number)
-        text = model.tokenizer_model.texts.get(TOKENIZER)
-        if not len(places):
-            return _Means(places, places, places, places)
-        if text is None:
-            what = f"{model.name} has no {TOKENIZER} to split tokens by"
-            raise ModelError(Problem(what, self.block.at, "tokenizer.missing", "write missing: mean"))
-        try:
-            found = split_tokens(text, [self.whole.tokens[place] or "" for place in places], self.whole.spelling)
-        except ValueError as error:
-            what = f"{model.name}: {error}"
-            raise ModelError(Problem(what, self.block.at, "tokenizer.missing", "write missing: mean")) from None
-        kept = [[row for row in of if row < (model.token_rows or 0)] for of in found]
-        counts = np.array([len(of) for of in kept])
-        rows = np.array([row for of in kept for row in of], dtype=np.int64)
-        return _Means(places[counts > 0], counts[counts > 0], np.full(len(rows), number), rows)
 
     def _to_pursue(self, tokens: Numbers) -> Numbers:
         """Those tokens that the tokenizer's own model has a row for."""
@@ -212,6 +177,43 @@ class Filling:
             hint = "write missing: subword or mean, or take another tokenizer"
             raise RecipeError(Problem(what, self.block.at, "tokenizer.missing", hint))
         return RowPairs(mine[both], self._theirs[both], wanted, self._theirs[wanted])
+
+
+def _place(filling: Filling, row: TokenRow, source: TokenOf | str, problems: list[Problem]) -> tuple[int, int]:
+    if not isinstance(source, TokenOf):
+        return _ZEROS, 0
+    number = filling.locked.index(source.model)
+    model, held = filling.locked.numbered(number), filling.known[number]
+    token = row.token if source.token is None else source.token
+    found = held.ids.get(token, -1) if source.id is None else source.id
+    if 0 <= found < (model.token_rows or 0):
+        return number, found
+    named = f"token {token!r}" if source.id is None else f"row {source.id}"
+    what = f"{model.name} has no {named}" + ("" if found < 0 else f": its embedding has {model.token_rows:,} rows")
+    added = ", ".join(list(held.added)[:_TOKENS_SHOWN]) or "none"
+    hint = f"its added tokens: {added}" if found < 0 else "name a token by its text: token: TOKEN"
+    problems.append(Problem(what, row.at, f"tokenizer.tokens.{row.token}", hint))
+    return _ZEROS, 0
+
+
+def _subwords(filling: Filling, number: int, places: Numbers) -> _Means:
+    """The means of the pieces that the model's own tokenizer splits the tokens into."""
+    model = filling.locked.numbered(number)
+    text = model.tokenizer_model.texts.get(TOKENIZER)
+    if not len(places):
+        return _Means(places, places, places, places)
+    if text is None:
+        what = f"{model.name} has no {TOKENIZER} to split tokens by"
+        raise ModelError(Problem(what, filling.block.at, "tokenizer.missing", "write missing: mean"))
+    try:
+        found = split_tokens(text, [filling.whole.tokens[place] or "" for place in places], filling.whole.spelling)
+    except ValueError as error:
+        what = f"{model.name}: {error}"
+        raise ModelError(Problem(what, filling.block.at, "tokenizer.missing", "write missing: mean")) from None
+    kept = [[row for row in of if row < (model.token_rows or 0)] for of in found]
+    counts = np.array([len(of) for of in kept])
+    rows = np.array([row for of in kept for row in of], dtype=np.int64)
+    return _Means(places[counts > 0], counts[counts > 0], np.full(len(rows), number), rows)
 
 
 def _row_map(tensors: Numbers, rows: Numbers, means: Sequence[_Means]) -> RowMap:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from merger.errors import MismatchError, Problem
@@ -50,12 +51,14 @@ def make_mixture(locked: StagedRecipe, mixture: Mixture, seed: int) -> tuple[Job
     Raises:
         MismatchError: no layout fits, or the models do not fit each other.
     """
-    mixer = _Mixer(locked, mixture, _layout(locked, mixture), seed)
-    jobs = tuple(mixer.jobs())
-    if mixer.problems:
-        raise MismatchError(mixer.problems)
+    mixing = _Mixing(locked, mixture, _layout(locked, mixture))
+    fit = _Fit(mixing)
+    fit.check()
+    if fit.problems:
+        raise MismatchError(fit.problems)
+    jobs = tuple(_Mixer(mixing, seed).jobs())
     layers = tuple((locked.config_model, layer) for layer in range(locked.config_model.architecture.stacks[STACK]))
-    return JobSet(jobs, {STACK: layers}, mixer.has_head, None), mixer.config()
+    return JobSet(jobs, {STACK: layers}, mixing.has_head, None), mixing.config()
 
 
 # ---- the layout -----------------------------------------------------------------------------------------------------
@@ -102,143 +105,124 @@ def _types(locked: StagedRecipe) -> list[Any]:
     return list(dict.fromkeys(config.get("model_type", "of no known kind") for config in configs))
 
 
-# ---- the jobs -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Mixing:
+    """A mixture of a recipe's models, in a layout."""
 
+    locked: StagedRecipe
+    mixture: Mixture
+    layout: Layout
 
-class _Mixer:
-    """Walks the base model once; jobs come out, problems are kept."""
-
-    def __init__(self, locked: StagedRecipe, mixture: Mixture, layout: Layout, seed: int) -> None:
-        self._locked, self._mixture, self._layout, self._seed = locked, mixture, layout, seed
-        self._base = locked.config_model
-        self._dtype = DTYPES[locked.recipe.dtype] if locked.recipe.dtype else None
-        self.problems: list[Problem] = []
+    @property
+    def base(self) -> LockedModel:
+        """What gives everything but the experts."""
+        return self.locked.config_model
 
     @property
     def has_head(self) -> bool:
         """Whether the base model's head is a tensor of its own."""
-        return self._base.head is not None and not self._base.is_tied
-
-    def jobs(self) -> Iterator[Job]:
-        """In the order of the output: embedding, layers, norm and head; none that do not fit."""
-        self._check_base()
-        for expert in {expert.source_model: expert for expert in reversed(self._mixture.experts)}.values():
-            self._check_expert(expert, self._middle)
-        for expert in self._mixture.shared_experts:
-            self._check_expert(expert, _middle(self._locked.model(expert.source_model)))
-        self._check_config()
-        if self.problems:
-            return
-        yield self._copy(EMBEDDING, self._base.checkpoint.tensors[EMBEDDING])
-        for layer in range(self._base.architecture.stacks[STACK]):
-            yield from self._layer(layer)
-        for name in (NORM, *((HEAD,) if self.has_head else ())):
-            yield self._copy(name, self._base.checkpoint.tensors[name])
-
-    def _layer(self, layer: int) -> Iterator[Job]:
-        held = {self._role(tensor): tensor for tensor in self._base.layer(STACK, layer)}
-        for role in self._layout.roles:
-            name = _at(layer, role)
-            if role in held:
-                yield self._copy(name, held[role])
-            elif self._layout.zeros and role in BIASES:
-                beside = held[BIASES[role]]
-                yield self._job(name, Zeros(beside.shape[:1], beside.dtype), beside.dtype)
-        yield self._router(layer, self._layout.router, self._mixture.experts)
-        for number, expert in enumerate(self._mixture.experts):
-            for matrix in MATRICES:
-                yield self._matrix(expert, layer, matrix, self._layout.expert_role(number, matrix))
-        for expert in self._mixture.shared_experts:
-            for matrix in MATRICES:
-                yield self._matrix(expert, layer, matrix, self._layout.shared_role(matrix))
-            if self._layout.shared_router is not None:
-                yield self._router(layer, self._layout.shared_router, (expert,))
-
-    def _copy(self, name: str, tensor: TensorInfo) -> Job:
-        return self._job(name, self._locked.source(self._locked.index(self._base.ref), tensor), tensor.dtype)
-
-    def _job(self, name: str, source: Input, dtype: str, scale: float = 1.0) -> Job:
-        """The job of a tensor, in the recipe's dtype or the one that the base model has in its place."""
-        return Job(name, self._dtype or dtype, source.shape, PASSTHROUGH, (Operand(source, {"scale": scale}),))
-
-    def _matrix(self, expert: Expert, layer: int, matrix: str, role: str) -> Job:
-        name, number = _at(layer, role), self._locked.index(expert.source_model)
-        tensor = self._locked.numbered(number).checkpoint.tensors[_at(layer, matrix)]
-        source: Input = self._locked.source(number, tensor)
-        if expert.noise_scale:
-            source = Noised(source, Drawn(tensor.shape, "normal", expert.noise_scale, self._seed, name))
-        return self._job(name, source, self._mlps, expert.residual_scale if matrix == DOWN else 1.0)
+        return self.base.head is not None and not self.base.is_tied
 
     @property
-    def _mlps(self) -> str:
+    def mlps(self) -> str:
         """The dtype of the base model's MLPs, which all experts and routers have."""
-        return self._base.dtypes[STACK, GATE]
-
-    def _router(self, layer: int, role: str, experts: Sequence[Expert]) -> Job:
-        name, size, mode = _at(layer, role), (len(experts), self._width), self._mixture.gate_mode
-        source: Input
-        if mode == "random":
-            source = Drawn(size, "normal", 1.0, self._seed, name)
-        elif mode == "uniform_random":
-            source = Drawn(size, "uniform", 1 / math.sqrt(self._width), self._seed, name)
-        else:
-            prompts = tuple((expert.positive_prompts, expert.negative_prompts) for expert in experts)
-            source = Routed("hidden" if mode == "hidden_last" else mode, layer, self._width, prompts)
-        return self._job(name, source, self._mlps)
+        return self.base.dtypes[STACK, GATE]
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
         """How many entries a hidden state has."""
-        return self._base.checkpoint.tensors[EMBEDDING].shape[-1]
+        return self.base.checkpoint.tensors[EMBEDDING].shape[-1]
 
-    # ---- what must fit
+    @property
+    def middle(self) -> int:
+        """How wide the experts are: as wide as the first."""
+        return _middle(self.locked.model(self.mixture.experts[0].source_model))
+
+    def config(self) -> Mapping[str, Any]:
+        """The mixture's.
+
+        Raises:
+            ValueError: the layout cannot say something that the base model's config says.
+        """
+        shared = [_middle(self.locked.model(expert.source_model)) for expert in self.mixture.shared_experts]
+        sizes = MixtureSizes(len(self.mixture.experts), self.per_token, self.middle, sum(shared))
+        edited = with_prediction(self.layout.config(self.base.checkpoint.config, sizes), 0, {})
+        dtype = self.locked.recipe.dtype
+        return with_dtype(edited, dtype) if dtype else edited
+
+    @property
+    def per_token(self) -> int:
+        """As the recipe says; else two, or one beside a shared expert that every token goes through in full."""
+        whole = bool(self.mixture.shared_experts) and self.layout.shared_router is None
+        default = min(1 if whole else _DEFAULT_PER_TOKEN, len(self.mixture.experts))
+        return self.mixture.experts_per_token or default
+
+
+# ---- what must fit --------------------------------------------------------------------------------------------------
+
+
+class _Fit:
+    """Holds models against the layout; problems are kept."""
+
+    def __init__(self, of: _Mixing) -> None:
+        self._of = of
+        self.problems: list[Problem] = []
+
+    def check(self) -> None:
+        """Base model, experts, and what the config says."""
+        self._check_base()
+        for expert in {expert.source_model: expert for expert in reversed(self._of.mixture.experts)}.values():
+            self._check_expert(expert, self._of.middle)
+        for expert in self._of.mixture.shared_experts:
+            self._check_expert(expert, _middle(self._of.locked.model(expert.source_model)))
+        self._check_config()
 
     def _check_base(self) -> None:
         """Whether the layout has a place for each of the base model's tensors, and it each that the layout needs."""
-        held = [tensor for tensor in self._base.checkpoint.tensors.values() if not is_buffer(tensor.name)]
-        head = () if self._base.is_tied else (HEAD,)
-        layers = range(self._base.architecture.stacks.get(STACK, 0))
-        roles = (*self._layout.roles, *MATRICES)
-        needed = [role for role in roles if not (self._layout.zeros and role in BIASES)]
+        held = [tensor for tensor in self._of.base.checkpoint.tensors.values() if not is_buffer(tensor.name)]
+        head = () if self._of.base.is_tied else (HEAD,)
+        layers = range(self._of.base.architecture.stacks.get(STACK, 0))
+        roles = (*self._of.layout.roles, *MATRICES)
+        needed = [role for role in roles if not (self._of.layout.zeros and role in BIASES)]
         places = {EMBEDDING, NORM, HEAD, *(_at(layer, role) for layer in layers for role in roles)}
-        ahead = self._base.architecture.predicts
+        ahead = self._of.base.architecture.predicts
         odd = [tensor.name for tensor in held if tensor.name not in places and not ahead(tensor.name)]
         wanted = [EMBEDDING, NORM, *head, *(_at(layer, role) for layer in layers for role in needed)]
-        missing = [name for name in wanted if name not in self._base.checkpoint.tensors]
+        missing = [name for name in wanted if name not in self._of.base.checkpoint.tensors]
         if odd:
-            self._tell_base(f"has {_some(odd)}, for which {self._layout.name} has no place")
+            self._tell_base(f"has {_some(odd)}, for which {self._of.layout.name} has no place")
         if missing or not layers:
-            self._tell_base(f"has no tensor {missing[0] if missing else STACK}, which {self._layout.name} needs")
+            self._tell_base(f"has no tensor {missing[0] if missing else STACK}, which {self._of.layout.name} needs")
         for tensor in held:
             if tensor.dtype not in FLOATS:
                 self._tell_base(f"stores {tensor.name} as {tensor.dtype}", _UNQUANTISED)
                 break
-        if self._mixture.gate_mode not in BY_CHANCE and "tokenizer.json" not in self._base.located.files:
+        if self._of.mixture.gate_mode not in BY_CHANCE and "tokenizer.json" not in self._of.base.located.files:
             self._tell_base("has no tokenizer.json, by which prompts become tokens", "write gate_mode: random")
 
     def _check_config(self) -> None:
         if not self.problems:
             try:
-                self.config()
+                self._of.config()
             except ValueError as error:
                 hint = "take another base model, or another layout by architecture:"
-                self._tell_base(f"does not fit {self._layout.name}: {error}", hint)
+                self._tell_base(f"does not fit {self._of.layout.name}: {error}", hint)
 
     def _tell_base(self, what: str, hint: str = "take a plain model of its kind as base_model") -> None:
-        ref = self._base.ref
-        at = self._locked.recipe.base_model.at if self._locked.recipe.base_model else ref.at
-        self.problems.append(Problem(f"{self._base.name} {what}", at, "base_model", hint))
+        ref = self._of.base.ref
+        at = self._of.locked.recipe.base_model.at if self._of.locked.recipe.base_model else ref.at
+        self.problems.append(Problem(f"{self._of.base.name} {what}", at, "base_model", hint))
 
     def _check_expert(self, expert: Expert, middle: int) -> None:
         """Whether its MLPs are there, layer for layer, from the base model's hidden size to `middle` and back."""
-        model = self._locked.model(expert.source_model)
-        layers = self._base.architecture.stacks.get(STACK, 0)
+        model = self._of.locked.model(expert.source_model)
+        layers = self._of.base.architecture.stacks.get(STACK, 0)
         theirs = model.architecture.stacks.get(STACK, 0)
         if theirs != layers:
             what = f"has {theirs} layers {STACK}, and the base model {layers}"
             self._tell(expert, model, what, "experts have as many layers as the base model")
-        elif _act(model) != _act(self._base):
-            what = f"has the hidden_act {_act(model)}, and the base model {_act(self._base)}"
+        elif _act(model) != _act(self._of.base):
+            what = f"has the hidden_act {_act(model)}, and the base model {_act(self._of.base)}"
             self._tell(expert, model, what, "experts have the base model's hidden_act")
         else:
             faults = (self._fault(model, layer, role, middle) for layer in range(layers) for role in MATRICES)
@@ -253,7 +237,7 @@ class _Mixer:
             return f"has no tensor {name}", "is it saved in full?"
         if tensor.dtype not in FLOATS:
             return f"stores {name} as {tensor.dtype}", _UNQUANTISED
-        shape = (self._width, middle) if role == DOWN else (middle, self._width)
+        shape = (self._of.width, middle) if role == DOWN else (middle, self._of.width)
         if tensor.shape == shape:
             return None
         what = f"has {name} of {shape_text(tensor)}, not {'x'.join(map(str, shape))}"
@@ -263,34 +247,73 @@ class _Mixer:
         at, where = expert.source_model.at or expert.at, f"experts[{expert.source_model}]"
         self.problems.append(Problem(f"{model.name} {what}", at, where, hint))
 
+
+# ---- the jobs -------------------------------------------------------------------------------------------------------
+
+
+class _Mixer:
+    """Walks the base model once; jobs come out."""
+
+    def __init__(self, of: _Mixing, seed: int) -> None:
+        self._of, self._seed = of, seed
+        self._dtype = DTYPES[of.locked.recipe.dtype] if of.locked.recipe.dtype else None
+
+    def jobs(self) -> Iterator[Job]:
+        """In the order of the output: embedding, layers, norm and head."""
+        yield self._copy(EMBEDDING, self._of.base.checkpoint.tensors[EMBEDDING])
+        for layer in range(self._of.base.architecture.stacks[STACK]):
+            yield from self._layer(layer)
+        for name in (NORM, *((HEAD,) if self._of.has_head else ())):
+            yield self._copy(name, self._of.base.checkpoint.tensors[name])
+
+    def _layer(self, layer: int) -> Iterator[Job]:
+        held = {self._role(tensor): tensor for tensor in self._of.base.layer(STACK, layer)}
+        for role in self._of.layout.roles:
+            name = _at(layer, role)
+            if role in held:
+                yield self._copy(name, held[role])
+            elif self._of.layout.zeros and role in BIASES:
+                beside = held[BIASES[role]]
+                yield self._job(name, Zeros(beside.shape[:1], beside.dtype), beside.dtype)
+        yield self._router(layer, self._of.layout.router, self._of.mixture.experts)
+        for number, expert in enumerate(self._of.mixture.experts):
+            for matrix in MATRICES:
+                yield self._matrix(expert, layer, matrix, self._of.layout.expert_role(number, matrix))
+        for expert in self._of.mixture.shared_experts:
+            for matrix in MATRICES:
+                yield self._matrix(expert, layer, matrix, self._of.layout.shared_role(matrix))
+            if self._of.layout.shared_router is not None:
+                yield self._router(layer, self._of.layout.shared_router, (expert,))
+
+    def _copy(self, name: str, tensor: TensorInfo) -> Job:
+        return self._job(name, self._of.locked.source(self._of.locked.index(self._of.base.ref), tensor), tensor.dtype)
+
+    def _job(self, name: str, source: Input, dtype: str, scale: float = 1.0) -> Job:
+        """The job of a tensor, in the recipe's dtype or the one that the base model has in its place."""
+        return Job(name, self._dtype or dtype, source.shape, PASSTHROUGH, (Operand(source, {"scale": scale}),))
+
+    def _matrix(self, expert: Expert, layer: int, matrix: str, role: str) -> Job:
+        name, number = _at(layer, role), self._of.locked.index(expert.source_model)
+        tensor = self._of.locked.numbered(number).checkpoint.tensors[_at(layer, matrix)]
+        source: Input = self._of.locked.source(number, tensor)
+        if expert.noise_scale:
+            source = Noised(source, Drawn(tensor.shape, "normal", expert.noise_scale, self._seed, name))
+        return self._job(name, source, self._of.mlps, expert.residual_scale if matrix == DOWN else 1.0)
+
+    def _router(self, layer: int, role: str, experts: Sequence[Expert]) -> Job:
+        name, size, mode = _at(layer, role), (len(experts), self._of.width), self._of.mixture.gate_mode
+        source: Input
+        if mode == "random":
+            source = Drawn(size, "normal", 1.0, self._seed, name)
+        elif mode == "uniform_random":
+            source = Drawn(size, "uniform", 1 / math.sqrt(self._of.width), self._seed, name)
+        else:
+            prompts = tuple((expert.positive_prompts, expert.negative_prompts) for expert in experts)
+            source = Routed("hidden" if mode == "hidden_last" else mode, layer, self._of.width, prompts)
+        return self._job(name, source, self._of.mlps)
+
     def _role(self, tensor: TensorInfo) -> str:
-        return self._base.architecture.place(tensor.name).role
-
-    # ---- config.json
-
-    @property
-    def _middle(self) -> int:
-        """How wide the experts are: as wide as the first."""
-        return _middle(self._locked.model(self._mixture.experts[0].source_model))
-
-    def config(self) -> Mapping[str, Any]:
-        """The mixture's.
-
-        Raises:
-            ValueError: the layout cannot say something that the base model's config says.
-        """
-        shared = [_middle(self._locked.model(expert.source_model)) for expert in self._mixture.shared_experts]
-        sizes = MixtureSizes(len(self._mixture.experts), self._per_token, self._middle, sum(shared))
-        edited = with_prediction(self._layout.config(self._base.checkpoint.config, sizes), 0, {})
-        dtype = self._locked.recipe.dtype
-        return with_dtype(edited, dtype) if dtype else edited
-
-    @property
-    def _per_token(self) -> int:
-        """As the recipe says; else two, or one beside a shared expert that every token goes through in full."""
-        whole = bool(self._mixture.shared_experts) and self._layout.shared_router is None
-        default = min(1 if whole else _DEFAULT_PER_TOKEN, len(self._mixture.experts))
-        return self._mixture.experts_per_token or default
+        return self._of.base.architecture.place(tensor.name).role
 
 
 def _act(model: LockedModel) -> Any:
