@@ -140,7 +140,7 @@ class JobRunner:
     method: Method
     seed: int
     device: str
-    origin: Work
+    origin: Any
     whole: Job
     measured: Any = None
     seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
@@ -369,8 +369,8 @@ class Work:
             odd[stored.model if isinstance(stored, Stored) else stored.stage] += count
         told = tuple(sorted(odd.items()))
         if made or told:
-            found = total_geometry(made[start] for start in sorted(made)) if made else NOTHING
-            yield self.job, replace(found, odd=told)
+            found = _total(made) if made else NOTHING
+            yield self.job, replace(found, odd=told) if told else found
 
     def _look(self, stored: Stored | StageTensor, place: int, raw: Any) -> None:
         """Note how many of the entries that stand there are not finite."""
@@ -463,6 +463,55 @@ class Work:
     def close(self) -> None:
         """No more blocks will be asked for."""
         self._spool.close()
+
+
+class _JoinedWork(Work):
+    """Small jobs under way whose inputs are read at once, but each of which is measured and made by itself."""
+
+    wants_preparing = False
+
+    def make(self, block: Block, out: Bytes) -> memoryview:
+        end = 0
+        with tile():
+            held = [self.bits(source, block.start, block.stop) for source in self._making.job.reads]
+            for job, part in self.job.parts:
+                inputs = [Held(whole.bits[part], whole.dtype) for whole in held]
+                origin = _Inputs(dict(zip(job.reads, inputs, strict=True)))
+                making = JobRunner(job, self.method, self._making.seed, self._making.device, origin, job)
+                making.measure()
+                for piece in blocks(job, self.method):
+                    end += making.round(piece, out[end:]).nbytes
+                self._making.seen[part.start] = _total(making.seen)
+        return out[:end].data
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The stored tensors of a job that are in memory."""
+
+    held: Mapping[Stored, Held]
+    odd: Mapping[Any, int] = field(default_factory=dict)
+
+    def bits(self, stored: Stored, start: int, stop: int, step: int = 1) -> Held:
+        """As those of `Work`."""
+        whole = self.held[stored]
+        return Held(whole.bits[start:stop][-start % step :: step], whole.dtype)
+
+    def with_read(self, *_: object) -> _Inputs:
+        """All is read."""
+        return self
+
+
+def start_work(job: Job, table: Mapping[str, Method], *more: Any) -> Work:
+    """A job of the output under way; `more` is what `Work` takes."""
+    method = table[job.method]
+    alone = method.unit != "entries" or method.random or method.measure is not None
+    return (_JoinedWork if alone and isinstance(job, JoinedJob) else Work)(job, table, *more)
+
+
+def _total(seen: Mapping[int, Geometry]) -> Geometry:
+    """That of all blocks, in their order."""
+    return total_geometry(seen[start] for start in sorted(seen)) if len(seen) > 1 else next(iter(seen.values()))
 
 
 def _room(dtype: str, block: Block) -> Bytes:

@@ -20,6 +20,7 @@ from merger.engine.geometry import measure_geometry, observe
 from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry, dump_geometry, load_geometry, total_geometry
 from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
