@@ -2,10 +2,12 @@
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from calls import Command
@@ -21,9 +23,21 @@ from waiting import HANGS_SECONDS
 # A shell that begins this in the background has it ignore Ctrl-C, and so would all that the tests begin.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+HAS_TORCH = find_spec("torch") is not None
+
 # A busy machine is slow: no law is about time.
 settings.register_profile("merger", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("merger")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Where torch is not (make light), a file of tests that imports it, or what takes it, is passed over."""
+    report = yield
+    missing = re.search(r"No module named '\w+", str(report.longrepr or ""))
+    if report.failed and missing and not HAS_TORCH:
+        report.outcome, report.longrepr = "skipped", (report.nodeid, 0, f"Skipped: {missing[0]}'")
+    return report
 
 
 def pytest_collection_finish() -> None:

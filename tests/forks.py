@@ -11,6 +11,7 @@ import atexit
 import base64
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -141,7 +142,8 @@ def _desk() -> socket.socket:
 def main() -> None:
     """Fork until no order can come any more."""
     for name in IMPORTED:
-        importlib.import_module(name)
+        if name != "safetensors.torch" or importlib.util.find_spec("torch"):
+            importlib.import_module(name)
     importlib.import_module("merger.methods.steps.step").compile_steps()
     blank_pictures()
     assert NOT_IMPORTED not in sys.modules
@@ -192,7 +194,8 @@ def _become(order: Mapping[str, Any], out: int, err: int) -> NoReturn:
     os.environ.clear()
     os.environ.update(order["env"])
     tempfile.tempdir = None
-    importlib.import_module("torch").set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     how, what, *arguments = order["line"]
     sys.argv = [what if how == "-m" else how, *arguments]
     sys.orig_argv = [sys.executable, *order["line"]]  # what replaces itself by exec begins as it was begun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merger.card.facts import exposed_models, lock_file
+from merger.card.pictures.canvas import import_drawing
 from merger.card.relations import Loss
 from merger.card.render import render
 from merger.errors import DamagedError, MergerError, MissingError, Problem, UploadError
@@ -216,10 +218,12 @@ class _Run:
         return self._publish(shards, self._score(wanted) if wanted else ())
 
     def _make(self, missing: Sequence[Shard]) -> None:
-        # imports torch, which all else does without
+        # imports numba, which all else does without
         from merger.engine.execute import Doubted, Observed, ShardDone, execute
 
         made = list[str]()
+        if self._options.part is None:  # the end draws: what is imported while compiled loops compute costs nothing
+            threading.Thread(target=import_drawing, daemon=True).start()
         try:
             for event in execute(self._planned, missing, methods(), self._store, self._session, self._options.device):
                 if isinstance(event, ShardDone):

@@ -664,5 +664,6 @@ def test_safetensors_metadata(hub: LoopbackHub, client: Client, repo: str) -> No
 
 def test_transformers_reads_a_config(hub: LoopbackHub, client: Client, repo: str) -> None:
     """transformers' from_pretrained finds a tiny llama here."""
+    pytest.importorskip("transformers")
     hub.add_model(repo, FILES)
     assert client(llama, repo) == ("llama", 16)

@@ -79,6 +79,7 @@ print(json.dumps([before, settings()]))
 
 
 def _run(script: str, cwd: Path) -> object:
+    pytest.importorskip("torch")
     done = subprocess.run([sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -50,6 +50,7 @@ def test_the_space_and_its_models(published: Path, hub: LoopbackHub) -> None:
 
 def test_it_starts_from_its_files_alone(published: Path, served: LoopbackHub, tmp_path: Path) -> None:
     """`python app.py` in the Space's folder serves the page, and knows the package's version without installing it."""
+    pytest.importorskip("gradio")
     space = ServedSpace(served, tmp_path, {"PYTHONPATH": ""}, root=published, line=("app.py",))
     space.start()
     space.kill()
