@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
-from torch import Tensor, from_numpy
+from torch import Tensor
 
 from merger.methods.registry import methods
-from merger.methods.sparsify import keep_by_rank
-from merger.methods.steps.random import Rng
+from merger.methods.steps.random import Rng, keep_by_rank
 from merger.planning.inputs.base import Job, Operand
 from merger.planning.jobs.common import arguments
 from merger.planning.plan import Plan
@@ -96,14 +95,16 @@ def _wanted(plan: Plan, job: Job) -> Wanted:
 
 
 def _entries(plan: Plan, entry: Operand) -> Array:
-    file = Path(plan.locked.models[entry.model].located.where) / entry.tensor.file
+    (stored,) = entry.source.stored_tensors
+    file = Path(plan.locked.models[stored.model].located.where) / stored.tensor.file
     with safe_open(file, "pt") as held:
-        return np.asarray(held.get_tensor(entry.tensor.name).double().numpy())
+        return np.asarray(held.get_tensor(stored.tensor.name).double().numpy())
 
 
 def _mask(plan: Plan, job: Job, model: int, tensor: Array, given: Mapping[str, Any]) -> Array:
     """Which entries a random method keeps of a model, as 1 and 0: by our own generator, whose draws are no formula."""
-    delta, rng, density = from_numpy(tensor).float(), Rng(plan.seed, job.name), given["density"][model]
+    delta, rng, density = tensor.astype(np.float32), Rng(plan.seed, job.name), given["density"][model]
     if "epsilon" not in given:
-        return np.asarray(rng.keep(model, delta, density).double().numpy())
-    return keep_by_rank(delta, model, density, given["epsilon"][model], rng).reshape(tensor.shape).astype(np.float64)
+        return np.asarray(rng.mask(model, delta.size, density), np.float64).reshape(tensor.shape)
+    kept = keep_by_rank(delta, model, density, given["epsilon"][model], rng)
+    return np.asarray(kept, np.float64).reshape(tensor.shape)

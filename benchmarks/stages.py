@@ -1,7 +1,6 @@
-"""What each stage of one merge takes, added up over its threads: whether reading, computing and writing overlap.
+"""What each stage of one merge takes of the cores, added up over its threads.
 
-`python benchmarks/stages.py METHOD THREADS` on the checkpoints of speed.py (`--work`). The time of a stage includes its
-waits for a core.
+`python benchmarks/stages.py METHOD THREADS` on the checkpoints of speed.py (`--work`).
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +30,11 @@ def timed(owner: Any, name: str, stage: str) -> None:
     real: Callable[..., Any] = getattr(owner, name)
 
     def call(*arguments: Any, **others: Any) -> Any:
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             return real(*arguments, **others)
         finally:
-            SECONDS[stage] += time.perf_counter() - start
+            SECONDS[stage] += time.thread_time() - start
 
     setattr(owner, name, call)
 
@@ -58,10 +56,10 @@ def main() -> int:
     timed(blocks.Work, "prepare", "measuring, with its reading")
     timed(blocks.Work, "make", "making blocks, with their reading")
     timed(ShardWriter, "write", "hashing and writing")
-    timed(Future, "result", "waiting")
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     merge(planned, store, options)
-    print(f"{given.method}, {given.threads} threads: {time.perf_counter() - start:.2f} s")
+    wall, used = time.perf_counter() - start, time.process_time() - used
+    print(f"{given.method}, {given.threads} threads: {wall:.2f} s, of the cores {used:.2f} s")
     for stage, seconds in SECONDS.items():
         print(f"{stage:35} {seconds:6.2f} s")
     return 0

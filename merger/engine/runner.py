@@ -204,6 +204,8 @@ class JobRunner:
         given = dict(self._arguments)
         if self.method.random:
             given["rng"] = Rng(self.seed, self.job.name, start)
+        if self.method.placed:
+            given["start"] = start
         if self.method.measure is not None:
             given["measured"] = self.measured
         made = self.method.function(self.method.place(inputs, self.device), **given)

@@ -101,7 +101,8 @@ class Method:
     one, reads the blocks of the whole tensor before the function sees the first of them. `check`, if there is one,
     raises ValueError, with a sentence, for arguments that are each in bounds but not together. `workspace` is
     how many float32 blocks the method may hold at once besides its inputs. `spreads` says that it shares out the
-    strength of what it is given among all directions that a matrix can have. `needs` is torch where it is handed
+    strength of what it is given among all directions that a matrix can have. `placed` says that it is told as `start`
+    at which entry of the tensor its block starts; a random one is told by `rng`. `needs` is torch where it is handed
     torch's tensors, and not numpy's arrays.
     """
 
@@ -115,6 +116,7 @@ class Method:
     models: tuple[int, int | None]
     laws: tuple[Law, ...]
     random: bool
+    placed: bool
     unit: Unit
     workspace: int
     paper: Paper | None
@@ -216,7 +218,8 @@ def merge_method(
             base=base or ("subtracted" if takes == "deltas" else "unused"),
             models=models,
             laws=tuple(Law(law) if isinstance(law, str) else law for law in laws),
-            random="rng" in inspect.signature(function).parameters,
+            random="rng" in (given := inspect.signature(function).parameters),
+            placed="start" in given,
             unit=unit,
             workspace=workspace,
             paper=paper,
@@ -304,7 +307,15 @@ def _takes(function: Callable[..., Any]) -> Literal["tensors", "deltas"]:
     return "deltas" if hint is Deltas else "tensors"
 
 
-_GIVEN_BY_THE_ENGINE = ("measured", "rng")
+_COMMON: Mapping[str, str] = {
+    "weight": "how much of each task vector goes in.",
+    "density": "share of entries kept in each task vector, by magnitude.",
+    "normalize": "divide by the sum of the weights, so that only their ratios count.",
+    "lambda_": "what the merged task vector is multiplied by before the base is added.",
+    "rescale": "multiply what is kept, so that its L1 norm is that of the whole task vector.",
+}
+"""What these arguments are wherever a method does not say otherwise."""
+_GIVEN_BY_THE_ENGINE = ("measured", "rng", "start")
 
 
 def _params(function: Callable[..., Any], described: Mapping[str, str]) -> tuple[Param, ...]:
@@ -323,7 +334,8 @@ def _param(function: Callable[..., Any], argument: inspect.Parameter, hint: Any,
     kind: Any = "float" if per_model else getattr(base, "__name__", str(base))
     if kind not in ("float", "int", "bool"):
         raise TypeError(f"{function.__name__}: argument {argument.name!r} has a hint no recipe can fill: {hint}")
-    if argument.name not in described:
+    description = described.get(argument.name, _COMMON.get(argument.name))
+    if description is None:
         raise TypeError(f"{function.__name__}: argument {argument.name!r} is not described under Args:")
     required = argument.default is inspect.Parameter.empty
     bounds = next((extra for extra in extras if isinstance(extra, Range)), None)
@@ -337,7 +349,7 @@ def _param(function: Callable[..., Any], argument: inspect.Parameter, hint: Any,
         required=required,
         default=None if required else argument.default,
         bounds=bounds,
-        description=described[argument.name],
+        description=description,
     )
 
 

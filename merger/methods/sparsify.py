@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method, parameters_of
-from merger.methods.steps.arithmetic import Blocks, divisor, entry_count, l1_factors, per_model, scaled
-from merger.methods.steps.random import Rng, keep_by_rank, likely, masked
+from merger.methods.steps.arithmetic import Blocks, divisor, entry_count, l1_factors, multiple, per_model
+from merger.methods.steps.random import Rng, keep_by_rank, likely, mask_out
 from merger.methods.steps.step import Array
 from merger.methods.steps.votes import Keep, band, elect_and_merge, sum_kept
 
@@ -74,8 +74,8 @@ def _check(rescale: bool, unbiased: bool) -> None:
 def drop(delta: Array, model: int, density: float, rng: Rng, factor: float = 1.0) -> Array:
     """The delta times a number, with a random share of its entries left."""
     if density >= 1:
-        return scaled(delta, factor)
-    return masked(delta, rng.mask(model, entry_count(delta), density, delta), factor)
+        return multiple(delta, factor)
+    return mask_out(delta, rng.mask(model, entry_count(delta), density, delta), factor)
 
 
 def dare(
@@ -93,11 +93,7 @@ def dare(
     """A random share of each task vector.
 
     Args:
-        weight: how much of each task vector goes in.
         density: share of entries kept in each task vector, at random.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
         unbiased: rescale by 1 / density, as in the paper, in place of the L1 norms.
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
@@ -211,8 +207,8 @@ def measure_della(
 def _prune(delta: Array, model: int, density: float, epsilon: float, rng: Rng, factor: float = 1.0) -> Array:
     """The delta times a number, with a share of its entries left."""
     if density >= 1:
-        return scaled(delta, factor)
-    return masked(delta, keep_by_rank(delta, model, density, epsilon, rng), factor)
+        return multiple(delta, factor)
+    return mask_out(delta, keep_by_rank(delta, model, density, epsilon, rng), factor)
 
 
 def della_rows(
@@ -230,12 +226,8 @@ def della_rows(
     """A random share of each row of each task vector, the large entries likelier.
 
     Args:
-        weight: how much of each task vector goes in.
         density: share of entries kept in each task vector, at random.
         epsilon: how far the probability of a row's smallest entry lies below the density, and the largest's above.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
     """
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     epsilons = per_model(epsilon, len(deltas))
@@ -386,12 +378,8 @@ def crumbs(
     """The entries of middle magnitude of each task vector.
 
     Args:
-        weight: how much of each task vector goes in.
         density: share of entries kept in each task vector, by magnitude, the outliers left aside.
         gamma: share of entries dropped as outliers, the largest.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
-        rescale: multiply what is kept, so that its L1 norm is that of the whole task vector.
     """
     models = len(deltas)
     found = measured or measure_breadcrumbs([deltas], per_model(density, models), per_model(gamma, models), rescale)

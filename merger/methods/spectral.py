@@ -19,10 +19,10 @@ from merger.methods.steps.decompose import (
     isometry,
     matrix_sum,
     namespace,
-    rounded,
     side_by_side,
     spectrum,
     squares,
+    to_float32,
 )
 from merger.methods.steps.step import Array
 
@@ -69,7 +69,6 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
 
     Args:
         weight: what each task vector is multiplied by.
-        lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
     >>> import numpy as np
@@ -83,7 +82,7 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
     if not is_matrix(deltas[0], spectral):
         return _mean(deltas, weights, lambda_)
     vectors, values = isometry(matrix_sum(deltas, weights))
-    return rounded(vectors * (values.mean() * lambda_))
+    return to_float32(vectors * (values.mean() * lambda_))
 
 
 @merge_method(
@@ -123,7 +122,6 @@ def iso_cts(
     Args:
         weight: what each task vector is multiplied by.
         common: share of the directions that is taken from the sum of the task vectors.
-        lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
     >>> import numpy as np
@@ -141,7 +139,7 @@ def iso_cts(
     shared = spectrum(matrix_sum(deltas, weights), rank - own * len(deltas))
     parts = [shared, *(_rest(as_matrix(*pair), shared, own) for pair in zip(deltas, weights, strict=True))]
     left, values, right = side_by_side(parts)
-    return rounded((left * (values.sum() * (lambda_ / rank))) @ right)
+    return to_float32((left * (values.sum() * (lambda_ / rank))) @ right)
 
 
 def _directions_a_task(rank: int, common: float, models: int) -> int:
@@ -202,7 +200,6 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
 
     Args:
         weight: what each task vector is multiplied by.
-        lambda_: what the merged task vector is multiplied by before the base is added.
         spectral: treat tensors of two or more dimensions as matrices; false averages them.
 
     >>> import numpy as np
@@ -218,10 +215,10 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
     like = deltas[0]
     kept = min(like.shape) // len(deltas) if is_matrix(like, spectral) else 0
     if not kept:
-        return weighted_sum(deltas, [number * lambda_ / len(deltas) for number in weights])
+        return _mean(deltas, weights, lambda_)
     parts = [spectrum(as_matrix(*pair), kept) for pair in zip(deltas, weights, strict=True)]
     left, values, right = side_by_side(parts)
-    return rounded((left * (values * lambda_)) @ right)
+    return to_float32((left * (values * lambda_)) @ right)
 
 
 # ---- svc ------------------------------------------------------------------------------------------------------------
@@ -287,7 +284,6 @@ def svc(
         weight: how much of each task vector goes into the merge.
         alpha: the least that a task counts in a direction; smaller raises what the merge weakened.
         merged_first: the first model is the merge to be calibrated, the others are its parents.
-        normalize: divide by the sum of the weights, so that only their ratios count.
         lambda_: what the merged task vector is multiplied by before it is calibrated.
         spectral: treat tensors of two or more dimensions as matrices; false leaves them as merged.
 
@@ -307,10 +303,10 @@ def svc(
     factors = [number * share for number in weights[: len(sources)]]
     if not is_matrix(deltas[0], spectral):
         return weighted_sum(sources, factors)
-    return rounded(_calibrated(matrix_sum(sources, factors), tasks, alpha))
+    return to_float32(_calibrate(matrix_sum(sources, factors), tasks, alpha))
 
 
-def _calibrated(merged: Matrix, tasks: Sequence[Array], alpha: float) -> Matrix:
+def _calibrate(merged: Matrix, tasks: Sequence[Array], alpha: float) -> Matrix:
     parts, where = spectrum(merged), namespace(merged).where
     rows, counted = parts.right * parts.values[:, None], parts.values * 0
     for task in tasks:

@@ -12,7 +12,7 @@ from typing import Annotated
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
 from merger.methods.steps.arithmetic import Blocks, divisor, l1_factors, per_model, weighted_sum
 from merger.methods.steps.step import Array
-from merger.methods.steps.votes import chosen, elect_and_merge, extremes, trim
+from merger.methods.steps.votes import choice, elect_and_merge, extremes, trim
 
 _PAPER = Paper("Ilharco et al.", 2023, "Editing models with task arithmetic", "https://arxiv.org/abs/2212.04089")
 
@@ -34,10 +34,6 @@ def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = Fa
     Departs from mergekit: weight may be left out; density and rescale, which it reads and does not use, are no
     parameters.
 
-    Args:
-        weight: how much of each task vector goes in.
-        normalize: divide by the sum of the weights, so that only their ratios count.
-        lambda_: what the merged task vector is multiplied by before the base is added.
 
     >>> import numpy as np
     >>> one, other = np.float32([1, 0, -2, 4]), np.float32([3, 1, 2, 0])
@@ -115,9 +111,7 @@ def ties(
 
     Args:
         weight: how much each task vector counts, in the vote and in the mean.
-        density: share of entries kept in each task vector, by magnitude.
         normalize: divide by the sum of the weights of the models that agree.
-        lambda_: what the merged task vector is multiplied by before the base is added.
         rescale: multiply each trimmed task vector so that its L1 norm is that of the whole one.
 
     >>> import numpy as np
@@ -171,7 +165,6 @@ def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Arra
 
     Args:
         weight: what each task vector is multiplied by, before magnitudes are compared.
-        lambda_: what the merged task vector is multiplied by before the base is added.
 
     >>> import numpy as np
     >>> one, other = np.float32([4, -1, 2, 0.5]), np.float32([2, 3, -5, -0.1])
@@ -179,7 +172,7 @@ def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Arra
     array([ 4. ,  3. , -5. ,  0.5], dtype=float32)
     """
     above, below = extremes(deltas, per_model(weight, len(deltas)))
-    return chosen(above, below, weighted_sum([above, below], [1.0, 1.0]), lambda_)
+    return choice(above, below, weighted_sum([above, below], [1.0, 1.0]), lambda_)
 
 
 # ---- emr ------------------------------------------------------------------------------------------------------------
@@ -217,7 +210,6 @@ def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
 
     Args:
         weight: what each task vector is multiplied by, before the vote.
-        lambda_: what the merged task vector is multiplied by before the base is added.
 
     >>> import numpy as np
     >>> one, other = np.float32([4, -1, 2, 0.5]), np.float32([2, 3, -5, 0.1])
@@ -225,7 +217,7 @@ def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
     array([ 4. ,  3. , -5. ,  0.5], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
-    return chosen(*extremes(deltas, weights), weighted_sum(deltas, weights), lambda_)
+    return choice(*extremes(deltas, weights), weighted_sum(deltas, weights), lambda_)
 
 
 # ---- expo -----------------------------------------------------------------------------------------------------------

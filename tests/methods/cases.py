@@ -57,8 +57,9 @@ class Case:
             found = {"measured": self.method.measure(blocks, **declared(self.method.measure, offered))}
         pieces = []
         for start, block in zip(edges, blocks, strict=False):
-            rng = {"rng": self.rng.at(start)} if self.method.random else {}
-            pieces.append(as_tensor(self.method.function(block, **self.arguments, **rng, **found)))
+            offered = {"rng": self.rng.at(start), "start": start}
+            given = self.arguments | found | declared(self.method.function, offered)
+            pieces.append(as_tensor(self.method.function(block, **given)))
             assert pieces[-1].shape == block[0].shape
         return torch.cat([piece.reshape(-1) for piece in pieces]).view(self.tensors[0].shape)
 

@@ -308,7 +308,7 @@ def test_arcee_fusion_takes_the_quartiles_of_all_entries() -> None:
     ordered = np.sort(importances(a.double().numpy(), b.double().numpy()).ravel())
     low, median, high = (ordered[(ordered.size - 1) * part // 4] for part in (1, 2, 3))
     expected = median + 1.5 * (high - low)
-    found = {fusion.measure_arcee_fusion([[a[:cut], b[:cut]], [a[cut:], b[cut:]]]) for cut in (1, 52, 299)}
+    found = {fusion.measure_arcee_fusion([[a[:cut], b[:cut]], [a[cut:], b[cut:]]]).threshold for cut in (1, 52, 299)}
     assert len(found) == 1
     assert found.pop() == pytest.approx(expected, rel=1e-6)
 

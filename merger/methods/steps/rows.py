@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-_CHUNK = 1 << 14
+_CHUNK = 1 << 16
 
 
 def as_rows(tensor: Array) -> Array:
