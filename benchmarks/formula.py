@@ -95,9 +95,10 @@ def _wanted(plan: Plan, job: Job) -> Wanted:
 
 
 def _entries(plan: Plan, entry: Operand) -> Array:
-    file = Path(plan.locked.models[entry.model].located.where) / entry.tensor.file
+    (stored,) = entry.source.stored_tensors
+    file = Path(plan.locked.models[stored.model].located.where) / stored.tensor.file
     with safe_open(file, "pt") as held:
-        return np.asarray(held.get_tensor(entry.tensor.name).double().numpy())
+        return np.asarray(held.get_tensor(stored.tensor.name).double().numpy())
 
 
 def _mask(plan: Plan, job: Job, model: int, tensor: Array, given: Mapping[str, Any]) -> Array:

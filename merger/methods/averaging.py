@@ -8,7 +8,15 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from merger.methods.registry import Deltas, Paper, PerModel, Tensors, merge_method
-from merger.methods.steps.arithmetic import Blocks, lines_scaled, per_model, scaled, square, weighted_sum
+from merger.methods.steps.arithmetic import (
+    Blocks,
+    multiple,
+    per_model,
+    refuse_zero_sum,
+    scale_lines,
+    square,
+    weighted_sum,
+)
 from merger.methods.steps.rows import as_rows, row_dots, whole_dots
 from merger.methods.steps.step import Array
 
@@ -25,9 +33,7 @@ _PAPER = Paper(
 
 
 def _check(weight: Sequence[float], normalize: bool) -> None:
-    if normalize and abs(math.fsum(weight)) < 1e-8:
-        listed = ", ".join(f"{number:g}" for number in weight)
-        raise ValueError(f"the weights {listed} sum to zero, and normalize divides by their sum; set normalize: false")
+    refuse_zero_sum(weight, "normalize" if normalize else None)
 
 
 @merge_method(
@@ -89,7 +95,7 @@ def passthrough(tensors: Tensors, scale: PerModel = 1.0) -> Array:
     """
     (tensor,) = tensors
     (factor,) = per_model(scale, 1)
-    return scaled(tensor, factor)
+    return multiple(tensor, factor)
 
 
 # ---- model stock ----------------------------------------------------------------------------------------------------
@@ -143,10 +149,10 @@ def model_stock(deltas: Deltas, filter_wise: bool = False, *, measured: float | 
     rows = [as_rows(delta) for delta in deltas]
     total = weighted_sum(deltas, [1.0] * len(rows))
     if filter_wise:
-        return lines_scaled(total, _ratios(row_dots(rows)) / len(rows), by_row=True)
+        return scale_lines(total, _ratios(row_dots(rows)) / len(rows), by_row=True)
     found = measure_model_stock([rows]) if measured is None else measured
     assert found is not None
-    return scaled(total, found / len(rows))
+    return multiple(total, found / len(rows))
 
 
 def _ratios(dots: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
 from merger.methods.steps.arithmetic import Blocks, Mapped, array, dot, per_model, weighted_sum
 from merger.methods.steps.step import ONE, ZERO, Array, new, step, wide, wide_zeros, zeros
-from merger.methods.steps.votes import consensus, elect_and_merge, trim
+from merger.methods.steps.votes import consensus
+from merger.methods.task_vectors import Trim, measure_ties, ties
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,7 @@ class Selection:
 def measure_sce(blocks: Blocks, select_topk: float) -> Selection:
     """The threshold and the weights of a whole tensor."""
     threshold = _threshold(blocks, select_topk)
-    squares = [[dot(delta, delta) for delta in _selected(block, threshold)] for block in blocks]
+    squares = [[dot(delta, delta) for delta in _select(block, threshold)] for block in blocks]
     totals = [math.fsum(sums) for sums in zip(*squares, strict=True)]
     whole = math.fsum(totals)
     return Selection(threshold, tuple(total / whole if whole else 1 / len(totals) for total in totals))
@@ -47,16 +48,19 @@ def _threshold(blocks: Blocks, select_topk: float) -> float:
         return 0.0
     if select_topk <= 0:
         return math.inf
-    varying: list[int] = []  # in each block, how many variances are not zero
+    varying, seen = 0, 0  # entries whose variance is not zero, and all, in this pass
 
     def variances(place: int, block: Sequence[Array]) -> list[Array]:
-        variance = _variance(block)
-        if place == len(varying):
-            varying.append(_count(array(variance) > 0))
+        nonlocal varying, seen
+        variance = array(_variance(block))
+        varying = (varying if place else 0) + _count(variance > 0)
+        seen = (seen if place else 0) + variance.size
         return [variance]
 
-    found = magnitudes_at(Mapped(blocks, variances), {0: lambda _: [max(1, int(select_topk * sum(varying)))]})
-    return found[0][0] or math.inf
+    def ranks(entries: int) -> list[int]:
+        return [max(1, int(select_topk * (varying * entries // max(1, seen))))]
+
+    return magnitudes_at(Mapped(blocks, variances, entrywise=True), {0: ranks})[0][0] or math.inf
 
 
 def _count(mask: NDArray[Any]) -> int:
@@ -73,17 +77,11 @@ def add_squared_difference(x: Array, y: Array, total: NDArray[np.float64]) -> No
         total[i] += difference * difference
 
 
-add_squared_difference.twin = lambda x, y, total: total.view(x.shape).add_((x.double() - y.double()).square_())
-
-
-@step("void(float32[::1], float32[::1], float32, float32[::1])")
-def keep_varying(x: Array, variance: Array, least: float, out: Array) -> None:
-    """The entry where the variance is `least` or more, else a zero of its sign."""
+@step("void(float32[::1], float32[::1], float32, float32, float32[::1])")
+def keep_where(x: Array, by: Array, least: float, factor: float, out: Array) -> None:
+    """The entry times a number where another one is `least` or more, else a zero of its sign."""
     for i in range(out.size):
-        out[i] = x[i] * (ONE if variance[i] >= least else ZERO)
-
-
-keep_varying.twin = lambda x, variance, least, out: out.copy_(x * variance.ge(least))
+        out[i] = x[i] * (ONE if by[i] >= least else ZERO) * factor
 
 
 def _variance(deltas: Sequence[Array]) -> Array:
@@ -99,13 +97,13 @@ def _variance(deltas: Sequence[Array]) -> Array:
     return variance
 
 
-def _selected(deltas: Sequence[Array], threshold: float) -> Sequence[Array]:
+def _select(deltas: Sequence[Array], threshold: float) -> Sequence[Array]:
     """The deltas with zero where the variance is below the threshold."""
     if threshold <= 0:
         return deltas
     variance, kept = _variance(deltas), [new(delta) for delta in deltas]
     for delta, out in zip(deltas, kept, strict=True):
-        keep_varying(delta, variance, threshold, out)
+        keep_where(delta, variance, threshold, 1.0, out)
     return kept
 
 
@@ -150,7 +148,7 @@ def sce(
     array([0., 0., 0., 4.], dtype=float32)
     """
     found = measured or measure_sce([deltas], select_topk)
-    votes = _selected(deltas, found.threshold)
+    votes = _select(deltas, found.threshold)
     return consensus(votes, found.weights, normalize=True, gains=found.weights)
 
 
@@ -191,7 +189,7 @@ def ram(deltas: Deltas, epsilon: Annotated[float, Range(0)] = 1e-5) -> Array:
     >>> ram([np.float32([1, 2, 0, -3]), np.float32([0, 4, 0, 1])])
     array([ 1.,  3.,  0., -1.], dtype=float32)
     """
-    return _merged(deltas, epsilon, [1.0] * len(deltas))
+    return _mean_changes(deltas, epsilon, [1.0] * len(deltas))
 
 
 def measure_ram(blocks: Blocks, r: float, alpha: float, epsilon: float) -> tuple[float, ...]:
@@ -250,7 +248,7 @@ def ramplus_tl(
     >>> ramplus_tl([one, other], r=1, alpha=0.5)
     array([ 1.5,  3. ,  0. , -1. ], dtype=float32)
     """
-    return _merged(deltas, epsilon, measured or measure_ram([deltas], r, alpha, epsilon))
+    return _mean_changes(deltas, epsilon, measured or measure_ram([deltas], r, alpha, epsilon))
 
 
 @step("void(float32[::1], float32, float32, float32[::1], float32[::1], float32[::1])")
@@ -263,14 +261,6 @@ def add_change(x: Array, most: float, gain: float, total: Array, models: Array, 
         own[i] += change * gain
 
 
-@add_change.torch
-def _(x: Any, most: float, gain: float, total: Any, models: Any, own: Any) -> None:
-    change = x.masked_fill(x.abs() <= most, 0.0)
-    total.add_(change)
-    models.add_(change.ne(0))
-    own.add_(change.mul_(gain))
-
-
 @step("void(float32[::1], float32[::1], float32[::1], float32[::1])")
 def share_changes(total: Array, models: Array, own: Array, out: Array) -> None:
     """The mean of the changes, and where one model alone made any, what is its own."""
@@ -279,10 +269,7 @@ def share_changes(total: Array, models: Array, own: Array, out: Array) -> None:
         out[i] = total[i] / (ONE if count < ONE else count) + own[i] * (ONE if count == ONE else ZERO)
 
 
-share_changes.twin = lambda total, models, own, out: out.copy_(total.div(models.clamp_min(1)).add_(own * models.eq(1)))
-
-
-def _merged(deltas: Sequence[Array], epsilon: float, factors: Sequence[float]) -> Array:
+def _mean_changes(deltas: Sequence[Array], epsilon: float, factors: Sequence[float]) -> Array:
     """The mean of the changes at each entry; where only one model made any, that times the model's factor."""
     total, models, own = zeros(deltas[0]), zeros(deltas[0]), zeros(deltas[0])
     for delta, factor in zip(deltas, factors, strict=True):
@@ -302,13 +289,6 @@ _TALL_MASKS_PAPER = Paper(
 )
 
 
-def measure_tall_masks(blocks: Blocks, density: Sequence[float]) -> tuple[float, ...]:
-    """The magnitude below which an entry of each delta is trimmed, as in ties."""
-    from merger.methods.steps.select import kth_magnitudes
-
-    return kth_magnitudes(blocks, density)
-
-
 @step("void(float32[::1], float32, float32[::1], float32, float32[::1])")
 def count_near(delta: Array, factor: float, merged: Array, strictness: float, count: Array) -> None:
     """One more where a term is no smaller than its distance from `merged`, times its strictness."""
@@ -317,30 +297,14 @@ def count_near(delta: Array, factor: float, merged: Array, strictness: float, co
         count[i] += ONE if abs(term) >= abs(merged[i] - term) * strictness else ZERO
 
 
-@count_near.torch
-def _(delta: Any, factor: float, merged: Any, strictness: float, count: Any) -> None:
-    term = delta * factor
-    count.add_(term.abs().ge((merged - term).abs_().mul_(strictness)))
-
-
-@step("void(float32[::1], float32[::1], float32, float32, float32[::1])")
-def keep_counted(x: Array, count: Array, least: float, factor: float, out: Array) -> None:
-    """The entry where a count is `least` or more, else a zero of its sign; times a number."""
-    for i in range(out.size):
-        out[i] = x[i] * (ONE if count[i] >= least else ZERO) * factor
-
-
-keep_counted.twin = lambda x, count, least, factor, out: out.copy_((x * count.ge(least)).mul_(factor))
-
-
-def _wanted(
+def _mask_agreement(
     merged: Array, deltas: Sequence[Array], factors: Sequence[float], mask_lambda: PerModel, k: int, lambda_: float
 ) -> Array:
     """λ times `merged`, where at least `k` of the terms are no smaller than their distance from it."""
     count = zeros(merged)
     for delta, factor, strictness in zip(deltas, factors, per_model(mask_lambda, len(deltas)), strict=True):
         count_near(delta, factor, merged, strictness, count)
-    keep_counted(merged, count, k, lambda_, out := new(merged))
+    keep_where(merged, count, k, lambda_, out := new(merged))
     return out
 
 
@@ -388,7 +352,12 @@ def consensus_ta(
     # λ goes into the terms: a factor common to all changes no mask, and so k = 0 is task arithmetic to the bit.
     factors = [number * lambda_ for number in per_model(weight, len(deltas))]
     merged = weighted_sum(deltas, factors)
-    return _wanted(merged, deltas, factors, mask_lambda, k, 1.0)
+    return _mask_agreement(merged, deltas, factors, mask_lambda, k, 1.0)
+
+
+def measure_consensus_ties(blocks: Blocks, density: Sequence[float]) -> Trim:
+    """What ties measures."""
+    return measure_ties(blocks, density)
 
 
 @merge_method(
@@ -401,7 +370,7 @@ def consensus_ta(
     ),
     paper=_TALL_MASKS_PAPER,
     models=(1, None),
-    measure=measure_tall_masks,
+    measure=measure_consensus_ties,
     laws=("zero", "permutation", "scale", full("ties", k=0)),
 )
 def consensus_ties(
@@ -413,7 +382,7 @@ def consensus_ties(
     normalize: bool = False,
     lambda_: float = 1.0,
     *,
-    measured: tuple[float, ...] | None = None,
+    measured: Trim | None = None,
 ) -> Array:
     """TIES's merge of the task vectors, where it matters to at least k of them.
 
@@ -439,11 +408,5 @@ def consensus_ties(
     >>> consensus_ties([one, other], density=0.5, k=1)
     array([8., 0., 5., 3.], dtype=float32)
     """
-    weights = per_model(weight, len(deltas))
-    thresholds = measured or measure_tall_masks([deltas], per_model(density, len(deltas)))
-
-    def keep(model: int, factor: float) -> Array:
-        return trim(deltas[model], thresholds[model], factor)
-
-    merged = elect_and_merge(keep, weights, [1.0] * len(weights), normalize, 1.0)
-    return _wanted(merged, deltas, weights, mask_lambda, k, lambda_)
+    merged = ties(deltas, weight, density, normalize, measured=measured)
+    return _mask_agreement(merged, deltas, per_model(weight, len(deltas)), mask_lambda, k, lambda_)

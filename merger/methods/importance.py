@@ -20,10 +20,11 @@ from merger.methods.steps.arithmetic import (
     add_scaled,
     entry_count,
     magnitude_sum,
+    multiple,
     multiply,
     per_model,
     quotient,
-    scaled,
+    scale_lines,
     square,
     weighted_sum,
 )
@@ -90,27 +91,23 @@ class Balance:
 
     spans: Mapping[Pair, ProductRange]
     intra: tuple[float, ...]
-    inter: Mapping[Pair, float]
+    inter: tuple[float, ...]
     thresholds: tuple[float, ...] = ()
 
     def scores(self, _: int, block: Sequence[Array]) -> list[Array]:
         """Of each model the intra-balancing times the inter-balancing, times the square of the number of entries."""
-        exps = square([self.spans[pair].exp(*(block[model] for model in pair)) for pair in self.spans])
-        return [self._score(exps[model], model) for model in range(len(block))]
+        exps = square([span.exp(block[one], block[other]) for (one, other), span in self.spans.items()])
+        shares = square([1 / mean for mean in self.inter])
+        return [self._score(exps[model], shares[model], model) for model in range(len(block))]
 
-    def _score(self, exps: Sequence[Array], model: int) -> Array:
-        own = scaled(_power(exps[model], len(exps)), 1 / self.intra[model])
-        total = weighted_sum(exps, [1 / self.inter[_pair(model, other)] for other in range(len(exps))])
-        multiply(total, own)
+    def _score(self, exps: Sequence[Array], shares: Sequence[float], model: int) -> Array:
+        total = weighted_sum(exps, shares)
+        multiply(total, multiple(_power(exps[model], len(exps)), 1 / self.intra[model]))
         return total
 
 
-def _pair(one: int, other: int) -> Pair:
-    return (one, other) if one <= other else (other, one)
-
-
 def _power(base: Array, exponent: int) -> Array:
-    total = scaled(base, 1.0)
+    total = multiple(base, 1.0)
     for _ in range(exponent - 1):
         multiply(total, base)
     return total
@@ -130,7 +127,7 @@ def _spans(blocks: Blocks, models: int) -> Mapping[Pair, ProductRange]:
     bounds = dict.fromkeys(combinations_with_replacement(range(models), 2), (math.inf, -math.inf))
     for block in blocks:
         for (one, other), (least, most) in bounds.items():
-            multiply(products := scaled(block[one], 1.0), block[other])
+            multiply(products := multiple(block[one], 1.0), block[other])
             bounds[one, other] = min(least, float(products.min())), max(most, float(products.max()))
     return {
         pair: ProductRange(least, 1 / (most - least) if most > least else 0.0) for pair, (least, most) in bounds.items()
@@ -139,7 +136,7 @@ def _spans(blocks: Blocks, models: int) -> Mapping[Pair, ProductRange]:
 
 def _means(
     blocks: Blocks, spans: Mapping[Pair, ProductRange], models: int
-) -> tuple[tuple[float, ...], Mapping[Pair, float]]:
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The means of e^(N norm) for each model, and of e^norm for each pair."""
     intra: list[list[float]] = [[] for _ in range(models)]
     inter: dict[Pair, list[float]] = {pair: [] for pair in spans}
@@ -153,7 +150,7 @@ def _means(
                 intra[one].append(magnitude_sum(_power(exp, models)))
     return (
         tuple(math.fsum(sums) / entries for sums in intra),
-        {pair: math.fsum(sums) / entries for pair, sums in inter.items()},
+        tuple(math.fsum(sums) / entries for sums in inter.values()),
     )
 
 
@@ -210,7 +207,7 @@ def pcb(
     for delta, number, score, threshold in zip(deltas, weights, found, balance.thresholds, strict=True):
         kept = trim(score, threshold)
         add_scaled(scores, kept, 1.0)
-        multiply(term := scaled(delta, number), kept)
+        multiply(term := multiple(delta, number), kept)
         add_scaled(total, term, 1.0)
     return quotient(total, scores, lambda_)
 
@@ -240,8 +237,7 @@ def measure_arcee_fusion(blocks: Blocks) -> Outliers:
     def importances(place: int, block: Sequence[Array]) -> list[Array]:
         if place == len(divergences):
             divergences.append(_divergence(block))
-        measure_importance(*block, divergences[place], out := new(block[0]))
-        return [out]
+        return [_importance(block[0], block[1], divergences[place])]
 
     low, median, high = quartiles(Mapped(blocks, importances))
     return Outliers(float(np.float32(median + 1.5 * (high - low))), np.concatenate(divergences))
@@ -282,29 +278,22 @@ def arcee_fusion(tensors: Tensors, *, start: int = 0, measured: Outliers | None 
     base, other = (as_rows(tensor) for tensor in tensors)
     found = measured or measure_arcee_fusion([[base, other]])
     row = start // max(1, base.shape[1])
-    measure_importance(base, other, found.divergences[row : row + len(base)], importance := new(base))
+    importance = _importance(base, other, found.divergences[row : row + len(base)])
     take_important(base, other, importance, found.threshold, out := new(tensors[0]))
     return out
 
 
-@step("void(float32[::1], float32[::1], float32[::1], float32[::1])")
-def measure_importance(base: Array, other: Array, divergence: NDArray[np.float32], out: Array) -> None:
+@step("void(float32[::1], float32[::1], float32[::1])")
+def measure_distance(x: Array, y: Array, out: Array) -> None:
+    """The magnitude of each difference."""
+    for i in range(out.size):
+        out[i] = abs(y[i] - x[i])
+
+
+def _importance(base: Array, other: Array, divergence: NDArray[np.float32]) -> Array:
     """The magnitude of each difference, times its row's divergence."""
-    count = divergence.size
-    rows, others = base.reshape(count, base.size // max(1, count)), other.reshape(count, base.size // max(1, count))
-    made = out.reshape(count, base.size // max(1, count))
-    for row in range(count):
-        for i in range(rows.shape[1]):
-            made[row, i] = abs(others[row, i] - rows[row, i]) * divergence[row]
-
-
-@measure_importance.torch
-def _(base: Any, other: Any, divergence: Any, out: Any) -> None:
-    import torch
-
-    rows = max(1, len(divergence))
-    difference = (other - base).abs_().reshape(rows, -1)
-    out.view(rows, -1).copy_(difference.mul_(torch.from_numpy(divergence).to(base.device).view(-1, 1)))
+    measure_distance(base, other, distance := new(base))
+    return scale_lines(distance, divergence, by_row=True)
 
 
 @step("void(float32[::1], float32[::1], float32[::1], float32, float32[::1])")
@@ -312,11 +301,6 @@ def take_important(base: Array, other: Array, importance: Array, least: float, o
     """The other's entry where the importance is `least` or more, else the base's."""
     for i in range(out.size):
         out[i] = (other[i] - base[i]) * (ONE if importance[i] >= least else ZERO) + base[i]
-
-
-@take_important.torch
-def _(base: Any, other: Any, importance: Any, least: float, out: Any) -> None:
-    out.copy_((other - base).mul_(importance.ge(least)).add_(base).view(out.shape))
 
 
 def _divergence(block: Sequence[Array]) -> NDArray[np.float32]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method, parameters_of
-from merger.methods.steps.arithmetic import Blocks, divisor, entry_count, l1_factors, per_model, scaled
-from merger.methods.steps.random import Rng, keep_by_rank, likely, masked
+from merger.methods.steps.arithmetic import Blocks, divisor, entry_count, l1_factors, multiple, per_model
+from merger.methods.steps.random import Rng, keep_by_rank, likely, mask_out
 from merger.methods.steps.step import Array
 from merger.methods.steps.votes import Keep, band, elect_and_merge, sum_kept
 
@@ -74,8 +74,8 @@ def _check(rescale: bool, unbiased: bool) -> None:
 def drop(delta: Array, model: int, density: float, rng: Rng, factor: float = 1.0) -> Array:
     """The delta times a number, with a random share of its entries left."""
     if density >= 1:
-        return scaled(delta, factor)
-    return masked(delta, rng.mask(model, entry_count(delta), density, delta), factor)
+        return multiple(delta, factor)
+    return mask_out(delta, rng.mask(model, entry_count(delta), density, delta), factor)
 
 
 def dare(
@@ -207,8 +207,8 @@ def measure_della(
 def _prune(delta: Array, model: int, density: float, epsilon: float, rng: Rng, factor: float = 1.0) -> Array:
     """The delta times a number, with a share of its entries left."""
     if density >= 1:
-        return scaled(delta, factor)
-    return masked(delta, keep_by_rank(delta, model, density, epsilon, rng), factor)
+        return multiple(delta, factor)
+    return mask_out(delta, keep_by_rank(delta, model, density, epsilon, rng), factor)
 
 
 def della_rows(

@@ -19,10 +19,10 @@ from merger.methods.steps.decompose import (
     isometry,
     matrix_sum,
     namespace,
-    rounded,
     side_by_side,
     spectrum,
     squares,
+    to_float32,
 )
 from merger.methods.steps.step import Array
 
@@ -82,7 +82,7 @@ def iso_c(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral
     if not is_matrix(deltas[0], spectral):
         return _mean(deltas, weights, lambda_)
     vectors, values = isometry(matrix_sum(deltas, weights))
-    return rounded(vectors * (values.mean() * lambda_))
+    return to_float32(vectors * (values.mean() * lambda_))
 
 
 @merge_method(
@@ -139,7 +139,7 @@ def iso_cts(
     shared = spectrum(matrix_sum(deltas, weights), rank - own * len(deltas))
     parts = [shared, *(_rest(as_matrix(*pair), shared, own) for pair in zip(deltas, weights, strict=True))]
     left, values, right = side_by_side(parts)
-    return rounded((left * (values.sum() * (lambda_ / rank))) @ right)
+    return to_float32((left * (values.sum() * (lambda_ / rank))) @ right)
 
 
 def _directions_a_task(rank: int, common: float, models: int) -> int:
@@ -215,10 +215,10 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
     like = deltas[0]
     kept = min(like.shape) // len(deltas) if is_matrix(like, spectral) else 0
     if not kept:
-        return weighted_sum(deltas, [number * lambda_ / len(deltas) for number in weights])
+        return _mean(deltas, weights, lambda_)
     parts = [spectrum(as_matrix(*pair), kept) for pair in zip(deltas, weights, strict=True)]
     left, values, right = side_by_side(parts)
-    return rounded((left * (values * lambda_)) @ right)
+    return to_float32((left * (values * lambda_)) @ right)
 
 
 # ---- svc ------------------------------------------------------------------------------------------------------------
@@ -303,10 +303,10 @@ def svc(
     factors = [number * share for number in weights[: len(sources)]]
     if not is_matrix(deltas[0], spectral):
         return weighted_sum(sources, factors)
-    return rounded(_calibrated(matrix_sum(sources, factors), tasks, alpha))
+    return to_float32(_calibrate(matrix_sum(sources, factors), tasks, alpha))
 
 
-def _calibrated(merged: Matrix, tasks: Sequence[Array], alpha: float) -> Matrix:
+def _calibrate(merged: Matrix, tasks: Sequence[Array], alpha: float) -> Matrix:
     parts, where = spectrum(merged), namespace(merged).where
     rows, counted = parts.right * parts.values[:, None], parts.values * 0
     for task in tasks:

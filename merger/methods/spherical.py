@@ -15,9 +15,10 @@ from merger.methods.registry import Paper, PerModel, Range, Tensors, endpoints, 
 from merger.methods.steps.arithmetic import (
     Blocks,
     add_scaled,
-    lines_scaled,
+    multiple,
     per_model,
-    scaled,
+    refuse_zero_sum,
+    scale_lines,
     square,
     tensor_dots,
     weighted_sum,
@@ -76,12 +77,7 @@ def directions(blocks: Blocks) -> Directions:
 
 
 def _check(weight: Sequence[float], normalize_weights: bool) -> None:
-    if normalize_weights and abs(math.fsum(weight)) < 1e-8:
-        listed = ", ".join(f"{number:g}" for number in weight)
-        raise ValueError(
-            f"the weights {listed} sum to zero, and normalize_weights divides by their sum; "
-            "set normalize_weights: false"
-        )
+    refuse_zero_sum(weight, "normalize_weights" if normalize_weights else None)
 
 
 def measure_multislerp(
@@ -302,7 +298,7 @@ def slerp(tensors: Tensors, t: float, *, measured: Angle | None = None) -> Array
     """
     angle = measured or measure_slerp([tensors], t)
     if angle is None or t in (0, 1):
-        return scaled(tensors[int(t)], 1.0)
+        return multiple(tensors[int(t)], 1.0)
     return weighted_sum(tensors, coefficients(t, angle))
 
 
@@ -387,7 +383,7 @@ def nuslerp(
     """
     t = _share(per_model(weight, 2))
     if t in (0, 1):
-        return scaled(tensors[int(t)], 1.0)
+        return multiple(tensors[int(t)], 1.0)
     rows, by_row = [as_rows(tensor) for tensor in tensors], not (nuslerp_flatten or nuslerp_row_wise)
     if by_row:
         first, second = _factors(t, row_dots(rows))
@@ -397,8 +393,8 @@ def nuslerp(
         first, second = found
     if len(first) == 1:
         return weighted_sum(tensors, [float(first[0]), float(second[0])])
-    total = lines_scaled(tensors[0], first, by_row)
-    add_scaled(total, lines_scaled(tensors[1], second, by_row), 1.0)
+    total = scale_lines(tensors[0], first, by_row)
+    add_scaled(total, scale_lines(tensors[1], second, by_row), 1.0)
     return total
 
 
@@ -428,13 +424,6 @@ def clamp_near(base: Array, other: Array, most: float, out: Array) -> None:
         low, high = base[i] - most, base[i] + most
         raised = low if low > other[i] or low != low else other[i]
         out[i] = raised if raised < high or raised != raised else high
-
-
-@clamp_near.torch
-def _(base: Any, other: Any, most: float, out: Any) -> None:
-    low, high = base.sub(most), base.add(most)
-    raised = low.where((low > other) | low.isnan(), other)
-    out.copy_(raised.where((raised < high) | raised.isnan(), high))
 
 
 @merge_method(

@@ -11,7 +11,7 @@ from operator import add
 from typing import Annotated
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
-from merger.methods.steps.arithmetic import divisor, per_model, scaled
+from merger.methods.steps.arithmetic import divisor, multiple, per_model
 from merger.methods.steps.decompose import (
     TINY,
     Matrix,
@@ -20,9 +20,9 @@ from merger.methods.steps.decompose import (
     is_matrix,
     matrix_sum,
     namespace,
-    rounded,
     spectrum,
     squares,
+    to_float32,
 )
 from merger.methods.steps.step import Array
 from merger.methods.steps.votes import elect_and_merge, trim
@@ -90,28 +90,28 @@ def knots(
         return ties(deltas, weight, density, normalize, lambda_)
     weights, densities = per_model(weight, len(deltas)), per_model(density, len(deltas))
     basis = _basis(deltas)
-    parts = [_trimmed(_lying(delta), basis, share) for delta, share in zip(deltas, densities, strict=True)]
+    parts = [_trim_along(_wider(delta), basis, share) for delta, share in zip(deltas, densities, strict=True)]
 
     def keep(model: int, factor: float) -> Array:
-        return scaled(parts[model], factor)
+        return multiple(parts[model], factor)
 
     merged = elect_and_merge(keep, weights, [1.0] * len(weights), normalize, 1.0)
-    return scaled(_upright(basis @ as_matrix(merged), deltas[0]), lambda_)
+    return multiple(_restore(basis @ as_matrix(merged), deltas[0]), lambda_)
 
 
-def _lying(tensor: Array) -> Matrix:
+def _wider(tensor: Array) -> Matrix:
     """The tensor as a matrix with no more rows than columns."""
     matrix = as_matrix(tensor)
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 
-def _upright(matrix: Matrix, like: Array) -> Array:
-    return rounded(matrix.T if like.shape[0] > like.shape[1] else matrix)
+def _restore(matrix: Matrix, like: Array) -> Array:
+    return to_float32(matrix.T if like.shape[0] > like.shape[1] else matrix)
 
 
 def _basis(deltas: Sequence[Array]) -> Matrix:
     """The left singular vectors of all matrices side by side, as columns, each with its largest entry positive."""
-    values, vectors = eigen(reduce(add, (matrix @ matrix.T for matrix in map(_lying, deltas))))
+    values, vectors = eigen(reduce(add, (matrix @ matrix.T for matrix in map(_wider, deltas))))
     vectors = vectors[:, values > TINY * values[-1]]
     if not vectors.shape[1]:
         return vectors
@@ -120,12 +120,12 @@ def _basis(deltas: Sequence[Array]) -> Matrix:
     return turned
 
 
-def _trimmed(matrix: Matrix, basis: Matrix, density: float) -> Array:
+def _trim_along(matrix: Matrix, basis: Matrix, density: float) -> Array:
     from merger.methods.steps.select import kth_magnitudes
 
     along = basis.T @ matrix
     # a zero but for rounding would vote and be counted
-    part = rounded(along * (abs(along) > TINY * squares(matrix.T) ** 0.5))
+    part = to_float32(along * (abs(along) > TINY * squares(matrix.T) ** 0.5))
     (threshold,) = kth_magnitudes([[part]], [density]) if part.shape[0] else (0.0,)
     return trim(part, threshold)
 
@@ -191,10 +191,10 @@ def subspace_boosting(
     weights = per_model(weight, len(deltas))
     share = lambda_ / divisor(weights, normalize)
     merged = matrix_sum(deltas, [number * share for number in weights])
-    return rounded(_boosted(merged, beta))
+    return to_float32(_boost(merged, beta))
 
 
-def _boosted(merged: Matrix, beta: float) -> Matrix:
+def _boost(merged: Matrix, beta: float) -> Matrix:
     parts = spectrum(merged)
     if not parts.values.shape[0]:
         return merged

@@ -12,7 +12,7 @@ from typing import Annotated
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
 from merger.methods.steps.arithmetic import Blocks, divisor, l1_factors, per_model, weighted_sum
 from merger.methods.steps.step import Array
-from merger.methods.steps.votes import chosen, elect_and_merge, extremes, trim
+from merger.methods.steps.votes import choice, elect_and_merge, extremes, trim
 
 _PAPER = Paper("Ilharco et al.", 2023, "Editing models with task arithmetic", "https://arxiv.org/abs/2212.04089")
 
@@ -172,7 +172,7 @@ def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Arra
     array([ 4. ,  3. , -5. ,  0.5], dtype=float32)
     """
     above, below = extremes(deltas, per_model(weight, len(deltas)))
-    return chosen(above, below, weighted_sum([above, below], [1.0, 1.0]), lambda_)
+    return choice(above, below, weighted_sum([above, below], [1.0, 1.0]), lambda_)
 
 
 # ---- emr ------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
     array([ 4. ,  3. , -5. ,  0.5], dtype=float32)
     """
     weights = per_model(weight, len(deltas))
-    return chosen(*extremes(deltas, weights), weighted_sum(deltas, weights), lambda_)
+    return choice(*extremes(deltas, weights), weighted_sum(deltas, weights), lambda_)
 
 
 # ---- expo -----------------------------------------------------------------------------------------------------------

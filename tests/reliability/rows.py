@@ -263,12 +263,12 @@ def rows_disk() -> Iterator[Row]:
 
 
 def _full(to: str, disk: str, step: str, left: int, scene: Scene, thorough: bool) -> Iterator[Case]:
-    """From the last request of a step on."""
+    """From the last request of a step on; while tensors are read, from the first, before any file is finished."""
     log = [faults.step_of(request) for request in scene.undisturbed(to)[0].log]
-    last = nth(at(step), log.count(step) - 1)
+    last = nth(at(step), 0 if step == faults.READ else log.count(step) - 1)
     place = scene.temporary if disk == TEMPORARY else scene.folder
     fault = faults.disk_filled(place, left)
-    yield Case(f"{disk} full after the last request when {step}", to, _fault(fault, last, 1), small_disk=disk)
+    yield Case(f"{disk} full after a request when {step}", to, _fault(fault, last, 1), small_disk=disk)
 
 
 # ---- how trouble is made --------------------------------------------------------------------------------------------

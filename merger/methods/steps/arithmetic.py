@@ -39,6 +39,13 @@ def per_model(value: float | Sequence[float], models: int) -> list[float]:
     return [float(number) for number in value]
 
 
+def refuse_zero_sum(weights: Sequence[float], setting: str | None) -> None:
+    """Raise ValueError for weights whose sum is zero, where a setting says that it is divided by."""
+    if setting and abs(math.fsum(weights)) < 1e-8:
+        listed = ", ".join(f"{number:g}" for number in weights)
+        raise ValueError(f"the weights {listed} sum to zero, and {setting} divides by their sum; set {setting}: false")
+
+
 # ---- sums -----------------------------------------------------------------------------------------------------------
 
 
@@ -49,21 +56,11 @@ def scale(x: Array, factor: float, out: Array) -> None:
         out[i] = x[i] * factor
 
 
-@scale.torch
-def _(x: Any, factor: float, out: Any) -> None:
-    import torch
-
-    torch.mul(x, factor, out=out)
-
-
 @step("void(float32[::1], float32[::1], float32)")
 def add_scaled(total: Array, x: Array, factor: float) -> None:
     """To each entry another one times a number."""
     for i in range(total.size):
         total[i] += x[i] * factor
-
-
-add_scaled.twin = lambda total, x, factor: total.add_(x * factor)
 
 
 @step("void(float32[::1], float32[::1])")
@@ -73,9 +70,6 @@ def multiply(total: Array, x: Array) -> None:
         total[i] *= x[i]
 
 
-multiply.twin = lambda total, x: total.mul_(x)
-
-
 @step("void(float32[::1], float32[::1], float32, float32[::1])")
 def divide(x: Array, by: Array, factor: float, out: Array) -> None:
     """Each entry divided by another one (by 1 where that is zero), then times a number."""
@@ -83,67 +77,37 @@ def divide(x: Array, by: Array, factor: float, out: Array) -> None:
         out[i] = x[i] / (ONE if by[i] == ZERO else by[i]) * factor
 
 
-divide.twin = lambda x, by, factor, out: out.copy_(x.div(by.add(by.eq(0))).mul_(factor))
-
-
-@step("void(float32[::1], float32[::1], float32[::1])")
-def scale_rows(x: Array, factors: Array, out: Array) -> None:
-    """Each row, of as many as there are factors, times its own."""
-    count = factors.size
-    rows, made = x.reshape(count, x.size // max(1, count)), out.reshape(count, x.size // max(1, count))
-    for row in range(count):
-        for i in range(rows.shape[1]):
-            made[row, i] = rows[row, i] * factors[row]
-
-
-@scale_rows.torch
-def _(x: Any, factors: Any, out: Any) -> None:
-    rows = max(1, len(factors))
-    out.view(rows, -1).copy_(x.reshape(rows, -1) * _beside(factors, x).view(-1, 1))
-
-
-@step("void(float32[::1], float32[::1], float32[::1])")
-def scale_columns(x: Array, factors: Array, out: Array) -> None:
-    """Each column, of as many as there are factors, times its own."""
-    width = factors.size
-    rows, made = x.reshape(x.size // max(1, width), width), out.reshape(x.size // max(1, width), width)
-    for row in range(len(rows)):
-        for column in range(width):
-            made[row, column] = rows[row, column] * factors[column]
-
-
-@scale_columns.torch
-def _(x: Any, factors: Any, out: Any) -> None:
-    out.view(-1, len(factors)).copy_(x.reshape(-1, len(factors)) * _beside(factors, x))
-
-
-def _beside(numbers: Array, x: Any) -> Any:
-    """Numbers that were computed here, where a tensor is."""
-    import torch
-
-    return torch.from_numpy(numbers).to(x.device)
-
-
-def scaled(x: Array, factor: float) -> Array:
+def multiple(x: Array, factor: float) -> Array:
     """The tensor times a number."""
     out = new(x)
     scale(x, factor, out)
     return out
 
 
-def lines_scaled(x: Array, factors: NDArray[np.float64], by_row: bool) -> Array:
+def scale_lines(x: Array, factors: NDArray[Any], by_row: bool) -> Array:
     """Each row, or each column, times its own number."""
     import numpy as np
 
-    out = new(x)
-    (scale_rows if by_row else scale_columns)(x, np.ascontiguousarray(factors, np.float32), out)
+    lines = x.reshape((len(factors), -1) if by_row else (-1, len(factors)))
+    numbers: Any = np.asarray(factors, np.float32)[:, None] if by_row else np.asarray(factors, np.float32)
+    if is_tensor(x):
+        found: Array = (lines * _beside(numbers, x)).reshape(x.shape)
+        return found
+    np.multiply(lines, numbers, out=(out := new(x)).reshape(lines.shape))
     return out
+
+
+def _beside(numbers: Any, x: Any) -> Any:
+    """Numbers that were computed here, where a tensor is."""
+    import torch
+
+    return torch.from_numpy(numbers).to(x.device)
 
 
 def weighted_sum(tensors: Iterable[Array], factors: Sequence[float]) -> Array:
     """The sum of each tensor times its factor."""
     pairs = zip(tensors, factors, strict=True)
-    total = scaled(*next(pairs))
+    total = multiple(*next(pairs))
     for tensor, factor in pairs:
         add_scaled(total, tensor, factor)
     return total
@@ -315,7 +279,7 @@ class Mapped:
         """Every `step`-th entry."""
         if not self.entrywise:
             return _slices(self, step)
-        return (self.make(place, block) for place, block in enumerate(strided(self.blocks, step)))
+        return (self.make(place, block) for place, block in enumerate(every_nth(self.blocks, step)))
 
 
 def entry_count(x: Array) -> int:
@@ -329,7 +293,7 @@ def entries_of(blocks: Blocks) -> int:
     return sum(entry_count(block[0]) for block in blocks) if known is None else known
 
 
-def strided(blocks: Blocks, step: int) -> Iterator[Sequence[Array]]:
+def every_nth(blocks: Blocks, step: int) -> Iterator[Sequence[Array]]:
     """Every `step`-th entry of each tensor, block by block, in one row."""
     known: Callable[[int], Iterator[Sequence[Array]]] = getattr(blocks, "strided", partial(_slices, blocks))
     return known(step)

@@ -63,7 +63,7 @@ def as_matrix(tensor: Array, factor: float = 1.0) -> Matrix:
     return found
 
 
-def rounded(matrix: Matrix) -> Array:
+def to_float32(matrix: Matrix) -> Array:
     """The matrix in float32."""
     wide: Any = matrix
     found: Array = wide.float() if is_tensor(matrix) else wide.astype("float32")

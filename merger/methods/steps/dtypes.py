@@ -34,25 +34,11 @@ def load_bfloat16(raw: Raw, out: Array) -> None:
         out[i] = from_bfloat16(raw[i])
 
 
-@load_bfloat16.torch
-def _(raw: Any, out: Any) -> None:
-    import torch
-
-    out.copy_(raw.view(torch.bfloat16))
-
-
 @step("void(float32[::1], uint16[::1])")
 def store_bfloat16(x: Array, out: Raw) -> None:
     """float32 to bits of bfloat16."""
     for i in range(out.size):
         out[i] = to_bfloat16(x[i])
-
-
-@store_bfloat16.torch
-def _(x: Any, out: Any) -> None:
-    import torch
-
-    out.view(torch.bfloat16).copy_(x)
 
 
 @step("void(uint16[::1], float32[::1])")
@@ -62,25 +48,11 @@ def load_float16(raw: Raw, out: Array) -> None:
         out[i] = from_float16(raw[i])
 
 
-@load_float16.torch
-def _(raw: Any, out: Any) -> None:
-    import torch
-
-    out.copy_(raw.view(torch.float16))
-
-
 @step("void(float32[::1], uint16[::1])")
 def store_float16(x: Array, out: Raw) -> None:
     """float32 to bits of float16."""
     for i in range(out.size):
         out[i] = to_float16(x[i])
-
-
-@store_float16.torch
-def _(x: Any, out: Any) -> None:
-    import torch
-
-    out.view(torch.float16).copy_(x)
 
 
 @dataclass(frozen=True)

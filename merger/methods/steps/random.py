@@ -167,10 +167,7 @@ def keep_masked(x: Array, kept: Mask, factor: float, out: Array) -> None:
         out[i] = x[i] * (ONE if kept[i] else ZERO) * factor
 
 
-keep_masked.twin = lambda x, kept, factor, out: out.copy_((x * kept.view(x.shape)).mul_(factor))
-
-
-def masked(delta: Array, kept: Mask, factor: float) -> Array:
+def mask_out(delta: Array, kept: Mask, factor: float) -> Array:
     """The delta times a number where the mask holds, else zero."""
     keep_masked(delta, kept, factor, out := new(delta))
     return out

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.methods.steps.arithmetic import array, entries_of, strided
+from merger.methods.steps.arithmetic import array, entries_of, every_nth
 from merger.methods.steps.step import NONE, Array, step
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ within: Any = None
 
 Bits = NDArray[np.uint32]
 Ranks: TypeAlias = Callable[[int], Sequence[int]]
-"""From a tensor's number of entries to the ranks wanted in it; the largest magnitude has rank 1."""
+"""From a tensor's number of entries to the ranks wanted in it; the largest magnitude has rank 1. It is asked twice, for
+a sample of the blocks comes first."""
 
 _MAGNITUDE = 0x7FFFFFFF
 _SMALL = 1 << 16  # entries; a tensor no larger is its own sample
@@ -74,15 +75,19 @@ def magnitudes_at(blocks: Blocks, ranks: Mapping[int, Ranks]) -> dict[int, tuple
         return {}
     entries = entries_of(blocks)
     samples = _samples(blocks, list(ranks), stride(entries))
-    wanted = {model: wish(entries) for model, wish in ranks.items()}  # by now the blocks were seen once
     found: dict[tuple[int, int], int | Search] = {
-        (model, rank): _search(samples[model], rank, entries) for model in ranks for rank in wanted[model]
+        (model, place): _search(samples[model], rank, entries)
+        for model, wish in ranks.items()
+        for place, rank in enumerate(wish(entries))  # by now a sample was seen
     }
     while searches := {key: search for key, search in found.items() if not isinstance(search, int)}:
         _read(blocks, searches)
-        found |= {key: search.outcome() for key, search in searches.items()}
+        for (model, place), search in searches.items():
+            if isinstance(search, _Count):
+                search.rank = ranks[model](entries)[place]  # and by now all
+            found[model, place] = search.outcome()
     bits = {key: outcome for key, outcome in found.items() if isinstance(outcome, int)}
-    return {model: tuple(_magnitude(bits[model, rank]) for rank in its_ranks) for model, its_ranks in wanted.items()}
+    return {model: tuple(_magnitude(bits[key]) for key in sorted(bits) if key[0] == model) for model in ranks}
 
 
 def quartiles(blocks: Blocks) -> tuple[float, float, float]:
@@ -110,7 +115,7 @@ def stride(entries: int) -> int:
 def _samples(blocks: Blocks, models: Sequence[int], step: int) -> dict[int, Bits]:
     """The magnitudes of every `step`-th entry."""
     pieces: dict[int, list[Bits]] = {model: [] for model in models}
-    for block in strided(blocks, step):
+    for block in every_nth(blocks, step):
         for model, held in pieces.items():
             held.append(_bits(array(block[model])))
     return {model: np.concatenate(held) for model, held in pieces.items()}

@@ -1,12 +1,17 @@
 """What a step is: a small loop over arrays, compiled when it is first called, with a second body for torch's tensors.
 
+That of a loop which looks at one entry at a time is made of its source: `x[i]` is the whole tensor, a choice `where`.
+
 And where the memory of what steps fill comes from. Not here: any step. Neither numpy nor numba is imported with this
 file, so that the table of methods can be read without them.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
+import textwrap
 import threading
 from collections.abc import Callable
 from functools import cache, cached_property
@@ -43,12 +48,16 @@ class Step:
     def __init__(self, function: Callable[..., None], signature: str) -> None:
         self.function, self.signature, self.name = function, signature, function.__name__
         self._arrays = [place for place, kind in enumerate(signature.split(", ")) if "[" in kind]
-        self.twin: Callable[..., None] | None = None
 
     def torch(self, twin: Body) -> Body:
-        """Register the same in torch's expressions, in place of the compiled loop where the arrays are tensors."""
+        """Register the same in torch's expressions, of a loop that looks at more than an entry at a time."""
         self.twin = twin
         return twin
+
+    @cached_property
+    def twin(self) -> Callable[..., None] | None:
+        """What is called in place of the compiled loop where the arrays are tensors; None: it is called with none."""
+        return _derive_twin(self.function)
 
     @cached_property
     def compiled(self) -> Callable[..., None]:
@@ -57,15 +66,13 @@ class Step:
 
     def __call__(self, first: Array, *others: Any) -> None:
         """Run the loop: over numpy's arrays what is compiled, over torch's tensors its twin."""
-        if is_tensor(first):
-            assert self.twin is not None, self.name
-            self.twin(first, *others)
-        else:
-            handed = [first, *others]
-            for place in self._arrays:
-                if handed[place].ndim != 1:
-                    handed[place] = handed[place].reshape(-1)
-            self.compiled(*handed)
+        handed = [first, *others]
+        for place in self._arrays:
+            if handed[place].ndim != 1:
+                handed[place] = handed[place].reshape(-1)
+        run = self.twin if is_tensor(first) else self.compiled
+        assert run is not None, self.name
+        run(*handed)
 
 
 def step(signature: str) -> Callable[[Callable[..., None]], Step]:
@@ -118,6 +125,68 @@ def _words() -> dict[str, Any]:
 def _stamp(path: str) -> str:
     sources = (Path(path), Path(__file__), Path(__file__).with_name("intrinsics.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+# ---- the second body ------------------------------------------------------------------------------------------------
+
+
+def _derive_twin(function: Callable[..., None]) -> Callable[..., None] | None:
+    """The same expressions over whole tensors; None where the step is no loop over entries."""
+    assert isinstance(function, FunctionType)
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(definition, ast.FunctionDef)
+    loop = definition.body[-1]
+    if len(definition.body) > 2 or not isinstance(loop, ast.For) or any(isinstance(x, ast.For) for x in loop.body):
+        return None
+    assert isinstance(loop.target, ast.Name)
+    definition.decorator_list, definition.returns = [], None
+    for argument in definition.args.args:
+        argument.annotation = None
+    definition.body = [_Whole(loop.target.id).visit(statement) for statement in loop.body]
+    module = ast.fix_missing_locations(ast.Module([definition], []))
+    names = dict(function.__globals__ | _torch_words())
+    exec(compile(module, function.__code__.co_filename, "exec"), names)
+    found: Callable[..., None] = names[function.__name__]
+    return found
+
+
+class _Whole(ast.NodeTransformer):
+    """Expressions of an entry to expressions of all of them."""
+
+    def __init__(self, index: str) -> None:
+        self._index = index
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        if not (isinstance(node.slice, ast.Name) and node.slice.id == self._index):
+            return self.generic_visit(node)
+        return node.value if isinstance(node.ctx, ast.Load) else ast.Subscript(node.value, ast.Constant(...), node.ctx)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        parts = [self.visit(part) for part in (node.test, node.body, node.orelse)]
+        return ast.Call(ast.Name("where", ast.Load()), parts, [])
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        one, other = (self.visit(value) for value in node.values)
+        return ast.BinOp(one, ast.BitAnd() if isinstance(node.op, ast.And) else ast.BitOr(), other)
+
+
+@cache
+def _torch_words() -> dict[str, Any]:
+    """The words of compiled loops, for tensors."""
+    import torch
+
+    def flip(x: Any, like: Any) -> Any:
+        return (x.view(torch.int32) ^ like.view(torch.int32) & -(1 << 31)).view(torch.float32)
+
+    return {
+        "where": torch.where,
+        "flip": flip,
+        "wide": lambda x: x.double(),
+        "from_bfloat16": lambda bits: bits.view(torch.bfloat16).float(),
+        "to_bfloat16": lambda x: x.bfloat16().view(torch.uint16),
+        "from_float16": lambda bits: bits.view(torch.float16).float(),
+        "to_float16": lambda x: x.half().view(torch.uint16),
+    }
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -20,18 +20,6 @@ flip: Any = None
 # ---- what stays -----------------------------------------------------------------------------------------------------
 
 
-@step("void(float32[::1], float32, float32, float32[::1])")
-def shrink(x: Array, most: float, factor: float, out: Array) -> None:
-    """Zero where the magnitude is `most` or less, else the entry times a number."""
-    for i in range(out.size):
-        out[i] = (ZERO if abs(x[i]) <= most else x[i]) * factor
-
-
-@shrink.torch
-def _(x: Any, most: float, factor: float, out: Any) -> None:
-    out.copy_((x if most < 0 else x.masked_fill(x.abs() <= most, 0.0)).mul(factor))
-
-
 @step("void(float32[::1], float32, float32, float32, float32[::1])")
 def keep_between(x: Array, most: float, ceiling: float, factor: float, out: Array) -> None:
     """Zero where the magnitude is `most` or less, or more than the ceiling; else the entry times a number."""
@@ -41,31 +29,15 @@ def keep_between(x: Array, most: float, ceiling: float, factor: float, out: Arra
         out[i] = (kept - (x[i] if size > ceiling else ZERO)) * factor
 
 
-@keep_between.torch
-def _(x: Any, most: float, ceiling: float, factor: float, out: Any) -> None:
-    size = x.abs()
-    out.copy_(x.masked_fill(size <= most, 0.0).sub_(x.masked_fill(~(size > ceiling), 0.0)).mul_(factor))
+def band(delta: Array, floor: float, ceiling: float = math.inf, factor: float = 1.0) -> Array:
+    """The delta times a number, with every entry set to zero whose magnitude is below `floor` or above `ceiling`."""
+    keep_between(delta, _next_below(floor), ceiling, factor, out := new(delta))
+    return out
 
 
 def trim(delta: Array, threshold: float, factor: float = 1.0) -> Array:
     """The delta times a number, with every entry of magnitude below `threshold` set to zero."""
-    out = new(delta)
-    shrink(delta, _next_below(threshold), factor, out)
-    return out
-
-
-def band(delta: Array, floor: float, ceiling: float, factor: float = 1.0) -> Array:
-    """The delta times a number, with every entry set to zero whose magnitude is below `floor` or above `ceiling`."""
-    out = new(delta)
-    keep_between(delta, _next_below(floor), ceiling, factor, out)
-    return out
-
-
-def without_specks(delta: Array, most: float) -> Array:
-    """The delta with every entry of magnitude `most` or less set to zero."""
-    out = new(delta)
-    shrink(delta, most, 1.0, out)
-    return out
+    return band(delta, threshold, factor=factor)
 
 
 def _next_below(value: float) -> float:
@@ -90,34 +62,12 @@ def add_agreeing(vote: Array, elected: Array, gain: float, weight: float, total:
         share[i] += weight if agreeing > ZERO else ZERO
 
 
-@add_agreeing.torch
-def _(vote: Any, elected: Any, gain: float, weight: float, total: Any, share: Any) -> None:
-    import torch
-
-    flipped = _flipped(vote, elected)
-    agreeing = flipped.masked_fill_(flipped < 0, 0.0)
-    total.add_(agreeing * gain)
-    share.add_(torch.where(agreeing > 0, weight, 0.0))
-
-
 @step("void(float32[::1], float32[::1], float32[::1], float32, float32, float32[::1])")
 def settle(total: Array, elected: Array, share: Array, noise: float, factor: float, out: Array) -> None:
     """The total with the elected sign, divided by a share above the noise, times a number."""
     for i in range(out.size):
         by = ONE if share[i] <= noise and share[i] >= -noise else share[i]
         out[i] = flip(total[i], elected[i]) / by * factor
-
-
-@settle.torch
-def _(total: Any, elected: Any, share: Any, noise: float, factor: float, out: Any) -> None:
-    out.copy_(_flipped(total, elected).div_(share.masked_fill(share.abs() <= noise, 1.0)).mul_(factor))
-
-
-def _flipped(x: Any, elected: Any) -> Any:
-    import torch
-
-    sign = elected.view(torch.int32) & -(1 << 31)
-    return (x.view(torch.int32) ^ sign).view(torch.float32)
 
 
 def consensus(
@@ -178,25 +128,12 @@ def extend(x: Array, factor: float, above: Array, below: Array) -> None:
         below[i] = below[i] if below[i] < term or below[i] != below[i] else term
 
 
-@extend.torch
-def _(x: Any, factor: float, above: Any, below: Any) -> None:
-    term = x * factor
-    above.copy_(above.where((above > term) | above.isnan(), term))
-    below.copy_(below.where((below < term) | below.isnan(), term))
-
-
 @step("void(float32[::1], float32[::1], float32[::1], float32, float32[::1])")
 def choose(above: Array, below: Array, vote: Array, factor: float, out: Array) -> None:
     """`above` where the vote is 0 or more, else `below`; times a number."""
     for i in range(out.size):
         plus = ONE if vote[i] >= ZERO else ZERO
         out[i] = (above[i] * plus + below[i] * (ONE - plus)) * factor
-
-
-@choose.torch
-def _(above: Any, below: Any, vote: Any, factor: float, out: Any) -> None:
-    plus = vote.ge(0).float()
-    out.copy_((above * plus).add_(below * (1 - plus)).mul_(factor))
 
 
 def extremes(deltas: Sequence[Array], factors: Sequence[float]) -> tuple[Array, Array]:
@@ -207,7 +144,7 @@ def extremes(deltas: Sequence[Array], factors: Sequence[float]) -> tuple[Array, 
     return above, below
 
 
-def chosen(above: Array, below: Array, vote: Array, factor: float) -> Array:
+def choice(above: Array, below: Array, vote: Array, factor: float) -> Array:
     """`above` where the vote is 0 or more, else `below`; times a number."""
     choose(above, below, vote, factor, out := new(vote))
     return out
