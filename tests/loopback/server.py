@@ -116,8 +116,8 @@ def _send_file(connection: socket.socket, part: FilePart, length: int, pace: Pac
         with suppress(OSError):  # the client has had enough; where the file stands says how much it took
             for start in range(0, length, step):
                 size = min(step, length - start)
-                connection.sendfile(file, part.start + start, size)
                 pace.passed(size)
+                connection.sendfile(file, part.start + start, size)
         return max(file.tell() - part.start, 0)
 
 

@@ -613,6 +613,21 @@ def test_latency(hub: LoopbackHub) -> None:
     assert time.perf_counter() - start >= 0.2
 
 
+def test_the_links_rate_is_shared_by_its_connections(hub: LoopbackHub, repo: str) -> None:
+    """Two downloads at once take as long as their bytes do at the rate, but for a moment that it makes up for."""
+    hub.add_model(repo, {"model.safetensors": SHARD})
+    url = signed_url(hub, repo)
+    hub.rate(2 * len(SHARD) / 0.3)
+    start = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: ask(url)[2], range(2)))
+    seconds, passed = time.monotonic() - start, sum(size for _, size in hub.context.down.log)
+    hub.rate(None)
+    assert answers == [SHARD, SHARD]
+    assert seconds >= 0.2
+    assert passed == 2 * len(SHARD)
+
+
 # Threads
 
 
