@@ -19,7 +19,7 @@ import numpy as np
 from merger import runtime
 from merger.engine.decompose import RunPairs
 from merger.engine.finite import NotFinite, explain
-from merger.engine.runner import Allowance, Block, Bytes, Work, blocks
+from merger.engine.runner import Allowance, Block, Bytes, Work, blocks, start_work
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard
@@ -128,7 +128,7 @@ def _make_shards(
         routers |= gates(plan, jobs, table, store)
         yield from map(Doubted, doubts(routers))
     if not plan.locked.recipe.allow_non_finite:  # what is odd is counted tensor by tensor
-        shards = [replace(shard, jobs=tuple(join_small(shard.jobs, table))) for shard in shards]
+        shards = [replace(shard, jobs=tuple(join_small(shard.jobs))) for shard in shards]
     with closing(store.reader(tickets(plan, shards, table), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
         made = pool.in_order(_work(plan, shards, table, reader, device, routers))
         for shard in shards:
@@ -157,7 +157,7 @@ def _work(
     first, pairs, allow = 0, RunPairs(), plan.locked.recipe.allow_non_finite
     memory = Allowance(plan.kept)
     for job in jobs:
-        yield Work(job, table, first, reader, plan.seed, device, routers, pairs, allow, memory)
+        yield start_work(job, table, first, reader, plan.seed, device, routers, pairs, allow, memory)
         first += len(job.reads)
 
 

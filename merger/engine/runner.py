@@ -140,7 +140,7 @@ class JobRunner:
     method: Method
     seed: int
     device: str
-    origin: Work
+    origin: Any
     whole: Job
     measured: Any = None
     seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
@@ -240,9 +240,10 @@ class JobRunner:
         tensors = self.origin.with_read(alike, block.start, block.stop, step) if alike else self.origin
         return [self._load(source, block, step, tensors) for source in self.job.sources]
 
-    def _load(self, source: Input, block: Block, step: int, tensors: Work) -> Held:
-        if isinstance(source, Stored | StageTensor):
-            return tensors.bits(source, block.start, block.stop, step)
+    def _load(self, source: Input, block: Block, step: int, tensors: Any) -> Held:
+        if isinstance(source, (Stored, StageTensor)):
+            held: Held = tensors.bits(source, block.start, block.stop, step)
+            return held
         out = _floats(block.stop - block.start)
         return Held(load_input(source, block.start, block.stop, out, tensors, step), "F32")
 
@@ -367,8 +368,7 @@ class Work:
             odd[stored.model if isinstance(stored, Stored) else stored.stage] += count
         told = tuple(sorted(odd.items()))
         if made or told:
-            found = total_geometry(made[start] for start in sorted(made)) if made else NOTHING
-            yield self.job, replace(found, odd=told)
+            yield self.job, replace(_total(made) if made else NOTHING, odd=told)
 
     def _look(self, stored: Stored | StageTensor, place: int, raw: Any) -> None:
         """Note how many of the entries that stand there are not finite."""
@@ -461,6 +461,54 @@ class Work:
     def close(self) -> None:
         """No more blocks will be asked for."""
         self._spool.close()
+
+
+class _JoinedWork(Work):
+    """Small jobs under way whose inputs are read at once, but each of which is measured and made by itself."""
+
+    wants_preparing = False
+
+    def make(self, block: Block, out: Bytes) -> memoryview:
+        end, whole = 0, self._making
+        with tile():
+            held = [self.bits(source, block.start, block.stop) for source in self.job.reads]
+            for job, part in self.job.parts:
+                inputs = _Inputs({of: Held(all.bits[part], all.dtype) for of, all in zip(job.reads, held, strict=True)})
+                making = JobRunner(job, self.method, whole.seed, whole.device, inputs, job)
+                making.measure()
+                for piece in blocks(job, self.method):
+                    end += making.round(piece, out[end:]).nbytes
+                whole.seen[part.start] = _total(making.seen)
+        return out[:end].data
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The stored tensors of a job that are in memory, for its runner."""
+
+    held: Mapping[Stored, Held]
+    odd: Mapping[Any, int] = field(default_factory=dict)
+
+    def bits(self, stored: Stored, start: int, stop: int, step: int = 1) -> Held:
+        """As of `Work`."""
+        whole = self.held[stored]
+        return Held(whole.bits[start:stop][-start % step :: step], whole.dtype)
+
+    def with_read(self, *_: object) -> _Inputs:
+        """As of `Work`: they all are."""
+        return self
+
+
+def start_work(job: Job, table: Mapping[str, Method], *more: Any) -> Work:
+    """A job of the output under way; `more` is what `Work` takes besides."""
+    method = table[job.method]
+    apart = method.unit != "entries" or method.random or method.measure is not None
+    return (_JoinedWork if apart and isinstance(job, JoinedJob) else Work)(job, table, *more)
+
+
+def _total(seen: Mapping[int, Geometry]) -> Geometry:
+    """That of all blocks, in their order."""
+    return total_geometry(seen[start] for start in sorted(seen)) if len(seen) > 1 else next(iter(seen.values()))
 
 
 def _room(dtype: str, block: Block) -> Bytes:

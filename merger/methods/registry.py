@@ -286,8 +286,13 @@ def named_method(name: str) -> Method:
 
 def declared(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `arguments` that `function` declares: what its `measure` or `check` is called with."""
-    names = inspect.signature(function).parameters
+    names = _names(function)
     return {name: value for name, value in arguments.items() if name in names}
+
+
+@cache
+def _names(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

@@ -38,14 +38,14 @@ def block_entries(job: Job, method: Method) -> int:
     return max(1, BLOCK_ENTRIES // row) * row if row else max(1, job.entries)
 
 
-def join_small(jobs: Iterable[Job], table: Mapping[str, Method]) -> Iterator[Job]:
+def join_small(jobs: Iterable[Job]) -> Iterator[Job]:
     """The jobs in their order, but as one those small ones that differ in nothing but which entries they take.
 
-    What is made of an entry is then the same whatever is beside it, and one read, one task and one write do for all.
+    One read, one task and one write do for all of them.
     """
     held, entries = list[Job](), 0
     for job in jobs:
-        if held and (entries + job.entries > JOINED_ENTRIES or not _continues(held[-1], job, table[job.method])):
+        if held and (entries + job.entries > JOINED_ENTRIES or not _continues(held[-1], job)):
             yield _as_one(held)
             held, entries = [], 0
         held.append(job)
@@ -54,9 +54,9 @@ def join_small(jobs: Iterable[Job], table: Mapping[str, Method]) -> Iterator[Job
         yield _as_one(held)
 
 
-def _continues(before: Job, job: Job, method: Method) -> bool:
+def _continues(before: Job, job: Job) -> bool:
     """Whether a job differs from the one before only in that its inputs begin where that one's end."""
-    if method.unit != "entries" or method.random or method.measure is not None or not (before.entries and job.entries):
+    if not (before.entries and job.entries):
         return False
     alike = (before.method, before.dtype, before.settings) == (job.method, job.dtype, job.settings)
     if not alike or [of.settings for of in before.inputs] != [of.settings for of in job.inputs]:
@@ -146,7 +146,7 @@ def _read(job: Job, table: Mapping[str, Method]) -> Iterator[Stored]:
     """The stored tensors that a job reads itself, twice those that it reads more than once."""
     own = tuple(dict.fromkeys(end for source in job.sources for end in unpack(source) if isinstance(end, Stored)))
     yield from own
-    if table[job.method].measure is not None and not job.is_copy:
+    if table[job.method].measure is not None and not job.is_copy and not isinstance(job, JoinedJob):
         yield from own
     yield from (stored for source in job.sources for stored in source.reread if stored in own)
 

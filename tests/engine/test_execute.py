@@ -92,7 +92,7 @@ def test_same_bytes_on_tensors_and_in_tiles_of_another_size(
     assert merged(path, tmp_path / "tensors") == first
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "passthrough"])
+@pytest.mark.parametrize("method", [*RECIPES, "passthrough"])
 def test_small_tensors_made_as_one_are_what_each_is_alone(
     method: str, parents: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,10 +101,10 @@ def test_small_tensors_made_as_one_are_what_each_is_alone(
     path.write_text(f"merge_method: passthrough\nmodels: [{{model: {parents[0]}}}]\n")
     path = path if method == "passthrough" else recipe(tmp_path, method, parents)
     jobs = plan(read_recipe(path), Options())[0].jobs
-    assert len(list(join_small(jobs, methods()))) < len(jobs)
+    assert len(list(join_small(jobs))) < len(jobs)
     first = merged(path, tmp_path / "one" / "out")
     monkeypatch.setattr("merger.planning.budget.JOINED_ENTRIES", 0)
-    assert list(join_small(jobs, methods())) == list(jobs)
+    assert list(join_small(jobs)) == list(jobs)
     assert merged(path, tmp_path / "two" / "out") == first
     one, two = ((tmp_path / name / "out" / "merger.measured.json").read_text() for name in ("one", "two"))
     assert one == two
