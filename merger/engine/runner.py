@@ -31,7 +31,7 @@ from merger.methods.steps.dtypes import HELD, Held, load, store
 from merger.methods.steps.random import Rng
 from merger.methods.steps.step import TILE, Array, room, tile
 from merger.models.architecture import matrix_shape
-from merger.planning.budget import BLOCK_ENTRIES, block_entries, needs
+from merger.planning.budget import COPY_BYTES, block_entries, needs
 from merger.planning.geometry import NOTHING, Geometry, total_geometry
 from merger.planning.inputs.base import Input, Job, JoinedJob, StageTensor, Stored
 from merger.planning.inputs.derived import Routed
@@ -41,7 +41,6 @@ from merger.stores.ports import Reader
 
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]
-_COPY_BYTES = 4 * BLOCK_ENTRIES
 _SPOOL_BYTES = 8 << 20
 
 
@@ -55,7 +54,7 @@ class Block:
 
 def blocks(job: Job, method: Method) -> list[Block]:
     """The blocks of a job, in order. Their size never depends on a budget: so neither does the result."""
-    size, step = (job.nbytes, _COPY_BYTES) if job.is_copy else (job.entries, block_entries(job, method))
+    size, step = (job.nbytes, COPY_BYTES) if job.is_copy else (job.entries, block_entries(job, method))
     return [Block(start, min(start + step, size)) for start in range(0, size, step)]
 
 

@@ -168,7 +168,7 @@ def _means(
     paper=_PAPER,
     models=(1, None),
     measure=measure_pcb,
-    workspace=24,
+    workspace=96,
     laws=("zero", "permutation", "scale"),
 )
 def pcb(
@@ -252,7 +252,7 @@ def measure_arcee_fusion(blocks: Blocks) -> float:
     base="first",
     unit="rows",
     measure=measure_arcee_fusion,
-    workspace=24,  # three searches at once, for two inputs
+    workspace=192,  # three searches at once, for two inputs
     laws=("zero", "idempotent"),
 )
 def arcee_fusion(tensors: Tensors, *, measured: float | None = None) -> Array:
