@@ -23,7 +23,7 @@ from merger.engine.runner import Allowance, Block, Bytes, Work, blocks, start_wo
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard
-from merger.planning.budget import BLOCK_ENTRIES, join_small, needs, routers_of, takes_torch
+from merger.planning.budget import COPY_BYTES, block_bytes, join_small, needs, routers_of, takes_torch
 from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.inputs.base import Job
 from merger.planning.inputs.derived import Routed
@@ -190,7 +190,7 @@ class _Pool:
 
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="merge")
-        self._free = deque(np.empty(8 * BLOCK_ENTRIES, np.uint8) for _ in range(threads * BLOCKS_IN_FLIGHT))
+        self._free = deque(np.empty(COPY_BYTES, np.uint8) for _ in range(threads * BLOCKS_IN_FLIGHT))
         self._ahead = threads * JOBS_AHEAD
         self._open: list[Work] = []
 
@@ -209,8 +209,8 @@ class _Pool:
             if not self._free:
                 yield from self._first(waiting)
             buffer = self._free.popleft()
-            if buffer.size < 8 * (block.stop - block.start):
-                buffer = np.empty(8 * (block.stop - block.start), np.uint8)
+            if buffer.size < (needed := block_bytes(work.job, work.method)):
+                buffer = np.empty(needed, np.uint8)
             waiting.append((self._threads.submit(work.make, block, buffer), buffer, work, last))
         while waiting:
             yield from self._first(waiting)

@@ -31,7 +31,7 @@ from merger.methods.steps.dtypes import HELD, Held, load, store
 from merger.methods.steps.random import Rng
 from merger.methods.steps.step import TILE, Array, room, tile
 from merger.models.architecture import matrix_shape
-from merger.planning.budget import BLOCK_ENTRIES, block_entries, needs
+from merger.planning.budget import COPY_BYTES, block_entries, needs
 from merger.planning.geometry import NOTHING, Geometry, total_geometry
 from merger.planning.inputs.base import Input, Job, JoinedJob, StageTensor, Stored
 from merger.planning.inputs.derived import Routed
@@ -41,7 +41,6 @@ from merger.stores.ports import Reader
 
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]
-_COPY_BYTES = 4 * BLOCK_ENTRIES
 _SPOOL_BYTES = 8 << 20
 
 
@@ -55,7 +54,7 @@ class Block:
 
 def blocks(job: Job, method: Method) -> list[Block]:
     """The blocks of a job, in order. Their size never depends on a budget: so neither does the result."""
-    size, step = (job.nbytes, _COPY_BYTES) if job.is_copy else (job.entries, block_entries(job, method))
+    size, step = (job.nbytes, COPY_BYTES) if job.is_copy else (job.entries, block_entries(job, method))
     return [Block(start, min(start + step, size)) for start in range(0, size, step)]
 
 
@@ -242,9 +241,10 @@ class JobRunner:
         tensors = self.origin.with_read(alike, block.start, block.stop, step) if alike else self.origin
         return [self._load(source, block, step, tensors) for source in self.job.sources]
 
-    def _load(self, source: Input, block: Block, step: int, tensors: Work) -> Held:
-        if isinstance(source, Stored | StageTensor):
-            return tensors.bits(source, block.start, block.stop, step)
+    def _load(self, source: Input, block: Block, step: int, tensors: Any) -> Held:
+        if isinstance(source, (Stored, StageTensor)):
+            held: Held = tensors.bits(source, block.start, block.stop, step)
+            return held
         out = _floats(block.stop - block.start)
         return Held(load_input(source, block.start, block.stop, out, tensors, step), "F32")
 
@@ -471,42 +471,41 @@ class _JoinedWork(Work):
     wants_preparing = False
 
     def make(self, block: Block, out: Bytes) -> memoryview:
-        end = 0
+        end, whole = 0, self._making
         with tile():
-            held = [self.bits(source, block.start, block.stop) for source in self._making.job.reads]
+            held = [self.bits(source, block.start, block.stop) for source in self.job.reads]
             for job, part in self.job.parts:
-                inputs = [Held(whole.bits[part], whole.dtype) for whole in held]
-                origin = _Inputs(dict(zip(job.reads, inputs, strict=True)))
-                making = JobRunner(job, self.method, self._making.seed, self._making.device, origin, job)
+                inputs = _Inputs({of: Held(all.bits[part], all.dtype) for of, all in zip(job.reads, held, strict=True)})
+                making = JobRunner(job, self.method, whole.seed, whole.device, inputs, job)
                 making.measure()
                 for piece in blocks(job, self.method):
                     end += making.round(piece, out[end:]).nbytes
-                self._making.seen[part.start] = _total(making.seen)
+                whole.seen[part.start] = _total(making.seen)
         return out[:end].data
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The stored tensors of a job that are in memory."""
+    """The stored tensors of a job that are in memory, for its runner."""
 
     held: Mapping[Stored, Held]
     odd: Mapping[Any, int] = field(default_factory=dict)
 
     def bits(self, stored: Stored, start: int, stop: int, step: int = 1) -> Held:
-        """As those of `Work`."""
+        """As of `Work`."""
         whole = self.held[stored]
         return Held(whole.bits[start:stop][-start % step :: step], whole.dtype)
 
     def with_read(self, *_: object) -> _Inputs:
-        """All is read."""
+        """As of `Work`: they all are."""
         return self
 
 
 def start_work(job: Job, table: Mapping[str, Method], *more: Any) -> Work:
-    """A job of the output under way; `more` is what `Work` takes."""
+    """A job of the output under way; `more` is what `Work` takes besides."""
     method = table[job.method]
-    alone = method.unit != "entries" or method.random or method.measure is not None
-    return (_JoinedWork if alone and isinstance(job, JoinedJob) else Work)(job, table, *more)
+    apart = method.unit != "entries" or method.random or method.measure is not None
+    return (_JoinedWork if apart and isinstance(job, JoinedJob) else Work)(job, table, *more)
 
 
 def _total(seen: Mapping[int, Geometry]) -> Geometry:

@@ -124,6 +124,7 @@ def measure_model_stock(blocks: Blocks, filter_wise: bool = False) -> float | No
     models=(2, None),
     unit="rows",
     measure=measure_model_stock,
+    searches=False,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
 def model_stock(deltas: Deltas, filter_wise: bool = False, *, measured: float | None = None) -> Array:

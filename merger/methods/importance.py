@@ -165,7 +165,7 @@ def _means(
     paper=_PAPER,
     models=(1, None),
     measure=measure_pcb,
-    workspace=24,
+    workspace=96,
     laws=("zero", "permutation", "scale"),
 )
 def pcb(
@@ -255,7 +255,7 @@ def measure_arcee_fusion(blocks: Blocks) -> Outliers:
     base="first",
     unit="rows",
     measure=measure_arcee_fusion,
-    workspace=24,  # three searches at once, for two inputs
+    workspace=192,  # three searches at once, for two inputs
     laws=("zero", "idempotent"),
 )
 def arcee_fusion(tensors: Tensors, *, start: int = 0, measured: Outliers | None = None) -> Array:

@@ -100,10 +100,10 @@ class Method:
     `models` counts the tensors that the function is handed, least and most (None: any number). `measure`, if there is
     one, reads the blocks of the whole tensor before the function sees the first of them. `check`, if there is one,
     raises ValueError, with a sentence, for arguments that are each in bounds but not together. `workspace` is
-    how many float32 blocks the method may hold at once besides its inputs. `spreads` says that it shares out the
-    strength of what it is given among all directions that a matrix can have. `placed` says that it is told as `start`
-    at which entry of the tensor its block starts; a random one is told by `rng`. `needs` is torch where it is handed
-    torch's tensors, and not numpy's arrays.
+    how many float32 arrays as large as an input the method may hold besides these, `searches` whether `measure` looks
+    for ranks. `spreads` says that it shares out the strength of what it is given among all directions that a matrix can
+    have. `placed` says that it is told as `start` at which entry of the tensor its block starts; a random one is told
+    by `rng`. `needs` is torch where it is handed torch's tensors, and not numpy's arrays.
     """
 
     name: str
@@ -126,6 +126,7 @@ class Method:
     check: Callable[..., None] | None = None
     spreads: bool = False
     needs: Literal["torch"] | None = None
+    searches: bool = True
 
     def place(self, arrays: Sequence[Any], device: str = "cpu") -> list[Any]:
         """Numpy's arrays as the function wants them: as they are, or as torch's tensors on a device."""
@@ -179,6 +180,7 @@ def merge_method(
     laws: Iterable[str | Law] = (),
     spreads: bool = False,
     needs: Literal["torch"] | None = None,
+    searches: bool = True,
 ) -> Callable[[F], F]:
     """Register a function as the merge method `name`; the function comes back unchanged.
 
@@ -194,10 +196,11 @@ def merge_method(
         check: a function of any of the method's own arguments, by name (a list where it takes one number a model), that
             raises ValueError for a combination that cannot be meant.
         unit: what a block must hold.
-        workspace: how many float32 blocks it may hold at once besides its inputs.
+        workspace: how many float32 arrays, as large as an input that it is handed, it may hold at once besides these.
         laws: what tests may hold about it.
         spreads: whether it shares out strength among all directions of a matrix: of adapters little is left then.
         needs: what it is handed in place of numpy's arrays.
+        searches: whether `measure` looks for ranks, and not only sums: that takes memory.
 
     Raises:
         TypeError: at import, when an argument has no hint the table can read, or no description.
@@ -229,6 +232,7 @@ def merge_method(
             check=check,
             spreads=spreads,
             needs=needs,
+            searches=searches,
         )
         return function
 

@@ -116,6 +116,7 @@ def dare(
     paper=_PAPER,
     models=(1, None),
     measure=measure_dare,
+    searches=False,
     check=_check,
     laws=("zero", "scale", full("task_arithmetic", density=1)),
 )
@@ -153,6 +154,7 @@ def dare_linear(deltas: Deltas, **given: Any) -> Array:
     paper=_PAPER,
     models=(1, None),
     measure=measure_dare,
+    searches=False,
     check=_check,
     laws=("zero", "scale", full("ties", density=1)),
 )

@@ -105,6 +105,7 @@ def measure_multislerp(
     models=(2, None),
     base="optional",
     measure=measure_multislerp,
+    searches=False,
     check=_check,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
@@ -203,6 +204,7 @@ def _pull(cosine: float, tol: float) -> float:
     models=(2, None),
     base="included",
     measure=measure_karcher,
+    searches=False,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
 def karcher(
@@ -273,6 +275,7 @@ def measure_slerp(blocks: Blocks, t: float) -> Angle | None:
     models=(2, 2),
     base="first",
     measure=measure_slerp,
+    searches=False,
     laws=("zero", "idempotent", "scale", endpoints("t")),
 )
 def slerp(tensors: Tensors, t: float, *, measured: Angle | None = None) -> Array:
@@ -346,6 +349,7 @@ def measure_nuslerp(
     base="optional",
     unit="rows",
     measure=measure_nuslerp,
+    searches=False,
     laws=("zero", "idempotent", "permutation", "scale"),
 )
 def nuslerp(

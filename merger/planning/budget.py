@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merger.methods.registry import Method
+from merger.methods.steps.step import TILE
 from merger.models.architecture import is_buffer, matrix_shape
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
 from merger.models.mixtures import EMBEDDING, GATE, STACK
@@ -22,10 +23,16 @@ from merger.planning.stage_model import StagedRecipe
 BLOCK_ENTRIES = 1 << 19
 """How many entries of a tensor are worked on at once; fixed, so that no budget changes a bit of the result."""
 
-JOINED_ENTRIES = 1 << 16
-"""How many entries small tensors have together that are made as one: a tile."""
+COPY_BYTES = 4 * BLOCK_ENTRIES
+"""How much of a tensor that is copied is read at once."""
 
-_MEASURE_BYTES = 24 << 20
+JOINED_ENTRIES = TILE
+"""How many entries small tensors have together that are made as one."""
+
+_SEARCH_BYTES = 21 << 20
+"""What a search for ranks holds of an input: a sample, and what lies between two values (`methods.steps.select`)."""
+
+_SUMS_BYTES = 1 << 20
 
 
 def block_entries(job: Job, method: Method) -> int:
@@ -36,6 +43,11 @@ def block_entries(job: Job, method: Method) -> int:
         return max(1, math.prod(matrix_shape(job.name, job.shape)))
     row = job.shape[-1] if len(job.shape) > 1 else job.entries
     return max(1, BLOCK_ENTRIES // row) * row if row else max(1, job.entries)
+
+
+def block_bytes(job: Job, method: Method) -> int:
+    """How many bytes a block of a job's output takes."""
+    return COPY_BYTES if job.is_copy else ITEM_BYTES[job.dtype] * block_entries(job, method)
 
 
 def join_small(jobs: Iterable[Job]) -> Iterator[Job]:
@@ -187,11 +199,24 @@ def _with_streamed(
 
 
 def _own(job: Job, method: Method) -> int:
-    """An input as stored, all in float32, what the method holds besides, and its measuring."""
-    sources = job.sources
-    buffers = 2 + len(sources) + len(job.shared) + method.workspace
-    measuring = len(sources) * _MEASURE_BYTES if method.measure else 0
-    return buffers * 4 * block_entries(job, method) + max(source.workspace_bytes for source in sources) + measuring
+    """A block of each input as it is stored, or in float32 where it is computed; tiles of float32; and its measuring.
+
+    Of tiles there is one an input, what is made of them, as many to look at, and what the method holds besides.
+    """
+    sources, block = job.sources, block_entries(job, method)
+    plain = [source for source in sources if isinstance(source, (Stored, StageTensor))]
+    read = sum(ITEM_BYTES[source.dtype] for source in plain) + 4 * (len(sources) - len(plain) + len(job.shared))
+    tiles = 2 * (2 + len(sources)) + method.workspace
+    searching = len(job.inputs) * (_SEARCH_BYTES if method.searches else _SUMS_BYTES) if method.measure else 0
+    computing = max(source.workspace_bytes for source in sources)
+    return read * block + tiles * 4 * _tile_entries(job, method) + searching + computing
+
+
+def _tile_entries(job: Job, method: Method) -> int:
+    """How many entries are computed with at once, of a block."""
+    if method.unit == "entries":
+        return TILE
+    return block_entries(job, method) if method.unit == "matrix" or len(job.shape) < 2 else max(TILE, job.shape[-1])
 
 
 # ---- routers from prompts -------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from merger.models.checkpoint import ITEM_BYTES, is_weights
 from merger.models.formats.safetensors import header, shard_name
 from merger.models.lora.adapter import CONFIG, TENSORS
 from merger.planning.budget import (
+    COPY_BYTES,
     below,
-    block_entries,
+    block_bytes,
     router_memory,
     router_read_bytes,
     router_spool,
@@ -402,12 +403,8 @@ def _takes(plan: Plan, table: Mapping[str, Method]) -> dict[str, int]:
     """
     taken = ((thread_memory(job, table), job.name) for job in plan.jobs)
     thread, widest = max(taken, key=lambda item: item[0], default=(0, "no tensor"))
-    waiting = (
-        BLOCKS_IN_FLIGHT
-        * plan.threads
-        * 8
-        * max((block_entries(job, table[job.method]) for job in plan.jobs), default=0)
-    )
+    largest = max((block_bytes(job, table[job.method]) for job in plan.jobs), default=0)
+    waiting = BLOCKS_IN_FLIGHT * plan.threads * max(COPY_BYTES, largest)
     jobs = _BYTES_A_JOB * (len(plan.jobs) + len(plan.left_out))
     made = [*plan.jobs, *(made.job for made in plan.stages)]
     tokens = _tokenizer_memory(plan) + sum(held_bytes(source) for job in made for source in job.sources)
