@@ -26,8 +26,8 @@ BLOCK_ENTRIES = 1 << 19
 COPY_BYTES = 4 * BLOCK_ENTRIES
 """How much of a tensor that is copied is read at once."""
 
-JOINED_ENTRIES = TILE
-"""How many entries small tensors have together that are made as one."""
+JOINED_ENTRIES = 1 << 16
+"""How many entries small tensors have together that are made as one: as many as are looked at without a gap."""
 
 _SEARCH_BYTES = 21 << 20
 """What a search for ranks holds of an input: a sample, and what lies between two values (`methods.steps.select`)."""
