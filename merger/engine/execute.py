@@ -176,7 +176,8 @@ def _shard(
             start = header(written_jobs)
             size = len(start) + sum(member.nbytes for member in written_jobs)
             writer = stack.enter_context(ShardWriter(shard.name, sink.open(shard.name), start, size))
-            beside = [stack.enter_context(GgufWriter(file, sink.open(file.name), written_jobs)) for file in shard.beside]
+            writers = (GgufWriter(file, sink.open(file.name), written_jobs) for file in shard.beside)
+            beside = [stack.enter_context(each) for each in writers]
             for job in shard.jobs:
                 for _ in blocks(job, table[job.method]):
                     data, work = next(made)

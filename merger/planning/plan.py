@@ -190,6 +190,11 @@ class Plan:
         return {name: size for shard in self.shards for name, size in shard.files.items()}
 
     @property
+    def gguf(self) -> dict[str, int]:
+        """The size by name of each GGUF file."""
+        return {file.name: file.size for shard in self.shards for file in shard.beside}
+
+    @property
     def entries(self) -> int:
         """How many numbers the result holds."""
         return sum(job.entries for job in self.jobs)
@@ -254,7 +259,7 @@ class Plan:
             "side_files": list(self.texts.taken),
             "side_files_left_out": dict(self.left_beside),
             "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
-            "gguf": {file.name: file.size for shard in self.shards for file in shard.beside},
+            "gguf": self.gguf,
             "stages": [
                 {
                     "name": stage.name,

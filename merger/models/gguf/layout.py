@@ -125,7 +125,7 @@ def encode(key: str, value: Value) -> bytes:
 
 
 def encode_part(number: int, count: int, tensors: int) -> tuple[bytes, ...]:
-    """What tells llama.cpp that a file is one of several: its number from 0, and how many files and tensors there are."""
+    """What tells llama.cpp that a file is one of several: its number from 0; how many files and tensors there are."""
     pairs = (("no", _UINT16, "H", number), ("count", _UINT16, "H", count), ("tensors.count", _INT32, "i", tensors))
     return tuple(_text(f"split.{key}") + struct.pack(f"<I{form}", kind, value) for key, kind, form, value in pairs)
 
