@@ -24,6 +24,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from merger.errors import RecipeError
 from merger.planning.lockfile import read_lock
 from merger.recipe.parse import GGUF
+from merger.run.options import Options
+from merger.verification.verify import Extent, verify
 
 TEXT = "the cat sat on the mat and the dog sat by the cat in the sun; then 12 dogs ran after it, as dogs do."
 SIZES = {
@@ -167,6 +169,7 @@ def test_the_metadata_is_the_configs_and_the_tokenizers(tmp_path: Path) -> None:
     held = read_lock((tmp_path / "out" / "merger.lock.yaml").read_text(), "lock")
     assert held.gguf == ("BF16",)
     assert held.output["model-BF16.gguf"].size == (tmp_path / "out" / "model-BF16.gguf").stat().st_size
+    assert verify(str(tmp_path / "out"), Options(threads=1), Extent(everything=True)).passed
     assert "llama-cli" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -238,8 +238,8 @@ def _refusal(what: str) -> RecipeError:
 
 def _rope_of(config: Config) -> Config:
     """How positions are turned, as transformers writes it since version 5 and as it did before."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = found.get("full_attention", found)
+    said: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found: Config = said.get("full_attention", said)
     more = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config and key not in found}
     return {key: value for key, value in {**found, **more}.items() if value is not None}
 
