@@ -240,7 +240,7 @@ class GgufWriter:
             x = x + np.float32(tensor.added)
         out = np.empty(nbytes_of(tensor.kind, x.size), np.uint8)
         quantise(x, tensor.kind, out)
-        self._writer.write(memoryview(out))
+        self._writer.write(out.data)
 
     def close(self) -> WrittenShard:
         """The tensors that are of the config alone, and the end."""

@@ -22,7 +22,7 @@ _ROPE = {"rope_theta", "rope_type", "type", "factor", _ORIGINAL}
 
 
 @dataclass(frozen=True)
-class Family:
+class GgufFamily:
     """A class of transformers as llama.cpp knows it.
 
     Args:
@@ -46,16 +46,16 @@ class Family:
     largest: int = 0
 
 
-_LLAMA = Family("Llama", "llama", rope=("default", "linear", "llama3", "yarn"), paired=True)
+_LLAMA = GgufFamily("Llama", "llama", rope=("default", "linear", "llama3", "yarn"), paired=True)
 _GEMMA = "gelu_pytorch_tanh"
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: Mapping[str, GgufFamily] = {
     "LlamaForCausalLM": replace(_LLAMA, title="Llama 2 and 3"),
     "MistralForCausalLM": replace(_LLAMA, title="Mistral"),
-    "Qwen2ForCausalLM": Family("Qwen 2 and 2.5", "qwen2"),
-    "Qwen3ForCausalLM": Family("Qwen 3", "qwen3"),
-    "Gemma2ForCausalLM": Family("Gemma 2", "gemma2", _GEMMA, ("default",), norm=1.0, window=2, largest=46),
-    "Gemma3ForCausalLM": Family("Gemma 3", "gemma3", _GEMMA, ("default", "linear"), norm=1.0, window=6, largest=62),
-    "Phi3ForCausalLM": Family("Phi-3", "phi3", rope=("default", "longrope")),
+    "Qwen2ForCausalLM": GgufFamily("Qwen 2 and 2.5", "qwen2"),
+    "Qwen3ForCausalLM": GgufFamily("Qwen 3", "qwen3"),
+    "Gemma2ForCausalLM": GgufFamily("Gemma 2", "gemma2", _GEMMA, ("default",), norm=1.0, window=2, largest=46),
+    "Gemma3ForCausalLM": GgufFamily("Gemma 3", "gemma3", _GEMMA, ("default", "linear"), norm=1.0, window=6, largest=62),
+    "Phi3ForCausalLM": GgufFamily("Phi-3", "phi3", rope=("default", "longrope")),
 }  # fmt: skip
 """By the name in `architectures` of config.json."""
 
