@@ -191,6 +191,7 @@ def lock_file(planned: Plan, output: Mapping[str, FileInfo], checksum: Checksum)
         recipe=planned.locked.recipe.text,
         models=tuple(_parent(planned, model, _no_checksum if model in unhashed else checksum) for model in models),
         output=output,
+        gguf=planned.locked.recipe.publish.gguf,
     ).text()
 
 

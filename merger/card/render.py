@@ -200,6 +200,7 @@ def _content(
         "library": library(planned.config),
         "on_hub": repo is not None,
         "first_file": planned.shards[0].name,
+        "gguf": [{"kind": file.kind, "name": file.name} for file in planned.shards[0].beside],
         "class_name": planned.config.get("_class_name"),
         "auto_class": f"AutoModel{head_class(planned.config) or ''}",
     }

@@ -28,6 +28,7 @@ T = TypeVar("T")
 _RECIPES = (".yaml", ".yml")
 _OPTION = re.compile(r"--[a-z][a-z-]*")
 
+_GGUF = "Q8_0, Q5_0, Q4_0, BF16, F16, F32"
 _OTHER_COMMANDS = {
     "help": "merger --help",
     "merge": "merger run",
@@ -320,6 +321,9 @@ def _add_schema(commands: Commands) -> None:
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=_file, metavar="RECIPE", help="a recipe, or the lock file of a merge")
+    parser.add_argument(
+        "--gguf", type=_gguf, metavar="TYPE,...", help="write GGUF files for llama.cpp beside: " + _GGUF
+    )
     _add_limits(parser)
 
 
@@ -388,6 +392,16 @@ def _whole(within: numbers.Range) -> Callable[[str], int]:
 
 
 _bytes = _argument(numbers.parse_size)
+
+
+@_argument
+def _gguf(text: str) -> tuple[str, ...]:
+    from merger.recipe.parse import GGUF
+
+    kinds = tuple(dict.fromkeys(kind.strip().upper() for kind in text.split(",")))
+    if not set(kinds) <= set(GGUF):
+        raise ValueError(f"{numbers.quoted_short(text)} names no types of GGUF; write for example Q8_0,BF16")
+    return kinds
 
 
 @_argument

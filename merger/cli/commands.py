@@ -96,6 +96,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         max_memory=arguments.max_memory,
         max_disk=arguments.max_disk,
         shard_size=arguments.shard_size,
+        gguf=getattr(arguments, "gguf", None) or (),
         threads=arguments.threads,
         device=getattr(arguments, "device", "cpu"),
         seed=arguments.seed,

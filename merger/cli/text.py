@@ -106,6 +106,7 @@ def _making(found: PlanSummary) -> list[str]:
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
         f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
         f"{len(planned.texts.taken)} side files from {display_name(planned.locked.config_model)}",
+        *(f"gguf    {file}, {size(nbytes)}" for file, nbytes in planned.gguf.items()),
         *([f"tokens  {found.tokens}"] if found.tokens else []),
         *(f"note    {note}" for note in planned.notes),
         f"plan    {planned.hash[:16]}, seed {planned.seed}",

@@ -211,6 +211,7 @@ def _arguments(planned: Plan, options: Options, part: Part) -> list[str]:
         "part": part,
         "seed": options.seed,
         "shard-size": options.shard_size,
+        "gguf": ",".join(options.gguf) or None,
         "max-memory": options.max_memory,
         "max-disk": options.max_disk,
         "threads": options.threads,

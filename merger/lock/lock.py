@@ -38,6 +38,7 @@ from merger.models.checkpoint import (
 from merger.models.formats.pickled import SINGLE as PICKLED
 from merger.models.formats.pickled import is_pickled, pickled_tensors
 from merger.models.formats.quantised import unpack_checkpoint
+from merger.models.gguf import tokens as gguf
 from merger.models.licence import TITLE_BYTES, licence_text, recognise_licence
 from merger.models.lora import adapter as adapters
 from merger.models.mixtures import are_fused, split
@@ -197,6 +198,8 @@ def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
         yield from (*vocabulary.FILES, GENERATION)
     elif any(files != told[0] for files in told):
         yield from vocabulary.FILES
+    if recipe.publish.gguf:
+        yield from gguf.FILES
     if recipe.chat_template is not None and recipe.chat_template.text == AUTO:
         yield from chat.FILES
 

@@ -62,6 +62,7 @@ class Lock:
         models: its models, in the order of its first mention of each.
         output: the files that were written but for the card, its pictures and this lock, the shards first.
         format: by whose meaning of a recipe it was planned.
+        gguf: the types of its GGUF files.
     """
 
     plan: str
@@ -73,6 +74,7 @@ class Lock:
     models: tuple[Parent, ...]
     output: Mapping[str, FileInfo]
     format: int = FORMAT
+    gguf: tuple[str, ...] = ()
 
     @property
     def pins(self) -> dict[str, Pin]:
@@ -87,6 +89,7 @@ class Lock:
             "identity": self.identity,
             "seed": self.seed,
             "shard_size": self.shard_bytes,
+            **({"gguf": list(self.gguf)} if self.gguf else {}),
             "made_with": dict(self.made_with),
             "models": [
                 {
@@ -168,6 +171,7 @@ def _lock(content: Any) -> Lock:
         models=tuple(_parent(item) for item in _is(list, content["models"])),
         output=_files(content["output"]),
         format=_is(int, content["format"]),
+        gguf=tuple(_is(str, kind) for kind in _is(list, content.get("gguf", []))),
     )
 
 

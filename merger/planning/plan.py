@@ -20,8 +20,10 @@ from merger.lock.locked import LockedRecipe
 from merger.methods.registry import Method
 from merger.models.checkpoint import ITEM_BYTES, is_weights
 from merger.models.formats.safetensors import header, shard_name
+from merger.models.gguf.layout import GgufFile
 from merger.models.lora.adapter import CONFIG, TENSORS
 from merger.planning.budget import (
+    BLOCK_ENTRIES,
     COPY_BYTES,
     below,
     block_bytes,
@@ -37,6 +39,7 @@ from merger.planning.inputs.rows import held_bytes
 from merger.planning.jobs.common import JobSet
 from merger.planning.jobs.make import make_jobs
 from merger.planning.makers import moe
+from merger.planning.makers.gguf import gguf_files
 from merger.planning.makers.lora import make_lora
 from merger.planning.makers.side_files import beside_adapter, left_out_files, other_pipelines, passed_files, texts
 from merger.planning.makers.stages import with_stages
@@ -64,6 +67,9 @@ _BYTES_A_JOB = 6_000
 _TOLD = 3
 """How many of the things that take memory a refusal names, the largest first."""
 
+_BYTES_QUANTISED = 24
+"""For an entry that is written to a GGUF file: as it is stored, twice, in float32, twice, and rounded."""
+
 _COMMITTED_BYTES, _TIMES_COMMITTED = 10_000_000, 3
 """The Hub takes files beyond that as large ones, piece by piece; the others are text in the commit."""
 
@@ -90,15 +96,21 @@ class Budget:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its name and the jobs that fill it, in the order of their places."""
+    """One output file: its name, the jobs that fill it, in the order of their places, and files made of the same."""
 
     name: str
     jobs: tuple[Job, ...]
+    beside: tuple[GgufFile, ...] = ()
 
     @cached_property
     def size(self) -> int:
         """The file's size in bytes, header included."""
         return len(header(self.jobs)) + sum(job.nbytes for job in self.jobs)
+
+    @property
+    def files(self) -> dict[str, int]:
+        """The size by name of each file that is made with it, its own last."""
+        return {**{file.name: file.size for file in self.beside}, self.name: self.size}
 
 
 @dataclass(frozen=True)
@@ -174,6 +186,16 @@ class Plan:
         return sum(shard.size for shard in self.shards)
 
     @property
+    def files(self) -> dict[str, int]:
+        """The size by name of each file of tensors."""
+        return {name: size for shard in self.shards for name, size in shard.files.items()}
+
+    @property
+    def gguf(self) -> dict[str, int]:
+        """The size by name of each GGUF file."""
+        return {file.name: file.size for shard in self.shards for file in shard.beside}
+
+    @property
     def entries(self) -> int:
         """How many numbers the result holds."""
         return sum(job.entries for job in self.jobs)
@@ -200,7 +222,7 @@ class Plan:
             staged: a shard is gone once it is uploaded.
             shards: those that are made; None: all.
         """
-        sizes = [shard.size for shard in (self.shards if shards is None else shards)]
+        sizes = [sum(shard.files.values()) for shard in (self.shards if shards is None else shards)]
         return (min(2 * max(sizes, default=0), sum(sizes)) if staged else sum(sizes)) + self.spool
 
     @property
@@ -238,6 +260,7 @@ class Plan:
             "side_files": list(self.texts.taken),
             "side_files_left_out": dict(self.left_beside),
             "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
+            "gguf": self.gguf,
             "stages": [
                 {
                     "name": stage.name,
@@ -281,6 +304,8 @@ def make_plan(
     small = beside_adapter(locked, making.tokenizer_model) if lora else texts(locked, making.tokens)
     passed_files(locked, small)  # a file that is too large is told before all else is worked out
     shards = _whole_file(making.jobs) if lora else _files_of(locked, making.jobs, budget.shard_bytes)
+    beside = gguf_files(locked, [shard.jobs for shard in shards], edited, small)
+    shards = tuple(replace(shard, beside=files) for shard, files in zip(shards, beside, strict=True))
     remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
     draft = Plan(
         locked=locked,
@@ -421,6 +446,7 @@ def _takes(plan: Plan, table: Mapping[str, Method]) -> dict[str, int]:
         "what is read twice": plan.kept,
         f"the list of {len(plan.jobs) + len(plan.left_out):,} tensors": jobs,
         "tokenizers": tokens,
+        "GGUF": sum(map(_gguf_memory, next(iter(plan.shards)).beside)),
     }
 
 
@@ -428,6 +454,12 @@ def _side_memory(plan: Plan) -> int:
     """What is held of files that are passed on, once the tensors are done: in a commit as text, but for large ones."""
     small = sum(info.size for info in passed_files(plan.locked, plan.texts) if info.size <= _COMMITTED_BYTES)
     return min(small, HELD_BYTES) + _TIMES_COMMITTED * small
+
+
+def _gguf_memory(file: GgufFile) -> int:
+    """Its metadata twice, for it is copied to be written, and of a tensor what is written at once."""
+    unit = max((tensor.unit for tensor in file.tensors), default=0)
+    return 2 * sum(map(len, file.metadata)) + _BYTES_QUANTISED * max(unit, BLOCK_ENTRIES)
 
 
 def _tokenizer_memory(plan: Plan) -> int:
@@ -448,6 +480,8 @@ def _hash(
     content = {"format": format, "models": models, "shards": work, "config": config, "seed": seed}
     if written := small.encode():
         content["texts"] = written
+    if locked.recipe.publish.gguf:
+        content["gguf"] = [list(shard.files) for shard in shards]
     if locked.recipe.allow_non_finite:
         content["allow_non_finite"] = True
     if stages := _stages([job for shard in shards for job in shard.jobs]):

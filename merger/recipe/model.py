@@ -319,10 +319,11 @@ class Publish:
         license_link: where that licence can be read.
         license_override: why it may be published although a parent's licence speaks against it.
         create_pr: open a pull request instead of committing to main.
+        gguf: the types in which the result is written for llama.cpp as well, as GGUF files beside the others.
         template: Jinja2 templates for the card: a file or folder, relative to the working directory, or on the Hub
             hf://owner/name/path@revision.
         left_out: the templates that a lock names of the machine on which it was made: they are not read.
-        at: where the block stands in the recipe; `license_at`, `template_at`: those values.
+        at: where the block stands in the recipe; `license_at`, `gguf_at`, `template_at`: those values.
     """
 
     repo: str | None = None
@@ -332,10 +333,12 @@ class Publish:
     license_link: str | None = None
     license_override: str | None = None
     create_pr: bool = False
+    gguf: tuple[str, ...] = ()
     template: str | None = None
     left_out: str | None = None
     at: Span | None = field(default=None, compare=False)
     license_at: Span | None = field(default=None, compare=False)
+    gguf_at: Span | None = field(default=None, compare=False)
     template_at: Span | None = field(default=None, compare=False)
 
 

@@ -66,10 +66,12 @@ SOURCE = ("model", "layer_range", "parameters")
 MODULE = ("slices", "models", "parameters")
 TENSORS = ("filter", "model")
 PUBLISH = (
-    "repo", "private", "license", "license_name", "license_link", "license_override", "create_pr", "template",
+    "repo", "private", "license", "license_name", "license_link", "license_override", "create_pr", "gguf",
+    "template",
 )  # fmt: skip
 
 DTYPES = ("float32", "float16", "bfloat16")
+GGUF = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0")
 
 
 _MEANT_DTYPES = {
@@ -456,7 +458,7 @@ def _publish(fields: Fields) -> Publish:
     if place is None or keys is None:
         return Publish()
     repo, private, create_pr = keys.get("repo"), keys.get("private"), keys.get("create_pr")
-    license, template = keys.get("license"), keys.get("template")
+    license, gguf, template = keys.get("license"), keys.get("gguf"), keys.get("template")
     return Publish(
         repo=_repo(repo) if repo else None,
         private=bool(private.flag()) if private else False,
@@ -465,11 +467,23 @@ def _publish(fields: Fields) -> Publish:
         license_link=_with_other(keys, "license_link", "an address that begins with https://, or LICENSE"),
         license_override=_text(keys, "license_override", "a sentence for the card"),
         create_pr=bool(create_pr.flag()) if create_pr else False,
+        gguf=_gguf(gguf) if gguf else (),
         template=template.text("a file, a folder or hf://owner/name/path") if template else None,
         at=place.key,
         license_at=license.at if license else None,
+        gguf_at=gguf.key if gguf else None,
         template_at=template.at if template else None,
     )
+
+
+def _gguf(place: Value) -> tuple[str, ...]:
+    """The types of GGUF files, each once."""
+    what = f"a list of types such as [Q8_0], of {', '.join(GGUF)}"
+    found = [(each, each.text(what)) for each in place.items(what)]
+    for each, text in found:
+        if text is not None and text.upper() not in GGUF:
+            each.error(f"{text!r} is no type of GGUF that is written", f"write {what}")
+    return tuple(dict.fromkeys(text.upper() for _, text in found if text is not None))
 
 
 def _text(fields: Fields, key: str, what: str) -> str | None:

@@ -56,6 +56,8 @@ def needs_of(recipe: Recipe, device: str = "cpu") -> Iterator[Need]:
         for method in dict.fromkeys(piece.method for piece in document.slices):
             if methods()[method].needs == "torch":
                 yield Need("torch", ("torch",), f"merge_method: {method}", document.at, "merge_method")
+    if recipe.publish.gguf:
+        yield Need("gguf", ("gguf",), "gguf", recipe.publish.gguf_at, "publish.gguf")
     if (wanted := recipe.evaluate) is not None:
         packages = ("torch", "transformers", *(("lm_eval",) if wanted.tasks else ()))
         yield Need("eval", packages, "evaluate", wanted.at, "evaluate")

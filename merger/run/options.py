@@ -29,6 +29,7 @@ class Options:
         max_memory: the most memory the run may take.
         max_disk: the most disk that it may take at once, at the destination or for the work.
         shard_size: the largest size of a shard's tensors.
+        gguf: the types of GGUF files that are written beside the others, in place of the recipe's.
         threads: how many threads compute; None: one for each core.
         device: ``cpu`` or ``cuda``.
         seed: in place of the recipe's.
@@ -50,6 +51,7 @@ class Options:
     max_memory: int | None = None
     max_disk: int | None = None
     shard_size: int | None = None
+    gguf: tuple[str, ...] = ()
     threads: int | None = None
     device: str = "cpu"
     seed: int | None = None

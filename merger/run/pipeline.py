@@ -138,11 +138,13 @@ def missing_parts(planned: Plan, options: Options, count: int) -> Result | tuple
     finally:
         session.leave()
     parts = (Part(number, count) for number in range(1, count + 1))
-    return tuple(part for part in parts if any(shard.name not in held for shard in share(planned.shards, part)))
+    return tuple(
+        part for part in parts if any(name not in held for shard in share(planned.shards, part) for name in shard.files)
+    )
 
 
 def _found_result(planned: Plan, published: Published) -> Result:
-    return Result(published.where, published.commit, (), len(planned.shards), plan=planned.hash)
+    return Result(published.where, published.commit, (), len(planned.files), plan=planned.hash)
 
 
 def merge(planned: Plan, store: Library, options: Options, on_event: Observer = ignore) -> Result:
@@ -199,7 +201,7 @@ class _Run:
         """Make the shards that are missing, and of a whole merge the end."""
         planned, options = self._planned, self._options
         mine = share(planned.shards, options.part)
-        missing = [shard for shard in mine if shard.name not in self._held]
+        missing = [shard for shard in mine if not shard.files.keys() <= self._held.keys()]
         if self._held:
             self._on_event(Resumed(len(planned.shards) - len(missing), len(planned.shards)))
         if missing and options.publish_only:
@@ -209,10 +211,10 @@ class _Run:
         if missing:
             self._place.check_card(render(planned, methods(), self._place.name))
             self._make(missing)
-        shards = tuple(self._held[shard.name] for shard in mine)
+        shards = tuple(self._held[name] for shard in mine for name in shard.files)
         if options.part is not None:
             to, doubts = destination(self._recipe, options), tuple(self._doubts)
-            return Result(to, None, shards, len(planned.shards), options.part, doubts)
+            return Result(to, None, shards, len(planned.files), options.part, doubts)
         if len(missing) < len(planned.shards):
             self._recall()
         return self._publish(shards, self._score(wanted) if wanted else ())

@@ -140,7 +140,7 @@ def recipe_of(held: Lock, path: str) -> Recipe:
         RecipeError: with every problem of the recipe.
     """
     recipe = parse(held.recipe, f"{path} (recipe)", methods())
-    publish, evaluate, notes = recipe.publish, recipe.evaluate, list[Problem]()
+    publish, evaluate, notes = replace(recipe.publish, gguf=held.gguf), recipe.evaluate, list[Problem]()
     if publish.template is not None and hub_path(publish.template) is None:
         notes.append(_left_out(publish.template, publish.template_at, "publish.template"))
         publish = replace(publish, template=None, left_out=publish.template)
@@ -165,6 +165,7 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
+    recipe = with_gguf(recipe, options)
     refuse_missing(recipe, options.device, measured=options.part is None)
     check_evaluation(recipe, options.root)
     store = stores_of(recipe, options, options.root)
@@ -195,6 +196,11 @@ def with_templates(planned: Plan, store: Store, root: Path | None = ANYWHERE) ->
     tried = replace(planned, locked=replace(planned.locked, templates=templates))
     rehearse(tried, methods())
     return tried
+
+
+def with_gguf(recipe: Recipe, options: Options) -> Recipe:
+    """The recipe with the types of GGUF files that the options name, if they do."""
+    return replace(recipe, publish=replace(recipe.publish, gguf=options.gguf)) if options.gguf else recipe
 
 
 def _plan_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:

@@ -27,7 +27,7 @@ from merger.safety import limits, paths, secrets
 from merger.safety.paths import BarredError
 from merger.stores.ports import Content, Leftover, Located, Published, write
 
-_MARK, _WORK = ".merger-in-work", ".merging"
+_MARK, _WORK, _UNFINISHED = ".merger-in-work", ".merging", ".unfinished"
 
 
 class ResultFolder:
@@ -231,7 +231,7 @@ class _Work:
 
     def write_down(self, shard: WrittenShard, note: str) -> None:
         """Note that a shard is whole."""
-        entry = self._done / f"{shard.name}.unfinished"
+        entry = self._done / f"{shard.name}{_UNFINISHED}"
         entry.write_text(json.dumps({**asdict(shard), "note": note}))
         entry.rename(self._done / shard.name)
 
@@ -378,7 +378,8 @@ def _written_down(done: Path) -> dict[str, WrittenShard]:
 
 
 def _entries(done: Path) -> Iterator[dict[str, Any]]:
-    return (json.loads(entry.read_text()) for entry in sorted(done.glob("*.safetensors")))
+    entries = sorted(done.iterdir()) if done.is_dir() else []
+    return (json.loads(entry.read_text()) for entry in entries if entry.suffix != _UNFINISHED)
 
 
 def _remove(path: Path) -> None:

@@ -116,7 +116,7 @@ def other_files(merge: Merge, planned: Plan, made: Collection[str], everything: 
         made: files whose content is compared anyhow.
         everything: read also shards, and whatever else is large, where the Hub does not tell their SHA-256.
     """
-    known = {*made, *(shard.name for shard in planned.shards), *_told_by_git(merge, planned)}
+    known = {*made, *planned.files, *_told_by_git(merge, planned)}
     found = {
         name: _wrong(merge, name, info, everything or (name not in known and info.size <= _SMALL))
         for name, info in merge.held.output.items()
@@ -162,7 +162,7 @@ def other_contents(
 
 def _promised_files(planned: Plan, made: Collection[str]) -> list[str]:
     """The files that a loader needs, as far as the plan knows them."""
-    return list(dict.fromkeys([*(shard.name for shard in planned.shards), *made, *planned.texts.taken]))
+    return list(dict.fromkeys([*planned.files, *made, *planned.texts.taken]))
 
 
 def strangers(merge: Merge, planned: Plan, made: Collection[str]) -> tuple[list[str], list[Problem]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -33,9 +34,10 @@ SIZES = {
     "exp_products": {2: "series"},
     "draw_words": {0: "words", 1: "key"},
     "keep_winners": {2: "spent"},
+    **{f"store_{kind.lower()}": {1: kind} for kind, (entries, _) in dtypes.BLOCKS.items() if entries > 1},
 }
 """Which arguments of a step have not as many entries as the others; what is room alone holds nothing afterwards."""
-TENSORS = ("all", "words", "spent")
+TENSORS = ("all", "words", "spent", *dtypes.BLOCKS)
 SPENT = ("room", "spent")
 
 
@@ -67,6 +69,7 @@ def test_both_bodies_of_a_step_give_the_same_bits(
     step, draw = TWINS[name], np.random.default_rng(seed)
     sizes = {"rows": rows, "columns": columns, "lanes": LANES, "room": LANES, "series": 12, "key": 4}
     sizes |= {"all": rows * columns, "spent": rows * columns, "words": rows * 4 * LANES}
+    sizes |= {kind: rows * columns // entries * nbytes for kind, (entries, nbytes) in dtypes.BLOCKS.items()}
     whole = iter([20_000, 45_000, columns] if name == "keep_winners" else [2**35 + seed])
     kinds = re.findall(r"(\w+)(\[::1\])?[,)]", step.signature)
     arguments: list[Any] = []
@@ -96,6 +99,31 @@ def _bits(name: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         first = 0x7F80 if "bfloat16" in name else 0x7C00
         return np.where(x & 0x7FFF > first, np.uint16(0x7FFF), x)
     return np.where(x != x, np.nan, x).view(f"u{x.itemsize}") if x.dtype.kind == "f" else x
+
+
+@pytest.mark.parametrize("kind", dtypes.BLOCKS)
+@settings(max_examples=400 if THOROUGH else 40, deadline=None, derandomize=not THOROUGH)
+@given(
+    blocks=st.integers(1, 40),
+    size=st.sampled_from([1e-30, 1e-3, 1.0, 3e4]),
+    spread=st.sampled_from(["normal", "zeros", "ties", "whole"]),
+    seed=st.integers(0, 2**20),
+)
+def test_a_type_of_gguf_has_the_bits_of_its_own_library(
+    kind: str, blocks: int, size: float, spread: str, seed: int
+) -> None:
+    """Blocks of zeros, several largest entries and halves between two codes included."""
+    draw = np.random.default_rng(seed)
+    x = draw.standard_normal(32 * blocks).astype(np.float32)
+    if spread != "normal":
+        x = {"zeros": x * (draw.random(x.size) < 0.02), "ties": np.sign(x), "whole": (x * 40).round() * 0.5}[spread]
+    x = (x * size).astype(np.float32)
+    entries, nbytes = dtypes.BLOCKS[kind]
+    out = np.empty(x.size // entries * nbytes, np.uint8)
+    dtypes.quantise(x, kind, out)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.quantize(x.reshape(1, -1), gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(out, expected.reshape(-1).view(np.uint8))
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("BF16", torch.bfloat16), ("F16", torch.float16)])

@@ -45,7 +45,9 @@ class Out:
 
 
 def write(path: Path, tensors: list[Out], data: list[bytes] | None = None) -> WrittenShard:
-    with path.open("wb", buffering=0) as file, ShardWriter(path.name, file, tensors) as writer:
+    start = header(tensors)
+    size = len(start) + sum(tensor.nbytes for tensor in tensors)
+    with path.open("wb", buffering=0) as file, ShardWriter(path.name, file, start, size) as writer:
         for part in [tensor.data for tensor in tensors] if data is None else data:
             writer.write(memoryview(part))
         return writer.close()

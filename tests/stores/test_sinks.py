@@ -20,7 +20,7 @@ from unittest.mock import patch
 import pytest
 from loopback import Client, ClientError, LoopbackHub, Request
 
-from merger.models.formats.safetensors import ShardWriter, WrittenShard
+from merger.models.formats.safetensors import ShardWriter, WrittenShard, header
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Copy, Published, Session
 
@@ -97,7 +97,8 @@ def begun(way: str, to: str) -> Iterator[Session]:
 def made(session: Session, name: str) -> WrittenShard:
     """A shard of one tensor, written as the engine does, through a buffer that is used again."""
     tensor, buffer = Raw(name), bytearray(100_000)
-    with ShardWriter(name, session.open(name), [tensor]) as writer:
+    start = header([tensor])
+    with ShardWriter(name, session.open(name), start, len(start) + tensor.nbytes) as writer:
         for start in range(0, tensor.nbytes, len(buffer)):
             buffer[:] = tensor.data[start : start + len(buffer)]
             writer.write(memoryview(buffer))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from merger.methods.steps.step import Array, step
+from merger.methods.steps.step import ONE, ZERO, Array, single, step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,6 +18,11 @@ from_bfloat16: Any = None
 to_bfloat16: Any = None
 from_float16: Any = None
 to_float16: Any = None
+from_bits: Any = None
+largest: Any = None
+largest_size: Any = None
+to_byte: Any = None
+to_code: Any = None
 """Words of compiled loops: `intrinsics` has them."""
 
 HELD: Mapping[str, str] = {
@@ -53,6 +58,130 @@ def store_float16(x: Array, out: Raw) -> None:
     """float32 to bits of float16."""
     for i in range(out.size):
         out[i] = to_float16(x[i])
+
+
+# ---- blocks of 32 entries with a scale, as GGUF has them: the bits of `gguf.quants`; a NaN counts as nothing ---------
+
+
+@step("void(float32[::1], uint8[::1])")
+def store_q8_0(x: Array, out: Raw) -> None:
+    """float32 to GGUF's Q8_0: of 32 entries a float16 scale, and each in eight bits, halves rounded away from zero."""
+    for b in range(out.size // 34):
+        entries, found = x[32 * b : 32 * b + 32], out[34 * b : 34 * b + 34]
+        scale = from_bits(largest_size(entries)) / single(127)
+        inverse = ZERO if scale == ZERO else ONE / scale
+        half, codes = to_float16(scale), found[2:34]
+        found[0], found[1] = half & 255, half >> 8
+        for i in range(codes.size):
+            codes[i] = to_byte(entries[i] * inverse)
+
+
+@store_q8_0.torch
+def _(x: Any, out: Any) -> None:
+    import torch
+
+    blocks, found = _blocks(x, out, 34)
+    scale = blocks.abs().nan_to_num(0, torch.inf).amax(1, keepdim=True) / 127
+    number = blocks * torch.where(scale == 0, 0, 1 / scale)
+    size = number.abs().nan_to_num(0).clamp(max=127)
+    whole = (size.floor() + (size - size.floor() >= 0.5)).clamp(max=127)
+    _scales(scale, found)
+    found[:, 2:] = torch.where(number > 0, whole, -whole).to(torch.int8).view(torch.uint8)
+
+
+@step("void(float32[::1], uint8[::1])")
+def store_q4_0(x: Array, out: Raw) -> None:
+    """float32 to GGUF's Q4_0: of 32 entries a float16 scale, which makes the largest -8, and each in four bits."""
+    for b in range(out.size // 18):
+        entries, found = x[32 * b : 32 * b + 32], out[18 * b : 18 * b + 18]
+        scale = largest(entries) / single(-8)
+        inverse = ZERO if scale == ZERO else ONE / scale
+        half = to_float16(scale)
+        found[0], found[1] = half & 255, half >> 8
+        low, high, codes = entries[:16], entries[16:], found[2:18]
+        for i in range(codes.size):
+            one, other = low[i] * inverse + single(8.5), high[i] * inverse + single(8.5)
+            codes[i] = to_code(one, single(15)) | to_code(other, single(15)) << 4
+
+
+@store_q4_0.torch
+def _(x: Any, out: Any) -> None:
+    blocks, found = _blocks(x, out, 18)
+    codes = _codes(blocks, found, 8)
+    found[:, 2:] = codes[:, :16] | codes[:, 16:] << 4
+
+
+@step("void(float32[::1], uint8[::1])")
+def store_q5_0(x: Array, out: Raw) -> None:
+    """float32 to GGUF's Q5_0: the same with -16 and five bits, of which the fifth ones stand together."""
+    for b in range(out.size // 22):
+        entries, found = x[32 * b : 32 * b + 32], out[22 * b : 22 * b + 22]
+        scale = largest(entries) / single(-16)
+        inverse = ZERO if scale == ZERO else ONE / scale
+        half = to_float16(scale)
+        found[0], found[1] = half & 255, half >> 8
+        low, high, codes = entries[:16], entries[16:], found[6:22]
+        fifth = 0
+        for i in range(codes.size):
+            one = to_code(low[i] * inverse + single(16.5), single(31))
+            other = to_code(high[i] * inverse + single(16.5), single(31))
+            codes[i] = one & 15 | (other & 15) << 4
+            fifth |= one >> 4 << i | other >> 4 << i + 16
+        for i in range(4):
+            found[2 + i] = fifth >> 8 * i & 255
+
+
+@store_q5_0.torch
+def _(x: Any, out: Any) -> None:
+    import torch
+
+    blocks, found = _blocks(x, out, 22)
+    codes = _codes(blocks, found, 16)
+    found[:, 6:] = codes[:, :16] & 15 | codes[:, 16:] << 4
+    places = torch.arange(8, dtype=torch.uint8, device=x.device)
+    found[:, 2:6] = ((codes >> 4).view(-1, 4, 8) << places).sum(2)
+
+
+def _blocks(x: Any, out: Any, size: int) -> tuple[Any, Any]:
+    """The entries of whole blocks, and the bytes that each block takes."""
+    found = out.view(-1, size)
+    return x[: 32 * len(found)].view(-1, 32), found
+
+
+def _codes(blocks: Any, found: Any, least: int) -> Any:
+    """The codes of blocks in which what is largest becomes the negative number; their scales go into the bytes."""
+    import torch
+
+    place = blocks.abs().nan_to_num(0, torch.inf).argmax(1, keepdim=True)
+    scale = blocks.gather(1, place).nan_to_num(0, torch.inf, -torch.inf) / -least
+    _scales(scale, found)
+    number = blocks * torch.where(scale == 0, 0, 1 / scale) + (least + 0.5)
+    return number.nan_to_num(0).clamp(0, 2 * least - 1).to(torch.uint8)
+
+
+def _scales(scale: Any, found: Any) -> None:
+    """The bits of float16 into the first two bytes of each block."""
+    import torch
+
+    bits = scale.half().view(torch.int16)
+    found[:, 0], found[:, 1] = bits[:, 0] & 255, bits[:, 0] >> 8 & 255
+
+
+BLOCKS: Mapping[str, tuple[int, int]] = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q5_0": (32, 22),
+}  # fmt: skip
+"""How many entries of a GGUF's type stand together, and in how many bytes."""
+
+
+def quantise(x: Array, kind: str, out: Raw) -> None:
+    """Round entries to a type of `BLOCKS`, whose bytes `out` has room for."""
+    if kind in _QUANTISING:
+        _QUANTISING[kind](x, out)
+    else:
+        store(x, kind, out.view(HELD[kind]))
+
+
+_QUANTISING = {"Q8_0": store_q8_0, "Q4_0": store_q4_0, "Q5_0": store_q5_0}
 
 
 @dataclass(frozen=True)

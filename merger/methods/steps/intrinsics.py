@@ -9,9 +9,10 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 _U16, _U32, _U64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _SIGN, _INFINITE = 0x8000_0000, 0x7F80_0000
@@ -32,6 +33,7 @@ _TAKES: dict[int, Callable[[Any], Any]] = {
     1: lambda found: lambda context, x: found,
     2: lambda found: lambda context, x, y: found,
     3: lambda found: lambda context, x, y, z: found,
+    4: lambda found: lambda context, w, x, y, z: found,
     5: lambda found: lambda context, v, w, x, y, z: found,
 }
 """numba counts the arguments by their names."""
@@ -51,6 +53,12 @@ def flip(b: Any, x: Any, like: Any) -> Any:
 def magnitude_bits(b: Any, x: Any) -> Any:
     """The bits without the sign: as integers they stand in the order of the magnitudes."""
     return b.and_(b.bitcast(x, _U32), _k(_SIGN - 1))
+
+
+@_word(types.float32, types.uint32)
+def from_bits(b: Any, bits: Any) -> Any:
+    """The number that has these bits."""
+    return b.bitcast(bits, _F32)
 
 
 @_word(types.uint32, types.uint32, types.boolean)
@@ -104,6 +112,66 @@ def to_float16(b: Any, x: Any) -> Any:
     found = b.select(b.icmp_unsigned("<", size, _k(113 << 23)), small, normal)
     found = b.select(b.icmp_unsigned(">=", size, _k((127 + 16) << 23)), large, found)
     return b.trunc(b.or_(found, b.lshr(b.and_(bits, _k(_SIGN)), _k(16))), _U16)
+
+
+@_word(types.uint8, types.float32)
+def to_byte(b: Any, x: Any) -> Any:
+    """Rounded to a whole number of at most 127 and its sign, halves away from zero; NaN is 0."""
+    bits = b.bitcast(x, _U32)
+    size = b.bitcast(b.and_(bits, _k(_SIGN - 1)), _F32)
+    whole = b.fptosi(_clamped(b, size, ir.Constant(_F32, 127.0)), _U32)
+    rest = b.fsub(size, b.sitofp(whole, _F32))
+    up = b.and_(b.fcmp_ordered(">=", rest, ir.Constant(_F32, 0.5)), b.icmp_unsigned("<", whole, _k(127)))
+    whole = b.add(whole, b.zext(up, _U32))
+    return b.trunc(b.select(b.icmp_signed("<", bits, _k(0)), b.neg(whole), whole), ir.IntType(8))
+
+
+@_word(types.uint8, types.float32, types.float32)
+def to_code(b: Any, x: Any, most: Any) -> Any:
+    """Cut to a whole number from 0 to another one; NaN is 0."""
+    return b.trunc(b.fptosi(_clamped(b, x, most), _U32), ir.IntType(8))
+
+
+def _clamped(b: Any, x: Any, most: Any) -> Any:
+    """From zero to another number; NaN is 0."""
+    positive = b.select(b.fcmp_ordered(">", x, ir.Constant(_F32, 0.0)), x, ir.Constant(_F32, 0.0))
+    return b.select(b.fcmp_ordered("<", positive, most), positive, most)
+
+
+def _size(b: Any, x: Any) -> Any:
+    return b.select(b.fcmp_unordered("uno", x, x), _k(0), b.and_(b.bitcast(x, _U32), _k(_SIGN - 1)))
+
+
+@_word(types.uint32, types.uint32, types.float32)
+def larger(b: Any, most: Any, x: Any) -> Any:
+    """The larger one of the bits of two magnitudes; NaN has none."""
+    return b.select(b.icmp_unsigned(">", size := _size(b, x), most), size, most)
+
+
+@_word(types.uint32, types.uint32, types.uint32, types.uint32, types.float32)
+def first_place(b: Any, before: Any, place: Any, most: Any, x: Any) -> Any:
+    """The lower one of a place that was found before and this one, if the magnitude here has these bits."""
+    hit = b.and_(b.icmp_unsigned("==", _size(b, x), most), b.icmp_unsigned("<", place, before))
+    return b.select(hit, place, before)
+
+
+@register_jitable
+def largest_size(entries: Any) -> Any:
+    """The bits of the largest magnitude of 32 entries."""
+    most = np.uint32(0)
+    for i in range(entries.size):  # a known number would be written out, not made of vectors
+        most = larger(most, entries[i])
+    return most
+
+
+@register_jitable
+def largest(entries: Any) -> Any:
+    """The first of 32 entries whose magnitude is the largest."""
+    most, place = largest_size(entries), np.uint32(32)
+    for i in range(entries.size):
+        place = first_place(place, np.uint32(i), most, entries[i])
+    found = entries[place]
+    return found if found == found else np.float32(0)
 
 
 _TURNS = (10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20)

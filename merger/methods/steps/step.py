@@ -38,6 +38,9 @@ ZERO, ONE, NONE = 0.0, 1.0, 0
 wide: Any = None
 """In a step the same number in float64."""
 
+single: Any = None
+"""In a step a literal as float32."""
+
 STEPS: dict[str, Step] = {}
 """Every step by its name."""
 
@@ -118,7 +121,9 @@ def _words() -> dict[str, Any]:
     import numpy as np
 
     words = import_module("merger.methods.steps.intrinsics")
-    return {**vars(words), "ZERO": np.float32(0), "ONE": np.float32(1), "NONE": np.uint32(0), "wide": np.float64}
+    return {**vars(words), "ZERO": np.float32(0), "ONE": np.float32(1), "NONE": np.uint32(0)} | {
+        "wide": np.float64, "single": np.float32,
+    }  # fmt: skip
 
 
 @cache

@@ -79,18 +79,21 @@ class Outlet(Protocol):
 
 
 class ShardWriter:
-    """Writes one shard front to back and hashes it on the way; use it as a context manager.
+    """Writes one file front to back and hashes it on the way; use it as a context manager.
 
-    `close` refuses a shard that is shorter or longer than its header promises.
+    `close` refuses a file that is shorter or longer than its header promises.
+
+    Args:
+        name: the file's.
+        outlet: where its bytes go.
+        start: its header.
+        size: of all of it.
     """
 
-    def __init__(self, name: str, outlet: Outlet, tensors: Iterable[Outgoing]) -> None:
-        outgoing = tuple(tensors)
+    def __init__(self, name: str, outlet: Outlet, start: bytes, size: int) -> None:
         self._name, self._outlet = name, outlet
         self._hash = hashlib.sha256()
-        start = header(outgoing)
-        self._expected = len(start) + sum(tensor.nbytes for tensor in outgoing)
-        self._size = 0
+        self._expected, self._size = size, 0
         self.write(memoryview(start))
 
     def write(self, data: memoryview) -> None:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from merger.models.checkpoint import SUFFIX
 from merger.models.formats.safetensors import WrittenShard
+from merger.models.gguf.layout import ENDING
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import LOCK_NAME
 from merger.safety.limits import LOCK
@@ -22,6 +23,7 @@ from merger.stores.hub.http import is_passing, patiently
 from merger.stores.hub.ranges import RangeClient
 from merger.stores.ports import FileInfo, Located, Published
 
+_SHARDS = (SUFFIX, ENDING)
 STAGING, PULLS = "merge-staging/", "refs/pr/"
 UNDER_WAY = "Merge under way"
 
@@ -108,7 +110,7 @@ class Results:
             is_ours = content.get("identity") == identity
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
             return {}
-        return {name: sha256 for name, sha256 in found.items() if name.endswith(SUFFIX)} if is_ours else {}
+        return {name: sha256 for name, sha256 in found.items() if name.endswith(_SHARDS)} if is_ours else {}
 
     @cached_property
     def me(self) -> str | None:
@@ -161,7 +163,7 @@ class Results:
 def shards_of(info: ModelInfo) -> dict[str, WrittenShard]:
     """The files of tensors at a commit."""
     files = ((item.rfilename, item.size or 0, item.lfs) for item in info.siblings or ())
-    return {name: WrittenShard(name, size, lfs.sha256) for name, size, lfs in files if lfs and name.endswith(SUFFIX)}
+    return {name: WrittenShard(name, size, lfs.sha256) for name, size, lfs in files if lfs and name.endswith(_SHARDS)}
 
 
 def description(repo: str, run: Run, shards: Collection[WrittenShard], files: Collection[str]) -> str:

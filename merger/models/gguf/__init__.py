@@ -1,0 +1,1 @@
+"""GGUF, the files that llama.cpp reads: what stands in one."""

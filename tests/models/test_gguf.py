@@ -1,0 +1,275 @@
+"""GGUF files beside a merge: what gguf reads of them, what is refused, and that llama.cpp computes the same.
+
+Not here: the bits of rounded blocks (test_steps).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import quantize
+from merging import merged
+from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from merger.errors import RecipeError
+from merger.planning.lockfile import read_lock
+from merger.recipe.parse import GGUF
+from merger.run.options import Options
+from merger.verification.verify import Extent, verify
+
+TEXT = "the cat sat on the mat and the dog sat by the cat in the sun; then 12 dogs ran after it, as dogs do."
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 200,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 64}  # fmt: skip
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [1.5] * 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"rope_parameters": LLAMA_3, "attention_bias": True},
+    "Mistral": {"sliding_window": 128, "head_dim": 32},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 32, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+    "Gemma2": GEMMA,
+    "Gemma3": GEMMA | {"num_hidden_layers": 7},
+    "Phi3": {"original_max_position_embeddings": 256, "max_position_embeddings": 512, "rope_parameters": LONG},
+}
+
+
+@cache
+def of_bytes() -> Tokenizer:
+    """A BPE of bytes as Qwen 2 cuts text."""
+    from merger.models.gguf.tokens import SPLITS
+
+    pattern = next(pattern for pattern, name in SPLITS.items() if name == "qwen2")
+    found = Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+    found.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<s>", "</s>", "<pad>"])
+    found.train_from_iterator([TEXT] * 3, trainer)
+    return found
+
+
+@cache
+def of_pieces() -> Tokenizer:
+    """One as it is made from SentencePiece: any two pieces that are a piece together are joined, in one order."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789;,.", "\u2581"]
+    words = ["th", "he", "the", "\u2581t", "\u2581th", "\u2581the", "at", "og", "do", "dog", "\u2581d", "\u2581do"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(128)]
+    vocabulary = {
+        token: number for number, token in enumerate(["<s>", "</s>", "<pad>", "<unk>", *bytes_, *letters, *words])
+    }
+    merges = [(word[:cut], word[cut:]) for word in words for cut in range(1, len(word))
+              if word[:cut] in vocabulary and word[cut:] in vocabulary]  # fmt: skip
+    found = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    found.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    found.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    found.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    found.add_special_tokens(["<s>", "</s>", "<pad>", "<unk>"])
+    return found
+
+
+def model(folder: Path, family: str, tokenizer: Tokenizer | None = None, **more: Any) -> Path:
+    """A small model of a family that transformers makes, in bfloat16, with norms that are not all alike."""
+    named = family if family != "Gemma3" else "Gemma3Text"
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{named}Config")(**SIZES | FAMILIES[family] | more)
+    made = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(
+                torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else 0.15)
+                + (parameter.ndim == 1) * (parameter.mean())
+            )
+    made.bfloat16().save_pretrained(folder)
+    (tokenizer or of_bytes()).save(str(folder / "tokenizer.json"))
+    said = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ messages }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def recipe(of: Path, *kinds: str) -> str:
+    models = f"[{{model: {of}, parameters: {{weight: 1}}}}]"
+    return f"merge_method: linear\nmodels: {models}\npublish: {{gguf: [{', '.join(kinds)}]}}\n"
+
+
+def tensors(*paths: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for path in paths for tensor in GGUFReader(path).tensors}
+
+
+def said(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_reads_what_is_written(tmp_path: Path, family: str) -> None:
+    """Names, shapes and each number of a family's tensors: the result's, as llama.cpp wants them."""
+    made = model(tmp_path / "one", family)
+    planned = merged(recipe(made, "F32", "Q8_0"), tmp_path / "out")
+    found = {kind: tensors(tmp_path / "out" / f"model-{kind}.gguf") for kind in ("F32", "Q8_0")}
+    result = load_file(tmp_path / "out" / "model.safetensors")
+    more = {name for name in found["F32"] if name.startswith("rope_")}
+    assert len(found["F32"]) == len(result) + len(more)
+    config = json.loads((made / "config.json").read_text())
+    for tensor in planned.shards[0].beside[0].tensors:
+        if not tensor.source:
+            continue
+        x = result[tensor.source].float()
+        part = tensor.source.split(".")[-2]
+        if family in ("Llama", "Mistral") and part in ("q_proj", "k_proj"):
+            heads = config["num_attention_heads" if part == "q_proj" else "num_key_value_heads"]
+            size = len(x) // heads
+            x = x[
+                [
+                    head * size + half * size // 2 + place
+                    for head in range(heads)
+                    for place in range(size // 2)
+                    for half in (0, 1)
+                ]
+            ]
+        if family.startswith("Gemma") and part.endswith("norm"):
+            x = x + 1
+        np.testing.assert_array_equal(found["F32"][tensor.name].data, x.numpy())
+        other = found["Q8_0"][tensor.name]
+        assert other.tensor_type == GGMLQuantizationType["Q8_0" if x.ndim > 1 else "F32"]
+        np.testing.assert_array_equal(other.data, quantize(x.numpy(), other.tensor_type))
+
+
+def test_the_metadata_is_the_configs_and_the_tokenizers(tmp_path: Path) -> None:
+    """Sizes, positions, tokens with their kinds, merges, special ids, chat template; the lock has the file."""
+    made = model(tmp_path / "one", "Llama")
+    merged(recipe(made, "BF16"), tmp_path / "out", card=True)
+    found = said(tmp_path / "out" / "model-BF16.gguf")
+    expected = {
+        "general.architecture": "llama", "general.file_type": 32, "llama.block_count": 2, "llama.context_length": 256,
+        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.rope.freq_base": 5e5,
+        "llama.rope.dimension_count": 16, "llama.vocab_size": 200, "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": "{{ messages }}",
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    kept = json.loads(of_bytes().to_str())["model"]
+    tokens = found["tokenizer.ggml.tokens"]
+    assert tokens[: len(kept["vocab"])] == sorted(kept["vocab"], key=kept["vocab"].__getitem__)
+    assert tokens[len(kept["vocab"]) :] == [f"[PAD{number}]" for number in range(len(kept["vocab"]), 200)]
+    assert found["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]
+    assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in kept["merges"]]
+    held = read_lock((tmp_path / "out" / "merger.lock.yaml").read_text(), "lock")
+    assert held.gguf == ("BF16",)
+    assert held.output["model-BF16.gguf"].size == (tmp_path / "out" / "model-BF16.gguf").stat().st_size
+    assert verify(str(tmp_path / "out"), Options(threads=1), Extent(everything=True)).passed
+    assert "llama-cli" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_several_shards_are_parts_of_one_gguf(tmp_path: Path) -> None:
+    """Each is made with its shard; the first has the metadata, all count the tensors of all."""
+    made = model(tmp_path / "one", "Qwen3")
+    planned = merged(recipe(made, "Q4_0"), tmp_path / "out", shard_size=60_000)
+    parts = sorted((tmp_path / "out").glob("*.gguf"))
+    count = len(planned.shards)
+    assert [part.name for part in parts] == [f"model-Q4_0-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+    assert len(parts) > 2
+    found, whole = [said(part) for part in parts], tensors(*parts)
+    assert [each["split.no"] for each in found] == list(range(count))
+    assert {each["split.tensors.count"] for each in found} == {len(whole)}
+    assert len(found[0]) > 30 > len(found[1])
+    assert whole["token_embd.weight"].tensor_type == GGMLQuantizationType.Q8_0
+    assert whole["blk.0.ffn_up.weight"].tensor_type == GGMLQuantizationType.Q4_0
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "what"),
+    [
+        ("Llama", {"architectures": ["OlmoForCausalLM"]}, "no GGUF is made of OlmoForCausalLM"),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "positions scaled by dynamic"),
+        ("Llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
+        ("Gemma3", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar"),
+        ("Qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    tmp_path: Path, family: str, more: dict[str, Any], what: str
+) -> None:
+    """By the plan, with the families that are written."""
+    made = model(tmp_path / "one", family)
+    config = json.loads((made / "config.json").read_text()) | more
+    (made / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=what) as refused:
+        merged(recipe(made, "Q8_0"), tmp_path / "out")
+    assert "Qwen 2 and 2.5, Qwen 3, Gemma 2" in str(refused.value.problems[0].hint)
+    assert refused.value.problems[0].where == "publish.gguf"
+
+
+def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(tmp_path: Path) -> None:
+    """One whose way to cut text has no name there, and one whose merges are not SentencePiece's."""
+    made = model(tmp_path / "one", "Llama")
+    kept = json.loads((made / "tokenizer.json").read_text())
+    kept["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "a+"}
+    (made / "tokenizer.json").write_text(json.dumps(kept))
+    with pytest.raises(RecipeError, match="no name for how its tokenizer cuts text"):
+        merged(recipe(made, "Q8_0"), tmp_path / "out")
+    kept = json.loads(of_pieces().to_str())
+    kept["model"]["merges"].remove(["t", "he"])
+    (made / "tokenizer.json").write_text(json.dumps(kept))
+    with pytest.raises(RecipeError, match="are not joined"):
+        merged(recipe(made, "Q8_0"), tmp_path / "out")
+
+
+# ---- llama.cpp ------------------------------------------------------------------------------------------------------
+
+
+def run_llama(path: Path, prompt: str, count: int) -> list[tuple[int, dict[int, float]]]:
+    """What llama.cpp continues a text with: each token, and the logarithms of the likeliest ones' chances."""
+    llama = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install xllamacpp")
+    parameters = llama.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.warmup = str(path), 256, False
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+    server = llama.Server(parameters)
+    asked = {"prompt": prompt, "n_predict": count, "temperature": 0, "n_probs": 5, "ignore_eos": True}
+    request = Request(f"{server.listening_address}/completion", json.dumps(asked).encode())
+    request.add_header("Content-Type", "application/json")
+    with urlopen(request) as answer:
+        steps = json.load(answer)["completion_probabilities"]
+    return [(step["id"], {top["id"]: top["logprob"] for top in step["top_logprobs"]}) for step in steps]
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_continues_a_text_as_transformers_does(tmp_path: Path, family: str, pieces: bool) -> None:
+    """From the text itself, token for token, and with the same chances."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install xllamacpp")
+    tokenizer = of_pieces() if pieces else of_bytes()
+    made = model(tmp_path / "one", family, tokenizer)
+    merged(recipe(made, "F32"), tmp_path / "out")
+    found = run_llama(tmp_path / "out" / "model-F32.gguf", TEXT, 12)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = tokenizer.encode(TEXT).ids
+    with torch.no_grad():
+        for token, tops in found:
+            chances = loaded(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            assert token == int(chances.index_fill(0, torch.tensor(1), -torch.inf).argmax())
+            for number, chance in tops.items():
+                assert chance == pytest.approx(float(chances[number]), abs=2e-2)
+            ids.append(token)
+
+
+def test_every_type_is_a_type_of_recipes(tmp_path: Path) -> None:
+    """The recipe's words, the plan's and the steps' are the same ones."""
+    from merger.methods.steps.dtypes import BLOCKS
+    from merger.models.gguf.layout import KINDS
+
+    assert set(GGUF) == set(KINDS) == set(BLOCKS)
+    assert {kind: (each.together, each.nbytes) for kind, each in KINDS.items()} == BLOCKS
+    assert {kind: GGMLQuantizationType[kind].value for kind in KINDS} == {kind: KINDS[kind].number for kind in KINDS}
