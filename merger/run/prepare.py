@@ -199,8 +199,16 @@ def with_templates(planned: Plan, store: Store, root: Path | None = ANYWHERE) ->
 
 
 def with_gguf(recipe: Recipe, options: Options) -> Recipe:
-    """The recipe with the types of GGUF files that the options name, if they do."""
-    return replace(recipe, publish=replace(recipe.publish, gguf=options.gguf)) if options.gguf else recipe
+    """The recipe with the types of GGUF files that the options name, if they do.
+
+    Raises:
+        RecipeError: a stream, which has room for one file at a time, is asked for with them.
+    """
+    made = replace(recipe, publish=replace(recipe.publish, gguf=options.gguf)) if options.gguf else recipe
+    if options.stream and made.publish.gguf:
+        what = "--stream sends one file at a time, and GGUF files are made beside others"
+        raise RecipeError(Problem(what, made.publish.gguf_at, "publish.gguf", "leave out --stream, or gguf"))
+    return made
 
 
 def _plan_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options) -> Plan:

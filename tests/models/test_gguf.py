@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from calls import Command
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import quantize
+from loopback import LoopbackHub
 from merging import merged
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -273,3 +275,22 @@ def test_every_type_is_a_type_of_recipes(tmp_path: Path) -> None:
     assert set(GGUF) == set(KINDS) == set(BLOCKS)
     assert {kind: (each.together, each.nbytes) for kind, each in KINDS.items()} == BLOCKS
     assert {kind: GGMLQuantizationType[kind].value for kind in KINDS} == {kind: KINDS[kind].number for kind in KINDS}
+
+
+def test_they_are_published_in_the_one_commit(tmp_path: Path, hub: LoopbackHub, command: Command) -> None:
+    """With the shards, and found there by the same command; no branch stays."""
+    folder = model(tmp_path / "one", "Llama")
+    hub.add_model("org/one", {file.name: file.read_bytes() for file in folder.iterdir()})
+    text = "merge_method: linear\nmodels: [{model: org/one, parameters: {weight: 1}}]\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    line = ["run", "recipe.yaml", "--to", "hf://org/merged", "--gguf", "Q8_0", "--quiet"]
+    done = command(*line, cwd=tmp_path, hub=hub)
+    assert done.returncode == 0, done.stderr
+    held = hub.read("org/merged", "model-Q8_0.gguf")
+    (tmp_path / "held.gguf").write_bytes(held)
+    assert "output.weight" in tensors(tmp_path / "held.gguf")
+    commits = len(hub.commits("org/merged"))
+    assert command(*line, cwd=tmp_path, hub=hub).returncode == 0
+    assert len(hub.commits("org/merged")) == commits
+    refused = command(*line, "--stream", cwd=tmp_path, hub=hub)
+    assert (refused.returncode, "one file at a time" in refused.stderr) == (2, True)
