@@ -251,7 +251,6 @@ def rows_disk() -> Iterator[Row]:
     full, whole = "… cannot be written (No space left on device)", "cannot write to the destination … (No space left on"
     yield row("temporary files, from the start", "… bytes of disk are needed for the work, … are free in …", ALL,
               HUB, TEMPORARY, faults.LOOKED_UP, _TOO_LITTLE)  # fmt: skip
-    yield row("temporary files, while files are uploaded", full, ON, HUB, TEMPORARY, faults.ANNOUNCED)
     yield row("the destination, from the start", "the result needs … bytes of disk, … are free where 'out' shall lie",
               ALL, ACROSS, DESTINATION, faults.LOOKED_UP, _TOO_LITTLE)  # fmt: skip
     # Whether a shard or the note of the one before it meets the full disk first is a matter of moments.
@@ -263,12 +262,12 @@ def rows_disk() -> Iterator[Row]:
 
 
 def _full(to: str, disk: str, step: str, left: int, scene: Scene, thorough: bool) -> Iterator[Case]:
-    """From the last request of a step on; from the first upload on, when most files are still to be made."""
+    """From the last request of a step on."""
     log = [faults.step_of(request) for request in scene.undisturbed(to)[0].log]
-    last = nth(at(step), 0 if step == faults.ANNOUNCED else log.count(step) - 1)
+    last = nth(at(step), log.count(step) - 1)
     place = scene.temporary if disk == TEMPORARY else scene.folder
     fault = faults.disk_filled(place, left)
-    yield Case(f"{disk} full after a request when {step}", to, _fault(fault, last, 1), small_disk=disk)
+    yield Case(f"{disk} full after the last request when {step}", to, _fault(fault, last, 1), small_disk=disk)
 
 
 # ---- how trouble is made --------------------------------------------------------------------------------------------

@@ -74,7 +74,14 @@ WORDS |= {
 }
 WORDS |= {"Expert.positive_prompts", "Expert.negative_prompts", "Recipe.path", "Recipe.text", "Recipe.name"}
 WORDS |= {"Recipe.dtype", "Publish.repo", "Publish.license", "Publish.license_name", "Publish.license_link"}
-WORDS |= {"Rule.filter", "Publish.license_override", "Publish.left_out", "TokenRow.source", "Tokenizer.source"}
+WORDS |= {
+    "Rule.filter",
+    "Publish.license_override",
+    "Publish.gguf",
+    "Publish.left_out",
+    "TokenRow.source",
+    "Tokenizer.source",
+}
 PLACED = {"ModelRef.path", "ModelRef.revision", "Publish.template"}
 REFUSED = {"Perplexity.text", "Evaluate.tasks", "Evaluate.dtype"}
 
