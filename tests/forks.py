@@ -32,8 +32,8 @@ from places import ROOT
 from waiting import HANGS_SECONDS
 
 IMPORTED = (
-    "merger.cli.commands", "merger.cli.text", "merger.run.pipeline", "merger.engine.execute", "merger.engine.readers",
-    "merger.card.pictures.movement",
+    "merger.cli.commands", "merger.cli.text", "merger.run.pipeline", "merger.engine.execute",
+    "merger.engine.inputs.readers", "merger.card.pictures.movement",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "httpx2", "urllib3",
     "safetensors.torch", "tokenizers", "tqdm",
 )  # fmt: skip

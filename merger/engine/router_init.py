@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from merger.engine.readers import load_input
+from merger.engine.inputs.readers import load_input
+from merger.engine.inputs.stored import floats
 from merger.engine.runner import Work, blocks
-from merger.engine.stored import floats
 from merger.errors import ModelError, Problem, RecipeError
 from merger.lock.locked import LockedModel
 from merger.methods.registry import Method

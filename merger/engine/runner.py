@@ -6,26 +6,25 @@ finished blocks (execute).
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.engine.decompose import RunPairs
 from merger.engine.finite import NotFinite, is_finite, not_finite
 from merger.engine.geometry import BlockSample
-from merger.engine.readers import load_input
-from merger.engine.stored import Load
+from merger.engine.inputs.decompose import RunPairs
+from merger.engine.inputs.readers import load_input
+from merger.engine.inputs.stored import Load
+from merger.engine.spool import Allowance, Spool
 from merger.methods.registry import Method, declared
 from merger.methods.steps.dtypes import HELD, Held, load, store
 from merger.methods.steps.random import Rng
@@ -56,69 +55,6 @@ def blocks(job: Job, method: Method) -> list[Block]:
     """The blocks of a job, in order. Their size never depends on a budget: so neither does the result."""
     size, step = (job.nbytes, COPY_BYTES) if job.is_copy else (job.entries, block_entries(job, method))
     return [Block(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-class Allowance:
-    """How many bytes of memory may be taken for tensors that are kept, by all jobs together."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._left, self._lock = nbytes, threading.Lock()
-
-    def take(self, nbytes: int) -> bool:
-        """Whether so many bytes were left, which are taken now; what is given back is taken with a minus."""
-        with self._lock:
-            fits = nbytes <= self._left
-            self._left -= nbytes if fits else 0
-            return fits
-
-
-class Spool:
-    """What a job reads more than once of the Hub, as far as it may in memory; else, and what stages make, in a file.
-
-    Args:
-        memory: what may be taken.
-    """
-
-    def __init__(self, memory: Allowance) -> None:
-        self._memory, self._held = memory, dict[Stored | StageTensor, Bytes]()
-        self._file: BinaryIO | None = None
-        self._starts: dict[Stored | StageTensor, int] = {}
-        self._end = 0
-
-    def room(self, what: Stored, nbytes: int) -> memoryview | None:
-        """Room in memory for its bytes, which who asks fills at once; None: there is not so much left."""
-        if not self._memory.take(nbytes):
-            return None
-        self._held[what] = np.empty(nbytes, np.uint8)
-        return self._held[what].data
-
-    def keep(self, what: Stored | StageTensor, parts: Iterable[memoryview]) -> None:
-        """Write its bytes, front to back, into a temporary file without a name."""
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="merger-spool-")  # noqa: SIM115  closed by `close`
-        self._starts[what] = self._end
-        for part in parts:
-            self._file.write(part)
-            self._end += len(part)
-        self._file.flush()
-
-    def __contains__(self, what: Stored | StageTensor) -> bool:
-        return what in self._held or what in self._starts
-
-    def read(self, what: Stored | StageTensor, offset: int, out: memoryview) -> None:
-        """Fill `out` with its bytes from `offset` on."""
-        if (held := self._held.get(what)) is not None:
-            out[:] = held.data[offset : offset + len(out)]
-        elif self._file is not None:
-            os.preadv(self._file.fileno(), [out], self._starts[what] + offset)
-
-    def close(self) -> None:
-        """Give memory and disk back; what did not go onto a full one was told when it was written."""
-        while self._held:
-            self._memory.take(-self._held.popitem()[1].nbytes)
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.close()
 
 
 @dataclass(eq=False)
@@ -369,7 +305,7 @@ class Work:
             odd[stored.model if isinstance(stored, Stored) else stored.stage] += count
         told = tuple(sorted(odd.items()))
         if made or told:
-            found = _total(made) if made else NOTHING
+            found = total_of(made) if made else NOTHING
             yield self.job, replace(found, odd=told) if told else found
 
     def _look(self, stored: Stored | StageTensor, place: int, raw: Any) -> None:
@@ -465,50 +401,7 @@ class Work:
         self._spool.close()
 
 
-class _JoinedWork(Work):
-    """Small jobs under way whose inputs are read at once, but each of which is measured and made by itself."""
-
-    wants_preparing = False
-
-    def make(self, block: Block, out: Bytes) -> memoryview:
-        end, whole = 0, self._making
-        with tile():
-            held = [self.bits(source, block.start, block.stop) for source in self.job.reads]
-            for job, part in self.job.parts:
-                inputs = _Inputs({of: Held(all.bits[part], all.dtype) for of, all in zip(job.reads, held, strict=True)})
-                making = JobRunner(job, self.method, whole.seed, whole.device, inputs, job)
-                making.measure()
-                for piece in blocks(job, self.method):
-                    end += making.round(piece, out[end:]).nbytes
-                whole.seen[part.start] = _total(making.seen)
-        return out[:end].data
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """The stored tensors of a job that are in memory, for its runner."""
-
-    held: Mapping[Stored, Held]
-    odd: Mapping[Any, int] = field(default_factory=dict)
-
-    def bits(self, stored: Stored, start: int, stop: int, step: int = 1) -> Held:
-        """As of `Work`."""
-        whole = self.held[stored]
-        return Held(whole.bits[start:stop][-start % step :: step], whole.dtype)
-
-    def with_read(self, *_: object) -> _Inputs:
-        """As of `Work`: they all are."""
-        return self
-
-
-def start_work(job: Job, table: Mapping[str, Method], *more: Any) -> Work:
-    """A job of the output under way; `more` is what `Work` takes besides."""
-    method = table[job.method]
-    apart = method.unit != "entries" or method.random or method.measure is not None
-    return (_JoinedWork if apart and isinstance(job, JoinedJob) else Work)(job, table, *more)
-
-
-def _total(seen: Mapping[int, Geometry]) -> Geometry:
+def total_of(seen: Mapping[int, Geometry]) -> Geometry:
     """That of all blocks, in their order."""
     return total_geometry(seen[start] for start in sorted(seen)) if len(seen) > 1 else next(iter(seen.values()))
 

@@ -1,7 +1,7 @@
 """Which tokens the result knows, and for each model which rows of which embeddings stand for them.
 
 Not here: which tokens a tokenizer's files hold (models.vocabulary), where a row comes from (inputs.new_rows), and
-reading them (engine.readers).
+reading them (engine.inputs.readers).
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def ignore(event: object) -> None:
 
 def warm() -> None:
     """Import and compile all that a run to the Hub needs: for a process that forks others, so that each has it."""
-    import merger.engine.readers
+    import merger.engine.inputs.readers
     import merger.stores.hub.staging  # noqa: F401
     from merger.methods.steps.step import compile_steps
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import Floats, Tables, drawn, stored
 
-from merger.engine.decompose import decompose
-from merger.engine.readers import load_input
+from merger.engine.inputs.decompose import decompose
+from merger.engine.inputs.readers import load_input
 from merger.planning.inputs import low_rank as products
 from merger.planning.inputs.base import Input
 from merger.planning.inputs.low_rank import Added, ExpertColumns, ExpertsLowRank, LowRank, Transposed

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import Floats, Tables, drawn, stored
 
-from merger.engine.pursuit import measure_atoms, pursue
-from merger.engine.readers import load_input
+from merger.engine.inputs.pursuit import measure_atoms, pursue
+from merger.engine.inputs.readers import load_input
 from merger.methods.steps.dtypes import Held
 from merger.planning.inputs.rows import ALL_ROWS, Numbers, Pursuit, RowMap, RowPairs, Rows
 
@@ -47,7 +47,7 @@ def test_any_part_of_mapped_rows_is_what_the_map_says(
     stop = data.draw(st.integers(start + 1, len(whole)))
     step = data.draw(st.integers(1, 3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merger.engine.stored.CHUNK_ENTRIES", chunk)
+        patch.setattr("merger.engine.inputs.stored.CHUNK_ENTRIES", chunk)
         found = load_input(source, start, stop, np.empty(len(whole), np.float32), Tables(tables), step)
     np.testing.assert_allclose(found, whole[start:stop][-start % step :: step], rtol=1e-6, atol=1e-6)
 

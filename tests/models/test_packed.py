@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from merger.engine.readers import load_input
+from merger.engine.inputs.readers import load_input
 from merger.errors import ModelError
 from merger.planning.inputs.base import Input, Stored
 from merger.run.options import Options

@@ -2,7 +2,7 @@
 
 Follows PEFT's files: adapter_config.json, and adapter_model.safetensors with names such as
 ``base_model.model.<module>.lora_A.weight``; and MLX's. Not here: fetching them (lock.lock), where they belong in a
-model (changes), and the sum (engine.readers).
+model (changes), and the sum (engine.inputs.readers).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sources that are products of two small matrices: what a LoRA adapter adds, and what becomes an adapter.
 
-Not here: which adapter changes what (models.adapter, loras), and the arithmetic (engine.readers, engine.decompose).
+Not here: which adapter changes what (models.adapter, loras), and the arithmetic (engine.inputs).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
                     those that have it; and for a token that no merged model has, what `missing` says
 
 Rows that pad the vocabulary are the base model's own where they are kept (`rows: base`), else the mean of the model's
-rows. Not here: reading rows (engine.readers).
+rows. Not here: reading rows (engine.inputs.readers).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sources that have a row for each token of another vocabulary: whose rows they are put together from.
 
-Not here: which rows those are (inputs.new_rows), and reading them (engine.stored, engine.pursuit).
+Not here: which rows those are (inputs.new_rows), and reading them (engine.inputs.stored, engine.inputs.pursuit).
 """
 
 from __future__ import annotations

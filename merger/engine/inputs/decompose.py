@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from merger.engine.stored import Load, floats, read_whole
+from merger.engine.inputs.stored import Load, floats, read_whole
 from merger.methods.registry import methods
 from merger.methods.steps.arithmetic import array, dot
 from merger.methods.steps.decompose import TINY, Matrix

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from merger.engine.pursuit import pursue_rows
-from merger.engine.stored import Load, StoredTensors, floats, read_entries, read_whole, rows_of_map
+from merger.engine.inputs.pursuit import pursue_rows
+from merger.engine.inputs.stored import Load, StoredTensors, floats, read_entries, read_whole, rows_of_map
 from merger.methods.steps.random import Rng, normal, uniform
 from merger.methods.steps.rows import row_dots
 from merger.methods.steps.step import Array

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from merger.engine.stored import StoredTensors, floats, read_rows, rows_of_map
+from merger.engine.inputs.stored import StoredTensors, floats, read_rows, rows_of_map
 from merger.methods.steps.dtypes import Held
 from merger.methods.steps.step import Array
 from merger.planning.inputs.rows import PURSUED_ATOMS, PURSUED_ROWS, Numbers, Pursuit
