@@ -18,6 +18,7 @@ import tiny
 from calls import Command
 from loopback import LoopbackHub
 from loopback.jobs import Job
+from thorough import thorough_only
 from waiting import HANGS_SECONDS, until
 
 from merger.errors import ModelError, PartError, Problem, Span
@@ -97,6 +98,7 @@ def is_as_asked(job: Job, part: str, to: str) -> None:
     assert environment.keys() == {"HF_ENDPOINT", "MERGER_EXTRAS", "MERGER_VERSION"}
 
 
+@thorough_only
 def test_hub_jobs_make_the_model_of_a_single_run(
     at: Path, whole: dict[str, str], command: Command, hub: LoopbackHub
 ) -> None:

@@ -156,6 +156,7 @@ def test_a_token_goes_along_for_known_tasks_alone(
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
 
 
+@thorough_only
 def test_what_cannot_be_measured_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model without a tokenizer: exit code 9, finished files wait, and without evaluate they are published."""
     parents = tiny.model(tmp_path / "one", 1), tiny.model(tmp_path / "two", 2)

@@ -16,6 +16,7 @@ from calls import Command
 from loopback import LoopbackHub
 from merging import merged
 from safetensors.torch import load, load_file, save_file
+from thorough import thorough_only
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import BASE, model, rows
@@ -197,6 +198,7 @@ def test_what_peft_keeps_of_the_model_is_never_taken_for_trained(tmp_path: Path)
     assert torch.equal(tiny.read(tmp_path / "out")[HEAD], expected[HEAD])
 
 
+@thorough_only
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_of_the_hub_brings_its_tokens(tmp_path: Path, served: LoopbackHub, command: Command) -> None:
     """Rows and tokenizer come from its commit, which the lock file names with both; the result is verified."""

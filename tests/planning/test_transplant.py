@@ -14,6 +14,7 @@ import tiny
 import torch
 from places import ZOO
 from safetensors.torch import save_file
+from thorough import thorough_only
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,6 +82,7 @@ def transplanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {way: root / way for way in ("omp", "subword", "mean", "zero")}
 
 
+@thorough_only
 def test_a_pursuit_keeps_the_loss_and_no_other_way_does(transplanted: dict[str, Path]) -> None:
     """After a pursuit the loss is the whole model's within 3 %; means, pieces and zeros cost more than 8 %."""
     whole = loss(ZOO / "base")

@@ -19,6 +19,7 @@ import pytest
 import tiny
 from calls import Command
 from loopback import LoopbackHub, Request
+from thorough import thorough_only
 
 WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "2kB")
@@ -217,6 +218,7 @@ def test_a_published_merge_is_not_published_again(afar: Path, command: Command, 
     assert not [request for request in hub.log if request.method == "POST" and "/commit/" in request.path]
 
 
+@thorough_only
 def test_four_parts_at_once_make_the_model_of_a_single_run(
     afar: Path, start: Start, command: Command, hub: LoopbackHub
 ) -> None:
