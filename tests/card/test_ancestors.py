@@ -13,6 +13,7 @@ import tiny
 import yaml
 from calls import Command
 from loopback import LoopbackHub
+from thorough import thorough_only
 from waiting import HANGS_SECONDS
 
 from merger.card.ancestors import GENERATIONS, Family, Member, family
@@ -70,6 +71,7 @@ def kin(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@thorough_only
 def test_three_generations_of_merges_over_the_hub(served: LoopbackHub, command: Command, kin: Path) -> None:
     """Each merge is told with its method and commit, a gated and a deleted ancestor and a circle in their places."""
     first = merged(command, served, kin, "org/first", SLERP.format("kin/one", "kin/two"))

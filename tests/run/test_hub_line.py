@@ -17,7 +17,7 @@ from calls import Command
 from loopback import Client, LoopbackHub, Request
 from loopback.wire import Answer
 from places import ZOO
-from thorough import THOROUGH
+from thorough import THOROUGH, thorough_only
 from torch import Tensor
 
 WRITER = "hf_writer_of_org"
@@ -255,6 +255,7 @@ def test_a_renamed_parent_is_read_and_its_new_name_is_told(
     assert json.loads(again.stdout)["new"] is False, again.stderr
 
 
+@thorough_only
 @pytest.mark.parametrize("taken", [False, True] if THOROUGH else [False])
 def test_a_lock_goes_on_working_when_the_former_name_does_not(
     taken: bool, served: LoopbackHub, renamed: Path, command: Command

@@ -181,6 +181,7 @@ def test_memory_is_kept_while_matrices_are_taken_apart(parents: dict[str, list[P
     assert found["large"]["peak"] - found["small"]["peak"] < 100 << 20
 
 
+@thorough_only
 @pytest.mark.parametrize("option", ["--stream", "--quiet"] if THOROUGH else ["--stream"])
 def test_memory_is_kept_when_xet_sends(
     option: str, served: LoopbackHub, parents: dict[str, list[Path]], tmp_path: Path

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from loopback import LoopbackHub
 from served import ROOT, ServedSpace
+from thorough import thorough_only
 from waiting import HANGS_SECONDS
 
 TOKEN = "hf_token_of_the_maker"
@@ -48,6 +49,7 @@ def test_the_space_and_its_models(published: Path, hub: LoopbackHub) -> None:
     assert not [name for name in hub.tree("spaces/maker/merger") if "test" in name or "pycache" in name]
 
 
+@thorough_only
 def test_it_starts_from_its_files_alone(published: Path, served: LoopbackHub, tmp_path: Path) -> None:
     """`python app.py` in the Space's folder serves the page, and knows the package's version without installing it."""
     pytest.importorskip("gradio")
