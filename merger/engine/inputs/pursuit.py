@@ -22,7 +22,7 @@ _NOTHING = 1e-6
 
 @dataclass(frozen=True)
 class Atoms:
-    """The donor's rows of the shared tokens, as stored, their width and their lengths."""
+    """The complete tensor's rows of the shared tokens, as stored, their width and their lengths."""
 
     held: Held
     width: int
