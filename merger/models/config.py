@@ -319,15 +319,15 @@ def with_prediction(config: Config, layers: int, like: Config) -> Config:
 
 def with_layers(
     config: Config,
-    config_model: Sequence[Kind],
+    own_kinds: Sequence[Kind],
     layers: Sequence[Layer],
     section: Section = Section(),
 ) -> dict[str, Any]:
     """The config of a model whose layers were taken from others: the count and all per-layer lists follow.
 
     Args:
-        config: the donor's config.
-        config_model: the kinds of the donor's layers.
+        config: the config model's config.
+        own_kinds: the kinds of the config model's layers.
         layers: the output's layers.
         section: where configs tell of this stack.
 
@@ -335,20 +335,20 @@ def with_layers(
         ValueError: no edit of the config would describe such a model; why, in a sentence.
     """
     edited = copy.deepcopy(dict(config))
-    predicted = _taken_off(edited, len(config_model), section)
-    _check(edited, config_model, layers, section)
-    before, after = _leading(config_model[0], config_model), _leading(config_model[0], [layer.kind for layer in layers])
+    predicted = _taken_off(edited, len(own_kinds), section)
+    _check(edited, own_kinds, layers, section)
+    before, after = _leading(own_kinds[0], own_kinds), _leading(own_kinds[0], [layer.kind for layer in layers])
     for part, key, value in list(section.stated(edited)):
         counts_leading = _LEADING.search(key) and value == before and after is not None
-        trailing = _trailing(key, value, len(config_model), layers)
+        trailing = _trailing(key, value, len(own_kinds), layers)
         part[key] = (
             after
             if counts_leading
             else trailing
             if trailing is not None
-            else _close_pattern(part[key], _follow(key, value, len(config_model), layers, section))
+            else _close_pattern(part[key], _follow(key, value, len(own_kinds), layers, section))
         )
-    _check_kinds(edited, config, config_model, layers, section)
+    _check_kinds(edited, config, own_kinds, layers, section)
     for part, key, entries in predicted:
         part[key] = _close_pattern(part[key], [*part[key], *entries])
     return edited
@@ -401,7 +401,7 @@ def _entry(key: str, of: list[Any], layer: Layer) -> Any:
 
 
 def _theirs(key: str, ours: list[Any], layer: Layer, section: Section) -> list[Any]:
-    """The list of the model that the layer comes from; the donor's, where that model has none."""
+    """The list of the model that the layer comes from; the config model's, where that model has none."""
     found = next((_open_pattern(key, part[key]) for part in section.parts(layer.config) if key in part), None)
     return found if isinstance(found, list) else ours
 
@@ -419,9 +419,9 @@ def _is_per_layer(key: str, value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and not _NOT_PER_LAYER.search(key)
 
 
-def _check(config: Config, config_model: Sequence[Kind], layers: Sequence[Layer], section: Section) -> None:
+def _check(config: Config, own_kinds: Sequence[Kind], layers: Sequence[Layer], section: Section) -> None:
     """Whether a config can say that its layers are these: a loader builds what the config says, and nothing else."""
-    count = len(config_model)
+    count = len(own_kinds)
     stated = [(key, value) for _, key, value in section.stated(config)]
     counts = _counts(dict(stated))
     as_stated = [layer.number for layer in layers] == list(range(len(layers))) and len(layers) in counts
@@ -433,20 +433,20 @@ def _check(config: Config, config_model: Sequence[Kind], layers: Sequence[Layer]
         counted = _EVERY.search(key) is not None and type(every) is int and every > 1 and not any(said)
         if counted and any(layer.number % every != new % every for new, layer in enumerate(layers)):
             raise ValueError(f"config.json counts layers by {key}: {every}, which this order of layers would break")
-    listed = _tells_apart(said, config_model) or _counts_leading(stated, config_model, layers)
-    if not listed and any(layer.kind != _expected_kind(config_model, new) for new, layer in enumerate(layers)):
+    listed = _tells_apart(said, own_kinds) or _counts_leading(stated, own_kinds, layers)
+    if not listed and any(layer.kind != _expected_kind(own_kinds, new) for new, layer in enumerate(layers)):
         raise ValueError("its layers are not all alike, and config.json cannot say that they come in this order")
 
 
 def _check_kinds(
-    edited: Config, before: Config, config_model: Sequence[Kind], layers: Sequence[Layer], of: Section
+    edited: Config, before: Config, own_kinds: Sequence[Kind], layers: Sequence[Layer], of: Section
 ) -> None:
-    """Whether what the edited lists say of a layer is what the donor's say of layers of its kind."""
+    """Whether what the edited lists say of a layer is what the config model's say of layers of its kind."""
     known, new = (_kinds_by_layer([(key, value) for _, key, value in of.stated(config)], count)
-                  for config, count in ((before, len(config_model)), (edited, len(layers))))  # fmt: skip
-    told = [(said, layer.kind) for said, layer in zip(new, layers, strict=True) if layer.kind in config_model]
-    if _tells_apart(known, config_model) and not _tells_apart(
-        [*known, *(said for said, _ in told)], [*config_model, *(kind for _, kind in told)]
+                  for config, count in ((before, len(own_kinds)), (edited, len(layers))))  # fmt: skip
+    told = [(said, layer.kind) for said, layer in zip(new, layers, strict=True) if layer.kind in own_kinds]
+    if _tells_apart(known, own_kinds) and not _tells_apart(
+        [*known, *(said for said, _ in told)], [*own_kinds, *(kind for _, kind in told)]
     ):
         raise ValueError("its layers are not all alike, and the models' config.json say it in different ways")
 
@@ -458,17 +458,17 @@ def _kinds_by_layer(stated: Sequence[tuple[str, Any]], count: int) -> list[list[
     return [[*(of[layer] for of in entries), *(layer in of for of in indexes)] for layer in range(count)]
 
 
-def _tells_apart(said: Sequence[list[Any]], config_model: Sequence[Kind]) -> bool:
+def _tells_apart(said: Sequence[list[Any]], own_kinds: Sequence[Kind]) -> bool:
     """Whether layers of different kinds are different ones in the config's lists too."""
     known: dict[str, Kind] = {}
-    return all(known.setdefault(str(entries), kind) == kind for entries, kind in zip(said, config_model, strict=True))
+    return all(known.setdefault(str(entries), kind) == kind for entries, kind in zip(said, own_kinds, strict=True))
 
 
-def _counts_leading(stated: Sequence[tuple[str, Any]], config_model: Sequence[Kind], layers: Sequence[Layer]) -> bool:
-    """Whether the config counts the first few layers, and only those differ, in the donor and in the output."""
-    before, after = _leading(config_model[0], config_model), _leading(config_model[0], [layer.kind for layer in layers])
+def _counts_leading(stated: Sequence[tuple[str, Any]], own_kinds: Sequence[Kind], layers: Sequence[Layer]) -> bool:
+    """Whether the config counts the first few layers, and only those differ, in the config model and in the output."""
+    before, after = _leading(own_kinds[0], own_kinds), _leading(own_kinds[0], [layer.kind for layer in layers])
     counted = any(_LEADING.search(key) and value == before for key, value in stated)
-    return counted and after is not None and len({*config_model, *(layer.kind for layer in layers)}) <= 2
+    return counted and after is not None and len({*own_kinds, *(layer.kind for layer in layers)}) <= 2
 
 
 def _leading(first: Kind, kinds: Sequence[Kind]) -> int | None:
@@ -477,18 +477,18 @@ def _leading(first: Kind, kinds: Sequence[Kind]) -> int | None:
     return None if first in kinds[count:] else count
 
 
-def _expected_kind(config_model: Sequence[Kind], position: int) -> Kind | None:
-    """The kind that a rule by position would put there, if the donor shows such a rule.
+def _expected_kind(own_kinds: Sequence[Kind], position: int) -> Kind | None:
+    """The kind that a rule by position would put there, if the config model shows such a rule.
 
     Either its kinds repeat with a period, or they stay the same from somewhere in the first half on.
     """
-    count = len(config_model)
+    count = len(own_kinds)
     for period in range(1, count // 2 + 1):
-        if all(config_model[layer] == config_model[layer - period] for layer in range(period, count)):
-            return config_model[position % period]
+        if all(own_kinds[layer] == own_kinds[layer - period] for layer in range(period, count)):
+            return own_kinds[position % period]
     if position < count:
-        return config_model[position]
-    return config_model[-1] if len(set(config_model[count // 2 :])) == 1 else None
+        return own_kinds[position]
+    return own_kinds[-1] if len(set(own_kinds[count // 2 :])) == 1 else None
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Rows for tokens that a model lacks, by orthogonal matching pursuit on those it shares with a model that has them.
 
-In the donor's space each such token is written as a sum of few shared tokens; the same sum of the model's own rows is
+In its space each such token is written as a sum of few shared tokens; the same sum of the model's own rows is
 its row. Not here: which rows those are (planning.inputs.new_rows).
 """
 
