@@ -170,9 +170,12 @@ def measure(method: str, size: str, parents: Sequence[Path], work: Path, options
 
 
 def rows_of(work: Path) -> list[dict[str, Any]]:
-    """The newest row of each method and size that was measured with these checkpoints, in the order of the page."""
+    """The newest figures of each method and size that were measured with these checkpoints, in the page's order."""
     rows = [json.loads(line) for line in (work / ROWS).read_text("utf-8").splitlines()]
-    newest = {(row["size"], row["method"]): row for row in rows}
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:  # one without mergekit's figures keeps those of before
+        place = row["size"], row["method"]
+        newest[place] = newest.get(place, {}) | row
     places = [(size, method) for size in models.BILLIONS for method in SETTINGS]
     return [newest[place] for place in places if place in newest]
 
@@ -237,9 +240,9 @@ def main() -> int:
             measure(method, size, parents, options.work, options)
     text = table(rows_of(options.work))
     print(text)
-    PAGE.write_text(
-        f"{HEAD.format(machine=_machine(), before=load, after=os.getloadavg()[0])}\n{text}\n", encoding="utf-8"
-    )
+    head = HEAD.format(machine=_machine(), before=load, after=os.getloadavg()[0])
+    _, mark, rest = PAGE.read_text("utf-8").partition("<!-- growth -->")  # growth.py's
+    PAGE.write_text(f"{head}\n{text}\n\n{mark}{rest}", encoding="utf-8")
     return 0
 
 

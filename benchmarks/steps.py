@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from merger.methods.registry import Method, declared, methods
 from merger.methods.steps import select
+from merger.methods.steps.arithmetic import Spans
 from merger.methods.steps.dtypes import load, store
 from merger.methods.steps.random import Rng
 from merger.methods.steps.step import STEPS, TILE, Array, Step, room, tile
@@ -83,26 +84,25 @@ class Tiles:
         """Of each."""
         return self.models[0].size
 
-    def handed(self, start: int, stop: int, step: int = 1) -> tuple[list[Array], Array | None]:
+    def handed(self, start: int, stop: int) -> tuple[list[Array], Array | None]:
         """What a method is handed of the entries there, and the base that was subtracted."""
         held = [*self.models] if self.base is None else [*self.models, self.base]
-        few = [bits[start:stop][-start % step :: step] for bits in held]
-        floats = [load(bits, "BF16", room(4 * bits.size).view(np.float32)) for bits in few]
+        floats = [load(bits[start:stop], "BF16", room(4 * (stop - start)).view(np.float32)) for bits in held]
         base = None if self.base is None else floats.pop()
         for entries in floats if base is not None else ():
             np.subtract(entries, base, out=entries)
-        return [x if self.method.unit == "entries" or step > 1 else x.reshape(-1, SIDE) for x in floats], base
+        return [x if self.method.unit == "entries" else x.reshape(-1, SIDE) for x in floats], base
 
     def __iter__(self) -> Iterator[list[Array]]:
         for start in range(0, self.entries, TILE):
             with tile():
                 yield self.handed(start, start + TILE)[0]
 
-    def strided(self, step: int) -> Iterator[list[Array]]:
-        """Every `step`-th entry."""
-        for start in range(0, self.entries, BLOCK):
+    def spans(self, spans: Spans) -> Iterator[list[Array]]:
+        """Some entries."""
+        for start, stop in spans:
             with tile():
-                yield self.handed(start, start + BLOCK, step)[0]
+                yield [x.reshape(-1) for x in self.handed(start, stop)[0]]
 
 
 def method_times(method: Method, parents: Sequence[NDArray[np.uint16]]) -> tuple[float, float]:

@@ -21,10 +21,10 @@ class Tables:
     def __init__(self, tables: Mapping[str, Floats]) -> None:
         self.tables, self.most, self._made = dict(tables), dict[str, int](), dict[Hashable, Any]()
 
-    def bits(self, leaf: Stored, start: int, stop: int, step: int = 1) -> Held:
+    def bits(self, leaf: Stored, start: int, stop: int) -> Held:
         name = leaf.tensor.name
         self.most[name] = max(self.most.get(name, 0), stop - start)
-        return Held(self.tables[name].reshape(-1)[start:stop][-start % step :: step], "F32")
+        return Held(self.tables[name].reshape(-1)[start:stop], "F32")
 
     def rows(self, leaf: Stored, numbers: NDArray[np.intp], width: int) -> Held:
         return Held(self.tables[leaf.tensor.name][numbers].reshape(-1), "F32")

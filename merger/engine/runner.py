@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import copy
@@ -171,18 +171,18 @@ class JobRunner:
                 np.subtract(entries, base, out=entries)
         return floats, base
 
-    def load(self, block: Block, step: int = 1) -> list[Held]:
-        """All sources' entries as they are stored, or of the tensor's entries every `step`-th; good within a tile."""
+    def load(self, block: Block) -> list[Held]:
+        """All sources' entries as they are stored; good within a tile."""
         alike = [stored for stored in self.job.shared if stored.tensor.entries == self.job.entries]  # others: elsewhere
-        tensors = self.origin.with_read(alike, block.start, block.stop, step) if alike else self.origin
-        return [self._load(source, block, step, tensors) for source in self.job.sources]
+        tensors = self.origin.with_read(alike, block.start, block.stop) if alike else self.origin
+        return [self._load(source, block, tensors) for source in self.job.sources]
 
-    def _load(self, source: Input, block: Block, step: int, tensors: Any) -> Held:
+    def _load(self, source: Input, block: Block, tensors: Any) -> Held:
         if isinstance(source, (Stored, StageTensor)):
-            held: Held = tensors.bits(source, block.start, block.stop, step)
+            held: Held = tensors.bits(source, block.start, block.stop)
             return held
         out = _floats(block.stop - block.start)
-        return Held(load_input(source, block.start, block.stop, out, tensors, step), "F32")
+        return Held(load_input(source, block.start, block.stop, out, tensors), "F32")
 
     def _shape(self, entries: Array) -> Array:
         """As the method wants its blocks: a run of entries, whole rows, or a matrix."""
@@ -237,7 +237,7 @@ class Work:
             for made in self._needs.stages
         }
         self._spool = Spool(memory or Allowance(0))
-        self._read_already: Mapping[tuple[Stored | StageTensor, int, int, int], Held] = {}
+        self._read_already: Mapping[tuple[Stored | StageTensor, int, int], Held] = {}
         self._done: dict[Hashable, Future[Any]] = {}
         self._lock = threading.Lock()
 
@@ -313,16 +313,14 @@ class Work:
         if count := not_finite(raw, stored.dtype):
             self.odd[stored, place] = count
 
-    def bits(self, stored: Stored | StageTensor, start: int, stop: int, step: int = 1) -> Held:
+    def bits(self, stored: Stored | StageTensor, start: int, stop: int) -> Held:
         """The entries of a stored tensor, or of what a stage makes, as they are stored; good within a tile.
-
-        Of the tensor's entries only those whose number is a multiple of `step`.
 
         Raises:
             ModelError: the bytes cannot be had.
             MismatchError: an entry that a stage makes is not finite.
         """
-        if (known := self._read_already.get((stored, start, stop, step))) is not None:
+        if (known := self._read_already.get((stored, start, stop))) is not None:
             return known
         block = Block(start, stop)
         raw = _room(stored.dtype, block)
@@ -332,12 +330,12 @@ class Work:
             self._fill(stored, start * (len(raw) // max(1, stop - start)), raw.data)
             if self._allow:
                 self._look(stored, start, raw)
-        return Held(raw.view(HELD[stored.dtype])[-start % step :: step], stored.dtype)
+        return Held(raw.view(HELD[stored.dtype]), stored.dtype)
 
-    def with_read(self, shared: Iterable[Stored], start: int, stop: int, step: int) -> Work:
+    def with_read(self, shared: Iterable[Stored], start: int, stop: int) -> Work:
         """The same, of whose tensors these entries are read already; good within a tile."""
         found = copy(self)
-        found._read_already = {(each, start, stop, step): self.bits(each, start, stop, step) for each in shared}
+        found._read_already = {(each, start, stop): self.bits(each, start, stop) for each in shared}
         return found
 
     def _fill(self, what: Stored | StageTensor, offset: int, out: memoryview) -> None:
@@ -429,13 +427,11 @@ class _Blocks:
     def entries(self) -> int:
         return self._making.job.entries
 
-    def strided(self, step: int) -> Iterator[list[Any]]:
-        """Every `step`-th entry of each input, in one row: only these are brought to float32."""
-        making = self._making
-        for block in blocks(making.job, making.method):
+    def spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[list[Any]]:
+        """Each span of entries, each input's in one row: only these are read."""
+        for start, stop in spans:
             with tile():
-                loaded = making.load(block, step)
-                inputs, _ = making.subtract_base(loaded, 0, loaded[0].bits.size)
+                inputs, _ = self._making.subtract_base(self._making.load(Block(start, stop)), 0, stop - start)
                 yield inputs
 
 

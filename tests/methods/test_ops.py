@@ -42,6 +42,9 @@ def drawn(kind: str, entries: int = MANY) -> np.ndarray[Any, Any]:
     draw = np.random.Generator(np.random.PCG64(7))
     normal = draw.standard_normal(entries, dtype=np.float32)
     columns = np.resize(np.exp(np.arange(512) / 20), entries).astype(np.float32)
+    sampled = np.zeros(entries, bool)
+    for start, stop in _select.sample_spans(entries):
+        sampled[start:stop] = True
     made = {
         "normal": normal,
         "all equal": np.full(entries, 0.25, np.float32),
@@ -54,8 +57,8 @@ def drawn(kind: str, entries: int = MANY) -> np.ndarray[Any, Any]:
         "ascending": np.arange(entries) / 7,
         "block by block": normal * np.repeat(10.0 ** np.arange(-12, 12), -(-entries // 24))[:entries],
         "unlike columns": normal * columns,
-        "sample misled": np.where(np.arange(entries) % _select.stride(entries) == 0, 1e-9, normal),
-        "sample misled the other way": np.where(np.arange(entries) % _select.stride(entries) == 0, 1e9, normal),
+        "sample misled": np.where(sampled, 1e-9, normal),
+        "sample misled the other way": np.where(sampled, 1e9, normal),
         "infinities": np.where(draw.random(entries) < 0.01, np.inf, normal),
     }
     return made[kind].astype(np.float32)

@@ -302,12 +302,11 @@ def _rows(source: Stacked, first: int, last: int, tensors: StoredTensors) -> Arr
 # ---- sources --------------------------------------------------------------------------------------------------------
 
 
-def load_input(source: Input, start: int, stop: int, out: Array, tensors: StoredTensors, step: int = 1) -> Array:
-    """The source's entries ``[start, stop)`` as float32, in the front of `out`; with `step` every so many."""
+def load_input(source: Input, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+    """The source's entries ``[start, stop)`` as float32, in the front of `out`."""
     if isinstance(source, Stored | StageTensor):
-        return read_entries(tensors, source, start, stop, out, step)
-    full = _READINGS[type(source)](source, start, stop, out, tensors)
-    return full[-start % step :: step]
+        return read_entries(tensors, source, start, stop, out)
+    return _READINGS[type(source)](source, start, stop, out, tensors)
 
 
 def _subtract(source: Difference, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:

@@ -29,10 +29,8 @@ Load = Callable[[Input, int, int, Array], Array]
 class StoredTensors(Protocol):
     """The stored tensors of a job, what stages make for it, and what was computed beforehand."""
 
-    def bits(self, part: Stored | StageTensor, start: int, stop: int, step: int = 1) -> Held:
+    def bits(self, part: Stored | StageTensor, start: int, stop: int) -> Held:
         """The entries ``[start, stop)`` of a tensor as they are stored; good within a tile.
-
-        Of the tensor's entries only those whose number is a multiple of `step`.
 
         Raises:
             ModelError: the bytes cannot be had.
@@ -77,12 +75,10 @@ def read_whole(source: Input, load: Load) -> Array:
     return load(source, 0, entries, floats(entries)).reshape(source.shape)
 
 
-def read_entries(
-    tensors: StoredTensors, part: Stored | StageTensor, start: int, stop: int, out: Array, step: int = 1
-) -> Array:
+def read_entries(tensors: StoredTensors, part: Stored | StageTensor, start: int, stop: int, out: Array) -> Array:
     """A tensor's entries in float32, in the front of `out`; see `StoredTensors.bits`."""
     with tile():
-        found = tensors.bits(part, start, stop, step)
+        found = tensors.bits(part, start, stop)
         return found.floats(0, found.bits.size, out)
 
 

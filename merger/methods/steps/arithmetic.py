@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 Blocks: TypeAlias = "Iterable[Sequence[Array]]"
 """The blocks of a whole tensor, each a list with one block a model; it may be walked several times.
 
-They may know how many `entries` they hold, and how to read every n-th of them faster than all: see `strided`.
+They may know how many `entries` they hold, and how to read `spans` of them alone.
 """
+Spans: TypeAlias = "Sequence[tuple[int, int]]"
+"""Parts of a tensor, each from one entry to another, in order."""
 
 Pair = TypeVar("Pair")
 
@@ -275,11 +277,11 @@ class Mapped:
         for place, block in enumerate(self.blocks):
             yield self.make(place, block)
 
-    def strided(self, step: int) -> Iterator[Sequence[Array]]:
-        """Every `step`-th entry."""
+    def spans(self, spans: Spans) -> Iterator[Sequence[Array]]:
+        """The entries of some spans."""
         if not self.entrywise:
-            return _slices(self, step)
-        return (self.make(place, block) for place, block in enumerate(every_nth(self.blocks, step)))
+            return _cut(self, spans)
+        return (self.make(place, block) for place, block in enumerate(read_spans(self.blocks, spans)))
 
 
 def entry_count(x: Array) -> int:
@@ -293,17 +295,20 @@ def entries_of(blocks: Blocks) -> int:
     return sum(entry_count(block[0]) for block in blocks) if known is None else known
 
 
-def every_nth(blocks: Blocks, step: int) -> Iterator[Sequence[Array]]:
-    """Every `step`-th entry of each tensor, block by block, in one row."""
-    known: Callable[[int], Iterator[Sequence[Array]]] = getattr(blocks, "strided", partial(_slices, blocks))
-    return known(step)
+def read_spans(blocks: Blocks, spans: Spans) -> Iterator[Sequence[Array]]:
+    """The entries of each tensor from a start to a stop, for spans that are in order, in one row or in pieces of it."""
+    known: Callable[[Spans], Iterator[Sequence[Array]]] = getattr(blocks, "spans", partial(_cut, blocks))
+    return known(spans)
 
 
-def _slices(blocks: Blocks, step: int) -> Iterator[Sequence[Array]]:
-    seen = 0
+def _cut(blocks: Blocks, spans: Spans) -> Iterator[Sequence[Array]]:
+    begin = 0
     for block in blocks:
-        yield [tensor.reshape(-1)[-seen % step :: step].repeat(1) for tensor in block]  # contiguous
-        seen += entry_count(block[0])
+        end = begin + entry_count(block[0])
+        for start, stop in spans:
+            if start < end and stop > begin:
+                yield [tensor.reshape(-1)[max(start, begin) - begin : stop - begin] for tensor in block]
+        begin = end
 
 
 def array(tensor: Array) -> Array:

@@ -1,7 +1,7 @@
 """The exact magnitude at a rank, in tensors that come block by block, in bounded memory and few passes.
 
-A first pass looks at a strided sample and draws from it a bracket around the wanted rank; a second counts what lies
-above the bracket and collects what lies inside. A small tensor ends after the first. What defeats the bracket (the
+Some spans of the tensor are a sample, which gives a bracket around the wanted rank; one pass over all of it counts what
+lies above the bracket and collects what lies inside. A small tensor is its own sample. What defeats the bracket (the
 sample misled, or more entries inside than there is room for) is settled by at most two passes of histograms.
 
 Magnitudes are handled as the bit patterns of float32 without the sign: unsigned integers in the same order, compared
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.methods.steps.arithmetic import array, entries_of, every_nth
+from merger.methods.steps.arithmetic import array, entries_of, read_spans
 from merger.methods.steps.step import NONE, Array, step
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ within: Any = None
 Bits = NDArray[np.uint32]
 Ranks: TypeAlias = Callable[[int], Sequence[int]]
 """From a tensor's number of entries to the ranks wanted in it; the largest magnitude has rank 1. It is asked twice, for
-a sample of the blocks comes first."""
+a sample comes first."""
 
 _MAGNITUDE = 0x7FFFFFFF
 _SMALL = 1 << 16  # entries; a tensor no larger is its own sample
+_SPAN = 1 << 11  # entries of the sample that are read at once
+_GOLDEN = (math.sqrt(5) - 1) / 2
 _ROOM = 1 << 22  # 16 MiB a model for what lies inside the bracket
 _BINS_LOG2 = 16
 RUN = 32
@@ -74,7 +76,7 @@ def magnitudes_at(blocks: Blocks, ranks: Mapping[int, Ranks]) -> dict[int, tuple
     if not ranks:
         return {}
     entries = entries_of(blocks)
-    samples = _samples(blocks, list(ranks), stride(entries))
+    samples = _samples(blocks, list(ranks), entries)
     found: dict[tuple[int, int], int | Search] = {
         (model, place): _search(samples[model], rank, entries)
         for model, wish in ranks.items()
@@ -103,19 +105,22 @@ def quartiles(blocks: Blocks) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def stride(entries: int) -> int:
-    """Every how many-th entry of a tensor is looked at first.
+def sample_spans(entries: int) -> list[tuple[int, int]]:
+    """Where a tensor is looked at first: 65,536 entries, or N^(2/3) of a very large one.
 
-    That makes N^(2/3) of them: sorting out a larger sample costs more, and so does collecting what a wider bracket
-    holds. It is odd, to visit every column of a matrix whose rows are a power of two.
+    Sorting out a larger sample costs more, and so does collecting what a wider bracket holds. One span lies in each
+    equal part of the tensor, at a place in it that no width of its rows divides.
     """
-    return 1 if entries <= _SMALL else int(entries ** (1 / 3)) | 1
+    parts = max(_SMALL, int(entries ** (2 / 3))) // _SPAN
+    length = entries / parts
+    starts = (int(part * length + part * _GOLDEN % 1 * (length - _SPAN)) for part in range(parts))
+    return [(start, start + _SPAN) for start in starts]
 
 
-def _samples(blocks: Blocks, models: Sequence[int], step: int) -> dict[int, Bits]:
-    """The magnitudes of every `step`-th entry."""
+def _samples(blocks: Blocks, models: Sequence[int], entries: int) -> dict[int, Bits]:
+    """The magnitudes of a sample's entries, or of all."""
     pieces: dict[int, list[Bits]] = {model: [] for model in models}
-    for block in every_nth(blocks, step):
+    for block in blocks if entries <= _SMALL else read_spans(blocks, sample_spans(entries)):
         for model, held in pieces.items():
             held.append(_bits(array(block[model])))
     return {model: np.concatenate(held) for model, held in pieces.items()}
@@ -147,12 +152,16 @@ def _nth_largest(entries: Bits, rank: int) -> int:
 
 
 def _bracket(sample: Bits, share: float) -> tuple[int, int, bool, bool]:
-    """Two values, four standard deviations of a random sample's rank to either side of the wanted one.
+    """Two values, four standard deviations of the sample's rank to either side of the wanted one.
 
-    And for both whether the sample holds it several times: then it may be half of the tensor.
+    And for both whether the sample holds it several times: then it may be half of the tensor. Spans that lie in unlike
+    parts of the tensor differ by more than chance: what they differ by is in that deviation.
     """
     centre = share * sample.size
-    margin = 4 * math.sqrt(centre * (1 - share)) + 4
+    spans = sample.reshape(-1, min(_SPAN, sample.size))
+    middle = np.partition(sample, place := min(sample.size - 1, int(sample.size - centre)))[place]
+    found = np.count_nonzero(spans > middle, axis=1)
+    margin = 4 * math.sqrt(max(centre * (1 - share), len(spans) * float(found.var()))) + 4
     places = math.ceil(sample.size - centre - margin), math.floor(sample.size - centre + margin)
     inner = [place for place in places if 0 < place < sample.size]
     if inner:
