@@ -333,11 +333,11 @@ def test_any_part_read_alone_is_that_of_the_whole(case: str, tmp_path: Path) -> 
     count = values.numel()
 
     @settings(deadline=None, max_examples=40)
-    @given(st.tuples(st.integers(0, count), st.integers(0, count)), st.integers(1, 5))
-    def check(ends: tuple[int, int], step: int) -> None:
+    @given(st.tuples(st.integers(0, count), st.integers(0, count)))
+    def check(ends: tuple[int, int]) -> None:
         start, stop = sorted(ends)
-        read = load(start, stop, np.empty(stop - start, np.float32), step=step)
-        assert np.array_equal(read, values.flatten().numpy()[start:stop][-start % step :: step])
+        read = load(start, stop, np.empty(stop - start, np.float32))
+        assert np.array_equal(read, values.flatten().numpy()[start:stop])
 
     check()
 
