@@ -209,6 +209,21 @@ def test_what_no_public_card_names_is_named_where_everybody_may_read_it_alone(tm
     ]
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({}, "fine-tune"),
+        ({"library_name": "peft"}, "adapter"),
+        ({"library_name": "peft", "base_model_relation": "quantized"}, "quantised"),
+        ({"base_model_relation": "of no kind"}, "fine-tune"),
+    ],
+)
+def test_what_a_card_calls_its_model(said: Mapping[str, str], told: str, tmp_path: Path) -> None:
+    """Its own word for it first, then what its library makes, then how many it comes from."""
+    found = of(tmp_path, None, base_model="org/base", **said).tree()
+    assert f"└── two ({told}, local folder)" in found
+
+
 def test_no_answer_in_time(tmp_path: Path) -> None:
     """A Hub that is slow costs the time that is allowed, and no more."""
     never = Event()

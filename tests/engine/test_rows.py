@@ -11,6 +11,7 @@ from tables import Floats, Tables, drawn, stored
 from merger.engine.inputs.pursuit import measure_atoms, pursue
 from merger.engine.inputs.readers import load_input
 from merger.methods.steps.dtypes import Held
+from merger.planning.inputs.derived import Stacked
 from merger.planning.inputs.rows import ALL_ROWS, Numbers, Pursuit, RowMap, RowPairs, Rows
 
 
@@ -49,6 +50,29 @@ def test_any_part_of_mapped_rows_is_what_the_map_says(
         patch.setattr("merger.engine.inputs.stored.CHUNK_ENTRIES", chunk)
         found = load_input(source, start, stop, np.empty(len(whole), np.float32), Tables(tables))
     np.testing.assert_allclose(found, whole[start:stop], rtol=1e-6, atol=1e-6)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3)), min_size=1, max_size=5),
+    st.integers(0, 1), st.integers(1, 3), st.integers(1, 20), st.data(),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_part_of_a_stack_is_made_of_its_layers_shares(
+    taken: list[tuple[int, int]], axis: int, share: int, chunk: int, data: st.DataObject
+) -> None:
+    """Of two givers of four layers each, whose shares lie along either axis."""
+    shape = (4 * share, 3) if axis == 0 else (3, 4 * share)
+    tables = drawn(1, one=shape, other=shape)
+    pieces = [np.split(tables[name], 4, axis) for name in ("one", "other")]
+    whole = np.concatenate([pieces[of][layer] for of, layer in taken], axis)
+    source = Stacked((stored("one", *shape), stored("other", *shape)), tuple(taken), axis, share)
+    assert source.shape == whole.shape
+    start = data.draw(st.integers(0, whole.size - 1))
+    stop = data.draw(st.integers(start + 1, whole.size))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("merger.engine.inputs.readers.CHUNK_ENTRIES", chunk)
+        found = load_input(source, start, stop, np.empty(whole.size, np.float32), Tables(tables))
+    np.testing.assert_array_equal(found, whole.reshape(-1)[start:stop])
 
 
 def test_maps_are_equal_by_what_they_say() -> None:

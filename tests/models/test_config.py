@@ -16,6 +16,7 @@ from merger.models.config import (
     is_tied,
     quantisation,
     section,
+    stated_dtype,
     with_dtype,
     with_layers,
     with_prediction,
@@ -325,6 +326,16 @@ def test_the_dtype_stands_under_the_name_that_was_in_use(config: Config, expecte
     before = copy.deepcopy(config)
     assert with_dtype(config, "bfloat16") == expected
     assert config == before
+
+
+@pytest.mark.parametrize(("config", "expected"), [
+    ({}, "BF16"), ({"dtype": "float32"}, "F32"), ({"torch_dtype": "torch.float16"}, "F16"),
+    ({"model_type": "float32", "dtype": "int4", "torch_dtype": "float16"}, "F16"),
+    ({"text_config": {"dtype": "float32"}}, "F32"),
+])  # fmt: skip
+def test_the_dtype_is_what_the_config_states_under_either_name(config: Config, expected: str) -> None:
+    """No other key counts, nor a word that is no dtype of floats."""
+    assert stated_dtype(config) == expected
 
 
 def test_quantised_models_are_known_by_their_config() -> None:

@@ -22,8 +22,10 @@ from loopback import LoopbackHub
 from merging import merged
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from merger.errors import RecipeError
+from merger.models.gguf.families import _llama3_factors
 from merger.planning.lockfile import read_lock
 from merger.recipe.parse import GGUF
 from merger.run.options import Options
@@ -294,3 +296,13 @@ def test_they_are_published_in_the_one_commit(tmp_path: Path, hub: LoopbackHub, 
     assert len(hub.commits("org/merged")) == commits
     refused = command(*line, "--stream", cwd=tmp_path, hub=hub)
     assert (refused.returncode, "one file at a time" in refused.stderr) == (2, True)
+
+
+def test_llama_3s_scaled_frequencies_are_those_of_transformers() -> None:
+    """What llama.cpp divides each frequency by gives what transformers computes from the same config."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_theta": 500000.0}  # fmt: skip
+    config = transformers.LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 500000.0 ** -(np.arange(0, 128, 2) / 128)
+    np.testing.assert_allclose(plain / np.array(_llama3_factors(rope, 128, 8192)), expected.numpy(), rtol=1e-5)

@@ -169,7 +169,18 @@ def test_modules_are_named_in_full_where_their_last_names_would_mean_others(tmp_
     assert expected.keys() == made.keys()
 
 
+def of_eight_bits(folder: Path, like: Path) -> Path:
+    """A model one of whose matrices is stored in whole numbers."""
+    shutil.copytree(like, folder)
+    held = load_file(folder / "model.safetensors")
+    save_file({**held, "lm_head.weight": held["lm_head.weight"].to(torch.int8)}, folder / "model.safetensors")
+    return folder
+
+
 REFUSALS = {
+    "whole numbers": (
+        lambda root: of_eight_bits(root / "base2", root / "base"), "lm_head.weight is stored as I8",
+    ),
     "another model": (
         lambda root: adapters.base(root / "base2", hidden_size=16, intermediate_size=24),
         "lm_head.weight is 40x32 in one, but 40x16 in base2",

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from merger.errors import MergerError, MismatchError
+from merger.methods.registry import methods
+from merger.planning.budget import router_memory
 from merger.planning.inputs.base import Stored
 from merger.planning.inputs.derived import Drawn, Noised, Routed, Zeros
 from merger.planning.plan import Plan
@@ -212,6 +214,13 @@ def test_prompts_cost_what_running_them_reads_and_holds() -> None:
     assert hidden.read_bytes - cheap.read_bytes == layer
     assert chance.peak_memory < cheap.peak_memory < hidden.peak_memory
     assert all(isinstance(job.inputs[0].source, Stored | Routed) for job in hidden.jobs)
+    texts = [{**expert, "positive_prompts": [letter * 5_000]} for letter, expert in zip("xy", experts, strict=True)]
+    longer = plan_of(experts=texts, gate_mode="cheap_embed")
+    more = (
+        router_memory(longer.locked, longer.jobs, methods(), 1)[0]
+        - router_memory(cheap.locked, cheap.jobs, methods(), 1)[0]
+    )
+    assert more == 2 * (5_000 - 3) * 8 * 2 * 4  # a byte is a token of eight numbers, each held twice in float32
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
