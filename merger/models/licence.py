@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 LICENCES = "licences/"
-"""The folder beside a merge for the licences of its parents that are not its donor's."""
+"""The folder beside a merge for the licences of its parents that are not its config model's."""
 
 _NOTICE = re.compile(r"NOTICE(\.(txt|md))?", re.IGNORECASE)
 _FILES = re.compile(rf"(LICEN[CS]E|COPYING|USE_POLICY)([-_.][\w.-]*)?|{_NOTICE.pattern}", re.IGNORECASE)

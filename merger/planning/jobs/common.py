@@ -89,7 +89,7 @@ class Making:
         """The number of a model that is there a second time under another name."""
         return number if self.locked.owner(number) != number else None
 
-    def donors_dtype(self, leader: LockedModel, leading: TensorInfo) -> str:
+    def config_models_dtype(self, leader: LockedModel, leading: TensorInfo) -> str:
         """The dtype that the config model has in this place, in any of its layers: one model, one dtype."""
         place = leader.architecture.place(leading.name)
         followed = self.locked.config_model.dtypes.get((place.stack, place.role), leading.dtype)

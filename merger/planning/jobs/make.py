@@ -218,7 +218,7 @@ class _Merges:
             else:
                 inputs.append(operand)
         leading = tensors[piece.leader]
-        dtype = self._making.dtype or self._making.donors_dtype(piece.parts[piece.leader].model, leading)
+        dtype = self._making.dtype or self._making.config_models_dtype(piece.parts[piece.leader].model, leading)
         job = Job(out, dtype, sources[piece.leader].shape, method.name, tuple(inputs), base, settings)
         if known is None:
             self._known[key] = settings, each

@@ -63,7 +63,7 @@ class Rules:
             what = f"{tensor.name} is {shape_text(leading)} in {leader.name}, but {shape_text(tensor)} in {model.name}"
             self._refuse(rule, what, "only a tensor of the same shape can take its place")
         else:
-            followed = self._making.donors_dtype(leader, leading) if tensor.dtype in FLOATS else tensor.dtype
+            followed = self._making.config_models_dtype(leader, leading) if tensor.dtype in FLOATS else tensor.dtype
             dtype = self._making.dtype if self._making.dtype and tensor.dtype in FLOATS else followed
             why = f"the recipe takes {rule.filter} from {model.name}"
             yield Job(out, dtype, source.shape, PASSTHROUGH, (Operand(source, {"scale": 1.0}),), why=why)
