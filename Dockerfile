@@ -16,6 +16,7 @@ RUN python3 -m venv /opt/merger \
  && .ci/torch /opt/merger/bin/python
 COPY merger merger
 COPY templates templates
+COPY examples/workflow.yml examples/
 RUN /opt/merger/bin/pip install --no-cache-dir --constraint constraints.txt ".[space]" \
  && /opt/merger/bin/pip uninstall --yes uv pip \
  && find /opt/merger -name __pycache__ -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+NEW_ENOUGH := 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 
 # The tests start many hundred processes, each of which would compile our code anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -11,19 +12,20 @@ THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py \
 	planning/test_mixtures.py card/test_ancestors.py evaluation/test_evaluation.py \
 	run/test_properties.py methods/test_laws.py cli/test_act.py \
 	distributed/test_ray.py distributed/test_spread.py planning/test_large.py planning/test_lora_tokens.py \
-	planning/test_transplant.py run/test_hub_line.py run/test_resume.py \
+	planning/test_transplant.py run/test_hub_line.py run/test_notebook.py run/test_resume.py \
 	space/test_api.py space/test_bot.py space/test_door.py space/test_page.py space/test_publish.py \
 	space/test_webhooks.py
 
 .PHONY: demo test light reliability lint tables clean
 
-demo: .venv/set-up
+# Where the tests' environment is there, it does.
+demo: $(if $(wildcard .venv/set-up),.venv/set-up,.venv/set-up-demo)
 	$(BIN)/python examples/demo.py
 
 test: .venv/set-up
 	$(BIN)/pytest -n 4 --dist worksteal
 
-# The package as `pip install hub-merger` brings it, without torch, and the tests that take none.
+# The package by itself, without torch, and the tests that take none.
 light: .venv-light/set-up
 	.venv-light/bin/pytest -n 2 --dist worksteal
 
@@ -53,9 +55,14 @@ clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
+.venv/set-up-demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c $(NEW_ENOUGH)
+	PYTHON=$(PYTHON) .ci/demo
+	@touch $@
+
 # A Python's own pip may be too old to install a dependency group, so the newer one comes first.
 .venv/set-up: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c $(NEW_ENOUGH)
 	@echo "setting up .venv, once: some minutes, 2.5 GB with torch and what the tests need"
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade pip

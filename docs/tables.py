@@ -1,5 +1,5 @@
-"""What README and pages of docs/ say of the code in tables, and docs/methods.md: `python docs/tables.py` writes them,
-`--check` compares.
+"""What README and pages of docs/ say of the code in tables, docs/methods.md, the recipes' schema, and whose repository
+it is: `python docs/tables.py` writes them, `--check` compares.
 
 A table stands between the lines `<!-- NAME:start -->` and `<!-- NAME:end -->`. Not here: any other word of those pages.
 """
@@ -7,6 +7,7 @@ A table stands between the lines `<!-- NAME:start -->` and `<!-- NAME:end -->`. 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -25,6 +26,7 @@ from merger.models.formats.packed import PackedFormat
 from merger.models.formats.quantised import FORMATS
 from merger.recipe.checks import FIELD_METHODS
 from merger.recipe.mergekit import POINTS
+from merger.recipe.schema import schema
 from merger.safety.limits import TABLE
 from merger.safety.numbers import ANY
 
@@ -42,6 +44,13 @@ FAMILIES = (
     "averaging", "spherical", "task_vectors", "sparsify", "consensus", "importance", "spectral", "subspace",
 )  # fmt: skip
 """The files of methods, as README has them: what to try first comes first."""
+SCHEMA = ROOT / "docs" / "recipe.schema.json"
+NAMING = (
+    "README.md", "docs/*.md", "examples/*.yml", "examples/recipes/*", "templates/recipes/*", ".github/workflows/*.yml",
+    "integrations/*.py", "integrations/*/*",
+)  # fmt: skip
+"""The files that say whose repository it is."""
+UNNAMED = "OWNER/merger"
 DEPARTS = "Departs from mergekit: "
 
 
@@ -63,6 +72,9 @@ def main(arguments: Sequence[str]) -> int:
         SECURITY: filled(SECURITY, {"limits": limits_table()}),
         MERGEKIT: filled(MERGEKIT, {"departures": departures(built), "warned": warned_table()}),
     }
+    wanted[SCHEMA] = json.dumps(schema(methods()), indent=1, ensure_ascii=False) + "\n"
+    for page in (page for pattern in NAMING for page in ROOT.glob(pattern)):
+        wanted[page] = with_repository(wanted.get(page) or page.read_text("utf-8"))
     stale = [page for page, text in wanted.items() if not page.exists() or page.read_text("utf-8") != text]
     if "--check" in arguments:
         for page in stale:
@@ -71,6 +83,14 @@ def main(arguments: Sequence[str]) -> int:
     for page in stale:
         page.write_text(wanted[page], "utf-8")
     return 0
+
+
+def with_repository(text: str) -> str:
+    """The text with the repository that [project.urls] names, in place of none and of the one that README named."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    own = "/".join(project["urls"]["Repository"].split("/")[-2:])
+    named = re.search(r"uses: ([\w.-]+/[\w.-]+)@v1\b", README.read_text("utf-8"))
+    return text.replace(UNNAMED, own).replace(named[1] if named else UNNAMED, own)
 
 
 def filled(page: Path, tables: dict[str, str]) -> str:

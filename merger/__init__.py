@@ -6,6 +6,7 @@ imports what it needs. See docs/python.md. Not here: the work itself (run, verif
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,13 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_TYPES[name]), name)
 
 
+def _tell_notebook() -> None:
+    """In a notebook, recipes, plans and results are shown as tables and pictures."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        import_module("merger.cli.notebook").show_in(shell)
+
+
 def parse(text: str, name: str = "recipe") -> Recipe:
     """The recipe that a text holds; positions in errors begin with `name`.
 
@@ -51,6 +59,7 @@ def parse(text: str, name: str = "recipe") -> Recipe:
     """
     from merger.run.prepare import parse_text
 
+    _tell_notebook()
     return parse_text(text, name)
 
 
@@ -69,6 +78,7 @@ def check(recipe: AnyRecipe) -> Recipe:
     from merger.run.extras import refuse_missing
     from merger.run.prepare import any_recipe
 
+    _tell_notebook()
     refuse_missing(found := any_recipe(recipe))
     return found
 

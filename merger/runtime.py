@@ -1,5 +1,6 @@
 """What this machine lets a run use: memory and cores, as its control group (a container, a runner) allows; the
-signals by which it ends a run; and what is set for a whole process, by those alone whose process it is.
+signals by which it ends a run; what is set for a whole process, by those alone whose process it is; and where this
+package is had from.
 
 Linux tells; elsewhere nothing is known, and nothing is refused. And its refusals in the midst of the work, put into
 words. Not here: what a run needs (plan).
@@ -14,8 +15,9 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -44,6 +46,37 @@ _REFUSED = {
 _THREADS = "write a smaller --threads, or let this user or container have more (ulimit -u, or its limit of pids)"
 _IN_WORDS = {"can't start new thread": _THREADS, "can't allocate memory": _USED_UP[errno.ENOMEM]}
 """What Python and torch say with no more than a RuntimeError."""
+
+
+# ---- where this package is had from ---------------------------------------------------------------------------------
+
+
+PACKAGE = "hub-merger"
+
+
+@cache
+def addresses() -> Mapping[str, str]:
+    """[project.urls] of pyproject.toml: the repository, and a download where pip finds the package by its name."""
+    from importlib.metadata import metadata  # not before --help
+
+    return dict(each.split(", ", 1) for each in metadata(PACKAGE).get_all("Project-URL", ()))
+
+
+def requirement(extras: str = "", version: str = "") -> str:
+    """What pip is asked for: the package by its name once it is published, until then by its repository.
+
+    >>> requirement("moe", "0.1.0")
+    'hub-merger[moe] @ https://github.com/OWNER/merger/archive/v0.1.0.zip'
+    """
+    name = f"{PACKAGE}[{extras}]" if extras else PACKAGE
+    if "Download" in addresses():
+        return f"{name}=={version}" if version else name
+    return f"{name} @ {addresses().get('Repository')}/archive/{f'v{version}' if version else 'HEAD'}.zip"
+
+
+def install_command(extras: str = "", version: str = "") -> str:
+    """The command that installs it."""
+    return f"pip install '{requirement(extras, version)}'"
 
 
 # ---- a process of ours ----------------------------------------------------------------------------------------------

@@ -50,9 +50,10 @@ def _space() -> Iterator[tuple[str, Path | bytes]]:
                 yield path.relative_to(_ROOT).as_posix(), path
     about = tomllib.loads((_ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     name, version = about["name"], about["version"]
-    # The package is not installed there, and cards and lock files tell its version.
+    urls = "".join(f"Project-URL: {label}, {url}\n" for label, url in about["urls"].items())
+    # The package is not installed there, and cards and lock files tell its version and where it is had from.
     place = f"{name.replace('-', '_')}-{version}.dist-info/METADATA"
-    yield place, f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()
+    yield place, f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{urls}".encode()
 
 
 def _folder(folder: Path) -> Mapping[str, Path | bytes]:

@@ -44,7 +44,7 @@ _NAMES = {
     "two-methods": "Two methods in one model",
 }
 _LOCAL = re.compile(r"\./examples/zoo/(\w+)")
-_COMMAND = re.compile(r"^# Run it from the root.*\n", re.MULTILINE)
+_FOR_FILES = re.compile(r"^# (?:Run it from the root|yaml-language-server).*\n", re.MULTILINE)
 
 
 def zoo_owner(environment: Mapping[str, str] = os.environ) -> str:
@@ -62,10 +62,12 @@ def examples() -> Mapping[str, str]:
     """Recipe by the words for it; those of the zoo come first."""
     owner = zoo_owner()
     ready = {title: _of_the_zoo(name, owner) for name, title in _NAMES.items()}
-    blank = {f"Blank: {path.stem}": path.read_text("utf-8") for path in sorted(_TEMPLATES.glob("*.yaml"))}
+    blank = {
+        f"Blank: {path.stem}": _FOR_FILES.sub("", path.read_text("utf-8")) for path in sorted(_TEMPLATES.glob("*.yaml"))
+    }
     return {**ready, **blank}
 
 
 def _of_the_zoo(name: str, owner: str) -> str:
     text = (_EXAMPLES / "recipes" / f"{name}.yaml").read_text("utf-8")
-    return _LOCAL.sub(lambda found: zoo_repo(owner, found[1]), _COMMAND.sub("", text))
+    return _LOCAL.sub(lambda found: zoo_repo(owner, found[1]), _FOR_FILES.sub("", text))

@@ -22,10 +22,11 @@ from merger.models.checkpoint import SUFFIX, index_name
 from merger.models.licence import licence_files
 from merger.models.lora.adapter import CONFIG as ADAPTER_CONFIG
 from merger.models.side_files import CARD_NAME
-from merger.planning.lockfile import OURS, Lock, Parent
+from merger.planning.lockfile import Lock, Parent
 from merger.planning.plan import Plan
 from merger.recipe.blocks.mixture import METHOD
 from merger.recipe.model import Expert, Mixture
+from merger.runtime import PACKAGE
 from merger.safety.names import HUB, hub_path, is_repo
 from merger.stores.ports import FileInfo, Located
 
@@ -163,7 +164,7 @@ def _means(named: str, model: LockedModel) -> bool:
 
 Checksum = Callable[[Located, str], str | None]
 _Key = TypeVar("_Key")
-_MADE_WITH = (OURS, "numpy", "numba", "huggingface_hub")
+_MADE_WITH = (PACKAGE, "numpy", "numba", "huggingface_hub")
 _HASHED_FOLDERS = 1_000_000_000
 """Up to so many bytes of models in folders are read once more for their SHA-256, in a second; of more it is unknown."""
 

@@ -26,6 +26,7 @@ from merger.lock.locked import display_name
 from merger.methods.registry import Method, Paper
 from merger.planning.plan import Plan
 from merger.recipe.model import Publish, Recipe
+from merger.runtime import requirement
 from merger.safety.names import HUB, hub_path
 
 # ---- recipe ---------------------------------------------------------------------------------------------------------
@@ -197,6 +198,7 @@ def _content(
         "recipe": shown_recipe(planned),
         "plan": _plan(facts),
         "beside": _beside(facts),
+        "package": requirement(),
         "library": library(planned.config),
         "on_hub": repo is not None,
         "first_file": planned.shards[0].name,

@@ -135,7 +135,7 @@ _SAID = 1_000
 _SIMPLER = "a template puts words and values in their places: leave out what counts far or makes long texts"
 _UNESCAPING = ("e", "escape", "forceescape", "safe", "tojson", "urlize", "xmlattr")
 _HERE = Path(__file__).resolve().parent
-_TEMPLATES = next((f for f in (_HERE.parent / "templates", _HERE.parents[1] / "templates") if f.is_dir()), _HERE)
+TEMPLATES_FOLDER = next((f for f in (_HERE.parent / "templates", _HERE.parents[1] / "templates") if f.is_dir()), _HERE)
 
 
 def fill(own: Mapping[str, str], publish: Publish, content: Mapping[str, Any]) -> str:
@@ -218,7 +218,7 @@ def refuse_unused(own: Mapping[str, str], publish: Publish) -> None:
 
 @cache
 def _ours() -> Mapping[str, Path]:
-    return {path.relative_to(_TEMPLATES).as_posix(): path for path in sorted(_TEMPLATES.rglob("*.md.j2"))}
+    return {path.relative_to(TEMPLATES_FOLDER).as_posix(): path for path in sorted(TEMPLATES_FOLDER.rglob("*.md.j2"))}
 
 
 class _Loader(BaseLoader):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from merger.errors import Problem, RecipeError, did_you_mean
+from merger.runtime import PACKAGE
 from merger.safety import numbers
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        print(f"merger {version('hub-merger')}")
+        print(f"merger {version(PACKAGE)}")
         parser.exit()
 
 
@@ -106,6 +107,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks, by what `register-python-argcomplete merger` has told it
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     if not words:
         parser.print_help()
         raise SystemExit(0)
@@ -176,7 +181,7 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for add in (_add_check, _add_plan, _add_run, _add_publish, _add_extract, _add_status, _add_verify, _add_diff):
         add(commands)
-    for add in (_add_card, _add_methods, _add_schema):
+    for add in (_add_card, _add_methods, _add_schema, _add_init, _add_doctor):
         add(commands)
     return parser, commands.choices
 
@@ -317,6 +322,20 @@ def _add_methods(commands: Commands) -> None:
 
 def _add_schema(commands: Commands) -> None:
     _add(commands, "schema", "print the JSON Schema of recipes, for editors", "schema > merger.schema.json")
+
+
+def _add_init(commands: Commands) -> None:
+    sentence = "write a recipe and a workflow to begin with; what is not given is asked for"
+    example = "init org/chat org/code --base org/base --method ties --to hf://you/merged"
+    init = _add(commands, "init", sentence, "init", example)
+    init.add_argument("models", nargs="*", metavar="MODEL", help="org/name or ./folder")
+    init.add_argument("--method", metavar="NAME", help="a merge method; `merger methods` lists them")
+    init.add_argument("--base", metavar="MODEL", help="what the models were fine-tuned from")
+    init.add_argument("--to", metavar="DEST", help="a folder, or hf://owner/name")
+
+
+def _add_doctor(commands: Commands) -> None:
+    _add(commands, "doctor", "tell what this machine and environment let a merge do, and what they lack", "doctor")
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:

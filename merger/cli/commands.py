@@ -283,6 +283,42 @@ def _schema(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _init(arguments: argparse.Namespace) -> int:
+    from merger.methods.registry import named_method
+    from merger.run.draft import Draft, write_draft
+
+    models = arguments.models or _ask("Which models? (org/name or ./folder, with spaces between)").split()
+    method = arguments.method or _ask(
+        "By which method? (linear, task_arithmetic, ties, slerp; `merger methods` has all)"
+    )
+    base = arguments.base
+    if base is None and named_method(method).needs_base:
+        base = _ask("What were they fine-tuned from? (for slerp: at which of them does it begin?)")
+    to = arguments.to or _ask("Where shall the result go? (hf://owner/name, or a folder)")
+    for path in write_draft(Draft(tuple(models), method, to, base), Path()):
+        print(line(f"wrote {path}"))
+    return 0
+
+
+def _ask(question: str) -> str:
+    try:
+        return input(f"{question}\n> ").strip()
+    except EOFError:
+        hint = "give it all: merger init --help shows how"
+        raise RecipeError(Problem("merger init asks, and nobody answers", hint=hint)) from None
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from merger.cli import text
+    from merger.run.doctor import examine
+
+    code = 0
+    for finding in examine():
+        print(text.finding_text(finding), flush=True)
+        code = code or finding.exit_code
+    return code
+
+
 _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "check": _check,
     "plan": _plan,
@@ -296,4 +332,6 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "card": _card,
     "methods": _methods,
     "schema": _schema,
+    "init": _init,
+    "doctor": _doctor,
 }

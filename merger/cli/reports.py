@@ -10,7 +10,7 @@ from typing import Any
 from merger.cli.text import size
 from merger.errors import few
 from merger.models.checkpoint import TensorInfo
-from merger.planning.lockfile import OURS
+from merger.runtime import PACKAGE
 from merger.safety.text import join_lines
 from merger.verification.diff import Contrast, Side, TensorDiff
 from merger.verification.sample import Mismatch
@@ -26,7 +26,7 @@ def report_text(report: Report) -> str:
     at = f" at commit {report.commit[:12]}" if report.commit else ""
     share = report.read / max(1, report.of)
     lines = [
-        f"{report.model}{at}: made with merger {report.made_with.get(OURS, '(unknown)')}, plan {report.plan[:16]}",
+        f"{report.model}{at}: made with merger {report.made_with.get(PACKAGE, '(unknown)')}, plan {report.plan[:16]}",
         f"compared  {_compared_line(report)}",
         f"read      {size(report.read)} of models and result, {share:.1%} of what --all reads",
     ]

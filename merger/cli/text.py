@@ -24,6 +24,7 @@ from merger.safety.text import join_lines, line
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from merger.run.doctor import Finding
     from merger.run.pipeline import Event
     from merger.stores.ports import Leftover, Published
     from merger.verification.rerender import Recarded
@@ -142,6 +143,11 @@ def _accounting(found: PlanSummary) -> Iterator[str]:
     for title, groups in (("copied", copied), ("left out", left)):
         yield from ["", title] if groups else []
         yield from (f"  {few(names)}: {why}" for why, names in groups.items())
+
+
+def finding_text(found: Finding) -> str:
+    """One thing that `merger doctor` looked at, with the next step below where something is lacking."""
+    return join_lines([f"{found.what:10} {found.found}", *([f"{'':10}   {found.hint}"] if found.hint else [])])
 
 
 def relations_text(related: Relations) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from merger.errors import BudgetError, MergerError, PartError, Problem
 from merger.planning.plan import Part
+from merger.runtime import install_command
 
 RESTARTS = 3
 _OF_A_NODE = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
@@ -60,7 +61,7 @@ def _cluster() -> Iterator[Any]:
     try:
         ray = import_module("ray")
     except ImportError:
-        raise PartError(Problem("Ray is not installed here", hint="pip install 'hub-merger[ray]'")) from None
+        raise PartError(Problem("Ray is not installed here", hint=install_command("ray"))) from None
     ours = not ray.is_initialized()
     try:
         if ours:

@@ -22,7 +22,7 @@ from merger.run.extras import needs_of
 from merger.run.options import Options, destination, with_free_memory
 from merger.run.pipeline import Ready, Result, merge, missing_parts
 from merger.run.prepare import is_lock, plan
-from merger.runtime import take_over
+from merger.runtime import PACKAGE, requirement, take_over
 from merger.safety.names import hub_path
 from merger.stores.resolve import Library
 
@@ -34,7 +34,7 @@ IMAGE = "python:3.12-slim"
 SCRIPT = """\
 set -eu
 cd "$(mktemp -d)"
-pip install --quiet --root-user-action=ignore "hub-merger$MERGER_EXTRAS==$MERGER_VERSION"
+pip install --quiet --root-user-action=ignore "$MERGER_PACKAGE"
 printf %s "$MERGER_RECIPE" | base64 -d > recipe.yaml
 exec merger run recipe.yaml "$@"
 """
@@ -175,9 +175,9 @@ def _by_jobs(
 ) -> Iterator[PartStarted | PartMade]:
     from merger.distributed.hub_jobs import HubJobs
 
-    environment = {"MERGER_RECIPE": _pack_recipe(planned), "MERGER_VERSION": version("hub-merger")}
     extras = {need.extra for need in needs_of(planned.locked.recipe) if need.extra != "eval"}
-    environment["MERGER_EXTRAS"] = f"[{','.join(sorted(extras))}]" if extras else ""
+    package = requirement(",".join(sorted(extras)), version(PACKAGE))
+    environment = {"MERGER_RECIPE": _pack_recipe(planned), "MERGER_PACKAGE": package}
     started: dict[HubJob, Part] = {}
     problems: list[Problem] = []
     with HubJobs(engine.flavor, engine.timeout) as hub:

@@ -21,11 +21,11 @@ from merger.lock.locked import LockedModel, LockedRecipe
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import CARD_NAME
 from merger.planning.plan import Plan
+from merger.runtime import PACKAGE, install_command
 from merger.safety import numbers
 from merger.safety.limits import LOCK
 from merger.stores.ports import FileInfo, Located
 
-OURS = "hub-merger"
 _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
 
@@ -152,12 +152,12 @@ def read_lock(text: str, path: str) -> Lock:
 
 def _refuse_later(format: int, content: Any, path: str) -> None:
     if format > FORMAT:
-        what = f"{path} is of format {format}, and merger {version(OURS)} knows {FORMAT} at most"
-        raise VerificationError(Problem(what, hint=_install(_is(str, content["made_with"][OURS]))))
+        what = f"{path} is of format {format}, and merger {version(PACKAGE)} knows {FORMAT} at most"
+        raise VerificationError(Problem(what, hint=_install(_is(str, content["made_with"][PACKAGE]))))
 
 
 def _install(number: str) -> str:
-    return f"use the version that made it: pip install '{OURS}=={number}'"
+    return f"use the version that made it: {install_command(version=number)}"
 
 
 def _lock(content: Any) -> Lock:
@@ -288,8 +288,10 @@ def other_numbers(planned: Plan, held: Lock) -> list[Problem]:
 def _tell_changes(changes: Sequence[FormatChange], held: Lock) -> list[Problem]:
     if not changes:
         return []
-    then = held.made_with.get(OURS, "an unknown version")
-    what = f"merger {then} made it (format {held.format}), and {version(OURS)} makes another merge of the same recipe"
+    then = held.made_with.get(PACKAGE, "an unknown version")
+    what = (
+        f"merger {then} made it (format {held.format}), and {version(PACKAGE)} makes another merge of the same recipe"
+    )
     return [Problem(f"{what}: {'; '.join(change.what for change in changes)}", hint=_install(then))]
 
 
@@ -302,7 +304,7 @@ def other_plan(planned: Plan, held: Lock) -> list[Problem]:
         f"{planned.hash[:16]}"
     )
     hint = "one of them was changed in the lock after the merge was made"
-    then, now = held.made_with.get(OURS, "an unknown version"), version(OURS)
+    then, now = held.made_with.get(PACKAGE, "an unknown version"), version(PACKAGE)
     if then != now:
         hint += f", or merger plans otherwise now: it was {then} that made it, and this is {now}"
     return [Problem(what, hint=hint)]

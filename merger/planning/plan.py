@@ -62,7 +62,7 @@ _LEAST_READ_AHEAD = 64 << 20
 KEPT_BYTES = 512 << 20
 """So much of what is read twice from the Hub stays in memory; the rest waits on disk."""
 
-_BASELINE_BYTES, _TORCH_BYTES = 256 << 20, 200 << 20
+BASELINE_BYTES, _TORCH_BYTES = 256 << 20, 200 << 20
 """Of the first 40 MB are for steps that are compiled on the way, by the first run on a machine."""
 _BYTES_A_JOB = 6_000
 _TOLD = 3
@@ -441,7 +441,7 @@ def _takes(plan: Plan, table: Mapping[str, Method]) -> dict[str, int]:
         (_side_memory(plan), "the files beside the tensors"),
     )
     return {
-        "Python and its libraries": _BASELINE_BYTES + _TORCH_BYTES * takes_torch(made, table),
+        "Python and its libraries": BASELINE_BYTES + _TORCH_BYTES * takes_torch(made, table),
         what: work + kept,
         "what is read ahead": 2 * plan.read_ahead,
         "what is read twice": plan.kept,

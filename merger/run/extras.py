@@ -14,6 +14,7 @@ from merger.methods.registry import methods
 from merger.planning.budget import EMBEDDED
 from merger.recipe.blocks.mixture import BY_CHANCE
 from merger.recipe.model import Recipe
+from merger.runtime import install_command
 
 
 @dataclass(frozen=True)
@@ -81,4 +82,4 @@ def refuse_missing(recipe: Recipe, device: str = "cpu", measured: bool = True) -
 
 def _refusal(need: Need) -> Problem:
     what = f"{need.what} takes {need.missing}, which is not installed here"
-    return Problem(what, need.at, need.where, f"pip install 'hub-merger[{need.extra}]'")
+    return Problem(what, need.at, need.where, install_command(need.extra))

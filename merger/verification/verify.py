@@ -19,13 +19,14 @@ from merger.lock.locked import LockedRecipe
 from merger.methods.registry import methods
 from merger.models.checkpoint import TensorInfo
 from merger.models.side_files import loaded_as
-from merger.planning.lockfile import OURS, Lock, changed_models, other_numbers, other_plan
+from merger.planning.lockfile import Lock, changed_models, other_numbers, other_plan
 from merger.planning.plan import Plan, Shard
 from merger.run.artifacts import taken_files
 from merger.run.extras import refuse_missing
 from merger.run.options import Options
 from merger.run.pipeline import ignore
 from merger.run.prepare import planned_again, stores_of
+from merger.runtime import PACKAGE
 from merger.stores.resolve import Library
 from merger.verification.published import (
     Merge,
@@ -273,7 +274,7 @@ def _header_bytes(tensors: Iterable[TensorInfo]) -> int:
 
 def _doubts(held: Lock) -> Iterator[str]:
     """Another version may round otherwise."""
-    for package in (OURS, "numpy", "numba", "torch"):
+    for package in (PACKAGE, "numpy", "numba", "torch"):
         with suppress(PackageNotFoundError):  # what a merge takes is here: without torch it takes none
             then, now = held.made_with.get(package), version(package)
             if then not in (None, now):

@@ -14,6 +14,7 @@ import pytest
 import tiny
 from loopback.cards import problems
 
+from merger import runtime
 from merger.card.relations import Relation, Relations
 from merger.card.render import render
 from merger.lock.lock import lock
@@ -111,9 +112,10 @@ def test_there_are_ten_of_all_forms() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_card_word_for_word(name: str, root: Path) -> None:
+def test_a_card_word_for_word(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole card; the Hub takes it, and no place on a disk stands in it."""
     made = planned(RECIPES[name], root)
+    monkeypatch.setattr(runtime, "addresses", lambda: {"Repository": "https://github.com/OWNER/merger"})
     whole = name in ("ties", "documents")
     title = made.locked.recipe.publish.repo or ("merged" if name == "local" else "org/merged")
     card = render(made, methods(), title, PARTS if whole else {})

@@ -22,7 +22,7 @@ import yaml
 from actions import NOTHING, Checkout, environment, pull_request, push
 from loopback import LoopbackGitHub, LoopbackHub
 from loopback.github import IDENTITY, READ_ONLY, TOKEN
-from places import ROOT
+from places import REPOSITORY, ROOT
 from thorough import thorough_only
 from waiting import HANGS_SECONDS
 from watching import Watch, watching
@@ -151,7 +151,7 @@ def runner(clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, reposit
         (tmp_path / "event.json").write_text(json.dumps(payload))
         line = [str(ACT), event, "-P", "ubuntu-latest=-self-hosted", "--no-cache-server", "--action-offline-mode"]
         line += ["--eventpath", str(tmp_path / "event.json"), "--concurrent-jobs", "2"]
-        for owner in ("org", "OWNER"):
+        for owner in ("org", REPOSITORY.split("/")[0]):
             line += ["--local-repository", f"{owner}/merger@v1={repository}"]
         for used in others():
             line += ["--local-repository", f"{used}={stand_in}"]

@@ -22,6 +22,7 @@ from thorough import thorough_only
 from waiting import HANGS_SECONDS, until
 
 from merger.errors import ModelError, PartError, Problem, Span
+from merger.runtime import install_command
 
 WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "4kB")
@@ -91,11 +92,11 @@ def is_as_asked(job: Job, part: str, to: str) -> None:
         "secrets": {"HF_TOKEN": WRITER},
     }  # fmt: skip
     assert (shell, flag) == ("sh", "-c")
-    assert 'pip install --quiet --root-user-action=ignore "hub-merger$MERGER_EXTRAS==$MERGER_VERSION"' in script
+    assert 'pip install --quiet --root-user-action=ignore "$MERGER_PACKAGE"' in script
     options = [f"--to=hf://{to}", f"--part={part}", "--seed=-5", "--shard-size=4000", "--device=cpu"]
     assert arguments == ["merger", *options]
     assert base64.b64decode(environment.pop("MERGER_RECIPE")).decode() == RECIPE
-    assert environment.keys() == {"HF_ENDPOINT", "MERGER_EXTRAS", "MERGER_VERSION"}
+    assert environment.keys() == {"HF_ENDPOINT", "MERGER_PACKAGE"}
 
 
 @thorough_only
@@ -201,7 +202,7 @@ def test_without_ray_it_is_said_how_to_get_it(at: Path, hub: LoopbackHub, tmp_pa
     line = ("run", "mine.yaml", "--to", "hf://org/none", "--engine", "ray", "--parts", "2", "--quiet")
     env = {**os.environ, **hub.env(tmp_path, WRITER)}
     done = forks.run([sys.executable, "-c", hidden, *line], cwd=at, env=env)
-    said = "Ray is not installed here\n    pip install 'hub-merger[ray]'\n"
+    said = f"Ray is not installed here\n    {install_command('ray')}\n"
     assert (done.returncode, done.stderr) == (8, said)
 
 

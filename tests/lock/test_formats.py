@@ -29,6 +29,7 @@ from torch import Tensor
 from merger.lock import formats
 from merger.models.side_files import MEASURED_NAME
 from merger.planning import plan as plan_module
+from merger.runtime import install_command
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "locks"
 OF_THE_MACHINE = {"adapters", "extract", "lora"}
@@ -219,7 +220,7 @@ LATER = formats.FormatChange(NEXT, "layers are counted from 1")
 OTHER_BITS = formats.FormatChange(NEXT, "task_arithmetic rounds otherwise", frozenset({"task_arithmetic"}))
 SAYS = (
     f"merger 0.1.0 made it (format {NOW}), and {{}} makes another merge of the same recipe: {{}}\n"
-    "    use the version that made it: pip install 'hub-merger==0.1.0'"
+    f"    use the version that made it: {install_command(version='0.1.0')}"
 )
 
 
@@ -322,4 +323,4 @@ def test_a_lock_of_a_later_version_is_refused_by_its_format(command: str, merge:
     done = again(merge, command)
     assert done.code == 7
     assert f"is of format {NEXT}, and merger 0.1.0 knows {NOW} at most" in done.err
-    assert "pip install 'hub-merger==0.9.0'" in done.err
+    assert install_command(version="0.9.0") in done.err

@@ -15,6 +15,7 @@ from merging import merged
 from places import ROOT
 
 from merger.methods.registry import methods
+from merger.run.draft import schema_line
 from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
 
@@ -52,6 +53,14 @@ def test_no_recipe_without_its_method() -> None:
     """The folder holds one recipe for each method, named like it, and those of what is no method; no other file."""
     names = [*methods(), *BESIDES]
     assert sorted(path.name for path in RECIPES.iterdir()) == sorted(f"{name}.yaml" for name in names)
+
+
+@pytest.mark.parametrize(
+    "path", [*RECIPES.iterdir(), *(ROOT / "examples" / "recipes").iterdir()], ids=lambda path: path.stem
+)
+def test_a_recipe_that_we_write_names_its_schema(path: Path) -> None:
+    """In its first line, where editors look."""
+    assert path.read_text("utf-8").startswith(schema_line())
 
 
 @every_recipe

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from typing import Any
 
 import yaml
-from places import ROOT
+from places import PROJECT, ROOT
+
+from merger.runtime import requirement
 
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/merge-parts.yml").read_text())
 STEPS: list[dict[str, Any]] = [step for job in WORKFLOW["jobs"].values() for step in job["steps"]]
@@ -15,9 +16,8 @@ STEPS: list[dict[str, Any]] = [step for job in WORKFLOW["jobs"].values() for ste
 
 def test_the_workflow_installs_the_package_it_belongs_to() -> None:
     """Who calls a version of the workflow gets that version of the command."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     default = WORKFLOW[True]["workflow_call"]["inputs"]["package"]["default"]  # YAML reads the key `on` as true
-    assert default == f"{project['name']}=={project['version']}"
+    assert default == requirement(version=PROJECT["version"])
 
 
 def test_no_input_is_written_into_a_command() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from places import ROOT
+from places import REPOSITORY, ROOT
 
 from merger.cli import inputs
 from merger.cli.inputs import Inputs
@@ -36,7 +36,7 @@ def test_actions_of_others_are_pinned_by_commit_with_their_version(file: Path) -
     """All but our own, which users follow by its major version."""
     lines = [line.split("uses:")[1].strip() for line in file.read_text().splitlines() if "uses:" in line]
     assert lines
-    others = [line for line in lines if not line.startswith(("./", "OWNER/merger@v1"))]
+    others = [line for line in lines if not line.startswith(("./", f"{REPOSITORY}@v1"))]
     assert [line for line in others if not re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
 
 

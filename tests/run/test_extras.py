@@ -17,6 +17,7 @@ from merger.methods.registry import methods
 from merger.run import extras
 from merger.run.options import Options
 from merger.run.prepare import parse_text, plan
+from merger.runtime import install_command
 
 BOTH = "models: [{model: ./examples/zoo/kjv}, {model: ./examples/zoo/python}]\nbase_model: ./examples/zoo/base\n"
 ADAPTED = "models: [{model: ./examples/zoo/base+OUT/adapter}, {model: ./examples/zoo/python}]\nmerge_method: linear\n"
@@ -100,7 +101,7 @@ def test_what_is_not_installed_is_refused_by_the_plan(
     with pytest.raises(RecipeError) as refused:
         plan(recipe, Options(device=device))
     assert f"takes {' and '.join(packages)}, which is not installed here" in str(refused.value)
-    assert str(refused.value).endswith(f"pip install 'hub-merger[{extra}]'")
+    assert str(refused.value).endswith(install_command(extra))
 
 
 @pytest.mark.parametrize("kind", LIGHT)

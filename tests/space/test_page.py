@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from loopback import LoopbackHub, Request
+from places import REPOSITORY
 from served import SCOPES, SECRET, ServedSpace, halted, staged
 from thorough import thorough_only
 from waiting import HANGS_SECONDS, until
@@ -234,7 +235,7 @@ def test_too_big_for_here(visit: Visit) -> None:
     visitor.write("merge_method: passthrough\nslices:\n" + 12 * layers)
     visitor.page.get_by_role("button", name="Plan").click()
     visitor.page.locator("#refused").get_by_text("too big for this Space").wait_for()
-    assert "uses: OWNER/merger@v1" in visitor.page.locator("#too-big .cm-content").inner_text()
+    assert f"uses: {REPOSITORY}@v1" in visitor.page.locator("#too-big .cm-content").inner_text()
     told = visitor.page.locator("#too-big").inner_text()
     assert "merger run mine.yaml --engine jobs --parts 4" in told
     assert "No button here starts them" in told

@@ -14,6 +14,7 @@ import inspect
 import textwrap
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
@@ -94,26 +95,36 @@ def compile_steps() -> None:
         _ = known.compiled
 
 
+def kept_steps() -> int | None:
+    """How many of the steps are compiled already and kept for the next process; None: nothing can be kept here."""
+    places = [getattr(_dispatcher(step.function)._cache, "_cache_file", None) for step in STEPS.values()]
+    return sum(bool(place._load_index()) for place in places if place) if all(places) else None
+
+
 def is_tensor(array: Any) -> bool:
     """Whether an array is torch's."""
     return type(array).__module__ == "torch"
 
 
 def _compile(function: Callable[..., None], signature: str) -> Callable[..., None]:
-    import numba
-
-    assert isinstance(function, FunctionType)
-    named = FunctionType(function.__code__, function.__globals__ | _words(), function.__name__)
-    compiled: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(named)
-    try:
-        compiled.enable_caching()
-        compiled._cache._cache_file._source_stamp = _stamp(function.__code__.co_filename)  # not the file's date
-    except RuntimeError:  # nowhere to write: it is compiled for this process
-        pass
+    compiled = _dispatcher(function)
     compiled.compile(signature)
     compiled.disable_compile()
     found: Callable[..., None] = compiled
     return found
+
+
+def _dispatcher(function: Callable[..., None]) -> Any:
+    """Numba's, with its place on disk if there is one: else it is compiled for this process alone."""
+    import numba
+
+    assert isinstance(function, FunctionType)
+    named = FunctionType(function.__code__, function.__globals__ | _words(), function.__name__)
+    made: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(named)
+    with suppress(RuntimeError):  # nowhere to write
+        made.enable_caching()
+        made._cache._cache_file._source_stamp = _stamp(function.__code__.co_filename)  # not the file's date
+    return made
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import Any
 
 from merger.errors import Problem, RecipeError
 from merger.models.gguf.layout import KINDS, GgufTensor, Value
+from merger.runtime import install_command
 
 Config = Mapping[str, Any]
 _Settings = dict[str, Value]
@@ -69,7 +70,7 @@ def load_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError:
-        raise RecipeError(Problem("GGUF needs the package gguf", hint="pip install 'hub-merger[gguf]'")) from None
+        raise RecipeError(Problem("GGUF needs the package gguf", hint=install_command("gguf"))) from None
     return gguf
 
 

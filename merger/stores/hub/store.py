@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, RepoFile, constants, get_token, try_to_load_from_cache
@@ -23,14 +23,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import get_session, hf_raise_for_status, httpx
 
 from merger.errors import GatedError, MissingError, ModelError, Problem, UploadError
 from merger.models.checkpoint import is_single
 from merger.runtime import lacking
 from merger.safety import limits, secrets
 from merger.stores.folder import FolderStore
-from merger.stores.hub.http import UnreadableAnswer, is_passing, patiently, status_of
+from merger.stores.hub.http import TIMEOUT_SECONDS, UnreadableAnswer, headers_now, is_passing, patiently, status_of
 from merger.stores.hub.ranges import RangeClient
 from merger.stores.hub.reading import Beginnings, RangeReader, confirm
 from merger.stores.ports import FileInfo, Located, Reader, Store, Ticket, readers, refuse_large
@@ -98,6 +98,34 @@ class HubStore:
                 self._ranges.fill(model, file, start, out)
 
         return RangeReader(tickets, budget, fill, beginnings=self._beginnings)
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whom the Hub takes us for, and whether the token may write; None: that depends on the repo."""
+
+    name: str
+    may_write: bool | None
+
+
+def ask_account() -> tuple[str, Account | None]:
+    """The Hub's address, and whose token it is that the client finds; None: there is none.
+
+    Raises:
+        ModelError: it cannot be asked, or does not accept the token.
+    """
+    with _refusals("this account", None):
+        headers = headers_now(None)
+        answer = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", headers=headers, timeout=TIMEOUT_SECONDS)
+        if answer.status_code == 401 and "authorization" not in headers:
+            return constants.ENDPOINT, None
+        hf_raise_for_status(answer)
+        match answer.json():
+            case {"name": str(name), "auth": {"accessToken": {"role": str(role)}}}:
+                return constants.ENDPOINT, Account(name, {"read": False, "write": True}.get(role))
+            case {"name": str(name)}:
+                return constants.ENDPOINT, Account(name, None)
+        raise UnreadableAnswer("no account in it")
 
 
 def hub_file(repo: str, file: str, revision: str | None, of_dataset: bool, token: str | bool | None) -> bytes:
