@@ -20,6 +20,7 @@ import yaml
 from huggingface_hub.cli._uv_script_header import load_uv_script
 from huggingface_hub.cli.extensions import MANIFEST_FILENAME, ExtensionManifest
 from places import PROJECT, REPOSITORY, ROOT
+from thorough import thorough_only
 
 from merger.cli.arguments import parse_arguments
 from merger.errors import RecipeError
@@ -63,6 +64,19 @@ def test_all_of_them_install_the_package_from_one_place() -> None:
         requirement() == f"hub-merger @ https://github.com/{REPOSITORY}/archive/HEAD.zip"
         or "Download" in PROJECT["urls"]
     )
+
+
+@thorough_only
+def test_hf_jobs_takes_the_script() -> None:
+    """With its own hardware, time and secret; a dry run, for nothing here runs jobs of uv."""
+    line = [sys.executable, "-m", "huggingface_hub.cli.hf", "jobs", "uv", "run", "--dry-run", str(SCRIPT)]
+    line += ["run", RECIPE, "--to", "hf://org/made"]
+    done = subprocess.run(line, cwd=ROOT, env={**os.environ, "HF_TOKEN": "hf_x"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = [re.sub(r" +", " ", line).strip() for line in done.stdout.splitlines()]
+    for said in ("flavor cpu-upgrade (from script)", "timeout 6h (from script)", "secrets HF_TOKEN=*** (from script)",
+                 f"args run {RECIPE} --to hf://org/made"):  # fmt: skip
+        assert said in told
 
 
 def test_the_script_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
