@@ -57,7 +57,7 @@ def examine() -> Iterator[Finding]:
 
 def _package() -> Finding:
     address = runtime.addresses().get("Repository", "")
-    hint = "whose repository it is stands in [project.urls] of pyproject.toml: put the account in place of OWNER"
+    hint = "whose repository it is stands in [project.urls] of pyproject.toml: docs/release.md, step 1"
     named = f"merger {version(runtime.PACKAGE)} of {address}"
     return Finding("package", named, hint if _NOT_YET_NAMED in address else None)
 
