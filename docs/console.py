@@ -6,6 +6,7 @@ With two cores, whatever this machine has. Not here: where it stands on those pa
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,6 +23,9 @@ MISTAKES = (
     "plan examples/recipes/ties.yaml --max-memory 100MB",
     "run merges/mine.yaml --cuda",
 )
+_PROGRESS = re.compile(r"^merging: .*\n", re.MULTILINE)
+"""Where a machine takes more than some seconds."""
+
 _ZOO = "./examples/zoo"
 RECIPES: Mapping[str, str] = {
     "merges/mine.yaml": f"""\
@@ -59,7 +63,8 @@ def console(commands: tuple[str, ...]) -> str:
             (here / name).parent.mkdir(exist_ok=True)
             (here / name).write_text(text, "utf-8")
         said = "".join(f"$ merger {command}\n{_run(command, here)}" for command in commands)
-    return f"```console\n{said.replace(str(here), '~/merger')}```"
+    said = _PROGRESS.sub("", said).replace(str(here), "~/merger")
+    return f"```console\n{said}```"
 
 
 def _run(command: str, here: Path) -> str:
