@@ -22,7 +22,7 @@ from torch import Tensor
 
 from merger.engine.runner import blocks
 from merger.methods.registry import methods
-from merger.planning.budget import thread_memory
+from merger.planning.budget import COPY_BYTES, thread_memory
 from merger.planning.plan import Plan
 
 OWN = {"knots": {"density": 0.5}}
@@ -93,3 +93,14 @@ def test_a_stack_takes_the_memory_of_one_expert(method: str, tmp_path: Path) -> 
     stack, alone = jobs[STACK], jobs[f"{LAYER}mlp.experts.0.w1.weight"]
     assert [block.stop - block.start for block in blocks(stack, table[method])] == [math.prod(alone.shape)] * 40
     assert thread_memory(stack, table) == thread_memory(alone, table)
+
+
+def test_a_matrix_that_is_larger_than_the_ring_of_buffers_has_one_of_its_own(tmp_path: Path) -> None:
+    """Buffers are as large as a copy's block; a block that is a whole matrix may be larger."""
+    size = math.isqrt(COPY_BYTES // 4) + 8
+    drawn = [torch.randn(size, size, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    base, one = (tiny.write(tmp_path / str(seed), {LAYER + "w": held}) for seed, held in enumerate(drawn))
+    recipe = {"merge_method": "iso_c", "base_model": str(base), "models": [{"model": str(one)}]}
+    merged(json.dumps({**recipe, "parameters": {"spectral": False}}), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")[LAYER + "w"]
+    torch.testing.assert_close(found, drawn[1], rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from thorough import THOROUGH
 
 from merger.methods.registry import Law, Method, methods
-from merger.methods.steps.random import keep_by_rank
+from merger.methods.steps.random import Rng, keep_by_rank
 
 from .cases import Case, cases, cut_points
 from .oracles import ORACLES
@@ -101,6 +101,22 @@ def test_blocked_is_whole(name: str, data: st.DataObject) -> None:
         assert torch.allclose(blocked, whole, rtol=1e-6, atol=1e-6 * float(whole.abs().max()))
     else:
         assert torch.equal(blocked, whole)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.measure and method.unit == "entries"]
+)
+def test_what_is_measured_is_the_whole_tensor(name: str) -> None:
+    """Of one whose second half is a hundred times as large as its first, cut between them."""
+    method, draw = METHODS[name], np.random.default_rng(7)
+    scale = np.repeat(np.float32([0.01, 1]), 500)
+    count = method.models[1] or 3
+    tensors = [torch.from_numpy(draw.standard_normal(1000, np.float32) * scale) for _ in range(count)]
+    given = {param.argument: 0.3 if param.default is None else param.default for param in method.params}
+    given |= {key: 0.3 for key in ("density", "select_topk") if key in given}
+    given |= {param.argument: [given[param.argument]] * count for param in method.params if param.per_model}
+    case = Case(method, tuple(tensors), given, Rng(0, "w"))
+    torch.testing.assert_close(case.run_in_blocks([500]), case.run(), rtol=1e-5, atol=1e-7)
 
 
 @every_method
