@@ -205,7 +205,7 @@ def parameters(method: Method) -> str:
 
 def source(method: Method) -> str:
     """The paper, as a link."""
-    return f"[{method.paper.authors} {method.paper.year}]({method.paper.url})" if method.paper else ""
+    return f"[{method.paper.by} {method.paper.year}]({method.paper.url})" if method.paper else ""
 
 
 def exit_codes_table() -> str:

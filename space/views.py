@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from merger.cli.text import size
 from merger.errors import Problem
 from merger.safety.names import HUB
+from merger.safety.numbers import size
 from merger.safety.text import join_lines
 from space.form import ShownSetting
 from space.work.admission import CheckedRecipe

@@ -28,6 +28,12 @@ def escape_text(text: object) -> Markup:
     return Markup(_STARTS.sub(r"\1\\", inline(" ".join(str(text).split()))))
 
 
+def prose(text: object) -> Markup:
+    """The same where it stands in no attribute of HTML: with quotes and apostrophes as they are."""
+    made = escape_text(text)
+    return made if isinstance(text, Markup) else Markup(str(made).replace("&#39;", "'").replace("&quot;", '"'))
+
+
 def inline(text: str) -> Markup:
     """The same of text that stands between other text, with the spaces at its ends."""
     return Markup(_INLINE.sub(_stands, visible(text)))
@@ -61,7 +67,7 @@ def _longest(text: str) -> int:
 
 def literal(text: str) -> Markup:
     """Text in quotes, for Python inside a code block."""
-    return Markup(json.dumps(text))
+    return Markup(visible(json.dumps(text, ensure_ascii=False)))
 
 
 def shell(text: str) -> Markup:

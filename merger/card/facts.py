@@ -6,6 +6,7 @@ people (render), and how a lock file is written and read (planning.lockfile).
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from collections import Counter
@@ -15,13 +16,15 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any, TypeVar
 
+import yaml
+
 from merger.card.licences import Judgement, judge
 from merger.evaluation.budget import Score
 from merger.lock.locked import LockedModel, display_name
 from merger.models.checkpoint import SUFFIX, index_name
 from merger.models.licence import licence_files
 from merger.models.lora.adapter import CONFIG as ADAPTER_CONFIG
-from merger.models.side_files import CARD_NAME
+from merger.models.side_files import CARD_NAME, EVALUATED_NAME
 from merger.planning.lockfile import Lock, Parent
 from merger.planning.plan import Plan
 from merger.recipe.blocks.mixture import METHOD
@@ -75,6 +78,13 @@ class PlanSummary:
         return judge(self.plan, hub_path(self.to or ""))
 
     @cached_property
+    def context(self) -> int | None:
+        """How many tokens the result looks back on, as its config says."""
+        config = self.plan.config
+        told = (part.get(key) for part in (config, config.get("text_config") or {}) for key in _CONTEXT)
+        return next((count for count in told if isinstance(count, int)), None)
+
+    @cached_property
     def doubts(self) -> tuple[str, ...]:
         """Sentences on what is likely not meant."""
         located = [model.located for model in self.plan.locked.models]
@@ -92,6 +102,9 @@ class PlanSummary:
         more = f" and {tokens.new:,} tokens more" if tokens.new else ""
         cut = f"; {tokens.cut:,} rows of {of} behind its last token are left out (rows: base keeps them)"
         return f"{tokens.rows:,} rows: the tokenizer of {of}{more}{cut if tokens.cut else ''}"
+
+
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
 
 def _group(pairs: Iterable[tuple[_Key, str]]) -> dict[_Key, list[str]]:
@@ -276,6 +289,7 @@ def _changes(planned: Plan, expert: Expert) -> Iterator[str]:
 
 
 _NAME_LENGTH = 100
+_HUB_PAGES = "https://huggingface.co"
 
 
 def score_facts(scores: Sequence[Score], name: str) -> dict[str, Any]:
@@ -288,11 +302,59 @@ def score_facts(scores: Sequence[Score], name: str) -> dict[str, Any]:
     rows = [[_what(found, kind, models), *(_cell(found.get((*kind, model))) for model in models)] for kind in kinds]
     columns = ["measured", *("this model" if model is None else model for model in models)]
     note = f"Measured before it was published: {'; '.join(_notes(scores))}."
-    index = _index([score for score in scores if score.model is None], name)
     return {
-        "evaluation": {"columns": columns, "rows": rows, "note": note},
-        "metadata": {"model-index": index},
+        "evaluation": {"columns": columns, "rows": rows, "note": note, "verdict": _verdict(scores)},
+        "metadata": {"model-index": _index([score for score in scores if score.model is None], name)},
     }
+
+
+def _verdict(scores: Sequence[Score]) -> list[str]:
+    """Sentences: for each test how the merge does beside the best of its parents."""
+    parents = [score for score in scores if score.model is not None]
+    return [
+        _compared(mine, [each for each in parents if (each.task, each.metric) == (mine.task, mine.metric)])
+        for mine in _headlines(scores)
+    ]
+
+
+def _headlines(scores: Sequence[Score]) -> list[Score]:
+    """One score of the merge for each test: the last, which of several is the one that other tokens do not change."""
+    return list({score.task: score for score in scores if score.model is None}.values())
+
+
+def _compared(mine: Score, parents: Sequence[Score]) -> str:
+    told = f"{mine.task}: {mine.metric} {_cell(mine)}"
+    way = f"{'higher' if mine.higher else 'lower'} is better"
+    if not parents:
+        return f"Measured on {told} ({way}); its parents were not."
+    best = (max if mine.higher else min)(parents, key=lambda score: score.value)
+    ahead = (mine.value - best.value) * (1 if mine.higher else -1)
+    if abs(ahead) <= 2 * math.hypot(mine.error or 0, best.error or 0):
+        word = "As good as its best parent"
+    else:
+        word = f"{'Better' if ahead > 0 else 'Worse'} than its best parent by {abs(ahead):.2g}"
+    return f"{word} on {told}, of {best.model} {_cell(best)} ({way})."
+
+
+def eval_results(scores: Sequence[Score], repo: str | None) -> str | None:
+    """What the Hub reads of scores on its own data sets (``.eval_results/*.yaml``); None where there is none.
+
+    Args:
+        scores: what was measured.
+        repo: where the merge lies on the Hub, with the file that says how; None: in a folder.
+    """
+    source = {"source": {"url": f"{_HUB_PAGES}/{repo}/blob/main/{EVALUATED_NAME}", "name": "Merger"}} if repo else {}
+    found = [
+        {
+            "dataset": {"id": score.dataset, "task_id": score.task},
+            "value": score.value,
+            **source,
+            "notes": f"{score.metric}; {score.detail}",
+        }
+        for score in _headlines(scores)
+        if score.is_of_hub
+    ]
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True) if found else None
 
 
 def _what(found: Mapping[tuple[str, str, str | None], Score], kind: tuple[str, str], models: list[str | None]) -> str:
@@ -327,4 +389,4 @@ def _index(scores: Sequence[Score], name: str) -> list[dict[str, Any]]:
         }
         metric = {"type": score.metric, "value": score.value, "name": score.metric}
         results.setdefault(score.task, entry)["metrics"].append(metric)
-    return [{"name": name.rsplit("/", 1)[-1], "results": list(results.values())}]
+    return [{"name": name.rsplit("/", 1)[-1], "results": list(results.values())}] if results else []

@@ -314,9 +314,7 @@ def licence_notices(
     asked = [terms.notice for terms in judge(planned).duties if terms.notice]
     missing = [sentence for sentence in asked if not any(sentence in notice for notice in notices)]
     text = "\n\n".join(dict.fromkeys([*notices, *missing]))
-    own = {
-        sha256_of(content) for model, name, content in held if planned.texts.taken.get(name) == models.index(model)
-    }
+    own = {sha256_of(content) for model, name, content in held if planned.texts.taken.get(name) == models.index(model)}
     files: dict[str, Content] = {_place(model, name): content for model, name, content in _others(held, own)}
     return files | ({NOTICE: f"{text}\n".encode()} if text else {})
 

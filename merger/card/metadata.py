@@ -29,6 +29,27 @@ _ENDINGS = {
     "ForQuestionAnswering": "question-answering",
 }
 
+PROMPTS = {
+    "ar": ("كان يا ما كان", "احكِ لي قصة قصيرة."),
+    "code": ("def fibonacci(n):", "Write a Python function that reverses a list."),
+    "de": ("Es war einmal", "Erzähl mir eine kurze Geschichte."),
+    "en": ("Once upon a time", "Tell me a short story."),
+    "es": ("Érase una vez", "Cuéntame un cuento corto."),
+    "fr": ("Il était une fois", "Raconte-moi une courte histoire."),
+    "hi": ("एक समय की बात है", "मुझे एक छोटी कहानी सुनाओ।"),
+    "it": ("C'era una volta", "Raccontami una breve storia."),
+    "ja": ("昔々あるところに", "短い物語を話してください。"),
+    "ko": ("옛날 옛적에", "짧은 이야기를 들려주세요."),
+    "nl": ("Er was eens", "Vertel me een kort verhaal."),
+    "pl": ("Dawno, dawno temu", "Opowiedz mi krótką historię."),
+    "pt": ("Era uma vez", "Conte-me uma história curta."),
+    "ru": ("Жили-были", "Расскажи мне короткую историю."),
+    "tr": ("Bir varmış bir yokmuş", "Bana kısa bir hikâye anlat."),
+    "vi": ("Ngày xửa ngày xưa", "Hãy kể cho tôi một câu chuyện ngắn."),
+    "zh": ("从前", "请给我讲一个短故事。"),
+}
+"""By language what the card's example goes on from, and what it asks a model that chats."""
+
 
 def metadata(
     planned: Plan, used: Sequence[Method | MixtureFacts], licence: Mapping[str, Any], extra: Mapping[str, Any]

@@ -284,11 +284,33 @@ class Parameter:
     words: str | None
     is_flag: bool = False
 
-    def range(self, owner: str) -> str:
-        """The value that is in force for a parent, or the least and the largest; empty where it has none."""
-        values = [value for line in self.lines if line.owner == owner for value in line.values.values()]
-        ends = dict.fromkeys(_number(value, self.is_flag) for value in (min(values), max(values))) if values else ()
-        return " to ".join(ends)
+    @property
+    def owners(self) -> list[str]:
+        """Those that it has values for; empty is for all."""
+        return list(dict.fromkeys(line.owner for line in self.lines))
+
+    def course(self, owner: str) -> str:
+        """The value in force for a parent, or where it turns from the first layer to the last; empty: it has none."""
+        lines = [line for line in self.lines if line.owner == owner]
+        if len(lines) > _KINDS_SHOWN:
+            values = [value for line in lines for value in line.values.values()]
+            return f"{_number(min(values), self.is_flag)} … {_number(max(values), self.is_flag)}, by kind of tensor"
+        courses = [" to ".join(_number(value, self.is_flag) for value in _turns(line)) for line in lines]
+        return "; ".join(
+            f"{course} ({line.kinds})" if line.kinds else course for course, line in zip(courses, lines, strict=True)
+        )
+
+
+def _turns(line: Line) -> list[float]:
+    """The values at which a line begins, turns and ends."""
+    found: list[float] = []
+    for _, value in sorted(line.values.items()):
+        if found and value == found[-1]:
+            continue
+        if len(found) > 1 and (found[-1] - found[-2]) * (value - found[-1]) > 0:
+            found.pop()
+        found.append(value)
+    return found
 
 
 _Kinds = dict[str, dict[Layer, float]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import yaml
@@ -18,8 +18,8 @@ from markupsafe import Markup
 from merger.card.escape import link_address
 from merger.card.facts import TITLE, MixtureFacts, PlanSummary, mixture_facts
 from merger.card.licences import Judgement, keys, licence_of
-from merger.card.metadata import front_matter, head_class, library, metadata
-from merger.card.relations import Relation, Relations, parameters
+from merger.card.metadata import PROMPTS, front_matter, head_class, library, metadata
+from merger.card.relations import Parameter, Relation, Relations, parameters
 from merger.card.templates import fill, refuse_unused
 from merger.card.terms import KINDS, Terms
 from merger.lock.locked import display_name
@@ -28,6 +28,7 @@ from merger.planning.plan import Plan
 from merger.recipe.model import Publish, Recipe
 from merger.runtime import requirement
 from merger.safety.names import HUB, hub_path
+from merger.safety.numbers import size
 
 # ---- recipe ---------------------------------------------------------------------------------------------------------
 
@@ -74,22 +75,21 @@ def _replace_value(source: str, value: str, new: str, anchored: bool) -> str:
 
 
 def bibtex(name: str, paper: Paper) -> str:
-    """The entry for the paper of the method `name`, with what is known of it: of its authors, whom it is called by.
+    """The entry for the paper of the method `name`.
 
-    >>> print(bibtex("ties", Paper("Yadav et al.", 2023, "TIES-Merging", "https://arxiv.org/abs/2306.01708")))
+    >>> print(bibtex("ties", Paper("Prateek Yadav, Derek Tam", 2023, "TIES", "https://arxiv.org/abs/2306.01708")))
     @misc{yadav2023ties,
-      title = {TIES-Merging},
-      author = {Yadav and others},
+      title = {TIES},
+      author = {Prateek Yadav and Derek Tam},
       year = {2023},
       eprint = {2306.01708},
       archivePrefix = {arXiv},
       url = {https://arxiv.org/abs/2306.01708},
     }
     """
-    authors = paper.authors.replace(" et al.", " and others").replace(" & ", " and ")
-    surname = re.sub(r"[^a-z]", "", paper.authors.lower().split()[0])
+    surname = re.sub(r"[^a-z]", "", paper.by.lower().split()[0])
     arxiv = re.fullmatch(r"https://arxiv\.org/abs/([\d.]+)", paper.url)
-    fields = {"title": paper.title, "author": authors, "year": paper.year}
+    fields = {"title": paper.title, "author": paper.authors.replace(", ", " and "), "year": paper.year}
     if arxiv:
         fields |= {"eprint": arxiv[1], "archivePrefix": "arXiv"}
     lines = [f"  {key} = {{{value}}}," for key, value in {**fields, "url": paper.url}.items()]
@@ -99,14 +99,15 @@ def bibtex(name: str, paper: Paper) -> str:
 # ---- render ---------------------------------------------------------------------------------------------------------
 
 
-GIVES, BASE, ADAPTER, CONFIG_ONLY = "model", "base model", "LoRA adapter", "config and tokenizer only"
+GIVES, BASE, ADAPTER = "model", "base model", "LoRA adapter"
+CONFIG_ONLY, STAGE = "config and tokenizer only", "stage"
 
 NO_PARTS: Mapping[str, Any] = {
-    "related": Relations(), "lineage": "", "pictures": {}, "evaluation": None, "metadata": {},
+    "related": Relations(), "lineage": "", "pictures": {}, "evaluation": None, "metadata": {}, "chats": False,
 }  # fmt: skip
 """The parts of the card that are known only at the end, as they are before: how the parents relate; the family as a
-tree of text; pictures by name, each with its `alt` and its `place` beside the card; a table with its `columns`, `rows`
-and a `note`; and more keys for the front matter."""
+tree of text; pictures by name, each with its `alt` and its `place` beside the card; a table with its `columns`, `rows`,
+a `note` and a `verdict` of sentences; more keys for the front matter; and whether there is a chat template."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class ParentRow:
     commit: str | None
     licence: str | None
     role: str
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, parts: Mapping
     used: list[Method | MixtureFacts] = [*(table[method] for method in named), *mixed]
     facts = PlanSummary(planned, f"{HUB if '/' in name else './'}{name}")
     data = metadata(planned, used, keys(facts.licence.licences), more.pop("metadata"))
-    content = {**_content(planned, table, used, facts), "name": name, **more}
+    content = {**_content(planned, table, used, facts), **_about(facts, data), "name": name, **more}
     body = fill(planned.locked.templates, recipe.publish, content)
     return f"{front_matter(data)}{body.strip()}\n"
 
@@ -170,7 +172,13 @@ _SOME_PARTS: Mapping[str, Any] = {
     "related": Relations((_A_RELATION,), (_A_RELATION,), ("a sentence",)),
     "lineage": "a tree",
     "pictures": {name: {"alt": "words", "place": "a.png"} for name in ("lineage", "settings", "movement")},
-    "evaluation": {"columns": ["model", "task"], "rows": [["one", "0.5"]], "note": "a sentence"},
+    "evaluation": {
+        "columns": ["model", "task"],
+        "rows": [["one", "0.5"]],
+        "note": "a sentence",
+        "verdict": ["a sentence"],
+    },
+    "chats": True,
 }
 
 
@@ -178,7 +186,8 @@ def _content(
     planned: Plan, table: Mapping[str, Method], used: Sequence[Method | MixtureFacts], facts: PlanSummary
 ) -> dict[str, Any]:
     documents, repo, target = planned.locked.recipe.documents, hub_path(facts.to or ""), facts.to or ""
-    parents = [_parent(planned, number) for number in range(len(planned.locked.models))]
+    found = parameters(planned, table)
+    parents = _parents(planned, [each for each in found if any(each.owners)])
     return {
         "title": target.split("/")[-1],
         "address": repo or target,
@@ -194,7 +203,7 @@ def _content(
         "tokens": facts.tokens,
         "licence": _licence(planned, facts.licence),
         "methods": [_method(method) for method in used],
-        "parameters": _in_force(planned, table),
+        "parameters": _in_force(found),
         "recipe": shown_recipe(planned),
         "plan": _plan(facts),
         "beside": _beside(facts),
@@ -205,6 +214,20 @@ def _content(
         "gguf": [{"kind": file.kind, "name": file.name} for file in planned.shards[0].beside],
         "class_name": planned.config.get("_class_name"),
         "auto_class": f"AutoModel{head_class(planned.config) or ''}",
+    }
+
+
+def _about(facts: PlanSummary, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What somebody wants to know who may use it, and the prompts of the example."""
+    languages = data.get("language", [])
+    begun, asked = next((PROMPTS[word] for word in languages if word in PROMPTS), PROMPTS["en"])
+    return {
+        "task": data.get("pipeline_tag", "").replace("-", " "),
+        "languages": languages,
+        "size": size(facts.plan.size),
+        "context": facts.context,
+        "begun": begun,
+        "asked": asked,
     }
 
 
@@ -284,17 +307,23 @@ def _method(method: Method | MixtureFacts) -> dict[str, Any]:
 
 
 def _paper(method: str, paper: Paper) -> dict[str, Any]:
-    return {"title": paper.title, "url": link_address(paper.url), "authors": paper.authors, "year": paper.year,
+    return {"title": paper.title, "url": link_address(paper.url), "authors": paper.by, "year": paper.year,
             "bibtex": bibtex(method, paper)}  # fmt: skip
 
 
-def _in_force(planned: Plan, table: Mapping[str, Method]) -> dict[str, Any]:
-    """The parameters as rows: what is in force for all parents, and for each; the ends of what differs by tensor."""
-    found = parameters(planned, table)
-    owners = list(dict.fromkeys(line.owner for parameter in found for line in parameter.lines))
-    owners.sort(key=bool)  # what is for all stands first
-    rows = [[parameter.name, *(parameter.range(owner) for owner in owners)] for parameter in found]
-    return {"columns": [owner or "for all" for owner in owners], "rows": rows}
+def _in_force(found: Sequence[Parameter]) -> dict[str, Any]:
+    """The names of those parameters that each parent has its own of, and the values of those that are for all."""
+    for_all = [{"name": each.name, "value": value} for each in found if (value := each.course(""))]
+    return {"columns": [each.name for each in found if any(each.owners)], "for_all": for_all}
+
+
+def _parents(planned: Plan, own: Sequence[Parameter]) -> list[ParentRow]:
+    """The models, each with what it has of these parameters; and the stages that have some."""
+    rows = [_parent(planned, number) for number in range(len(planned.locked.models))]
+    owners = dict.fromkeys(owner for parameter in own for owner in parameter.owners if owner)
+    known = {row.name for row in rows}
+    rows += [ParentRow(name, Markup(), None, None, STAGE) for name in owners if name not in known]
+    return [replace(row, settings=tuple(parameter.course(row.name) for parameter in own)) for row in rows]
 
 
 def _parent(planned: Plan, number: int) -> ParentRow:

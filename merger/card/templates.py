@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from types import GeneratorType, SimpleNamespace
 from typing import Any, NoReturn
@@ -180,8 +180,10 @@ def fill_unbounded(asked: tuple[Mapping[str, str], str, Mapping[str, Any]]) -> d
 
 @cache
 def _with_ours() -> Environment:
-    """Which keeps what it compiles: a card is rendered at least twice a run."""
-    return _environment(_Loader({}, ""))
+    """Which keeps what it compiles: a card is rendered at least twice a run. In its HTML no value stands."""
+    made = _environment(_Loader({}, ""))
+    made.finalize = partial(_print_value, as_text=escape.prose)
+    return made
 
 
 def _render(environment: Environment, content: Mapping[str, Any]) -> str:
@@ -316,10 +318,10 @@ def _environment(loader: BaseLoader) -> Environment:
     return environment
 
 
-def _print_value(value: Any) -> Markup:
+def _print_value(value: Any, as_text: Callable[[object], Markup] = escape.escape_text) -> Markup:
     """What stands in the card for a value; of what is no single value nothing could."""
     if isinstance(value, str | int | float | Undefined):
-        return escape.escape_text(value)
+        return as_text(value)
     raise TemplateRuntimeError(f"{_WORDS.get(type(value), type(value).__name__)} has no text: name a part of it")
 
 

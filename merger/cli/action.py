@@ -25,14 +25,27 @@ from typing import TYPE_CHECKING
 
 from merger.card.escape import code
 from merger.card.facts import PlanSummary
+from merger.card.render import render
 from merger.cli import markdown, text
-from merger.cli.github import Event, GitHubApi, GitHubError, Log, write_outputs, write_summary
+from merger.cli.github import (
+    COMMENT_CHARACTERS,
+    SUMMARY_CHARACTERS,
+    Event,
+    GitHubApi,
+    GitHubError,
+    Log,
+    write_outputs,
+    write_summary,
+)
 from merger.cli.inputs import Inputs, top
 from merger.errors import MergerError, Problem, RecipeError, UploadError
+from merger.lock.lock import pins
+from merger.methods.registry import methods
+from merger.run.artifacts import chats
 from merger.run.extras import needs_of
 from merger.run.options import Options, destination, stated_destination, with_free_memory
 from merger.run.pipeline import Ready, Result, Resumed, lock_text, merge, trusted_publishing
-from merger.run.prepare import lock_path, named_recipes, plan, read_recipe
+from merger.run.prepare import lock_path, named_recipes, parse_text, plan, read_recipe
 from merger.runtime import Halt, halting, take_over, tell_limits
 from merger.safety.names import HUB, hub_path
 from merger.safety.paths import inside
@@ -127,6 +140,8 @@ class Outcome:
         problems: what went wrong.
         warnings: what is likely not meant.
         exit_code: 0, or that of the error.
+        changed: what the pull request changes of what the recipe makes.
+        card: the card of what would be made, as far as it is known then.
     """
 
     recipe: str
@@ -136,6 +151,8 @@ class Outcome:
     problems: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] = ()
     exit_code: int = 0
+    changed: str = ""
+    card: str = ""
 
     @property
     def to(self) -> str | None:
@@ -202,9 +219,26 @@ class ActionRun:
         found = PlanSummary(planned, stated_destination(recipe, options) or None)
         outcome = replace(outcome, state="planned", summary=found)
         yield outcome
+        if self.event.pull is not None:
+            name = hub_path(found.to or "") or "merged"
+            card = render(planned, methods(), name, {"chats": chats(planned, store)})
+            outcome = replace(outcome, changed=self._changed(outcome.recipe, found, options), card=card)
+            yield outcome
         print(text.plan_text(found), flush=True)
         if self.mode in RUNNING:
             yield self._merge(outcome, planned, store, options)
+
+    def _changed(self, name: str, found: PlanSummary, options: Options) -> str:
+        """What the recipe makes otherwise than where the pull request wants to go, or why that is not known."""
+        try:
+            texts = [self.event.before(each, self.top, self.api) for each in (name, lock_path(Path(name)).as_posix())]
+            if texts[0] is None:
+                return "**New:** there is no such recipe yet."
+            recipe = parse_text(texts[0], name)
+            before, _ = plan(recipe, options, pins(texts[1], name) if texts[1] else {})
+            return markdown.changes_section(found, PlanSummary(before, stated_destination(recipe, options) or None))
+        except MergerError as error:
+            return f"**Changed:** what was there before cannot be planned. {markdown.sentence(error.problems[0].what)}."
 
     def _options(self, recipe: Recipe) -> Options:
         """The inputs' options, with what this machine and this job add to them."""
@@ -263,7 +297,7 @@ class ActionRun:
         if not self.inputs.github_token:
             self.log.command("notice", "this job may not comment: the plan is in the job's summary", title="Merger")
             return
-        told = "\n\n".join(map(summary_section, outcomes)) or "This pull request adds or changes no recipe any more."
+        told = sections(outcomes, COMMENT_CHARACTERS) or "This pull request adds or changes no recipe any more."
         try:
             self.api.keep_comment(self.event.pull, self._marker(), told, only_update=not outcomes)
         except GitHubError as error:
@@ -323,17 +357,24 @@ def _reading(options: Options) -> Options:
 # ---- what is told at the end ----------------------------------------------------------------------------------------
 
 
-def summary_section(outcome: Outcome) -> str:
-    """A recipe's part of comment and summary."""
+def sections(outcomes: Sequence[Outcome], most: int) -> str:
+    """What is told of all recipes, with their cards if there is room for so many characters."""
+    told = ["\n\n".join(_section(outcome, with_card) for outcome in outcomes) for with_card in (True, False)]
+    return told[0] if len(told[0]) < most else told[1]
+
+
+def _section(outcome: Outcome, with_card: bool) -> str:
     parts = [f"### {code(outcome.recipe)}: {outcome.state}"]
     if outcome.problems:
         parts.append(markdown.problems_section("What is wrong", outcome.problems))
     if outcome.warnings:
         parts.append(markdown.problems_section("Warnings", outcome.warnings))
     if outcome.summary is not None:
-        parts.append(markdown.plan_section(outcome.summary))
+        parts.append(markdown.folded_plan(outcome.summary, outcome.changed))
+    if outcome.card and with_card:
+        parts.append(markdown.fold("The card", markdown.card_preview(outcome.card)))
     if outcome.result is not None:
-        parts.append(markdown.result_section(outcome.result))
+        parts.append(markdown.result_section(outcome.result, hub_path(outcome.to or "")))
     return "\n\n".join(parts)
 
 
@@ -414,7 +455,7 @@ def _tell(job: ActionRun, outcomes: Sequence[Outcome]) -> None:
     secrets.refuse_tokens({place.name: told})
     place.write_text(told, "utf-8")
     write_outputs(job.environment.get("GITHUB_OUTPUT"), outputs(outcomes, job.inputs.part_size, place))
-    write_summary(job.environment.get("GITHUB_STEP_SUMMARY"), "\n\n".join(map(summary_section, outcomes)))
+    write_summary(job.environment.get("GITHUB_STEP_SUMMARY"), sections(outcomes, SUMMARY_CHARACTERS))
     job.comment(outcomes)
     for outcome in outcomes:
         job.keep_lock(outcome)

@@ -312,6 +312,7 @@ def _add_card(commands: Commands) -> None:
     card = _add(commands, "card", sentence, "card owner/merged --print", "card ./out --template mine.md.j2")
     card.add_argument("model", metavar="MODEL", help="hf://owner/name, owner/name or a folder")
     card.add_argument("--template", metavar="FILE", help="in place of the lock's publish.template")
+    card.add_argument("--new-version", metavar="REPO", help="a newer model, to which the Hub points from its page")
     card.add_argument("--print", dest="print_only", action="store_true", help="print it, and write nothing")
 
 

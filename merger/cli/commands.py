@@ -254,7 +254,7 @@ def _card(arguments: argparse.Namespace) -> int:
     from merger.run.options import Options
     from merger.verification.rerender import recard, write_card
 
-    made = recard(arguments.model, Options(), arguments.template)
+    made = recard(arguments.model, Options(), arguments.template, arguments.new_version)
     for note in made.merge.recipe.warnings if arguments.template is None else ():
         print(text.warning(note), file=sys.stderr)
     if arguments.print_only:

@@ -32,15 +32,17 @@ _OURS = ("", "push", "merge_group", "schedule", "workflow_dispatch", "repository
 """Events that need a right to write, without a name what is started by hand. Whatever GitHub adds is none of them."""
 
 _NO_COMMIT = re.compile(r"^0*$")
+_COMMIT = re.compile(r"^[0-9a-f]{40,64}$")
 _ENDS = re.compile(r"^([0-9a-f]{40,64}|refs/[^\0]+)\.{2,3}[0-9a-f]{40,64}$")
 _SECONDS = 30
 _MOST_FILES = 300
 """A comparison by GitHub names no more files than these."""
 
 _PIECE_BYTES = 64 << 10
-_COMMENT_CHARACTERS = 65_000
+COMMENT_CHARACTERS = 65_000
 T = TypeVar("T")
-_SUMMARY_BYTES = 1_000_000
+SUMMARY_CHARACTERS = 250_000
+"""GitHub takes a million bytes."""
 
 
 class GitHubError(MergerError):
@@ -119,6 +121,19 @@ class Event:
         found = _by_git(root, f"refs/remotes/origin/{main}...{after}")
         return found if found is not None else _ask_changed(lambda: api.compared(main, after))
 
+    def before(self, name: str, root: Path, api: GitHubApi) -> str | None:
+        """A file as a pull request found it; None where it had none.
+
+        Raises:
+            GitHubError: neither git nor GitHub can tell.
+        """
+        base = str(self.payload["pull_request"]["base"]["sha"])
+        if _COMMIT.match(base) and _git(root, "cat-file", "-e", base) is not None:
+            found = _git(root, "show", f"{base}:{name}")
+        else:
+            found = api.file_at(name, base)
+        return None if found is None else found.decode("utf-8", "replace")
+
 
 def _ask_changed(ask: Callable[[], set[str] | None]) -> set[str] | None:
     """What GitHub says: a clone of actions/checkout holds one commit only."""
@@ -134,12 +149,17 @@ def _by_git(root: Path, ends: str) -> set[str] | None:
     """What differs between two commits (``..``), or since they parted (``...``); None where the clone lacks one."""
     if not _ENDS.match(ends):
         return None
-    line = ["git", "-C", str(root), "diff", "--name-only", "-z", "--diff-filter=d", ends, "--"]
+    told = _git(root, "diff", "--name-only", "-z", "--diff-filter=d", ends, "--")
+    return None if told is None else {os.fsdecode(name) for name in told.split(b"\0") if name}
+
+
+def _git(root: Path, *words: str) -> bytes | None:
+    """What git prints; None where it fails."""
+    line = ["git", "-C", str(root), *words]
     try:
-        done = subprocess.run(line, env=public(), capture_output=True, timeout=_SECONDS, check=True)
+        return subprocess.run(line, env=public(), capture_output=True, timeout=_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return {os.fsdecode(name) for name in done.stdout.split(b"\0") if name}
 
 
 # ---- the log, the outputs, the summary ------------------------------------------------------------------------------
@@ -205,7 +225,7 @@ def write_outputs(path: str | None, values: Mapping[str, str]) -> None:
 
 def write_summary(path: str | None, text: str) -> None:
     """Add to the job's summary, as much as GitHub takes."""
-    _append(path, cut_at_line(text, _SUMMARY_BYTES // 4) + "\n", "the job's summary")
+    _append(path, cut_at_line(text, SUMMARY_CHARACTERS) + "\n", "the job's summary")
 
 
 def _append(path: str | None, text: str, called: str) -> None:
@@ -267,7 +287,7 @@ class GitHubApi:
         _patiently(lambda: self._kept(pull, marker, body, only_update))
 
     def _kept(self, pull: int, marker: str, body: str, only_update: bool) -> None:
-        content = {"body": cut_at_line(f"{marker}\n{body}", _COMMENT_CHARACTERS)}
+        content = {"body": cut_at_line(f"{marker}\n{body}", COMMENT_CHARACTERS)}
         there = self._pages(f"issues/{pull}/comments")
         marked = [item for item in there if str(item.get("body")).startswith(marker)]
         me = self._me() if marked else None
@@ -300,16 +320,23 @@ class GitHubApi:
         """Commit one file to a branch, unless it stands there already."""
         _patiently(lambda: self._committed(path, text, message, branch))
 
+    def file_at(self, path: str, revision: str) -> bytes | None:
+        """A file's content at a revision; None where there is none."""
+        return _patiently(lambda: self._content(path, revision)[0])
+
+    def _content(self, path: str, revision: str) -> tuple[bytes | None, str | None]:
+        """The same, and what GitHub knows it by."""
+        there = self._ask("GET", f"contents/{quote(path)}?ref={quote(revision, safe='')}", allowed=404)
+        if there.status_code == 404:
+            return None, None
+        return base64.b64decode(there.json().get("content", "")), there.json()["sha"]
+
     def _committed(self, path: str, text: str, message: str, branch: str) -> None:
-        place, content = f"contents/{quote(path)}", text.encode()
-        there = self._ask("GET", f"{place}?ref={quote(branch, safe='')}", allowed=404)
-        told: dict[str, Any] = {"message": message, "branch": branch, "content": base64.b64encode(content).decode()}
-        if there.status_code != 404:
-            known = there.json()
-            if base64.b64decode(known.get("content", "")) == content:
-                return
-            told["sha"] = known["sha"]
-        self._ask("PUT", place, told)
+        content = text.encode()
+        known, sha = self._content(path, branch)
+        if known != content:
+            told = {"message": message, "branch": branch, "content": base64.b64encode(content).decode()}
+            self._ask("PUT", f"contents/{quote(path)}", told | ({"sha": sha} if sha else {}))
 
     def _ask(self, method: str, path: str, content: object = None, allowed: int = 200) -> Response:
         import requests  # only where GitHub is asked at all

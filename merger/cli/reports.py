@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from merger.cli.text import size
 from merger.errors import few
 from merger.models.checkpoint import TensorInfo
 from merger.runtime import PACKAGE
+from merger.safety.numbers import size
 from merger.safety.text import join_lines
 from merger.verification.diff import Contrast, Side, TensorDiff
 from merger.verification.sample import Mismatch

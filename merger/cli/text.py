@@ -19,6 +19,7 @@ from merger.lock.locked import display_name
 from merger.methods.registry import Method, Param
 from merger.planning.plan import Plan
 from merger.run.pipeline import Result, Resumed
+from merger.safety.numbers import size
 from merger.safety.text import join_lines, line
 
 if TYPE_CHECKING:
@@ -30,19 +31,6 @@ if TYPE_CHECKING:
     from merger.verification.rerender import Recarded
 
 _LOG_SECONDS = 15.0
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the unit a person would choose, powers of 1000.
-
-    >>> size(5_484_880)
-    '5.5 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 def format_problems(error: MergerError) -> str:
@@ -186,7 +174,7 @@ def method_text(method: Method) -> str:
     lines += [_param(param) for param in method.params] or ["  none"]
     if method.paper:
         paper = method.paper
-        lines += ["", f"{paper.authors} ({paper.year}), {paper.title}", paper.url]
+        lines += ["", f"{paper.by} ({paper.year}), {paper.title}", paper.url]
     return "\n".join(lines)
 
 

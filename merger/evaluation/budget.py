@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from merger.planning.plan import Plan
 from merger.safety.limits import MEASURED, parse_json
+from merger.safety.names import is_repo
 
 _MERGING_BYTES, _LOADING_BYTES, _HARNESS_BYTES = 420 << 20, 700 << 20, 500 << 20
 """What this process keeps, what torch and transformers take beside a model, and lm-evaluation-harness."""
@@ -42,6 +43,11 @@ class Score:
     higher: bool
     detail: str
     dataset: str
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether it was tried on a data set of the Hub: of texts the data set is only a name."""
+        return "lm-evaluation-harness" in self.detail and is_repo(self.dataset) and "/" in self.dataset
 
 
 def scores_text(scores: Iterable[Score]) -> str:

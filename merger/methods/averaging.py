@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PAPER = Paper(
-    "Wortsman et al.",
+    "Mitchell Wortsman, Gabriel Ilharco, Samir Ya Gadre, Rebecca Roelofs, Raphael Gontijo-Lopes, "
+    "Ari S. Morcos, Hongseok Namkoong, Ali Farhadi, Yair Carmon, Simon Kornblith, Ludwig Schmidt",
     2022,
     "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time",
     "https://arxiv.org/abs/2203.05482",
@@ -102,7 +103,10 @@ def passthrough(tensors: Tensors, scale: PerModel = 1.0) -> Array:
 
 
 _MODEL_STOCK_PAPER = Paper(
-    "Jang et al.", 2024, "Model Stock: All we need is just a few fine-tuned models", "https://arxiv.org/abs/2403.19522"
+    "Dong-Hwan Jang, Sangdoo Yun, Dongyoon Han",
+    2024,
+    "Model Stock: All we need is just a few fine-tuned models",
+    "https://arxiv.org/abs/2403.19522",
 )
 
 

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_PAPER = Paper("Wan et al.", 2024, "FuseChat: Knowledge Fusion of Chat Models", "https://arxiv.org/abs/2408.07990")
+_PAPER = Paper(
+    "Fanqi Wan, Longguang Zhong, Ziyi Yang, Ruijun Chen, Xiaojun Quan",
+    2024,
+    "FuseChat: Knowledge Fusion of Chat Models",
+    "https://arxiv.org/abs/2408.07990",
+)
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def sce(
 
 
 _RAM_PAPER = Paper(
-    "Yuan et al.",
+    "Xiangchi Yuan, Dachuan Shi, Chunhui Zhang, Zheyuan Liu, Shenglong Yao, Soroush Vosoughi, Wenke Lee",
     2026,
     "Behavior Knowledge Merge in Reinforced Agentic Models",
     "https://arxiv.org/abs/2601.13572",
@@ -282,7 +287,7 @@ def _mean_changes(deltas: Sequence[Array], epsilon: float, factors: Sequence[flo
 
 
 _TALL_MASKS_PAPER = Paper(
-    "Wang et al.",
+    "Ke Wang, Nikolaos Dimitriadis, Guillermo Ortiz-Jiménez, François Fleuret, Pascal Frossard",
     2024,
     "Localizing Task Information for Improved Model Merging and Compression",
     "https://arxiv.org/abs/2405.07813",

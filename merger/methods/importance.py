@@ -37,7 +37,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PAPER = Paper(
-    "Du et al.", 2024, "Parameter Competition Balancing for Model Merging", "https://arxiv.org/abs/2410.02396"
+    "Guodong Du, Junlin Lee, Jing Li, Runhua Jiang, Yifei Guo, Shuyang Yu, Hanting Liu, "
+    "Sim Kuan Goh, Ho-Kin Tang, Daojing He, Min Zhang",
+    2024,
+    "Parameter Competition Balancing for Model Merging",
+    "https://arxiv.org/abs/2410.02396",
 )
 
 _TERMS = 11  # of e's series for 0 to 1: the next is 1/12!, a fiftieth of float32's last bit

@@ -47,12 +47,18 @@ a whole matrix (2-D; a 1-D tensor is whole): that of the tensor, or one of those
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from."""
+    """Where a method comes from; its authors by their full names, after each other with commas."""
 
     authors: str
     year: int
     title: str
     url: str
+
+    @property
+    def by(self) -> str:
+        """Its authors as a text names them: Yadav et al.; a name's last word is the surname."""
+        names = [name.split()[-1] for name in self.authors.split(", ")]
+        return " & ".join(names) if len(names) < 3 else f"{names[0]} et al."
 
 
 @dataclass(frozen=True)

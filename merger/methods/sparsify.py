@@ -44,7 +44,7 @@ class Sparse:
 
 
 _PAPER = Paper(
-    "Yu et al.",
+    "Le Yu, Bowen Yu, Haiyang Yu, Fei Huang, Yongbin Li",
     2024,
     "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
     "https://arxiv.org/abs/2311.03099",
@@ -186,7 +186,7 @@ def dare_ties(deltas: Deltas, **given: Any) -> Array:
 
 
 _DELLA_PAPER = Paper(
-    "Deep et al.",
+    "Pala Tej Deep, Rishabh Bhardwaj, Soujanya Poria",
     2024,
     "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
     "https://arxiv.org/abs/2406.11617",
@@ -319,7 +319,7 @@ def della_linear(deltas: Deltas, **given: Any) -> Array:
 
 
 _BREADCRUMBS_PAPER = Paper(
-    "Davari & Belilovsky",
+    "MohammadReza Davari, Eugene Belilovsky",
     2023,
     "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks",
     "https://arxiv.org/abs/2312.06795",

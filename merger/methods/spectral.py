@@ -27,7 +27,7 @@ from merger.methods.steps.decompose import (
 from merger.methods.steps.step import Array
 
 _PAPER = Paper(
-    "Marczak et al.",
+    "Daniel Marczak, Simone Magistri, Sebastian Cygert, Bartłomiej Twardowski, Andrew D. Bagdanov, Joost van de Weijer",
     2025,
     "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
     "https://arxiv.org/abs/2502.04959",
@@ -160,7 +160,8 @@ def _mean(deltas: Sequence[Array], weights: Sequence[float], factor: float) -> A
 
 
 _TSVM_PAPER = Paper(
-    "Gargiulo et al.",
+    "Antonio Andrea Gargiulo, Donato Crisostomi, Maria Sofia Bucarelli, Simone Scardapane, "
+    "Fabrizio Silvestri, Emanuele Rodolà",
     2025,
     "Task Singular Vectors: Reducing Task Interference in Model Merging",
     "https://arxiv.org/abs/2412.00081",
@@ -225,7 +226,7 @@ def tsvm(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0, spectral:
 
 
 _SVC_PAPER = Paper(
-    "Li et al.",
+    "Yayuan Li, Ze Peng, Jian Zhang, Jintao Guo, Yue Duan, Yinghuan Shi",
     2026,
     "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging",
     "https://arxiv.org/abs/2602.05536",

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 # The name is that of a paper from 1990; the centre of mass is Grove's and Karcher's, and the method best told here.
 _KARCHER = Paper(
-    "Karcher", 1977, "Riemannian center of mass and mollifier smoothing", "https://doi.org/10.1002/cpa.3160300502"
+    "Hermann Karcher",
+    1977,
+    "Riemannian center of mass and mollifier smoothing",
+    "https://doi.org/10.1002/cpa.3160300502",
 )
 
 _OPPOSITE = -1 + 1e-6  # as in slerp: closer than that, the direction between two is float32's rounding
@@ -241,7 +244,7 @@ def karcher(
 
 
 _PAPER = Paper(
-    "Shoemake", 1985, "Animating rotation with quaternion curves", "https://dl.acm.org/doi/10.1145/325165.325242"
+    "Ken Shoemake", 1985, "Animating rotation with quaternion curves", "https://dl.acm.org/doi/10.1145/325165.325242"
 )
 
 _PARALLEL = 0.9995  # mergekit's

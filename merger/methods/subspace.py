@@ -28,7 +28,12 @@ from merger.methods.steps.step import Array
 from merger.methods.steps.votes import elect_and_merge, trim
 from merger.methods.task_vectors import task_arithmetic, ties
 
-_PAPER = Paper("Stoica et al.", 2025, "Model merging with SVD to tie the Knots", "https://arxiv.org/abs/2410.19735")
+_PAPER = Paper(
+    "George Stoica, Pratik Ramesh, Boglarka Ecsedi, Leshem Choshen, Judy Hoffman",
+    2025,
+    "Model merging with SVD to tie the Knots",
+    "https://arxiv.org/abs/2410.19735",
+)
 
 
 @merge_method(
@@ -133,7 +138,12 @@ def _trim_along(matrix: Matrix, basis: Matrix, density: float) -> Array:
 # ---- boosting -------------------------------------------------------------------------------------------------------
 
 
-_BOOSTING_PAPER = Paper("Skorobogat et al.", 2025, "Subspace-Boosted Model Merging", "https://arxiv.org/abs/2506.16506")
+_BOOSTING_PAPER = Paper(
+    "Ronald Skorobogat, Karsten Roth, Mariana-Iuliana Georgescu",
+    2025,
+    "Subspace-Boosted Model Merging",
+    "https://arxiv.org/abs/2506.16506",
+)
 
 
 @merge_method(

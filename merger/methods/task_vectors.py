@@ -14,7 +14,13 @@ from merger.methods.steps.arithmetic import Blocks, divisor, l1_factors, per_mod
 from merger.methods.steps.step import Array
 from merger.methods.steps.votes import choice, elect_and_merge, extremes, trim
 
-_PAPER = Paper("Ilharco et al.", 2023, "Editing models with task arithmetic", "https://arxiv.org/abs/2212.04089")
+_PAPER = Paper(
+    "Gabriel Ilharco, Marco Tulio Ribeiro, Mitchell Wortsman, Suchin Gururangan, Ludwig Schmidt, "
+    "Hannaneh Hajishirzi, Ali Farhadi",
+    2023,
+    "Editing models with task arithmetic",
+    "https://arxiv.org/abs/2212.04089",
+)
 
 
 @merge_method(
@@ -49,7 +55,7 @@ def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = Fa
 
 
 _TIES_PAPER = Paper(
-    "Yadav et al.",
+    "Prateek Yadav, Derek Tam, Leshem Choshen, Colin Raffel, Mohit Bansal",
     2023,
     "TIES-Merging: Resolving Interference When Merging Models",
     "https://arxiv.org/abs/2306.01708",
@@ -134,7 +140,7 @@ def ties(
 
 
 _MAGMAX_PAPER = Paper(
-    "Marczak et al.",
+    "Daniel Marczak, Bartłomiej Twardowski, Tomasz Trzciński, Sebastian Cygert",
     2024,
     "MagMax: Leveraging Model Merging for Seamless Continual Learning",
     "https://arxiv.org/abs/2407.06322",
@@ -179,7 +185,10 @@ def magmax(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Arra
 
 
 _EMR_PAPER = Paper(
-    "Huang et al.", 2024, "EMR-Merging: Tuning-Free High-Performance Model Merging", "https://arxiv.org/abs/2405.17461"
+    "Chenyu Huang, Peng Ye, Tao Chen, Tong He, Xiangyu Yue, Wanli Ouyang",
+    2024,
+    "EMR-Merging: Tuning-Free High-Performance Model Merging",
+    "https://arxiv.org/abs/2405.17461",
 )
 
 
@@ -223,7 +232,12 @@ def emr(deltas: Deltas, weight: PerModel = 1.0, lambda_: float = 1.0) -> Array:
 # ---- expo -----------------------------------------------------------------------------------------------------------
 
 
-_EXPO_PAPER = Paper("Zheng et al.", 2024, "Model Extrapolation Expedites Alignment", "https://arxiv.org/abs/2404.16792")
+_EXPO_PAPER = Paper(
+    "Chujie Zheng, Ziqi Wang, Heng Ji, Minlie Huang, Nanyun Peng",
+    2024,
+    "Model Extrapolation Expedites Alignment",
+    "https://arxiv.org/abs/2404.16792",
+)
 
 
 @merge_method(

@@ -82,6 +82,9 @@ MEASURED_NAME = "merger.measured.json"
 EVALUATED_NAME = "merger.evaluation.json"
 """What was measured of a result's use, beside it."""
 
+HUB_SCORES_NAME = ".eval_results/merger.yaml"
+"""Those of them that the Hub shows on the model's page and on leaderboards, in its own form."""
+
 PICTURES = "pictures/"
 """The folder beside a card that holds its pictures."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from merger.card.ancestors import family
-from merger.card.facts import lock_file, score_facts
+from merger.card.facts import eval_results, lock_file, score_facts
 from merger.card.licences import licence_notices
 from merger.card.pictures.canvas import Picture
 from merger.card.pictures.lineage import portrait
@@ -16,13 +16,16 @@ from merger.card.relations import Relations, parameters, relations, tracks
 from merger.card.render import render
 from merger.evaluation.budget import Score, scores_text
 from merger.methods.registry import methods
+from merger.models import chat
 from merger.models.checkpoint import SUFFIX, index_name
 from merger.models.formats.safetensors import WrittenShard, index
-from merger.models.side_files import CARD_NAME, EVALUATED_NAME, LOCK_NAME, MEASURED_NAME
+from merger.models.side_files import CARD_NAME, EVALUATED_NAME, HUB_SCORES_NAME, LOCK_NAME, MEASURED_NAME
 from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.plan import Plan
 from merger.stores.ports import Content, FileInfo, Store, sha256_of, size_of
 from merger.stores.resolve import Library
+
+NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,21 @@ class Card:
         related: how the parents relate, of which it has a table.
         pictures: that it shows.
         scores: what was measured of the merge and its parents.
+        of_hub: those of the Hub's own data sets, as it reads them.
     """
 
     text: str
     related: Relations
     pictures: tuple[Picture, ...] = ()
     scores: tuple[Score, ...] = ()
+    of_hub: str | None = None
 
     @property
     def texts(self) -> dict[str, bytes]:
         """The files that are text."""
-        return {CARD_NAME: self.text.encode()} | (
-            {EVALUATED_NAME: scores_text(self.scores).encode()} if self.scores else {}
-        )
+        measured = scores_text(self.scores) if self.scores else None
+        found = {CARD_NAME: self.text, EVALUATED_NAME: measured, HUB_SCORES_NAME: self.of_hub}
+        return {name: text.encode() for name, text in found.items() if text}
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -61,6 +66,7 @@ def card(
     store: Store,
     elders: Store | None,
     scores: Sequence[Score] = (),
+    more: Mapping[str, str] = NOTHING,
 ) -> Card:
     """The card of a merge.
 
@@ -71,6 +77,7 @@ def card(
         store: where the parents' cards are.
         elders: where those of their own parents are; None: nowhere.
         scores: what was measured of the merge and its parents.
+        more: what else its front matter says.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
@@ -83,8 +90,23 @@ def card(
     pictures = tuple(picture for picture in drawn if picture is not None)
     shown = {picture.name: {"alt": picture.alt, "place": picture.place} for picture in pictures}
     related = relations(planned, seen)
-    parts = {"related": related, "lineage": tree.tree(), "pictures": shown, **score_facts(scores, name)}
-    return Card(render(planned, methods(), name, parts), related, pictures, tuple(scores))
+    told = {"related": related, "lineage": tree.tree(), "pictures": shown, "chats": chats(planned, store)}
+    measured = score_facts(scores, name)
+    metadata = {**measured.pop("metadata", {}), **more}
+    text = render(planned, methods(), name, {**told, **measured, "metadata": metadata})
+    return Card(text, related, pictures, tuple(scores), eval_results(scores, name if "/" in name else None))
+
+
+def chats(planned: Plan, store: Store) -> bool:
+    """Whether the result has a chat template.
+
+    Raises:
+        ModelError: the file of a model that may hold one cannot be read.
+    """
+    if planned.texts.template is not None:
+        return True
+    files = {name: planned.locked.models[number].located for name, number in planned.texts.taken.items()}
+    return chat.template({name: store.fetch(files[name], name) for name in chat.FILES if name in files}) is not None
 
 
 def elders(planned: Plan, to_hub: bool) -> Store | None:

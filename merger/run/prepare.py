@@ -156,11 +156,16 @@ def _left_out(name: str, at: Span | None, where: str) -> Problem:
     return Problem(what, at, where, "run the recipe in place of its lock; merger card is given templates by --template")
 
 
-def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
+def plan(recipe: Recipe, options: Options, held: Mapping[str, Pin] | None = None) -> tuple[Plan, Library]:
     """Pin the recipe's models and decide what will be made; no tensor's byte is read.
 
     A lock file beside the recipe, of mine.yaml mine.lock.yaml, says at which commits. A recipe that was read from a
     lock file is planned as it was then, or refused.
+
+    Args:
+        recipe: what is asked for.
+        options: what it may use.
+        held: the commits in place of those of the lock file beside the recipe.
 
     Raises:
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
@@ -173,9 +178,8 @@ def plan(recipe: Recipe, options: Options) -> tuple[Plan, Library]:
     if is_lock(path) and path.is_file():
         planned = _plan_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
     else:
-        locked = lock(
-            recipe, store, _pins(lock_path(path), options.root or path.parent), options.allow_pickle, options.tensors
-        )
+        pinned = _pins(lock_path(path), options.root or path.parent) if held is None else held
+        locked = lock(recipe, store, pinned, options.allow_pickle, options.tensors)
         planned = make_plan(locked, methods(), budget_of(recipe, options), options.seed)
     refuse_licences(planned, published=hub_path(stated_destination(recipe, options)) is not None)
     if options.part is None:

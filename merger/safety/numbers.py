@@ -115,6 +115,19 @@ def parse_size(text: str) -> int:
     return int(found)
 
 
+def size(nbytes: float) -> str:
+    """Bytes in the unit a person would choose, powers of 1000.
+
+    >>> size(5_484_880)
+    '5.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
 def quoted_short(text: str) -> str:
     """A text in quotes, cut where it is long."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -21,6 +21,7 @@ from merger.models.formats.safetensors import header
 from merger.models.side_files import (
     CARD_NAME,
     EVALUATED_NAME,
+    HUB_SCORES_NAME,
     LOCK_NAME,
     MEASURED_NAME,
     PICTURES,
@@ -34,6 +35,7 @@ from merger.recipe.model import Recipe
 from merger.run.artifacts import Card, card, elders, model_files
 from merger.run.prepare import recipe_of
 from merger.safety.limits import MODEL_TENSORS, Tally
+from merger.safety.names import is_repo
 from merger.safety.paths import ANYWHERE
 from merger.stores.folder import tree
 from merger.stores.ports import Content, FileInfo, Located, sha256_of, size_of
@@ -45,7 +47,7 @@ _SMALL = 64 << 20
 """Files of up to so many bytes that are no shards are always compared by their checksum; larger ones with --all."""
 
 _CHANGED = "it was changed after the merge was made"
-_OURS = (CARD_NAME, LOCK_NAME, EVALUATED_NAME, ".gitattributes")
+_OURS = (CARD_NAME, LOCK_NAME, EVALUATED_NAME, HUB_SCORES_NAME, ".gitattributes")
 _GITS_OR_THE_CLIENTS = (".git/", ".cache/huggingface/")
 """In a folder that was cloned or downloaded; no part of what was published."""
 
@@ -224,8 +226,14 @@ def other_side_files(merge: Merge, planned: Plan) -> Iterator[Problem]:
 # ---- the card -------------------------------------------------------------------------------------------------------
 
 
-def card_again(merge: Merge, planned: Plan, parents: Library) -> Card:
+def card_again(merge: Merge, planned: Plan, parents: Library, new_version: str | None = None) -> Card:
     """The card, rendered anew from what was measured on the way.
+
+    Args:
+        merge: whose it is.
+        planned: its plan.
+        parents: where its models are.
+        new_version: a model that takes its place, which the Hub then points to; None: the one that the card names.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
@@ -234,7 +242,9 @@ def card_again(merge: Merge, planned: Plan, parents: Library) -> Card:
     elsewhere = elders(planned, merge.located.commit is not None)
     seen = _measured(merge, MEASURED_NAME, load_geometry, "the tables of how the models relate")
     scores = _measured(merge, EVALUATED_NAME, read_scores, "the table of scores")
-    return card(planned, merge.located.name, seen or {}, parents, elsewhere, scores or ())
+    newer = new_version or (merge.located.card or {}).get("new_version")
+    kept = {"new_version": newer} if isinstance(newer, str) and is_repo(newer) else {}
+    return card(planned, merge.located.name, seen or {}, parents, elsewhere, scores or (), kept)
 
 
 def _measured(merge: Merge, name: str, load: Callable[[str], _Measured], lost: str) -> _Measured | None:
@@ -258,7 +268,7 @@ def find_edits(merge: Merge, planned: Plan, parents: Library) -> Iterator[str]:
     except MergerError as error:
         yield f"{CARD_NAME} cannot be rendered again to be compared: {error.problems[0].what}"
         return
-    for name in (CARD_NAME, EVALUATED_NAME):
+    for name in (CARD_NAME, EVALUATED_NAME, HUB_SCORES_NAME):
         told = merge.located.files.get(name)
         if told is None and name in files:
             yield f"{name} is missing"

@@ -15,7 +15,7 @@ from merger.planning.lockfile import changed_models, other_plan
 from merger.run.options import Options
 from merger.run.pipeline import place_of
 from merger.run.prepare import planned_again, stores_of, with_templates
-from merger.safety.names import HUB
+from merger.safety.names import HUB, need_repo
 from merger.stores.ports import Published
 from merger.verification.published import Merge, card_again, holds, open_merge
 
@@ -41,19 +41,22 @@ class Recarded:
         return located.where if located.commit is None else HUB + located.where
 
 
-def recard(target: str, options: Options, template: str | None = None) -> Recarded:
+def recard(target: str, options: Options, template: str | None = None, new_version: str | None = None) -> Recarded:
     """Render a merge's card from its lock; no tensor is read, and nothing is written.
 
     Args:
         target: a folder, or ``owner/name`` on the Hub, with or without ``hf://``.
         options: the token to read with, and whether the cache is used.
         template: a file or folder of templates, in place of the lock's, which are on the Hub or left out.
+        new_version: ``owner/name`` of a model that takes its place; None: the one that the card names, if it does.
 
     Raises:
         RecipeError: a revision is named, but a card can only go to main; or the template cannot be rendered.
         ModelError: the merge or one of its models cannot be read.
         VerificationError: it has no lock, or its lock is not that of a merge of these models.
     """
+    if new_version is not None:
+        need_repo(new_version)
     merge = open_merge(target, options.read_token)
     if merge.located.commit is not None and "@" in target:
         raise RecipeError(Problem(f"{target}: a card is written to main", hint="leave out the revision"))
@@ -66,7 +69,7 @@ def recard(target: str, options: Options, template: str | None = None) -> Recard
     planned = with_templates(planned, parents, options.root)  # the lock names none of this machine
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:
         raise VerificationError(problems)
-    files = card_again(merge, planned, parents).files
+    files = card_again(merge, planned, parents, new_version).files
     others = {name: content for name, content in files.items() if not holds(merge, name, content)}
     return Recarded(merge, others, files[CARD_NAME].decode())
 

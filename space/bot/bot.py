@@ -27,10 +27,10 @@ from huggingface_hub.utils import httpx
 from pydantic import ValidationError
 
 from merger.cli import markdown
-from merger.cli.text import size
 from merger.errors import MergerError, Problem, RecipeError
 from merger.safety import secrets
 from merger.safety.names import is_repo
+from merger.safety.numbers import size
 from space.bot.comments import command, recipe_block
 from space.bot.webhook_events import WebhookEvent, WebhookEvents
 from space.work import admission

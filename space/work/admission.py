@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger import runtime
-from merger.cli.text import size
 from merger.errors import BudgetError, MergerError, Problem, RecipeError
 from merger.run.extras import needs_of
 from merger.run.options import Options, needed_disk
@@ -23,6 +22,7 @@ from merger.run.prepare import parse_text, plan
 from merger.safety import numbers
 from merger.safety.limits import SPACE_TENSORS
 from merger.safety.names import is_repo
+from merger.safety.numbers import size
 
 if TYPE_CHECKING:
     from merger.planning.plan import Plan

@@ -13,16 +13,22 @@ from pathlib import Path
 import pytest
 import tiny
 from loopback.cards import problems
+from places import ROOT
 
 from merger import runtime
+from merger.card.facts import score_facts
 from merger.card.relations import Relation, Relations
 from merger.card.render import render
+from merger.evaluation.budget import Score
 from merger.lock.lock import lock
 from merger.methods.registry import methods
 from merger.planning.plan import Budget, Plan, make_plan
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Located
+
+SCREENS = 50
+"""Lines of a card without pictures that are seen before anything is opened: about two screens."""
 
 GOLDEN = Path(__file__).with_name("golden")
 COMMITS = {"org/base": "b" * 40, "org/one": "1" * 40, "org/two": "2" * 40, "org/three": "3" * 40}
@@ -44,9 +50,13 @@ PARTS = {
         name: {"alt": f"The {name} as a picture", "place": f"pictures/{name}.png"}
         for name in ("lineage", "settings", "movement")
     },
-    "evaluation": {"columns": ["model", "perplexity"], "rows": [["org/one", "12.3"], ["this merge", "11.2"]],
-                   "note": "Perplexity of heldout.txt, by Merger."},
-    "metadata": {"model-index": [{"name": "merged", "results": []}]},
+    "chats": True,
+    **score_facts(
+        [Score(None, "heldout.txt", "bits per byte", 1.21, None, False, "1,000 characters", "heldout.txt"),
+         Score("org/one", "heldout.txt", "bits per byte", 1.31, None, False, "1,000 characters", "heldout.txt"),
+         Score("org/two", "heldout.txt", "bits per byte", 1.5, None, False, "1,000 characters", "heldout.txt")],
+        "org/merged",
+    ),
 }  # fmt: skip
 
 RECIPES = {
@@ -126,4 +136,12 @@ def test_a_card_word_for_word(name: str, root: Path, monkeypatch: pytest.MonkeyP
         golden.write_text(card, "utf-8")
     assert card == golden.read_text("utf-8")
     assert problems(card) == ([], [])
-    assert not re.search(r"/home|\.\./|/tmp", card)
+    assert not re.search(r"/home|\.\./|/tmp|&#39;|&quot;", card)
+    folded = re.sub(r"<details>.*?</details>", "", card.split("---\n", 2)[2], flags=re.DOTALL)
+    assert name != "linear" or sum(map(bool, folded.splitlines())) <= SCREENS
+
+
+def test_no_value_stands_in_an_attribute_of_our_templates() -> None:
+    """So that apostrophes and quotes need no entities in them; templates of one's own have them."""
+    for source in (ROOT / "templates").rglob("*.j2"):
+        assert not re.search(r"""=\s*["'][^"'>]*\{\{|<[^>]*\{\{""", source.read_text("utf-8")), source

@@ -90,7 +90,8 @@ def card(template: str | None = None, **others: str) -> tuple[dict[str, Any], Sk
     row = Relation(said["measured"], 0.5, 0.25, (1.0, 0.5), 0.75)
     parts = {"related": Relations((row,), (row,), (said["measured"],)), "lineage": said["measured"],
              "pictures": {"lineage": {"alt": said["measured"], "place": "a.png"}},
-             "evaluation": {"columns": [said["measured"]], "rows": [[said["measured"]]], "note": said["measured"]},
+             "evaluation": {"columns": [said["measured"]], "rows": [[said["measured"]]], "note": said["measured"],
+                            "verdict": [said["measured"]]},
              }  # fmt: skip
     planned = merger.plan("mine.yaml")
     made = render(planned, methods(), said["title"], parts)

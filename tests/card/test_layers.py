@@ -111,6 +111,25 @@ parameters:
     assert [line.values.get(OUTSIDE) for line in found.lines] == [0.5, None, None]
 
 
+@pytest.mark.parametrize(
+    ("value", "course"),
+    [
+        ("[1, 0.5]", "1 to 0.5"),
+        ("[0.5, 1]", "0.5 to 1"),
+        ("[0, 1, 0]", "0 to 1 to 0"),
+        ("0.3", "0.3"),
+        (
+            "[{{filter: mlp, value: [1, 0]}}, {{value: 0.5}}]",
+            "0.5 (input_layernorm, post_attention_layernorm, self_attn); 1 to 0 (mlp)",
+        ),
+    ],
+)
+def test_numbers_keep_their_order(value: str, course: str, tmp_path: Path) -> None:
+    """From the first layer to the last, named where they turn."""
+    text = "merge_method: slerp\nbase_model: {0}/one\nmodels: [{{model: {0}/one}}, {{model: {0}/two}}]\n"
+    assert in_force(tmp_path, f"{text}parameters: {{{{t: {value}}}}}\n")["t"].course("") == course
+
+
 def test_a_number_for_each_parent_is_a_line_for_each(tmp_path: Path) -> None:
     """Named by the parent, and where kinds differ by the kind as well."""
     text = """\

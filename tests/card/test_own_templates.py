@@ -80,7 +80,7 @@ def test_a_folder_holds_parts(folder: Path) -> None:
     (folder / "own/parts/recipe.md.j2").write_text('## My recipe\n\n{% include "merger/parts/recipe.md.j2" %}')
     made = body("own")
     assert "## My recipe\n\n## Recipe" in made
-    assert "## Models" in made
+    assert "## How it was made" in made
 
 
 @pytest.mark.parametrize("path", ["template", "template/card.md.j2", "template/card.md.j2@main"])

@@ -125,8 +125,8 @@ def test_every_picture_of_a_card_lies_beside_it(tmp_path: Path) -> None:
     merger.merge(recipe, str(tmp_path / "out"))
     shown = re.findall(r"!\[(.+)\]\((pictures/\w+\.png)\)", (tmp_path / "out/README.md").read_text())
     assert [alt for alt, _ in shown] == [
-        "Lineage of out: 2 models, 2 of them its parents",
         "By layer and kind of tensor: t",
+        "Lineage of out: 2 models, 2 of them its parents",
         "By layer, how far the merge is from one, two: relative distance, cosine, sign conflicts",
     ]
     there = {f"pictures/{item.name}" for item in (tmp_path / "out/pictures").iterdir()}

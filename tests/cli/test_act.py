@@ -249,7 +249,8 @@ def test_a_pull_request_gets_one_comment_that_is_kept_up_to_date(
     assert ran.code == 0, ran.log
     (comment,) = github.comments[7]
     for name in ("one", "two"):
-        assert f"| `org/{name}` | `{served.head(f'org/{name}')[:12]}` |" in comment["body"]
+        page, commit = f"{served.url}/org/{name}", served.head(f"org/{name}")
+        assert f"| [`org/{name}`]({page}) | [`{commit[:12]}`]({page}/tree/{commit}) |" in comment["body"]
     assert "unknown key" not in comment["body"]
     assert not [request for request in served.log if request.method != "GET" and request.method != "HEAD"]
 
@@ -267,7 +268,7 @@ def test_a_forks_pull_request_is_planned_without_a_secret_and_its_names_run_noth
     )
     assert ran.code == 0, ran.log
     assert ran.outputs["state"] == "planned"
-    assert "| `org/one` |" in ran.summary
+    assert "| [`org/one`](" in ran.summary
     assert github.comments == {}
     assert not list(tmp_path.rglob("pwned"))
     assert not (tmp_path / "trapped").exists()
@@ -294,6 +295,28 @@ def test_a_matrix_of_parts_makes_the_model_of_a_single_job(
     assert len(shards) > 2
     assert {name: made.get(name) for name in shards} == {name: whole[name] for name in shards}
     assert made.keys() == whole.keys()
+
+
+@thorough_only
+def test_every_night_a_merge_is_made_again_if_a_parent_has_moved(
+    clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, runner: Runner, tmp_path: Path
+) -> None:
+    """The workflow of examples/, word for word: nothing is made while none has, and the lock file says which has."""
+    example = (ROOT / "examples" / "workflow-nightly.yml").read_text()
+    example = example.replace("          hf-token:", '          install: "false"\n          hf-token:')
+    recipe = RECIPE.replace("org/merged", "org/nightly").replace("org/two", "org/moving")
+    clone.commit({".github/workflows/merge.yaml": example, "merges/mine.yaml": recipe})
+    served.add_model("org/moving", tiny.model(tmp_path / "moving", 5))
+    for merged, moves in ((1, True), (1, False), (2, True)):
+        ran = runner("schedule", {}, hf_token=WRITER)
+        assert ran.code == 0, ran.log
+        assert len(merges(served, "org/nightly")) == merged
+        lock = github.files["merges/mine.lock.yaml"].decode()
+        assert (served.head("org/moving") in lock, served.head("org/one") in lock) == (True, True)
+        clone.commit({"merges/mine.lock.yaml": lock})
+        if not moves:
+            tensors = tiny.model(tmp_path / "moved", 6) / "model.safetensors"
+            served.commit("org/moving", {"model.safetensors": tensors.read_bytes()})
 
 
 def test_a_job_that_the_hub_trusts_publishes_without_a_secret(

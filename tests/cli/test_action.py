@@ -347,7 +347,8 @@ def test_a_push_is_merged_and_a_job_run_again_makes_nothing_new(clone: Checkout,
         (reported,) = json.loads(Path(told.outputs["report"]).read_text()) if told is again else [{"recipe": ""}]
     assert (reported["recipe"], reported["state"], reported["plan"]["seed"]) == ("merges/mine.yaml", "unchanged", 0)
     assert "> # out\n" in first.summary
-    assert "> ## Models" in first.summary
+    assert "> **It was not measured**" in first.summary
+    assert "<summary>The card</summary>\n\n## Use it" in first.summary
     assert "::group::run merges/mine.yaml" in first.commands
 
 
@@ -521,6 +522,49 @@ def test_a_pull_requests_plan_is_one_comment_kept_up_to_date(
     assert step("pull_request", pull_request(base, head), hosted.url).code == 0
     assert "changes no recipe any more" in comments(hosted)[3]
     assert len(comments(hosted)) == 4
+
+
+CHANGES_OF_PLANS = {
+    "a weight": ("weight: 0.5", "weight: [1, 0.25]", ["| `weight` of `one` | 0.5 | 1 to 0.25 |"]),
+    "a method": ("linear", "slerp", ["| method | `linear` (21 tensors) | "]),
+    "words": ("merge_method", "# a word\nmerge_method", ["**Changed:** nothing of what is made."]),
+    "the seed": ("merge_method", "seed: 3\nmerge_method", ["**Changed:** the seed of what is made."]),
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES_OF_PLANS, "new", "wrong before", "asked of GitHub"])
+def test_a_comment_says_first_what_a_recipe_comes_to_and_what_changed(
+    name: str, clone: Checkout, step: Step, recipe: str, hosted: LoopbackGitHub
+) -> None:
+    """One line for the recipe, then the rows of the plan that are others than on main; the rest is folded."""
+    old, new, said = CHANGES_OF_PLANS.get(name, ("", "", []))
+    if name == "new":
+        base, said = clone.commit({}), ["**New:** there is no such recipe yet."]
+    elif name == "wrong before":
+        base, said = clone.commit({"merges/mine.yaml": WRONG}), ["cannot be planned", "unknown key 'modl'"]
+    else:
+        base = clone.commit({"merges/mine.yaml": recipe})
+    if name == "asked of GitHub":
+        old, new, said = CHANGES_OF_PLANS["a weight"]
+        base, hosted.files["merges/mine.yaml"] = "0" * 39 + "1", recipe.encode()
+        hosted.compared["pull 7"] = [{"filename": "merges/mine.yaml", "status": "modified"}]
+    changed = recipe.replace(old, new) if old else recipe
+    if name == "a method":
+        changed = changed.replace(
+            "parameters: {weight: 0.5}", f"parameters: {{t: 0.5}}\nbase_model: {clone.root / 'models/one'}"
+        )
+    head = clone.commit({"merges/mine.yaml": changed + "dtype: bfloat16\n" if name == "wrong before" else changed})
+    told = step("pull_request", pull_request(base, head), hosted.url)
+    assert told.code == 0, told.log
+    (body,) = comments(hosted)
+    seen, _, _ = body.partition("<details>")
+    assert "### `merges/mine.yaml`: planned\n\n" in seen
+    assert all(each in seen for each in said), body
+    assert "licence not settled, about 1 min, " in seen
+    assert "| goes to |" not in seen
+    assert body.count("<details>") == body.count("</details>")
+    assert "<summary>The plan</summary>" in body
+    assert "<summary>The card</summary>\n\n# merged\n" in body
 
 
 @pytest.mark.parametrize("author", [{"login": "stranger"}, {"login": "another-app[bot]"}, {}, None])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +108,20 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.
     assert yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"][0]["metrics"][0] == {
         "type": "perplexity", "value": scores[0].value, "name": "perplexity",
     }  # fmt: skip
+
+
+@thorough_only
+@pytest.mark.parametrize("chat", ["", "chat_template: chatml\n"])
+def test_the_example_of_a_card_runs(chat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word for word, for a model that goes on from words, and for one with a chat template; it says something."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(LINEAR.format(ZOO / "kjv", ZOO / "python") + chat)
+    options = Options(to="./out", threads=1)
+    merge(*plan(read_recipe(Path("mine.yaml")), options), options)
+    example = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert ("apply_chat_template" in example) == bool(chat)
+    said = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True).stdout
+    assert said.strip()
 
 
 # ---- over the Hub ---------------------------------------------------------------------------------------------------

@@ -88,10 +88,10 @@ MIXED = "base_model: org/a\nexperts:\n- source_model: org/b\n  positive_prompts:
 @pytest.mark.parametrize(
     ("recipe", "settings", "count", "torch"),
     [
-        (LINEAR, {}, 2, None),
-        ("what: is this", {}, 2, None),
-        (LINEAR + "evaluate: {perplexity: {text: hf://org/a/b.txt}}\n", {}, 6, "--torch-backend cpu --no-deps"),
-        (MIXED, {"TORCH_INDEX": "the-index"}, 5, "--no-deps --index-url the-index torch"),
+        (LINEAR, {}, 3, None),
+        ("what: is this", {}, 3, None),
+        (LINEAR + "evaluate: {perplexity: {text: hf://org/a/b.txt}}\n", {}, 7, "--torch-backend cpu --no-deps"),
+        (MIXED, {"TORCH_INDEX": "the-index"}, 6, "--no-deps --index-url the-index torch"),
     ],
 )
 def test_the_action_installs_no_torch_but_for_recipes_that_take_it(
@@ -105,8 +105,16 @@ def test_the_action_installs_no_torch_but_for_recipes_that_take_it(
     (stand_in / "python").write_text(PIP.format(python=sys.executable, log=log))
     (stand_in / "python").chmod(0o755)
     path = f"{stand_in}{os.pathsep}{os.environ['PATH']}"
-    settings = {"PATH": path, "TMPDIR": str(tmp_path / "bin"), **settings}
-    subprocess.run(["bash", str(ROOT / ".ci" / "install")], env=settings, check=True, capture_output=True)
+    settings = {"PATH": path, "TMPDIR": str(tmp_path / "bin"), "KEPT": str(tmp_path / "kept"), **settings}
+
+    def install(*extras: str) -> str:
+        line = ["bash", str(ROOT / ".ci" / "install"), *extras]
+        return subprocess.run(line, env=settings, check=True, capture_output=True, text=True).stdout.strip()
+
+    extras = install()
+    assert (extras != "") == (torch is not None)
+    if extras:
+        install(*extras.split())
     told = log.read_text()
     assert told.count("pip install") == count
     assert ("torch" in told) == (torch is not None)

@@ -131,6 +131,12 @@ def test_on_the_hub_it_is_one_commit_of_the_card_alone(served: LoopbackHub, clie
     assert (again.code, served.head("org/carded")) == (0, head), again.err
     assert again.out == f"nothing to do: it is already {served.url}/org/carded at commit {commits[0].sha[:12]}\n"
 
+    pointed = client(called, [*mine, "--new-version", "org/next"])
+    assert pointed.code == 0, pointed.err
+    assert "\nnew_version: org/next\n" in client(called, [*mine, "--print"]).out
+    assert client(called, [*mine, "--new-version", "../next"]).code == 2
+    head = served.head("org/carded")
+
     template.write_text("# three\n")
     served.fail(
         lambda request: request.path.endswith("/api/validate-yaml"),

@@ -70,7 +70,7 @@ class HubStore:
         if is_single(within):
             held = {name: file for name, file in held.items() if name == within.rpartition("/")[2]}
         if not held:
-            page = f"{constants.ENDPOINT}/{repo}/tree/{info.sha}"
+            page = hub_page(f"{repo}/tree/{info.sha}")
             raise ModelError(Problem(f"there is no {within!r} in {repo}", hint=f"see {page}"))
         card = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
         name = f"{info.id}/{within}" if within else info.id
@@ -128,6 +128,11 @@ def ask_account() -> tuple[str, Account | None]:
         raise UnreadableAnswer("no account in it")
 
 
+def hub_page(path: str) -> str:
+    """The address of a page of the Hub."""
+    return f"{constants.ENDPOINT}/{path}"
+
+
 def hub_file(repo: str, file: str, revision: str | None, of_dataset: bool, token: str | bool | None) -> bytes:
     """A file of a model's or a data set's repo, by way of Hugging Face's cache.
 
@@ -175,7 +180,7 @@ def no_token(error: Exception, repo: str) -> Problem:
     if isinstance(error, httpx.HTTPError) and is_passing(error):
         why = f"HTTP {status}" if status else type(error).__name__
         return Problem(f"{what}: GitHub or the Hub is in trouble ({why})", hint="run the job again later")
-    page = f"{constants.ENDPOINT}/{repo}/settings"
+    page = hub_page(f"{repo}/settings")
     hint = f"the repo has to exist, and to name this workflow as a trusted publisher in {page}"
     return Problem(f"{what} ({f'HTTP {status}' if status else error})", hint=hint)
 
@@ -197,7 +202,7 @@ def _kind(error: Exception) -> type[ModelError]:
 
 
 def _in_words(error: Exception, path: str, revision: str | None) -> Problem:
-    page = f"{constants.ENDPOINT}/{path}"
+    page = hub_page(path)
     match error:
         case GatedRepoError():
             hint = f"accept its terms at {page} and give a token of that account as HF_TOKEN"
