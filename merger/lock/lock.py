@@ -20,6 +20,7 @@ import yaml
 from merger.errors import MissingError, ModelError, Problem, RecipeError
 from merger.lock.adapted import with_adapter
 from merger.lock.locked import LockedModel, LockedRecipe, stated_licence
+from merger.lock.matched import with_names_of
 from merger.models import chat, vocabulary
 from merger.models.checkpoint import (
     STEM,
@@ -111,7 +112,9 @@ def lock(
     found = _in_one_layout(_collect(merged))
     by_ref = {lora.ref: lora for lora in loras}
     changed = _collect(_attempt_with(model, by_ref) for model in found)
-    return LockedRecipe(recipe, _with_texts(recipe, changed, loras, store))
+    like = next(model for model in changed if model.ref == recipe.names_model)
+    named = [with_names_of(like, model) for model in changed]
+    return LockedRecipe(recipe, _with_texts(recipe, named, loras, store))
 
 
 _Attempt = tuple[LockedModel | None, tuple[Problem, ...]]

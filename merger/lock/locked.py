@@ -39,6 +39,7 @@ class LockedModel:
         changes: what that makes of its tensors, by their names.
         brought: the names of tensors that are in the adapter alone.
         licence_file: which licence the file beside it is, where its card names none.
+        matched: its own names for tensors that are called as the result's are.
         pipeline: of the files of its pipeline what each of them holds: two with a name in common are equal.
     """
 
@@ -54,6 +55,7 @@ class LockedModel:
     changes: Mapping[str, Change] = field(default_factory=dict, repr=False)
     brought: tuple[str, ...] = ()
     licence_file: str | None = None
+    matched: Mapping[str, str] = field(default_factory=dict, repr=False)
     pipeline: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
 
     @cached_property

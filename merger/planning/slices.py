@@ -11,12 +11,13 @@ from functools import cached_property
 
 from merger.errors import MismatchError, Problem, RecipeError, Span, did_you_mean
 from merger.lock.locked import LockedModel
+from merger.lock.matched import candidates
 from merger.methods.registry import Method
 from merger.models.architecture import DEFAULT
 from merger.planning.stage_model import StagedRecipe
 from merger.recipe.model import Module, Slice, Source
 
-# ---- layers of another name -----------------------------------------------------------------------------------------
+# ---- layers that a model lacks --------------------------------------------------------------------------------------
 
 
 def unlike(config_model: LockedModel, other: LockedModel, stack: str) -> tuple[str, str]:
@@ -28,38 +29,18 @@ def unlike(config_model: LockedModel, other: LockedModel, stack: str) -> tuple[s
         stack: the stack's name.
     """
     ours, theirs = config_model.architecture.stacks, other.architecture.stacks
-    pairs = [(mine, name) for mine in ours for name in theirs if name not in ours]
-    alike = [(mine, name) for mine, name in pairs if _first_layer(config_model, mine) == _first_layer(other, name)]
-    if alike:
-        mine, name = next((pair for pair in alike if pair[0] == stack), alike[0])
-        what = f"the layers {mine}.N of {config_model.name} are called {name}.N in {other.name}"
-        found = ((len(ours), len(mine), config_model), (len(theirs), len(name), other))
-        (*_, less), (*_, more) = sorted(found, key=lambda each: each[:2])
-        return what, _one_name(less, more)
+    could = {own: homes for own, homes in candidates(config_model, other).items() if stack in homes}
+    if could:
+        (own, homes), *_ = could.items()
+        one, several = (other.name, own), (config_model.name, homes)
+        if len(homes) == 1:
+            one, several = (config_model.name, stack), (other.name, tuple(could))
+        what = f"the layers {one[1]}.N of {one[0]} may be {' or '.join(f'{n}.N' for n in several[1])} of {several[0]}"
+        return what, "by roles and shapes both fit: save the one that is meant by itself, and merge that"
     shared = " and ".join(name for name in theirs if name in ours)
     what = f"{other.name} has no layers {stack}.N (its stacks of layers: {', '.join(theirs) or 'none'})"
     hint = f"modules: with {shared} and default alone merges what both have, and copies the rest"
     return what, hint if shared else "only models of one architecture can be merged"
-
-
-def _first_layer(model: LockedModel, stack: str) -> frozenset[tuple[str, tuple[int, ...]]]:
-    """The roles and shapes of a stack's first layer."""
-    return frozenset((model.architecture.place(tensor.name).role, tensor.shape) for tensor in model.layer(stack, 0))
-
-
-def _one_name(less: LockedModel, more: LockedModel) -> str:
-    """How two models come by the same names."""
-    kinds = [_class(model) for model in (less, more)]
-    if kinds[0] == kinds[1]:
-        return "save both with one version of transformers, and merge those"
-    told = f"{more.name} is a {kinds[1]}, {less.name} a {kinds[0]}"
-    return f"{told}: save what {more.name} has of a {kinds[0]} with transformers, and merge that"
-
-
-def _class(model: LockedModel) -> str:
-    """The class that its config names."""
-    named = model.checkpoint.config.get("architectures")
-    return str(named[0]) if isinstance(named, list) and named else "model of no named class"
 
 
 # ---- cuts -----------------------------------------------------------------------------------------------------------
@@ -145,7 +126,11 @@ def parts(locked: StagedRecipe, piece: Slice, method: Method) -> tuple[Segment, 
 
 
 def cut(locked: StagedRecipe, table: Mapping[str, Method], findings: Findings) -> list[CutModule | str]:
-    """The output's modules in order; of a module that the recipe does not name, only its name: it will be copied."""
+    """The output's modules in order; of a module that is copied, only its name.
+
+    Those are modules that the recipe does not name, and stacks that only the config model has: what a model that sees
+    has besides the language model that is merged into it.
+    """
     architecture = locked.config_model.architecture
     named = {module.name: module for module in locked.recipe.modules}
     if None in named and not _is_clear(locked, named[None], findings):
@@ -157,8 +142,19 @@ def cut(locked: StagedRecipe, table: Mapping[str, Method], findings: Findings) -
                 f"{locked.config_model.name} has no module {name!r}", named[name].at, f"modules.{name}", hint
             )
     everything = named.get(None)
-    chosen = [(name, named.get(name, everything)) for name in architecture.modules]
+    alone = set[str]() if everything is None else _only_in_config_model(locked, everything)
+    chosen = [(name, None if name in alone else named.get(name, everything)) for name in architecture.modules]
     return [name if module is None else _module(locked, table, findings, module, name) for name, module in chosen]
+
+
+def _only_in_config_model(locked: StagedRecipe, module: Module) -> set[str]:
+    """The stacks that no other model of a module has; none, where one has layers of its own."""
+    ours = locked.config_model.architecture.stacks
+    refs = {source.model for piece in module.slices for source in piece.sources} - {locked.recipe.config_model}
+    theirs = [locked.model(ref).architecture.stacks for ref in refs]
+    if not theirs or any(not stacks or stacks.keys() - ours.keys() for stacks in theirs):
+        return set()
+    return set(ours).difference(*theirs)
 
 
 def _is_clear(locked: StagedRecipe, module: Module, findings: Findings) -> bool:

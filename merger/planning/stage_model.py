@@ -172,7 +172,9 @@ class StagedRecipe(LockedRecipe):
 def _dequantise(owner: int, held: Scaled | PackedTensor, tensor: TensorInfo) -> Input:
     """A tensor that is stored in few bits, whose codes go by its name."""
     if isinstance(held, Scaled):
-        return Dequantised(Stored(owner, held.numbers), Stored(owner, held.scales), held.block, tensor.dtype)
+        return Dequantised(
+            Stored(owner, replace(held.numbers, name=tensor.name)), Stored(owner, held.scales), held.block, tensor.dtype
+        )
     (role, codes), *others = held.parts.items()
     parts = {role: replace(codes, name=tensor.name), **dict(others)}
     stored = tuple((role, Stored(owner, part)) for role, part in parts.items())

@@ -12,7 +12,7 @@ from typing import Any
 
 from merger.errors import Problem, RecipeError, Span
 from merger.lock.locked import LockedModel
-from merger.models.architecture import Place, is_buffer, is_head
+from merger.models.architecture import Place, is_buffer, is_head, parse_place
 from merger.models.config import (
     Kind,
     Layer,
@@ -33,6 +33,7 @@ from merger.planning.tokens import Tokens
 
 _OF_ADAPTER = re.compile(r"\.(base_layer|lora_[AB])(?=\.weight$)")
 _NOT_THERE = "the result has no such layers"
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,29 @@ def notes(locked: StagedRecipe, making: JobSet) -> tuple[str, ...]:
     models = [locked.numbered(number) for number in locked.own]
     own = [model.name for model in models if making.has_head and any(is_head(name) for name in model.brought)]
     told = f"head: a tensor of its own, for {', '.join(own)} changes it, and not the embedding that it was"
-    return (*_of_quantised(locked), *([told] if own else []), *_of_prediction(locked, making, models))
+    own_head = [told] if own else []
+    return (*_of_quantised(locked), *own_head, *_of_names(locked, making), *_of_prediction(locked, making, models))
+
+
+def _of_names(locked: StagedRecipe, making: JobSet) -> Iterator[str]:
+    """What was matched to what, and which stacks are the config model's alone."""
+    config_model = locked.config_model
+    for model in locked.models:
+        pairs = dict.fromkeys((_without_number(own), _without_number(name)) for name, own in model.matched.items())
+        shown = [f"{own} as {name}" for own, name in pairs][:_SHOWN]
+        more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
+        if shown:
+            yield f"matched by structure: of {model.name} {', '.join(shown)}{more}"
+    unnamed = all(module.name is None for module in locked.recipe.modules)
+    kept = [stack for stack in config_model.architecture.stacks if stack not in making.layers]
+    if making.layers and unnamed and kept:
+        yield f"kept as {config_model.name} has it, for no other model has such layers: {', '.join(kept)}"
+
+
+def _without_number(name: str) -> str:
+    """A tensor's name; of one that is numbered what is before its number."""
+    place = parse_place(name)
+    return name if place.stack is None else f"{place.stack}.N"
 
 
 def _of_quantised(locked: StagedRecipe) -> Iterator[str]:

@@ -481,3 +481,12 @@ class Recipe:
         """The model whose config and side files the result takes: the base model, else the recipe's first model."""
         base = self.base_model or self.slices[0].base_model
         return base or self.merged[0]
+
+    @property
+    def names_model(self) -> ModelRef:
+        """The model after whose tensors the result's are named: its config model, or that of the stage which is it."""
+        stages = {ModelRef(stage.name or ""): stage for stage in self.stages}
+        ref = self.config_model
+        while ref in stages:
+            ref = stages[ref].config_model
+        return ref

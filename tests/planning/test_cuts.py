@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from merger.errors import MergerError, MismatchError, RecipeError
 
-from .models import Tensors, jobs, llama, model, planned, sources, write
+from .models import jobs, llama, model, planned, sources, write
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -121,77 +119,6 @@ slices:
     assert [problem.at and problem.at.line for problem in problems] == [4, 6]
     assert problems[0].what == "[0, 4] ends beyond one, which has 3 layers"
     assert problems[1].hint == "its last layer is 2: end at 3 or before"
-
-
-def _under(prefix: str, **shape: Any) -> Tensors:
-    """The tensors of a model with a prefix before each name."""
-    return {f"{prefix}{name}": value for name, value in llama(**shape).items()}
-
-
-def _seeing(name: str) -> Tensors:
-    """A language model under another name, and a vision tower."""
-    tower = {f"vision.blocks.{layer}.norm.{part}": ("BF16", (8,)) for layer in range(2) for part in ("weight", "bias")}
-    return {**tower, **{key.replace("model.", f"{name}.", 1): value for key, value in llama().items()}}
-
-
-ONE_VERSION = "save both with one version of transformers, and merge those"
-UNLIKE: Mapping[str, tuple[tuple[Tensors, str], tuple[Tensors, str], str, str]] = {
-    "a body and a whole": (
-        (llama(), "BertModel"), (_under("bert."), "BertForMaskedLM"),
-        "the layers model.layers.N of one are called bert.model.layers.N in other",
-        "other is a BertForMaskedLM, one a BertModel: save what other has of a BertModel with transformers, "
-        "and merge that",
-    ),
-    "a whole and a body": (
-        (_under("bert."), "BertForMaskedLM"), (llama(), "BertModel"),
-        "the layers bert.model.layers.N of one are called model.layers.N in other",
-        "one is a BertForMaskedLM, other a BertModel: save what one has of a BertModel with transformers, "
-        "and merge that",
-    ),
-    "a model that sees and its language model": (
-        (_seeing("language_model"), "LlavaForConditionalGeneration"), (llama(), "LlamaForCausalLM"),
-        "the layers language_model.layers.N of one are called model.layers.N in other",
-        "one is a LlavaForConditionalGeneration, other a LlamaForCausalLM: save what one has of a LlamaForCausalLM "
-        "with transformers, and merge that",
-    ),
-    "the language model first": (
-        (llama(), "LlamaForCausalLM"), (_seeing("language_model"), "LlavaForConditionalGeneration"),
-        "the layers model.layers.N of one are called language_model.layers.N in other",
-        "other is a LlavaForConditionalGeneration, one a LlamaForCausalLM: save what other has of a LlamaForCausalLM "
-        "with transformers, and merge that",
-    ),
-    "under one name": (
-        (_seeing("model"), "Qwen2VLForConditionalGeneration"), (llama(), "Qwen2ForCausalLM"),
-        "other has no layers vision.blocks.N (its stacks of layers: model.layers)",
-        "modules: with model.layers and default alone merges what both have, and copies the rest",
-    ),
-    "two versions": (
-        (llama(), "X"), (_under("language_"), "X"),
-        "the layers model.layers.N of one are called language_model.layers.N in other", ONE_VERSION,
-    ),
-    "classes that nobody names": (
-        (llama(), ""), (_under("language_"), ""),
-        "the layers model.layers.N of one are called language_model.layers.N in other", ONE_VERSION,
-    ),
-    "other layers": (
-        (llama(), "X"), (_under("language_", hidden=16), "X"),
-        "other has no layers model.layers.N (its stacks of layers: language_model.layers)",
-        "only models of one architecture can be merged",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", UNLIKE)
-def test_layers_under_another_name_are_refused_with_what_differs_and_what_to_do(case: str, tmp_path: Path) -> None:
-    """Once, and without a word of the tensors outside of them, which differ for the same reason."""
-    *models, what, hint = UNLIKE[case]
-    listed = ", ".join(
-        f"{{model: {write(tmp_path / name, held, **({'architectures': [kind]} if kind else {}))}}}"
-        for name, (held, kind) in zip(("one", "other"), models, strict=True)
-    )
-    with pytest.raises(MismatchError) as caught:
-        planned(f"merge_method: linear\nmodels: [{listed}]")
-    assert [(problem.what, problem.hint) for problem in caught.value.problems] == [(what, hint)]
 
 
 def test_a_depth_that_the_config_does_not_speak_of_is_refused(tmp_path: Path) -> None:

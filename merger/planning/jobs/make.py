@@ -72,7 +72,9 @@ class _Maker:
                 yield from self._loose(module.cuts[-1], before=False)
 
     def _copy_module(self, name: str) -> Iterator[Job]:
-        number, why = self._locked.index(self._locked.config_model.ref), f"the recipe does not name the module {name}"
+        number = self._locked.index(self._locked.config_model.ref)
+        named = any(module.name is not None for module in self._locked.recipe.modules)
+        why = f"the recipe does not name the module {name}" if named else _only_has(self._locked.config_model)
         for tensor in self._locked.config_model.checkpoint.tensors.values():
             if self._locked.config_model.architecture.module(tensor.name) != name:
                 continue
@@ -265,8 +267,12 @@ def _why_copied(piece: Cut, leading: TensorInfo, found: Sequence[TensorInfo | No
     alone = len(found) > 1 and [tensor is None for tensor in found].count(False) == 1
     leader = piece.parts[piece.leader].model
     if alone and leader.architecture.place(leading.name).stack is None and leading is not leader.embedding:
-        return f"only {leader.name} has it"
+        return _only_has(leader)
     return None
+
+
+def _only_has(model: LockedModel) -> str:
+    return f"only {model.name} has it"
 
 
 def _is_whole(cuts: Sequence[Cut], stack: str) -> bool:
