@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, product
-from operator import methodcaller
+from itertools import accumulate, groupby, islice, product
+from operator import itemgetter, methodcaller
 from typing import Any, Self
 
 from merger.errors import BudgetError, Problem
@@ -339,9 +339,14 @@ def _whole_file(jobs: tuple[Job, ...]) -> tuple[Shard, ...]:
 
 
 def _files_of(locked: StagedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[Shard, ...]:
+    """The jobs in files as the config model's are, where as many files are needed; else cut by size alone."""
     config_owner = locked.config_owner
-    ordered = _in_file_order(jobs, locked.owner(locked.index(config_owner.ref)))
-    return tuple(_shards(ordered, limit, config_owner.checkpoint.stem))
+    ordered, files = _in_file_order(jobs, locked.owner(locked.index(config_owner.ref)))
+    groups = _cut(ordered, limit)
+    if len(files) == len(groups) and all(sum(job.nbytes for job in file) <= limit for file in files if len(file) > 1):
+        groups = files
+    names = (shard_name(number, len(groups), config_owner.checkpoint.stem) for number in range(1, len(groups) + 1))
+    return tuple(Shard(name, _align(group)) for name, group in zip(names, groups, strict=True))
 
 
 def _make_jobs(locked: StagedRecipe, table: Mapping[str, Method], seed: int) -> tuple[JobSet, Mapping[str, Any]]:
@@ -359,15 +364,18 @@ def _most_at_once(jobs: Sequence[Job], table: Mapping[str, Method], remote: froz
     return max(sums[min(start + ahead + 2, len(nbytes))] - sums[start] for start in range(len(sums)))
 
 
-def _in_file_order(jobs: tuple[Job, ...], config_model: int) -> tuple[Job, ...]:
-    """The jobs as the config model's files hold its tensors, if each job reads one of them; else as they stand.
+def _in_file_order(jobs: tuple[Job, ...], config_model: int) -> tuple[tuple[Job, ...], list[list[Job]]]:
+    """The jobs as the config model's files hold its tensors, if each job reads one of them, and those of each file;
+    else as they stand.
 
     A file that is read front to back needs few requests, and its SHA-256 can be checked on the way.
     """
-    places = [next(_places(job, config_model), None) for job in jobs]
-    if None in places:
-        return jobs
-    return tuple(jobs[number] for number in sorted(range(len(jobs)), key=lambda number: places[number] or ("", 0)))
+    found = [(place, job) for job in jobs for place in islice(_places(job, config_model), 1)]
+    if len(found) < len(jobs):
+        return jobs, []
+    ordered = sorted(found, key=itemgetter(0))
+    files = [[job for _, job in of] for _, of in groupby(ordered, lambda each: each[0][0])]
+    return tuple(job for _, job in ordered), files
 
 
 def _places(job: Job, model: int) -> Iterator[tuple[str, int]]:
@@ -376,8 +384,8 @@ def _places(job: Job, model: int) -> Iterator[tuple[str, int]]:
     return ((stored.tensor.file, stored.tensor.start) for stored in read if stored.model == model)
 
 
-def _shards(jobs: tuple[Job, ...], limit: int, stem: str) -> list[Shard]:
-    """Cut the jobs into files of at most `limit` bytes; a tensor larger than that has a file of its own."""
+def _cut(jobs: tuple[Job, ...], limit: int) -> list[list[Job]]:
+    """The jobs of files of at most `limit` bytes; a tensor larger than that has a file of its own."""
     groups: list[list[Job]] = [[]]
     held = 0
     for job in jobs:
@@ -386,8 +394,7 @@ def _shards(jobs: tuple[Job, ...], limit: int, stem: str) -> list[Shard]:
             held = 0
         groups[-1].append(job)
         held += job.nbytes
-    ordered = [_align(group) for group in groups]
-    return [Shard(shard_name(number, len(ordered), stem), group) for number, group in enumerate(ordered, 1)]
+    return groups
 
 
 def _align(jobs: Sequence[Job]) -> tuple[Job, ...]:

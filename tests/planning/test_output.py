@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures.cases import CASES as CLASSES
+from merging import merged
 
 from .models import Tensors, jobs, llama, model, planned, sources, write
 
@@ -180,3 +183,24 @@ def test_side_files_are_the_donors(tmp_path: Path) -> None:
     found = planned(f"merge_method: task_arithmetic\nbase_model: {base}\nmodels: [{{model: {one}}}]")
     left = {"README.md", "modeling_own.py", "pytorch_model.bin", "training_args.bin", "notes.txt"}
     assert set(found.texts.taken) == set(names) - left
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [20_000, 6_000, 2_000])
+def test_a_model_in_several_files_comes_out_in_files_of_the_same_names_and_tensors(limit: int, tmp_path: Path) -> None:
+    """As transformers cuts them, bytes included: what is small and comes late fits into no earlier file."""
+    CLASSES["Llama"].make(seed=1).save_pretrained(tmp_path / "one", max_shard_size=limit)
+    merged(f"merge_method: passthrough\nmodels: [{{model: {tmp_path}/one}}]\n", tmp_path / "out", shard_size=limit)
+    one, out = (
+        {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+        for folder in (tmp_path / "one", tmp_path / "out")
+    )
+    assert len(one) > 1
+    assert out == one
+    first, second = (
+        json.loads((tmp_path / name / "model.safetensors.index.json").read_text()) for name in ("one", "out")
+    )
+    assert second["weight_map"] == first["weight_map"]
+    assert second["metadata"]["total_size"] == first["metadata"]["total_size"]
