@@ -258,7 +258,7 @@ class MixtureFacts:
 def mixture_facts(planned: Plan, mixture: Mixture) -> MixtureFacts:
     """The mixture in sentences: its experts, its router, and what is the base model's."""
     base = display_name(planned.locked.config_model)
-    per_token = planned.config["num_experts_per_tok"]
+    per_token = next(planned.config[key] for key in ("num_experts_per_tok", "top_k_experts") if key in planned.config)
     sentences = [
         f"Each layer has {len(mixture.experts)} experts: the MLPs of {_expert_names(planned, mixture.experts)}.",
         *(f"Every token also goes through the MLPs of {_name(planned, one)}." for one in mixture.shared_experts),

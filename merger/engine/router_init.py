@@ -34,6 +34,9 @@ _CONDITION = 5.0
 """A router whose singular values lie further apart has rows that are nearly alike."""
 
 _NO_LENGTH = 1e-8
+_MULTIPLIER = "embedding_multiplier"
+"""Of Granite: a factor of embeddings before the first layer, which every model of one layer would apply again."""
+
 States = Mapping[str, Array]
 """For each prompt a row for each of its tokens, in float32."""
 
@@ -57,6 +60,8 @@ def gates(plan: Plan, jobs: Sequence[Job], table: Mapping[str, Method], store: S
     states = base.embedded(_tokens(plan, store, prompts(wanted)))
     if wanted[0].mode == EMBEDDED:
         return {router: _rows(router, states) for router in wanted}
+    for rows in states.values():
+        rows *= np.float32(plan.locked.config_model.checkpoint.config.get(_MULTIPLIER, 1.0))
     return _through_layers(base, wanted, states)
 
 
@@ -288,6 +293,8 @@ class _Decoders:
         one.num_hidden_layers, one.vocab_size, one.pad_token_id = 1, 1, None
         if kind is not None:
             one.layer_types = [kind]
+        if hasattr(one, _MULTIPLIER):
+            setattr(one, _MULTIPLIER, 1.0)
         with self._torch.device("meta"):  # no weight is drawn that would only be replaced
             model: Any = AutoModel.from_config(one, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
         model.rotary_emb = type(model.rotary_emb)(one)

@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
@@ -30,7 +30,18 @@ BIASES = {f"self_attn.{name}_proj.bias": f"self_attn.{name}_proj.weight" for nam
 """Roles of biases, and of the tensors they belong to."""
 
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-_PLAIN = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
+_QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+OF_EXPERTS, OF_WIDTH = "experts", "width"
+Matrices = Mapping[str, tuple[str, ...]]
+"""Roles of tensors, and which of a dense layer's matrices each is made of, one behind the other."""
+
+
+def _named(role: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Matrices:
+    """One tensor for each matrix."""
+    return {role.replace("{matrix}", name): (of,) for name, of in zip((gate, up, down), MATRICES, strict=True)}
+
+
+_EXPERTS = _named("mlp.experts.{number}.{matrix}.weight")
 
 
 @dataclass(frozen=True)
@@ -57,36 +68,32 @@ class Layout:
     Args:
         name: its name in recipes.
         made_of: the model_types of the dense models that become one.
-        roles: the roles of a layer's tensors that are taken from the base model.
+        roles: the roles of a layer's tensors that are taken from the base model; None: of all but the MLP's.
+        runs: whether prompts can be run through its dense models layer by layer.
         zeros: whether biases that the base model lacks are written as zeros.
         router: the role of the tensor with a row for each expert.
-        expert: the role of an expert's matrix, with places for its number and the matrix.
-        matrices: what the matrices are called there.
-        shared: the role of the shared expert's matrix; None: it has none.
+        experts: the roles of the experts' tensors, and of which matrices each is made: of one expert where there is a
+            place for its number, else of all, one behind the other.
+        shared: the same of the shared expert; empty: it has none.
         shared_router: the role of the tensor with the shared expert's row; None: every token goes through it in full.
-        shared_experts: how many shared experts it has, least and most.
+        keeps_mlp: whether the base model's MLP is the shared expert where the recipe names none.
+        vectors: roles of vectors that no dense model has: of which of the base model's each is a copy, or else how many
+            ones it is, as many as there are experts or as a state is wide.
         edits: the config of the mixture from the base model's, whose defaults are written out.
     """
 
     name: str
     made_of: tuple[str, ...]
-    roles: tuple[str, ...]
+    roles: tuple[str, ...] | None
     router: str
-    expert: str
-    matrices: Mapping[str, str]
+    experts: Matrices
     edits: Callable[[dict[str, Any], MixtureSizes], dict[str, Any]]
-    shared: str | None = None
+    shared: Matrices = field(default_factory=dict)
     shared_router: str | None = None
-    shared_experts: tuple[int, int] = (0, 0)
+    keeps_mlp: bool = False
+    vectors: Mapping[str, str] = field(default_factory=dict)
     zeros: bool = False
-
-    def expert_role(self, number: int, matrix: str) -> str:
-        """The role of an expert's matrix."""
-        return self.expert.format(number=number, matrix=self.matrices[matrix])
-
-    def shared_role(self, matrix: str) -> str:
-        """The role of the shared expert's matrix."""
-        return (self.shared or "").format(matrix=self.matrices[matrix])
+    runs: bool = True
 
     def config(self, base: Config, sizes: MixtureSizes) -> dict[str, Any]:
         """The config.json of a mixture whose base model has the config `base`.
@@ -106,6 +113,9 @@ _DEFAULTS: Mapping[str, Config] = {
     "qwen2": {"max_position_embeddings": 32768, "use_sliding_window": False, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "use_sliding_window": False, "num_key_value_heads": 32,
               "head_dim": 128},
+    "granite": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "olmo2": {"max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": 50279, "pad_token_id": 1,
+              "rms_norm_eps": 1e-5},
 }  # fmt: skip
 """What a dense model's config means where it says nothing: the mixtures' classes have other defaults."""
 
@@ -120,7 +130,10 @@ def _written_out(base: Config) -> dict[str, Any]:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
-    found = copy.deepcopy({**common, **_DEFAULTS[base["model_type"]], **base})
+    defaults = _DEFAULTS.get(base["model_type"])
+    if defaults is None:  # the mixture is of the same class
+        return copy.deepcopy(dict(base))
+    found = copy.deepcopy({**common, **defaults, **base})
     if "rope_theta" not in found and "rope_theta" not in (found.get("rope_parameters") or {}):
         found["rope_theta"] = _ROPE_BASE
     found.pop("auto_map", None)
@@ -211,6 +224,44 @@ def _deepseek(config: dict[str, Any], sizes: MixtureSizes) -> dict[str, Any]:
     }
 
 
+def _granite(config: dict[str, Any], sizes: MixtureSizes) -> dict[str, Any]:
+    shared = {"shared_intermediate_size": sizes.shared} if sizes.shared else {}
+    kind = "GraniteMoeShared" if shared else "GraniteMoe"
+    return config | shared | {
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
+        "intermediate_size": sizes.middle,
+        "num_local_experts": sizes.experts,
+        "num_experts_per_tok": sizes.per_token,
+        "output_router_logits": False,
+    }  # fmt: skip
+
+
+def _flex_olmo(config: dict[str, Any], sizes: MixtureSizes) -> dict[str, Any]:
+    return config | {
+        "architectures": ["FlexOlmoForCausalLM"],
+        "model_type": "flex_olmo",
+        "intermediate_size": sizes.middle,
+        "num_experts": sizes.experts,
+        "num_experts_per_tok": sizes.per_token,
+        "norm_topk_prob": True,
+        "output_router_logits": False,
+    }
+
+
+def _gemma4(config: dict[str, Any], sizes: MixtureSizes) -> dict[str, Any]:
+    """The dense one's class, which has experts beside the MLP where its config says so."""
+    if config.get("enable_moe_block"):
+        raise ValueError("it is a mixture itself")
+    return config | {
+        "enable_moe_block": True,
+        "intermediate_size": sizes.shared,
+        "moe_intermediate_size": sizes.middle,
+        "num_experts": sizes.experts,
+        "top_k_experts": sizes.per_token,
+    }
+
+
 # ---- the layouts ----------------------------------------------------------------------------------------------------
 
 LAYOUTS = (
@@ -219,8 +270,7 @@ LAYOUTS = (
         made_of=("llama", "mistral"),
         roles=(*_NORMS, *ATTENTION),
         router="block_sparse_moe.gate.weight",
-        expert="block_sparse_moe.experts.{number}.{matrix}.weight",
-        matrices={GATE: "w1", UP: "w3", DOWN: "w2"},
+        experts=_named("block_sparse_moe.experts.{number}.{matrix}.weight", "w1", "w3", "w2"),
         edits=_mixtral,
     ),
     Layout(
@@ -228,33 +278,66 @@ LAYOUTS = (
         made_of=("llama", "mistral"),
         roles=(*_NORMS, *ATTENTION),
         router="mlp.gate.weight",
-        expert="mlp.experts.{number}.{matrix}.weight",
-        matrices=_PLAIN,
+        experts=_EXPERTS,
         edits=_deepseek,
-        shared="mlp.shared_experts.{matrix}.weight",
-        shared_experts=(0, 1),
+        shared=_named("mlp.shared_experts.{matrix}.weight"),
     ),
     Layout(
         name="Qwen MoE",
         made_of=("llama", "mistral", "qwen2"),
         roles=(*_NORMS, *ATTENTION, *BIASES),
         router="mlp.gate.weight",
-        expert="mlp.experts.{number}.{matrix}.weight",
-        matrices=_PLAIN,
+        experts=_EXPERTS,
         edits=_qwen2_moe,
-        shared="mlp.shared_expert.{matrix}.weight",
+        shared=_named("mlp.shared_expert.{matrix}.weight"),
         shared_router="mlp.shared_expert_gate.weight",
-        shared_experts=(1, 1),
         zeros=True,
     ),
     Layout(
         name="Qwen3 MoE",
         made_of=("qwen3",),
-        roles=(*_NORMS, *ATTENTION, "self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+        roles=(*_NORMS, *ATTENTION, *_QK_NORMS),
         router="mlp.gate.weight",
-        expert="mlp.experts.{number}.{matrix}.weight",
-        matrices=_PLAIN,
+        experts=_EXPERTS,
         edits=_qwen3_moe,
+    ),
+    Layout(
+        name="Granite MoE",
+        made_of=("granite",),
+        roles=(*_NORMS, *ATTENTION),
+        router="block_sparse_moe.router.layer.weight",
+        experts={
+            "block_sparse_moe.input_linear.weight": (GATE, UP),
+            "block_sparse_moe.output_linear.weight": (DOWN,),
+        },
+        edits=_granite,
+        shared={"shared_mlp.input_linear.weight": (GATE, UP), "shared_mlp.output_linear.weight": (DOWN,)},
+    ),
+    Layout(
+        name="FlexOlmo",
+        made_of=("olmo2",),
+        roles=(_NORMS[1], "post_feedforward_layernorm.weight", *ATTENTION, *_QK_NORMS),
+        router="mlp.gate.weight",
+        experts=_EXPERTS,
+        edits=_flex_olmo,
+    ),
+    Layout(
+        name="Gemma 4 MoE",
+        made_of=("gemma4_text",),
+        roles=None,
+        router="router.proj.weight",
+        experts={"experts.gate_up_proj": (GATE, UP), "experts.down_proj": (DOWN,)},
+        edits=_gemma4,
+        shared=_named("mlp.{matrix}.weight"),
+        keeps_mlp=True,
+        runs=False,
+        vectors={
+            "pre_feedforward_layernorm_2.weight": "pre_feedforward_layernorm.weight",
+            "post_feedforward_layernorm_1.weight": OF_WIDTH,
+            "post_feedforward_layernorm_2.weight": OF_WIDTH,
+            "router.scale": OF_WIDTH,
+            "router.per_expert_scale": OF_EXPERTS,
+        },
     ),
 )
 """In the order in which they are tried."""

@@ -14,7 +14,7 @@ import pytest
 
 from merger.models.checkpoint import TensorInfo
 from merger.planning.inputs.base import Input, Job, Operand, StageTensor, Stored, unpack
-from merger.planning.inputs.derived import Dequantised, Drawn, Noised, Packed, Routed, Stacked, Zeros
+from merger.planning.inputs.derived import Constant, Dequantised, Drawn, Noised, Packed, Routed, Stacked
 from merger.planning.inputs.low_rank import (
     Added,
     Difference,
@@ -55,7 +55,7 @@ ENCODED: list[tuple[Input, str]] = [
     (Stacked((ONE,), ((0, 1),), 1, 2), f'{{"axis": 1, "givers": [{STORED}], "share": 2, "taken": [[0, 1]]}}'),
     (NOISE, DRAWN),
     (Noised(ONE, NOISE), f'{{"noise": {DRAWN}, "quiet": {STORED}}}'),
-    (Zeros((4, 2), "F16"), '{"like": "F16", "zeros": [4, 2]}'),
+    (Constant((4, 2), "F16"), '{"like": "F16", "zeros": [4, 2]}'),
     (Routed("hidden", 1, 2, ((("p",), ()),)), '{"layer": 1, "mode": "hidden", "prompts": [[["p"], []]], "width": 2}'),
     (
         LOW,
@@ -70,7 +70,7 @@ ENCODED: list[tuple[Input, str]] = [
     (Added(ONE, ONE, 2.0), f'{{"plus": {STORED}, "scale": 2.0, "to": {STORED}}}'),
     (Difference(ONE, ONE), DIFFERENCE),
     (
-        MergedDeltas((Zeros((4, 2), "F16"),), "ties", (("density", 0.5),), None, "full", 3),
+        MergedDeltas((Constant((4, 2), "F16"),), "ties", (("density", 0.5),), None, "full", 3),
         '{"arguments": [["density", 0.5]], "blocks": 3, "deltas": [{"like": "F16", "zeros": [4, 2]}], '
         '"method": "ties", "random": null, "space": "full"}',
     ),

@@ -13,7 +13,7 @@ from merger.errors import MergerError, MismatchError
 from merger.methods.registry import methods
 from merger.planning.budget import router_memory
 from merger.planning.inputs.base import Stored
-from merger.planning.inputs.derived import Drawn, Noised, Routed, Zeros
+from merger.planning.inputs.derived import Constant, Drawn, Noised, Routed
 from merger.planning.plan import Plan
 
 from .models import llama, planned, write
@@ -99,7 +99,7 @@ def test_the_layout_follows_the_shared_expert_and_its_prompts() -> None:
     }
     assert [plan.config["model_type"] for plan in found.values()] == list(found)
     jobs = by_name(found["qwen2_moe"])
-    assert jobs["model.layers.0.self_attn.k_proj.bias"].inputs[0].source == Zeros((8,), "BF16")
+    assert jobs["model.layers.0.self_attn.k_proj.bias"].inputs[0].source == Constant((8,), "BF16")
     rows = jobs["model.layers.1.mlp.shared_expert_gate.weight"].inputs[0].source
     assert rows == Routed("hidden", 1, 8, ((("all",), ()),))
 
@@ -256,9 +256,9 @@ REFUSALS: Mapping[str, tuple[Mapping[str, Mapping[str, Any]], str, str]] = {
     "an expert of another kind": (
         {"two": {"model_type": "gemma2"}},
         recipe().replace("experts:", HERE + "experts:"),
-        "experts: no layout fits these models (llama, gemma2): Mixtral is made of llama or mistral models, all of one "
-        "kind; DeepSeek MoE is made of llama or mistral models, all of one kind; Qwen MoE is made of llama or mistral "
-        "or qwen2 models, all of one kind; Qwen3 MoE is made of qwen3 models, all of one kind\n"
+        "experts: no layout fits these models (llama, gemma2): a layout is made of models that are all of one kind, "
+        "Mixtral of llama or mistral, DeepSeek MoE of llama or mistral, Qwen MoE of llama or mistral or qwen2, Qwen3 "
+        "MoE of qwen3, Granite MoE of granite, FlexOlmo of olmo2, Gemma 4 MoE of gemma4_text\n"
         "    take models of one architecture, with or without a shared expert as the layout asks",
     ),
     "a shared expert in a layout that has none": (
@@ -267,11 +267,19 @@ REFUSALS: Mapping[str, tuple[Mapping[str, Mapping[str, Any]], str, str]] = {
         "experts: no layout fits these models (llama): Mixtral has no shared expert\n"
         "    leave architecture: out, or change what it asks for",
     ),
-    "no shared expert in a layout that has one": (
-        {},
-        recipe(more="architecture: ▸Qwen MoE\n"),
-        "experts: no layout fits these models (llama): Qwen MoE has exactly one shared expert\n"
-        "    leave architecture: out, or change what it asks for",
+    "experts in one tensor with factors of their own": (
+        {name: {"model_type": "granite"} for name in ("base", "one", "two")},
+        recipe().replace("experts:", HERE + "experts:").replace("./two", "./two\n    residual_scale: 0.5"),
+        "experts: Granite MoE has all experts in one tensor, and these have several residual_scale\n"
+        "    give all experts one residual_scale, or scale a model by passthrough in a document before this",
+    ),
+    "hidden states of a model that is not run here": (
+        {name: {"model_type": "gemma4_text"} for name in ("base", "one", "two")},
+        "base_model: ./base\n▸experts:\n  - {source_model: ./one, positive_prompts: [a]}\n"
+        "  - {source_model: ./two, positive_prompts: [b]}\n",
+        "experts: no layout fits these models (gemma4_text): Gemma 4 MoE has no router from hidden states: write "
+        "gate_mode: cheap_embed or random\n"
+        "    take models of one architecture, with or without a shared expert as the layout asks",
     ),
     "biases that the layout lacks": (
         {"base": {"change": bias}},

@@ -24,7 +24,7 @@ from merger.methods.steps.random import Rng, normal
 from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry
 from merger.planning.inputs.base import Input
-from merger.planning.inputs.derived import Zeros
+from merger.planning.inputs.derived import Constant
 from merger.planning.inputs.low_rank import FACTOR_ENTRIES, OVERSAMPLING, Factor, LowRank, MergedDeltas
 
 # ---- merged deltas --------------------------------------------------------------------------------------------------
@@ -65,9 +65,9 @@ def _narrow(matrix: Matrix) -> Array:
     return np.ascontiguousarray(matrix, np.float32)
 
 
-def _part(delta: LowRank | Zeros, load: Load) -> tuple[Matrix, Matrix]:
+def _part(delta: LowRank | Constant, load: Load) -> tuple[Matrix, Matrix]:
     """scale B, and A, in float64; without a direction where the adapter changes nothing."""
-    if isinstance(delta, Zeros):
+    if isinstance(delta, Constant):
         rows, columns = delta.shape
         return np.zeros((rows, 0)), np.zeros((0, columns))
     return read_whole(delta.b, load).astype(np.float64) * delta.scale, read_whole(delta.a, load).astype(np.float64)

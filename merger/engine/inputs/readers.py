@@ -27,13 +27,13 @@ from merger.planning.inputs.derived import (
     DRAWN_AT_ONCE,
     STRIDED_BYTES,
     UNPACKED_AT_ONCE,
+    Constant,
     Dequantised,
     Drawn,
     Noised,
     Packed,
     Routed,
     Stacked,
-    Zeros,
 )
 from merger.planning.inputs.low_rank import (
     Added,
@@ -342,8 +342,8 @@ def _add_noise(source: Noised, start: int, stop: int, out: Array, tensors: Store
     return quiet
 
 
-def _fill_zeros(source: Zeros, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
-    out[: stop - start] = 0
+def _fill_constant(source: Constant, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+    out[: stop - start] = source.value
     return out[: stop - start]
 
 
@@ -370,7 +370,7 @@ _READINGS: Mapping[type, Callable[[Any, int, int, Array, StoredTensors], Array]]
     Factor: _read_factor,
     Drawn: _draw,
     Noised: _add_noise,
-    Zeros: _fill_zeros,
+    Constant: _fill_constant,
     Stacked: _stack,
     Routed: _read_router,
 }

@@ -115,6 +115,7 @@ class Stacked(Input):
         taken: for each layer the number of its giver, and its number there.
         axis: the axis along which a share follows the other.
         share: entries of a share along it.
+        size: the shape, where it has another than the first giver but for that axis.
     """
 
     kind = "stacked"
@@ -122,9 +123,11 @@ class Stacked(Input):
     taken: tuple[tuple[int, int], ...]
     axis: int
     share: int
+    size: tuple[int, ...] | None = None
 
     def encode(self) -> dict[str, Any]:
-        return {"givers": self.givers, "taken": self.taken, "axis": self.axis, "share": self.share}
+        said = {"givers": self.givers, "taken": self.taken, "axis": self.axis, "share": self.share}
+        return said if self.size is None else {**said, "size": self.size}
 
     @property
     def children(self) -> tuple[Input, ...]:
@@ -134,7 +137,7 @@ class Stacked(Input):
     def shape(self) -> tuple[int, ...]:
         """The first giver's, with a share for each layer."""
         shape = self.givers[0].shape
-        return (*shape[: self.axis], self.share * len(self.taken), *shape[self.axis + 1 :])
+        return self.size or (*shape[: self.axis], self.share * len(self.taken), *shape[self.axis + 1 :])
 
     @property
     def run(self) -> int:
@@ -149,7 +152,7 @@ class Stacked(Input):
     @property
     def workspace_bytes(self) -> int:
         """Rows of the result and of a giver, in float32, and what reading that takes."""
-        row = math.prod(self.shape[self.axis :]) if self.axis else self.run
+        row = self.run * (len(self.taken) if self.axis else 1)
         return 12 * max(1 << 17, row) + max(giver.workspace_bytes for giver in self.givers)
 
 
@@ -212,19 +215,20 @@ class Noised(Input):
 
 
 @dataclass(frozen=True)
-class Zeros(Input):
-    """A tensor of zeros, for one that no model has; `like` is the dtype of what it stands beside."""
+class Constant(Input):
+    """A tensor of zeros, or of another value, for one that no model has; `like` is the dtype of what is beside it."""
 
     kind = "zeros"
-    zeros: tuple[int, ...]
+    size: tuple[int, ...]
     like: str
+    value: float = 0.0
 
     def encode(self) -> dict[str, Any]:
-        return {"zeros": self.zeros, "like": self.like}
+        return {"zeros": self.size, "like": self.like, **({"value": self.value} if self.value else {})}
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.zeros
+        return self.size
 
     @property
     def dtype(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from merger.models.lora.modules import AdaptedModule
 from merger.planning.inputs.base import Input, Stored
-from merger.planning.inputs.derived import Zeros
+from merger.planning.inputs.derived import Constant
 
 PRODUCT_ENTRIES = 1 << 17
 """How many entries of a product of two small matrices are made at once: whole rows, at the same places always."""
@@ -282,7 +282,7 @@ class MergedDeltas(Input):
     """
 
     kind = "merged deltas"
-    deltas: tuple[LowRank | Zeros, ...]
+    deltas: tuple[LowRank | Constant, ...]
     method: str
     arguments: tuple[tuple[str, Any], ...]
     random: tuple[int, str] | None

@@ -22,7 +22,7 @@ from merger.models.lora.changes import TRANSPOSED_MODELS
 from merger.models.lora.counterparts import counterparts
 from merger.models.lora.modules import AdaptedModule
 from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand
-from merger.planning.inputs.derived import Zeros
+from merger.planning.inputs.derived import Constant
 from merger.planning.inputs.low_rank import Difference, Factor, LowRank, MergedDeltas, factors
 from merger.planning.jobs.common import DTYPES, PREDICTION, JobSet, arguments
 from merger.planning.slices import Findings, Segment
@@ -279,8 +279,8 @@ def _describe(module: AdaptedModule) -> str:
     return f"{'an embedding' if module.embedding else 'a matrix'} of {module.outputs}x{module.inputs}"
 
 
-def _delta(number: int, module: AdaptedModule | None, like: AdaptedModule) -> LowRank | Zeros:
-    zeros = Zeros((like.outputs, like.inputs), like.a.dtype)
+def _delta(number: int, module: AdaptedModule | None, like: AdaptedModule) -> LowRank | Constant:
+    zeros = Constant((like.outputs, like.inputs), like.a.dtype)
     if module is None:
         return zeros
     return LowRank(zeros, *factors(number, module), module.scale)

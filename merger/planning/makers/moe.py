@@ -25,18 +25,24 @@ from merger.models.mixtures import (
     LAYOUTS,
     MATRICES,
     NORM,
+    OF_EXPERTS,
     STACK,
     Layout,
+    Matrices,
     MixtureSizes,
 )
+from merger.planning.budget import EMBEDDED
 from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand
-from merger.planning.inputs.derived import Drawn, Noised, Routed, Zeros
+from merger.planning.inputs.derived import Constant, Drawn, Noised, Routed, Stacked
 from merger.planning.jobs.common import DTYPES, JobSet, shape_text
 from merger.planning.stage_model import StagedRecipe
 from merger.recipe.blocks.mixture import BY_CHANCE, matching
 from merger.recipe.model import Expert, Mixture
 
 _DEFAULT_PER_TOKEN = 2
+_IDLE = 64
+"""A width that kernels like."""
+
 _UNQUANTISED = "use the model's bfloat16, float16 or float32 version"
 
 
@@ -67,12 +73,15 @@ def make_mixture(locked: StagedRecipe, mixture: Mixture, seed: int) -> tuple[Job
 def _layout(locked: StagedRecipe, mixture: Mixture) -> Layout:
     """The first that fits, of those that the recipe allows."""
     wanted = matching(mixture.architecture) if mixture.architecture else tuple(layout.name for layout in LAYOUTS)
-    tried = {layout: _why_not(layout, locked, mixture) for layout in LAYOUTS if layout.name in wanted}
+    layouts, types = [layout for layout in LAYOUTS if layout.name in wanted], _types(locked)
+    tried = {layout: _why_not(layout, mixture) for layout in layouts if types in [[kind] for kind in layout.made_of]}
     found = next((layout for layout, why in tried.items() if why is None), None)
     if found is not None:
         return found
     reasons = "; ".join(f"{layout.name} {why}" for layout, why in tried.items())
-    what = f"no layout fits these models ({', '.join(map(str, _types(locked)))}): {reasons}"
+    made_of = ", ".join(f"{layout.name} of {' or '.join(layout.made_of)}" for layout in layouts)
+    told = reasons or f"a layout is made of models that are all of one kind, {made_of}"
+    what = f"no layout fits these models ({', '.join(map(str, types))}): {told}"
     raise MismatchError(Problem(what, mixture.architecture_at or mixture.at, "experts", _hint(mixture)))
 
 
@@ -82,14 +91,13 @@ def _hint(mixture: Mixture) -> str:
     return "take models of one architecture, with or without a shared expert as the layout asks"
 
 
-def _why_not(layout: Layout, locked: StagedRecipe, mixture: Mixture) -> str | None:
-    types = _types(locked)
-    if len(types) > 1 or types[0] not in layout.made_of:
-        return f"is made of {' or '.join(layout.made_of)} models, all of one kind"
-    least, most = layout.shared_experts
+def _why_not(layout: Layout, mixture: Mixture) -> str | None:
+    """Why a layout of models of this kind cannot be what a recipe asks for; None: it can."""
     shared = mixture.shared_experts
-    if not least <= len(shared) <= most:
-        return "has no shared expert" if most == 0 else "has exactly one shared expert"
+    if not layout.runs and mixture.gate_mode not in (*BY_CHANCE, EMBEDDED):
+        return f"has no router from hidden states: write gate_mode: {EMBEDDED} or random"
+    if shared and not layout.shared:
+        return "has no shared expert"
     if not shared or mixture.gate_mode in BY_CHANCE:
         return None
     if layout.shared_router is None and (shared[0].positive_prompts or shared[0].negative_prompts):
@@ -124,6 +132,12 @@ class _Mixing:
         return self.base.head is not None and not self.base.is_tied
 
     @property
+    def shared(self) -> tuple[Expert, ...]:
+        """What every token goes through beside the experts."""
+        own = (Expert(self.base.ref),) if self.layout.keeps_mlp else ()
+        return self.mixture.shared_experts or own
+
+    @property
     def mlps(self) -> str:
         """The dtype of the base model's MLPs, which all experts and routers have."""
         return self.base.dtypes[STACK, GATE]
@@ -144,16 +158,21 @@ class _Mixing:
         Raises:
             ValueError: the layout cannot say something that the base model's config says.
         """
-        shared = [_middle(self.locked.model(expert.source_model)) for expert in self.mixture.shared_experts]
-        sizes = MixtureSizes(len(self.mixture.experts), self.per_token, self.middle, sum(shared))
+        shared = [_middle(self.locked.model(expert.source_model)) for expert in self.shared]
+        sizes = MixtureSizes(len(self.mixture.experts), self.per_token, self.middle, sum(shared) or self.idle)
         edited = with_prediction(self.layout.config(self.base.checkpoint.config, sizes), 0, {})
         dtype = self.locked.recipe.dtype
         return with_dtype(edited, dtype) if dtype else edited
 
     @property
+    def idle(self) -> int:
+        """How wide the shared expert of zeros is, for a class that has one in any case."""
+        return 0 if self.shared or self.layout.shared_router is None else _IDLE
+
+    @property
     def per_token(self) -> int:
         """As the recipe says; else two, or one beside a shared expert that every token goes through in full."""
-        whole = bool(self.mixture.shared_experts) and self.layout.shared_router is None
+        whole = bool(self.shared) and self.layout.shared_router is None
         default = min(1 if whole else _DEFAULT_PER_TOKEN, len(self.mixture.experts))
         return self.mixture.experts_per_token or default
 
@@ -173,23 +192,25 @@ class _Fit:
         self._check_base()
         for expert in {expert.source_model: expert for expert in reversed(self._of.mixture.experts)}.values():
             self._check_expert(expert, self._of.middle)
-        for expert in self._of.mixture.shared_experts:
+        for expert in self._of.shared:
             self._check_expert(expert, _middle(self._of.locked.model(expert.source_model)))
+        self._check_scales()
         self._check_config()
 
     def _check_base(self) -> None:
         """Whether the layout has a place for each of the base model's tensors, and it each that the layout needs."""
         held = [tensor for tensor in self._of.base.checkpoint.tensors.values() if not is_buffer(tensor.name)]
-        head = () if self._of.base.is_tied else (HEAD,)
+        whatever = self._of.layout.roles is None
+        head = () if self._of.base.is_tied or whatever else (HEAD,)
         layers = range(self._of.base.architecture.stacks.get(STACK, 0))
-        roles = (*self._of.layout.roles, *MATRICES)
+        roles = (*(self._of.layout.roles or ()), *MATRICES)
         needed = [role for role in roles if not (self._of.layout.zeros and role in BIASES)]
         places = {EMBEDDING, NORM, HEAD, *(_at(layer, role) for layer in layers for role in roles)}
         ahead = self._of.base.architecture.predicts
         odd = [tensor.name for tensor in held if tensor.name not in places and not ahead(tensor.name)]
         wanted = [EMBEDDING, NORM, *head, *(_at(layer, role) for layer in layers for role in needed)]
         missing = [name for name in wanted if name not in self._of.base.checkpoint.tensors]
-        if odd:
+        if odd and not whatever:
             self._tell_base(f"has {_some(odd)}, for which {self._of.layout.name} has no place")
         if missing or not layers:
             self._tell_base(f"has no tensor {missing[0] if missing else STACK}, which {self._of.layout.name} needs")
@@ -199,6 +220,14 @@ class _Fit:
                 break
         if self._of.mixture.gate_mode not in BY_CHANCE and "tokenizer.json" not in self._of.base.located.files:
             self._tell_base("has no tokenizer.json, by which prompts become tokens", "write gate_mode: random")
+
+    def _check_scales(self) -> None:
+        """Where all experts are in one tensor there is one factor for all of them."""
+        scales = {expert.residual_scale for expert in self._of.mixture.experts}
+        if len(scales) > 1 and not any("{number}" in role for role in self._of.layout.experts):
+            what = f"{self._of.layout.name} has all experts in one tensor, and these have several residual_scale"
+            hint = "give all experts one residual_scale, or scale a model by passthrough in a document before this"
+            self.problems.append(Problem(what, self._of.mixture.at, "experts", hint))
 
     def _check_config(self) -> None:
         if not self.problems:
@@ -259,46 +288,89 @@ class _Mixer:
         self._dtype = DTYPES[of.locked.recipe.dtype] if of.locked.recipe.dtype else None
 
     def jobs(self) -> Iterator[Job]:
-        """In the order of the output: embedding, layers, norm and head."""
+        """In the order of the output: embedding and what else acts before the layers, layers, norm and head."""
+        loose = [each for each in self._of.base.layer(None, None) if each.name not in (EMBEDDING, NORM, HEAD)]
         yield self._copy(EMBEDDING, self._of.base.checkpoint.tensors[EMBEDDING])
+        yield from (self._copy(tensor.name, tensor) for tensor in loose if not is_buffer(tensor.name))
         for layer in range(self._of.base.architecture.stacks[STACK]):
             yield from self._layer(layer)
         for name in (NORM, *((HEAD,) if self._of.has_head else ())):
             yield self._copy(name, self._of.base.checkpoint.tensors[name])
 
     def _layer(self, layer: int) -> Iterator[Job]:
+        layout, mixture = self._of.layout, self._of.mixture
         held = {self._role(tensor): tensor for tensor in self._of.base.layer(STACK, layer)}
-        for role in self._of.layout.roles:
+        for role in (role for role in held if role not in MATRICES) if layout.roles is None else layout.roles:
             name = _at(layer, role)
             if role in held:
                 yield self._copy(name, held[role])
-            elif self._of.layout.zeros and role in BIASES:
+            elif layout.zeros and role in BIASES:
                 beside = held[BIASES[role]]
-                yield self._job(name, Zeros(beside.shape[:1], beside.dtype), beside.dtype)
-        yield self._router(layer, self._of.layout.router, self._of.mixture.experts)
-        for number, expert in enumerate(self._of.mixture.experts):
-            for matrix in MATRICES:
-                yield self._matrix(expert, layer, matrix, self._of.layout.expert_role(number, matrix))
-        for expert in self._of.mixture.shared_experts:
-            for matrix in MATRICES:
-                yield self._matrix(expert, layer, matrix, self._of.layout.shared_role(matrix))
-            if self._of.layout.shared_router is not None:
-                yield self._router(layer, self._of.layout.shared_router, (expert,))
+                yield self._constant(name, beside.shape[:1], beside.dtype)
+        for role, what in layout.vectors.items():
+            if what in held:
+                yield self._copy(_at(layer, role), held[what])
+            else:
+                size = len(mixture.experts) if what == OF_EXPERTS else self._of.width
+                yield self._constant(_at(layer, role), (size,), held[GATE].dtype, 1.0)
+        yield self._router(layer, layout.router, mixture.experts)
+        yield from self._mlps(layer, layout.experts, mixture.experts, stacked=True)
+        yield from self._mlps(layer, layout.shared, self._of.shared, stacked=False)
+        if self._of.idle:
+            yield from self._idle(layer)
+        elif layout.shared_router is not None:
+            yield self._router(layer, layout.shared_router, self._of.shared)
+
+    def _mlps(self, layer: int, roles: Matrices, experts: Sequence[Expert], stacked: bool) -> Iterator[Job]:
+        """The tensors of experts: for each one its own, or of all of them one."""
+        apart = any("{number}" in role for role in roles) or not stacked
+        for number, those in enumerate([(expert,) for expert in experts] if apart else [experts]):
+            for role, matrices in roles.items():
+                yield self._matrices(those, layer, role.format(number=number), matrices, not apart)
+
+    def _idle(self, layer: int) -> Iterator[Job]:
+        """A shared expert that adds nothing."""
+        for role, (matrix,) in self._of.layout.shared.items():
+            shape = (self._of.idle, self._of.width)
+            yield self._constant(_at(layer, role), shape[::-1] if matrix == DOWN else shape, self._of.mlps)
+        yield self._constant(_at(layer, self._of.layout.shared_router or ""), (1, self._of.width), self._of.mlps)
 
     def _copy(self, name: str, tensor: TensorInfo) -> Job:
         return self._job(name, self._of.locked.source(self._of.locked.index(self._of.base.ref), tensor), tensor.dtype)
+
+    def _constant(self, name: str, shape: tuple[int, ...], dtype: str, value: float = 0.0) -> Job:
+        return self._job(name, Constant(shape, dtype, value), dtype)
 
     def _job(self, name: str, source: Input, dtype: str, scale: float = 1.0) -> Job:
         """The job of a tensor, in the recipe's dtype or the one that the base model has in its place."""
         return Job(name, self._dtype or dtype, source.shape, PASSTHROUGH, (Operand(source, {"scale": scale}),))
 
-    def _matrix(self, expert: Expert, layer: int, matrix: str, role: str) -> Job:
-        name, number = _at(layer, role), self._of.locked.index(expert.source_model)
+    def _matrices(
+        self, experts: Sequence[Expert], layer: int, role: str, matrices: Sequence[str], stacked: bool
+    ) -> Job:
+        """Matrices of experts one behind the other, in a stack of one block an expert or as rows of one matrix."""
+        name = _at(layer, role)
+        alone = len(experts) == len(matrices) == 1 and not stacked
+        each = [(number, expert, matrix) for number, expert in enumerate(experts) for matrix in matrices]
+        found = [
+            self._source(expert, layer, matrix, name if alone else f"{name}.{number}.{matrix}")
+            for number, expert, matrix in each
+        ]
+        if not alone:
+            rows, columns = found[0].shape
+            size = (len(experts), len(matrices) * rows, columns) if stacked else (len(found) * rows, columns)
+            source: Input = Stacked(tuple(found), tuple((number, 0) for number in range(len(found))), 0, rows, size)
+        else:
+            (source,) = found
+        return self._job(name, source, self._of.mlps, experts[0].residual_scale if DOWN in matrices else 1.0)
+
+    def _source(self, expert: Expert, layer: int, matrix: str, stream: str) -> Input:
+        number = self._of.locked.index(expert.source_model)
         tensor = self._of.locked.numbered(number).checkpoint.tensors[_at(layer, matrix)]
         source: Input = self._of.locked.source(number, tensor)
         if expert.noise_scale:
-            source = Noised(source, Drawn(tensor.shape, "normal", expert.noise_scale, self._seed, name))
-        return self._job(name, source, self._of.mlps, expert.residual_scale if matrix == DOWN else 1.0)
+            source = Noised(source, Drawn(tensor.shape, "normal", expert.noise_scale, self._seed, stream))
+        return source
 
     def _router(self, layer: int, role: str, experts: Sequence[Expert]) -> Job:
         name, size, mode = _at(layer, role), (len(experts), self._of.width), self._of.mixture.gate_mode

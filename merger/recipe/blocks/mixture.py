@@ -25,7 +25,7 @@ GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "u
 BY_CHANCE = GATE_MODES[4:]
 """The gate modes that need no prompts."""
 
-ARCHITECTURES = ("Mixtral", "DeepSeek MoE", "Qwen MoE", "Qwen3 MoE")
+ARCHITECTURES = ("Mixtral", "DeepSeek MoE", "Qwen MoE", "Qwen3 MoE", "Granite MoE", "FlexOlmo", "Gemma 4 MoE")
 
 _SIGNS = ("experts", "gate_mode")
 _AS_THEY_ARE = "experts are taken as they are: noise_scale and residual_scale are their only numbers"
