@@ -74,6 +74,11 @@ CHANGES: tuple[FormatChange, ...] = (
         "random masks are drawn by another generator (Threefry4x32-20)",
         frozenset({"dare_linear", "dare_ties", "della", "della_linear"}),
     ),
+    FormatChange(
+        3,
+        "a result of as many files as its config model has the same tensors in each, where some at the ends of files "
+        "were in the one before or after",
+    ),
 )
 
 FORMAT = 3

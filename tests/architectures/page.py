@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging
 
 from architectures.cases import CASES, GROUPS
+from architectures.pairs import PAIRS
 from architectures.trial import Row, tried
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
@@ -44,6 +45,15 @@ classes it was tried with, each from a config so small that a model of it has so
 Where a class has several stacks, `modules:` names them as the table does: see [recipes.md](recipes.md). What the config
 cannot describe is refused with the sentence in the table.
 """
+_PAIRS = """\
+## Language models into models that see
+
+Saved by the class of its language model alone, a fine-tune has other names than in the model that sees. Each of these
+is merged with its base by `linear`: by transformers' own names each tensor of the language model is the mean of both,
+all others are the base's, and the class loads the result (`tests/planning/test_matched.py`, which tries BERT with and
+without `bert.`, too). Where the names differ, a stack is matched to the one in its place whose first layer has the same
+roles and shapes; where there are two, the recipe is refused with both.
+"""
 _TABLE = ("model", "class in transformers", "tensors", "other numbers of layers")
 
 
@@ -52,7 +62,13 @@ def text(rows: Mapping[str, Row]) -> str:
     lines = [HEAD]
     for group, cases in GROUPS.items():
         lines += [f"## {group}", "", _table(_TABLE, [cells(name, rows[name]) for name in cases]), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, pairs()])
+
+
+def pairs() -> str:
+    """The section on language models under other names."""
+    rows = [(name, f"`{pair.of.model}`", f"`{pair.alone}`") for name, pair in PAIRS.items()]
+    return f"{_PAIRS}\n{_table(('model', 'class', 'class of the language model'), rows)}\n"
 
 
 def cells(name: str, row: Row) -> Sequence[str]:

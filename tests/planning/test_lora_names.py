@@ -12,7 +12,8 @@ import tiny
 import torch
 import transformers
 from architectures.cases import CASES as CLASSES
-from architectures.cases import GROUPS, QWEN_IDS, QWEN_TEXT, Case, text
+from architectures.cases import GROUPS, Case
+from architectures.pairs import QWEN_3_5
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,14 +24,6 @@ from merger.models.lora.counterparts import counterparts
 pytest.importorskip("peft")
 
 Part = Callable[[PreTrainedModel], PreTrainedModel]
-
-QWEN_3_5 = Case("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", text, {
-    "text_config": {**QWEN_TEXT, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4,
-                    "linear_value_head_dim": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
-    "vision_config": {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 4, "out_hidden_size": 16,
-                      "patch_size": 4, "num_position_embeddings": 16},
-    **QWEN_IDS,
-})  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -504,7 +504,7 @@ def test_cheap_rows_are_mean_embeddings(tmp_path: Path) -> None:
     assert all(torch.allclose(gate(found, layer), torch.stack(rows), atol=1e-6) for layer in range(6))
 
 
-@pytest.mark.parametrize("name", ["qwen", "qwen-of-mistral", "qwen3", "mixtral-of-llama-3"])
+@pytest.mark.parametrize("name", ["qwen", "qwen-of-mistral", "qwen3", "mixtral-of-llama-3", "granite", "olmo"])
 def test_hidden_states_of_other_classes(name: str, dense: Mapping[str, Sequence[Path]], tmp_path: Path) -> None:
     """Biases, norms of queries, windows and other positions: each class's layers are computed as it computes them."""
     case = CASES[name]
@@ -521,7 +521,7 @@ def test_hidden_states_of_other_classes(name: str, dense: Mapping[str, Sequence[
         with torch.no_grad():
             return model(input_ids=ids, output_hidden_states=True).hidden_states[layer][0, -1]
 
-    router = next(name for name in found if name.endswith("gate.weight") and "shared" not in name)
+    router = next(name for name in found if name.endswith(("gate.weight", "layer.weight")) and "shared" not in name)
     for layer in range(3):
         rows = found[router.replace(".0.", f".{layer}.")]
         assert torch.allclose(rows[1], nn.functional.normalize(last("&", layer), dim=0), atol=1e-5)
