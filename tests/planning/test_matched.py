@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class Match:
     note: str
     kept: str | None = None
     merged: str = ""
-    said: Mapping[str, Any] = None  # type: ignore[assignment]
+    said: Mapping[str, Any] = field(default_factory=dict)
 
 
 EYES = tower("visual")
@@ -148,11 +148,24 @@ MATCHES: Mapping[str, Match] = {
 }  # fmt: skip
 
 
+def test_a_quantised_language_model_is_matched_with_its_scales(tmp_path: Path) -> None:
+    """Numbers and scales are read for the tensor that is called otherwise, and nothing is left out."""
+    up, held = "model.layers.0.mlp.up_proj.weight", llama()
+    stored = {**held, up: ("F8_E4M3", held[up][1]), f"{up}_scale_inv": ("F32", (1, 1))}
+    base = write(tmp_path / "base", under("language_model."))
+    other = write(tmp_path / "other", stored, torch_dtype="bfloat16",
+                  quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})  # fmt: skip
+    found = planned(linear(base, other))
+    assert found.left_out == ()
+    (job,) = (job for job in found.jobs if job.name == f"language_model.{up}")
+    assert sources(job) == [(0, job.name), (1, job.name), (1, f"{up}_scale_inv")]
+
+
 @pytest.mark.parametrize("case", MATCHES)
 def test_the_plan_says_what_was_matched_to_what(case: str, tmp_path: Path) -> None:
     """Each tensor of the language model is made of both, all others are the first one's; nothing is left out."""
     of = MATCHES[case]
-    base, other = write(tmp_path / "base", of.base, **(of.said or {})), write(tmp_path / "other", of.other)
+    base, other = write(tmp_path / "base", of.base, **of.said), write(tmp_path / "other", of.other)
     found = planned(linear(base, other))
     kept = f"kept as base has it, for no other model has such layers: {of.kept}"
     assert found.notes == tuple(note for note in (of.note, kept if of.kept else "") if note)
