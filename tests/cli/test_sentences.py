@@ -154,11 +154,11 @@ MODELS: Mapping[str, tuple[str, Says]] = {
     "padded rows": (
         BOTH.format("padded", "trimmed"),
         Says(5, 5, "models[./trimmed]: model.embed_tokens.weight is 48x16 in padded, but 36x16 in trimmed", ROWS)),
-    "layers by two names": (
-        BOTH.format("one", "seeing"),
-        Says(5, 5, "models[./seeing]: the layers model.layers.N of one are called language_model.layers.N in seeing",
-             "seeing is a Seer, one a MistralForCausalLM: save what seeing has of a MistralForCausalLM with "
-             "transformers, and merge that")),
+    "layers that may be either of two": (
+        BOTH.format("one", "omni"),
+        Says(5, 5, "models[./omni]: the layers model.layers.N of one may be talker.model.layers.N or "
+                   "thinker.model.layers.N of omni",
+             "by roles and shapes both fit: save the one that is meant by itself, and merge that")),
 }  # fmt: skip
 """What is told of the models that a recipe names."""
 
@@ -194,8 +194,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     modelopt = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     tiny.write(root / "nvfp4", tensors | {scale: torch.ones(1)}, quantization_config=modelopt)
     tiny.write(root / "towered", tensors | {f"tower.layers.{n}.w.weight": torch.ones(2) for n in range(2)})
-    seen = {name.replace("model.", "language_model.", 1): tensor for name, tensor in tensors.items()}
-    tiny.write(root / "seeing", seen, architectures=["Seer"])
+    twice = {f"{part}.{name}": tensor.clone() for part in ("thinker", "talker") for name, tensor in tensors.items()}
+    tiny.write(root / "omni", twice)
     vocabularies.model(root / "padded", 1, rows=48)
     vocabularies.model(root / "trimmed", 2)
     for table in (RECIPES, MODELS, PLANNED):
