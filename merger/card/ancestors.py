@@ -176,6 +176,8 @@ def _how(recipe: Recipe) -> str:
     """How the merge is made, in words."""
     if recipe.lora is not None and recipe.lora.extracted:
         return "LoRA extraction"
+    if recipe.is_conversion:
+        return "GGUF"
     used = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
     return f"merge by {', '.join(used)}" if recipe.mixture is None else TITLE.lower()
 

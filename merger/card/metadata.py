@@ -20,6 +20,9 @@ from merger.safety.names import is_repo
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 _DATASET = re.compile(r"[\w-][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
+GGUF = "gguf"
+"""The Hub's word for what loads files of that kind."""
+
 _BARE = re.compile(r"[A-Za-z][\w./+-]*", re.ASCII)
 _ENDINGS = {
     "ForCausalLM": "text-generation",
@@ -65,16 +68,18 @@ def metadata(
     models = planned.locked.models
     config_model = planned.locked.config_model.card
     parents = list(dict.fromkeys(model.located.where for model in models if model.located.commit is not None))
+    tags = ["merge", "merger", *(method.name for method in used)]
     found = {
         **licence,
         "library_name": _fitting(config_model.get("library_name"), _SLUG) or library(planned.config),
         "pipeline_tag": _fitting(config_model.get("pipeline_tag"), _SLUG) or task(planned.config),
         "language": _union((model.card.get("language") for model in models), _LANGUAGE),
         "datasets": _union((model.card.get("datasets") for model in models), _DATASET),
-        "tags": ["merge", "merger", *(method.name for method in used)],
+        "tags": tags,
         "base_model": parents,
         "base_model_relation": "merge" if parents else None,
         **(_of_adapter(planned, used) if planned.locked.recipe.lora is not None else {}),
+        **({} if planned.locked.recipe.publish.safetensors else _of_gguf(planned, tags, parents)),
         **extra,
     }
     return {key: value for key, value in found.items() if value}
@@ -93,6 +98,14 @@ def _of_adapter(planned: Plan, used: Sequence[Method | MixtureFacts]) -> dict[st
         "base_model": base if on_hub else None,
         "base_model_relation": "adapter" if on_hub else None,
     }
+
+
+def _of_gguf(planned: Plan, tags: Sequence[str], parents: Sequence[str]) -> dict[str, Any]:
+    """What it says of GGUF files alone: a model that is only brought into that form is the one that was quantised."""
+    if not planned.locked.recipe.is_conversion:
+        return {"library_name": GGUF, "tags": [GGUF, *tags]}
+    relation = "quantized" if parents else None
+    return {"library_name": GGUF, "tags": [GGUF, "merger"], "base_model_relation": relation}
 
 
 def front_matter(data: Mapping[str, Any]) -> str:

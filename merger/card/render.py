@@ -18,7 +18,7 @@ from markupsafe import Markup
 from merger.card.escape import link_address
 from merger.card.facts import TITLE, MixtureFacts, PlanSummary, mixture_facts
 from merger.card.licences import Judgement, keys, licence_of
-from merger.card.metadata import PROMPTS, front_matter, head_class, library, metadata
+from merger.card.metadata import GGUF, PROMPTS, front_matter, head_class, library, metadata
 from merger.card.relations import Parameter, Relation, Relations, parameters
 from merger.card.templates import fill, refuse_unused
 from merger.card.terms import KINDS, Terms
@@ -146,7 +146,8 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, parts: Mapping
     recipe, more = planned.locked.recipe, {**NO_PARTS, **parts}
     named = dict.fromkeys(piece.method for of in recipe.documents for piece in of.slices)
     mixed = [] if recipe.mixture is None else [mixture_facts(planned, recipe.mixture)]
-    used: list[Method | MixtureFacts] = [*(table[method] for method in named), *mixed]
+    made: list[Method | MixtureFacts] = [*(table[method] for method in named), *mixed]
+    used = [] if recipe.is_conversion else made
     facts = PlanSummary(planned, f"{HUB if '/' in name else './'}{name}")
     data = metadata(planned, used, keys(facts.licence.licences), more.pop("metadata"))
     content = {**_content(planned, table, used, facts), **_about(facts, data), "name": name, **more}
@@ -185,7 +186,7 @@ _SOME_PARTS: Mapping[str, Any] = {
 def _content(
     planned: Plan, table: Mapping[str, Method], used: Sequence[Method | MixtureFacts], facts: PlanSummary
 ) -> dict[str, Any]:
-    documents, repo, target = planned.locked.recipe.documents, hub_path(facts.to or ""), facts.to or ""
+    recipe, repo, target = planned.locked.recipe, hub_path(facts.to or ""), facts.to or ""
     found = parameters(planned, table)
     parents = _parents(planned, [each for each in found if any(each.owners)])
     return {
@@ -198,7 +199,7 @@ def _content(
         "adapters": [parent.name for parent in parents if parent.role == ADAPTER],
         "lora": _lora(planned),
         "all_local": all(parent.commit is None for parent in parents),
-        "stages": [_stage(planned, table, recipe) for recipe in documents] if len(documents) > 1 else [],
+        "stages": [_stage(planned, table, each) for each in recipe.documents] if recipe.stages else [],
         "any_local": any(parent.commit is None for parent in parents),
         "tokens": facts.tokens,
         "licence": _licence(planned, facts.licence),
@@ -208,7 +209,8 @@ def _content(
         "plan": _plan(facts),
         "beside": _beside(facts),
         "package": requirement(),
-        "library": library(planned.config),
+        "library": library(planned.config) if recipe.publish.safetensors else GGUF,
+        "is_conversion": recipe.is_conversion,
         "on_hub": repo is not None,
         "first_file": planned.shards[0].name,
         "gguf": [{"kind": file.kind, "name": file.name} for file in planned.shards[0].beside],
@@ -282,7 +284,7 @@ def _licence_asks(found: Judgement) -> list[dict[str, Any]]:
 
 def _plan(facts: PlanSummary) -> dict[str, Any]:
     own = {name: getattr(facts.plan, name) for name in ("hash", "seed", "entries", "notes")}
-    return {**own, "dtypes": facts.dtypes, "files": len(facts.plan.shards)}
+    return {**own, "dtypes": facts.dtypes, "files": len(facts.plan.files)}
 
 
 def _beside(facts: PlanSummary) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from merger.run.artifacts import chats
 from merger.run.extras import needs_of
 from merger.run.options import Options, destination, stated_destination, with_free_memory
 from merger.run.pipeline import Ready, Result, Resumed, lock_text, merge, trusted_publishing
-from merger.run.prepare import lock_path, named_recipes, parse_text, plan, read_recipe
+from merger.run.prepare import lock_path, named_recipes, parse_text, plan, read_recipe, with_gguf
 from merger.runtime import Halt, halting, take_over, tell_limits
 from merger.safety.names import HUB, hub_path
 from merger.safety.paths import inside
@@ -469,7 +469,7 @@ def print_extras() -> None:
         os.chdir(inputs.folder)
         for path in _find_recipes(inputs, top(os.environ)):
             with suppress(MergerError):
-                found |= {need.extra for need in needs_of(read_recipe(path))}
+                found |= {need.extra for need in needs_of(with_gguf(read_recipe(path), inputs.options))}
     print(*sorted(found))
 
 

@@ -29,7 +29,7 @@ T = TypeVar("T")
 _RECIPES = (".yaml", ".yml")
 _OPTION = re.compile(r"--[a-z][a-z-]*")
 
-_GGUF = "Q8_0, Q5_0, Q4_0, BF16, F16, F32"
+_GGUF = "Q8_0, Q5_0, Q4_0, MXFP4, BF16, F16, F32"
 _OTHER_COMMANDS = {
     "help": "merger --help",
     "merge": "merger run",
@@ -42,6 +42,7 @@ _OTHER_COMMANDS = {
     "upload": "merger run --to hf://owner/name",
     "compare": "merger diff",
     "list": "merger methods",
+    "quantize": "merger convert",
 }
 """What commands of other tools are called here."""
 
@@ -179,9 +180,9 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_check, _add_plan, _add_run, _add_publish, _add_extract, _add_status, _add_verify, _add_diff):
+    for add in (_add_check, _add_plan, _add_run, _add_publish, _add_extract, _add_convert, _add_status, _add_verify):
         add(commands)
-    for add in (_add_card, _add_methods, _add_schema, _add_init, _add_doctor):
+    for add in (_add_diff, _add_card, _add_methods, _add_schema, _add_init, _add_doctor):
         add(commands)
     return parser, commands.choices
 
@@ -222,9 +223,7 @@ def _add_run(commands: Commands) -> None:
     spread.add_argument(
         "--part", type=_part, metavar="I/N", help="make the I-th of N shares of the files; `merger publish` ends it"
     )
-    run.add_argument(
-        "--stream", action="store_true", help="send files to the Hub as they are made, without any on this disk"
-    )
+    _add_stream(run)
     spread.add_argument(
         "--engine", choices=("ray", "jobs"), help="have --parts made on a Ray cluster, or by Hugging Face Jobs (paid)"
     )
@@ -261,6 +260,24 @@ def _add_extract(commands: Commands) -> None:
     extract.add_argument("--license", metavar="ID", help="the licence that the card states")
     _add_limits(extract)
     _add_end(extract)
+
+
+def _add_convert(commands: Commands) -> None:
+    sentence = "bring a model into GGUF, as llama.cpp reads it"
+    example = "convert owner/model --gguf Q8_0 --to hf://you/model-GGUF"
+    convert = _add(commands, "convert", sentence, example, "convert ./out --gguf Q4_0,Q8_0 --to ./gguf")
+    convert.add_argument("model", metavar="MODEL", help="org/name, org/name@revision or ./folder")
+    convert.add_argument("--gguf", type=_gguf, required=True, metavar="TYPE,...", help="types of files: " + _GGUF)
+    convert.add_argument("--license", metavar="ID", help="the licence that the card states (default: the model's)")
+    _add_stream(convert)
+    _add_limits(convert)
+    _add_end(convert)
+
+
+def _add_stream(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stream", action="store_true", help="send files to the Hub as they are made, without any on this disk"
+    )
 
 
 def _add_end(parser: argparse.ArgumentParser) -> None:
@@ -352,7 +369,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-disk", type=_bytes, metavar="SIZE", help="the most disk the run may take at once, such as 10GB"
     )
-    parser.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB)")
+    parser.add_argument(
+        "--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB; GGUF 45GB)"
+    )
     parser.add_argument(
         "--seed",
         type=_whole(numbers.GIVEN_SEED),
@@ -416,12 +435,9 @@ _bytes = _argument(numbers.parse_size)
 
 @_argument
 def _gguf(text: str) -> tuple[str, ...]:
-    from merger.recipe.parse import GGUF
+    from merger.recipe.parse import parse_kinds
 
-    kinds = tuple(dict.fromkeys(kind.strip().upper() for kind in text.split(",")))
-    if not set(kinds) <= set(GGUF):
-        raise ValueError(f"{numbers.quoted_short(text)} names no types of GGUF; write for example Q8_0,BF16")
-    return kinds
+    return parse_kinds(text)
 
 
 @_argument

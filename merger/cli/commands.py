@@ -153,6 +153,12 @@ def _extract(arguments: argparse.Namespace) -> int:
     return _merge(extraction_recipe(settings, arguments.dtype, arguments.license), arguments)
 
 
+def _convert(arguments: argparse.Namespace) -> int:
+    from merger.run.prepare import conversion_recipe
+
+    return _merge(conversion_recipe(arguments.model, arguments.gguf, arguments.license), arguments)
+
+
 def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from merger.card.facts import PlanSummary
     from merger.cli import text
@@ -325,6 +331,7 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "publish": _run,
     "extract-lora": _extract,
+    "convert": _convert,
     "status": _status,
     "clean": _clean,
     "verify": _verify,

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from merger.errors import Problem, RecipeError, did_you_mean
 from merger.planning.plan import Part
+from merger.recipe.parse import parse_kinds
 from merger.run.options import Options
 from merger.safety import numbers, secrets
 from merger.safety.environment import CLIENTS
@@ -52,6 +53,7 @@ class Inputs:
                 max_memory=given.size("max-memory"),
                 max_disk=given.size("max-disk"),
                 shard_size=given.size("shard-size"),
+                gguf=given.kinds("gguf"),
                 force=given.flag("force"),
                 part=given.part("part"),
                 read_token=given.secret("hf-read-token") or None,
@@ -109,6 +111,10 @@ class _Given:
     def size(self, name: str) -> int | None:
         """Bytes."""
         return self._parsed(name, numbers.parse_size)
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """Types of GGUF."""
+        return self._parsed(name, parse_kinds) or ()
 
     def part(self, name: str) -> Part | None:
         """A share of the files."""

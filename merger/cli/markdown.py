@@ -123,7 +123,7 @@ def _facts(found: PlanSummary) -> list[tuple[str, str]]:
     planned, dtypes = found.plan, ", ".join(found.dtypes)
     return [
         ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in found.methods.items())),
-        ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {len(planned.shards)} files"),
+        ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {len(planned.files)} files"),
         *([("tokens", sentence(found.tokens))] if found.tokens else []),
         ("licence", _licence(found.licence)),
         ("goes to", code(found.to) if found.to else "not said yet"),

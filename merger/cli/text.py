@@ -93,13 +93,18 @@ def _making(found: PlanSummary) -> list[str]:
     return [
         *([f"by way  of {stages}, none of which is stored"] if stages else []),
         f"makes   {len(planned.jobs)} tensors ({methods}), {planned.entries:,} numbers in {dtypes}",
-        f"files   {len(planned.shards)} of safetensors, {size(planned.size)}; config and "
-        f"{len(planned.texts.taken)} side files from {display_name(planned.locked.config_model)}",
+        *([_safetensors(planned)] if planned.locked.recipe.publish.safetensors else []),
         *(f"gguf    {file}, {size(nbytes)}" for file, nbytes in planned.gguf.items()),
         *([f"tokens  {found.tokens}"] if found.tokens else []),
         *(f"note    {note}" for note in planned.notes),
         f"plan    {planned.hash[:16]}, seed {planned.seed}",
     ]
+
+
+def _safetensors(planned: Plan) -> str:
+    count, nbytes = len(planned.shards), size(sum(shard.size for shard in planned.shards))
+    beside = f"config and {len(planned.texts.taken)} side files from {display_name(planned.locked.config_model)}"
+    return f"files   {count} of safetensors, {nbytes}; {beside}"
 
 
 def _costs(planned: Plan) -> list[str]:

@@ -133,7 +133,8 @@ def _refuse_what_stays(planned: Plan, options: Options) -> None:
 
 
 def _part_made(planned: Plan, part: Part, where: str) -> PartMade:
-    return PartMade(part, where, sum(shard.size for shard in share(planned.shards, part)))
+    sizes = (size for shard in share(planned.shards, part) for size in shard.files.values())
+    return PartMade(part, where, sum(sizes))
 
 
 # ---- Ray ------------------------------------------------------------------------------------------------------------

@@ -169,29 +169,29 @@ def _shard(
     try:
         with ExitStack() as stack:
             written_jobs = [member for job in shard.jobs for member, _ in job.parts]
-            start = header(written_jobs)
-            size = len(start) + sum(member.nbytes for member in written_jobs)
-            writer = stack.enter_context(ShardWriter(shard.name, sink.open(shard.name), start, size))
-            writers = (GgufWriter(file, sink.open(file.name), written_jobs) for file in shard.beside)
-            beside = [stack.enter_context(each) for each in writers]
+            made_files = (GgufWriter(file, sink.open(file.name), written_jobs) for file in shard.beside)
+            writers: list[GgufWriter | ShardWriter] = [stack.enter_context(each) for each in made_files]
+            if shard.written:
+                start = header(written_jobs)
+                size = len(start) + sum(member.nbytes for member in written_jobs)
+                writers += [stack.enter_context(ShardWriter(shard.name, sink.open(shard.name), start, size))]
             for job in shard.jobs:
                 for _ in blocks(job, table[job.method]):
                     data, work = next(made)
-                    writer.write(data)
-                    for each in beside:
-                        each.write(data)
+                    for writer in writers:
+                        writer.write(data)
                     yield BytesWritten(len(data), job)
                 for member, found in work.seen() if job.entries and job.reads else ():
                     seen[member.name] = found
                     yield Observed(member, found)
-            others, written = [each.close() for each in beside], writer.close()
+            *others, last = [writer.close() for writer in writers]
     except OSError as error:
         raise runtime.refusal(f"{shard.name} cannot be written", error, BudgetError, "look at its disk") from None
     for other in others:
         sink.take(other)
         yield ShardDone(other)
-    sink.take(written, dump_geometry(seen))
-    yield ShardDone(written)
+    sink.take(last, dump_geometry(seen))
+    yield ShardDone(last)
 
 
 _Waiting = tuple[Future[memoryview], Bytes, Work, bool]

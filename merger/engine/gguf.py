@@ -25,8 +25,8 @@ class GgufWriter:
 
     def __init__(self, file: GgufFile, outlet: Outlet, jobs: Sequence[Job]) -> None:
         self._writer = ShardWriter(file.name, outlet, file.header, file.size)
-        self._tensors = {tensor.source: tensor for tensor in file.tensors}
-        self._more = [tensor for tensor in file.tensors if not tensor.source]
+        self._tensors = {source: tensor for tensor in file.tensors for source in tensor.sources}
+        self._more = [tensor for tensor in file.tensors if not tensor.sources]
         self._jobs = deque(job for job in jobs if job.nbytes)
         self._rest = np.empty(0, np.uint8)
         self._done = 0
@@ -42,7 +42,8 @@ class GgufWriter:
             if self._done == job.nbytes:
                 self._jobs.popleft()
                 self._done = 0
-                self._writer.write(memoryview(bytes(0 if tensor is None else tensor.gap)))
+                if tensor is not None and job.name == tensor.sources[-1]:
+                    self._writer.write(memoryview(bytes(tensor.gap)))
 
     def _add(self, tensor: GgufTensor, dtype: str, data: memoryview) -> None:
         """Write what can be rounded by itself; the rest waits for what comes after it."""

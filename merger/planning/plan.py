@@ -39,7 +39,7 @@ from merger.planning.inputs.rows import held_bytes
 from merger.planning.jobs.common import JobSet
 from merger.planning.jobs.make import make_jobs
 from merger.planning.makers import moe
-from merger.planning.makers.gguf import gguf_files
+from merger.planning.makers.gguf import gguf_files, stacks
 from merger.planning.makers.lora import make_lora
 from merger.planning.makers.side_files import beside_adapter, left_out_files, other_pipelines, passed_files, texts
 from merger.planning.makers.stages import with_stages
@@ -50,6 +50,9 @@ from merger.safety import numbers
 from merger.stores.ports import HELD_BYTES
 
 SHARD_BYTES = 5_000_000_000
+GGUF_BYTES = 45_000_000_000
+"""For GGUF alone, which few programs read in parts; the Hub takes files of 50 GB."""
+
 BLOCKS_IN_FLIGHT = 4
 """How many finished or half-made blocks a thread may be ahead of the writing."""
 
@@ -97,11 +100,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its name, the jobs that fill it, in the order of their places, and files made of the same."""
+    """One output file: its name, the jobs that fill it, in the order of their places, and files made of the same.
+
+    One that is not written as safetensors has the name of the first of those, which are all that there is of it.
+    """
 
     name: str
     jobs: tuple[Job, ...]
     beside: tuple[GgufFile, ...] = ()
+    written: bool = True
 
     @cached_property
     def size(self) -> int:
@@ -111,7 +118,7 @@ class Shard:
     @property
     def files(self) -> dict[str, int]:
         """The size by name of each file that is made with it, its own last."""
-        return {**{file.name: file.size for file in self.beside}, self.name: self.size}
+        return {file.name: file.size for file in self.beside} | ({self.name: self.size} if self.written else {})
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,8 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """How many bytes all shards take."""
-        return sum(shard.size for shard in self.shards)
+        """How many bytes all files of tensors take."""
+        return sum(self.files.values())
 
     @property
     def files(self) -> dict[str, int]:
@@ -306,7 +313,7 @@ def make_plan(
     passed_files(locked, small)  # a file that is too large is told before all else is worked out
     shards = _whole_file(making.jobs) if lora else _files_of(locked, making.jobs, budget.shard_bytes)
     beside = gguf_files(locked, [shard.jobs for shard in shards], edited, small)
-    shards = tuple(replace(shard, beside=files) for shard, files in zip(shards, beside, strict=True))
+    shards = tuple(_with_beside(locked, *each) for each in zip(shards, beside, strict=True))
     remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
     draft = Plan(
         locked=locked,
@@ -315,7 +322,7 @@ def make_plan(
         notes=notes(locked, making),
         config=edited,
         tokens=making.tokens,
-        texts=small,
+        texts=small if locked.recipe.publish.safetensors else Texts({}),
         seed=seed,
         shard_bytes=budget.shard_bytes,
         threads=budget.threads,
@@ -339,14 +346,21 @@ def _whole_file(jobs: tuple[Job, ...]) -> tuple[Shard, ...]:
 
 
 def _files_of(locked: StagedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[Shard, ...]:
-    """The jobs in files as the config model's are, where as many files are needed; else cut by size alone."""
+    """The jobs in files as the config model's are, where as many are needed and all fit in; else cut by size alone."""
     config_owner = locked.config_owner
     ordered, files = _in_file_order(jobs, locked.owner(locked.index(config_owner.ref)))
-    groups = _cut(ordered, limit)
-    if len(files) == len(groups) and all(sum(job.nbytes for job in file) <= limit for file in files if len(file) > 1):
+    together = stacks(locked, ordered)
+    groups, alone = _cut(together, limit), len(together) == len(ordered)
+    small = all(sum(job.nbytes for job in file) <= limit for file in files if len(file) > 1)
+    if alone and small and len(files) == len(groups):
         groups = files
     names = (shard_name(number, len(groups), config_owner.checkpoint.stem) for number in range(1, len(groups) + 1))
     return tuple(Shard(name, _align(group)) for name, group in zip(names, groups, strict=True))
+
+
+def _with_beside(locked: StagedRecipe, shard: Shard, files: tuple[GgufFile, ...]) -> Shard:
+    written = locked.recipe.publish.safetensors
+    return replace(shard, name=shard.name if written else files[0].name, beside=files, written=written)
 
 
 def _make_jobs(locked: StagedRecipe, table: Mapping[str, Method], seed: int) -> tuple[JobSet, Mapping[str, Any]]:
@@ -384,16 +398,17 @@ def _places(job: Job, model: int) -> Iterator[tuple[str, int]]:
     return ((stored.tensor.file, stored.tensor.start) for stored in read if stored.model == model)
 
 
-def _cut(jobs: tuple[Job, ...], limit: int) -> list[list[Job]]:
-    """The jobs of files of at most `limit` bytes; a tensor larger than that has a file of its own."""
+def _cut(stacks: Sequence[Sequence[Job]], limit: int) -> list[list[Job]]:
+    """The jobs of files of at most `limit` bytes; what is larger, and stays together, has a file of its own."""
     groups: list[list[Job]] = [[]]
     held = 0
-    for job in jobs:
-        if groups[-1] and held + job.nbytes > limit:
+    for stack in stacks:
+        size = sum(job.nbytes for job in stack)
+        if groups[-1] and held + size > limit:
             groups.append([])
             held = 0
-        groups[-1].append(job)
-        held += job.nbytes
+        groups[-1] += stack
+        held += size
     return groups
 
 

@@ -320,6 +320,7 @@ class Publish:
         license_override: why it may be published although a parent's licence speaks against it.
         create_pr: open a pull request instead of committing to main.
         gguf: the types in which the result is written for llama.cpp as well, as GGUF files beside the others.
+        safetensors: whether safetensors, config and tokenizer are written; else the GGUF files are all that there is.
         template: Jinja2 templates for the card: a file or folder, relative to the working directory, or on the Hub
             hf://owner/name/path@revision.
         left_out: the templates that a lock names of the machine on which it was made: they are not read.
@@ -334,6 +335,7 @@ class Publish:
     license_override: str | None = None
     create_pr: bool = False
     gguf: tuple[str, ...] = ()
+    safetensors: bool = True
     template: str | None = None
     left_out: str | None = None
     at: Span | None = field(default=None, compare=False)
@@ -460,6 +462,12 @@ class Recipe:
         bases = [piece.base_model for piece in self.slices if piece.base_model is not None]
         own = [self.base_model] if self.base_model is not None else []
         return tuple(dict.fromkeys([*experts, *sources, *bases, *own, *(rule.model for rule in self.tensors)]))
+
+    @property
+    def is_conversion(self) -> bool:
+        """Whether it takes one model as it is, for nothing but its form."""
+        pieces = [(piece.method, [source.layer_range for source in piece.sources]) for piece in self.slices]
+        return not self.publish.safetensors and len(self.references) == 1 and pieces == [("passthrough", [None])]
 
     @property
     def merges_adapters(self) -> bool:

@@ -67,11 +67,11 @@ MODULE = ("slices", "models", "parameters")
 TENSORS = ("filter", "model")
 PUBLISH = (
     "repo", "private", "license", "license_name", "license_link", "license_override", "create_pr", "gguf",
-    "template",
+    "safetensors", "template",
 )  # fmt: skip
 
 DTYPES = ("float32", "float16", "bfloat16")
-GGUF = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0")
+GGUF = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "MXFP4")
 
 
 _MEANT_DTYPES = {
@@ -468,6 +468,7 @@ def _publish(fields: Fields) -> Publish:
         license_override=_text(keys, "license_override", "a sentence for the card"),
         create_pr=bool(create_pr.flag()) if create_pr else False,
         gguf=_gguf(gguf) if gguf else (),
+        safetensors=_safetensors(keys, fields),
         template=template.text("a file, a folder or hf://owner/name/path") if template else None,
         at=place.key,
         license_at=license.at if license else None,
@@ -484,6 +485,31 @@ def _gguf(place: Value) -> tuple[str, ...]:
         if text is not None and text.upper() not in GGUF:
             each.error(f"{text!r} is no type of GGUF that is written", f"write {what}")
     return tuple(dict.fromkeys(text.upper() for _, text in found if text is not None))
+
+
+def parse_kinds(text: str) -> tuple[str, ...]:
+    """The types of GGUF files that a text lists with commas between.
+
+    Raises:
+        ValueError: one of them is none; in a sentence.
+    """
+    kinds = tuple(dict.fromkeys(kind.strip().upper() for kind in text.split(",")))
+    if not set(kinds) <= set(GGUF):
+        raise ValueError(f"{numbers.quoted_short(text)} names no types of GGUF; write for example Q8_0,BF16")
+    return kinds
+
+
+def _safetensors(keys: Fields, recipe: Fields) -> bool:
+    """Whether they are written; what is to be measured, and what has no other form, takes them."""
+    place = keys.get("safetensors")
+    if place is None or place.flag() is not False:
+        return True
+    if keys.get("gguf") is None:
+        place.error("nothing would be published", "write gguf: [Q8_0] beside it, or leave safetensors out", place.key)
+    if (measured := recipe.get("evaluate")) is not None:
+        what = "what is measured is read as safetensors, and publish.safetensors is false"
+        measured.error(what, "leave one of them out", measured.key)
+    return False
 
 
 def _text(fields: Fields, key: str, what: str) -> str | None:

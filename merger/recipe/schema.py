@@ -194,6 +194,7 @@ def _publish() -> Json:
         **{key: _or_null(_text()) for key in ("license", "license_name", "license_link", "license_override")},
         "create_pr": flag,
         "gguf": _or_null(_list({"enum": list(parse.GGUF)})),
+        "safetensors": flag,
         "template": _or_null(_text()),
     }
     return _or_null(_map(parse.PUBLISH, _describe_fields(Publish), shapes))

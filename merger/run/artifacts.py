@@ -157,7 +157,9 @@ def taken_files(planned: Plan, store: Library) -> dict[str, Content]:
 
 
 def model_files(planned: Plan) -> dict[str, bytes]:
-    """The index, where there are several shards, and config.json: all that the plan says of them."""
+    """The index, where there are several shards, and config.json: all that the plan says of them; of GGUF none."""
+    if not planned.locked.recipe.publish.safetensors:
+        return {}
     files = {}
     if len(planned.shards) > 1:
         weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}

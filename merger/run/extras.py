@@ -5,7 +5,7 @@ Not here: what is done with them (evaluation, engine.router_init).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -15,6 +15,10 @@ from merger.planning.budget import EMBEDDED
 from merger.recipe.blocks.mixture import BY_CHANCE
 from merger.recipe.model import Recipe
 from merger.runtime import install_command
+
+MEASURING = ("eval",)
+MAKING = ("torch", "moe", *MEASURING)
+"""What only the measuring of a result takes, and what only its making does."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,18 @@ def needs_of(recipe: Recipe, device: str = "cpu") -> Iterator[Need]:
         yield Need("eval", packages, "evaluate", wanted.at, "evaluate")
 
 
-def refuse_missing(recipe: Recipe, device: str = "cpu", measured: bool = True) -> None:
+def refuse_missing(recipe: Recipe, device: str = "cpu", but: Collection[str] = ()) -> None:
     """Refuse a recipe that takes what is not installed here, with the command that installs it.
 
     Args:
         recipe: the recipe.
         device: where methods compute.
-        measured: whether its evaluation is run here.
+        but: extras of what is not done here.
 
     Raises:
         RecipeError: with a problem for each part that takes it.
     """
-    asked = [need for need in needs_of(recipe, device) if measured or need.extra != "eval"]
+    asked = [need for need in needs_of(recipe, device) if need.extra not in but]
     if missing := [need for need in asked if need.missing]:
         raise RecipeError([_refusal(need) for need in missing])
 

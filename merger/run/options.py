@@ -10,7 +10,7 @@ from pathlib import Path
 from merger import runtime
 from merger.errors import BudgetError, Problem, RecipeError
 from merger.evaluation.evaluate import disk as evaluation_disk
-from merger.planning.plan import SHARD_BYTES, Budget, Part, Plan, Shard
+from merger.planning.plan import GGUF_BYTES, SHARD_BYTES, Budget, Part, Plan, Shard
 from merger.recipe.model import Recipe
 from merger.safety import secrets
 from merger.safety.limits import ALL_TENSORS, Limit
@@ -75,7 +75,7 @@ def budget_of(recipe: Recipe, options: Options) -> Budget:
     return Budget(
         memory=options.max_memory,
         threads=options.threads or runtime.cores(),
-        shard_bytes=options.shard_size or SHARD_BYTES,
+        shard_bytes=options.shard_size or (SHARD_BYTES if recipe.publish.safetensors else GGUF_BYTES),
         sending=_sending(stated_destination(recipe, options)),
     )
 

@@ -274,7 +274,9 @@ class _Run:
 def _title(planned: Plan) -> str:
     """The commit's first line."""
     lora, names = planned.locked.recipe.lora, ", ".join(model.name for model in planned.locked.merged)
-    return f"LoRA adapter of {planned.locked.models[0].name}" if lora and lora.extracted else f"Merge of {names}"
+    if lora and lora.extracted:
+        return f"LoRA adapter of {planned.locked.models[0].name}"
+    return f"{'GGUF' if planned.locked.recipe.is_conversion else 'Merge'} of {names}"
 
 
 def _forget(session: Session, made: Sequence[str], why: DamagedError) -> None:

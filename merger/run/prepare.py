@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from merger.planning.plan import Plan, make_plan
 from merger.recipe.blocks.evaluate import named_files, without_files
 from merger.recipe.model import Recipe
 from merger.recipe.parse import parse
-from merger.run.extras import refuse_missing
+from merger.run.extras import MEASURING, refuse_missing
 from merger.run.options import Options, budget_of, stated_destination
 from merger.runtime import refusal
 from merger.safety import limits
@@ -125,6 +125,25 @@ def extraction_recipe(settings: Mapping[str, Any], dtype: str | None = None, lic
     return parse(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "extract-lora", methods())
 
 
+def conversion_recipe(model: str, kinds: Sequence[str], license: str | None = None) -> Recipe:
+    """The recipe that brings a model into GGUF as it is.
+
+    Args:
+        model: as a recipe names it.
+        kinds: the types of the files.
+        license: what the card states.
+
+    Raises:
+        RecipeError: with every problem of these settings.
+    """
+    content = {
+        "merge_method": "passthrough",
+        "models": [{"model": model}],
+        "publish": {"gguf": list(kinds), "safetensors": False} | ({"license": license} if license else {}),
+    }
+    return parse(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "convert", methods())
+
+
 def is_lock(path: Path) -> bool:
     """Whether a file is a lock file, by its name."""
     return path.name.endswith(LOCK_SUFFIX)
@@ -171,7 +190,7 @@ def plan(recipe: Recipe, options: Options, held: Mapping[str, Pin] | None = None
         ModelError, RecipeError, MismatchError, BudgetError, VerificationError: as the steps do.
     """
     recipe = with_gguf(recipe, options)
-    refuse_missing(recipe, options.device, measured=options.part is None)
+    refuse_missing(recipe, options.device, but=() if options.part is None else MEASURING)
     check_evaluation(recipe, options.root)
     store = stores_of(recipe, options, options.root)
     path = Path(recipe.path)
@@ -206,10 +225,10 @@ def with_gguf(recipe: Recipe, options: Options) -> Recipe:
     """The recipe with the types of GGUF files that the options name, if they do.
 
     Raises:
-        RecipeError: a stream, which has room for one file at a time, is asked for with them.
+        RecipeError: a stream, which has room for one file at a time, is asked for with several.
     """
     made = replace(recipe, publish=replace(recipe.publish, gguf=options.gguf)) if options.gguf else recipe
-    if options.stream and made.publish.gguf:
+    if options.stream and len(made.publish.gguf) + made.publish.safetensors > 1:
         what = "--stream sends one file at a time, and GGUF files are made beside others"
         raise RecipeError(Problem(what, made.publish.gguf_at, "publish.gguf", "leave out --stream, or gguf"))
     return made

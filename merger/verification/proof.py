@@ -176,7 +176,7 @@ class Against:
     def __init__(self, shards: Sequence[Shard], published: PublishedTensors) -> None:
         self.made: dict[str, str] = {}
         self.differences: list[Mismatch] = []
-        self._shards = {shard.name: shard for shard in shards}
+        self._shards = {shard.name: shard for shard in shards if shard.written}
         names = [job.name for shard in shards for job in shard.jobs if job.name in published.tensors]
         places = [published.tensors[name] for name in names]
         tickets = [Ticket(published.located, place.file, place.start, place.stop) for place in places]

@@ -290,12 +290,13 @@ def _first_other(one: bytes, other: bytes) -> int:
 def comparable(merge: Merge, planned: Plan) -> tuple[dict[str, TensorInfo], list[Problem]]:
     """The published tensors that have the plan's names, dtypes and shapes; and what is wrong with the others."""
     problems: list[Problem] = []
-    files = [shard.name for shard in planned.shards if shard.name in merge.located.files]
+    shards = [shard for shard in planned.shards if shard.written]
+    files = [shard.name for shard in shards if shard.name in merge.located.files]
     tally = Tally(MODEL_TENSORS)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         headers = list(pool.map(partial(_header, merge, problems, tally), files))
     found = {tensor.name: tensor for tensor in (tensor for part in headers for tensor in part)}
-    wanted = {tensor.name: tensor for shard in planned.shards for tensor in _header_of(shard)}
+    wanted = {tensor.name: tensor for shard in shards for tensor in _header_of(shard)}
     same = {name: tensor for name, tensor in found.items() if name in wanted and _is_like(tensor, wanted[name])}
     return same, [*problems, *_other_tensors(found, wanted, same)]
 

@@ -12,6 +12,7 @@ from merger.errors import Problem, RecipeError, VerificationError
 from merger.lock.lock import lock
 from merger.models.side_files import CARD_NAME
 from merger.planning.lockfile import changed_models, other_plan
+from merger.run.extras import MAKING, refuse_missing
 from merger.run.options import Options
 from merger.run.pipeline import place_of
 from merger.run.prepare import planned_again, stores_of, with_templates
@@ -51,7 +52,8 @@ def recard(target: str, options: Options, template: str | None = None, new_versi
         new_version: ``owner/name`` of a model that takes its place; None: the one that the card names, if it does.
 
     Raises:
-        RecipeError: a revision is named, but a card can only go to main; or the template cannot be rendered.
+        RecipeError: a revision is named, but a card can only go to main; the template cannot be rendered; or its plan
+            takes what is not installed here.
         ModelError: the merge or one of its models cannot be read.
         VerificationError: it has no lock, or its lock is not that of a merge of these models.
     """
@@ -63,6 +65,7 @@ def recard(target: str, options: Options, template: str | None = None, new_versi
     recipe = merge.recipe
     if template is not None:
         recipe = replace(recipe, publish=replace(recipe.publish, template=template, template_at=None))
+    refuse_missing(recipe, but=MAKING)
     parents = stores_of(recipe, options, merge.root)
     locked = lock(recipe, parents, merge.held.pins)
     planned = planned_again(merge.held, locked, options)

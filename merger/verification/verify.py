@@ -22,7 +22,7 @@ from merger.models.side_files import loaded_as
 from merger.planning.lockfile import Lock, changed_models, other_numbers, other_plan
 from merger.planning.plan import Plan, Shard
 from merger.run.artifacts import taken_files
-from merger.run.extras import refuse_missing
+from merger.run.extras import MEASURING, refuse_missing
 from merger.run.options import Options
 from merger.run.pipeline import ignore
 from merger.run.prepare import planned_again, stores_of
@@ -141,8 +141,9 @@ def verify(
         BudgetError: it does not fit into the memory.
     """
     merge = open_merge(target, options.read_token)
-    refuse_missing(merge.recipe, measured=False)
-    if merge.recipe.lora is not None:  # its tensors are made in pairs, so that one alone cannot be
+    refuse_missing(merge.recipe, but=MEASURING)
+    if merge.recipe.lora is not None or not merge.recipe.publish.safetensors:
+        # an adapter's tensors are made in pairs, so that one alone cannot be; of a GGUF the checksum is compared
         extent = replace(extent, everything=True)
     parents = stores_of(merge.recipe, options, merge.root)
     locked = lock(merge.recipe, parents, merge.held.pins)
@@ -240,7 +241,8 @@ class _Check:
         in_full = [piece for piece in every if piece.file in names]
         headers = _header_bytes(self._tensors.values())
         headers += sum(_header_bytes(model.checkpoint.tensors.values()) for model in planned.locked.models)
-        compared = (*self._sample.pieces, *(piece for piece in in_full if piece.job.name in self._tensors))
+        alone = not planned.locked.recipe.publish.safetensors
+        compared = (*self._sample.pieces, *(piece for piece in in_full if alone or piece.job.name in self._tensors))
         earlier = other_numbers(planned, self._merge.held) if self._differences else []
         return Report(
             model=self._merge.located.name,

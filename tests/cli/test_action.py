@@ -380,12 +380,11 @@ def test_what_is_wrong_is_said_at_its_lines_and_keeps_no_other_waiting(
 
 def test_all_that_is_wrong_with_the_inputs_is_said_at_once(step: Step) -> None:
     """With the names that the workflow gave them."""
-    told = step(
-        "push", {}, mode="pln", max_memory="much", part="3/2", time_limit="0", force="maybe", working_directory="../x"
-    )
+    given = {"mode": "pln", "max_memory": "much", "gguf": "Q4_K", "part": "3/2", "time_limit": "0", "force": "maybe"}
+    told = step("push", {}, working_directory="../x", **given)
     assert (told.code, told.outputs) == (2, {"state": "failed"})
     wrong = [line.split("::input ")[1].split(":")[0] for line in told.commands if line.startswith("::error")]
-    assert wrong == ["mode", "working-directory", "max-memory", "force", "part", "time-limit"]
+    assert wrong == ["mode", "working-directory", "max-memory", "gguf", "force", "part", "time-limit"]
 
 
 def test_a_push_that_changes_no_recipe_says_so(clone: Checkout, step: Step) -> None:

@@ -6,6 +6,7 @@ Not here: the bits of rounded blocks (test_steps).
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from calls import Command
+import yaml
+from calls import Command, called
 from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from loopback import LoopbackHub
 from merging import merged
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from merger.errors import RecipeError
 from merger.models.gguf.families import _llama3_factors
 from merger.planning.lockfile import read_lock
+from merger.planning.plan import Part
 from merger.recipe.parse import GGUF
 from merger.run.options import Options
 from merger.verification.verify import Extent, verify
@@ -40,6 +43,7 @@ LLAMA_3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_fa
            "original_max_position_embeddings": 64}  # fmt: skip
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [1.5] * 8}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"rope_parameters": LLAMA_3, "attention_bias": True},
     "Mistral": {"sliding_window": 128, "head_dim": 32},
@@ -47,6 +51,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {"head_dim": 32, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
     "Gemma2": GEMMA,
     "Gemma3": GEMMA | {"num_hidden_layers": 7},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "Qwen2Moe": {**MOE, "shared_expert_intermediate_size": 64},
+    "Qwen3Moe": {**MOE, "head_dim": 32, "norm_topk_prob": True},
     "Phi3": {"original_max_position_embeddings": 256, "max_position_embeddings": 512, "rope_parameters": LONG},
 }
 
@@ -124,15 +131,17 @@ def test_gguf_reads_what_is_written(tmp_path: Path, family: str) -> None:
     planned = merged(recipe(made, "F32", "Q8_0"), tmp_path / "out")
     found = {kind: tensors(tmp_path / "out" / f"model-{kind}.gguf") for kind in ("F32", "Q8_0")}
     result = load_file(tmp_path / "out" / "model.safetensors")
-    more = {name for name in found["F32"] if name.startswith("rope_")}
-    assert len(found["F32"]) == len(result) + len(more)
+    written = [tensor for tensor in planned.shards[0].beside[0].tensors if tensor.sources]
+    assert sorted(source for tensor in written for source in tensor.sources) == sorted(result)
+    assert set(found["F32"]) - {tensor.name for tensor in written} <= {
+        "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight",
+    }  # fmt: skip
     config = json.loads((made / "config.json").read_text())
-    for tensor in planned.shards[0].beside[0].tensors:
-        if not tensor.source:
-            continue
-        x = result[tensor.source].float()
-        part = tensor.source.split(".")[-2]
-        if family in ("Llama", "Mistral") and part in ("q_proj", "k_proj"):
+    for tensor in written:
+        parts = [result[source].float() for source in tensor.sources]
+        x = torch.stack(parts) if "_exps." in tensor.name else parts[0]
+        part = tensor.sources[0].split(".")[-2]
+        if family in ("Llama", "Mistral", "Mixtral") and part in ("q_proj", "k_proj"):
             heads = config["num_attention_heads" if part == "q_proj" else "num_key_value_heads"]
             size = len(x) // heads
             x = x[
@@ -147,7 +156,9 @@ def test_gguf_reads_what_is_written(tmp_path: Path, family: str) -> None:
             x = x + 1
         np.testing.assert_array_equal(found["F32"][tensor.name].data, x.numpy())
         other = found["Q8_0"][tensor.name]
-        assert other.tensor_type == GGMLQuantizationType["Q8_0" if x.ndim > 1 else "F32"]
+        assert (
+            other.tensor_type == GGMLQuantizationType["Q8_0" if x.ndim > 1 and "gate_inp" not in tensor.name else "F32"]
+        )
         np.testing.assert_array_equal(other.data, quantize(x.numpy(), other.tensor_type))
 
 
@@ -193,6 +204,73 @@ def test_several_shards_are_parts_of_one_gguf(tmp_path: Path) -> None:
     assert whole["blk.0.ffn_up.weight"].tensor_type == GGMLQuantizationType.Q4_0
 
 
+def test_the_experts_of_a_layer_are_one_tensor_of_one_part(tmp_path: Path) -> None:
+    """Whatever the size of the shards, in the order of their numbers; the safetensors beside are the model's own."""
+    made = model(tmp_path / "one", "Qwen3Moe", num_experts=12)
+    planned = merged(recipe(made, "Q4_0"), tmp_path / "out", shard_size=30_000)
+    parts = sorted((tmp_path / "out").glob("*.gguf"))
+    whole = tensors(*parts)
+    assert len(parts) > 4
+    assert whole["blk.1.ffn_down_exps.weight"].shape.tolist() == [32, 64, 12]
+    assert said(parts[0])["qwen3moe.expert_count"] == 12
+    assert sum(len(tensor.sources) for shard in planned.shards for tensor in shard.beside[0].tensors) == len(
+        planned.jobs
+    )
+    result = {name: x for path in (tmp_path / "out").glob("*.safetensors") for name, x in load_file(path).items()}
+    own = load_file(made / "model.safetensors")
+    assert result.keys() == own.keys()
+    assert all(torch.equal(result[name], own[name]) for name in own)
+
+
+# ---- GGUF alone -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_converted_and_nothing_else_is_written(tmp_path: Path) -> None:
+    """The files are those that a merge has beside it; card and lock say what it is, and verify makes it again."""
+    made, out = model(tmp_path / "Some-1.5B", "Qwen2"), tmp_path / "out"
+    assert called(["convert", str(made), "--gguf", "q8_0,MXFP4", "--to", str(out), "--quiet"]).code == 0
+    merged(recipe(made, "Q8_0", "MXFP4"), tmp_path / "beside")
+    for kind in ("Q8_0", "MXFP4"):
+        here, there = tensors(out / f"Some-1.5B-{kind}.gguf"), tensors(tmp_path / "beside" / f"model-{kind}.gguf")
+        assert here.keys() == there.keys()
+        assert all(np.array_equal(here[name].data, there[name].data) for name in here)
+    assert {file.name for file in out.iterdir()} == {
+        "README.md", "recipe.yaml", "merger.lock.yaml", "merger.measured.json", "pictures",
+        "Some-1.5B-Q8_0.gguf", "Some-1.5B-MXFP4.gguf",
+    }  # fmt: skip
+    card = (out / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["library_name"], front["tags"]) == ("gguf", ["gguf", "merger"])
+    assert "Some-1.5B in GGUF, as llama.cpp reads it" in card
+    assert "llama-cli -m Some-1.5B-Q8_0.gguf" in card
+    assert not re.search(r"from_pretrained|passthrough|1 file\.|a sample", card.partition("## Recipe")[0])
+    again = called(["run", str(out / "merger.lock.yaml"), "--to", str(tmp_path / "again"), "--quiet"])
+    assert (again.code, again.err) == (0, "")
+    proven = called(["verify", str(out), "--json"]).report
+    assert (proven["passed"], len({each["tensor"] for each in proven["compared"]})) == (True, proven["tensors"])
+    data = (out / "Some-1.5B-MXFP4.gguf").read_bytes()
+    (out / "Some-1.5B-MXFP4.gguf").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    spoiled = called(["verify", str(out)])
+    assert spoiled.code == 7
+    assert "Some-1.5B-MXFP4.gguf is another file" in spoiled.out
+
+
+def test_a_merge_is_published_as_gguf_alone(tmp_path: Path) -> None:
+    """Made in several parts, it goes on from those that are there."""
+    made = [model(tmp_path / name, "Llama") for name in ("one", "two")]
+    models = ", ".join(f"{{model: {folder}, parameters: {{weight: 1}}}}" for folder in made)
+    text = f"merge_method: linear\nmodels: [{models}]\npublish: {{safetensors: false, gguf: [Q5_0]}}\n"
+    for part in (Part(1, 2), Part(2, 2)):
+        merged(text, tmp_path / "out", shard_size=60_000, part=part)
+    planned = merged(text, tmp_path / "out", shard_size=60_000, publish_only=True, card=True)
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert set(planned.files) == {name for name in files if name.endswith(".gguf")}
+    assert len(planned.files) > 2
+    assert not {"config.json", "tokenizer.json", "model.safetensors.index.json"} & files
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
+    assert front["tags"] == ["gguf", "merge", "merger", "linear"]
+
+
 @pytest.mark.parametrize(
     ("family", "more", "what"),
     [
@@ -201,6 +279,9 @@ def test_several_shards_are_parts_of_one_gguf(tmp_path: Path) -> None:
         ("Llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
         ("Gemma3", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar"),
         ("Qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("Qwen3Moe", {"norm_topk_prob": False}, "another norm_topk_prob"),
+        ("Qwen3Moe", {"mlp_only_layers": [0]}, "layers without experts"),
+        ("Qwen3Moe", {"num_local_experts": 5}, "4 of 5 experts together"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(
@@ -258,15 +339,46 @@ def test_llama_cpp_continues_a_text_as_transformers_does(tmp_path: Path, family:
     made = model(tmp_path / "one", family, tokenizer)
     merged(recipe(made, "F32"), tmp_path / "out")
     found = run_llama(tmp_path / "out" / "model-F32.gguf", TEXT, 12)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    same_as_transformers(found, tmp_path / "out", tokenizer, 2e-2)
+
+
+def same_as_transformers(
+    found: list[tuple[int, dict[int, float]]], folder: Path, tokenizer: Tokenizer, error: float
+) -> None:
+    """Each token is the likeliest one, as far as the error lets it be told, and chances differ no more."""
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = tokenizer.encode(TEXT).ids
     with torch.no_grad():
         for token, tops in found:
             chances = loaded(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            assert token == int(chances.index_fill(0, torch.tensor(1), -torch.inf).argmax())
+            assert chances[token] >= chances.index_fill(0, torch.tensor(1), -torch.inf).max() - error
             for number, chance in tops.items():
-                assert chance == pytest.approx(float(chances[number]), abs=2e-2)
+                assert chance == pytest.approx(float(chances[number]), abs=error)
             ids.append(token)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in GGUF if kind != "F32"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3Moe"])
+def test_llama_cpp_continues_a_text_from_every_type_and_from_parts(tmp_path: Path, family: str, kind: str) -> None:
+    """As transformers does with what `gguf` reads of the rounded tensors; llama.cpp rounds activations besides.
+
+    Every expert has its share, for which ones are chosen would be another question where activations are rounded.
+    """
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install xllamacpp")
+    made, out = model(tmp_path / "one", family, num_experts_per_tok=4), tmp_path / "out"
+    planned = merged(recipe(made, kind), out, shard_size=60_000)
+    files = [file for shard in planned.shards for file in shard.beside]
+    found = run_llama(out / files[0].name, TEXT, 12)
+    kinds = {source: tensor.kind for file in files for tensor in file.tensors for source in tensor.sources}
+    for path in out.glob("*.safetensors"):
+        save_file({name: rounded(x, kinds[name]) for name, x in load_file(path).items()}, path, {"format": "pt"})
+    same_as_transformers(found, out, of_bytes(), 0.1)
+
+
+def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """What is left of a tensor in a type of GGUF."""
+    number = GGMLQuantizationType[kind]
+    return torch.from_numpy(dequantize(quantize(x.float().numpy(), number), number))
 
 
 def test_every_type_is_a_type_of_recipes(tmp_path: Path) -> None:
@@ -294,6 +406,17 @@ def test_they_are_published_in_the_one_commit(tmp_path: Path, hub: LoopbackHub, 
     commits = len(hub.commits("org/merged"))
     assert command(*line, cwd=tmp_path, hub=hub).returncode == 0
     assert len(hub.commits("org/merged")) == commits
+    line[:2], line[3] = ["convert", "org/one"], "hf://org/one-GGUF"
+    hub.xet(tmp_path / "storage")
+    done = command(*line, "--stream", "--max-disk", "1kB", cwd=tmp_path, hub=hub, env={"HF_HUB_DISABLE_XET": "0"})
+    hub.xet(None)
+    assert done.returncode == 0, done.stderr
+    assert {name for name in hub.tree("org/one-GGUF") if name.endswith((".gguf", ".json"))} == {
+        "one-Q8_0.gguf", "merger.measured.json",
+    }  # fmt: skip
+    front = yaml.safe_load(hub.read("org/one-GGUF", "README.md").decode().split("---\n")[1])
+    assert (front["base_model"], front["base_model_relation"]) == (["org/one"], "quantized")
+    line[:2], line[3] = ["run", "recipe.yaml"], "hf://org/merged"
     refused = command(*line, "--stream", cwd=tmp_path, hub=hub)
     assert (refused.returncode, "one file at a time" in refused.stderr) == (2, True)
 

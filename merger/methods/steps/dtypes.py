@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from merger.methods.steps.step import ONE, ZERO, Array, single, step
+from merger.methods.steps.step import Array, single, step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,9 +21,16 @@ to_float16: Any = None
 from_bits: Any = None
 largest: Any = None
 largest_size: Any = None
+put_scale: Any = None
 to_byte: Any = None
 to_code: Any = None
+to_fp4: Any = None
+scale_power: Any = None
+power_of_two: Any = None
 """Words of compiled loops: `intrinsics` has them."""
+
+BETWEEN_FP4 = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)
+"""What lies between the sizes that MXFP4 has of a scale: 0, 1, 2, 3, 4, 6, 8 and 12 times of it."""
 
 HELD: Mapping[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<u2", "BF16": "<u2", "I8": "i1", "F8_E4M3": "u1", "F8_E5M2": "u1",
@@ -68,10 +75,7 @@ def store_q8_0(x: Array, out: Raw) -> None:
     """float32 to GGUF's Q8_0: of 32 entries a float16 scale, and each in eight bits, halves rounded away from zero."""
     for b in range(out.size // 34):
         entries, found = x[32 * b : 32 * b + 32], out[34 * b : 34 * b + 34]
-        scale = from_bits(largest_size(entries)) / single(127)
-        inverse = ZERO if scale == ZERO else ONE / scale
-        half, codes = to_float16(scale), found[2:34]
-        found[0], found[1] = half & 255, half >> 8
+        inverse, codes = put_scale(from_bits(largest_size(entries)) / single(127), found), found[2:34]
         for i in range(codes.size):
             codes[i] = to_byte(entries[i] * inverse)
 
@@ -94,10 +98,7 @@ def store_q4_0(x: Array, out: Raw) -> None:
     """float32 to GGUF's Q4_0: of 32 entries a float16 scale, which makes the largest -8, and each in four bits."""
     for b in range(out.size // 18):
         entries, found = x[32 * b : 32 * b + 32], out[18 * b : 18 * b + 18]
-        scale = largest(entries) / single(-8)
-        inverse = ZERO if scale == ZERO else ONE / scale
-        half = to_float16(scale)
-        found[0], found[1] = half & 255, half >> 8
+        inverse = put_scale(largest(entries) / single(-8), found)
         low, high, codes = entries[:16], entries[16:], found[2:18]
         for i in range(codes.size):
             one, other = low[i] * inverse + single(8.5), high[i] * inverse + single(8.5)
@@ -116,10 +117,7 @@ def store_q5_0(x: Array, out: Raw) -> None:
     """float32 to GGUF's Q5_0: the same with -16 and five bits, of which the fifth ones stand together."""
     for b in range(out.size // 22):
         entries, found = x[32 * b : 32 * b + 32], out[22 * b : 22 * b + 22]
-        scale = largest(entries) / single(-16)
-        inverse = ZERO if scale == ZERO else ONE / scale
-        half = to_float16(scale)
-        found[0], found[1] = half & 255, half >> 8
+        inverse = put_scale(largest(entries) / single(-16), found)
         low, high, codes = entries[:16], entries[16:], found[6:22]
         fifth = 0
         for i in range(codes.size):
@@ -140,6 +138,31 @@ def _(x: Any, out: Any) -> None:
     found[:, 6:] = codes[:, :16] & 15 | codes[:, 16:] << 4
     places = torch.arange(8, dtype=torch.uint8, device=x.device)
     found[:, 2:6] = ((codes >> 4).view(-1, 4, 8) << places).sum(2)
+
+
+@step("void(float32[::1], uint8[::1])")
+def store_mxfp4(x: Array, out: Raw) -> None:
+    """float32 to GGUF's MXFP4: of 32 entries a power of two, and each as the nearest of eight multiples of it."""
+    for b in range(out.size // 17):
+        entries, found = x[32 * b : 32 * b + 32], out[17 * b : 17 * b + 17]
+        power = scale_power(entries)
+        scale, found[0] = power_of_two(power), power
+        low, high, codes = entries[:16], entries[16:], found[1:17]
+        for i in range(codes.size):
+            codes[i] = to_fp4(low[i], scale) | to_fp4(high[i], scale) << 4
+
+
+@store_mxfp4.torch
+def _(x: Any, out: Any) -> None:
+    import torch
+
+    blocks, found = _blocks(x, out, 17)
+    size = blocks.abs().nan_to_num(0, torch.inf)
+    power = (size.amax(1, keepdim=True).view(torch.int32) >> 23).clamp(min=2) - 2
+    scale = torch.where(power < 2, 1 << power + 21, power - 1 << 23).view(torch.float32)
+    codes = (size[..., None] > scale[..., None] * torch.tensor(BETWEEN_FP4, device=x.device)).sum(2)
+    codes = torch.where((blocks < 0) & (codes > 0), codes + 8, codes).to(torch.uint8)
+    found[:, :1], found[:, 1:] = power, codes[:, :16] | codes[:, 16:] << 4
 
 
 def _blocks(x: Any, out: Any, size: int) -> tuple[Any, Any]:
@@ -169,6 +192,7 @@ def _scales(scale: Any, found: Any) -> None:
 
 BLOCKS: Mapping[str, tuple[int, int]] = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q5_0": (32, 22),
+    "MXFP4": (32, 17),
 }  # fmt: skip
 """How many entries of a GGUF's type stand together, and in how many bytes."""
 
@@ -181,7 +205,7 @@ def quantise(x: Array, kind: str, out: Raw) -> None:
         store(x, kind, out.view(HELD[kind]))
 
 
-_QUANTISING = {"Q8_0": store_q8_0, "Q4_0": store_q4_0, "Q5_0": store_q5_0}
+_QUANTISING = {"Q8_0": store_q8_0, "Q4_0": store_q4_0, "Q5_0": store_q5_0, "MXFP4": store_mxfp4}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, register_jitable
 
+from merger.methods.steps.dtypes import BETWEEN_FP4
+
 _U16, _U32, _U64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _SIGN, _INFINITE = 0x8000_0000, 0x7F80_0000
 
@@ -132,6 +134,17 @@ def to_code(b: Any, x: Any, most: Any) -> Any:
     return b.trunc(b.fptosi(_clamped(b, x, most), _U32), ir.IntType(8))
 
 
+@_word(types.uint8, types.float32, types.float32)
+def to_fp4(b: Any, x: Any, scale: Any) -> Any:
+    """The number of the nearest multiple of a scale that FP4 has, of two the smaller; 8 more below zero; NaN is 0."""
+    bits = b.bitcast(x, _U32)
+    size = b.bitcast(b.and_(bits, _k(_SIGN - 1)), _F32)
+    ends = [b.fmul(scale, ir.Constant(_F32, between)) for between in BETWEEN_FP4]
+    code = reduce(b.add, [b.zext(b.fcmp_ordered(">", size, end), _U32) for end in ends])
+    sign = b.and_(b.lshr(bits, _k(28)), _k(8))
+    return b.trunc(b.select(b.icmp_unsigned("==", code, _k(0)), code, b.or_(code, sign)), ir.IntType(8))
+
+
 def _clamped(b: Any, x: Any, most: Any) -> Any:
     """From zero to another number; NaN is 0."""
     positive = b.select(b.fcmp_ordered(">", x, ir.Constant(_F32, 0.0)), x, ir.Constant(_F32, 0.0))
@@ -172,6 +185,27 @@ def largest(entries: Any) -> Any:
         place = first_place(place, np.uint32(i), most, entries[i])
     found = entries[place]
     return found if found == found else np.float32(0)
+
+
+@register_jitable
+def put_scale(scale: Any, found: Any) -> Any:
+    """Write a scale as float16 to the front of a block's bytes; 1 by it, of zero 0."""
+    half = to_float16(scale)
+    found[0], found[1] = half & 255, half >> 8
+    return np.float32(0) if scale == np.float32(0) else np.float32(1) / scale
+
+
+@register_jitable
+def scale_power(entries: Any) -> Any:
+    """The exponent with which the largest of 32 entries has a size of FP4, as MXFP4 writes it."""
+    power: Any = np.int64(largest_size(entries)) >> 23
+    return max(power, 2) - 2
+
+
+@register_jitable
+def power_of_two(power: Any) -> Any:
+    """What such an exponent is to FP4's sizes doubled: 0 is 2 to the -128."""
+    return from_bits(np.uint32(power - 1 << 23 if power > 1 else 1 << power + 21))
 
 
 _TURNS = (10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20)

@@ -6,15 +6,14 @@ Names and keys are those of the package `gguf`. Not here: the tokenizer (tokens)
 from __future__ import annotations
 
 import math
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 from merger.errors import Problem, RecipeError
 from merger.models.gguf.layout import KINDS, GgufTensor, Value
-from merger.runtime import install_command
 
 Config = Mapping[str, Any]
 _Settings = dict[str, Value]
@@ -35,6 +34,8 @@ class GgufFamily:
         norm: what is added to the scales of norms.
         window: every so many layers one sees all tokens, where the others see a window; 0: it is not made so.
         largest: the number of layers of the one size whose scale of attention is another one.
+        mixture: whether it has experts.
+        normed: whether the shares of a token's experts are brought to a sum of 1 there; None: they always are.
     """
 
     title: str
@@ -45,6 +46,8 @@ class GgufFamily:
     norm: float = 0.0
     window: int = 0
     largest: int = 0
+    mixture: bool = False
+    normed: bool | None = None
 
 
 _LLAMA = GgufFamily("Llama", "llama", rope=("default", "linear", "llama3", "yarn"), paired=True)
@@ -56,22 +59,12 @@ FAMILIES: Mapping[str, GgufFamily] = {
     "Qwen3ForCausalLM": GgufFamily("Qwen 3", "qwen3"),
     "Gemma2ForCausalLM": GgufFamily("Gemma 2", "gemma2", _GEMMA, ("default",), norm=1.0, window=2, largest=46),
     "Gemma3ForCausalLM": GgufFamily("Gemma 3", "gemma3", _GEMMA, ("default", "linear"), norm=1.0, window=6, largest=62),
+    "MixtralForCausalLM": replace(_LLAMA, title="Mixtral", mixture=True),
+    "Qwen2MoeForCausalLM": GgufFamily("Qwen 2 MoE", "qwen2moe", mixture=True, normed=False),
+    "Qwen3MoeForCausalLM": GgufFamily("Qwen 3 MoE", "qwen3moe", mixture=True, normed=True),
     "Phi3ForCausalLM": GgufFamily("Phi-3", "phi3", rope=("default", "longrope")),
 }  # fmt: skip
 """By the name in `architectures` of config.json."""
-
-
-def load_gguf() -> ModuleType:
-    """The package that knows llama.cpp's names.
-
-    Raises:
-        RecipeError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise RecipeError(Problem("GGUF needs the package gguf", hint=install_command("gguf"))) from None
-    return gguf
 
 
 class GgufModel:
@@ -81,20 +74,23 @@ class GgufModel:
         config: its config.json.
 
     Raises:
-        RecipeError: no GGUF is made of such a model, or the package gguf is not installed.
+        RecipeError: no GGUF is made of such a model.
     """
 
     def __init__(self, config: Config) -> None:
+        import gguf  # an extra: run.extras asks for it
+
         self._config = config
         named = next(iter(config.get("architectures") or [""]))
         if named not in FAMILIES:
             raise _refusal(f"no GGUF is made of {named or 'a model without architectures'}")
         self.family = FAMILIES[named]
-        self._gguf = load_gguf()
+        self._gguf = gguf
         self._layers = int(config["num_hidden_layers"])
         heads = int(config["num_attention_heads"])
         self._heads = {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
         self._head = int(config.get("head_dim") or config["hidden_size"] // heads)
+        self._count = int(config.get("num_local_experts") or config.get("num_experts") or 0)
         self._rope = _rope_of(config)
         self._way = str(self._rope.get("rope_type") or self._rope.get("type") or "default")
         self._check()
@@ -116,6 +112,8 @@ class GgufModel:
             "query_pre_attn_scalar other than its heads' size": family.window and not self._usual_scale(),
             "layer_types in another order": family.window and not self._usual_layers(),
             "use_bidirectional_attention": config.get("use_bidirectional_attention"),
+            "layers without experts": config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1,
+            "another norm_topk_prob": family.normed not in (None, bool(config.get("norm_topk_prob"))),
         }
         if said := [what for what, is_so in wrong.items() if is_so]:
             raise _refusal(f"no GGUF is made of {family.title} with {', '.join(said)}")
@@ -135,7 +133,7 @@ class GgufModel:
     def settings(self) -> dict[str, Value]:
         """What llama.cpp has to know of the architecture, by its keys."""
         of, arch = self._gguf.Keys, self.family.arch
-        found = self._sizes(of) | self._positions(of) | self._attention(of)
+        found = self._sizes(of) | self._positions(of) | self._attention(of) | self._experts(of)
         return {of.General.ARCHITECTURE: arch, **{key.format(arch=arch): value for key, value in found.items()}}
 
     def _sizes(self, of: Any) -> _Settings:
@@ -150,6 +148,15 @@ class GgufModel:
             of.LLM.FEED_FORWARD_LENGTH: int(config["intermediate_size"]),
             of.LLM.VOCAB_SIZE: int(config["vocab_size"]),
         }
+
+    def _experts(self, of: Any) -> _Settings:
+        named = {
+            of.LLM.EXPERT_USED_COUNT: "num_experts_per_tok",
+            of.LLM.EXPERT_FEED_FORWARD_LENGTH: "moe_intermediate_size",
+            of.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH: "shared_expert_intermediate_size",
+        }
+        found = {key: int(self._config[name]) for key, name in named.items() if self._config.get(name)}
+        return {of.LLM.EXPERT_COUNT: self._count, **found} if self.family.mixture else {}
 
     def _attention(self, of: Any) -> _Settings:
         config = self._config
@@ -195,23 +202,40 @@ class GgufModel:
     def tensor(self, name: str, shape: tuple[int, ...], kind: str) -> GgufTensor | None:
         """A tensor of the result as a file has it that mostly has this type; None where llama.cpp has no use for it.
 
+        One of several experts is a part of a tensor that begins with their number: see `stack`.
+
         Raises:
             RecipeError: llama.cpp knows no such tensor of this architecture.
         """
         if name.endswith("rotary_emb.inv_freq") or (self.family.norm and name == "lm_head.weight"):
             return None
-        found = self._names.get_name(key=name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        stack, _ = stack_of(name)
+        found = self._names.get_name(key=stack, try_suffixes=(".weight", ".bias"))
+        if found is None or (stack == name and ".experts." in name):
             raise _refusal(f"no GGUF is made of {self.family.title} with a tensor {name}")
         heads = next((count for part, count in self._heads.items() if f".{part}." in name), 0)
         return GgufTensor(
             found,
             _kind_of(found, shape, kind),
             shape,
-            name,
+            (name,),
             head_rows=shape[0] // heads if self.family.paired and heads else 0,
             added=self.family.norm if name.endswith("norm.weight") else 0.0,
         )
+
+    def stack(self, parts: Sequence[GgufTensor]) -> GgufTensor:
+        """Tensors of one name that follow each other: one tensor, or those of all experts of a layer.
+
+        Raises:
+            RecipeError: there are fewer or more experts than config.json says.
+        """
+        first = parts[0]
+        if stack_of(first.sources[0])[0] == first.sources[0]:
+            return first
+        if len(parts) != self._count:
+            raise _refusal(f"no GGUF is made of {len(parts)} of {self._count} experts together: {first.name}")
+        names = tuple(part.sources[0] for part in parts)
+        return replace(first, shape=(len(parts), *first.shape), sources=names)
 
     def more_tensors(self) -> tuple[GgufTensor, ...]:
         """Tensors that transformers computes of config.json and llama.cpp reads."""
@@ -223,6 +247,17 @@ class GgufModel:
         return ()
 
 
+def stack_of(name: str) -> tuple[str, int]:
+    """The name under which all experts of a layer have a tensor together, and its place there; of others their own.
+
+    >>> stack_of("model.layers.0.mlp.experts.7.up_proj.weight")
+    ('model.layers.0.mlp.experts.up_proj.weight', 7)
+    """
+    found = _EXPERT.fullmatch(name)
+    return (f"{found[1]}.{found[3]}", int(found[2])) if found else (name, 0)
+
+
+_EXPERT = re.compile(r"(.*\.experts)\.([0-9]+)\.(.*)")
 _PATTERN_OF_GEMMA_3 = 6
 _KNOWN_ROPE: Mapping[str, set[str]] = {
     "default": {"partial_rotary_factor"},
@@ -252,10 +287,10 @@ def _local_theta(config: Config) -> float:
 
 
 def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """Vectors keep all their bits; embeddings and head of a file in few bits have eight; what has no blocks, 16."""
-    if len(shape) < 2 or not name.endswith(".weight"):
+    """Vectors and routers have all bits; embeddings and head of a file in few bits eight; what has no blocks 16."""
+    if len(shape) < 2 or not name.endswith(".weight") or "ffn_gate_inp" in name:
         return "F32"
-    if kind in ("Q4_0", "Q5_0") and name in ("token_embd.weight", "output.weight"):
+    if kind in ("Q4_0", "Q5_0", "MXFP4") and name in ("token_embd.weight", "output.weight"):
         kind = "Q8_0"
     return kind if shape[-1] % KINDS[kind].together == 0 else "F16"
 

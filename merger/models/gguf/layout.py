@@ -30,6 +30,7 @@ KINDS: Mapping[str, GgufKind] = {
     "Q8_0": GgufKind(8, 7, 32, 34),
     "Q4_0": GgufKind(2, 2, 32, 18),
     "Q5_0": GgufKind(6, 8, 32, 22),
+    "MXFP4": GgufKind(39, 38, 32, 17),
 }
 
 ENDING = ".gguf"
@@ -47,7 +48,7 @@ class GgufTensor:
         name: its name there.
         kind: its type.
         shape: as safetensors has it, the rows first.
-        source: the tensor of the result that it is made of; empty: it is `data`.
+        sources: the tensors of the result that it is made of, one behind the other; none: it is `data`.
         head_rows: rows of each head in which the two halves are to stand in turn, as llama.cpp rotates them; 0: none.
         added: what is added to each entry.
         data: its bytes.
@@ -56,7 +57,7 @@ class GgufTensor:
     name: str
     kind: str
     shape: tuple[int, ...]
-    source: str = ""
+    sources: tuple[str, ...] = ()
     head_rows: int = 0
     added: float = 0.0
     data: bytes = field(default=b"", repr=False)

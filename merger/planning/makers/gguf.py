@@ -5,14 +5,17 @@ Several shards give the parts of one model, as llama.cpp splits it. Not here: th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from merger.errors import Problem, RecipeError
 from merger.lock.locked import stated_licence
 from merger.models.checkpoint import FLOATS
-from merger.models.gguf.families import GgufModel
+from merger.models.gguf.families import GgufModel, stack_of
 from merger.models.gguf.layout import ENDING, KINDS, GgufFile, GgufTensor, Value, encode, encode_part
 from merger.models.gguf.tokens import FILES, describe_tokens
 from merger.planning.inputs.base import Job
@@ -42,6 +45,16 @@ def gguf_files(
         raise RecipeError(
             [replace(each, at=publish.gguf_at, where="publish.gguf") for each in error.problems]
         ) from None
+
+
+def stacks(locked: StagedRecipe, jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs in groups that no file may part: for GGUF those of all experts of a layer, else each its own."""
+    if not locked.recipe.publish.gguf:
+        return [[job] for job in jobs]
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(stack_of(job.name)[0], []).append(job)
+    return [sorted(group, key=lambda job: stack_of(job.name)) for group in found.values()]
 
 
 class _Files:
@@ -75,8 +88,10 @@ class _Files:
         return {**self._model.settings(), **found, "general.quantization_version": 2}
 
     def _tensors(self, kind: str, number: int) -> list[GgufTensor]:
-        made = [self._tensor(job, kind) for job in self._shards[number]]
-        return [*(each for each in made if each is not None), *(self._model.more_tensors() if number == 0 else ())]
+        parts = (self._tensor(job, kind) for job in self._shards[number])
+        made = groupby((part for part in parts if part is not None), attrgetter("name"))
+        stacked = [self._model.stack(list(group)) for _, group in made]
+        return [*stacked, *(self._model.more_tensors() if number == 0 else ())]
 
     def _tensor(self, job: Job, kind: str) -> GgufTensor | None:
         found = self._model.tensor(job.name, job.shape, kind)
@@ -96,9 +111,9 @@ class _Files:
 
 
 def _stem(locked: StagedRecipe) -> str:
-    """The repo's name, where the recipe names one."""
-    repo = locked.recipe.publish.repo
-    return repo.rpartition("/")[2] if repo else "model"
+    """The repo's name, where the recipe names one; of a model that is only converted, the model's."""
+    repo = locked.recipe.publish.repo or (locked.config_owner.located.name if locked.recipe.is_conversion else "model")
+    return re.sub(r"[^\w.-]", "-", repo.rpartition("/")[2])
 
 
 def _tokens(locked: StagedRecipe, config: Mapping[str, Any], small: Texts) -> dict[str, Value]:

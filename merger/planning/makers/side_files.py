@@ -69,8 +69,9 @@ def passed_files(locked: StagedRecipe, small: Texts) -> list[FileInfo]:
 
 
 def left_out_files(locked: StagedRecipe, small: Texts) -> dict[str, str]:
-    """The files of the base that a model made of it lacks, each with the reason."""
-    return left_beside(locked.config_owner.located.files, small.taken) if locked.recipe.lora is None else {}
+    """The files of the base that a model made of it lacks, each with the reason; an adapter or a GGUF has none."""
+    is_model = locked.recipe.lora is None and locked.recipe.publish.safetensors
+    return left_beside(locked.config_owner.located.files, small.taken) if is_model else {}
 
 
 def other_pipelines(locked: StagedRecipe, small: Texts) -> list[str]:
