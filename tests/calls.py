@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
+"""Tokens of the loopback Hub: alice's, who is of org, to write and to read."""
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 """The real command in a process of its own: the fixture `command`."""
 

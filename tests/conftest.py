@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from calls import Command
+from calls import READER, WRITER, Command
 
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # the tests run side by side
 
@@ -43,9 +43,6 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 def pytest_collection_finish() -> None:
     """What is imported by now lives to the end: who looks for garbage need not look there."""
     gc.freeze()
-
-
-WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from calls import Said, called
-from conftest import READER, WRITER
+from calls import READER, WRITER, Said, called
 from loopback import Client, LoopbackHub
 
 from merger import runtime
