@@ -114,6 +114,10 @@ class UploadError(MergerError):
     exit_code = 6
 
 
+class OccupiedError(UploadError):
+    """The destination holds another model, which is replaced only if somebody says so."""
+
+
 class VerificationError(MergerError):
     """What was written is not what was promised; or two models that were compared differ."""
 

@@ -24,7 +24,8 @@ from space.bot.bot import Bot
 from space.entry import sessions
 from space.entry.body_limit import BodyLimit
 from space.entry.door import Door, own_origins
-from space.page import CSS, build
+from space.page import merge_page
+from space.page.page import CSS, build
 from space.work.admission import Limits
 from space.work.queue import MergeQueue
 from space.work.service import Service
@@ -51,7 +52,8 @@ def make_app(service: Service, bot: Bot | None = None) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit)
     if bot is not None:
-        bot.offer(app)  # before the page, which takes all other addresses
+        bot.offer(app)
+    merge_page.offer_pages(app, service.queue)  # before the page, which takes all other addresses
     blocks = build(service, with_login)
     blocks.queue(max_size=_MOST_WAITING, default_concurrency_limit=_AT_ONCE)
     blocks.space_id = None  # else the page loads the Space's header, and its fonts, from two other servers
@@ -66,13 +68,25 @@ def make_app(service: Service, bot: Bot | None = None) -> FastAPI:
         show_error=False,
         max_file_size=_UPLOAD_BYTES,
         footer_links=["api", "settings"],
-        theme=gr.themes.Base(primary_hue="blue", font=_FONTS, font_mono=_MONO),
+        theme=_theme(),
         css=CSS,
     )
     if with_login:
         sessions.install(app, is_framed=bool(own))
     app.add_middleware(Door, own=own, hub=constants.ENDPOINT)  # the last one, for it stands before all others
     return app
+
+
+def _theme() -> gr.themes.Base:
+    """The plain one; its main button's blue is too light for white words on it."""
+    look = gr.themes.Base(primary_hue="blue", font=_FONTS, font_mono=_MONO)
+    fill, hover = "*primary_700", "*primary_800"
+    return look.set(
+        button_primary_background_fill=fill,
+        button_primary_background_fill_dark=fill,
+        button_primary_background_fill_hover=hover,
+        button_primary_background_fill_hover_dark=hover,
+    )
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from merger.safety.names import is_repo
-from space.texts import ZOO, zoo_repo
+from space.page.texts import ZOO, zoo_repo
 
 _ROOT = Path(__file__).resolve().parents[1]
 _AT_THE_TOP = {

@@ -287,6 +287,13 @@ class Destination(Protocol):
             UploadError: something else is there, or we may not write.
         """
 
+    def refuse_loss(self, identity: str) -> None:
+        """See what a run would, without a change: nothing to refuse where there is nothing, or the result itself.
+
+        Raises:
+            UploadError: something is there that a run would not replace; OccupiedError: it is a model.
+        """
+
     def check_card(self, text: str) -> None:
         """Make sure, before any tensor is read, that the place will accept a card with this front matter.
 

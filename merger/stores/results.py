@@ -50,15 +50,14 @@ class ResultFolder:
     def open(self, identity: str, shared: bool = False) -> FolderSession | Published:
         """Refuse a destination that would lose something; clear away what another run left."""
         with self.refusals():
-            if not self._is_done(identity):
-                self.refuse_loss()
+            self.refuse_loss(identity)
             work = _Work(self.folder, shared)
             try:
                 work.restore()
                 if self._is_done(identity):
                     work.remove()
                     return Published(str(self.folder))
-                self.refuse_loss()
+                self.refuse_loss(identity)
                 work.resume(identity, self._force)
                 work.share(shared)
             except BaseException:
@@ -69,12 +68,10 @@ class ResultFolder:
     def _is_done(self, identity: str) -> bool:
         return not self._force and _holds(self.folder, identity)
 
-    def refuse_loss(self) -> None:
-        """Refuse to replace what is no model, a parent, or a model without --force.
-
-        Raises:
-            UploadError: such a thing is there.
-        """
+    def refuse_loss(self, identity: str = "") -> None:
+        """Refuse to replace what is no model, a parent, or a model without --force."""
+        if self._is_done(identity):
+            return
         another = "choose another destination"
         if any(self.folder in (parent, *parent.parents) for parent in self._parents):
             what = f"the destination {self.name!r} is or holds one of the models that are merged"

@@ -7,6 +7,7 @@ anything looks at it. Only the front is open to links from elsewhere. Not here: 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from functools import partial
 from ipaddress import ip_address
@@ -17,8 +18,9 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-FRONT = ("/", "/login/callback")
-"""What a link from elsewhere may lead to: the page, and the Hub's way back, which brings a state that is checked."""
+FRONT = re.compile(r"/|/login/callback|/merges/[\w-]+", re.ASCII)
+"""What a link from elsewhere may lead to: the page, a merge's own page, which changes nothing, and the Hub's way back,
+which brings a state that is checked."""
 
 _STRANGE = "Another site asked for this in a visitor's name, and only the Space's own page may: do it there."
 _UNKNOWN = "This Space is not known by that name. Its owner can add the name to MERGER_SPACE_HOSTS."
@@ -69,7 +71,7 @@ class Door:
         ours = self._origins(headers)
         if any(origin not in ours for origin in headers.getlist("origin")):
             return _STRANGE
-        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in FRONT:
+        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and FRONT.fullmatch(scope["path"]):
             return None
         if not all(self._knows(host) for host in headers.getlist("host")):
             self._tell(headers["host"])

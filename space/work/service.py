@@ -5,12 +5,13 @@ Not here: who is asking (page, api), what is taken from strangers (admission), a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from merger.card.facts import PlanSummary
 from merger.errors import Problem, RecipeError
 from merger.run.artifacts import card, elders
+from merger.run.pipeline import place_of
 from merger.safety import secrets
 from merger.safety.names import HUB, need_repo
 from space.work import admission
@@ -80,6 +81,17 @@ class Service:
         to = to or found.recipe.publish.repo
         if to is None:
             raise RecipeError(Problem("where shall the result go?", hint=f"write for example {owner}/my-merge"))
-        need_repo(to)
+        self.refuse_loss(found, token.value, to, how)
         total = found.plan.nbytes
         return self.queue.submit(owner, token, text, HUB + to, admission.pinned_commits(found.plan), total, how)
+
+    def refuse_loss(self, found: Planned, token: str, to: str, how: How = DEFAULT) -> None:
+        """See, before it is queued, whether the merge would be refused for what lies in its repo already.
+
+        Raises:
+            UploadError: it would; OccupiedError: another model lies there.
+        """
+        need_repo(to)
+        options = admission.options(None, self.queue.limits)
+        options = replace(options, force=how.force, create_pr=how.create_pr, write_token=token)
+        place_of(HUB + to, options, found.plan).refuse_loss(found.plan.identity)

@@ -30,8 +30,9 @@ from merger.cli.markdown import plan_section
 from merger.errors import BudgetError, MergerError
 from merger.run.options import Options
 from merger.run.prepare import read_recipe
-from space import views
 from space.api import Api
+from space.page import views
+from space.page.texts import for_the_page
 from space.work import admission
 from space.work.admission import Limits
 from space.work.service import Service
@@ -260,7 +261,7 @@ def on_github(step: Step, says: Says, name: str) -> list[str]:
 
 
 def in_the_space(says: Says) -> str:
-    return f"{says.kind} line {says.line} {says.what} {says.hint}"
+    return f"{says.kind} line {says.line} {says.what} {for_the_page(says.hint)}"
 
 
 def words(page: str) -> str:

@@ -16,8 +16,8 @@ from merger.errors import MergerError, RecipeError
 from merger.run.options import Options, destination
 from merger.run.prepare import parse_text
 from merger.safety.names import is_repo, parse_name
-from space import form
-from space.form import Form, ModelRow
+from space.page import form
+from space.page.form import Form, ModelRow
 
 NONE = [
     "alice/..", "alice/.", "../alice", "alice/a..b", "alice/a--b", "alice/-a", "alice/a-", "alice/.a", "alice/a.",

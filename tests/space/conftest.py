@@ -82,9 +82,11 @@ def browser(launch: Callable[[list[str]], Browser]) -> Browser:
 class Visitor:
     """Somebody with a browser of their own."""
 
-    def __init__(self, context: BrowserContext, url: str, stays: bool = False) -> None:
+    def __init__(self, context: BrowserContext, url: str, stays: bool = False, forgets: bool = True) -> None:
         self.context, self.url, self.stays, self.clicks = context, url, stays, 0
         self.outside: list[str] = []
+        if forgets:
+            context.add_init_script("localStorage.clear()")  # else it begins with what the last test left
         context.set_default_timeout(1000 * HANGS_SECONDS)
         context.on("dialog", lambda dialog: dialog.accept())  # "leave this page?", once somebody has typed in it
         context.on("request", self._look)  # a route would switch the browser's cache off
@@ -116,7 +118,7 @@ class Visitor:
         self.page.get_by_role(role, name=name).first.click()
 
     def sign_in(self, user: str) -> None:
-        """Two clicks: here, and at the Hub."""
+        """Two clicks: here, and at the Hub; a recipe that names no repo is then named after them."""
         self.click("button", "Sign in with Hugging Face")
         self.click("link", f"Authorize as {user}")
         self.page.get_by_role("button", name=f"Logout ({user})").wait_for()
@@ -183,7 +185,8 @@ def visit(
         scheme: Any = "dark" if dark else "light"
         size: Any = {"width": 1280, "height": 900}
         known = signed_in.get(user or "")
-        made.append(Visitor(browser.new_context(viewport=size, color_scheme=scheme, storage_state=known), space.url))
+        context = browser.new_context(viewport=size, color_scheme=scheme, storage_state=known)
+        made.append(Visitor(context, space.url, forgets=not fresh))
         made[-1].open()
         if user and known is None:
             made[-1].sign_in(user)

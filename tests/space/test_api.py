@@ -103,6 +103,14 @@ def test_the_documents_example(
     assert capsys.readouterr().out.splitlines()[-1] in ("queued", "running", "done")
 
 
+def test_a_repo_that_holds_another_model(space: ServedSpace, hub: LoopbackHub) -> None:
+    """It is refused before anything is queued."""
+    hub.add_model("user4/taken", {"config.json": b"{}", "model.safetensors": b"1"}, owner="user4")
+    told = client(space, "user4").predict(RECIPE, "user4/taken", api_name="/merge")
+    assert told["exit_code"] == 6
+    assert told["problems"][0]["what"] == "user4/taken already holds a model (config.json)"
+
+
 def test_a_token_nobody_knows(space: ServedSpace) -> None:
     """A token that the Hub does not know is refused, and is not told again."""
     told = client(space, "stranger").predict(RECIPE, "org/x", api_name="/merge")

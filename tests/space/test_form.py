@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from merger.methods.registry import methods
-from space import form
-from space.texts import examples, zoo_repo
+from space.page import form
+from space.page.texts import examples, family_sentence, method_choices, zoo_repo
 from space.work import admission
 
 TEXT = """\
@@ -123,6 +123,26 @@ def test_names_for_results() -> None:
     shown = form.read_form(TEXT.replace("org/a", "org/tiny-kjv").replace("org/b@main", "org/tiny-python"))
     assert shown is not None
     assert form.suggest_repo(shown, "me") == "me/tiny-kjv-python-ties"
+
+
+def test_a_suggested_name_follows_the_recipe() -> None:
+    """With other models or another method it is another, of whoever is signed in; a name somebody wrote stays."""
+    first = form.with_destination(TEXT, "me")
+    assert "repo: me/a-b-ties\n" in first
+    linear = form.with_method(first, TABLE["linear"], TABLE)
+    assert "repo: me/a-b-linear\n" in form.with_destination(linear, "me", first)
+    assert "repo: you/a-b-ties\n" in form.with_destination(first, "you")
+    written = form.with_publish(first, "repo", "me/mine")
+    assert form.with_destination(form.with_method(written, TABLE["linear"], TABLE), "me", written).count("me/mine") == 1
+
+
+def test_every_method_is_offered_once() -> None:
+    """Where to begin stands first, and each has a sentence on its family."""
+    offered = [name for _, name in method_choices()]
+    assert sorted(offered) == sorted(TABLE)
+    assert offered[0] == "task_arithmetic"
+    assert method_choices()[0][0] == "★ Task Arithmetic · task vectors"
+    assert all(map(family_sentence, TABLE.values()))
 
 
 def test_numbers_that_are_typed() -> None:

@@ -6,9 +6,11 @@ Not here: what the form does to a text (test_form), the queue by itself (test_jo
 from __future__ import annotations
 
 import os
+import re
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pytest
 from loopback import LoopbackHub, Request
@@ -57,7 +59,7 @@ def test_a_first_visit(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> No
 def test_a_recipe_by_the_form(visit: Visit) -> None:
     """Models found on the Hub, a method and its numbers become a recipe, whose plan tells models, sizes and card."""
     visitor = visit()
-    visitor.choose("method", "TIES", "TIES", exact=True)
+    visitor.choose("method", "TIES", "TIES · task vectors", exact=True)
     visitor.until(lambda: "merge_method: ties" in visitor.recipe())
     density = visitor.page.get_by_label("number input for density").first
     density.fill("0.4")
@@ -106,10 +108,12 @@ def test_by_keyboard(visit: Visit) -> None:
 def test_an_error_at_its_line(visit: Visit) -> None:
     """What is typed wrong is told at once, with its line, its next step and a mark; what is mended is quiet again."""
     visitor = visit()
-    good = visitor.recipe()
+    good, editor = visitor.recipe(), visitor.page.locator("#recipe")
+    stood = editor.bounding_box()
     visitor.write(good.replace("weight: 0.85", "wieght: 0.85", 1))
     problem = visitor.page.locator("#problems li.error")
     problem.wait_for()
+    assert editor.bounding_box() == stood  # the page does not jump at the first keystroke
     assert problem.inner_text().replace("\n", " ").endswith("unknown key 'wieght' did you mean 'weight'?")
     assert "line 5" in problem.inner_text()
     fifth = visitor.page.locator("#recipe .cm-line").nth(4)
@@ -129,6 +133,82 @@ def test_nobody_is_signed_in(visit: Visit) -> None:
     visitor = visit()
     visitor.page.get_by_role("button", name="Merge and publish").click()
     visitor.page.locator("#refused").get_by_text("nobody is signed in").wait_for()
+
+
+def test_a_refusal_goes_with_its_cause(visit: Visit) -> None:
+    """What was refused is quiet once the recipe is another, and a plan of before says so; no word is of a terminal."""
+    visitor = visit()
+    good = visitor.recipe()
+    visitor.click("button", "Plan")
+    visitor.page.locator("#table").get_by_text("about 1 min").wait_for()
+    visitor.write(good.replace("zoo-kjv", "zoo-nothing", 1))
+    visitor.until(lambda: "of-before" in str(visitor.page.locator("#planned").get_attribute("class")))
+    visitor.click("button", "Plan")
+    refused = visitor.page.locator("#refused")
+    refused.get_by_text("a private model needs you to be signed in").wait_for()
+    assert not re.search(r"HF_TOKEN|folder|--\w", refused.inner_text())
+    visitor.write(good)
+    refused.wait_for(state="hidden")
+
+
+@thorough_only
+def test_nothing_typed_is_lost(visit: Visit, hub: LoopbackHub) -> None:
+    """A recipe is there after a reload and after signing in; a link brings it to others, and that of a repo, too."""
+    alice = visit(fresh=True)
+    typed = alice.recipe().replace("weight: 0.85", "weight: 0.31 # mine", 1).strip()
+    alice.write(typed)
+    alice.until(lambda: alice.page.evaluate("localStorage.getItem('merger-recipe')").strip() == typed)
+    alice.open()
+    alice.until(lambda: alice.recipe().strip() == typed)
+    alice.until(lambda: alice.page.get_by_label("number input for weight").first.input_value() == "0.31")
+    alice.sign_in("alice")
+    assert "weight: 0.31 # mine" in alice.recipe()
+    visitor = visit()
+    visitor.open(f"/?recipe={quote(typed)}")
+    visitor.until(lambda: visitor.recipe().strip() == typed)
+    assert visitor.page.url == f"{visitor.url}/"
+    hub.add_model("maker/made", {"recipe.yaml": f"# made\n{typed}\npublish:\n  repo: maker/made\n".encode()})
+    visitor.open("/?from=maker/made")
+    visitor.until(lambda: visitor.recipe().strip() == f"# made\n{typed}")
+    visitor.open("/?from=maker/nothing")
+    visitor.page.locator("#refused").get_by_text("there is no recipe in maker/nothing").wait_for()
+
+
+@thorough_only
+def test_a_repo_that_holds_a_model(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
+    """Plan tells it with what can be done: a new name, a pull request, or a commit in its place; no job fails of it."""
+    alice = visit("alice")
+    named(alice, "alice/taken")
+    alice.click("button", "Merge and publish")
+    alice.job("done")
+    alice.write(alice.recipe().replace("weight: 0.85", "weight: 0.31", 1))
+    alice.click("button", "Plan")
+    alice.page.locator("#refused").get_by_text("alice/taken already holds a model").wait_for()
+    alice.page.locator("#table").get_by_text("about 1 min").wait_for()
+    alice.click("radio", "Publish under a new name")
+    alice.until(lambda: "repo: alice/taken-2\n" in alice.recipe())
+    alice.page.locator("#onto").wait_for(state="hidden")
+    named(alice, "alice/taken")
+    alice.click("button", "Merge and publish")
+    alice.click("radio", "Replace it by a new commit")
+    alice.click("button", "Merge and publish")
+    alice.until(lambda: len([each for each in hub.commits("alice/taken") if each.title.startswith("Merge")]) == 2)
+    alice.job("done")
+    own = str(alice.page.get_by_role("link", name="This merge has a page of its own").get_attribute("href"))
+    bob = visit(fresh=True)
+    bob.page.goto(space.url + own)
+    told = bob.page.locator("main").inner_text()
+    for words in (
+        "is published",
+        "asked for",
+        "AutoModelForCausalLM",
+        "transformers chat alice/taken",
+        "made model-00001",
+    ):
+        assert words in told
+    bob.page.get_by_role("link", name="Open this recipe in the Space").click()
+    bob.ready()
+    bob.until(lambda: "repo: alice/taken\n" in bob.recipe())
 
 
 def test_the_tab_is_closed(visit: Visit, hub: LoopbackHub) -> None:
@@ -243,8 +323,10 @@ def test_too_big_for_here(visit: Visit) -> None:
 
 FITS = """
 width => {
-  const right = document.querySelector('#buttons').getBoundingClientRect().right;
-  return width - 40 <= right && right <= width - 16 && document.documentElement.scrollWidth <= width;
+  const right = document.querySelector('#merge').getBoundingClientRect().right;
+  const cut = [...document.querySelectorAll('#table, #table table, #problems, #lineage')]
+    .some(part => part.scrollWidth > part.clientWidth + 1 || part.getBoundingClientRect().right > width);
+  return width - 40 <= right && right <= width - 12 && document.documentElement.scrollWidth <= width && !cut;
 }
 """
 UNNAMED = """
@@ -266,9 +348,49 @@ def test_the_looks(visit: Visit, dark: bool) -> None:
         visitor.page.set_viewport_size({"width": width, "height": 900})
         visitor.page.wait_for_function(FITS, arg=width)
         assert visitor.page.evaluate(UNNAMED) == []
+        bar = visitor.page.locator("#merge").bounding_box()
+        assert bar is not None
+        assert width > 640 or bar["y"] > 800  # the main action is at hand wherever the page is scrolled to
     assert visitor.page.evaluate("document.documentElement.lang") == "en"
     if os.environ.get("SCREENSHOTS"):
         _pictures(visitor, "dark" if dark else "light")
+
+
+@thorough_only
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_nothing(visit: Visit, dark: bool) -> None:
+    """By WCAG 2.2's rules up to AA: the page as it opens, with a mistake, a refusal, a plan, a merge; both widths."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    visitor = visit(dark=dark)
+    good = visitor.recipe()
+
+    def found() -> list[str]:
+        rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
+        told = []
+        for width in (1280, 390):
+            visitor.page.set_viewport_size({"width": width, "height": 900})
+            for each in axe.run(visitor.page, options=rules).response["violations"]:
+                told += [f"{width} {each['id']}: {node['html'][:150]} {node['any']}"[:600] for node in each["nodes"]]
+        return told
+
+    assert found() == []
+    visitor.write(good.replace("weight: 0.85", "wieght: 0.85", 1))
+    visitor.page.locator("#problems li.error").wait_for()
+    assert found() == []
+    visitor.write(good)
+    visitor.page.get_by_text("No problem found").wait_for()
+    visitor.click("button", "Merge and publish")
+    visitor.page.locator("#refused").get_by_text("nobody is signed in").wait_for()
+    assert found() == []
+    visitor.sign_in("alice")
+    named(visitor, f"alice/axe-{dark}")
+    visitor.click("button", "Merge and publish")
+    visitor.job("done")
+    visitor.click("button", "Plan")
+    visitor.page.locator("#table").get_by_text("about 1 min").wait_for()
+    assert found() == []
+    visitor.page.goto(visitor.url + str(visitor.page.locator("#job a[href^='/merges/']").get_attribute("href")))
+    assert found() == []
 
 
 def _pictures(visitor: Visitor, scheme: str) -> None:
@@ -282,9 +404,15 @@ def _pictures(visitor: Visitor, scheme: str) -> None:
     visitor.page.get_by_role("button", name="Plan").click()
     visitor.page.locator("#table").get_by_text(f"alice/space-{scheme}").wait_for()
     visitor.page.mouse.move(0, 0)
+    _picture(visitor, f"space-{{}}-{scheme}")
+    visitor.page.goto(visitor.url + str(visitor.page.locator("#job a[href^='/merges/']").get_attribute("href")))
+    _picture(visitor, f"merge-{{}}-{scheme}")
+
+
+def _picture(visitor: Visitor, name: str) -> None:
     for width in (1280, 390):
         visitor.page.set_viewport_size({"width": width, "height": 900})
-        path = IMAGES / f"space-{width}-{scheme}.png"
+        path = IMAGES / f"{name.format(width)}.png"
         visitor.page.screenshot(path=path, full_page=True)
         in_few_colours(path)
 

@@ -12,13 +12,17 @@ from dataclasses import replace
 
 import pytest
 from hostile import HOSTILE, obeyed
+from huggingface_hub import constants
+from places import ROOT
 
 from merger.errors import Problem
-from space import views
-from space.form import ShownSetting
+from space.page import views
+from space.page.form import ShownSetting
+from space.page.texts import for_the_page
 from space.work import admission
 from space.work.job_table import QueuedMerge
 
+MERGER = ROOT / "merger"
 JOB = QueuedMerge("id", "alice", "a: 1", "hf://alice/<b>", {}, 1_000_000, created=1.0)
 
 
@@ -81,6 +85,23 @@ def test_words_of_others_turn_nothing_and_are_no_lines_of_ours() -> None:
     for page in pages:
         assert "\\x1b" in page
         assert [each for each in obeyed(page) if "a line" not in each] == [], page
+
+
+def test_no_word_of_a_terminal() -> None:
+    """Whatever next step the Hub's rooms, recipe, lock and plan have, the page tells it without options and tokens."""
+    rooms = [path for wing in ("stores/hub", "recipe", "lock", "planning") for path in (MERGER / wing).rglob("*.py")]
+    hints = {hint for path in rooms for hint in re.findall(r'[Hh]int ?=? ?f?"([^"\n]+)"', path.read_text("utf-8"))}
+    assert len(hints) > 50
+    found = {hint: for_the_page(hint) for hint in hints}
+    # what is too big has a sentence of the Space's own
+    strange = re.compile(r"HF_(TOKEN|ENDPOINT)|(?<!\.)\./|--(?!max-memory|stream|shard-size)[a-z]")
+    assert {hint: told for hint, told in found.items() if strange.search(told)} == {}
+
+
+def test_links_of_a_card_lead_to_the_hub() -> None:
+    """A card's own links are the Hub's, and stand on another server here; its pictures are in it."""
+    told = views.card_text({"README.md": b"[a](/org/a) ![p](pictures/x.png) [b](https://b/)", "pictures/x.png": b"1"})
+    assert told == f"[a]({constants.ENDPOINT}/org/a) ![p](data:image/png;base64,MQ==) [b](https://b/)"
 
 
 def test_a_problem_without_a_place() -> None:

@@ -29,7 +29,15 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 
-from merger.errors import BudgetError, DamagedError, MissingError, Problem, UploadError, VerificationError
+from merger.errors import (
+    BudgetError,
+    DamagedError,
+    MissingError,
+    OccupiedError,
+    Problem,
+    UploadError,
+    VerificationError,
+)
 from merger.models.formats.safetensors import Outlet, WrittenShard, file_sha256
 from merger.models.side_files import CARD_NAME, PICTURES, side_files
 from merger.safety import secrets
@@ -89,9 +97,19 @@ class HubRepo:
             if done := patiently(lambda: self._done(run, info)):
                 self._remove_left(run)
                 return done
-        old = [item.rfilename for item in info.siblings or ()]
-        self._refuse_loss(old, is_private=bool(info.private))
-        return Staging(repo, run, info.sha or "", old, self._stream)
+        self._refuse_other(info)
+        return Staging(repo, run, info.sha or "", [item.rfilename for item in info.siblings or ()], self._stream)
+
+    def refuse_loss(self, identity: str) -> None:
+        """As a run would be refused, of what all may see who have our token."""
+        with self._refusals():
+            try:
+                info = self._results.files_at()
+            except RepositoryNotFoundError:
+                return
+            if patiently(lambda: self._done(Run(identity), info)):
+                return
+        self._refuse_other(info)
 
     def _done(self, run: Run, info: ModelInfo) -> Published | None:
         """What an earlier run of this very plan brought about; --force is for other models, not for equal requests."""
@@ -104,14 +122,14 @@ class HubRepo:
         if any(item.name == run.branch for item in refs.branches):
             _Branch(self._results, run, run.branch).remove()
 
-    def _refuse_loss(self, files: Sequence[str], is_private: bool) -> None:
-        if self._private and not is_private:
+    def _refuse_other(self, info: ModelInfo) -> None:
+        if self._private and not info.private:
             what = f"{self.name} is there already and public, but the recipe says private"
             raise UploadError(Problem(what, hint="make it private on the Hub, or publish to another name"))
-        models = [name for name in files if _MODEL_FILE.search(name)]
+        models = [item.rfilename for item in info.siblings or () if _MODEL_FILE.search(item.rfilename)]
         if models and not self._force:
             what = f"{self.name} already holds a model ({models[0]})"
-            raise UploadError(Problem(what, hint="publish to another name, or replace it in one commit with --force"))
+            raise OccupiedError(Problem(what, hint="publish to another name, or replace it in one commit with --force"))
 
     def check_card(self, text: str) -> None:
         """Ask the Hub; where it gives no answer, the commit will ask again."""

@@ -313,10 +313,18 @@ def parse_numbers(words: str) -> list[float]:
         return []
 
 
-def with_destination(text: str, user: str) -> str:
-    """With a repo of this user's to publish to, unless it names one."""
-    shown = read_form(text)
-    return text if shown is None or shown.repo else with_publish(text, "repo", suggest_repo(shown, user))
+def with_destination(text: str, user: str, before: str | None = None) -> str:
+    """With a repo of this user's to publish to, unless it names one that is more than a suggestion.
+
+    Args:
+        text: the recipe.
+        user: whose repo it shall be.
+        before: the recipe of which it may name the suggestion, as it was before an edit; None: as it is.
+    """
+    shown, old = read_form(text), read_form(text if before is None else before)
+    if shown is None or old is None or shown.repo not in ("", suggest_repo(old, shown.repo.partition("/")[0])):
+        return text
+    return with_publish(text, "repo", suggest_repo(shown, user))
 
 
 def suggest_repo(form: Form, user: str) -> str:

@@ -1,4 +1,4 @@
-"""What the page shows, as HTML: problems at their lines, curves over the layers, jobs and how far they are.
+"""What the page shows, as HTML: problems at their lines, curves over the layers, merges and how far they are.
 
 Every word of others is escaped. Not here: plans and results, which are Markdown (merger.cli.markdown).
 """
@@ -11,14 +11,21 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
+
+from huggingface_hub import constants
 
 from merger.errors import Problem
 from merger.safety.names import HUB
 from merger.safety.numbers import size
 from merger.safety.text import join_lines
-from space.form import ShownSetting
+from space.page.form import ShownSetting
+from space.page.texts import for_the_page
 from space.work.admission import CheckedRecipe
 from space.work.job_table import QueuedMerge
+
+MERGES = "/merges/"
+"""Below it, each merge has a page by its id."""
 
 _WIDTH, _HEIGHT, _EDGE = 240, 64, 6
 _WORDS = {
@@ -45,7 +52,7 @@ def problem_list(checked: CheckedRecipe) -> str:
     return f"<style>{marks}</style>{_list(found)}"
 
 
-def _text(words: str) -> str:
+def as_text(words: str) -> str:
     """Words of others as text of a page, with the lines that they have."""
     return html.escape(join_lines(words.split("\n")))
 
@@ -61,8 +68,8 @@ def _list(found: Sequence[tuple[str, Problem]]) -> str:
 
 def _problem(kind: str, problem: Problem) -> str:
     place = f'<span class="place">line {problem.at.line}</span> ' if problem.at else ""
-    hint = f'<div class="hint">{_text(problem.hint)}</div>' if problem.hint else ""
-    what = _text(str(replace(problem, at=None, hint=None)))
+    hint = f'<div class="hint">{as_text(for_the_page(problem.hint))}</div>' if problem.hint else ""
+    what = as_text(for_the_page(str(replace(problem, at=None, hint=None))))
     return f'<li class="{kind}"><span class="kind">{kind}</span> {place}{what}{hint}</li>'
 
 
@@ -81,11 +88,11 @@ def curves(setting: ShownSetting, name: str) -> str:
     told = "; ".join(f"{label or 'all'}: {', '.join(f'{y:g}' for y in line)}" for label, line in drawn)
     rest = "the rest" if len(drawn) > 1 else "all tensors"
     key = "".join(
-        f'<span class="curve c{number % 4}">{_text(label or rest)}</span>' for number, (label, _) in enumerate(drawn)
+        f'<span class="curve c{number % 4}">{as_text(label or rest)}</span>' for number, (label, _) in enumerate(drawn)
     )
     return (
         f'<figure class="curves"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{_text(name)} from the first layer to the last; {_text(told)}">'
+        f'aria-label="{as_text(name)} from the first layer to the last; {as_text(told)}">'
         f'<line x1="{_EDGE}" x2="{_WIDTH - _EDGE}" y1="{_y(0, low, high)}" y2="{_y(0, low, high)}" class="zero"/>'
         f"{lines}</svg><figcaption>first layer <span>{key}</span> last layer</figcaption></figure>"
     )
@@ -113,13 +120,13 @@ def data_url(png: bytes) -> str:
 def lineage(files: Mapping[str, bytes], models: Sequence[str]) -> str:
     """The card's picture of where the merge comes from, if it has one."""
     png = files.get("pictures/lineage.png")
-    alt = _text(f"Lineage of the merge: made of {', '.join(models)}")
+    alt = as_text(f"Lineage of the merge: made of {', '.join(models)}")
     return "" if png is None else f'<img class="picture" src="{data_url(png)}" alt="{alt}">'
 
 
 def card_text(files: Mapping[str, bytes]) -> str:
-    """A card as the Hub shows it: its front matter apart, and its pictures in it."""
-    text = files["README.md"].decode()
+    """A card as the Hub shows it: its front matter apart, its pictures in it, and its links as they lead there."""
+    text = files["README.md"].decode().replace("](/", f"]({constants.ENDPOINT}/")
     for name, content in files.items():
         text = text.replace(f"({name})", f"({data_url(content)})")
     parts = text.split("---\n", 2)
@@ -144,18 +151,27 @@ def job(found: QueuedMerge, ahead: int) -> str:
             f"</progress><p class='figures'>{_figures(found, share)}</p>"
         )
     if found.problems:
-        parts.append("".join(f'<pre class="failure">{_text(problem)}</pre>' for problem in found.problems))
+        parts.append(
+            "".join(f'<pre class="failure">{as_text(for_the_page(problem))}</pre>' for problem in found.problems)
+        )
+    parts.append(f'<p class="figures">{_dates(found)}</p>')
     return f'<article class="job">{"".join(parts)}</article>'
+
+
+def link(found: QueuedMerge) -> str:
+    """The way to a job's own page."""
+    words = "This merge has a page of its own, for whoever you send the link to"
+    return f'<p><a href="{MERGES}{found.id}" target="_blank" rel="noopener">{words}</a></p>'
 
 
 def log(found: QueuedMerge) -> str:
     """What a job has said."""
-    lines = _text("\n".join(found.log))
+    lines = as_text("\n".join(found.log))
     return f'<pre class="log" tabindex="0">{lines}</pre>'
 
 
 def _state(found: QueuedMerge, ahead: int) -> str:
-    repo = _text(found.to.removeprefix(HUB))
+    repo = as_text(found.to.removeprefix(HUB))
     match found.state:
         case "queued":
             return f"<b>{repo}</b> waits its turn: {_place(ahead)}."
@@ -165,7 +181,7 @@ def _state(found: QueuedMerge, ahead: int) -> str:
             return f"<b>{repo}</b> waits for you: the Space was started anew. It goes on while you are signed in."
         case "done":
             told = "is published" if found.is_new else "was there already"
-            where = _text(found.where)
+            where = as_text(found.where)
             return f'<b>{repo}</b> {told}: <a href="{where}" target="_blank" rel="noopener">open it on the Hub</a>'
         case "failed":
             return f"<b>{repo}</b> was not made."
@@ -186,9 +202,20 @@ def _figures(found: QueuedMerge, share: float) -> str:
         told.append(f"{size(found.speed(now))}/s")
     if (left := found.seconds_left(now)) is not None:
         told.append(f"{left:.0f} s left" if left < 90 else f"{math.ceil(left / 60)} min left")
+    return " · ".join(told)
+
+
+def _dates(found: QueuedMerge) -> str:
+    moments = {"asked for": found.created, "begun": found.started, "ended": found.ended}
+    told = [f"{word} {_moment(at)}" for word, at in moments.items() if at]
     if found.ended and found.started:
         told.append(f"took {found.ended - found.started:.0f} s")
     return " · ".join(told)
+
+
+def _moment(seconds: float) -> str:
+    at = datetime.fromtimestamp(seconds, UTC)
+    return f'<time datetime="{at:%Y-%m-%dT%H:%M:%SZ}">{at:%Y-%m-%d %H:%M} UTC</time>'
 
 
 def jobs_hint(signed_in: bool) -> str:

@@ -1,0 +1,106 @@
+"""A page for each merge, at an address that nobody can guess: how far it is, and what became of it.
+
+It is plain HTML, brings itself up to date, and changes nothing. Not here: what a merge's owner may do (merges).
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from urllib.parse import quote
+
+from fastapi import FastAPI
+from starlette.responses import HTMLResponse, Response
+
+from merger.errors import MergerError
+from merger.safety.names import HUB
+from space.entry.door import page
+from space.page import views
+from space.page.views import as_text
+from space.work import admission
+from space.work.job_table import QueuedMerge
+from space.work.queue import MergeQueue
+
+_CSS = (Path(__file__).parent / "page.css").read_text("utf-8")
+_GONE = "There is no such merge here: the newest twenty of each user are kept."
+_LOOKS = """
+:root { color-scheme: light dark; --border-color-primary: #d0d7de; --ground: #fff; --ink: #1f2328; }
+.dark { --border-color-primary: #444c56; --ground: #0d1117; --ink: #e6edf3; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
+main { max-width: 760px; margin: 0 auto; padding: 1rem; }
+a { color: var(--c0); }
+pre { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: .6rem .8rem; overflow-x: auto; }
+"""
+_SCRIPT = """
+document.documentElement.classList.toggle('dark', matchMedia('(prefers-color-scheme: dark)').matches);
+const parts = ['state', 'log', 'use'];
+const look = async () => {
+  if (!document.querySelector('[data-open]')) return;
+  try {
+    const page = new DOMParser().parseFromString(await (await fetch(location.href)).text(), 'text/html');
+    for (const id of parts) {
+      const old = document.getElementById(id), now = page.getElementById(id);
+      if (old && now && old.outerHTML !== now.outerHTML) old.replaceWith(now);
+    }
+  } catch { }
+  setTimeout(look, 2000);
+};
+addEventListener('DOMContentLoaded', look);
+"""
+
+
+def offer_pages(app: FastAPI, queue: MergeQueue) -> None:
+    """Add the pages to the web application."""
+
+    @app.get(views.MERGES + "{id}")
+    def show(id: str) -> Response:
+        job = queue.jobs.get(id)
+        return page(404, _GONE, {"To the Space": "/"}) if job is None else _answer(job, queue.ahead(job))
+
+
+def _answer(job: QueuedMerge, ahead: int) -> Response:
+    nonce = secrets.token_urlsafe(16)
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; script-src 'nonce-{nonce}'"
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{as_text(views.label(job))}</title><style>{_CSS}{_LOOKS}</style>"
+        f'<script nonce="{nonce}">{_SCRIPT}</script></head>'
+    )
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(f"{head}<body>{_body(job, ahead)}</body></html>", headers=headers)
+
+
+def _body(job: QueuedMerge, ahead: int) -> str:
+    is_open = "" if job.is_over else " data-open"
+    again = f'<a href="/?recipe={quote(job.recipe, safe="")}">Open this recipe in the Space</a>'
+    return (
+        f'<main><h1>{as_text(job.to.removeprefix(HUB))}</h1><div id="state" aria-live="polite"{is_open}>'
+        f'{views.job(job, ahead)}</div><div id="use">{_use(job)}</div>'
+        f'<h2>Log</h2><div id="log">{views.log(job)}</div>'
+        f'<h2>Recipe</h2><pre tabindex="0">{as_text(job.recipe)}</pre><p>{again}</p></main>'
+    )
+
+
+def _use(job: QueuedMerge) -> str:
+    """How the result is loaded, once it is there."""
+    if job.state != "done" or job.how.create_pr:
+        return ""
+    name = job.to.removeprefix(HUB)
+    ways = {
+        "transformers": (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+        ),
+        "A chat, where it has a chat template": f"transformers chat {name}",
+        **{f"llama.cpp, {kind}": f"llama-cli -hf {name}:{kind}" for kind in _gguf(job.recipe)},
+    }
+    told = "".join(f'<h3>{words}</h3><pre tabindex="0">{as_text(way)}</pre>' for words, way in ways.items())
+    return f"<h2>Use it</h2>{told}"
+
+
+def _gguf(recipe: str) -> tuple[str, ...]:
+    try:
+        return admission.parse_recipe(recipe).publish.gguf
+    except MergerError:  # an earlier version took it
+        return ()
