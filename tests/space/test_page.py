@@ -412,6 +412,8 @@ def _pictures(visitor: Visitor, scheme: str) -> None:
 def _picture(visitor: Visitor, name: str) -> None:
     for width in (1280, 390):
         visitor.page.set_viewport_size({"width": width, "height": 900})
+        height = visitor.page.evaluate("document.documentElement.scrollHeight")
+        visitor.page.set_viewport_size({"width": width, "height": height})  # the editor measures what is in view
         path = IMAGES / f"{name.format(width)}.png"
         visitor.page.screenshot(path=path, full_page=True)
         in_few_colours(path)
