@@ -29,7 +29,8 @@ _LOOKS = """
 body { margin: 0; background: var(--ground); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
 main { max-width: 760px; margin: 0 auto; padding: 1rem; }
 a { color: var(--c0); }
-pre { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: .6rem .8rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 _SCRIPT = """
 document.documentElement.classList.toggle('dark', matchMedia('(prefers-color-scheme: dark)').matches);

@@ -80,7 +80,7 @@ def test_a_recipe_by_the_form(visit: Visit) -> None:
     assert "apache-2.0" in told
     assert "2.7 MB in 3 files" in told
     lineage = visitor.page.locator("#lineage img")
-    assert lineage.evaluate("picture => picture.naturalWidth") > 100
+    visitor.until(lambda: lineage.evaluate("picture => picture.naturalWidth") > 100)
     assert "made of maker/merger-zoo-kjv, maker/merger-zoo-python, maker/merger-zoo-base" in str(
         lineage.get_attribute("alt")
     )
