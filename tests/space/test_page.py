@@ -329,6 +329,10 @@ width => {
   return width - 40 <= right && right <= width - 12 && document.documentElement.scrollWidth <= width && !cut;
 }
 """
+STILL = """
+() => !document.querySelector('.pending')
+  && !document.getAnimations().some(each => each instanceof CSSTransition && each.playState === 'running')
+"""
 UNNAMED = """
 () => [...document.querySelectorAll('input, textarea, select, button, [role=textbox]')]
   .filter(part => part.offsetParent !== null)
@@ -369,6 +373,7 @@ def test_axe_finds_nothing(visit: Visit, dark: bool) -> None:
         told = []
         for width in (1280, 390):
             visitor.page.set_viewport_size({"width": width, "height": 900})
+            visitor.page.wait_for_function(STILL)
             for each in axe.run(visitor.page, options=rules).response["violations"]:
                 told += [f"{width} {each['id']}: {node['html'][:150]} {node['any']}"[:600] for node in each["nodes"]]
         return told
