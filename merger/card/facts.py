@@ -21,6 +21,7 @@ import yaml
 from merger.card.licences import Judgement, judge
 from merger.evaluation.budget import Score
 from merger.lock.locked import LockedModel, display_name
+from merger.models import vocabulary
 from merger.models.checkpoint import SUFFIX, index_name
 from merger.models.licence import licence_files
 from merger.models.lora.adapter import CONFIG as ADAPTER_CONFIG
@@ -219,7 +220,9 @@ def _read(planned: Plan, model: LockedModel) -> list[str]:
     taken = [name for name, number in planned.texts.taken.items() if planned.locked.models[number] is model]
     index = (index_name(model.checkpoint.stem + SUFFIX),) if len(tensors) > 1 else ()
     licences = licence_files(model.located.files)
-    wanted = {*tensors, *model.texts, *taken, *index, *licences, "config.json", ADAPTER_CONFIG, CARD_NAME}
+    looked_at = model.located.commit is None and model.lora is None and planned.locked.recipe.lora is None
+    told = vocabulary.told_by(model.located.files) if looked_at else ()
+    wanted = {*tensors, *model.texts, *told, *taken, *index, *licences, "config.json", ADAPTER_CONFIG, CARD_NAME}
     return sorted(wanted & model.located.files.keys())
 
 

@@ -14,6 +14,7 @@ import yaml
 from merger.card.facts import MixtureFacts
 from merger.methods.registry import Method
 from merger.models.config import is_diffusion
+from merger.models.side_files import COLBERT
 from merger.planning.plan import Plan
 from merger.safety.names import is_repo
 
@@ -31,6 +32,15 @@ _ENDINGS = {
     "ForMaskedLM": "fill-mask",
     "ForQuestionAnswering": "question-answering",
 }
+_RERANKING = "ForSequenceClassification"
+_TASKS = {
+    "SentenceTransformer": "sentence-similarity",
+    "SparseEncoder": "feature-extraction",
+    "CrossEncoder": "text-ranking",
+    "MultiVectorEncoder": "sentence-similarity",
+    COLBERT: "sentence-similarity",
+}
+SENTENCE_TRANSFORMERS = "sentence-transformers"
 
 PROMPTS = {
     "ar": ("كان يا ما كان", "احكِ لي قصة قصيرة."),
@@ -71,8 +81,8 @@ def metadata(
     tags = ["merge", "merger", *(method.name for method in used)]
     found = {
         **licence,
-        "library_name": _fitting(config_model.get("library_name"), _SLUG) or library(planned.config),
-        "pipeline_tag": _fitting(config_model.get("pipeline_tag"), _SLUG) or task(planned.config),
+        "library_name": _fitting(config_model.get("library_name"), _SLUG) or library(planned),
+        "pipeline_tag": _fitting(config_model.get("pipeline_tag"), _SLUG) or task(planned),
         "language": _union((model.card.get("language") for model in models), _LANGUAGE),
         "datasets": _union((model.card.get("datasets") for model in models), _DATASET),
         "tags": tags,
@@ -127,18 +137,28 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def library(config: Mapping[str, Any]) -> str | None:
+def library(planned: Plan) -> str | None:
     """What loads the result; None for tensors without a config."""
-    if not config:
-        return None
+    config = planned.config
     if "peft_type" in config:
         return "peft"
+    if (name := embedder(planned)) is not None:
+        return "PyLate" if name == COLBERT else SENTENCE_TRANSFORMERS
+    if not config:
+        return None
     return "diffusers" if is_diffusion(config) else "transformers"
 
 
-def task(config: Mapping[str, Any]) -> str | None:
+def embedder(planned: Plan) -> str | None:
+    """The class that loads the result with its pipeline; None: it has none."""
+    model = planned.locked.config_owner
+    is_reranker = model.card.get("library_name") == SENTENCE_TRANSFORMERS and head_class(planned.config) == _RERANKING
+    return model.embeds or ("CrossEncoder" if is_reranker else None)
+
+
+def task(planned: Plan) -> str | None:
     """The Hub's word for what models of this kind are for, where their class tells."""
-    return _ENDINGS.get(head_class(config) or "")
+    return _TASKS.get(embedder(planned) or "") or _ENDINGS.get(head_class(planned.config) or "")
 
 
 def head_class(config: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from merger.card.escape import link_address
 from merger.card.facts import TITLE, MixtureFacts, PlanSummary, mixture_facts
 from merger.card.licences import Judgement, keys, licence_of
-from merger.card.metadata import GGUF, PROMPTS, front_matter, head_class, library, metadata
+from merger.card.metadata import GGUF, PROMPTS, embedder, front_matter, head_class, library, metadata
 from merger.card.relations import Parameter, Relation, Relations, parameters
 from merger.card.templates import fill, refuse_unused
 from merger.card.terms import KINDS, Terms
@@ -37,6 +37,8 @@ def shown_recipe(planned: Plan) -> str:
     """The text, word for word but for the places of folders: in values, and where they stand in comments."""
     recipe = planned.locked.recipe
     named = {model.ref.path: f"./{model.name}" for model in planned.locked.models if model.located.commit is None}
+    patterns = [of.match for stage in recipe.stages if (of := stage.mean_of) and of.of_folders]
+    named |= {path: f"./{path.rstrip('/').split('/')[-1]}" for path in patterns}
     everything = {**named, **_template(recipe.publish)}
     places = {path: name for path, name in everything.items() if path.removeprefix("./") != name.removeprefix("./")}
     text = recipe.text.removeprefix("\ufeff")
@@ -194,12 +196,12 @@ def _content(
         "address": repo or target,
         "target": target,
         "parents": parents,
-        "givers": [parent.name for parent in parents if parent.role == GIVES],
+        "givers": _givers(planned, parents),
         "bases": [parent.name for parent in parents if parent.role == BASE],
         "adapters": [parent.name for parent in parents if parent.role == ADAPTER],
         "lora": _lora(planned),
         "all_local": all(parent.commit is None for parent in parents),
-        "stages": [_stage(planned, table, each) for each in recipe.documents] if recipe.stages else [],
+        "stages": [_stage(planned, table, each) for each in recipe.written] if len(recipe.written) > 1 else [],
         "any_local": any(parent.commit is None for parent in parents),
         "tokens": facts.tokens,
         "licence": _licence(planned, facts.licence),
@@ -209,8 +211,9 @@ def _content(
         "plan": _plan(facts),
         "beside": _beside(facts),
         "package": requirement(),
-        "library": library(planned.config) if recipe.publish.safetensors else GGUF,
+        "library": library(planned) if recipe.publish.safetensors else GGUF,
         "is_conversion": recipe.is_conversion,
+        "embedder": embedder(planned),
         "on_hub": repo is not None,
         "first_file": planned.shards[0].name,
         "gguf": [{"kind": file.kind, "name": file.name} for file in planned.shards[0].beside],
@@ -231,6 +234,14 @@ def _about(facts: PlanSummary, data: Mapping[str, Any]) -> dict[str, Any]:
         "begun": begun,
         "asked": asked,
     }
+
+
+def _givers(planned: Plan, parents: Sequence[ParentRow]) -> list[str]:
+    """What was merged; checkpoints under the name of their mean."""
+    means = [stage for stage in planned.locked.recipe.stages if stage.mean_of is not None]
+    within = {planned.locked.index(ref): stage.name or "" for stage in means for ref in stage.merged}
+    given = [(number, parent) for number, parent in enumerate(parents) if parent.role == GIVES]
+    return list(dict.fromkeys(within.get(number) or parent.name for number, parent in given))
 
 
 def _lora(planned: Plan) -> dict[str, Any] | None:
@@ -288,10 +299,10 @@ def _plan(facts: PlanSummary) -> dict[str, Any]:
 
 
 def _beside(facts: PlanSummary) -> dict[str, Any]:
-    """Of files beside the tensors: which hold tensors that were not merged, what differs, and what is left out, why."""
+    """Of files beside the tensors: what differs, and what is left out, why."""
     planned, left = facts.plan, [{"why": why, "files": names} for why, names in facts.left_beside.items()]
     base = display_name(planned.locked.config_owner)
-    return {"base": base, "copied": planned.copied_tensors, "doubts": planned.doubts, "left_out": left}
+    return {"base": base, "doubts": planned.doubts, "left_out": left}
 
 
 def _method(method: Method | MixtureFacts) -> dict[str, Any]:
@@ -330,7 +341,7 @@ def _parents(planned: Plan, own: Sequence[Parameter]) -> list[ParentRow]:
 
 def _parent(planned: Plan, number: int) -> ParentRow:
     model = planned.locked.models[number]
-    pieces = [piece for recipe in planned.locked.recipe.documents for piece in recipe.slices]
+    pieces = [piece for recipe in planned.locked.recipe.written for piece in recipe.slices]
     bases = {planned.locked.index(piece.base_model) for piece in pieces if piece.base_model}
     mixture = planned.locked.recipe.mixture
     if mixture is not None and number not in [planned.locked.index(expert.source_model) for expert in mixture.experts]:

@@ -128,12 +128,10 @@ def _measuring(planned: Plan) -> list[str]:
 
 def _accounting(found: PlanSummary) -> Iterator[str]:
     """Copied and left-out tensors and files by reason, so that nothing is lost in silence."""
-    base, copied = display_name(found.plan.locked.config_owner), dict(found.copied)
-    if found.plan.copied_tensors:
-        copied[f"as {base} has it, for what follows after the model"] = found.plan.copied_tensors
+    base = display_name(found.plan.locked.config_owner)
     left = {f"{model}: {why}": names for (model, why), names in found.left_out.items()}
     left |= {f"{base}: {why}": names for why, names in found.left_beside.items()}
-    for title, groups in (("copied", copied), ("left out", left)):
+    for title, groups in (("copied", found.copied), ("left out", left)):
         yield from ["", title] if groups else []
         yield from (f"  {few(names)}: {why}" for why, names in groups.items())
 

@@ -172,7 +172,7 @@ def _shard(
             made_files = (GgufWriter(file, sink.open(file.name), written_jobs) for file in shard.beside)
             writers: list[GgufWriter | ShardWriter] = [stack.enter_context(each) for each in made_files]
             if shard.written:
-                start = header(written_jobs)
+                start = header(written_jobs, shard.name)
                 size = len(start) + sum(member.nbytes for member in written_jobs)
                 writers += [stack.enter_context(ShardWriter(shard.name, sink.open(shard.name), start, size))]
             for job in shard.jobs:

@@ -59,6 +59,7 @@ CHANGES: tuple[FormatChange, ...] = (
     FormatChange(
         2, "a tensor of a LoRA adapter that has no name of the model's files is placed by layer, role and tower"
     ),
+    FormatChange(3, "tensors in the folders of a pipeline of sentence-transformers are merged; they were the base's"),
     FormatChange(
         3,
         "norms, angles and energies are summed in another order, and singular vectors are numpy's: a factor may differ "

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from threading import Lock
 from typing import Any
 
@@ -19,6 +19,7 @@ import yaml
 
 from merger.errors import MissingError, ModelError, Problem, RecipeError
 from merger.lock.adapted import with_adapter
+from merger.lock.checkpoints import with_means
 from merger.lock.locked import LockedModel, LockedRecipe, stated_licence
 from merger.lock.matched import with_names_of
 from merger.models import chat, vocabulary
@@ -44,12 +45,22 @@ from merger.models.licence import TITLE_BYTES, licence_text, recognise_licence
 from merger.models.lora import adapter as adapters
 from merger.models.mixtures import are_fused, split
 from merger.models.plain_yaml import load_yaml
-from merger.models.side_files import pipeline, read_beside
+from merger.models.side_files import (
+    COLBERT,
+    EMBEDDERS,
+    MODULES,
+    PIPELINE_CONFIG,
+    is_modular,
+    module_of,
+    module_weights,
+    pipeline,
+    read_beside,
+)
 from merger.recipe.blocks.tokenizer import AUTO
 from merger.recipe.model import ModelRef, Recipe
 from merger.safety import limits
 from merger.safety.paths import POINTER, remedy
-from merger.stores.ports import PIECE_BYTES, FileInfo, Located, Store
+from merger.stores.ports import PIECE_BYTES, Located, Store
 
 GENERATION = "generation_config.json"
 _FRONT_MATTER = re.compile(r"\s*---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
@@ -90,6 +101,7 @@ def lock(
     pinned: Mapping[str, Pin] | None = None,
     pickles: bool = False,
     tensors: limits.Limit = limits.ALL_TENSORS,
+    named: Collection[str] = (),
 ) -> LockedRecipe:
     """Find and read every model of the recipe.
 
@@ -99,13 +111,17 @@ def lock(
         pinned: the commits to take, by model as the recipe writes it; the others are taken as they are now.
         pickles: of models without safetensors, look into files that torch.save wrote.
         tensors: how many all headers together may tell of.
+        named: the models that a lock lists, where there is more than `pinned`: no other checkpoints are taken.
 
     Raises:
+        RecipeError: no mean can be made of the checkpoints that the recipe asks for.
         ModelError: with every model that cannot be read.
     """
+    recipe = with_means(recipe, store, named or pinned or ())
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
-        fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(tensors))
+        alone = recipe.lora is not None
+        fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(tensors), alone)
         fetch = fetching.adapter if recipe.merges_adapters else fetching.model
         merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
         loras = _collect(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), merged)
@@ -113,10 +129,11 @@ def lock(
     by_ref = {lora.ref: lora for lora in loras}
     changed = _collect(_attempt_with(model, by_ref) for model in found)
     like = next(model for model in changed if model.ref == recipe.names_model)
-    named = [with_names_of(like, model) for model in changed]
-    return LockedRecipe(recipe, _with_texts(recipe, named, loras, store))
+    alike = [with_names_of(like, model) for model in changed]
+    return LockedRecipe(recipe, _with_texts(recipe, alike, loras, store))
 
 
+_Content = Callable[[Located, str], object]
 _Attempt = tuple[LockedModel | None, tuple[Problem, ...]]
 
 
@@ -150,14 +167,13 @@ def _with_texts(
     Raises:
         ModelError: with every file that cannot be read.
     """
-    wanted = set(_token_files(recipe, merged)) if recipe.lora is None else set()
+    content = cache(partial(_content, store))
+    wanted = set(_token_files(recipe, merged, content)) if recipe.lora is None else set()
     models = (*merged, *loras)
     speaking = {model.ref for one in merged for model in (one, one.tokenizer_model)}
-    held = [_texts_of(model, wanted) if model.ref in speaking else {} for model in models]
+    held = [_texts_of(model, wanted) if model.ref in speaking else [] for model in models]
     places = {
-        _content(info, number, name): (models[number], name)
-        for number, files in enumerate(held)
-        for name, info in files.items()
+        content(model.located, name): (model, name) for model, files in zip(models, held, strict=True) for name in files
     }
     size = sum(model.located.files[name].size for model, name in places.values())
     if problem := limits.excess(limits.TOKENIZERS.what, size, limits.TOKENIZERS):
@@ -171,32 +187,31 @@ def _with_texts(
         raise ModelError(problems)
     texts = {key: text for key, text in fetched.items() if not isinstance(text, Problem)}
     found = [
-        replace(model, texts={name: texts[_content(info, number, name)] for name, info in held[number].items()})
-        for number, model in enumerate(models)
+        replace(model, texts={name: texts[content(model.located, name)] for name in files})
+        for model, files in zip(models, held, strict=True)
     ]
     read = {lora.ref: lora for lora in found[len(merged) :]}
     return tuple(replace(model, adapter=read[model.adapter.ref]) if model.adapter else model for model in found)
 
 
-def _texts_of(model: LockedModel, wanted: Container[str]) -> Mapping[str, FileInfo]:
+def _texts_of(model: LockedModel, wanted: Container[str]) -> list[str]:
     """Its files of these names, but for those that would tell its vocabulary only if there were no better ones."""
     files = model.located.files
     idle = set(vocabulary.FILES).difference(vocabulary.told_by(files))
-    return {name: info for name, info in files.items() if name in wanted and name not in idle}
+    return [name for name in files if name in wanted and name not in idle]
 
 
-def _token_files(recipe: Recipe, models: Sequence[LockedModel]) -> Iterator[str]:
+def _token_files(recipe: Recipe, models: Sequence[LockedModel], content: _Content) -> Iterator[str]:
     """The names of the files that decide which tokens mean what; none where the models' are known to be equal."""
     for document in recipe.documents:
         # what a stage's files hold is made of what its models' do
-        yield from _of_document(document, [model for model in models if recipe.stages or model.ref in document.merged])
+        mine = [model for model in models if recipe.stages or model.ref in document.merged]
+        yield from _of_document(document, mine, content)
 
 
-def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
-    told = [
-        {name: _content(files[name], number, name) for name in vocabulary.told_by(files)}
-        for number, files in enumerate(model.tokenizer_model.located.files for model in merged)
-    ]
+def _of_document(recipe: Recipe, merged: list[LockedModel], content: _Content) -> Iterator[str]:
+    speaking = [model.tokenizer_model.located for model in merged]
+    told = [{name: content(located, name) for name in vocabulary.told_by(located.files)} for located in speaking]
     if recipe.tokenizer is not None:
         yield from (*vocabulary.FILES, GENERATION)
     elif any(files != told[0] for files in told):
@@ -207,9 +222,16 @@ def _of_document(recipe: Recipe, merged: list[LockedModel]) -> Iterator[str]:
         yield from chat.FILES
 
 
-def _content(info: FileInfo, model: int, name: str) -> object:
-    """What is the same for files of the same content, as far as the store tells."""
-    return info.sha256 or info.oid or (model, name)
+def _content(store: Store, located: Located, name: str) -> object:
+    """What is the same for files of the same content; where the store tells nothing of that, the file is read."""
+    info = located.files[name]
+    known = info.sha256 or info.oid
+    if known or info.barred or info.size > limits.of(name).most:
+        return known or (located, name)
+    try:
+        return hashlib.sha256(store.fetch(located, name)).hexdigest()
+    except ModelError:  # is told where it is read
+        return located, name
 
 
 def _text(model: LockedModel, name: str, store: Store) -> bytes | Problem:
@@ -244,7 +266,7 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
 class _Fetching:
     """Reads what is needed of models and adapters; `pinned`: the commits to take; `pickles`: see `lock`.
 
-    `tally` counts the tensors of all of them.
+    `tally` counts the tensors of all of them; `alone`: without what follows after a model in its pipeline.
     """
 
     store: Store
@@ -252,6 +274,7 @@ class _Fetching:
     pinned: Mapping[str, Pin]
     pickles: bool
     tally: limits.Tally
+    alone: bool
 
     def _located(self, ref: ModelRef) -> Located:
         pin = self.pinned.get(str(ref))
@@ -272,6 +295,8 @@ class _Fetching:
         config = {} if alone else _config(located, store, self.pickles)
         _refuse_barred(located, config)
         stored = tensors_of(located, store, self.pool, self.pickles, self.tally)
+        if self.alone:
+            stored = {name: tensor for name, tensor in stored.items() if not module_of(name)}
         found = unpack_checkpoint(
             stored, config, lambda small: self.pool.map(partial(_bytes_of, located, store), small)
         )
@@ -279,9 +304,16 @@ class _Fetching:
         checkpoint = Checkpoint(found.tensors, found.config, begins)
         card, licence = _read_licence(located, store)
         steps = {name: _contents(located, name, store) for name in pipeline(located.files)}
-        aside, quantised = found.aside, found.quantised
         return LockedModel(
-            ref, located, checkpoint, card, quantised=quantised, aside=aside, licence_file=licence, pipeline=steps
+            ref,
+            located,
+            checkpoint,
+            card,
+            quantised=found.quantised,
+            aside=found.aside,
+            licence_file=licence,
+            pipeline=steps,
+            embeds=_embeds(located, store),
         )
 
     def adapter(self, ref: ModelRef) -> LockedModel:
@@ -334,6 +366,16 @@ def _check_adapter_files(located: Located) -> None:
         raise ModelError(Problem(what, hint=hint if pickled else "the adapter is incomplete: download it again"))
 
 
+def _embeds(located: Located, store: Store) -> str | None:
+    """The class that loads it with its pipeline; None where it has none."""
+    if MODULES not in located.files:
+        return None
+    if b'"pylate.' in store.fetch(located, MODULES):
+        return COLBERT
+    said = _json(located, PIPELINE_CONFIG, store).get("model_type") if PIPELINE_CONFIG in located.files else None
+    return said if said in EMBEDDERS else EMBEDDERS[0]
+
+
 def _read_licence(located: Located, store: Store) -> tuple[Mapping[str, Any], str | None]:
     """The metadata of its card; and where that names no licence, which one the file beside it is."""
     card = _card(located, store)
@@ -350,6 +392,8 @@ def _licence_file(located: Located, store: Store) -> str | None:
 
 def _stem(located: Located) -> str:
     """What the names of its safetensors begin with: of a single file the name itself."""
+    if is_modular(located.files):
+        return STEM
     alone = is_single(located.name)
     return located.name.rpartition("/")[2].removesuffix(SUFFIX) if alone else stem(located.files)
 
@@ -357,6 +401,8 @@ def _stem(located: Located) -> str:
 def _config(located: Located, store: Store, pickles: bool) -> Mapping[str, Any]:
     if "config.json" in located.files:
         return _json(located, "config.json", store)
+    if MODULES in located.files:  # a pipeline of which no step is a model of transformers
+        return {}
     if adapters.CONFIG in located.files:
         hint = f"add it to its model: org/model+{located.name}; or list adapters under adapters: to merge them"
         raise ModelError(Problem("is a LoRA adapter, not a model", hint=hint))
@@ -396,15 +442,20 @@ def tensors_of(
     name = index_name(single)
     text = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
     index = None if text is None else weight_map(text, single)
-    files = weight_files(located.files, index, single)
+    files = () if is_modular(located.files) else weight_files(located.files, index, single)
     counted = limits.Tally(limits.MODEL_TENSORS), *tallies
     read = partial(_pickled_in if pickled else tensors_in, located, store)
     with nullcontext() if located.commit else _ONE_FOLDER:
         headers = (pool.map if located.commit else map)(lambda file: read(file, *counted), files)
-        tensors = gather(headers, index, single)
+        modules = [tensors_in(located, store, file, *counted) for file in _modules(located)]
+        tensors = gather((*headers, *modules), index, single)
     if not tensors:
         raise ModelError(Problem("its files hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
+
+
+def _modules(located: Located) -> list[str]:
+    return [file for file in module_weights(located.files) if file.endswith(SUFFIX)]
 
 
 def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
@@ -420,6 +471,8 @@ def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tall
 
 def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
     """The tensors of one safetensors file, by its header, in the order of their places.
+
+    Those in a folder of a pipeline have its name before theirs.
 
     Args:
         located: the model.
@@ -438,7 +491,9 @@ def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally
     _count(tallies, file, by_length := limits.count_tensors(length))
     raw = store.fetch(located, file, 8, 8 + length)
     _count(tallies, file, limits.count_tensors(length, raw) - by_length)
-    return read_header(raw, file, size)
+    found, folder = read_header(raw, file, size), file[: file.rfind("/") + 1]
+    is_module = file in module_weights(located.files)
+    return tuple(replace(tensor, name=f"{folder}{tensor.name}") for tensor in found) if is_module else found
 
 
 def _count(tallies: Iterable[limits.Tally], file: str, tensors: int) -> None:

@@ -41,6 +41,7 @@ class LockedModel:
         licence_file: which licence the file beside it is, where its card names none.
         matched: its own names for tensors that are called as the result's are.
         pipeline: of the files of its pipeline what each of them holds: two with a name in common are equal.
+        embeds: the class of sentence-transformers, or of PyLate, that loads it with its pipeline.
     """
 
     ref: ModelRef
@@ -57,6 +58,7 @@ class LockedModel:
     licence_file: str | None = None
     matched: Mapping[str, str] = field(default_factory=dict, repr=False)
     pipeline: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
+    embeds: str | None = None
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -135,6 +137,13 @@ class LockedModel:
     def _as_wide_as_long(self) -> bool:
         """Whether rows are as long as there are many, so that a shape does not tell what has one for each token."""
         return self.token_rows in {one.shape[1] for one in (self.embedding, self.head) if one is not None}
+
+    def differs_in(self, name: str, other: LockedModel) -> bool:
+        """Whether a file of its pipeline is another one there, or only one of them has it."""
+        mine, theirs = self.pipeline.get(name), other.pipeline.get(name)
+        if mine is None or theirs is None:
+            return mine is not theirs
+        return mine != theirs and not mine & theirs
 
     @property
     def tokenizer_model(self) -> LockedModel:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from merger.models.checkpoint import SUFFIX, is_weights
 from merger.models.licence import LICENCES, is_notice, licence_files
 
 # ---- what a loader takes a file for ---------------------------------------------------------------------------------
@@ -91,11 +92,22 @@ PICTURES = "pictures/"
 MODULES = "modules.json"
 """Of sentence-transformers: what comes after the model, each step in a folder such as ``1_Pooling``."""
 
+PIPELINE_CONFIG = "config_sentence_transformers.json"
+"""Which of its classes loads it."""
+
+EMBEDDERS = ("SentenceTransformer", "SparseEncoder", "CrossEncoder", "MultiVectorEncoder")
+"""Those classes; where the file says nothing, it is the first."""
+
+COLBERT = "ColBERT"
+"""PyLate's."""
+
+_MODULE = r"(\w+_)?\d+_[A-Za-z]\w*"
 _PIPELINE = re.compile(
-    rf"{re.escape(MODULES)} | config_sentence_transformers\.json | sentence_\w+_config\.json"
-    r"| (\w+_)?\d+_[A-Za-z]\w*/[^/]+\.(json|txt|safetensors|model)",
+    rf"{re.escape(MODULES)} | {re.escape(PIPELINE_CONFIG)} | sentence_\w+_config\.json | router_config\.json"
+    rf"| {_MODULE}/[^/]+\.(json|txt|model)",
     re.VERBOSE,
 )
+_TENSORS = re.compile(rf"{_MODULE}/model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
 _PROMPT = re.compile(r"system_prompt\.txt", re.IGNORECASE)
 _CODE = re.compile(r"[^/]+\.py")
 
@@ -109,13 +121,29 @@ def side_files(files: Collection[str], config: Mapping[str, Any]) -> tuple[str, 
 
 
 def pipeline(files: Collection[str]) -> tuple[str, ...]:
-    """Those that say what sentence-transformers does with a model's output, with the tensors that it takes for that."""
-    return tuple(sorted(name for name in files if _PIPELINE.fullmatch(name))) if MODULES in files else ()
+    """Those that say what sentence-transformers does after the model or in its place, without the tensors for that."""
+    found = sorted(name for name in files if _PIPELINE.fullmatch(name) and not _TENSORS.fullmatch(name))
+    return tuple(found) if MODULES in files else ()
 
 
-def in_pipeline(name: str) -> bool:
-    """Whether a file may belong to such a pipeline: then it is published as it is, even if it holds tensors."""
-    return _PIPELINE.fullmatch(name) is not None
+def module_weights(files: Collection[str]) -> tuple[str, ...]:
+    """The files of tensors, and indexes of them, in the folders of such a pipeline: they are merged."""
+    return tuple(sorted(name for name in files if _TENSORS.fullmatch(name))) if MODULES in files else ()
+
+
+def is_modular(files: Collection[str]) -> bool:
+    """Whether all tensors of a model are in such folders, and it has no config of its own either."""
+    return bool(module_weights(files)) and not any("/" not in name and is_weights(name) for name in files)
+
+
+def module_of(tensor: str) -> str:
+    """The folder in which a tensor lies, which its name then begins with; empty: beside config.json.
+
+    >>> module_of("2_Dense/linear.weight"), module_of("encoder.layer.0.output.dense.weight")
+    ('2_Dense', '')
+    """
+    folder, slash, _ = tensor.partition("/")
+    return folder if slash and re.fullmatch(_MODULE, folder) else ""
 
 
 def code_folders(config: Mapping[str, Any]) -> frozenset[str]:
@@ -141,7 +169,9 @@ def _is_code(name: str, folders: Collection[str]) -> bool:
 def since_later(name: str, format: int) -> bool:
     """Whether it is taken over, though versions of a lock's format passed over it, so that the lock lacks it."""
     return format < 2 and (
-        in_pipeline(name) or _PROMPT.fullmatch(name) is not None or ("/" in name and name.endswith(".py"))
+        _PIPELINE.fullmatch(name) is not None
+        or _PROMPT.fullmatch(name) is not None
+        or ("/" in name and name.endswith(".py"))
     )
 
 
@@ -168,7 +198,7 @@ def left_beside(files: Collection[str], taken: Collection[str]) -> dict[str, str
         files: the base's files.
         taken: those that the result has, whoever they are from.
     """
-    passed = {*taken, *licence_files(files)}
+    passed = {*taken, *licence_files(files), *module_weights(files)}
     rest = [name for name in sorted(files) if name not in passed and not _WRITTEN.fullmatch(name)]
     return {name: why for name in rest if (why := _why(name, files))}
 
@@ -176,7 +206,8 @@ def left_beside(files: Collection[str], taken: Collection[str]) -> dict[str, str
 def _why(name: str, files: Collection[str]) -> str | None:
     what, folder = loaded_as(name), name.rpartition("/")[0]
     if what == WEIGHTS:
-        is_step = MODULES in files and re.fullmatch(r"(\w+_)?\d+_[A-Za-z]\w*", folder) is not None
+        is_step = MODULES in files and re.fullmatch(_MODULE, folder) is not None
+        is_step = is_step and not any(of.startswith(f"{folder}/") and of.endswith(SUFFIX) for of in files)
         return "a pickle, which may run code when it is read: the pipeline lacks its weights" if is_step else None
     if name == "params.json" or (
         folder and any(loaded_as(of) == WEIGHTS for of in files if of.startswith(f"{folder}/"))

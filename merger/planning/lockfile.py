@@ -81,6 +81,11 @@ class Lock:
         """The commits by model."""
         return {parent.model: Pin(parent.commit, parent.now) for parent in self.models if parent.commit}
 
+    @property
+    def names(self) -> list[str]:
+        """The models, as it calls them."""
+        return [parent.model for parent in self.models]
+
     def text(self) -> str:
         """As YAML."""
         content: dict[str, Any] = {

@@ -18,10 +18,11 @@ from merger.errors import BudgetError, Problem
 from merger.lock import formats
 from merger.lock.locked import LockedRecipe
 from merger.methods.registry import Method
-from merger.models.checkpoint import ITEM_BYTES, is_weights
+from merger.models.checkpoint import ITEM_BYTES, SINGLE
 from merger.models.formats.safetensors import header, shard_name
 from merger.models.gguf.layout import GgufFile
 from merger.models.lora.adapter import CONFIG, TENSORS
+from merger.models.side_files import module_of
 from merger.planning.budget import (
     BLOCK_ENTRIES,
     COPY_BYTES,
@@ -113,7 +114,12 @@ class Shard:
     @cached_property
     def size(self) -> int:
         """The file's size in bytes, header included."""
-        return len(header(self.jobs)) + sum(job.nbytes for job in self.jobs)
+        return self.header_size + sum(job.nbytes for job in self.jobs)
+
+    @property
+    def header_size(self) -> int:
+        """How many bytes stand in it before its tensors."""
+        return len(header(self.jobs, self.name))
 
     @property
     def files(self) -> dict[str, int]:
@@ -172,11 +178,6 @@ class Plan:
     def left_beside(self) -> Mapping[str, str]:
         """The base's files beside its tensors that the result lacks, each with the reason."""
         return left_out_files(self.locked, self.texts)
-
-    @property
-    def copied_tensors(self) -> tuple[str, ...]:
-        """Files of tensors that are passed on as they are: of what follows after the model in its pipeline."""
-        return tuple(name for name in self.texts.taken if is_weights(name))
 
     @property
     def doubts(self) -> list[str]:
@@ -349,13 +350,22 @@ def _files_of(locked: StagedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[
     """The jobs in files as the config model's are, where as many are needed and all fit in; else cut by size alone."""
     config_owner = locked.config_owner
     ordered, files = _in_file_order(jobs, locked.owner(locked.index(config_owner.ref)))
-    together = stacks(locked, ordered)
-    groups, alone = _cut(together, limit), len(together) == len(ordered)
+    within = {job.name: module_of(job.name) if config_owner.pipeline else "" for job in ordered}
+    modules = [
+        Shard(f"{folder}/{SINGLE}", _align([job for job in ordered if within[job.name] == folder]))
+        for folder in dict.fromkeys(filter(None, within.values()))  # loaders know no second file of a module
+    ]
+    own = [job for job in ordered if not within[job.name]]
+    files = [held for file in files if (held := [job for job in file if not within[job.name]])]
+    together = stacks(locked, own)
+    groups, alone = _cut(together, limit), len(together) == len(own)
     small = all(sum(job.nbytes for job in file) <= limit for file in files if len(file) > 1)
     if alone and small and len(files) == len(groups):
         groups = files
+    if modules and not any(groups):
+        return tuple(modules)
     names = (shard_name(number, len(groups), config_owner.checkpoint.stem) for number in range(1, len(groups) + 1))
-    return tuple(Shard(name, _align(group)) for name, group in zip(names, groups, strict=True))
+    return (*(Shard(name, _align(group)) for name, group in zip(names, groups, strict=True)), *modules)
 
 
 def _with_beside(locked: StagedRecipe, shard: Shard, files: tuple[GgufFile, ...]) -> Shard:

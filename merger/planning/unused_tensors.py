@@ -30,6 +30,7 @@ from merger.planning.inputs.base import Job
 from merger.planning.jobs.common import NOT_ALL_PREDICT, PREDICTION, JobSet
 from merger.planning.stage_model import StagedRecipe
 from merger.planning.tokens import Tokens
+from merger.recipe.model import Checkpoints, Recipe
 
 _OF_ADAPTER = re.compile(r"\.(base_layer|lora_[AB])(?=\.weight$)")
 _NOT_THERE = "the result has no such layers"
@@ -130,8 +131,10 @@ def notes(locked: StagedRecipe, making: JobSet) -> tuple[str, ...]:
     models = [locked.numbered(number) for number in locked.own]
     own = [model.name for model in models if making.has_head and any(is_head(name) for name in model.brought)]
     told = f"head: a tensor of its own, for {', '.join(own)} changes it, and not the embedding that it was"
+    means = (_of_mean(stage, stage.mean_of) for stage in locked.recipe.stages if stage.mean_of is not None)
     own_head = [told] if own else []
-    return (*_of_quantised(locked), *own_head, *_of_names(locked, making), *_of_prediction(locked, making, models))
+    beside = *_of_names(locked, making), *_of_prediction(locked, making, models)
+    return (*means, *_of_quantised(locked), *own_head, *beside)
 
 
 def _of_names(locked: StagedRecipe, making: JobSet) -> Iterator[str]:
@@ -153,6 +156,16 @@ def _without_number(name: str) -> str:
     """A tensor's name; of one that is numbered what is before its number."""
     place = parse_place(name)
     return name if place.stack is None else f"{place.stack}.N"
+
+
+def _of_mean(stage: Recipe, of: Checkpoints) -> str:
+    """Which checkpoints it is the mean of, and how much each goes in."""
+    sources = stage.slices[0].sources
+    names = [(source.model.revision or source.model.path.rstrip("/")).rpartition("/")[2] for source in sources]
+    how = "weights" if of.weights else of.by if of.ema is None else f"ema {of.ema:g}"
+    shares = [f"{rule.values[0]:.3g}" for source in sources for rule in source.parameters["weight"].rules]
+    each = ", ".join(shares) if len(set(shares)) > 1 else f"{shares[0]} each"
+    return f"{stage.name}: {names[0]} to {names[-1]}, {how} ({each})"
 
 
 def _of_quantised(locked: StagedRecipe) -> Iterator[str]:

@@ -93,11 +93,36 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
+class Checkpoints:
+    """Those of a run whose mean is one model.
+
+    Args:
+        match: a pattern for names of branches and tags, such as step-*; of folders it is the model's own path.
+        of_folders: whether it is.
+        last: how many, the last ones; all of them, unless it is said.
+        every: only those whose number is a multiple of this.
+        by: how much each goes in: alike (uniform), rising (linear), or as a decay of the learning rate would have it
+            (wsm-cosine, wsm-linear, wsm-1-sqrt).
+        ema: in place of that, what remains of the mean so far with each checkpoint after the first.
+        weights: in place of that, a number for each, the oldest first; what counts is their ratios.
+    """
+
+    match: str
+    of_folders: bool = False
+    last: int | None = None
+    every: int | None = None
+    by: str = "uniform"
+    ema: float | None = None
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Source:
     """One model's share in a slice.
 
     Args:
         model: the model.
+        checkpoints: the model is the mean of these, until they are looked up and a stage makes it.
         layer_range: ``[start, end)`` of the model's layers from zero; None: all of them (the `models:` form).
         parameters: settings for this model alone.
         added: True for a base model that the recipe names only as base_model.
@@ -108,6 +133,7 @@ class Source:
     layer_range: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
     added: bool = False
+    checkpoints: Checkpoints | None = None
     at: Span | None = field(default=None, compare=False)
     range_at: Span | None = field(default=None, compare=False)
 
@@ -394,6 +420,7 @@ class Recipe:
         modules: what is made of what; none for a mixture.
         name: the name under which other documents of the file take what this one makes.
         stages: the documents that make what this one is made of, each after those that it is made of itself.
+        mean_of: of a stage that is the mean of a run's checkpoints, and no document: how they were chosen.
         base_model: the recipe's own base_model, or None.
         tensors: which tensors come from one model alone, by parts of their names.
         parameters: the settings at the top level.
@@ -415,6 +442,7 @@ class Recipe:
     modules: tuple[Module, ...]
     name: str | None = None
     stages: tuple[Recipe, ...] = ()
+    mean_of: Checkpoints | None = None
     base_model: ModelRef | None = None
     tensors: tuple[Taken, ...] = ()
     parameters: Parameters = field(default_factory=dict)
@@ -436,6 +464,11 @@ class Recipe:
     def documents(self) -> tuple[Recipe, ...]:
         """The stages, and the recipe itself."""
         return (*self.stages, self)
+
+    @property
+    def written(self) -> tuple[Recipe, ...]:
+        """Those of them that stand in its text."""
+        return tuple(recipe for recipe in self.documents if recipe.mean_of is None)
 
     @property
     def slices(self) -> tuple[Slice, ...]:

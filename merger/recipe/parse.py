@@ -14,6 +14,7 @@ from merger.errors import Problem, RecipeError, Span
 from merger.recipe import checks, spans
 from merger.recipe.blocks import lora as loras
 from merger.recipe.blocks import mixture
+from merger.recipe.blocks.average import read_checkpoints
 from merger.recipe.blocks.evaluate import evaluate
 from merger.recipe.blocks.stages import join_stages
 from merger.recipe.blocks.tokenizer import chat_template, tokenizer
@@ -60,7 +61,7 @@ TOP = (
     "extract_lora",
 )
 EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "allow_non_finite", "publish")
-MODEL = ("model", "parameters")
+MODEL = ("model", "revisions", "average", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
 SOURCE = ("model", "layer_range", "parameters")
 MODULE = ("slices", "models", "parameters")
@@ -97,7 +98,11 @@ _TOP_HINTS = _UNDER_PARAMETERS | {
 _SEARCH = "genome"
 """The key by which a file of mergekit-evolve is known."""
 _MODEL_HINTS = _UNDER_PARAMETERS | _PINNED | {"layer_range": "layer ranges belong to the sources of slices:"}
-_SOURCE_HINTS = _UNDER_PARAMETERS | _PINNED
+_SOURCE_HINTS = (
+    _UNDER_PARAMETERS
+    | _PINNED
+    | dict.fromkeys(("revisions", "average"), "checkpoints are averaged for models:, not for the sources of slices:")
+)
 
 
 def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
@@ -272,6 +277,9 @@ class _Levels:
             method = loras.adapter_method(scope.method) if scope.method else None
             pieces = self._slices("models", place, replace(scope, method=method, base_model=None))
             for source in pieces[0].sources:
+                if source.checkpoints is not None:
+                    hint = "list them, each as a model of its own"
+                    place.error("no mean is made of checkpoints of an adapter", hint, source.at)
                 if source.model.adapter is not None:
                     place.error(f"{source.model} is a model and an adapter", "name the adapter alone", source.model.at)
             return [Module(None, pieces)]
@@ -348,10 +356,13 @@ class _Levels:
         checks.check_block(block, [method], self.table, per_model=True)
         model = fields.need("model", "write model: org/name, or model: ./folder")
         ranged = fields.need("layer_range", _RANGE_HINT) if "layer_range" in keys else None
+        named = reference(model) if model else UNREADABLE
+        several = read_checkpoints(fields, named) if keys == MODEL else None
         return Source(
-            model=reference(model) if model else UNREADABLE,
+            model=replace(named, revision=several.match) if several and not several.of_folders else named,
             layer_range=_layer_range(ranged) if ranged else None,
             parameters=block.settings,
+            checkpoints=several,
             at=place.at,
             range_at=ranged.at if ranged else None,
         )

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from merger.recipe import parse, spans, values
+from merger.recipe.blocks import average, mixture, tokenizer
 from merger.recipe.blocks import evaluate as evaluation
 from merger.recipe.blocks import lora as loras
-from merger.recipe.blocks import mixture, tokenizer
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
 from merger.recipe.model import (
+    Checkpoints,
     Evaluate,
     Expert,
     Lora,
@@ -62,6 +63,8 @@ _WORDS = {
     "residual_weight": "Has no effect.",
     "override_architecture": "Has no effect.",
     "lora": "A LoRA adapter that is added to the model.",
+    "revisions": "The model is the mean of several checkpoints: a pattern for branches and tags, such as step-*.",
+    "average": "How much each of these checkpoints goes in; without it all alike.",
     "filter": "A part of the tensors' names that this value is for, case and all; without it: every tensor.",
     "value": "A number, or a gradient: numbers from the slice's first layer to its last.",
 }
@@ -154,7 +157,22 @@ def _source(keys: tuple[str, ...]) -> Json:
         "layer_range": {"type": "array", "items": layer, "minItems": 2, "maxItems": 2},
         "parameters": _ref("parameters"),
     }
-    return _map(keys, _describe_fields(Source), shapes, [key for key in keys if key != "parameters"])
+    needed = [key for key in ("model", "layer_range") if key in keys]
+    return _map(keys, _WORDS | _describe_fields(Source), shapes | _checkpoints(), needed)
+
+
+def _checkpoints() -> Json:
+    described, pattern = _describe_fields(Checkpoints), _text()
+    number, scheme = {"type": ["number", "string"], "pattern": _NUMERIC}, {"enum": list(average.SCHEMES)}
+    which = {
+        "match": pattern,
+        **{key: _or_null(_whole(within)) for key, within in (("last", average.LAST), ("every", numbers.COUNT))},
+    }
+    how = {"by": scheme, "ema": number | _ends(average.DECAY), "weights": _list(number)}
+    return {
+        "revisions": {"anyOf": [pattern, _map(average.REVISIONS, described, which), {"type": "null"}]},
+        "average": {"anyOf": [scheme, _map(average.AVERAGE, described, how), {"type": "null"}]},
+    }
 
 
 def _slice() -> Json:

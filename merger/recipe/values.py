@@ -174,7 +174,7 @@ class Value:
             return None
         for key in [key for key in found if key not in known]:
             place = found.pop(key)
-            meant = nearest(key, known)
+            meant = None if key in (hints or {}) else nearest(key, known)
             elsewhere = (hints or {}).get(nearest(key, hints or {}) or "") if meant is None else None
             self.error(f"unknown key {key!r}", elsewhere or did_you_mean(key, known), place.key)
             if meant and meant not in found:

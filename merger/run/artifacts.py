@@ -160,11 +160,12 @@ def model_files(planned: Plan) -> dict[str, bytes]:
     """The index, where there are several shards, and config.json: all that the plan says of them; of GGUF none."""
     if not planned.locked.recipe.publish.safetensors:
         return {}
-    files = {}
-    if len(planned.shards) > 1:
-        weight_map = {job.name: shard.name for shard in planned.shards for job in shard.jobs}
+    files, shards = {}, [shard for shard in planned.shards if "/" not in shard.name]
+    if len(shards) > 1:
+        weight_map = {job.name: shard.name for shard in shards for job in shard.jobs}
         name = index_name(planned.locked.config_owner.checkpoint.stem + SUFFIX)
-        files[name] = index(dict(sorted(weight_map.items())), planned.nbytes)
+        total = sum(job.nbytes for shard in shards for job in shard.jobs)
+        files[name] = index(dict(sorted(weight_map.items())), total)
     if planned.config:
         files[planned.config_name] = (json.dumps(planned.config, indent=2) + "\n").encode()
     return files

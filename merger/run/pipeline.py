@@ -273,7 +273,7 @@ class _Run:
 
 def _title(planned: Plan) -> str:
     """The commit's first line."""
-    lora, names = planned.locked.recipe.lora, ", ".join(model.name for model in planned.locked.merged)
+    lora, names = planned.locked.recipe.lora, ", ".join(dict.fromkeys(each.name for each in planned.locked.merged))
     if lora and lora.extracted:
         return f"LoRA adapter of {planned.locked.models[0].name}"
     return f"{'GGUF' if planned.locked.recipe.is_conversion else 'Merge'} of {names}"

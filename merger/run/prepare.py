@@ -239,7 +239,7 @@ def _plan_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options
         if said not in (None, was):
             what = f"--{word} {said} makes another merge than the lock's, which has {was}"
             raise RecipeError(Problem(what, hint=f"leave out --{word}, or run the recipe in place of its lock"))
-    locked = lock(recipe, store, held.pins, options.allow_pickle, options.tensors)
+    locked = lock(recipe, store, held.pins, options.allow_pickle, options.tensors, held.names)
     if changed := changed_models(locked, held, store.checksum):
         raise ModelError(changed)
     planned = planned_again(held, locked, options)

@@ -106,6 +106,8 @@ TENSOR_NAME = Limit("a tensor's name", 1_000, "the longest have 150", "character
 STATE = Limit("what bitsandbytes writes of a tensor (quant_state)", 4_000, "the longest have 300 bytes", values=200)
 RECIPE = Limit("a recipe", 1_000_000, "the longest have 20 kB", values=20_000)
 DOCUMENTS = Limit("the documents of a recipe", 50, "each is a stage; six are the most that were seen", "documents")
+CHECKPOINTS = Limit("the checkpoints of which a model is the mean", 1_000, "each is asked for; Pythia's runs have 154",
+                    "checkpoints")  # fmt: skip
 EXPRESSION = Limit("a regular expression (include, exclude, rank_pattern, alpha_pattern)", 1_000,
                    "it is tried in a process of its own, of 3 s", "characters")  # fmt: skip
 EXPRESSIONS = Limit("the regular expressions of an adapter", 10_000, "PEFT writes one for each module", "expressions")
@@ -118,8 +120,8 @@ BODY = Limit("the body of a request to the Space: form, API, upload, webhook", 1
 TABLE = (
     CONFIG, INDEX, HEADER, MODEL_TENSORS, ALL_TENSORS, SPACE_TENSORS, TENSOR_NAME, STATE, TOKENIZER, TOKENIZERS, CHAT,
     LICENCE, SIDE, SIDES,
-    CARD, RECORD, LOCK, MEASURED, OTHER, TEMPLATE, TEMPLATES, RECIPE, DOCUMENTS, EXPRESSION, EXPRESSIONS, TEXT, EVENT,
-    GITHUB, BODY,
+    CARD, RECORD, LOCK, MEASURED, OTHER, TEMPLATE, TEMPLATES, RECIPE, DOCUMENTS, CHECKPOINTS, EXPRESSION, EXPRESSIONS,
+    TEXT, EVENT, GITHUB, BODY,
 )  # fmt: skip
 """All of them, as docs/security.md shows them."""
 

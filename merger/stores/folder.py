@@ -5,6 +5,7 @@ Not here: what the files mean, and results (results).
 
 from __future__ import annotations
 
+import glob
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,6 @@ from typing import NoReturn
 from merger import runtime
 from merger.errors import MissingError, ModelError, Problem
 from merger.models.checkpoint import is_single, is_weights
-from merger.models.side_files import in_pipeline
 from merger.safety import limits, paths
 from merger.safety.paths import ANYWHERE, BarredError
 from merger.stores.ports import FileInfo, Located, Ticket, refuse_large
@@ -39,7 +39,7 @@ class FolderStore:
 
     def has(self, path: str) -> bool:
         """A path is ours when it exists or is written as one; a name such as ``org/model`` is not."""
-        written_as_one = path.startswith(("./", "../", "/", "~", ".\\")) or path[1:2] == ":"
+        written_as_one = path.startswith(("./", "../", "/", "~", ".\\")) or path[1:2] == ":" or "*" in path
         alone = "/" not in path and is_single(path)
         return written_as_one or alone or (self._root is not None and os.path.exists(os.path.expanduser(path)))
 
@@ -49,7 +49,8 @@ class FolderStore:
         paths.resolve(path, root)
         folder, kind = Path(os.path.expanduser(path)), "file" if is_single(path) else "folder"
         if not os.path.lexists(folder):
-            hint = "paths are relative to the working directory"
+            several = "for the mean of all that fit write average: uniform beside it"
+            hint = several if "*" in path else "paths are relative to the working directory"
             raise MissingError(Problem(f"there is no {kind} {path!r}", hint=hint))
         if revision is not None:
             raise ModelError(Problem(f"{path!r} is a {kind}, which has no revision {revision!r}", hint="drop the '@…'"))
@@ -58,6 +59,15 @@ class FolderStore:
             return Located(folder.name, str(folder.parent), None, {folder.name: info})
         files = {name: _info(folder, name, root) for name in _files(folder)}
         return Located(folder.resolve().name, str(folder), None, files)
+
+    def names(self, path: str, of_folders: bool) -> list[str]:
+        """The folders that fit a pattern, and single files of safetensors."""
+        if not of_folders:
+            hint = "write the pattern into the path: ./run/checkpoint-*"
+            raise ModelError(Problem(f"{path!r} is a folder, which has no revisions", hint=hint))
+        paths.resolve(path, self._root)
+        found = glob.glob(os.path.expanduser(path.rstrip("/")))
+        return [each for each in found if os.path.isdir(each) or is_single(each)]
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read a file or a part of it."""
@@ -74,7 +84,7 @@ class FolderStore:
 
 def _reach(folder: str, file: str, root: Path | None) -> Path:
     """What lies behind a name; a link out of the folder is followed to its own weights: all else may be published."""
-    return paths.reach(folder, file, root, leaves=is_weights(file) and not in_pipeline(file))
+    return paths.reach(folder, file, root, leaves=is_weights(file))
 
 
 def _info(folder: Path, name: str, root: Path | None) -> FileInfo:

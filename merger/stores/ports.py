@@ -116,6 +116,13 @@ class Store(Protocol):
             ModelError: there is no such model or revision, or it may not be read.
         """
 
+    def names(self, path: str, of_folders: bool) -> list[str]:
+        """What a pattern may choose among: the folders that a path with a * stands for, else a model's revisions.
+
+        Raises:
+            ModelError: there is no such model, or it may not be read.
+        """
+
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """The bytes of a small file, or a small part of a large one.
 
@@ -388,10 +395,15 @@ def write(content: Content, target: Path) -> None:
         ModelError, DamagedError: as `Copy.pieces` does.
         OSError: the disk refuses.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as file:
+    with in_folder(target).open("wb") as file:
         for piece in secrets.pass_pieces(target.name, (content,) if isinstance(content, bytes) else content.pieces()):
             file.write(piece)
+
+
+def in_folder(target: Path) -> Path:
+    """The place of a file, whose folder is there now."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def readers(placed: Sequence[tuple[Store, Ticket]], budget: int) -> Reader:

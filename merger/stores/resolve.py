@@ -78,7 +78,7 @@ class Library:
 
     def locate(self, path: str, revision: str | None) -> Located:
         """Find a model in its store."""
-        store = next((store for store in self._stores[:-1] if store.has(path)), self._stores[-1])
+        store = self._asked(path)
         try:
             located = store.locate(path, revision)
         except ModelError as error:
@@ -91,6 +91,13 @@ class Library:
             raise
         self._of[located] = store
         return located
+
+    def names(self, path: str, of_folders: bool) -> list[str]:
+        """Ask the model's store."""
+        return self._asked(path).names(path, of_folders)
+
+    def _asked(self, path: str) -> Store:
+        return next((store for store in self._stores[:-1] if store.has(path)), self._stores[-1])
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read from the model's store."""

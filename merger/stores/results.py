@@ -25,7 +25,7 @@ from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import CARD_NAME, LOCK_NAME
 from merger.safety import limits, paths, secrets
 from merger.safety.paths import BarredError
-from merger.stores.ports import Content, Leftover, Located, Published, write
+from merger.stores.ports import Content, Leftover, Located, Published, in_folder, write
 
 _MARK, _WORK, _UNFINISHED = ".merger-in-work", ".merging", ".unfinished"
 
@@ -97,8 +97,7 @@ class ResultFolder:
         with self.refusals():
             for name, content in small.items():
                 target = self.folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.parent.resolve().is_relative_to(self.folder):
+                if not in_folder(target).parent.resolve().is_relative_to(self.folder):
                     raise OSError(errno.EINVAL, f"{name} lies behind a link that leads out of it")
                 unfinished = target.with_name(f".{target.name}.unfinished")
                 unfinished.unlink(missing_ok=True)  # whoever made the folder may have made it a link
@@ -211,11 +210,16 @@ class _Work:
         for name, shard in self.held().items():
             path = self.new / name
             if not path.is_file() or path.stat().st_size != shard.size or file_sha256(path) != shard.sha256:
-                (self._done / name).unlink()
+                self._entry(name).unlink()
 
     def _remove_unfinished(self) -> None:
-        for leftover in set(os.listdir(self.new)) - self.held().keys():
-            _remove(self.new / leftover)
+        held = {self.new / name for name in self.held()}
+        for leftover in {path for path in self.new.rglob("*") if not path.is_dir()} - held:
+            _remove(leftover)
+
+    def _entry(self, name: str) -> Path:
+        """Where it is written down of a shard that it is finished."""
+        return self._done / name.replace("/", "+")
 
     def _empty(self) -> None:
         for leftover in self._place.iterdir():
@@ -228,9 +232,9 @@ class _Work:
 
     def write_down(self, shard: WrittenShard, note: str) -> None:
         """Note that a shard is whole."""
-        entry = self._done / f"{shard.name}{_UNFINISHED}"
+        entry = self._entry(f"{shard.name}{_UNFINISHED}")
         entry.write_text(json.dumps({**asdict(shard), "note": note}))
-        entry.rename(self._done / shard.name)
+        entry.rename(self._entry(shard.name))
 
     def notes(self) -> Iterator[str]:
         """What was noted with the finished shards."""
@@ -238,7 +242,7 @@ class _Work:
 
     def forget(self, name: str) -> None:
         """Remove the note first, then the shard."""
-        (self._done / name).unlink()
+        self._entry(name).unlink()
         (self.new / name).unlink()
 
     def finish(self) -> None:
@@ -298,7 +302,7 @@ class FolderSession:
 
     def open(self, name: str) -> Outlet:
         """A file where it shall stay."""
-        return (self._work.new / name).open("wb", buffering=0)
+        return in_folder(self._work.new / name).open("wb", buffering=0)
 
     def take(self, shard: WrittenShard, note: str = "") -> None:
         """Keep it where it was made, and write down that it is whole."""
@@ -318,7 +322,7 @@ class FolderSession:
     def export(self, folder: Path) -> None:
         """Links to them."""
         for name in self.held():
-            (folder / name).symlink_to(self._work.new / name)
+            in_folder(folder / name).symlink_to(self._work.new / name)
 
     def finish(self, files: Mapping[str, Content], message: str) -> Published:
         """Write the small files and give the folder its name."""

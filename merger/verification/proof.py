@@ -18,7 +18,7 @@ from merger.engine.router_init import gates
 from merger.engine.runner import Block, Work, blocks
 from merger.methods.registry import Method
 from merger.models.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
-from merger.models.formats.safetensors import Outlet, WrittenShard, header
+from merger.models.formats.safetensors import Outlet, WrittenShard
 from merger.planning.budget import BLOCK_ENTRIES
 from merger.planning.inputs.base import Job
 from merger.planning.plan import Plan, Shard
@@ -220,7 +220,7 @@ class _Stream:
 
     def __init__(self, against: Against, shard: Shard) -> None:
         self._against, self._shard = against, shard
-        self._header = len(header(shard.jobs))
+        self._header = shard.header_size
         self._jobs = iter([job for job in shard.jobs if job.nbytes])
         self._job: Job | None = None
         self._place = 0

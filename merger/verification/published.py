@@ -17,7 +17,6 @@ from merger.errors import MergerError, ModelError, Problem, RecipeError, Verific
 from merger.evaluation.budget import read_scores
 from merger.lock.lock import tensors_in
 from merger.models.checkpoint import TensorInfo
-from merger.models.formats.safetensors import header
 from merger.models.side_files import (
     CARD_NAME,
     EVALUATED_NAME,
@@ -311,7 +310,7 @@ def _header(merge: Merge, problems: list[Problem], tally: Tally, file: str) -> t
 
 def _header_of(shard: Shard) -> Iterator[TensorInfo]:
     """The shard's tensors as its header has them."""
-    place = len(header(shard.jobs))
+    place = shard.header_size
     for job in shard.jobs:
         yield TensorInfo(job.name, job.dtype, job.shape, shard.name, place, place + job.nbytes)
         place += job.nbytes

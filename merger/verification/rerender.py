@@ -67,7 +67,7 @@ def recard(target: str, options: Options, template: str | None = None, new_versi
         recipe = replace(recipe, publish=replace(recipe.publish, template=template, template_at=None))
     refuse_missing(recipe, but=MAKING)
     parents = stores_of(recipe, options, merge.root)
-    locked = lock(recipe, parents, merge.held.pins)
+    locked = lock(recipe, parents, merge.held.pins, named=merge.held.names)
     planned = planned_again(merge.held, locked, options)
     planned = with_templates(planned, parents, options.root)  # the lock names none of this machine
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:

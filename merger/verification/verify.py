@@ -146,7 +146,7 @@ def verify(
         # an adapter's tensors are made in pairs, so that one alone cannot be; of a GGUF the checksum is compared
         extent = replace(extent, everything=True)
     parents = stores_of(merge.recipe, options, merge.root)
-    locked = lock(merge.recipe, parents, merge.held.pins)
+    locked = lock(merge.recipe, parents, merge.held.pins, named=merge.held.names)
     problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
     planned = _plan(merge.held, locked, options, problems)
     is_made = extent.everything or planned.texts.is_edited

@@ -14,7 +14,7 @@ import pytest
 
 from merger.models.checkpoint import TensorInfo
 from merger.planning.inputs.base import Input, Job, Operand, StageTensor, Stored, unpack
-from merger.planning.inputs.derived import Constant, Dequantised, Drawn, Noised, Packed, Routed, Stacked
+from merger.planning.inputs.derived import Constant, Dequantised, Drawn, Mean, Noised, Packed, Routed, Stacked
 from merger.planning.inputs.low_rank import (
     Added,
     Difference,
@@ -53,6 +53,7 @@ ENCODED: list[tuple[Input, str]] = [
         '"settings": {"group": 32}, "size": [2, 4]}',
     ),
     (Stacked((ONE,), ((0, 1),), 1, 2), f'{{"axis": 1, "givers": [{STORED}], "share": 2, "taken": [[0, 1]]}}'),
+    (Mean((ONE, ONE), (0.25, 0.75)), f'{{"factors": [0.25, 0.75], "terms": [{STORED}, {STORED}]}}'),
     (NOISE, DRAWN),
     (Noised(ONE, NOISE), f'{{"noise": {DRAWN}, "quiet": {STORED}}}'),
     (Constant((4, 2), "F16"), '{"like": "F16", "zeros": [4, 2]}'),

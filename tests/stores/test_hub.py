@@ -47,6 +47,12 @@ def locate(repo: str, revision: str | None = None, token: str | None = None) -> 
         return HubStore(token).locate(repo, revision)
 
 
+def names(repo: str) -> list[str]:
+    from merger.stores.hub.store import HubStore
+
+    return HubStore().names(f"{repo}/folder", False)
+
+
 def fetch(repo: str, file: str, start: int = 0, stop: int | None = None, token: str | None = None) -> bytes:
     from merger.stores.hub.store import HubStore
 
@@ -129,6 +135,7 @@ def test_a_model_is_pinned_to_the_commit_that_its_name_means_now(hub: LoopbackHu
     now, then = client(locate, REPO), client(locate, REPO, "old")
     assert (now.name, now.where, now.commit, then.commit) == (REPO, REPO, later, commit)
     assert {name: info.size for name, info in then.files.items()} == {name: len(data) for name, data in FILES.items()}
+    assert set(client(names, REPO)) == {"main", "old"}
     sha256 = {name: info.sha256 for name, info in then.files.items() if info.sha256}
     assert sha256 == {"model.safetensors": hub.tree(REPO, commit)["model.safetensors"].sha256}
 

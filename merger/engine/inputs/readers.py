@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from merger.engine.inputs.pursuit import pursue_rows
 from merger.engine.inputs.stored import Load, StoredTensors, floats, read_entries, read_whole, rows_of_map
+from merger.methods.steps.arithmetic import add_scaled, scale
 from merger.methods.steps.random import Rng, normal, uniform
 from merger.methods.steps.rows import row_dots
-from merger.methods.steps.step import Array
+from merger.methods.steps.step import TILE, Array
 from merger.models.formats.packed import NUMPY_DTYPES, PackedMatrix, decode
 from merger.models.formats.quantised import FORMATS
 from merger.planning.geometry import Geometry
@@ -30,6 +31,7 @@ from merger.planning.inputs.derived import (
     Constant,
     Dequantised,
     Drawn,
+    Mean,
     Noised,
     Packed,
     Routed,
@@ -265,6 +267,21 @@ def _add(source: Added, start: int, stop: int, out: Array, tensors: StoredTensor
     return made
 
 
+def _add_up(source: Mean, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+    """Tile by tile, so that what is added up stays in a core's cache."""
+    held = floats(min(TILE, stop - start))
+    for first in range(start, stop, TILE):
+        last = min(first + TILE, stop)
+        total = out[first - start : last - start]
+        for place, (term, factor) in enumerate(zip(source.terms, source.factors, strict=True)):
+            entries = load_input(term, first, last, held[: last - first], tensors)
+            if place:
+                add_scaled(total, entries, factor)
+            else:
+                scale(entries, factor, total)
+    return out[: stop - start]
+
+
 # ---- shares of layers -----------------------------------------------------------------------------------------------
 
 
@@ -371,6 +388,7 @@ _READINGS: Mapping[type, Callable[[Any, int, int, Array, StoredTensors], Array]]
     Drawn: _draw,
     Noised: _add_noise,
     Constant: _fill_constant,
+    Mean: _add_up,
     Stacked: _stack,
     Routed: _read_router,
 }

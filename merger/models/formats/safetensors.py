@@ -38,13 +38,17 @@ class WrittenShard:
     sha256: str
 
 
-def header(tensors: Iterable[Outgoing]) -> bytes:
-    """The first bytes of the file that holds these tensors in this order: length, JSON, padding to 8 bytes."""
+def header(tensors: Iterable[Outgoing], file: str = "") -> bytes:
+    """The first bytes of the file that holds these tensors in this order: length, JSON, padding to 8 bytes.
+
+    A folder that the file lies in is no part of their names there.
+    """
+    folder = file[: file.rfind("/") + 1]
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place = 0
     for tensor in tensors:
-        offsets = [place, place + tensor.nbytes]
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        name, offsets = tensor.name.removeprefix(folder), [place, place + tensor.nbytes]
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         place += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from merger.methods.steps.step import TILE
 from merger.planning.inputs.base import Input, Stored
 
 UNPACKED_AT_ONCE = 1 << 19
@@ -154,6 +155,32 @@ class Stacked(Input):
         """Rows of the result and of a giver, in float32, and what reading that takes."""
         row = self.run * (len(self.taken) if self.axis else 1)
         return 12 * max(1 << 17, row) + max(giver.workspace_bytes for giver in self.givers)
+
+
+@dataclass(frozen=True)
+class Mean(Input):
+    """The sum of tensors of one shape, each times its factor, one after the other: only two are held at once.
+
+    Args:
+        terms: the tensors.
+        factors: a number for each.
+    """
+
+    kind = "mean"
+    terms: tuple[Input, ...]
+    factors: tuple[float, ...]
+
+    def encode(self) -> dict[str, Any]:
+        return {"terms": self.terms, "factors": self.factors}
+
+    @property
+    def children(self) -> tuple[Input, ...]:
+        return self.terms
+
+    @property
+    def workspace_bytes(self) -> int:
+        """A tile of one of them, as it is stored and in float32."""
+        return 8 * TILE + max(term.workspace_bytes for term in self.terms)
 
 
 DRAWN_AT_ONCE = 1 << 16

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from merger.models.architecture import is_embedding, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
+from merger.models.side_files import module_of
 from merger.planning.inputs.base import Input
 from merger.planning.inputs.derived import Stacked
 from merger.planning.inputs.shares import Shares, shares
@@ -18,6 +19,7 @@ from merger.planning.slices import Cut
 from merger.planning.tokens import disagreements
 
 _MISMATCHES_SHOWN = 3
+_VOCABULARIES = ("/tokenizer.json", "/vocab.txt", "/vocab.json", ".model")
 _ONE_KIND = "only models of one architecture and of equal sizes can be merged"
 ONE_VOCABULARY = (
     "add tokenizer: {source: union} for the tokens of all models, or tokenizer: {source: base} for those of one"
@@ -70,6 +72,13 @@ class Fit:
     def tell_vocabularies(self, first: Cut, last: Cut) -> None:
         """Without a tokenizer block each row of embedding and head must be the same token's in all models."""
         givers = {part.number: part for piece in (first, last) for part in piece.parts}
+        config_model = self._making.locked.config_model
+        for part in givers.values():
+            spoken = [name for name in part.model.pipeline if module_of(name) and name.endswith(_VOCABULARIES)]
+            if others := [name for name in spoken if part.model.differs_in(name, config_model)]:
+                what = f"{', '.join(others)} differs from that of {config_model.name}"
+                hint = "a row must be the same token's in both: save both with one tokenizer"
+                self._making.findings.about_part(what, part, hint)
         if self._making.tokens is None:
             told = disagreements([self._making.locked.config_model, *(part.model for part in givers.values())])
             for part in givers.values():

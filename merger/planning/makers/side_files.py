@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from merger.errors import ModelError, Problem, few
 from merger.lock.lock import GENERATION
-from merger.lock.locked import LockedModel
 from merger.models import chat
 from merger.models.config import renumber_tokens
 from merger.models.licence import licence_files
@@ -79,17 +78,10 @@ def other_pipelines(locked: StagedRecipe, small: Texts) -> list[str]:
     base = locked.config_owner
     if locked.recipe.lora is not None or not any(model.pipeline for model in locked.merged):
         return []
-    others = {name: [model.name for model in locked.merged if model.pipeline and _differs(model, base, name)]
+    others = {name: [model.name for model in locked.merged if model.pipeline and model.differs_in(name, base)]
               for model in locked.merged for name in model.pipeline}  # fmt: skip
     told = "it lies in none of the result's folders" if not base.pipeline else f"the result has what {base.name} has"
     return [f"{name} differs in {few(names)}: {told}" for name, names in sorted(others.items()) if names]
-
-
-def _differs(model: LockedModel, base: LockedModel, name: str) -> bool:
-    one, other = model.pipeline.get(name), base.pipeline.get(name)
-    if one is None or other is None:
-        return one is not other
-    return one != other and not one & other
 
 
 def _small(locked: StagedRecipe, number: int) -> Texts:

@@ -5,13 +5,15 @@ Not here: the order of the documents (recipe.stages), and computing a stage's te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from merger.lock.locked import LockedRecipe
 from merger.methods.registry import Method
 from merger.models.checkpoint import Checkpoint, TensorInfo
-from merger.planning.inputs.base import Job
+from merger.planning.inputs.base import PASSTHROUGH, Job, Operand
+from merger.planning.inputs.derived import Mean
 from merger.planning.jobs.make import make_jobs
 from merger.planning.makers.side_files import texts
 from merger.planning.stage_model import StagedRecipe, StageModel, Texts
@@ -35,7 +37,8 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
         document = replace(locked, recipe=recipe)
         making = make_jobs(document, table)
         small = texts(document, making.tokens)
-        tensors = {job.name: _tensor(job) for job in making.jobs}
+        jobs = {job.name: job if recipe.mean_of is None else _as_mean(job) for job in making.jobs}
+        tensors = {name: _tensor(job) for name, job in jobs.items()}
         stage = StageModel(
             ModelRef(recipe.name or "", at=recipe.name_at),
             document.config_owner.located,
@@ -43,7 +46,7 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
             document.config_owner.card,
             _held_files(document, small),
             locked=document,
-            jobs={job.name: job for job in making.jobs},
+            jobs=jobs,
             reasons=making.reasons,
             giver=making.prediction,
             small=small,
@@ -57,6 +60,15 @@ def _held_files(document: StagedRecipe, small: Texts) -> Mapping[str, bytes]:
     """Of a stage's small files those that the plan knows of its models."""
     models = {name: document.numbered(number) for name, number in small.taken.items()}
     return small.edit({name: model.texts[name] for name, model in models.items() if name in model.texts})
+
+
+def _as_mean(job: Job) -> Job:
+    """The job with one input, which adds up all that there were, in their order; one that copies stays."""
+    if job.method == PASSTHROUGH:
+        return job
+    weights = [operand.settings["weight"] for operand in job.inputs]
+    made = Mean(job.sources, tuple(weight / math.fsum(weights) for weight in weights))
+    return replace(job, method=PASSTHROUGH, inputs=(Operand(made, {"scale": 1.0}),), settings={})
 
 
 def _tensor(job: Job) -> TensorInfo:

@@ -48,7 +48,7 @@ from merger.stores.hub.http import patiently, status_of
 from merger.stores.hub.ranges import RangeClient
 from merger.stores.hub.repo import PULLS, STAGING, UNDER_WAY, Results, Run, description, shards_of
 from merger.stores.hub.uploads import Target, Uploads, refuse_no_streams
-from merger.stores.ports import Content, Leftover, Located, Published, refuse_large
+from merger.stores.ports import Content, Leftover, Located, Published, in_folder, refuse_large
 from merger.stores.scratch import sweep
 
 _MODEL_FILE = re.compile(r"\.(safetensors|bin|gguf|pt|pth|index\.json)$|^(adapter_)?config\.json$")
@@ -399,7 +399,7 @@ class Staging:
 
 
 def _copy(ranges: RangeClient, staged: Located, shard: WrittenShard, to: Path) -> None:
-    with to.open("wb", buffering=0) as file:
+    with in_folder(to).open("wb", buffering=0) as file:
         for start in range(0, shard.size, _COPY_BYTES):
             part = bytearray(min(_COPY_BYTES, shard.size - start))
             ranges.fill(staged, shard.name, start, memoryview(part))

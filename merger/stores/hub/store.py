@@ -77,6 +77,13 @@ class HubStore:
         moved = repo if info.id != repo else None
         return Located(name, info.id, info.sha, held, inside, card, bool(info.gated), bool(info.private), moved)
 
+    def names(self, path: str, of_folders: bool) -> list[str]:
+        """The names of a repo's branches and tags."""
+        repo = "/".join(path.split("/")[:2])
+        with _refusals(repo, None):
+            found = patiently(lambda: self._api.list_repo_refs(repo))
+        return list(dict.fromkeys(ref.name for ref in (*found.branches, *found.tags)))
+
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Ask for a part of a file; for all of it when no end is given."""
         whole = model.files[file].size
@@ -255,6 +262,10 @@ class CachedStore:
     def locate(self, path: str, revision: str | None) -> Located:
         """Ask the Hub: only it knows which commit a name means now."""
         return self._hub.locate(path, revision)
+
+    def names(self, path: str, of_folders: bool) -> list[str]:
+        """Those on the Hub."""
+        return self._hub.names(path, of_folders)
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """From the disk if the file is there."""

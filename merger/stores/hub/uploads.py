@@ -31,7 +31,7 @@ from merger.stores.hub.client import (
     xet_session,
 )
 from merger.stores.hub.http import headers_now, patiently
-from merger.stores.ports import Content, write
+from merger.stores.ports import Content, in_folder, write
 from merger.stores.scratch import Scratch
 
 _SECONDS = 60.0
@@ -115,7 +115,7 @@ class Files:
 
     def open(self, name: str) -> Outlet:
         """A file."""
-        return self._path(name).open("wb", buffering=0)
+        return in_folder(self._path(name)).open("wb", buffering=0)
 
     def _path(self, name: str) -> Path:
         return self._scratch.folder() / name
