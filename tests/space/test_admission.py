@@ -49,6 +49,12 @@ def test_a_model_is_on_the_hub(name: str) -> None:
     assert "is no model on the Hub\n    only models on the Hub can be merged here" in told
 
 
+@pytest.mark.parametrize("name", ["./run/checkpoint-*", "../*", "/tmp/*/model", "org/*"])
+def test_no_folders_are_looked_for(name: str) -> None:
+    """Neither is what a pattern of them would find."""
+    assert "is no model on the Hub" in refused(TWO.format(f"'{name}'\n    average: uniform"))
+
+
 @pytest.mark.parametrize("revision", ["../main", "a/../../b", "main?x=1", "-x"])
 def test_a_revision_is_one(revision: str) -> None:
     """What stands behind the @ leads nowhere else."""
@@ -76,6 +82,8 @@ WORDS |= {"Expert.positive_prompts", "Expert.negative_prompts", "Recipe.path", "
 WORDS |= {"Recipe.dtype", "Publish.repo", "Publish.license", "Publish.license_name", "Publish.license_link"}
 WORDS |= {
     "Rule.filter",
+    "Checkpoints.match",
+    "Checkpoints.by",
     "Publish.license_override",
     "Publish.gguf",
     "Publish.left_out",

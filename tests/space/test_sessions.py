@@ -126,7 +126,7 @@ def test_no_token_is_told(space: ServedSpace, hub: LoopbackHub) -> None:
     for path in ("/", "/config", "/gradio_api/info", "/gradio_api/startup-events", "/gradio_api/user"):
         alice.get(path)
     assert '"success":true' in alice.event("plan", [RECIPE]).replace(" ", "")
-    merged = alice.event("merge", [RECIPE])
+    merged = alice.event("merge", [RECIPE, None])
     assert "alice/by-http" in merged
     until(lambda: hub.exists("alice/by-http") and "model.safetensors" in hub.tree("alice/by-http"), space.log)
     alice.event("jobs", [None])

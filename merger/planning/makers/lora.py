@@ -30,6 +30,7 @@ from merger.planning.stage_model import StagedRecipe
 from merger.recipe.model import Lora, first_value
 from merger.safety.apart import BeyondError
 from merger.safety.expressions import first
+from merger.safety.names import is_repo
 from merger.safety.numbers import quoted_short
 
 _PREFIX = "base_model.model."
@@ -290,10 +291,9 @@ def _of_first(model: LockedModel) -> dict[str, Any]:
     """What the result's config takes from the first adapter's; of a model in a folder its name without the place."""
     config = model.checkpoint.config
     named = model.lora.model if model.lora is not None else None
-    on_hub = isinstance(named, str) and named.count("/") == 1 and not named.startswith((".", "/", "~"))
     return {
         "task_type": config.get("task_type"),
-        "base_model_name_or_path": named if on_hub or not isinstance(named, str) else named.rstrip("/").split("/")[-1],
+        "base_model_name_or_path": named if named is None or is_repo(named) else named.rstrip("/").split("/")[-1],
         "fan_in_fan_out": config.get("fan_in_fan_out") is True,
     }
 
