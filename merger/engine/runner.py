@@ -332,6 +332,12 @@ class Work:
                 self._look(stored, start, raw)
         return Held(raw.view(HELD[stored.dtype]), stored.dtype)
 
+    def unnoted(self) -> Work:
+        """The same, which notes nothing of what it reads: all of that is read again as part of the whole."""
+        found = copy(self)
+        found.odd = {}
+        return found
+
     def with_read(self, shared: Iterable[Stored], start: int, stop: int) -> Work:
         """The same, of whose tensors these entries are read already; good within a tile."""
         found = copy(self)
@@ -429,9 +435,10 @@ class _Blocks:
 
     def spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[list[Any]]:
         """Each span of entries, each input's in one row: only these are read."""
+        making = replace(self._making, origin=self._making.origin.unnoted())
         for start, stop in spans:
             with tile():
-                inputs, _ = self._making.subtract_base(self._making.load(Block(start, stop)), 0, stop - start)
+                inputs, _ = making.subtract_base(making.load(Block(start, stop)), 0, stop - start)
                 yield inputs
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from merging import merged
 
 from merger.cli import text as console
+from merger.engine.execute import Observed
 from merger.engine.finite import is_finite, not_finite
 from merger.errors import MismatchError
 from merger.methods.registry import methods
@@ -173,3 +174,20 @@ def test_the_look_agrees_with_torch(dtype: str, raw: bytes) -> None:
     odd = int((~torch.isfinite(entries.to(torch.float64))).sum())
     assert not_finite(memoryview(raw), dtype) == odd
     assert is_finite(memoryview(raw), dtype) == (odd == 0)
+
+
+def test_each_entry_that_is_allowed_is_counted_once(tmp_path: Path) -> None:
+    """Of a tensor that is looked at in spans, too, before all of it is read."""
+    drawn = [torch.randn(300, 700, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    drawn[1][::3] = torch.nan
+    places = [tiny.write(tmp_path / str(seed), {"model.norm.w": held}) for seed, held in enumerate(drawn)]
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"merge_method: ties\nbase_model: {places[0]}\nallow_non_finite: true\nparameters: {{density: 0.5}}\n"
+        f"models: [{{model: {places[1]}}}]\n"
+    )
+    options, seen = Options(to=str(tmp_path / "out")), list[object]()
+    planned, store = planning.plan(planning.read_recipe(recipe), options)
+    run.merge(planned, store, options, seen.append)
+    (found,) = [event.geometry.odd for event in seen if isinstance(event, Observed)]
+    assert [count for _, count in found] == [100 * 700]
