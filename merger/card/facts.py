@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any, TypeVar
 
 import yaml
@@ -34,6 +35,19 @@ from merger.runtime import PACKAGE
 from merger.safety.names import HUB, hub_path, is_repo
 from merger.stores.ports import FileInfo, Located
 
+_Key = TypeVar("_Key")
+_Row = TypeVar("_Row")
+_ALIKE = 8
+
+
+def fold(rows: Sequence[_Row], kind: Callable[[_Row], object]) -> list[_Row | int]:
+    """Rows to show: of more than eight neighbours of a kind the ends, and between them how many more there are."""
+    found = list[_Row | int]()
+    for _, run in groupby(rows, kind):
+        alike = list(run)
+        found += alike if len(alike) <= _ALIKE else [alike[0], len(alike) - 2, alike[-1]]
+    return found
+
 
 @dataclass(frozen=True)
 class PlanSummary:
@@ -51,6 +65,11 @@ class PlanSummary:
     def methods(self) -> Mapping[str, int]:
         """How many tensors each method makes; copying is among them."""
         return Counter(job.kind for job in self.plan.jobs)
+
+    @cached_property
+    def models(self) -> Sequence[LockedModel | int]:
+        """Those that are read; of the many checkpoints of a run the ends, and how many are between them."""
+        return fold(self.plan.locked.models, lambda model: (model.licence, model.located.commit is None))
 
     @cached_property
     def dtypes(self) -> tuple[str, ...]:
@@ -177,7 +196,6 @@ def _means(named: str, model: LockedModel) -> bool:
 
 
 Checksum = Callable[[Located, str], str | None]
-_Key = TypeVar("_Key")
 _MADE_WITH = (PACKAGE, "numpy", "numba", "huggingface_hub")
 _HASHED_FOLDERS = 1_000_000_000
 """Up to so many bytes of models in folders are read once more for their SHA-256, in a second; of more it is unknown."""

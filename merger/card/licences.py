@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind, Terms
-from merger.errors import MismatchError, Problem, RecipeError
+from merger.errors import MismatchError, Problem, RecipeError, few
 from merger.lock.locked import LockedModel, display_name
 from merger.models.licence import LICENCES, is_notice, licence_files
 from merger.planning.plan import Plan
@@ -252,10 +252,10 @@ def _covers(result: Sequence[Licence], wanted: Terms) -> bool:
 def _open(models: Sequence[LockedModel], result: Sequence[Licence]) -> Iterator[str]:
     unknown = [f"{display_name(model)} ({licence_of(model).name})" for model in models if not licence_of(model).terms]
     if not result and unknown:
-        yield (f"the licence is not settled: what {', '.join(unknown)} asks is not known here; "
+        yield (f"the licence is not settled: what {few(unknown)} asks is not known here; "
                "state the result's with publish: {license: ...}")  # fmt: skip
     elif unknown and not (len(result) == 1 and all(licence_of(model).name == result[0].name for model in models)):
-        yield f"what {', '.join(unknown)} asks is not known here: see for yourself"
+        yield f"what {few(unknown)} asks is not known here: see for yourself"
 
 
 def _naming(duties: Sequence[Terms], title: str) -> Iterator[str]:

@@ -74,7 +74,7 @@ def changes_section(found: PlanSummary, before: PlanSummary) -> str:
 
 def _all_facts(found: PlanSummary) -> dict[str, str]:
     """All that a reader may want to compare, by name."""
-    models = {name: ", ".join(told) for name, *told in _models(found.plan)}
+    models = {name: ", ".join(told) for name, *told in map(_row, found.plan.locked.models)}
     in_force = [(each, owner) for each in parameters(found.plan, methods()) for owner in each.owners]
     own = {f"`{each.name}`{f' of {code(owner)}' if owner else ''}": each.course(owner) for each, owner in in_force}
     return {**models, **own, **dict(_facts(found))}
@@ -86,20 +86,18 @@ def fold(title: str, text: str) -> str:
 
 
 def _tables(found: PlanSummary) -> str:
-    models = _table(("model", "commit", "licence", "size"), _models(found.plan))
+    models = _table(("model", "commit", "licence", "size"), _models(found))
     return "\n".join([*models, "", *_table(("", ""), _facts(found))])
 
 
-def _models(planned: Plan) -> list[tuple[str, ...]]:
-    return [
-        (
-            _link(model),
-            _commit(model),
-            code(model.licence) if model.licence else "not stated",
-            size(model.checkpoint.nbytes),
-        )
-        for model in planned.locked.models
-    ]
+def _models(found: PlanSummary) -> list[tuple[str, ...]]:
+    return [(f"and {model} more like them", "", "", "") if isinstance(model, int) else _row(model)
+            for model in found.models]  # fmt: skip
+
+
+def _row(model: LockedModel) -> tuple[str, ...]:
+    licence = code(model.licence) if model.licence else "not stated"
+    return _link(model), _commit(model), licence, size(model.checkpoint.nbytes)
 
 
 def _link(model: LockedModel) -> str:

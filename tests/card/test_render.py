@@ -11,7 +11,7 @@ import tiny
 import yaml
 from planning.models import model
 
-from merger.card.facts import lock_file
+from merger.card.facts import fold, lock_file
 from merger.card.render import render
 from merger.methods.registry import methods
 from merger.planning.plan import Plan
@@ -130,3 +130,23 @@ def test_a_mixture_is_told_in_sentences(folder: Path) -> None:
         "until it is trained. To the MLPs of one noise of deviation 0.001 was added. The output of the MLPs of one was "
         "multiplied by 0.9."
     ) in body
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown"),
+    [
+        ("", []),
+        ("a" * 8, ["a"] * 8),
+        ("a" * 9, ["a", 7, "a"]),
+        ("b" + "a" * 64 + "b", ["b", "a", 62, "a", "b"]),
+        ("ab" * 9, ["a", "b"] * 9),
+    ],
+    ids=["none", "eight", "nine", "the checkpoints of a run", "no neighbours of a kind"],
+)
+def test_of_many_neighbours_of_a_kind_the_ends_are_shown_and_how_many_are_between(
+    rows: str, shown: list[str | int]
+) -> None:
+    """No row is dropped without being counted."""
+    found = fold(list(rows), str)
+    assert found == shown
+    assert sum(row if isinstance(row, int) else 1 for row in found) == len(rows)
