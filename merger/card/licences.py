@@ -310,17 +310,13 @@ def licence_notices(
     found = [(model, name) for model in models for name in licence_files(model.located.files)]
     contents = take([(model.located, name) for model, name in found])
     held = [(model, name, content) for (model, name), content in zip(found, contents, strict=True)]
-    notices = [_text(content) for _, name, content in held if is_notice(name)]
+    notices = [bytes_of(content).decode("utf-8", "replace").strip() for _, name, content in held if is_notice(name)]
     asked = [terms.notice for terms in judge(planned).duties if terms.notice]
     missing = [sentence for sentence in asked if not any(sentence in notice for notice in notices)]
     text = "\n\n".join(dict.fromkeys([*notices, *missing]))
     own = {sha256_of(content) for model, name, content in held if planned.texts.taken.get(name) == models.index(model)}
     files: dict[str, Content] = {_place(model, name): content for model, name, content in _others(held, own)}
     return files | ({NOTICE: f"{text}\n".encode()} if text else {})
-
-
-def _text(content: Content) -> str:
-    return bytes_of(content).decode("utf-8", "replace").strip()
 
 
 _Held = tuple[LockedModel, str, Content]

@@ -20,7 +20,7 @@ from merger.runtime import PACKAGE
 from merger.safety import numbers
 
 if TYPE_CHECKING:
-    from merger.planning.plan import Part
+    from merger.planning.shards import Part
 
     Commands = argparse._SubParsersAction["_Parser"]
 
@@ -442,7 +442,7 @@ def _gguf(text: str) -> tuple[str, ...]:
 
 @_argument
 def _part(text: str) -> Part:
-    from merger.planning.plan import Part
+    from merger.planning.shards import Part
 
     return Part.parse(text)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from merger.errors import Problem, RecipeError, did_you_mean
-from merger.planning.plan import Part
+from merger.planning.shards import Part
 from merger.recipe.parse import parse_kinds
 from merger.run.options import Options
 from merger.safety import numbers, secrets

@@ -30,11 +30,11 @@ from merger.methods.steps.dtypes import HELD, Held, load, store
 from merger.methods.steps.random import Rng
 from merger.methods.steps.step import TILE, Array, room, tile
 from merger.models.architecture import matrix_shape
-from merger.planning.budget import COPY_BYTES, block_entries, needs
 from merger.planning.geometry import NOTHING, Geometry, total_geometry
 from merger.planning.inputs.base import Input, Job, JoinedJob, StageTensor, Stored
 from merger.planning.inputs.derived import Routed
 from merger.planning.inputs.low_rank import Factor
+from merger.planning.jobs.blocks import COPY_BYTES, block_entries, needs
 from merger.planning.jobs.common import arguments
 from merger.stores.ports import Reader
 

@@ -181,6 +181,8 @@ def _recipe(top: Value, table: Mapping[str, Method], path: str, text: str) -> Re
     if scope.method is None:
         _without_method(top, table, modules)
     levels.block(block, [piece for module in modules for piece in module.slices])
+    place = fields.get("tensors")
+    items = place.items("a list of tensors, each - filter: self_attn with a model", filter_of) if place else []
     made = _of(
         top,
         path,
@@ -188,7 +190,7 @@ def _recipe(top: Value, table: Mapping[str, Method], path: str, text: str) -> Re
         fields,
         modules=tuple(replace(of, slices=tuple(map(levels.merging, of.slices))) for of in modules),
         base_model=scope.base_model,
-        tensors=_tensors(fields),
+        tensors=tuple(rule for item in items if (rule := _parse_taken(item)) is not None),
         parameters=block.settings,
         tokenizer=tokenizer(fields),
     )
@@ -225,13 +227,15 @@ def _of(top: Value, path: str, text: str, fields: Fields, **read: Any) -> Recipe
     """The recipe, with what every form says in the same keys."""
     name, allow = fields.get("name"), fields.get("allow_non_finite")
     dtype, out_dtype = _dtype(fields, "dtype"), _dtype(fields, "out_dtype")
+    place = fields.get("seed")
+    hint = "any whole number will do, such as seed: 42"
     return Recipe(
         path=path,
         text=text,
         **read,
         name=name.text("a name") if name else None,
         dtype=out_dtype or dtype,
-        seed=_parse_seed(fields),
+        seed=(place.whole(numbers.SEED, hint) if place else None) or 0,
         allow_non_finite=bool(allow.flag()) if allow else False,
         chat_template=chat_template(fields),
         evaluate=evaluate(fields),
@@ -402,13 +406,6 @@ def _form(fields: Fields, forms: tuple[str, ...]) -> list[str]:
     return given
 
 
-def _tensors(fields: Fields) -> tuple[Taken, ...]:
-    """What stands behind ``tensors``: which of them come from one model alone."""
-    place = fields.get("tensors")
-    items = place.items("a list of tensors, each - filter: self_attn with a model", filter_of) if place else []
-    return tuple(rule for item in items if (rule := _parse_taken(item)) is not None)
-
-
 def _parse_taken(place: Value) -> Taken | None:
     keys = place.fields("a map with the keys filter and model", TENSORS, _PINNED)
     wanted = keys.need("filter", "write filter: and a part of the tensors' names, such as self_attn") if keys else None
@@ -422,7 +419,7 @@ def _layer_range(place: Value) -> tuple[int, int] | None:
     if not isinstance(place.node, spans.Sequence):
         place.expected(_RANGE, _RANGE_HINT)
         return None
-    ends = [_layer(item) for item in place.items(_RANGE)]
+    ends = [item.whole(numbers.LAYERS, _RANGE_HINT) for item in place.items(_RANGE)]
     if len(ends) > 2 or len(ends) == 1:
         place.error(f"expected {_RANGE}, found a list of {len(ends)}", _RANGE_HINT)
     if len(ends) != 2 or ends[0] is None or ends[1] is None:
@@ -432,10 +429,6 @@ def _layer_range(place: Value) -> tuple[int, int] | None:
         place.error(f"[{number(start)}, {number(end)}] holds no layer", _RANGE_HINT)
         return None
     return start, end
-
-
-def _layer(place: Value) -> int | None:
-    return place.whole(numbers.LAYERS, _RANGE_HINT)
 
 
 def _dtype(fields: Fields, key: str) -> str | None:
@@ -455,12 +448,6 @@ def _dtype(fields: Fields, key: str) -> str | None:
         hint = f"write {_MEANT_DTYPES.get(name) or nearest(name, DTYPES) or 'one of ' + ', '.join(DTYPES)}"
     place.error(f"{text!r} is no dtype that a result can have", hint)
     return None
-
-
-def _parse_seed(fields: Fields) -> int:
-    place = fields.get("seed")
-    hint = "any whole number will do, such as seed: 42"
-    return (place.whole(numbers.SEED, hint) if place else None) or 0
 
 
 def _publish(fields: Fields) -> Publish:

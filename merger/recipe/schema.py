@@ -76,6 +76,8 @@ def schema(table: Mapping[str, Method]) -> Json:
     Args:
         table: the merge methods by name.
     """
+    shapes = {"slices": _maybe(_ref("slices")), "models": _maybe(_ref("models")), "parameters": _ref("parameters")}
+    described = _WORDS | _describe_fields(Module)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "merger recipe",
@@ -90,7 +92,7 @@ def schema(table: Mapping[str, Method]) -> Json:
             "parameters": _parameters(table),
             "models": _list(_source(parse.MODEL)),
             "slices": _list(_slice()),
-            "module": _module(),
+            "module": (_map(parse.MODULE, described, shapes) | {"oneOf": [_given("slices"), _given("models")]}),
             "expert": _expert(),
             "publish": _publish(),
             "lora": _lora(loras.LORA),
@@ -184,12 +186,6 @@ def _slice() -> Json:
         "residual_weight": {},
     }
     return _map(parse.SLICE, _WORDS | _describe_fields(Slice), shapes, ["sources"])
-
-
-def _module() -> Json:
-    shapes = {"slices": _maybe(_ref("slices")), "models": _maybe(_ref("models")), "parameters": _ref("parameters")}
-    described = _WORDS | _describe_fields(Module)
-    return _map(parse.MODULE, described, shapes) | {"oneOf": [_given("slices"), _given("models")]}
 
 
 def _expert() -> Json:

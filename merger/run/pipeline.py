@@ -22,7 +22,8 @@ from merger.methods.registry import methods
 from merger.models.formats.safetensors import WrittenShard
 from merger.models.side_files import LOCK_NAME
 from merger.planning.geometry import Geometry, load_geometry
-from merger.planning.plan import Part, Plan, Shard, share
+from merger.planning.plan import Plan
+from merger.planning.shards import Part, Shard, share
 from merger.recipe.model import Publish
 from merger.run.artifacts import card, elders, small_files, used_files
 from merger.run.options import Options, destination, needed_disk, parse_destination, to_hub

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
 from merger.models.formats.packed import NUMPY_DTYPES, decode
-from merger.planning.budget import BLOCK_ENTRIES
 from merger.planning.geometry import add_up, cosine_of
+from merger.planning.jobs.blocks import BLOCK_ENTRIES
 from merger.stores.ports import Reader
 
 

@@ -19,9 +19,10 @@ from merger.engine.runner import Block, Work, blocks
 from merger.methods.registry import Method
 from merger.models.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.models.formats.safetensors import Outlet, WrittenShard
-from merger.planning.budget import BLOCK_ENTRIES
 from merger.planning.inputs.base import Job
-from merger.planning.plan import Plan, Shard
+from merger.planning.jobs.blocks import BLOCK_ENTRIES
+from merger.planning.plan import Plan
+from merger.planning.shards import Shard
 from merger.stores.ports import Located, Reader, Store, Ticket
 from merger.verification.distance import as_numbers
 from merger.verification.sample import Mismatch, Piece

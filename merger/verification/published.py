@@ -29,7 +29,8 @@ from merger.models.side_files import (
 )
 from merger.planning.geometry import load_geometry
 from merger.planning.lockfile import Lock, read_lock
-from merger.planning.plan import Plan, Shard
+from merger.planning.plan import Plan
+from merger.planning.shards import Shard
 from merger.recipe.model import Recipe
 from merger.run.artifacts import Card, card, elders, model_files
 from merger.run.prepare import recipe_of

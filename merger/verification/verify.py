@@ -20,7 +20,8 @@ from merger.methods.registry import methods
 from merger.models.checkpoint import TensorInfo
 from merger.models.side_files import loaded_as
 from merger.planning.lockfile import Lock, changed_models, other_numbers, other_plan
-from merger.planning.plan import Plan, Shard
+from merger.planning.plan import Plan
+from merger.planning.shards import Shard
 from merger.run.artifacts import taken_files
 from merger.run.extras import MEASURING, refuse_missing
 from merger.run.options import Options

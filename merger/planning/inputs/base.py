@@ -247,7 +247,7 @@ class Job:
 
 @dataclass(frozen=True)
 class JoinedJob(Job):
-    """Jobs that are made as one, whose inputs lie one behind the other as their results do; see `join` in budget."""
+    """Jobs that are made as one, whose inputs lie one behind the other as their results do (jobs.blocks)."""
 
     members: tuple[Job, ...] = field(kw_only=True)
 
