@@ -331,7 +331,6 @@ def _others(held: list[_Held], known: set[str]) -> Iterator[_Held]:
 
 
 def _place(model: LockedModel, name: str) -> str:
-    """Where it stands; a parent that is a merge itself has such places already."""
     if name.startswith(LICENCES):
         return name
     return f"{LICENCES}{re.sub(r'[^A-Za-z0-9._-]+', '--', model.name).strip('.-')}.{name}"

@@ -246,7 +246,6 @@ def _givers(planned: Plan, parents: Sequence[ParentRow]) -> list[str]:
 
 
 def _lora(planned: Plan) -> dict[str, Any] | None:
-    """What the card says of a result that is a LoRA adapter."""
     lora, config = planned.locked.recipe.lora, planned.config
     if lora is None:
         return None
@@ -260,7 +259,6 @@ def _lora(planned: Plan) -> dict[str, Any] | None:
 
 
 def _licence(planned: Plan, found: Judgement) -> dict[str, Any]:
-    """What the card says of licences, in words and rows."""
     return {
         "name": found.name,
         "stated": found.stated,

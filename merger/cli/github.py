@@ -361,7 +361,6 @@ class GitHubApi:
 
 
 def _read(answer: Response) -> None:
-    """The body, where it is not longer than an answer may be."""
     body = bytearray()
     for piece in answer.iter_content(_PIECE_BYTES):
         body += piece

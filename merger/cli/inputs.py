@@ -78,7 +78,6 @@ class _Given:
         self.problems: list[Problem] = []
 
     def text(self, name: str) -> str:
-        """As it is given."""
         return self._environment.get(variable(name), "").strip()
 
     def secret(self, name: str) -> str:
@@ -102,30 +101,24 @@ class _Given:
         return text
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """Yes or no."""
         text = self.text(name).lower() or str(default).lower()
         if text not in ("true", "false"):
             self._wrong(name, f"{text!r} is neither true nor false")
         return text == "true"
 
     def size(self, name: str) -> int | None:
-        """Bytes."""
         return self._parsed(name, numbers.parse_size)
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """Types of GGUF."""
         return self._parsed(name, parse_kinds) or ()
 
     def part(self, name: str) -> Part | None:
-        """A share of the files."""
         return self._parsed(name, Part.parse)
 
     def minutes(self, name: str) -> float | None:
-        """A time."""
         return self._parsed(name, _minutes)
 
     def folder(self, name: str) -> Path:
-        """A folder of the repository."""
         root = top(self._environment)
         folder = inside(root / self.text(name), root)
         if folder is None or not os.path.isdir(folder):

@@ -134,7 +134,6 @@ def _facts(found: PlanSummary) -> list[tuple[str, str]]:
 
 
 def _licence(found: Judgement) -> str:
-    """The result's, and what the parents' ask."""
     asks = dict.fromkeys(kind.value for terms in found.duties for kind in terms.asks)
     told = "stated" if found.stated else "proposed, as the strictest that fits"
     return (f"{code(found.name)} ({told})" if found.name else "not settled") + (

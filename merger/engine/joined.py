@@ -40,12 +40,10 @@ class _Inputs:
     odd: Mapping[Any, int] = field(default_factory=dict)
 
     def bits(self, stored: Stored, start: int, stop: int) -> Held:
-        """As of `Work`."""
         whole = self.held[stored]
         return Held(whole.bits[start:stop], whole.dtype)
 
     def with_read(self, *_: object) -> _Inputs:
-        """As of `Work`: they all are."""
         return self
 
 

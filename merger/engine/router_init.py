@@ -216,7 +216,6 @@ class _Base:
         return rows
 
     def weights(self, run: Sequence[Sequence[Job]]) -> Generator[dict[str, Array]]:
-        """Each layer's tensors by role."""
         place = self.plan.locked.config_model.architecture.place
         first = 0
         with closing(self._reader([job for layer in run for job in layer])) as reader:
@@ -229,7 +228,6 @@ class _Base:
                 held.clear()
 
     def _make(self, job: Job, first: int, reader: Reader) -> Array:
-        """A whole tensor."""
         made = floats(job.entries)
         room = made.view(np.uint8)
         with closing(self._work(job, first, reader)) as work:

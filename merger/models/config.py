@@ -286,7 +286,6 @@ def sizes(config: Config, stack: str, stacks: Mapping[str, int]) -> Sizes:
 
 
 def _numbers(value: Any) -> Iterator[int]:
-    """Every whole number in a config, however deep."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if type(value) is int:
         yield value
@@ -501,7 +500,6 @@ def _text(config: Config) -> dict[str, Any]:
 
 
 def _parts(config: Config) -> tuple[dict[str, Any], ...]:
-    """The config, and its language model's part if that is a part of its own."""
     text = _text(config)
     return (text,) if text is config else (config, text)  # type: ignore[return-value]
 

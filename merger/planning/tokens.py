@@ -219,7 +219,6 @@ def _vocabularies(models: Sequence[LockedModel]) -> list[Vocabulary | None]:
 
 
 def _whole(locked: StagedRecipe, block: Tokenizer, known: Mapping[int, Vocabulary], source: int) -> Vocabulary:
-    """The result's vocabulary."""
     merged = [locked.index(ref) for ref in locked.recipe.merged] if block.source == UNION else []
     others = [(known[number], locked.numbered(number).token_rows or 0) for number in merged]
     base = known[source]

@@ -85,6 +85,7 @@ _MEANT_DTYPES = {
     "fp32": "float32",
     "float": "float32",
 }
+_A_MODEL = "write model: org/name, or model: ./folder"
 _RANGE = "a pair [start, end]"
 _RANGE_HINT = "write [start, end]: the layers from start up to, but not including, end, counted from 0"
 _UNDER_PARAMETERS: Hints = {name: f"move {name} into parameters: here" for name in checks.FIELD_PARAMETERS}
@@ -218,8 +219,9 @@ def _mixture(top: Value, path: str, text: str) -> Recipe:
     fields = top.fields("a map with the key experts", mixture.TOP, mixture.TOP_HINTS)
     if fields is None:
         return Recipe(path, text, (), at=top.at)
-    base = fields.need("base_model", "name the model that gives everything but the experts: base_model: org/name")
-    base_model = reference(base) if base else UNREADABLE
+    base_model = fields.model(
+        "base_model", "name the model that gives everything but the experts: base_model: org/name"
+    )
     return _of(top, path, text, fields, modules=(), base_model=base_model, mixture=mixture.mixture(fields))
 
 
@@ -227,16 +229,14 @@ def _of(top: Value, path: str, text: str, fields: Fields, **read: Any) -> Recipe
     """The recipe, with what every form says in the same keys."""
     name, allow = fields.get("name"), fields.get("allow_non_finite")
     dtype, out_dtype = _dtype(fields, "dtype"), _dtype(fields, "out_dtype")
-    place = fields.get("seed")
-    hint = "any whole number will do, such as seed: 42"
     return Recipe(
         path=path,
         text=text,
         **read,
-        name=name.text("a name") if name else None,
+        name=fields.text("name", "a name"),
         dtype=out_dtype or dtype,
-        seed=(place.whole(numbers.SEED, hint) if place else None) or 0,
-        allow_non_finite=bool(allow.flag()) if allow else False,
+        seed=fields.whole("seed", numbers.SEED, "any whole number will do, such as seed: 42") or 0,
+        allow_non_finite=fields.flag("allow_non_finite"),
         chat_template=chat_template(fields),
         evaluate=evaluate(fields),
         publish=_publish(fields),
@@ -269,7 +269,6 @@ class _Levels:
     table: Mapping[str, Method]
 
     def modules(self, fields: Fields, scope: _Scope) -> tuple[Module, ...]:
-        """Those of the one form that the recipe is written in."""
         return tuple(module for key in _form(fields, FORMS) for module in self._read_form(key, fields, scope))
 
     def _read_form(self, key: str, fields: Fields, scope: _Scope) -> list[Module]:
@@ -358,9 +357,8 @@ class _Levels:
         block = read_parameters(fields)
         method = scope.method.method if scope.method else None
         checks.check_block(block, [method], self.table, per_model=True)
-        model = fields.need("model", "write model: org/name, or model: ./folder")
+        named = fields.model("model", _A_MODEL)
         ranged = fields.need("layer_range", _RANGE_HINT) if "layer_range" in keys else None
-        named = reference(model) if model else UNREADABLE
         several = read_checkpoints(fields, named) if keys == MODEL else None
         return Source(
             model=replace(named, revision=several.match) if several and not several.of_folders else named,
@@ -408,11 +406,11 @@ def _form(fields: Fields, forms: tuple[str, ...]) -> list[str]:
 
 def _parse_taken(place: Value) -> Taken | None:
     keys = place.fields("a map with the keys filter and model", TENSORS, _PINNED)
-    wanted = keys.need("filter", "write filter: and a part of the tensors' names, such as self_attn") if keys else None
-    model = keys.need("model", "write model: org/name, or model: ./folder") if keys else None
-    text = wanted.text("a part of a tensor's name") if wanted else None
-    found = reference(model) if model else None
-    return Taken(text, found, place.at) if text and found else None
+    if keys is None:
+        return None
+    keys.need("filter", "write filter: and a part of the tensors' names, such as self_attn")
+    text, model = keys.text("filter", "a part of a tensor's name"), keys.model("model", _A_MODEL)
+    return Taken(text, model, place.at) if text else None
 
 
 def _layer_range(place: Value) -> tuple[int, int] | None:
@@ -433,7 +431,7 @@ def _layer_range(place: Value) -> tuple[int, int] | None:
 
 def _dtype(fields: Fields, key: str) -> str | None:
     place = fields.get(key)
-    text = place.text(f"one of {', '.join(DTYPES)}") if place else None
+    text = fields.text(key, f"one of {', '.join(DTYPES)}")
     if place is None or text is None:
         return None
     name = text.removeprefix("torch.")
@@ -455,19 +453,18 @@ def _publish(fields: Fields) -> Publish:
     keys = place.fields("a map with the key repo", PUBLISH) if place else None
     if place is None or keys is None:
         return Publish()
-    repo, private, create_pr = keys.get("repo"), keys.get("private"), keys.get("create_pr")
-    license, gguf, template = keys.get("license"), keys.get("gguf"), keys.get("template")
+    repo, license, gguf, template = (keys.get(key) for key in ("repo", "license", "gguf", "template"))
     return Publish(
         repo=_repo(repo) if repo else None,
-        private=bool(private.flag()) if private else False,
-        license=license.text("a licence such as apache-2.0") if license else None,
+        private=keys.flag("private"),
+        license=keys.text("license", "a licence such as apache-2.0"),
         license_name=_with_other(keys, "license_name", "a name such as my-license-1.0"),
         license_link=_with_other(keys, "license_link", "an address that begins with https://, or LICENSE"),
-        license_override=_text(keys, "license_override", "a sentence for the card"),
-        create_pr=bool(create_pr.flag()) if create_pr else False,
+        license_override=keys.text("license_override", "a sentence for the card"),
+        create_pr=keys.flag("create_pr"),
         gguf=_gguf(gguf) if gguf else (),
         safetensors=_safetensors(keys, fields),
-        template=template.text("a file, a folder or hf://owner/name/path") if template else None,
+        template=keys.text("template", "a file, a folder or hf://owner/name/path"),
         at=place.key,
         license_at=license.at if license else None,
         gguf_at=gguf.key if gguf else None,
@@ -476,7 +473,6 @@ def _publish(fields: Fields) -> Publish:
 
 
 def _gguf(place: Value) -> tuple[str, ...]:
-    """The types of GGUF files, each once."""
     what = f"a list of types such as [Q8_0], of {', '.join(GGUF)}"
     found = [(each, each.text(what)) for each in place.items(what)]
     for each, text in found:
@@ -510,17 +506,12 @@ def _safetensors(keys: Fields, recipe: Fields) -> bool:
     return False
 
 
-def _text(fields: Fields, key: str, what: str) -> str | None:
-    place = fields.get(key)
-    return place.text(what) if place else None
-
-
 def _with_other(fields: Fields, key: str, what: str) -> str | None:
     """A key that goes with a licence which the Hub has no identifier for."""
     place, license = fields.get(key), fields.get("license")
     if place and not (license and license.holds("other")):
         place.error(f"{key} goes with license: other", f"write license: other, or leave {key} out", place.key)
-    return _text(fields, key, what)
+    return fields.text(key, what)
 
 
 def _repo(place: Value) -> str | None:

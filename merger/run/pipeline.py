@@ -199,7 +199,6 @@ class _Run:
         self._doubts: list[str] = []
 
     def result(self) -> Result:
-        """Make the shards that are missing, and of a whole merge the end."""
         planned, options = self._planned, self._options
         mine = share(planned.shards, options.part)
         missing = [shard for shard in mine if not shard.files.keys() <= self._held.keys()]
@@ -247,7 +246,6 @@ class _Run:
             self._seen |= load_geometry(note)
 
     def _score(self, wanted: Wanted) -> tuple[Score, ...]:
-        """What is measured of the result before it is published."""
         files = used_files(self._planned, self._store)
         return measure(wanted, self._planned, files, self._store, self._session, self._on_event)
 
@@ -273,7 +271,6 @@ class _Run:
 
 
 def _title(planned: Plan) -> str:
-    """The commit's first line."""
     lora, names = planned.locked.recipe.lora, ", ".join(dict.fromkeys(each.name for each in planned.locked.merged))
     if lora and lora.extracted:
         return f"LoRA adapter of {planned.locked.models[0].name}"

@@ -91,7 +91,6 @@ def _environment() -> Mapping[str, str]:
 
 
 def _read(process: subprocess.Popen[bytes], bounds: Bounds, until: float) -> bytes:
-    """All that the process writes."""
     assert process.stdout is not None
     data = bytearray()
     while True:

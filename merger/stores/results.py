@@ -202,7 +202,6 @@ class _Work:
             self._alone = not _flock(self._lock, fcntl.LOCK_SH)
 
     def free_bytes(self) -> int:
-        """What the disk has left."""
         return shutil.disk_usage(self._place).free
 
     def _forget_damaged(self) -> None:
@@ -227,17 +226,14 @@ class _Work:
                 _remove(leftover)
 
     def held(self) -> dict[str, WrittenShard]:
-        """The finished shards by name."""
         return _written_down(self._done)
 
     def write_down(self, shard: WrittenShard, note: str) -> None:
-        """Note that a shard is whole."""
         entry = self._entry(f"{shard.name}{_UNFINISHED}")
         entry.write_text(json.dumps({**asdict(shard), "note": note}))
         entry.rename(self._entry(shard.name))
 
     def notes(self) -> Iterator[str]:
-        """What was noted with the finished shards."""
         return (entry["note"] for entry in _entries(self._done) if entry.get("note"))
 
     def forget(self, name: str) -> None:

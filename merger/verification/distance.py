@@ -138,7 +138,6 @@ def _distance(one: _Run, other: _Run) -> Distance:
 
 
 def _same(one: _Run, other: _Run) -> NDArray[np.bool_]:
-    """Which entries are equal."""
     if one.dtype == other.dtype:
         return np.asarray(one.bits == other.bits)
     if one.numbers is None or other.numbers is None:

@@ -310,7 +310,6 @@ def _header(merge: Merge, problems: list[Problem], tally: Tally, file: str) -> t
 
 
 def _header_of(shard: Shard) -> Iterator[TensorInfo]:
-    """The shard's tensors as its header has them."""
     place = shard.header_size
     for job in shard.jobs:
         yield TensorInfo(job.name, job.dtype, job.shape, shard.name, place, place + job.nbytes)

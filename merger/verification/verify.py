@@ -166,7 +166,6 @@ def verify(
 
 
 def _plan(held: Lock, locked: LockedRecipe, options: Options, problems: Sequence[Problem]) -> Plan:
-    """The lock's plan; where there can be none, what was found so far may be the reason."""
     try:
         return planned_again(held, locked, options)
     except (RecipeError, MismatchError) as error:
@@ -195,7 +194,6 @@ class _Check:
         self._differences: list[Mismatch] = []
 
     def run(self, extent: Extent, on_event: Callable[[Begun | BytesWritten], object]) -> None:
-        """Compare what is to be compared."""
         if not extent.everything:
             self._seed = random.SystemRandom().getrandbits(32) if extent.seed is None else extent.seed
             self._sample = self._drawn(extent.tensors, self._seed)
@@ -268,7 +266,6 @@ def _compared_piece(piece: Piece) -> Compared:
 
 
 def _header_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """How many bytes stand before the tensors in their files."""
     starts: dict[str, int] = {}
     for tensor in tensors:
         starts[tensor.file] = min(tensor.start, starts.get(tensor.file, tensor.start))

@@ -166,7 +166,6 @@ class Bot:
                 self._give_up(now, words)
 
     def _give_up(self, event: WebhookEvent, words: str) -> None:
-        """Say so where it was asked, if that much can be done."""
         self._events.change(event, state="over")
         if event.is_meant:
             try:
@@ -332,7 +331,6 @@ class Bot:
             self._events.change(event, is_begun=True)
 
     def _close(self, event: WebhookEvent, words: str = "") -> None:
-        """The end of it, with what there is to say."""
         event = self._say(event, words) if words else event
         self._events.change(event, state="over")
 

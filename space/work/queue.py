@@ -231,7 +231,6 @@ class MergeQueue:
             return None
 
     def _make(self, job: QueuedMerge, token: Token, folder: Path) -> dict[str, Any]:
-        """Have it made; what the worker tells of the end, and nothing if it ends without a word."""
         folder.mkdir()
         (folder / RECIPE).write_text(job.recipe, "utf-8")
         pins = {"models": [{"model": model, "commit": commit} for model, commit in job.pins.items()]}
@@ -264,7 +263,6 @@ class MergeQueue:
         return line
 
     def _settle(self, id: str, token: Token, told: Mapping[str, Any]) -> None:
-        """Write down how it ended."""
         with self.jobs.lock:
             self._workers.pop(id, None)
             job = self.jobs.get(id)

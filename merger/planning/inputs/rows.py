@@ -34,7 +34,6 @@ class _Lists:
 
     @cached_property
     def digest(self) -> str:
-        """Names what they hold."""
         found = hashlib.sha256()
         for numbers in self._lists:
             found.update(f"{len(numbers)} ".encode())
@@ -49,7 +48,6 @@ class _Lists:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that they take."""
         return sum(numbers.nbytes for numbers in self._lists)
 
 

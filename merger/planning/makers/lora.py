@@ -94,7 +94,6 @@ class _Draft:
         return 1.0 if self.lora.alpha is None or self.lora.rank is None else self.lora.alpha / self.lora.rank
 
     def config(self) -> dict[str, Any]:
-        """The text of adapter_config.json."""
         odd = {re.escape(name): rank for name, rank in self.ranks.items() if rank != self.rank}
         return {
             "peft_type": "LORA",
@@ -415,7 +414,6 @@ class _Extraction:
         return outside and len(tensor.shape) == 2 and is_before_layers(tensor.name)
 
     def _whole(self, theirs: TensorInfo, dtype: str, embedding: bool) -> Iterator[Job]:
-        """A tensor that the adapter holds as the fine-tune has it."""
         module, _, kind = theirs.name.rpartition(".")
         if self._lora.skip_rest and not embedding:
             self.reasons[theirs.name] = "no matrix, and left out by skip_rest"
