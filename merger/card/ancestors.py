@@ -142,7 +142,6 @@ def family(
     """Look up the ancestors of a merge, all of one generation at the same time.
 
     Args:
-        planned: the merge.
         title: what its card calls it.
         methods: the names of all merge methods, by which the cards of merges are understood.
         store: where the plan's models are.

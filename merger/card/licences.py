@@ -81,7 +81,6 @@ def judge(planned: Plan, name: str | None = None) -> Judgement:
     """The licence of what is planned.
 
     Args:
-        planned: the merge.
         name: what it is called, for licences that ask something of that; None: as the recipe says.
     """
     publish, models = planned.locked.recipe.publish, planned.locked.models
@@ -102,7 +101,6 @@ def refuse_licences(planned: Plan, published: bool) -> None:
     """Refuse a licence that the parents do not allow, and to publish what no licence fits, unless the recipe says why.
 
     Args:
-        planned: the merge.
         published: whether it goes to the Hub: in a folder of one's own, what no licence fits may lie.
 
     Raises:
@@ -300,7 +298,6 @@ def licence_notices(
     """The files by name; none where no parent brings any and no licence asks for one.
 
     Args:
-        planned: the merge.
         take: what parents' files hold.
 
     Raises:

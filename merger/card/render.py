@@ -137,8 +137,6 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, parts: Mapping
     """The text of README.md.
 
     Args:
-        planned: what was made.
-        table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
         parts: what else the card shows; each name of `NO_PARTS` that is not there is as there.
 

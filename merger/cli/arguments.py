@@ -435,7 +435,7 @@ _bytes = _argument(numbers.parse_size)
 
 @_argument
 def _gguf(text: str) -> tuple[str, ...]:
-    from merger.recipe.parse import parse_kinds
+    from merger.recipe.blocks.publish import parse_kinds
 
     return parse_kinds(text)
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from merger.errors import Problem, RecipeError, did_you_mean
 from merger.planning.shards import Part
-from merger.recipe.parse import parse_kinds
+from merger.recipe.blocks.publish import parse_kinds
 from merger.run.options import Options
 from merger.safety import numbers, secrets
 from merger.safety.environment import CLIENTS

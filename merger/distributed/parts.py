@@ -29,7 +29,6 @@ def on_ray(
 
     Args:
         make: makes one part; a function that can be pickled, of a package that every node has.
-        parts: those to make.
         resources: what a task takes of its node: num_cpus, num_gpus, memory.
 
     Raises:

@@ -86,10 +86,6 @@ def execute(
     """Make some of the plan's shards, one after the other.
 
     Args:
-        plan: what they are part of.
-        shards: what is made.
-        table: the merge methods by name.
-        store: where the models' bytes come from.
         sink: what takes the shards.
         device: ``cpu`` or ``cuda``.
 

@@ -44,12 +44,6 @@ States = Mapping[str, Array]
 def gates(plan: Plan, jobs: Sequence[Job], table: Mapping[str, Method], store: Store) -> dict[Routed, Array]:
     """The routers of these jobs that are computed from prompts; each row is of unit length.
 
-    Args:
-        plan: what the jobs are part of.
-        jobs: those that are made.
-        table: the merge methods by name.
-        store: where the models' bytes come from.
-
     Raises:
         ModelError: bytes of the base model or its tokenizer cannot be read.
     """

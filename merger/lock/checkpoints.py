@@ -25,8 +25,6 @@ def with_means(recipe: Recipe, store: Store, named: Collection[str]) -> Recipe:
     """The recipe with each row of checkpoints as one model, which a stage makes.
 
     Args:
-        recipe: the recipe.
-        store: where its models are.
         named: the models of a lock, as it calls them: where some of these are meant, no others are taken.
 
     Raises:

@@ -114,7 +114,6 @@ def with_vocabulary(config: Config, before: int, rows: int) -> dict[str, Any]:
     """The config of a model whose embedding has another number of rows.
 
     Args:
-        config: the config.
         before: how many rows the embedding had.
         rows: how many it has.
     """
@@ -203,8 +202,6 @@ def section(config: Config, stack: str, stacks: Mapping[str, int]) -> Section:
     """Where a config tells of a stack, by the words in the stack's name.
 
     Args:
-        config: the config.
-        stack: the stack's name.
         stacks: all stacks of the model and their numbers of layers.
 
     Raises:

@@ -229,8 +229,6 @@ def spool(job: Job, table: Mapping[str, Method], remote: frozenset[int]) -> int:
     """The bytes of temporary disk that a job holds from its preparing to its last block.
 
     Args:
-        job: the job.
-        table: the merge methods by name.
         remote: the numbers of the models that are read from afar.
     """
     read = sum(stored.tensor.nbytes for stored in needs(job, table).kept if stored.model in remote) if remote else 0

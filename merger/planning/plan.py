@@ -124,7 +124,6 @@ class Plan(Takes):
 
         Args:
             staged: a shard is gone once it is uploaded.
-            shards: those that are made; None: all.
         """
         sizes = [sum(shard.files.values()) for shard in (self.shards if shards is None else shards)]
         return disk_bytes(sizes, self.spool, staged)
@@ -190,9 +189,6 @@ def make_plan(
     """Decide what will be made and what it takes.
 
     Args:
-        found: the recipe and its models.
-        table: the merge methods by name.
-        budget: what the run may use.
         seed: in place of the recipe's own.
         format: of the lock that it is planned from again; None: ours.
 

@@ -58,9 +58,6 @@ class Tokens:
         """A model's tensor with the rows that the result's tokens have; any other tensor as it is.
 
         Args:
-            locked: the recipe and its models.
-            number: the model's number.
-            tensor: a tensor of it.
             as_head: whether the result's head is made of it.
 
         Raises:

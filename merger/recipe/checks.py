@@ -263,9 +263,7 @@ def check_block(
     """Whether the methods in force have a use for the parameters of a block, and for their values.
 
     Args:
-        found: the block.
         methods: those in force anywhere below it; None for each that is unknown or not built.
-        table: the merge methods by name.
         per_model: whether the block belongs to one model.
     """
     known = list({method.name: method for method in methods if method is not None}.values())

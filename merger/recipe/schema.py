@@ -16,6 +16,7 @@ from merger.recipe import parse, spans, values
 from merger.recipe.blocks import average, mixture, tokenizer
 from merger.recipe.blocks import evaluate as evaluation
 from merger.recipe.blocks import lora as loras
+from merger.recipe.blocks import publish as publishing
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
 from merger.recipe.model import (
     Checkpoints,
@@ -71,11 +72,7 @@ _WORDS = {
 
 
 def schema(table: Mapping[str, Method]) -> Json:
-    """The JSON Schema of a recipe.
-
-    Args:
-        table: the merge methods by name.
-    """
+    """The JSON Schema of a recipe."""
     shapes = {"slices": _maybe(_ref("slices")), "models": _maybe(_ref("models")), "parameters": _ref("parameters")}
     described = _WORDS | _describe_fields(Module)
     return {
@@ -207,11 +204,11 @@ def _publish() -> Json:
         "private": flag,
         **{key: _or_null(_text()) for key in ("license", "license_name", "license_link", "license_override")},
         "create_pr": flag,
-        "gguf": _or_null(_list({"enum": list(parse.GGUF)})),
+        "gguf": _or_null(_list({"enum": list(publishing.GGUF)})),
         "safetensors": flag,
         "template": _or_null(_text()),
     }
-    return _or_null(_map(parse.PUBLISH, _describe_fields(Publish), shapes))
+    return _or_null(_map(publishing.PUBLISH, _describe_fields(Publish), shapes))
 
 
 def _lora(keys: tuple[str, ...]) -> Json:

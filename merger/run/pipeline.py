@@ -154,8 +154,6 @@ def merge(planned: Plan, store: Library, options: Options, on_event: Observer = 
     Shards that an earlier run finished are not made again, and a model that is there already is not published again.
 
     Args:
-        planned: what is made.
-        store: where its models are.
         options: what it may use, and where it goes.
         on_event: is told what happens on the way.
 
@@ -318,7 +316,6 @@ def place_of(to: str, options: Options, planned: Plan | None = None) -> Destinat
     """What is at a destination: a folder, or a repo on the Hub.
 
     Args:
-        to: its name.
         options: how it is written, and with which token.
         planned: what shall be there; None: no merge is made.
 

@@ -54,8 +54,6 @@ def call(function: str, argument: Any, bounds: Bounds = Bounds()) -> Any:
 
     Args:
         function: ``module:name``; it returns what JSON can hold.
-        argument: what pickle can hold.
-        bounds: what it may take.
 
     Raises:
         BeyondError: it took more.

@@ -73,9 +73,6 @@ def compare_pieces(
     """Make the pieces again; each with what differs in it.
 
     Args:
-        planned: the merge.
-        pieces: those of it.
-        table: the merge methods by name.
         store: where the parents' bytes come from.
         published: what they are compared with.
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from merger.errors import MergerError, ModelError, Problem, RecipeError, VerificationError, few
 from merger.evaluation.budget import read_scores
-from merger.lock.lock import tensors_in
+from merger.lock.read import tensors_in
 from merger.models.checkpoint import TensorInfo
 from merger.models.side_files import (
     CARD_NAME,
@@ -113,8 +113,6 @@ def other_files(merge: Merge, planned: Plan, made: Collection[str], everything: 
     """The files that are not those of the lock, by size and SHA-256; each with a sentence.
 
     Args:
-        merge: the merge.
-        planned: its plan.
         made: files whose content is compared anyhow.
         everything: read also shards, and whatever else is large, where the Hub does not tell their SHA-256.
     """
@@ -144,8 +142,6 @@ def other_contents(
     """What the lock does not say of files that the plan makes, and small files that are not what it makes.
 
     Args:
-        merge: the merge.
-        planned: its plan.
         made: what the files have to be that are compared by content.
         others: files that are known not to be the lock's.
     """
@@ -230,9 +226,6 @@ def card_again(merge: Merge, planned: Plan, parents: Library, new_version: str |
     """The card, rendered anew from what was measured on the way.
 
     Args:
-        merge: whose it is.
-        planned: its plan.
-        parents: where its models are.
         new_version: a model that takes its place, which the Hub then points to; None: the one that the card names.
 
     Raises:

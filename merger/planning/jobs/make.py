@@ -48,10 +48,7 @@ class _Maker:
 
     def __init__(self, making: Making) -> None:
         self._making, self._locked = making, making.locked
-        locked, table = making.locked, making.table
-        taken = [part.model for piece in locked.recipe.slices for part in parts(locked, piece, table[piece.method])]
-        taken += [model for rule in locked.recipe.tensors if _gives_head(rule, model := locked.model(rule.model))]
-        self.head = next((model.head for model in taken if (model.head is not None and not model.is_tied)), None)
+        self.head = _output_head(making)
         self.rules, self._fit, self._merges = Rules(making), Fit(making), _Merges(making)
         self.layers: dict[str, list[tuple[LockedModel, int]]] = {}
         self.prediction: LockedModel | None = None
@@ -227,11 +224,7 @@ class _Merges:
         job = Job(out, dtype, sources[piece.leader].shape, method.name, tuple(inputs), base, settings)
         if known is None:
             self._known[key] = settings, each
-            if method.check is not None:
-                try:
-                    method.check(**declared(method.check, arguments(method, job)))
-                except ValueError as error:
-                    self._making.findings.about_recipe(f"{job.name}: {error}", piece.piece.at, "parameters", None)
+            self._ask(piece, method, job)
         return job
 
     def _numbers(self, piece: Cut, method: Method, names: Sequence[str], position: float) -> _Numbers:
@@ -255,6 +248,14 @@ class _Merges:
             hint = "end the list with a value that has no filter"
             self._making.findings.about_recipe(what, piece.piece.at, f"parameters.{param.name}", hint)
         return float(value if value is not None else param.default or 0.0)
+
+    def _ask(self, piece: Cut, method: Method, job: Job) -> None:
+        """What the method itself has to say about its numbers."""
+        if method.check is not None:
+            try:
+                method.check(**declared(method.check, arguments(method, job)))
+            except ValueError as error:
+                self._making.findings.about_recipe(f"{job.name}: {error}", piece.piece.at, "parameters", None)
 
 
 def _why_copied(piece: Cut, leading: TensorInfo, found: Sequence[TensorInfo | None]) -> str | None:
@@ -308,6 +309,18 @@ def _behind(giver: LockedModel, model: LockedModel) -> list[str]:
     return [architecture.moved_behind(tensor.name, stacks) for tensor in giver.prediction]
 
 
+def _output_head(making: Making) -> TensorInfo | None:
+    """The first model's head that is more than its embedding."""
+    locked, table = making.locked, making.table
+    taken = [part.model for piece in locked.recipe.slices for part in parts(locked, piece, table[piece.method])]
+    taken += [model for rule in locked.recipe.tensors if _gives_head(rule, model := locked.model(rule.model))]
+    return next((model.head for model in taken if _is_untied(model)), None)
+
+
 def _gives_head(rule: Taken, model: LockedModel) -> bool:
     """Whether the head is among the tensors that a rule takes from its model."""
     return model.head is not None and rule.matches(model.head.name)
+
+
+def _is_untied(model: LockedModel) -> bool:
+    return model.head is not None and not model.is_tied

@@ -28,10 +28,7 @@ def gguf_files(
     """For each shard the files that are written beside it.
 
     Args:
-        locked: the recipe and its models.
         shards: the jobs of each shard, in its order.
-        config: the result's config.json.
-        small: the result's small files.
 
     Raises:
         RecipeError: no GGUF is made of such a model.

@@ -50,8 +50,6 @@ def make_mixture(locked: StagedRecipe, mixture: Mixture, seed: int) -> tuple[Job
     """The jobs of the recipe's mixture, and its config.json.
 
     Args:
-        locked: the recipe and its models.
-        mixture: the recipe's.
         seed: for what is drawn.
 
     Raises:

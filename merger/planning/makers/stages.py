@@ -26,7 +26,6 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
 
     Args:
         found: the recipe and the models of all its documents.
-        table: the merge methods by name.
         seed: in place of each document's own.
 
     Raises:
