@@ -88,7 +88,7 @@ class _Files:
         parts = (self._tensor(job, kind) for job in self._shards[number])
         made = groupby((part for part in parts if part is not None), attrgetter("name"))
         stacked = [self._model.stack(list(group)) for _, group in made]
-        return [*stacked, *(self._model.more_tensors() if number == 0 else ())]
+        return [*stacked, *(self._model.rope.tensors() if number == 0 else ())]
 
     def _tensor(self, job: Job, kind: str) -> GgufTensor | None:
         found = self._model.tensor(job.name, job.shape, kind)
