@@ -116,7 +116,7 @@ class _Given:
         return self._parsed(name, Part.parse)
 
     def minutes(self, name: str) -> float | None:
-        return self._parsed(name, _minutes)
+        return self._parsed(name, lambda text: float(numbers.parse_whole(text, numbers.MINUTES)))
 
     def folder(self, name: str) -> Path:
         root = top(self._environment)
@@ -134,10 +134,6 @@ class _Given:
 
     def _wrong(self, name: str, what: str, hint: str | None = None) -> None:
         self.problems.append(Problem(f"input {name}: {what}", hint=hint))
-
-
-def _minutes(text: str) -> float:
-    return float(numbers.parse_whole(text, numbers.MINUTES))
 
 
 def variable(name: str) -> str:

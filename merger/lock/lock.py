@@ -72,14 +72,11 @@ def pins(text: str, path: str) -> dict[str, Pin]:
     """
     try:
         models = load_yaml(text, limits.LOCK)["models"]
-        return {str(item["model"]): _pin(item["commit"], item.get("now")) for item in models if item["commit"]}
+        names = {str(item["model"]): (item["commit"], item.get("now")) for item in models if item["commit"]}
+        return {name: Pin(str(commit), now if now is None else str(now)) for name, (commit, now) in names.items()}
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         hint = "take the merger.lock.yaml of a result, or remove it"
         raise RecipeError(Problem(f"{path} is no lock file", hint=hint)) from None
-
-
-def _pin(commit: object, now: object) -> Pin:
-    return Pin(str(commit), None if now is None else str(now))
 
 
 def lock(

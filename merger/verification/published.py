@@ -177,16 +177,13 @@ def strangers(merge: Merge, planned: Plan, made: Collection[str]) -> tuple[list[
         if not _is_ours(name, merge) and (loaded_as(name) or name not in listed)
     ]
     read = [(name, loaded_as(name)) for name in brought if loaded_as(name)]
-    return brought, [Problem(f"{name} is no file of this merge", hint=_may_read(what)) for name, what in read]
+    hint = "it was added beside the merge, and a loader may read it: it is"
+    return brought, [Problem(f"{name} is no file of this merge", hint=f"{hint} {what}") for name, what in read]
 
 
 def _is_ours(name: str, merge: Merge) -> bool:
     is_picture = name.startswith(PICTURES) and not loaded_as(name)
     return name in _OURS or is_picture or (merge.located.commit is None and name.startswith(_GITS_OR_THE_CLIENTS))
-
-
-def _may_read(what: str) -> str:
-    return f"it was added beside the merge, and a loader may read it: it is {what}"
 
 
 def _told_by_git(merge: Merge, planned: Plan) -> list[str]:

@@ -40,7 +40,7 @@ from merger.verification.published import (
     other_side_files,
     strangers,
 )
-from merger.verification.sample import Mismatch, Piece, Sample, draw, whole_tensor
+from merger.verification.sample import Mismatch, Sample, draw, whole_tensor
 
 if TYPE_CHECKING:
     from merger.engine.execute import BytesWritten
@@ -251,7 +251,7 @@ class _Check:
             seed=self._seed,
             tensors=len(every),
             entries=planned.entries,
-            compared=tuple(map(_compared_piece, compared)),
+            compared=tuple(Compared(each.job.name, each.file, each.start, each.stop) for each in compared),
             left_out=self._sample.left_out,
             read=headers + sum(piece.cost for piece in (*self._sample.pieces, *in_full)),
             of=headers + sum(piece.cost for piece in every),
@@ -259,10 +259,6 @@ class _Check:
             differences=tuple(self._differences),
             doubts=tuple(_doubts(self._merge.held)) if self._differences else (),
         )
-
-
-def _compared_piece(piece: Piece) -> Compared:
-    return Compared(piece.job.name, piece.file, piece.start, piece.stop)
 
 
 def _header_bytes(tensors: Iterable[TensorInfo]) -> int:
