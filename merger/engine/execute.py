@@ -21,8 +21,9 @@ from merger.engine.finite import NotFinite, explain
 from merger.engine.gguf import GgufWriter
 from merger.engine.inputs.decompose import RunPairs
 from merger.engine.joined import start_work
-from merger.engine.runner import Block, Bytes, Work, blocks
+from merger.engine.runner import Work, blocks
 from merger.engine.spool import Allowance
+from merger.engine.tensors import Block, Bytes
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard, header

@@ -206,7 +206,7 @@ class _Base:
                 work.prepare()
             for row, token in zip(rows, ids, strict=True):
                 start = token * job.shape[1]
-                load_input(job.sources[0], start, start + job.shape[1], row, work)
+                load_input(job.sources[0], start, start + job.shape[1], row, work.tensors)
         return rows
 
     def weights(self, run: Sequence[Sequence[Job]]) -> Generator[dict[str, Array]]:

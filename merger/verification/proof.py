@@ -15,7 +15,8 @@ import numpy as np
 from merger.engine.execute import BytesWritten, execute, single_threaded
 from merger.engine.finite import NotFinite, explain
 from merger.engine.router_init import gates
-from merger.engine.runner import Block, Work, blocks
+from merger.engine.runner import Work, blocks
+from merger.engine.tensors import Block
 from merger.methods.registry import Method
 from merger.models.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.models.formats.safetensors import Outlet, WrittenShard
