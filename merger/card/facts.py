@@ -142,7 +142,6 @@ def exposed_models(planned: Plan, to: str | None) -> list[str]:
     """Sentences about private models of which all will read who may read the result.
 
     Args:
-        planned: what is made.
         to: where it goes; None: that is not said yet, and may be the Hub.
     """
     if planned.locked.recipe.publish.private or hub_path(to or HUB) is None:
@@ -205,7 +204,6 @@ def lock_file(planned: Plan, output: Mapping[str, FileInfo], checksum: Checksum)
     """The text of the lock file: inputs with commits and checksums, seed, plan, versions, recipe, and what came out.
 
     Args:
-        planned: what was made.
         output: the files that were written.
         checksum: finds out the SHA-256 of a model's file, if need be by reading it; None: it is not known.
     """
@@ -361,7 +359,6 @@ def eval_results(scores: Sequence[Score], repo: str | None) -> str | None:
     """What the Hub reads of scores on its own data sets (``.eval_results/*.yaml``); None where there is none.
 
     Args:
-        scores: what was measured.
         repo: where the merge lies on the Hub, with the file that says how; None: in a folder.
     """
     source = {"source": {"url": f"{_HUB_PAGES}/{repo}/blob/main/{EVALUATED_NAME}", "name": "Merger"}} if repo else {}

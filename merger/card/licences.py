@@ -81,7 +81,6 @@ def judge(planned: Plan, name: str | None = None) -> Judgement:
     """The licence of what is planned.
 
     Args:
-        planned: the merge.
         name: what it is called, for licences that ask something of that; None: as the recipe says.
     """
     publish, models = planned.locked.recipe.publish, planned.locked.models
@@ -102,7 +101,6 @@ def refuse_licences(planned: Plan, published: bool) -> None:
     """Refuse a licence that the parents do not allow, and to publish what no licence fits, unless the recipe says why.
 
     Args:
-        planned: the merge.
         published: whether it goes to the Hub: in a folder of one's own, what no licence fits may lie.
 
     Raises:
@@ -300,7 +298,6 @@ def licence_notices(
     """The files by name; none where no parent brings any and no licence asks for one.
 
     Args:
-        planned: the merge.
         take: what parents' files hold.
 
     Raises:
@@ -310,17 +307,13 @@ def licence_notices(
     found = [(model, name) for model in models for name in licence_files(model.located.files)]
     contents = take([(model.located, name) for model, name in found])
     held = [(model, name, content) for (model, name), content in zip(found, contents, strict=True)]
-    notices = [_text(content) for _, name, content in held if is_notice(name)]
+    notices = [bytes_of(content).decode("utf-8", "replace").strip() for _, name, content in held if is_notice(name)]
     asked = [terms.notice for terms in judge(planned).duties if terms.notice]
     missing = [sentence for sentence in asked if not any(sentence in notice for notice in notices)]
     text = "\n\n".join(dict.fromkeys([*notices, *missing]))
     own = {sha256_of(content) for model, name, content in held if planned.texts.taken.get(name) == models.index(model)}
     files: dict[str, Content] = {_place(model, name): content for model, name, content in _others(held, own)}
     return files | ({NOTICE: f"{text}\n".encode()} if text else {})
-
-
-def _text(content: Content) -> str:
-    return bytes_of(content).decode("utf-8", "replace").strip()
 
 
 _Held = tuple[LockedModel, str, Content]
@@ -335,7 +328,6 @@ def _others(held: list[_Held], known: set[str]) -> Iterator[_Held]:
 
 
 def _place(model: LockedModel, name: str) -> str:
-    """Where it stands; a parent that is a merge itself has such places already."""
     if name.startswith(LICENCES):
         return name
     return f"{LICENCES}{re.sub(r'[^A-Za-z0-9._-]+', '--', model.name).strip('.-')}.{name}"

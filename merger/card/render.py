@@ -137,8 +137,6 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, parts: Mapping
     """The text of README.md.
 
     Args:
-        planned: what was made.
-        table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
         parts: what else the card shows; each name of `NO_PARTS` that is not there is as there.
 
@@ -246,7 +244,6 @@ def _givers(planned: Plan, parents: Sequence[ParentRow]) -> list[str]:
 
 
 def _lora(planned: Plan) -> dict[str, Any] | None:
-    """What the card says of a result that is a LoRA adapter."""
     lora, config = planned.locked.recipe.lora, planned.config
     if lora is None:
         return None
@@ -260,7 +257,6 @@ def _lora(planned: Plan) -> dict[str, Any] | None:
 
 
 def _licence(planned: Plan, found: Judgement) -> dict[str, Any]:
-    """What the card says of licences, in words and rows."""
     return {
         "name": found.name,
         "stated": found.stated,

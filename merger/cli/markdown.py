@@ -40,7 +40,6 @@ def folded_plan(found: PlanSummary, changed: str = "") -> str:
     """A line that says it all, what is likely not meant, what another plan has otherwise, and the rest folded away.
 
     Args:
-        found: what will be made.
         changed: what it has otherwise than another plan.
     """
     tables = fold("The plan", "\n\n".join([_tables(found), *_notes(found)]))
@@ -134,7 +133,6 @@ def _facts(found: PlanSummary) -> list[tuple[str, str]]:
 
 
 def _licence(found: Judgement) -> str:
-    """The result's, and what the parents' ask."""
     asks = dict.fromkeys(kind.value for terms in found.duties for kind in terms.asks)
     told = "stated" if found.stated else "proposed, as the strictest that fits"
     return (f"{code(found.name)} ({told})" if found.name else "not settled") + (
@@ -180,7 +178,6 @@ def result_section(result: Result, repo: str | None = None) -> str:
     """What has become of it, what stands at the top of the card, and the rest of the card folded away.
 
     Args:
-        result: of a run.
         repo: where it went on the Hub; None: to a folder.
     """
     if result.part is not None:
@@ -201,7 +198,6 @@ def card_preview(card: str, place: str | None = None) -> str:
     """A card for another page than the Hub's: its links lead there, and it calls nobody.
 
     Args:
-        card: its text.
         place: where its pictures lie on the Hub; None: nowhere yet.
     """
     text = visible(_FRONT_MATTER.sub("", card)).replace("&#64;", "&#64;\u200b").replace("](/", f"]({_page('')}")

@@ -312,7 +312,6 @@ def result_text(result: Result) -> str:
 
 
 def _losses(losses: Sequence[Loss]) -> list[str]:
-    """What an adapter leaves out, in all and by layer."""
     lines = [f"  {loss.where}: {loss.error:.2%}" for loss in losses]
     return ["left out of the matrices, as a share of their norm", *lines] if lines else []
 

@@ -257,7 +257,6 @@ def _place(locked: StagedRecipe, stack: str) -> tuple[Span | None, str]:
 
 
 def _kind(model: LockedModel, stack: str, layer: int) -> Kind:
-    """The roles and shapes of a layer's tensors."""
     return frozenset(
         f"{model.architecture.place(tensor.name).role} {tensor.shape}" for tensor in model.layer(stack, layer)
     )

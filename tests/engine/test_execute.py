@@ -18,7 +18,7 @@ import torch
 from merger.engine.execute import ShardDone, execute, tickets
 from merger.errors import MismatchError, ModelError
 from merger.methods.registry import methods
-from merger.planning.budget import join_small
+from merger.planning.jobs.blocks import join_small
 from merger.run.options import Options
 from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
@@ -103,7 +103,7 @@ def test_small_tensors_made_as_one_are_what_each_is_alone(
     jobs = plan(read_recipe(path), Options())[0].jobs
     assert len(list(join_small(jobs))) < len(jobs)
     first = merged(path, tmp_path / "one" / "out")
-    monkeypatch.setattr("merger.planning.budget.JOINED_ENTRIES", 0)
+    monkeypatch.setattr("merger.planning.jobs.blocks.JOINED_ENTRIES", 0)
     assert list(join_small(jobs)) == list(jobs)
     assert merged(path, tmp_path / "two" / "out") == first
     one, two = ((tmp_path / name / "out" / "merger.measured.json").read_text() for name in ("one", "two"))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from merger.cli import commands as cli
 from merger.cli.inputs import Inputs
 from merger.errors import RecipeError
-from merger.planning.plan import Part
+from merger.planning.shards import Part
 from merger.safety import numbers
 from merger.safety.numbers import Range
 
