@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 def pytest_collection_finish() -> None:
     """What is imported by now lives to the end: who looks for garbage need not look there."""
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Cards have blank ones, but where they are tested."""
+    with nullcontext() if request.path.parent.name == "card" else forks.blank_pictures():
+        yield
 
 
 @pytest.fixture(scope="module")

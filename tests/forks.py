@@ -27,6 +27,7 @@ from contextlib import suppress
 from functools import cache
 from types import ModuleType
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 from places import ROOT
 from waiting import HANGS_SECONDS
@@ -145,7 +146,8 @@ def main() -> None:
         if name != "safetensors.torch" or importlib.util.find_spec("torch"):
             importlib.import_module(name)
     importlib.import_module("merger.methods.steps.step").compile_steps()
-    blank_pictures()
+    blank_pictures().start()
+    importlib.import_module("merger.card.pictures.canvas").warm_fonts()
     assert NOT_IMPORTED not in sys.modules
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -161,14 +163,16 @@ def main() -> None:
                 os.close(file)
 
 
-def blank_pictures() -> None:
-    """In this process and its children cards have empty pictures: to draw them takes longer than all else in a run.
+def blank_pictures() -> Any:
+    """A patch: cards have empty pictures, for to draw them takes longer than all else in a run.
 
-    Who tests pictures has them drawn: tests/card, and whatever runs in a process of its own or in that of the tests.
+    Who tests pictures has them drawn: tests/card, and whatever runs in a process of its own that is not forked here.
     """
-    canvas: Any = importlib.import_module("merger.card.pictures.canvas")
-    canvas.warm_fonts()
-    canvas._draw_png = lambda figure, dots: BLANK + bytes([len(figure.axes)])  # no two are one file
+    return patch("merger.card.pictures.canvas._draw_png", _blank)
+
+
+def _blank(figure: Any, dots: int) -> bytes:
+    return BLANK + bytes([len(figure.axes)])  # no two are one file
 
 
 def _keep(order: Mapping[str, Any], out: int, err: int, news: int) -> NoReturn:
