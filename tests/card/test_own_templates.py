@@ -104,6 +104,7 @@ def _body(folder: str, recipe: str) -> str:
 LICENCE = "parents[0].licence"
 
 
+@pytest.mark.usefixtures("rendered_here")
 @pytest.mark.parametrize(
     ("template", "shown"),
     [
@@ -126,6 +127,7 @@ def test_no_way_around_escaping(template: str, shown: str) -> None:
     assert of(template.replace("%s", LICENCE).replace("%#", "%s")).rstrip() == shown
 
 
+@pytest.mark.usefixtures("rendered_here")
 @pytest.mark.parametrize(
     ("template", "said"),
     [

@@ -87,6 +87,14 @@ def test_wrong_bytes_are_refused(hub: LoopbackHub, repo: str) -> None:
     assert (theirs[0], "does not exist" in theirs[1]) == (400, True)
 
 
+def test_a_repo_is_made_once(hub: LoopbackHub) -> None:
+    """The second time is a conflict, which the client takes for success only where it was told to."""
+    body = json.dumps({"name": "made-once", "organization": "org"}).encode()
+    made = [ask(f"{hub.url}/api/repos/create", "POST", body, Authorization=f"Bearer {WRITER}")[0] for _ in range(2)]
+    assert made == [200, 409]
+    assert list(hub.files("org/made-once")) == [".gitattributes"]
+
+
 def test_small_file_is_served_directly(hub: LoopbackHub, repo: str) -> None:
     """A file that git holds comes from the Hub itself, with git's name as its ETag, whole or by range."""
     status, headers, body = ask(f"{hub.url}/{repo}/resolve/main/sub/notes.txt")
