@@ -1,19 +1,18 @@
-"""Bodies that are too long for the Space are refused by their length, or as soon as they become too long."""
+"""Bodies that are too long for the Space are refused by their length, or as soon as they become too long.
+
+Not here: that the served Space asks (test_door).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterable, Iterator, Mapping
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from served import ServedSpace
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
-from waiting import HANGS_SECONDS
 
 from merger.safety.limits import BODY
 from space.entry.body_limit import BodyLimit
@@ -80,16 +79,3 @@ def test_a_body_is_as_long_as_is_read_or_the_application_is_not_asked(
         assert found.text == text
     else:
         assert found.json() == {"error": "a request has 1,000,000 bytes at most"}
-
-
-PATHS = ["/gradio_api/call/check", "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/mcp/", "/", "/nowhere"]
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_the_space_refuses_a_long_body_before_it_comes(space: ServedSpace, path: str) -> None:
-    """Of 60 MB it wants not one byte."""
-    at = urlsplit(space.url)
-    with socket.create_connection((str(at.hostname), at.port or 80), timeout=HANGS_SECONDS) as connection:
-        head = f"POST {path} HTTP/1.1\r\nHost: {at.netloc}\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: 60000000\r\n\r\n".encode())
-        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
