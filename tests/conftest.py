@@ -18,7 +18,7 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  #
 import forks
 import pytest
 from hypothesis import HealthCheck, settings
-from loopback import Client, LoopbackHub
+from loopback import Client, LoopbackGitHub, LoopbackHub
 from waiting import HANGS_SECONDS
 
 # A shell that begins this in the background has it ignore Ctrl-C, and so would all that the tests begin.
@@ -69,6 +69,13 @@ def hub(served: LoopbackHub) -> Iterator[LoopbackHub]:
     yield served
     served.clear_faults()
     served.url_lifetime(3600)
+
+
+@pytest.fixture
+def github() -> Iterator[LoopbackGitHub]:
+    """GitHub."""
+    with LoopbackGitHub() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from loopback import LoopbackHub
 
 CONFIG: Mapping[str, Any] = {
     "architectures": ["MistralForCausalLM"],
@@ -101,6 +104,14 @@ def model(folder: Path, seed: int = 0, files: int = 1, **shape: Any) -> Path:
     hidden, vocab = held["model.embed_tokens.weight"].shape[1], held["model.embed_tokens.weight"].shape[0]
     return write(folder, held, files, hidden_size=hidden, vocab_size=vocab, head_dim=hidden // 4,
                  intermediate_size=held["model.layers.0.mlp.up_proj.weight"].shape[0])  # fmt: skip
+
+
+def models(root: Path, *names: str, hub: LoopbackHub | None = None) -> dict[str, Path]:
+    """A small Mistral by each of these names, no two alike; in org/ on the Hub, too, if one is given."""
+    made = {name: model(root / name, seed) for seed, name in enumerate(names)}
+    for name, folder in made.items() if hub else ():
+        hub.add_model(f"org/{name}", folder)
+    return made
 
 
 def read(folder: Path) -> dict[str, Tensor]:

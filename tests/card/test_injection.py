@@ -72,8 +72,7 @@ def card(template: str | None = None, **others: str) -> tuple[dict[str, Any], Sk
         | others
     )
     parent = " ".join(said["folder"].replace("/", "∕").split())
-    for seed, name in enumerate((parent, "two")):
-        tiny.model(Path(name), seed)
+    tiny.models(Path(), parent, "two")
     about = {"license": "other", "license_name": said["licence"], "license_link": said["field"],
              "pipeline_tag": said["field"], "language": [said["field"]], "datasets": [said["field"], "good/data"],
              "library_name": said["field"]}  # fmt: skip

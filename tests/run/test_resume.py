@@ -17,11 +17,10 @@ from pathlib import Path
 import forks
 import pytest
 import tiny
-from calls import Command
+from calls import WRITER, Command
 from loopback import LoopbackHub, Request
 from thorough import thorough_only
 
-WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "2kB")
 Start = Callable[..., forks.Forked]
 KILLED_AFTER = """
@@ -48,7 +47,7 @@ main(sys.argv[1:])
 def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and two others."""
     root = tmp_path_factory.mktemp("parents")
-    return {name: tiny.model(root / name, seed) for seed, name in enumerate(("base", "one", "two"))}
+    return tiny.models(root, "base", "one", "two")
 
 
 @pytest.fixture

@@ -13,11 +13,10 @@ from pathlib import Path
 import forks
 import pytest
 import tiny
-from calls import Command
+from calls import WRITER, Command
 from loopback import LoopbackHub
 from test_resume import KILLED_AFTER
 
-WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "2kB")
 XET = {"HF_HUB_DISABLE_XET": "0"}
 
@@ -26,7 +25,7 @@ XET = {"HF_HUB_DISABLE_XET": "0"}
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of folders, and its merge in a folder beside it."""
     root = tmp_path_factory.mktemp("recipe")
-    parents = {name: tiny.model(root / name, seed) for seed, name in enumerate(("base", "one", "two"))}
+    parents = tiny.models(root, "base", "one", "two")
     (root / "mine.yaml").write_text(tiny.TIES_RECIPE.format(**parents))
     return root
 

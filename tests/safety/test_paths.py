@@ -45,8 +45,7 @@ models:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with two models; beside it a text that is nobody's business."""
     place = tmp_path / "checkout"
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(place / name, seed)
+    tiny.models(place, "one", "two")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/secret.txt").write_text(SECRET)
     monkeypatch.chdir(place)
@@ -394,8 +393,7 @@ def hostile(block: str) -> None:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working directory of a merge in out/, made of folders."""
     place = tmp_path_factory.mktemp("merge") / "checkout"
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(place / name, seed)
+    tiny.models(place, "one", "two")
     (place.parent / "elsewhere").mkdir()
     (place.parent / "elsewhere/card.md.j2").write_text(SECRET)
     (place.parent / "elsewhere/secret.txt").write_text(SECRET)

@@ -44,7 +44,7 @@ MakeQueue = Callable[..., MergeQueue]
 def parents(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and two others on the Hub; the users alice and bob."""
     root = tmp_path_factory.mktemp("parents")
-    made = {name: tiny.model(root / name, seed) for seed, name in enumerate(("base", "one", "two"))}
+    made = tiny.models(root, "base", "one", "two")
     for name, folder in made.items():
         served.add_model(f"org/{name}", folder)
     served.add_user("alice", ALICE.value)
