@@ -15,23 +15,11 @@ if TYPE_CHECKING:
     from loopback import LoopbackHub
 
 CONFIG: Mapping[str, Any] = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "vocab_size": 40,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "sliding_window": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 16, "intermediate_size": 24,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 40, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 TIES_RECIPE = """\
 merge_method: ties
 base_model: {base}

@@ -12,20 +12,11 @@ import merger
 from merger.card.render import shown_recipe
 
 
-@pytest.mark.parametrize(
-    ("written", "shown"),
-    [
-        ("{place}/one", "./one"),
-        ("'{place}/one'", "'./one'"),
-        ('"{place}/one"', '"./one"'),
-        ("&a {place}/one", "&a ./one"),
-        ("!!str {place}/one", "!!str ./one"),
-        ('"{escaped}/one"', '"./one"'),
-        ("{place}/one/", "./one"),
-        ("./one", "./one"),
-        ("one", "one"),
-    ],
-)
+@pytest.mark.parametrize(("written", "shown"), [
+    ("{place}/one", "./one"), ("'{place}/one'", "'./one'"), ('"{place}/one"', '"./one"'),
+    ("&a {place}/one", "&a ./one"), ("!!str {place}/one", "!!str ./one"), ('"{escaped}/one"', '"./one"'),
+    ("{place}/one/", "./one"), ("./one", "./one"), ("one", "one"),
+])  # fmt: skip
 def test_places_of_folders_are_not_shown(
     written: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

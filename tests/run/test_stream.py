@@ -81,15 +81,11 @@ def test_a_killed_stream_goes_on_from_what_was_taken(
     assert published(xet, "org/killed") == whole
 
 
-@pytest.mark.parametrize(
-    ("to", "env", "code", "words"),
-    [
-        ("out", XET, 2, "--stream is for the Hub, and 'out' is a folder"),
-        ("hf://org/refused", XET, 6, "--stream cannot be kept: this Hub has no Xet storage"),
-        ("hf://org/refused", {}, 6, "--stream cannot be kept: Xet is switched off or not installed"),
-    ],
-    ids=["folder", "no Xet there", "no Xet here"],
-)
+@pytest.mark.parametrize(("to", "env", "code", "words"), [
+    ("out", XET, 2, "--stream is for the Hub, and 'out' is a folder"),
+    ("hf://org/refused", XET, 6, "--stream cannot be kept: this Hub has no Xet storage"),
+    ("hf://org/refused", {}, 6, "--stream cannot be kept: Xet is switched off or not installed"),
+], ids=["folder", "no Xet there", "no Xet here"])  # fmt: skip
 def test_a_stream_that_cannot_be_is_refused(
     to: str, env: dict[str, str], code: int, words: str, recipe: Path, command: Command, hub: LoopbackHub
 ) -> None:

@@ -454,18 +454,10 @@ NARROW = {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": {"name": 
 READING = {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": {}, "permissions": ["repo.content.read"]}]}}
 
 
-@pytest.mark.parametrize(
-    ("said", "reach"),
-    [
-        ({"role": "write"}, Reach.ALL),
-        ({}, Reach.ALL),
-        ({"role": "read"}, Reach.READS),
-        (FINE, Reach.SOME),
-        (NARROW, Reach.SOME),
-        (READING, Reach.READS),
-        ({"role": "fineGrained"}, Reach.READS),
-    ],
-)
+@pytest.mark.parametrize(("said", "reach"), [
+    ({"role": "write"}, Reach.ALL), ({}, Reach.ALL), ({"role": "read"}, Reach.READS), (FINE, Reach.SOME),
+    (NARROW, Reach.SOME), (READING, Reach.READS), ({"role": "fineGrained"}, Reach.READS),
+])  # fmt: skip
 def test_what_a_token_may_write(said: dict[str, Any], reach: Reach) -> None:
     """As the Hub says it; an app's token has no role there."""
     assert _reach(said) == reach
