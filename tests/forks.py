@@ -36,7 +36,7 @@ IMPORTED = (
     "merger.cli.commands", "merger.cli.text", "merger.run.pipeline", "merger.engine.execute",
     "merger.engine.inputs.readers", "merger.card.pictures.movement",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "httpx2", "urllib3",
-    "safetensors.torch", "tokenizers", "tqdm",
+    "safetensors.torch", "tokenizers", "tqdm", "anyio", "filelock", "h11", "httpcore2", "merger.card.templates",
 )  # fmt: skip
 NOT_IMPORTED = "huggingface_hub"
 MOST_BYTES = 1 << 18
@@ -146,6 +146,10 @@ def main() -> None:
         if name != "safetensors.torch" or importlib.util.find_spec("torch"):
             importlib.import_module(name)
     importlib.import_module("merger.methods.steps.step").compile_steps()
+    importlib.import_module("merger.methods.registry").methods()
+    templates = importlib.import_module("merger.card.templates")
+    for name in templates._ours():
+        templates._with_ours().get_template(name)
     blank_pictures().start()
     importlib.import_module("merger.card.pictures.canvas").warm_fonts()
     assert NOT_IMPORTED not in sys.modules
