@@ -1,8 +1,9 @@
 """Commands in processes that are forked from one with the slow imports done: 50 ms in place of 2 s of a core each.
 
 `run` and `start` take what `subprocess` takes, for a line that begins with this Python. All is as in a process of its
-own but the imports, Python's hash seed and the memory it begins with: who tests those starts a real one. The Hub's
-client is not among the imports, for it reads its settings from the environment when it is imported.
+own but the imports, Python's hash seed, the memory it begins with and that modules are not taken apart at the end: who
+tests those starts a real one. The Hub's client is not among the imports, for it reads its settings from the environment
+when it is imported.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -207,12 +209,28 @@ def _become(order: Mapping[str, Any], out: int, err: int) -> NoReturn:
     how, what, *arguments = order["line"]
     sys.argv = [what if how == "-m" else how, *arguments]
     sys.orig_argv = [sys.executable, *order["line"]]  # what replaces itself by exec begins as it was begun
-    if how == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
-    else:
-        own = sys.modules["__main__"] = ModuleType("__main__")
-        exec(compile(what, "<string>", "exec"), vars(own))
-    sys.exit()
+    code: object = 0
+    try:
+        if how == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            own = sys.modules["__main__"] = ModuleType("__main__")
+            exec(compile(what, "<string>", "exec"), vars(own))
+    except SystemExit as end:
+        code = end.code
+    _leave(code)
+
+
+def _leave(code: object) -> NoReturn:
+    """As any Python ends, but that it does not take its modules apart: that takes longer than most commands."""
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":
