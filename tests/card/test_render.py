@@ -34,10 +34,9 @@ models:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with three small models; one and two say that they are MIT, the base says nothing."""
-    for seed, name in enumerate(("base", "one", "two")):
-        tiny.model(tmp_path / name, seed)
-        if name != "base":
-            (tmp_path / name / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    tiny.models(tmp_path, "base", "one", "two")
+    for name in ("one", "two"):
+        (tmp_path / name / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -24,23 +24,8 @@ MANY = "9" * 5000
 """More than Python's int reads."""
 
 REFUSED = (
-    "",
-    " ",
-    "-1",
-    "0",
-    "1e3",
-    "nan",
-    "inf",
-    "-inf",
-    "0x10",
-    "1_000",
-    "²",
-    "true",
-    "[1]",
-    DIGITS,
-    MANY,
-    "1" + "0" * 19,
-)
+    "", " ", "-1", "0", "1e3", "nan", "inf", "-inf", "0x10", "1_000", "²", "true", "[1]", DIGITS, MANY, "1" + "0" * 19,
+)  # fmt: skip
 SEEDS = ("0", "-1")
 RUN = ("run", "r.yaml")
 WHOLE = {

@@ -44,7 +44,7 @@ MakeQueue = Callable[..., MergeQueue]
 def parents(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and two others on the Hub; the users alice and bob."""
     root = tmp_path_factory.mktemp("parents")
-    made = {name: tiny.model(root / name, seed) for seed, name in enumerate(("base", "one", "two"))}
+    made = tiny.models(root, "base", "one", "two")
     for name, folder in made.items():
         served.add_model(f"org/{name}", folder)
     served.add_user("alice", ALICE.value)
@@ -454,18 +454,10 @@ NARROW = {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": {"name": 
 READING = {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": {}, "permissions": ["repo.content.read"]}]}}
 
 
-@pytest.mark.parametrize(
-    ("said", "reach"),
-    [
-        ({"role": "write"}, Reach.ALL),
-        ({}, Reach.ALL),
-        ({"role": "read"}, Reach.READS),
-        (FINE, Reach.SOME),
-        (NARROW, Reach.SOME),
-        (READING, Reach.READS),
-        ({"role": "fineGrained"}, Reach.READS),
-    ],
-)
+@pytest.mark.parametrize(("said", "reach"), [
+    ({"role": "write"}, Reach.ALL), ({}, Reach.ALL), ({"role": "read"}, Reach.READS), (FINE, Reach.SOME),
+    (NARROW, Reach.SOME), (READING, Reach.READS), ({"role": "fineGrained"}, Reach.READS),
+])  # fmt: skip
 def test_what_a_token_may_write(said: dict[str, Any], reach: Reach) -> None:
     """As the Hub says it; an app's token has no role there."""
     assert _reach(said) == reach
