@@ -22,12 +22,13 @@ import yaml
 from merger.card.licences import Judgement, judge
 from merger.evaluation.budget import Score
 from merger.lock.locked import LockedModel, display_name
+from merger.lock.parents import Parent
 from merger.models import vocabulary
 from merger.models.checkpoint import SUFFIX, index_name
 from merger.models.licence import licence_files
 from merger.models.lora.adapter import CONFIG as ADAPTER_CONFIG
 from merger.models.side_files import CARD_NAME, EVALUATED_NAME
-from merger.planning.lockfile import Lock, Parent
+from merger.planning.lockfile import Lock
 from merger.planning.plan import Plan
 from merger.recipe.blocks.mixture import METHOD
 from merger.recipe.model import Expert, Mixture

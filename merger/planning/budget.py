@@ -309,8 +309,13 @@ def embedding(locked: StagedRecipe) -> Job:
 def layers(locked: StagedRecipe, routers: Sequence[Routed]) -> list[list[Job]]:
     """The tensors of the layers that the prompts run through for these routers, each made of its layer's input."""
     count = max((router.layer for router in routers if router.mode != EMBEDDED), default=0)
-    found = [locked.config_model.layer(STACK, layer) for layer in range(count)]
-    return [[_whole(locked, tensor) for tensor in layer if not is_buffer(tensor.name)] for layer in found]
+    return [layer_jobs(locked, layer) for layer in range(count)]
+
+
+def layer_jobs(locked: StagedRecipe, layer: int | None) -> list[Job]:
+    """The trained tensors of a layer of the config model, in float32; for None those outside all stacks."""
+    held = locked.config_model.layer(None if layer is None else STACK, layer)
+    return [_whole(locked, tensor) for tensor in held if not is_buffer(tensor.name)]
 
 
 def _whole(locked: StagedRecipe, tensor: TensorInfo) -> Job:
