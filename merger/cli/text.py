@@ -268,11 +268,11 @@ def show(event: Event | PartStarted | PartMade, progress: Progress) -> None:
 
     if isinstance(event, (BytesWritten, PartMade)):
         progress.add(event.nbytes)
-    for words in _words(event):
+    for words in event_words(event):
         progress.say(line(words))
 
 
-def _words(event: Event | PartStarted | PartMade) -> Iterator[str]:
+def event_words(event: Event | PartStarted | PartMade) -> Iterator[str]:
     """The lines that an event is worth."""
     from merger.engine.execute import ShardDone
 

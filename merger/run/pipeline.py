@@ -18,6 +18,7 @@ from merger.card.render import render
 from merger.errors import DamagedError, MergerError, MissingError, Problem, UploadError
 from merger.evaluation.budget import Score
 from merger.evaluation.evaluate import Measured, Measuring, measure, prepare_measuring
+from merger.lock.locked import LockedRecipe
 from merger.methods.registry import methods
 from merger.models.formats.safetensors import WrittenShard
 from merger.models.side_files import LOCK_NAME
@@ -129,7 +130,7 @@ def missing_parts(planned: Plan, options: Options, count: int) -> Result | tuple
     Raises:
         UploadError: the destination refuses what would be made.
     """
-    session = place_of(destination(planned.locked.recipe, options), options, planned).open(
+    session = place_of(destination(planned.locked.recipe, options), options, planned.locked).open(
         planned.identity, shared=True
     )
     if isinstance(session, Published):
@@ -161,7 +162,7 @@ def merge(planned: Plan, store: Library, options: Options, on_event: Observer = 
         MergerError: any kind; the destination is then as it was before, and finished shards wait for another run.
     """
     began = time.monotonic()
-    place = place_of(destination(planned.locked.recipe, options), options, planned)
+    place = place_of(destination(planned.locked.recipe, options), options, planned.locked)
     session = place.open(planned.identity, shared=options.part is not None)
     if isinstance(session, Published):
         on_event(Ready())
@@ -312,12 +313,12 @@ def clean(to: str, leftover: Leftover) -> None:
     place_of(to, Options()).clean(leftover)
 
 
-def place_of(to: str, options: Options, planned: Plan | None = None) -> Destination:
+def place_of(to: str, options: Options, locked: LockedRecipe | None = None) -> Destination:
     """What is at a destination: a folder, or a repo on the Hub.
 
     Args:
         options: how it is written, and with which token.
-        planned: what shall be there; None: no merge is made.
+        locked: the recipe of what shall be there; None: nothing is made.
 
     Raises:
         RecipeError: a place on the Hub that cannot be called so, or a word that may be a folder or a repo.
@@ -325,11 +326,11 @@ def place_of(to: str, options: Options, planned: Plan | None = None) -> Destinat
     to = parse_destination(to)
     repo = hub_path(to)
     if repo is None:
-        models = () if planned is None else planned.locked.models
+        models = () if locked is None else locked.models
         parents = [Path(model.located.where) for model in models if model.located.commit is None]
         return ResultFolder(Path(to), options.force, parents)
     from merger.stores.hub.staging import HubRepo
 
-    publish = Publish() if planned is None else planned.locked.recipe.publish
+    publish = Publish() if locked is None else locked.recipe.publish
     as_pull = publish.create_pr or options.create_pr
     return HubRepo(repo, publish.private, options.force, as_pull, options.stream, options.write_token)
