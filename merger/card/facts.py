@@ -159,7 +159,7 @@ def _same_models(planned: Plan) -> list[str]:
     """Models of the recipe that are one and the same."""
     found: dict[object, str] = {}
     doubts = []
-    for model in planned.locked.models:
+    for model in planned.locked.parents:
         files = {tensor.file: model.located.files[tensor.file].sha256 for tensor in model.checkpoint.tensors.values()}
         known = None not in files.values()
         own: object = frozenset(files.values()) if known else (model.located.where, model.located.commit)

@@ -1,4 +1,4 @@
-"""What came of comparisons, as text and as data: verify and diff; and what measuring takes. Not here: progress (text)."""
+"""What came of comparisons, as text and as data: verify and diff; what measuring takes. Not here: progress (text)."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from merger.lock.read import (
     tensors_in,
     tensors_of,
 )
+from merger.lock.statistics import read_statistics
 from merger.models import chat, vocabulary
 from merger.models.checkpoint import (
     STEM,
@@ -45,6 +46,7 @@ from merger.models.lora import adapter as adapters
 from merger.models.mixtures import are_fused, split
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import (
+    LOCK_NAME,
     module_of,
     pipeline,
 )
@@ -106,13 +108,14 @@ def lock(
         fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(tensors), alone)
         fetch = fetching.adapter if recipe.merges_adapters else fetching.model
         merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
-        loras = _collect(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), merged)
+        measured = list(models.map(lambda ref: _attempt(ref, fetching.statistics), recipe.statistics))
+        loras = _collect(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), [*merged, *measured])
     found = _in_one_layout(_collect(merged))
     by_ref = {lora.ref: lora for lora in loras}
     changed = _collect(_attempt_with(model, by_ref) for model in found)
     like = next(model for model in changed if model.ref == recipe.names_model)
     alike = [with_names_of(like, model) for model in changed]
-    return LockedRecipe(recipe, _with_texts(recipe, alike, loras, store))
+    return LockedRecipe(recipe, (*_with_texts(recipe, alike, loras, store), *_collect(measured)))
 
 
 _Content = Callable[[Located, str], object]
@@ -310,6 +313,15 @@ class _Fetching:
         lora = read(config, tensors)
         card, licence = read_licence(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
+
+    def statistics(self, ref: ModelRef) -> LockedModel:
+        located = self._located(ref)
+        if LOCK_NAME not in located.files:
+            hint = "make it with merger measure"
+            raise ModelError(Problem(f"has no {LOCK_NAME} that says what was measured", hint=hint))
+        said = read_statistics(self.store.fetch(located, LOCK_NAME).decode("utf-8", "replace"))
+        tensors = tensors_of(located, self.store, self.pool, False, self.tally)
+        return LockedModel(ref, located, Checkpoint(tensors, {}), statistics=said)
 
 
 def _bytes_of(located: Located, store: Store, tensor: TensorInfo) -> bytes:

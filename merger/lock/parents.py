@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merger.errors import Problem
-from merger.lock.locked import LockedModel
 from merger.models.side_files import CARD_NAME
 from merger.safety import numbers
 from merger.stores.ports import FileInfo, Located
@@ -94,23 +92,6 @@ def _match(pattern: re.Pattern[str], value: Any) -> str:
     if pattern.fullmatch(value) is None:
         raise ValueError
     return str(value)
-
-
-def find_changes(model: LockedModel, parent: Parent, checksum: Checksum) -> list[Problem]:
-    """In what a model is another one than its lock says.
-
-    A commit of the Hub pins its files, so there only what the Hub tells without being asked is compared.
-    """
-    located, at = model.located, model.ref.at
-    if (located.commit is None) != (parent.commit is None):
-        here = "a folder" if located.commit is None else "on the Hub"
-        return [Problem(f"{parent.model} is {here} now, and was not then", at, hint="run it where its models are")]
-    hint = "was the lock changed after the merge? Take the one that was published with it"
-    if located.commit is None:
-        hint = f"bring back the model as it was: {model.ref.path}"
-    at_commit = f" at commit {located.commit}" if located.commit else ""
-    others = changed_files(located, parent.files, checksum)
-    return [Problem(f"{parent.model}{at_commit}: {name} {what}", at, hint=hint) for name, what in others.items()]
 
 
 def changed_files(located: Located, files: Mapping[str, FileInfo], checksum: Checksum) -> dict[str, str]:

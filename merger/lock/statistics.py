@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
 
 from merger.errors import ModelError, Problem
 from merger.lock.parents import Parent, list_files, need_kind, need_within, read_files, read_parent
+from merger.methods.registry import Statistic
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import LOCK_NAME
 from merger.safety import numbers
 from merger.safety.limits import LOCK
 from merger.stores.ports import FileInfo
 
-Kind = Literal["fisher", "gram", "activations"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Statistic, ...] = get_args(Statistic)
 
 STATISTICS_FORMAT = 1
 """Counts up with each change of what the files hold."""
@@ -54,8 +54,9 @@ class Statistics:
     """What a lock beside statistics says.
 
     Args:
-        kind: fisher: of each entry the mean square of the gradient of a token's log-likelihood; gram: of each linear
-            layer's inputs X the mean XᵀX over tokens; activations: of each of these inputs the mean magnitude.
+        kind: fisher: of each entry the squared gradient of a sequence's log-likelihood, by predicted token, in the
+            mean over sequences; gram: of each linear layer's inputs X the mean XᵀX over tokens; activations: of each of
+            these inputs the mean magnitude.
         tokens: how many were measured on.
         length: how many of them follow each other in one sequence.
         data: what the texts are called.
@@ -67,7 +68,7 @@ class Statistics:
         output: the files.
     """
 
-    kind: Kind
+    kind: Statistic
     tokens: int
     length: int
     data: str

@@ -267,8 +267,14 @@ def _own(job: Job, method: Method) -> int:
     read = sum(ITEM_BYTES[source.dtype] for source in plain) + 4 * (len(sources) - len(plain) + len(job.shared))
     tiles = 2 * (2 + len(sources)) + method.workspace
     searching = len(job.inputs) * (_SEARCH_BYTES if method.searches else _SUMS_BYTES) if method.measure else 0
-    computing = max(source.workspace_bytes for source in sources)
+    computing = max(source.workspace_bytes for source in sources) + _measured_bytes(job, block)
     return read * block + tiles * 4 * _tile_entries(job, method) + searching + computing
+
+
+def _measured_bytes(job: Job, block: int) -> int:
+    """A block of what was measured of each input; of what has another shape one whole, and its sum twice in float64."""
+    alike, others = ([each for each in job.statistics if (each.shape == job.shape) == same] for same in (True, False))
+    return 4 * block * len(alike) + max((20 * each.tensor.entries for each in others), default=0)
 
 
 def _tile_entries(job: Job, method: Method) -> int:

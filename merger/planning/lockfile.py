@@ -16,11 +16,11 @@ import yaml
 from merger.errors import Problem, RecipeError, VerificationError
 from merger.lock.formats import FORMAT, FormatChange, since
 from merger.lock.lock import Pin
-from merger.lock.locked import LockedRecipe
+from merger.lock.locked import LockedModel, LockedRecipe
 from merger.lock.parents import (
     Checksum,
     Parent,
-    find_changes,
+    changed_files,
     list_files,
     need_kind,
     need_within,
@@ -169,8 +169,25 @@ def changed_models(locked: LockedRecipe, held: Lock, checksum: Checksum) -> list
     return [
         problem
         for model, parent in zip(locked.models, held.models, strict=True)
-        for problem in find_changes(model, parent, checksum)
+        for problem in _find_changes(model, parent, checksum)
     ]
+
+
+def _find_changes(model: LockedModel, parent: Parent, checksum: Checksum) -> list[Problem]:
+    """In what a model is another one than its lock says.
+
+    A commit of the Hub pins its files, so there only what the Hub tells without being asked is compared.
+    """
+    located, at = model.located, model.ref.at
+    if (located.commit is None) != (parent.commit is None):
+        here = "a folder" if located.commit is None else "on the Hub"
+        return [Problem(f"{parent.model} is {here} now, and was not then", at, hint="run it where its models are")]
+    hint = "was the lock changed after the merge? Take the one that was published with it"
+    if located.commit is None:
+        hint = f"bring back the model as it was: {model.ref.path}"
+    at_commit = f" at commit {located.commit}" if located.commit else ""
+    others = changed_files(located, parent.files, checksum)
+    return [Problem(f"{parent.model}{at_commit}: {name} {what}", at, hint=hint) for name, what in others.items()]
 
 
 def other_meaning(planned: Plan | None, held: Lock) -> list[Problem]:

@@ -123,6 +123,7 @@ class Source:
     Args:
         model: the model.
         checkpoints: the model is the mean of these, until they are looked up and a stage makes it.
+        statistics: where what was measured of the model lies, for methods that ask for it.
         layer_range: ``[start, end)`` of the model's layers from zero; None: all of them (the `models:` form).
         parameters: settings for this model alone.
         added: True for a base model that the recipe names only as base_model.
@@ -134,6 +135,7 @@ class Source:
     parameters: Parameters = field(default_factory=dict)
     added: bool = False
     checkpoints: Checkpoints | None = None
+    statistics: ModelRef | None = None
     at: Span | None = field(default=None, compare=False)
     range_at: Span | None = field(default=None, compare=False)
 
@@ -514,8 +516,14 @@ class Recipe:
 
     @property
     def references(self) -> tuple[ModelRef, ...]:
-        """All that is looked up: the models, then their adapters."""
-        return (*self.models, *self.adapters)
+        """All that is looked up: the models, then their adapters, then what was measured of them."""
+        return (*self.models, *self.adapters, *self.statistics)
+
+    @property
+    def statistics(self) -> tuple[ModelRef, ...]:
+        """Every place of statistics that is named beside a model once."""
+        sources = (source for recipe in self.documents for piece in recipe.slices for source in piece.sources)
+        return tuple(dict.fromkeys(source.statistics for source in sources if source.statistics is not None))
 
     @property
     def config_model(self) -> ModelRef:

@@ -65,6 +65,7 @@ _WORDS = {
     "override_architecture": "Has no effect.",
     "lora": "A LoRA adapter that is added to the model.",
     "revisions": "The model is the mean of several checkpoints: a pattern for branches and tags, such as step-*.",
+    "statistics": "Where what was measured of the model lies, for methods that ask for it: org/name or a folder.",
     "average": "How much each of these checkpoints goes in; without it all alike.",
     "filter": "A part of the tensors' names that this value is for, case and all; without it: every tensor.",
     "value": "A number, or a gradient: numbers from the slice's first layer to its last.",

@@ -15,7 +15,7 @@ from merger.card.facts import exposed_models, lock_file
 from merger.card.pictures.canvas import import_drawing
 from merger.card.relations import Loss
 from merger.card.render import render
-from merger.errors import DamagedError, MergerError, MissingError, Problem, UploadError
+from merger.errors import DamagedError, MergerError, MismatchError, MissingError, Problem, UploadError
 from merger.evaluation.budget import Score
 from merger.evaluation.evaluate import Measured, Measuring, measure, prepare_measuring
 from merger.lock.locked import LockedRecipe
@@ -23,6 +23,7 @@ from merger.methods.registry import methods
 from merger.models.formats.safetensors import WrittenShard
 from merger.models.side_files import LOCK_NAME
 from merger.planning.geometry import Geometry, load_geometry
+from merger.planning.jobs.statistics import other_statistics
 from merger.planning.plan import Plan
 from merger.planning.shards import Part, Shard, share
 from merger.recipe.model import Publish
@@ -205,6 +206,8 @@ class _Run:
             self._on_event(Resumed(len(planned.shards) - len(missing), len(planned.shards)))
         if missing and options.publish_only:
             raise _unfinished_error(missing, planned)
+        if problems := other_statistics(planned.locked, methods(), self._store.checksum):
+            raise MismatchError(problems)
         self._session.reserve(needed_disk(planned, options, missing))
         wanted = None if options.part else prepare_measuring(planned, options.device, options.read_token, options.root)
         if missing:

@@ -6,10 +6,11 @@ import yaml
 
 from merger.card.escape import code, fence, prose
 from merger.lock.locked import LockedModel
-from merger.lock.statistics import Kind, Statistics
+from merger.lock.statistics import Statistics
+from merger.methods.registry import Statistic
 from merger.models.side_files import LOCK_NAME
 
-_WORDS: dict[Kind, str] = {
+_WORDS: dict[Statistic, str] = {
     "fisher": "The diagonal of the empirical Fisher information: for each entry the squared gradient of a sequence's "
     "log-likelihood, by predicted token, in the mean over sequences.",
     "gram": "Gram matrices: for the inputs X of each linear layer XᵀX, in the mean over tokens. Layers that are fed "
@@ -17,7 +18,7 @@ _WORDS: dict[Kind, str] = {
     "activations": "For each input of each linear layer its mean magnitude over tokens. Layers that are fed the same "
     "(q, k and v; gate and up) share them, under the first's name.",
 }
-_METHODS: dict[Kind, str] = {"fisher": "fisher", "gram": "regmean", "activations": "aim"}
+_METHODS: dict[Statistic, str] = {"fisher": "fisher", "gram": "regmean", "activations": "aim"}
 
 
 def describe(said: Statistics, name: str, model: LockedModel) -> str:

@@ -53,7 +53,7 @@ def _sum_up(
     walk: Walk, shard: StatisticsShard, modules: Sequence[tuple[str, Any]], run: Callable[[Array], Array]
 ) -> None:
     """What modules are fed while all sequences run through them."""
-    noted, sums = Inputs(modules), new_sums(walk.planned.kind, {each.name: each.shape[-1] for each in shard.tensors})
+    noted, sums = Feeding(modules), new_sums(walk.planned.kind, {each.name: each.shape[-1] for each in shard.tensors})
     for batch in walk.batches(BATCH):
         made = list(walk.pool.map(partial(noted.run, run), [walk.states.read(sequence) for sequence in batch]))
         add_inputs(sums, [fed for _, fed in made], walk.pool)
@@ -63,7 +63,7 @@ def _sum_up(
     walk.write(shard, finish_sums(sums, walk.planned.tokens.size))
 
 
-class Inputs:
+class Feeding:
     """Notes what the linear modules of a layer are fed, while it is run.
 
     Args:

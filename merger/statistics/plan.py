@@ -22,8 +22,8 @@ from merger.engine.layers import TOKENIZER_FILES, load_encoder
 from merger.errors import BudgetError, MismatchError, Problem, RecipeError
 from merger.lock.lock import lock
 from merger.lock.parents import Parent
-from merger.lock.statistics import KINDS, STATISTICS_FORMAT, Kind, statistic_name, statistic_shape
-from merger.methods.registry import methods
+from merger.lock.statistics import KINDS, STATISTICS_FORMAT, statistic_name, statistic_shape
+from merger.methods.registry import Statistic, methods
 from merger.models.checkpoint import TensorInfo
 from merger.models.formats.safetensors import header, shard_name
 from merger.planning.budget import embedding, layer_jobs, thread_memory
@@ -90,7 +90,7 @@ class Measurement:
     """
 
     locked: StagedRecipe
-    kind: Kind
+    kind: Statistic
     tokens: Tokens = field(repr=False)
     data: str
     seed: int
@@ -215,7 +215,7 @@ def measured_recipe(model: str) -> Recipe:
 
 
 def plan_measurement(
-    model: str, kind: Kind, data: str, tokens: int, length: int, options: Options
+    model: str, kind: Statistic, data: str, tokens: int, length: int, options: Options
 ) -> tuple[Measurement, Library]:
     """Find the model, make the tokens, and decide what will be measured.
 

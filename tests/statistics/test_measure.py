@@ -13,7 +13,8 @@ from thorough import THOROUGH
 from torch import Tensor
 
 from merger.engine.execute import ShardDone
-from merger.lock.statistics import Kind, read_statistics, statistic_name
+from merger.lock.statistics import read_statistics, statistic_name
+from merger.methods.registry import Statistic
 from merger.run.options import Options
 from merger.statistics.measure import measure_statistics
 from merger.statistics.plan import ARCHITECTURES, Measurement, plan_measurement
@@ -40,13 +41,13 @@ def write_model(folder: Path, kind: str = "llama", **changed: Any) -> Any:
     return model
 
 
-def planned(folder: Path, kind: Kind = "gram", **changed: Any) -> Any:
+def planned(folder: Path, kind: Statistic = "gram", **changed: Any) -> Any:
     """The plan for 24 tokens drawn by chance, in three sequences, and the store."""
     options = Options(to=str(folder.parent / kind), threads=2, **changed)
     return *plan_measurement(str(folder), kind, "random-tokens", 24, 8, options), options
 
 
-def measured(folder: Path, kind: Kind) -> tuple[Measurement, dict[str, Tensor]]:
+def measured(folder: Path, kind: Statistic) -> tuple[Measurement, dict[str, Tensor]]:
     """What is measured so of a model."""
     plan, store, options = planned(folder, kind)
     measure_statistics(plan, store, options)
@@ -120,7 +121,7 @@ class Stop:
 
 
 @pytest.mark.parametrize("kind", ["gram", "fisher"])
-def test_a_run_that_is_killed_at_any_layer_goes_on(kind: Kind, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_at_any_layer_goes_on(kind: Statistic, tmp_path: Path) -> None:
     """What is finished is not measured again; the files are those of a run that was not killed, with any threads."""
     write_model(tmp_path / "model")
     plan, store, options = planned(tmp_path / "model", kind, max_disk=10**9)
