@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated
 
-from merger.methods.registry import Deltas, Paper, PerModel, Range, Tensors, full, merge_method
+from merger.methods.registry import Deltas, Paper, PerModel, Range, Tensors, merge_method
 from merger.methods.steps.arithmetic import (
     Blocks,
     add_scaled,
@@ -199,7 +199,8 @@ _REGMEAN_PAPER = Paper(
 
 
 def _check_shares(weight: Sequence[float]) -> None:
-    refuse_zero_sum(weight, None)
+    if not any(weight):
+        raise ValueError("the weights are all 0, and their sum is divided by")
 
 
 def _mean_and_rest(tensors: Sequence[Array], weights: Sequence[float]) -> tuple[Array, list[Array]]:
@@ -217,7 +218,7 @@ def _mean_and_rest(tensors: Sequence[Array], weights: Sequence[float]) -> tuple[
     models=(1, None),
     check=_check_shares,
     statistics="fisher",
-    laws=("zero", "idempotent", "permutation", "scale", full("linear")),
+    laws=("zero", "idempotent", "permutation", "scale"),
 )
 def fisher(tensors: Tensors, weight: Annotated[PerModel, Range(0)] = 1.0, *, statistics: Sequence[Array] = ()) -> Array:
     """The average of the models' tensors, each entry by how much the model's likelihood depends on it.
@@ -263,7 +264,7 @@ def fisher(tensors: Tensors, weight: Annotated[PerModel, Range(0)] = 1.0, *, sta
     workspace=16,
     check=_check_shares,
     statistics="gram",
-    laws=("zero", "idempotent", "permutation", "scale", full("linear")),
+    laws=("zero", "idempotent", "permutation", "scale"),
 )
 def regmean(
     tensors: Tensors,

@@ -169,6 +169,8 @@ def _measured(found: Found, method: Method) -> None:
             place.error(
                 what, f"write statistics: org/name beside it; merger measure makes them, --kind {method.statistics}"
             )
+        elif source.statistics is not None and source.statistics.adapter is not None:
+            place.error(f"{source.statistics} names an adapter, and statistics have none", "take +... out")
         elif not asked and source.statistics is not None:
             what = f"{method.name} asks for no statistics of {source.model}; here they have no effect"
             place.warn(what, "take statistics: out")

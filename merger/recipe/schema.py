@@ -155,6 +155,7 @@ def _source(keys: tuple[str, ...]) -> Json:
     shapes = {
         "model": _ref("reference"),
         "layer_range": {"type": "array", "items": layer, "minItems": 2, "maxItems": 2},
+        "statistics": _ref("reference"),
         "parameters": _ref("parameters"),
     }
     needed = [key for key in ("model", "layer_range") if key in keys]

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
+import measured
 import pytest
 import tiny
 import torch
 from merging import merged
 from places import ROOT
 
-from merger.methods.registry import methods
+from merger.methods.registry import Statistic, methods
 from merger.run.draft import schema_line
 from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
@@ -33,11 +35,15 @@ every_recipe = pytest.mark.parametrize("name", [*methods(), *BESIDES])
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
     """A model for each placeholder, shallow, and as deep as the recipes for slices of layers expect."""
     root = tmp_path_factory.mktemp("models")
-    return {
+    made = {
         (placeholder, layers): tiny.model(root / f"{placeholder.replace('/', '-')}-{layers}", seed, layers=layers)
         for seed, placeholder in enumerate(PLACEHOLDERS)
         for layers in (DEEP, SHALLOW)
     }
+    for (_, layers), model in made.items():
+        for kind in get_args(Statistic) if layers == SHALLOW else ():
+            measured.write(model.with_name(f"{model.name}-{kind}"), model, kind)
+    return made
 
 
 def placed(name: str, models: dict[tuple[str, int], Path]) -> str:
