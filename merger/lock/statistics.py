@@ -106,7 +106,7 @@ def read_statistics(text: str) -> Statistics:
     """
     try:
         content = load_yaml(text, LOCK)
-        if need_kind(int, content["format"]) > STATISTICS_FORMAT:
+        if content["statistics"] and need_kind(int, content["format"]) > STATISTICS_FORMAT:
             raise ModelError(Problem("its statistics are of a later format", hint="use the merger that measured them"))
         return _read(content)
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):

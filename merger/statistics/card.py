@@ -21,7 +21,7 @@ _WORDS: dict[Statistic, str] = {
 _METHODS: dict[Statistic, str] = {"fisher": "fisher", "gram": "regmean", "activations": "aim"}
 
 
-def describe(said: Statistics, name: str, model: LockedModel) -> str:
+def statistics_card(said: Statistics, name: str, model: LockedModel) -> str:
     """The text of README.md.
 
     Args:

@@ -30,7 +30,7 @@ from merger.models.formats.safetensors import ShardWriter, WrittenShard, header,
 from merger.models.side_files import CARD_NAME, LOCK_NAME
 from merger.run.options import Options, to_hub
 from merger.run.pipeline import Ready, Result, Resumed, ignore, place_of
-from merger.statistics.card import describe
+from merger.statistics.card import statistics_card
 from merger.statistics.gradients import sum_squares
 from merger.statistics.inputs import sum_inputs
 from merger.statistics.plan import Measurement, StatisticsShard
@@ -162,5 +162,5 @@ def _files(planned: Measurement, store: Library, name: str, held: Mapping[str, W
         made_with={"python": platform.python_version()} | {each: version(each) for each in _MADE_WITH},
         output={each.name: FileInfo(each.size, each.sha256) for each in held.values()},
     )
-    files[CARD_NAME] = describe(said, name, planned.locked.config_model).encode()
+    files[CARD_NAME] = statistics_card(said, name, planned.locked.config_model).encode()
     return files | {LOCK_NAME: said.text().encode()}

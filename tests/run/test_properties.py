@@ -120,7 +120,8 @@ def test_every_parameter_is_in_its_range_or_refused_at_its_place(method: Method)
     for param in method.params:
         for odd in (*drawn.ODD, *drawn.YAML_ONLY):
             given = ", ".join(f"{name}: {value}" for name, value in {**needed, param.name: drawn.text(odd)}.items())
-            text = f"merge_method: {method.name}\n{base}parameters: {{{given}}}\nmodels: [{{model: a{beside}}}, {{model: b{beside}}}]\n"
+            listed = f"[{{model: a{beside}}}, {{model: b{beside}}}]"
+            text = f"merge_method: {method.name}\n{base}parameters: {{{given}}}\nmodels: {listed}\n"
             for rule in rules_of(text, param.name):
                 assert all(param.range.holds(value) for value in rule.values)
 

@@ -140,8 +140,10 @@ def right_divide(matrices: Sequence[Array], grams: Sequence[Array], weights: Seq
         Shape (rows, columns); 0 in columns that all Gᵢ say nothing of.
 
     Raises:
-        ValueError: the sum is not positive definite.
+        LinAlgError: the sum is not positive definite.
     """
+    import numpy as np
+
     total: Any = None
     right: Any = None
     for matrix, gram, weight in zip(matrices, grams, weights, strict=True):
@@ -162,7 +164,7 @@ def right_divide(matrices: Sequence[Array], grams: Sequence[Array], weights: Seq
         lower = namespace(total).linalg.cholesky(total)
     except (ValueError, RuntimeError):
         what = "the sum of the Gram matrices is not positive definite: write alpha below 1, or measure on more tokens"
-        raise ValueError(what) from None
+        raise np.linalg.LinAlgError(what) from None
     del total
     return _divide_by_factor(right, lower)
 
