@@ -33,7 +33,7 @@ from merger.planning.stage_model import StagedRecipe
 from merger.recipe.blocks.evaluate import HUB_FILE
 from merger.recipe.model import Recipe
 from merger.run.options import Options
-from merger.run.prepare import any_recipe, stores_of
+from merger.run.prepare import parse_text, stores_of
 from merger.statistics.texts import RANDOM, Tokens, draw_tokens, read_tokens
 from merger.stores.ports import FileInfo
 from merger.stores.resolve import Library
@@ -211,7 +211,7 @@ def measured_recipe(model: str) -> Recipe:
         RecipeError: that is no model's name.
     """
     content = {"merge_method": "passthrough", "models": [{"model": model}]}
-    return any_recipe(yaml.safe_load(yaml.safe_dump(content)))
+    return parse_text(yaml.safe_dump(content, allow_unicode=True), "measure")
 
 
 def plan_measurement(

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
+import yaml
+from calls import Command, called
+from loopback import LoopbackHub
+from places import ZOO
 from safetensors.torch import load_file
-from thorough import THOROUGH
+from thorough import THOROUGH, thorough_only
 from torch import Tensor
 
 from merger.engine.execute import ShardDone
+from merger.errors import MergerError
 from merger.lock.statistics import read_statistics, statistic_name
 from merger.methods.registry import Statistic
 from merger.run.options import Options
-from merger.statistics.measure import measure_statistics
+from merger.statistics.measure import disk_at_once, measure_statistics
 from merger.statistics.plan import ARCHITECTURES, Measurement, plan_measurement
 
 SIZES: dict[str, Any] = {
@@ -126,9 +136,8 @@ def test_a_run_that_is_killed_at_any_layer_goes_on(kind: Statistic, tmp_path: Pa
     write_model(tmp_path / "model")
     plan, store, options = planned(tmp_path / "model", kind, max_disk=10**9)
     measure_statistics(plan, store, options)
-    whole, folder = held(tmp_path / kind), tmp_path / kind
-    lock = read_statistics((folder / "merger.lock.yaml").read_text())
-    for last in range(len(plan.shards)):
+    lock = read_statistics((tmp_path / kind / "merger.lock.yaml").read_text())
+    for last in range(len(plan.shards)) if THOROUGH else (1,):
         options = Options(to=str(tmp_path / f"{kind}-{last}"), threads=1)
         first, then = Stop(last), Stop(len(plan.shards))
         with pytest.raises(KeyboardInterrupt):
@@ -138,4 +147,111 @@ def test_a_run_that_is_killed_at_any_layer_goes_on(kind: Statistic, tmp_path: Pa
         assert sorted(first.made + then.made) == sorted(lock.output)
         assert read_statistics((tmp_path / f"{kind}-{last}" / "merger.lock.yaml").read_text()) == lock
     assert not measure_statistics(plan, store, options).shards
-    assert whole.keys() == held(tmp_path / f"{kind}-0").keys()
+
+
+RUN = """
+import json, sys
+from merger.run.options import Options
+from merger.statistics.measure import measure_statistics
+from merger.statistics.plan import plan_measurement
+model, kind, to = sys.argv[1:]
+options = Options(to=to, threads=2)
+plan, store = plan_measurement(model, kind, "random-tokens", 1024, 128, options)
+measure_statistics(plan, store, options)
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"peak": peak, "planned": plan.peak_memory}))
+"""
+
+
+@thorough_only
+@pytest.mark.parametrize("kind", ["gram", "fisher"])
+def test_memory_is_planned_and_does_not_grow_with_layers(kind: Statistic, tmp_path: Path) -> None:
+    """At two widths no more than the plan says, and with four times as many layers as much as before."""
+    found = {}
+    for width, layers in ((256, 2), (768, 2), (768, 8)):
+        folder = tmp_path / f"{width}-{layers}"
+        more = {"hidden_size": width, "intermediate_size": 3 * width, "head_dim": width // 4, "vocab_size": 8000}
+        write_model(folder / "model", num_hidden_layers=layers, max_position_embeddings=512, **more)
+        line = [sys.executable, "-c", RUN, str(folder / "model"), kind, str(folder / "out")]
+        done = subprocess.run(line, check=True, capture_output=True, text=True)
+        found[width, layers] = json.loads(done.stdout)
+        shutil.rmtree(folder)
+    assert all(each["peak"] <= each["planned"] for each in found.values()), found
+    assert found[768, 8]["peak"] < 1.15 * found[768, 2]["peak"]
+    assert found[768, 8]["planned"] < 1.02 * found[768, 2]["planned"]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, int, str]] = {
+    "too few tokens": ({"data": "few.txt"}, "few.txt makes", 2, "give more text"),
+    "no text": ({"data": "none.jsonl"}, "none.jsonl:2: no text is there", 2, '{"text": "..."}'),
+    "no file": ({"data": "gone.txt"}, "gone.txt' is not there", 2, "relative"),
+    "no UTF-8": ({"data": "odd.txt"}, "is not UTF-8 text", 2, "UTF-8"),
+    "too little memory": ({"max_memory": 10**6}, "bytes of memory with one thread", 5, "--length"),
+    "too little disk": ({"max_disk": 10**3}, "bytes of disk at once", 5, "--max-disk"),
+    "another architecture": ({"model": "gpt"}, "is a model of type gpt2, which is not measured", 4, "llama"),
+    "no model": ({"model": "words"}, "has no safetensors", 3, "transformers"),
+}
+"""What is asked for, what is said of it, the exit code and the next step."""
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_what_cannot_be_measured_is_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a sentence, the exit code of its kind and a next step, before a tensor is read."""
+    monkeypatch.chdir(tmp_path)
+    changed, told, code, hint = REFUSED[wrong]
+    write_model(tmp_path / "llama", vocab_size=2048)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ZOO / "base" / name, tmp_path / "llama")
+    gpt = tiny.write(tmp_path / "gpt", {"h.0.attn.weight": torch.zeros(2, 2)})
+    (gpt / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "words").mkdir()
+    for name, held in (("few.txt", b"in the beginning"), ("none.jsonl", b'{"text": "a"}\n{}\n'), ("odd.txt", b"\xff")):
+        (tmp_path / name).write_bytes(held)
+    asked = {"model": "llama", "data": "random-tokens", **changed}
+    options = Options(to="./out", **{key: asked.pop(key) for key in ("max_memory", "max_disk") if key in asked})
+    with pytest.raises(MergerError) as caught:
+        disk_at_once(plan_measurement(f"./{asked['model']}", "gram", asked["data"], 64, 8, options)[0], options)
+    (problem,) = caught.value.problems
+    assert (caught.value.exit_code, told in problem.what, hint in str(problem.hint)) == (code, True, True), problem
+
+
+def test_the_command_measures_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lines of JSON and of plain text the same tokens are the same data; --plan only says what it takes."""
+    monkeypatch.chdir(tmp_path)
+    text = (ZOO / "kjv" / "heldout.txt").read_text()[:4000]
+    Path("texts.txt").write_text(text)
+    Path("texts.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    words = ["measure", str(ZOO / "kjv"), "--kind", "activations", "--tokens", "256", "--length", "64"]
+    said = called([*words, "--data", "texts.txt", "--to", "./out", "--plan"])
+    assert (said.code, "256 tokens in 4 sequences of 64" in said.out) == (0, True), said
+    assert not Path("out").exists()
+    locks = []
+    for name in ("texts.txt", "texts.jsonl"):
+        assert called([*words, "--data", name, "--to", f"./{name}.out"]).code == 0
+        locks.append(read_statistics(Path(f"{name}.out", "merger.lock.yaml").read_text()))
+    assert locks[0].identity == locks[1].identity
+    assert [(lock.data, lock.tokens, lock.models[0].model) for lock in locks] == [
+        ("texts.txt", 256, "kjv"), ("texts.jsonl", 256, "kjv"),
+    ]  # fmt: skip
+    card = Path("texts.txt.out", "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1]) == {
+        "license": "apache-2.0", "tags": ["merger", "statistics", "activations"],
+    }  # fmt: skip
+    assert "| tokens | 256, in sequences of 64 |" in card
+
+
+@thorough_only
+def test_statistics_on_the_hub(served: LoopbackHub, command: Command, tmp_path: Path) -> None:
+    """Measured of a model there, published beside it, and named by a recipe at a commit."""
+    for name in ("kjv", "python"):
+        served.add_model(f"zoo/{name}", ZOO / name)
+        words = ("measure", f"zoo/{name}", "--kind", "gram", "--data", "random-tokens", "--tokens", "512")
+        made = command(*words, "--length", "64", "--to", f"hf://org/{name}-gram", cwd=tmp_path, hub=served)
+        assert made.returncode == 0, made.stderr
+    rows = "".join(f"  - {{model: zoo/{name}, statistics: org/{name}-gram}}\n" for name in ("kjv", "python"))
+    (tmp_path / "mine.yaml").write_text(f"merge_method: regmean\nmodels:\n{rows}publish: {{license: mit}}\n")
+    done = command("run", "mine.yaml", "--to", "hf://org/merged", cwd=tmp_path, hub=served)
+    assert done.returncode == 0, done.stderr
+    assert "gram of zoo/kjv, measured on 512 tokens of random-tokens" in done.stderr
+    again = command("verify", "org/merged", "--all", cwd=tmp_path, hub=served)
+    assert again.returncode == 0, again.stdout + again.stderr
