@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from merger.engine.layers import (
+from merger.engine.inputs.layers import (
     EMBEDDING_FACTOR,
     TOKENIZER_FILES,
     LayerModel,

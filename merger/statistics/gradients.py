@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from merger.engine.layers import EMBEDDING_FACTOR
+from merger.engine.inputs.layers import EMBEDDING_FACTOR
 from merger.methods.steps.step import Array
 from merger.planning.budget import embedding
 from merger.statistics.plan import BEFORE, ROWS_AT_ONCE, StatisticsShard

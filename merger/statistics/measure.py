@@ -20,7 +20,7 @@ import numpy as np
 
 from merger import runtime
 from merger.engine.execute import ShardDone, single_threaded
-from merger.engine.layers import ModelTensors
+from merger.engine.inputs.layers import ModelTensors
 from merger.errors import BudgetError, MergerError, ModelError, Problem
 from merger.lock.statistics import Statistics
 from merger.methods.registry import methods

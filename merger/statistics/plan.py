@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from merger import runtime
-from merger.engine.layers import TOKENIZER_FILES, load_encoder
+from merger.engine.inputs.layers import TOKENIZER_FILES, load_encoder
 from merger.errors import BudgetError, MismatchError, Problem, RecipeError
 from merger.lock.lock import lock
 from merger.lock.parents import Parent

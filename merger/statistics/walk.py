@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from merger.engine.layers import EMBEDDING_FACTOR, LayerModel, ModelTensors
+from merger.engine.inputs.layers import EMBEDDING_FACTOR, LayerModel, ModelTensors
 from merger.methods.steps.step import Array
 from merger.planning.inputs.base import Job
 from merger.statistics.plan import Measurement, StatisticsShard
