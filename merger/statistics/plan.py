@@ -175,7 +175,7 @@ class Measurement:
         """What the lock says of the model, and its adapter."""
         return tuple(
             Parent(
-                str(model.ref) if model.located.commit else model.name,
+                str(replace(model.ref, adapter=None)) if model.located.commit else model.located.name,
                 model.located.commit,
                 model.licence,
                 {

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import adapters
 import pytest
 import tiny
 import torch
@@ -16,6 +17,7 @@ import transformers
 import yaml
 from calls import Command, called
 from loopback import LoopbackHub
+from merging import merged
 from places import ZOO
 from safetensors.torch import load_file
 from thorough import THOROUGH, thorough_only
@@ -255,3 +257,22 @@ def test_statistics_on_the_hub(served: LoopbackHub, command: Command, tmp_path: 
     assert "gram of zoo/kjv, measured on 512 tokens of random-tokens" in done.stderr
     again = command("verify", "org/merged", "--all", cwd=tmp_path, hub=served)
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_a_model_is_measured_with_its_adapter(tmp_path: Path) -> None:
+    """As PEFT merges both; and that is what a recipe's model with the adapter is merged by."""
+    model, adapter = adapters.base(tmp_path / "model"), adapters.lora(tmp_path / "lora", tmp_path / "model")
+    whole = adapters.load(model)
+    whole.load_state_dict(adapters.merged(model, adapter))
+    options = Options(to=str(tmp_path / "both"), threads=1)
+    plan, store = plan_measurement(f"{model}+{adapter}", "fisher", "random-tokens", 24, 8, options)
+    measure_statistics(plan, store, options)
+    found = held(tmp_path / "both")
+    for name, square in squares(whole.double(), torch.from_numpy(plan.tokens).long()).items():
+        torch.testing.assert_close(found[name], square.float(), rtol=2e-3, atol=1e-4 * float(square.max()))
+    rows = f"[{{model: {model}+{adapter}, statistics: {tmp_path}/both}}]"
+    merged(f"merge_method: fisher\nmodels: {rows}\n", tmp_path / "out")
+    for name, tensor in adapters.merged(model, adapter).items():
+        torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")[name], tensor)
+    with pytest.raises(MergerError, match=r"both is of model \+ lora, not of model"):
+        merged(f"merge_method: fisher\nmodels: {rows.replace(f'+{adapter}', '')}\n", tmp_path / "other")
