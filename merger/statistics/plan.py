@@ -50,6 +50,7 @@ BEFORE = -1
 ROWS_AT_ONCE = 512
 """Of a sum's matrix, which is made by as many products as it has such runs of rows."""
 
+_LEAST_LENGTH = 2
 _TRIED, _SLOWER = 512, 2.0
 """By what size of a product it is tried, and how much longer all takes than its products."""
 
@@ -244,6 +245,9 @@ def plan_measurement(
     locked = with_stages(found, methods(), None)
     _refuse_other(locked)
     length = min(length, locked.config_model.checkpoint.config.get("max_position_embeddings") or length, tokens)
+    if length < _LEAST_LENGTH:
+        what = f"sequences of {length:,} tokens predict nothing"
+        raise RecipeError(Problem(what, hint=f"give --length {_LEAST_LENGTH} or more, and as many --tokens"))
     count, seed = tokens // length, options.seed or 0
     if data == RANDOM:
         ids = draw_tokens(embedding(locked).shape[0], count, length, seed)

@@ -165,6 +165,26 @@ def test_a_recipe_names_statistics_where_they_are_asked_for(root: Path) -> None:
     ] * 3
 
 
+def test_adapters_have_no_statistics(root: Path) -> None:
+    """A method that asks for them is refused, and does not average in silence."""
+    rows = f"[{{model: {root}/one, statistics: {root}/one-fisher}}, {{model: {root}/two}}]"
+    with pytest.raises(MergerError, match="adapters have no statistics"):
+        merged(f"merge_method: fisher\nadapters: {rows}\n", root / "out")
+
+
+def test_a_stage_may_ask_for_statistics(root: Path) -> None:
+    """What it makes is merged on as any stage is; of what it makes nothing was measured."""
+    merged(recipe(root, "regmean"), root / "alone")
+    merged("name: first\n" + recipe(root, "regmean") + f"---\nmerge_method: linear\nmodels: [{{model: first}}, "
+           f"{{model: {root}/one}}]\n", root / "out")  # fmt: skip
+    first, one = tiny.read(root / "alone"), tiny.read(root / "one")
+    for name, made in tiny.read(root / "out").items():
+        torch.testing.assert_close(made, (first[name] + one[name]) / 2, rtol=1e-6, atol=1e-7)
+    rows = f"[{{model: first, statistics: {root}/one-gram}}]"
+    with pytest.raises(MergerError, match="first is made on the way, and nothing was measured of it"):
+        merged(f"name: first\n{recipe(root, 'regmean')}---\nmerge_method: regmean\nmodels: {rows}\n", root / "other")
+
+
 def test_a_gram_of_few_tokens_is_told(root: Path) -> None:
     """It is singular: alpha below 1 makes the sum definite, and at 1 it is refused."""
     for name in NAMES:

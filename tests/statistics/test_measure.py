@@ -185,6 +185,7 @@ def test_memory_is_planned_and_does_not_grow_with_layers(kind: Statistic, tmp_pa
 
 REFUSED: dict[str, tuple[dict[str, Any], str, int, str]] = {
     "too few tokens": ({"data": "few.txt"}, "few.txt makes", 2, "give more text"),
+    "sequences of one token": ({"length": 1}, "predict nothing", 2, "--length 2"),
     "no text": ({"data": "none.jsonl"}, "none.jsonl:2: no text is there", 2, '{"text": "..."}'),
     "no file": ({"data": "gone.txt"}, "gone.txt' is not there", 2, "relative"),
     "no UTF-8": ({"data": "odd.txt"}, "is not UTF-8 text", 2, "UTF-8"),
@@ -212,7 +213,10 @@ def test_what_cannot_be_measured_is_refused(wrong: str, tmp_path: Path, monkeypa
     asked = {"model": "llama", "data": "random-tokens", **changed}
     options = Options(to="./out", **{key: asked.pop(key) for key in ("max_memory", "max_disk") if key in asked})
     with pytest.raises(MergerError) as caught:
-        disk_at_once(plan_measurement(f"./{asked['model']}", "gram", asked["data"], 64, 8, options)[0], options)
+        disk_at_once(
+            plan_measurement(f"./{asked['model']}", "gram", asked["data"], 64, asked.get("length", 8), options)[0],
+            options,
+        )
     (problem,) = caught.value.problems
     assert (caught.value.exit_code, told in problem.what, hint in str(problem.hint)) == (code, True, True), problem
 
