@@ -18,6 +18,9 @@ from merger.lock.statistics import Statistics, statistic_name
 from merger.methods.registry import Statistic
 from merger.stores.ports import FileInfo
 
+KINDS: tuple[Statistic, ...] = ("fisher", "gram")
+"""Those that methods of ours ask for."""
+
 
 def drawn(held: Mapping[str, Tensor], kind: Statistic, seed: int) -> dict[str, Tensor]:
     """Squares for each tensor, or for the matrices of layers products of drawn inputs."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
 
 import measured
 import pytest
@@ -16,7 +15,7 @@ import torch
 from merging import merged
 from places import ROOT
 
-from merger.methods.registry import Statistic, methods
+from merger.methods.registry import methods
 from merger.run.draft import schema_line
 from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
@@ -41,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Pa
         for layers in (DEEP, SHALLOW)
     }
     for (_, layers), model in made.items():
-        for kind in get_args(Statistic) if layers == SHALLOW else ():
+        for kind in measured.KINDS if layers == SHALLOW else ():
             measured.write(model.with_name(f"{model.name}-{kind}"), model, kind)
     return made
 
