@@ -105,7 +105,7 @@ def _making(found: PlanSummary) -> list[str]:
 
 
 def _safetensors(planned: Plan) -> str:
-    count, nbytes = len(planned.shards), size(sum(shard.size for shard in planned.shards))
+    count, nbytes = len(planned.shards), size(planned.size - sum(planned.gguf.values()))
     beside = f"config and {len(planned.texts.taken)} side files from {display_name(planned.locked.config_model)}"
     return f"files   {count} of safetensors, {nbytes}; {beside}"
 

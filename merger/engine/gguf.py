@@ -1,11 +1,14 @@
-"""GGUF files beside a shard, written as its tensors come. Not here: how they lie in a file (models.gguf.layout)."""
+"""Files of another form than safetensors as they are made, written as the tensors come: here GGUF.
+
+Not here: how they lie in a file (models.gguf.layout), and eight bits (fp8).
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +23,44 @@ from merger.planning.inputs.base import Job
 Bytes = NDArray[np.uint8]
 
 
-class GgufWriter:
-    """Writes a GGUF file as the entries of its tensors come: those of the result, as they were rounded."""
+class Tensor(Protocol):
+    """A tensor of such a file, made of some of the result's; so many of its entries have to be there at once."""
 
-    def __init__(self, file: GgufFile, outlet: Outlet, jobs: Sequence[Job]) -> None:
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+    @property
+    def unit(self) -> int: ...
+
+
+T = TypeVar("T", bound=Tensor)
+T_co = TypeVar("T_co", bound=Tensor, covariant=True)
+
+
+class File(Protocol[T_co]):
+    """Such a file, known in advance."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def header(self) -> bytes: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def tensors(self) -> Sequence[T_co]: ...
+
+
+class TensorWriter(Generic[T]):
+    """Writes a file of another form as the entries of its tensors come: those of the result, as they were rounded.
+
+    Args:
+        file: what is written.
+        outlet: where its bytes go.
+        jobs: the result's tensors, in the order in which they come.
+    """
+
+    def __init__(self, file: File[T], outlet: Outlet, jobs: Sequence[Job]) -> None:
         self._writer = ShardWriter(file.name, outlet, file.header, file.size)
         self._tensors = {source: tensor for tensor in file.tensors for source in tensor.sources}
-        self._more = [tensor for tensor in file.tensors if not tensor.sources]
         self._jobs = deque(job for job in jobs if job.nbytes)
         self._rest = np.empty(0, np.uint8)
         self._done = 0
@@ -43,9 +77,12 @@ class GgufWriter:
                 self._jobs.popleft()
                 self._done = 0
                 if tensor is not None and job.name == tensor.sources[-1]:
-                    self._writer.write(memoryview(bytes(tensor.gap)))
+                    if self._rest.size:
+                        self._emit(tensor, job.dtype, self._rest)
+                        self._rest = self._rest[:0]
+                    self._writer.write(memoryview(self._end(tensor)))
 
-    def _add(self, tensor: GgufTensor, dtype: str, data: memoryview) -> None:
+    def _add(self, tensor: T, dtype: str, data: memoryview) -> None:
         """Write what can be rounded by itself; the rest waits for what comes after it."""
         held = np.concatenate([self._rest, np.frombuffer(data, np.uint8)])
         unit = tensor.unit * ITEM_BYTES[dtype]
@@ -53,6 +90,32 @@ class GgufWriter:
         for start in range(0, whole, step):
             self._emit(tensor, dtype, held[start : min(start + step, whole)])
         self._rest = held[whole:].copy()
+
+    def _emit(self, tensor: T, dtype: str, raw: Bytes) -> None:
+        """Round whole units of a tensor, at its end what is left, and write them."""
+        raise NotImplementedError
+
+    def _end(self, tensor: T) -> bytes:
+        """What follows a tensor."""
+        raise NotImplementedError
+
+    def close(self) -> WrittenShard:
+        """The end of the file."""
+        return self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
+
+
+class GgufWriter(TensorWriter[GgufTensor]):
+    """Writes a GGUF file."""
+
+    def __init__(self, file: GgufFile, outlet: Outlet, jobs: Sequence[Job]) -> None:
+        super().__init__(file, outlet, jobs)
+        self._more = [tensor for tensor in file.tensors if not tensor.sources]
 
     def _emit(self, tensor: GgufTensor, dtype: str, raw: Bytes) -> None:
         bits = raw.view(HELD[dtype])
@@ -65,14 +128,11 @@ class GgufWriter:
         quantise(x, tensor.kind, out)
         self._writer.write(out.data)
 
+    def _end(self, tensor: GgufTensor) -> bytes:
+        return bytes(tensor.gap)
+
     def close(self) -> WrittenShard:
         """The tensors that are of the config alone, and the end."""
         for tensor in self._more:
             self._writer.write(memoryview(tensor.data + bytes(tensor.gap)))
-        return self._writer.close()
-
-    def __enter__(self) -> GgufWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._writer.__exit__(*error)
+        return super().close()

@@ -14,6 +14,7 @@ from merger.methods.registry import Method
 from merger.methods.steps.step import TILE
 from merger.models.architecture import is_buffer
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
+from merger.models.formats.fp8 import Fp8File
 from merger.models.gguf.layout import GgufFile
 from merger.models.mixtures import EMBEDDING, GATE, STACK
 from merger.planning.inputs.base import PASSTHROUGH, Job, Operand, StageTensor, Stored
@@ -50,7 +51,7 @@ _TOLD = 3
 """How many of the things that take memory a refusal names, the largest first."""
 
 _BYTES_QUANTISED = 24
-"""For an entry that is written to a GGUF file: as it is stored, twice, in float32, twice, and rounded."""
+"""For an entry that is written to a GGUF file, or in fp8: as it is stored, twice, in float32, twice, and rounded."""
 
 _COMMITTED_BYTES, _TIMES_COMMITTED = 10_000_000, 3
 """The Hub takes files beyond that as large ones, piece by piece; the others are text in the commit."""
@@ -113,6 +114,7 @@ class Workload:
         left_out: how many tensors of the models nothing is made of.
         passed: the sizes of the files that are passed on.
         gguf: the files of one shard that are written as GGUF.
+        fp8: the shards' own that are written in eight bits, one after the other.
     """
 
     locked: StagedRecipe
@@ -121,6 +123,7 @@ class Workload:
     left_out: int
     passed: Sequence[int]
     gguf: Sequence[GgufFile]
+    fp8: Sequence[Fp8File]
 
 
 def allot(work: Workload, budget: Budget) -> Takes:
@@ -199,6 +202,7 @@ def _memory(work: Workload, threads: int, read_ahead: int, kept: int) -> dict[st
         f"the list of {tensors:,} tensors": _BYTES_A_JOB * tensors,
         "tokenizers": tokens,
         "GGUF": sum(map(_gguf_memory, work.gguf)),
+        "fp8": max(map(_writing_memory, work.fp8), default=0),
     }
 
 
@@ -210,8 +214,12 @@ def _side_memory(passed: Sequence[int]) -> int:
 
 def _gguf_memory(file: GgufFile) -> int:
     """Its metadata twice, for it is copied to be written, and of a tensor what is written at once."""
-    unit = max((tensor.unit for tensor in file.tensors), default=0)
-    return 2 * sum(map(len, file.metadata)) + _BYTES_QUANTISED * max(unit, BLOCK_ENTRIES)
+    return 2 * sum(map(len, file.metadata)) + _writing_memory(file)
+
+
+def _writing_memory(file: GgufFile | Fp8File) -> int:
+    """Of a tensor what is written at once."""
+    return _BYTES_QUANTISED * max([BLOCK_ENTRIES, *(tensor.unit for tensor in file.tensors)])
 
 
 def _tokenizer_memory(locked: StagedRecipe) -> int:

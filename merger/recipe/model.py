@@ -349,10 +349,11 @@ class Publish:
         create_pr: open a pull request instead of committing to main.
         gguf: the types in which the result is written for llama.cpp as well, as GGUF files beside the others.
         safetensors: whether safetensors, config and tokenizer are written; else the GGUF files are all that there is.
+        fp8: their matrices are brought to eight bits, with a scale a "block" or a "channel"; None: they are not.
         template: Jinja2 templates for the card: a file or folder, relative to the working directory, or on the Hub
             hf://owner/name/path@revision.
         left_out: the templates that a lock names of the machine on which it was made: they are not read.
-        at: where the block stands in the recipe; `license_at`, `gguf_at`, `template_at`: those values.
+        at: where the block stands in the recipe; `license_at`, `gguf_at`, `fp8_at`, `template_at`: those values.
     """
 
     repo: str | None = None
@@ -364,12 +365,19 @@ class Publish:
     create_pr: bool = False
     gguf: tuple[str, ...] = ()
     safetensors: bool = True
+    fp8: str | None = None
     template: str | None = None
     left_out: str | None = None
     at: Span | None = field(default=None, compare=False)
     license_at: Span | None = field(default=None, compare=False)
     gguf_at: Span | None = field(default=None, compare=False)
+    fp8_at: Span | None = field(default=None, compare=False)
     template_at: Span | None = field(default=None, compare=False)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the result's tensors are published as they are made."""
+        return self.safetensors and self.fp8 is None
 
 
 @dataclass(frozen=True)

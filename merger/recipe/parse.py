@@ -80,6 +80,8 @@ _MEANT_DTYPES = {
     "half": "float16",
     "fp32": "float32",
     "float": "float32",
+    "float8_e4m3fn": "publish: {fp8: block}, or channel",
+    "fp8": "publish: {fp8: block}, or channel",
 }
 _A_MODEL = "write model: org/name, or model: ./folder"
 _RANGE = "a pair [start, end]"

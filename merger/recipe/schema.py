@@ -208,6 +208,7 @@ def _publish() -> Json:
         "create_pr": flag,
         "gguf": _or_null(_list({"enum": list(publishing.GGUF)})),
         "safetensors": flag,
+        "fp8": {"enum": [*publishing.FP8, None]},
         "template": _or_null(_text()),
     }
     return _or_null(_map(publishing.PUBLISH, _describe_fields(Publish), shapes))
