@@ -19,8 +19,9 @@ from merger.lock.checkpoints import with_means
 from merger.lock.locked import LockedModel, LockedRecipe
 from merger.lock.matched import with_names_of
 from merger.lock.read import (
+    OF_PEFT,
     REQUESTS_AT_ONCE,
-    check_adapter_files,
+    adapter_file,
     content_names,
     embedder_class,
     read_config,
@@ -30,6 +31,7 @@ from merger.lock.read import (
     tensor_stem,
     tensors_in,
     tensors_of,
+    without_config,
 )
 from merger.lock.statistics import read_statistics
 from merger.models import chat, vocabulary
@@ -38,11 +40,13 @@ from merger.models.checkpoint import (
     Checkpoint,
     TensorInfo,
     is_single,
+    read_metadata,
 )
 from merger.models.formats.pickled import is_pickled
 from merger.models.formats.quantised import unpack_checkpoint
 from merger.models.gguf import tokens as gguf
 from merger.models.lora import adapter as adapters
+from merger.models.lora import pipeline as pipelines
 from merger.models.mixtures import are_fused, split
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import (
@@ -302,15 +306,21 @@ class _Fetching:
         )
 
     def adapter(self, ref: ModelRef) -> LockedModel:
-        located = self._located(ref)
-        check_adapter_files(located)
-        config = read_json(located, adapters.CONFIG, self.store)
+        located, config = self._located(ref), dict[str, object]()
+        file = adapter_file(located)
         refuse_barred(located, {})
-        file, read = adapters.TENSORS, adapters.read_adapter
-        if file not in located.files:
-            file, read = adapters.OF_MLX, adapters.read_mlx
         tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, file, self.tally)}
-        lora = read(config, tensors)
+        if adapters.CONFIG in located.files:
+            config |= read_json(located, adapters.CONFIG, self.store)
+            lora = (adapters.read_mlx if file == adapters.OF_MLX else adapters.read_adapter)(config, tensors)
+        elif not pipelines.holds_lora(tensors):
+            raise without_config(OF_PEFT)
+        else:
+            numbers = {name: tensor for name, tensor in tensors.items() if name.endswith(pipelines.ALPHA)}
+            fetched = self.pool.map(partial(_bytes_of, located, self.store), numbers.values())
+            header = self.store.fetch(located, file, 8, min((tensor.start for tensor in tensors.values()), default=8))
+            said = read_metadata(header)
+            lora = pipelines.read_pipeline(tensors, dict(zip(numbers, fetched, strict=True)), said)
         card, licence = read_licence(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
 
