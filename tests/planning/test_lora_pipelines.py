@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from calls import Command
+from loopback import LoopbackHub
 from merging import merged
 from safetensors.torch import load_file, save_file
 from thorough import thorough_only
@@ -243,6 +245,26 @@ def test_a_model_of_the_pipeline_gets_its_own_parts(
     assert {why for key, why in told.items() if key.endswith("weight")} == {f"it changes the pipeline's {others}"}
     assert {why for key, why in told.items() if key.endswith("alpha")} == {"a number by which a product is multiplied"}
     assert all((mine in key) != key.endswith("weight") or key.endswith("alpha") for key in told)
+
+
+@thorough_only
+def test_both_may_be_on_the_hub(hub: LoopbackHub, command: Command, tmp_path: Path) -> None:
+    """The pipeline's folder and the adapter's file, whose alphas are read there; the bits are those of a disk's."""
+    folder = tmp_path / "text_encoder_2"
+    small(folder, {"model_type": "clip_text_model"})
+    held = in_kohya({f"{FUSED}.attn.to_q": (6, 5)}, dtype=torch.bfloat16)
+    save_file(
+        held | {key.replace("unet", "te2"): one.clone() for key, one in held.items()}, tmp_path / "lora.safetensors"
+    )
+    merged(recipe(tmp_path, folder.name), tmp_path / "here")
+    hub.add_model("org/pipe", {f"{folder.name}/{file.name}": file.read_bytes() for file in folder.iterdir()})
+    hub.add_model("org/painter", {"painter.safetensors": (tmp_path / "lora.safetensors").read_bytes()})
+    text = f"merge_method: passthrough\nmodels: [{{model: org/pipe/{folder.name}+org/painter}}]\n"
+    (tmp_path / "hub.yaml").write_text(text)
+    made = command("run", "hub.yaml", "--to", "there", cwd=tmp_path, hub=hub)
+    assert made.returncode == 0, made.stderr
+    there, here = ((tmp_path / of / "model.safetensors").read_bytes() for of in ("there", "here"))
+    assert there == here
 
 
 Q = f"transformer.{FUSED}.attn.to_q"
