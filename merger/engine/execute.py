@@ -18,8 +18,7 @@ import numpy as np
 
 from merger import runtime
 from merger.engine.finite import NotFinite, explain
-from merger.engine.fp8 import Fp8Writer
-from merger.engine.gguf import GgufWriter, TensorWriter
+from merger.engine.forms import Fp8Writer, GgufWriter, TensorWriter
 from merger.engine.inputs.decompose import RunPairs
 from merger.engine.joined import start_work
 from merger.engine.runner import Work, blocks
