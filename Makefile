@@ -38,8 +38,10 @@ reliability: .venv/set-up
 
 lint: .venv/set-up-lint
 	$(BIN)/ruff check
+	$(BIN)/ruff check --preview --select PLW1514 merger
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/windows -p merger
 	$(BIN)/lint-imports
 	$(BIN)/python docs/tables.py --check
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-actions action.yml

@@ -14,7 +14,7 @@ import pytest
 from calls import READER, WRITER, Said, called
 from loopback import Client, LoopbackHub
 
-from merger import runtime
+from merger import runtime, system
 from merger.cli.text import finding_text
 from merger.run import doctor
 
@@ -59,7 +59,7 @@ def test_each_line_is_a_word_and_what_was_found(client: Client) -> None:
 
 def test_what_lacks_has_a_next_step_and_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little memory is 5, as it is for a merge."""
-    monkeypatch.setattr(runtime, "free_memory", lambda: 1000)
+    monkeypatch.setattr(system, "free_memory", lambda: 1000)
     found = next(finding for finding in doctor.examine() if finding.what == "memory")
     assert (found.found, found.exit_code) == ("0.0 GB free", 5)
     assert "end other programs" in finding_text(found).splitlines()[1]
