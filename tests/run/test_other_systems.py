@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 from calls import called
@@ -165,7 +166,11 @@ def test_a_killed_run_goes_on_from_its_finished_shards(
     monkeypatch.chdir(parents)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     line = [sys.executable, "-c", DIES, *run("./killed")]
-    killed = subprocess.run(line, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": paths}
+    if hasattr(os, "fork"):
+        killed = forks.run(line, env=environment)
+    else:
+        killed = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == 9, killed.stderr
     with elsewhere():
         again = called(run("./killed"))
