@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,6 +73,16 @@ def test_extras_that_are_missing_are_named_with_the_command_that_installs_them(m
     monkeypatch.setattr(doctor, "requires", lambda package: needs)
     found = next(finding for finding in doctor.examine() if finding.what == "extras")
     assert (found.found, found.hint) == ("one", f"for two: {runtime.install_command('two')}")
+
+
+def test_steps_are_counted_before_any_was_taken() -> None:
+    """In a process that has made none yet, where some of them are not even imported."""
+    code = (
+        "from merger.methods.registry import methods; from merger.methods.steps import step; methods(); "
+        "before = step.kept_steps(); print(before == step.kept_steps(), len(step.STEPS) > 25)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
 
 
 def test_compiled_steps_are_counted(tmp_path: Path, client: Client) -> None:
