@@ -226,7 +226,7 @@ def measure(
 
 def _write(folder: Path, files: Mapping[str, Content]) -> None:
     for name, content in files.items():
-        write(content, folder / name)
+        write(content, folder, name)
 
 
 @contextmanager
