@@ -19,7 +19,8 @@ THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py \
 	space/test_api.py space/test_bot.py space/test_door.py space/test_page.py space/test_publish.py \
 	space/test_webhooks.py
 
-WITH_ORACLES := models/test_packed.py models/test_gguf.py planning/test_embedders.py
+WITH_ORACLES := models/test_packed.py models/test_gguf.py models/test_fp8.py \
+	planning/test_embedders.py planning/test_lora_pipelines.py
 
 .PHONY: demo test light reliability oracles lint tables clean
 

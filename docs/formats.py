@@ -64,6 +64,10 @@ _MORE = (
      "models/test_gguf.py::test_gguf_reads_what_is_written",
      "models/test_gguf.py::test_llama_cpp_continues_a_text_as_transformers_does",
      "models/test_gguf.py::test_llama_cpp_continues_a_text_from_every_type_and_from_parts"),
+    ("fp8 with scales a block or a row", "as above", "yes", "`publish: {fp8: block}` or `channel`",
+     "models/test_fp8.py::test_each_matrix_of_a_layer_has_the_bits_of_its_own_tool"),
+    ("LoRA of diffusion models, in diffusers' and kohya's names", "rows at a time", "into its model", "no",
+     "planning/test_lora_pipelines.py::test_a_model_with_an_adapter_is_what_diffusers_fuses"),
 )  # fmt: skip
 
 _FILES: tuple[tuple[str, Callable[[], Any], str], ...] = (
