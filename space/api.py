@@ -76,7 +76,7 @@ class Api:
 
     @_answers
     def plan(self, recipe: str, request: gr.Request) -> dict[str, Any]:
-        """Tell what a recipe makes and what that takes, without reading any tensor.
+        """Tell what a recipe makes, what that takes, and what a sample of the tensors says against it.
 
         Args:
             recipe: the recipe's YAML text; its models are read with the caller's token where one is sent.

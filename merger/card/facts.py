@@ -57,10 +57,12 @@ class PlanSummary:
     Args:
         plan: the plan.
         to: where its result goes; None: that is not said yet.
+        looked: what a sample of the tensors said against it, where one was read.
     """
 
     plan: Plan
     to: str | None = None
+    looked: tuple[str, ...] = ()
 
     @cached_property
     def methods(self) -> Mapping[str, int]:
@@ -110,7 +112,7 @@ class PlanSummary:
         """Sentences on what is likely not meant."""
         located = [model.located for model in self.plan.locked.models]
         moved = dict.fromkeys(f"{each.moved} is now {each.where}" for each in located if each.moved)
-        found = [*moved, *_same_models(self.plan), *_strange_adapters(self.plan), *self.plan.doubts]
+        found = [*moved, *_same_models(self.plan), *_strange_adapters(self.plan), *self.plan.doubts, *self.looked]
         return (*found, *exposed_models(self.plan, self.to))
 
     @cached_property

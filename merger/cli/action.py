@@ -43,6 +43,7 @@ from merger.lock.lock import pins
 from merger.methods.registry import methods
 from merger.run.artifacts import chats
 from merger.run.extras import needs_of
+from merger.run.look import sampled_doubts
 from merger.run.options import Options, destination, stated_destination, with_free_memory
 from merger.run.pipeline import Ready, Result, Resumed, lock_text, merge, trusted_publishing
 from merger.run.prepare import lock_path, named_recipes, parse_text, plan, read_recipe, with_gguf
@@ -216,7 +217,8 @@ class ActionRun:
             return
         options = self._options(recipe)
         planned, store = plan(recipe, options)
-        found = PlanSummary(planned, stated_destination(recipe, options) or None)
+        looked = sampled_doubts(planned, store) if options.part is None and not options.publish_only else ()
+        found = PlanSummary(planned, stated_destination(recipe, options) or None, looked)
         outcome = replace(outcome, state="planned", summary=found)
         yield outcome
         if self.event.pull is not None:

@@ -206,12 +206,11 @@ def _add_check(commands: Commands) -> None:
 
 
 def _add_plan(commands: Commands) -> None:
-    sentence = "show what a recipe makes and what it takes, without reading any tensor"
+    sentence = "show what a recipe makes, what it takes, and what speaks against it"
     plan = _add(commands, "plan", sentence, "plan mine.yaml", "plan mine.yaml --look --max-memory 8GB")
     _add_budget(plan)
-    plan.add_argument(
-        "--look", action="store_true", help="read a sample of the tensors, and say how the parents relate"
-    )
+    words = "say how the parents relate, layer by layer; --no-look: read no tensor (default: a sample, for warnings)"
+    plan.add_argument("--look", action=argparse.BooleanOptionalAction, help=words)
 
 
 def _add_run(commands: Commands) -> None:
@@ -223,6 +222,8 @@ def _add_run(commands: Commands) -> None:
     spread.add_argument(
         "--part", type=_part, metavar="I/N", help="make the I-th of N shares of the files; `merger publish` ends it"
     )
+    words = "warn of no merge that means little: read no sample of the tensors beforehand"
+    run.add_argument("--no-look", dest="look", action="store_false", help=words)
     _add_stream(run)
     spread.add_argument(
         "--engine", choices=("ray", "jobs"), help="have --parts made on a Ray cluster, or by Hugging Face Jobs (paid)"

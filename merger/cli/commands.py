@@ -97,9 +97,11 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from merger.card.facts import PlanSummary
+    from merger.card.relations import Relations
     from merger.cli import text
+    from merger.run.look import sample_relations
     from merger.run.options import needed_disk, stated_destination
-    from merger.run.prepare import plan, read_recipe, sample_relations
+    from merger.run.prepare import plan, read_recipe
 
     recipe = read_recipe(arguments.recipe)
     options = _options(arguments)
@@ -108,10 +110,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         needed_disk(planned, options, planned.shards)
     for note in recipe.warnings:
         print(text.warning(note), file=sys.stderr)
-    found = PlanSummary(planned, stated_destination(recipe, options))
+    related = Relations() if arguments.look is False else sample_relations(planned, store)
+    found = PlanSummary(planned, stated_destination(recipe, options), related.doubts)
     print(json.dumps(text.plan_json(found)) if arguments.json else text.plan_text(found))
     if arguments.look:
-        print(text.relations_text(sample_relations(planned, store)), file=sys.stderr if arguments.json else sys.stdout)
+        print(text.relations_text(related), file=sys.stderr if arguments.json else sys.stdout)
     return 0
 
 
@@ -176,6 +179,7 @@ def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from merger.card.facts import PlanSummary
     from merger.cli import text
     from merger.distributed.start import distribute, options_of_parts
+    from merger.run.look import sampled_doubts
     from merger.run.options import destination, with_free_memory
     from merger.run.pipeline import Ready, merge
     from merger.run.prepare import plan
@@ -185,13 +189,15 @@ def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
     to = destination(recipe, options)  # a missing destination is said before the models are asked for
     planned, store = plan(recipe, options)
     progress = None if arguments.quiet else text.Progress(planned.nbytes)
+    looks = getattr(arguments, "look", False) and options.part is None
 
     def tell(event: Event | PartStarted | PartMade) -> None:
         if progress is None:
             return
         if isinstance(event, Ready):
             notes = [text.warning(note) for note in recipe.warnings]  # by now the destination has not refused
-            print("\n".join([*notes, text.plan_text(PlanSummary(planned, to)), ""]), file=sys.stderr)
+            found = PlanSummary(planned, to, sampled_doubts(planned, store) if looks else ())
+            print("\n".join([*notes, text.plan_text(found), ""]), file=sys.stderr)
         text.show(event, progress)
 
     try:

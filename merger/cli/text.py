@@ -145,9 +145,8 @@ def finding_text(found: Finding) -> str:
 
 
 def relations_text(related: Relations) -> str:
-    """How the parents relate, and what speaks against merging them."""
-    lines = ["", "parents", *(_relation_text(row) for row in (*related.overall, *related.layers))]
-    return join_lines([*lines, *(f"warning: {doubt}" for doubt in related.doubts)])
+    """How the parents relate."""
+    return join_lines(["", "parents", *(_relation_text(row) for row in (*related.overall, *related.layers))])
 
 
 def _relation_text(row: Relation) -> str:

@@ -1,26 +1,21 @@
-"""Looks at a few entries of each block on its way through, or of a plan's inputs alone: how they lie to each other.
+"""Looks at a few entries of each block on its way through: how a job's inputs lie to each other and to the result.
 
 Which entries are looked at depends on their places alone, so neither threads nor memory change what is found. Not here:
-what it means (planning.geometry, card.relations).
+what it means (planning.geometry, card.relations), and a look beforehand (run.look).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from merger.methods.steps.arithmetic import LANES
-from merger.methods.steps.dtypes import HELD, load
 from merger.methods.steps.rows import compare_rows
 from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry
-from merger.planning.inputs.base import Job, Stored
-from merger.planning.plan import Plan
-from merger.stores.ports import Reader, Store, Ticket
 
 _SMALL = 1 << 16
 _RUN = 64
@@ -113,51 +108,3 @@ def _runs(start: int, count: int, entries: int) -> NDArray[np.intp]:
     found = (np.arange(-(start % _PERIOD), count, _PERIOD)[:, None] + _OF_A_RUN).reshape(-1)
     found = found[(found >= 0) & (found < count)]
     return found if entries <= _STRETCH * _EVERY else found[(found + start) // _STRETCH % _EVERY == 0]
-
-
-# ---- inputs alone ---------------------------------------------------------------------------------------------------
-
-
-_JOBS = 32
-_ENTRIES = 16_384
-_READ_AHEAD_BYTES = 8 << 20
-
-
-def measure_geometry(plan: Plan, store: Store) -> Iterator[tuple[str, Geometry]]:
-    """The geometry of the inputs of some tensors, spread over the model; the result counts as zero.
-
-    Only of tensors that are merged as they are stored.
-
-    Raises:
-        ModelError: bytes of a model cannot be read.
-    """
-    merged = [job for job in plan.jobs if len(job.inputs) > 1 and job.entries and job.sources == job.reads]
-    chosen = merged[:: max(1, len(merged) // _JOBS)]
-    tickets = [_ticket(plan, entry) for job in chosen for entry in job.reads]
-    with closing(store.reader(tickets, _READ_AHEAD_BYTES)) as reader:
-        first = 0
-        for job in chosen:
-            yield job.name, _seen(job, reader, tickets, first)
-            first += len(job.reads)
-
-
-def _ticket(plan: Plan, entry: Stored) -> Ticket:
-    """A run of entries from the tensor's middle, the same in all of a job's inputs."""
-    tensor = entry.tensor
-    size = np.dtype(HELD[tensor.dtype]).itemsize
-    count = min(_ENTRIES, tensor.nbytes // size)
-    start = tensor.start + (tensor.nbytes // size - count) // 2 * size
-    return Ticket(plan.locked.models[entry.model].located, tensor.file, start, start + count * size)
-
-
-def _seen(job: Job, reader: Reader, tickets: list[Ticket], first: int) -> Geometry:
-    read = [_read(reader, tickets, first + place, entry) for place, entry in enumerate(job.reads)]
-    inputs = read if job.base is None else [tensor - read[-1] for tensor in read[:-1]]
-    return observe(inputs, np.zeros_like(inputs[0]), 0, _ENTRIES)
-
-
-def _read(reader: Reader, tickets: list[Ticket], number: int, entry: Stored) -> Array:
-    raw = bytearray(tickets[number].stop - tickets[number].start)
-    reader.read(number, 0, memoryview(raw))
-    bits = np.frombuffer(raw, HELD[entry.tensor.dtype])
-    return load(bits, entry.tensor.dtype, np.empty(len(bits), np.float32))

@@ -53,6 +53,17 @@ class Geometry:
         """The cosine of the angle between two of them; None where one is zero."""
         return cosine_of(self.products[one][other], self.products[one][one], self.products[other][other])
 
+    def whole(self, place: int) -> float:
+        """The squared norm of an input as it was before the base was subtracted."""
+        return self.products[place][place] + (self.base[-1] + 2 * self.base[place] if self.base else 0.0)
+
+    def base_cosine(self, place: int) -> float:
+        """The cosine of the angle between such an input and the base; 1 where there is none, or one is zero."""
+        if not self.base:
+            return 1.0
+        cosine = cosine_of(self.base[place] + self.base[-1], self.whole(place), self.base[-1])
+        return 1.0 if cosine is None else cosine
+
     def cosines(self) -> list[float]:
         """Those of all pairs of inputs."""
         pairs = ((one, other) for one in range(self.inputs) for other in range(one))

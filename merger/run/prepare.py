@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from merger.card.licences import refuse_licences
-from merger.card.relations import Relations, relations
 from merger.card.render import rehearse
 from merger.card.templates import own_templates
 from merger.errors import MismatchError, ModelError, Problem, RecipeError, Span, VerificationError
@@ -271,14 +270,3 @@ def _pins(path: Path, root: Path | None) -> dict[str, Pin]:
         return pins(read_named(str(path), root, limits.LOCK).decode("utf-8", "replace"), str(path))
     except ModelError as error:
         raise RecipeError(error.problems) from None
-
-
-def sample_relations(planned: Plan, store: Store) -> Relations:
-    """How the parents relate, by a sample of their tensors that is read now.
-
-    Raises:
-        ModelError: bytes of a model cannot be read.
-    """
-    from merger.engine.geometry import measure_geometry
-
-    return relations(planned, dict(measure_geometry(planned, store)))

@@ -226,12 +226,12 @@ class Bot:
         create_pr: bool = False,
         force: bool = False,
     ) -> None:
-        main = self._talk.main(event.repo)
+        main, words = self._talk.main(event.repo), plan_words(planned, event.repo)
         how = How(is_public=True, create_pr=create_pr, force=force)
         job = self._service.submit(MARK + author, self._token, text, event.repo, how)
         event = self._events.change(event, state="job", job=job.id, main=main, is_begun=False)
         place = place_words(self._service.queue.ahead(job))
-        self._say(event, f"{plan_words(planned, event.repo)}\n\n{place} {_FOLLOWS}")
+        self._say(event, f"{words}\n\n{place} {_FOLLOWS}")
 
     def _put_off(self, event: WebhookEvent, problems: Sequence[Problem], seconds: float = 0.0) -> None:
         """Wait for a while, and until the merge under way in its repo is over; that is said once."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from merger.card.facts import PlanSummary
 from merger.errors import Problem, RecipeError
 from merger.run.artifacts import card, elders
+from merger.run.look import sampled_doubts
 from merger.run.pipeline import place_of
 from merger.safety import secrets
 from merger.safety.names import HUB, need_repo
@@ -33,9 +34,13 @@ class Planned:
     store: Store = field(repr=False)
 
     def summary(self, to: str | None = None) -> PlanSummary:
-        """What page, API and bot tell of it, where it goes to this repo, or as the recipe says."""
+        """What page, API and bot tell of it, where it goes to this repo, or as the recipe says.
+
+        Raises:
+            ModelError: bytes of a model cannot be read.
+        """
         repo = to or self.recipe.publish.repo
-        return PlanSummary(self.plan, None if repo is None else HUB + repo)
+        return PlanSummary(self.plan, None if repo is None else HUB + repo, sampled_doubts(self.plan, self.store))
 
     def card(self) -> dict[str, bytes]:
         """The card's files, README.md and pictures, as far as they are known before anything is made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor
 import merger
 from merger.cli.commands import main
 from merger.engine.execute import Observed
-from merger.engine.geometry import measure_geometry, observe
+from merger.engine.geometry import observe
 from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry, dump_geometry, load_geometry, total_geometry
+from merger.run.look import sample_geometry, sampled_doubts
 from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
 
@@ -116,8 +118,8 @@ def test_ordinary_fine_tunes_raise_no_doubt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("method", "one", "other", "sentence"), [
     ("task_arithmetic", moved(1), moved(1, -0.01), "moved away from the base in opposite directions"),
-    ("task_arithmetic", moved(1), moved(1), "one and other are as good as the same"),
-    ("ties", dict, moved(2), "one is the base model, bit for bit: it adds nothing"),
+    ("task_arithmetic", moved(1), moved(1), "are as good as the same: their merge is either of them"),
+    ("ties", dict, moved(2), "one is the base model in all that was compared: it adds nothing"),
 ], ids=["opposite", "same", "base"])  # fmt: skip
 def test_a_merge_that_means_little_is_doubted(
     method: str, one: Edit, other: Edit, sentence: str, tmp_path: Path
@@ -129,18 +131,66 @@ def test_a_merge_that_means_little_is_doubted(
     assert "**Doubtful:**" in card
 
 
-def test_models_without_a_common_ancestor_are_doubted(tmp_path: Path) -> None:
-    """Their tensors are at right angles, so their mean is neither."""
+def strange(seed: int) -> Edit:
+    """Initialised apart: matrices at right angles, and norms near one as everywhere."""
 
-    def stranger(held: dict[str, Tensor]) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(9)
-        return {name: 0.1 * torch.randn(tensor.shape, generator=draw) for name, tensor in held.items()}
+    def edit(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        return {
+            name: tensor if tensor.dim() < 2 else 0.1 * torch.randn(tensor.shape, generator=draw)
+            for name, tensor in held.items()
+        }
 
-    def centred(held: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor - tensor.mean() for name, tensor in held.items()}
+    return edit
 
-    _, doubts = merged(tmp_path, "linear", centred, stranger, base=False)
-    assert any("one and other have no ancestor in common" in doubt for doubt in doubts)
+
+def scaled(by: float) -> Edit:
+    return lambda held: {name: by * tensor for name, tensor in held.items()}
+
+
+def then(first: Edit, second: Edit) -> Edit:
+    return lambda held: second(first(held))
+
+
+LINEAR, ADDED = "linear", "task_arithmetic"
+
+CASES: dict[str, tuple[str, Edit, tuple[Edit, ...], str | None]] = {
+    "fine-tunes": (ADDED, dict, (moved(1), moved(2)), None),
+    "fine-tunes that are averaged": (LINEAR, dict, (moved(1), moved(2)), None),
+    "fine-tunes that moved a ten-thousandth": (LINEAR, dict, (moved(1, 1e-5), moved(2, 1e-5)), None),
+    "one moved fifteen times as far": (ADDED, dict, (moved(1), moved(2, 0.15)), None),
+    "parents a tenth apart in size": (LINEAR, dict, (moved(1), scaled(1.1)), None),
+    "three of one family": (LINEAR, dict, (moved(1), moved(2), moved(3)), None),
+    "one parent alone": (ADDED, dict, (moved(1),), None),
+    "strangers": (LINEAR, dict, (dict, strange(2)), "m0 and m1 (cosine 0.0"),
+    "a stranger among three": (LINEAR, dict, (moved(1), strange(2), moved(3)), "m0 and m1 (cosine 0.0"),
+    "another base": (ADDED, strange(9), (moved(1), moved(2)), "m0 and m1 have no ancestor in common with the base"),
+    "one of another base": (ADDED, dict, (moved(1), strange(2)), "m1 has no ancestor in common with the base"),
+    "the base itself": (ADDED, dict, (dict, moved(2)), "m0 is the base model in all that was compared"),
+    "the base alone": (ADDED, dict, (dict,), "m0 is the base model in all that was compared"),
+    "one fine-tune twice": (ADDED, dict, (moved(1), moved(1)), "m0 and m1 (cosine 1.0000) are as good as the same"),
+    "one model twice": (LINEAR, dict, (dict, dict), "m0 and m1 (cosine 1.0000) are as good as the same"),
+    "undone": (ADDED, dict, (moved(1), moved(1, -0.01)), "m0 and m1 (cosine -1.00) moved away from the base"),
+    "one moved thirty times as far": (ADDED, dict, (moved(1), moved(2, 0.3)), "times) changed the base by"),
+    "one of twice the size": (LINEAR, dict, (moved(1), scaled(2.0)), "m0 and m1 (2.0 times) are of unequal size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_sample_tells_what_speaks_against_a_merge(
+    case: tuple[str, Edit, tuple[Edit, ...], str | None], tmp_path: Path
+) -> None:
+    """Before anything is made, in one sentence with the number; nothing where nothing does."""
+    method, base, edits, sentence = case
+    held = strange(0)(tiny.tensors(0, dtype=torch.float32))
+    tiny.write(tmp_path / "base", base(held))
+    for number, edit in enumerate(edits):
+        tiny.write(tmp_path / f"m{number}", edit(held))
+    named = ", ".join(f"{{model: {tmp_path}/m{number}}}" for number in range(len(edits)))
+    of = f"base_model: {tmp_path}/base\nparameters: {{weight: 0.5}}\n" if method == ADDED else ""
+    (tmp_path / "mine.yaml").write_text(f"merge_method: {method}\n{of}models: [{named}]\n")
+    found = sampled_doubts(*plan(read_recipe(tmp_path / "mine.yaml"), Options()))
+    assert [sentence is not None and sentence in doubt for doubt in found] == [True] * (sentence is not None)
 
 
 def test_threads_do_not_change_what_is_seen(tmp_path: Path) -> None:
@@ -160,6 +210,18 @@ def test_threads_do_not_change_what_is_seen(tmp_path: Path) -> None:
     assert len(seen[0]) > 10
 
 
+def test_a_sample_is_of_all_kinds_of_matrices_and_takes_few_ranges(tmp_path: Path) -> None:
+    """Of many parents fewer tensors are read: it is there within seconds, whatever a recipe names."""
+    many = [str(tmp_path / f"m{number}") for number in range(50)]
+    for name in many:
+        tiny.write(Path(name), tiny.tensors(0))
+    for models, tensors, kinds in (([f"{ZOO}/{name}" for name in ("base", "kjv", "python")], 32, 8), (many, 3, 3)):
+        named = [{"model": name} for name in models]
+        (tmp_path / "mine.yaml").write_text(f"merge_method: linear\nmodels: {named}\n")
+        seen = dict(sample_geometry(*plan(read_recipe(tmp_path / "mine.yaml"), Options())))
+        assert (len(seen), len({re.sub(r"\d+", "N", name) for name in seen})) == (tensors, kinds)
+
+
 def test_a_sample_tells_what_the_parents_changed_of_the_base(tmp_path: Path) -> None:
     """As of the whole tensors, where they are no larger than what is read of each."""
     (tmp_path / "mine.yaml").write_text(
@@ -168,12 +230,33 @@ def test_a_sample_tells_what_the_parents_changed_of_the_base(tmp_path: Path) -> 
     )
     base, *parents = ({name: each.float().numpy() for name, each in tiny.read(ZOO / of).items()}
                       for of in ("base", "kjv", "python"))  # fmt: skip
-    sampled = dict(measure_geometry(*plan(read_recipe(tmp_path / "mine.yaml"), Options())))
+    sampled = dict(sample_geometry(*plan(read_recipe(tmp_path / "mine.yaml"), Options())))
     small = {name: seen for name, seen in sampled.items() if base[name].size < 16_384}
     assert len(small) > 5
     for name, seen in small.items():
         deltas = [parent[name] - base[name] for parent in parents]
-        assert seen == observe(deltas, np.zeros_like(base[name]), 0, base[name].size), name
+        whole = observe(deltas, np.zeros_like(base[name]), 0, base[name].size, base[name])
+        np.testing.assert_allclose(seen.products, whole.products, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(seen.base, whole.base, rtol=1e-6, err_msg=name)
+        assert (seen.opposed, seen.sampled) == (whole.opposed, whole.sampled)
+
+
+def test_plan_and_run_look_at_the_parents_unless_told_not_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is merged: warnings by default, all rows where that is asked for."""
+    held, recipe = strange(0)(tiny.tensors(0)), tmp_path / "strange.yaml"
+    for number in range(2):
+        tiny.write(tmp_path / f"m{number}", strange(number)(held))
+    named = ", ".join(f"{{model: {tmp_path}/m{number}}}" for number in range(2))
+    recipe.write_text(f"merge_method: linear\nmodels: [{named}]\n")
+    sentence = "warning: m0 and m1 (cosine 0.0"
+    for words, told in (([], 1), (["--no-look"], 0), (["--look"], 1)):
+        assert main(["plan", str(recipe), *words]) == 0
+        assert capsys.readouterr().out.count(sentence) == told
+    for words, told in (([], 1), (["--no-look"], 0)):
+        assert main(["run", str(recipe), "--to", f"{tmp_path}/out{told}", *words]) == 0
+        assert capsys.readouterr().err.partition("made")[0].count(sentence) == told
 
 
 def test_plan_looks_at_the_parents_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -515,6 +515,8 @@ def test_a_pull_requests_plan_is_one_comment_kept_up_to_date(
         "`linear` (21 tensors)",
         "| memory |",
         "| time | about 1 min",
+        "have no ancestor in common: their mean is neither of them",
+        ", 2 warnings.",
     ):
         assert word in body
     head = clone.commit({"merges/mine.yaml": None})

@@ -222,6 +222,11 @@ class Job:
         return tuple(entry.statistic for entry in self.inputs if entry.statistic is not None)
 
     @property
+    def is_compared(self) -> bool:
+        """Whether it tells how models relate: a matrix of several. Vectors do not: norms are near one everywhere."""
+        return len(self.sources) > 1 and len(self.shape) > 1
+
+    @property
     def givers(self) -> tuple[int, ...]:
         """The numbers of the models and adapters that it takes anything of."""
         inputs = self.inputs if self.base is None else (*self.inputs, self.base)
