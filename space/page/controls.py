@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,6 +18,7 @@ from space.page.form import Form, ShownSetting
 
 PRIVATE = "private"
 _STEP = 0.01
+_CURVES = (Path(__file__).parent / "curves.js").read_text("utf-8")
 
 Updates = dict[Any, Any]
 """What an event of the page changes, by component."""
@@ -100,10 +102,17 @@ class Controls:
         key = (param.name, row)
         words = ", ".join(f"{number:g}" for number in value.numbers)
         info = f"{param.description} Numbers from the first layer to the last, as many as you like."
-        line = gr.Textbox(words, label=param.name, info=info, max_lines=1, interactive=True, **_keep("line", *key))
-        curve = gr.HTML(views.curves(value, name), **_keep("curve", *key))
+        how: dict[str, Any] = {"max_lines": 1, "interactive": True, "elem_classes": ["line"], **_keep("line", *key)}
+        line = gr.Textbox(words, label=param.name, info=info, **how)
+        curve = gr.HTML(_curve(value, name, param), js_on_load=_CURVES, **_keep("curve", *key))
         bend = partial(self._bend, param=param, row=row, name=name, curve=curve)
         on(line.input, bend, [self._text, line], [*self._parts, curve], key=("bend", *key))
+
+        def drag(text: str, moved: gr.EventData) -> Updates:
+            words = str(getattr(moved, "numbers", ""))
+            return {**bend(text, words), line: words}
+
+        on(curve.input, drag, [self._text], [*self._parts, curve, line], key=("drag", *key))
         same = gr.Button("The same for all layers", size="sm", elem_classes=["vary"], **_keep("same", *key))
 
         def level(text: str, words: str) -> str:
@@ -115,8 +124,13 @@ class Controls:
         numbers = form.parse_numbers(words)
         if not numbers:
             return {curve: "<p class='fine'>Write numbers with commas between them, such as 0, 0.5, 1.</p>"}
-        drawn = views.curves(ShownSetting({"": tuple(numbers)}), name)
+        drawn = _curve(ShownSetting({"": tuple(numbers)}), name, param)
         return {**self._check(form.with_value(text, row, param, numbers)), curve: drawn}
+
+
+def _curve(value: ShownSetting, name: str, param: Param) -> str:
+    """As it can be dragged."""
+    return views.curves(value, name, (*form.slider_range(param, 0.0), 1 if param.kind == "int" else _STEP))
 
 
 def _keep(*key: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from space.work.job_table import QueuedMerge
 MERGES = "/merges/"
 """Below it, each merge has a page by its id."""
 
-_WIDTH, _HEIGHT, _EDGE = 240, 64, 6
+_WIDTH, _HEIGHT, _EDGE = 240, 64, 8
 _WORDS = {
     "queued": "waits its turn",
     "running": "at work",
@@ -76,23 +77,34 @@ def _problem(kind: str, problem: Problem) -> str:
 # ---- curves ---------------------------------------------------------------------------------------------------------
 
 
-def curves(setting: ShownSetting, name: str) -> str:
-    """A parameter's values from the first layer to the last, one line for each filter."""
+def curves(setting: ShownSetting, name: str, scale: tuple[float, float, float] | None = None) -> str:
+    """A parameter's values from the first layer to the last, one line for each filter.
+
+    Args:
+        setting: the values.
+        name: the parameter's.
+        scale: the least value, the largest and the step between two, where the points of the one line can be moved.
+    """
     drawn = [(label, [y for y in line if math.isfinite(y)]) for label, line in setting.curves.items()]
     drawn = [(label, line) for label, line in drawn if line]
     values = [y for _, line in drawn for y in line]
     if not values:
         return ""
-    low, high = min(0.0, *values), max(1.0, *values)
+    least, most, step = scale or (0.0, 1.0, 0.0)
+    low, high = min(least, *values), max(most, *values)
     lines = "".join(_line(line, low, high, number) for number, (_, line) in enumerate(drawn))
     told = "; ".join(f"{label or 'all'}: {', '.join(f'{y:g}' for y in line)}" for label, line in drawn)
     rest = "the rest" if len(drawn) > 1 else "all tensors"
     key = "".join(
         f'<span class="curve c{number % 4}">{as_text(label or rest)}</span>' for number, (label, _) in enumerate(drawn)
     )
+    if scale:
+        lines += _points(values, low, high, name)
+    about = {"low": low, "high": high, "step": step, "top": _EDGE, "height": _HEIGHT - 2 * _EDGE}
     return (
-        f'<figure class="curves"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{as_text(name)} from the first layer to the last; {as_text(told)}">'
+        f'<figure class="curves"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="{"group" if scale else "img"}" '
+        f'aria-label="{as_text(name)} from the first layer to the last; {as_text(told)}" '
+        f"data-scale='{json.dumps(about)}'>"
         f'<line x1="{_EDGE}" x2="{_WIDTH - _EDGE}" y1="{_y(0, low, high)}" y2="{_y(0, low, high)}" class="zero"/>'
         f"{lines}</svg><figcaption>first layer <span>{key}</span> last layer</figcaption></figure>"
     )
@@ -100,9 +112,22 @@ def curves(setting: ShownSetting, name: str) -> str:
 
 def _line(values: Sequence[float], low: float, high: float, number: int) -> str:
     points = list(values) * 2 if len(values) == 1 else list(values)
-    step = (_WIDTH - 2 * _EDGE) / (len(points) - 1)
-    path = " ".join(f"{_EDGE + step * at:.1f},{_y(y, low, high)}" for at, y in enumerate(points))
+    path = " ".join(f"{_x(at, len(points))},{_y(y, low, high)}" for at, y in enumerate(points))
     return f'<polyline points="{path}" class="c{number % 4}"/>'
+
+
+def _points(values: Sequence[float], low: float, high: float, name: str) -> str:
+    """Sliders, as those who hear the page know them."""
+    return "".join(
+        f'<circle cx="{_x(at, len(values))}" cy="{_y(y, low, high)}" r="4" tabindex="0" role="slider" '
+        f'aria-orientation="vertical" aria-label="{as_text(name)}, point {at + 1} of {len(values)}" '
+        f'aria-valuemin="{low:g}" aria-valuemax="{high:g}" aria-valuenow="{y:g}"/>'
+        for at, y in enumerate(values)
+    )
+
+
+def _x(at: int, count: int) -> str:
+    return f"{_EDGE + (_WIDTH - 2 * _EDGE) / (count - 1) * at:.1f}"
 
 
 def _y(value: float, low: float, high: float) -> str:

@@ -157,7 +157,7 @@ class Scene:
         """Run the command, and wait for its end."""
         recipe = "afar" if to in (HUB, ACROSS) else "near"
         where = [f"hf://{REPO}" if to == HUB else "out", *(["--force"] if to == REPLACE else [])]
-        line = ["run", str(self._root / f"{recipe}.yaml"), "--to", *where, *SHARDS]
+        line = ["run", str(self._root / f"{recipe}.yaml"), "--to", *where, *SHARDS, "--no-look"]
         out, err = self._root / "out.txt", self._root / "err.txt"
         places = {"folder": str(self.folder), "temporary": str(self.temporary), "out": str(out), "err": str(err)}
         self.hub.clear_log()

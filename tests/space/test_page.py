@@ -118,14 +118,35 @@ def test_an_error_at_its_line(visit: Visit) -> None:
     assert "line 5" in problem.inner_text()
     fifth = visitor.page.locator("#recipe .cm-line").nth(4)
     assert fifth.evaluate("line => getComputedStyle(line).boxShadow") != "none"
-    visitor.write(good.replace("weight: 0.85", "weight: [0, 0.5, 1]", 1))
-    visitor.page.get_by_text("No problem found").wait_for()
-    curve = visitor.page.get_by_role("img", name="weight of maker/merger-zoo-kjv from the first layer to the last")
-    curve.wait_for()
-    assert "all: 0, 0.5, 1" in str(curve.get_attribute("aria-label"))
     visitor.write(good.replace("weight: 0.85", "weight: 0.3", 1))
+    visitor.page.get_by_text("No problem found").wait_for()
     number = visitor.page.get_by_label("number input for weight").first
     visitor.until(lambda: number.input_value() == "0.3")
+
+
+def test_a_curve_over_the_layers(visit: Visit) -> None:
+    """A list of numbers is drawn; a point that is dragged, or moved by keys, changes its number where it stands."""
+    visitor = visit()
+    visitor.write(visitor.recipe().replace("weight: 0.85", "weight: [0, 0.5, 1]  # mine", 1))
+    curve = visitor.page.get_by_role("group", name="weight of maker/merger-zoo-kjv from the first layer to the last")
+    curve.wait_for()
+    assert "all: 0, 0.5, 1" in str(curve.get_attribute("aria-label"))
+    point = visitor.page.get_by_role("slider", name="weight of maker/merger-zoo-kjv, point 2 of 3")
+    height = float(curve.evaluate("svg => svg.getBoundingClientRect().height"))
+    point.hover()
+    visitor.page.mouse.down()
+    at = point.bounding_box()
+    assert at is not None
+    x, y = at["x"] + at["width"] / 2, at["y"] + at["height"] / 2
+    visitor.page.mouse.move(x, y - height * 48 / 64 / 4, steps=3)  # a quarter of 0 to 2
+    visitor.page.mouse.up()
+    visitor.until(lambda: "weight: [0, 1, 1] " in visitor.recipe())
+    visitor.page.keyboard.press("ArrowUp")
+    visitor.page.keyboard.press("PageDown")
+    visitor.until(lambda: "weight: [0, 0.91, 1] " in visitor.recipe())
+    visitor.page.keyboard.press("End")  # the point drawn anew is still the one that the keys move
+    visitor.until(lambda: "weight: [0, 2, 1] " in visitor.recipe() and "# mine" in visitor.recipe())
+    assert visitor.page.locator(".line input, .line textarea").first.input_value() == "0, 2, 1"
 
 
 def test_nobody_is_signed_in(visit: Visit) -> None:
