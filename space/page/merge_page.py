@@ -5,13 +5,16 @@ It is plain HTML, brings itself up to date, and changes nothing. Not here: what 
 
 from __future__ import annotations
 
+import re
 import secrets
 from pathlib import Path
 from urllib.parse import quote
 
 from fastapi import FastAPI
+from markdown_it import MarkdownIt
 from starlette.responses import HTMLResponse, Response
 
+from merger.cli import markdown
 from merger.errors import MergerError
 from merger.safety.names import HUB
 from space.entry.door import page
@@ -23,6 +26,7 @@ from space.work.queue import MergeQueue
 
 _CSS = (Path(__file__).parent / "page.css").read_text("utf-8")
 _GONE = "There is no such merge here: the newest twenty of each user are kept."
+_FOLD = re.compile(r"</?details>|<summary>(.*)</summary>")
 _LOOKS = """
 :root { color-scheme: light dark; --border-color-primary: #d0d7de; --ground: #fff; --ink: #1f2328; }
 .dark { --border-color-primary: #444c56; --ground: #0d1117; --ink: #e6edf3; }
@@ -30,6 +34,9 @@ body { margin: 0; background: var(--ground); color: var(--ink); font: 1rem/1.5 s
 main { max-width: 760px; margin: 0 auto; padding: 1rem; }
 a { color: var(--c0); }
 pre { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: .6rem .8rem; }
+details > summary { cursor: pointer; font-weight: 600; padding: .4rem 0; }
+table { display: block; max-width: 100%; overflow-x: auto; border-collapse: collapse; }
+td, th { border: 1px solid var(--border-color-primary); padding: .25rem .6rem; text-align: left; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 _SCRIPT = """
@@ -76,7 +83,7 @@ def _body(job: QueuedMerge, ahead: int) -> str:
     again = f'<a href="/?recipe={quote(job.recipe, safe="")}">Open this recipe in the Space</a>'
     return (
         f'<main><h1>{as_text(job.to.removeprefix(HUB))}</h1><div id="state" aria-live="polite"{is_open}>'
-        f'{views.job(job, ahead)}</div><div id="use">{_use(job)}</div>'
+        f'{views.job(job, ahead)}</div><div id="use">{_use(job)}{_card(job)}</div>'
         f'<h2>Log</h2><div id="log">{views.log(job)}</div>'
         f'<h2>Recipe</h2><pre tabindex="0">{as_text(job.recipe)}</pre><p>{again}</p></main>'
     )
@@ -98,6 +105,13 @@ def _use(job: QueuedMerge) -> str:
     }
     told = "".join(f'<h3>{words}</h3><pre tabindex="0">{as_text(way)}</pre>' for words, way in ways.items())
     return f"<h2>Use it</h2>{told}"
+
+
+def _card(job: QueuedMerge) -> str:
+    """The model card without its pictures; what is folded in it stands under a heading."""
+    text = _FOLD.sub(lambda found: f"#### {found[1]}" if found[1] else "", markdown.card_preview(job.card))
+    shown = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    return f"<details><summary>Its model card</summary>{shown}</details>" if job.card else ""
 
 
 def _gguf(recipe: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -74,6 +74,7 @@ class QueuedMerge:
         problems: why it failed.
         where, commit: the result.
         is_new: whether this job put it there.
+        card: the result's, where this job put it there.
         how: how it is made besides.
     """
 
@@ -95,6 +96,7 @@ class QueuedMerge:
     where: str = ""
     commit: str = ""
     is_new: bool = False
+    card: str = field(default="", repr=False)
     how: How = DEFAULT
 
     @property

@@ -234,7 +234,7 @@ def _outcome(job: QueuedMerge, token: Token, told: Mapping[str, Any]) -> dict[st
     """What is known of a job once its worker has ended."""
     if "where" in told:
         lines = (*job.log, *(f"warning: {doubt}" for doubt in told["doubts"]))
-        found = {"where": told["where"], "commit": told["commit"], "is_new": told["is_new"]}
+        found = {name: told[name] for name in ("where", "commit", "is_new", "card")}
         return {"state": "done", "made": job.total, "ended": time.time(), "log": lines, **found}
     if time.time() > token.expires:
         return {"state": "waiting"}

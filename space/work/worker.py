@@ -125,4 +125,5 @@ def _make(asked: dict[str, Any], out: TextIO) -> None:
         show(event, progress)
 
     result = merge(planned, store, options, tell)
-    progress.tell(where=result.where, commit=result.commit or "", is_new=result.is_new, doubts=result.doubts)
+    about = {"where": result.where, "commit": result.commit or "", "is_new": result.is_new, "card": result.card}
+    progress.tell(**about, doubts=result.doubts)

@@ -55,9 +55,12 @@ def space(
     found.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def launch() -> Iterator[Callable[[list[str]], Browser]]:
-    """Starts the Chromium of this machine, such as Debian's, with arguments; all end with the tests."""
+    """Starts the Chromium of this machine, such as Debian's, with arguments; all end with a file of tests.
+
+    As long as Playwright is there, its loop counts as running, and no test can run another one in this thread.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested where playwright is installed")
     if CHROMIUM is None:
         pytest.skip("the page is tested where there is Chromium: apt-get install chromium")
@@ -73,7 +76,7 @@ def launch() -> Iterator[Callable[[list[str]], Browser]]:
             each.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(launch: Callable[[list[str]], Browser]) -> Browser:
     """A browser that knows no other machine."""
     return launch(ALONE)

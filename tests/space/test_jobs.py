@@ -336,7 +336,7 @@ def test_a_token_that_ends(make_queue: MakeQueue) -> None:
     until(queue, job, "done")
 
 
-PUBLISHED = {"where": "there", "commit": "c0ffee", "is_new": True, "doubts": ["odd"]}
+PUBLISHED = {"where": "there", "commit": "c0ffee", "is_new": True, "card": "", "doubts": ["odd"]}
 OUTCOMES: list[tuple[Token, dict[str, Any], dict[str, Any]]] = [
     # the token, what the worker told, and some of what the job is then
     (ALICE, PUBLISHED, {"state": "done", "made": 9, "log": ("warning: odd",), "commit": "c0ffee"}),

@@ -27,6 +27,24 @@ parameters: {weight: 1}
 models: [{model: org/a}, {model: org/b}]
 publish: {gguf: [Q8_0]}
 """
+CARD = """\
+---
+license: mit
+---
+# made
+
+A merge of [a](/org/a).
+
+![Lineage](pictures/lineage.png)
+
+<details>
+<summary>All of it</summary>
+
+| one | two |
+|---|---|
+
+</details>
+"""
 JOB = QueuedMerge("id-1", "alice", RECIPE, "hf://alice/made", {}, 1_000_000, created=1_700_000_000.0)
 Open = Callable[[QueuedMerge, str], Any]
 
@@ -60,8 +78,9 @@ def words(page: str) -> str:
             ["is published", "ended 2023-11-14 22:15 UTC", "transformers chat alice/made",
              'AutoModelForCausalLM.from_pretrained("alice/made")', "llama-cli -hf alice/made:Q8_0"],
         ),
+        ({"state": "done", "card": CARD}, ["Its model card made A merge of a . All of it one two"]),
     ],
-    ids=["queued", "running", "failed", "done"],
+    ids=["queued", "running", "failed", "done", "with its card"],
 )  # fmt: skip
 def test_each_state(opened: Open, changes: dict[str, Any], told: list[str]) -> None:
     """How far it is with dates and bytes, why it failed, or how the result is used; it looks again until it is over."""
@@ -73,11 +92,15 @@ def test_each_state(opened: Open, changes: dict[str, Any], told: list[str]) -> N
 
 
 def test_words_of_others_are_text(opened: Open) -> None:
-    """In name, log, problems and recipe."""
+    """In name, log, problems, recipe and card."""
     job = replace(JOB, to=f"hf://a/{HOSTILE}", log=(HOSTILE,), problems=(HOSTILE,), recipe=HOSTILE, state="failed")
     body = opened(job).text.partition("<body>")[2]
     assert "\\x1b" in body
     assert [each for each in obeyed(body) if "a line" not in each] == []
+    card = f"# {HOSTILE}\n\n<script>alert(1)</script> [go](javascript:alert) ![see](https://evil.example)\n"
+    body = opened(replace(job, state="done", log=(), problems=(), recipe="", card=card)).text.partition("<body>")[2]
+    assert "\\x1b" in body
+    assert [each for each in ("\x1b", "<script", 'href="javascript') if each in body] == []
 
 
 def test_what_is_not_there(opened: Open) -> None:
