@@ -195,13 +195,54 @@ def test_nothing_typed_is_lost(visit: Visit, hub: LoopbackHub) -> None:
     visitor.page.locator("#refused").get_by_text("there is no recipe in maker/nothing").wait_for()
 
 
+def reach(visitor: Visitor, selector: str) -> None:
+    """Press Tab until the focus is there; in the editor a Tab indents, unless Escape is pressed before."""
+    keys, reached = visitor.page.keyboard, list[str]()
+    for _ in range(60):
+        keys.press("Escape")
+        keys.press("Tab")
+        reached.append(str(visitor.page.evaluate("document.activeElement.outerHTML.slice(0, 90)")))
+        if visitor.page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+    raise AssertionError(f"no way to {selector}: {reached}")
+
+
+@thorough_only
+def test_the_whole_way_by_keyboard(visit: Visit, hub: LoopbackHub) -> None:
+    """Signing in, editing, planning, merging and opening the result, without a mouse and in the order of the page."""
+    alice = visit(fresh=True)
+    keys = alice.page.keyboard
+    reach(alice, "#top button, #top a")
+    keys.press("Enter")
+    alice.page.get_by_role("link", name="Authorize as alice").wait_for()
+    reach(alice, "a[href*=alice]")
+    keys.press("Enter")
+    alice.page.get_by_role("button", name="Logout (alice)").wait_for()
+    alice.until(lambda: "repo: alice/" in alice.recipe())
+    reach(alice, "#recipe .cm-content")
+    keys.press("Control+a")
+    keys.insert_text(alice.recipe().replace(f"alice/{FIRST}", "alice/by-keys"))
+    alice.until(lambda: alice.page.locator("#repo input, #repo textarea").first.input_value() == "alice/by-keys")
+    reach(alice, "#plan")
+    keys.press("Enter")
+    alice.page.locator("#table").get_by_text("about 1 min").wait_for()
+    reach(alice, "#merge")
+    keys.press("Enter")
+    alice.page.locator("#job .state.done").get_by_text("alice/by-keys").wait_for()
+    reach(alice, "#job a[href$='/alice/by-keys']")
+    with alice.context.expect_page() as opened:
+        keys.press("Enter")
+    assert opened.value.url == f"{hub.url}/alice/by-keys"
+    reach(alice, "#job a[href^='/merges/']")
+
+
 @thorough_only
 def test_a_repo_that_holds_a_model(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
     """Plan tells it with what can be done: a new name, a pull request, or a commit in its place; no job fails of it."""
     alice = visit("alice")
     named(alice, "alice/taken")
     alice.click("button", "Merge and publish")
-    alice.job("done")
+    alice.page.locator("#job .state.done").get_by_text("alice/taken").wait_for()
     alice.write(alice.recipe().replace("weight: 0.85", "weight: 0.31", 1))
     alice.click("button", "Plan")
     alice.page.locator("#refused").get_by_text("alice/taken already holds a model").wait_for()
@@ -224,12 +265,26 @@ def test_a_repo_that_holds_a_model(visit: Visit, hub: LoopbackHub, space: Served
         "asked for",
         "AutoModelForCausalLM",
         "transformers chat alice/taken",
+        "Its model card",
         "made model-00001",
     ):
         assert words in told
     bob.page.get_by_role("link", name="Open this recipe in the Space").click()
     bob.ready()
     bob.until(lambda: "repo: alice/taken\n" in bob.recipe())
+    main = published(hub, "alice/taken")
+    alice.write(alice.recipe().replace("weight: 0.31", "weight: 0.32", 1))
+    alice.click("button", "Plan")
+    alice.click("radio", "Open a pull request on it")
+    alice.click("button", "Merge and publish")
+    link = alice.page.get_by_role("link", name="open it on the Hub")
+    alice.until(lambda: "/alice/taken/discussions/" in str(link.get_attribute("href")))
+    (pull,) = hub.discussions("alice/taken")
+    assert (pull.status, str(link.get_attribute("href")).rpartition("/")[2]) == ("open", str(pull.num))
+    assert published(hub, "alice/taken") == main
+    offered = hub.files("alice/taken", f"refs/pr/{pull.num}")
+    assert b"weight: 0.32" in offered["recipe.yaml"]
+    assert sorted(name for name in offered if name.endswith(".safetensors")) == sorted(main)
 
 
 def test_the_tab_is_closed(visit: Visit, hub: LoopbackHub) -> None:
