@@ -232,7 +232,7 @@ def _figures(found: QueuedMerge, share: float) -> str:
 
 def _dates(found: QueuedMerge) -> str:
     moments = {"asked for": found.created, "begun": found.started, "ended": found.ended}
-    told = [f"{word} {_moment(at)}" for word, at in moments.items() if at]
+    told = [f"<span>{word} {_moment(at)}</span>" for word, at in moments.items() if at]
     if found.ended and found.started:
         told.append(f"took {found.ended - found.started:.0f} s")
     return " · ".join(told)

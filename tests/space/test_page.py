@@ -458,6 +458,9 @@ def test_axe_finds_nothing(visit: Visit, dark: bool) -> None:
     visitor.write(good.replace("weight: 0.85", "wieght: 0.85", 1))
     visitor.page.locator("#problems li.error").wait_for()
     assert found() == []
+    visitor.write(good.replace("weight: 0.85", "weight: [0, 0.5, 1]", 1))
+    visitor.page.get_by_role("slider", name="weight of maker/merger-zoo-kjv, point 2 of 3").wait_for()
+    assert found() == []
     visitor.write(good)
     visitor.page.get_by_text("No problem found").wait_for()
     visitor.click("button", "Merge and publish")
