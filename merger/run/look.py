@@ -55,15 +55,20 @@ def sample_geometry(planned: Plan, store: Store) -> Iterator[tuple[str, Geometry
     Raises:
         ModelError: bytes of a model cannot be read.
     """
-    merged = [job for job in planned.jobs if job.is_compared and job.entries and job.sources == job.reads]
-    chosen = list(_spread(merged, min(_JOBS, _RANGES // max((len(job.reads) for job in merged), default=1))))
-    tickets = [_ticket(planned, entry) for job in chosen for entry in job.reads]
+    merged = [job for job in planned.jobs if job.is_compared and job.entries and len(_stored(job)) == len(job.sources)]
+    chosen = list(_spread(merged, min(_JOBS, _RANGES // max((len(job.sources) for job in merged), default=1))))
+    tickets = [_ticket(planned, entry) for job in chosen for entry in _stored(job)]
     with closing(store.reader(tickets, _READ_AHEAD_BYTES)) as reader:
         first = 0
         for job in chosen:
-            rows = [_read(reader, first + place, tickets[first + place], of) for place, of in enumerate(job.reads)]
+            rows = [_read(reader, first + place, tickets[first + place], of) for place, of in enumerate(_stored(job))]
             yield job.name, _geometry(np.array(rows), job)
             first += len(rows)
+
+
+def _stored(job: Job) -> list[Stored]:
+    """Those of its sources that are read as they are stored, the base last."""
+    return [source for source in job.sources if isinstance(source, Stored)]
 
 
 def _spread(jobs: Sequence[Job], most: int) -> Iterator[Job]:
