@@ -16,7 +16,7 @@ import tiny
 from calls import WRITER, Command
 from loopback import Client, LoopbackHub, Request
 
-SHARD = ("--shard-size", "9kB")
+SHARD = ("--shard-size", "9kB", "--no-look")
 NAMES = ("base", "one", "two")
 FILES = tuple(f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 MODELS = """\
@@ -174,7 +174,7 @@ def run(home: Path, folder: Path, command: Command, hub: LoopbackHub, *options: 
     """Merge into a folder; how many bytes of large files were downloaded."""
     hub.clear_log()
     done = command(
-        "run", f"{method}.yaml", "--to", "out", "--force", *options,
+        "run", f"{method}.yaml", "--to", "out", "--force", "--no-look", *options,
         cwd=folder, hub=hub, env={"HF_HOME": str(home)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
