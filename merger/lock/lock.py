@@ -306,12 +306,12 @@ class _Fetching:
         )
 
     def adapter(self, ref: ModelRef) -> LockedModel:
-        located, config = self._located(ref), dict[str, object]()
+        located = self._located(ref)
         file = adapter_file(located)
         refuse_barred(located, {})
+        config = read_json(located, adapters.CONFIG, self.store) if adapters.CONFIG in located.files else {}
         tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, file, self.tally)}
         if adapters.CONFIG in located.files:
-            config |= read_json(located, adapters.CONFIG, self.store)
             lora = (adapters.read_mlx if file == adapters.OF_MLX else adapters.read_adapter)(config, tensors)
         elif not pipelines.holds_lora(tensors):
             raise without_config(OF_PEFT)

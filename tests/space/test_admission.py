@@ -74,6 +74,7 @@ WORDS |= {
     "Checkpoints.by",
     "Publish.license_override",
     "Publish.gguf",
+    "Publish.fp8",
     "Publish.left_out",
     "TokenRow.source",
     "Tokenizer.source",
