@@ -7,13 +7,13 @@ finished blocks (execute).
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,11 +36,13 @@ from merger.planning.inputs.base import Input, Job, JoinedJob, StageTensor, Stor
 from merger.planning.inputs.derived import Routed
 from merger.planning.inputs.low_rank import Factor
 from merger.planning.jobs.common import arguments
+from merger.planning.plan import identify
 from merger.stores.ports import Reader
 
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]
 _SPOOL_BYTES = 8 << 20
+_REMEMBERED = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,31 @@ def blocks(job: Job, method: Method) -> list[Block]:
     return [Block(start, min(start + step, size)) for start in range(0, size, step)]
 
 
+class Memo:
+    """What methods measured of whole tensors, by all that it depends on: for who makes the same merge again and again.
+
+    What was used last stays, of as many as `_REMEMBERED`.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, measure: Callable[[], T]) -> T:
+        """What `measure` returned under this key, or returns now; two threads may both ask it."""
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                known: T = self._known[key]
+                return known
+        found = measure()
+        with self._lock:
+            self._known[key] = found
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        return found
+
+
 @dataclass(eq=False)
 class JobRunner:
     """The arithmetic of one job, whether its result is the output's or only a stage's.
@@ -69,6 +96,7 @@ class JobRunner:
         origin: where the inputs' entries come from.
         whole: the output's tensor that it is made for.
         measured: what the method measured of the whole tensor, once it is known.
+        memo: what was measured before; with one nothing is noted of how inputs and result lie to each other.
     """
 
     job: Job
@@ -78,6 +106,7 @@ class JobRunner:
     origin: Any
     whole: Job
     measured: Any = None
+    memo: Memo | None = None
     seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -86,10 +115,18 @@ class JobRunner:
 
     def measure(self) -> None:
         """Let the method see the whole tensor, block by block."""
-        if self.method.measure is not None:
-            given = {**self._arguments, "rng": Rng(self.seed, self.job.name)}
-            with self._explain():
-                self.measured = self.method.measure(_Blocks(self), **declared(self.method.measure, given))
+        if (measure := self.method.measure) is None:
+            return
+        own, drawn = declared(measure, self._arguments), declared(measure, {"rng": Rng(self.seed, self.job.name)})
+        measured = partial(measure, _Blocks(self), **own, **drawn)
+        with self._explain():
+            self.measured = measured() if self.memo is None else self.memo.get((self._subject, repr(own)), measured)
+
+    @property
+    def _subject(self) -> Hashable:
+        """What is measured: by which method, the tensors that go in, and where that is computed."""
+        bare = tuple(replace(operand, settings={}) for operand in self.job.inputs)
+        return self.method.name, identify(replace(self.job, inputs=bare, settings={})), self.seed, self.device
 
     @contextmanager
     def _explain(self) -> Iterator[None]:
@@ -108,7 +145,8 @@ class JobRunner:
         """
         held = np.dtype(HELD[self.job.dtype])
         made = out[: (block.stop - block.start) * held.itemsize].view(held)
-        sample = None if block.start in self.seen else BlockSample(block.start, block.stop, self.job.entries)
+        unseen = self.memo is None and block.start not in self.seen
+        sample = BlockSample(block.start, block.stop, self.job.entries) if unseen else None
         with self._explain(), tile():
             loaded = self.load(block)
             for start, stop in self.tiles(block):
@@ -211,6 +249,7 @@ class Work:
         pairs: what two jobs of the run make together; None: this one is alone.
         allow: whether a parent's entries may be NaN or infinite.
         memory: what may be taken for tensors that are read more than once; None: they are kept on disk.
+        memo: of `JobRunner`.
     """
 
     def __init__(
@@ -225,15 +264,16 @@ class Work:
         pairs: RunPairs | None = None,
         allow: bool = False,
         memory: Allowance | None = None,
+        memo: Memo | None = None,
     ) -> None:
         self.job, self.method, self._pairs = job, table[job.method], pairs or RunPairs()
         self._allow, self.odd = allow, dict[tuple[Stored | StageTensor, int], int]()
         self.prepared: Future[None] | None = None
         self._reader, self._needs, self._routers = reader, needs(job, table), routers
         self._tickets = {stored: first + place for place, stored in enumerate(job.reads)}
-        self._making = JobRunner(job, self.method, seed, device, self, job)
+        self._making = JobRunner(job, self.method, seed, device, self, job, memo=memo)
         self._stages = {
-            made: JobRunner(made.job, table[made.job.method], made.seed, device, self, job)
+            made: JobRunner(made.job, table[made.job.method], made.seed, device, self, job, memo=memo)
             for made in self._needs.stages
         }
         self._spool = Spool(memory or Allowance(0))

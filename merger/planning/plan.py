@@ -543,6 +543,11 @@ def _stages(jobs: Sequence[Job]) -> tuple[StageTensor, ...]:
     return tuple(made for job in jobs for made in below(job, seen))
 
 
+def identify(job: Job) -> str:
+    """What decides the bytes of a job's result, beside the plan's seed and the models' bytes."""
+    return _ENCODER.encode([job, *([made, made.job] for made in below(job, set()))])
+
+
 _ENCODER = json.JSONEncoder(sort_keys=True, check_circular=False, default=methodcaller("encode"))
 """Of what a job is made of."""
 
