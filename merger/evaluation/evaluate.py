@@ -208,9 +208,9 @@ def measure(
         on_event(Measured(scores))
         found.extend(scores)
 
-    with _folder() as folder:
+    with temporary_folder() as folder:
         session.export(folder)
-        _write(folder, files)
+        write_files(folder, files)
         try_out(folder, None)
     for model in planned.locked.merged if evaluate.parents else ():
         if model.ref.adapter is not None:
@@ -218,19 +218,24 @@ def measure(
         if model.located.commit is None:
             try_out(Path(model.located.where), display_name(model))
             continue
-        with _folder() as folder:
+        with temporary_folder() as folder:
             _copy(model, store, folder)
             try_out(folder, display_name(model))
     return tuple(found)
 
 
-def _write(folder: Path, files: Mapping[str, Content]) -> None:
+def write_files(folder: Path, files: Mapping[str, Content]) -> None:
+    """Put small files into a folder.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
     for name, content in files.items():
         write(content, folder / name)
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     """A temporary folder, which the next run removes if this one is killed."""
     sweep()
     scratch = Scratch()
@@ -259,7 +264,7 @@ def _copy(model: LockedModel, store: Library, folder: Path) -> None:
     weights = sorted({tensor.file for tensor in model.checkpoint.tensors.values()})
     small = [name for name in ("config.json", index_name(model.checkpoint.stem)) if name in located.files]
     beside = [*small, *side_files(located.files, config)]
-    _write(folder, dict(zip(beside, store.taken([(located, name) for name in beside]), strict=True)))
+    write_files(folder, dict(zip(beside, store.taken([(located, name) for name in beside]), strict=True)))
     tickets = [Ticket(located, name, 0, located.files[name].size) for name in weights]
     with closing(store.reader(tickets, _READ_AHEAD_BYTES)) as reader:
         for number, ticket in enumerate(tickets):

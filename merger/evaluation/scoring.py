@@ -33,13 +33,13 @@ def main() -> int:
         os.environ.update(asked["tokens"])  # a task's data may be gated
         answer = _answer(asked)
     except Exception as error:  # whatever goes wrong in a stranger's model or task is told, not thrown
-        answer = {"error": _shorten_error(error)}
+        answer = {"error": shorten_error(error)}
     json.dump(answer, answer_to)
     answer_to.close()
     return 0
 
 
-def _shorten_error(error: Exception) -> str:
+def shorten_error(error: Exception) -> str:
     """Its kind and the beginning of its words, without the signatures of addresses."""
     words = re.sub(r"\?\S+", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {words[:_MESSAGE_LETTERS]}"
