@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merger.errors import Problem, Span
-from merger.recipe.searched import Search
+from merger.recipe.searched import Searched
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -455,7 +455,7 @@ class Recipe:
     chat_template: ChatTemplate | None = None
     evaluate: Evaluate | None = None
     publish: Publish = field(default_factory=Publish)
-    search: Search | None = None
+    search: Searched | None = None
     lora: Lora | None = None
     mixture: Mixture | None = None
     warnings: tuple[Problem, ...] = field(default=(), compare=False)

@@ -22,7 +22,7 @@ from merger.recipe.blocks.tokenizer import chat_template, tokenizer
 from merger.recipe.checks import Choice, Found
 from merger.recipe.mergekit import FLOAT64
 from merger.recipe.model import ModelRef, Module, Parameters, Publish, Recipe, Rule, Setting, Slice, Source, Taken
-from merger.recipe.searched import Search, Values, fill
+from merger.recipe.searched import Searched, Values, fill_holes
 from merger.recipe.spans import Documents, Node, number
 from merger.recipe.values import (
     UNREADABLE,
@@ -134,7 +134,7 @@ def parse(text: str, path: str, table: Mapping[str, Method], drawn: Values | Non
 
 
 def _searched(
-    search: Search,
+    search: Searched,
     documents: Documents,
     path: str,
     text: str,
@@ -147,7 +147,7 @@ def _searched(
     recipes, warnings = list[Recipe](), list[Mapping[tuple[Span, str], Problem]]()
     for values in search.probes() if drawn is None else (drawn,):
         nodes, found = search.nodes(values), Notes(errors=notes.errors)
-        recipes.append(_documents(documents, [fill(root, nodes) for root in roots], path, text, table, found))
+        recipes.append(_documents(documents, [fill_holes(root, nodes) for root in roots], path, text, table, found))
         warnings.append(found.warnings)
     notes.warnings |= {key: each for key, each in warnings[0].items() if all(key in others for others in warnings)}
     for what, is_there in (("an adapter", recipes[0].lora), ("a mixture of experts", recipes[0].mixture)):

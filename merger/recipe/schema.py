@@ -36,7 +36,7 @@ from merger.recipe.model import (
     TokenOf,
     TokenRow,
 )
-from merger.recipe.searched import Hole, Objective, Search
+from merger.recipe.searched import Hole, Objective, Searched
 from merger.safety import names, numbers
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ def _hole() -> Json:
 
 def _search() -> Json:
     number, count = {"type": ["number", "string", "null"], "pattern": _NUMERIC}, _or_null(_whole(numbers.COUNT))
-    described = _describe_fields(Search) | _describe_fields(Objective) | _SEARCH_WORDS
+    described = _describe_fields(Searched) | _describe_fields(Objective) | _SEARCH_WORDS
     shapes = dict.fromkeys(searching.KINDS, _text()) | {"limit": count, "column": _text()}
     objective = _map(searching.OBJECTIVE, described, shapes | dict.fromkeys(("weight", "guard"), number))
     shapes = {

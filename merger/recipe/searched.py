@@ -65,7 +65,7 @@ class Hole:
     @property
     def labels(self) -> tuple[str, ...]:
         """The choices' texts."""
-        return tuple(map(label, self.choices))
+        return tuple(map(choice_text, self.choices))
 
     def number_at(self, share: float) -> float:
         """The number so far along its range, 0 for its low end and 1 for its high one."""
@@ -119,7 +119,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Search:
+class Searched:
     """How the numbers of a recipe are searched: its `search:` block, and the holes that it is for.
 
     Args:
@@ -217,23 +217,23 @@ def _share(names: Sequence[str], values: Values, total: float) -> Values:
     return dict(zip(names, [*found, max(0.0, round(total - math.fsum(found), 10))], strict=True))
 
 
-def label(node: Node) -> str:
+def choice_text(node: Node) -> str:
     """A choice as text, as the study's table has it."""
     if isinstance(node, Scalar):
         return str(node.value).lower() if isinstance(node.value, bool) else str(node.value)
     items = node.items if isinstance(node, spans.Sequence) else [entry.value for entry in node.entries]
-    return f"[{', '.join(map(label, items))}]"
+    return f"[{', '.join(map(choice_text, items))}]"
 
 
-def fill(node: Node, nodes: Mapping[Span, Node]) -> Node:
+def fill_holes(node: Node, nodes: Mapping[Span, Node]) -> Node:
     """The tree with what stands in the place of its holes, by where they stand."""
     if isinstance(node, Scalar):
         return node
     if node.at in nodes and is_hole(node):
         return nodes[node.at]
     if isinstance(node, spans.Sequence):
-        return replace(node, items=tuple(fill(item, nodes) for item in node.items))
-    return replace(node, entries=tuple(replace(entry, value=fill(entry.value, nodes)) for entry in node.entries))
+        return replace(node, items=tuple(fill_holes(item, nodes) for item in node.items))
+    return replace(node, entries=tuple(replace(entry, value=fill_holes(entry.value, nodes)) for entry in node.entries))
 
 
 def is_hole(node: Node) -> bool:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from merger.errors import Span, did_you_mean
 from merger.recipe import spans
 from merger.recipe.blocks.evaluate import HUB_FILE
-from merger.recipe.searched import KEY, Hole, Objective, Search, is_hole, label
+from merger.recipe.searched import KEY, Hole, Objective, Searched, choice_text, is_hole
 from merger.recipe.spans import Mapping, Node, Scalar, number
 from merger.recipe.values import Fields, Notes, Value, identity
 from merger.safety.numbers import COUNT, MINUTES, SEED, Range
@@ -74,7 +74,7 @@ _ASIDE = ("tokenizer",)
 """Its tokens may be called search, as modules may."""
 
 
-def find_search(roots: Sequence[Node], notes: Notes) -> Search | None:
+def find_search(roots: Sequence[Node], notes: Notes) -> Searched | None:
     """The holes of a file's documents and the block that says how they are searched; None where nothing is.
 
     Args:
@@ -314,7 +314,7 @@ def _choice(wanted: Value, fields: Fields, hole: Hole, found: _Found) -> Hole | 
     if not items:
         return None
     start = fields.get("start")
-    given = label(start.node) if start else hole.labels[0]
+    given = choice_text(start.node) if start else hole.labels[0]
     if start and given not in hole.labels:
         start.error(f"{given} is none of the choices", did_you_mean(given, hole.labels))
     return replace(hole, start=given)
@@ -323,13 +323,13 @@ def _choice(wanted: Value, fields: Fields, hole: Hole, found: _Found) -> Hole | 
 # ---- the block ------------------------------------------------------------------------------------------------------
 
 
-def _search(place: Value, holes: tuple[Hole, ...]) -> Search | None:
+def _search(place: Value, holes: tuple[Hole, ...]) -> Searched | None:
     fields = place.fields("a map with the key objectives", SEARCH)
     if fields is None:
         return None
     needed = fields.need("objectives", f"write {_OBJECTIVES}")
     report, storage, minutes = fields.get("report"), fields.get("storage"), fields.get("minutes")
-    found = Search(
+    found = Searched(
         holes,
         _objectives(needed) if needed else (),
         _objectives(report) if report else (),
@@ -422,7 +422,7 @@ def _check_source(place: Value, kind: str, text: str) -> None:
         place.error(f"{text!r} names no file at a revision", hint)
 
 
-def _check_objectives(found: Search, fields: Fields) -> None:
+def _check_objectives(found: Searched, fields: Fields) -> None:
     """Whether the objectives go together, and with the sampler, and whether the report is another split."""
     place = fields.places.get("objectives", fields.place)
     if found.objectives and not found.aims:
@@ -437,7 +437,7 @@ def _check_objectives(found: Search, fields: Fields) -> None:
     _check_report(found, fields)
 
 
-def _check_report(found: Search, fields: Fields) -> None:
+def _check_report(found: Searched, fields: Fields) -> None:
     report = fields.get("report")
     if report is None:
         what = "without report: nothing tells how much better the found numbers are on texts that no trial saw"
