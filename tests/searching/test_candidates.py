@@ -1,4 +1,4 @@
-"""A candidate that is made in a model's own memory is what a run writes, bit for bit, whatever was made there before."""
+"""A candidate made in a model's own memory is what a run writes, bit for bit, whatever was made there before."""
 
 from __future__ import annotations
 
@@ -50,16 +50,23 @@ CASES: Mapping[str, tuple[str, str]] = {
     "model_stock": ("", BASE + TWO),
     "tsvm": ("weight: {a}", BASE + TWO),
 }
-FORMS: Mapping[str, str] = {
-    "two stages": "name: first\nmerge_method: ties\nbase_model: {base}\nmodels:\n"
-    "  - {{model: {one}, parameters: {{weight: {a}, density: {b}}}}}\n  - {{model: {two}, parameters: {{weight: 0.4, density: 0.5}}}}\n"
-    "---\nmerge_method: linear\nmodels:\n  - {{model: first, parameters: {{weight: {a}}}}}\n  - {{model: {two}, parameters: {{weight: 0.5}}}}\n",
-    "other tokens": "merge_method: linear\nmodels:\n  - {{model: {one}, parameters: {{weight: {a}}}}}\n  - {{model: {more}, parameters: {{weight: {b}}}}}\ntokenizer: {{source: union}}\n",
-    "tied": "merge_method: linear\nmodels:\n  - {{model: {tied}, parameters: {{weight: {a}}}}}\n  - {{model: {tied2}, parameters: {{weight: {b}}}}}\n",
-    "experts": "merge_method: linear\nmodels:\n  - {{model: {moe}, parameters: {{weight: {a}}}}}\n  - {{model: {moe2}, parameters: {{weight: {b}}}}}\n",
-    "layers": "merge_method: passthrough\nslices:\n  - sources: [{{model: {one}, layer_range: [0, 1]}}]\n"
-    "  - sources: [{{model: {two}, layer_range: [{layer}, 2], parameters: {{scale: {a}}}}}]\n",
+LINEAR = "merge_method: linear\n" + TWO.replace("{own}", "weight: {a}")
+FORMS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "two stages": (
+        "name: first\nmerge_method: ties\n" + BASE + TWO.replace("{own}", "weight: {a}, density: {b}")
+        + "---\nmerge_method: linear\n" + TWO.replace("{one}", "first").replace("{own}", "weight: {a}"),
+        {},
+    ),
+    "other tokens": (LINEAR + "tokenizer: {{source: union}}\n", {"two": "more"}),
+    "tied": (LINEAR, {"one": "tied", "two": "tied2"}),
+    "experts": (LINEAR, {"one": "moe", "two": "moe2"}),
+    "layers": (
+        "merge_method: passthrough\nslices:\n  - sources: [{{model: {one}, layer_range: [0, 1]}}]\n"
+        "  - sources: [{{model: {two}, layer_range: [{layer}, 2], parameters: {{scale: {a}}}}}]\n",
+        {},
+    ),
 }  # fmt: skip
+"""What else a recipe may be, and which parents stand for its models."""
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +89,15 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 def recipes(case: str, parents: Mapping[str, Path], dtype: str, seed: int) -> Iterator[str]:
     """Recipes without end that differ from the one before in one number or in both."""
-    own, form = CASES[case] if case in CASES else ("", FORMS[case])
-    head = f"merge_method: {case}\n" if case in CASES else ""
+    form, other = FORMS.get(case) or ("", {})
+    if case in CASES:
+        own, rest = CASES[case]
+        form = f"merge_method: {case}\n{rest.replace('{own}', own)}"
+    named = {**parents, **{name: parents[of] for name, of in other.items()}}
     draw, numbers = random.Random(seed), {"a": 0.5, "b": 0.5}
     while True:
-        told = {**numbers, "layer": draw.choice((0, 1)), **parents}
-        yield (head + form.replace("{own}", own)).format(**told) + f"dtype: {dtype}\n"
+        told = {**numbers, "layer": draw.choice((0, 1)), **named}
+        yield f"{form.format(**told)}dtype: {dtype}\n"
         changed = draw.choice((["a"], ["b"], ["a", "b"]))
         numbers |= {name: round(draw.uniform(0.1, 0.9), 3) for name in changed}
 
@@ -153,7 +163,8 @@ def test_only_what_changed_is_made_and_measured(parents: Mapping[str, Path], mon
     """A filter's number makes its tensors alone; a weight measures no threshold again, a density does."""
     form = (
         "merge_method: ties\nbase_model: {base}\nmodels:\n"
-        "  - {{model: {one}, parameters: {{weight: [{{filter: up_proj, value: {a}}}, {{value: 0.5}}], density: {b}}}}}\n"
+        "  - model: {one}\n"
+        "    parameters: {{weight: [{{filter: up_proj, value: {a}}}, {{value: 0.5}}], density: {b}}}\n"
         "  - {{model: {two}, parameters: {{weight: 0.4, density: 0.5}}}}\n"
     )
     with Candidates(*planned(form.format(a=0.3, b=0.5, **parents))) as candidates:
