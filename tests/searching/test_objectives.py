@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from places import ZOO
+from thorough import thorough_only
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merger.errors import EvaluationError, MergerError, Span
@@ -125,6 +127,29 @@ def test_lines_have_a_column_and_functions_no_items(files: Path, zoo: tuple[Any,
     assert len(scored(files, zoo, "loss", "texts.jsonl", column="body", limit=3)[0].items) == 3
     found, _ = scored(files, zoo, "function", "own_scores:size")
     assert (found.value, len(found.items)) == (128.0, 0)
+
+
+@thorough_only
+def test_a_task_of_ones_own_by_the_real_harness(
+    files: Path, zoo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its first metric, example by example, on as many as the limit says; one that is not there is refused."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(files / "home"))
+    example = {"q": "And the LORD", "a": [" said unto", " import os"]}
+    lines = [json.dumps({**example, "right": right}) for right in (0, 1, 0, 0, 1)]
+    (files / "verses.jsonl").write_text("\n".join(lines))
+    task = {
+        "task": "verses", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "verses.jsonl"}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{a}}",
+        "doc_to_target": "{{right}}", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (files / "verses.yaml").write_text(yaml.safe_dump(task))
+    found, _ = scored(files, zoo, "task", "verses.yaml", limit=4)
+    assert (found.value, found.items.tolist()) == (0.75, [1, 0, 1, 1])
+    with pytest.raises(MergerError, match="has no such task"):
+        scorers([Objective("task", "no_such_task")], files)
 
 
 class Enough(Exception):
