@@ -30,7 +30,7 @@ _BEAT_SECONDS, _STALE_SECONDS, _WAIT_SECONDS = 15.0, 90.0, 0.2
 _LOST, _WORKER, _SCORES, _SECONDS, _WHY = "lost", "worker", "scores", "seconds", "why"
 _GRACE_SECONDS = 5
 """After so long a lock on the file is one that a killed worker left."""
-_LINE_BYTES, _LETTERS = 1 << 20, 200
+_LINE_BYTES, _LETTERS, _FEW = 1 << 20, 200, 10
 
 
 class Work:
@@ -68,6 +68,13 @@ class Work:
     def best(self, count: int = 1) -> list[Trial]:
         """The best so far, the best one first; those of a front come first, from its middle on."""
         return best_of(self.trials(), self.aims, count)
+
+    def importance(self) -> dict[str, float]:
+        """How much each variable matters among the best trials, by PED-ANOVA; none of too few trials."""
+        done = [trial for trial in self._kept() if trial.state is TrialState.COMPLETE]
+        if len(done) < _FEW:
+            return {}
+        return dict(optuna.importance.get_param_importances(self._study))
 
     # ---- going on ----
 
