@@ -45,8 +45,8 @@ def filled_text(text: str, searched: Searched, drawn: Values, says: str) -> str:
     """
     text = text.removeprefix("\ufeff")
     nodes = {(at.line, at.column): node for at, node in searched.nodes(drawn).items()}
-    edits = dict[int, tuple[int, str]]()
-    for root in yaml.compose_all(text, Loader=_Loader):
+    edits, roots = dict[int, tuple[int, str]](), list[Any](yaml.compose_all(text, Loader=_Loader))
+    for root in roots:
         for start, end, new in _edits(root, nodes, text):
             edits[start] = (end, new)
         for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
@@ -213,4 +213,8 @@ def _slice(axes: Axes, trials: Sequence[Trial], aims: Aims, name: str) -> None:
     axes.plot(values, scores, "o", color=HUES[0], alpha=0.6, ms=3)
     if aims.searched.variables[name].log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(lambda value, place: "")
+    axes.tick_params(axis="x", labelsize=7)
+    axes.margins(x=0.12)
     axes.set_title(shorten_middle(name, _NAME_LETTERS), loc="left", size=8)
