@@ -32,7 +32,7 @@ from merger.stores.ports import PIECE_BYTES, Located, Reader, Ticket
 from merger.stores.resolve import Library
 
 if TYPE_CHECKING:
-    from merger.searching.objectives import Score, Scorer
+    from merger.searching.objectives import Scored, Scorer
 
 _ALIGNED = 64
 """Where a tensor begins in the buffer: at a line of the cache, as torch's own do."""
@@ -118,7 +118,7 @@ class Candidates:
             self._load(planned)
             self._layout = _layout(planned)
 
-    def score(self, scorers: Sequence[Scorer], step: Callable[[int, float], None] | None = None) -> tuple[Score, ...]:
+    def score(self, scorers: Sequence[Scorer], step: Callable[[int, float], None] | None = None) -> tuple[Scored, ...]:
         """What each scorer says of the model; `step` is called after each batch of the first one.
 
         Raises:
