@@ -135,7 +135,7 @@ class Work:
         asked.set_user_attr(_WORKER, self._me)
         began, state, values = time.monotonic(), TrialState.FAIL, None
         try:
-            scores = [float(score) for score in judge(self.searched.settle(asked.params), self._step(asked))]
+            scores = [float(score) for score in judge(dict(asked.params), self._step(asked))]
             values = self.aims.values(scores)
             if not all(map(math.isfinite, scores)):
                 raise EvaluationError(Problem(f"the scores are {', '.join(map(str, scores))}"))
