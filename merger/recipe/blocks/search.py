@@ -380,7 +380,8 @@ def _storage(place: Value) -> str | None:
 
 def _objectives(place: Value) -> tuple[Objective, ...]:
     found = (_objective(item) for item in place.items(_OBJECTIVES))
-    return tuple(objective for objective in found if objective is not None)
+    aims_first = sorted((objective for objective in found if objective), key=lambda each: each.guard is not None)
+    return tuple(aims_first)
 
 
 def _objective(place: Value) -> Objective | None:
