@@ -186,9 +186,9 @@ def verify(model: str, *, everything: bool = False, tensors: int | None = None, 
     True
     """
     from merger.run.options import Options, with_free_memory
-    from merger.verification.verify import Effort, verify
+    from merger.verification.verify import Extent, verify
 
-    return verify(model, with_free_memory(Options()), Effort(everything, tensors, seed))
+    return verify(model, with_free_memory(Options()), Extent(everything, tensors, seed))
 
 
 def diff(a: str, b: str) -> Contrast:

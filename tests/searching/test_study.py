@@ -29,7 +29,7 @@ search:
   objectives: [{loss: ./search.txt}]
   report: [{loss: ./report.txt}]
 """
-A, B = "models[./a].weight", "models[./b].weight"
+A, B = "models[a].weight", "models[b].weight"
 
 
 def searched(objectives: str = "{loss: ./search.txt}", **changes: object) -> Searched:
