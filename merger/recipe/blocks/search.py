@@ -152,13 +152,12 @@ def _walk(
         inner = _LAYER if place is _LAYERS else place
         for index, item in enumerate(node.items):
             of_model = key in ("models", "sources")
-            name = (of_model and identity(item)) or index
-            yield from _walk(item, f"{where}[{name}]", f"{group}[{'' if of_model else index}]", inner, notes)
+            told = (of_model and identity(item)) or index
+            yield from _walk(item, f"{where}[{told}]", f"{group}[{'' if of_model else index}]", inner, notes)
     elif isinstance(node, Mapping):
         if is_hole(node) and not top and key != "modules":
-            yield _Found(
-                Value(node, where, notes), where.replace(".parameters", "").removeprefix("parameters."), place, group
-            )
+            name = _FOLDER.sub(r"[\1]", where).replace(".parameters", "").removeprefix("parameters.")
+            yield _Found(Value(node, where, notes), name, place, group)
             return
         for entry in (entry for entry in node.entries if entry.key not in _ASIDE):
             stem = "" if top or where.endswith(".") else "."
