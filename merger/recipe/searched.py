@@ -6,6 +6,7 @@ Not here: reading them (blocks.search), and the search itself (searching).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -115,7 +116,9 @@ class Objective:
     @property
     def label(self) -> str:
         """What tables call it."""
-        return f"{self.kind} of {self.source}" if self.kind != "task" else self.source
+        if self.kind == "task":
+            return self.source
+        return f"{self.kind} of {self.source if self.source.startswith('hf:') else os.path.basename(self.source)}"
 
 
 @dataclass(frozen=True)

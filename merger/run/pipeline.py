@@ -15,7 +15,7 @@ from merger.card.facts import exposed_models, lock_file
 from merger.card.pictures.canvas import import_drawing
 from merger.card.relations import Loss
 from merger.card.render import render
-from merger.errors import DamagedError, MergerError, MissingError, Problem, UploadError
+from merger.errors import DamagedError, MergerError, MissingError, Problem, RecipeError, UploadError
 from merger.evaluation.budget import Score
 from merger.evaluation.evaluate import Measured, Measuring, measure, prepare_measuring
 from merger.methods.registry import methods
@@ -162,6 +162,9 @@ def merge(planned: Plan, store: Library, options: Options, on_event: Observer = 
         MergerError: any kind; the destination is then as it was before, and finished shards wait for another run.
     """
     began = time.monotonic()
+    if (searched := planned.locked.recipe.search) is not None:
+        hint = "merger search finds its numbers, and merges the best with --to DEST"
+        raise RecipeError(Problem("this recipe leaves numbers open", searched.at, "search", hint))
     place = place_of(destination(planned.locked.recipe, options), options, planned)
     session = place.open(planned.identity, shared=options.part is not None)
     if isinstance(session, Published):

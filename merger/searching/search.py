@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -25,12 +26,14 @@ from merger.planning.plan import Plan, make_plan
 from merger.recipe.model import Publish, Recipe
 from merger.recipe.parse import parse
 from merger.recipe.searched import Searched, Values
+from merger.run.extras import refuse_missing
 from merger.run.options import Options, budget_of
 from merger.run.prepare import parse_text, plan
+from merger.runtime import refusal
 from merger.searching.candidates import Candidates
 from merger.searching.objectives import Scored, gain, scorers
 from merger.searching.outcome import filled_text, pictures_of, table_text
-from merger.searching.study import Work
+from merger.searching.study import Worker
 from merger.searching.trials import Aims, Step, Trial
 from merger.stores.resolve import Library
 
@@ -49,7 +52,7 @@ class Searching:
         seconds: how long it took to come so far.
     """
 
-    work: Work
+    work: Worker
     seconds: float
 
 
@@ -77,7 +80,7 @@ Event: TypeAlias = Searching | Tried | Reporting
 
 
 @dataclass(frozen=True)
-class Compared:
+class Standing:
     """What the found recipe, the one before the search and the parents score by one objective of the report.
 
     Args:
@@ -120,7 +123,7 @@ class Study:
     aims: Aims
     trials: tuple[Trial, ...]
     best: tuple[Trial, ...]
-    report: tuple[Compared, ...] = ()
+    report: tuple[Standing, ...] = ()
     why: str = ""
     importance: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -150,8 +153,47 @@ class Study:
         return filled_text(self.recipe.text, searched, trial.drawn, says)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How far a search goes; None where the recipe says it.
+
+    Args:
+        trials: how many candidates are tried in all.
+        minutes: how long this run takes, at most.
+        storage: where the study is kept.
+        top: how many of the best are kept.
+        join: only try candidates, and leave the report to another process of the same storage.
+    """
+
+    trials: int | None = None
+    minutes: float | None = None
+    storage: str | None = None
+    top: int = 1
+    join: bool = False
+
+    def of(self, recipe: Recipe) -> Searched:
+        """The recipe's own block with these in place of what it says.
+
+        Raises:
+            RecipeError: nothing is searched in the recipe.
+        """
+        if recipe.search is None:
+            hint = "leave a number open, such as weight: {search: [0, 1]}, and write search: {objectives: [...]}"
+            raise RecipeError(Problem(f"{recipe.path}: nothing is searched in it", hint=hint))
+        given = {key: value for key in ("trials", "minutes", "storage") if (value := getattr(self, key)) is not None}
+        searched, path = replace(recipe.search, **given), Path(recipe.path)
+        if searched.storage is None and path.is_file():
+            return replace(searched, storage=str(results_of(path) / "study.log"))
+        return searched
+
+
+def results_of(recipe: Path) -> Path:
+    """The folder beside a recipe in which its search keeps what is no recipe."""
+    return recipe.with_name(f"{recipe.stem}.search")
+
+
 def search(
-    recipe: Recipe, options: Options, top: int = 1, join: bool = False, on_event: Callable[[Event], object] = id
+    recipe: Recipe, options: Options, effort: Effort | None = None, on_event: Callable[[Event], object] = id
 ) -> Study:
     """Find the numbers that a recipe leaves open.
 
@@ -160,8 +202,7 @@ def search(
     Args:
         recipe: with a `search:` block.
         options: what it may use; where its result goes is nothing to it.
-        top: how many of the best are kept.
-        join: only try candidates, and leave the report to another process of the same storage.
+        effort: how far it goes.
         on_event: is told what happens on the way; what it raises ends the run, and the study can go on.
 
     Raises:
@@ -169,22 +210,22 @@ def search(
         EvaluationError: no candidate can be scored.
         MergerError: the plan's.
     """
-    began = time.monotonic()
-    line = _Line(recipe, options)
+    began, effort = time.monotonic(), effort or Effort()
+    line = _Line(recipe, options, effort.of(recipe))
     with Candidates(line.planned, line.store, options.device) as candidates:
         work = line.study(candidates)
         on_event(Searching(work, time.monotonic() - began))
         told = partial(_tell, work, on_event)
-        why = work.run(partial(line.judge, candidates), told, line.searched.minutes, wait=not join)
-        trials, best = work.trials(), work.best(top)
-        if not best and not join:
+        why = work.run(partial(line.judge, candidates), told, line.searched.minutes, wait=not effort.join)
+        trials, best = work.trials(), work.best(effort.top)
+        if not best and not effort.join:
             raise _nothing_found(trials, line.searched)
-        report = () if join else tuple(line.report(candidates, best[0], on_event))
+        report = () if effort.join else tuple(line.report(candidates, best[0], on_event))
     seconds = time.monotonic() - began
     return Study(recipe, work.aims, tuple(trials), tuple(best), report, why, work.importance(), seconds)
 
 
-def _tell(work: Work, on_event: Callable[[Event], object], trial: Trial) -> None:
+def _tell(work: Worker, on_event: Callable[[Event], object], trial: Trial) -> None:
     best = work.best() if trial.state == "complete" else []
     on_event(Tried(trial, bool(best) and best[0].number == trial.number))
 
@@ -200,15 +241,16 @@ class _Line:
     """What a search needs of its recipe.
 
     Args:
-        recipe: with its block.
+        recipe: that is searched.
         options: what it may use.
+        searched: its block.
     """
 
-    def __init__(self, recipe: Recipe, options: Options) -> None:
-        if recipe.search is None:
-            hint = "leave a number open, such as weight: {search: [0, 1]}, and write search: {objectives: [...]}"
-            raise RecipeError(Problem(f"{recipe.path}: nothing is searched in it", hint=hint))
-        self.recipe, self.searched = recipe, recipe.search
+    def __init__(self, recipe: Recipe, options: Options, searched: Searched) -> None:
+        refuse_missing(recipe, options.device)
+        if options.threads is not None:
+            import_module("torch").set_num_threads(options.threads)
+        self.recipe, self.searched = recipe, searched
         self.options = replace(options, to=None, gguf=(), stream=False)
         self.planned, self.store = self._plan(replace(recipe, search=None, publish=Publish(), evaluate=None))
         self._pins = {str(each.ref): Pin(each.located.commit) for each in self.planned.locked.models
@@ -219,14 +261,17 @@ class _Line:
     def _plan(self, recipe: Recipe, held: Mapping[str, Pin] | None = None) -> tuple[Plan, Library]:
         return plan(recipe, self.options, held)
 
-    def study(self, candidates: Candidates) -> Work:
+    def study(self, candidates: Candidates) -> Worker:
         """The study of this search, and of no other recipe's."""
         guarded = len(self.searched.aims) < len(self.searched.objectives)
         base = [each.value for each in self._scores_of_base(candidates)] if guarded else []
         if guarded:
             candidates.make(self.planned)
         aims = Aims(self.searched, [scorer.higher for scorer in self.scorers], base)
-        return Work(aims, self._name(), self.searched.storage)
+        storage = self.searched.storage
+        if storage is not None and "://" not in storage:
+            Path(storage).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        return Worker(aims, self._name(), storage)
 
     def _scores_of_base(self, candidates: Candidates) -> tuple[Scored, ...]:
         candidates.make(self._alone(str(self.recipe.config_model)))
@@ -252,7 +297,7 @@ class _Line:
         known = with_means(bare, self.store, [str(model.ref) for model in held.models])
         return make_plan(replace(held, recipe=known), methods(), budget_of(known, self.options), self.options.seed)
 
-    def report(self, candidates: Candidates, best: Trial, on_event: Callable[[Event], object]) -> Iterator[Compared]:
+    def report(self, candidates: Candidates, best: Trial, on_event: Callable[[Event], object]) -> Iterator[Standing]:
         """What the found recipe, the one before the search and the parents score on what no trial has seen."""
         if not self._reporters:
             return
@@ -268,7 +313,7 @@ class _Line:
             candidates.make(planned())
             scores[name] = candidates.score(self._reporters)
         for place, scorer in enumerate(self._reporters):
-            yield Compared(scorer.name, scorer.higher, {name: found[place] for name, found in scores.items()})
+            yield Standing(scorer.name, scorer.higher, {name: found[place] for name, found in scores.items()})
 
     def _alone(self, model: str) -> Plan:
         """The plan of one parent as it is."""
@@ -284,26 +329,27 @@ _HOLE = ("name", "low", "high", "log", "step", "whole", "anchors", "start", "tie
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
-def write_study(study: Study, options: Options) -> list[Path]:
-    """Write what was found beside its recipe: recipes of the best, their locks, the table, and pictures.
+def write_study(study: Study) -> list[Path]:
+    """Write what was found beside its recipe: recipes of the best, and in a folder the table and pictures.
 
     Returns:
         What was written, the best recipe first.
 
     Raises:
-        MergerError: a found recipe cannot be planned.
-        OSError: it cannot be written.
+        RecipeError: it cannot be written.
     """
     recipe = Path(study.recipe.path)
-    found = list[Path]()
-    for place in range(len(study.best)):
-        suffix = ".best" if place == 0 else f".best-{place + 1}"
-        found.append(recipe.with_name(f"{recipe.stem}{suffix}.yaml"))
-        found[-1].write_text(study.recipe_text(place), "utf-8")
-    aside = recipe.with_name(f"{recipe.stem}.search")
-    files = {"trials.csv": study.table.encode(), **{name: data for picture in study.pictures
-                                                    for name, data in picture.files.items()}}  # fmt: skip
-    for name, data in files.items():
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        (aside / name).write_bytes(data)
-    return [*found, *(aside / name for name in files)]
+    names = [".best", *(f".best-{place + 1}" for place in range(1, len(study.best)))]
+    files = {recipe.with_name(f"{recipe.stem}{name}.yaml"): study.recipe_text(place).encode()
+             for place, name in enumerate(names)}  # fmt: skip
+    aside = {"trials.csv": study.table.encode()}
+    for picture in study.pictures:
+        aside |= picture.files
+    files |= {results_of(recipe) / name: data for name, data in aside.items()}
+    try:
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    except OSError as error:
+        raise refusal(f"what was found cannot be written beside {recipe}", error, RecipeError) from None
+    return list(files)

@@ -33,7 +33,7 @@ _GRACE_SECONDS = 5
 _LINE_BYTES, _LETTERS, _FEW = 1 << 20, 200, 10
 
 
-class Work:
+class Worker:
     """One worker's part of a study.
 
     Args:

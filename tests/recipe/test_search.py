@@ -125,7 +125,7 @@ def test_what_an_alias_stands_for_is_searched_once(table: Mapping[str, Method]) 
     text = searched("&w {search: [0, 1]}").replace("weight: 1}", "weight: *w}")
     search = parse(text, "r.yaml", table).search
     assert search is not None
-    assert weights(parse(text, "r.yaml", table, {"models[./a].weight": 0.25})) == [(0.25,), (0.25,)]
+    assert weights(parse(text, "r.yaml", table, {"models[a].weight": 0.25})) == [(0.25,), (0.25,)]
 
 
 def test_words_of_the_language_may_be_called_search(table: Mapping[str, Method]) -> None:

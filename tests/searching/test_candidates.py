@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from merger.engine.joined import _JoinedWork
-from merger.engine.runner import Memo, Work
+from merger.engine.runner import Memo, Worker
 from merger.errors import EvaluationError, MismatchError
 from merger.lock.lock import lock
 from merger.methods.registry import methods
@@ -142,7 +142,7 @@ def made(candidates: Candidates, text: str, monkeypatch: pytest.MonkeyPatch) -> 
     names, measured, get = list[str](), list[object](), Memo.get
 
     def noting(making: Any) -> Any:
-        def make(work: Work, *more: Any) -> memoryview:
+        def make(work: Worker, *more: Any) -> memoryview:
             names.extend(job.name for job, _ in work.job.parts)
             return making(work, *more)
 
@@ -152,7 +152,7 @@ def made(candidates: Candidates, text: str, monkeypatch: pytest.MonkeyPatch) -> 
         return get(memo, key, lambda: (measured.append(key), measure())[1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "make", noting(Work.make))
+        patch.setattr(Worker, "make", noting(Worker.make))
         patch.setattr(_JoinedWork, "make", noting(_JoinedWork.make))
         patch.setattr(Memo, "get", counting)
         candidates.make(planned(text)[0])

@@ -129,8 +129,8 @@ def test_the_table_has_a_line_for_each_trial() -> None:
     rows = list(csv.DictReader(table_text(work.trials(), work.aims).splitlines()))
     assert [row["trial"] for row in rows] == ["0", "1", "2", "3", "4"]
     for row, trial in zip(rows, work.trials(), strict=True):
-        assert float(row["models[./a].weight"]) == work.searched.settle(trial.drawn)["models[./a].weight"]
-        assert (row["state"] == "failed") == (row["merge_method"] == "linear") == (row["loss of ./search.txt"] == "")
+        assert float(row["models[a].weight"]) == work.searched.settle(trial.drawn)["models[a].weight"]
+        assert (row["state"] == "failed") == (row["merge_method"] == "linear") == (row["loss of search.txt"] == "")
         assert (row["why"] == "the scores are nan") == (row["state"] == "failed")
 
 

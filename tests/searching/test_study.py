@@ -16,7 +16,7 @@ from merger.errors import EvaluationError, Problem
 from merger.methods.registry import methods
 from merger.recipe.parse import parse
 from merger.recipe.searched import Searched, Values
-from merger.searching.study import Work, open_storage
+from merger.searching.study import Worker, open_storage
 from merger.searching.trials import Aims, Pruned, Step, Trial
 
 RECIPE = """
@@ -29,7 +29,7 @@ search:
   objectives: [{loss: ./search.txt}]
   report: [{loss: ./report.txt}]
 """
-A, B = "models[./a].weight", "models[./b].weight"
+A, B = "models[a].weight", "models[b].weight"
 
 
 def searched(objectives: str = "{loss: ./search.txt}", **changes: object) -> Searched:
@@ -52,13 +52,13 @@ def run(
     storage: Path | str | None = None,
     minutes: float | None = None,
     base: Sequence[float] = (),
-) -> tuple[Work, str]:
+) -> tuple[Worker, str]:
     """A study that one worker brings to its end, and why it ended."""
-    work = Work(Aims(wanted, higher, base), "study", None if storage is None else str(storage))
+    work = Worker(Aims(wanted, higher, base), "study", None if storage is None else str(storage))
     return work, work.run(judge, lambda trial: None, minutes)
 
 
-def numbers(work: Work) -> list[tuple[object, ...]]:
+def numbers(work: Worker) -> list[tuple[object, ...]]:
     """What was drawn, and what came of it."""
     return [(trial.state, *trial.drawn.values(), *trial.scores) for trial in work.trials()]
 
@@ -239,7 +239,7 @@ def test_pruned_and_trials_are_told(tmp_path: Path) -> None:
             raise Pruned
         return hill(values)
 
-    work = Work(Aims(searched(trials=6), (False,)), "study")
+    work = Worker(Aims(searched(trials=6), (False,)), "study")
     work.run(judge, told.append, None)
     assert told == work.trials()
     assert {trial.state for trial in told} == {"complete", "pruned"}

@@ -42,6 +42,8 @@ ABOVE_ZERO = Range(1e-12)
 _A_HOLE = "write {search: [0, 1]}, {search: [one, another]}, or {search: NAME} for the value of another"
 _OBJECTIVES = "a list of what candidates are judged by, each such as - loss: ./texts.txt"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_FOLDER = re.compile(r"\[(?=[./~])[^\]]*?([^\]/]+)/?\]")
+"""A folder's path, of which the last part is the name."""
 _PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 _SOURCES = {
     "loss": "a file, or hf://datasets/owner/name@revision/file",
@@ -149,14 +151,13 @@ def _walk(
     if isinstance(node, spans.Sequence):
         inner = _LAYER if place is _LAYERS else place
         for index, item in enumerate(node.items):
-            name = identity(item) if key in ("models", "sources") else None
-            told = "" if key in ("models", "sources") else str(index)
-            yield from _walk(item, f"{where}[{name or index}]", f"{group}[{told}]", inner, notes)
+            of_model = key in ("models", "sources")
+            told = (of_model and identity(item)) or index
+            yield from _walk(item, f"{where}[{told}]", f"{group}[{'' if of_model else index}]", inner, notes)
     elif isinstance(node, Mapping):
         if is_hole(node) and not top and key != "modules":
-            yield _Found(
-                Value(node, where, notes), where.replace(".parameters", "").removeprefix("parameters."), place, group
-            )
+            name = _FOLDER.sub(r"[\1]", where).replace(".parameters", "").removeprefix("parameters.")
+            yield _Found(Value(node, where, notes), name, place, group)
             return
         for entry in (entry for entry in node.entries if entry.key not in _ASIDE):
             stem = "" if top or where.endswith(".") else "."
