@@ -71,6 +71,7 @@ class Candidates:
     def __init__(self, first: Plan, store: Library, device: str = "cpu") -> None:
         self._first, self._store, self._device = first, store, device
         self._kept, self._memo, self.spent = KeptParents(store), Memo(), Spent()
+        self._models: object = None
         self._ended = 0.0
         self._forget()
 
@@ -103,6 +104,8 @@ class Candidates:
         """
         if other := _layout(planned) != self._layout:
             self._lay_out(planned)
+        if (models := _models(planned)) != self._models:  # jobs have numbers in their place
+            self._made, self._memo, self._models = {}, Memo(), models
         began = time.perf_counter()
         wanted = {job.name: (identify(job), planned.seed) for job in planned.jobs}
         changed = [job for job in planned.jobs if self._made.get(job.name) != wanted[job.name]]
@@ -225,6 +228,12 @@ class Candidates:
 def _layout(planned: Plan) -> object:
     """What a model in memory is built by: one of another cannot hold the candidate."""
     return planned.config, [(job.name, job.dtype, job.shape) for job in planned.jobs]
+
+
+def _models(planned: Plan) -> object:
+    """Which models the numbers of a plan's inputs stand for."""
+    found = [model.located for model in planned.locked.models]
+    return [(each, sorted((name, info.size, info.changed) for name, info in each.files.items())) for each in found]
 
 
 def _tensors(model: Any) -> dict[str, Any]:
