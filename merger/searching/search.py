@@ -27,6 +27,7 @@ from merger.recipe.model import Publish, Recipe
 from merger.recipe.parse import parse
 from merger.recipe.searched import Searched, Values
 from merger.run.extras import refuse_missing
+from merger.run.found import Found
 from merger.run.options import Options, budget_of
 from merger.run.prepare import parse_text, plan
 from merger.runtime import refusal
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from merger.card.pictures.canvas import Picture
 
 START = "the recipe before the search"
+NOISE = ": within noise"
+"""With this ends what is told of a gain that other texts of the same kind might as well not have shown."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Standing:
             by = gain(found[1], score, self.higher)
             word = "better" if by.value > 0 else "worse"
             between = "" if by.low == -float("inf") else f" (95 % between {by.low:+.3g} and {by.high:+.3g})"
-            noise = ": within noise" if by.within_noise and between else ""
+            noise = NOISE if by.within_noise and between else ""
             yield f"{self.objective}: {abs(by.value):.3g} {word} than {name}{between}{noise}"
 
 
@@ -142,6 +145,23 @@ class Study:
     def pictures(self) -> list[Picture]:
         """Best so far or front, importance, slices."""
         return pictures_of(self.trials, self.aims, self.importance)
+
+    @property
+    def found(self) -> Found:
+        """What card and result tell of it."""
+        searched, states = self.aims.searched, [trial.state for trial in self.trials]
+        counts = ", ".join(f"{states.count(each)} {each}" for each in dict.fromkeys(states))
+        judged = ", ".join(objective.label for objective in searched.objectives)
+        ranges = {name: hole.range_text for name, hole in searched.variables.items()}
+        models = list(self.report[0].scores) if self.report else []
+        facts = {
+            "sentence": f"Its numbers were found by {len(states)} trials ({searched.sampler}; {counts}) by {judged}.",
+            "numbers": [[name, ranges[name], str(value)] for name, value in self.values.items()],
+            "columns": ["measured", "this model", *models[1:]],
+            "rows": [[row.objective, *(f"{score.value:.4g}" for score in row.scores.values())] for row in self.report],
+            "told": [told for row in self.report for told in row.told()],
+        }
+        return Found(facts, self.table, tuple(self.pictures))
 
     def recipe_text(self, place: int = 0) -> str:
         """The recipe with the numbers of the best trial, or of another one of the best."""
