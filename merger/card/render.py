@@ -110,8 +110,8 @@ NO_PARTS: Mapping[str, Any] = {
 }  # fmt: skip
 """The parts of the card that are known only at the end, as they are before: how the parents relate; the family as a
 tree of text; pictures by name, each with its `alt` and its `place` beside the card; a table with its `columns`, `rows`,
-a `note` and a `verdict` of sentences; more keys for the front matter; whether there is a chat template; and what a search has found, as run.found has
-it."""
+a `note` and a `verdict` of sentences; more keys for the front matter; whether there is a chat template; and what a
+search has found, as run.found has it."""
 
 
 @dataclass(frozen=True)

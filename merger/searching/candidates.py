@@ -70,11 +70,12 @@ class Candidates:
 
     def __init__(self, first: Plan, store: Library, device: str = "cpu") -> None:
         self._first, self._store, self._device = first, store, device
-        self._kept, self._memo, self.spent = KeptParents(store), Memo(), Spent()
+        self._kept, self.spent = KeptParents(store), Spent()
         self._ended = 0.0
         self._forget()
 
     def _forget(self) -> None:
+        self._memo = Memo()
         self.model: Any = None
         self.tokenizer: Any = None
         self._layout: object = None
@@ -223,8 +224,12 @@ class Candidates:
 
 
 def _layout(planned: Plan) -> object:
-    """What a model in memory is built by: one of another cannot hold the candidate."""
-    return planned.config, [(job.name, job.dtype, job.shape) for job in planned.jobs]
+    """What a model in memory is built by, and of which parents: one of another cannot hold the candidate.
+
+    Jobs name parents by their number in the plan.
+    """
+    parents = [(model.ref, model.located.where, model.located.commit) for model in planned.locked.models]
+    return planned.config, parents, [(job.name, job.dtype, job.shape) for job in planned.jobs]
 
 
 def _tensors(model: Any) -> dict[str, Any]:
