@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import import_module
@@ -232,7 +233,7 @@ def search(
     """
     began, effort = time.monotonic(), effort or Effort()
     line = _Line(recipe, options, effort.of(recipe))
-    with Candidates(line.planned, line.store, options.device) as candidates:
+    with _settings(options.threads), Candidates(line.planned, line.store, options.device) as candidates:
         work = line.study(candidates)
         on_event(Searching(work, time.monotonic() - began))
         told = partial(_tell, work, on_event)
@@ -243,6 +244,20 @@ def search(
         report = () if effort.join else tuple(line.report(candidates, best[0], on_event))
     seconds = time.monotonic() - began
     return Study(recipe, work.aims, tuple(trials), tuple(best), report, why, work.importance(), seconds)
+
+
+@contextmanager
+def _settings(threads: int | None) -> Iterator[None]:
+    """The settings of libraries that a search has; afterwards they are as they were."""
+    torch, log = import_module("torch"), import_module("optuna").logging
+    before = torch.get_num_threads(), log.get_verbosity()
+    torch.set_num_threads(threads or before[0])
+    log.set_verbosity(log.ERROR)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        log.set_verbosity(before[1])
 
 
 def _tell(work: Worker, on_event: Callable[[Event], object], trial: Trial) -> None:
@@ -268,8 +283,6 @@ class _Line:
 
     def __init__(self, recipe: Recipe, options: Options, searched: Searched) -> None:
         refuse_missing(recipe, options.device)
-        if options.threads is not None:
-            import_module("torch").set_num_threads(options.threads)
         self.recipe, self.searched = recipe, searched
         self.options = replace(options, to=None, gguf=(), stream=False)
         self.planned, self.store = self._plan(replace(recipe, search=None, publish=Publish(), evaluate=None))
