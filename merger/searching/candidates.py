@@ -70,12 +70,12 @@ class Candidates:
 
     def __init__(self, first: Plan, store: Library, device: str = "cpu") -> None:
         self._first, self._store, self._device = first, store, device
-        self._kept, self.spent = KeptParents(store), Spent()
+        self._kept, self._memo, self.spent = KeptParents(store), Memo(), Spent()
+        self._models: object = None
         self._ended = 0.0
         self._forget()
 
     def _forget(self) -> None:
-        self._memo = Memo()
         self.model: Any = None
         self.tokenizer: Any = None
         self._layout: object = None
@@ -104,6 +104,8 @@ class Candidates:
         """
         if other := _layout(planned) != self._layout:
             self._lay_out(planned)
+        if (models := _models(planned)) != self._models:  # jobs have numbers in their place
+            self._made, self._memo, self._models = {}, Memo(), models
         began = time.perf_counter()
         wanted = {job.name: (identify(job), planned.seed) for job in planned.jobs}
         changed = [job for job in planned.jobs if self._made.get(job.name) != wanted[job.name]]
@@ -224,12 +226,14 @@ class Candidates:
 
 
 def _layout(planned: Plan) -> object:
-    """What a model in memory is built by, and of which parents: one of another cannot hold the candidate.
+    """What a model in memory is built by: one of another cannot hold the candidate."""
+    return planned.config, [(job.name, job.dtype, job.shape) for job in planned.jobs]
 
-    Jobs name parents by their number in the plan.
-    """
-    parents = [(model.ref, model.located.where, model.located.commit) for model in planned.locked.models]
-    return planned.config, parents, [(job.name, job.dtype, job.shape) for job in planned.jobs]
+
+def _models(planned: Plan) -> object:
+    """Which models the numbers of a plan's inputs stand for."""
+    found = [model.located for model in planned.locked.models]
+    return [(each, sorted((name, info.size, info.changed) for name, info in each.files.items())) for each in found]
 
 
 def _tensors(model: Any) -> dict[str, Any]:

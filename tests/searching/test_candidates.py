@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from merger.engine.joined import _JoinedWork
-from merger.engine.runner import Memo, Worker
+from merger.engine.runner import Memo, Work
 from merger.errors import EvaluationError, MismatchError
 from merger.lock.lock import lock
 from merger.methods.registry import methods
@@ -142,7 +142,7 @@ def made(candidates: Candidates, text: str, monkeypatch: pytest.MonkeyPatch) -> 
     names, measured, get = list[str](), list[object](), Memo.get
 
     def noting(making: Any) -> Any:
-        def make(work: Worker, *more: Any) -> memoryview:
+        def make(work: Work, *more: Any) -> memoryview:
             names.extend(job.name for job, _ in work.job.parts)
             return making(work, *more)
 
@@ -152,7 +152,7 @@ def made(candidates: Candidates, text: str, monkeypatch: pytest.MonkeyPatch) -> 
         return get(memo, key, lambda: (measured.append(key), measure())[1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "make", noting(Worker.make))
+        patch.setattr(Work, "make", noting(Work.make))
         patch.setattr(_JoinedWork, "make", noting(_JoinedWork.make))
         patch.setattr(Memo, "get", counting)
         candidates.make(planned(text)[0])
@@ -188,6 +188,19 @@ def test_a_candidate_that_cannot_be_made_leaves_the_next_one_whole(parents: Mapp
             candidates.make(planned(form.format(a=900000, **parents))[0])
         candidates.make(planned(form.format(a=0.5, **parents))[0])
         assert same(tensors(candidates.model), before) == []
+
+
+def test_plans_of_other_models_follow_each_other(parents: Mapping[str, Path]) -> None:
+    """A parent alone, then another one, then both by TIES with either as the base: each is what it is by itself."""
+    alone = "merge_method: passthrough\nmodels: [{{model: {one}}}]\ndtype: bfloat16\n"
+    form = "merge_method: ties\n" + (BASE + TWO).replace("{own}", "weight: 0.5, density: 0.4") + "dtype: bfloat16\n"
+    other = {"one": parents["two"], "two": parents["base"], "base": parents["one"]}
+    texts = [alone.format(**parents), alone.format(**other), form.format(**parents), form.format(**other)]
+    with Candidates(*planned(texts[0])) as candidates:
+        for text in texts:
+            candidates.make(planned(text)[0])
+            with Candidates(*planned(text)) as wanted:
+                assert same(tensors(candidates.model), tensors(wanted.model)) == []
 
 
 def test_an_adapter_and_a_model_without_a_tokenizer_are_no_candidates(
