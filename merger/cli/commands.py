@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from merger.distributed.start import Engine, PartMade, PartStarted
     from merger.engine.execute import BytesWritten
     from merger.recipe.model import Recipe
+    from merger.run.found import Found
     from merger.run.options import Options
     from merger.run.pipeline import Event
 
@@ -172,7 +173,7 @@ def _search(arguments: argparse.Namespace) -> int:
         print(json.dumps(reports.study_json(study, written)))
     elif not arguments.quiet:
         print(reports.study_text(study, written))
-    return 0 if arguments.to is None else _merge(read_recipe(written[0]), arguments)
+    return 0 if arguments.to is None else _merge(read_recipe(written[0]), arguments, study.found)
 
 
 def _as_worker(arguments: argparse.Namespace, storage: str | None) -> list[str]:
@@ -201,7 +202,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     return _merge(conversion_recipe(arguments.model, arguments.gguf, arguments.license), arguments)
 
 
-def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
+def _merge(recipe: Recipe, arguments: argparse.Namespace, found: Found | None = None) -> int:
     from merger.card.facts import PlanSummary
     from merger.cli import text
     from merger.distributed.start import distribute, options_of_parts
@@ -225,7 +226,7 @@ def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     try:
         if engine is None:
-            result = merge(planned, store, options, tell)
+            result = merge(planned, store, options, tell, found)
         else:
             result = distribute(planned, store, options, engine, tell)
     finally:

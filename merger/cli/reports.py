@@ -212,12 +212,15 @@ def trial_line(trial: Trial, searched: Searched) -> str:
 
 def study_text(study: Study, written: Sequence[Path]) -> str:
     """What was found, how it does on what no trial has seen, and where it lies."""
+    from merger.searching.search import NOISE
+
     states = [trial.state for trial in study.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed"))
     lines = ["", f"{study.why}: {counts}; best is trial {study.best[0].number}"]
     width = max(map(len, study.values))
     lines += [f"  {name:{width}}  {value}" for name, value in study.values.items()]
-    lines += [told for row in study.report for told in row.told()]
+    told = [told for row in study.report for told in row.told()]
+    lines += [f"warning: {each}" if each.endswith(NOISE) else each for each in told]
     if not study.report:
         lines.append("warning: without report: in the recipe nothing tells how it does on what no trial has seen")
     return join_lines([*lines, *(f"wrote {path}" for path in written)])

@@ -68,6 +68,14 @@ class Hole:
         """The choices' texts."""
         return tuple(map(choice_text, self.choices))
 
+    @property
+    def range_text(self) -> str:
+        """Where it is searched, for readers."""
+        if self.choices:
+            return " or ".join(self.labels)
+        steps = "" if self.step is None else f" by {self.step:g}"
+        return f"{self.low:g} to {self.high:g}{steps}{' (logarithmic)' if self.log else ''}"
+
     def number_at(self, share: float) -> float:
         """The number so far along its range, 0 for its low end and 1 for its high one."""
         if self.log:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import import_module
@@ -27,6 +28,7 @@ from merger.recipe.model import Publish, Recipe
 from merger.recipe.parse import parse
 from merger.recipe.searched import Searched, Values
 from merger.run.extras import refuse_missing
+from merger.run.found import Found
 from merger.run.options import Options, budget_of
 from merger.run.prepare import parse_text, plan
 from merger.runtime import refusal
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from merger.card.pictures.canvas import Picture
 
 START = "the recipe before the search"
+NOISE = ": within noise"
+"""With this ends what is told of a gain that other texts of the same kind might as well not have shown."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Standing:
             by = gain(found[1], score, self.higher)
             word = "better" if by.value > 0 else "worse"
             between = "" if by.low == -float("inf") else f" (95 % between {by.low:+.3g} and {by.high:+.3g})"
-            noise = ": within noise" if by.within_noise and between else ""
+            noise = NOISE if by.within_noise and between else ""
             yield f"{self.objective}: {abs(by.value):.3g} {word} than {name}{between}{noise}"
 
 
@@ -142,6 +146,23 @@ class Study:
     def pictures(self) -> list[Picture]:
         """Best so far or front, importance, slices."""
         return pictures_of(self.trials, self.aims, self.importance)
+
+    @property
+    def found(self) -> Found:
+        """What card and result tell of it."""
+        searched, states = self.aims.searched, [trial.state for trial in self.trials]
+        counts = ", ".join(f"{states.count(each)} {each}" for each in dict.fromkeys(states))
+        judged = ", ".join(objective.label for objective in searched.objectives)
+        ranges = {name: hole.range_text for name, hole in searched.variables.items()}
+        models = list(self.report[0].scores) if self.report else []
+        facts = {
+            "sentence": f"Its numbers were found by {len(states)} trials ({searched.sampler}; {counts}) by {judged}.",
+            "numbers": [[name, ranges[name], str(value)] for name, value in self.values.items()],
+            "columns": ["measured", "this model", *models[1:]],
+            "rows": [[row.objective, *(f"{score.value:.4g}" for score in row.scores.values())] for row in self.report],
+            "told": [told for row in self.report for told in row.told()],
+        }
+        return Found(facts, self.table, tuple(self.pictures))
 
     def recipe_text(self, place: int = 0) -> str:
         """The recipe with the numbers of the best trial, or of another one of the best."""
@@ -212,7 +233,7 @@ def search(
     """
     began, effort = time.monotonic(), effort or Effort()
     line = _Line(recipe, options, effort.of(recipe))
-    with Candidates(line.planned, line.store, options.device) as candidates:
+    with _settings(options.threads), Candidates(line.planned, line.store, options.device) as candidates:
         work = line.study(candidates)
         on_event(Searching(work, time.monotonic() - began))
         told = partial(_tell, work, on_event)
@@ -223,6 +244,20 @@ def search(
         report = () if effort.join else tuple(line.report(candidates, best[0], on_event))
     seconds = time.monotonic() - began
     return Study(recipe, work.aims, tuple(trials), tuple(best), report, why, work.importance(), seconds)
+
+
+@contextmanager
+def _settings(threads: int | None) -> Iterator[None]:
+    """The settings of libraries that a search has; afterwards they are as they were."""
+    torch, log = import_module("torch"), import_module("optuna").logging
+    before = torch.get_num_threads(), log.get_verbosity()
+    torch.set_num_threads(threads or before[0])
+    log.set_verbosity(log.ERROR)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        log.set_verbosity(before[1])
 
 
 def _tell(work: Worker, on_event: Callable[[Event], object], trial: Trial) -> None:
@@ -248,8 +283,6 @@ class _Line:
 
     def __init__(self, recipe: Recipe, options: Options, searched: Searched) -> None:
         refuse_missing(recipe, options.device)
-        if options.threads is not None:
-            import_module("torch").set_num_threads(options.threads)
         self.recipe, self.searched = recipe, searched
         self.options = replace(options, to=None, gguf=(), stream=False)
         self.planned, self.store = self._plan(replace(recipe, search=None, publish=Publish(), evaluate=None))

@@ -43,7 +43,6 @@ class Worker:
     """
 
     def __init__(self, aims: Aims, name: str, storage: str | None = None) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.aims, self.searched = aims, aims.searched
         self._me = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._spaces = spaces_of(self.searched)

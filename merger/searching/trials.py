@@ -92,7 +92,7 @@ class Aims:
 def front_of(trials: Sequence[Trial], aims: Aims) -> list[Trial]:
     """Those of the trials above which there is no other; of one aim it is the best one, and of equal ones the first."""
     found = [trial for trial in trials if trial.state == "complete" and trial.keeps]
-    gains = np.array([aims.gains(trial.scores) for trial in found]).reshape(len(found), -1)
+    gains = np.array([aims.gains(trial.scores) for trial in found]).reshape(len(found), len(aims.directions))
     earlier = np.tri(len(found), k=-1, dtype=bool)
     above = (gains[None] >= gains[:, None]).all(axis=2) & ((gains[None] > gains[:, None]).any(axis=2) | earlier)
     return [found[place] for place in np.flatnonzero(~above.any(axis=1))]
