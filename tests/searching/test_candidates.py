@@ -23,7 +23,8 @@ from merger.engine.runner import Memo, Work
 from merger.errors import EvaluationError, MismatchError
 from merger.lock.lock import lock
 from merger.methods.registry import methods
-from merger.planning.plan import Budget, Plan, make_plan
+from merger.planning.budget import Budget
+from merger.planning.plan import Plan, make_plan
 from merger.run.options import Options
 from merger.run.prepare import parse_text, plan
 from merger.searching.candidates import Candidates, trial_memory
