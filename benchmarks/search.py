@@ -214,7 +214,7 @@ def setups(work: Path, wanted: Sequence[str]) -> Iterator[Setup]:
         for parent in parents:
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(ZOO[0] / file, parent)
-        yield Setup("0.1 B", parents, ZOO[0], "bfloat16", [Objective("loss", str(texts[0]), limit=3000)])
+        yield Setup("0.1 B", parents, ZOO[0], "bfloat16", [Objective("loss", str(texts[0]), limit=1000)])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

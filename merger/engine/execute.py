@@ -103,7 +103,7 @@ def execute(
 
 
 @dataclass(frozen=True)
-class Making:
+class UnderWay:
     """Shards under way.
 
     Args:
@@ -125,7 +125,7 @@ def make_blocks(
     store: Store,
     device: str,
     memo: Memo | None = None,
-) -> Iterator[Making]:
+) -> Iterator[UnderWay]:
     """Make the blocks of some of the plan's shards, as `execute` has them, wherever they go.
 
     Args:
@@ -155,7 +155,7 @@ def make_blocks(
             reader = store.reader(tickets(plan, joined, table), plan.read_ahead)
             with closing(reader), _Pool(plan.threads) as pool:
                 works = _work(plan, joined, table, reader, device, routers, memo)
-                yield Making(joined, pool.in_order(works), doubts)
+                yield UnderWay(joined, pool.in_order(works), doubts)
     except NotFinite as found:
         beside = next((shard.jobs for shard in shards if found.job in shard.jobs), ())
         raise explain(found, plan, beside, store) from found.__cause__
