@@ -159,6 +159,8 @@ def _search(arguments: argparse.Namespace) -> int:
     effort = Effort(*(getattr(arguments, key) for key in ("trials", "minutes", "storage", "top", "join")))
     searched = effort.of(recipe)
     refuse_missing(recipe, options.device)
+    # before torch is there: threads that wait actively take the cores of other workers
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from merger.searching.search import Event as SearchEvent  # takes what may be missing
     from merger.searching.search import search, write_study
 
