@@ -196,10 +196,7 @@ def refusal(what: str, error: OSError, otherwise: type[MergerError], hint: str |
     """A refusal of the system's as one of ours: of the kind `otherwise`, or BudgetError where something is used up.
 
     Args:
-        what: what could not be done.
-        error: the system's refusal.
         otherwise: the kind where nothing is used up.
-        hint: the next step where the system's word suggests none.
     """
     known = _USED_UP | _REFUSED
     kind = BudgetError if error.errno in _USED_UP else otherwise

@@ -5,8 +5,10 @@ A token comes in the header ``Authorization: Bearer hf_…`` of each call and is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import gradio as gr
 
@@ -19,6 +21,7 @@ from space.work.job_table import JobError, QueuedMerge
 from space.work.queue import Token
 from space.work.service import Service
 
+P = ParamSpec("P")
 _HEADERS = ("authorization", "x-hf-authorization")
 
 
@@ -29,12 +32,26 @@ def offer(service: Service) -> None:
         gr.api(function, api_name=function.__name__)  # type: ignore[attr-defined]
 
 
+def _answers(call: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
+    """The function, of which a refusal is an answer too."""
+
+    @wraps(call)
+    def answer(*given: P.args, **named: P.kwargs) -> dict[str, Any]:
+        try:
+            return call(*given, **named)
+        except MergerError as error:
+            return {"ok": False, "exit_code": error.exit_code, "problems": list(map(_plain, error.problems))}
+
+    return answer
+
+
 class Api:
     """The functions; each answers with plain data, and a refusal is an answer too."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
+    @_answers
     def methods(self, name: str = "") -> dict[str, Any]:
         """List the merge methods, or tell all about one of them.
 
@@ -43,9 +60,8 @@ class Api:
         """
         if not name:
             return {method.name: method.summary for method in registry.methods().values()}
-        found = registry.methods().get(name)
-        if found is None:
-            return _answer_refusal(MergerError(Problem(f"there is no method {name!r}")))
+        if (found := registry.methods().get(name)) is None:
+            raise MergerError(Problem(f"there is no method {name!r}"))
         return {"text": method_text(found)}
 
     def check(self, recipe: str) -> dict[str, Any]:
@@ -58,20 +74,19 @@ class Api:
         warnings = [_plain(warning) for warning in checked.warnings]
         return {"ok": not checked.problems, "problems": list(map(_plain, checked.problems)), "warnings": warnings}
 
+    @_answers
     def plan(self, recipe: str, request: gr.Request) -> dict[str, Any]:
         """Tell what a recipe makes and what that takes, without reading any tensor.
 
         Args:
             recipe: the recipe's YAML text; its models are read with the caller's token where one is sent.
         """
-        try:
-            found = self._service.plan(recipe, _token(request))
-        except MergerError as error:
-            return _answer_refusal(error)
+        found = self._service.plan(recipe, _token(request))
         about = found.plan.as_json()
         kept = ("hash", "models", "seed", "peak_memory", "disk", "read_bytes", "size")
         return {"ok": True, **{name: about[name] for name in kept}, "text": plan_text(found.summary())}
 
+    @_answers
     def merge(self, recipe: str, to: str, request: gr.Request) -> dict[str, Any]:
         """Queue a merge that is published on the Hub as the caller; needs a token in the header Authorization.
 
@@ -79,36 +94,29 @@ class Api:
             recipe: the recipe's YAML text.
             to: owner/name of the repo for the result; empty for the recipe's publish.repo.
         """
-        try:
-            owner, token = _caller(request)
-            return self._about(self._service.submit(owner, token, recipe, to or None))
-        except MergerError as error:
-            return _answer_refusal(error)
+        owner, token = _caller(request)
+        return self._about(self._service.submit(owner, token, recipe, to or None))
 
+    @_answers
     def job(self, id: str, request: gr.Request) -> dict[str, Any]:
         """Tell how far one of the caller's merges is; needs a token in the header Authorization.
 
         Args:
             id: the job's id, as merge answered it.
         """
-        try:
-            owner, token = _caller(request)
-            self._service.queue.register_token(owner, token)
-            return self._about(self._service.queue.job(owner, id))
-        except MergerError as error:
-            return _answer_refusal(error)
+        owner, token = _caller(request)
+        self._service.queue.register_token(owner, token)
+        return self._about(self._service.queue.job(owner, id))
 
+    @_answers
     def cancel(self, id: str, request: gr.Request) -> dict[str, Any]:
         """Stop one of the caller's merges; needs a token in the header Authorization.
 
         Args:
             id: the job's id, as merge answered it.
         """
-        try:
-            owner, _ = _caller(request)
-            return self._about(self._service.queue.cancel(owner, id))
-        except MergerError as error:
-            return _answer_refusal(error)
+        owner, _ = _caller(request)
+        return self._about(self._service.queue.cancel(owner, id))
 
     def _about(self, job: QueuedMerge) -> dict[str, Any]:
         kept = ("id", "to", "state", "total", "made", "log", "problems", "where", "commit")
@@ -127,10 +135,6 @@ def _caller(request: gr.Request) -> tuple[str, Token]:
         raise JobError(Problem("there is no token", hint="send one of yours in the header Authorization: Bearer hf_…"))
     owner, reach = hub.owner_of(token)
     return owner, Token(token, reach=reach)
-
-
-def _answer_refusal(error: MergerError) -> dict[str, Any]:
-    return {"ok": False, "exit_code": error.exit_code, "problems": list(map(_plain, error.problems))}
 
 
 def _plain(problem: Problem) -> dict[str, Any]:

@@ -41,7 +41,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _space() -> Iterator[tuple[str, Path | bytes]]:
-    """The files of the Space by their place in it."""
     for place, source in _AT_THE_TOP.items():
         yield place, _ROOT / source
     for pattern in _WHOLE:

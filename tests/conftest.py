@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +18,7 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  #
 import forks
 import pytest
 from hypothesis import HealthCheck, settings
-from loopback import Client, LoopbackHub
+from loopback import Client, LoopbackGitHub, LoopbackHub
 from waiting import HANGS_SECONDS
 
 # A shell that begins this in the background has it ignore Ctrl-C, and so would all that the tests begin.
@@ -45,6 +46,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Cards have blank ones, but where they are tested."""
+    with nullcontext() if request.path.parent.name == "card" else forks.blank_pictures():
+        yield
+
+
 @pytest.fixture(scope="module")
 def served() -> Iterator[LoopbackHub]:
     """A Hub with the user alice of the organisation org: one token that may write, one that may only read."""
@@ -61,6 +69,13 @@ def hub(served: LoopbackHub) -> Iterator[LoopbackHub]:
     yield served
     served.clear_faults()
     served.url_lifetime(3600)
+
+
+@pytest.fixture
+def github() -> Iterator[LoopbackGitHub]:
+    """GitHub."""
+    with LoopbackGitHub() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

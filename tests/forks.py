@@ -1,8 +1,9 @@
 """Commands in processes that are forked from one with the slow imports done: 50 ms in place of 2 s of a core each.
 
 `run` and `start` take what `subprocess` takes, for a line that begins with this Python. All is as in a process of its
-own but the imports, Python's hash seed and the memory it begins with: who tests those starts a real one. The Hub's
-client is not among the imports, for it reads its settings from the environment when it is imported.
+own but the imports, Python's hash seed, the memory it begins with and that modules are not taken apart at the end: who
+tests those starts a real one. The Hub's client is not among the imports, for it reads its settings from the environment
+when it is imported.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from types import ModuleType
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 from places import ROOT
 from waiting import HANGS_SECONDS
@@ -35,7 +38,7 @@ IMPORTED = (
     "merger.cli.commands", "merger.cli.text", "merger.run.pipeline", "merger.engine.execute",
     "merger.engine.inputs.readers", "merger.card.pictures.movement",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "httpx2", "urllib3",
-    "safetensors.torch", "tokenizers", "tqdm",
+    "safetensors.torch", "tokenizers", "tqdm", "anyio", "filelock", "h11", "httpcore2", "merger.card.templates",
 )  # fmt: skip
 NOT_IMPORTED = "huggingface_hub"
 MOST_BYTES = 1 << 18
@@ -145,7 +148,12 @@ def main() -> None:
         if name != "safetensors.torch" or importlib.util.find_spec("torch"):
             importlib.import_module(name)
     importlib.import_module("merger.methods.steps.step").compile_steps()
-    blank_pictures()
+    importlib.import_module("merger.methods.registry").methods()
+    templates = importlib.import_module("merger.card.templates")
+    for name in templates._ours():
+        templates._with_ours().get_template(name)
+    blank_pictures().start()
+    importlib.import_module("merger.card.pictures.canvas").warm_fonts()
     assert NOT_IMPORTED not in sys.modules
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -161,14 +169,16 @@ def main() -> None:
                 os.close(file)
 
 
-def blank_pictures() -> None:
-    """In this process and its children cards have empty pictures: to draw them takes longer than all else in a run.
+def blank_pictures() -> Any:
+    """A patch: cards have empty pictures, for to draw them takes longer than all else in a run.
 
-    Who tests pictures has them drawn: tests/card, and whatever runs in a process of its own or in that of the tests.
+    Who tests pictures has them drawn: tests/card, and whatever runs in a process of its own that is not forked here.
     """
-    canvas: Any = importlib.import_module("merger.card.pictures.canvas")
-    canvas.warm_fonts()
-    canvas._draw_png = lambda figure, dots: BLANK + bytes([len(figure.axes)])  # no two are one file
+    return patch("merger.card.pictures.canvas._draw_png", _blank)
+
+
+def _blank(figure: Any, dots: int) -> bytes:
+    return BLANK + bytes([len(figure.axes)])  # no two are one file
 
 
 def _keep(order: Mapping[str, Any], out: int, err: int, news: int) -> NoReturn:
@@ -199,12 +209,28 @@ def _become(order: Mapping[str, Any], out: int, err: int) -> NoReturn:
     how, what, *arguments = order["line"]
     sys.argv = [what if how == "-m" else how, *arguments]
     sys.orig_argv = [sys.executable, *order["line"]]  # what replaces itself by exec begins as it was begun
-    if how == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
-    else:
-        own = sys.modules["__main__"] = ModuleType("__main__")
-        exec(compile(what, "<string>", "exec"), vars(own))
-    sys.exit()
+    code: object = 0
+    try:
+        if how == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            own = sys.modules["__main__"] = ModuleType("__main__")
+            exec(compile(what, "<string>", "exec"), vars(own))
+    except SystemExit as end:
+        code = end.code
+    _leave(code)
+
+
+def _leave(code: object) -> NoReturn:
+    """As any Python ends, but that it does not take its modules apart: that takes longer than most commands."""
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":

@@ -5,30 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from loopback import LoopbackHub
+
 CONFIG: Mapping[str, Any] = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "vocab_size": 40,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "sliding_window": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 16, "intermediate_size": 24,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 40, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 TIES_RECIPE = """\
 merge_method: ties
 base_model: {base}
@@ -101,6 +92,14 @@ def model(folder: Path, seed: int = 0, files: int = 1, **shape: Any) -> Path:
     hidden, vocab = held["model.embed_tokens.weight"].shape[1], held["model.embed_tokens.weight"].shape[0]
     return write(folder, held, files, hidden_size=hidden, vocab_size=vocab, head_dim=hidden // 4,
                  intermediate_size=held["model.layers.0.mlp.up_proj.weight"].shape[0])  # fmt: skip
+
+
+def models(root: Path, *names: str, hub: LoopbackHub | None = None) -> dict[str, Path]:
+    """A small Mistral by each of these names, no two alike; in org/ on the Hub, too, if one is given."""
+    made = {name: model(root / name, seed) for seed, name in enumerate(names)}
+    for name, folder in made.items() if hub else ():
+        hub.add_model(f"org/{name}", folder)
+    return made
 
 
 def read(folder: Path) -> dict[str, Tensor]:

@@ -142,7 +142,6 @@ def family(
     """Look up the ancestors of a merge, all of one generation at the same time.
 
     Args:
-        planned: the merge.
         title: what its card calls it.
         methods: the names of all merge methods, by which the cards of merges are understood.
         store: where the plan's models are.
@@ -287,7 +286,7 @@ def _describe(located: Located, store: Store, methods: Collection[str]) -> _Answ
     kinds = ((LOCAL, located.commit is None), ("private", located.private), ("gated", located.gated))
     note = next((kind for kind, holds in kinds if holds), None)
     record = _record(located, store)
-    method = _method(card, methods) or _method_of(record)
+    method = _method(card, methods) or (_text(record.get("merge_method")) if isinstance(record, Mapping) else None)
     parents = _parents_of(record) or _base_refs(card.get("base_model"))
     if located.commit is None:
         parents = tuple(replace(ref, is_hearsay=True) for ref in parents)
@@ -355,10 +354,6 @@ def _method(card: Mapping[str, Any], methods: Collection[str]) -> str | None:
     if not isinstance(tags, list) or "merger" not in tags:
         return None
     return ", ".join(tag for tag in tags if isinstance(tag, str) and tag in methods) or None
-
-
-def _method_of(record: Any) -> str | None:
-    return _text(record.get("merge_method")) if isinstance(record, Mapping) else None
 
 
 def _tell_method(card: Mapping[str, Any], method: str | None, parents: int) -> str | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any, TypeVar
 
 import yaml
@@ -34,6 +35,19 @@ from merger.runtime import PACKAGE
 from merger.safety.names import HUB, hub_path, is_repo
 from merger.stores.ports import FileInfo, Located
 
+_Key = TypeVar("_Key")
+_Row = TypeVar("_Row")
+_ALIKE = 8
+
+
+def fold(rows: Sequence[_Row], kind: Callable[[_Row], object]) -> list[_Row | int]:
+    """Rows to show: of more than eight neighbours of a kind the ends, and between them how many more there are."""
+    found = list[_Row | int]()
+    for _, run in groupby(rows, kind):
+        alike = list(run)
+        found += alike if len(alike) <= _ALIKE else [alike[0], len(alike) - 2, alike[-1]]
+    return found
+
 
 @dataclass(frozen=True)
 class PlanSummary:
@@ -51,6 +65,11 @@ class PlanSummary:
     def methods(self) -> Mapping[str, int]:
         """How many tensors each method makes; copying is among them."""
         return Counter(job.kind for job in self.plan.jobs)
+
+    @cached_property
+    def models(self) -> Sequence[LockedModel | int]:
+        """Those that are read; of the many checkpoints of a run the ends, and how many are between them."""
+        return fold(self.plan.locked.models, lambda model: (model.licence, model.located.commit is None))
 
     @cached_property
     def dtypes(self) -> tuple[str, ...]:
@@ -123,7 +142,6 @@ def exposed_models(planned: Plan, to: str | None) -> list[str]:
     """Sentences about private models of which all will read who may read the result.
 
     Args:
-        planned: what is made.
         to: where it goes; None: that is not said yet, and may be the Hub.
     """
     if planned.locked.recipe.publish.private or hub_path(to or HUB) is None:
@@ -177,7 +195,6 @@ def _means(named: str, model: LockedModel) -> bool:
 
 
 Checksum = Callable[[Located, str], str | None]
-_Key = TypeVar("_Key")
 _MADE_WITH = (PACKAGE, "numpy", "numba", "huggingface_hub")
 _HASHED_FOLDERS = 1_000_000_000
 """Up to so many bytes of models in folders are read once more for their SHA-256, in a second; of more it is unknown."""
@@ -187,7 +204,6 @@ def lock_file(planned: Plan, output: Mapping[str, FileInfo], checksum: Checksum)
     """The text of the lock file: inputs with commits and checksums, seed, plan, versions, recipe, and what came out.
 
     Args:
-        planned: what was made.
         output: the files that were written.
         checksum: finds out the SHA-256 of a model's file, if need be by reading it; None: it is not known.
     """
@@ -343,7 +359,6 @@ def eval_results(scores: Sequence[Score], repo: str | None) -> str | None:
     """What the Hub reads of scores on its own data sets (``.eval_results/*.yaml``); None where there is none.
 
     Args:
-        scores: what was measured.
         repo: where the merge lies on the Hub, with the file that says how; None: in a folder.
     """
     source = {"source": {"url": f"{_HUB_PAGES}/{repo}/blob/main/{EVALUATED_NAME}", "name": "Merger"}} if repo else {}

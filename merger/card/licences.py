@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merger.card.terms import ALIASES, HUB_NAMES, TERMS, Kind, Terms
-from merger.errors import MismatchError, Problem, RecipeError
+from merger.errors import MismatchError, Problem, RecipeError, few
 from merger.lock.locked import LockedModel, display_name
 from merger.models.licence import LICENCES, is_notice, licence_files
 from merger.planning.plan import Plan
@@ -81,7 +81,6 @@ def judge(planned: Plan, name: str | None = None) -> Judgement:
     """The licence of what is planned.
 
     Args:
-        planned: the merge.
         name: what it is called, for licences that ask something of that; None: as the recipe says.
     """
     publish, models = planned.locked.recipe.publish, planned.locked.models
@@ -102,7 +101,6 @@ def refuse_licences(planned: Plan, published: bool) -> None:
     """Refuse a licence that the parents do not allow, and to publish what no licence fits, unless the recipe says why.
 
     Args:
-        planned: the merge.
         published: whether it goes to the Hub: in a folder of one's own, what no licence fits may lie.
 
     Raises:
@@ -252,10 +250,10 @@ def _covers(result: Sequence[Licence], wanted: Terms) -> bool:
 def _open(models: Sequence[LockedModel], result: Sequence[Licence]) -> Iterator[str]:
     unknown = [f"{display_name(model)} ({licence_of(model).name})" for model in models if not licence_of(model).terms]
     if not result and unknown:
-        yield (f"the licence is not settled: what {', '.join(unknown)} asks is not known here; "
+        yield (f"the licence is not settled: what {few(unknown)} asks is not known here; "
                "state the result's with publish: {license: ...}")  # fmt: skip
     elif unknown and not (len(result) == 1 and all(licence_of(model).name == result[0].name for model in models)):
-        yield f"what {', '.join(unknown)} asks is not known here: see for yourself"
+        yield f"what {few(unknown)} asks is not known here: see for yourself"
 
 
 def _naming(duties: Sequence[Terms], title: str) -> Iterator[str]:
@@ -300,7 +298,6 @@ def licence_notices(
     """The files by name; none where no parent brings any and no licence asks for one.
 
     Args:
-        planned: the merge.
         take: what parents' files hold.
 
     Raises:
@@ -310,17 +307,13 @@ def licence_notices(
     found = [(model, name) for model in models for name in licence_files(model.located.files)]
     contents = take([(model.located, name) for model, name in found])
     held = [(model, name, content) for (model, name), content in zip(found, contents, strict=True)]
-    notices = [_text(content) for _, name, content in held if is_notice(name)]
+    notices = [bytes_of(content).decode("utf-8", "replace").strip() for _, name, content in held if is_notice(name)]
     asked = [terms.notice for terms in judge(planned).duties if terms.notice]
     missing = [sentence for sentence in asked if not any(sentence in notice for notice in notices)]
     text = "\n\n".join(dict.fromkeys([*notices, *missing]))
     own = {sha256_of(content) for model, name, content in held if planned.texts.taken.get(name) == models.index(model)}
     files: dict[str, Content] = {_place(model, name): content for model, name, content in _others(held, own)}
     return files | ({NOTICE: f"{text}\n".encode()} if text else {})
-
-
-def _text(content: Content) -> str:
-    return bytes_of(content).decode("utf-8", "replace").strip()
 
 
 _Held = tuple[LockedModel, str, Content]
@@ -335,7 +328,6 @@ def _others(held: list[_Held], known: set[str]) -> Iterator[_Held]:
 
 
 def _place(model: LockedModel, name: str) -> str:
-    """Where it stands; a parent that is a merge itself has such places already."""
     if name.startswith(LICENCES):
         return name
     return f"{LICENCES}{re.sub(r'[^A-Za-z0-9._-]+', '--', model.name).strip('.-')}.{name}"

@@ -70,7 +70,6 @@ def metadata(
     """What the front matter says, in the order in which it says it; a key without a value is left out.
 
     Args:
-        planned: what was made.
         used: the methods that made it.
         licence: ``license`` and, where it has no identifier on the Hub, ``license_name`` and ``license_link``.
         extra: keys that only a finished merge has, such as ``model-index``.

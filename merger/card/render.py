@@ -16,7 +16,7 @@ import yaml
 from markupsafe import Markup
 
 from merger.card.escape import link_address
-from merger.card.facts import TITLE, MixtureFacts, PlanSummary, mixture_facts
+from merger.card.facts import TITLE, MixtureFacts, PlanSummary, fold, mixture_facts
 from merger.card.licences import Judgement, keys, licence_of
 from merger.card.metadata import GGUF, PROMPTS, embedder, front_matter, head_class, library, metadata
 from merger.card.relations import Parameter, Relation, Relations, parameters
@@ -139,8 +139,6 @@ def render(planned: Plan, table: Mapping[str, Method], name: str, parts: Mapping
     """The text of README.md.
 
     Args:
-        planned: what was made.
-        table: the merge methods by name.
         name: ``owner/name``, or the folder's last part.
         parts: what else the card shows; each name of `NO_PARTS` that is not there is as there.
 
@@ -207,6 +205,7 @@ def _content(
         "address": repo or target,
         "target": target,
         "parents": parents,
+        "shown": fold(parents, lambda row: (row.role, row.settings, row.licence, row.commit is None)),
         "givers": _givers(planned, parents),
         "bases": [parent.name for parent in parents if parent.role == BASE],
         "adapters": [parent.name for parent in parents if parent.role == ADAPTER],
@@ -256,7 +255,6 @@ def _givers(planned: Plan, parents: Sequence[ParentRow]) -> list[str]:
 
 
 def _lora(planned: Plan) -> dict[str, Any] | None:
-    """What the card says of a result that is a LoRA adapter."""
     lora, config = planned.locked.recipe.lora, planned.config
     if lora is None:
         return None
@@ -270,7 +268,6 @@ def _lora(planned: Plan) -> dict[str, Any] | None:
 
 
 def _licence(planned: Plan, found: Judgement) -> dict[str, Any]:
-    """What the card says of licences, in words and rows."""
     return {
         "name": found.name,
         "stated": found.stated,

@@ -299,14 +299,11 @@ class ActionRun:
             return
         told = sections(outcomes, COMMENT_CHARACTERS) or "This pull request adds or changes no recipe any more."
         try:
-            self.api.keep_comment(self.event.pull, self._marker(), told, only_update=not outcomes)
+            self.api.keep_comment(
+                self.event.pull, _marker(self.inputs, self.environment), told, only_update=not outcomes
+            )
         except GitHubError as error:
             self.log.command("notice", f"{error}; the plan is in the job's summary", title="Merger")
-
-    def _marker(self) -> str:
-        """Names the comment of this job: several jobs may plan the same pull request."""
-        job = [self.environment.get(name, "") for name in ("GITHUB_WORKFLOW", "GITHUB_JOB")]
-        return f"<!-- merger {hashlib.sha256(json.dumps([*job, self.inputs.recipe]).encode()).hexdigest()[:16]} -->"
 
     def keep_lock(self, outcome: Outcome) -> None:
         """Commit the lock file beside the recipe of an outcome, where the workflow wants that."""
@@ -318,6 +315,12 @@ class ActionRun:
             return
         content, place = lock_text(outcome.summary.plan, outcome.published), path.relative_to(self.top).as_posix()
         self.api.commit_file(place, content, f"Lock the models of {outcome.recipe}", head.removeprefix("refs/heads/"))
+
+
+def _marker(inputs: Inputs, environment: Mapping[str, str]) -> str:
+    """Names the comment of this job: several jobs may plan the same pull request."""
+    job = [environment.get(name, "") for name in ("GITHUB_WORKFLOW", "GITHUB_JOB")]
+    return f"<!-- merger {hashlib.sha256(json.dumps([*job, inputs.recipe]).encode()).hexdigest()[:16]} -->"
 
 
 class TimeIsUpError(Exception):

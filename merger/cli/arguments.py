@@ -20,7 +20,7 @@ from merger.runtime import PACKAGE
 from merger.safety import numbers
 
 if TYPE_CHECKING:
-    from merger.planning.plan import Part
+    from merger.planning.shards import Part
 
     Commands = argparse._SubParsersAction["_Parser"]
 
@@ -455,14 +455,14 @@ _bytes = _argument(numbers.parse_size)
 
 @_argument
 def _gguf(text: str) -> tuple[str, ...]:
-    from merger.recipe.parse import parse_kinds
+    from merger.recipe.blocks.publish import parse_kinds
 
     return parse_kinds(text)
 
 
 @_argument
 def _part(text: str) -> Part:
-    from merger.planning.plan import Part
+    from merger.planning.shards import Part
 
     return Part.parse(text)
 

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,22 +93,8 @@ def _check(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> Options:
     from merger.run.options import Options
 
-    return Options(
-        to=arguments.to,
-        max_memory=arguments.max_memory,
-        max_disk=arguments.max_disk,
-        shard_size=arguments.shard_size,
-        gguf=getattr(arguments, "gguf", None) or (),
-        threads=arguments.threads,
-        device=getattr(arguments, "device", "cpu"),
-        seed=arguments.seed,
-        force=getattr(arguments, "force", False),
-        part=getattr(arguments, "part", None),
-        publish_only=getattr(arguments, "publish_only", False),
-        stream=getattr(arguments, "stream", False),
-        allow_pickle=arguments.allow_pickle,
-        cache=arguments.cache,
-    )
+    known = {each.name for each in fields(Options)}
+    return Options(**{name: said for name, said in vars(arguments).items() if name in known and said is not None})
 
 
 def _plan(arguments: argparse.Namespace) -> int:

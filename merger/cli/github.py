@@ -279,9 +279,7 @@ class GitHubApi:
         A comment of anybody else is theirs, whatever it begins with.
 
         Args:
-            pull: the pull request's number.
             marker: a line that readers do not see.
-            body: what the comment says.
             only_update: leave it be if there is none yet.
         """
         _patiently(lambda: self._kept(pull, marker, body, only_update))
@@ -361,7 +359,6 @@ class GitHubApi:
 
 
 def _read(answer: Response) -> None:
-    """The body, where it is not longer than an answer may be."""
     body = bytearray()
     for piece in answer.iter_content(_PIECE_BYTES):
         body += piece

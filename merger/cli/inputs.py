@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from merger.errors import Problem, RecipeError, did_you_mean
-from merger.planning.plan import Part
-from merger.recipe.parse import parse_kinds
+from merger.planning.shards import Part
+from merger.recipe.blocks.publish import parse_kinds
 from merger.run.options import Options
 from merger.safety import numbers, secrets
 from merger.safety.environment import CLIENTS
@@ -78,7 +78,6 @@ class _Given:
         self.problems: list[Problem] = []
 
     def text(self, name: str) -> str:
-        """As it is given."""
         return self._environment.get(variable(name), "").strip()
 
     def secret(self, name: str) -> str:
@@ -102,30 +101,24 @@ class _Given:
         return text
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """Yes or no."""
         text = self.text(name).lower() or str(default).lower()
         if text not in ("true", "false"):
             self._wrong(name, f"{text!r} is neither true nor false")
         return text == "true"
 
     def size(self, name: str) -> int | None:
-        """Bytes."""
         return self._parsed(name, numbers.parse_size)
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """Types of GGUF."""
         return self._parsed(name, parse_kinds) or ()
 
     def part(self, name: str) -> Part | None:
-        """A share of the files."""
         return self._parsed(name, Part.parse)
 
     def minutes(self, name: str) -> float | None:
-        """A time."""
-        return self._parsed(name, _minutes)
+        return self._parsed(name, lambda text: float(numbers.parse_whole(text, numbers.MINUTES)))
 
     def folder(self, name: str) -> Path:
-        """A folder of the repository."""
         root = top(self._environment)
         folder = inside(root / self.text(name), root)
         if folder is None or not os.path.isdir(folder):
@@ -141,10 +134,6 @@ class _Given:
 
     def _wrong(self, name: str, what: str, hint: str | None = None) -> None:
         self.problems.append(Problem(f"input {name}: {what}", hint=hint))
-
-
-def _minutes(text: str) -> float:
-    return float(numbers.parse_whole(text, numbers.MINUTES))
 
 
 def variable(name: str) -> str:

@@ -40,7 +40,6 @@ def folded_plan(found: PlanSummary, changed: str = "") -> str:
     """A line that says it all, what is likely not meant, what another plan has otherwise, and the rest folded away.
 
     Args:
-        found: what will be made.
         changed: what it has otherwise than another plan.
     """
     tables = fold("The plan", "\n\n".join([_tables(found), *_notes(found)]))
@@ -74,7 +73,7 @@ def changes_section(found: PlanSummary, before: PlanSummary) -> str:
 
 def _all_facts(found: PlanSummary) -> dict[str, str]:
     """All that a reader may want to compare, by name."""
-    models = {name: ", ".join(told) for name, *told in _models(found.plan)}
+    models = {name: ", ".join(told) for name, *told in map(_row, found.plan.locked.models)}
     in_force = [(each, owner) for each in parameters(found.plan, methods()) for owner in each.owners]
     own = {f"`{each.name}`{f' of {code(owner)}' if owner else ''}": each.course(owner) for each, owner in in_force}
     return {**models, **own, **dict(_facts(found))}
@@ -86,20 +85,18 @@ def fold(title: str, text: str) -> str:
 
 
 def _tables(found: PlanSummary) -> str:
-    models = _table(("model", "commit", "licence", "size"), _models(found.plan))
+    models = _table(("model", "commit", "licence", "size"), _models(found))
     return "\n".join([*models, "", *_table(("", ""), _facts(found))])
 
 
-def _models(planned: Plan) -> list[tuple[str, ...]]:
-    return [
-        (
-            _link(model),
-            _commit(model),
-            code(model.licence) if model.licence else "not stated",
-            size(model.checkpoint.nbytes),
-        )
-        for model in planned.locked.models
-    ]
+def _models(found: PlanSummary) -> list[tuple[str, ...]]:
+    return [(f"and {model} more like them", "", "", "") if isinstance(model, int) else _row(model)
+            for model in found.models]  # fmt: skip
+
+
+def _row(model: LockedModel) -> tuple[str, ...]:
+    licence = code(model.licence) if model.licence else "not stated"
+    return _link(model), _commit(model), licence, size(model.checkpoint.nbytes)
 
 
 def _link(model: LockedModel) -> str:
@@ -136,7 +133,6 @@ def _facts(found: PlanSummary) -> list[tuple[str, str]]:
 
 
 def _licence(found: Judgement) -> str:
-    """The result's, and what the parents' ask."""
     asks = dict.fromkeys(kind.value for terms in found.duties for kind in terms.asks)
     told = "stated" if found.stated else "proposed, as the strictest that fits"
     return (f"{code(found.name)} ({told})" if found.name else "not settled") + (
@@ -182,7 +178,6 @@ def result_section(result: Result, repo: str | None = None) -> str:
     """What has become of it, what stands at the top of the card, and the rest of the card folded away.
 
     Args:
-        result: of a run.
         repo: where it went on the Hub; None: to a folder.
     """
     if result.part is not None:
@@ -203,7 +198,6 @@ def card_preview(card: str, place: str | None = None) -> str:
     """A card for another page than the Hub's: its links lead there, and it calls nobody.
 
     Args:
-        card: its text.
         place: where its pictures lie on the Hub; None: nowhere yet.
     """
     text = visible(_FRONT_MATTER.sub("", card)).replace("&#64;", "&#64;\u200b").replace("](/", f"]({_page('')}")

@@ -45,7 +45,7 @@ def warning(problem: Problem) -> str:
 
 def plan_text(found: PlanSummary) -> str:
     """What will be made of what, what it takes, what is left out, and under which licence."""
-    made = [*_models(found.plan), "", *_making(found), "", *_costs(found.plan), *_accounting(found)]
+    made = [*_models(found), "", *_making(found), "", *_costs(found.plan), *_accounting(found)]
     doubts = [each for doubt in found.doubts for each in ("", f"warning: {doubt}")]
     return join_lines([*made, *_licence(found.licence), *doubts])
 
@@ -76,10 +76,13 @@ def _licence(found: Judgement) -> list[str]:
     return [*lines, *(f"warning: {what}" for what in warnings)]
 
 
-def _models(planned: Plan) -> list[str]:
+def _models(found: PlanSummary) -> list[str]:
     lines = ["models"]
-    width = max(len(display_name(model)) for model in planned.locked.models)
-    for model in planned.locked.models:
+    width = max(len(display_name(model)) for model in found.plan.locked.models)
+    for model in found.models:
+        if isinstance(model, int):
+            lines.append(f"  and {model} more like them")
+            continue
         commit = model.located.commit[:12] if model.located.commit else "local folder"
         held = f"{len(model.checkpoint.tensors)} tensors, {size(model.checkpoint.nbytes)}"
         lines.append(f"  {display_name(model):{width}}  {commit}  {model.licence or 'licence not stated'}  {held}")
@@ -328,7 +331,6 @@ def result_text(result: Result) -> str:
 
 
 def _losses(losses: Sequence[Loss]) -> list[str]:
-    """What an adapter leaves out, in all and by layer."""
     lines = [f"  {loss.where}: {loss.error:.2%}" for loss in losses]
     return ["left out of the matrices, as a share of their norm", *lines] if lines else []
 

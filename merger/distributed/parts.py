@@ -1,6 +1,6 @@
 """Parts made by the tasks of a Ray cluster: Ray places them, and starts those anew whose process or node dies.
 
-Not here: what a part is (planning.plan), how one is made (run, which is handed in), and Hub jobs (hub_jobs).
+Not here: what a part is (planning.shards), how one is made (run, which is handed in), and Hub jobs (hub_jobs).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from merger.errors import BudgetError, MergerError, PartError, Problem
-from merger.planning.plan import Part
+from merger.planning.shards import Part
 from merger.runtime import install_command
 
 RESTARTS = 3
@@ -29,7 +29,6 @@ def on_ray(
 
     Args:
         make: makes one part; a function that can be pickled, of a package that every node has.
-        parts: those to make.
         resources: what a task takes of its node: num_cpus, num_gpus, memory.
 
     Raises:

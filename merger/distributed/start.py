@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 from merger.errors import PartError, Problem, RecipeError
 from merger.methods.registry import methods
-from merger.planning.plan import Part, Plan, share
+from merger.planning.plan import Plan
+from merger.planning.shards import Part, share
 from merger.recipe.parse import parse
 from merger.run.extras import needs_of
 from merger.run.options import Options, destination, with_free_memory

@@ -21,16 +21,19 @@ from merger.engine.finite import NotFinite, explain
 from merger.engine.gguf import GgufWriter
 from merger.engine.inputs.decompose import RunPairs
 from merger.engine.joined import start_work
-from merger.engine.runner import Block, Bytes, Memo, Work, blocks
+from merger.engine.runner import Memo, Work, blocks
 from merger.engine.spool import Allowance
+from merger.engine.tensors import Block, Bytes
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.formats.safetensors import ShardWriter, WrittenShard, header
-from merger.planning.budget import COPY_BYTES, block_bytes, join_small, needs, routers_of, takes_torch
+from merger.planning.budget import BLOCKS_IN_FLIGHT, JOBS_AHEAD, block_bytes, routers_of, takes_torch
 from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.inputs.base import Job
 from merger.planning.inputs.derived import Routed
-from merger.planning.plan import BLOCKS_IN_FLIGHT, JOBS_AHEAD, Plan, Shard
+from merger.planning.jobs.blocks import COPY_BYTES, join_small, needs
+from merger.planning.plan import Plan
+from merger.planning.shards import Shard
 from merger.stores.ports import Reader, Store, Taker, Ticket
 
 
@@ -84,10 +87,6 @@ def execute(
     """Make some of the plan's shards, one after the other.
 
     Args:
-        plan: what they are part of.
-        shards: what is made.
-        table: the merge methods by name.
-        store: where the models' bytes come from.
         sink: what takes the shards.
         device: ``cpu`` or ``cuda``.
 
@@ -138,7 +137,11 @@ def make_blocks(
     """
     jobs = [job for shard in shards for job in shard.jobs]
     if device != "cpu" or takes_torch(jobs, table):
-        _prepare_torch(device)
+        import torch
+
+        if device != "cpu" and not torch.cuda.is_available():
+            hint = "leave out --device cuda"
+            raise BudgetError(Problem("this machine has no CUDA device that torch can use", hint=hint))
     routers, doubts, joined = dict[Routed, Any](), list[str](), shards
     try:
         with single_threaded():
@@ -170,14 +173,6 @@ def single_threaded() -> Iterator[None]:
     finally:
         if (torch := sys.modules.get("torch")) is not None:
             torch.set_num_threads(threads or runtime.cores())
-
-
-def _prepare_torch(device: str) -> None:
-    import torch
-
-    if device != "cpu" and not torch.cuda.is_available():
-        hint = "leave out --device cuda"
-        raise BudgetError(Problem("this machine has no CUDA device that torch can use", hint=hint))
 
 
 def _work(
@@ -276,17 +271,14 @@ class _Pool:
         """The blocks of each job whose preparing is over; that of the next jobs runs meanwhile, one job a thread."""
         ahead: deque[Work] = deque()
         for work in works:
-            self._start_preparing(work)
+            if work.wants_preparing:
+                self._open.append(work)
+                work.prepared = self._threads.submit(work.prepare)
             ahead.append(work)
             if len(ahead) > self._ahead:
                 yield from _blocks_of(ahead.popleft())
         while ahead:
             yield from _blocks_of(ahead.popleft())
-
-    def _start_preparing(self, work: Work) -> None:
-        if work.wants_preparing:
-            self._open.append(work)
-            work.prepared = self._threads.submit(work.prepare)
 
 
 def _blocks_of(work: Work) -> Iterator[tuple[Work, Block, bool]]:

@@ -93,10 +93,7 @@ def explain(found: NotFinite, plan: Plan, jobs: Sequence[Job], store: Store) -> 
     """The refusal with the parents that hold such entries, and in which tensors; these are read once more.
 
     Args:
-        found: what came out.
-        plan: what its job is part of.
         jobs: those that were made with it: what its guilty parents give to them is looked at, too.
-        store: where the models' bytes come from.
 
     Raises:
         ModelError: bytes of a model cannot be read.

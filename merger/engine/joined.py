@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merger.engine.runner import Block, Bytes, JobRunner, Work, blocks, total_of
+from merger.engine.runner import JobRunner, Work, blocks, total_of
+from merger.engine.tensors import Block, Bytes
 from merger.methods.registry import Method
 from merger.methods.steps.dtypes import Held
 from merger.methods.steps.step import tile
@@ -21,7 +22,7 @@ class _JoinedWork(Work):
     def make(self, block: Block, out: Bytes) -> memoryview:
         end, whole = 0, self._making
         with tile():
-            held = [self.bits(source, block.start, block.stop) for source in self.job.reads]
+            held = [self.tensors.bits(source, block.start, block.stop) for source in self.job.reads]
             for job, part in self.job.parts:
                 inputs = _Inputs({of: Held(all.bits[part], all.dtype) for of, all in zip(job.reads, held, strict=True)})
                 making = JobRunner(job, self.method, whole.seed, whole.device, inputs, job, memo=whole.memo)
@@ -41,12 +42,10 @@ class _Inputs:
     odd: Mapping[Any, int] = field(default_factory=dict)
 
     def bits(self, stored: Stored, start: int, stop: int) -> Held:
-        """As of `Work`."""
         whole = self.held[stored]
         return Held(whole.bits[start:stop], whole.dtype)
 
     def with_read(self, *_: object) -> _Inputs:
-        """As of `Work`: they all are."""
         return self
 
 

@@ -44,12 +44,6 @@ States = Mapping[str, Array]
 def gates(plan: Plan, jobs: Sequence[Job], table: Mapping[str, Method], store: Store) -> dict[Routed, Array]:
     """The routers of these jobs that are computed from prompts; each row is of unit length.
 
-    Args:
-        plan: what the jobs are part of.
-        jobs: those that are made.
-        table: the merge methods by name.
-        store: where the models' bytes come from.
-
     Raises:
         ModelError: bytes of the base model or its tokenizer cannot be read.
     """
@@ -212,11 +206,10 @@ class _Base:
                 work.prepare()
             for row, token in zip(rows, ids, strict=True):
                 start = token * job.shape[1]
-                load_input(job.sources[0], start, start + job.shape[1], row, work)
+                load_input(job.sources[0], start, start + job.shape[1], row, work.tensors)
         return rows
 
     def weights(self, run: Sequence[Sequence[Job]]) -> Generator[dict[str, Array]]:
-        """Each layer's tensors by role."""
         place = self.plan.locked.config_model.architecture.place
         first = 0
         with closing(self._reader([job for layer in run for job in layer])) as reader:
@@ -229,7 +222,6 @@ class _Base:
                 held.clear()
 
     def _make(self, job: Job, first: int, reader: Reader) -> Array:
-        """A whole tensor."""
         made = floats(job.entries)
         room = made.view(np.uint8)
         with closing(self._work(job, first, reader)) as work:

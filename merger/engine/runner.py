@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -23,34 +22,23 @@ from merger.engine.finite import NotFinite, is_finite, not_finite
 from merger.engine.geometry import BlockSample
 from merger.engine.inputs.decompose import RunPairs
 from merger.engine.inputs.readers import load_input
-from merger.engine.inputs.stored import Load
-from merger.engine.spool import Allowance, Spool
+from merger.engine.spool import Allowance
+from merger.engine.tensors import Block, Bytes, JobTensors, block_room
 from merger.methods.registry import Method, declared
 from merger.methods.steps.dtypes import HELD, Held, load, store
 from merger.methods.steps.random import Rng
 from merger.methods.steps.step import TILE, Array, room, tile
 from merger.models.architecture import matrix_shape
-from merger.planning.budget import COPY_BYTES, block_entries, needs
 from merger.planning.geometry import NOTHING, Geometry, total_geometry
 from merger.planning.inputs.base import Input, Job, JoinedJob, StageTensor, Stored
 from merger.planning.inputs.derived import Routed
-from merger.planning.inputs.low_rank import Factor
+from merger.planning.jobs.blocks import COPY_BYTES, block_entries, needs
 from merger.planning.jobs.common import arguments
 from merger.planning.plan import identify
 from merger.stores.ports import Reader
 
 T = TypeVar("T")
-Bytes = NDArray[np.uint8]
-_SPOOL_BYTES = 8 << 20
 _REMEMBERED = 1 << 15
-
-
-@dataclass(frozen=True)
-class Block:
-    """Entries ``[start, stop)`` of a job's output tensor; of a copy, bytes."""
-
-    start: int
-    stop: int
 
 
 def blocks(job: Job, method: Method) -> list[Block]:
@@ -266,20 +254,14 @@ class Work:
         memory: Allowance | None = None,
         memo: Memo | None = None,
     ) -> None:
-        self.job, self.method, self._pairs = job, table[job.method], pairs or RunPairs()
-        self._allow, self.odd = allow, dict[tuple[Stored | StageTensor, int], int]()
+        self.job, self.method, self._needs = job, table[job.method], needs(job, table)
         self.prepared: Future[None] | None = None
-        self._reader, self._needs, self._routers = reader, needs(job, table), routers
-        self._tickets = {stored: first + place for place, stored in enumerate(job.reads)}
-        self._making = JobRunner(job, self.method, seed, device, self, job, memo=memo)
-        self._stages = {
-            made: JobRunner(made.job, table[made.job.method], made.seed, device, self, job, memo=memo)
-            for made in self._needs.stages
-        }
-        self._spool = Spool(memory or Allowance(0))
-        self._read_already: Mapping[tuple[Stored | StageTensor, int, int], Held] = {}
-        self._done: dict[Hashable, Future[Any]] = {}
-        self._lock = threading.Lock()
+        tickets = {stored: first + place for place, stored in enumerate(job.reads)}
+        self.tensors = tensors = JobTensors(reader, tickets, self._needs, routers, pairs, allow, memory)
+        self._making = JobRunner(job, self.method, seed, device, tensors, job, memo=memo, seen=tensors.seen)
+        for made in self._needs.stages:
+            method = table[made.job.method]
+            tensors.stages[made] = JobRunner(made.job, method, made.seed, device, tensors, job, memo=memo)
 
     @property
     def wants_preparing(self) -> bool:
@@ -289,40 +271,25 @@ class Work:
 
     def prepare(self) -> None:
         """Keep what is read more than once, compute the stages, and let methods see whole tensors, block by block."""
-        for stored in self._needs.kept:
-            if self._reader.repeatable(self._tickets[stored]):
-                continue
-            if (held := self._spool.room(stored, stored.tensor.nbytes)) is not None:
-                self._reader.read(self._tickets[stored], 0, held)
-            else:
-                self._spool.keep(stored, self._read(stored))
-        for made, making in self._stages.items():
+        self.tensors.keep()
+        for made, making in self.tensors.stages.items():
             making.measure()
             if made in self._needs.spooled:
-                self._spool.keep(made, self._parts(making))
+                self.tensors.spool.keep(made, self._parts(making))
         self._making.measure()
-
-    def _read(self, stored: Stored) -> Iterator[memoryview]:
-        room = memoryview(bytearray(min(_SPOOL_BYTES, stored.tensor.nbytes)))
-        for offset in range(0, stored.tensor.nbytes, _SPOOL_BYTES):
-            part = room[: min(_SPOOL_BYTES, stored.tensor.nbytes - offset)]
-            self._reader.read(self._tickets[stored], offset, part)
-            yield part
 
     def _parts(self, making: JobRunner) -> Iterator[memoryview]:
         """The bytes of every block of a stage; each is good until the next one is asked for."""
         for block in blocks(making.job, making.method):
             with tile():
-                yield making.round(block, _room(making.job.dtype, block)).data
+                yield making.round(block, block_room(making.job.dtype, block)).data
 
     def make(self, block: Block, out: Bytes) -> memoryview:
         """Make one block in the front of `out`, and return the part of it that holds the result."""
         if not self.job.is_copy:
             return self._making.round(block, out).data
         copied = out[: block.stop - block.start].data
-        self._reader.read(self._tickets[self.job.reads[0]], block.start, copied)
-        self._look(self.job.reads[0], block.start, copied)
-        if self.odd and not self._allow:
+        if not self.tensors.read_copy(self.job.reads[0], block.start, copied):
             bytes_each = self.job.nbytes // self.job.entries
             raise NotFinite(
                 next(
@@ -341,117 +308,21 @@ class Work:
             yield from ((member, made[part.start]) for member, part in self.job.parts if part.start in made)
             return
         odd = Counter[int]()
-        for (stored, _), count in self.odd.items():
+        for (stored, _), count in self.tensors.odd.items():
             odd[stored.model if isinstance(stored, Stored) else stored.stage] += count
         told = tuple(sorted(odd.items()))
         if made or told:
             found = total_of(made) if made else NOTHING
             yield self.job, replace(found, odd=told) if told else found
 
-    def _look(self, stored: Stored | StageTensor, place: int, raw: Any) -> None:
-        """Note how many of the entries that stand there are not finite."""
-        if count := not_finite(raw, stored.dtype):
-            self.odd[stored, place] = count
-
-    def bits(self, stored: Stored | StageTensor, start: int, stop: int) -> Held:
-        """The entries of a stored tensor, or of what a stage makes, as they are stored; good within a tile.
-
-        Raises:
-            ModelError: the bytes cannot be had.
-            MismatchError: an entry that a stage makes is not finite.
-        """
-        if (known := self._read_already.get((stored, start, stop))) is not None:
-            return known
-        block = Block(start, stop)
-        raw = _room(stored.dtype, block)
-        if isinstance(stored, StageTensor) and stored not in self._needs.spooled:
-            self._stages[stored].round(block, raw)
-        else:
-            self._fill(stored, start * (len(raw) // max(1, stop - start)), raw.data)
-            if self._allow:
-                self._look(stored, start, raw)
-        return Held(raw.view(HELD[stored.dtype]), stored.dtype)
-
-    def unnoted(self) -> Work:
-        """The same, which notes nothing of what it reads: all of that is read again as part of the whole."""
-        found = copy(self)
-        found.odd = {}
-        return found
-
-    def with_read(self, shared: Iterable[Stored], start: int, stop: int) -> Work:
-        """The same, of whose tensors these entries are read already; good within a tile."""
-        found = copy(self)
-        found._read_already = {(each, start, stop): self.bits(each, start, stop) for each in shared}
-        return found
-
-    def _fill(self, what: Stored | StageTensor, offset: int, out: memoryview) -> None:
-        if what in self._spool:
-            self._spool.read(what, offset, out)
-        else:
-            assert isinstance(what, Stored)  # what a stage makes is kept, but where it is read in its own blocks
-            self._reader.read(self._tickets[what], offset, out)
-
-    def rows(self, stored: Stored | StageTensor, numbers: NDArray[np.intp], width: int) -> Held:
-        """The rows of a tensor of these numbers, by one read for each run of consecutive ones.
-
-        Raises:
-            ModelError: the bytes cannot be had.
-        """
-        held = np.dtype(HELD[stored.dtype])
-        nbytes = width * held.itemsize
-        raw = np.empty(len(numbers) * nbytes, np.uint8)
-        view, starts = raw.data, np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
-        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=False):
-            self._fill(stored, int(numbers[start]) * nbytes, view[start * nbytes : stop * nbytes])
-        for place, number in enumerate(numbers.tolist() if self._allow else ()):
-            self._look(stored, number, view[place * nbytes : (place + 1) * nbytes])
-        return Held(raw.view(held), stored.dtype)
-
-    def raw(self, stored: Stored, start: int, stop: int) -> Bytes:
-        """The bytes of a stored tensor."""
-        found = np.empty(stop - start, np.uint8)
-        self._fill(stored, start, found.data)
-        if self._allow:
-            self._look(stored, start, found)
-        return found
-
-    def router(self, source: Routed) -> Array:
-        """The rows of a router that was computed beforehand."""
-        return self._routers[source]
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returns, made once for all blocks."""
-        with self._lock:
-            mine = key not in self._done
-            found = self._done.setdefault(key, Future())
-        if mine:
-            try:
-                found.set_result(make())
-            except BaseException as error:
-                found.set_exception(error)
-        made: T = found.result()
-        return made
-
-    def factor(self, source: Factor, start: int, stop: int, load: Load) -> tuple[Array, Geometry]:
-        """The entries of A or B, which two jobs make together; and how the matrix and ``scale * B @ A`` lie."""
-        return self._pairs.entries(source, start, stop, load)
-
-    def tell(self, start: int, seen: Geometry) -> None:
-        """What was seen of the block that starts there while its source was read."""
-        self._making.seen[start] = seen
-
     def close(self) -> None:
         """No more blocks will be asked for."""
-        self._spool.close()
+        self.tensors.spool.close()
 
 
 def total_of(seen: Mapping[int, Geometry]) -> Geometry:
     """That of all blocks, in their order."""
     return total_geometry(seen[start] for start in sorted(seen)) if len(seen) > 1 else next(iter(seen.values()))
-
-
-def _room(dtype: str, block: Block) -> Bytes:
-    return room((block.stop - block.start) * np.dtype(HELD[dtype]).itemsize)
 
 
 class _Blocks:

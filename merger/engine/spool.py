@@ -1,6 +1,6 @@
 """What a job reads more than once of the Hub, and what stages make: in memory as far as that may be, else in a file.
 
-Not here: which tensors those are (planning.budget).
+Not here: which tensors those are (planning.jobs.blocks).
 """
 
 from __future__ import annotations

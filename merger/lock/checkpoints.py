@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -25,25 +25,21 @@ def with_means(recipe: Recipe, store: Store, named: Collection[str]) -> Recipe:
     """The recipe with each row of checkpoints as one model, which a stage makes.
 
     Args:
-        recipe: the recipe.
-        store: where its models are.
         named: the models of a lock, as it calls them: where some of these are meant, no others are taken.
 
     Raises:
         RecipeError: with each row of which no mean can be made.
         ModelError: a model's revisions cannot be asked for.
     """
-    if not any(source.checkpoints for document in recipe.documents for source in _sources(document)):
+    if not any(
+        source.checkpoints for document in recipe.documents for piece in document.slices for source in piece.sources
+    ):
         return recipe
     means = _Means(store, named, {document.name for document in recipe.documents})
     *stages, result = [each for document in recipe.documents for each in means.split(document)]
     if means.problems:
         raise RecipeError(means.problems)
     return replace(result, stages=tuple(stages))
-
-
-def _sources(document: Recipe) -> Iterator[Source]:
-    return (source for piece in document.slices for source in piece.sources)
 
 
 class _Means:

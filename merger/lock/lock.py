@@ -6,67 +6,54 @@ Not here: what is made of them (jobs).
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from threading import Lock
-from typing import Any
 
 import yaml
 
 from merger.errors import MissingError, ModelError, Problem, RecipeError
 from merger.lock.adapted import with_adapter
 from merger.lock.checkpoints import with_means
-from merger.lock.locked import LockedModel, LockedRecipe, stated_licence
+from merger.lock.locked import LockedModel, LockedRecipe
 from merger.lock.matched import with_names_of
+from merger.lock.read import (
+    REQUESTS_AT_ONCE,
+    check_adapter_files,
+    content_names,
+    embedder_class,
+    read_config,
+    read_json,
+    read_licence,
+    refuse_barred,
+    tensor_stem,
+    tensors_in,
+    tensors_of,
+)
 from merger.models import chat, vocabulary
 from merger.models.checkpoint import (
     STEM,
-    SUFFIX,
     Checkpoint,
     TensorInfo,
-    gather,
-    header_length,
-    index_name,
     is_single,
-    read_header,
-    stem,
-    weight_files,
-    weight_map,
 )
-from merger.models.formats.pickled import SINGLE as PICKLED
-from merger.models.formats.pickled import is_pickled, pickled_tensors
+from merger.models.formats.pickled import is_pickled
 from merger.models.formats.quantised import unpack_checkpoint
 from merger.models.gguf import tokens as gguf
-from merger.models.licence import TITLE_BYTES, licence_text, recognise_licence
 from merger.models.lora import adapter as adapters
 from merger.models.mixtures import are_fused, split
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import (
-    COLBERT,
-    EMBEDDERS,
-    MODULES,
-    PIPELINE_CONFIG,
-    is_modular,
     module_of,
-    module_weights,
     pipeline,
-    read_beside,
 )
 from merger.recipe.blocks.tokenizer import AUTO
 from merger.recipe.model import ModelRef, Recipe
 from merger.safety import limits
-from merger.safety.paths import POINTER, remedy
-from merger.stores.ports import PIECE_BYTES, Located, Store
+from merger.stores.ports import Located, Store
 
 GENERATION = "generation_config.json"
-_FRONT_MATTER = re.compile(r"\s*---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
-_REQUESTS_AT_ONCE = 8
-_ONE_FOLDER = Lock()
-"""A disk answers at once: threads that parse its headers side by side only take each other's turns."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +72,11 @@ def pins(text: str, path: str) -> dict[str, Pin]:
     """
     try:
         models = load_yaml(text, limits.LOCK)["models"]
-        return {str(item["model"]): _pin(item["commit"], item.get("now")) for item in models if item["commit"]}
+        names = {str(item["model"]): (item["commit"], item.get("now")) for item in models if item["commit"]}
+        return {name: Pin(str(commit), now if now is None else str(now)) for name, (commit, now) in names.items()}
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         hint = "take the merger.lock.yaml of a result, or remove it"
         raise RecipeError(Problem(f"{path} is no lock file", hint=hint)) from None
-
-
-def _pin(commit: object, now: object) -> Pin:
-    return Pin(str(commit), None if now is None else str(now))
 
 
 def lock(
@@ -106,8 +90,6 @@ def lock(
     """Find and read every model of the recipe.
 
     Args:
-        recipe: the recipe.
-        store: where its models are.
         pinned: the commits to take, by model as the recipe writes it; the others are taken as they are now.
         pickles: of models without safetensors, look into files that torch.save wrote.
         tensors: how many all headers together may tell of.
@@ -119,7 +101,7 @@ def lock(
     """
     recipe = with_means(recipe, store, named or pinned or ())
     # Two pools: a model waits for its headers, which wait for nobody.
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(_REQUESTS_AT_ONCE) as headers:
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(REQUESTS_AT_ONCE) as headers:
         alone = recipe.lora is not None
         fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(tensors), alone)
         fetch = fetching.adapter if recipe.merges_adapters else fetching.model
@@ -178,7 +160,7 @@ def _with_texts(
     size = sum(model.located.files[name].size for model, name in places.values())
     if problem := limits.excess(limits.TOKENIZERS.what, size, limits.TOKENIZERS):
         raise ModelError(problem)
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         fetched = dict(
             zip(places, pool.map(lambda place: _text(place[0], place[1], store), places.values()), strict=True)
         )
@@ -292,18 +274,18 @@ class _Fetching:
     def model(self, ref: ModelRef) -> LockedModel:
         located, store = self._located(ref), self.store
         alone = is_single(located.name)
-        config = {} if alone else _config(located, store, self.pickles)
-        _refuse_barred(located, config)
+        config = {} if alone else read_config(located, store, self.pickles)
+        refuse_barred(located, config)
         stored = tensors_of(located, store, self.pool, self.pickles, self.tally)
         if self.alone:
             stored = {name: tensor for name, tensor in stored.items() if not module_of(name)}
         found = unpack_checkpoint(
             stored, config, lambda small: self.pool.map(partial(_bytes_of, located, store), small)
         )
-        begins = STEM if alone or (self.pickles and is_pickled(located.files)) else _stem(located)
+        begins = STEM if alone or (self.pickles and is_pickled(located.files)) else tensor_stem(located)
         checkpoint = Checkpoint(found.tensors, found.config, begins)
-        card, licence = _read_licence(located, store)
-        steps = {name: _contents(located, name, store) for name in pipeline(located.files)}
+        card, licence = read_licence(located, store)
+        steps = {name: content_names(located, name, store) for name in pipeline(located.files)}
         return LockedModel(
             ref,
             located,
@@ -313,209 +295,22 @@ class _Fetching:
             aside=found.aside,
             licence_file=licence,
             pipeline=steps,
-            embeds=_embeds(located, store),
+            embeds=embedder_class(located, store),
         )
 
     def adapter(self, ref: ModelRef) -> LockedModel:
         located = self._located(ref)
-        _check_adapter_files(located)
-        config = _json(located, adapters.CONFIG, self.store)
-        _refuse_barred(located, {})
+        check_adapter_files(located)
+        config = read_json(located, adapters.CONFIG, self.store)
+        refuse_barred(located, {})
         file, read = adapters.TENSORS, adapters.read_adapter
         if file not in located.files:
             file, read = adapters.OF_MLX, adapters.read_mlx
         tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, file, self.tally)}
         lora = read(config, tensors)
-        card, licence = _read_licence(located, self.store)
+        card, licence = read_licence(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
 
 
 def _bytes_of(located: Located, store: Store, tensor: TensorInfo) -> bytes:
     return store.fetch(located, tensor.file, tensor.start, tensor.stop)
-
-
-def _contents(located: Located, name: str, store: Store) -> frozenset[str]:
-    """Names of what a file holds: those that its store tells, else its SHA-256 and git's, for which it is read."""
-    info = located.files[name]
-    told = frozenset(each for each in (info.sha256, info.oid) if each)
-    if told or info.size > limits.SIDE.most:
-        return told
-    ours, gits = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % info.size, usedforsecurity=False)
-    for start in range(0, info.size, PIECE_BYTES):
-        piece = store.fetch(located, name, start, min(start + PIECE_BYTES, info.size))
-        ours.update(piece)
-        gits.update(piece)
-    return frozenset((ours.hexdigest(), gits.hexdigest()))
-
-
-def _refuse_barred(located: Located, config: Mapping[str, Any]) -> None:
-    """What a merge would publish of a model, or read for its card, must be the model's own."""
-    barred = {name: located.files[name].barred for name in read_beside(located.files, config)}
-    if problems := [Problem(f"{name} {why}", hint=remedy(why)) for name, why in barred.items() if why]:
-        raise ModelError(problems)
-
-
-def _check_adapter_files(located: Located) -> None:
-    if adapters.CONFIG not in located.files:
-        hint = "is it a LoRA adapter as PEFT saves it?"
-        raise ModelError(Problem(f"has no {adapters.CONFIG}", hint=hint))
-    if not {adapters.TENSORS, adapters.OF_MLX} & located.files.keys():
-        pickled = adapters.PICKLED in located.files
-        what = f"has no {adapters.TENSORS}" + (f", only {adapters.PICKLED}" if pickled else "")
-        hint = "such files can run code when they are read: load it with PEFT and save it with save_pretrained"
-        raise ModelError(Problem(what, hint=hint if pickled else "the adapter is incomplete: download it again"))
-
-
-def _embeds(located: Located, store: Store) -> str | None:
-    """The class that loads it with its pipeline; None where it has none."""
-    if MODULES not in located.files:
-        return None
-    if b'"pylate.' in store.fetch(located, MODULES):
-        return COLBERT
-    said = _json(located, PIPELINE_CONFIG, store).get("model_type") if PIPELINE_CONFIG in located.files else None
-    return said if said in EMBEDDERS else EMBEDDERS[0]
-
-
-def _read_licence(located: Located, store: Store) -> tuple[Mapping[str, Any], str | None]:
-    """The metadata of its card; and where that names no licence, which one the file beside it is."""
-    card = _card(located, store)
-    return card, None if stated_licence(card) else _licence_file(located, store)
-
-
-def _licence_file(located: Located, store: Store) -> str | None:
-    file = licence_text(located.files)
-    if file is None:
-        return None
-    opening = store.fetch(located, file, 0, min(located.files[file].size, TITLE_BYTES))
-    return recognise_licence(opening.decode("utf-8", "replace"))
-
-
-def _stem(located: Located) -> str:
-    """What the names of its safetensors begin with: of a single file the name itself."""
-    if is_modular(located.files):
-        return STEM
-    alone = is_single(located.name)
-    return located.name.rpartition("/")[2].removesuffix(SUFFIX) if alone else stem(located.files)
-
-
-def _config(located: Located, store: Store, pickles: bool) -> Mapping[str, Any]:
-    if "config.json" in located.files:
-        return _json(located, "config.json", store)
-    if MODULES in located.files:  # a pipeline of which no step is a model of transformers
-        return {}
-    if adapters.CONFIG in located.files:
-        hint = f"add it to its model: org/model+{located.name}; or list adapters under adapters: to merge them"
-        raise ModelError(Problem("is a LoRA adapter, not a model", hint=hint))
-    if not (pickles and is_pickled(located.files)):
-        stem(located.files)  # what else is missing is told first
-    hint = "to merge tensors without a config, name their file: .../model.safetensors"
-    raise ModelError(Problem("has no config.json", hint=hint))
-
-
-def _json(located: Located, file: str, store: Store) -> Mapping[str, Any]:
-    try:
-        content = limits.parse_json(store.fetch(located, file), limits.of(file))
-    except ValueError as error:
-        raise ModelError(Problem(f"{file} is no JSON ({error})", hint="download the model again")) from None
-    if not isinstance(content, dict):
-        raise ModelError(Problem(f"{file} is no JSON object", hint="download the model again"))
-    return content
-
-
-def tensors_of(
-    located: Located, store: Store, pool: ThreadPoolExecutor, pickles: bool = False, *tallies: limits.Tally
-) -> dict[str, TensorInfo]:
-    """A model's tensors by name, by the headers of its files.
-
-    Args:
-        located: the model.
-        store: where it is.
-        pool: reads headers.
-        pickles: where it has no safetensors, look into files that torch.save wrote.
-        tallies: what else counts its tensors.
-
-    Raises:
-        ModelError: it has no files that can be read.
-    """
-    pickled = pickles and is_pickled(located.files)
-    single = PICKLED if pickled else _stem(located) + SUFFIX
-    name = index_name(single)
-    text = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
-    index = None if text is None else weight_map(text, single)
-    files = () if is_modular(located.files) else weight_files(located.files, index, single)
-    counted = limits.Tally(limits.MODEL_TENSORS), *tallies
-    read = partial(_pickled_in if pickled else tensors_in, located, store)
-    with nullcontext() if located.commit else _ONE_FOLDER:
-        headers = (pool.map if located.commit else map)(lambda file: read(file, *counted), files)
-        modules = [tensors_in(located, store, file, *counted) for file in _modules(located)]
-        tensors = gather((*headers, *modules), index, single)
-    if not tensors:
-        raise ModelError(Problem("its files hold no tensor", hint="the model is incomplete: download it again"))
-    return tensors
-
-
-def _modules(located: Located) -> list[str]:
-    return [file for file in module_weights(located.files) if file.endswith(SUFFIX)]
-
-
-def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
-    if located.files[file].barred == POINTER:
-        raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
-    size = located.files[file].size
-    # a pool of its own: where each tensor is takes a request, and this one's pool waits for them
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        found = pickled_tensors(file, size, lambda start, stop: store.fetch(located, file, start, stop), pool.map)
-    _count(tallies, file, len(found))
-    return found
-
-
-def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
-    """The tensors of one safetensors file, by its header, in the order of their places.
-
-    Those in a folder of a pipeline have its name before theirs.
-
-    Args:
-        located: the model.
-        store: where it is.
-        file: the file.
-        tallies: what counts the tensors, before anything is made of them.
-
-    Raises:
-        ModelError: it cannot be read, is damaged, or holds too many tensors.
-    """
-    if located.files[file].barred == POINTER:
-        raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
-    size = located.files[file].size
-    length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
-    tallies = tallies or (limits.Tally(limits.MODEL_TENSORS),)
-    _count(tallies, file, by_length := limits.count_tensors(length))
-    raw = store.fetch(located, file, 8, 8 + length)
-    _count(tallies, file, limits.count_tensors(length, raw) - by_length)
-    found, folder = read_header(raw, file, size), file[: file.rfind("/") + 1]
-    is_module = file in module_weights(located.files)
-    return tuple(replace(tensor, name=f"{folder}{tensor.name}") for tensor in found) if is_module else found
-
-
-def _count(tallies: Iterable[limits.Tally], file: str, tensors: int) -> None:
-    for tally in tallies:
-        if problem := tally.add(file, tensors):
-            raise ModelError(problem)
-
-
-def _card(located: Located, store: Store) -> Mapping[str, Any]:
-    """The front matter of README.md; a card that cannot be read counts as none: it is no reason to refuse a model.
-
-    All that is no list and no map is text: YAML 1.1 would take the language no for false, and the licence 1.10 for 1.1.
-    """
-    info = located.files.get("README.md")
-    if info is None or info.size > limits.CARD.most:
-        return {}
-    text = store.fetch(located, "README.md").decode("utf-8", "replace").replace("\r\n", "\n")
-    front = _FRONT_MATTER.match(text)
-    if front is None:
-        return {}
-    try:
-        metadata = load_yaml(front[1], limits.CARD, only_text=True)
-    except Exception:  # on strange input the YAML library raises whatever it comes across, not only its own errors
-        return {}
-    return metadata if isinstance(metadata, dict) else {}

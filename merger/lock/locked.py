@@ -67,10 +67,7 @@ class LockedModel:
 
     @cached_property
     def by_layer(self) -> Mapping[tuple[str | None, int | None], list[TensorInfo]]:
-        """The tensors of each layer of each stack, under (None, None) those outside; in the order of their places.
-
-        Those of multi-token prediction are not among them.
-        """
+        """The tensors of each layer of each stack, under (None, None) those outside; none of multi-token prediction."""
         found: dict[tuple[str | None, int | None], list[TensorInfo]] = {}
         for tensor in self.checkpoint.tensors.values():
             if not self.architecture.predicts(tensor.name):

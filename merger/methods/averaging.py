@@ -161,7 +161,6 @@ def model_stock(deltas: Deltas, filter_wise: bool = False, *, measured: float | 
 
 
 def _ratios(dots: NDArray[np.float64]) -> NDArray[np.float64]:
-    """t of each column of dot products."""
     import numpy as np
 
     table = square(list(dots))

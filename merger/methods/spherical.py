@@ -315,14 +315,10 @@ def coefficients(t: float, angle: Angle, parallel: float = _PARALLEL) -> tuple[f
     if cosine > parallel:
         return 1 - t, t
     if cosine < _OPPOSITE:
-        return _nearer(t, angle)
+        norm = (1 - t) * angle.first + t * angle.second
+        return (norm / angle.first, 0.0) if t <= 0.5 else (0.0, norm / angle.second)
     omega = math.acos(cosine)
     return math.sin((1 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)
-
-
-def _nearer(t: float, angle: Angle) -> tuple[float, float]:
-    norm = (1 - t) * angle.first + t * angle.second
-    return (norm / angle.first, 0.0) if t <= 0.5 else (0.0, norm / angle.second)
 
 
 # ---- nuslerp --------------------------------------------------------------------------------------------------------

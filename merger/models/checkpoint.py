@@ -213,7 +213,6 @@ def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
 
     Args:
         raw: the header's bytes, without the 8 bytes of its length.
-        file: the file's name.
         size: the whole file's size in bytes.
 
     Raises:

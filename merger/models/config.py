@@ -114,7 +114,6 @@ def with_vocabulary(config: Config, before: int, rows: int) -> dict[str, Any]:
     """The config of a model whose embedding has another number of rows.
 
     Args:
-        config: the config.
         before: how many rows the embedding had.
         rows: how many it has.
     """
@@ -203,8 +202,6 @@ def section(config: Config, stack: str, stacks: Mapping[str, int]) -> Section:
     """Where a config tells of a stack, by the words in the stack's name.
 
     Args:
-        config: the config.
-        stack: the stack's name.
         stacks: all stacks of the model and their numbers of layers.
 
     Raises:
@@ -286,7 +283,6 @@ def sizes(config: Config, stack: str, stacks: Mapping[str, int]) -> Sizes:
 
 
 def _numbers(value: Any) -> Iterator[int]:
-    """Every whole number in a config, however deep."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if type(value) is int:
         yield value
@@ -501,7 +497,6 @@ def _text(config: Config) -> dict[str, Any]:
 
 
 def _parts(config: Config) -> tuple[dict[str, Any], ...]:
-    """The config, and its language model's part if that is a part of its own."""
     text = _text(config)
     return (text,) if text is config else (config, text)  # type: ignore[return-value]
 

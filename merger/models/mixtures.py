@@ -400,7 +400,6 @@ def _alike(tensors: Tensors, like: Tensors, style: _Style) -> bool:
 
 
 def _parts(tensor: TensorInfo, blocks: set[str], style: _Style) -> Iterator[TensorInfo]:
-    """A tensor, or of a fused one what belongs to each expert."""
     match, router = _FUSED.match(tensor.name), _ROUTER.match(tensor.name)
     if match is None:
         routes = router is not None and router["block"] in blocks and style.block is not None

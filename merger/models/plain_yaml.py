@@ -20,7 +20,6 @@ def load_yaml(text: str, limit: Limit, only_text: bool = False) -> Any:
     """The value of a text of one document.
 
     Args:
-        text: YAML.
         limit: how many characters and values it may have, each alias counted as what it stands for.
         only_text: every scalar is the text that it is written as.
 

@@ -199,7 +199,6 @@ def left_beside(files: Collection[str], taken: Collection[str]) -> dict[str, str
     """The reasons why a result lacks files that lie beside its base's tensors; weights of other formats are none.
 
     Args:
-        files: the base's files.
         taken: those that the result has, whoever they are from.
     """
     passed = {*taken, *licence_files(files), *module_weights(files)}

@@ -17,6 +17,7 @@ from merger.safety.limits import parse_json
 BYTES, SPACES, PLAIN = "bytes", "spaces", "plain"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"
+_SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")
 
 
 def _characters() -> dict[int, str]:
@@ -32,19 +33,20 @@ _OF_CHARACTER = {character: byte for byte, character in _OF_BYTE.items()}
 
 def spelling(tokenizer: Mapping[str, Any]) -> str:
     """How a tokenizer.json spells its tokens: BYTES, SPACES or PLAIN."""
-    steps = [step for key in ("normalizer", "pre_tokenizer", "decoder") for step in _steps(tokenizer.get(key))]
+    steps = [step for key in ("normalizer", "pre_tokenizer", "decoder") for step in tokenizer_steps(tokenizer.get(key))]
     if any(step.get("type") == "ByteLevel" for step in steps):
         return BYTES
     spaced = any(step.get("type") == "Metaspace" or _SPACE in str(step.get("content", "")) for step in steps)
     return SPACES if spaced else PLAIN
 
 
-def _steps(found: object) -> list[Mapping[str, Any]]:
-    """A step of a tokenizer, or those that a sequence holds."""
+def tokenizer_steps(found: object) -> list[Mapping[str, Any]]:
+    """The steps of a part of a tokenizer, of which a sequence holds several, that being none itself."""
     if not isinstance(found, dict):
         return []
-    inside = [step for key in ("normalizers", "pretokenizers", "decoders") for step in found.get(key) or []]
-    return [found, *(deeper for step in inside for deeper in _steps(step))]
+    inside = [step for key in _SEQUENCES for step in found.get(key) or []]
+    own = [] if found.get("type") == "Sequence" else [found]
+    return [*own, *(deeper for step in inside for deeper in tokenizer_steps(step))]
 
 
 def respell(token: str, written: str, wanted: str) -> str:

@@ -65,7 +65,6 @@ class Vocabulary:
         """For each token its row here, -1 where it has none.
 
         Args:
-            tokens: any tokens.
             limit: how many rows there are.
         """
         found = np.fromiter(map(self.ids.get, tokens, repeat(-1)), dtype=np.int64)  # type: ignore[arg-type]  # None too

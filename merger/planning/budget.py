@@ -1,33 +1,62 @@
-"""What it takes to make a tensor: the size of its blocks, what is computed first or read twice, and a thread's memory;
-and what routers take that are computed from prompts.
+"""What a run takes: each rule of bytes of memory and of disk; and as much of both as a run may use.
 
-Not here: which tensors are made of which (jobs), and making them (engine).
+Not here: which tensors are made of which (jobs), and what measuring a result takes (evaluation.budget).
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, product
 
+from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.methods.steps.step import TILE
-from merger.models.architecture import is_buffer, matrix_shape
+from merger.models.architecture import is_buffer
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
+from merger.models.gguf.layout import GgufFile
 from merger.models.mixtures import EMBEDDING, GATE, STACK
-from merger.planning.inputs.base import PASSTHROUGH, Input, Job, JoinedJob, Operand, StageTensor, Stored, unpack
+from merger.planning.inputs.base import PASSTHROUGH, Job, Operand, StageTensor, Stored
 from merger.planning.inputs.derived import Routed
+from merger.planning.inputs.rows import held_bytes
+from merger.planning.jobs.blocks import BLOCK_ENTRIES, COPY_BYTES, below, block_entries, needs, spooled, stages_of
 from merger.planning.stage_model import StagedRecipe
+from merger.stores.ports import HELD_BYTES
 
-BLOCK_ENTRIES = 1 << 19
-"""How many entries of a tensor are worked on at once; fixed, so that no budget changes a bit of the result."""
+SHARD_BYTES = 5_000_000_000
 
-COPY_BYTES = 4 * BLOCK_ENTRIES
-"""How much of a tensor that is copied is read at once."""
+GGUF_BYTES = 45_000_000_000
+"""For GGUF alone, which few programs read in parts; the Hub takes files of 50 GB."""
 
-JOINED_ENTRIES = 1 << 16
-"""How many entries small tensors have together that are made as one: as many as are looked at without a gap."""
+BLOCKS_IN_FLIGHT = 4
+"""How many finished or half-made blocks a thread may be ahead of the writing."""
+
+JOBS_AHEAD = 2
+"""How many tensors a thread may have measured before their blocks are made: more would only hold more disk."""
+
+READ_AHEAD_BYTES = 256 << 20
+
+_LEAST_READ_AHEAD = 64 << 20
+
+KEPT_BYTES = 512 << 20
+"""So much of what is read twice from the Hub stays in memory; the rest waits on disk."""
+
+BASELINE_BYTES, _TORCH_BYTES = 256 << 20, 200 << 20
+"""Of the first 40 MB are for steps that are compiled on the way, by the first run on a machine."""
+
+_BYTES_A_JOB = 6_000
+
+_TOLD = 3
+"""How many of the things that take memory a refusal names, the largest first."""
+
+_BYTES_QUANTISED = 24
+"""For an entry that is written to a GGUF file: as it is stored, twice, in float32, twice, and rounded."""
+
+_COMMITTED_BYTES, _TIMES_COMMITTED = 10_000_000, 3
+"""The Hub takes files beyond that as large ones, piece by piece; the others are text in the commit."""
+
+_TIMES_PARSED = 8
+"""How many times its size a tokenizer.json takes in memory while it is read or written: 6.4 to 6.8 were measured."""
 
 _SEARCH_BYTES = 21 << 20
 """What a search for ranks holds of an input: a sample, and what lies between two values (`methods.steps.select`)."""
@@ -35,14 +64,160 @@ _SEARCH_BYTES = 21 << 20
 _SUMS_BYTES = 1 << 20
 
 
-def block_entries(job: Job, method: Method) -> int:
-    """How many entries of a job's output tensor are made at once."""
-    if method.unit == "entries" or job.is_copy:
-        return BLOCK_ENTRIES
-    if method.unit == "matrix":
-        return max(1, math.prod(matrix_shape(job.name, job.shape)))
-    row = job.shape[-1] if len(job.shape) > 1 else job.entries
-    return max(1, BLOCK_ENTRIES // row) * row if row else max(1, job.entries)
+@dataclass(frozen=True)
+class Budget:
+    """What a run may use.
+
+    Args:
+        memory: bytes of memory; None: whatever is needed.
+        threads: how many threads compute.
+        shard_bytes: the largest size of a shard's tensors.
+        sending: bytes of memory that sending shards away takes.
+    """
+
+    memory: int | None = None
+    threads: int = 1
+    shard_bytes: int = SHARD_BYTES
+    sending: int = 0
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a run takes.
+
+    Args:
+        threads: how many threads compute.
+        read_ahead: bytes that may be held of what is read from the Hub ahead of need.
+        kept: bytes that may be held of tensors that are read twice from the Hub.
+        peak_memory: the most bytes of memory that the run will use.
+        read_bytes: how many bytes of tensors are read.
+        spool: the most bytes of temporary disk for tensors that are read twice, and for what stages make.
+    """
+
+    threads: int
+    read_ahead: int
+    kept: int
+    peak_memory: int
+    read_bytes: int
+    spool: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What there is to do, as far as it takes memory or disk.
+
+    Args:
+        locked: the recipe and its models.
+        table: the merge methods by name.
+        jobs: how each tensor is made.
+        left_out: how many tensors of the models nothing is made of.
+        passed: the sizes of the files that are passed on.
+        gguf: the files of one shard that are written as GGUF.
+    """
+
+    locked: StagedRecipe
+    table: Mapping[str, Method]
+    jobs: tuple[Job, ...]
+    left_out: int
+    passed: Sequence[int]
+    gguf: Sequence[GgufFile]
+
+
+def allot(work: Workload, budget: Budget) -> Takes:
+    """As many threads and as much read-ahead as fit into the memory, and what is kept there or on disk.
+
+    Raises:
+        BudgetError: not even the least fits.
+    """
+    locked, jobs, table = work.locked, work.jobs, work.table
+    remote = frozenset(number for number, model in enumerate(locked.models) if model.located.commit is not None)
+    jobs_ahead = budget.threads * JOBS_AHEAD
+    made, all_of_it = (_most_at_once(jobs, table, models, jobs_ahead) for models in (frozenset[int](), remote))
+    read_bytes = sum(job_read_bytes(job) for job in jobs) + router_read_bytes(locked, jobs)
+    on_disk = router_spool(locked, jobs, table, remote)
+    kept = min(KEPT_BYTES, all_of_it) if all_of_it > made else 0
+    buffers = (READ_AHEAD_BYTES, _LEAST_READ_AHEAD) if remote else (0,)
+    for ahead, threads, held in product(buffers, range(budget.threads, 0, -1), (kept, 0)):
+        memory = {**_memory(work, threads, ahead, held), "what is sent at once": budget.sending}
+        if budget.memory is None or sum(memory.values()) <= budget.memory:
+            waits = made if held == all_of_it else all_of_it
+            return Takes(threads, ahead, held, sum(memory.values()), read_bytes, max(on_disk, waits))
+    what = f"this merge needs {sum(memory.values()):,} bytes of memory, and {budget.memory:,} are allowed"
+    largest = sorted(memory.items(), key=lambda item: -item[1])[:_TOLD]
+    told = ", ".join(f"{nbytes:,} for {name}" for name, nbytes in largest if nbytes)
+    hint = f"raise --max-memory: this is the least, with one thread and small buffers: {told}"
+    raise BudgetError(Problem(what, hint=hint))
+
+
+def disk_bytes(files: Sequence[int], spool: int, staged: bool) -> int:
+    """The most bytes of disk that are in use at once.
+
+    Args:
+        files: the bytes of each shard's files.
+        spool: those of what is kept for a while.
+        staged: a shard is gone once it is uploaded.
+    """
+    return (min(2 * max(files, default=0), sum(files)) if staged else sum(files)) + spool
+
+
+def job_read_bytes(job: Job) -> int:
+    """How many bytes of tensors are read for a job."""
+    return sum(stored.tensor.nbytes for stored in job.reads)
+
+
+def _most_at_once(jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int], ahead: int) -> int:
+    """The most bytes that are kept for a job, for those prepared ahead of it and for the one that is being ended."""
+    nbytes = [spool(job, table, remote) for job in jobs]
+    sums = [0, *accumulate(nbytes)]
+    return max(sums[min(start + ahead + 2, len(nbytes))] - sums[start] for start in range(len(sums)))
+
+
+def _memory(work: Workload, threads: int, read_ahead: int, kept: int) -> dict[str, int]:
+    """The interpreter, each thread's buffers, finished blocks on their way out, and what is read ahead.
+
+    Of what is computed before the first block: what that takes, if it is more, and what is held of it.
+    """
+    jobs, table = work.jobs, work.table
+    taken = ((thread_memory(job, table), job.name) for job in jobs)
+    thread, widest = max(taken, key=lambda item: item[0], default=(0, "no tensor"))
+    largest = max((block_bytes(job, table[job.method]) for job in jobs), default=0)
+    waiting = BLOCKS_IN_FLIGHT * threads * max(COPY_BYTES, largest)
+    tensors = len(jobs) + work.left_out
+    made = [*jobs, *(made.job for made in stages_of(jobs))]
+    tokens = _tokenizer_memory(work.locked) + sum(held_bytes(source) for job in made for source in job.sources)
+    before, held = router_memory(work.locked, jobs, table, threads)
+    most, what = max(
+        (threads * thread + waiting, f"the work on {widest}"),
+        (before, "what is worked out before the first tensor"),
+        (_side_memory(work.passed), "the files beside the tensors"),
+    )
+    return {
+        "Python and its libraries": BASELINE_BYTES + _TORCH_BYTES * takes_torch(made, table),
+        what: most + held,
+        "what is read ahead": 2 * read_ahead,
+        "what is read twice": kept,
+        f"the list of {tensors:,} tensors": _BYTES_A_JOB * tensors,
+        "tokenizers": tokens,
+        "GGUF": sum(map(_gguf_memory, work.gguf)),
+    }
+
+
+def _side_memory(passed: Sequence[int]) -> int:
+    """What is held of files that are passed on, once the tensors are done: in a commit as text, but for large ones."""
+    small = sum(size for size in passed if size <= _COMMITTED_BYTES)
+    return min(small, HELD_BYTES) + _TIMES_COMMITTED * small
+
+
+def _gguf_memory(file: GgufFile) -> int:
+    """Its metadata twice, for it is copied to be written, and of a tensor what is written at once."""
+    unit = max((tensor.unit for tensor in file.tensors), default=0)
+    return 2 * sum(map(len, file.metadata)) + _BYTES_QUANTISED * max(unit, BLOCK_ENTRIES)
+
+
+def _tokenizer_memory(locked: StagedRecipe) -> int:
+    """The models' tokenizers, and the largest of them taken apart to be read or written anew."""
+    sizes = [sum(map(len, model.texts.values())) for model in locked.models]
+    return sum(sizes) + _TIMES_PARSED * max(sizes)
 
 
 def block_bytes(job: Job, method: Method) -> int:
@@ -50,139 +225,23 @@ def block_bytes(job: Job, method: Method) -> int:
     return COPY_BYTES if job.is_copy else ITEM_BYTES[job.dtype] * block_entries(job, method)
 
 
-def join_small(jobs: Iterable[Job]) -> Iterator[Job]:
-    """The jobs in their order, but as one those small ones that differ in nothing but which entries they take.
-
-    One read, one task and one write do for all of them.
-    """
-    held, entries = list[Job](), 0
-    for job in jobs:
-        if held and (entries + job.entries > JOINED_ENTRIES or not _continues(held[-1], job)):
-            yield _as_one(held)
-            held, entries = [], 0
-        held.append(job)
-        entries += job.entries
-    if held:
-        yield _as_one(held)
-
-
-def _continues(before: Job, job: Job) -> bool:
-    """Whether a job differs from the one before only in that its inputs begin where that one's end."""
-    if not (before.entries and job.entries):
-        return False
-    alike = (before.method, before.dtype, before.settings) == (job.method, job.dtype, job.settings)
-    if not alike or [of.settings for of in before.inputs] != [of.settings for of in job.inputs]:
-        return False
-    if len(before.sources) != len(job.sources) or (before.base is None) != (job.base is None):
-        return False
-    return all(map(_is_next, before.sources, job.sources))
-
-
-def _is_next(before: Input, source: Input) -> bool:
-    if not (isinstance(before, Stored) and isinstance(source, Stored) and before.model == source.model):
-        return False
-    last, tensor = before.tensor, source.tensor
-    return (last.stop, last.file, last.dtype) == (tensor.start, tensor.file, tensor.dtype)
-
-
-def _as_one(jobs: Sequence[Job]) -> Job:
-    if len(jobs) == 1:
-        return jobs[0]
-    first, last, shape = jobs[0], jobs[-1], (sum(job.entries for job in jobs),)
-
-    def span(begin: Operand, end: Operand) -> Operand:
-        (stored,), (until,) = begin.source.stored_tensors, end.source.stored_tensors
-        return replace(
-            begin, source=replace(stored, tensor=replace(stored.tensor, shape=shape, stop=until.tensor.stop))
-        )
-
-    inputs = tuple(map(span, first.inputs, last.inputs))
-    base = span(first.base, last.base) if first.base and last.base else None
-    return JoinedJob(first.name, first.dtype, shape, first.method, inputs, base, first.settings, members=tuple(jobs))
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What has to be there before a job's first block.
-
-    Args:
-        stages: the stages' tensors that it is made of, each after those that it is made of itself.
-        spooled: those that are computed whole and kept on disk; the others are computed block by block, on the way.
-        kept: the stored tensors that are read more than once: a copy of them is kept, if reading costs a transfer.
-    """
-
-    stages: tuple[StageTensor, ...] = ()
-    spooled: frozenset[StageTensor] = frozenset()
-    kept: tuple[Stored, ...] = ()
-
-
-def needs(job: Job, table: Mapping[str, Method]) -> Needs:
-    """What has to be there before a job's first block."""
-    stages = tuple(below(job, set()))
-    jobs = (*(made.job for made in stages), job)
-    reads = Counter(stored for each in jobs for stored in _read(each, table))
-    kept = tuple(stored for stored, times in reads.items() if times > 1)
-    return Needs(stages, _spooled(job, stages, table), kept)
-
-
-def _spooled(job: Job, stages: tuple[StageTensor, ...], table: Mapping[str, Method]) -> frozenset[StageTensor]:
-    if not stages:
-        return frozenset()
-    jobs = (*(made.job for made in stages), job)
-    uses = Counter(
-        end for each in jobs for source in each.sources for end in unpack(source) if isinstance(end, StageTensor)
-    )
-    return frozenset(stages) - {made for each in jobs for made in _streamed(each, table) if uses[made] == 1}
-
-
-def below(job: Job, seen: set[StageTensor]) -> Iterator[StageTensor]:
-    """The stages' tensors that a job is made of, each once, after those that it is made of itself."""
-    for source in job.sources:
-        for end in () if isinstance(source, Stored) else unpack(source):
-            if isinstance(end, StageTensor) and end not in seen:
-                seen.add(end)
-                yield from below(end.job, seen)
-                yield end
-
-
-def _streamed(job: Job, table: Mapping[str, Method]) -> Iterator[StageTensor]:
-    """The stages' tensors that a job reads once, in just the blocks in which they are made."""
-    if table[job.method].measure is None:
-        size = block_entries(job, table[job.method])
-        for source in job.sources:
-            if isinstance(source, StageTensor) and block_entries(source.job, table[source.job.method]) == size:
-                yield source
-
-
-def _read(job: Job, table: Mapping[str, Method]) -> Iterator[Stored]:
-    """The stored tensors that a job reads itself, twice those that it reads more than once."""
-    own = tuple(dict.fromkeys(end for source in job.sources for end in unpack(source) if isinstance(end, Stored)))
-    yield from own
-    if table[job.method].measure is not None and not job.is_copy and not isinstance(job, JoinedJob):
-        yield from own
-    yield from (stored for source in job.sources for stored in source.reread if stored in own)
-
-
 def spool(job: Job, table: Mapping[str, Method], remote: frozenset[int]) -> int:
     """The bytes of temporary disk that a job holds from its preparing to its last block.
 
     Args:
-        job: the job.
-        table: the merge methods by name.
         remote: the numbers of the models that are read from afar.
     """
     read = sum(stored.tensor.nbytes for stored in needs(job, table).kept if stored.model in remote) if remote else 0
-    return read + sum(made.job.nbytes for made in _spooled(job, tuple(below(job, set())), table))
+    return read + sum(made.job.nbytes for made in spooled(job, tuple(below(job, set())), table))
 
 
 def thread_memory(job: Job, table: Mapping[str, Method]) -> int:
     """The bytes that a thread takes for a job: its stages that are kept are made before, the others with it."""
     stages = tuple(below(job, set()))
-    spooled, taken = _spooled(job, stages, table), dict[StageTensor, int]()
+    whole, taken = spooled(job, stages, table), dict[StageTensor, int]()
     for made in stages:
-        taken[made] = _with_streamed(made.job, table, spooled, taken)
-    whole = _with_streamed(job, table, spooled, taken)
-    return max([whole, *(taken[made] for made in spooled)])
+        taken[made] = _with_streamed(made.job, table, whole, taken)
+    return max([_with_streamed(job, table, whole, taken), *(taken[made] for made in whole)])
 
 
 def takes_torch(jobs: Sequence[Job], table: Mapping[str, Method]) -> bool:
@@ -192,9 +251,9 @@ def takes_torch(jobs: Sequence[Job], table: Mapping[str, Method]) -> bool:
 
 
 def _with_streamed(
-    job: Job, table: Mapping[str, Method], spooled: frozenset[StageTensor], taken: Mapping[StageTensor, int]
+    job: Job, table: Mapping[str, Method], whole: frozenset[StageTensor], taken: Mapping[StageTensor, int]
 ) -> int:
-    made = [source for source in job.sources if isinstance(source, StageTensor) and source not in spooled]
+    made = [source for source in job.sources if isinstance(source, StageTensor) and source not in whole]
     return _own(job, table[job.method]) + max((taken[source] for source in made), default=0)
 
 
@@ -268,12 +327,8 @@ def router_read_bytes(locked: StagedRecipe, jobs: Sequence[Job]) -> int:
     rows = min(sum(_tokens(text) for text in prompts(routers)), table.shape[0])
     source = table.sources[0]
     of_a_row = table.shape[1] * ITEM_BYTES[source.dtype]
-    embedded = rows * of_a_row if isinstance(source, Stored) else _read_routing(table)
-    return embedded + sum(_read_routing(job) for layer in layers(locked, routers) for job in layer)
-
-
-def _read_routing(job: Job) -> int:
-    return sum(stored.tensor.nbytes for stored in job.reads)
+    embedded = rows * of_a_row if isinstance(source, Stored) else job_read_bytes(table)
+    return embedded + sum(job_read_bytes(job) for layer in layers(locked, routers) for job in layer)
 
 
 def router_spool(locked: StagedRecipe, jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int]) -> int:

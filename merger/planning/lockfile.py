@@ -229,7 +229,6 @@ def changed_models(locked: LockedRecipe, held: Lock, checksum: Checksum) -> list
 
     Args:
         locked: the lock's recipe, its models at the lock's commits.
-        held: the lock.
         checksum: finds out the SHA-256 of a file in a folder by reading it; None: only sizes are compared there.
     """
     if len(locked.models) != len(held.models):
@@ -277,7 +276,6 @@ def other_meaning(planned: Plan | None, held: Lock) -> list[Problem]:
 
     Args:
         planned: the plan made anew; None: there can be none any more.
-        held: the lock.
     """
     same = planned is not None and planned.hash == held.plan
     return [] if same else _tell_changes(since(held.format), held)

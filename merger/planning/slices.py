@@ -26,7 +26,6 @@ def unlike(config_model: LockedModel, other: LockedModel, stack: str) -> tuple[s
     Args:
         config_model: the model that has the stack.
         other: the model that has no stack of this name.
-        stack: the stack's name.
     """
     ours, theirs = config_model.architecture.stacks, other.architecture.stacks
     could = {own: homes for own, homes in candidates(config_model, other).items() if stack in homes}

@@ -138,7 +138,6 @@ class StagedRecipe(LockedRecipe):
         return source if change.added is None else Added(source, Stored(adapter, change.added), change.scale)
 
     def _published(self, number: int, tensor: TensorInfo) -> Input:
-        """The same without an adapter."""
         model, owner = self.all[number], self._owners[number]
         if model.quantised and (held := model.quantised.get(tensor.name)) is not None:
             return _dequantise(owner, held, tensor)

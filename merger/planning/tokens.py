@@ -58,9 +58,6 @@ class Tokens:
         """A model's tensor with the rows that the result's tokens have; any other tensor as it is.
 
         Args:
-            locked: the recipe and its models.
-            number: the model's number.
-            tensor: a tensor of it.
             as_head: whether the result's head is made of it.
 
         Raises:
@@ -219,7 +216,6 @@ def _vocabularies(models: Sequence[LockedModel]) -> list[Vocabulary | None]:
 
 
 def _whole(locked: StagedRecipe, block: Tokenizer, known: Mapping[int, Vocabulary], source: int) -> Vocabulary:
-    """The result's vocabulary."""
     merged = [locked.index(ref) for ref in locked.recipe.merged] if block.source == UNION else []
     others = [(known[number], locked.numbered(number).token_rows or 0) for number in merged]
     base = known[source]

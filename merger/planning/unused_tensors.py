@@ -164,7 +164,8 @@ def _of_mean(stage: Recipe, of: Checkpoints) -> str:
     names = [(source.model.revision or source.model.path.rstrip("/")).rpartition("/")[2] for source in sources]
     how = "weights" if of.weights else of.by if of.ema is None else f"ema {of.ema:g}"
     shares = [f"{rule.values[0]:.3g}" for source in sources for rule in source.parameters["weight"].rules]
-    each = ", ".join(shares) if len(set(shares)) > 1 else f"{shares[0]} each"
+    several = shares if len(shares) <= 2 * _SHOWN else [*shares[:2], "...", *shares[-2:]]
+    each = ", ".join(several) if len(set(shares)) > 1 else f"{shares[0]} each"
     return f"{stage.name}: {names[0]} to {names[-1]}, {how} ({each})"
 
 
@@ -256,7 +257,6 @@ def _place(locked: StagedRecipe, stack: str) -> tuple[Span | None, str]:
 
 
 def _kind(model: LockedModel, stack: str, layer: int) -> Kind:
-    """The roles and shapes of a layer's tensors."""
     return frozenset(
         f"{model.architecture.place(tensor.name).role} {tensor.shape}" for tensor in model.layer(stack, layer)
     )

@@ -112,7 +112,7 @@ def fit(found: Found) -> None:
     if method.needs_base and found.piece.base_model is None:
         hint = "add base_model: the model the others were made from, or the one to start from"
         found.choice.place.error(f"{method.name} needs a base_model", hint)
-    elif _readable(found.piece):
+    elif UNREADABLE not in (found.piece.base_model, *(source.model for source in found.piece.sources)):
         if (single := alone(found.piece, method)) is not None:
             what = f"nothing is merged: {single.model} is the only model, and comes out as it is"
             found.listed.warn(what, "list more models, if some are missing", found.listed.key)
@@ -141,10 +141,6 @@ def alone(piece: Slice, method: Method) -> Source | None:
         return next((source for source in piece.sources if not source.added), None)
     lone = method.base in ("optional", "included") and len(counted) == 1 < method.models[0]
     return counted[0] if lone else None
-
-
-def _readable(piece: Slice) -> bool:
-    return UNREADABLE not in (piece.base_model, *(source.model for source in piece.sources))
 
 
 def _base_among_sources(found: Found, method: Method) -> None:
@@ -267,9 +263,7 @@ def check_block(
     """Whether the methods in force have a use for the parameters of a block, and for their values.
 
     Args:
-        found: the block.
         methods: those in force anywhere below it; None for each that is unknown or not built.
-        table: the merge methods by name.
         per_model: whether the block belongs to one model.
     """
     known = list({method.name: method for method in methods if method is not None}.values())

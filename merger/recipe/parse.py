@@ -16,12 +16,13 @@ from merger.recipe.blocks import lora as loras
 from merger.recipe.blocks import mixture
 from merger.recipe.blocks.average import read_checkpoints
 from merger.recipe.blocks.evaluate import evaluate
+from merger.recipe.blocks.publish import PUBLISH, publish_block
 from merger.recipe.blocks.search import find_search, without_block
 from merger.recipe.blocks.stages import join_stages
 from merger.recipe.blocks.tokenizer import chat_template, tokenizer
 from merger.recipe.checks import Choice, Found
 from merger.recipe.mergekit import FLOAT64
-from merger.recipe.model import ModelRef, Module, Parameters, Publish, Recipe, Rule, Setting, Slice, Source, Taken
+from merger.recipe.model import ModelRef, Module, Parameters, Recipe, Rule, Setting, Slice, Source, Taken
 from merger.recipe.searched import Searched, Values, fill_holes
 from merger.recipe.spans import Documents, Node, number
 from merger.recipe.values import (
@@ -37,7 +38,7 @@ from merger.recipe.values import (
     read_parameters,
     reference,
 )
-from merger.safety import names, numbers
+from merger.safety import numbers
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method
@@ -69,13 +70,8 @@ SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight
 SOURCE = ("model", "layer_range", "parameters")
 MODULE = ("slices", "models", "parameters")
 TENSORS = ("filter", "model")
-PUBLISH = (
-    "repo", "private", "license", "license_name", "license_link", "license_override", "create_pr", "gguf",
-    "safetensors", "template",
-)  # fmt: skip
 
 DTYPES = ("float32", "float16", "bfloat16")
-GGUF = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "MXFP4")
 
 
 _MEANT_DTYPES = {
@@ -88,6 +84,7 @@ _MEANT_DTYPES = {
     "fp32": "float32",
     "float": "float32",
 }
+_A_MODEL = "write model: org/name, or model: ./folder"
 _RANGE = "a pair [start, end]"
 _RANGE_HINT = "write [start, end]: the layers from start up to, but not including, end, counted from 0"
 _UNDER_PARAMETERS: Hints = {name: f"move {name} into parameters: here" for name in checks.FIELD_PARAMETERS}
@@ -112,9 +109,7 @@ def parse(text: str, path: str, table: Mapping[str, Method], drawn: Values | Non
     """The recipe that `text` holds.
 
     Args:
-        text: what the file holds.
         path: the file's name as the user gave it; positions in errors begin with it.
-        table: the merge methods by name.
         drawn: what its holes are filled with, if something is searched in it. None: what they start with; problems are
             then those of all that they may be filled with.
 
@@ -220,6 +215,8 @@ def _recipe(top: Value, table: Mapping[str, Method], path: str, text: str) -> Re
     if scope.method is None:
         _without_method(top, table, modules)
     levels.block(block, [piece for module in modules for piece in module.slices])
+    place = fields.get("tensors")
+    items = place.items("a list of tensors, each - filter: self_attn with a model", filter_of) if place else []
     made = _of(
         top,
         path,
@@ -227,7 +224,7 @@ def _recipe(top: Value, table: Mapping[str, Method], path: str, text: str) -> Re
         fields,
         modules=tuple(replace(of, slices=tuple(map(levels.merging, of.slices))) for of in modules),
         base_model=scope.base_model,
-        tensors=_tensors(fields),
+        tensors=tuple(rule for item in items if (rule := _parse_taken(item)) is not None),
         parameters=block.settings,
         tokenizer=tokenizer(fields),
     )
@@ -255,8 +252,9 @@ def _mixture(top: Value, path: str, text: str) -> Recipe:
     fields = top.fields("a map with the key experts", mixture.TOP, mixture.TOP_HINTS)
     if fields is None:
         return Recipe(path, text, (), at=top.at)
-    base = fields.need("base_model", "name the model that gives everything but the experts: base_model: org/name")
-    base_model = reference(base) if base else UNREADABLE
+    base_model = fields.model(
+        "base_model", "name the model that gives everything but the experts: base_model: org/name"
+    )
     return _of(top, path, text, fields, modules=(), base_model=base_model, mixture=mixture.mixture(fields))
 
 
@@ -268,13 +266,13 @@ def _of(top: Value, path: str, text: str, fields: Fields, **read: Any) -> Recipe
         path=path,
         text=text,
         **read,
-        name=name.text("a name") if name else None,
+        name=fields.text("name", "a name"),
         dtype=out_dtype or dtype,
-        seed=_parse_seed(fields),
-        allow_non_finite=bool(allow.flag()) if allow else False,
+        seed=fields.whole("seed", numbers.SEED, "any whole number will do, such as seed: 42") or 0,
+        allow_non_finite=fields.flag("allow_non_finite"),
         chat_template=chat_template(fields),
         evaluate=evaluate(fields),
-        publish=_publish(fields),
+        publish=publish_block(fields),
         lora=loras.lora(fields),
         at=top.at,
         name_at=name.at if name else None,
@@ -304,7 +302,6 @@ class _Levels:
     table: Mapping[str, Method]
 
     def modules(self, fields: Fields, scope: _Scope) -> tuple[Module, ...]:
-        """Those of the one form that the recipe is written in."""
         return tuple(module for key in _form(fields, FORMS) for module in self._read_form(key, fields, scope))
 
     def _read_form(self, key: str, fields: Fields, scope: _Scope) -> list[Module]:
@@ -393,9 +390,8 @@ class _Levels:
         block = read_parameters(fields)
         method = scope.method.method if scope.method else None
         checks.check_block(block, [method], self.table, per_model=True)
-        model = fields.need("model", "write model: org/name, or model: ./folder")
+        named = fields.model("model", _A_MODEL)
         ranged = fields.need("layer_range", _RANGE_HINT) if "layer_range" in keys else None
-        named = reference(model) if model else UNREADABLE
         several = read_checkpoints(fields, named) if keys == MODEL else None
         return Source(
             model=replace(named, revision=several.match) if several and not several.of_folders else named,
@@ -441,27 +437,20 @@ def _form(fields: Fields, forms: tuple[str, ...]) -> list[str]:
     return given
 
 
-def _tensors(fields: Fields) -> tuple[Taken, ...]:
-    """What stands behind ``tensors``: which of them come from one model alone."""
-    place = fields.get("tensors")
-    items = place.items("a list of tensors, each - filter: self_attn with a model", filter_of) if place else []
-    return tuple(rule for item in items if (rule := _parse_taken(item)) is not None)
-
-
 def _parse_taken(place: Value) -> Taken | None:
     keys = place.fields("a map with the keys filter and model", TENSORS, _PINNED)
-    wanted = keys.need("filter", "write filter: and a part of the tensors' names, such as self_attn") if keys else None
-    model = keys.need("model", "write model: org/name, or model: ./folder") if keys else None
-    text = wanted.text("a part of a tensor's name") if wanted else None
-    found = reference(model) if model else None
-    return Taken(text, found, place.at) if text and found else None
+    if keys is None:
+        return None
+    keys.need("filter", "write filter: and a part of the tensors' names, such as self_attn")
+    text, model = keys.text("filter", "a part of a tensor's name"), keys.model("model", _A_MODEL)
+    return Taken(text, model, place.at) if text else None
 
 
 def _layer_range(place: Value) -> tuple[int, int] | None:
     if not isinstance(place.node, spans.Sequence):
         place.expected(_RANGE, _RANGE_HINT)
         return None
-    ends = [_layer(item) for item in place.items(_RANGE)]
+    ends = [item.whole(numbers.LAYERS, _RANGE_HINT) for item in place.items(_RANGE)]
     if len(ends) > 2 or len(ends) == 1:
         place.error(f"expected {_RANGE}, found a list of {len(ends)}", _RANGE_HINT)
     if len(ends) != 2 or ends[0] is None or ends[1] is None:
@@ -473,13 +462,9 @@ def _layer_range(place: Value) -> tuple[int, int] | None:
     return start, end
 
 
-def _layer(place: Value) -> int | None:
-    return place.whole(numbers.LAYERS, _RANGE_HINT)
-
-
 def _dtype(fields: Fields, key: str) -> str | None:
     place = fields.get(key)
-    text = place.text(f"one of {', '.join(DTYPES)}") if place else None
+    text = fields.text(key, f"one of {', '.join(DTYPES)}")
     if place is None or text is None:
         return None
     name = text.removeprefix("torch.")
@@ -493,94 +478,4 @@ def _dtype(fields: Fields, key: str) -> str | None:
     else:
         hint = f"write {_MEANT_DTYPES.get(name) or nearest(name, DTYPES) or 'one of ' + ', '.join(DTYPES)}"
     place.error(f"{text!r} is no dtype that a result can have", hint)
-    return None
-
-
-def _parse_seed(fields: Fields) -> int:
-    place = fields.get("seed")
-    hint = "any whole number will do, such as seed: 42"
-    return (place.whole(numbers.SEED, hint) if place else None) or 0
-
-
-def _publish(fields: Fields) -> Publish:
-    place = fields.get("publish")
-    keys = place.fields("a map with the key repo", PUBLISH) if place else None
-    if place is None or keys is None:
-        return Publish()
-    repo, private, create_pr = keys.get("repo"), keys.get("private"), keys.get("create_pr")
-    license, gguf, template = keys.get("license"), keys.get("gguf"), keys.get("template")
-    return Publish(
-        repo=_repo(repo) if repo else None,
-        private=bool(private.flag()) if private else False,
-        license=license.text("a licence such as apache-2.0") if license else None,
-        license_name=_with_other(keys, "license_name", "a name such as my-license-1.0"),
-        license_link=_with_other(keys, "license_link", "an address that begins with https://, or LICENSE"),
-        license_override=_text(keys, "license_override", "a sentence for the card"),
-        create_pr=bool(create_pr.flag()) if create_pr else False,
-        gguf=_gguf(gguf) if gguf else (),
-        safetensors=_safetensors(keys, fields),
-        template=template.text("a file, a folder or hf://owner/name/path") if template else None,
-        at=place.key,
-        license_at=license.at if license else None,
-        gguf_at=gguf.key if gguf else None,
-        template_at=template.at if template else None,
-    )
-
-
-def _gguf(place: Value) -> tuple[str, ...]:
-    """The types of GGUF files, each once."""
-    what = f"a list of types such as [Q8_0], of {', '.join(GGUF)}"
-    found = [(each, each.text(what)) for each in place.items(what)]
-    for each, text in found:
-        if text is not None and text.upper() not in GGUF:
-            each.error(f"{text!r} is no type of GGUF that is written", f"write {what}")
-    return tuple(dict.fromkeys(text.upper() for _, text in found if text is not None))
-
-
-def parse_kinds(text: str) -> tuple[str, ...]:
-    """The types of GGUF files that a text lists with commas between.
-
-    Raises:
-        ValueError: one of them is none; in a sentence.
-    """
-    kinds = tuple(dict.fromkeys(kind.strip().upper() for kind in text.split(",")))
-    if not set(kinds) <= set(GGUF):
-        raise ValueError(f"{numbers.quoted_short(text)} names no types of GGUF; write for example Q8_0,BF16")
-    return kinds
-
-
-def _safetensors(keys: Fields, recipe: Fields) -> bool:
-    """Whether they are written; what is to be measured, and what has no other form, takes them."""
-    place = keys.get("safetensors")
-    if place is None or place.flag() is not False:
-        return True
-    if keys.get("gguf") is None:
-        place.error("nothing would be published", "write gguf: [Q8_0] beside it, or leave safetensors out", place.key)
-    if (measured := recipe.get("evaluate")) is not None:
-        what = "what is measured is read as safetensors, and publish.safetensors is false"
-        measured.error(what, "leave one of them out", measured.key)
-    return False
-
-
-def _text(fields: Fields, key: str, what: str) -> str | None:
-    place = fields.get(key)
-    return place.text(what) if place else None
-
-
-def _with_other(fields: Fields, key: str, what: str) -> str | None:
-    """A key that goes with a licence which the Hub has no identifier for."""
-    place, license = fields.get(key), fields.get("license")
-    if place and not (license and license.holds("other")):
-        place.error(f"{key} goes with license: other", f"write license: other, or leave {key} out", place.key)
-    return _text(fields, key, what)
-
-
-def _repo(place: Value) -> str | None:
-    text = place.text("owner/name")
-    if text is None:
-        return None
-    name = names.parse_repo(text)
-    if names.is_repo(name):
-        return name
-    place.error(f"{text!r} is no repo's name on the Hub", names.HINT)
     return None

@@ -16,6 +16,7 @@ from merger.recipe import parse, spans, values
 from merger.recipe.blocks import average, holes, mixture, tokenizer
 from merger.recipe.blocks import evaluate as evaluation
 from merger.recipe.blocks import lora as loras
+from merger.recipe.blocks import publish as publishing
 from merger.recipe.blocks import search as searching
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
 from merger.recipe.model import (
@@ -85,11 +86,9 @@ _SEARCH_WORDS = {
 
 
 def schema(table: Mapping[str, Method]) -> Json:
-    """The JSON Schema of a recipe.
-
-    Args:
-        table: the merge methods by name.
-    """
+    """The JSON Schema of a recipe."""
+    shapes = {"slices": _maybe(_ref("slices")), "models": _maybe(_ref("models")), "parameters": _ref("parameters")}
+    described = _WORDS | _describe_fields(Module)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "merger recipe",
@@ -106,7 +105,7 @@ def schema(table: Mapping[str, Method]) -> Json:
             "parameters": _parameters(table),
             "models": _list(_source(parse.MODEL)),
             "slices": _list(_slice()),
-            "module": _module(),
+            "module": (_map(parse.MODULE, described, shapes) | {"oneOf": [_given("slices"), _given("models")]}),
             "expert": _expert(),
             "publish": _publish(),
             "lora": _lora(loras.LORA),
@@ -203,12 +202,6 @@ def _slice() -> Json:
     return _map(parse.SLICE, _WORDS | _describe_fields(Slice), shapes, ["sources"])
 
 
-def _module() -> Json:
-    shapes = {"slices": _maybe(_ref("slices")), "models": _maybe(_ref("models")), "parameters": _ref("parameters")}
-    described = _WORDS | _describe_fields(Module)
-    return _map(parse.MODULE, described, shapes) | {"oneOf": [_given("slices"), _given("models")]}
-
-
 def _expert() -> Json:
     prompts, number = _or_null(_list(_text())), {"type": ["number", "string", "null"], "pattern": _NUMERIC}
     shapes = {
@@ -228,11 +221,11 @@ def _publish() -> Json:
         "private": flag,
         **{key: _or_null(_text()) for key in ("license", "license_name", "license_link", "license_override")},
         "create_pr": flag,
-        "gguf": _or_null(_list({"enum": list(parse.GGUF)})),
+        "gguf": _or_null(_list({"enum": list(publishing.GGUF)})),
         "safetensors": flag,
         "template": _or_null(_text()),
     }
-    return _or_null(_map(parse.PUBLISH, _describe_fields(Publish), shapes))
+    return _or_null(_map(publishing.PUBLISH, _describe_fields(Publish), shapes))
 
 
 def _lora(keys: tuple[str, ...]) -> Json:

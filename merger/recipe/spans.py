@@ -83,7 +83,6 @@ def read_nodes(text: str, path: str) -> Documents:
     """The tree of every document in `text`.
 
     Args:
-        text: what the file holds.
         path: the file's name as the user gave it.
 
     Raises:

@@ -201,6 +201,31 @@ class Fields:
             self.place.error(f"missing {key}", hint, empty.key if empty else None)
         return self.get(key)
 
+    def flag(self, key: str) -> bool:
+        """Whether `key` is there and says true."""
+        place = self.get(key)
+        return bool(place and place.flag())
+
+    def text(self, key: str, what: str) -> str | None:
+        """The text behind `key`, if it is there."""
+        place = self.get(key)
+        return place.text(what) if place else None
+
+    def whole(self, key: str, within: Range, hint: str) -> int | None:
+        """The integer behind `key`, if it is there."""
+        place = self.get(key)
+        return place.whole(within, hint) if place else None
+
+    def number(self, key: str, hint: str, within: Range = ANY) -> float | None:
+        """The number behind `key`, if it is there."""
+        place = self.get(key)
+        return place.number(hint, within) if place else None
+
+    def model(self, key: str, hint: str) -> ModelRef:
+        """The model behind `key`, which must be there, else UNREADABLE."""
+        place = self.need(key, hint)
+        return reference(place) if place else UNREADABLE
+
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
     """The known word that `word` is most likely a misspelling of."""
@@ -279,8 +304,7 @@ def _path(place: Value) -> ModelRef:
     fields = place.fields(_A_MODEL, PATH)
     path = fields.need("path", _MAP) if fields else None
     name = path.text(_A_MODEL) if path else None
-    revision = fields.get("revision") if fields else None
-    pin = revision.text("a branch, a tag or a commit") if revision else None
+    pin = fields.text("revision", "a branch, a tag or a commit") if fields else None
     if name is None:
         return UNREADABLE
     if parse_name(name) == name:

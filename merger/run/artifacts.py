@@ -75,12 +75,10 @@ def card(
     """The card of a merge.
 
     Args:
-        planned: what was made.
         name: ``owner/name``, or the folder's last part.
         seen: how parents and result lie to each other, by tensor.
         store: where the parents' cards are.
         elders: where those of their own parents are; None: nowhere.
-        scores: what was measured of the merge and its parents.
         more: what else its front matter says.
         found: what a search has found, if one has.
 

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 
 from merger import runtime
 from merger.errors import BudgetError, ModelError
-from merger.planning.plan import BASELINE_BYTES
+from merger.planning.budget import BASELINE_BYTES
 
 _NOT_YET_NAMED = "/OWNER/"
 _NOT_FOR_PEOPLE = ("action", "all")
@@ -44,22 +44,26 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Look at Python, the machine, packages, compiled steps, and last at the Hub, which may take time."""
-    yield _package()
+    address = runtime.addresses().get("Repository", "")
+    hint = "whose repository it is stands in [project.urls] of pyproject.toml: docs/release.md, step 1"
+    named = f"merger {version(runtime.PACKAGE)} of {address}"
+    yield Finding("package", named, hint if _NOT_YET_NAMED in address else None)
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("cores", str(runtime.cores()))
     yield _memory()
     yield from (_disk(what, place) for what, place in (("folder", os.getcwd()), ("temporary", tempfile.gettempdir())))
     yield _extras()
     yield _steps()
-    yield _system()
+    there = {
+        "reading at a place": hasattr(os, "preadv"),
+        "locked files": find_spec("fcntl") is not None,
+        "unnamed temporary files": hasattr(os, "O_TMPFILE"),
+        "kept memory": os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt"),
+    }
+    missing = [name for name, is_there in there.items() if not is_there]
+    found = ", ".join(name for name, is_there in there.items() if is_there)
+    yield Finding("system", found, f"this one has no {', no '.join(missing)}" if missing else None)
     yield from _hub()
-
-
-def _package() -> Finding:
-    address = runtime.addresses().get("Repository", "")
-    hint = "whose repository it is stands in [project.urls] of pyproject.toml: docs/release.md, step 1"
-    named = f"merger {version(runtime.PACKAGE)} of {address}"
-    return Finding("package", named, hint if _NOT_YET_NAMED in address else None)
 
 
 def _memory() -> Finding:
@@ -110,18 +114,6 @@ def _steps() -> Finding:
         return Finding("steps", "compiled anew by each run", "let NUMBA_CACHE_DIR name a folder that may be written")
     hint = None if kept else "nothing to do: the first merge that takes one compiles it, for some seconds"
     return Finding("steps", f"{kept} of {len(STEPS)} compiled before", hint)
-
-
-def _system() -> Finding:
-    there = {
-        "reading at a place": hasattr(os, "preadv"),
-        "locked files": find_spec("fcntl") is not None,
-        "unnamed temporary files": hasattr(os, "O_TMPFILE"),
-        "kept memory": os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt"),
-    }
-    missing = [name for name, is_there in there.items() if not is_there]
-    found = ", ".join(name for name, is_there in there.items() if is_there)
-    return Finding("system", found, f"this one has no {', no '.join(missing)}" if missing else None)
 
 
 def _hub() -> Iterator[Finding]:

@@ -45,12 +45,7 @@ class Need:
 
 
 def needs_of(recipe: Recipe, device: str = "cpu") -> Iterator[Need]:
-    """What it takes wherever it is made, its evaluation last.
-
-    Args:
-        recipe: the recipe.
-        device: where methods compute.
-    """
+    """What it takes wherever it is made, its evaluation last."""
     if device != "cpu":
         yield Need("torch", ("torch",), f"--device {device}")
     for document in recipe.documents:
@@ -76,8 +71,6 @@ def refuse_missing(recipe: Recipe, device: str = "cpu", but: Collection[str] = (
     """Refuse a recipe that takes what is not installed here, with the command that installs it.
 
     Args:
-        recipe: the recipe.
-        device: where methods compute.
         but: extras of what is not done here.
 
     Raises:

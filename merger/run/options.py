@@ -10,7 +10,9 @@ from pathlib import Path
 from merger import runtime
 from merger.errors import BudgetError, Problem, RecipeError
 from merger.evaluation.evaluate import disk as evaluation_disk
-from merger.planning.plan import GGUF_BYTES, SHARD_BYTES, Budget, Part, Plan, Shard
+from merger.planning.budget import GGUF_BYTES, SHARD_BYTES, Budget
+from merger.planning.plan import Plan
+from merger.planning.shards import Part, Shard
 from merger.recipe.model import Recipe
 from merger.safety import secrets
 from merger.safety.limits import ALL_TENSORS, Limit

@@ -22,7 +22,8 @@ from merger.methods.registry import methods
 from merger.models.formats.safetensors import WrittenShard
 from merger.models.side_files import LOCK_NAME
 from merger.planning.geometry import Geometry, load_geometry
-from merger.planning.plan import Part, Plan, Shard, share
+from merger.planning.plan import Plan
+from merger.planning.shards import Part, Shard, share
 from merger.recipe.model import Publish
 from merger.run.artifacts import card, elders, small_files, used_files
 from merger.run.found import SearchFacts
@@ -156,8 +157,6 @@ def merge(
     Shards that an earlier run finished are not made again, and a model that is there already is not published again.
 
     Args:
-        planned: what is made.
-        store: where its models are.
         options: what it may use, and where it goes.
         on_event: is told what happens on the way.
         found: what a search has found of which the card is to tell.
@@ -212,7 +211,6 @@ class _Run:
         self._doubts: list[str] = []
 
     def result(self) -> Result:
-        """Make the shards that are missing, and of a whole merge the end."""
         planned, options = self._planned, self._options
         mine = share(planned.shards, options.part)
         missing = [shard for shard in mine if not shard.files.keys() <= self._held.keys()]
@@ -260,7 +258,6 @@ class _Run:
             self._seen |= load_geometry(note)
 
     def _score(self, wanted: Wanted) -> tuple[Score, ...]:
-        """What is measured of the result before it is published."""
         files = used_files(self._planned, self._store)
         return measure(wanted, self._planned, files, self._store, self._session, self._on_event)
 
@@ -286,7 +283,6 @@ class _Run:
 
 
 def _title(planned: Plan) -> str:
-    """The commit's first line."""
     lora, names = planned.locked.recipe.lora, ", ".join(dict.fromkeys(each.name for each in planned.locked.merged))
     if lora and lora.extracted:
         return f"LoRA adapter of {planned.locked.models[0].name}"
@@ -334,7 +330,6 @@ def place_of(to: str, options: Options, planned: Plan | None = None) -> Destinat
     """What is at a destination: a folder, or a repo on the Hub.
 
     Args:
-        to: its name.
         options: how it is written, and with which token.
         planned: what shall be there; None: no merge is made.
 

@@ -112,7 +112,6 @@ def extraction_recipe(settings: Mapping[str, Any], dtype: str | None = None, lic
     Args:
         settings: what stands under ``extract_lora:``; None for what is not given.
         dtype: the adapter's, in place of the fine-tune's.
-        license: what the card states.
 
     Raises:
         RecipeError: with every problem of these settings.
@@ -127,11 +126,6 @@ def extraction_recipe(settings: Mapping[str, Any], dtype: str | None = None, lic
 
 def conversion_recipe(model: str, kinds: Sequence[str], license: str | None = None) -> Recipe:
     """The recipe that brings a model into GGUF as it is.
-
-    Args:
-        model: as a recipe names it.
-        kinds: the types of the files.
-        license: what the card states.
 
     Raises:
         RecipeError: with every problem of these settings.
@@ -182,8 +176,6 @@ def plan(recipe: Recipe, options: Options, held: Mapping[str, Pin] | None = None
     lock file is planned as it was then, or refused.
 
     Args:
-        recipe: what is asked for.
-        options: what it may use.
         held: the commits in place of those of the lock file beside the recipe.
 
     Raises:

@@ -54,8 +54,6 @@ def call(function: str, argument: Any, bounds: Bounds = Bounds()) -> Any:
 
     Args:
         function: ``module:name``; it returns what JSON can hold.
-        argument: what pickle can hold.
-        bounds: what it may take.
 
     Raises:
         BeyondError: it took more.
@@ -91,7 +89,6 @@ def _environment() -> Mapping[str, str]:
 
 
 def _read(process: subprocess.Popen[bytes], bounds: Bounds, until: float) -> bytes:
-    """All that the process writes."""
     assert process.stdout is not None
     data = bytearray()
     while True:

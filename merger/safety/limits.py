@@ -203,7 +203,6 @@ def parse_json(text: bytes | str, limit: Limit | None = None, **how: Any) -> Any
     """JSON of a stranger's: of so many values, so deep, with numbers so long.
 
     Args:
-        text: the JSON.
         limit: whose `values` count, if it has any.
         how: what else json.loads shall do.
 

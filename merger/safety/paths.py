@@ -130,9 +130,6 @@ def read_file(place: Path, start: int = 0, stop: int | None = None, limit: Limit
     """The bytes of a regular file, as many as the disk says; the kernel's own, such as /proc's, hold others.
 
     Args:
-        place: where it was reached.
-        start: the first byte.
-        stop: after the last one; None: the file's end.
         limit: how much may be read up to that end, whatever the file's size was before.
 
     Raises:

@@ -25,7 +25,8 @@ from merger.evaluation.budget import LOADING_BYTES, running_bytes
 from merger.evaluation.evaluate import temporary_folder, write_files
 from merger.methods.registry import methods
 from merger.planning.inputs.base import Job
-from merger.planning.plan import Plan, Shard, identify
+from merger.planning.plan import Plan, identify
+from merger.planning.shards import Shard
 from merger.run.artifacts import used_files
 from merger.runtime import free_memory
 from merger.stores.ports import PIECE_BYTES, Located, Reader, Ticket

@@ -350,7 +350,6 @@ def take_files(
 
     Args:
         files: models and the names of their files.
-        store: where the models are.
         checksum: finds out the SHA-256 of a model's file.
 
     Raises:

@@ -134,5 +134,4 @@ class Library:
 
 
 def _content(model: Located, file: str) -> object:
-    """What is the same for files of the same content, as far as the store tells."""
     return model.files[file].oid or (model, file)

@@ -201,10 +201,6 @@ class _Work:
         if shared and self._alone and self._lock is not None:
             self._alone = not _flock(self._lock, fcntl.LOCK_SH)
 
-    def free_bytes(self) -> int:
-        """What the disk has left."""
-        return shutil.disk_usage(self._place).free
-
     def _forget_damaged(self) -> None:
         """A shard counts as finished only if its file is, to the byte, what was written down of it."""
         for name, shard in self.held().items():
@@ -227,17 +223,14 @@ class _Work:
                 _remove(leftover)
 
     def held(self) -> dict[str, WrittenShard]:
-        """The finished shards by name."""
         return _written_down(self._done)
 
     def write_down(self, shard: WrittenShard, note: str) -> None:
-        """Note that a shard is whole."""
         entry = self._entry(f"{shard.name}{_UNFINISHED}")
         entry.write_text(json.dumps({**asdict(shard), "note": note}))
         entry.rename(self._entry(shard.name))
 
     def notes(self) -> Iterator[str]:
-        """What was noted with the finished shards."""
         return (entry["note"] for entry in _entries(self._done) if entry.get("note"))
 
     def forget(self, name: str) -> None:
@@ -296,7 +289,7 @@ class FolderSession:
 
     def reserve(self, needed: int) -> None:
         """Look at the disk on which the result shall lie."""
-        if (free := self._work.free_bytes()) < needed:
+        if (free := shutil.disk_usage(self._work.new).free) < needed:
             what = f"the result needs {needed:,} bytes of disk, {free:,} are free where {self._place.name!r} shall lie"
             raise BudgetError(Problem(what, hint="choose a destination on another disk, or publish to hf://owner/name"))
 

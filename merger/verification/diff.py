@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from merger.errors import ModelError
-from merger.lock.lock import tensors_of
+from merger.lock.read import tensors_of
 from merger.models.architecture import Architecture
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
 from merger.run.pipeline import ignore
@@ -147,8 +147,6 @@ def contrast(both: Pair, threads: int, on_bytes: Callable[[int], object] = ignor
     """Compare them.
 
     Args:
-        both: the two.
-        threads: how many threads compare.
         on_bytes: is told after each block how many bytes of A it held.
 
     Raises:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
 from merger.models.formats.packed import NUMPY_DTYPES, decode
-from merger.planning.budget import BLOCK_ENTRIES
 from merger.planning.geometry import add_up, cosine_of
+from merger.planning.jobs.blocks import BLOCK_ENTRIES
 from merger.stores.ports import Reader
 
 
@@ -138,7 +138,6 @@ def _distance(one: _Run, other: _Run) -> Distance:
 
 
 def _same(one: _Run, other: _Run) -> NDArray[np.bool_]:
-    """Which entries are equal."""
     if one.dtype == other.dtype:
         return np.asarray(one.bits == other.bits)
     if one.numbers is None or other.numbers is None:

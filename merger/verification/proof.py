@@ -15,13 +15,15 @@ import numpy as np
 from merger.engine.execute import BytesWritten, execute, single_threaded
 from merger.engine.finite import NotFinite, explain
 from merger.engine.router_init import gates
-from merger.engine.runner import Block, Work, blocks
+from merger.engine.runner import Work, blocks
+from merger.engine.tensors import Block
 from merger.methods.registry import Method
 from merger.models.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.models.formats.safetensors import Outlet, WrittenShard
-from merger.planning.budget import BLOCK_ENTRIES
 from merger.planning.inputs.base import Job
-from merger.planning.plan import Plan, Shard
+from merger.planning.jobs.blocks import BLOCK_ENTRIES
+from merger.planning.plan import Plan
+from merger.planning.shards import Shard
 from merger.stores.ports import Located, Reader, Store, Ticket
 from merger.verification.distance import as_numbers
 from merger.verification.sample import Mismatch, Piece
@@ -72,9 +74,6 @@ def compare_pieces(
     """Make the pieces again; each with what differs in it.
 
     Args:
-        planned: the merge.
-        pieces: those of it.
-        table: the merge methods by name.
         store: where the parents' bytes come from.
         published: what they are compared with.
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from merger.errors import MergerError, ModelError, Problem, RecipeError, VerificationError, few
 from merger.evaluation.budget import read_scores
-from merger.lock.lock import tensors_in
+from merger.lock.read import tensors_in
 from merger.models.checkpoint import TensorInfo
 from merger.models.side_files import (
     CARD_NAME,
@@ -31,7 +31,8 @@ from merger.models.side_files import (
 )
 from merger.planning.geometry import load_geometry
 from merger.planning.lockfile import Lock, read_lock
-from merger.planning.plan import Plan, Shard
+from merger.planning.plan import Plan
+from merger.planning.shards import Shard
 from merger.recipe.model import Recipe
 from merger.run.artifacts import Card, card, elders, model_files
 from merger.run.found import read_found
@@ -115,8 +116,6 @@ def other_files(merge: Merge, planned: Plan, made: Collection[str], everything: 
     """The files that are not those of the lock, by size and SHA-256; each with a sentence.
 
     Args:
-        merge: the merge.
-        planned: its plan.
         made: files whose content is compared anyhow.
         everything: read also shards, and whatever else is large, where the Hub does not tell their SHA-256.
     """
@@ -146,8 +145,6 @@ def other_contents(
     """What the lock does not say of files that the plan makes, and small files that are not what it makes.
 
     Args:
-        merge: the merge.
-        planned: its plan.
         made: what the files have to be that are compared by content.
         others: files that are known not to be the lock's.
     """
@@ -183,16 +180,13 @@ def strangers(merge: Merge, planned: Plan, made: Collection[str]) -> tuple[list[
         if not _is_ours(name, merge) and (loaded_as(name) or name not in listed)
     ]
     read = [(name, loaded_as(name)) for name in brought if loaded_as(name)]
-    return brought, [Problem(f"{name} is no file of this merge", hint=_may_read(what)) for name, what in read]
+    hint = "it was added beside the merge, and a loader may read it: it is"
+    return brought, [Problem(f"{name} is no file of this merge", hint=f"{hint} {what}") for name, what in read]
 
 
 def _is_ours(name: str, merge: Merge) -> bool:
     is_picture = name.startswith(PICTURES) and not loaded_as(name)
     return name in _OURS or is_picture or (merge.located.commit is None and name.startswith(_GITS_OR_THE_CLIENTS))
-
-
-def _may_read(what: str) -> str:
-    return f"it was added beside the merge, and a loader may read it: it is {what}"
 
 
 def _told_by_git(merge: Merge, planned: Plan) -> list[str]:
@@ -232,9 +226,6 @@ def card_again(merge: Merge, planned: Plan, parents: Library, new_version: str |
     """The card, rendered anew from what was measured on the way.
 
     Args:
-        merge: whose it is.
-        planned: its plan.
-        parents: where its models are.
         new_version: a model that takes its place, which the Hub then points to; None: the one that the card names.
 
     Raises:
@@ -313,7 +304,6 @@ def _header(merge: Merge, problems: list[Problem], tally: Tally, file: str) -> t
 
 
 def _header_of(shard: Shard) -> Iterator[TensorInfo]:
-    """The shard's tensors as its header has them."""
     place = shard.header_size
     for job in shard.jobs:
         yield TensorInfo(job.name, job.dtype, job.shape, shard.name, place, place + job.nbytes)

@@ -95,8 +95,6 @@ def draw(planned: Plan, table: Mapping[str, Method], seed: int, tensors: int | N
     that was computed from prompts takes most of a model, so it is left out.
 
     Args:
-        planned: the merge.
-        table: the merge methods by name.
         seed: another seed, another sample.
         tensors: how many are compared in full.
     """

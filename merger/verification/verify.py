@@ -20,7 +20,8 @@ from merger.methods.registry import methods
 from merger.models.checkpoint import TensorInfo
 from merger.models.side_files import loaded_as
 from merger.planning.lockfile import Lock, changed_models, other_numbers, other_plan
-from merger.planning.plan import Plan, Shard
+from merger.planning.plan import Plan
+from merger.planning.shards import Shard
 from merger.run.artifacts import taken_files
 from merger.run.extras import MEASURING, refuse_missing
 from merger.run.options import Options
@@ -39,7 +40,7 @@ from merger.verification.published import (
     other_side_files,
     strangers,
 )
-from merger.verification.sample import Mismatch, Piece, Sample, draw, whole_tensor
+from merger.verification.sample import Mismatch, Sample, draw, whole_tensor
 
 if TYPE_CHECKING:
     from merger.engine.execute import BytesWritten
@@ -165,7 +166,6 @@ def verify(
 
 
 def _plan(held: Lock, locked: LockedRecipe, options: Options, problems: Sequence[Problem]) -> Plan:
-    """The lock's plan; where there can be none, what was found so far may be the reason."""
     try:
         return planned_again(held, locked, options)
     except (RecipeError, MismatchError) as error:
@@ -194,7 +194,6 @@ class _Check:
         self._differences: list[Mismatch] = []
 
     def run(self, extent: Extent, on_event: Callable[[Begun | BytesWritten], object]) -> None:
-        """Compare what is to be compared."""
         if not extent.everything:
             self._seed = random.SystemRandom().getrandbits(32) if extent.seed is None else extent.seed
             self._sample = self._drawn(extent.tensors, self._seed)
@@ -252,7 +251,7 @@ class _Check:
             seed=self._seed,
             tensors=len(every),
             entries=planned.entries,
-            compared=tuple(map(_compared_piece, compared)),
+            compared=tuple(Compared(each.job.name, each.file, each.start, each.stop) for each in compared),
             left_out=self._sample.left_out,
             read=headers + sum(piece.cost for piece in (*self._sample.pieces, *in_full)),
             of=headers + sum(piece.cost for piece in every),
@@ -262,12 +261,7 @@ class _Check:
         )
 
 
-def _compared_piece(piece: Piece) -> Compared:
-    return Compared(piece.job.name, piece.file, piece.start, piece.stop)
-
-
 def _header_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """How many bytes stand before the tensors in their files."""
     starts: dict[str, int] = {}
     for tensor in tensors:
         starts[tensor.file] = min(tensor.start, starts.get(tensor.file, tensor.start))

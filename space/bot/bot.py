@@ -2,38 +2,33 @@
 
 The Hub tells of both by a webhook. What a webhook says is only taken for where to look: who wrote what is then read
 from the Hub itself. The bot reads models without any token, and writes into a repo only for those who might do so
-themselves. Not here: planning and queueing (work.service), reading comments (comments), and what was asked before
-(webhook_events).
+themselves. Not here: planning and queueing (work.service), reading comments (comments) and the Hub (talk), and what was
+asked before (webhook_events).
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
-import re
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from huggingface_hub import DiscussionComment, GitCommitInfo, HfApi, RepoFile, WebhookPayload
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub import WebhookPayload
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 from pydantic import ValidationError
 
 from merger.cli import markdown
 from merger.errors import MergerError, Problem, RecipeError
 from merger.safety import secrets
-from merger.safety.names import is_repo
 from merger.safety.numbers import size
 from space.bot.comments import command, recipe_block
-from space.bot.webhook_events import WebhookEvent, WebhookEvents
-from space.work import admission
+from space.bot.talk import FILE, MARK, Talk
+from space.bot.webhook_events import WebhookEvent, WebhookEvents, commit_event, parse_event
 from space.work.job_table import How, JobError, QueuedMerge
 from space.work.queue import Token
 
@@ -41,25 +36,14 @@ if TYPE_CHECKING:
     from space.work.service import Planned, Service
 
 ROUTE = "/bot/webhook"
-FILE = "merge.yaml"
-MARK = "@"
-"""Before the name of whoever asked: the owner of a job of the bot's, whom nobody can sign in as."""
-
 _PAUSE = 1.0
 _TRIES = 10
 _LATER = 60.0
 """Seconds until what the queue has no room for is tried again."""
 
-_MOST_NUM = 1 << 31
-_SHA = re.compile(r"(?!0+$)[0-9a-f]{40}(?:[0-9a-f]{24})?", re.ASCII)
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
-_NOBODY = "deleted"
-"""What the Hub's client calls an author who is gone."""
-
 _FOLLOWS = "What becomes of it will be said here."
 _MOVED = "There is a newer commit on main: it is looked at again."
 _AGAIN = "It is tried again by itself."
-_SERVER_FAULT = 500
 
 log = logging.getLogger("space.bot.bot")
 
@@ -75,7 +59,7 @@ class Bot:
 
     def __init__(self, service: Service, token: str, secret: str) -> None:
         self._service, self._token, self._secret = service, Token(token), secret
-        self._api = HfApi(token=token)
+        self._talk = Talk(token)
         self._events = WebhookEvents(service.queue.records)
         self._wake, self._is_stopping = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="bot", daemon=True)
@@ -91,11 +75,6 @@ class Bot:
         if bool(token) != bool(secret):
             raise ValueError("the bot needs both MERGER_BOT_TOKEN and MERGER_BOT_SECRET")
         return cls(service, token, secret) if token and secret else None
-
-    @cached_property
-    def name(self) -> str:
-        """The bot's name on the Hub."""
-        return str(self._api.whoami()["name"])
 
     def start(self) -> None:
         """Begin to answer; what was under way when an earlier process ended goes on at once."""
@@ -166,7 +145,6 @@ class Bot:
                 self._give_up(now, words)
 
     def _give_up(self, event: WebhookEvent, words: str) -> None:
-        """Say so where it was asked, if that much can be done."""
         self._events.change(event, state="over")
         if event.is_meant:
             try:
@@ -186,9 +164,9 @@ class Bot:
 
     def _answer(self, event: WebhookEvent) -> None:
         """What a comment asks for, if it asks us."""
-        comment = self._comment(event)
+        comment = self._talk.comment(event)
         try:
-            verb = None if comment is None else command(comment.content, self.name)
+            verb = None if comment is None else command(comment.content, self._talk.name)
             if comment is None or verb is None:
                 self._close(event)
                 return
@@ -198,7 +176,7 @@ class Bot:
             if verb == "plan":
                 self._close(event, plan_words(planned, event.repo))
                 return
-            create_pr = not self._may_write(comment.author, event.repo)
+            create_pr = not self._talk.may_write(comment.author, event.repo)
             if self._events.is_busy(event.repo):
                 self._put_off(event, [Problem(f"another merge into {event.repo} is under way")])
             else:
@@ -208,64 +186,28 @@ class Bot:
         except MergerError as error:
             self._close(event, markdown.problems_section("Not merged", error.problems))
 
-    def _comment(self, event: WebhookEvent) -> DiscussionComment | None:
-        """The comment as the Hub has it now; None if it is gone, or somebody else had a hand in it, or it is ours."""
-        assert event.num is not None
-        talk = self._api.get_discussion_details(event.repo, event.num).events
-        found = next((said for said in talk if said.id == event.comment), None)
-        if not isinstance(found, DiscussionComment) or found.hidden or found.author in (self.name, _NOBODY):
-            return None
-        return None if found.edited and found.last_edited_by != found.author else found
-
     def _merge_file(self, event: WebhookEvent) -> None:
         """A commit to main since which merge.yaml is another: what main has now is merged, once, or refused."""
-        head = self._head(event.repo)
+        head = self._talk.head(event.repo)
         commit, text = head or ("", "")
-        if head is None or text == self._file(event.repo, event.old):
+        if head is None or text == self._talk.file(event.repo, event.old):
             self._close(event)
             return
         if commit != event.new:  # that commit is dealt with in the place of all before it, or was already
-            self._events.add(_commit_event(event.repo, event.old, commit))
+            self._events.add(commit_event(event.repo, event.old, commit))
             self._close(event, f"A newer {FILE} is merged in its place." if event.num else "")
             return
-        made = self._api.list_repo_commits(event.repo, revision=commit)[0]
-        if self.name in made.authors:
+        authors = self._talk.authors(event.repo, commit)
+        if self._talk.name in authors:
             self._close(event)
             return
         event = self._events.change(event, is_meant=True)
         try:
-            self._queue(event, _author(made, event.repo), text, self._plan(text, event.repo), force=True)
+            self._queue(event, _author(authors, event.repo), text, self._plan(text, event.repo), force=True)
         except JobError as error:
             self._put_off(event, error.problems, _LATER)
         except MergerError as error:
             self._close(event, markdown.problems_section(f"{FILE} of {event.new[:12]} is not merged", error.problems))
-
-    def _head(self, repo: str) -> tuple[str, str] | None:
-        """The commit that made merge.yaml what it is on main, and its text; None where there is none."""
-        commit = self._main(repo)
-        found = self._api.get_paths_info(repo, [FILE], revision=commit, expand=True)
-        last = found[0].last_commit if found else None
-        text = self._file(repo, commit) if last is not None else None
-        return None if text is None or last is None else (last.oid, text)
-
-    def _main(self, repo: str) -> str:
-        return self._api.model_info(repo, revision="main").sha or ""
-
-    def _file(self, repo: str, commit: str) -> str | None:
-        """The text of merge.yaml at a commit; None where there is none."""
-        if not commit:
-            return None
-        try:
-            found = self._api.get_paths_info(repo, [FILE], revision=commit)
-        except RevisionNotFoundError:  # it was pushed away
-            return None
-        if not found or not isinstance(found[0], RepoFile):
-            return None
-        if found[0].size > admission.MOST_BYTES:
-            return " " * (admission.MOST_BYTES + 1)  # refused by its size, like any other text
-        with tempfile.TemporaryDirectory() as folder:
-            path = self._api.hf_hub_download(repo, FILE, revision=commit, local_dir=folder)
-            return Path(path).read_text("utf-8", "replace")
 
     def _plan(self, text: str, repo: str) -> Planned:
         planned = self._service.plan(text, None)
@@ -274,28 +216,6 @@ class Bot:
             what = f"the recipe publishes to {said}, and this is {repo}"
             raise RecipeError(Problem(what, planned.recipe.publish.at, hint="the bot writes only where it is asked"))
         return planned
-
-    def _may_write(self, author: str, repo: str) -> bool:
-        """Whether somebody may write to main themselves: their own repo. Others of its organisation open pull requests.
-
-        Raises:
-            RecipeError: they are neither.
-        """
-        namespace = repo.split("/")[0]
-        if author == namespace:
-            return True
-        if author not in self._members(namespace):
-            hint = f"{MARK}{self.name} plan is for everybody"
-            raise RecipeError(Problem(f"only who may write to {repo} can have it merged here", hint=hint))
-        return False
-
-    def _members(self, namespace: str) -> set[str]:
-        try:
-            return {member.username for member in self._api.list_organization_members(namespace)}
-        except HfHubHTTPError as error:
-            if error.response.status_code >= _SERVER_FAULT:
-                raise
-            return set()  # it is no organisation, or none that tells
 
     def _queue(
         self,
@@ -306,7 +226,7 @@ class Bot:
         create_pr: bool = False,
         force: bool = False,
     ) -> None:
-        main = self._main(event.repo)
+        main = self._talk.main(event.repo)
         how = How(is_public=True, create_pr=create_pr, force=force)
         job = self._service.submit(MARK + author, self._token, text, event.repo, how)
         event = self._events.change(event, state="job", job=job.id, main=main, is_begun=False)
@@ -322,7 +242,7 @@ class Bot:
     def _follow(self, event: WebhookEvent) -> None:
         """Say what has become of a merge, where there is news."""
         job = self._service.queue.jobs.get(event.job)
-        if job is not None and job.state == "failed" and self._main(event.repo) != event.main:
+        if job is not None and job.state == "failed" and self._talk.main(event.repo) != event.main:
             event = self._say(event, f"{result_words(job)}\n\n{_MOVED}")
             self._events.change(event, state="waits", again=0.0)
         elif job is None or job.is_over:
@@ -331,45 +251,20 @@ class Bot:
             event = self._say(event, f"The merge has begun: {size(job.total)} to make.")
             self._events.change(event, is_begun=True)
 
-    def _close(self, event: WebhookEvent, words: str = "") -> None:
-        """The end of it, with what there is to say."""
-        event = self._say(event, words) if words else event
-        self._events.change(event, state="over")
-
     def _say(self, event: WebhookEvent, words: str) -> WebhookEvent:
         """Say something where it was asked; of a commit, in a discussion that is opened about it."""
         secrets.refuse_tokens({"what the bot would say": words})
-        if event.num is not None:
-            self._api.comment_discussion(event.repo, event.num, words)
-            return event
-        made = self._api.create_discussion(event.repo, f"{FILE} at {event.new[:12]}", description=words)
-        return self._events.change(event, num=made.num)
+        num = self._talk.say(event.repo, event.num, f"{FILE} at {event.new[:12]}", words)
+        return event if event.num is not None else self._events.change(event, num=num)
+
+    def _close(self, event: WebhookEvent, words: str = "") -> None:
+        event = self._say(event, words) if words else event
+        self._events.change(event, state="over")
 
 
-def _commit_event(repo: str, old: str, new: str) -> WebhookEvent:
-    return WebhookEvent(f"{repo}@{new}", repo, old=old, new=new)
-
-
-def _author(made: GitCommitInfo, repo: str) -> str:
+def _author(authors: Sequence[str], repo: str) -> str:
     """Whose merge it is: who may write to main has committed it, so where nobody is named, the repo's owner's."""
-    return next((name for name in made.authors if name), repo.split("/")[0])
-
-
-def parse_event(payload: WebhookPayload) -> WebhookEvent | None:
-    """The event, if it is one that may ask for something."""
-    repo, scope = payload.repo.name, payload.event.scope
-    if payload.repo.type != "model" or not is_repo(repo):
-        return None
-    comment, talk = payload.comment, payload.discussion
-    if talk is not None and comment is not None and payload.event.action == "create":
-        is_one = 0 < talk.num < _MOST_NUM and _ID.fullmatch(comment.id)
-        return WebhookEvent(f"{repo}/{talk.num}/{comment.id}", repo, talk.num, comment.id) if is_one else None
-    if scope.startswith("repo"):
-        for moved in payload.updatedRefs or ():
-            old, new = moved.oldSha or "", moved.newSha or ""
-            if moved.ref == "refs/heads/main" and _SHA.fullmatch(new):
-                return _commit_event(repo, old if _SHA.fullmatch(old) else "", new)
-    return None
+    return next((name for name in authors if name), repo.split("/")[0])
 
 
 def plan_words(planned: Planned, repo: str) -> str:

@@ -5,15 +5,22 @@ An event that comes twice is one record: that is what a replayed webhook comes t
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from huggingface_hub import WebhookPayload
+
+from merger.safety.names import is_repo
 from space.work.records import Records
 
 KEPT = 2_000
 """How many that are over are kept: an event older than all of them would be taken for a new one."""
 
 _KIND = "event"
+_MOST_NUM = 1 << 31
+_SHA = re.compile(r"(?!0+$)[0-9a-f]{40}(?:[0-9a-f]{24})?", re.ASCII)
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -84,3 +91,25 @@ class WebhookEvents:
     def is_busy(self, repo: str) -> bool:
         """Whether a merge into a repo is under way."""
         return any(event.repo == repo and event.state == "job" for event in self.open())
+
+
+def parse_event(payload: WebhookPayload) -> WebhookEvent | None:
+    """The event, if it is one that may ask for something."""
+    repo, scope = payload.repo.name, payload.event.scope
+    if payload.repo.type != "model" or not is_repo(repo):
+        return None
+    comment, talk = payload.comment, payload.discussion
+    if talk is not None and comment is not None and payload.event.action == "create":
+        is_one = 0 < talk.num < _MOST_NUM and _ID.fullmatch(comment.id)
+        return WebhookEvent(f"{repo}/{talk.num}/{comment.id}", repo, talk.num, comment.id) if is_one else None
+    if scope.startswith("repo"):
+        for moved in payload.updatedRefs or ():
+            old, new = moved.oldSha or "", moved.newSha or ""
+            if moved.ref == "refs/heads/main" and _SHA.fullmatch(new):
+                return commit_event(repo, old if _SHA.fullmatch(old) else "", new)
+    return None
+
+
+def commit_event(repo: str, old: str, new: str) -> WebhookEvent:
+    """That main moved."""
+    return WebhookEvent(f"{repo}@{new}", repo, old=old, new=new)

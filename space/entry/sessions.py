@@ -48,7 +48,6 @@ class _Entry:
 
     @property
     def user(self) -> str | None:
-        """Whoever is signed in."""
         about = self.content.get(_SIGNED_IN)
         return None if about is None else str(about["userinfo"]["preferred_username"])
 
@@ -134,7 +133,6 @@ async def _answer_sign_in(app: ASGIApp, scope: Scope, receive: Receive, send: Se
 
 
 def _find_refusal(scope: Scope) -> Response | None:
-    """What can be said before the Hub is asked."""
     if len(scope["query_string"]) > _MOST_QUERY_BYTES:
         return page(400, _LONG, {"To the Space": "/"})
     if scope["path"] == BEGIN:

@@ -1,25 +1,18 @@
 """The queue of merges: whose turn it is, each job's token, and the threads that have the jobs made.
 
-A job's token is held in memory while the job is not over, and reaches its worker by a socket. After a restart there are
-none: every job that was not over waits until its owner is back. Not here: what is kept of a job (job_table), and what a
-worker does (worker).
+A job's token is held in memory while the job is not over. After a restart there are none: every job that was not over
+waits until its owner is back. Not here: what is kept of a job (job_table), and its worker (workers).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
-import socket
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from merger.errors import Problem
 from merger.safety import secrets
@@ -27,7 +20,7 @@ from space.work.admission import Limits
 from space.work.forkserver import ForkServer
 from space.work.job_table import DEFAULT, How, JobError, JobTable, QueuedMerge, Reach, new_id, not_yours
 from space.work.records import Records
-from space.work.worker import RECIPE
+from space.work.workers import Workers
 
 _SPARE_SECONDS = 120
 _PAUSE = 1.0
@@ -73,15 +66,11 @@ class MergeQueue:
 
     def __init__(self, folder: Path, limits: Limits, forkserver: ForkServer | None = None) -> None:
         self.limits = limits
-        self._folder = folder / "work"
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
         self.records = Records(folder / "jobs.db")
         self.jobs = JobTable(self.records)
         self._changed = threading.Condition(self.jobs.lock)
         self._tokens: dict[str, Token] = {}
-        self._forkserver = forkserver or ForkServer(self._folder)
-        self._workers: dict[str, socket.socket] = {}
+        self._workers = Workers(folder / "work", limits, self.jobs, forkserver)
         self._threads: list[threading.Thread] = []
         self._round = 0
         self._is_stopping = False
@@ -161,13 +150,12 @@ class MergeQueue:
                 return job
             job = self.jobs.change(id, state="cancelled", ended=time.time())
             self._tokens.pop(id, None)
-            if (worker := self._workers.get(id)) is not None:
-                _end(worker)
+            self._workers.end(id)
             return job
 
     def start(self) -> None:
         """Let the workers begin."""
-        self._forkserver.start()
+        self._workers.start()
         names = [f"worker {number}" for number in range(self.limits.workers)]
         self._threads = [threading.Thread(target=self._run_jobs, name=name, daemon=True) for name in names]
         for thread in self._threads:
@@ -178,11 +166,10 @@ class MergeQueue:
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
-            for worker in self._workers.values():
-                _end(worker)
+            self._workers.stop()
         for thread in self._threads:
             thread.join()
-        self._forkserver.close()
+        self._workers.close()
 
     # ---- turns -------------------------------------------------------------------------------------------------------
 
@@ -208,11 +195,10 @@ class MergeQueue:
         if (turn := self._next_turn()) is None:
             return
         job, token = turn
-        folder, told = self._folder / job.id, dict[str, Any]()
+        told = dict[str, Any]()
         try:
-            told = self._make(job, token, folder)
+            told = self._workers.make(job, token.value)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
             self._settle(job.id, token, told)
 
     def _next_turn(self) -> tuple[QueuedMerge, Token] | None:
@@ -230,43 +216,8 @@ class MergeQueue:
                 self.jobs.change(job.id, state="waiting")
             return None
 
-    def _make(self, job: QueuedMerge, token: Token, folder: Path) -> dict[str, Any]:
-        """Have it made; what the worker tells of the end, and nothing if it ends without a word."""
-        folder.mkdir()
-        (folder / RECIPE).write_text(job.recipe, "utf-8")
-        pins = {"models": [{"model": model, "commit": commit} for model, commit in job.pins.items()]}
-        (folder / RECIPE).with_suffix(".lock.yaml").write_text(yaml.safe_dump(pins), "utf-8")
-        asked = {"to": job.to, "token": token.value, **vars(job.how), **self.limits.for_a_job()}
-        told: dict[str, Any] = {}
-        with self._fork(job, folder) as worker, suppress(ConnectionError):  # it is gone already: it was cancelled
-            worker.sendall(json.dumps(asked).encode() + b"\n")
-            for line in worker.makefile("r"):
-                told |= self._note(job.id, json.loads(line)) if line.endswith("\n") else {}
-        return told
-
-    def _fork(self, job: QueuedMerge, folder: Path) -> socket.socket:
-        worker = self._forkserver.fork(folder)
-        with self.jobs.lock:
-            self._workers[job.id] = worker
-            if self._is_stopping or self.jobs.get(job.id) != job:  # it was cancelled a moment ago
-                _end(worker)
-        return worker
-
-    def _note(self, id: str, line: dict[str, Any]) -> dict[str, Any]:
-        """Note a line of the worker's; what is left of it is about the end."""
-        kept, made, say = line.pop("kept", None), line.pop("made", None), line.pop("say", None)
-        with self.jobs.lock:
-            if (job := self.jobs.get(id)) is not None and not job.is_over:
-                if kept is not None:
-                    self.jobs.change(id, kept=kept, made=kept)
-                if made is not None:
-                    self.jobs.progress(id, made, say)
-        return line
-
     def _settle(self, id: str, token: Token, told: Mapping[str, Any]) -> None:
-        """Write down how it ended."""
         with self.jobs.lock:
-            self._workers.pop(id, None)
             job = self.jobs.get(id)
             if job is not None and job.state == "running" and not self._is_stopping:
                 job = self.jobs.change(id, **_outcome(job, token, told))
@@ -291,9 +242,3 @@ def _outcome(job: QueuedMerge, token: Token, told: Mapping[str, Any]) -> dict[st
 
 def _order(job: QueuedMerge) -> tuple[int, float]:
     return job.turn, job.created
-
-
-def _end(worker: socket.socket) -> None:
-    """The worker's end, and that of whoever listens to it."""
-    with suppress(OSError):  # it may have ended by itself
-        worker.shutdown(socket.SHUT_RDWR)

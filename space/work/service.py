@@ -70,7 +70,6 @@ class Service:
         Args:
             owner: whose job it is, and who may see and cancel it.
             token: what it reads the models and writes the result with; held in memory while the job is not over.
-            text: the recipe.
             to: ``owner/name``; None: the recipe's publish.repo.
             how: how it is made besides.
 

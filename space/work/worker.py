@@ -79,7 +79,6 @@ def run_job(queue: socket.socket, folder: Path) -> NoReturn:
 
 
 def _end_with(orders: TextIO) -> None:
-    """End when the queue does."""
     try:
         orders.read()
     finally:  # a queue that was killed before it read all it was told resets the connection
@@ -87,7 +86,6 @@ def _end_with(orders: TextIO) -> None:
 
 
 def _answer(asked: dict[str, Any], out: TextIO) -> int:
-    """The exit code; a refusal is told to the queue."""
     try:
         with tell_limits():
             _make(asked, out)

@@ -22,7 +22,8 @@ from merger.card.render import render
 from merger.evaluation.budget import Score
 from merger.lock.lock import lock
 from merger.methods.registry import methods
-from merger.planning.plan import Budget, Plan, make_plan
+from merger.planning.budget import Budget
+from merger.planning.plan import Plan, make_plan
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Located

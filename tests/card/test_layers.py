@@ -111,19 +111,14 @@ parameters:
     assert [line.values.get(OUTSIDE) for line in found.lines] == [0.5, None, None]
 
 
-@pytest.mark.parametrize(
-    ("value", "course"),
-    [
-        ("[1, 0.5]", "1 to 0.5"),
-        ("[0.5, 1]", "0.5 to 1"),
-        ("[0, 1, 0]", "0 to 1 to 0"),
-        ("0.3", "0.3"),
-        (
-            "[{{filter: mlp, value: [1, 0]}}, {{value: 0.5}}]",
-            "0.5 (input_layernorm, post_attention_layernorm, self_attn); 1 to 0 (mlp)",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("value", "course"), [
+    ("[1, 0.5]", "1 to 0.5"),
+    ("[0.5, 1]", "0.5 to 1"),
+    ("[0, 1, 0]", "0 to 1 to 0"),
+    ("0.3", "0.3"),
+    ("[{{filter: mlp, value: [1, 0]}}, {{value: 0.5}}]",
+     "0.5 (input_layernorm, post_attention_layernorm, self_attn); 1 to 0 (mlp)"),
+])  # fmt: skip
 def test_numbers_keep_their_order(value: str, course: str, tmp_path: Path) -> None:
     """From the first layer to the last, named where they turn."""
     text = "merge_method: slerp\nbase_model: {0}/one\nmodels: [{{model: {0}/one}}, {{model: {0}/two}}]\n"

@@ -31,8 +31,7 @@ Planned = Callable[..., Plan]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small models, in a folder of their own."""
     folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(folder / name, seed)
+    tiny.models(folder, "one", "two")
     return folder
 
 

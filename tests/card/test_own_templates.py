@@ -33,8 +33,7 @@ publish:
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with two small models, and a folder for templates."""
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(tmp_path / name, seed)
+    tiny.models(tmp_path, "one", "two")
     (tmp_path / "one" / "README.md").write_text("---\nlicense: 'a*b <c>'\n---\n")
     (tmp_path / "own" / "parts").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -104,6 +103,7 @@ def _body(folder: str, recipe: str) -> str:
 LICENCE = "parents[0].licence"
 
 
+@pytest.mark.usefixtures("rendered_here")
 @pytest.mark.parametrize(
     ("template", "shown"),
     [
@@ -126,6 +126,7 @@ def test_no_way_around_escaping(template: str, shown: str) -> None:
     assert of(template.replace("%s", LICENCE).replace("%#", "%s")).rstrip() == shown
 
 
+@pytest.mark.usefixtures("rendered_here")
 @pytest.mark.parametrize(
     ("template", "said"),
     [

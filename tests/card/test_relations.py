@@ -114,15 +114,11 @@ def test_ordinary_fine_tunes_raise_no_doubt(tmp_path: Path) -> None:
     assert "Doubtful" not in card
 
 
-@pytest.mark.parametrize(
-    ("method", "one", "other", "sentence"),
-    [
-        ("task_arithmetic", moved(1), moved(1, -0.01), "moved away from the base in opposite directions"),
-        ("task_arithmetic", moved(1), moved(1), "one and other are as good as the same"),
-        ("ties", dict, moved(2), "one is the base model, bit for bit: it adds nothing"),
-    ],
-    ids=["opposite", "same", "base"],
-)
+@pytest.mark.parametrize(("method", "one", "other", "sentence"), [
+    ("task_arithmetic", moved(1), moved(1, -0.01), "moved away from the base in opposite directions"),
+    ("task_arithmetic", moved(1), moved(1), "one and other are as good as the same"),
+    ("ties", dict, moved(2), "one is the base model, bit for bit: it adds nothing"),
+], ids=["opposite", "same", "base"])  # fmt: skip
 def test_a_merge_that_means_little_is_doubted(
     method: str, one: Edit, other: Edit, sentence: str, tmp_path: Path
 ) -> None:

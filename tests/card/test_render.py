@@ -11,7 +11,7 @@ import tiny
 import yaml
 from planning.models import model
 
-from merger.card.facts import lock_file
+from merger.card.facts import fold, lock_file
 from merger.card.render import render
 from merger.methods.registry import methods
 from merger.planning.plan import Plan
@@ -34,10 +34,9 @@ models:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with three small models; one and two say that they are MIT, the base says nothing."""
-    for seed, name in enumerate(("base", "one", "two")):
-        tiny.model(tmp_path / name, seed)
-        if name != "base":
-            (tmp_path / name / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    tiny.models(tmp_path, "base", "one", "two")
+    for name in ("one", "two"):
+        (tmp_path / name / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -130,3 +129,23 @@ def test_a_mixture_is_told_in_sentences(folder: Path) -> None:
         "until it is trained. To the MLPs of one noise of deviation 0.001 was added. The output of the MLPs of one was "
         "multiplied by 0.9."
     ) in body
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown"),
+    [
+        ("", []),
+        ("a" * 8, ["a"] * 8),
+        ("a" * 9, ["a", 7, "a"]),
+        ("b" + "a" * 64 + "b", ["b", "a", 62, "a", "b"]),
+        ("ab" * 9, ["a", "b"] * 9),
+    ],
+    ids=["none", "eight", "nine", "the checkpoints of a run", "no neighbours of a kind"],
+)
+def test_of_many_neighbours_of_a_kind_the_ends_are_shown_and_how_many_are_between(
+    rows: str, shown: list[str | int]
+) -> None:
+    """No row is dropped without being counted."""
+    found = fold(list(rows), str)
+    assert found == shown
+    assert sum(row if isinstance(row, int) else 1 for row in found) == len(rows)

@@ -12,26 +12,16 @@ import merger
 from merger.card.render import shown_recipe
 
 
-@pytest.mark.parametrize(
-    ("written", "shown"),
-    [
-        ("{place}/one", "./one"),
-        ("'{place}/one'", "'./one'"),
-        ('"{place}/one"', '"./one"'),
-        ("&a {place}/one", "&a ./one"),
-        ("!!str {place}/one", "!!str ./one"),
-        ('"{escaped}/one"', '"./one"'),
-        ("{place}/one/", "./one"),
-        ("./one", "./one"),
-        ("one", "one"),
-    ],
-)
+@pytest.mark.parametrize(("written", "shown"), [
+    ("{place}/one", "./one"), ("'{place}/one'", "'./one'"), ('"{place}/one"', '"./one"'),
+    ("&a {place}/one", "&a ./one"), ("!!str {place}/one", "!!str ./one"), ('"{escaped}/one"', '"./one"'),
+    ("{place}/one/", "./one"), ("./one", "./one"), ("one", "one"),
+])  # fmt: skip
 def test_places_of_folders_are_not_shown(
     written: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However it is written; comments and all else stay."""
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(tmp_path / name, seed)
+    tiny.models(tmp_path, "one", "two")
     monkeypatch.chdir(tmp_path)
     escaped = str(tmp_path).replace("/", "\\x2f")
     text = (
@@ -48,8 +38,7 @@ def test_places_of_folders_are_not_shown(
 
 def test_a_recipe_without_folders_elsewhere_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the letter."""
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(tmp_path / name, seed)
+    tiny.models(tmp_path, "one", "two")
     monkeypatch.chdir(tmp_path)
     text = "merge_method:   linear # ok\nparameters: {weight: 1}\nmodels: [{model: ./one}, {model: ./two}]"
     Path("mine.yaml").write_text(text)

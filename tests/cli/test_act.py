@@ -20,6 +20,7 @@ import pytest
 import tiny
 import yaml
 from actions import NOTHING, Checkout, environment, pull_request, push
+from calls import WRITER
 from loopback import LoopbackGitHub, LoopbackHub
 from loopback.github import IDENTITY, READ_ONLY, TOKEN
 from places import REPOSITORY, ROOT
@@ -30,7 +31,6 @@ from watching import Watch, watching
 ACT = shutil.which("act", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 pytestmark = pytest.mark.skipif(ACT is None, reason="act is not there: it comes with the test group on Linux, x86_64")
 
-WRITER = "hf_writer_of_org"
 RECIPE = """\
 merge_method: linear
 models:
@@ -93,8 +93,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
     root = tmp_path_factory.mktemp("parents")
     with LoopbackHub() as hub:
         hub.add_user("alice", token=WRITER, orgs=("org",))
-        for seed, name in enumerate(("one", "two")):
-            hub.add_model(f"org/{name}", tiny.model(root / name, seed))
+        tiny.models(root, "one", "two", hub=hub)
         yield hub
 
 
@@ -109,13 +108,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, place / name)
     return place
-
-
-@pytest.fixture
-def github() -> Iterator[LoopbackGitHub]:
-    """GitHub."""
-    with LoopbackGitHub() as server:
-        yield server
 
 
 @pytest.fixture

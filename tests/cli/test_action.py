@@ -52,7 +52,7 @@ Step = Callable[..., Told]
 @pytest.fixture
 def parents(clone: Checkout) -> dict[str, Path]:
     """Two models in the clone, which git does not know."""
-    return {name: tiny.model(clone.root / "models" / name, seed) for seed, name in enumerate(("one", "two"))}
+    return tiny.models(clone.root / "models", "one", "two")
 
 
 @pytest.fixture

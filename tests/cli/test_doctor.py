@@ -30,23 +30,13 @@ def looked(environment: Mapping[str, str]) -> Said:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-@pytest.mark.parametrize(
-    ("token", "code", "told"),
-    [
-        (WRITER, 0, "token      there, of alice\n"),
-        (READER, 0, "token      there, of alice\n             to publish, make a token that may write\n"),
-        (
-            "",
-            0,
-            "token      none: public models can be read\n             to publish: hf auth login, or set HF_TOKEN\n",
-        ),
-        (
-            "hf_nobody_has_this",
-            3,
-            "does not accept our token for this account\n             set HF_TOKEN anew, or unset it\n",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("token", "code", "told"), [
+    (WRITER, 0, "token      there, of alice\n"),
+    (READER, 0, "token      there, of alice\n             to publish, make a token that may write\n"),
+    ("", 0, "token      none: public models can be read\n             to publish: hf auth login, or set HF_TOKEN\n"),
+    ("hf_nobody_has_this", 3,
+     "does not accept our token for this account\n             set HF_TOKEN anew, or unset it\n"),
+])  # fmt: skip
 def test_it_tells_whether_there_is_a_token_and_never_which(
     token: str, code: int, told: str, client: Client, hub: LoopbackHub
 ) -> None:

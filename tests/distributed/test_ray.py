@@ -15,12 +15,11 @@ from pathlib import Path
 
 import pytest
 import tiny
-from calls import Command
+from calls import WRITER, Command
 from loopback import LoopbackHub
 from thorough import thorough_only
 from waiting import HANGS_SECONDS, until
 
-WRITER = "hf_writer_of_org"
 RECIPE = """\
 merge_method: dare_linear
 base_model: org/base

@@ -15,7 +15,7 @@ from pathlib import Path
 import forks
 import pytest
 import tiny
-from calls import Command
+from calls import WRITER, Command
 from loopback import LoopbackHub
 from loopback.jobs import Job
 from thorough import thorough_only
@@ -24,7 +24,6 @@ from waiting import HANGS_SECONDS, until
 from merger.errors import ModelError, PartError, Problem, Span
 from merger.runtime import install_command
 
-WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "4kB")
 RECIPE = """\
 # It's "quoted" $HOME `date` ünd so weiter
@@ -42,8 +41,7 @@ publish: {license: apache-2.0}
 def at(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe whose models are on the Hub."""
     root = tmp_path_factory.mktemp("spread")
-    for seed, name in enumerate(("one", "two")):
-        served.add_model(f"org/{name}", tiny.model(root / name, seed))
+    tiny.models(root, "one", "two", hub=served)
     (root / "mine.yaml").write_text(RECIPE)
     return root
 

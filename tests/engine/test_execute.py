@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from merger.engine.execute import ShardDone, execute, tickets
 from merger.errors import MismatchError, ModelError
 from merger.methods.registry import methods
-from merger.planning.budget import join_small
+from merger.planning.jobs.blocks import join_small
 from merger.run.options import Options
 from merger.run.pipeline import merge
 from merger.run.prepare import plan, read_recipe
@@ -67,11 +68,25 @@ def checksums(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest() for name, t in held.items()}
 
 
+Made = Callable[[str], dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def quietly(parents: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """What a method makes with one thread: the checksum of each tensor."""
+
+    @cache
+    def made(method: str) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("made")
+        return merged(recipe(folder, method, parents), folder / "out", threads=1)
+
+    return made
+
+
 @pytest.mark.parametrize("method", RECIPES)
-def test_same_bytes_whatever_the_budget(method: str, parents: list[Path], tmp_path: Path) -> None:
+def test_same_bytes_whatever_the_budget(method: str, parents: list[Path], quietly: Made, tmp_path: Path) -> None:
     """Threads, memory and shard size change no byte of any tensor."""
-    path = recipe(tmp_path, method, parents)
-    first = merged(path, tmp_path / "one", threads=1)
+    path, first = recipe(tmp_path, method, parents), quietly(method)
     assert merged(path, tmp_path / "two", threads=2, max_memory=1_000_000_000) == first
     assert merged(path, tmp_path / "many", threads=3, shard_size=300_000) == first
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
@@ -79,11 +94,10 @@ def test_same_bytes_whatever_the_budget(method: str, parents: list[Path], tmp_pa
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_same_bytes_on_tensors_and_in_tiles_of_another_size(
-    method: str, parents: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, parents: list[Path], quietly: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU is handed, torch's tensors of a whole block, gives on the processor what numpy's tiles give."""
-    path = recipe(tmp_path, method, parents)
-    first = merged(path, tmp_path / "tiles")
+    path, first = recipe(tmp_path, method, parents), quietly(method)
     with monkeypatch.context() as patch:
         patch.setattr("merger.engine.runner.TILE", 10_000)
         assert merged(path, tmp_path / "small") == first
@@ -103,7 +117,7 @@ def test_small_tensors_made_as_one_are_what_each_is_alone(
     jobs = plan(read_recipe(path), Options())[0].jobs
     assert len(list(join_small(jobs))) < len(jobs)
     first = merged(path, tmp_path / "one" / "out")
-    monkeypatch.setattr("merger.planning.budget.JOINED_ENTRIES", 0)
+    monkeypatch.setattr("merger.planning.jobs.blocks.JOINED_ENTRIES", 0)
     assert list(join_small(jobs)) == list(jobs)
     assert merged(path, tmp_path / "two" / "out") == first
     one, two = ((tmp_path / name / "out" / "merger.measured.json").read_text() for name in ("one", "two"))
@@ -116,29 +130,17 @@ def test_same_bytes_whatever_the_hash_seed(parents: list[Path], tmp_path: Path) 
     found = []
     for seed in ("1", "2"):
         to = tmp_path / seed / "out"
-        command = [
-            sys.executable,
-            "-m",
-            "merger",
-            "run",
-            str(path),
-            "--to",
-            str(to),
-            "--quiet",
-            "--shard-size",
-            "500kB",
-        ]
+        command = [sys.executable, "-m", "merger", "run", path, "--to", to, "--quiet", "--shard-size", "500kB"]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
         found.append({file.name: file.read_bytes() for file in to.rglob("*") if file.is_file()})
     assert found[0] == found[1]
 
 
-def test_the_seed_decides_random_methods(parents: list[Path], tmp_path: Path) -> None:
+def test_the_seed_decides_random_methods(parents: list[Path], quietly: Made, tmp_path: Path) -> None:
     """Another seed gives other bytes; the recipe's own seed and the option of the same number give the same."""
     path = recipe(tmp_path / "a", "dare_linear", parents)
     seeded = recipe(tmp_path / "b", "dare_linear", parents, "seed: 7\n")
-    default = merged(path, tmp_path / "0")
-    assert merged(path, tmp_path / "7", seed=7) == merged(seeded, tmp_path / "own") != default
+    assert merged(path, tmp_path / "7", seed=7) == merged(seeded, tmp_path / "own") != quietly("dare_linear")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -208,11 +210,10 @@ class Afar(FolderStore):
     ("method", "kept"), [("linear", 0), ("slerp", None), ("ties", None), ("ties", 2_000_000), ("dare_ties", 0)]
 )
 def test_each_byte_is_transferred_once(
-    method: str, kept: int | None, parents: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, kept: int | None, parents: list[Path], quietly: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is read several times waits in memory, or some of it or all on disk: the store is asked once for a byte."""
     path = recipe(tmp_path, method, parents)
-    expected = merged(path, tmp_path / "near")
     planned, _ = plan(read_recipe(path), Options(threads=2))
     planned = replace(planned, kept=planned.read_bytes if kept is None else kept)
     if kept is None:
@@ -226,7 +227,7 @@ def test_each_byte_is_transferred_once(
     ]
     assert len(shards) == len(planned.shards)
     assert store.opened.read_bytes == planned.read_bytes
-    assert checksums(session._work.new) == expected
+    assert checksums(session._work.new) == quietly(method)
 
 
 @pytest.mark.parametrize(("method", "abreast"), [("linear", True), ("ties", False)])

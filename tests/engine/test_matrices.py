@@ -22,7 +22,8 @@ from torch import Tensor
 
 from merger.engine.runner import blocks
 from merger.methods.registry import methods
-from merger.planning.budget import COPY_BYTES, thread_memory
+from merger.planning.budget import thread_memory
+from merger.planning.jobs.blocks import COPY_BYTES
 from merger.planning.plan import Plan
 
 OWN = {"knots": {"density": 0.5}}

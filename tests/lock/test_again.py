@@ -157,8 +157,7 @@ def test_a_commit_that_was_changed_in_the_lock_is_told(first: Path, served: Loop
 
 def test_a_local_parent_that_is_another_one_is_told(tmp_path: Path, client: Client) -> None:
     """Its size is the same, its bytes are not: exit code 3, before anything is made."""
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(tmp_path / name, seed)
+    tiny.models(tmp_path, "one", "two")
     (tmp_path / "mine.yaml").write_text(
         f"merge_method: linear\nmodels: [{{model: {tmp_path}/one}}, {{model: {tmp_path}/two}}]\n"
         "parameters: {weight: 0.5}\n"

@@ -1,4 +1,4 @@
-"""The JSON endpoints that look at repos and make or delete them, their branches and tags. No file's bytes pass here."""
+"""The JSON endpoints that look at repos and make or delete them, their branches. No file's bytes pass here."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -10,7 +10,7 @@ from .repos import GITATTRIBUTES, Commit, Entry, HubError, Repo, folder_oid
 from .rights import is_member, need_namespace
 from .wire import Answer, Context, Exchange, Route, reply
 
-TREE_PAGE_EXPANDED = 50
+TREE_PAGE, TREE_PAGE_EXPANDED = 1000, 50
 
 
 def harnesses(context: Context, x: Exchange) -> Answer:
@@ -140,7 +140,7 @@ def tree(context: Context, x: Exchange) -> Answer:
     nodes = _nodes(commit, f"{below}/" if below else "", x.flag("recursive"))
     if below and not nodes:
         raise HubError(404, f"{below} does not exist on {x.args['rev']}", "EntryNotFound")
-    limit = min(int(x.param("limit", "1000000")), TREE_PAGE_EXPANDED if x.flag("expand") else context.page_size)
+    limit = min(int(x.param("limit", "1000000")), TREE_PAGE_EXPANDED if x.flag("expand") else TREE_PAGE)
     return _page(context, x, [_node(repo, commit, path, x.flag("expand")) for path in nodes], limit)
 
 
@@ -249,19 +249,6 @@ def delete_branch(context: Context, x: Exchange) -> Answer:
     return reply({})
 
 
-def create_tag(context: Context, x: Exchange) -> Answer:
-    """A tag at a revision."""
-    repo = context.repo(x, "write")
-    repo.point(f"refs/tags/{x.json()['tag']}", repo.resolve(x.args["rev"]).sha)
-    return reply({})
-
-
-def delete_tag(context: Context, x: Exchange) -> Answer:
-    """A tag's end."""
-    context.repo(x, "write").unpoint(f"refs/tags/{x.args['tag']}")
-    return reply({})
-
-
 def auth_check(context: Context, x: Exchange) -> Answer:
     """Whether the files may be read, or the repo written to."""
     context.repo(x, "write" if x.path.endswith("/write") else "files")
@@ -291,7 +278,5 @@ def routes() -> Iterable[Route]:
     yield Route("GET", "/api/{repo}/commits/{rev}", commits)
     yield Route("POST", "/api/{repo}/branch/{branch}", create_branch)
     yield Route("DELETE", "/api/{repo}/branch/{branch}", delete_branch)
-    yield Route("POST", "/api/{repo}/tag/{rev}", create_tag)
-    yield Route("DELETE", "/api/{repo}/tag/{tag}", delete_tag)
     yield Route("GET", "/api/{repo}/auth-check", auth_check)
     yield Route("GET", "/api/{repo}/auth-check/write", auth_check)

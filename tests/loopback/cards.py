@@ -34,17 +34,10 @@ PATTERNS = {"language": r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", "base_m
 FRONT_MATTER = re.compile(r"^\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 # key -> may it be one string, may it be a list of strings
 KINDS = {
-    "base_model": (True, True),
-    "base_model_relation": (True, False),
-    "datasets": (True, True),
-    "language": (True, True),
-    "library_name": (True, False),
-    "license": (True, True),
-    "license_link": (True, False),
-    "license_name": (True, False),
-    "pipeline_tag": (True, False),
-    "tags": (False, True),
-}
+    "base_model": (True, True), "base_model_relation": (True, False), "datasets": (True, True),
+    "language": (True, True), "library_name": (True, False), "license": (True, True), "license_link": (True, False),
+    "license_name": (True, False), "pipeline_tag": (True, False), "tags": (False, True),
+}  # fmt: skip
 
 
 def front_matter(text: str) -> Any:

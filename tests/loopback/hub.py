@@ -155,11 +155,6 @@ class LoopbackHub:
             self.commit(repo, files, title, revision=made.ref)
         return made.num
 
-    def collect_garbage(self, repo: str) -> None:
-        """Forget the uploads that no commit names, as the Hub does within a day or so."""
-        with self.world.lock:
-            self._repo(repo).collect_garbage()
-
     # What came of it
 
     def exists(self, repo: str) -> bool:
@@ -195,11 +190,6 @@ class LoopbackHub:
         """Branch -> commit."""
         with self.world.lock:
             return self._repo(repo).named("refs/heads/")
-
-    def tags(self, repo: str) -> dict[str, str]:
-        """Tag -> commit."""
-        with self.world.lock:
-            return self._repo(repo).named("refs/tags/")
 
     def commits(self, repo: str, revision: str = "main") -> list[Commit]:
         """The history, newest first; each has sha, parent, title, message, author, date, files (changed) and tree."""
@@ -262,14 +252,6 @@ class LoopbackHub:
     def expire_urls(self) -> None:
         """Make every signed URL that is out answer 403."""
         self.context.secret = secrets.token_bytes(16)
-
-    def page_size(self, entries: int) -> None:
-        """How many entries a page of a tree holds; 1000 at first."""
-        self.context.page_size = entries
-
-    def multipart(self, part_size: int | None) -> None:
-        """Ask for uploads above this size in parts of it; None asks for one PUT each."""
-        self.context.part_size = part_size
 
     def xet(self, storage: Path | None) -> None:
         """Take uploads by Xet into this folder, whose bytes the Hub cannot give out; None: have no Xet, as at first."""

@@ -9,10 +9,9 @@ import json
 import re
 import time
 from collections.abc import Iterable
-from math import ceil
 from urllib.parse import quote, urlencode
 
-from .blobs import Blob, chunks_of
+from .blobs import Blob
 from .commits import writable
 from .repos import HubError, Repo, World
 from .rights import open_repo
@@ -46,28 +45,19 @@ def batch(context: Context, x: Exchange) -> Answer:
     """Where to upload each object; an object that the repo has gets no `actions`."""
     asked = x.json()
     repo = writable(context, x, (asked.get("ref") or {}).get("name"))
-    several = context.part_size is not None and "multipart" in asked.get("transfers", [])
-    objects = [_object(context, repo, item["oid"], item["size"], several) for item in asked["objects"]]
-    return reply({"transfer": "multipart" if several else "basic", "objects": objects})
+    objects = [_object(context, repo, item["oid"], item["size"]) for item in asked["objects"]]
+    return reply({"transfer": "basic", "objects": objects})
 
 
-def _object(context: Context, repo: Repo, oid: str, size: int, several: bool) -> dict[str, object]:
+def _object(context: Context, repo: Repo, oid: str, size: int) -> dict[str, object]:
     if not re.fullmatch("[0-9a-f]{64}", oid):
         return {"oid": oid, "size": size, "error": {"code": 422, "message": "Invalid oid"}}
     if oid in repo.lfs:
         return {"oid": oid, "size": size}
     verify = {"href": f"{context.url}/{repo.key}.git/info/lfs/objects/verify"}
     place = f"/uploads/{_long(repo)}/{oid}"
-    upload: dict[str, object] = {"href": signed(context, context.cdn, "PUT", place, {})}
-    if several and context.part_size and size > context.part_size:
-        upload = _parts(context, place, ceil(size / context.part_size))
+    upload = {"href": signed(context, context.cdn, "PUT", place, {})}
     return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}}
-
-
-def _parts(context: Context, place: str, count: int) -> dict[str, object]:
-    header = {f"{n:05d}": signed(context, context.cdn, "PUT", place, {"part": str(n)}) for n in range(1, count + 1)}
-    href = signed(context, context.url, "POST", f"/api/complete-multipart{place}", {})
-    return {"href": href, "header": {"chunk_size": str(context.part_size), **header}}
 
 
 def verify(context: Context, x: Exchange) -> Answer:
@@ -82,36 +72,11 @@ def verify(context: Context, x: Exchange) -> Answer:
 
 
 def put(context: Context, x: Exchange) -> Answer:
-    """An object, or one part of it, arrives. Unlocked: uploads run side by side."""
+    """An object arrives. Unlocked: uploads run side by side."""
     _check_signature(context, x)
-    if part := x.param("part"):
-        return _put_part(context, x, part)
     blob = context.world.blobs.put(x.body)
     _register(context.world, x, blob)
     return Answer(200, {"ETag": f'"{blob.sha256[:32]}"'})
-
-
-def _put_part(context: Context, x: Exchange, part: str) -> Answer:
-    blob = context.world.blobs.put(x.body)
-    folder = context.root / "parts" / x.args["oid"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / part).write_text(blob.sha256)
-    return Answer(200, {"ETag": f'"{blob.sha256[:32]}"'})
-
-
-def complete(context: Context, x: Exchange) -> Answer:
-    """All parts of an object are there: put them together."""
-    _check_signature(context, x)
-    asked = json.loads(x.body.read())
-    folder, blobs = context.root / "parts" / x.args["oid"], context.world.blobs
-    try:
-        parts = [(folder / str(part["partNumber"])).read_text() for part in asked["parts"]]
-    except FileNotFoundError as error:
-        raise HubError(400, "A part is missing") from error
-    if [f'"{part[:32]}"' for part in parts] != [part["etag"] for part in asked["parts"]]:
-        raise HubError(400, "A part's ETag is another")
-    _register(context.world, x, blobs.put(chunk for part in parts for chunk in chunks_of(blobs.path(part))))
-    return reply({})
 
 
 def _register(world: World, x: Exchange, blob: Blob) -> None:
@@ -157,7 +122,6 @@ def routes() -> Iterable[Route]:
     """This room's part of the Hub's table."""
     yield Route("POST", "/{web}.git/info/lfs/objects/batch", batch)
     yield Route("POST", "/{web}.git/info/lfs/objects/verify", verify)
-    yield Route("POST", "/api/complete-multipart/uploads/{repo}/{oid}", complete, locked=False)
     yield Route("GET", "/{web}/resolve/{rev}/{path*}", resolve)
 
 

@@ -194,10 +194,6 @@ class Repo:
         self.lfs.update(entry.sha256 for entry in tree.values() if entry.lfs)
         return commit
 
-    def collect_garbage(self) -> None:
-        """Forget the LFS objects that no commit names, as the Hub does some hours after an upload."""
-        self.lfs = {entry.sha256 for commit in self.history.values() for entry in commit.tree.values() if entry.lfs}
-
 
 class World:
     """Everything the server knows, behind one lock. Hold `lock` around any use of a Repo."""

@@ -57,8 +57,6 @@ class Context:
     root: Path
     url: str = ""
     cdn: str = ""
-    page_size: int = 1000
-    part_size: int | None = None
     url_lifetime: float = 3600.0
     latency: float = 0.0
     down: Pace = field(default_factory=Pace)

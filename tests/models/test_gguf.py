@@ -29,8 +29,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from merger.errors import RecipeError
 from merger.models.gguf.families import _llama3_factors
 from merger.planning.lockfile import read_lock
-from merger.planning.plan import Part
-from merger.recipe.parse import GGUF
+from merger.planning.shards import Part
+from merger.recipe.blocks.publish import GGUF
 from merger.run.options import Options
 from merger.verification.verify import Extent, verify
 

@@ -60,20 +60,14 @@ def test_smaller_files_add_tokens() -> None:
     assert list(found.added) == ["<s>", "</s>", "<a>", "<b>", "<c>"]
 
 
-@pytest.mark.parametrize(
-    ("files", "ids", "written"),
-    [
-        ({"vocab.json": {"a": 0, "Ġb": 1}, "added_tokens.json": {"<x>": 5}}, {"a": 0, "Ġb": 1, "<x>": 5}, BYTES),
-        ({"vocab.txt": "[PAD]\nthe\n##ing\n"}, {"[PAD]": 0, "the": 1, "##ing": 2}, PLAIN),
-        (
-            {"tokenizer.json": {"model": {"vocab": [["<unk>", 0.0], ["▁a", -1.5]]}, "decoder": {"type": "Metaspace"}}},
-            {"<unk>": 0, "▁a": 1},
-            SPACES,
-        ),
-        ({"tokenizer.model": "\0"}, None, None),
-        ({}, None, None),
-    ],
-)
+@pytest.mark.parametrize(("files", "ids", "written"), [
+    ({"vocab.json": {"a": 0, "Ġb": 1}, "added_tokens.json": {"<x>": 5}}, {"a": 0, "Ġb": 1, "<x>": 5}, BYTES),
+    ({"vocab.txt": "[PAD]\nthe\n##ing\n"}, {"[PAD]": 0, "the": 1, "##ing": 2}, PLAIN),
+    ({"tokenizer.json": {"model": {"vocab": [["<unk>", 0.0], ["▁a", -1.5]]}, "decoder": {"type": "Metaspace"}}},
+     {"<unk>": 0, "▁a": 1}, SPACES),
+    ({"tokenizer.model": "\0"}, None, None),
+    ({}, None, None),
+])  # fmt: skip
 def test_the_kinds_of_files(files: dict[str, Any], ids: dict[str, int] | None, written: str | None) -> None:
     """A map, a word a line, or pieces with scores; a SentencePiece model alone is not read."""
     found = read_vocabulary({name: text(of) if isinstance(of, dict) else of.encode() for name, of in files.items()})
@@ -89,19 +83,15 @@ DAMAGED = [
     ({"tokenizer.json": '{"model": {"vocab": {"a": "0"}}}'}, NO_MAP),
     ({"tokenizer.json": '{"model": {"vocab": ["a"]}}'}, "tokenizer.json: model.vocab is no list of pieces and scores"),
     ({"tokenizer.json": '{"model": {"vocab": {"a": 1, "b": 1}}}'}, "its tokens 'a' and 'b' have one id, 1"),
-    (
-        {"tokenizer.json": '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}'},
-        "tokenizer.json: added_tokens is no list of tokens, each with its content",
-    ),
-    (
-        {"tokenizer.json": GOOD, "tokenizer_config.json": '{"added_tokens_decoder": {"x": {}}}'},
-        "tokenizer_config.json: added_tokens_decoder is no map from ids to tokens",
-    ),
+    ({"tokenizer.json": '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}'},
+     "tokenizer.json: added_tokens is no list of tokens, each with its content"),
+    ({"tokenizer.json": GOOD, "tokenizer_config.json": '{"added_tokens_decoder": {"x": {}}}'},
+     "tokenizer_config.json: added_tokens_decoder is no map from ids to tokens"),
     ({"tokenizer.json": GOOD, "tokenizer_config.json": "7"}, "tokenizer_config.json is no JSON object"),
     ({"vocab.json": '{"a": 0}', "added_tokens.json": '{"b": -1}'}, "added_tokens.json is no map from tokens to ids"),
     ({"vocab.json": '{"a": null}'}, "vocab.json is no map from tokens to ids"),
     ({"vocab.txt": b"\xff"}, "vocab.txt is no UTF-8 text"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("files", "what"), DAMAGED, ids=[str(number) for number in range(len(DAMAGED))])
@@ -157,20 +147,11 @@ def test_the_library_gives_the_promised_ids(extra: list[str]) -> None:
     assert all(library.encode(f"the{token}").ids[-1] == whole.ids[token] for token in extra)
 
 
-@pytest.mark.parametrize(
-    ("token", "written", "wanted", "found"),
-    [
-        ("Ġthe", BYTES, SPACES, "▁the"),
-        ("▁the", SPACES, BYTES, "Ġthe"),
-        ("Ã©", BYTES, SPACES, "é"),
-        ("é", SPACES, BYTES, "Ã©"),
-        ("<0x0A>", SPACES, BYTES, "Ċ"),
-        ("Ã", BYTES, SPACES, "<0xC3>"),
-        ("ÃĠ", BYTES, SPACES, "ÃĠ"),
-        ("##ing", PLAIN, BYTES, "##ing"),
-        ("Ġthe", BYTES, BYTES, "Ġthe"),
-    ],
-)
+@pytest.mark.parametrize(("token", "written", "wanted", "found"), [
+    ("Ġthe", BYTES, SPACES, "▁the"), ("▁the", SPACES, BYTES, "Ġthe"), ("Ã©", BYTES, SPACES, "é"),
+    ("é", SPACES, BYTES, "Ã©"), ("<0x0A>", SPACES, BYTES, "Ċ"), ("Ã", BYTES, SPACES, "<0xC3>"),
+    ("ÃĠ", BYTES, SPACES, "ÃĠ"), ("##ing", PLAIN, BYTES, "##ing"), ("Ġthe", BYTES, BYTES, "Ġthe"),
+])  # fmt: skip
 def test_one_spelling_becomes_the_other(token: str, written: str, wanted: str, found: str) -> None:
     """Bytes as characters and spaces as underscores are turned into each other; what has no counterpart stays."""
     assert respell(token, written, wanted) == found

@@ -12,10 +12,11 @@ from merger.lock.lock import lock
 from merger.lock.locked import LockedRecipe
 from merger.methods.registry import methods
 from merger.models.checkpoint import ITEM_BYTES
+from merger.planning.budget import Budget
 from merger.planning.inputs.base import Job
 from merger.planning.jobs.common import JobSet
 from merger.planning.jobs.make import make_jobs
-from merger.planning.plan import Budget, Plan, make_plan
+from merger.planning.plan import Plan, make_plan
 from merger.planning.stage_model import StagedRecipe
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderStore

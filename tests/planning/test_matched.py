@@ -233,7 +233,7 @@ RECIPES: Mapping[str, str] = {
 @pytest.mark.parametrize("case", RECIPES)
 def test_a_recipe_gives_the_same_numbers_whatever_the_names(case: str, tmp_path: Path) -> None:
     """Of models that are named alike, and of a base or of others with a prefix; the result is named as the first."""
-    plain = {name: tiny.model(tmp_path / name, seed) for seed, name in enumerate(("base", "one", "two"))}
+    plain = tiny.models(tmp_path, "base", "one", "two")
     plain["lora"] = tiny.lora(tmp_path / "lora", plain["one"])
 
     def made(out: str, **other: Path) -> dict[str, Tensor]:

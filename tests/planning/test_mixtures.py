@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 import merger
 from merger.cli.commands import main
-from merger.planning.plan import Part
+from merger.planning.shards import Part
 from merger.run.options import Options
 from merger.run.pipeline import Resumed
 

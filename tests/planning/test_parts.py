@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from merger.models.checkpoint import TensorInfo
 from merger.planning.inputs.base import Job, Operand, Stored
-from merger.planning.plan import Part, Shard, share
+from merger.planning.shards import Part, Shard, share
 
 SIZES = st.lists(st.tuples(st.integers(0, 5_000), st.integers(1, 4)), max_size=24)
 """For each shard the entries of its one tensor, and how many models it is made of."""

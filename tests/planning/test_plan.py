@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from merger.errors import BudgetError
 from merger.models.checkpoint import ITEM_BYTES
 from merger.models.formats.safetensors import header, index
-from merger.planning.plan import Budget, Plan
+from merger.planning.budget import Budget
+from merger.planning.plan import Plan
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Located
 

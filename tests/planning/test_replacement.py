@@ -23,7 +23,7 @@ logging.disable_progress_bar()
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three models of two layers, the last one with its head tied; and one of four layers."""
     root = tmp_path_factory.mktemp("models")
-    made = {name: tiny.model(root / name, seed) for seed, name in enumerate(("chat", "coder"))}
+    made = tiny.models(root, "chat", "coder")
     made["deep"] = tiny.model(root / "deep", 5, layers=4)
     tied = tiny.tensors(6)
     del tied["lm_head.weight"]

@@ -87,26 +87,20 @@ def chained(*errors: BaseException) -> BaseException:
 WORDS = "can't start new thread"
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (OSError(errno.EMFILE, "Too many open files"), "(Too many open files)\n    let this process open more files"),
-        (OSError(errno.ENOSPC, "No space left", "/tmp/x"), "at /tmp/x (No space left)\n    free some disk"),
-        (RuntimeError(WORDS), f"({WORDS})\n    write a smaller --threads"),
-        (MemoryError(), "(no memory is left)\n    end other programs"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "you)\n    end other programs"),
-        (
-            chained(ValueError("x"), ConnectionError("y"), OSError(errno.ENFILE, "Too many")),
-            "(Too many)\n    all programs",
-        ),
-        (chained(RuntimeError("Error while uploading"), RuntimeError(WORDS)), f"({WORDS})\n    write a smaller"),
-        (OSError(errno.EACCES, "Permission denied"), None),
-        (OSError(errno.ENOENT, "No such file"), None),
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), None),
-        (RuntimeError("a fault of ours"), None),
-        (chained(ValueError("x"), KeyError("y")), None),
-    ],
-)
+@pytest.mark.parametrize(("error", "said"), [
+    (OSError(errno.EMFILE, "Too many open files"), "(Too many open files)\n    let this process open more files"),
+    (OSError(errno.ENOSPC, "No space left", "/tmp/x"), "at /tmp/x (No space left)\n    free some disk"),
+    (RuntimeError(WORDS), f"({WORDS})\n    write a smaller --threads"),
+    (MemoryError(), "(no memory is left)\n    end other programs"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "you)\n    end other programs"),
+    (chained(ValueError("x"), ConnectionError("y"), OSError(errno.ENFILE, "Too many")), "(Too many)\n    all programs"),
+    (chained(RuntimeError("Error while uploading"), RuntimeError(WORDS)), f"({WORDS})\n    write a smaller"),
+    (OSError(errno.EACCES, "Permission denied"), None),
+    (OSError(errno.ENOENT, "No such file"), None),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), None),
+    (RuntimeError("a fault of ours"), None),
+    (chained(ValueError("x"), KeyError("y")), None),
+])  # fmt: skip
 def test_what_the_machine_has_no_more_of_is_found_at_the_bottom(error: BaseException, said: str | None) -> None:
     """Whoever wrapped it; a fault of ours stays one."""
     found = machine.lacking(error)

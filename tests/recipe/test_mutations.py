@@ -24,19 +24,8 @@ NASTY: list[Any] = [
     {"model": "org/a"}, {"model": {"path": "org/a", "revision": 1}}, {"sources": []}, [{"model": "org/a"}],
 ]  # fmt: skip
 KEYS = [
-    "merge_method",
-    "models",
-    "slices",
-    "modules",
-    "model",
-    "parameters",
-    "t",
-    "weight",
-    "densty",
-    "experts",
-    "<<",
-    "",
-]
+    "merge_method", "models", "slices", "modules", "model", "parameters", "t", "weight", "densty", "experts", "<<", "",
+]  # fmt: skip
 
 
 def _spots(tree: Any) -> Iterator[tuple[Any, Any]]:

@@ -25,18 +25,10 @@ def _rule(rule: tuple[float, ...] | float | tuple[str, float]) -> Rule:
     return Rule((float(rest[0]),), head) if isinstance(head, str) else Rule((head, *map(float, rest)))
 
 
-@pytest.mark.parametrize(
-    ("values", "position", "value"),
-    [
-        ((0, 0.5, 0.3, 0.7, 1), 0.0, 0.0),
-        ((0, 0.5, 0.3, 0.7, 1), 0.125, 0.25),
-        ((0, 0.5, 0.3, 0.7, 1), 0.25, 0.5),
-        ((0, 0.5, 0.3, 0.7, 1), 0.5, 0.3),
-        ((0, 0.5, 0.3, 0.7, 1), 1.0, 1.0),
-        ((1, 0), 1 / 3, 2 / 3),
-        ((7,), 0.4, 7.0),
-    ],
-)
+@pytest.mark.parametrize(("values", "position", "value"), [
+    ((0, 0.5, 0.3, 0.7, 1), 0.0, 0.0), ((0, 0.5, 0.3, 0.7, 1), 0.125, 0.25), ((0, 0.5, 0.3, 0.7, 1), 0.25, 0.5),
+    ((0, 0.5, 0.3, 0.7, 1), 0.5, 0.3), ((0, 0.5, 0.3, 0.7, 1), 1.0, 1.0), ((1, 0), 1 / 3, 2 / 3), ((7,), 0.4, 7.0),
+])  # fmt: skip
 def test_a_gradient_is_linear_between_its_values(values: tuple[float, ...], position: float, value: float) -> None:
     """The values stand evenly from a slice's first layer to its last, and between two of them it is a straight line."""
     assert setting(values).value_at(LAYER, position) == pytest.approx(value, abs=1e-15)
@@ -116,19 +108,10 @@ def test_the_levels_of_a_recipe(read: Callable[[str], Recipe], tensor: str, posi
     assert first_value(levels, "scale", tensor, position) == value
 
 
-@pytest.mark.parametrize(
-    ("written", "values"),
-    [
-        ("0.5", (0.5,)),
-        ("true", (1.0,)),
-        ("off", (0.0,)),
-        ("1e-10", (1e-10,)),
-        ("'2'", (2.0,)),
-        ("[0, 1e-3, yes]", (0.0, 0.001, 1.0)),
-        ("{value: [1, 2]}", (1.0, 2.0)),
-        ("[{value: 3, filter: }]", (3.0,)),
-    ],
-)
+@pytest.mark.parametrize(("written", "values"), [
+    ("0.5", (0.5,)), ("true", (1.0,)), ("off", (0.0,)), ("1e-10", (1e-10,)), ("'2'", (2.0,)),
+    ("[0, 1e-3, yes]", (0.0, 0.001, 1.0)), ("{value: [1, 2]}", (1.0, 2.0)), ("[{value: 3, filter: }]", (3.0,)),
+])  # fmt: skip
 def test_the_ways_to_write_a_number(read: Callable[[str], Recipe], written: str, values: tuple[float, ...]) -> None:
     """Booleans are 1 and 0, numbers may stand in quotes, and one {value, filter} map needs no list around it."""
     recipe = read(f"merge_method: passthrough\nmodels: [{{model: org/a}}]\nparameters:\n  scale: {written}\n")

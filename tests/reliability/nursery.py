@@ -31,7 +31,7 @@ def main() -> None:
     importlib.import_module("merger.cli.commands")
     for name in ("cli.text", "run.pipeline", "engine.execute", "engine.geometry", "stores.hub.staging"):
         importlib.import_module(f"merger.{name}")
-    importlib.import_module("forks").blank_pictures()
+    importlib.import_module("forks").blank_pictures().start()
     _warm_up(json.loads(sys.stdin.readline()))
     gc.freeze()
     for line in sys.stdin:

@@ -20,7 +20,7 @@ import tiny
 from loopback import LoopbackHub
 from thorough import THOROUGH
 
-from merger.planning.plan import KEPT_BYTES
+from merger.planning.budget import KEPT_BYTES
 
 MAX_MEMORY = 720_000_000
 
@@ -51,7 +51,7 @@ parameters: {{density: 0.5}}
 """
 RUN = """
 import sys
-import merger.planning.plan as planning
+import merger.planning.budget as planning
 from merger.cli.commands import main
 planning.KEPT_BYTES = int(sys.argv[1])
 code = main(sys.argv[2:])

@@ -41,21 +41,8 @@ SETTLED = "publish: {license: apache-2.0}\n"
 def test_no_merge_but_those_that_ask_for_it_imports_torch(tmp_path: Path) -> None:
     """Nor does an extraction, verify or diff: one after the other in a process of its own."""
     zoo, out = "./examples/zoo", str(tmp_path)
-    commands = [
-        [
-            "extract-lora",
-            f"{zoo}/kjv",
-            f"{zoo}/base",
-            "--rank",
-            "4",
-            "--include",
-            "mlp",
-            "--skip-rest",
-            "--to",
-            f"{out}/adapter",
-            "--quiet",
-        ]
-    ]
+    adapter = ["--rank", "4", "--include", "mlp", "--skip-rest", "--to", f"{out}/adapter", "--quiet"]
+    commands = [["extract-lora", f"{zoo}/kjv", f"{zoo}/base", *adapter]]
     for name, text in LIGHT.items():
         (tmp_path / f"{name}.yaml").write_text(text.replace("OUT", out) + SETTLED)
         commands.append(["run", f"{out}/{name}.yaml", "--to", f"{out}/{name}", "--quiet"])

@@ -12,13 +12,12 @@ from pathlib import Path
 import forks
 import pytest
 import tiny
+from calls import WRITER
 from loopback import LoopbackHub
 
 from merger.errors import UploadError
 from merger.models.formats.safetensors import WrittenShard
 from merger.stores.results import FolderSession, ResultFolder
-
-WRITER = "hf_writer_of_org"
 
 BEGIN = "import subprocess, sys, time\nfrom merger.runtime import halting\n"
 SLEEPER = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"

@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from calls import Command
+from calls import WRITER, Command
 from loopback import Client, LoopbackHub, Request
 from loopback.wire import Answer
 from places import ZOO
 from thorough import THOROUGH, thorough_only
 from torch import Tensor
-
-WRITER = "hf_writer_of_org"
 
 TASK_ARITHMETIC = """\
 # what both fine-tunes learned

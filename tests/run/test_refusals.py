@@ -13,13 +13,13 @@ from typing import NoReturn
 
 import pytest
 import tiny
+from calls import WRITER
 from loopback import LoopbackHub
 
 from merger.cli.commands import main
 from merger.stores.folder import FolderReader, FolderStore
 from merger.stores.ports import Located
 
-WRITER = "hf_writer_of_org"
 HERE = "▸"
 """Stands in a recipe of a case where the refusal must point; not part of the recipe."""
 

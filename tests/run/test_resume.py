@@ -17,11 +17,10 @@ from pathlib import Path
 import forks
 import pytest
 import tiny
-from calls import Command
+from calls import WRITER, Command
 from loopback import LoopbackHub, Request
 from thorough import thorough_only
 
-WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "2kB")
 Start = Callable[..., forks.Forked]
 KILLED_AFTER = """
@@ -48,7 +47,7 @@ main(sys.argv[1:])
 def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and two others."""
     root = tmp_path_factory.mktemp("parents")
-    return {name: tiny.model(root / name, seed) for seed, name in enumerate(("base", "one", "two"))}
+    return tiny.models(root, "base", "one", "two")
 
 
 @pytest.fixture
@@ -110,23 +109,32 @@ def staged(request: Request) -> bool:
     return request.method == "POST" and "/commit/merge-staging" in request.path
 
 
+@pytest.fixture(scope="module")
+def whole(
+    parents: dict[str, Path], served: LoopbackHub, command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int]:
+    """What an undisturbed run makes, and of how many shards."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "mine.yaml").write_text(tiny.TIES_RECIPE.format(**parents))
+    return folder / "out", made(command("run", "mine.yaml", "--to", "out", *SHARD, cwd=folder, hub=served))
+
+
 # Folders
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_killed_run_goes_on_from_its_finished_shards(
-    after: int, local: Path, start: Start, command: Command, served: LoopbackHub
+    after: int, local: Path, whole: tuple[Path, int], start: Start, command: Command, served: LoopbackHub
 ) -> None:
     """The same command makes only what is missing, and the bytes are those of an undisturbed run."""
-    whole = command("run", "mine.yaml", "--to", "whole", *SHARD, cwd=local, hub=served)
     killed = start("run", "mine.yaml", "--to", "out", *SHARD, cwd=local, after=after)
     assert killed.wait() == -signal.SIGKILL
     assert not (local / "out").exists()
     again = command("run", "mine.yaml", "--to", "out", *SHARD, cwd=local, hub=served)
     assert again.returncode == 0, again.stderr
-    assert made(again) == made(whole) - after
-    assert (f"{after} of {made(whole)} files are there" in again.stderr) == (after > 0)
-    assert digests(local / "out") == digests(local / "whole")
+    assert made(again) == whole[1] - after
+    assert (f"{after} of {whole[1]} files are there" in again.stderr) == (after > 0)
+    assert digests(local / "out") == digests(whole[0])
     assert not (local / "out.merging").exists()
 
 
@@ -160,9 +168,10 @@ def test_a_finished_run_is_not_made_again(local: Path, command: Command, served:
     assert made(command("run", "mine.yaml", "--to", "out", *SHARD, "--force", cwd=local, hub=served)) > 5
 
 
-def test_parts_in_a_folder_make_the_model_of_a_single_run(local: Path, command: Command, served: LoopbackHub) -> None:
+def test_parts_in_a_folder_make_the_model_of_a_single_run(
+    local: Path, whole: tuple[Path, int], command: Command, served: LoopbackHub
+) -> None:
     """Three parts, one after the other, then publish: the same files and card; before the last part it is refused."""
-    command("run", "mine.yaml", "--to", "whole", *SHARD, cwd=local, hub=served)
     for part in ("3/3", "1/3"):
         assert not command("run", "mine.yaml", "--to", "out", "--part", part, *SHARD, cwd=local, hub=served).returncode
     early = command("publish", "mine.yaml", "--to", "out", *SHARD, cwd=local, hub=served)
@@ -172,8 +181,8 @@ def test_parts_in_a_folder_make_the_model_of_a_single_run(local: Path, command: 
     assert "part 2/3 is there" in last.stdout
     done = command("publish", "mine.yaml", "--to", "out", *SHARD, cwd=local, hub=served)
     assert (done.returncode, made(done)) == (0, 0)
-    assert digests(local / "out") == digests(local / "whole")
-    assert tables(local / "out") == tables(local / "whole") != []
+    assert digests(local / "out") == digests(whole[0])
+    assert tables(local / "out") == tables(whole[0]) != []
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "1", "a/b", "1/0"])
@@ -188,10 +197,9 @@ def test_a_part_that_is_none_is_refused(part: str, local: Path, command: Command
 
 
 def test_a_killed_run_to_the_hub_goes_on_from_the_staging_branch(
-    afar: Path, start: Start, command: Command, hub: LoopbackHub
+    afar: Path, whole: tuple[Path, int], start: Start, command: Command, hub: LoopbackHub
 ) -> None:
     """Another process, with another temporary folder, uploads only what is missing; main gets one commit in the end."""
-    whole = command("run", "mine.yaml", "--to", "whole", *SHARD, cwd=afar, hub=hub)
     to = ("--to", "hf://org/killed")
     killed = start("run", "mine.yaml", *to, *SHARD, cwd=afar, after=4)
     assert killed.wait() == -signal.SIGKILL
@@ -203,8 +211,8 @@ def test_a_killed_run_to_the_hub_goes_on_from_the_staging_branch(
     hub.clear_log()
     again = command("run", "mine.yaml", *to, *SHARD, cwd=afar, hub=hub)
     assert again.returncode == 0, again.stderr
-    assert made(again) == made(whole) - before == len([request for request in hub.log if staged(request)])
-    assert published(hub, "org/killed") == digests(afar / "whole")
+    assert made(again) == whole[1] - before == len([request for request in hub.log if staged(request)])
+    assert published(hub, "org/killed") == digests(whole[0])
     assert "no unfinished run" in command("status", to[1], cwd=afar, hub=hub).stdout
 
 
@@ -220,10 +228,9 @@ def test_a_published_merge_is_not_published_again(afar: Path, command: Command, 
 
 @thorough_only
 def test_four_parts_at_once_make_the_model_of_a_single_run(
-    afar: Path, start: Start, command: Command, hub: LoopbackHub
+    afar: Path, whole: tuple[Path, int], start: Start, command: Command, hub: LoopbackHub
 ) -> None:
     """One of them is killed and started again; then publish makes the one commit."""
-    command("run", "mine.yaml", "--to", "whole", *SHARD, cwd=afar, hub=hub)
     to = ("--to", "hf://org/parts", *SHARD)
     parts = [
         start("run", "mine.yaml", *to, "--part", f"{number}/4", cwd=afar, after=1 if number == 2 else 99)
@@ -237,7 +244,7 @@ def test_four_parts_at_once_make_the_model_of_a_single_run(
     assert restarted.returncode == 0, restarted.stderr
     done = command("publish", "mine.yaml", *to, cwd=afar, hub=hub)
     assert done.returncode == 0, done.stderr
-    assert published(hub, "org/parts") == digests(afar / "whole")
+    assert published(hub, "org/parts") == digests(whole[0])
     assert len([request for request in hub.log if request.path.endswith("/commit/main")]) == 1
 
 

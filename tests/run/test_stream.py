@@ -13,11 +13,10 @@ from pathlib import Path
 import forks
 import pytest
 import tiny
-from calls import Command
+from calls import WRITER, Command
 from loopback import LoopbackHub
 from test_resume import KILLED_AFTER
 
-WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "2kB")
 XET = {"HF_HUB_DISABLE_XET": "0"}
 
@@ -26,7 +25,7 @@ XET = {"HF_HUB_DISABLE_XET": "0"}
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of folders, and its merge in a folder beside it."""
     root = tmp_path_factory.mktemp("recipe")
-    parents = {name: tiny.model(root / name, seed) for seed, name in enumerate(("base", "one", "two"))}
+    parents = tiny.models(root, "base", "one", "two")
     (root / "mine.yaml").write_text(tiny.TIES_RECIPE.format(**parents))
     return root
 
@@ -82,15 +81,11 @@ def test_a_killed_stream_goes_on_from_what_was_taken(
     assert published(xet, "org/killed") == whole
 
 
-@pytest.mark.parametrize(
-    ("to", "env", "code", "words"),
-    [
-        ("out", XET, 2, "--stream is for the Hub, and 'out' is a folder"),
-        ("hf://org/refused", XET, 6, "--stream cannot be kept: this Hub has no Xet storage"),
-        ("hf://org/refused", {}, 6, "--stream cannot be kept: Xet is switched off or not installed"),
-    ],
-    ids=["folder", "no Xet there", "no Xet here"],
-)
+@pytest.mark.parametrize(("to", "env", "code", "words"), [
+    ("out", XET, 2, "--stream is for the Hub, and 'out' is a folder"),
+    ("hf://org/refused", XET, 6, "--stream cannot be kept: this Hub has no Xet storage"),
+    ("hf://org/refused", {}, 6, "--stream cannot be kept: Xet is switched off or not installed"),
+], ids=["folder", "no Xet there", "no Xet here"])  # fmt: skip
 def test_a_stream_that_cannot_be_is_refused(
     to: str, env: dict[str, str], code: int, words: str, recipe: Path, command: Command, hub: LoopbackHub
 ) -> None:

@@ -206,8 +206,7 @@ WAYS_IN: dict[str, Callable[[], Commands]] = {
 def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models."""
     root = tmp_path_factory.mktemp("parents")
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(root / name, seed)
+    tiny.models(root, "one", "two")
     return root
 
 

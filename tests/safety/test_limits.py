@@ -46,8 +46,7 @@ models:
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with two small models and a recipe that merges them."""
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(tmp_path / name, seed)
+    tiny.models(tmp_path, "one", "two")
     (tmp_path / "mine.yaml").write_text(RECIPE % "")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from merger.cli import commands as cli
 from merger.cli.inputs import Inputs
 from merger.errors import RecipeError
-from merger.planning.plan import Part
+from merger.planning.shards import Part
 from merger.safety import numbers
 from merger.safety.numbers import Range
 
@@ -24,23 +24,8 @@ MANY = "9" * 5000
 """More than Python's int reads."""
 
 REFUSED = (
-    "",
-    " ",
-    "-1",
-    "0",
-    "1e3",
-    "nan",
-    "inf",
-    "-inf",
-    "0x10",
-    "1_000",
-    "²",
-    "true",
-    "[1]",
-    DIGITS,
-    MANY,
-    "1" + "0" * 19,
-)
+    "", " ", "-1", "0", "1e3", "nan", "inf", "-inf", "0x10", "1_000", "²", "true", "[1]", DIGITS, MANY, "1" + "0" * 19,
+)  # fmt: skip
 SEEDS = ("0", "-1")
 RUN = ("run", "r.yaml")
 WHOLE = {

@@ -45,8 +45,7 @@ models:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with two models; beside it a text that is nobody's business."""
     place = tmp_path / "checkout"
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(place / name, seed)
+    tiny.models(place, "one", "two")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/secret.txt").write_text(SECRET)
     monkeypatch.chdir(place)
@@ -70,30 +69,12 @@ def held_in(folder: Path) -> bytes:
 # ---- whose words ----------------------------------------------------------------------------------------------------
 
 WORDS = {
-    ".": True,
-    "one": True,
-    "./one/../two": True,
-    "one/config.json": True,
-    "not/there": True,
-    "../checkout/one": True,
-    "inward": True,
-    "..": False,
-    "../elsewhere": False,
-    "../checkout-2": False,
-    "/": False,
-    "/etc/passwd": False,
-    "/not/there": False,
-    "~": False,
-    "~root/x": False,
-    ENVIRONMENT: False,
-    "/proc/self/cwd/../elsewhere": False,
-    "outward": False,
-    "outward/secret.txt": False,
-    "outward/not-there": False,
-    "loop/x/../../../elsewhere": False,
-    "one\0": False,
-    "one\ud800": False,
-}
+    ".": True, "one": True, "./one/../two": True, "one/config.json": True, "not/there": True, "../checkout/one": True,
+    "inward": True, "..": False, "../elsewhere": False, "../checkout-2": False, "/": False, "/etc/passwd": False,
+    "/not/there": False, "~": False, "~root/x": False, ENVIRONMENT: False, "/proc/self/cwd/../elsewhere": False,
+    "outward": False, "outward/secret.txt": False, "outward/not-there": False, "loop/x/../../../elsewhere": False,
+    "one\0": False, "one\ud800": False,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("words", WORDS)
@@ -394,8 +375,7 @@ def hostile(block: str) -> None:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working directory of a merge in out/, made of folders."""
     place = tmp_path_factory.mktemp("merge") / "checkout"
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(place / name, seed)
+    tiny.models(place, "one", "two")
     (place.parent / "elsewhere").mkdir()
     (place.parent / "elsewhere/card.md.j2").write_text(SECRET)
     (place.parent / "elsewhere/secret.txt").write_text(SECRET)

@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,6 @@ def scene(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Scen
 
 
 # The Action
-
-
-@pytest.fixture
-def github() -> Iterator[LoopbackGitHub]:
-    with LoopbackGitHub() as server:
-        yield server
 
 
 def followed(head: str) -> dict[str, Any]:

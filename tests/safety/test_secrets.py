@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 import tiny
-from calls import Command
+from calls import WRITER, Command
 from hypothesis import given
 from hypothesis import strategies as st
 from loopback import LoopbackHub
@@ -26,7 +26,6 @@ from merger.safety import secrets
 from merger.safety.secrets import LeakError, Sieve, leaks, refuse_tokens
 
 TOKEN = "hf_a-b/c_d&e@f<1"
-WRITER = "hf_writer_of_org"
 """The token of the commands that the fixture `command` runs."""
 RECIPE = """\
 merge_method: linear
@@ -142,10 +141,7 @@ def test_a_refusal_names_the_files_and_not_the_token() -> None:
 @pytest.fixture
 def work(served: LoopbackHub, tmp_path: Path) -> Path:
     """A folder with two models and a recipe of them; they are on the Hub, too."""
-    for seed, name in enumerate(("one", "two")):
-        tiny.model(tmp_path / name, seed)
-        if not served.exists(f"org/{name}"):
-            served.add_model(f"org/{name}", tmp_path / name)
+    tiny.models(tmp_path, "one", "two", hub=None if served.exists("org/one") else served)
     (tmp_path / "mine.yaml").write_text(RECIPE)
     return tmp_path
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny
-from calls import Command
+from calls import WRITER, Command
 from loopback import LoopbackHub
 from watching import Watch, watching
 
-WRITER = "hf_writer_of_org"
 SHARD = ("--shard-size", "20kB")
 LOUD = {
     "HF_HUB_DISABLE_XET": "0", "HF_HUB_VERBOSITY": "debug", "HF_XET_LOG_DEST": "logs/", "RUST_LOG": "debug",

@@ -23,7 +23,8 @@ from merger.engine.runner import Memo, Work
 from merger.errors import EvaluationError, MismatchError
 from merger.lock.lock import lock
 from merger.methods.registry import methods
-from merger.planning.plan import Budget, Plan, make_plan
+from merger.planning.budget import Budget
+from merger.planning.plan import Plan, make_plan
 from merger.run.options import Options
 from merger.run.prepare import parse_text, plan
 from merger.searching.candidates import Candidates, trial_memory
@@ -191,11 +192,11 @@ def test_a_candidate_that_cannot_be_made_leaves_the_next_one_whole(parents: Mapp
 
 
 def test_plans_of_other_models_follow_each_other(parents: Mapping[str, Path]) -> None:
-    """A parent alone, then another one, then both by TIES with either as the base: each is what it is by itself."""
+    """Two by TIES, then each alone, then by TIES on another base: each is what it is by itself."""
     alone = "merge_method: passthrough\nmodels: [{{model: {one}}}]\ndtype: bfloat16\n"
     form = "merge_method: ties\n" + (BASE + TWO).replace("{own}", "weight: 0.5, density: 0.4") + "dtype: bfloat16\n"
     other = {"one": parents["two"], "two": parents["base"], "base": parents["one"]}
-    texts = [alone.format(**parents), alone.format(**other), form.format(**parents), form.format(**other)]
+    texts = [form.format(**parents), alone.format(**parents), alone.format(**other), form.format(**other)]
     with Candidates(*planned(texts[0])) as candidates:
         for text in texts:
             candidates.make(planned(text)[0])

@@ -19,22 +19,10 @@ from space.work.admission import Limits
 
 TWO = "merge_method: linear\nmodels:\n  - model: {}\n  - model: org/b\nparameters: {{weight: 1}}\n"
 STRANGE = [
-    "./examples/zoo/base",
-    "../../etc/passwd",
-    "/etc/passwd",
-    "~/model",
-    "file:///etc/passwd",
-    "http://127.0.0.1/model",
-    "https://example.org/model",
-    "$HOME/model",
-    "${HF_TOKEN}/model",
-    "org/..",
-    "merger",
-    "org/name/more",
-    "'org/name\\n'",
-    "org/näme",
-    "C:/model",
-]
+    "./examples/zoo/base", "../../etc/passwd", "/etc/passwd", "~/model", "file:///etc/passwd",
+    "http://127.0.0.1/model", "https://example.org/model", "$HOME/model", "${HF_TOKEN}/model", "org/..", "merger",
+    "org/name/more", "'org/name\\n'", "org/näme", "C:/model",
+]  # fmt: skip
 
 
 def refused(text: str) -> str:

@@ -38,8 +38,7 @@ pytestmark = [
 def space(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedSpace]:
     """A Space with two workers, twenty users and three small models."""
     root = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("base", "one", "two")):
-        served.add_model(f"org/{name}", tiny.model(root / name, seed))
+    tiny.models(root, "base", "one", "two", hub=served)
     for number in range(CROWD):
         served.add_user(f"user{number}", token=f"hf_user{number}")
     settings = {"MERGER_SPACE_WORKERS": "2", "MERGER_SPACE_MEMORY": "5GB"}

@@ -1,19 +1,18 @@
-"""Bodies that are too long for the Space are refused by their length, or as soon as they become too long."""
+"""Bodies that are too long for the Space are refused by their length, or as soon as they become too long.
+
+Not here: that the served Space asks (test_door).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterable, Iterator, Mapping
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from served import ServedSpace
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
-from waiting import HANGS_SECONDS
 
 from merger.safety.limits import BODY
 from space.entry.body_limit import BodyLimit
@@ -48,19 +47,10 @@ def answered(app: Behind, parts: Iterable[bytes], headers: Mapping[str, str]) ->
 PIECE = b"x" * 50_000
 
 
-@pytest.mark.parametrize(
-    ("pieces", "stated", "status", "text"),
-    [
-        (0, None, 200, "0"),
-        (1, None, 200, "50000"),
-        (20, None, 200, "1000000"),
-        (20, BODY.most, 200, "1000000"),
-        (21, None, 413, None),
-        (4_000, None, 413, None),
-        (1, BODY.most + 1, 413, None),
-        (1, 10**30, 413, None),
-    ],
-)
+@pytest.mark.parametrize(("pieces", "stated", "status", "text"), [
+    (0, None, 200, "0"), (1, None, 200, "50000"), (20, None, 200, "1000000"), (20, BODY.most, 200, "1000000"),
+    (21, None, 413, None), (4_000, None, 413, None), (1, BODY.most + 1, 413, None), (1, 10**30, 413, None),
+])  # fmt: skip
 def test_a_body_is_as_long_as_is_read_or_the_application_is_not_asked(
     pieces: int, stated: int | None, status: int, text: str | None
 ) -> None:
@@ -80,16 +70,3 @@ def test_a_body_is_as_long_as_is_read_or_the_application_is_not_asked(
         assert found.text == text
     else:
         assert found.json() == {"error": "a request has 1,000,000 bytes at most"}
-
-
-PATHS = ["/gradio_api/call/check", "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/mcp/", "/", "/nowhere"]
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_the_space_refuses_a_long_body_before_it_comes(space: ServedSpace, path: str) -> None:
-    """Of 60 MB it wants not one byte."""
-    at = urlsplit(space.url)
-    with socket.create_connection((str(at.hostname), at.port or 80), timeout=HANGS_SECONDS) as connection:
-        head = f"POST {path} HTTP/1.1\r\nHost: {at.netloc}\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: 60000000\r\n\r\n".encode())
-        assert connection.recv(1000).startswith(b"HTTP/1.1 413")

@@ -241,17 +241,10 @@ def test_what_a_webhook_claims_is_read_from_the_hub(hooks: Hooks, served: Loopba
     assert len(served.commits("alice/claimed")) == 1
 
 
-@pytest.mark.parametrize(
-    ("body", "secret", "status"),
-    [
-        (b"{}", "guess", 403),
-        (b"{}", "", 403),
-        (b"{}", SECRET + "x", 403),
-        (b"{}", SECRET, 400),
-        (b"[1, 2", SECRET, 400),
-        (b" " * (2 << 20), SECRET, 413),
-    ],
-)
+@pytest.mark.parametrize(("body", "secret", "status"), [
+    (b"{}", "guess", 403), (b"{}", "", 403), (b"{}", SECRET + "x", 403), (b"{}", SECRET, 400), (b"[1, 2", SECRET, 400),
+    (b" " * (2 << 20), SECRET, 413),
+])  # fmt: skip
 def test_a_forged_or_broken_webhook_is_refused(body: bytes, secret: str, status: int, hooks: Hooks) -> None:
     """With a sentence, and the log has neither the secret nor the token."""
     found, told = hooks.send(body, secret)

@@ -7,6 +7,7 @@ a cookie holds (test_sessions).
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from served import ServedSpace
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 from thorough import thorough_only
+from waiting import HANGS_SECONDS
 
 from space.entry.door import Door, own_origins
 
@@ -185,6 +187,15 @@ def test_the_space_refuses_a_stranger_first(space: ServedSpace, method: str, pat
         == "Another site asked for this in a visitor's name, and only the Space's own page may: do it there.\n"
     )
     assert not [name for name in found.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/call/check", JOIN, "/gradio_api/upload", "/gradio_api/mcp/", "/", "/no"])
+def test_the_space_refuses_a_long_body_before_it_comes(space: ServedSpace, path: str) -> None:
+    """Of 60 MB it wants not one byte."""
+    with socket.create_connection(("127.0.0.1", space.port), timeout=HANGS_SECONDS) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 60000000\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
 
 
 def test_the_space_answers_its_own_page_and_programs(space: ServedSpace, served: LoopbackHub) -> None:

@@ -44,7 +44,7 @@ MakeQueue = Callable[..., MergeQueue]
 def parents(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and two others on the Hub; the users alice and bob."""
     root = tmp_path_factory.mktemp("parents")
-    made = {name: tiny.model(root / name, seed) for seed, name in enumerate(("base", "one", "two"))}
+    made = tiny.models(root, "base", "one", "two")
     for name, folder in made.items():
         served.add_model(f"org/{name}", folder)
     served.add_user("alice", ALICE.value)
@@ -103,7 +103,7 @@ def until(queue: MergeQueue, job: QueuedMerge, *states: str) -> QueuedMerge:
 
 def only_worker(queue: MergeQueue) -> int:
     """The one process that is at work."""
-    pid = waiting.until(lambda: queue._forkserver._process).pid
+    pid = waiting.until(lambda: queue._workers._forkserver._process).pid
     those = Path(f"/proc/{pid}/task/{pid}/children")
     return int(waiting.until(lambda: len(found := those.read_text().split()) == 1 and found[0]))
 
@@ -181,7 +181,7 @@ def test_a_job_that_cannot_be_begun_fails_and_the_next_one_goes_on(make_queue: M
     """Whatever goes wrong beside its worker ends that job alone, and it says so."""
     queue = make_queue(start=False)
     jobs = [submit(queue, "alice", name) for name in ("unlucky", "lucky")]
-    (queue._folder / jobs[0].id).write_bytes(b"in the way of its folder")
+    (queue._workers._folder / jobs[0].id).write_bytes(b"in the way of its folder")
     queue.start()
     assert "ended without a word" in until(queue, jobs[0], "failed").problems[0]
     until(queue, jobs[1], "done")
@@ -240,14 +240,14 @@ def test_a_job_that_is_cancelled_while_its_worker_begins_makes_nothing(make_queu
     """Between its turn and its worker there is nobody to be ended yet: the worker is, as soon as it is there."""
     queue = make_queue(start=False)
     job = submit(queue, "alice", "sudden")
-    fork = queue._forkserver.fork
+    fork = queue._workers._forkserver.fork
 
     def cancel_first(folder: Path) -> socket.socket:
         queue.cancel("alice", job.id)
         return fork(folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(queue._forkserver, "fork", cancel_first)
+        patch.setattr(queue._workers._forkserver, "fork", cancel_first)
         queue.start()
         waiting.until(lambda: queue.job("alice", job.id).is_over)
     until(queue, submit(queue, "alice", "next"), "done")
@@ -311,8 +311,8 @@ def test_a_fork_server_that_is_killed(make_queue: MakeQueue) -> None:
     """When the process that forks the workers is killed, the next job has a new one."""
     queue = make_queue()
     until(queue, submit(queue, "alice", "before"), "done")
-    assert queue._forkserver._process is not None
-    queue._forkserver._process.kill()
+    assert queue._workers._forkserver._process is not None
+    queue._workers._forkserver._process.kill()
     until(queue, submit(queue, "alice", "after"), "done")
 
 
@@ -371,7 +371,7 @@ def test_a_worker_ends_with_its_queue(make_queue: MakeQueue, hub: LoopbackHub) -
     job = submit(queue, "alice", "orphan")
     assert reached.wait(HANGS_SECONDS)
     pid = only_worker(queue)
-    queue._workers[job.id].shutdown(socket.SHUT_WR)
+    queue._workers._at_work[job.id].shutdown(socket.SHUT_WR)
     assert is_gone(pid)
     go.set()
 
@@ -384,7 +384,7 @@ def test_a_worker_ends_with_a_queue_that_never_listened(
     queue = make_queue(start=False)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     asked = {"to": "hf://alice/unheard", "token": ALICE.value, **vars(How()), **queue.limits.for_a_job()}
-    ours = queue._forkserver.fork(tmp_path)
+    ours = queue._workers._forkserver.fork(tmp_path)
     ours.sendall(json.dumps(asked).encode() + b"\n")
     assert reached.wait(HANGS_SECONDS)
     pid = only_worker(queue)
@@ -454,18 +454,10 @@ NARROW = {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": {"name": 
 READING = {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": {}, "permissions": ["repo.content.read"]}]}}
 
 
-@pytest.mark.parametrize(
-    ("said", "reach"),
-    [
-        ({"role": "write"}, Reach.ALL),
-        ({}, Reach.ALL),
-        ({"role": "read"}, Reach.READS),
-        (FINE, Reach.SOME),
-        (NARROW, Reach.SOME),
-        (READING, Reach.READS),
-        ({"role": "fineGrained"}, Reach.READS),
-    ],
-)
+@pytest.mark.parametrize(("said", "reach"), [
+    ({"role": "write"}, Reach.ALL), ({}, Reach.ALL), ({"role": "read"}, Reach.READS), (FINE, Reach.SOME),
+    (NARROW, Reach.SOME), (READING, Reach.READS), ({"role": "fineGrained"}, Reach.READS),
+])  # fmt: skip
 def test_what_a_token_may_write(said: dict[str, Any], reach: Reach) -> None:
     """As the Hub says it; an app's token has no role there."""
     assert _reach(said) == reach

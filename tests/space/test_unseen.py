@@ -30,8 +30,7 @@ pytestmark = [
 def space(served: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedSpace]:
     """A Space with a bot, under the name that it has on the Hub, and with a secret that somebody left there."""
     root = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("base", "one", "two")):
-        served.add_model(f"org/{name}", tiny.model(root / name, seed))
+    tiny.models(root, "base", "one", "two", hub=served)
     served.add_model("alice/asked", {"README.md": b"mine\n"})
     for user, token in (("alice", ALICE), ("eve", "hf_token_of_eve"), (BOT, BOTS)):
         served.add_user(user, token=token, orgs=["alice"] if user == BOT else [])

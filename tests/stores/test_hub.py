@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +16,6 @@ from loopback.wire import Answer
 from merger.stores.hub import http
 from merger.stores.ports import Located, Ticket
 
-WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
 BYTES = bytes(n % 251 for n in range(10_000))
 FILES = {
     "config.json": b'{"model_type": "x"}',
@@ -265,17 +264,9 @@ KEPT = ("a null value", "a number", "a lifetime that is none")
 """Tokens that the client would keep for an hour: it is not asked again."""
 
 
-@pytest.fixture(scope="module")
-def github() -> Iterator[LoopbackGitHub]:
-    """The CI that vouches for the job."""
-    with LoopbackGitHub() as server:
-        yield server
-
-
 @pytest.fixture
 def job(hub: LoopbackHub, github: LoopbackGitHub) -> dict[str, str]:
     """The environment of a job that the repo trusts."""
-    github.strange.clear()
     hub.trust(REPO, github.repository)
     return {
         "HF_TOKEN": "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
@@ -149,42 +150,32 @@ def test_no_more_is_held_than_the_budget_and_what_is_being_read(sizes: list[int]
     assert sum(stop - start for _, start, stop in pieces) >= sum(sizes)
 
 
-def test_neighbours_are_fetched_by_one_request() -> None:
-    """Small tensors that follow each other closely cost one request, also when two models are read by turns."""
-    tickets, source = in_a_row([10] * 12, [0, 2]), Source()
-    reader = RangeReader(tickets, 1000, source.fill, connections=1)
-    read_all(reader, tickets, range(12), 10)
-    reader.close()
-    parts = {model.name: [asked[2:] for asked in source.asked if asked[0] == model] for model in MODELS}
-    assert parts == {"org/a": [(0, 60)], "org/b": [(2, 60), (62, 72)]}
+REQUESTS: dict[str, tuple[list[Ticket], dict[str, list[tuple[int, int]]]]] = {
+    "neighbours come by one request, also of two models by turns": (
+        in_a_row([10] * 12, [0, 2]), {"org/a x": [(0, 60)], "org/b x": [(2, 60), (62, 72)]}),
+    "a wide gap is skipped": (
+        [ticket(start=0), ticket(start=18), ticket(start=37)], {"org/a x": [(0, 28), (37, 47)]}),
+    "a gap that another ticket fills is not fetched along: its bytes would come twice": (
+        [ticket(start=0), ticket(start=13), ticket(start=10, size=3)], {"org/a x": [(0, 10), (13, 23), (10, 13)]}),
+    "a neighbour that is needed much later is not fetched along: it would fill the budget early": (
+        [ticket(), *(ticket(1, "y", 100 * n) for n in range(6)), ticket(start=10)],
+        {"org/a x": [(0, 10), (10, 20)], "org/b y": [(100 * n, 100 * n + 10) for n in range(6)]}),
+    "no request is larger than a piece": (
+        [ticket(size=200)], {"org/a x": [(0, 64), (64, 128), (128, 192), (192, 200)]}),
+}  # fmt: skip
+"""Tickets, and what is asked for of each file."""
 
 
-def test_a_wide_gap_is_not_fetched_along() -> None:
-    """What lies between two tensors is skipped if it is more than a request is worth."""
-    tickets, source = [ticket(start=0), ticket(start=18), ticket(start=37)], Source()
-    reader = RangeReader(tickets, 1000, source.fill, connections=1)
-    read_all(reader, tickets, range(3), 10)
-    reader.close()
-    assert [asked[2:] for asked in source.asked] == [(0, 28), (37, 47)]
-
-
-def test_a_gap_that_another_ticket_fills_is_not_fetched_along() -> None:
-    """Else its bytes would be transferred twice."""
-    tickets, source = [ticket(start=0), ticket(start=13), ticket(start=10, size=3)], Source()
-    reader = RangeReader(tickets, 1000, source.fill, connections=1)
-    read_all(reader, tickets, range(3), 10)
-    reader.close()
-    assert [asked[2:] for asked in source.asked] == [(0, 10), (13, 23), (10, 13)]
-
-
-def test_a_neighbour_that_is_needed_much_later_is_not_fetched_along() -> None:
-    """A piece is held until its last byte is taken, so what is wanted late would fill the budget early."""
-    tickets = [ticket(), *(ticket(1, "y", 100 * n) for n in range(6)), ticket(start=10)]
-    source = Source()
+@pytest.mark.parametrize("what", REQUESTS)
+def test_what_is_asked_for(what: str) -> None:
+    """In the order of the tickets, as few requests as lose no bytes."""
+    (tickets, expected), source, found = REQUESTS[what], Source(), defaultdict(list)
     reader = RangeReader(tickets, 1000, source.fill, connections=1)
     read_all(reader, tickets, range(len(tickets)), 10)
     reader.close()
-    assert [asked[2:] for asked in source.asked if asked[1] == "x"] == [(0, 10), (10, 20)]
+    for model, file, start, stop in source.asked:
+        found[f"{model.name} {file}"].append((start, stop))
+    assert found == expected
 
 
 @pytest.mark.parametrize(("budget", "times"), [(400, 1), (39, 4)])
@@ -196,15 +187,6 @@ def test_what_several_tickets_want_is_transferred_once_where_it_may_wait(budget:
     reader.close()
     assert found == {n: content(t.model, t.file, t.start, t.stop) for n, t in enumerate(tickets)}
     assert len([asked for asked in source.asked if asked[1] == "x"]) == times
-
-
-def test_large_tensors_are_fetched_in_pieces() -> None:
-    """No request is larger than a piece."""
-    tickets, source = [ticket(size=200)], Source()
-    reader = RangeReader(tickets, 1000, source.fill, connections=1)
-    read_all(reader, tickets, [0], 200)
-    reader.close()
-    assert [asked[2:] for asked in source.asked] == [(0, 64), (64, 128), (128, 192), (192, 200)]
 
 
 def test_tickets_of_one_turn_are_fetched_side_by_side() -> None:

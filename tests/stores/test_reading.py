@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import tiny
-from calls import Command
+from calls import WRITER, Command
 from loopback import Client, LoopbackHub, Request
 
-WRITER = "hf_writer_of_org"
-SHARD = ("--shard-size", "3kB")
+SHARD = ("--shard-size", "9kB")
 NAMES = ("base", "one", "two")
 FILES = tuple(f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 MODELS = """\

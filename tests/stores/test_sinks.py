@@ -18,13 +18,13 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from calls import WRITER
 from loopback import Client, ClientError, LoopbackHub, Request
 
 from merger.models.formats.safetensors import ShardWriter, WrittenShard, header
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Copy, Published, Session
 
-WRITER = "hf_writer_of_org"
 IDENTITY = "fedcba9876543210" * 4
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FILES = {

@@ -20,13 +20,13 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from calls import READER, WRITER
 from loopback import Client, ClientError, LoopbackHub, Request
 from loopback.wire import Answer
 from waiting import HANGS_SECONDS, until
 
 from merger.models.formats.safetensors import WrittenShard
 
-WRITER, READER = "hf_writer_of_org", "hf_reader_of_org"
 IDENTITY = "0123456789abcdef" * 4
 BRANCH, TITLE = "merge-staging/0123456789abcdef", "Merge of a, b [0123456789abcdef]"
 SHARDS = {"model-00001-of-00002.safetensors": b"first" * 400, "model-00002-of-00002.safetensors": b"second" * 400}

@@ -86,17 +86,13 @@ def test_tensors_of_one_alone_of_two_shapes_and_of_two_dtypes(tmp_path: Path) ->
     assert "F32 in A, F16 in B" in words
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "relative", "largest", "differing"),
-    [
-        ([1.0, 0.0], [1.0, -0.0], 0.0, 0.0, 1),
-        ([float("nan"), 3.0], [float("nan"), 3.0], 0.0, 0.0, 0),
-        ([float("nan"), 3.0], [float("nan"), 4.0], 1 / 3, 1.0, 1),
-        ([float("inf"), 3.0], [1.0, 3.0], None, None, 1),
-        ([0.0, 0.0], [0.0, 1.0], None, 1.0, 1),
-    ],
-    ids=["signs of zero", "the same NaN", "beside NaN", "infinity", "zero"],
-)
+@pytest.mark.parametrize(("one", "other", "relative", "largest", "differing"), [
+    ([1.0, 0.0], [1.0, -0.0], 0.0, 0.0, 1),
+    ([float("nan"), 3.0], [float("nan"), 3.0], 0.0, 0.0, 0),
+    ([float("nan"), 3.0], [float("nan"), 4.0], 1 / 3, 1.0, 1),
+    ([float("inf"), 3.0], [1.0, 3.0], None, None, 1),
+    ([0.0, 0.0], [0.0, 1.0], None, 1.0, 1),
+], ids=["signs of zero", "the same NaN", "beside NaN", "infinity", "zero"])  # fmt: skip
 def test_numbers_that_are_none(
     one: list[float], other: list[float], relative: float | None, largest: float | None, differing: int, tmp_path: Path
 ) -> None:

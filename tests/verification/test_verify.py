@@ -373,8 +373,7 @@ def test_a_small_file_that_was_changed_is_seen_by_any_sample(name: str, tmp_path
 
 def test_a_parents_other_file_in_a_folder_is_told(tmp_path: Path) -> None:
     """By what the sample comes to, and with --all by its checksum."""
-    for seed, name in enumerate(("base", "kjv", "python")):
-        tiny.model(tmp_path / name, seed)
+    tiny.models(tmp_path, "base", "kjv", "python")
     (tmp_path / "mine.yaml").write_text(RECIPE.format(method="linear").replace("proof/", f"{tmp_path}/"))
     planned = merger.plan(tmp_path / "mine.yaml")
     merger.merge(tmp_path / "mine.yaml", str(tmp_path / "out"))
@@ -399,15 +398,8 @@ READ = [
 """What a loader may read, or what nobody here knows: fit for a table that grows."""
 
 NOT_READ = [
-    "notes.txt",
-    "docs/usage.md",
-    "plot.png",
-    "LICENSE",
-    "results.csv",
-    "merge.yaml",
-    "merge.lock.yaml",
-    ".gitignore",
-]
+    "notes.txt", "docs/usage.md", "plot.png", "LICENSE", "results.csv", "merge.yaml", "merge.lock.yaml", ".gitignore",
+]  # fmt: skip
 SILENT = [".gitattributes", "pictures/own.png", ".git/objects/ab/cd", ".cache/huggingface/download/x.metadata"]
 
 

@@ -160,7 +160,6 @@ def _alt_words(labels: Sequence[str]) -> list[str]:
 
 
 def _columns(labels: Sequence[str]) -> int:
-    """As many as fit beside each other."""
     longest = max(min(len(label), _LABEL_LETTERS) for label in labels)
     return max(1, min(len(labels), int(WIDTH / (0.085 * longest + 0.6))))
 

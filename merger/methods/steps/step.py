@@ -216,7 +216,6 @@ class _Arena(threading.local):
         self.used, self.tiles = 0, 0
 
     def take(self, entries: int) -> Array:
-        """As many entries in one row."""
         used = self.used
         if self.tiles and entries <= _KEPT_ENTRIES:
             self.used += 1

@@ -17,8 +17,6 @@ from merger.models.gguf.layout import KINDS, GgufTensor, Value
 
 Config = Mapping[str, Any]
 _Settings = dict[str, Value]
-_ORIGINAL = "original_max_position_embeddings"
-_ROPE = {"rope_theta", "rope_type", "type", "factor", _ORIGINAL}
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,92 @@ FAMILIES: Mapping[str, GgufFamily] = {
 """By the name in `architectures` of config.json."""
 
 
+# ---- positions ------------------------------------------------------------------------------------------------------
+
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE = {"rope_theta", "rope_type", "type", "factor", _ORIGINAL}
+_KNOWN_ROPE: Mapping[str, set[str]] = {
+    "default": {"partial_rotary_factor"},
+    "llama3": {"low_freq_factor", "high_freq_factor"},
+    "longrope": {"long_factor", "short_factor", "partial_rotary_factor"},
+}
+
+
+class Rope:
+    """How positions are turned.
+
+    Args:
+        config: the model's config.json.
+        head: how many entries a head has.
+    """
+
+    def __init__(self, config: Config, head: int) -> None:
+        self._config, self._head = config, head
+        said: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}  # since and before version 5
+        found: Config = said.get("full_attention", said)
+        own = ("rope_theta", "partial_rotary_factor")
+        more = {key: config[key] for key in own if key in config and key not in found}
+        self._said = {key: value for key, value in {**found, **more}.items() if value is not None}
+        self.way = str(self._said.get("rope_type") or self._said.get("type") or "default")
+
+    @property
+    def unknown(self) -> set[str]:
+        """The settings that are not understood."""
+        return set(self._said) - _ROPE - _KNOWN_ROPE.get(self.way, set())
+
+    @property
+    def _first_length(self) -> int:
+        """How many tokens the model saw before its positions were scaled."""
+        config = self._config
+        return int(self._said.get(_ORIGINAL) or config.get(_ORIGINAL) or config["max_position_embeddings"])
+
+    def settings(self, keys: Any, family: GgufFamily) -> _Settings:
+        """What llama.cpp has to know of it, by `gguf.Keys.Rope`."""
+        rope = self._said
+        turned = int(self._head * float(rope.get("partial_rotary_factor") or 1))
+        found: _Settings = {keys.DIMENSION_COUNT: turned, keys.FREQ_BASE: float(rope.get("rope_theta") or 10000.0)}
+        if family.window == _PATTERN_OF_GEMMA_3:
+            local = (self._config.get("rope_parameters") or {}).get("sliding_attention") or {}
+            theta = local.get("rope_theta") or self._config.get("rope_local_base_freq") or 10000.0
+            found[keys.FREQ_BASE_SWA] = float(theta)
+        if self.way in ("linear", "yarn"):
+            found |= {keys.SCALING_TYPE: self.way, keys.SCALING_FACTOR: float(rope["factor"])}
+        if self.way == "yarn" or family.arch == "phi3":
+            found[keys.SCALING_ORIG_CTX_LEN] = self._first_length
+        if self.way == "longrope":
+            found[keys.SCALING_ATTN_FACTOR] = _long_scale(self._config["max_position_embeddings"], self._first_length)
+        return found
+
+    def tensors(self) -> tuple[GgufTensor, ...]:
+        """Tensors that transformers computes of config.json and llama.cpp reads."""
+        if self.way == "llama3":
+            return (_of_numbers("rope_freqs.weight", _llama3_factors(self._said, self._head, self._first_length)),)
+        if self.way == "longrope":
+            ways = ("long", "short")
+            return tuple(_of_numbers(f"rope_factors_{way}.weight", self._said[f"{way}_factor"]) for way in ways)
+        return ()
+
+
+def _of_numbers(name: str, numbers: Any) -> GgufTensor:
+    return GgufTensor(name, "F32", (len(numbers),), data=struct.pack(f"<{len(numbers)}f", *numbers))
+
+
+def _llama3_factors(rope: Config, head: int, first: int) -> list[float]:
+    """By what each frequency is divided, as Llama 3.1 scales them: those of many turns not at all."""
+    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = [first / (2 * math.pi * float(rope["rope_theta"]) ** (place / head)) for place in range(0, head, 2)]
+    shares = [min(max((each - low) / (high - low), 0.0), 1.0) for each in turns]
+    return [1 / ((1 - share) / factor + share) for share in shares]
+
+
+def _long_scale(length: int, first: int) -> float:
+    """By what longrope makes attention larger."""
+    return math.sqrt(1 + math.log(length / first) / math.log(first)) if length > first else 1.0
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
 class GgufModel:
     """A model as a GGUF file has it.
 
@@ -91,8 +175,7 @@ class GgufModel:
         self._heads = {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
         self._head = int(config.get("head_dim") or config["hidden_size"] // heads)
         self._count = int(config.get("num_local_experts") or config.get("num_experts") or 0)
-        self._rope = _rope_of(config)
-        self._way = str(self._rope.get("rope_type") or self._rope.get("type") or "default")
+        self.rope = Rope(config, self._head)
         self._check()
         arch = next(key for key, name in self._gguf.MODEL_ARCH_NAMES.items() if name == self.family.arch)
         self._names = self._gguf.get_tensor_name_map(arch, self._layers)
@@ -103,11 +186,11 @@ class GgufModel:
         """That llama.cpp computes what transformers does."""
         config, family = self._config, self.family
         act = config.get("hidden_activation") or config.get("hidden_act") or family.act
-        known = _ROPE | _KNOWN_ROPE.get(self._way, set())
+        way, unknown = self.rope.way, self.rope.unknown
         wrong = {
             f"hidden_act {act}": act != family.act,
-            f"positions scaled by {self._way}": self._way not in family.rope,
-            f"rope settings {sorted(set(self._rope) - known)}": self._way in family.rope and set(self._rope) - known,
+            f"positions scaled by {way}": way not in family.rope,
+            f"rope settings {sorted(unknown)}": way in family.rope and unknown,
             "use_sliding_window": config.get("use_sliding_window"),
             "query_pre_attn_scalar other than its heads' size": family.window and not self._usual_scale(),
             "layer_types in another order": family.window and not self._usual_layers(),
@@ -133,7 +216,7 @@ class GgufModel:
     def settings(self) -> dict[str, Value]:
         """What llama.cpp has to know of the architecture, by its keys."""
         of, arch = self._gguf.Keys, self.family.arch
-        found = self._sizes(of) | self._positions(of) | self._attention(of) | self._experts(of)
+        found = self._sizes(of) | self.rope.settings(of.Rope, self.family) | self._attention(of) | self._experts(of)
         return {of.General.ARCHITECTURE: arch, **{key.format(arch=arch): value for key, value in found.items()}}
 
     def _sizes(self, of: Any) -> _Settings:
@@ -175,28 +258,6 @@ class GgufModel:
                 found[key] = float(config[name])
         return found
 
-    def _positions(self, of: Any) -> _Settings:
-        rope, ours = self._rope, of.Rope
-        turned = int(self._head * float(rope.get("partial_rotary_factor") or 1))
-        found: _Settings = {ours.DIMENSION_COUNT: turned, ours.FREQ_BASE: float(rope.get("rope_theta") or 10000.0)}
-        if self.family.window == _PATTERN_OF_GEMMA_3:
-            found[ours.FREQ_BASE_SWA] = _local_theta(self._config)
-        if self._way in ("linear", "yarn"):
-            found |= {ours.SCALING_TYPE: self._way, ours.SCALING_FACTOR: float(rope["factor"])}
-        if self._way == "yarn":
-            found[ours.SCALING_ORIG_CTX_LEN] = self._first_length
-        if self.family.arch == "phi3":
-            found[ours.SCALING_ORIG_CTX_LEN] = self._first_length
-        if self._way == "longrope":
-            found[ours.SCALING_ATTN_FACTOR] = _long_scale(self._config["max_position_embeddings"], self._first_length)
-        return found
-
-    @property
-    def _first_length(self) -> int:
-        """How many tokens it saw before its positions were scaled."""
-        config = self._config
-        return int(self._rope.get(_ORIGINAL) or config.get(_ORIGINAL) or config["max_position_embeddings"])
-
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
     def tensor(self, name: str, shape: tuple[int, ...], kind: str) -> GgufTensor | None:
@@ -237,15 +298,6 @@ class GgufModel:
         names = tuple(part.sources[0] for part in parts)
         return replace(first, shape=(len(parts), *first.shape), sources=names)
 
-    def more_tensors(self) -> tuple[GgufTensor, ...]:
-        """Tensors that transformers computes of config.json and llama.cpp reads."""
-        if self._way == "llama3":
-            return (_of_numbers("rope_freqs.weight", _llama3_factors(self._rope, self._head, self._first_length)),)
-        if self._way == "longrope":
-            ways = ("long", "short")
-            return tuple(_of_numbers(f"rope_factors_{way}.weight", self._rope[f"{way}_factor"]) for way in ways)
-        return ()
-
 
 def stack_of(name: str) -> tuple[str, int]:
     """The name under which all experts of a layer have a tensor together, and its place there; of others their own.
@@ -259,31 +311,12 @@ def stack_of(name: str) -> tuple[str, int]:
 
 _EXPERT = re.compile(r"(.*\.experts)\.([0-9]+)\.(.*)")
 _PATTERN_OF_GEMMA_3 = 6
-_KNOWN_ROPE: Mapping[str, set[str]] = {
-    "default": {"partial_rotary_factor"},
-    "llama3": {"low_freq_factor", "high_freq_factor"},
-    "longrope": {"long_factor", "short_factor", "partial_rotary_factor"},
-}
 
 
 def _refusal(what: str) -> RecipeError:
     titles = ", ".join(dict.fromkeys(family.title for family in FAMILIES.values()))
     hint = f"it is made of {titles}; convert_hf_to_gguf.py of llama.cpp knows more: run it on the published model"
     return RecipeError(Problem(what, hint=hint))
-
-
-def _rope_of(config: Config) -> Config:
-    """How positions are turned, as transformers writes it since version 5 and as it did before."""
-    said: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found: Config = said.get("full_attention", said)
-    more = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config and key not in found}
-    return {key: value for key, value in {**found, **more}.items() if value is not None}
-
-
-def _local_theta(config: Config) -> float:
-    """Of the layers of Gemma 3 that see a window."""
-    local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
-    return float(local.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0)
 
 
 def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
@@ -293,20 +326,3 @@ def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
     if kind in ("Q4_0", "Q5_0", "MXFP4") and name in ("token_embd.weight", "output.weight"):
         kind = "Q8_0"
     return kind if shape[-1] % KINDS[kind].together == 0 else "F16"
-
-
-def _of_numbers(name: str, numbers: Any) -> GgufTensor:
-    return GgufTensor(name, "F32", (len(numbers),), data=struct.pack(f"<{len(numbers)}f", *numbers))
-
-
-def _llama3_factors(rope: Config, head: int, first: int) -> list[float]:
-    """By what each frequency is divided, as Llama 3.1 scales them: those of many turns not at all."""
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = [first / (2 * math.pi * float(rope["rope_theta"]) ** (place / head)) for place in range(0, head, 2)]
-    shares = [min(max((each - low) / (high - low), 0.0), 1.0) for each in turns]
-    return [1 / ((1 - share) / factor + share) for share in shares]
-
-
-def _long_scale(length: int, first: int) -> float:
-    """By what longrope makes attention larger."""
-    return math.sqrt(1 + math.log(length / first) / math.log(first)) if length > first else 1.0

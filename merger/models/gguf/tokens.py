@@ -6,13 +6,13 @@ Not here: the model (families).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merger.errors import Problem, RecipeError
 from merger.models import chat
 from merger.models.gguf.layout import Value
-from merger.models.tokenizer_files import BYTES, SPACES, spelling
+from merger.models.tokenizer_files import BYTES, SPACES, spelling, tokenizer_steps
 from merger.safety.limits import parse_json
 
 FILES = ("tokenizer.json", chat.SETTINGS, chat.JINJA, chat.PROCESSOR)
@@ -40,7 +40,6 @@ def describe_tokens(files: Mapping[str, bytes], config: Mapping[str, Any]) -> di
 
     Args:
         files: those of `FILES` that the result has.
-        config: its config.json.
 
     Raises:
         RecipeError: llama.cpp would read text otherwise.
@@ -98,7 +97,7 @@ class _Tokens:
     # ---- how text is cut ---------------------------------------------------------------------------------------------
 
     def _of_bytes(self) -> dict[str, Value]:
-        steps = list(_steps(self._tokenizer.get("pre_tokenizer")))
+        steps = tokenizer_steps(self._tokenizer.get("pre_tokenizer"))
         patterns = [step["pattern"].get("Regex", "?") for step in steps if step.get("type") == "Split"]
         cut = [step for step in steps if step.get("type") == "ByteLevel" and step.get("use_regex", True)]
         others = [step["type"] for step in steps if step.get("type") not in ("Split", "ByteLevel")]
@@ -114,7 +113,7 @@ class _Tokens:
             ranks.setdefault("".join(pair), rank)
         self._check_joins(ranks, kinds)
         scores = [float(-ranks[token]) if token in ranks else _LOWEST for token in tokens]
-        steps = [*_steps(self._tokenizer.get("normalizer")), *_steps(self._tokenizer.get("pre_tokenizer"))]
+        steps = [step for key in ("normalizer", "pre_tokenizer") for step in tokenizer_steps(self._tokenizer.get(key))]
         begins = any(step.get("prepend") == _SPACE or _prepends(step) for step in steps)
         return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": begins}
 
@@ -143,7 +142,9 @@ class _Tokens:
     def _begun(self) -> dict[str, Value]:
         """Whether a token is put before and after a text, as the template says; else tokenizer_config.json."""
         steps = [
-            step for step in _steps(self._tokenizer.get("post_processor")) if step.get("type") == "TemplateProcessing"
+            step
+            for step in tokenizer_steps(self._tokenizer.get("post_processor"))
+            if step.get("type") == "TemplateProcessing"
         ]
         if not steps:
             return {f"add_{end}_token": bool(self._said.get(f"add_{end}_token", False)) for end in ("bos", "eos")}
@@ -155,14 +156,3 @@ def _prepends(step: Mapping[str, Any]) -> bool:
     return step.get("type") == "Metaspace" and (
         step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
     )
-
-
-def _steps(found: Any) -> Iterator[Mapping[str, Any]]:
-    """The steps of a part of a tokenizer, of which a sequence holds several."""
-    if not isinstance(found, Mapping):
-        return
-    inside = [step for key in ("normalizers", "pretokenizers", "processors") for step in found.get(key) or ()]
-    if found.get("type") != "Sequence":
-        yield found
-    for step in inside:
-        yield from _steps(step)

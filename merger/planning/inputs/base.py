@@ -23,12 +23,15 @@ PASSTHROUGH = "passthrough"
 class Input:
     """The entries of an input, in its own shape.
 
-    Unless a kind says otherwise it has the shape and the dtype of the first of its children, reads what they read, and
-    takes the memory that they take.
+    Unless a kind says otherwise its children are the inputs among its fields; it has the shape and the dtype of the
+    first of them, reads what they read, and takes the memory that they take.
     """
 
     kind: ClassVar[str]
     """A word for what is done, of which each kind has its own."""
+
+    scattered: ClassVar[bool] = False
+    """Whether a block reads all over what it is made of."""
 
     def encode(self) -> dict[str, Any]:
         """Plain data, and children, that name it in a plan's hash: no two kinds of source have the same keys."""
@@ -37,7 +40,9 @@ class Input:
     @property
     def children(self) -> tuple[Input, ...]:
         """What it is put together from, in a fixed order; the one that names it is the first."""
-        return ()
+        held = (getattr(self, name) for name in getattr(self, "__dataclass_fields__", ()))
+        each = (child for value in held for child in (value if isinstance(value, tuple) else (value,)))
+        return tuple(child for child in each if isinstance(child, Input))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,6 +62,8 @@ class Input:
     @property
     def reread(self) -> tuple[Stored, ...]:
         """The stored tensors of which a block reads more than its own entries: a copy of remote ones is kept."""
+        if self.scattered:
+            return self.stored_tensors
         return tuple(stored for child in self.children for stored in child.reread)
 
     @property
@@ -247,7 +254,7 @@ class Job:
 
 @dataclass(frozen=True)
 class JoinedJob(Job):
-    """Jobs that are made as one, whose inputs lie one behind the other as their results do; see `join` in budget."""
+    """Jobs that are made as one, whose inputs lie one behind the other as their results do (jobs.blocks)."""
 
     members: tuple[Job, ...] = field(kw_only=True)
 

@@ -40,10 +40,6 @@ class Dequantised(Input):
         return {"numbers": self.numbers, "scales": self.scales, "block": self.block, "dtype": self.restored}
 
     @property
-    def children(self) -> tuple[Input, ...]:
-        return (self.numbers, self.scales)
-
-    @property
     def dtype(self) -> str:
         return self.restored
 
@@ -72,6 +68,7 @@ class Packed(Input):
     """
 
     kind = "packed"
+    scattered = True  # rows are read whole, and in some formats those beside them
     form: str
     parts: tuple[tuple[str, Stored], ...]
     size: tuple[int, ...]
@@ -97,11 +94,6 @@ class Packed(Input):
         return self.restored
 
     @property
-    def reread(self) -> tuple[Stored, ...]:
-        """All: rows are read whole, and in some formats those beside them."""
-        return self.stored_tensors
-
-    @property
     def workspace_bytes(self) -> int:
         """Rows as they are stored, in float32 before and after they are scaled, and what looking them up takes."""
         return 24 * (UNPACKED_AT_ONCE + 32 * self.size[-1]) + STRIDED_BYTES
@@ -120,6 +112,7 @@ class Stacked(Input):
     """
 
     kind = "stacked"
+    scattered = True  # shares are read in any order
     givers: tuple[Input, ...]
     taken: tuple[tuple[int, int], ...]
     axis: int
@@ -131,10 +124,6 @@ class Stacked(Input):
         return said if self.size is None else {**said, "size": self.size}
 
     @property
-    def children(self) -> tuple[Input, ...]:
-        return self.givers
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """The first giver's, with a share for each layer."""
         shape = self.givers[0].shape
@@ -144,11 +133,6 @@ class Stacked(Input):
     def run(self) -> int:
         """How many entries of a share follow each other."""
         return self.share * math.prod(self.givers[0].shape[self.axis + 1 :])
-
-    @property
-    def reread(self) -> tuple[Stored, ...]:
-        """All: shares are read in any order."""
-        return self.stored_tensors
 
     @property
     def workspace_bytes(self) -> int:
@@ -172,10 +156,6 @@ class Mean(Input):
 
     def encode(self) -> dict[str, Any]:
         return {"terms": self.terms, "factors": self.factors}
-
-    @property
-    def children(self) -> tuple[Input, ...]:
-        return self.terms
 
     @property
     def workspace_bytes(self) -> int:
@@ -235,10 +215,6 @@ class Noised(Input):
 
     def encode(self) -> dict[str, Any]:
         return {"quiet": self.quiet, "noise": self.noise}
-
-    @property
-    def children(self) -> tuple[Input, ...]:
-        return (self.quiet, self.noise)
 
 
 @dataclass(frozen=True)

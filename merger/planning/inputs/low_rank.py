@@ -44,10 +44,6 @@ class LowRank(Input):
         }  # fmt: skip
 
     @property
-    def children(self) -> tuple[Input, ...]:
-        return (self.of, self.a, self.b, *([self.magnitude] if self.magnitude else []))
-
-    @property
     def rank(self) -> int:
         """How many directions the product has."""
         return self.a.shape[0]
@@ -82,16 +78,13 @@ class ExpertColumns(Input):
     """
 
     kind = "expert columns"
+    scattered = True  # rows of B are read more than once
     of: Stored
     expert: int
     experts: int
 
     def encode(self) -> dict[str, Any]:
         return {"of": self.of, "expert": self.expert, "experts": self.experts}
-
-    @property
-    def children(self) -> tuple[Input, ...]:
-        return (self.of,)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,11 +95,6 @@ class ExpertColumns(Input):
     def chunk_rows(self) -> int:
         """How many rows of B are read at once."""
         return max(1, PRODUCT_ENTRIES // self.of.shape[1])
-
-    @property
-    def reread(self) -> tuple[Stored, ...]:
-        """B: rows are read more than once."""
-        return self.stored_tensors
 
     @property
     def workspace_bytes(self) -> int:
@@ -136,10 +124,6 @@ class ExpertsLowRank(Input):
     def encode(self) -> dict[str, Any]:
         return {"of": self.of, "a": self.a, "b": self.b, "scale": self.scale,
                 "turned": self.transposed, "experts": self.shape[0]}  # fmt: skip
-
-    @property
-    def children(self) -> tuple[Input, ...]:
-        return (self.of, self.a, self.b)
 
     @property
     def rank(self) -> int:
@@ -177,10 +161,6 @@ class Added(Input):
         return {"to": self.to, "plus": self.plus, "scale": self.scale}
 
     @property
-    def children(self) -> tuple[Input, ...]:
-        return (self.to, self.plus)
-
-    @property
     def workspace_bytes(self) -> int:
         """The other's entries in float32."""
         return self.to.workspace_bytes + 4 * self.plus.tensor.entries
@@ -191,24 +171,16 @@ class Transposed(Input):
     """A small matrix that is stored as its transpose."""
 
     kind = "transposed"
+    scattered = True  # some rows are some of every stored row
     transpose: Stored
 
     def encode(self) -> dict[str, Any]:
         return {"transpose": self.transpose}
 
     @property
-    def children(self) -> tuple[Input, ...]:
-        return (self.transpose,)
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """The stored one's the other way round."""
         return self.transpose.shape[::-1]
-
-    @property
-    def reread(self) -> tuple[Stored, ...]:
-        """It: some rows are some of every stored row."""
-        return self.stored_tensors
 
     @property
     def workspace_bytes(self) -> int:
@@ -258,10 +230,6 @@ class Difference(Input):
         return {"minuend": self.minuend, "subtrahend": self.subtrahend}
 
     @property
-    def children(self) -> tuple[Input, ...]:
-        return (self.minuend, self.subtrahend)
-
-    @property
     def workspace_bytes(self) -> int:
         """That of both; those who read it count its second block, whose size they know."""
         return self.minuend.workspace_bytes + self.subtrahend.workspace_bytes
@@ -282,6 +250,7 @@ class MergedDeltas(Input):
     """
 
     kind = "merged deltas"
+    scattered = True
     deltas: tuple[LowRank | Constant, ...]
     method: str
     arguments: tuple[tuple[str, Any], ...]
@@ -296,10 +265,6 @@ class MergedDeltas(Input):
         }  # fmt: skip
 
     @property
-    def children(self) -> tuple[Input, ...]:
-        return self.deltas
-
-    @property
     def dtype(self) -> str:
         """That of the first adapter's numbers."""
         return self.stored_tensors[0].dtype
@@ -308,11 +273,6 @@ class MergedDeltas(Input):
     def rank(self) -> int:
         """How many directions the adapters have together."""
         return sum(delta.rank for delta in self.deltas if isinstance(delta, LowRank))
-
-    @property
-    def reread(self) -> tuple[Stored, ...]:
-        """All."""
-        return self.stored_tensors
 
     @property
     def workspace_bytes(self) -> int:
@@ -338,6 +298,7 @@ class Factor(Input):
     """
 
     kind = "factor"
+    scattered = True  # a matrix is read several times
     product: Difference | MergedDeltas
     rank: int
     part: Literal["A", "B"]
@@ -350,10 +311,6 @@ class Factor(Input):
             "product": self.product, "rank": self.rank, "part": self.part, "scale": self.scale,
             "turned": self.transposed, "spread": self.spread,
         }  # fmt: skip
-
-    @property
-    def children(self) -> tuple[Input, ...]:
-        return (self.product,)
 
     @property
     def pair(self) -> Factor:
@@ -370,11 +327,6 @@ class Factor(Input):
     def stored_tensors(self) -> tuple[Stored, ...]:
         """The matrix's for A, with which B is made."""
         return self.product.stored_tensors if self.part == "A" else ()
-
-    @property
-    def reread(self) -> tuple[Stored, ...]:
-        """All: a matrix is read several times."""
-        return self.stored_tensors
 
     @property
     def workspace_bytes(self) -> int:

@@ -34,7 +34,6 @@ class _Lists:
 
     @cached_property
     def digest(self) -> str:
-        """Names what they hold."""
         found = hashlib.sha256()
         for numbers in self._lists:
             found.update(f"{len(numbers)} ".encode())
@@ -49,7 +48,6 @@ class _Lists:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that they take."""
         return sum(numbers.nbytes for numbers in self._lists)
 
 
@@ -106,15 +104,12 @@ class Rows(Input):
     """
 
     kind = "rows"
+    scattered = True  # rows are read in any order
     parts: tuple[Stored | StageTensor, ...]
     map: RowMap
 
     def encode(self) -> dict[str, Any]:
         return {"parts": self.parts, "map": self.map.digest}
-
-    @property
-    def children(self) -> tuple[Input, ...]:
-        return self.parts
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,11 +120,6 @@ class Rows(Input):
     def width(self) -> int:
         """How many entries a row has."""
         return math.prod(self.parts[0].shape[1:])
-
-    @property
-    def reread(self) -> tuple[Stored, ...]:
-        """All: rows are read in any order."""
-        return self.stored_tensors
 
     @property
     def workspace_bytes(self) -> int:
@@ -165,6 +155,7 @@ class Pursuit(Input):
     """
 
     kind = "pursuit"
+    scattered = True  # rows are read in any order
     known: Rows
     complete: Stored | StageTensor
     pairs: RowPairs
@@ -172,15 +163,6 @@ class Pursuit(Input):
 
     def encode(self) -> dict[str, Any]:
         return {"known": self.known, "donor": self.complete, "pairs": self.pairs.digest, "k": self.k}
-
-    @property
-    def children(self) -> tuple[Input, ...]:
-        return (self.known, self.complete)
-
-    @property
-    def reread(self) -> tuple[Stored, ...]:
-        """All: rows are read in any order."""
-        return self.stored_tensors
 
     @property
     def workspace_bytes(self) -> int:

@@ -98,7 +98,7 @@ def layers_of(making: Making, cuts: Sequence[Cut], place: int, name: str, found:
     taken = [(piece.parts[place], piece.starts[place] + step) for piece in cuts for step in range(piece.layers)]
     givers = list({part.number: part for part, _ in taken}.values())
     held = [part.model.checkpoint.tensors.get(name) for part in givers]
-    rest = {_beside(tensor, found.axis) for tensor in held if tensor is not None}
+    rest = {(*tensor.shape[: found.axis], *tensor.shape[found.axis + 1 :]) for tensor in held if tensor is not None}
     for part, tensor in zip(givers, held, strict=True):
         if tensor is None or shares(part.model, tensor) != found or len(rest) > 1:
             shapes = " and ".join(shape_text(tensor) for tensor in held if tensor is not None)
@@ -126,8 +126,3 @@ def tell_unshared(making: Making, unshared: Mapping[tuple[str, bool], Sequence[s
             hint = "take all layers of the models, in their order"
         at = making.locked.recipe.slices[0].at
         making.findings.about_recipe(f"{', '.join(names)}: {what}", at, "slices", hint)
-
-
-def _beside(tensor: TensorInfo, axis: int) -> tuple[int, ...]:
-    """A tensor's shape but for one axis."""
-    return (*tensor.shape[:axis], *tensor.shape[axis + 1 :])

@@ -28,10 +28,7 @@ def gguf_files(
     """For each shard the files that are written beside it.
 
     Args:
-        locked: the recipe and its models.
         shards: the jobs of each shard, in its order.
-        config: the result's config.json.
-        small: the result's small files.
 
     Raises:
         RecipeError: no GGUF is made of such a model.
@@ -91,7 +88,7 @@ class _Files:
         parts = (self._tensor(job, kind) for job in self._shards[number])
         made = groupby((part for part in parts if part is not None), attrgetter("name"))
         stacked = [self._model.stack(list(group)) for _, group in made]
-        return [*stacked, *(self._model.more_tensors() if number == 0 else ())]
+        return [*stacked, *(self._model.rope.tensors() if number == 0 else ())]
 
     def _tensor(self, job: Job, kind: str) -> GgufTensor | None:
         found = self._model.tensor(job.name, job.shape, kind)

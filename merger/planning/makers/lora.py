@@ -94,7 +94,6 @@ class _Draft:
         return 1.0 if self.lora.alpha is None or self.lora.rank is None else self.lora.alpha / self.lora.rank
 
     def config(self) -> dict[str, Any]:
-        """The text of adapter_config.json."""
         odd = {re.escape(name): rank for name, rank in self.ranks.items() if rank != self.rank}
         return {
             "peft_type": "LORA",
@@ -163,7 +162,9 @@ class _Blend:
             self._refuse_other_names(part, modules, held[0])
         names = dict.fromkeys(name for modules in held for name in modules)
         layers = Architecture([f"{name}.weight" for name in names])
-        if all(_names_ends(part.model.checkpoint.config) for part in self._parts):
+        configs = [part.model.checkpoint.config for part in self._parts]
+        # for all modules whose names end as the configs list
+        if all(isinstance(of.get("target_modules"), list) and not of.get("layers_to_transform") for of in configs):
             self.draft.all_modules = tuple(names)
         for name in names:
             found = [modules.get(name) for modules in held]
@@ -265,11 +266,6 @@ class _Blend:
                     self._findings.about_recipe(what, self._piece.at, f"parameters.{param.name}", hint)
                 found[param.name] = float(value if value is not None else param.default or 0.0)
         return found
-
-
-def _names_ends(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter is for all modules whose names end as its config lists."""
-    return isinstance(config.get("target_modules"), list) and not config.get("layers_to_transform")
 
 
 def _kind(module: AdaptedModule) -> tuple[bool, int, int]:
@@ -415,7 +411,6 @@ class _Extraction:
         return outside and len(tensor.shape) == 2 and is_before_layers(tensor.name)
 
     def _whole(self, theirs: TensorInfo, dtype: str, embedding: bool) -> Iterator[Job]:
-        """A tensor that the adapter holds as the fine-tune has it."""
         module, _, kind = theirs.name.rpartition(".")
         if self._lora.skip_rest and not embedding:
             self.reasons[theirs.name] = "no matrix, and left out by skip_rest"

@@ -50,8 +50,6 @@ def make_mixture(locked: StagedRecipe, mixture: Mixture, seed: int) -> tuple[Job
     """The jobs of the recipe's mixture, and its config.json.
 
     Args:
-        locked: the recipe and its models.
-        mixture: the recipe's.
         seed: for what is drawn.
 
     Raises:
@@ -188,7 +186,6 @@ class _Fit:
         self.problems: list[Problem] = []
 
     def check(self) -> None:
-        """Base model, experts, and what the config says."""
         self._check_base()
         for expert in {expert.source_model: expert for expert in reversed(self._of.mixture.experts)}.values():
             self._check_expert(expert, self._of.middle)
@@ -198,7 +195,6 @@ class _Fit:
         self._check_config()
 
     def _check_base(self) -> None:
-        """Whether the layout has a place for each of the base model's tensors, and it each that the layout needs."""
         held = [tensor for tensor in self._of.base.checkpoint.tensors.values() if not is_buffer(tensor.name)]
         whatever = self._of.layout.roles is None
         head = () if self._of.base.is_tied or whatever else (HEAD,)
@@ -288,7 +284,6 @@ class _Mixer:
         self._dtype = DTYPES[of.locked.recipe.dtype] if of.locked.recipe.dtype else None
 
     def jobs(self) -> Iterator[Job]:
-        """In the order of the output: embedding and what else acts before the layers, layers, norm and head."""
         loose = [each for each in self._of.base.layer(None, None) if each.name not in (EMBEDDING, NORM, HEAD)]
         yield self._copy(EMBEDDING, self._of.base.checkpoint.tensors[EMBEDDING])
         yield from (self._copy(tensor.name, tensor) for tensor in loose if not is_buffer(tensor.name))

@@ -85,7 +85,6 @@ def other_pipelines(locked: StagedRecipe, small: Texts) -> list[str]:
 
 
 def _small(locked: StagedRecipe, number: int) -> Texts:
-    """The small files of a model, or those of a stage."""
     model = locked.numbered(number)
     if isinstance(model, StageModel):
         return model.small

@@ -26,7 +26,6 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
 
     Args:
         found: the recipe and the models of all its documents.
-        table: the merge methods by name.
         seed: in place of each document's own.
 
     Raises:
@@ -38,7 +37,7 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
         making = make_jobs(document, table)
         small = texts(document, making.tokens)
         jobs = {job.name: job if recipe.mean_of is None else _as_mean(job) for job in making.jobs}
-        tensors = {name: _tensor(job) for name, job in jobs.items()}
+        tensors = {name: TensorInfo(job.name, job.dtype, job.shape, "", 0, job.nbytes) for name, job in jobs.items()}
         stage = StageModel(
             ModelRef(recipe.name or "", at=recipe.name_at),
             document.config_owner.located,
@@ -69,8 +68,3 @@ def _as_mean(job: Job) -> Job:
     weights = [operand.settings["weight"] for operand in job.inputs]
     made = Mean(job.sources, tuple(weight / math.fsum(weights) for weight in weights))
     return replace(job, method=PASSTHROUGH, inputs=(Operand(made, {"scale": 1.0}),), settings={})
-
-
-def _tensor(job: Job) -> TensorInfo:
-    """What a job makes, in a file that is never written."""
-    return TensorInfo(job.name, job.dtype, job.shape, "", 0, job.nbytes)

@@ -87,11 +87,10 @@ def _revisions(place: Value, found: Checkpoints) -> Checkpoints:
         keys = place.fields("a map with the key match", REVISIONS)
         if keys is None:
             return found
-        last, every = keys.get("last"), keys.get("every")
         found = replace(
             found,
-            last=last.whole(LAST, "the last so many, such as last: 8") if last else None,
-            every=every.whole(COUNT, "steps from one to the next, such as every: 1000") if every else None,
+            last=keys.whole("last", LAST, "the last so many, such as last: 8"),
+            every=keys.whole("every", COUNT, "steps from one to the next, such as every: 1000"),
         )
         pattern = keys.get("match") if found.of_folders else keys.need("match", _MATCH)
     if pattern is not None and found.of_folders:

@@ -36,14 +36,14 @@ def evaluate(fields: Fields) -> Evaluate | None:
     keys = place.fields("a map with the keys perplexity or tasks", EVALUATE) if place else None
     if place is None or keys is None:
         return None
-    perplexity, tasks, parents = keys.get("perplexity"), keys.get("tasks"), keys.get("parents")
+    perplexity, tasks = keys.get("perplexity"), keys.get("tasks")
     if not perplexity and not tasks:
         place.error("nothing to measure", "write perplexity: {text: FILE}, or tasks: [NAME]", place.key)
     return Evaluate(
         perplexity=_perplexities(perplexity) if perplexity else (),
         tasks=_tasks(tasks) if tasks else (),
-        limit=_count(keys.get("limit"), None, LIMIT),
-        parents=bool(parents.flag()) if parents else False,
+        limit=_count(keys, "limit", LIMIT),
+        parents=keys.flag("parents"),
         dtype=_dtype(keys.get("dtype")),
         at=place.key,
     )
@@ -68,7 +68,6 @@ def _is_file(task: str) -> bool:
 
 
 def _perplexities(place: Value) -> tuple[Perplexity, ...]:
-    """One text, or a list of them."""
     single = not isinstance(place.node, spans.Sequence)
     found = [_perplexity(item) for item in ([place] if single else place.items("a list of texts, each with - text:"))]
     return tuple(one for one in found if one is not None)
@@ -82,11 +81,11 @@ def _perplexity(place: Value) -> Perplexity | None:
     text = fields.need("text", f"name {_A_TEXT}") if fields else None
     if fields is None or text is None:
         return None
-    window = _count(fields.get("window"), Perplexity.window, Range(2, MAX_WINDOW)) or Perplexity.window
-    stride = _count(fields.get("stride"), max(1, window // 2), Range(1, window - 1))
-    limit = _count(fields.get("limit"), Perplexity.limit, LIMIT)
+    window = _count(fields, "window", Range(2, MAX_WINDOW)) or Perplexity.window
+    stride = _count(fields, "stride", Range(1, window - 1)) or max(1, window // 2)
+    limit = _count(fields, "limit", LIMIT) or Perplexity.limit
     named = _text(text)
-    return Perplexity(named, window, stride or 1, limit or Perplexity.limit, text.at) if named else None
+    return Perplexity(named, window, stride, limit, text.at) if named else None
 
 
 def _text(place: Value) -> str | None:
@@ -108,9 +107,8 @@ def _tasks(place: Value) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _count(place: Value | None, default: int | None, within: Range) -> int | None:
-    found = place.whole(within, f"any whole number from {within} will do") if place else None
-    return default if found is None else found
+def _count(fields: Fields, key: str, within: Range) -> int | None:
+    return fields.whole(key, within, f"any whole number from {within} will do")
 
 
 def _dtype(place: Value | None) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from merger.recipe.checks import Choice
-from merger.recipe.model import Lora, ModelRef, Module, Slice, Source
-from merger.recipe.values import UNREADABLE, Fields, Value, reference
+from merger.recipe.model import Lora, Module, Slice, Source
+from merger.recipe.values import Fields, Value
 from merger.safety import numbers
 from merger.safety.expressions import compiles
 from merger.safety.numbers import quoted_short
@@ -23,6 +23,8 @@ EXTRACT = (
     "model", "base_model", "rank", "alpha", "include", "exclude", "embeddings", "distribute_scale", "skip_rest",
 )  # fmt: skip
 _RANK_HINT = "the rank is how many directions each matrix of the adapter has, such as 16"
+_RANK = ("rank", numbers.RANK, _RANK_HINT)
+_ALPHA = ("alpha", "write a number above 0, such as 16, or leave it out: it is then the rank", numbers.ALPHA)
 _METHOD = "task_arithmetic"
 """What an extraction is: the fine-tune's delta, whole."""
 
@@ -39,7 +41,7 @@ def lora(fields: Fields) -> Lora | None:
         return Lora()
     if "rank" not in found.places and (alpha := found.get("alpha")) is not None:
         alpha.error("alpha goes with a rank", _RANK_HINT, alpha.key)
-    return Lora(rank=_rank(found), alpha=_alpha(found), core=_flag(found, "core"))
+    return Lora(rank=found.whole(*_RANK), alpha=found.number(*_ALPHA), core=found.flag("core"))
 
 
 def adapter_method(found: Choice) -> Choice:
@@ -58,41 +60,21 @@ def read_extraction(place: Value) -> tuple[Lora | None, Module]:
     fields = place.fields("a map with the keys model, base_model and rank", EXTRACT)
     if fields is None:
         return None, Module(None, ())
-    one = _model(fields, "model", "write model: org/fine-tune")
-    base = _model(fields, "base_model", "write base_model: the model that it was made from")
+    one = fields.model("model", "write model: org/fine-tune")
+    base = fields.model("base_model", "write base_model: the model that it was made from")
+    fields.need("rank", _RANK_HINT)
     found = Lora(
-        rank=_rank(fields) if fields.need("rank", _RANK_HINT) else None,
-        alpha=_alpha(fields),
+        rank=fields.whole(*_RANK),
+        alpha=fields.number(*_ALPHA),
         extracted=True,
         include=_regex(fields, "include"),
         exclude=_regex(fields, "exclude"),
-        embeddings=_flag(fields, "embeddings"),
-        distribute_scale=_flag(fields, "distribute_scale"),
-        skip_rest=_flag(fields, "skip_rest"),
+        embeddings=fields.flag("embeddings"),
+        distribute_scale=fields.flag("distribute_scale"),
+        skip_rest=fields.flag("skip_rest"),
     )
     sources = (Source(one, at=one.at), Source(base, added=True, at=base.at))
     return found, Module(None, (Slice(sources, _METHOD, base, at=place.key),), at=place.key)
-
-
-def _model(fields: Fields, key: str, hint: str) -> ModelRef:
-    place = fields.need(key, hint)
-    return reference(place) if place else UNREADABLE
-
-
-def _rank(fields: Fields) -> int | None:
-    place = fields.get("rank")
-    return place.whole(numbers.RANK, _RANK_HINT) if place else None
-
-
-def _alpha(fields: Fields) -> float | None:
-    place = fields.get("alpha")
-    hint = "write a number above 0, such as 16, or leave it out: it is then the rank"
-    return place.number(hint, numbers.ALPHA) if place else None
-
-
-def _flag(fields: Fields, key: str) -> bool:
-    place = fields.get(key)
-    return bool(place.flag()) if place else False
 
 
 def _regex(fields: Fields, key: str) -> str | None:

@@ -11,7 +11,7 @@ from merger.errors import did_you_mean
 from merger.recipe import spans
 from merger.recipe.model import Expert, Mixture, ModelRef
 from merger.recipe.spans import Scalar, number
-from merger.recipe.values import UNREADABLE, Fields, Hints, Value, identity, reference
+from merger.recipe.values import UNREADABLE, Fields, Hints, Value, identity
 from merger.safety.numbers import COUNT, Range
 
 METHOD = "moe"
@@ -44,6 +44,8 @@ _EXPERT_HINTS: Hints = {
     "weight": _AS_THEY_ARE,
 }
 _A_MODEL = "write source_model: org/name, or source_model: ./folder"
+_NOISE = "write a number such as 0.01: the standard deviation of what is added to its MLPs"
+_SCALE = "write a number such as 0.1: what this expert's output is multiplied by"
 _PROMPTS = "a list of texts such as this expert shall be chosen for"
 
 
@@ -99,17 +101,17 @@ def _expert(place: Value, gate_mode: str, shared: bool) -> Expert:
     fields = place.fields("a map with the key source_model", EXPERT, _EXPERT_HINTS)
     if fields is None:
         return Expert(UNREADABLE, at=place.at)
-    model = fields.need("source_model", _A_MODEL)
+    model = fields.model("source_model", _A_MODEL)
     by_chance = gate_mode in BY_CHANCE
     if not by_chance and not shared:
         fields.need("positive_prompts", f"gate_mode: {gate_mode} needs {_PROMPTS}; gate_mode: random needs none")
-    noise, scale = fields.get("noise_scale"), fields.get("residual_scale")
+    scale = fields.number("residual_scale", _SCALE)
     return Expert(
-        source_model=reference(model) if model else UNREADABLE,
+        source_model=model,
         positive_prompts=_prompts(fields, "positive_prompts", by_chance),
         negative_prompts=_prompts(fields, "negative_prompts", by_chance),
-        noise_scale=_noise(noise) if noise else 0.0,
-        residual_scale=_scale(scale) if scale else 1.0,
+        noise_scale=fields.number("noise_scale", _NOISE, Range(0)) or 0.0,
+        residual_scale=1.0 if scale is None else scale,
         at=place.at,
     )
 
@@ -123,16 +125,6 @@ def _prompts(fields: Fields, key: str, by_chance: bool) -> tuple[str, ...]:
         place.warn(f"{key} has no effect where the router is drawn by chance", "take it out", place.key)
         return ()
     return tuple(text for text in read if text is not None)
-
-
-def _noise(place: Value) -> float:
-    hint = "write a number such as 0.01: the standard deviation of what is added to its MLPs"
-    return place.number(hint, Range(0)) or 0.0
-
-
-def _scale(place: Value) -> float:
-    found = place.number("write a number such as 0.1: what this expert's output is multiplied by")
-    return 1.0 if found is None else found
 
 
 def _shared_experts(fields: Fields, gate_mode: str) -> tuple[Expert, ...]:

@@ -7,7 +7,7 @@ or a repo. Not here: what stands in a document (parse), and how a stage is made 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from merger.errors import Problem, Span
@@ -89,7 +89,7 @@ def _in_order(result: Recipe, named: Mapping[str, Recipe], notes: Notes) -> list
 
     def visit(recipe: Recipe) -> None:
         above.append(recipe.name or "")
-        for ref in _stages(recipe, named):
+        for ref in (ref for ref in recipe.parents if ref.path in named):
             if ref.path in above:
                 circle = ", which is made of ".join([*above[above.index(ref.path) + 1 :], ref.path])
                 hint = "a document can only be made of others that are made without it"
@@ -101,10 +101,6 @@ def _in_order(result: Recipe, named: Mapping[str, Recipe], notes: Notes) -> list
 
     visit(result)
     return order
-
-
-def _stages(recipe: Recipe, named: Mapping[str, Recipe]) -> Iterator[ModelRef]:
-    return (ref for ref in recipe.parents if ref.path in named)
 
 
 def _error(notes: Notes, what: str, at: Span | None, hint: str, where: str | None = None) -> None:

@@ -63,18 +63,16 @@ def _block(place: Value) -> Tokenizer:
     fields = place.fields("a map with the key source", TOKENIZER)
     if fields is None:
         return Tokenizer(at=place.key)
-    source, tokens, missing = fields.get("source"), fields.get("tokens"), fields.get("missing")
-    rows = fields.get("rows")
+    source, tokens, missing, rows = (fields.get(key) for key in ("source", "tokens", "missing", "rows"))
     way = _word(missing, MISSING, _A_WAY) if missing else MISSING[0]
-    k = fields.get("k")
-    if k and way != "omp":
+    if (k := fields.get("k")) and way != "omp":
         k.warn("k has no effect without missing: omp", "take it out", k.key)
     return Tokenizer(
         source=_source(source) if source else UNION,
         tokens=_rows(tokens) if tokens else (),
-        pad_to_multiple_of=_count(fields.get("pad_to_multiple_of"), 1, MAX_PADDING),
+        pad_to_multiple_of=_count(fields, "pad_to_multiple_of", 1, MAX_PADDING),
         missing=way,
-        k=_count(k, 64, MAX_ATOMS),
+        k=_count(fields, "k", 64, MAX_ATOMS),
         rows=_word(rows, ROWS, _A_NUMBER_OF_ROWS) if rows else ROWS[0],
         at=place.key,
     )
@@ -108,11 +106,9 @@ def _word(place: Value, known: tuple[str, ...], hint: str) -> str:
     return near or known[0]
 
 
-def _count(place: Value | None, default: int, most: int) -> int:
-    """A whole number from 1 to `most`."""
+def _count(fields: Fields, key: str, default: int, most: int) -> int:
     within = Range(1, most)
-    hint = f"write a whole number from {within}, such as {max(default, 64)}"
-    return (place.whole(within, hint) if place else None) or default
+    return fields.whole(key, within, f"write a whole number from {within}, such as {max(default, 64)}") or default
 
 
 def _rows(place: Value) -> tuple[TokenRow, ...]:
@@ -164,8 +160,8 @@ def _token_of(fields: Fields) -> TokenOf | None:
         what = "token and token_id exclude each other" if token else "missing token or token_id"
         fields.place.error(what, "write token: TOKEN, or token_id: NUMBER")
         return None
-    found = numbered.whole(TOKENS, "write a token's id: they are counted from 0") if numbered else None
-    text = token.text("a token") if token else None
+    found = fields.whole("token_id", TOKENS, "write a token's id: they are counted from 0")
+    text = fields.text("token", "a token")
     return TokenOf(reference(model), text, found) if model and (text is not None or found is not None) else None
 
 

@@ -70,8 +70,6 @@ def make_commit(repo: Results, wanted: Commit, gate: Lock | None = None) -> Comm
     """Commit once: when the answer is lost, the history tells whether it was done before it is tried again.
 
     Args:
-        repo: where.
-        wanted: what.
         gate: held while the commit is made: commits of one process to one branch must not cross.
 
     Raises:

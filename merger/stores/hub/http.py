@@ -52,7 +52,6 @@ def again(ask: Callable[[], T], asked: Callable[[Exception], float | None]) -> T
     """The answer of a call that may be made several times without harm.
 
     Args:
-        ask: the call.
         asked: how many seconds the server asked us to wait, by what it raised; None: another try mends nothing.
 
     Raises:

@@ -66,13 +66,11 @@ class _Rooms:
         self._free: list[NDArray[np.uint8]] = []
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """Room for so many bytes."""
         if size <= PIECE_BYTES // 2:
             return np.empty(size, np.uint8)  # a bytearray would be filled with zeros first
         return self._free.pop() if self._free else np.empty(PIECE_BYTES, np.uint8)
 
     def give(self, room: NDArray[np.uint8]) -> None:
-        """Nobody looks at it any more."""
         if room.nbytes == PIECE_BYTES:
             self._free.append(room)
 
@@ -162,7 +160,6 @@ class RangeReader:
         self._advance()
 
     def _let_go(self, piece: _Piece) -> None:
-        """Nobody wants its bytes any more."""
         assert piece.room is not None
         self._held -= piece.size
         self._rooms.give(piece.room)
@@ -244,7 +241,6 @@ class _Sharing:
 
 
 def _cut(ticket: Ticket, turn: int, number: int) -> list[_Piece]:
-    """A ticket's pieces."""
     model, file, size = ticket.model, ticket.file, ticket.stop - ticket.start
     edges = [*range(ticket.start, ticket.stop, PIECE_BYTES), ticket.stop]
     return [

@@ -174,7 +174,6 @@ class HubRepo:
                 patiently(lambda: self._results.api.delete_branch(self.name, branch=leftover.where))
 
     def _refusals(self) -> AbstractContextManager[None]:
-        """Turn the client's errors into a sentence and a next step."""
         return refusals(lambda error: in_words(error, self.name, self._results.by_request))
 
 
@@ -214,7 +213,6 @@ class _Branch:
         return make_commit(self.repo, Commit(operations, self.run.title(message), self.name), self.gate)
 
     def files(self) -> Located:
-        """What lies on it now."""
         return self.repo.located(self.repo.files_at(self.name))
 
     def remove(self) -> None:
@@ -386,7 +384,6 @@ class Staging:
         patiently(lambda: api.change_discussion_status(repo, draft, "open", comment=words))
 
     def _unstage(self) -> None:
-        """Remove the staging branch, and all that is held for it here."""
         self._branch.remove()
         self._uploads.close()
 

@@ -1,0 +1,203 @@
+"""All methods on the same models and tasks: what is lost and gained, with intervals, seconds and memory.
+
+    python benchmarks/methods/compare.py --in FOLDER [--page]
+
+FOLDER is specialists.py's, or holds what another recipe of a comparison names. Each merge is a line of
+`FOLDER/compared.jsonl`, and is not made again. `--page` writes docs/which-method.md. Not here: training (specialists).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from merger.errors import MergerError
+from merger.methods.registry import Method, methods
+from merger.run.options import Options
+from merger.run.prepare import parse_text, plan
+from merger.searching.candidates import Candidates
+from merger.searching.objectives import Scorer, scorers
+from merger.searching.search import Effort, search
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parents[1] / "docs" / "which-method.md"
+_RESAMPLED = 2000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recipe of a comparison, and the folder that its paths are relative to."""
+
+    folder: Path
+    told: Mapping[str, Any]
+
+    def model(self, task: str | None) -> str:
+        """The specialist of a task; of none the base."""
+        path = self.told["base"] if task is None else self.told["models"][task]
+        return str(self.folder / path) if path.startswith(".") else path
+
+    def text(self, split: str, task: str) -> dict[str, Any]:
+        """The objective of a task."""
+        return {"loss": str((self.folder / self.told[split].format(task=task)).resolve())}
+
+    def recipe(self, method: Method, subset: Sequence[str], searched: bool) -> str | None:
+        """The method on these specialists; None where it takes another number of models."""
+        least, most = method.models
+        own = [self.model(task) for task in subset]
+        base = {"first": own[0], "subtracted": self.model(None)}.get(method.base)
+        if len(own) < least or (most is not None and len(own) > most):
+            return None
+        settings = self.told["settings"].get(method.name, {})
+        content: dict[str, Any] = {"merge_method": method.name, "models": [{"model": model} for model in own]}
+        content |= {"base_model": base} if base else {}
+        if searched:
+            settings = {**settings, **self.told["searched"][method.name]}
+            aims = [{**self.text("search", task), "weight": 1} for task in subset]
+            content["search"] = {"trials": self.told["trials"], "seed": 0, "prune": False, "objectives": aims}
+        content |= {"parameters": settings} if settings else {}
+        return yaml.safe_dump(content | {"dtype": "bfloat16"}, sort_keys=False)
+
+
+def main() -> int:
+    """Merge, score and print what is not known yet, and then the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--in", dest="folder", type=Path, required=True)
+    parser.add_argument("--recipe", type=Path, default=HERE / "specialists.yaml")
+    parser.add_argument("--page", action="store_true", help="write docs/which-method.md")
+    given = parser.parse_args()
+    comparison = Comparison(given.folder.resolve(), yaml.safe_load(given.recipe.read_text("utf-8")))
+    kept = given.folder / "compared.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    known = {(row["method"], row["searched"], tuple(row["subset"])) for row in rows}
+    aims = [comparison.text("report", task) for task in comparison.told["models"]]
+    judges = scorers(parse_text(_judging(comparison, aims), "judging.yaml").search.objectives, comparison.folder)
+    with kept.open("a") as out:
+        for key in _wanted(comparison):
+            if key not in known and (row := _compare(comparison, judges, *key)) is not None:
+                rows.append(row)
+                out.write(json.dumps(row) + "\n")
+                out.flush()
+                print(key, {task: round(float(np.mean(items)), 4) for task, items in row["items"].items()}, flush=True)
+    table = "\n".join(_table(rows, comparison))
+    print(table)
+    if given.page:
+        text = PAGE.read_text("utf-8") if PAGE.exists() else "# Which method\n\n<!-- compared -->\n"
+        PAGE.write_text(text.split("<!-- compared -->")[0] + f"<!-- compared -->\n\n{table}\n", "utf-8")
+    return 0
+
+
+def _judging(comparison: Comparison, aims: Sequence[Mapping[str, Any]]) -> str:
+    """A recipe whose objectives are the reports of all tasks."""
+    weighed = [{**aim, "weight": 1} for aim in aims]
+    return yaml.safe_dump({
+        "merge_method": "linear",
+        "models": [{"model": comparison.model(None)}],
+        "parameters": {"weight": {"search": [0, 1]}},
+        "search": {"objectives": weighed},
+    })  # fmt: skip
+
+
+def _wanted(comparison: Comparison) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
+    tasks = list(comparison.told["models"])
+    yield from (("", False, (task,)) for task in tasks)
+    yield "", False, ()
+    for subset in comparison.told["subsets"]:
+        yield from ((name, False, tuple(subset)) for name in methods())
+        yield from ((name, True, tuple(subset)) for name in comparison.told["searched"])
+
+
+def _compare(
+    comparison: Comparison, judges: Sequence[Scorer], name: str, searched: bool, subset: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """What one merge, or a model alone, makes of each task; None where the method takes another number of models."""
+    if name:
+        text = comparison.recipe(methods()[name], subset, searched)
+    else:
+        alone = {"model": comparison.model(subset[0] if subset else None)}
+        text = yaml.safe_dump({"merge_method": "passthrough", "models": [alone], "dtype": "bfloat16"})
+    if text is None:
+        return None
+    began = time.perf_counter()
+    try:
+        if searched:
+            text = search(parse_text(text, "searched.yaml"), Options(), Effort()).recipe_text()
+        planned, store = plan(parse_text(text, "compared.yaml"), Options())
+        with Candidates(planned, store) as made:
+            seconds, items = made.spent.merging, [each.items.tolist() for each in made.score(judges)]
+    except MergerError as error:
+        print(f"{name} of {', '.join(subset)}: {error}", file=sys.stderr)
+        return None
+    return {
+        "method": name,
+        "searched": searched,
+        "subset": subset,
+        "items": {task: [round(item, 5) for item in of]
+                  for task, of in zip(comparison.told["models"], items, strict=True)},
+        "seconds": round(seconds, 3),
+        "whole": round(time.perf_counter() - began, 1),
+        "memory": planned.peak_memory,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "recipe": text,
+    }  # fmt: skip
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> Iterator[str]:
+    """A line a method: what it gains over the base on the tasks of its models, the best first."""
+    alone = {row["subset"][0] if row["subset"] else None: row["items"] for row in rows if not row["method"]}
+    groups: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["method"]:
+            groups.setdefault((row["method"], row["searched"]), []).append(row)
+    lines = []
+    for (name, searched), made in groups.items():
+        gains = [_gains(row, alone[None]) for row in made]
+        low, mean, high = _interval(gains)
+        tasks = [float(np.mean(pair)) for gain in gains for pair in gain.values()]
+        ceiling = [
+            float(np.mean(_pair(alone[task][task], alone[None][task]))) for row in made for task in row["subset"]
+        ]
+        seconds = [row["whole"] if searched else row["seconds"] for row in made]
+        lines.append((mean, (
+            f"| {name}{', searched' if searched else ''} | {len(made)} | {mean:+.3f} ({low:+.3f} to {high:+.3f}) "
+            f"| {100 * mean / float(np.mean(ceiling)):.0f} % | {sum(task > 0 for task in tasks)} of {len(tasks)} "
+            f"| {min(tasks):+.3f} | {np.mean(seconds):.2f} s | {max(row['memory'] for row in made) / 1e6:.0f} MB |"
+        )))  # fmt: skip
+    subsets = len(comparison.told["subsets"])
+    yield (f"| method | merges, of {subsets} | nats a token gained over the base (95 %) | of the specialists' own "
+           "| tasks that gained | the worst task | seconds | memory |")  # fmt: skip
+    yield "|---|---|---|---|---|---|---|---|"
+    yield from (line for _, line in sorted(lines, reverse=True))
+
+
+def _gains(row: Mapping[str, Any], base: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray[Any, Any]]:
+    return {task: _pair(row["items"][task], base[task]) for task in row["subset"]}
+
+
+def _pair(found: Sequence[float], base: Sequence[float]) -> np.ndarray[Any, Any]:
+    """By how much the loss of each window is lower than the base's."""
+    return np.array(base) - np.array(found)
+
+
+def _interval(gains: Sequence[Mapping[str, np.ndarray[Any, Any]]]) -> tuple[float, float, float]:
+    """The mean over merges and tasks, between the ends of a bootstrap over the windows of each task."""
+    draw, parts = np.random.default_rng(0), [pair for gain in gains for pair in gain.values()]
+    means = np.array([pair[draw.integers(len(pair), size=(_RESAMPLED, len(pair)))].mean(axis=1) for pair in parts])
+    low, high = np.quantile(means.mean(axis=0), [0.025, 0.975])
+    return float(low), float(np.mean([pair.mean() for pair in parts])), float(high)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
