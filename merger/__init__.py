@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from merger.recipe.model import Recipe
     from merger.run.options import Options
     from merger.run.pipeline import Event, Result
-    from merger.searching.search import Effort, Study
+    from merger.searching.effort import Effort
     from merger.searching.search import Event as SearchEvent
+    from merger.searching.search import Study
     from merger.verification.diff import Contrast
     from merger.verification.verify import Report
 
@@ -32,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 _TYPES = {
-    "Effort": "merger.searching.search",
+    "Effort": "merger.searching.effort",
     "Options": "merger.run.options",
     "Plan": "merger.planning.plan",
     "Recipe": "merger.recipe.model",
@@ -163,10 +164,11 @@ def search(
     from merger.run.options import with_free_memory
     from merger.run.pipeline import ignore
     from merger.run.prepare import options_for
-    from merger.searching.search import search
 
-    chosen = with_free_memory(options_for(options, None))
-    return search(check(recipe), chosen, effort, on_event or ignore)
+    found, chosen = check(recipe), with_free_memory(options_for(options, None))
+    from merger.searching.search import search  # takes what may be missing
+
+    return search(found, chosen, effort, on_event or ignore)
 
 
 def verify(model: str, *, everything: bool = False, tensors: int | None = None, seed: int | None = None) -> Report:

@@ -40,7 +40,7 @@ _Row = TypeVar("_Row")
 _ALIKE = 8
 
 
-def fold(rows: Sequence[_Row], kind: Callable[[_Row], object]) -> list[_Row | int]:
+def fold_alike(rows: Sequence[_Row], kind: Callable[[_Row], object]) -> list[_Row | int]:
     """Rows to show: of more than eight neighbours of a kind the ends, and between them how many more there are."""
     found = list[_Row | int]()
     for _, run in groupby(rows, kind):
@@ -69,7 +69,7 @@ class PlanSummary:
     @cached_property
     def models(self) -> Sequence[LockedModel | int]:
         """Those that are read; of the many checkpoints of a run the ends, and how many are between them."""
-        return fold(self.plan.locked.models, lambda model: (model.licence, model.located.commit is None))
+        return fold_alike(self.plan.locked.models, lambda model: (model.licence, model.located.commit is None))
 
     @cached_property
     def dtypes(self) -> tuple[str, ...]:

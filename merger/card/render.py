@@ -16,7 +16,7 @@ import yaml
 from markupsafe import Markup
 
 from merger.card.escape import link_address
-from merger.card.facts import TITLE, MixtureFacts, PlanSummary, fold, mixture_facts
+from merger.card.facts import TITLE, MixtureFacts, PlanSummary, fold_alike, mixture_facts
 from merger.card.licences import Judgement, keys, licence_of
 from merger.card.metadata import GGUF, PROMPTS, embedder, front_matter, head_class, library, metadata
 from merger.card.relations import Parameter, Relation, Relations, parameters
@@ -205,7 +205,7 @@ def _content(
         "address": repo or target,
         "target": target,
         "parents": parents,
-        "shown": fold(parents, lambda row: (row.role, row.settings, row.licence, row.commit is None)),
+        "shown": fold_alike(parents, lambda row: (row.role, row.settings, row.licence, row.commit is None)),
         "givers": _givers(planned, parents),
         "bases": [parent.name for parent in parents if parent.role == BASE],
         "adapters": [parent.name for parent in parents if parent.role == ADAPTER],

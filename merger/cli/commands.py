@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from merger.distributed.start import Engine, PartMade, PartStarted
     from merger.engine.execute import BytesWritten
     from merger.recipe.model import Recipe
-    from merger.run.found import Found
+    from merger.run.found import SearchFacts
     from merger.run.options import Options
     from merger.run.pipeline import Event
 
@@ -135,22 +135,28 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _search(arguments: argparse.Namespace) -> int:
     from merger.cli import reports
+    from merger.run.extras import refuse_missing
     from merger.run.options import stated_destination, with_free_memory
     from merger.run.prepare import read_recipe
-    from merger.searching.search import Effort, search, write_study
-    from merger.searching.search import Event as SearchEvent
-    from merger.searching.workers import workers
+    from merger.searching.effort import Effort, workers
 
     recipe, options = read_recipe(arguments.recipe), _options(arguments)
     stated_destination(recipe, options)  # a destination that cannot be called so is said before anything is tried
     effort = Effort(*(getattr(arguments, key) for key in ("trials", "minutes", "storage", "top", "join")))
-    told = None if arguments.quiet else reports.Trials(effort.of(recipe))
+    searched = effort.of(recipe)
+    refuse_missing(recipe, options.device)
+    # before torch is there: threads that wait actively take the cores of other workers
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from merger.searching.search import Event as SearchEvent  # takes what may be missing
+    from merger.searching.search import search, write_study
+
+    told = None if arguments.quiet else reports.Trials(searched)
 
     def tell(event: SearchEvent) -> None:
         if told is not None:
             told.show(event)
 
-    with workers(arguments.workers - 1, _as_worker(arguments, effort.of(recipe).storage)):
+    with workers(arguments.workers - 1, _as_worker(arguments, searched.storage)):
         study = search(recipe, with_free_memory(options), effort, tell)
     if arguments.join:
         return 0
@@ -188,7 +194,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     return _merge(conversion_recipe(arguments.model, arguments.gguf, arguments.license), arguments)
 
 
-def _merge(recipe: Recipe, arguments: argparse.Namespace, found: Found | None = None) -> int:
+def _merge(recipe: Recipe, arguments: argparse.Namespace, found: SearchFacts | None = None) -> int:
     from merger.card.facts import PlanSummary
     from merger.cli import text
     from merger.distributed.start import distribute, options_of_parts

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from merger.recipe import parse, spans, values
-from merger.recipe.blocks import average, mixture, tokenizer
+from merger.recipe.blocks import average, holes, mixture, tokenizer
 from merger.recipe.blocks import evaluate as evaluation
 from merger.recipe.blocks import lora as loras
 from merger.recipe.blocks import publish as publishing
@@ -269,12 +269,12 @@ def _hole() -> Json:
         "search": {"anyOf": [{"type": "array", "minItems": 2}, _text()]},
         "log": _flag(),
         "step": number,
-        "anchors": _whole(searching.ANCHORS),
+        "anchors": _whole(holes.ANCHORS),
         "start": {},
         "sum": number,
         "name": _text(),
     }
-    return _map(searching.HOLE, _describe_fields(Hole) | _SEARCH_WORDS, shapes, ["search"])
+    return _map(holes.HOLE, _describe_fields(Hole) | _SEARCH_WORDS, shapes, ["search"])
 
 
 def _search() -> Json:

@@ -22,7 +22,7 @@ from merger.models.formats.safetensors import WrittenShard, index
 from merger.models.side_files import CARD_NAME, EVALUATED_NAME, HUB_SCORES_NAME, LOCK_NAME, MEASURED_NAME
 from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.plan import Plan
-from merger.run.found import Found
+from merger.run.found import SearchFacts
 from merger.stores.ports import Content, FileInfo, Store, sha256_of, size_of
 from merger.stores.resolve import Library
 
@@ -70,7 +70,7 @@ def card(
     elders: Store | None,
     scores: Sequence[Score] = (),
     more: Mapping[str, str] = NOTHING,
-    found: Found | None = None,
+    found: SearchFacts | None = None,
 ) -> Card:
     """The card of a merge.
 

@@ -15,7 +15,7 @@ _SHAPE: Mapping[str, type] = {"sentence": str, "numbers": list, "columns": list,
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchFacts:
     """What is told of a search.
 
     Args:
@@ -41,7 +41,7 @@ class Found:
         return {SEARCHED_NAME: json.dumps(self.part, indent=2) + "\n", TRIALS_NAME: self.table or None}
 
 
-def read_found(text: str) -> Found:
+def read_found(text: str) -> SearchFacts:
     """What such a file says.
 
     Raises:
@@ -50,4 +50,4 @@ def read_found(text: str) -> Found:
     facts = parse_json(text, MEASURED)
     if not isinstance(facts, dict) or any(not isinstance(facts.get(key), kind) for key, kind in _SHAPE.items()):
         raise ValueError("no facts of a search")
-    return Found(facts)
+    return SearchFacts(facts)

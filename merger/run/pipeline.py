@@ -26,7 +26,7 @@ from merger.planning.plan import Plan
 from merger.planning.shards import Part, Shard, share
 from merger.recipe.model import Publish
 from merger.run.artifacts import card, elders, small_files, used_files
-from merger.run.found import Found
+from merger.run.found import SearchFacts
 from merger.run.options import Options, destination, needed_disk, parse_destination, to_hub
 from merger.safety.names import hub_path
 from merger.stores.ports import Destination, Leftover, Published, Session, bytes_of
@@ -150,7 +150,7 @@ def _found_result(planned: Plan, published: Published) -> Result:
 
 
 def merge(
-    planned: Plan, store: Library, options: Options, on_event: Observer = ignore, found: Found | None = None
+    planned: Plan, store: Library, options: Options, on_event: Observer = ignore, found: SearchFacts | None = None
 ) -> Result:
     """Make what was planned and put it where it belongs.
 
@@ -201,7 +201,7 @@ class _Run:
         place: Destination,
         session: Session,
         on_event: Observer,
-        found: Found | None,
+        found: SearchFacts | None,
     ) -> None:
         self._planned, self._store, self._options, self._found = planned, store, options, found
         self._place, self._session, self._on_event = place, session, on_event

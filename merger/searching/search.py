@@ -27,12 +27,12 @@ from merger.planning.plan import Plan, make_plan
 from merger.recipe.model import Publish, Recipe
 from merger.recipe.parse import parse
 from merger.recipe.searched import Searched, Values
-from merger.run.extras import refuse_missing
-from merger.run.found import Found
+from merger.run.found import SearchFacts
 from merger.run.options import Options, budget_of
 from merger.run.prepare import parse_text, plan
 from merger.runtime import refusal
 from merger.searching.candidates import Candidates
+from merger.searching.effort import Effort, results_of
 from merger.searching.objectives import Scored, gain, scorers
 from merger.searching.outcome import filled_text, pictures_of, table_text
 from merger.searching.study import Worker
@@ -148,7 +148,7 @@ class Study:
         return pictures_of(self.trials, self.aims, self.importance)
 
     @property
-    def found(self) -> Found:
+    def found(self) -> SearchFacts:
         """What card and result tell of it."""
         searched, states = self.aims.searched, [trial.state for trial in self.trials]
         counts = ", ".join(f"{states.count(each)} {each}" for each in dict.fromkeys(states))
@@ -162,7 +162,7 @@ class Study:
             "rows": [[row.objective, *(f"{score.value:.4g}" for score in row.scores.values())] for row in self.report],
             "told": [told for row in self.report for told in row.told()],
         }
-        return Found(facts, self.table, tuple(self.pictures))
+        return SearchFacts(facts, self.table, tuple(self.pictures))
 
     def recipe_text(self, place: int = 0) -> str:
         """The recipe with the numbers of the best trial, or of another one of the best."""
@@ -172,45 +172,6 @@ class Study:
         count = f"trial {trial.number} of {len(self.trials)}"
         says = f"Found by merger search in {Path(self.recipe.path).name}: {count} ({searched.sampler}), {scores}"
         return filled_text(self.recipe.text, searched, trial.drawn, says)
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How far a search goes; None where the recipe says it.
-
-    Args:
-        trials: how many candidates are tried in all.
-        minutes: how long this run takes, at most.
-        storage: where the study is kept.
-        top: how many of the best are kept.
-        join: only try candidates, and leave the report to another process of the same storage.
-    """
-
-    trials: int | None = None
-    minutes: float | None = None
-    storage: str | None = None
-    top: int = 1
-    join: bool = False
-
-    def of(self, recipe: Recipe) -> Searched:
-        """The recipe's own block with these in place of what it says.
-
-        Raises:
-            RecipeError: nothing is searched in the recipe.
-        """
-        if recipe.search is None:
-            hint = "leave a number open, such as weight: {search: [0, 1]}, and write search: {objectives: [...]}"
-            raise RecipeError(Problem(f"{recipe.path}: nothing is searched in it", hint=hint))
-        given = {key: value for key in ("trials", "minutes", "storage") if (value := getattr(self, key)) is not None}
-        searched, path = replace(recipe.search, **given), Path(recipe.path)
-        if searched.storage is None and path.is_file():
-            return replace(searched, storage=str(results_of(path) / "study.log"))
-        return searched
-
-
-def results_of(recipe: Path) -> Path:
-    """The folder beside a recipe in which its search keeps what is no recipe."""
-    return recipe.with_name(f"{recipe.stem}.search")
 
 
 def search(
@@ -282,7 +243,6 @@ class _Line:
     """
 
     def __init__(self, recipe: Recipe, options: Options, searched: Searched) -> None:
-        refuse_missing(recipe, options.device)
         self.recipe, self.searched = recipe, searched
         self.options = replace(options, to=None, gguf=(), stream=False)
         self.planned, self.store = self._plan(replace(recipe, search=None, publish=Publish(), evaluate=None))

@@ -91,10 +91,10 @@ class Worker:
         """
         until = math.inf if minutes is None else time.monotonic() + 60 * minutes
         with self._beating():
-            if not self._study.get_trials(deepcopy=False):
-                self._study.enqueue_trial(dict(self.searched.start))
             while True:
                 self._bury()
+                if not self._kept():
+                    self._study.enqueue_trial(dict(self.searched.start))
                 why, busy = self._over(until)
                 if not why:
                     on_trial(self._try(judge))
@@ -206,8 +206,9 @@ class Worker:
             with suppress(optuna.exceptions.UpdateFinishedTrialError):
                 self._storage.set_trial_user_attr(trial._trial_id, _LOST, True)
                 self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-                if trial.params.keys() == self._spaces.keys():
-                    again = {**trial.system_attrs, "fixed_params": dict(trial.params)}
+                drawn = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+                if drawn.keys() == self._spaces.keys():  # else the same is drawn again, as nothing else has come since
+                    again = {**trial.system_attrs, "fixed_params": drawn}
                     self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, system_attrs=again))
 
 

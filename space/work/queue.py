@@ -66,6 +66,7 @@ class MergeQueue:
 
     def __init__(self, folder: Path, limits: Limits, forkserver: ForkServer | None = None) -> None:
         self.limits = limits
+        folder.mkdir(parents=True, exist_ok=True)
         self.records = Records(folder / "jobs.db")
         self.jobs = JobTable(self.records)
         self._changed = threading.Condition(self.jobs.lock)

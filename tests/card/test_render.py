@@ -11,7 +11,7 @@ import tiny
 import yaml
 from planning.models import model
 
-from merger.card.facts import fold, lock_file
+from merger.card.facts import fold_alike, lock_file
 from merger.card.render import render
 from merger.methods.registry import methods
 from merger.planning.plan import Plan
@@ -146,6 +146,6 @@ def test_of_many_neighbours_of_a_kind_the_ends_are_shown_and_how_many_are_betwee
     rows: str, shown: list[str | int]
 ) -> None:
     """No row is dropped without being counted."""
-    found = fold(list(rows), str)
+    found = fold_alike(list(rows), str)
     assert found == shown
     assert sum(row if isinstance(row, int) else 1 for row in found) == len(rows)

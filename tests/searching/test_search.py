@@ -13,7 +13,8 @@ import merger
 from merger.cli.commands import main
 from merger.errors import EvaluationError, RecipeError
 from merger.run.prepare import read_recipe
-from merger.searching.search import START, Effort, Searching, Tried, write_study
+from merger.searching.effort import Effort
+from merger.searching.search import START, Searching, Tried, write_study
 
 TEXT = "a b c d e f g h\n" * 40
 RECIPE = """\
