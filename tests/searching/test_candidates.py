@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -14,7 +17,8 @@ import tiny
 import torch
 import vocabularies
 from merging import merged
-from thorough import THOROUGH
+from places import ZOO
+from thorough import THOROUGH, thorough_only
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
@@ -202,6 +206,34 @@ def test_plans_of_other_models_follow_each_other(parents: Mapping[str, Path]) ->
             candidates.make(planned(text)[0])
             with Candidates(*planned(text)) as wanted:
                 assert same(tensors(candidates.model), tensors(wanted.model)) == []
+
+
+ALONE = """
+import json, resource, sys
+from merger.recipe.searched import Objective
+from merger.run.options import Options
+from merger.run.prepare import parse_text, plan
+from merger.searching.candidates import Candidates, trial_memory
+from merger.searching.objectives import batch_tokens, scorers
+from pathlib import Path
+planned, library = plan(parse_text(sys.argv[1], "r"), Options(threads=2))
+judged = scorers([Objective("loss", sys.argv[2])], Path())
+with Candidates(planned, library) as candidates:
+    candidates.score(judged)
+said = trial_memory(planned, batch_tokens(planned.config["vocab_size"]))
+print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, said]))
+"""
+
+
+@thorough_only
+def test_a_search_stays_within_the_memory_that_is_said() -> None:
+    """In a process of its own: Python, torch, the merge, the model and a batch."""
+    own = "weight: 0.5, density: 0.4"
+    models = {"base": ZOO / "base", "one": ZOO / "kjv", "two": ZOO / "python"}
+    text = "merge_method: ties\n" + (BASE + TWO).replace("{own}", own).format(**models)
+    line = [sys.executable, "-c", ALONE, text, str(ZOO / "kjv" / "heldout.txt")]
+    used, said = json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+    assert 0.3 * said < used <= said
 
 
 def test_an_adapter_and_a_model_without_a_tokenizer_are_no_candidates(
