@@ -77,11 +77,9 @@ class Candidates:
         self._forget()
 
     def _forget(self) -> None:
-        self.model: Any = None
-        self.tokenizer: Any = None
+        self._resident: _Resident | None = None
         self._layout: object = None
         self._made: dict[str, tuple[str, int]] = {}
-        self._converted: Mapping[str, Any] = {}
         self._places: dict[str, memoryview] = {}
         self._views: dict[str, Any] = {}
         self._copies: dict[str, tuple[Any, Any]] = {}
@@ -96,6 +94,16 @@ class Candidates:
     ) -> None:
         self._forget()
         self._kept.close()
+
+    @property
+    def model(self) -> Any:
+        """Transformers' model of the last plan."""
+        return self._resident and self._resident.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self._resident and self._resident.tokenizer
 
     def make(self, planned: Plan) -> None:
         """Let `model` be what this plan makes.
@@ -114,12 +122,12 @@ class Candidates:
             self._made.pop(job.name, None)
         if changed:
             self._write(planned, changed)
-        if self._converted and changed:
-            self._convert()
+        if self._resident is not None and changed:
+            self._resident.convert()
         self._made = wanted
         self.spent = Spent(merging=time.perf_counter() - began)
         if other:
-            self._load(planned)
+            self._resident = _Resident(planned, self._store, self._views, self._device)
             self._layout = _layout(planned)
 
     def score(self, scorers: Sequence[Scorer], step: Callable[[int, float], None] | None = None) -> tuple[Scored, ...]:
@@ -174,15 +182,27 @@ class Candidates:
         for to, of in (self._copies[job.name] for job in changed if job.name in self._copies):
             to.copy_(of)
 
-    # ---- the model ----
 
-    def _load(self, planned: Plan) -> None:
-        """The model and its tokenizer, as transformers makes them of the files that a run would write."""
+class _Resident:
+    """A transformers model whose parameters are views of the candidates' buffer, as far as they can be.
+
+    Args:
+        planned: whose config and tokenizer it has; the views hold what it makes.
+        store: where the models' small files are.
+        views: the tensors by name.
+        device: where it runs.
+
+    Raises:
+        EvaluationError: transformers does not know it, or lacks a tensor.
+    """
+
+    def __init__(self, planned: Plan, store: Library, views: Mapping[str, Any], device: str) -> None:
+        self._views, self._device = views, device
         transformers, torch = import_module("transformers"), import_module("torch")
         transformers.utils.logging.disable_progress_bar()
         try:
             with temporary_folder() as folder:
-                write_files(folder, used_files(planned, self._store))
+                write_files(folder, used_files(planned, store))
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
                 config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
                 with torch.device("meta"):
@@ -198,7 +218,7 @@ class Candidates:
 
             what = f"transformers cannot run the merge: {shorten_error(error)}"
             raise EvaluationError(Problem(what)) from None
-        self._converted = {name: to for name, to in _tensors(self.model).items() if not self._shares(name, to)}
+        self.converted = {name: to for name, to in _tensors(self.model).items() if not self._shares(name, to)}
 
     def _of_views(self, kind: Any, config: Any, dtype: Any) -> Any:
         model, info = kind.from_pretrained(
@@ -218,11 +238,13 @@ class Candidates:
         tensor.data = view
         return True
 
-    def _convert(self) -> None:
+    def convert(self) -> None:
         """What transformers makes of several tensors, or in another dtype, is made by it again, and copied."""
+        if not self.converted:
+            return
         made = _tensors(self._make_model())
         with import_module("torch").no_grad():
-            for name, tensor in self._converted.items():
+            for name, tensor in self.converted.items():
                 tensor.copy_(made[name])
 
 

@@ -139,7 +139,8 @@ def test_a_candidate_in_place_is_the_written_merge(case: str, parents: Mapping[s
             assert same(tensors(candidates.model), tensors(wanted)) == []
             tokens = AutoTokenizer.from_pretrained(tmp_path / f"{seed}").get_vocab()
             assert candidates.tokenizer.get_vocab() == tokens
-            assert bool(candidates._converted) == (case == "experts")
+            assert candidates._resident is not None
+            assert bool(candidates._resident.converted) == (case == "experts")
 
 
 def made(candidates: Candidates, text: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int]:
