@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from merger.recipe.searched import Objective
 from merger.safety.limits import parse_json
 from merger.safety.paths import ANYWHERE
 
+Item = TypeVar("Item")
 Floats = NDArray[np.float64]
 Step = Callable[[int, float], None]
 """Is told after each batch how many there were and the value so far; what it raises ends the scoring."""
@@ -153,7 +155,7 @@ class _Source:
                 found.append(self._item(number, line, keys))
         if not found:
             raise self.refuse("there is nothing in it")
-        return found
+        return mixed(found)
 
     def _item(self, number: int, line: str, keys: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
         try:
@@ -164,6 +166,11 @@ class _Source:
             if not isinstance(item, dict) or not isinstance(item.get(key), kind) or item[key] in ("", []):
                 raise self.refuse(f"line {number} has no {key!r}", f"each line has {', '.join(keys)}")
         return dict(item)
+
+
+def mixed(items: Sequence[Item]) -> list[Item]:
+    """Them in an order of chance, always the same one: so the first batches tell of all, and pruning is fair."""
+    return random.Random(0).sample(items, len(items))
 
 
 # ---- likelihoods ----------------------------------------------------------------------------------------------------
@@ -239,7 +246,7 @@ class _Loss:
         if key not in self._known:
             ids = [tokenizer(text, add_special_tokens=False).input_ids for text in self._texts]
             cut = (of[start : start + window] for of in ids for start in range(0, len(of), window))
-            self._known = {key: [_Row(tokens) for tokens in cut if len(tokens) > 1]}
+            self._known = {key: mixed([_Row(tokens) for tokens in cut if len(tokens) > 1])}
         return self._known[key]
 
 

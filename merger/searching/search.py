@@ -102,10 +102,10 @@ class Standing:
         found, *others = self.scores.items()
         for name, score in others:
             by = gain(found[1], score, self.higher)
-            word = "better" if by.value > 0 else "worse"
+            word = f"{abs(by.value):.3g} {'better' if by.value > 0 else 'worse'}" if by.value else "no better"
             between = "" if by.low == -float("inf") else f" (95 % between {by.low:+.3g} and {by.high:+.3g})"
             noise = NOISE if by.within_noise and between else ""
-            yield f"{self.objective}: {abs(by.value):.3g} {word} than {name}{between}{noise}"
+            yield f"{self.objective}: {word} than {name}{between}{noise}"
 
 
 @dataclass(frozen=True)

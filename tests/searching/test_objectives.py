@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from merger.errors import EvaluationError, MergerError, Span
 from merger.evaluation.scoring import loss
 from merger.recipe.searched import Objective
-from merger.searching.objectives import WINDOW, Scored, gain, scorers
+from merger.searching.objectives import WINDOW, Scored, gain, mixed, scorers
 
 TEXT = "In the beginning God created the heaven and the earth.\n" * 80
 QUESTIONS = [
@@ -28,6 +28,18 @@ QUESTIONS = [
 ]
 ANSWERS = [{"prompt": "And it came to", "answer": "pass"}, {"prompt": "import", "answer": "heaven"}]
 OWN = "def size(model, tokenizer):\n    return model.config.hidden_size\ndef bad(model, tokenizer):\n    return 1 / 0\n"
+
+
+@pytest.fixture(autouse=True)
+def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items are scored in the files' order here, so that each can be named."""
+    monkeypatch.setattr("merger.searching.objectives.mixed", list)
+
+
+def test_items_are_mixed_the_same_way_each_time() -> None:
+    """All of them once, in another order than the file's."""
+    assert sorted(mixed(range(20))) == list(range(20)) != mixed(range(20))
+    assert mixed(range(20)) == mixed(range(20))
 
 
 @pytest.fixture(scope="module")
