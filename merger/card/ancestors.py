@@ -148,7 +148,7 @@ def family(
         hub: where everybody finds their ancestors; None: nobody is asked, and they are only named.
         seconds: how long it may take.
     """
-    recipe, models = planned.locked.recipe, planned.locked.models
+    recipe, models = planned.locked.recipe, planned.locked.parents
     held = [model for number, model in enumerate(models) if planned.locked.owner(number) == number]
     search = _Search(hub, methods, time.monotonic() + seconds)
     search.members.append(Member(title, made=_how(recipe), parents=tuple(range(1, len(held) + 1))))

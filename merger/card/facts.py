@@ -22,12 +22,13 @@ import yaml
 from merger.card.licences import Judgement, judge
 from merger.evaluation.budget import Score
 from merger.lock.locked import LockedModel, display_name
+from merger.lock.parents import Parent
 from merger.models import vocabulary
 from merger.models.checkpoint import SUFFIX, index_name
 from merger.models.licence import licence_files
 from merger.models.lora.adapter import CONFIG as ADAPTER_CONFIG
 from merger.models.side_files import CARD_NAME, EVALUATED_NAME
-from merger.planning.lockfile import Lock, Parent
+from merger.planning.lockfile import Lock
 from merger.planning.plan import Plan
 from merger.recipe.blocks.mixture import METHOD
 from merger.recipe.model import Expert, Mixture
@@ -158,7 +159,7 @@ def _same_models(planned: Plan) -> list[str]:
     """Models of the recipe that are one and the same."""
     found: dict[object, str] = {}
     doubts = []
-    for model in planned.locked.models:
+    for model in planned.locked.parents:
         files = {tensor.file: model.located.files[tensor.file].sha256 for tensor in model.checkpoint.tensors.values()}
         known = None not in files.values()
         own: object = frozenset(files.values()) if known else (model.located.where, model.located.commit)

@@ -83,7 +83,7 @@ def judge(planned: Plan, name: str | None = None) -> Judgement:
     Args:
         name: what it is called, for licences that ask something of that; None: as the recipe says.
     """
-    publish, models = planned.locked.recipe.publish, planned.locked.models
+    publish, models = planned.locked.recipe.publish, planned.locked.parents
     parents = [licence_of(model) for model in models]
     result = stated_licences(publish) or propose_licences(parents)
     duties = sorted({terms for licence in parents for terms in licence.terms}, key=_strictness)
@@ -112,8 +112,8 @@ def refuse_licences(planned: Plan, published: bool) -> None:
         return
     reason = "say why it may be so with publish.license_override, for the card"
     if found.stated:
-        fitting = propose_licences([licence_of(model) for model in planned.locked.models])
-        fits = fitting and not any(_conflicts(model, fitting) for model in planned.locked.models)
+        fitting = propose_licences([licence_of(model) for model in planned.locked.parents])
+        fits = fitting and not any(_conflicts(model, fitting) for model in planned.locked.parents)
         hint = f"leave it out, for {_names(fitting)} fits; or {reason}" if fits else f"leave the model out; or {reason}"
         raise RecipeError(
             Problem(conflict.what, publish.license_at, "publish.license", hint) for conflict in found.conflicts
@@ -303,7 +303,7 @@ def licence_notices(
     Raises:
         ModelError: one of them cannot be read.
     """
-    models = planned.locked.models
+    models = planned.locked.parents
     found = [(model, name) for model in models for name in licence_files(model.located.files)]
     contents = take([(model.located, name) for model, name in found])
     held = [(model, name, content) for (model, name), content in zip(found, contents, strict=True)]

@@ -74,7 +74,7 @@ def metadata(
         licence: ``license`` and, where it has no identifier on the Hub, ``license_name`` and ``license_link``.
         extra: keys that only a finished merge has, such as ``model-index``.
     """
-    models = planned.locked.models
+    models = planned.locked.parents
     config_model = planned.locked.config_model.card
     parents = list(dict.fromkeys(model.located.where for model in models if model.located.commit is not None))
     tags = ["merge", "merger", *(method.name for method in used)]

@@ -291,7 +291,7 @@ def _stage(planned: Plan, table: Mapping[str, Method], recipe: Recipe) -> Stage:
 
 def _duty(planned: Plan, terms: Terms) -> dict[str, Any]:
     """A licence of some parents: its name, its text, and of which models it is."""
-    parents = [display_name(model) for model in planned.locked.models if terms in licence_of(model).terms]
+    parents = [display_name(model) for model in planned.locked.parents if terms in licence_of(model).terms]
     return {"title": terms.title, "url": link_address(terms.url), "parents": parents}
 
 
@@ -340,7 +340,7 @@ def _in_force(found: Sequence[Parameter]) -> dict[str, Any]:
 
 def _parents(planned: Plan, own: Sequence[Parameter]) -> list[ParentRow]:
     """The models, each with what it has of these parameters; and the stages that have some."""
-    rows = [_parent(planned, number) for number in range(len(planned.locked.models))]
+    rows = [_parent(planned, number) for number in range(len(planned.locked.parents))]
     owners = dict.fromkeys(owner for parameter in own for owner in parameter.owners if owner)
     known = {row.name for row in rows}
     rows += [ParentRow(name, Markup(), None, None, STAGE) for name in owners if name not in known]

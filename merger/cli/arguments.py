@@ -182,9 +182,9 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_check, _add_plan, _add_run, _add_publish, _add_search, _add_extract, _add_convert, _add_status):
+    for add in (_add_check, _add_plan, _add_run, _add_publish, _add_search, _add_extract, _add_convert, _add_measure):
         add(commands)
-    for add in (_add_verify, _add_diff, _add_card, _add_methods, _add_schema, _add_init, _add_doctor):
+    for add in (_add_status, _add_verify, _add_diff, _add_card, _add_methods, _add_schema, _add_init, _add_doctor):
         add(commands)
     return parser, commands.choices
 
@@ -294,6 +294,25 @@ def _add_convert(commands: Commands) -> None:
     _add_end(convert)
 
 
+def _add_measure(commands: Commands) -> None:
+    sentence = "measure what data-aware methods have to know of a model, for statistics: in recipes"
+    examples = ("measure org/model --kind gram --data texts.jsonl --to hf://you/model-gram",
+                "measure ./model --kind fisher --data random-tokens --to ./model-fisher --plan")  # fmt: skip
+    measure = _add(commands, "measure", sentence, *examples)
+    measure.add_argument("model", metavar="MODEL", help="org/name, org/name@revision or ./folder")
+    kinds = "fisher: squared gradients; gram: products of layers' inputs; activations: their magnitudes"
+    measure.add_argument("--kind", choices=("fisher", "gram", "activations"), required=True, help=kinds)
+    texts = "texts.jsonl with a text in each line, text.txt, hf://datasets/owner/name/file, or random-tokens"
+    measure.add_argument("--data", required=True, metavar="DATA", help=texts)
+    count = _whole(numbers.COUNT)
+    measure.add_argument("--tokens", type=count, default=65_536, metavar="N", help="of these so many (default 65536)")
+    measure.add_argument("--length", type=count, default=512, metavar="N", help="in one sequence (default 512)")
+    measure.add_argument("--plan", action="store_true", help="only show what it takes")
+    _add_place(measure)
+    _add_end(measure)
+    measure.set_defaults(shard_size=None)
+
+
 def _add_stream(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stream", action="store_true", help="send files to the Hub as they are made, without any on this disk"
@@ -385,12 +404,17 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB; GGUF 45GB)"
+    )
+    _add_place(parser)
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    """Where it goes, and what else every command that makes something is told."""
     parser.add_argument("--to", metavar="DEST", help="a folder, or hf://owner/name; default: the recipe's publish.repo")
     parser.add_argument(
         "--max-disk", type=_bytes, metavar="SIZE", help="the most disk the run may take at once, such as 10GB"
-    )
-    parser.add_argument(
-        "--shard-size", type=_bytes, metavar="SIZE", help="the largest size of a file (default 5GB; GGUF 45GB)"
     )
     parser.add_argument(
         "--seed",

@@ -194,6 +194,33 @@ def _convert(arguments: argparse.Namespace) -> int:
     return _merge(conversion_recipe(arguments.model, arguments.gguf, arguments.license), arguments)
 
 
+def _measure(arguments: argparse.Namespace) -> int:
+    from merger.cli import reports, text
+    from merger.run.options import with_free_memory
+    from merger.statistics.measure import disk_at_once, measure_statistics
+    from merger.statistics.plan import plan_measurement
+
+    options = with_free_memory(_options(arguments))
+    asked = arguments.model, arguments.kind, arguments.data, arguments.tokens, arguments.length
+    planned, store = plan_measurement(*asked, options)
+    disk = disk_at_once(planned, options)
+    if arguments.plan or not arguments.quiet:
+        print(reports.measurement_text(planned, disk), file=sys.stdout if arguments.plan else sys.stderr)
+    if arguments.plan:
+        return 0
+
+    def tell(event: Event) -> None:
+        for words in () if arguments.quiet else text.event_words(event):
+            print(line(words), file=sys.stderr, flush=True)
+
+    result = measure_statistics(planned, store, options, tell)
+    if arguments.json:
+        print(json.dumps({"plan": planned.identity, **text.as_json(result)}))
+    elif not arguments.quiet:
+        print(text.result_text(result).replace("merged into", "measured into"))
+    return 0
+
+
 def _merge(recipe: Recipe, arguments: argparse.Namespace, found: SearchFacts | None = None) -> int:
     from merger.card.facts import PlanSummary
     from merger.cli import text
@@ -368,6 +395,7 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "search": _search,
     "extract-lora": _extract,
     "convert": _convert,
+    "measure": _measure,
     "status": _status,
     "clean": _clean,
     "verify": _verify,

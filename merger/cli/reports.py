@@ -1,6 +1,6 @@
-"""What came of comparisons and searches, as text for a terminal and as data: verify, diff, search.
+"""What came of comparisons and searches, as text and as data: verify, diff, search; what measuring takes.
 
-Not here: the progress of a merge (cli.text).
+Not here: the progress of a merge (text).
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger.errors import few
+from merger.lock.locked import display_name
 from merger.models.checkpoint import TensorInfo
 from merger.recipe.searched import Searched
 from merger.runtime import PACKAGE
 from merger.safety.numbers import size
 from merger.safety.text import join_lines, line
+from merger.statistics.plan import Measurement, estimate_seconds
 from merger.verification.diff import Contrast, Side, TensorDiff
 from merger.verification.sample import Mismatch
 from merger.verification.verify import Report
@@ -31,6 +33,29 @@ if TYPE_CHECKING:
 
 _ROWS_SHOWN = 20
 _LOG_SECONDS = 15.0
+_MINUTES = 180
+
+# ---- measure --------------------------------------------------------------------------------------------------------
+
+
+def measurement_text(planned: Measurement, disk: int) -> str:
+    """What will be measured of a model, and what that takes; `disk`: at the destination."""
+    sequences, length = planned.tokens.shape
+    model = planned.locked.models[0]
+    at = f" at commit {model.located.commit[:12]}" if model.located.commit else ""
+    seconds = estimate_seconds(planned)
+    lines = [
+        f"model   {display_name(planned.locked.config_model)}{at}, {len(planned.layers)} layers",
+        f"data    {planned.data}: {sequences * length:,} tokens in {sequences:,} sequences of {length:,}",
+        f"makes   {planned.kind}, {sum(len(shard.tensors) for shard in planned.shards)} tensors in "
+        f"{len(planned.shards)} files, {size(planned.size)}",
+        f"reads   {size(planned.read_bytes)}",
+        f"memory  {size(planned.peak_memory)} at most, with {planned.threads} threads",
+        f"disk    {size(disk)} for the files, and {size(planned.spool)} for hidden states on the way",
+        f"time    about {seconds:,.0f} s" if seconds < _MINUTES else f"time    about {seconds / 60:,.0f} minutes",
+    ]
+    return join_lines([*lines, *(f"note    {note}" for note in planned.notes)])
+
 
 # ---- verify ---------------------------------------------------------------------------------------------------------
 

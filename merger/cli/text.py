@@ -105,7 +105,7 @@ def _making(found: PlanSummary) -> list[str]:
 
 
 def _safetensors(planned: Plan) -> str:
-    count, nbytes = len(planned.shards), size(sum(shard.size for shard in planned.shards))
+    count, nbytes = len(planned.shards), size(planned.size - sum(planned.gguf.values()))
     beside = f"config and {len(planned.texts.taken)} side files from {display_name(planned.locked.config_model)}"
     return f"files   {count} of safetensors, {nbytes}; {beside}"
 
@@ -287,11 +287,11 @@ def show(event: Event | PartStarted | PartMade, progress: Progress) -> None:
 
     if isinstance(event, (BytesWritten, PartMade)):
         progress.add(event.nbytes)
-    for words in _words(event):
+    for words in event_words(event):
         progress.say(line(words))
 
 
-def _words(event: Event | PartStarted | PartMade) -> Iterator[str]:
+def event_words(event: Event | PartStarted | PartMade) -> Iterator[str]:
     """The lines that an event is worth."""
     from merger.engine.execute import ShardDone
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from merger import runtime
 from merger.engine.finite import NotFinite, explain
-from merger.engine.gguf import GgufWriter
+from merger.engine.forms import Fp8Writer, GgufWriter, TensorWriter
 from merger.engine.inputs.decompose import RunPairs
 from merger.engine.joined import start_work
 from merger.engine.runner import Memo, Work, blocks
@@ -200,7 +200,9 @@ def _shard(
         with ExitStack() as stack:
             written_jobs = [member for job in shard.jobs for member, _ in job.parts]
             made_files = (GgufWriter(file, sink.open(file.name), written_jobs) for file in shard.beside)
-            writers: list[GgufWriter | ShardWriter] = [stack.enter_context(each) for each in made_files]
+            writers: list[TensorWriter[Any] | ShardWriter] = [stack.enter_context(each) for each in made_files]
+            if shard.fp8 is not None:
+                writers.append(stack.enter_context(Fp8Writer(shard.fp8, sink.open(shard.name), written_jobs)))
             if shard.written:
                 start = header(written_jobs, shard.name)
                 size = len(start) + sum(member.nbytes for member in written_jobs)

@@ -22,6 +22,7 @@ from merger.engine.finite import NotFinite, is_finite, not_finite
 from merger.engine.geometry import BlockSample
 from merger.engine.inputs.decompose import RunPairs
 from merger.engine.inputs.readers import load_input
+from merger.engine.inputs.stored import read_whole
 from merger.engine.spool import Allowance
 from merger.engine.tensors import Block, Bytes, JobTensors, block_room
 from merger.methods.registry import Method, declared
@@ -136,10 +137,10 @@ class JobRunner:
         unseen = self.memo is None and block.start not in self.seen
         sample = BlockSample(block.start, block.stop, self.job.entries) if unseen else None
         with self._explain(), tile():
-            loaded = self.load(block)
+            loaded, known = self.load(block), self._load_statistics(block)
             for start, stop in self.tiles(block):
                 with tile():
-                    self._round(block, loaded, start, made[start:stop], sample)
+                    self._round(block, loaded, known, start, made[start:stop], sample)
         if sample is not None:
             of = len(self.job.inputs), self.job.base is not None
             parts = self.job.parts if isinstance(self.job, JoinedJob) else [(self.job, slice(0, None))]
@@ -148,10 +149,17 @@ class JobRunner:
         return made.view(np.uint8)
 
     def _round(
-        self, block: Block, loaded: list[Held], start: int, out: NDArray[Any], sample: BlockSample | None
+        self,
+        block: Block,
+        loaded: list[Held],
+        known: Sequence[Held | Stored],
+        start: int,
+        out: NDArray[Any],
+        sample: BlockSample | None,
     ) -> None:
         inputs, base = self.hand_over(loaded, start, start + out.size)
-        merged = self._merge(inputs, block.start + start)
+        statistics = _Statistics(self, known, start, start + out.size)
+        merged = self._merge(inputs, block.start + start, statistics)
         if sample is not None:
             sample.take(block.start + start, [*inputs, merged, *(() if base is None else (base,))])
         if base is not None:
@@ -160,7 +168,7 @@ class JobRunner:
         if not self.origin.odd and not is_finite(out, self.job.dtype):
             raise _not_finite(self, out, block.start + start)
 
-    def _merge(self, inputs: list[Array], start: int) -> Array:
+    def _merge(self, inputs: list[Array], start: int, statistics: Sequence[Array]) -> Array:
         """What the method makes of a tile, in one row."""
         given = dict(self._arguments)
         if self.method.random:
@@ -169,6 +177,8 @@ class JobRunner:
             given["start"] = start
         if self.method.measure is not None:
             given["measured"] = self.measured
+        if self.method.statistics is not None:
+            given["statistics"] = statistics
         made = self.method.function(self.method.place(inputs, self.device), **given)
         found: Array = np.ascontiguousarray(made if isinstance(made, np.ndarray) else made.cpu().numpy(), np.float32)
         return found.reshape(-1)
@@ -186,7 +196,7 @@ class JobRunner:
     def hand_over(self, loaded: list[Held], start: int, stop: int) -> tuple[list[Array], Array | None]:
         """The inputs of a tile in float32, as the method wants them, the base subtracted if there is one; and it."""
         floats, base = self.subtract_base(loaded, start, stop)
-        return [self._shape(entries) for entries in floats], base
+        return [self.shape(entries) for entries in floats], base
 
     def subtract_base(self, loaded: list[Held], start: int, stop: int) -> tuple[list[Array], Array | None]:
         """The same in one row."""
@@ -203,6 +213,21 @@ class JobRunner:
         tensors = self.origin.with_read(alike, block.start, block.stop) if alike else self.origin
         return [self._load(source, block, tensors) for source in self.job.sources]
 
+    def _load_statistics(self, block: Block) -> list[Held | Stored]:
+        """What was measured of each input: of what has the tensor's shape the block's entries, else where it is."""
+        return [
+            self._load(stored, block, self.origin) if stored.shape == self.job.shape else stored
+            for stored in self.job.statistics
+        ]
+
+    def place(self, entries: Array) -> Any:
+        """Where and as the method computes."""
+        return self.method.place([entries], self.device)[0]
+
+    def read_whole(self, stored: Stored) -> Array:
+        """All of what was measured, in its own shape."""
+        return read_whole(stored, partial(load_input, tensors=self.origin))
+
     def _load(self, source: Input, block: Block, tensors: Any) -> Held:
         if isinstance(source, (Stored, StageTensor)):
             held: Held = tensors.bits(source, block.start, block.stop)
@@ -210,13 +235,30 @@ class JobRunner:
         out = _floats(block.stop - block.start)
         return Held(load_input(source, block.start, block.stop, out, tensors), "F32")
 
-    def _shape(self, entries: Array) -> Array:
+    def shape(self, entries: Array) -> Array:
         """As the method wants its blocks: a run of entries, whole rows, or a matrix."""
         if self.method.unit == "matrix":
             return entries.reshape(matrix_shape(self.job.name, self.job.shape))
         if self.method.unit == "entries":
             return entries
         return entries.reshape(-1, self.job.shape[-1] if self.job.shape else 1)
+
+
+class _Statistics(Sequence[Array]):
+    """What was measured of each input, made as it is asked for: what is large is held one at a time."""
+
+    def __init__(self, making: JobRunner, known: Sequence[Held | Stored], start: int, stop: int) -> None:
+        self._making, self._known, self._entries = making, known, (start, stop)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __getitem__(self, place: Any) -> Any:
+        held: Any = self._known[place]
+        start, stop = self._entries
+        whole = isinstance(held, Stored)
+        found = self._making.read_whole(held) if whole else held.floats(start, stop, _floats(stop - start))
+        return self._making.place(found if whole else self._making.shape(found))
 
 
 def _floats(entries: int) -> Array:

@@ -13,6 +13,7 @@ from merger.models.architecture import is_head
 from merger.models.checkpoint import Checkpoint, TensorInfo
 from merger.models.config import with_vocabulary, without_tie
 from merger.models.lora.changes import changes
+from merger.models.lora.pipeline import of_model
 
 _OTHER_ADAPTER = "take the model that it was trained on, or merge both with PEFT's merge_and_unload and name the result"
 
@@ -25,7 +26,8 @@ def with_adapter(model: LockedModel, adapter: LockedModel) -> LockedModel:
     """
     assert adapter.lora is not None
     held = model.checkpoint
-    found = changes(adapter.lora, held.tensors, held.config)
+    lora = of_model(adapter.lora, held.tensors, held.config, model.located.name)
+    found = changes(lora, held.tensors, held.config)
     stored = next((name for name, change in found.items() if change.tokens and name in model.quantised), None)
     if stored is not None:
         raise ModelError(Problem(f"it has single rows of {stored}, which is quantised", hint=_OTHER_ADAPTER))

@@ -19,8 +19,9 @@ from merger.lock.checkpoints import with_means
 from merger.lock.locked import LockedModel, LockedRecipe
 from merger.lock.matched import with_names_of
 from merger.lock.read import (
+    OF_PEFT,
     REQUESTS_AT_ONCE,
-    check_adapter_files,
+    adapter_file,
     content_names,
     embedder_class,
     read_config,
@@ -30,21 +31,26 @@ from merger.lock.read import (
     tensor_stem,
     tensors_in,
     tensors_of,
+    without_config,
 )
+from merger.lock.statistics import read_statistics
 from merger.models import chat, vocabulary
 from merger.models.checkpoint import (
     STEM,
     Checkpoint,
     TensorInfo,
     is_single,
+    read_metadata,
 )
 from merger.models.formats.pickled import is_pickled
 from merger.models.formats.quantised import unpack_checkpoint
 from merger.models.gguf import tokens as gguf
 from merger.models.lora import adapter as adapters
+from merger.models.lora import pipeline as pipelines
 from merger.models.mixtures import are_fused, split
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import (
+    LOCK_NAME,
     module_of,
     pipeline,
 )
@@ -106,13 +112,14 @@ def lock(
         fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(tensors), alone)
         fetch = fetching.adapter if recipe.merges_adapters else fetching.model
         merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
-        loras = _collect(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), merged)
+        measured = list(models.map(lambda ref: _attempt(ref, fetching.statistics), recipe.statistics))
+        loras = _collect(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), [*merged, *measured])
     found = _in_one_layout(_collect(merged))
     by_ref = {lora.ref: lora for lora in loras}
     changed = _collect(_attempt_with(model, by_ref) for model in found)
     like = next(model for model in changed if model.ref == recipe.names_model)
     alike = [with_names_of(like, model) for model in changed]
-    return LockedRecipe(recipe, _with_texts(recipe, alike, loras, store))
+    return LockedRecipe(recipe, (*_with_texts(recipe, alike, loras, store), *_collect(measured)))
 
 
 _Content = Callable[[Located, str], object]
@@ -299,17 +306,32 @@ class _Fetching:
         )
 
     def adapter(self, ref: ModelRef) -> LockedModel:
-        located = self._located(ref)
-        check_adapter_files(located)
-        config = read_json(located, adapters.CONFIG, self.store)
+        located, config = self._located(ref), dict[str, object]()
+        file = adapter_file(located)
         refuse_barred(located, {})
-        file, read = adapters.TENSORS, adapters.read_adapter
-        if file not in located.files:
-            file, read = adapters.OF_MLX, adapters.read_mlx
         tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, file, self.tally)}
-        lora = read(config, tensors)
+        if adapters.CONFIG in located.files:
+            config |= read_json(located, adapters.CONFIG, self.store)
+            lora = (adapters.read_mlx if file == adapters.OF_MLX else adapters.read_adapter)(config, tensors)
+        elif not pipelines.holds_lora(tensors):
+            raise without_config(OF_PEFT)
+        else:
+            numbers = {name: tensor for name, tensor in tensors.items() if name.endswith(pipelines.ALPHA)}
+            fetched = self.pool.map(partial(_bytes_of, located, self.store), numbers.values())
+            header = self.store.fetch(located, file, 8, min((tensor.start for tensor in tensors.values()), default=8))
+            said = read_metadata(header)
+            lora = pipelines.read_pipeline(tensors, dict(zip(numbers, fetched, strict=True)), said)
         card, licence = read_licence(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
+
+    def statistics(self, ref: ModelRef) -> LockedModel:
+        located = self._located(ref)
+        if LOCK_NAME not in located.files:
+            hint = "make it with merger measure"
+            raise ModelError(Problem(f"has no {LOCK_NAME} that says what was measured", hint=hint))
+        said = read_statistics(self.store.fetch(located, LOCK_NAME).decode("utf-8", "replace"))
+        tensors = tensors_of(located, self.store, self.pool, False, self.tally)
+        return LockedModel(ref, located, Checkpoint(tensors, {}), statistics=said)
 
 
 def _bytes_of(located: Located, store: Store, tensor: TensorInfo) -> bytes:

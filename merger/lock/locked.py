@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from merger.lock.statistics import Statistics
 from merger.models.architecture import Architecture, is_embedding, is_head, never_by_token
 from merger.models.checkpoint import FLOATS, Checkpoint, TensorInfo
 from merger.models.config import is_tied, predicted_layers
@@ -41,6 +42,7 @@ class LockedModel:
         licence_file: which licence the file beside it is, where its card names none.
         matched: its own names for tensors that are called as the result's are.
         pipeline: of the files of its pipeline what each of them holds: two with a name in common are equal.
+        statistics: what its lock says, of statistics, whose tensors are its own.
         embeds: the class of sentence-transformers, or of PyLate, that loads it with its pipeline.
     """
 
@@ -59,6 +61,7 @@ class LockedModel:
     matched: Mapping[str, str] = field(default_factory=dict, repr=False)
     pipeline: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
     embeds: str | None = None
+    statistics: Statistics | None = field(default=None, repr=False)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -177,7 +180,7 @@ class LockedModel:
 
 @dataclass(frozen=True)
 class LockedRecipe:
-    """A recipe and its models, in the order of ``recipe.models``; then the adapters that are added to them.
+    """A recipe and its models, in the order of ``recipe.models``; then their adapters, and what was measured of them.
 
     Args:
         recipe: the recipe.
@@ -192,7 +195,12 @@ class LockedRecipe:
     @property
     def merged(self) -> tuple[LockedModel, ...]:
         """The models that are merged, without the adapters that are added to some of them."""
-        return tuple(model for model in self.models if model.lora is None or self.recipe.merges_adapters)
+        return tuple(model for model in self.parents if model.lora is None or self.recipe.merges_adapters)
+
+    @property
+    def parents(self) -> tuple[LockedModel, ...]:
+        """The models and adapters, without what was measured of them, which is behind them."""
+        return tuple(model for model in self.models if model.statistics is None)
 
 
 def stated_licence(card: Mapping[str, Any]) -> str | None:

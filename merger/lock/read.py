@@ -34,6 +34,7 @@ from merger.models.formats.pickled import SINGLE as PICKLED
 from merger.models.formats.pickled import is_pickled, pickled_tensors
 from merger.models.licence import TITLE_BYTES, licence_text, recognise_licence
 from merger.models.lora import adapter as adapters
+from merger.models.lora.pipeline import USUAL
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import (
     COLBERT,
@@ -235,17 +236,28 @@ def refuse_barred(located: Located, config: Mapping[str, Any]) -> None:
         raise ModelError(problems)
 
 
-def check_adapter_files(located: Located) -> None:
-    """Whether it holds an adapter as PEFT or MLX saves it.
+def adapter_file(located: Located) -> str:
+    """The file of an adapter: PEFT's, MLX's, or beside no config that of a diffusion pipeline's.
 
     Raises:
-        ModelError: it is not.
+        ModelError: it has none, or several.
     """
+    there = [name for name in located.files if name.endswith(SUFFIX) and "/" not in name]
     if adapters.CONFIG not in located.files:
-        hint = "is it a LoRA adapter as PEFT saves it?"
-        raise ModelError(Problem(f"has no {adapters.CONFIG}", hint=hint))
-    if not {adapters.TENSORS, adapters.OF_MLX} & located.files.keys():
-        pickled = adapters.PICKLED in located.files
-        what = f"has no {adapters.TENSORS}" + (f", only {adapters.PICKLED}" if pickled else "")
-        hint = "such files can run code when they are read: load it with PEFT and save it with save_pretrained"
-        raise ModelError(Problem(what, hint=hint if pickled else "the adapter is incomplete: download it again"))
+        if USUAL in there or len(there) == 1:
+            return USUAL if USUAL in there else there[0]
+        raise without_config(f"of several files name the one that is meant: .../{there[0]}" if there else OF_PEFT)
+    if found := next((name for name in (adapters.TENSORS, adapters.OF_MLX) if name in there), None):
+        return found
+    pickled = adapters.PICKLED in located.files
+    what = f"has no {adapters.TENSORS}" + (f", only {adapters.PICKLED}" if pickled else "")
+    hint = "such files can run code when they are read: load it with PEFT and save it with save_pretrained"
+    raise ModelError(Problem(what, hint=hint if pickled else "the adapter is incomplete: download it again"))
+
+
+OF_PEFT = "is it a LoRA adapter as PEFT saves it?"
+
+
+def without_config(hint: str) -> ModelError:
+    """That it is no adapter of PEFT's, nor another that is read."""
+    return ModelError(Problem(f"has no {adapters.CONFIG}", hint=hint))

@@ -1,24 +1,31 @@
-"""Means of the models: linear, Model Stock, and passthrough, the mean of one. Not here: task vectors (task_vectors)."""
+"""Means of the models: linear, Model Stock, by what was measured of them, and passthrough, the mean of one.
+
+Not here: task vectors (task_vectors).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from merger.methods.registry import Deltas, Paper, PerModel, Tensors, merge_method
+from merger.methods.registry import Deltas, Paper, PerModel, Range, Tensors, merge_method
 from merger.methods.steps.arithmetic import (
     Blocks,
+    add_scaled,
     multiple,
+    multiply,
     per_model,
+    quotient,
     refuse_zero_sum,
     scale_lines,
     square,
     weighted_sum,
 )
+from merger.methods.steps.decompose import is_matrix, right_divide, to_float32
 from merger.methods.steps.rows import as_rows, row_dots, whole_dots
-from merger.methods.steps.step import Array
+from merger.methods.steps.step import Array, zeros
 
 if TYPE_CHECKING:
     import numpy as np
@@ -172,3 +179,124 @@ def _ratios(dots: NDArray[np.float64]) -> NDArray[np.float64]:
         cosine += np.divide(table[one][other], product, out=np.zeros_like(product), where=product > 0)
     mean = np.clip(cosine / (models * (models - 1) / 2), 0, 1)
     return models * mean / (1 + (models - 1) * mean)
+
+
+# ---- by what was measured -------------------------------------------------------------------------------------------
+
+
+_FISHER_PAPER = Paper(
+    "Michael Matena, Colin Raffel",
+    2021,
+    "Merging Models with Fisher-Weighted Averaging",
+    "https://arxiv.org/abs/2111.09832",
+)
+_REGMEAN_PAPER = Paper(
+    "Xisen Jin, Xiang Ren, Daniel Preotiuc-Pietro, Pengxiang Cheng",
+    2022,
+    "Dataless Knowledge Fusion by Merging Weights of Language Models",
+    "https://arxiv.org/abs/2212.09849",
+)
+
+
+def _check_shares(weight: Sequence[float]) -> None:
+    if not any(weight):
+        raise ValueError("the weights are all 0, and their sum is divided by")
+
+
+def _mean_and_rest(tensors: Sequence[Array], weights: Sequence[float]) -> tuple[Array, list[Array]]:
+    """The weighted mean, and what each model is beside it."""
+    total = math.fsum(weights)
+    mean = weighted_sum(tensors, [number / total for number in weights])
+    return mean, [weighted_sum([tensor, mean], [1.0, -1.0]) for tensor in tensors]
+
+
+@merge_method(
+    "fisher",
+    title="Fisher",
+    formula=r"\theta = \frac{\sum_i w_i F_i \theta_i}{\sum_i w_i F_i}",
+    paper=_FISHER_PAPER,
+    models=(1, None),
+    check=_check_shares,
+    statistics="fisher",
+    laws=("zero", "idempotent", "permutation", "scale"),
+)
+def fisher(tensors: Tensors, weight: Annotated[PerModel, Range(0)] = 1.0, *, statistics: Sequence[Array] = ()) -> Array:
+    """The average of the models' tensors, each entry by how much the model's likelihood depends on it.
+
+    With Fᵢ the diagonal of model i's Fisher information, which merger measure --kind fisher makes, and products entry
+    by entry, the result is Σ wᵢ Fᵢ θᵢ / Σ wᵢ Fᵢ; where no model's likelihood depends on an entry, the weighted mean.
+
+    Follows the paper's equation of Fisher-weighted averaging. Departs from the released code: there is no floor under
+    Fᵢ, which would draw entries of small Fᵢ to the mean, and the models' Fᵢ are not brought to one norm.
+
+    Args:
+        weight: how much of each model goes in.
+
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 1, 1]), np.float32([3, 3, 3])
+    >>> fisher([one, other], statistics=[np.float32([3, 1, 0]), np.float32([1, 1, 0])])
+    array([1.5, 2. , 2. ], dtype=float32)
+    """
+    weights = per_model(weight, len(tensors))
+    _check_shares(weights)
+    mean, rest = _mean_and_rest(tensors, weights)
+    if not len(statistics):
+        return mean
+    total, shares = zeros(mean), zeros(mean)
+    for number, own, importance in zip(weights, rest, statistics, strict=True):
+        multiply(own, importance)
+        add_scaled(total, own, number)
+        add_scaled(shares, importance, number)
+    add_scaled(mean, quotient(total, shares), 1.0)
+    return mean
+
+
+@merge_method(
+    "regmean",
+    title="RegMean",
+    formula=(
+        r"W = \left(\sum_i w_i W_i \hat G_i\right) \left(\sum_i w_i \hat G_i\right)^{-1},"
+        r"\quad \hat G_i = \alpha G_i + (1 - \alpha) \operatorname{diag} G_i, \quad G_i = X_i^\top X_i"
+    ),
+    paper=_REGMEAN_PAPER,
+    models=(1, None),
+    unit="matrix",
+    workspace=8,
+    check=_check_shares,
+    statistics="gram",
+    laws=("zero", "idempotent", "permutation", "scale"),
+)
+def regmean(
+    tensors: Tensors,
+    weight: Annotated[PerModel, Range(0)] = 1.0,
+    alpha: Annotated[float, Range(0, 1)] = 0.9,
+    *,
+    statistics: Sequence[Array] = (),
+) -> Array:
+    """Of linear layers the matrix whose outputs are nearest to those of all models, each on its own inputs.
+
+    With Wᵢ of shape (outputs, inputs) and Gᵢ = XᵢᵀXᵢ of the layer's inputs in model i, in the mean over tokens, which
+    merger measure --kind gram makes: Ĝᵢ = α Gᵢ + (1 − α) diag Gᵢ, and the result is (Σ wᵢ Wᵢ Ĝᵢ)(Σ wᵢ Ĝᵢ)⁻¹, by
+    Cholesky's decomposition in float64. Inputs that no model has are averaged, and so is all that is no linear layer.
+
+    Follows the paper's algorithm; α is 0.9 as there for all but T5, which takes 0.1. At α = 1 the matrices may be
+    singular, as they are of fewer tokens than inputs; that is refused.
+
+    Args:
+        weight: how much of each model goes in.
+        alpha: what is left of the products of different inputs; at 0 each input counts by itself.
+
+    >>> import numpy as np
+    >>> one, other = np.float32([[1, 0]]), np.float32([[3, 2]])
+    >>> grams = np.float32([[3, 0], [0, 1]]), np.float32([[1, 0], [0, 1]])
+    >>> regmean([one, other], statistics=grams)
+    array([[1.5, 1. ]], dtype=float32)
+    """
+    weights = per_model(weight, len(tensors))
+    _check_shares(weights)
+    mean, rest = _mean_and_rest(tensors, weights)
+    if not len(statistics) or not is_matrix(mean, True):
+        return mean
+    made = to_float32(right_divide(rest, statistics, weights, alpha))
+    add_scaled(made.reshape(-1), mean.reshape(-1), 1.0)
+    return made

@@ -40,6 +40,10 @@ Base = Literal["unused", "first", "subtracted", "optional", "included"]
 """What the base model is to a method: no input | one of the models, handed over first | subtracted from the others |
 subtracted where the recipe names one | one more model where the recipe names one."""
 
+Statistic = Literal["fisher", "gram", "activations"]
+"""What may have been measured of a model: squared gradients of each entry | products of a layer's inputs, XᵀX | the
+inputs' magnitudes."""
+
 Unit = Literal["entries", "rows", "matrix"]
 """What a block must hold: any run of entries (1-D) | whole rows (2-D: the last dimension; a 1-D tensor is one row) |
 a whole matrix (2-D; a 1-D tensor is whole): that of the tensor, or one of those that it is a stack of."""
@@ -109,7 +113,9 @@ class Method:
     how many float32 arrays as large as an input the method may hold besides these, `searches` whether `measure` looks
     for ranks. `spreads` says that it shares out the strength of what it is given among all directions that a matrix can
     have. `placed` says that it is told as `start` at which entry of the tensor its block starts; a random one is told
-    by `rng`. `needs` is torch where it is handed torch's tensors, and not numpy's arrays.
+    by `rng`. `needs` is torch where it is handed torch's tensors, and not numpy's arrays. `statistics` is what has to
+    have been measured of each model: an argument of that name holds an array a model, and none where nothing is said of
+    a tensor.
     """
 
     name: str
@@ -133,6 +139,7 @@ class Method:
     spreads: bool = False
     needs: Literal["torch"] | None = None
     searches: bool = True
+    statistics: Statistic | None = None
 
     def place(self, arrays: Sequence[Any], device: str = "cpu") -> list[Any]:
         """Numpy's arrays as the function wants them: as they are, or as torch's tensors on a device."""
@@ -187,6 +194,7 @@ def merge_method(
     spreads: bool = False,
     needs: Literal["torch"] | None = None,
     searches: bool = True,
+    statistics: Statistic | None = None,
 ) -> Callable[[F], F]:
     """Register a function as the merge method `name`; the function comes back unchanged.
 
@@ -207,6 +215,7 @@ def merge_method(
         spreads: whether it shares out strength among all directions of a matrix: of adapters little is left then.
         needs: what it is handed in place of numpy's arrays.
         searches: whether `measure` looks for ranks, and not only sums: that takes memory.
+        statistics: what has to have been measured of each model; it reaches the function as ``statistics``.
 
     Raises:
         TypeError: at import, when an argument has no hint the table can read, or no description.
@@ -239,6 +248,7 @@ def merge_method(
             spreads=spreads,
             needs=needs,
             searches=searches,
+            statistics=statistics,
         )
         return function
 
@@ -330,7 +340,7 @@ _COMMON: Mapping[str, str] = {
     "rescale": "multiply what is kept, so that its L1 norm is that of the whole task vector.",
 }
 """What these arguments are wherever a method does not say otherwise."""
-_GIVEN_BY_THE_ENGINE = ("measured", "rng", "start")
+_GIVEN_BY_THE_ENGINE = ("measured", "rng", "start", "statistics")
 
 
 def _params(function: Callable[..., Any], described: Mapping[str, str]) -> tuple[Param, ...]:

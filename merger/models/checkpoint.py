@@ -234,6 +234,12 @@ def read_header(raw: bytes, file: str, size: int) -> tuple[TensorInfo, ...]:
     return tuple(tensors)
 
 
+def read_metadata(raw: bytes) -> Mapping[str, str]:
+    """The texts in a header that could be read."""
+    found: Mapping[str, str] = parse_json(raw.decode() or "{}").get("__metadata__") or {}
+    return found
+
+
 def _tensor(name: str, entry: Mapping[str, Any], file: str, first: int) -> TensorInfo:
     dtype, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
     start, stop = places

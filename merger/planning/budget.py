@@ -14,6 +14,7 @@ from merger.methods.registry import Method
 from merger.methods.steps.step import TILE
 from merger.models.architecture import is_buffer
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
+from merger.models.formats.fp8 import Fp8File
 from merger.models.gguf.layout import GgufFile
 from merger.models.mixtures import EMBEDDING, GATE, STACK
 from merger.planning.inputs.base import PASSTHROUGH, Job, Operand, StageTensor, Stored
@@ -50,7 +51,7 @@ _TOLD = 3
 """How many of the things that take memory a refusal names, the largest first."""
 
 _BYTES_QUANTISED = 24
-"""For an entry that is written to a GGUF file: as it is stored, twice, in float32, twice, and rounded."""
+"""For an entry that is written to a GGUF file, or in fp8: as it is stored, twice, in float32, twice, and rounded."""
 
 _COMMITTED_BYTES, _TIMES_COMMITTED = 10_000_000, 3
 """The Hub takes files beyond that as large ones, piece by piece; the others are text in the commit."""
@@ -113,6 +114,7 @@ class Workload:
         left_out: how many tensors of the models nothing is made of.
         passed: the sizes of the files that are passed on.
         gguf: the files of one shard that are written as GGUF.
+        fp8: the shards' own that are written in eight bits, one after the other.
     """
 
     locked: StagedRecipe
@@ -121,6 +123,7 @@ class Workload:
     left_out: int
     passed: Sequence[int]
     gguf: Sequence[GgufFile]
+    fp8: Sequence[Fp8File]
 
 
 def allot(work: Workload, budget: Budget) -> Takes:
@@ -199,6 +202,7 @@ def _memory(work: Workload, threads: int, read_ahead: int, kept: int) -> dict[st
         f"the list of {tensors:,} tensors": _BYTES_A_JOB * tensors,
         "tokenizers": tokens,
         "GGUF": sum(map(_gguf_memory, work.gguf)),
+        "fp8": max(map(_writing_memory, work.fp8), default=0),
     }
 
 
@@ -210,8 +214,12 @@ def _side_memory(passed: Sequence[int]) -> int:
 
 def _gguf_memory(file: GgufFile) -> int:
     """Its metadata twice, for it is copied to be written, and of a tensor what is written at once."""
-    unit = max((tensor.unit for tensor in file.tensors), default=0)
-    return 2 * sum(map(len, file.metadata)) + _BYTES_QUANTISED * max(unit, BLOCK_ENTRIES)
+    return 2 * sum(map(len, file.metadata)) + _writing_memory(file)
+
+
+def _writing_memory(file: GgufFile | Fp8File) -> int:
+    """Of a tensor what is written at once."""
+    return _BYTES_QUANTISED * max([BLOCK_ENTRIES, *(tensor.unit for tensor in file.tensors)])
 
 
 def _tokenizer_memory(locked: StagedRecipe) -> int:
@@ -267,8 +275,14 @@ def _own(job: Job, method: Method) -> int:
     read = sum(ITEM_BYTES[source.dtype] for source in plain) + 4 * (len(sources) - len(plain) + len(job.shared))
     tiles = 2 * (2 + len(sources)) + method.workspace
     searching = len(job.inputs) * (_SEARCH_BYTES if method.searches else _SUMS_BYTES) if method.measure else 0
-    computing = max(source.workspace_bytes for source in sources)
+    computing = max(source.workspace_bytes for source in sources) + _measured_bytes(job, block)
     return read * block + tiles * 4 * _tile_entries(job, method) + searching + computing
+
+
+def _measured_bytes(job: Job, block: int) -> int:
+    """A block of what was measured of each input; of what has another shape one whole, and its sum twice in float64."""
+    alike, others = ([each for each in job.statistics if (each.shape == job.shape) == same] for same in (True, False))
+    return 4 * block * len(alike) + max((20 * each.tensor.entries for each in others), default=0)
 
 
 def _tile_entries(job: Job, method: Method) -> int:
@@ -309,8 +323,13 @@ def embedding(locked: StagedRecipe) -> Job:
 def layers(locked: StagedRecipe, routers: Sequence[Routed]) -> list[list[Job]]:
     """The tensors of the layers that the prompts run through for these routers, each made of its layer's input."""
     count = max((router.layer for router in routers if router.mode != EMBEDDED), default=0)
-    found = [locked.config_model.layer(STACK, layer) for layer in range(count)]
-    return [[_whole(locked, tensor) for tensor in layer if not is_buffer(tensor.name)] for layer in found]
+    return [layer_jobs(locked, layer) for layer in range(count)]
+
+
+def layer_jobs(locked: StagedRecipe, layer: int | None) -> list[Job]:
+    """The trained tensors of a layer of the config model, in float32; for None those outside all stacks."""
+    held = locked.config_model.layer(None if layer is None else STACK, layer)
+    return [_whole(locked, tensor) for tensor in held if not is_buffer(tensor.name)]
 
 
 def _whole(locked: StagedRecipe, tensor: TensorInfo) -> Job:

@@ -6,8 +6,7 @@ of a run (card.facts), and the commits alone that a lock file beside a recipe pi
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -18,34 +17,22 @@ from merger.errors import Problem, RecipeError, VerificationError
 from merger.lock.formats import FORMAT, FormatChange, since
 from merger.lock.lock import Pin
 from merger.lock.locked import LockedModel, LockedRecipe
+from merger.lock.parents import (
+    Checksum,
+    Parent,
+    changed_files,
+    list_files,
+    need_kind,
+    need_within,
+    read_files,
+    read_parent,
+)
 from merger.models.plain_yaml import load_yaml
-from merger.models.side_files import CARD_NAME
 from merger.planning.plan import Plan
 from merger.runtime import PACKAGE, install_command
 from merger.safety import numbers
 from merger.safety.limits import LOCK
-from merger.stores.ports import FileInfo, Located
-
-_SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Parent:
-    """A model that was merged.
-
-    Args:
-        model: as the recipe writes it, of a folder its last part.
-        commit: on the Hub; None for a folder.
-        licence: the one that its card stated.
-        files: those that were read, with the SHA-256 where it is known.
-        now: how its repo was called by then, where the recipe writes a former name.
-    """
-
-    model: str
-    commit: str | None
-    licence: str | None
-    files: Mapping[str, FileInfo]
-    now: str | None = None
+from merger.stores.ports import FileInfo
 
 
 @dataclass(frozen=True)
@@ -96,17 +83,8 @@ class Lock:
             "shard_size": self.shard_bytes,
             **({"gguf": list(self.gguf)} if self.gguf else {}),
             "made_with": dict(self.made_with),
-            "models": [
-                {
-                    "model": item.model,
-                    **({"now": item.now} if item.now else {}),
-                    "commit": item.commit,
-                    "licence": item.licence,
-                    "files": _list_files(item.files),
-                }
-                for item in self.models
-            ],
-            "output": _list_files(self.output),
+            "models": [parent.encode() for parent in self.models],
+            "output": list_files(self.output),
             "recipe": _Block(self.recipe),
         }
         return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -128,11 +106,6 @@ def _block(dumper: _Dumper, text: _Block) -> yaml.ScalarNode:
 _Dumper.add_representer(_Block, _block)
 
 
-def _list_files(files: Mapping[str, FileInfo]) -> list[dict[str, Any]]:
-    """A checksum that nobody has found out is said to be unknown: null."""
-    return [{"file": name, "size": info.size, "sha256": info.sha256} for name, info in files.items()]
-
-
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +121,7 @@ def read_lock(text: str, path: str) -> Lock:
         if "recipe" not in content and "made_with" in content:
             hint = "run the recipe itself, with this file beside it: mine.lock.yaml beside mine.yaml"
             raise RecipeError(Problem(f"{path} holds no recipe: an earlier version of merger wrote it", hint=hint))
-        _refuse_later(_is(int, content["format"]), content, path)
+        _refuse_later(need_kind(int, content["format"]), content, path)
         return _lock(content)
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         hint = "take the merger.lock.yaml of a result"
@@ -158,7 +131,7 @@ def read_lock(text: str, path: str) -> Lock:
 def _refuse_later(format: int, content: Any, path: str) -> None:
     if format > FORMAT:
         what = f"{path} is of format {format}, and merger {version(PACKAGE)} knows {FORMAT} at most"
-        raise VerificationError(Problem(what, hint=_install(_is(str, content["made_with"][PACKAGE]))))
+        raise VerificationError(Problem(what, hint=_install(need_kind(str, content["made_with"][PACKAGE]))))
 
 
 def _install(number: str) -> str:
@@ -167,61 +140,20 @@ def _install(number: str) -> str:
 
 def _lock(content: Any) -> Lock:
     return Lock(
-        plan=_is(str, content["plan"]),
-        identity=_is(str, content["identity"]),
-        seed=_within(numbers.GIVEN_SEED, content["seed"]),
-        shard_bytes=_within(numbers.BYTES, content["shard_size"]),
-        made_with={_is(str, name): _is(str, number) for name, number in content["made_with"].items()},
-        recipe=_is(str, content["recipe"]),
-        models=tuple(_parent(item) for item in _is(list, content["models"])),
-        output=_files(content["output"]),
-        format=_is(int, content["format"]),
-        gguf=tuple(_is(str, kind) for kind in _is(list, content.get("gguf", []))),
+        plan=need_kind(str, content["plan"]),
+        identity=need_kind(str, content["identity"]),
+        seed=need_within(numbers.GIVEN_SEED, content["seed"]),
+        shard_bytes=need_within(numbers.BYTES, content["shard_size"]),
+        made_with={need_kind(str, name): need_kind(str, number) for name, number in content["made_with"].items()},
+        recipe=need_kind(str, content["recipe"]),
+        models=tuple(read_parent(item) for item in need_kind(list, content["models"])),
+        output=read_files(content["output"]),
+        format=need_kind(int, content["format"]),
+        gguf=tuple(need_kind(str, kind) for kind in need_kind(list, content.get("gguf", []))),
     )
-
-
-def _parent(item: Any) -> Parent:
-    commit, licence, now = item["commit"], item["licence"], item.get("now")
-    return Parent(
-        _is(str, item["model"]),
-        None if commit is None else _matching(_COMMIT, commit),
-        None if licence is None else _is(str, licence),
-        _files(item["files"]),
-        None if now is None else _is(str, now),
-    )
-
-
-def _files(items: Any) -> dict[str, FileInfo]:
-    return {_is(str, item["file"]): _file(item) for item in _is(list, items)}
-
-
-def _file(item: Any) -> FileInfo:
-    sha256 = item.get("sha256")
-    return FileInfo(_within(numbers.SIZE, item["size"]), None if sha256 is None else _matching(_SHA256, sha256))
-
-
-def _is(kind: type[Any], value: Any) -> Any:
-    if type(value) is not kind:
-        raise TypeError
-    return value
-
-
-def _within(range: numbers.Range, value: Any) -> int:
-    if not range.holds(_is(int, value)):
-        raise ValueError
-    return int(value)
-
-
-def _matching(pattern: re.Pattern[str], value: Any) -> str:
-    if pattern.fullmatch(value) is None:
-        raise ValueError
-    return str(value)
 
 
 # ---- is it still the same? ------------------------------------------------------------------------------------------
-
-
-Checksum = Callable[[Located, str], str] | None
 
 
 def changed_models(locked: LockedRecipe, held: Lock, checksum: Checksum) -> list[Problem]:
@@ -242,7 +174,10 @@ def changed_models(locked: LockedRecipe, held: Lock, checksum: Checksum) -> list
 
 
 def _find_changes(model: LockedModel, parent: Parent, checksum: Checksum) -> list[Problem]:
-    """A commit of the Hub pins its files, so there only what the Hub tells without being asked is compared."""
+    """In what a model is another one than its lock says.
+
+    A commit of the Hub pins its files, so there only what the Hub tells without being asked is compared.
+    """
     located, at = model.located, model.ref.at
     if (located.commit is None) != (parent.commit is None):
         here = "a folder" if located.commit is None else "on the Hub"
@@ -250,25 +185,9 @@ def _find_changes(model: LockedModel, parent: Parent, checksum: Checksum) -> lis
     hint = "was the lock changed after the merge? Take the one that was published with it"
     if located.commit is None:
         hint = f"bring back the model as it was: {model.ref.path}"
-    # Nothing of a card goes into a tensor: it may be another one by now.
     at_commit = f" at commit {located.commit}" if located.commit else ""
-    others = {name: _other(located, name, info, checksum) for name, info in parent.files.items() if name != CARD_NAME}
-    return [
-        Problem(f"{parent.model}{at_commit}: {name} {what}", at, hint=hint) for name, what in others.items() if what
-    ]
-
-
-def _other(located: Located, name: str, info: FileInfo, checksum: Checksum) -> str | None:
-    """In what a file is another one than the locked."""
-    found = located.files.get(name)
-    if found is None:
-        return "is not there"
-    if found.size != info.size:
-        return f"has {found.size:,} bytes, the lock says {info.size:,}"
-    is_read = info.sha256 is not None and located.commit is None
-    sha256 = checksum(located, name) if checksum and is_read else found.sha256
-    same = None in (sha256, info.sha256) or sha256 == info.sha256
-    return None if same else f"is another file: its SHA-256 is {sha256}, the lock says {info.sha256}"
+    others = changed_files(located, parent.files, checksum)
+    return [Problem(f"{parent.model}{at_commit}: {name} {what}", at, hint=hint) for name, what in others.items()]
 
 
 def other_meaning(planned: Plan | None, held: Lock) -> list[Problem]:

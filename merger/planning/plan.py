@@ -16,6 +16,7 @@ from typing import Any
 from merger.lock import formats
 from merger.lock.locked import LockedRecipe
 from merger.methods.registry import Method
+from merger.models.formats.fp8 import with_fp8
 from merger.models.gguf.layout import GgufFile
 from merger.models.lora.adapter import CONFIG
 from merger.planning.budget import Budget, Takes, Workload, allot, disk_bytes
@@ -24,11 +25,12 @@ from merger.planning.jobs.blocks import stages_of
 from merger.planning.jobs.common import JobSet
 from merger.planning.jobs.make import make_jobs
 from merger.planning.makers import moe
+from merger.planning.makers.fp8 import describe_fp8, fp8_tensors
 from merger.planning.makers.gguf import gguf_files
 from merger.planning.makers.lora import make_lora
 from merger.planning.makers.side_files import beside_adapter, left_out_files, other_pipelines, passed_files, texts
 from merger.planning.makers.stages import with_stages
-from merger.planning.shards import Shard, files_of, whole_file
+from merger.planning.shards import Shard, files_of, in_eight_bits, whole_file
 from merger.planning.stage_model import StagedRecipe, Texts
 from merger.planning.tokens import Tokens
 from merger.planning.unused_tensors import LeftOut, config, find_unused, notes
@@ -162,7 +164,9 @@ class Plan(Takes):
             },
             "side_files": list(self.texts.taken),
             "side_files_left_out": dict(self.left_beside),
-            "shards": [{"name": shard.name, "size": shard.size, "jobs": shard.jobs} for shard in self.shards],
+            "shards": [
+                {"name": shard.name, "size": shard.files[shard.name], "jobs": shard.jobs} for shard in self.shards
+            ],
             "gguf": self.gguf,
             "stages": [
                 {
@@ -204,17 +208,21 @@ def make_plan(
     small = beside_adapter(locked, making.tokenizer_model) if lora else texts(locked, making.tokens)
     passed = [info.size for info in passed_files(locked, small)]  # one that is too large is told before all else
     shards = whole_file(making.jobs) if lora else files_of(locked, making.jobs, budget.shard_bytes)
+    eight = fp8_tensors(locked, making.jobs)
+    shards = tuple(in_eight_bits(shard, eight) for shard in shards) if eight else shards
     beside = gguf_files(locked, [shard.jobs for shard in shards], edited, small)
     shards = tuple(_with_beside(locked, *each) for each in zip(shards, beside, strict=True))
+    edited = with_fp8(edited, eight.values(), locked.recipe.publish.fp8 or "") if eight else edited
     jobs = tuple(job for shard in shards for job in shard.jobs)
     left_out = tuple(find_unused(locked, making))
-    takes = allot(Workload(locked, table, jobs, len(left_out), passed, next(iter(shards)).beside), budget)
+    fp8 = [shard.fp8 for shard in shards if shard.fp8]
+    takes = allot(Workload(locked, table, jobs, len(left_out), passed, next(iter(shards)).beside, fp8), budget)
     return Plan(
         **vars(takes),
         locked=locked,
         shards=shards,
         left_out=left_out,
-        notes=notes(locked, making),
+        notes=(*notes(locked, making), *([describe_fp8(list(eight.values()))] if eight else [])),
         config=edited,
         tokens=making.tokens,
         texts=small if locked.recipe.publish.safetensors else Texts({}),
@@ -226,8 +234,9 @@ def make_plan(
 
 
 def _with_beside(locked: StagedRecipe, shard: Shard, files: tuple[GgufFile, ...]) -> Shard:
-    written = locked.recipe.publish.safetensors
-    return replace(shard, name=shard.name if written else files[0].name, beside=files, written=written)
+    publish = locked.recipe.publish
+    name = shard.name if publish.safetensors else files[0].name
+    return replace(shard, name=name, beside=files, written=publish.plain)
 
 
 def _make_jobs(locked: StagedRecipe, table: Mapping[str, Method], seed: int) -> tuple[JobSet, Mapping[str, Any]]:

@@ -5,15 +5,16 @@ Not here: how a tensor is made (jobs), and what a file holds besides (models.for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, islice
 from operator import itemgetter
 from typing import Self
 
 from merger.models.checkpoint import ITEM_BYTES, SINGLE
-from merger.models.formats.safetensors import header, shard_name
+from merger.models.formats.fp8 import Fp8File, Fp8Tensor
+from merger.models.formats.safetensors import Outgoing, header, shard_name
 from merger.models.gguf.layout import GgufFile
 from merger.models.lora.adapter import TENSORS
 from merger.models.side_files import module_of
@@ -28,17 +29,19 @@ from merger.safety import numbers
 class Shard:
     """One output file: its name, the jobs that fill it, in the order of their places, and files made of the same.
 
-    One that is not written as safetensors has the name of the first of those, which are all that there is of it.
+    One that is not written as safetensors has the name of the first of those, which are all that there is of it; one
+    whose file is in eight bits is written as `fp8` says.
     """
 
     name: str
     jobs: tuple[Job, ...]
     beside: tuple[GgufFile, ...] = ()
     written: bool = True
+    fp8: Fp8File | None = None
 
     @cached_property
     def size(self) -> int:
-        """The file's size in bytes, header included."""
+        """The file's size in bytes, header included; of one that is not written so, what is made for it."""
         return self.header_size + sum(job.nbytes for job in self.jobs)
 
     @property
@@ -49,7 +52,14 @@ class Shard:
     @property
     def files(self) -> dict[str, int]:
         """The size by name of each file that is made with it, its own last."""
-        return {file.name: file.size for file in self.beside} | ({self.name: self.size} if self.written else {})
+        beside = {file.name: file.size for file in self.beside}
+        own = self.size if self.fp8 is None else self.fp8.size
+        return beside | ({self.name: own} if self.written or self.fp8 else {})
+
+    @property
+    def stored(self) -> Sequence[Outgoing]:
+        """The tensors of its file, as the header has them."""
+        return self.jobs if self.fp8 is None else self.fp8.stored
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,12 @@ def files_of(locked: StagedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[S
         return tuple(modules)
     names = (shard_name(number, len(groups), config_owner.checkpoint.stem) for number in range(1, len(groups) + 1))
     return (*(Shard(name, _align(group)) for name, group in zip(names, groups, strict=True)), *modules)
+
+
+def in_eight_bits(shard: Shard, tensors: Mapping[str, Fp8Tensor]) -> Shard:
+    """The shard whose file is written with these tensors, in the order in which they are aligned."""
+    jobs = tuple(sorted(shard.jobs, key=lambda job: -tensors[job.name].item_bytes))
+    return replace(shard, jobs=jobs, fp8=Fp8File(shard.name, tuple(tensors[job.name] for job in jobs)))
 
 
 def _in_file_order(jobs: tuple[Job, ...], config_model: int) -> tuple[tuple[Job, ...], list[list[Job]]]:

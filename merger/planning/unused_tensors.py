@@ -63,7 +63,7 @@ def find_unused(locked: StagedRecipe, making: JobSet) -> Iterator[LeftOut]:
         _Document(stage.locked, stage.reasons, stage.giver, _read(stage.jobs.values())) for stage in locked.stages
     ]
     documents.append(_Document(locked, making.reasons, making.prediction, read))
-    for number, model in enumerate(locked.models):
+    for number, model in enumerate(locked.parents):
         taken = {*read.get(number, ()), *model.brought}
         rest = [name for name in model.checkpoint.tensors if name not in taken]
         if locked.owner(number) != number:
@@ -134,13 +134,26 @@ def notes(locked: StagedRecipe, making: JobSet) -> tuple[str, ...]:
     means = (_of_mean(stage, stage.mean_of) for stage in locked.recipe.stages if stage.mean_of is not None)
     own_head = [told] if own else []
     beside = *_of_names(locked, making), *_of_prediction(locked, making, models)
-    return (*means, *_of_quantised(locked), *own_head, *beside)
+    return (*means, *_of_quantised(locked), *own_head, *beside, *_of_statistics(locked))
+
+
+def _of_statistics(locked: StagedRecipe) -> Iterator[str]:
+    """What was measured of which model on what."""
+    for model in locked.models:
+        if (said := model.statistics) is not None:
+            whose, widest = (
+                " and ".join(parent.model for parent in said.models),
+                max(tensor.shape[-1] for tensor in model.checkpoint.tensors.values()),
+            )
+            few = said.kind == "gram" and said.tokens < widest
+            singular = f", fewer than the {widest:,} inputs of a layer: only alpha below 1 can be" if few else ""
+            yield f"{said.kind} of {whose}, measured on {said.tokens:,} tokens of {said.data}{singular}"
 
 
 def _of_names(locked: StagedRecipe, making: JobSet) -> Iterator[str]:
     """What was matched to what, and which stacks are the config model's alone."""
     config_model = locked.config_model
-    for model in locked.models:
+    for model in locked.parents:
         pairs = dict.fromkeys((_without_number(own), _without_number(name)) for name, own in model.matched.items())
         shown = [f"{own} as {name}" for own, name in pairs][:_SHOWN]
         more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""

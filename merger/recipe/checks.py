@@ -119,6 +119,7 @@ def fit(found: Found) -> None:
             return
         _base_among_sources(found, method)
         _count(found, method)
+        _measured(found, method)
         _warn_of_base(found, method)
         _warn_of_base_aside(found, method)
         handed = [source.model for source in found.piece.sources if _is_counted(source, found.piece, method)]
@@ -157,6 +158,22 @@ def _warn_of_base(found: Found, method: Method) -> None:
         if method.subtracts_base and source.model == found.piece.base_model and source.parameters:
             names = ", ".join(source.parameters)
             place.warn(f"{source.model} is the base model; here {names} has no effect", "take its parameters: out")
+
+
+def _measured(found: Found, method: Method) -> None:
+    """Whether each model has the statistics that the method asks for, and none that nothing asks for."""
+    for source, place in zip(found.piece.sources, found.places, strict=False):
+        asked = method.statistics is not None and _is_counted(source, found.piece, method)
+        if asked and source.statistics is None:
+            what = f"{method.name} asks for what was measured of each model, and {source.model} has no statistics"
+            place.error(
+                what, f"write statistics: org/name beside it; merger measure makes them, --kind {method.statistics}"
+            )
+        elif source.statistics is not None and source.statistics.adapter is not None:
+            place.error(f"{source.statistics} names an adapter, and statistics have none", "take +... out")
+        elif not asked and source.statistics is not None:
+            what = f"{method.name} asks for no statistics of {source.model}; here they have no effect"
+            place.warn(what, "take statistics: out")
 
 
 def _warn_of_twice(found: Found) -> None:

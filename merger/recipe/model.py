@@ -124,6 +124,7 @@ class Source:
     Args:
         model: the model.
         checkpoints: the model is the mean of these, until they are looked up and a stage makes it.
+        statistics: where what was measured of the model lies, for methods that ask for it.
         layer_range: ``[start, end)`` of the model's layers from zero; None: all of them (the `models:` form).
         parameters: settings for this model alone.
         added: True for a base model that the recipe names only as base_model.
@@ -135,6 +136,7 @@ class Source:
     parameters: Parameters = field(default_factory=dict)
     added: bool = False
     checkpoints: Checkpoints | None = None
+    statistics: ModelRef | None = None
     at: Span | None = field(default=None, compare=False)
     range_at: Span | None = field(default=None, compare=False)
 
@@ -348,10 +350,11 @@ class Publish:
         create_pr: open a pull request instead of committing to main.
         gguf: the types in which the result is written for llama.cpp as well, as GGUF files beside the others.
         safetensors: whether safetensors, config and tokenizer are written; else the GGUF files are all that there is.
+        fp8: their matrices are brought to eight bits, with a scale a "block" or a "channel"; None: they are not.
         template: Jinja2 templates for the card: a file or folder, relative to the working directory, or on the Hub
             hf://owner/name/path@revision.
         left_out: the templates that a lock names of the machine on which it was made: they are not read.
-        at: where the block stands in the recipe; `license_at`, `gguf_at`, `template_at`: those values.
+        at: where the block stands in the recipe; `license_at`, `gguf_at`, `fp8_at`, `template_at`: those values.
     """
 
     repo: str | None = None
@@ -363,12 +366,19 @@ class Publish:
     create_pr: bool = False
     gguf: tuple[str, ...] = ()
     safetensors: bool = True
+    fp8: str | None = None
     template: str | None = None
     left_out: str | None = None
     at: Span | None = field(default=None, compare=False)
     license_at: Span | None = field(default=None, compare=False)
     gguf_at: Span | None = field(default=None, compare=False)
+    fp8_at: Span | None = field(default=None, compare=False)
     template_at: Span | None = field(default=None, compare=False)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the result's tensors are published as they are made."""
+        return self.safetensors and self.fp8 is None
 
 
 @dataclass(frozen=True)
@@ -517,8 +527,14 @@ class Recipe:
 
     @property
     def references(self) -> tuple[ModelRef, ...]:
-        """All that is looked up: the models, then their adapters."""
-        return (*self.models, *self.adapters)
+        """All that is looked up: the models, then their adapters, then what was measured of them."""
+        return (*self.models, *self.adapters, *self.statistics)
+
+    @property
+    def statistics(self) -> tuple[ModelRef, ...]:
+        """Every place of statistics that is named beside a model once."""
+        sources = (source for recipe in self.documents for piece in recipe.slices for source in piece.sources)
+        return tuple(dict.fromkeys(source.statistics for source in sources if source.statistics is not None))
 
     @property
     def config_model(self) -> ModelRef:

@@ -65,9 +65,9 @@ TOP = (
     "search",
 )
 EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "allow_non_finite", "publish")
-MODEL = ("model", "revisions", "average", "parameters")
+MODEL = ("model", "revisions", "average", "statistics", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
-SOURCE = ("model", "layer_range", "parameters")
+SOURCE = ("model", "layer_range", "statistics", "parameters")
 MODULE = ("slices", "models", "parameters")
 TENSORS = ("filter", "model")
 
@@ -83,6 +83,8 @@ _MEANT_DTYPES = {
     "half": "float16",
     "fp32": "float32",
     "float": "float32",
+    "float8_e4m3fn": "publish: {fp8: block}, or channel",
+    "fp8": "publish: {fp8: block}, or channel",
 }
 _A_MODEL = "write model: org/name, or model: ./folder"
 _RANGE = "a pair [start, end]"
@@ -393,11 +395,13 @@ class _Levels:
         named = fields.model("model", _A_MODEL)
         ranged = fields.need("layer_range", _RANGE_HINT) if "layer_range" in keys else None
         several = read_checkpoints(fields, named) if keys == MODEL else None
+        measured = fields.get("statistics")
         return Source(
             model=replace(named, revision=several.match) if several and not several.of_folders else named,
             layer_range=_layer_range(ranged) if ranged else None,
             parameters=block.settings,
             checkpoints=several,
+            statistics=reference(measured) if measured else None,
             at=place.at,
             range_at=ranged.at if ranged else None,
         )

@@ -67,6 +67,7 @@ _WORDS = {
     "override_architecture": "Has no effect.",
     "lora": "A LoRA adapter that is added to the model.",
     "revisions": "The model is the mean of several checkpoints: a pattern for branches and tags, such as step-*.",
+    "statistics": "Where what was measured of the model lies, for methods that ask for it: org/name or a folder.",
     "average": "How much each of these checkpoints goes in; without it all alike.",
     "filter": "A part of the tensors' names that this value is for, case and all; without it: every tensor.",
     "value": "A number, or a gradient: numbers from the slice's first layer to its last.",
@@ -171,6 +172,7 @@ def _source(keys: tuple[str, ...]) -> Json:
     shapes = {
         "model": _ref("reference"),
         "layer_range": _or_hole(ends),
+        "statistics": _ref("reference"),
         "parameters": _ref("parameters"),
     }
     needed = [key for key in ("model", "layer_range") if key in keys]
@@ -223,6 +225,7 @@ def _publish() -> Json:
         "create_pr": flag,
         "gguf": _or_null(_list({"enum": list(publishing.GGUF)})),
         "safetensors": flag,
+        "fp8": {"enum": [*publishing.FP8, None]},
         "template": _or_null(_text()),
     }
     return _or_null(_map(publishing.PUBLISH, _describe_fields(Publish), shapes))

@@ -168,9 +168,9 @@ def model_files(planned: Plan) -> dict[str, bytes]:
         return {}
     files, shards = {}, [shard for shard in planned.shards if "/" not in shard.name]
     if len(shards) > 1:
-        weight_map = {job.name: shard.name for shard in shards for job in shard.jobs}
+        weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.stored}
         name = index_name(planned.locked.config_owner.checkpoint.stem + SUFFIX)
-        total = sum(job.nbytes for shard in shards for job in shard.jobs)
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.stored)
         files[name] = index(dict(sorted(weight_map.items())), total)
     if planned.config:
         files[planned.config_name] = (json.dumps(planned.config, indent=2) + "\n").encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,17 @@ class Draft:
     def text(self) -> str:
         """The recipe, with the method's parameters as its own template has them."""
         template = yaml.safe_load((TEMPLATES_FOLDER / "recipes" / f"{self.method}.yaml").read_text("utf-8"))
-        content: dict[str, Any] = {"models": [{"model": model} for model in self.models], "merge_method": self.method}
+        content: dict[str, Any] = {"models": [self._model(model) for model in self.models], "merge_method": self.method}
         content |= {"base_model": self.base} if self.base else {}
         content |= {key: template[key] for key in ("parameters", "dtype") if key in template}
         content |= {"publish": {"repo": repo}} if (repo := self.repo) else {}
         about = f"# `merger methods {self.method}` tells of its parameters, `merger plan` what this makes and takes.\n"
         return f"{schema_line()}{about}{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}"
+
+    def _model(self, model: str) -> dict[str, str]:
+        """A model's row, with statistics where the method asks for them: as merger measure's help calls them."""
+        kind = named_method(self.method).statistics
+        return {"model": model} | ({"statistics": f"{re.split('[@+]', model)[0]}-{kind}"} if kind else {})
 
     @property
     def repo(self) -> str | None:

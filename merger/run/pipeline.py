@@ -15,13 +15,23 @@ from merger.card.facts import exposed_models, lock_file
 from merger.card.pictures.canvas import import_drawing
 from merger.card.relations import Loss
 from merger.card.render import render
-from merger.errors import DamagedError, MergerError, MissingError, Problem, RecipeError, UploadError
+from merger.errors import (
+    DamagedError,
+    MergerError,
+    MismatchError,
+    MissingError,
+    Problem,
+    RecipeError,
+    UploadError,
+)
 from merger.evaluation.budget import Score
 from merger.evaluation.evaluate import Measured, Measuring, measure, prepare_measuring
+from merger.lock.locked import LockedRecipe
 from merger.methods.registry import methods
 from merger.models.formats.safetensors import WrittenShard
 from merger.models.side_files import LOCK_NAME
 from merger.planning.geometry import Geometry, load_geometry
+from merger.planning.jobs.statistics import other_statistics
 from merger.planning.plan import Plan
 from merger.planning.shards import Part, Shard, share
 from merger.recipe.model import Publish
@@ -130,7 +140,7 @@ def missing_parts(planned: Plan, options: Options, count: int) -> Result | tuple
     Raises:
         UploadError: the destination refuses what would be made.
     """
-    session = place_of(destination(planned.locked.recipe, options), options, planned).open(
+    session = place_of(destination(planned.locked.recipe, options), options, planned.locked).open(
         planned.identity, shared=True
     )
     if isinstance(session, Published):
@@ -168,7 +178,7 @@ def merge(
     if (searched := planned.locked.recipe.search) is not None:
         hint = "merger search finds its numbers, and merges the best with --to DEST"
         raise RecipeError(Problem("this recipe leaves numbers open", searched.at, "search", hint))
-    place = place_of(destination(planned.locked.recipe, options), options, planned)
+    place = place_of(destination(planned.locked.recipe, options), options, planned.locked)
     session = place.open(planned.identity, shared=options.part is not None)
     if isinstance(session, Published):
         on_event(Ready())
@@ -218,6 +228,8 @@ class _Run:
             self._on_event(Resumed(len(planned.shards) - len(missing), len(planned.shards)))
         if missing and options.publish_only:
             raise _unfinished_error(missing, planned)
+        if problems := other_statistics(planned.locked, methods(), self._store.checksum):
+            raise MismatchError(problems)
         self._session.reserve(needed_disk(planned, options, missing))
         wanted = None if options.part else prepare_measuring(planned, options.device, options.read_token, options.root)
         if missing:
@@ -326,12 +338,12 @@ def clean(to: str, leftover: Leftover) -> None:
     place_of(to, Options()).clean(leftover)
 
 
-def place_of(to: str, options: Options, planned: Plan | None = None) -> Destination:
+def place_of(to: str, options: Options, locked: LockedRecipe | None = None) -> Destination:
     """What is at a destination: a folder, or a repo on the Hub.
 
     Args:
         options: how it is written, and with which token.
-        planned: what shall be there; None: no merge is made.
+        locked: the recipe of what shall be there; None: nothing is made.
 
     Raises:
         RecipeError: a place on the Hub that cannot be called so, or a word that may be a folder or a repo.
@@ -339,11 +351,11 @@ def place_of(to: str, options: Options, planned: Plan | None = None) -> Destinat
     to = parse_destination(to)
     repo = hub_path(to)
     if repo is None:
-        models = () if planned is None else planned.locked.models
+        models = () if locked is None else locked.models
         parents = [Path(model.located.where) for model in models if model.located.commit is None]
         return ResultFolder(Path(to), options.force, parents)
     from merger.stores.hub.staging import HubRepo
 
-    publish = Publish() if planned is None else planned.locked.recipe.publish
+    publish = Publish() if locked is None else locked.recipe.publish
     as_pull = publish.create_pr or options.create_pr
     return HubRepo(repo, publish.private, options.force, as_pull, options.stream, options.write_token)

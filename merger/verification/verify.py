@@ -143,8 +143,8 @@ def verify(
     """
     merge = open_merge(target, options.read_token)
     refuse_missing(merge.recipe, but=MEASURING)
-    if merge.recipe.lora is not None or not merge.recipe.publish.safetensors:
-        # an adapter's tensors are made in pairs, so that one alone cannot be; of a GGUF the checksum is compared
+    if merge.recipe.lora is not None or not merge.recipe.publish.plain:
+        # an adapter's tensors are made in pairs, so that one alone cannot be; of GGUF and fp8 checksums are compared
         extent = replace(extent, everything=True)
     parents = stores_of(merge.recipe, options, merge.root)
     locked = lock(merge.recipe, parents, merge.held.pins, named=merge.held.names)
@@ -240,7 +240,7 @@ class _Check:
         in_full = [piece for piece in every if piece.file in names]
         headers = _header_bytes(self._tensors.values())
         headers += sum(_header_bytes(model.checkpoint.tensors.values()) for model in planned.locked.models)
-        alone = not planned.locked.recipe.publish.safetensors
+        alone = not planned.locked.recipe.publish.plain
         compared = (*self._sample.pieces, *(piece for piece in in_full if alone or piece.job.name in self._tensors))
         earlier = other_numbers(planned, self._merge.held) if self._differences else []
         return Report(

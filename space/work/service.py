@@ -93,4 +93,4 @@ class Service:
         need_repo(to)
         options = admission.options(None, self.queue.limits)
         options = replace(options, force=how.force, create_pr=how.create_pr, write_token=token)
-        place_of(HUB + to, options, found.plan).refuse_loss(found.plan.identity)
+        place_of(HUB + to, options, found.plan.locked).refuse_loss(found.plan.identity)

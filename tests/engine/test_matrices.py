@@ -27,7 +27,7 @@ from merger.planning.jobs.blocks import COPY_BYTES
 from merger.planning.plan import Plan
 
 OWN = {"knots": {"density": 0.5}}
-ALL = sorted(name for name, method in methods().items() if method.unit == "matrix")
+ALL = sorted(name for name, method in methods().items() if method.unit == "matrix" and not method.statistics)
 LAYER = "model.layers.0."
 STACK = f"{LAYER}mlp.experts.gate_up_proj"
 SAME = {

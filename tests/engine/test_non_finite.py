@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import measured
 import numpy as np
 import pytest
 import tiny
@@ -48,14 +49,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == "large":
             held[UP.format(0)][0, 0] = 200_000.0
         tiny.write(root / name, held)
+        for kind in measured.KINDS:
+            measured.write(root / f"{name}-{kind}", root / name, kind)
     tiny.lora(root / "lora", root / "sound", rank=2)
     return root
 
 
-def listed(models: Path, *names: str, parameters: str = "") -> str:
-    """The models of a recipe."""
+def listed(models: Path, *names: str, parameters: str = "", kind: str | None = None) -> str:
+    """The models of a recipe, with statistics of a kind."""
     told = f", parameters: {parameters}" if parameters else ""
-    return "models: [" + ", ".join(f"{{model: {models / name}{told}}}" for name in names) + "]\n"
+    told += f", statistics: {models}/NAME-{kind}" if kind else ""
+    return "models: [" + ", ".join(f"{{model: {models / name}{told.replace('NAME', name)}}}" for name in names) + "]\n"
 
 
 def recipe_of(method: str, models: Path) -> str:
@@ -67,7 +71,7 @@ def recipe_of(method: str, models: Path) -> str:
     base = f"base_model: {models / 'sound'}\n" if found.takes_base else ""
     needed = {param.name: "0.5" for param in found.params if param.required}
     told = "parameters: {" + ", ".join(f"{name}: {value}" for name, value in needed.items()) + "}\n" if needed else ""
-    return f"merge_method: {method}\n{base}{told}{listed(models, *names)}"
+    return f"merge_method: {method}\n{base}{told}{listed(models, *names, kind=found.statistics)}"
 
 
 @pytest.mark.parametrize("method", sorted(methods()))
@@ -109,7 +113,7 @@ def test_what_float16_does_not_reach_is_told_from_what_a_parent_holds(models: Pa
     assert (problem.where, problem.hint) == (f"tensor {UP.format(0)}", "write dtype: bfloat16 or float32")
 
 
-@pytest.mark.parametrize("method", ["passthrough", "linear", "ties", "dare_ties", "slerp"])
+@pytest.mark.parametrize("method", ["passthrough", "linear", "ties", "dare_ties", "slerp", "fisher"])
 def test_a_recipe_may_allow_them_and_the_result_says_so(method: str, models: Path, tmp_path: Path) -> None:
     """A warning in run and card, the counts for a card that is rendered again, and a verification that passes."""
     path, out = tmp_path / "r.yaml", tmp_path / "out"

@@ -17,6 +17,7 @@ from merger.methods.steps.random import Rng
 
 KINDS = ("normal", "heavy", "sparse", "few values", "zeros")
 TOLERANCES = (0.0, 1e-8, 1e-5, 1e-2)
+KNOWN = "statistics"
 STEP = 16  # drawn numbers are whole sixteenths: sums of weights are then exact in float32
 
 
@@ -39,7 +40,8 @@ class Case:
     def run_on_tensors(self) -> torch.Tensor:
         """The method on torch's tensors, by the second bodies of its steps."""
         given = {"rng": self.rng} if self.method.random else {}
-        result: torch.Tensor = self.method.function(list(self.tensors), **given, **self.arguments)
+        given |= {name: list(map(torch.from_numpy, self.arguments[name])) for name in self.arguments.keys() & {KNOWN}}
+        result: torch.Tensor = self.method.function(list(self.tensors), **(self.arguments | given))
         return result
 
     def handed(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
@@ -56,8 +58,11 @@ class Case:
             offered = {**self.arguments, "rng": self.rng}
             found = {"measured": self.method.measure(blocks, **declared(self.method.measure, offered))}
         pieces = []
-        for start, block in zip(edges, blocks, strict=False):
+        known = [torch.from_numpy(each) for each in self.arguments.get(KNOWN, ())]
+        cut = list(Blocks(known, edges)) if self.method.unit == "entries" and known else []
+        for place, (start, block) in enumerate(zip(edges, blocks, strict=False)):
             offered = {"rng": self.rng.at(start), "start": start}
+            found |= {KNOWN: [each.numpy() for each in cut[place]]} if cut else {}
             given = self.arguments | found | declared(self.method.function, offered)
             pieces.append(as_tensor(self.method.function(block, **given)))
             assert pieces[-1].shape == block[0].shape
@@ -160,6 +165,19 @@ def accepted(method: Method, arguments: dict[str, Any]) -> bool:
     return True
 
 
+def statistics(method: Method, kinds: Sequence[str], seed: int, shape: Sequence[int]) -> dict[str, Any]:
+    """What may have been measured of the models: now and then nothing, and nothing of what is no layer."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    if method.statistics is None or seed % 4 == 0:
+        return {}
+    if method.statistics == "fisher":
+        return {KNOWN: [tensor(kind, seed + 99 + place, shape).numpy() ** 2 for place, kind in enumerate(kinds)]}
+    if len(shape) != 2 or shape[1] > 100:
+        return {}
+    inputs = [draw.standard_normal((shape[1] + 4, shape[1])) * (draw.random(shape[1]) < 0.8) for _ in kinds]
+    return {KNOWN: [np.float32(each.T @ each) for each in inputs]}
+
+
 @st.composite
 def cases(draw: st.DrawFn, method: Method, only_required: bool = False) -> Case:
     """A case of `method`, with every parameter drawn, or only those that have no default."""
@@ -172,6 +190,7 @@ def cases(draw: st.DrawFn, method: Method, only_required: bool = False) -> Case:
     seed = draw(st.integers(0, 2**20))
     kinds = draw(st.lists(st.sampled_from(KINDS), min_size=models, max_size=models))
     tensors = [tensor(kind, seed + place, shape) for place, kind in enumerate(kinds)]
+    arguments |= {} if only_required else statistics(method, kinds, seed, shape)
     return Case(method, tuple(tensors), arguments, Rng(seed, "model.norm.weight"))
 
 

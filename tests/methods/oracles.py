@@ -25,6 +25,33 @@ def passthrough(tensors: Sequence[Array], scale: Sequence[float]) -> Answer:
     return _sum(tensors, scale)
 
 
+def fisher(tensors: Sequence[Array], weight: Sequence[float], statistics: Sequence[Array] = ()) -> Answer:
+    given = np.reshape(weight, (-1, *[1] * tensors[0].ndim)) * np.ones_like(tensors)
+    shares = given * np.asarray(statistics, float) if len(statistics) else given
+    total = shares.sum(0)
+    shares = np.where(total, shares, given) / np.where(total, total, sum(weight))
+    return Answer(((shares * tensors).sum(0),), np.abs(tensors).sum(0))
+
+
+def regmean(
+    tensors: Sequence[Array], weight: Sequence[float], alpha: float, statistics: Sequence[Array] = ()
+) -> Answer:
+    mean = sum(number * tensor for number, tensor in zip(weight, tensors, strict=True)) / sum(weight)
+    if not len(statistics):
+        return Answer((mean,), np.abs(tensors).sum(0))
+    grams = [number * (alpha * gram + (1 - alpha) * np.diag(np.diag(gram)))
+             for number, gram in zip(weight, np.asarray(statistics, float), strict=True)]  # fmt: skip
+    alive = np.flatnonzero(np.diag(np.sum(grams, axis=0)))
+    inverse = np.linalg.inv(np.sum(grams, axis=0)[np.ix_(alive, alive)])
+    shares = [gram[np.ix_(alive, alive)] @ inverse for gram in grams]
+    right, size = mean.copy(), np.sum(np.abs(tensors), axis=0)
+    right[:, alive] = sum(tensor[:, alive] @ share for tensor, share in zip(tensors, shares, strict=True))
+    size[:, alive] += sum(
+        np.abs(tensor[:, alive]) @ np.abs(share) for tensor, share in zip(tensors, shares, strict=True)
+    )
+    return Answer((right,), size + 1e-9 * np.max(size))  # what float64 leaves of an inverse times its matrix
+
+
 def slerp(tensors: Sequence[Array], t: float) -> Answer:
     a, b = tensors
     na, nb = float(np.linalg.norm(a)), float(np.linalg.norm(b))
@@ -216,7 +243,7 @@ def ramplus_tl(deltas: Sequence[Array], r: float, alpha: float, epsilon: float) 
 ORACLES: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        *(linear, passthrough, slerp, task_arithmetic, ties, dare_linear, dare_ties),
+        *(linear, fisher, regmean, passthrough, slerp, task_arithmetic, ties, dare_linear, dare_ties),
         *(breadcrumbs, breadcrumbs_ties, della, della_linear, sce, ram, ramplus_tl),
         *(nuslerp, multislerp, karcher, nearswap, arcee_fusion, model_stock),
     )

@@ -18,7 +18,7 @@ from thorough import THOROUGH
 from merger.methods.registry import Law, Method, methods
 from merger.methods.steps.random import Rng, keep_by_rank
 
-from .cases import Case, cases, cut_points
+from .cases import KNOWN, Case, cases, cut_points
 from .oracles import ORACLES
 
 METHODS = {name: method for name, method in methods().items() if method.function.__module__.startswith("merger.")}
@@ -41,7 +41,9 @@ lawful = settings(
 
 def sizes(case: Case) -> torch.Tensor:
     """At each entry the magnitude of what the method may add up there: the unit of rounding."""
-    weights = [abs(number) for value in case.arguments.values() for number in np.atleast_1d(value)]
+    weights = [
+        abs(number) for name, value in case.arguments.items() if name != KNOWN for number in np.atleast_1d(value)
+    ]
     return torch.stack([tensor.abs() for tensor in case.tensors]).sum(0) * max(1.0, *weights, 1.0) ** 2
 
 

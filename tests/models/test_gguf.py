@@ -124,6 +124,18 @@ def said(path: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 
 
+def test_beside_eight_bits_a_gguf_file_is_made_of_all(tmp_path: Path) -> None:
+    """Its tensors are those that lie beside a result in all bits."""
+    text = recipe(model(tmp_path / "one", "Llama"), "Q8_0", "Q4_0")
+    merged(text, tmp_path / "plain")
+    planned = merged(text.replace("{gguf", "{fp8: block, gguf"), tmp_path / "eight")
+    assert len(planned.gguf) == 2
+    for file in planned.gguf:
+        here, there = (tensors(tmp_path / of / file) for of in ("eight", "plain"))
+        assert here.keys() == there.keys()
+        assert all(np.array_equal(here[name].data, there[name].data) for name in here)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gguf_reads_what_is_written(tmp_path: Path, family: str) -> None:
     """Names, shapes and each number of a family's tensors: the result's, as llama.cpp wants them."""

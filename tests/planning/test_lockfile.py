@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from merger.errors import RecipeError
 from merger.lock.lock import Pin
 from merger.lock.locked import LockedRecipe
-from merger.planning.lockfile import Lock, Parent, changed_models, other_plan, read_lock
+from merger.lock.parents import Parent
+from merger.planning.lockfile import Lock, changed_models, other_plan, read_lock
 from merger.stores.ports import FileInfo, Located
 
 from .models import locked, model, planned

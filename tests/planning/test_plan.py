@@ -218,7 +218,8 @@ PLAN_IT = """
 import json, sys
 from merger.methods.registry import methods
 from merger.lock.lock import lock
-from merger.planning.plan import Budget, make_plan as plan
+from merger.planning.budget import Budget
+from merger.planning.plan import make_plan as plan
 from merger.recipe.parse import parse
 from merger.stores.folder import FolderStore
 found = plan(lock(parse(sys.stdin.read(), "r.yaml", methods()), FolderStore()), methods(), Budget(threads=2))

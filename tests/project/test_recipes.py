@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import measured
 import pytest
 import tiny
 import torch
@@ -33,11 +34,15 @@ every_recipe = pytest.mark.parametrize("name", [*methods(), *BESIDES])
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
     """A model for each placeholder, shallow, and as deep as the recipes for slices of layers expect."""
     root = tmp_path_factory.mktemp("models")
-    return {
+    made = {
         (placeholder, layers): tiny.model(root / f"{placeholder.replace('/', '-')}-{layers}", seed, layers=layers)
         for seed, placeholder in enumerate(PLACEHOLDERS)
         for layers in (DEEP, SHALLOW)
     }
+    for (_, layers), model in made.items():
+        for kind in measured.KINDS if layers == SHALLOW else ():
+            measured.write(model.with_name(f"{model.name}-{kind}"), model, kind)
+    return made
 
 
 def placed(name: str, models: dict[tuple[str, int], Path]) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import measured as statistics
 import pytest
 import tiny
 from loopback import LoopbackHub
@@ -194,3 +195,16 @@ def test_memory_is_kept_when_xet_sends(
     served.xet(None)
     assert found["code"] == 0
     assert found["peak"] <= found["planned"] < 2.5 * found["peak"]
+
+
+@thorough_only
+def test_the_memory_of_statistics_is_planned(parents: dict[str, list[Path]], tmp_path: Path) -> None:
+    """RegMean holds one Gram matrix at a time, and sum and factor in float64: no more than the plan says."""
+    for number, model in enumerate(parents["small"]):
+        statistics.write(tmp_path / f"{number}-gram", model, "gram", number)
+    listed = ", ".join(
+        f"{{model: {model}, statistics: {tmp_path}/{number}-gram}}" for number, model in enumerate(parents["small"])
+    )
+    found = measured_of(f"merge_method: regmean\nmodels: [{listed}]\n", tmp_path / "regmean")
+    assert found["code"] == 0
+    assert found["peak"] <= found["planned"] < 2.5 * found["peak"], found

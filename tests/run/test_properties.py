@@ -115,11 +115,13 @@ def test_whatever_is_drawn_ends_in_a_sentence(root: Path, client: Client) -> Non
 def test_every_parameter_is_in_its_range_or_refused_at_its_place(method: Method) -> None:
     """Whatever stands there, at the top or beside a model: each number that is taken lies in the range that is told."""
     base = "base_model: a\n" if method.takes_base else ""
+    beside = ", statistics: s" if method.statistics else ""
     needed = {param.name: "0" for param in method.params if param.required}
     for param in method.params:
         for odd in (*drawn.ODD, *drawn.YAML_ONLY):
             given = ", ".join(f"{name}: {value}" for name, value in {**needed, param.name: drawn.text(odd)}.items())
-            text = f"merge_method: {method.name}\n{base}parameters: {{{given}}}\nmodels: [{{model: a}}, {{model: b}}]\n"
+            listed = f"[{{model: a{beside}}}, {{model: b{beside}}}]"
+            text = f"merge_method: {method.name}\n{base}parameters: {{{given}}}\nmodels: {listed}\n"
             for rule in rules_of(text, param.name):
                 assert all(param.range.holds(value) for value in rule.values)
 

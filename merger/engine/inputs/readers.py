@@ -164,7 +164,7 @@ def _add_low_rank(source: LowRank, start: int, stop: int, out: Array, tensors: S
     load = partial(load_input, tensors=tensors)
     entries = out[: stop - start] if source.magnitude else load(source.of, start, stop, out)
     right = _right(source, load)
-    for first, last, mine, place in _runs_of_rows(source.shape, source.chunk_rows, start, stop):
+    for first, last, mine, place in _runs_of_rows(source.matrix, source.chunk_rows, start, stop):
         rows = (_left(source, first, last, load) @ right) * source.scale
         if source.magnitude is None:
             entries[place] += rows.reshape(-1)[mine]

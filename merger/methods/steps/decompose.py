@@ -119,3 +119,67 @@ def eigen(gram: Matrix) -> tuple[Matrix, Matrix]:
     """The roots of a Gram matrix's eigenvalues, from small to large, and its eigenvectors as columns in that order."""
     values, vectors = namespace(gram).linalg.eigh(gram)
     return namespace(gram).sqrt(values.clip(min=0)), vectors
+
+
+# ---- linear systems -------------------------------------------------------------------------------------------------
+
+
+_BLOCK = 256
+
+
+def right_divide(matrices: Sequence[Array], grams: Sequence[Array], weights: Sequence[float], alpha: float) -> Matrix:
+    """(Σ wᵢ Mᵢ Ĝᵢ)(Σ wᵢ Ĝᵢ)⁻¹ in float64, Ĝᵢ being Gᵢ with what is off its diagonal times alpha; one Gᵢ at a time.
+
+    Args:
+        matrices: of shape (rows, columns).
+        grams: of shape (columns, columns), symmetric, positive semidefinite.
+        weights: of each.
+        alpha: 0 to 1.
+
+    Returns:
+        Shape (rows, columns); 0 in columns that all Gᵢ say nothing of.
+
+    Raises:
+        LinAlgError: the sum is not positive definite.
+    """
+    import numpy as np
+
+    total: Any = None
+    right: Any = None
+    for matrix, gram, weight in zip(matrices, grams, weights, strict=True):
+        columns = len(gram)
+        if total is None:
+            total, right = as_matrix(gram, 0.0), as_matrix(matrix, 0.0)
+        for start in range(0, columns, _BLOCK):
+            stop = min(start + _BLOCK, columns)
+            rows, places = as_matrix(gram[start:stop], weight * alpha), range(stop - start)
+            rows[places, range(start, stop)] += as_matrix(gram[start:stop])[places, range(start, stop)] * (
+                weight * (1.0 - alpha)
+            )
+            total[start:stop] += rows
+            right += as_matrix(matrix[:, start:stop]) @ rows
+    everywhere = range(len(total))
+    total[everywhere, everywhere] += total[everywhere, everywhere] == 0
+    try:
+        lower = namespace(total).linalg.cholesky(total)
+    except (ValueError, RuntimeError):
+        what = "the sum of the Gram matrices is not positive definite: write alpha below 1, or measure on more tokens"
+        raise np.linalg.LinAlgError(what) from None
+    del total
+    return _divide_by_factor(right, lower)
+
+
+def _divide_by_factor(right: Any, lower: Any) -> Matrix:
+    """X of X L Lᵀ = R, in the place of R: first by Lᵀ from the left to the right, then by L back."""
+    columns = len(lower)
+    solve, starts = namespace(lower).linalg.solve, range(0, columns, _BLOCK)
+    for start in starts:
+        own = slice(start, min(start + _BLOCK, columns))
+        right[:, own] -= right[:, :start] @ lower[own, :start].T
+        right[:, own] = solve(lower[own, own], right[:, own].T).T
+    for start in reversed(starts):
+        own, behind = slice(start, min(start + _BLOCK, columns)), slice(start + _BLOCK, None)
+        right[:, own] -= right[:, behind] @ lower[behind, own]
+        right[:, own] = solve(lower[own, own].T, right[:, own].T).T
+    found: Matrix = right
+    return found

@@ -18,6 +18,7 @@ from_bfloat16: Any = None
 to_bfloat16: Any = None
 from_float16: Any = None
 to_float16: Any = None
+to_float8: Any = None
 from_bits: Any = None
 largest: Any = None
 largest_size: Any = None
@@ -65,6 +66,13 @@ def store_float16(x: Array, out: Raw) -> None:
     """float32 to bits of float16."""
     for i in range(out.size):
         out[i] = to_float16(x[i])
+
+
+@step("void(float32[::1], uint8[::1])")
+def store_float8(x: Array, out: Raw) -> None:
+    """float32 to bits of E4M3."""
+    for i in range(out.size):
+        out[i] = to_float8(x[i])
 
 
 # ---- blocks of 32 entries with a scale, as GGUF has them: the bits of `gguf.quants`; a NaN counts as nothing ---------
@@ -250,6 +258,8 @@ def store(x: Array, dtype: str, out: Raw) -> None:
         store_bfloat16(x, out)
     elif dtype == "F16":
         store_float16(x, out)
+    elif dtype == "F8_E4M3":
+        store_float8(x, out)
     else:
         np.copyto(out, x.reshape(-1))
 

@@ -117,6 +117,21 @@ def to_float16(b: Any, x: Any) -> Any:
 
 
 @_word(types.uint8, types.float32)
+def to_float8(b: Any, x: Any) -> Any:
+    """E4M3, which has no infinity: to nearest, ties to even; the largest is 448; NaN is one NaN."""
+    bits = b.bitcast(x, _U32)
+    size, most = b.and_(bits, _k(_SIGN - 1)), _k((127 + 8 << 23) + (6 << 20))
+    size = b.select(b.icmp_unsigned(">", size, most), most, size)
+    magic = _k((127 - 7 + 23 - 3 + 1) << 23)  # as of float16
+    small = b.sub(b.bitcast(b.fadd(b.bitcast(size, _F32), b.bitcast(magic, _F32)), _U32), magic)
+    odd = b.and_(b.lshr(size, _k(20)), _k(1))
+    normal = b.lshr(b.add(size, b.add(_k(((7 - 127) << 23) + 0x7FFFF & 0xFFFF_FFFF), odd)), _k(20))
+    found = b.select(b.icmp_unsigned("<", size, _k(121 << 23)), small, normal)
+    found = b.select(b.fcmp_unordered("uno", x, x), _k(0x7F), found)
+    return b.trunc(b.or_(found, b.lshr(b.and_(bits, _k(_SIGN)), _k(24))), ir.IntType(8))
+
+
+@_word(types.uint8, types.float32)
 def to_byte(b: Any, x: Any) -> Any:
     """Rounded to a whole number of at most 127 and its sign, halves away from zero; NaN is 0."""
     bits = b.bitcast(x, _U32)

@@ -202,6 +202,7 @@ def _torch_words() -> dict[str, Any]:
         "to_bfloat16": lambda x: x.bfloat16().view(torch.uint16),
         "from_float16": lambda bits: bits.view(torch.float16).float(),
         "to_float16": lambda x: x.half().view(torch.uint16),
+        "to_float8": lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8),
     }
 
 

@@ -57,9 +57,12 @@ _NOT_BUILT = {
     "alora_invocation_tokens": "it acts only after certain tokens",
     "megatron_config": "its layers are Megatron's",
 }
+KERNELS = (4, 5)
+"""How many sides the kernels have that are taken for matrices."""
+
 SHOWN = 3
 MERGE_FIRST = "merge it into its model with PEFT's merge_and_unload, and name the folder of the result"
-_DAMAGED = "the adapter is incomplete or damaged: download it again, or ask its author"
+DAMAGED = "the adapter is incomplete or damaged: download it again, or ask its author"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Adapter:
         model: the model that it was trained on, as its config names it.
         modules: what it holds for the modules of its model, by their names.
         parameters: what it holds for parameters that PEFT was told by name.
+        pipeline: of which of a pipeline's models each module is, by its name; nothing, where all are of one.
         whole: the tensors that it holds whole, in place of its model's, by the names that these have there.
         tokens: the single rows that it holds, in place of its model's, by the names of the tensors that have them.
         transposed: whether its config says that matrices have their inputs first.
@@ -85,6 +89,7 @@ class Adapter:
     tied: bool = False
     aside: Mapping[str, str] = field(default_factory=dict, repr=False)
     parameters: Sequence[AdaptedParameters] = field(default=(), repr=False)
+    pipeline: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Adapter:
@@ -97,19 +102,19 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     Raises:
         ModelError: it is no LoRA adapter, of a kind that is not built, or damaged; with every problem that was found.
     """
-    problems = list(_config_problems(config))
+    problems = list(config_problems(config))
     if problems:
         raise ModelError(problems)
     parts, whole, aside = _split_parts(tensors)
     targets = by_end(config.get("target_parameters") or ())
     try:
         pairs, of_modules = of_parameters(parts, targets)
-        strengths = _strengths(config, [*parts, *(one for name in pairs for one in targeted(name, targets))])
+        strengths = read_strengths(config, [*parts, *(one for name in pairs for one in targeted(name, targets))])
     except ValueError as error:
-        raise ModelError(Problem(str(error), hint=_DAMAGED)) from None
+        raise ModelError(Problem(str(error), hint=DAMAGED)) from None
     modules: dict[str, AdaptedModule] = {}
     for name, found in of_modules.items():
-        module = _module(name, found, *strengths[name], config)
+        module = read_module(name, found, *strengths[name], config)
         if isinstance(module, Problem):
             problems.append(module)
         else:
@@ -118,9 +123,9 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     try:
         tokens = token_rows(tensors, config)
     except ValueError as error:
-        problems.append(Problem(f"{CONFIG}: {error}", hint=_DAMAGED))
+        problems.append(Problem(f"{CONFIG}: {error}", hint=DAMAGED))
     if not parts and not whole and not tokens:
-        problems.append(Problem(f"{TENSORS} holds no tensor", hint=_DAMAGED))
+        problems.append(Problem(f"{TENSORS} holds no tensor", hint=DAMAGED))
     if problems:
         raise ModelError(problems[:SHOWN])
     named = config.get("base_model_name_or_path")
@@ -137,7 +142,7 @@ def _copies_head(config: Mapping[str, Any], modules: Iterable[str]) -> bool:
     return config.get("ensure_weight_tying") is True or not any(is_embedding(n) or is_head(n) for n in trained)
 
 
-def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+def config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     kind = config.get("peft_type")
     if kind != "LORA":
         said = f"is a {kind} adapter" if isinstance(kind, str) else f"{CONFIG} names no peft_type"
@@ -155,10 +160,10 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(what, hint=hint)
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        yield Problem(f"{CONFIG}: target_parameters is no list of names", hint=_DAMAGED)
+        yield Problem(f"{CONFIG}: target_parameters is no list of names", hint=DAMAGED)
     elif len(by_end(targets)) > MOST_ENDS:
         what = f"{CONFIG}: target_parameters end with {len(by_end(targets)):,} names, and the limit is {MOST_ENDS}"
-        yield Problem(what, hint=_DAMAGED)
+        yield Problem(what, hint=DAMAGED)
     elif targets and config.get("use_dora"):
         yield Problem(f"{CONFIG} has use_dora and target_parameters: DoRA of parameters is not built", hint=MERGE_FIRST)
     yield from _number_problems(config)
@@ -167,16 +172,16 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
 def _number_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     if not _is_number(rank, RANK) or not isinstance(rank, int):
-        yield Problem(f"{CONFIG} has r: {_show_value(rank)}, which is no rank from {RANK}", hint=_DAMAGED)
+        yield Problem(f"{CONFIG} has r: {_show_value(rank)}, which is no rank from {RANK}", hint=DAMAGED)
     if not _is_number(alpha, ANY):
-        yield Problem(f"{CONFIG} has lora_alpha: {_show_value(alpha)}, which is no number from {ANY}", hint=_DAMAGED)
+        yield Problem(f"{CONFIG} has lora_alpha: {_show_value(alpha)}, which is no number from {ANY}", hint=DAMAGED)
     for key, within in (("rank_pattern", RANK), ("alpha_pattern", ANY)):
         patterns = config.get(key) or {}
         sound = isinstance(patterns, Mapping) and all(_is_number(value, within) for value in patterns.values())
         if sound and (problem := excess(f"{CONFIG}: {key}", len(patterns), EXPRESSIONS)):
             yield problem
         elif not sound or any(compiles(pattern) for pattern in patterns):
-            yield Problem(f"{CONFIG}: {key} is no map of regular expressions to numbers", hint=_DAMAGED)
+            yield Problem(f"{CONFIG}: {key} is no map of regular expressions to numbers", hint=DAMAGED)
 
 
 def _is_number(value: Any, within: Range) -> bool:
@@ -220,7 +225,7 @@ def _read_parameters(
     config: Mapping[str, Any],
 ) -> AdaptedParameters:
     """What is held for a module's parameters; it may be the module itself that is meant, if that has one pair."""
-    alone = _module(name, held[0], *strengths[name], config) if len(held) == 1 else None
+    alone = read_module(name, held[0], *strengths[name], config) if len(held) == 1 else None
     return AdaptedParameters(
         name,
         tuple((pair["lora_A"], pair["lora_B"]) for pair in held),
@@ -229,7 +234,7 @@ def _read_parameters(
     )
 
 
-def _module(
+def read_module(
     name: str, parts: Mapping[str, TensorInfo], rank: int, scale: float, config: Mapping[str, Any]
 ) -> AdaptedModule | Problem:
     """A module's tensors, if they belong together."""
@@ -237,21 +242,26 @@ def _module(
     first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     lacking = [part for part in (first, second) if part not in parts]
     if lacking:
-        return Problem(f"{name} has {', '.join(parts)}, but no {lacking[0]}", hint=_DAMAGED)
-    a, b = parts[first], parts[second]
+        return Problem(f"{name} has {', '.join(parts)}, but no {lacking[0]}", hint=DAMAGED)
+    a, b = (_as_matrix(parts[part]) for part in (first, second))
     if len(a.shape) != 2 or len(b.shape) != 2:
         what = f"{name} is a convolution: its {first} has the shape {dims(a.shape)}"
         return Problem(f"{what}, and only matrices are built", hint=MERGE_FIRST)
     if (a.shape[0], b.shape[1]) != (rank, rank):
         what = f"{name}: {CONFIG} says rank {rank}, but {first} is {dims(a.shape)} and {second} is {dims(b.shape)}"
-        return Problem(what, hint=_DAMAGED)
+        return Problem(what, hint=DAMAGED)
     odd = next((part for part in parts.values() if part.dtype not in FLOATS), None)
     if odd is not None:
         return Problem(f"{odd.name} is stored as {odd.dtype}, which is not read", hint=MERGE_FIRST)
-    module = AdaptedModule(
-        name, a, b, rank, scale, embedding, parts.get("lora_bias"), parts.get("lora_magnitude_vector")
-    )
+    bias, magnitude, kernel = parts.get("lora_bias"), parts.get("lora_magnitude_vector"), parts[first].shape[2:]
+    module = AdaptedModule(name, a, b, rank, scale, embedding, bias, magnitude, kernel=kernel)
     return _lengths(module, config) or module
+
+
+def _as_matrix(tensor: TensorInfo) -> TensorInfo:
+    """Of kernels of pictures and films their first side against all others, as they lie there."""
+    shape = tensor.shape
+    return replace(tensor, shape=(shape[0], math.prod(shape[1:]))) if len(shape) in KERNELS else tensor
 
 
 def _lengths(module: AdaptedModule, config: Mapping[str, Any]) -> Problem | None:
@@ -259,17 +269,17 @@ def _lengths(module: AdaptedModule, config: Mapping[str, Any]) -> Problem | None
     for vector, told in ((module.bias, "lora_B.bias"), (module.magnitude, "lora_magnitude_vector")):
         if vector is not None and vector.entries != module.outputs:
             what = f"{module.name}: {told} has {vector.entries:,} numbers, and lora_B {module.outputs:,} rows"
-            return Problem(what, hint=_DAMAGED)
+            return Problem(what, hint=DAMAGED)
     if bool(config.get("use_dora")) != (module.magnitude is not None):
         has = "has" if module.magnitude is not None else "has no"
         what = f"{module.name} {has} lora_magnitude_vector, but {CONFIG} says use_dora: {bool(config.get('use_dora'))}"
-        return Problem(what, hint=_DAMAGED)
+        return Problem(what, hint=DAMAGED)
     if module.magnitude is not None and module.embedding:
         return Problem(f"{module.name} is an embedding with DoRA, which is not built", hint=MERGE_FIRST)
     return None
 
 
-def _strengths(config: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, tuple[int, float]]:
+def read_strengths(config: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, tuple[int, float]]:
     """The rank and the scale of each module, or parameter.
 
     Raises:
@@ -315,7 +325,7 @@ def read_mlx(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Ad
         raise ModelError(Problem(what, hint=_FUSE_FIRST))
     if not _is_number(scale, ANY) or not tensors:
         what = f"{OF_MLX} holds no tensor" if not tensors else f"{CONFIG} has no lora_parameters with a number as scale"
-        raise ModelError(Problem(what, hint=_DAMAGED))
+        raise ModelError(Problem(what, hint=DAMAGED))
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name in sorted(tensors):
         match = _MLX_PART.match(name)
@@ -332,14 +342,14 @@ def _of_mlx(name: str, parts: Mapping[str, TensorInfo], scale: float) -> Adapted
     """A module's two matrices as PEFT has them: the other way round."""
     if parts.keys() != {"lora_a", "lora_b"}:
         first = next(iter(parts.values())).name
-        return Problem(f"{first} is not one of a pair lora_a and lora_b, which alone are read of MLX", hint=_DAMAGED)
+        return Problem(f"{first} is not one of a pair lora_a and lora_b, which alone are read of MLX", hint=DAMAGED)
     a, b = parts["lora_a"], parts["lora_b"]
     odd = next((one for one in (a, b) if len(one.shape) != 2 or one.dtype not in FLOATS), None)
     if odd is not None:
         what = f"{odd.name} is {dims(odd.shape)} of {odd.dtype}, and only matrices of floats are read of MLX"
         return Problem(what, hint=_FUSE_FIRST)
     if a.shape[1] != b.shape[0]:
-        return Problem(f"{name}: lora_a is {dims(a.shape)} and lora_b is {dims(b.shape)}", hint=_DAMAGED)
+        return Problem(f"{name}: lora_a is {dims(a.shape)} and lora_b is {dims(b.shape)}", hint=DAMAGED)
     a, b = replace(a, shape=a.shape[::-1]), replace(b, shape=b.shape[::-1])
     return AdaptedModule(name, a, b, a.shape[0], scale, is_embedding(f"{name}.weight"), transposed=True)
 

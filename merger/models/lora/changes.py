@@ -5,6 +5,7 @@ Not here: what an adapter's files hold (adapter, modules), and names of other cl
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from merger.errors import ModelError, Problem
 from merger.models.architecture import is_embedding, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
 from merger.models.config import is_tied
-from merger.models.lora.adapter import MERGE_FIRST, SHOWN, Adapter, dims
+from merger.models.lora.adapter import KERNELS, MERGE_FIRST, SHOWN, Adapter, dims
 from merger.models.lora.counterparts import counterparts
 from merger.models.lora.modules import TURNED_EXPERTS, AdaptedModule, AdaptedParameters, Home
 from merger.models.mixtures import join, without_blocks
@@ -279,7 +280,8 @@ class _Fitting:
     def _fits(self, module: AdaptedModule, place: TensorInfo) -> bool:
         sizes = (module.outputs, module.inputs)
         allowed = [sizes[::-1]] if module.embedding else [sizes, sizes[::-1]]
-        if place.shape in allowed:
+        kernel = len(place.shape) in KERNELS and module.kernel in ((), place.shape[2:])
+        if place.shape in allowed or (kernel and (place.shape[0], math.prod(place.shape[1:])) == sizes):
             return True
         product = "x".join(map(str, allowed[0]))
         what = f"{module.name}: B A is {product}, but the model's {place.name} is {dims(place.shape)}"

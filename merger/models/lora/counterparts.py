@@ -92,6 +92,12 @@ def counterparts(wanted: Mapping[str, Shape | None], held: Mapping[str, Shape]) 
     return found
 
 
+def sees_or_hears(name: str) -> bool:
+    """Whether a tensor belongs to a tower for pictures or sounds."""
+    told = (_TOWER.fullmatch(word) for word in name.split("."))
+    return any(found.lastgroup != "reads" for found in told if found)
+
+
 def _homes(module: _Module, places: Mapping[_Place, Sequence[_Module]]) -> Sequence[_Module]:
     """The model's modules that may be this one."""
     alike = list(islice(_alike(module, places), _MOST + 1))

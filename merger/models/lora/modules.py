@@ -40,6 +40,7 @@ class AdaptedModule:
         experts: how many matrices get a product each; A has `rank` rows, and B as many columns, for each of them.
         expert: the only one that is meant, whose rows of A are all that `a` has; None: all of them.
         transposed: whether A and B lie in the file as their transposes.
+        kernel: of a convolution the sides of its kernel, which A's columns go through last.
     """
 
     name: str
@@ -53,6 +54,7 @@ class AdaptedModule:
     experts: int = 1
     expert: int | None = None
     transposed: bool = False
+    kernel: tuple[int, ...] = ()
 
     @property
     def inputs(self) -> int:

@@ -143,15 +143,18 @@ class Operand:
         source: where its entries come from.
         settings: the per-model numbers by the parameter's name.
         named: the number of the model that it stands for, where that is not the one whose files are read first.
+        statistic: what was measured of it, where the method asks for that.
     """
 
     source: Input
     settings: Mapping[str, float] = field(default_factory=dict)
     named: int | None = None
+    statistic: Stored | None = None
 
     def encode(self) -> dict[str, Any]:
         """Plain data, and its source, that name it in a plan's hash."""
-        return {"source": self.source, "settings": self.settings, "named": self.named}
+        said = {"source": self.source, "settings": self.settings, "named": self.named}
+        return said if self.statistic is None else {**said, "statistic": self.statistic}
 
     @property
     def model(self) -> int:
@@ -214,16 +217,23 @@ class Job:
         return self.entries * ITEM_BYTES[self.dtype]
 
     @property
+    def statistics(self) -> tuple[Stored, ...]:
+        """What was measured of its inputs, one for each of them or none."""
+        return tuple(entry.statistic for entry in self.inputs if entry.statistic is not None)
+
+    @property
     def givers(self) -> tuple[int, ...]:
         """The numbers of the models and adapters that it takes anything of."""
         inputs = self.inputs if self.base is None else (*self.inputs, self.base)
         named = [entry.named for entry in inputs if entry.named is not None]
-        return tuple(dict.fromkeys([*named, *(stored.model for stored in self.reads)]))
+        read = (stored.model for source in self.sources for stored in source.stored_tensors)
+        return tuple(dict.fromkeys([*named, *read]))
 
     @property
     def reads(self) -> tuple[Stored, ...]:
-        """The stored tensors that are read for it, each once, those of the base last."""
-        return tuple(dict.fromkeys(stored for source in self.sources for stored in source.stored_tensors))
+        """The stored tensors that are read for it, each once, those of the base last; then what was measured."""
+        read = (stored for source in self.sources for stored in source.stored_tensors)
+        return tuple(dict.fromkeys([*read, *self.statistics]))
 
     @property
     def shared(self) -> tuple[Stored, ...]:

@@ -5,6 +5,7 @@ Not here: which adapter changes what (models.adapter, loras), and the arithmetic
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -49,9 +50,14 @@ class LowRank(Input):
         return self.a.shape[0]
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns; of a kernel its first side against all others."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
     def chunk_rows(self) -> int:
         """How many rows are made at once."""
-        return max(1, PRODUCT_ENTRIES // max(1, self.shape[1]))
+        return max(1, PRODUCT_ENTRIES // max(1, self.matrix[1]))
 
     @property
     def reread(self) -> tuple[Stored, ...]:
@@ -62,7 +68,7 @@ class LowRank(Input):
     @property
     def workspace_bytes(self) -> int:
         """The one small matrix as stored and in float32, some rows of the other, and of the product and the sum."""
-        rows, columns = self.chunk_rows, self.shape[1]
+        rows, columns = self.chunk_rows, self.matrix[1]
         small = 12 * self.rank * columns + 4 * rows * (2 * self.rank + 3 * columns)
         return self.of.workspace_bytes + max(self.a.workspace_bytes, self.b.workspace_bytes) + small
 
@@ -199,7 +205,7 @@ def factors(adapter: int, module: AdaptedModule) -> tuple[Input, Input]:
 def with_product(source: Input, adapter: int, module: AdaptedModule, transposed: bool) -> Input:
     """A tensor and what the adapter of that number adds to it for a module."""
     a, b = factors(adapter, module)
-    if len(source.shape) == 2 and module.experts == 1:
+    if len(source.shape) != 3 and module.experts == 1:
         lengths = None if module.magnitude is None else Stored(adapter, module.magnitude)
         return LowRank(source, a, b, module.scale, transposed, lengths)
     assert isinstance(a, Stored)

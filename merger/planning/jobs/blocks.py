@@ -52,7 +52,7 @@ def join_small(jobs: Iterable[Job]) -> Iterator[Job]:
 
 def _continues(before: Job, job: Job) -> bool:
     """Whether a job differs from the one before only in that its inputs begin where that one's end."""
-    if not (before.entries and job.entries):
+    if not (before.entries and job.entries) or before.statistics or job.statistics:
         return False
     alike = (before.method, before.dtype, before.settings) == (job.method, job.dtype, job.settings)
     if not alike or [of.settings for of in before.inputs] != [of.settings for of in job.inputs]:
@@ -143,6 +143,7 @@ def _read(job: Job, table: Mapping[str, Method]) -> Iterator[Stored]:
     """The stored tensors that a job reads itself, twice those that it reads more than once."""
     own = tuple(dict.fromkeys(end for source in job.sources for end in unpack(source) if isinstance(end, Stored)))
     yield from own
+    yield from job.statistics
     if table[job.method].measure is not None and not job.is_copy and not isinstance(job, JoinedJob):
         yield from own
     yield from (stored for source in job.sources for stored in source.reread if stored in own)

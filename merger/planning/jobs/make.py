@@ -16,6 +16,7 @@ from merger.planning.inputs.shares import Shares, shares
 from merger.planning.jobs.common import NOT_ALL_PREDICT, JobSet, Making, arguments
 from merger.planning.jobs.fit import Fit, layers_of, tell_unshared
 from merger.planning.jobs.rules import Rules, head_in
+from merger.planning.jobs.statistics import other_statistics, statistics_of
 from merger.planning.slices import Cut, CutModule, Findings, cut, parts
 from merger.planning.stage_model import StagedRecipe
 from merger.planning.tokens import tokens
@@ -32,6 +33,7 @@ def make_jobs(locked: StagedRecipe, table: Mapping[str, Method]) -> JobSet:
     """
     findings = Findings()
     modules = cut(locked, table, findings)
+    findings.mismatches += other_statistics(locked, table, None)
     findings.settle()
     making = Making(locked, table, findings, tokens(locked))
     maker = _Maker(making)
@@ -213,8 +215,18 @@ class _Merges:
         settings, each = known or self._numbers(piece, method, names, position)
         inputs: list[Operand] = []
         base: Operand | None = None
+        parts = [
+            (part, tensor, source.shape)
+            for part, tensor, source in zip(piece.parts, tensors, sources, strict=True)
+            if not (part.is_base and method.subtracts_base)
+        ]
+        found, misfits = statistics_of(self._making.locked, method, parts)
+        for part, what in misfits:
+            self._making.findings.about_part(what, part, f"measure it: merger measure --kind {method.statistics}")
+        measured = iter(found)
         for part, source, own in zip(piece.parts, sources, each, strict=True):
-            operand = Operand(source, own, self._making.repeats(part.number))
+            statistic = None if part.is_base and method.subtracts_base else next(measured)
+            operand = Operand(source, own, self._making.repeats(part.number), statistic)
             if part.is_base and method.subtracts_base:
                 base = operand
             else:

@@ -183,6 +183,9 @@ class _Blend:
         if rest:
             what = f"it holds more than A and B: {rest[0].name}" + (f" and {len(rest) - 1} more" * (len(rest) > 1))
             self._findings.about_part(what, part, _ADD_FIRST)
+        if lora.pipeline or any(module.kernel for module in lora.modules.values()):
+            what = "it is of a diffusion pipeline, or of convolutions"
+            self._findings.about_part(what, part, _ADD_FIRST)
         if lora.parameters:
             what = f"it changes parameters that are no module's weight, of {lora.parameters[0].module}"
             self._findings.about_part(what, part, _ADD_FIRST)

@@ -54,7 +54,7 @@ def passed_files(locked: StagedRecipe, small: Texts) -> list[FileInfo]:
     Raises:
         ModelError: one of them, or all together, are larger than is passed on.
     """
-    models = locked.models
+    models = locked.parents
     licences = [(number, name) for number, model in enumerate(models) for name in licence_files(model.located.files)]
     places = dict.fromkeys([*licences, *((number, name) for name, number in small.taken.items())])
     for number, name in places:

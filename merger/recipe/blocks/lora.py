@@ -52,7 +52,10 @@ def adapter_method(found: Choice) -> Choice:
     if method.base in ("first", "included"):
         hint = "take linear, ties, dare_ties, knots or another method that merges task vectors or weighs models"
         found.place.error(f"{method.name} merges models along a path from a base model, and adapters have none", hint)
-    return replace(found, method=replace(method, base="unused"))
+    if method.statistics is not None:
+        hint = "merge models with their adapters: models: with - model: org/base+org/adapter"
+        found.place.error(f"{method.name} asks for what was measured of models, and adapters have no statistics", hint)
+    return replace(found, method=replace(method, base="unused", statistics=None))
 
 
 def read_extraction(place: Value) -> tuple[Lora | None, Module]:

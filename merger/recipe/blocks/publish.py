@@ -1,7 +1,8 @@
 """The language's part about where the result goes and in which form: the `publish:` block.
 
     publish := {repo: owner/name, private: true, create_pr: true, license: LICENCE, license_name: NAME,
-                license_link: ADDRESS, license_override: REASON, gguf: [TYPE], safetensors: false, template: FILE}
+                license_link: ADDRESS, license_override: REASON, gguf: [TYPE], safetensors: false, fp8: block,
+                template: FILE}
 
 Not here: what licences allow (card.licences), and which models have a GGUF form (models.gguf).
 """
@@ -14,8 +15,9 @@ from merger.safety import names, numbers
 
 PUBLISH = (
     "repo", "private", "license", "license_name", "license_link", "license_override", "create_pr", "gguf",
-    "safetensors", "template",
+    "safetensors", "fp8", "template",
 )  # fmt: skip
+FP8 = ("block", "channel")
 GGUF = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "MXFP4")
 
 
@@ -26,6 +28,11 @@ def publish_block(fields: Fields) -> Publish:
     if place is None or keys is None:
         return Publish()
     repo, license, gguf, template = (keys.get(key) for key in ("repo", "license", "gguf", "template"))
+    measured, fp8, written = fields.get("evaluate"), keys.get("fp8"), _safetensors(keys)
+    if measured is not None and (fp8 or not written):
+        why = "publish.fp8 changes them" if fp8 else "publish.safetensors is false"
+        what = f"what is measured is read as safetensors, and {why}"
+        measured.error(what, "leave one of them out", measured.key)
     return Publish(
         repo=_repo(repo) if repo else None,
         private=keys.flag("private"),
@@ -35,11 +42,13 @@ def publish_block(fields: Fields) -> Publish:
         license_override=keys.text("license_override", "a sentence for the card"),
         create_pr=keys.flag("create_pr"),
         gguf=_gguf(gguf) if gguf else (),
-        safetensors=_safetensors(keys, fields),
+        safetensors=written,
+        fp8=_fp8(fp8, written) if fp8 else None,
         template=keys.text("template", "a file, a folder or hf://owner/name/path"),
         at=place.key,
         license_at=license.at if license else None,
         gguf_at=gguf.key if gguf else None,
+        fp8_at=fp8.key if fp8 else None,
         template_at=template.at if template else None,
     )
 
@@ -65,16 +74,23 @@ def parse_kinds(text: str) -> tuple[str, ...]:
     return kinds
 
 
-def _safetensors(keys: Fields, recipe: Fields) -> bool:
-    """Whether they are written; what is to be measured, and what has no other form, takes them."""
+def _fp8(place: Value, written: bool) -> str | None:
+    """How many entries share a scale."""
+    text = place.text(" or ".join(FP8))
+    if text is not None and text not in FP8:
+        place.error(f"{text!r} is not what may have a scale", f"write {' or '.join(FP8)}")
+    if not written:
+        place.error("fp8 is a form of safetensors, which are not written", "leave safetensors: false out", place.key)
+    return text
+
+
+def _safetensors(keys: Fields) -> bool:
+    """Whether they are written; what has no other form takes them."""
     place = keys.get("safetensors")
     if place is None or place.flag() is not False:
         return True
     if keys.get("gguf") is None:
         place.error("nothing would be published", "write gguf: [Q8_0] beside it, or leave safetensors out", place.key)
-    if (measured := recipe.get("evaluate")) is not None:
-        what = "what is measured is read as safetensors, and publish.safetensors is false"
-        measured.error(what, "leave one of them out", measured.key)
     return False
 
 

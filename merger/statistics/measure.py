@@ -1,0 +1,166 @@
+"""A measurement carried out: each layer's file as soon as it is measured, then card and lock.
+
+What is finished outlives the run: another one of the same identity measures what is missing. Not here: what is summed
+up (inputs, gradients), and what it takes (plan).
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from merger import runtime
+from merger.engine.execute import ShardDone, single_threaded
+from merger.engine.inputs.layers import ModelTensors
+from merger.errors import BudgetError, MergerError, ModelError, Problem
+from merger.lock.statistics import Statistics
+from merger.methods.registry import methods
+from merger.methods.steps.step import Array
+from merger.models.checkpoint import SINGLE, index_name
+from merger.models.formats.safetensors import ShardWriter, WrittenShard, header, index
+from merger.models.side_files import CARD_NAME, LOCK_NAME
+from merger.run.options import Options, to_hub
+from merger.run.pipeline import Ready, Result, Resumed, ignore, place_of
+from merger.statistics.card import statistics_card
+from merger.statistics.gradients import sum_squares
+from merger.statistics.inputs import sum_inputs
+from merger.statistics.plan import Measurement, StatisticsShard
+from merger.statistics.states import States
+from merger.statistics.walk import Walk
+from merger.stores.ports import FileInfo, Published, Session
+from merger.stores.resolve import Library
+from merger.stores.scratch import Scratch, sweep
+
+if TYPE_CHECKING:
+    from merger.run.pipeline import Observer
+
+_MADE_WITH = (runtime.PACKAGE, "numpy", "torch", "transformers")
+
+
+def measure_statistics(planned: Measurement, store: Library, options: Options, on_event: Observer = ignore) -> Result:
+    """Measure what was planned and put it where it belongs.
+
+    Args:
+        planned: what is measured.
+        store: where the model is.
+        options: what it may use, and where it goes.
+        on_event: is told of each file.
+
+    Raises:
+        MergerError: any kind; finished files wait for another run.
+    """
+    began = time.monotonic()
+    place = place_of(options.to or "", options, planned.locked)
+    session = place.open(planned.identity)
+    if isinstance(session, Published):
+        return Result(session.where, session.commit, (), len(planned.shards), plan=planned.identity)
+    try:
+        on_event(Ready())
+        session.reserve(disk_at_once(planned, options))
+        held = _measure(planned, store, session, on_event)
+        files = _files(planned, store, place.name, held)
+        published = session.finish(files, f"Statistics of {planned.locked.config_model.name}: {planned.kind}")
+    except BaseException:
+        with suppress(MergerError):  # what went wrong first is what is told
+            session.leave()
+        raise
+    session.leave()
+    shards, seconds = tuple(held.values()), time.monotonic() - began
+    return Result(
+        published.where, published.commit, shards, len(shards), plan=planned.identity, seconds=seconds,
+        card=files[CARD_NAME].decode(), lock=files[LOCK_NAME].decode(),
+    )  # fmt: skip
+
+
+def disk_at_once(planned: Measurement, options: Options) -> int:
+    """The bytes of disk that the files take at the destination, or on their way there.
+
+    Raises:
+        BudgetError: they and the hidden states are more than the options allow, or these are more than is free.
+    """
+    sizes = [shard.size for shard in planned.shards]
+    needed = min(2 * max(sizes), sum(sizes)) if to_hub(planned.locked.recipe, options) else sum(sizes)
+    if options.max_disk is not None and needed + planned.spool > options.max_disk:
+        what = f"this takes {needed + planned.spool:,} bytes of disk at once, and {options.max_disk:,} are allowed"
+        raise BudgetError(Problem(what, hint="raise --max-disk, or measure on fewer --tokens"))
+    if (free := shutil.disk_usage(folder := tempfile.gettempdir()).free) < planned.spool:
+        what = f"hidden states take {planned.spool:,} bytes of disk in {folder}, where {free:,} are free"
+        raise BudgetError(Problem(what, hint="let TMPDIR name another disk, or measure on fewer --tokens"))
+    return needed
+
+
+def _measure(planned: Measurement, store: Library, session: Session, on_event: Observer) -> Mapping[str, WrittenShard]:
+    """All files, of which those that are missing are measured now."""
+    held = dict(session.held())
+    missing = [shard for shard in planned.shards if shard.name not in held]
+    if held:
+        on_event(Resumed(len(held), len(planned.shards)))
+
+    def write(shard: StatisticsShard, numbers: Mapping[str, Array]) -> None:
+        held[shard.name] = _write(shard, numbers, session)
+        on_event(ShardDone(held[shard.name]))
+
+    if missing:
+        import torch  # noqa: F401  its threads are counted from here on
+
+        sweep()
+        shape = (planned.tokens.shape[1], planned.width)
+        with (
+            single_threaded(),
+            closing(Scratch()) as scratch,
+            closing(States(scratch.folder() / "states", len(planned.tokens), shape)) as states,
+            ThreadPoolExecutor(planned.threads) as pool,
+        ):
+            walk = Walk(planned, ModelTensors(planned.locked, methods(), store), states, pool, write)
+            walk.embed()
+            (sum_squares if planned.kind == "fisher" else sum_inputs)(walk, missing)
+    return {shard.name: held[shard.name] for shard in planned.shards}
+
+
+def _write(shard: StatisticsShard, numbers: Mapping[str, Array], session: Session) -> WrittenShard:
+    if odd := [name for name, entries in numbers.items() if not np.isfinite(entries).all()]:
+        what = f"what is measured for {odd[0]} is not finite: the model's numbers are damaged, or overflow"
+        raise ModelError(Problem(what, hint="does the model work? Try it on the same texts"))
+    try:
+        with ShardWriter(shard.name, session.open(shard.name), header(shard.tensors), shard.size) as writer:
+            for tensor in shard.tensors:
+                writer.write(np.ascontiguousarray(numbers[tensor.name]).reshape(-1).view(np.uint8).data)
+            written = writer.close()
+    except OSError as error:
+        raise runtime.refusal(f"{shard.name} cannot be written", error, BudgetError, "look at its disk") from None
+    session.take(written)
+    return written
+
+
+def _files(planned: Measurement, store: Library, name: str, held: Mapping[str, WrittenShard]) -> dict[str, bytes]:
+    """The small files: index, lock and card."""
+    files = {}
+    if len(held) > 1:
+        where = {tensor.name: shard.name for shard in planned.shards for tensor in shard.tensors}
+        files[index_name(SINGLE)] = index(
+            where, sum(tensor.nbytes for each in planned.shards for tensor in each.tensors)
+        )
+    sequences, length = planned.tokens.shape
+    said = Statistics(
+        kind=planned.kind,
+        tokens=sequences * length,
+        length=length,
+        data=planned.data,
+        digest=planned.digest,
+        seed=planned.seed,
+        identity=planned.identity,
+        models=planned.parents(store),
+        made_with={"python": platform.python_version()} | {each: version(each) for each in _MADE_WITH},
+        output={each.name: FileInfo(each.size, each.sha256) for each in held.values()},
+    )
+    files[CARD_NAME] = statistics_card(said, name, planned.locked.config_model).encode()
+    return files | {LOCK_NAME: said.text().encode()}
