@@ -133,7 +133,7 @@ def test_several_workers_share_a_study(tmp_path: Path) -> None:
     other.join()
     trials = work.trials()
     assert [trial.state for trial in trials] == ["complete"] * len(trials)
-    assert 16 <= len(trials) <= 17
+    assert 16 <= len(trials) <= 18, "each worker may have begun one more at the end"
     assert len({tuple(trial.drawn.values()) for trial in trials}) == len(trials)
 
 
