@@ -19,7 +19,10 @@ THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py \
 	space/test_api.py space/test_bot.py space/test_door.py space/test_page.py space/test_publish.py \
 	space/test_webhooks.py
 
-.PHONY: demo test light reliability lint tables clean
+WITH_ORACLES := models/test_packed.py models/test_gguf.py models/test_fp8.py \
+	planning/test_embedders.py planning/test_lora_pipelines.py
+
+.PHONY: demo test light reliability oracles lint tables clean
 
 # Where the tests' environment is there, it does.
 demo: $(if $(wildcard .venv/set-up),.venv/set-up,.venv/set-up-demo)
@@ -37,10 +40,16 @@ light: .venv-light/set-up
 reliability: .venv/set-up
 	RELIABILITY=all $(BIN)/pytest -n auto --maxprocesses 4 $(addprefix tests/,$(THOROUGH))
 
+# What other libraries read and compute of their own formats, by themselves: heavy, and for a few tests alone.
+oracles: .venv/set-up-oracles
+	$(BIN)/pytest -rs $(addprefix tests/,$(WITH_ORACLES))
+
 lint: .venv/set-up-lint
 	$(BIN)/ruff check
+	$(BIN)/ruff check --preview --select PLW1514 merger
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/windows -p merger
 	$(BIN)/lint-imports
 	$(BIN)/python docs/tables.py --check
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-actions action.yml
@@ -76,6 +85,13 @@ clean:
 	test -x .venv-light/bin/pip || $(PYTHON) -m venv .venv-light
 	.venv-light/bin/python -m pip install --quiet -c constraints.txt --upgrade pip
 	.venv-light/bin/python -m pip install --quiet -c constraints.txt --group light -e .
+	@touch $@
+
+.venv/set-up-oracles: .venv/set-up
+	BUILD_CUDA_EXT=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --group oracles
+	test -x .venv-pylate/bin/pip || $(PYTHON) -m venv .venv-pylate
+	.venv-pylate/bin/python -m pip install --quiet --upgrade pip
+	.venv-pylate/bin/python -m pip install --quiet --group pylate
 	@touch $@
 
 .venv/set-up-lint: .venv/set-up

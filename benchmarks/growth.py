@@ -1,6 +1,6 @@
 """How the time of the loop grows with entries, tensors, models and threads.
 
-`python benchmarks/growth.py` writes the second half of docs/speed.md. What is made is hashed and dropped: it
+`python benchmarks/growth.py` writes the second part of docs/speed.md. What is made is hashed and dropped: it
 takes no disk. Not here: whole processes, and other programs (speed).
 """
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import models
 import numpy as np
@@ -31,6 +32,9 @@ from merger.engine.execute import execute
 from merger.methods.registry import methods
 from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
+from merger.runtime import take_over
+
+take_over()  # as the command does: malloc keeps what is freed
 
 class Dropped:
     def open(self, name): return self
@@ -95,6 +99,11 @@ def run(work: Path, method: str, parents: Sequence[Path], threads: int) -> Mappi
         "parameters": dict(speed.SETTINGS[method]),
         **({"base_model": str(base[0])} if base else {}),
     }
+    return measure(work, made, threads)
+
+
+def measure(work: Path, made: Mapping[str, Any], threads: int) -> Mapping[str, float]:
+    """The same of any recipe."""
     (work / "growth.yaml").write_text(yaml.safe_dump(made, sort_keys=False))
     command = [sys.executable, "-c", _MEASURE, str(work / "growth.yaml"), str(threads)]
     found: Mapping[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -143,8 +152,16 @@ def rows(work: Path) -> Iterator[str]:
             yield line("threads", method, "b0.1", llama(0.1), 3, threads)
 
 
+def replace_part(mark: str, lines: Sequence[str]) -> None:
+    """Put what was measured in the place of what stands between a mark and the next one."""
+    before, _, rest = speed.PAGE.read_text("utf-8").partition(mark)
+    _, following, after = rest.partition("<!--")
+    text = "\n".join([before.rstrip("\n"), "", mark, "", *lines, ""])
+    speed.PAGE.write_text(f"{text}\n{following}{after}" if following else text, "utf-8")
+
+
 def main() -> int:
-    """Measure and write the page's second half."""
+    """Measure and write the page's second part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--work", type=Path, default=speed.ROOT / "benchmarks" / ".work", help="where checkpoints are kept"
@@ -155,9 +172,7 @@ def main() -> int:
     for row in rows(options.work):
         print(row, flush=True)
         lines.append(row)
-    page = speed.PAGE.read_text("utf-8").split(MARK)[0].rstrip("\n")
-    head = HEAD.format(load=load)
-    speed.PAGE.write_text("\n".join([page, "", MARK, "", head, *lines, ""]), encoding="utf-8")
+    replace_part(MARK, [HEAD.format(load=load), *lines])
     return 0
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import formats
 import yaml
 from console import MERGE, MISTAKES, console
 
@@ -61,6 +62,12 @@ def main(arguments: Sequence[str]) -> int:
     in_command = {"mistakes": console(MISTAKES), "exit-codes": exit_codes_table()}
     in_action = {"inputs": inputs_table(action["inputs"]), "outputs": outputs_table(action["outputs"])}
     in_cards = {"kinds": kinds_table(), "licences": licences_table()}
+    in_formats = {
+        "forms": table(("stored as", "read", "merged", "written", "held by"), formats.forms()),
+        "refused": table(("what", "the sentence", "the next step", "held by"), formats.refusals()),
+        "packed": packed_table(),
+        "families": table(("family", "class", "in llama.cpp", "positions scaled"), formats.families()),
+    }
     wanted = {
         README: filled(README, {"merge": console(MERGE), "families": families_table(built)}),
         COMMAND: filled(COMMAND, in_command),
@@ -68,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         CARDS: filled(CARDS, in_cards),
         METHODS: methods_page(built),
         ARCHITECTURE: filled(ARCHITECTURE, {"wings": wings_picture()}),
-        FORMATS_PAGE: filled(FORMATS_PAGE, {"packed": packed_table()}),
+        FORMATS_PAGE: filled(FORMATS_PAGE, in_formats),
         SECURITY: filled(SECURITY, {"limits": limits_table()}),
         MERGEKIT: filled(MERGEKIT, {"departures": departures(built), "warned": warned_table()}),
     }

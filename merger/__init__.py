@@ -206,7 +206,7 @@ def diff(a: str, b: str) -> Contrast:
     >>> diff("./merged", "./merged").same
     True
     """
-    from merger.runtime import cores
+    from merger.system import cores
     from merger.verification.diff import contrast, pair
 
     return contrast(pair(a, b), cores())

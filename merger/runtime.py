@@ -1,31 +1,25 @@
-"""What this machine lets a run use: memory and cores, as its control group (a container, a runner) allows; the
-signals by which it ends a run; what is set for a whole process, by those alone whose process it is; and where this
-package is had from.
+"""The process and its machine: the signals by which a run ends; what is set for a whole process, by those alone whose
+process it is; the system's refusals in the midst of the work, put into words; and where this package is had from.
 
-Linux tells; elsewhere nothing is known, and nothing is refused. And its refusals in the midst of the work, put into
-words. Not here: what a run needs (plan).
+Not here: what the system has (system), and what a run needs (plan).
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import errno
 import gc
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from merger import system
 from merger.errors import BudgetError, MergerError, Problem
-
-_ROOT = Path("/")
 
 _USED_UP = {
     errno.ENOSPC: "free some disk, and run it again",
@@ -84,7 +78,6 @@ def install_command(extras: str = "", version: str = "") -> str:
 # ---- a process of ours ----------------------------------------------------------------------------------------------
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _settings: list[Callable[[], None]] = []
 _is_ours = False
 
@@ -113,63 +106,7 @@ def _collect_seldom() -> None:
     atexit.register(gc.freeze)
 
 
-@in_our_process
-def _keep_freed_memory() -> None:
-    """Let glibc's malloc keep what a block's temporaries gave back: as new memory they took a third of some merges."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-
-
-# ---- what there is --------------------------------------------------------------------------------------------------
-
-
-def free_memory(root: Path = _ROOT) -> int | None:
-    """Bytes that may still be taken: what the system has to give, but no more than the control groups leave."""
-    known = [found for found in (_available(root), *_left_by_groups(root)) if found is not None]
-    return min(known, default=None)
-
-
-def cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _available(root: Path) -> int | None:
-    text = _text(root / "proc/meminfo") or ""
-    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
-
-
-def _left_by_groups(root: Path) -> Iterator[int]:
-    """Of each control group from this process's own up to the first one: its limit less what cannot be taken back."""
-    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            top = root / "sys/fs/cgroup" / controllers
-            names = ("memory.max", "memory.current", "file") if not controllers else (
-                "memory.limit_in_bytes", "memory.usage_in_bytes", "cache")  # fmt: skip
-            own = top / path.lstrip("/")
-            for group in (own, *own.parents):
-                if (left := _left_in(group, *names)) is not None:
-                    yield left
-                if group == top:
-                    break
-
-
-def _left_in(group: Path, limit_name: str, used_name: str, cache_name: str) -> int | None:
-    limit, used = _text(group / limit_name), _text(group / used_name)
-    if limit is None or used is None or not limit.strip().isdigit():
-        return None
-    counted = dict(line.split() for line in (_text(group / "memory.stat") or "").splitlines() if len(line.split()) == 2)
-    return max(0, int(limit) - int(used) + int(counted.get(cache_name, 0)))
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None
+in_our_process(system.keep_freed_memory)
 
 
 @contextmanager

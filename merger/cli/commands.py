@@ -303,14 +303,14 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from merger import runtime
+    from merger import system
     from merger.cli import reports, text
     from merger.verification.diff import contrast, pair
 
     both = pair(arguments.a, arguments.b)
     progress = text.Progress(both.nbytes, doing="comparing")
     try:
-        found = contrast(both, arguments.threads or runtime.cores(), progress.add)
+        found = contrast(both, arguments.threads or system.cores(), progress.add)
     finally:
         progress.close()
     print(json.dumps(reports.contrast_json(found)) if arguments.json else reports.contrast_text(found))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from merger import runtime
+from merger import runtime, system
 from merger.engine.finite import NotFinite, explain
 from merger.engine.forms import Fp8Writer, GgufWriter, TensorWriter
 from merger.engine.inputs.decompose import RunPairs
@@ -172,7 +172,7 @@ def single_threaded() -> Iterator[None]:
             yield
     finally:
         if (torch := sys.modules.get("torch")) is not None:
-            torch.set_num_threads(threads or runtime.cores())
+            torch.set_num_threads(threads or system.cores())
 
 
 def _work(

@@ -5,16 +5,16 @@ Not here: which tensors those are (planning.jobs.blocks).
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from merger import system
 from merger.planning.inputs.base import StageTensor, Stored
 
 
@@ -41,7 +41,7 @@ class Spool:
 
     def __init__(self, memory: Allowance) -> None:
         self._memory, self._held = memory, dict[Stored | StageTensor, NDArray[np.uint8]]()
-        self._file: BinaryIO | None = None
+        self._file: IO[bytes] | None = None
         self._starts: dict[Stored | StageTensor, int] = {}
         self._end = 0
 
@@ -70,7 +70,7 @@ class Spool:
         if (held := self._held.get(what)) is not None:
             out[:] = held.data[offset : offset + len(out)]
         elif self._file is not None:
-            os.preadv(self._file.fileno(), [out], self._starts[what] + offset)
+            system.read_at(self._file.fileno(), out, self._starts[what] + offset)
 
     def close(self) -> None:
         """Give memory and disk back; what did not go onto a full one was told when it was written."""

@@ -239,7 +239,7 @@ def write_files(folder: Path, files: Mapping[str, Content]) -> None:
         ModelError: one of them cannot be read.
     """
     for name, content in files.items():
-        write(content, folder / name)
+        write(content, folder, name)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merger import system
 from merger.errors import EvaluationError, Problem
 from merger.evaluation.budget import Score
 from merger.safety.environment import of_the_client, public
@@ -112,7 +112,7 @@ def _last_words(words: Any) -> str:
 
 
 def _explain_end(code: int, words: str) -> EvaluationError:
-    if code == -signal.SIGKILL:
+    if code == system.KILLED:
         hint = "most likely for lack of memory: write dtype: bfloat16 under evaluate:, or take a larger machine"
         return EvaluationError(Problem("the system killed its process", hint=hint))
     return EvaluationError(Problem(f"its process ended with {code} ({words})"))

@@ -5,7 +5,6 @@ No token is told, only whether there is one. Not here: what one recipe takes (pl
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -14,9 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
 
-from merger import runtime
+from merger import runtime, system
 from merger.errors import BudgetError, ModelError
 from merger.planning.budget import BASELINE_BYTES
 
@@ -49,25 +47,17 @@ def examine() -> Iterator[Finding]:
     named = f"merger {version(runtime.PACKAGE)} of {address}"
     yield Finding("package", named, hint if _NOT_YET_NAMED in address else None)
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    yield Finding("cores", str(runtime.cores()))
+    yield Finding("cores", str(system.cores()))
     yield _memory()
     yield from (_disk(what, place) for what, place in (("folder", os.getcwd()), ("temporary", tempfile.gettempdir())))
     yield _extras()
     yield _steps()
-    there = {
-        "reading at a place": hasattr(os, "preadv"),
-        "locked files": find_spec("fcntl") is not None,
-        "unnamed temporary files": hasattr(os, "O_TMPFILE"),
-        "kept memory": os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt"),
-    }
-    missing = [name for name, is_there in there.items() if not is_there]
-    found = ", ".join(name for name, is_there in there.items() if is_there)
-    yield Finding("system", found, f"this one has no {', no '.join(missing)}" if missing else None)
+    yield Finding("system", "; ".join(system.plain_forms()) or "has all that a merge makes use of")
     yield from _hub()
 
 
 def _memory() -> Finding:
-    free = runtime.free_memory()
+    free = system.free_memory()
     if free is None:
         return Finding("memory", "not known here", "write --max-memory, and it is kept")
     lack = f"a merge takes {BASELINE_BYTES:,} bytes before its first tensor: end other programs, or give it more"

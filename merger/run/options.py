@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from merger import runtime
+from merger import system
 from merger.errors import BudgetError, Problem, RecipeError
 from merger.evaluation.evaluate import disk as evaluation_disk
 from merger.planning.budget import GGUF_BYTES, SHARD_BYTES, Budget
@@ -76,7 +76,7 @@ class Options:
 def budget_of(recipe: Recipe, options: Options) -> Budget:
     return Budget(
         memory=options.max_memory,
-        threads=options.threads or runtime.cores(),
+        threads=options.threads or system.cores(),
         shard_bytes=options.shard_size or (SHARD_BYTES if recipe.publish.safetensors else GGUF_BYTES),
         sending=_sending(stated_destination(recipe, options)),
     )
@@ -93,7 +93,7 @@ def _sending(to: str) -> int:
 
 def with_free_memory(options: Options) -> Options:
     """The options with this machine's memory where none is given: for what is to run here."""
-    return options if options.max_memory is not None else replace(options, max_memory=runtime.free_memory())
+    return options if options.max_memory is not None else replace(options, max_memory=system.free_memory())
 
 
 def needed_disk(planned: Plan, options: Options, shards: Sequence[Shard]) -> int:

@@ -8,24 +8,21 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import select
-import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
+
+from merger import system
 
 MEMORY_BYTES = 192 << 20
 """What it may take beyond the interpreter and the imports; where the system cannot limit that, time does."""
 
 _ANSWER_BYTES = 16 << 20
-_READ_BYTES = 1 << 20
 _MUCH_MEMORY = 3
 """The code with which the process ends for lack of memory."""
 
@@ -65,15 +62,14 @@ def call(function: str, argument: Any, bounds: Bounds = Bounds()) -> Any:
         process = subprocess.Popen(
             line, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_environment()
         )
-    until = time.monotonic() + bounds.wait
     with process:  # waits for its end
         try:
-            answer = _read(process, bounds, until)
+            answer = _read(process, bounds)
         except BaseException:
             process.kill()
             raise
         code = process.wait()
-    if code == -signal.SIGXCPU:
+    if code == system.OUT_OF_TIME:
         raise BeyondError(_too_long(bounds))
     if code == _MUCH_MEMORY:
         raise BeyondError(f"needs more than {bounds.memory >> 20} MB of memory")
@@ -84,23 +80,25 @@ def call(function: str, argument: Any, bounds: Bounds = Bounds()) -> Any:
 
 def _environment() -> Mapping[str, str]:
     """No variable of ours, which may be a token: only where the code is."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG") if name in os.environ}
+    kept = {
+        name: os.environ[name]
+        for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "SYSTEMROOT")
+        if name in os.environ
+    }
     return {**kept, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path)}
 
 
-def _read(process: subprocess.Popen[bytes], bounds: Bounds, until: float) -> bytes:
+def _read(process: subprocess.Popen[bytes], bounds: Bounds) -> bytes:
     assert process.stdout is not None
-    data = bytearray()
-    while True:
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))
-        if not ready:
-            raise BeyondError(_too_long(bounds))
-        piece = os.read(process.stdout.fileno(), _READ_BYTES)
-        if not piece:
-            return bytes(data)
-        data += piece
-        if len(data) > _ANSWER_BYTES:
-            raise BeyondError(f"makes more than {_ANSWER_BYTES:,} bytes")
+    answers, stdout = list[bytes](), process.stdout
+    reading = threading.Thread(target=lambda: answers.append(stdout.read(_ANSWER_BYTES + 1)), daemon=True)
+    reading.start()
+    reading.join(bounds.wait)
+    if reading.is_alive():
+        raise BeyondError(_too_long(bounds))
+    if len(answers[0]) > _ANSWER_BYTES:
+        raise BeyondError(f"makes more than {_ANSWER_BYTES:,} bytes")
+    return answers[0]
 
 
 def _too_long(bounds: Bounds) -> str:
@@ -114,37 +112,13 @@ def main(function: str, seconds: str, memory: str) -> int:
     """Do the work, and write what came of it."""
     module, name = function.split(":")
     work = getattr(import_module(module), name)
-    _limit(int(seconds), int(memory))
+    system.limit(int(seconds), int(memory))
     try:
         answer = json.dumps(work(pickle.load(sys.stdin.buffer)))
     except MemoryError:
         return _MUCH_MEMORY
     sys.stdout.write(answer)
     return 0
-
-
-def _limit(seconds: int, memory: int) -> None:
-    """Limits that the system keeps; one that it does not know is left out, as macOS leaves out memory."""
-    import resource  # not on Windows, where nothing of this package runs
-
-    wanted = {
-        resource.RLIMIT_CPU: (seconds, seconds + 1),  # at the second one it is killed without a word
-        resource.RLIMIT_CORE: (0, 0),
-        resource.RLIMIT_FSIZE: (0, 0),
-        resource.RLIMIT_AS: (_address_space() + memory,) * 2,
-    }
-    for kind, most in wanted.items():
-        with suppress(OSError, ValueError):
-            resource.setrlimit(kind, most)
-
-
-def _address_space() -> int:
-    """The bytes of address space that are taken already; 0: nobody tells."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (OSError, ValueError):
-        return 1 << 30
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

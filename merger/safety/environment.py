@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping
+
+from merger import system
 
 LEAST = 8
 """A shorter text is no secret: it would be found everywhere."""
@@ -57,16 +58,4 @@ def hand_over() -> None:
             os.environ.update(json.load(pipe))
     elif len(kept := public()) < len(os.environ):
         secrets = {name: os.environ[name] for name in OURS if name in os.environ}
-        again = [sys.executable, *sys.orig_argv[1:]]
-        os.execve(sys.executable, again, kept | {_HANDED_OVER: str(_pipe(json.dumps(secrets).encode()))})
-
-
-def _pipe(content: bytes) -> int:
-    """A pipe that holds this and no more, to be read by the next program."""
-    reading, writing = os.pipe()
-    os.set_inheritable(reading, True)
-    os.set_blocking(writing, False)
-    with os.fdopen(writing, "wb", buffering=0) as pipe:
-        if pipe.write(content) != len(content):
-            sys.exit("the secrets of the environment are too large")
-    return reading
+        system.replace_process(kept, json.dumps(secrets).encode(), _HANDED_OVER)

@@ -12,6 +12,7 @@ import os
 import stat
 from pathlib import Path
 
+from merger import system
 from merger.errors import ModelError, Problem
 from merger.safety.limits import Limit, excess
 
@@ -24,8 +25,6 @@ COPY = "put the file itself there, or take the link out"
 POINTER = "is a pointer of Git LFS, not the file itself"
 _FETCH = "git lfs pull, in its folder, fetches the files; or download the model with hf download owner/name"
 _POINTS, _POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
-
-_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class BarredError(Exception):
@@ -69,7 +68,12 @@ def resolve(path: str, root: Path | None) -> Path:
 def inside(path: str | Path, root: Path) -> Path | None:
     """The same place, None where it lies outside of the root."""
     place = _real(path)
-    return place if place is not None and place.is_relative_to(os.path.realpath(root)) else None
+    return place if place is not None and _holds(root, place) else None
+
+
+def _holds(root: Path, place: Path) -> bool:
+    """Whether it lies inside, all links followed; a machine may have several disks, which lie in no one folder."""
+    return root == ANYWHERE or place.is_relative_to(os.path.realpath(root))
 
 
 def _real(path: str | Path) -> Path | None:
@@ -101,7 +105,7 @@ def reach(folder: str, file: str, root: Path | None, leaves: bool) -> Path:
         raise BarredError(f"cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(mode):
         raise BarredError("is no regular file")
-    if root is None or not place.is_relative_to(os.path.realpath(root)):
+    if root is None or not _holds(root, place):
         raise BarredError("is a link that leads out of the repository")
     if not (leaves or place.is_relative_to(home) or place.parent == _blobs(home)):
         raise BarredError("is a link that leads out of its folder")
@@ -119,7 +123,7 @@ def open_regular(place: Path) -> int:
     Raises:
         OSError: it cannot be opened, or is another thing by now.
     """
-    descriptor = os.open(place, _OPEN)
+    descriptor = os.open(place, system.READING)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no regular file")

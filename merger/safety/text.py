@@ -83,13 +83,15 @@ class Guarded:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._begun = False
+        self._encoding = stream.encoding or "utf-8"  # Windows has pipes of a few letters
 
     def write(self, text: str) -> int:
         """Write it, made visible; on a terminal bars may move."""
         before, words, after = _moves(text) if self._stream.isatty() else ("", text, "")
         shown = visible(words)
         shown = _disarm("x" + shown)[1:] if self._begun else _disarm(shown)
-        self._stream.write(before + shown + after)
+        written = shown.encode(self._encoding, "backslashreplace").decode(self._encoding)
+        self._stream.write(before + written + after)
         if shown:
             self._begun = bool(shown.rpartition("\n")[2].strip())
         return len(text)

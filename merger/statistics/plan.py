@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from merger import runtime
+from merger import runtime, system
 from merger.engine.inputs.layers import TOKENIZER_FILES, load_encoder
 from merger.errors import BudgetError, MismatchError, Problem, RecipeError
 from merger.lock.lock import lock
@@ -257,7 +257,7 @@ def plan_measurement(
         ids = read_tokens(data, load_encoder(locked.config_model, files), count, length, options.read_token)
     layers = tuple(tuple(layer_jobs(locked, layer)) for layer in range(_count(locked)))
     outside = {job.name: job for job in layer_jobs(locked, None)}
-    threads = options.threads or runtime.cores()
+    threads = options.threads or system.cores()
     named = data if HUB_FILE.fullmatch(data) else Path(data).name  # nothing of this machine is published
     draft = Measurement(locked, kind, ids, named, seed, threads, layers, outside, ())
     return _fit(draft, _shards(draft), options.max_memory), store

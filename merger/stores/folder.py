@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from merger import runtime
+from merger import runtime, system
 from merger.errors import MissingError, ModelError, Problem
 from merger.models.checkpoint import is_single, is_weights
 from merger.safety import limits, paths
@@ -39,7 +39,7 @@ class FolderStore:
 
     def has(self, path: str) -> bool:
         """A path is ours when it exists or is written as one; a name such as ``org/model`` is not."""
-        written_as_one = path.startswith(("./", "../", "/", "~", ".\\")) or path[1:2] == ":" or "*" in path
+        written_as_one = path.startswith(("./", "../", "/", "~", ".\\", "..\\")) or path[1:2] == ":" or "*" in path
         alone = "/" not in path and is_single(path)
         return written_as_one or alone or (self._root is not None and os.path.exists(os.path.expanduser(path)))
 
@@ -67,7 +67,7 @@ class FolderStore:
             raise ModelError(Problem(f"{path!r} is a folder, which has no revisions", hint=hint))
         paths.resolve(path, self._root)
         found = glob.glob(os.path.expanduser(path.rstrip("/")))
-        return [each for each in found if os.path.isdir(each) or is_single(each)]
+        return [each.replace(os.sep, "/") for each in found if os.path.isdir(each) or is_single(each)]
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read a file or a part of it."""
@@ -116,7 +116,7 @@ def tree(folder: str) -> list[str]:
     found = []
     for at, folders, files in os.walk(folder, onerror=refuse):
         links = (f"{name}/" for name in folders if os.path.islink(os.path.join(at, name)))
-        found += [os.path.join(os.path.relpath(at, folder), name) for name in (*files, *links)]
+        found += [f"{Path(at).relative_to(folder).as_posix()}/{name}" for name in (*files, *links)]
     return sorted(name.removeprefix("./") for name in found)
 
 
@@ -138,7 +138,7 @@ def _name_file(model: Located, file: str) -> str:
 
 
 class FolderReader:
-    """Reads tickets with pread: mapped pages would count as this process's memory."""
+    """Reads tickets at their places: mapped pages would count as this process's memory."""
 
     def __init__(self, tickets: Sequence[Ticket], root: Path | None = ANYWHERE) -> None:
         self._tickets = tickets
@@ -152,7 +152,7 @@ class FolderReader:
         done = 0
         with _readable(wanted.model, wanted.file), self._opened(wanted.model.where, wanted.file) as descriptor:
             while done < len(out):
-                got = os.preadv(descriptor, [out[done:]], wanted.start + offset + done)
+                got = system.read_at(descriptor, out[done:], wanted.start + offset + done)
                 if got == 0:
                     what = f"{wanted.model.name}: {wanted.file} became shorter while it was read"
                     raise ModelError(Problem(what, hint="let nothing write to the models, and run it again"))

@@ -5,12 +5,14 @@ A run reads tensors through a Reader, which is told beforehand what will be read
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from merger import system
 from merger.errors import DamagedError, ModelError, Problem
 from merger.models.formats.safetensors import Outlet, WrittenShard
 from merger.safety import secrets
@@ -386,21 +388,30 @@ def sha256_of(content: Content) -> str:
     return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else content.sha256
 
 
-def write(content: Content, target: Path) -> None:
+def write(content: Content, folder: Path, name: str) -> None:
     """Make a file of it, and the folder that it is in.
 
     Raises:
         UploadError: a token stands in it.
         ModelError, DamagedError: as `Copy.pieces` does.
-        OSError: the disk refuses.
+        OSError: the disk refuses, or the system has no such name.
     """
-    with in_folder(target).open("wb") as file:
-        for piece in secrets.pass_pieces(target.name, (content,) if isinstance(content, bytes) else content.pieces()):
+    with in_folder(folder, name).open("wb") as file:
+        for piece in secrets.pass_pieces(
+            name.rpartition("/")[2], (content,) if isinstance(content, bytes) else content.pieces()
+        ):
             file.write(piece)
 
 
-def in_folder(target: Path) -> Path:
-    """The place of a file, whose folder is there now."""
+def in_folder(folder: Path, name: str) -> Path:
+    """The place of a repo's file in a folder of this machine; the folder that it is in is there now.
+
+    Raises:
+        OSError: the system calls no file so.
+    """
+    if not system.can_name(name):
+        raise OSError(errno.EINVAL, f"here no file can be called {name!r}")
+    target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 

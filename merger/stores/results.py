@@ -6,7 +6,6 @@ Not here: models that are read (folder), and temporary folders (scratch).
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from merger import runtime
+from merger import runtime, system
 from merger.errors import BudgetError, ModelError, Problem, UploadError, few
 from merger.models.formats.safetensors import Outlet, WrittenShard, file_sha256
 from merger.models.plain_yaml import load_yaml
@@ -96,8 +95,8 @@ class ResultFolder:
         secrets.refuse_tokens(small)
         with self.refusals():
             for name, content in small.items():
-                target = self.folder / name
-                if not in_folder(target).parent.resolve().is_relative_to(self.folder):
+                target = in_folder(self.folder, name)
+                if not target.parent.resolve().is_relative_to(self.folder):
                     raise OSError(errno.EINVAL, f"{name} lies behind a link that leads out of it")
                 unfinished = target.with_name(f".{target.name}.unfinished")
                 unfinished.unlink(missing_ok=True)  # whoever made the folder may have made it a link
@@ -151,12 +150,12 @@ class _Work:
             what = f"{self._place.name!r} beside the destination is needed for the work, but something else is there"
             raise UploadError(Problem(what, hint="move it away, or choose another destination"))
         self._place.mkdir(parents=True, exist_ok=True)
-        opened = os.open(self._mark, os.O_RDWR | os.O_CREAT)
-        self._alone = _flock(opened, fcntl.LOCK_EX)
-        if not self._alone and not (shared and _flock(opened, fcntl.LOCK_SH)):
-            os.close(opened)
+        lock = system.FileLock(self._mark)
+        self._alone = lock.take()
+        if not self._alone and not (shared and lock.take(shared)):
+            lock.close()
             raise self._busy()
-        self._lock: int | None = opened  # the system takes it back when this process ends, however it ends
+        self._lock: system.FileLock | None = lock
 
     def _busy(self) -> UploadError:
         what = f"another run is writing to {self._folder.name!r}"
@@ -183,13 +182,13 @@ class _Work:
         Raises:
             UploadError: finished shards of another merge lie there, and are not to be replaced.
         """
-        if self._mark.read_text() != identity:
+        if self._mark.read_text("utf-8") != identity:
             if not self._alone:
                 raise self._busy()
             if (waiting := sorted(self.held())) and not force:
                 raise self._waiting(waiting)
             self._empty()
-            self._mark.write_text(identity)
+            self._mark.write_text(identity, "utf-8")
         for folder in (self.new, self._done):
             folder.mkdir(exist_ok=True)
         if self._alone:
@@ -199,7 +198,7 @@ class _Work:
     def share(self, shared: bool) -> None:
         """From here on parts of the same run may come in."""
         if shared and self._alone and self._lock is not None:
-            self._alone = not _flock(self._lock, fcntl.LOCK_SH)
+            self._alone = not self._lock.take(shared)
 
     def _forget_damaged(self) -> None:
         """A shard counts as finished only if its file is, to the byte, what was written down of it."""
@@ -227,8 +226,8 @@ class _Work:
 
     def write_down(self, shard: WrittenShard, note: str) -> None:
         entry = self._entry(f"{shard.name}{_UNFINISHED}")
-        entry.write_text(json.dumps({**asdict(shard), "note": note}))
-        entry.rename(self._entry(shard.name))
+        entry.write_text(json.dumps({**asdict(shard), "note": note}), "utf-8")
+        entry.replace(self._entry(shard.name))
 
     def notes(self) -> Iterator[str]:
         return (entry["note"] for entry in _entries(self._done) if entry.get("note"))
@@ -242,6 +241,8 @@ class _Work:
         """Give the new model its name. An old one is moved aside first, and removed only once the new one stands."""
         if not _is_free(self._folder):
             self._folder.rename(self._old)
+        elif self._folder.exists():
+            self._folder.rmdir()  # which is empty: Windows puts nothing in its place
         self.new.rename(self._folder)
         self.remove()
 
@@ -259,16 +260,17 @@ class _Work:
 
     def remove(self) -> None:
         """The mark goes last, so that a leftover is always ours."""
+        assert self._lock is not None
         try:
             self._empty()
-            self._mark.unlink()
+            self._lock.remove()
             self._place.rmdir()
         finally:
             self._release()
 
     def _release(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
         self._lock = None
 
 
@@ -295,7 +297,7 @@ class FolderSession:
 
     def open(self, name: str) -> Outlet:
         """A file where it shall stay."""
-        return in_folder(self._work.new / name).open("wb", buffering=0)
+        return in_folder(self._work.new, name).open("wb", buffering=0)
 
     def take(self, shard: WrittenShard, note: str = "") -> None:
         """Keep it where it was made, and write down that it is whole."""
@@ -315,14 +317,14 @@ class FolderSession:
     def export(self, folder: Path) -> None:
         """Links to them."""
         for name in self.held():
-            in_folder(folder / name).symlink_to(self._work.new / name)
+            system.link_file(in_folder(folder, name), self._work.new / name)
 
     def finish(self, files: Mapping[str, Content], message: str) -> Published:
         """Write the small files and give the folder its name."""
         with self._place.refusals():
             self._place.refuse_loss()  # the destination may have been filled in the meantime
             for name, content in files.items():
-                write(content, self._work.new / name)
+                write(content, self._work.new, name)
             self._work.finish()
         return Published(str(self._place.folder))
 
@@ -337,11 +339,9 @@ def _leftover(folder: Path) -> list[Leftover]:
     if not (place / _MARK).is_file():
         return []
     shards = _written_down(place / "done").values()
-    opened = os.open(place / _MARK, os.O_RDWR)
-    try:
-        busy = not _flock(opened, fcntl.LOCK_EX)
-    finally:
-        os.close(opened)
+    lock = system.FileLock(place / _MARK)
+    busy = not lock.take()
+    lock.close()
     return [Leftover(str(place), len(shards), sum(shard.size for shard in shards), busy)]
 
 
@@ -373,7 +373,7 @@ def _written_down(done: Path) -> dict[str, WrittenShard]:
 
 def _entries(done: Path) -> Iterator[dict[str, Any]]:
     entries = sorted(done.iterdir()) if done.is_dir() else []
-    return (json.loads(entry.read_text()) for entry in entries if entry.suffix != _UNFINISHED)
+    return (json.loads(entry.read_text("utf-8")) for entry in entries if entry.suffix != _UNFINISHED)
 
 
 def _remove(path: Path) -> None:
@@ -381,14 +381,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _flock(opened: int, kind: int) -> bool:
-    """Whether the lock was to be had; a file system without locks gives it to everybody."""
-    try:
-        fcntl.flock(opened, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True

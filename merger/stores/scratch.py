@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-_PREFIX, _SUFFIX = "merger-", ".scratch"
+from merger import system
+
+_PREFIX, _SUFFIX, _ALIVE = "merger-", ".scratch", ".alive"
 
 
 class Scratch:
     """A folder that is made when it is first asked for, and gone after `close`.
 
-    It is locked while this process lives, however it ends: so `sweep` tells a leftover from another run's.
+    A file in it is held while this process lives, however it ends: so `sweep` tells a leftover from another run's.
     """
 
     def __init__(self) -> None:
         self._folder: Path | None = None
-        self._lock: int | None = None
+        self._alive: system.FileLock | None = None
 
     def folder(self) -> Path:
         """Where it is."""
         while self._folder is None:
             made = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX))
-            with suppress(FileNotFoundError, BlockingIOError):  # another run swept it before it was locked
-                self._lock = _open_locked(made)
-                self._folder = made
+            with suppress(FileNotFoundError):  # another run swept it before it was held
+                alive = system.FileLock(made / _ALIVE)
+                if alive.take() and (made / _ALIVE).exists():
+                    self._folder, self._alive = made, alive
+                else:
+                    alive.close()
         return self._folder
 
     def close(self) -> None:
         """Remove it, with all that is in it."""
-        if self._lock is not None and self._folder is not None:
+        if self._alive is not None and self._folder is not None:
+            self._alive.remove()
             shutil.rmtree(self._folder, ignore_errors=True)
-            os.close(self._lock)
-        self._folder = self._lock = None
+        self._folder = self._alive = None
 
 
 def sweep() -> None:
@@ -47,29 +50,12 @@ def sweep() -> None:
 
 
 def _remove_dead(folder: Path) -> None:
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+    if folder.is_symlink() or not system.is_ours(folder):
         return
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    alive = system.FileLock(folder / _ALIVE)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder)
+        if alive.take(without_locks=False):
+            alive.remove()
+            shutil.rmtree(folder)
     finally:
-        os.close(opened)
-
-
-def _open_locked(folder: Path) -> int:
-    """The folder, open and locked; where this disk has no locks it is only open, and nobody can sweep it either.
-
-    Raises:
-        FileNotFoundError, BlockingIOError: another run takes it for a dead one's.
-    """
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.stat(folder)  # it may have been removed between the opening and the lock
-    except (BlockingIOError, FileNotFoundError):
-        os.close(opened)
-        raise
-    except OSError:
-        pass
-    return opened
+        alive.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merger import runtime
+from merger import system
 from merger.errors import BudgetError, MergerError, Problem, RecipeError
 from merger.run.extras import needs_of
 from merger.run.options import Options, needed_disk
@@ -77,7 +77,7 @@ class Limits:
             text = environment.get(f"MERGER_SPACE_{name}")
             return numbers.parse_whole(text, numbers.COUNT) if text else None
 
-        room = size_of("MEMORY") or runtime.free_memory()
+        room = size_of("MEMORY") or system.free_memory()
         free = size_of("DISK") or shutil.disk_usage(folder).free * 9 // 10
         most = 1 if room is None else max(1, min(_MOST_WORKERS, (room - _PAGE_BYTES) // _LEAST_A_WORKER))
         workers = count_of("WORKERS") or most
@@ -93,7 +93,7 @@ class Limits:
 
     def for_a_job(self) -> dict[str, Any]:
         """What a worker is told."""
-        threads = max(1, runtime.cores() // self.workers)
+        threads = max(1, system.cores() // self.workers)
         return {"memory": self.memory, "disk": self.disk, "threads": threads, "shard_size": self.shard_size}
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from calls import READER, WRITER, Said, called
 from loopback import Client, LoopbackHub
 
-from merger import runtime
+from merger import runtime, system
 from merger.cli.text import finding_text
 from merger.run import doctor
 
@@ -59,7 +61,7 @@ def test_each_line_is_a_word_and_what_was_found(client: Client) -> None:
 
 def test_what_lacks_has_a_next_step_and_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little memory is 5, as it is for a merge."""
-    monkeypatch.setattr(runtime, "free_memory", lambda: 1000)
+    monkeypatch.setattr(system, "free_memory", lambda: 1000)
     found = next(finding for finding in doctor.examine() if finding.what == "memory")
     assert (found.found, found.exit_code) == ("0.0 GB free", 5)
     assert "end other programs" in finding_text(found).splitlines()[1]
@@ -71,6 +73,16 @@ def test_extras_that_are_missing_are_named_with_the_command_that_installs_them(m
     monkeypatch.setattr(doctor, "requires", lambda package: needs)
     found = next(finding for finding in doctor.examine() if finding.what == "extras")
     assert (found.found, found.hint) == ("one", f"for two: {runtime.install_command('two')}")
+
+
+def test_steps_are_counted_before_any_was_taken() -> None:
+    """In a process that has made none yet, where some of them are not even imported."""
+    code = (
+        "from merger.methods.registry import methods; from merger.methods.steps import step; methods(); "
+        "before = step.kept_steps(); print(before == step.kept_steps(), len(step.STEPS) > 25)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
 
 
 def test_compiled_steps_are_counted(tmp_path: Path, client: Client) -> None:

@@ -329,7 +329,7 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(tmp_path: Path) -
 
 def run_llama(path: Path, prompt: str, count: int) -> list[tuple[int, dict[int, float]]]:
     """What llama.cpp continues a text with: each token, and the logarithms of the likeliest ones' chances."""
-    llama = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install xllamacpp")
+    llama = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: make oracles")
     parameters = llama.CommonParams()
     parameters.model.path, parameters.n_ctx, parameters.warmup = str(path), 256, False
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
@@ -346,7 +346,7 @@ def run_llama(path: Path, prompt: str, count: int) -> list[tuple[int, dict[int, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_continues_a_text_as_transformers_does(tmp_path: Path, family: str, pieces: bool) -> None:
     """From the text itself, token for token, and with the same chances."""
-    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install xllamacpp")
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: make oracles")
     tokenizer = of_pieces() if pieces else of_bytes()
     made = model(tmp_path / "one", family, tokenizer)
     merged(recipe(made, "F32"), tmp_path / "out")
@@ -376,7 +376,7 @@ def test_llama_cpp_continues_a_text_from_every_type_and_from_parts(tmp_path: Pat
 
     Every expert has its share, for which ones are chosen would be another question where activations are rounded.
     """
-    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install xllamacpp")
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: make oracles")
     made, out = model(tmp_path / "one", family, num_experts_per_tok=4), tmp_path / "out"
     planned = merged(recipe(made, kind), out, shard_size=60_000)
     files = [file for shard in planned.shards for file in shard.beside]

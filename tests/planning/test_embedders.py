@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import tiny
 import torch
 from calls import Command, called
 from loopback import LoopbackHub
+from places import ROOT
 from safetensors.torch import load
 from thorough import THOROUGH, thorough_only
 
@@ -159,6 +162,40 @@ def test_the_merge_of_a_pipeline_is_one_of_its_modules(kind: str, here: Path) ->
     assert f"model = {type(found).__name__}(" in card
     assert "library_name: sentence-transformers\n" in card
     assert called(["verify", "./out", "--all"]).code == 0
+
+
+PYLATE = ROOT / ".venv-pylate" / "bin" / "python"
+BY_PYLATE = """
+import sys
+import torch
+from pylate import models
+if sys.argv[1] == "save":
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        models.ColBERT(f"of-{name}", embedding_size=8, device="cpu").save_pretrained(name)
+else:
+    print(*(vectors.shape[1] for vectors in models.ColBERT("out", device="cpu").encode(["w1 w2", "w3"], is_query=True)))
+"""
+
+
+@pytest.mark.skipif(not PYLATE.exists(), reason="PyLate has an environment of its own: make oracles")
+def test_the_merge_of_pylates_models_is_one_of_its_models(here: Path) -> None:
+    """In an environment of its own, for it asks for older versions of what we ask for."""
+
+    def ask(what: str) -> str:
+        line = [PYLATE, "-c", BY_PYLATE, what]
+        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(line, env=offline, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    for name in ("one", "two"):
+        bert(here / f"of-{name}")
+    ask("save")
+    assert called(["run", str(recipe(here, "one", "two")), "--to", "./out"]).code == 0
+    one, two, made = (load((here / name / "1_Dense/model.safetensors").read_bytes()) for name in ("one", "two", "out"))
+    assert made.keys() == {"linear.weight"}
+    torch.testing.assert_close(made["linear.weight"], (one["linear.weight"] + two["linear.weight"]) / 2)
+    assert ask("load").split() == ["8", "8"]
+    assert "model = models.ColBERT(" in (here / "out/README.md").read_text()
 
 
 def test_folders_of_a_pipeline_are_made_anew_and_resumed(here: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
 
+from elsewhere import TAKEN
 from places import ROOT
 
 MOST_ROOMS = 9
@@ -60,3 +61,20 @@ def test_a_wing_has_nine_rooms_at_most() -> None:
     paths = [path for top in ("merger", "space") for path in (ROOT / top).rglob("*.py") if path.name != "__init__.py"]
     counted = Counter(path.parent for path in paths)
     assert {str(wing): count for wing, count in counted.items() if count > MOST_ROOMS} == {}
+
+
+def test_what_only_posix_has_stands_in_one_room() -> None:
+    """By name; `make lint` has mypy read the package as on Windows, which finds the rest. The Space runs on Linux."""
+    modules = {"fcntl", "grp", "msvcrt", "pty", "pwd", "resource", "termios", "tty", "winreg"}
+    names = {*TAKEN, "fork", "forkpty", "killpg", "mkfifo", "setsid", "SIGCHLD", "SIGHUP", "SIGKILL", "SIGXCPU"}
+    found = defaultdict(set)
+    for room, tree in rooms().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                named = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+                found[room] |= named & (modules | names)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                found[room] |= {node.attr} & names if node.value.id in ("os", "signal") else set()
+    assert found["merger.system"] >= {"fcntl", "resource", "msvcrt", "preadv"}
+    told = {room: some for room, some in found.items() if some and not room.startswith("space.")}
+    assert told.keys() == {"merger.system"}, told

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from merger import runtime as machine
+from merger import runtime, system
 from merger.cli import commands as cli
 
 
@@ -33,7 +33,7 @@ MEMINFO = "MemTotal:       16000000 kB\nMemFree:  100 kB\nMemAvailable:    80000
 
 def test_without_limits_the_system_decides(tmp_path: Path) -> None:
     """What Linux calls available, in bytes."""
-    assert machine.free_memory(written(tmp_path, proc__meminfo=MEMINFO)) == 8_000_000 * 1024
+    assert system.free_memory(written(tmp_path, proc__meminfo=MEMINFO)) == 8_000_000 * 1024
 
 
 def test_the_narrowest_control_group_decides(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_the_narrowest_control_group_decides(tmp_path: Path) -> None:
         sys__fs__cgroup__outer__inner__memory_dot_max="max\n",
         sys__fs__cgroup__outer__inner__memory_dot_current="1200000000\n",
     )
-    assert machine.free_memory(root) == 2_500_000_000
+    assert system.free_memory(root) == 2_500_000_000
 
 
 def test_control_groups_of_the_first_version_count_too(tmp_path: Path) -> None:
@@ -61,17 +61,17 @@ def test_control_groups_of_the_first_version_count_too(tmp_path: Path) -> None:
         sys__fs__cgroup__memory__job__memory_dot_usage_in_bytes="600000000\n",
         sys__fs__cgroup__memory__job__memory_dot_stat="cache 100000000\nrss 500000000\n",
     )
-    assert machine.free_memory(root) == 1_500_000_000
+    assert system.free_memory(root) == 1_500_000_000
 
 
 def test_an_unknown_system_refuses_nothing(tmp_path: Path) -> None:
     """Without these files nothing is known."""
-    assert machine.free_memory(tmp_path) is None
+    assert system.free_memory(tmp_path) is None
 
 
 def test_cores_are_those_of_this_process() -> None:
     """Not those of the whole machine."""
-    assert machine.cores() == len(os.sched_getaffinity(0))
+    assert system.cores() == len(os.sched_getaffinity(0))
 
 
 # ---- what it refuses ------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ WORDS = "can't start new thread"
 ])  # fmt: skip
 def test_what_the_machine_has_no_more_of_is_found_at_the_bottom(error: BaseException, said: str | None) -> None:
     """Whoever wrapped it; a fault of ours stays one."""
-    found = machine.lacking(error)
+    found = runtime.lacking(error)
     assert (found is None) == (said is None)
     if found is not None and said is not None:
         assert said in str(found)

@@ -348,6 +348,15 @@ def test_a_bar_may_go_back_on_a_terminal_and_nowhere_else() -> None:
         assert stream.getvalue() == "".join(told)
 
 
+def test_a_stream_of_few_letters_is_told_the_others_by_their_numbers() -> None:
+    """As a pipe on Windows is."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, "cp1252")
+    text.Guarded(stream).write("1 \u2192 2 \u00d7 \u00e9")
+    stream.flush()
+    assert raw.getvalue().decode("cp1252") == "1 \\u2192 2 \u00d7 \u00e9"
+
+
 @pytest.mark.parametrize("command", [["merger.cli.commands", "parse_arguments"], ["merger.cli.action", "_step"]])
 def test_a_bugs_traceback_is_guarded(command: list[str]) -> None:
     """What it says may be a stranger's."""

@@ -328,7 +328,7 @@ def test_a_large_file_beside_a_model_is_copied_without_being_held(folder: Path) 
         large, small = store.taken([(located, "merges.txt"), (located, "LICENSE")])
         assert (isinstance(large, Copy), small) == (True, b"words")
         assert size_of(large) == 100_000_000
-        write(large, folder / "copy/merges.txt")
+        write(large, folder, "copy/merges.txt")
     assert file_sha256(folder / "copy/merges.txt") == file_sha256(folder / "one/merges.txt")
 
 
@@ -351,7 +351,7 @@ def test_a_file_that_changes_while_it_is_copied_is_refused(folder: Path) -> None
     (content,) = store.taken([(located, "merges.txt")])
     Path("one/merges.txt").write_bytes(b"x" * 5_000_000)
     with pytest.raises(ModelError, match=r"one: merges\.txt changed while it was copied"):
-        write(content, folder / "copy")
+        write(content, folder, "copy")
 
 
 def test_a_result_has_its_large_side_files_and_the_lock_says_which(folder: Path) -> None:

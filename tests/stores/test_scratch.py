@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from merger.stores import scratch
+from merger import system
 from merger.stores.scratch import Scratch, sweep
 
 AT_WORK = """
@@ -96,7 +96,7 @@ def test_where_nothing_can_be_locked_nothing_is_swept(monkeypatch: pytest.Monkey
         raise OSError("no locks here")
 
     with monkeypatch.context() as patched:
-        patched.setattr(scratch.fcntl, "flock", unsupported)
+        patched.setattr(system.fcntl, "flock", unsupported)
         folder = Scratch().folder()
         sweep()
     assert folder.is_dir()

@@ -187,7 +187,7 @@ def third_shard(repo: str) -> list[str]:
             file.write(name.encode())
         session.take(WrittenShard(name, len(name), hashlib.sha256(name.encode()).hexdigest()))
     session.open("three.safetensors").close()
-    there = sorted(path.name for path in session._uploads._scratch.folder().iterdir())
+    there = sorted(path.name for path in session._uploads._scratch.folder().glob("[!.]*"))
     session.leave()
     return there
 

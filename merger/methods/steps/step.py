@@ -91,12 +91,14 @@ def step(signature: str) -> Callable[[Callable[..., None]], Step]:
 
 def compile_steps() -> None:
     """Compile every step there is: for a process that forks others, each of which then has them at once."""
+    _words()  # has steps of its own
     for known in STEPS.values():
         _ = known.compiled
 
 
 def kept_steps() -> int | None:
     """How many of the steps are compiled already and kept for the next process; None: nothing can be kept here."""
+    _words()
     places = [getattr(_dispatcher(step.function)._cache, "_cache_file", None) for step in STEPS.values()]
     return sum(bool(place._load_index()) for place in places if place) if all(places) else None
 

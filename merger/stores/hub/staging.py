@@ -327,7 +327,7 @@ class Staging:
         with self._refusals():
             staged = self._branch.files()
             for shard in self._shards.values():
-                _copy(self._repo.ranges, staged, shard, folder / shard.name)
+                _copy(self._repo.ranges, staged, shard, folder)
                 if file_sha256(folder / shard.name) != shard.sha256:
                     what = f"{shard.name} did not come back from {self._branch.name} as it was made"
                     raise DamagedError(Problem(what, hint="remove that branch with merger clean, and run it again"))
@@ -395,8 +395,8 @@ class Staging:
             self._uploads.close()
 
 
-def _copy(ranges: RangeClient, staged: Located, shard: WrittenShard, to: Path) -> None:
-    with in_folder(to).open("wb", buffering=0) as file:
+def _copy(ranges: RangeClient, staged: Located, shard: WrittenShard, folder: Path) -> None:
+    with in_folder(folder, shard.name).open("wb", buffering=0) as file:
         for start in range(0, shard.size, _COPY_BYTES):
             part = bytearray(min(_COPY_BYTES, shard.size - start))
             ranges.fill(staged, shard.name, start, memoryview(part))

@@ -293,4 +293,4 @@ def _find_cached(model: Located, file: str) -> Located | None:
         return None
     real = Path(os.path.realpath(path))
     is_locked = real.name == info.sha256 and real.stat().st_size == info.size
-    return replace(model, where=path.removesuffix(file)) if is_locked else None
+    return replace(model, where=path[: -len(file)]) if is_locked else None

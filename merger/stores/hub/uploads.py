@@ -115,7 +115,7 @@ class Files:
 
     def open(self, name: str) -> Outlet:
         """A file."""
-        return in_folder(self._path(name)).open("wb", buffering=0)
+        return in_folder(self._scratch.folder(), name).open("wb", buffering=0)
 
     def _path(self, name: str) -> Path:
         return self._scratch.folder() / name
@@ -273,9 +273,9 @@ class Uploads:
         if isinstance(content, bytes):
             secrets.refuse_tokens({name: content})
             return self.sending.small(name, content)
-        path = self._scratch.folder() / _COPIES / name
-        write(content, path)
-        return self.sending.file(name, path)
+        copies = self._scratch.folder() / _COPIES
+        write(content, copies, name)
+        return self.sending.file(name, copies / name)
 
     def begin(self, upload: Callable[[], None]) -> None:
         """Have it done as soon as there is a way free."""
