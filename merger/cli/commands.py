@@ -170,7 +170,7 @@ def _search(arguments: argparse.Namespace) -> int:
 
 def _as_worker(arguments: argparse.Namespace, storage: str | None) -> list[str]:
     """What another process is told that tries candidates of the same study, with its share of the cores."""
-    from merger.runtime import cores
+    from merger.system import cores
 
     threads = max(1, (arguments.threads or cores()) // arguments.workers)
     given = {"trials": arguments.trials, "minutes": arguments.minutes, "storage": storage, "device": arguments.device,

@@ -28,9 +28,9 @@ from merger.planning.inputs.base import Job
 from merger.planning.plan import Plan, identify
 from merger.planning.shards import Shard
 from merger.run.artifacts import used_files
-from merger.runtime import free_memory
 from merger.stores.ports import PIECE_BYTES, Located, Reader, Ticket
 from merger.stores.resolve import Library
+from merger.system import free_memory
 
 if TYPE_CHECKING:
     from merger.searching.objectives import Scored, Scorer
