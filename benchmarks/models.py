@@ -47,22 +47,22 @@ def shapes(layers: int, hidden: int, middle: int, vocab: int) -> Iterator[tuple[
 
 def family(root: Path, size: str, count: int) -> list[Path]:
     """A base and `count` fine-tunes of it in bfloat16, of a size of `BILLIONS`; kept if they are there already."""
-    return [_member(root / f"{size}-{n}", n, torch.bfloat16, **BILLIONS[size]) for n in range(count + 1)]
+    return [member(root / f"{size}-{n}", n, torch.bfloat16, **BILLIONS[size]) for n in range(count + 1)]
 
 
 def small(root: Path, count: int) -> list[Path]:
     """The same with two layers as wide as those of a model of a billion parameters, and not many tokens."""
     shape = {"layers": 2, "hidden": 2048, "middle": 5632, "vocab": 4000, "heads": 32}
-    return [_member(root / f"small-{n}", n, torch.bfloat16, **shape) for n in range(count + 1)]
+    return [member(root / f"small-{n}", n, torch.bfloat16, **shape) for n in range(count + 1)]
 
 
 def tiny(root: Path, dtype: torch.dtype = torch.float32, unit: float = 1.0) -> list[Path]:
     """A base and two fine-tunes of four layers, all entries multiplied by `unit`."""
     shape = {"layers": 4, "hidden": 64, "middle": 160, "vocab": 256, "heads": 4}
-    return [_member(root / f"tiny-{n}", n, dtype, unit=unit, **shape) for n in range(3)]
+    return [member(root / f"tiny-{n}", n, dtype, unit=unit, **shape) for n in range(3)]
 
 
-def _member(folder: Path, number: int, dtype: torch.dtype, heads: int, unit: float = 1.0, **shape: int) -> Path:
+def member(folder: Path, number: int, dtype: torch.dtype, heads: int, unit: float = 1.0, **shape: int) -> Path:
     """The base (0) is drawn with deviation 0.02; a fine-tune adds a delta of a twentieth of that, heavy-tailed."""
     if (folder / "config.json").exists():
         return folder

@@ -240,13 +240,14 @@ def main() -> int:
             measure(method, size, parents, options.work, options)
     text = table(rows_of(options.work))
     print(text)
-    head = HEAD.format(machine=_machine(), before=load, after=os.getloadavg()[0])
+    head = HEAD.format(machine=machine(), before=load, after=os.getloadavg()[0])
     _, mark, rest = PAGE.read_text("utf-8").partition("<!-- growth -->")  # growth.py's
     PAGE.write_text(f"{head}\n{text}\n\n{mark}{rest}", encoding="utf-8")
     return 0
 
 
-def _machine() -> str:
+def machine() -> str:
+    """What this machine has, in words."""
     with open("/proc/meminfo", encoding="utf-8") as memory:
         total = int(memory.readline().split()[1]) / 1e6
     return f"{os.cpu_count()} cores ({platform.machine()}), {total:.0f} GB of memory"

@@ -19,18 +19,26 @@ if TYPE_CHECKING:
     from merger.recipe.model import Recipe
     from merger.run.options import Options
     from merger.run.pipeline import Event, Result
+    from merger.searching.effort import Effort
+    from merger.searching.search import Event as SearchEvent
+    from merger.searching.search import Study
     from merger.verification.diff import Contrast
     from merger.verification.verify import Report
 
     AnyRecipe = str | Path | Mapping[str, Any] | Recipe
 
-__all__ = ["Options", "Plan", "Recipe", "Result", "check", "diff", "merge", "method", "parse", "plan", "verify"]
+__all__ = [
+    "Effort", "Options", "Plan", "Recipe", "Result", "Study", "check", "diff", "merge", "method", "parse", "plan",
+    "search", "verify",
+]  # fmt: skip
 
 _TYPES = {
+    "Effort": "merger.searching.effort",
     "Options": "merger.run.options",
     "Plan": "merger.planning.plan",
     "Recipe": "merger.recipe.model",
     "Result": "merger.run.pipeline",
+    "Study": "merger.searching.search",
 }
 
 
@@ -130,6 +138,37 @@ def merge(
     chosen = with_free_memory(options_for(options, to))
     planned, library = plan(check(recipe), chosen)
     return merge(planned, library, chosen, on_event or ignore)
+
+
+def search(
+    recipe: AnyRecipe,
+    effort: Effort | None = None,
+    *,
+    options: Options | None = None,
+    on_event: Callable[[SearchEvent], object] | None = None,
+) -> Study:
+    """Find the numbers that a recipe leaves open; see docs/search.md.
+
+    Args:
+        recipe: with a `search:` block. Of a file the study is kept beside it, and goes on where it stopped.
+        effort: how many trials and minutes, where the study is kept, how many of the best are wanted.
+        options: what it may use besides.
+        on_event: is told what happens on the way; what it raises ends the run.
+
+    Raises:
+        MergerError: the recipe is wrong, a model cannot be read, or no candidate can be scored.
+
+    >>> search("mine.yaml").values  # doctest: +SKIP
+    {'models[./kjv].weight': 0.4137, 'models[./python].weight': 0.8209}
+    """
+    from merger.run.options import with_free_memory
+    from merger.run.pipeline import ignore
+    from merger.run.prepare import options_for
+
+    found, chosen = check(recipe), with_free_memory(options_for(options, None))
+    from merger.searching.search import search  # takes what may be missing
+
+    return search(found, chosen, effort, on_event or ignore)
 
 
 def verify(model: str, *, everything: bool = False, tensors: int | None = None, seed: int | None = None) -> Report:

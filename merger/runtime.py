@@ -10,11 +10,13 @@ import atexit
 import errno
 import gc
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from types import FrameType
+from typing import Any
 
 from merger import system
 from merger.errors import BudgetError, MergerError, Problem
@@ -111,10 +113,17 @@ in_our_process(system.keep_freed_memory)
 def single_threaded_blas() -> Iterator[None]:
     """Matrices are multiplied and decomposed on the thread that asks for it; afterwards it is as it was."""
     import numpy  # noqa: F401  what is to be held back must be there
-    from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1, "blas"):
+    with _blas(len(sys.modules)).limit(limits=1, user_api="blas"):
         yield
+
+
+@lru_cache(maxsize=1)
+def _blas(_: int) -> Any:
+    """What holds BLAS libraries back; looking for them takes 10 ms, and pays when more is imported than before."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 # ---- what it refuses ------------------------------------------------------------------------------------------------

@@ -25,6 +25,6 @@ def merged(recipe: str, out: Path, card: bool = False, **options: Any) -> Plan:
     path.write_text(recipe)
     chosen = Options(**{"to": str(out), "threads": 1, **options})
     planned, store = plan(read_recipe(path), chosen)
-    with patch("merger.run.pipeline.card", beside.card if card else lambda *_: _NO_CARD):
+    with patch("merger.run.pipeline.card", beside.card if card else lambda *_, **__: _NO_CARD):
         run.merge(planned, store, chosen)
     return planned

@@ -106,10 +106,12 @@ CONFIG_ONLY, STAGE = "config and tokenizer only", "stage"
 
 NO_PARTS: Mapping[str, Any] = {
     "related": Relations(), "lineage": "", "pictures": {}, "evaluation": None, "metadata": {}, "chats": False,
+    "search": None,
 }  # fmt: skip
 """The parts of the card that are known only at the end, as they are before: how the parents relate; the family as a
 tree of text; pictures by name, each with its `alt` and its `place` beside the card; a table with its `columns`, `rows`,
-a `note` and a `verdict` of sentences; more keys for the front matter; and whether there is a chat template."""
+a `note` and a `verdict` of sentences; more keys for the front matter; whether there is a chat template; and what a
+search has found, as run.found has it."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,15 @@ _SOME_PARTS: Mapping[str, Any] = {
         "verdict": ["a sentence"],
     },
     "chats": True,
+    "search": {
+        "sentence": "a sentence",
+        "table": "a.csv",
+        "numbers": [["weight", "0 to 1", "0.5"]],
+        "columns": ["measured", "this model"],
+        "rows": [["loss", "0.5"]],
+        "told": ["a sentence"],
+        "pictures": [{"alt": "words", "place": "a.png"}],
+    },
 }
 
 

@@ -43,6 +43,8 @@ _OTHER_COMMANDS = {
     "compare": "merger diff",
     "list": "merger methods",
     "quantize": "merger convert",
+    "mergekit-evolve": "merger search",
+    "tune": "merger search",
 }
 """What commands of other tools are called here."""
 
@@ -180,7 +182,7 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_check, _add_plan, _add_run, _add_publish, _add_extract, _add_convert, _add_measure):
+    for add in (_add_check, _add_plan, _add_run, _add_publish, _add_search, _add_extract, _add_convert, _add_measure):
         add(commands)
     for add in (_add_status, _add_verify, _add_diff, _add_card, _add_methods, _add_schema, _add_init, _add_doctor):
         add(commands)
@@ -241,6 +243,24 @@ def _add_publish(commands: Commands) -> None:
     _add_budget(publish)
     _add_end(publish)
     publish.set_defaults(publish_only=True)
+
+
+def _add_search(commands: Commands) -> None:
+    sentence = "find the numbers that a recipe leaves open, by trying candidates in memory"
+    examples = ("search mine.yaml --trials 200", "search mine.yaml --minutes 60 --workers 2 --to hf://owner/name")
+    search = _add(commands, "search", sentence, *examples)
+    search.add_argument("recipe", type=_file, metavar="RECIPE", help="a recipe with a search: block")
+    count, trials = _whole(numbers.COUNT), "how many candidates are tried in all; the recipe's otherwise"
+    search.add_argument("--trials", type=count, metavar="N", help=trials)
+    search.add_argument("--minutes", type=_whole(numbers.MINUTES), metavar="N", help="how long it may take, at most")
+    search.add_argument("--top", type=count, default=1, metavar="N", help="write the recipes of the N best (default 1)")
+    where = "where the study is kept: a file, or a database's address (default: beside the recipe)"
+    search.add_argument("--storage", metavar="PLACE", help=where)
+    search.add_argument("--workers", type=_whole(numbers.PARTS), default=1, metavar="N", help="processes that try")
+    search.add_argument("--join", action="store_true", help="try candidates for another process of the same storage")
+    search.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models are made and run")
+    _add_limits(search)
+    _add_end(search)
 
 
 def _add_extract(commands: Commands) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from merger.distributed.start import Engine, PartMade, PartStarted
     from merger.engine.execute import BytesWritten
     from merger.recipe.model import Recipe
+    from merger.run.found import SearchFacts
     from merger.run.options import Options
     from merger.run.pipeline import Event
 
@@ -84,7 +85,8 @@ def _check(arguments: argparse.Namespace) -> int:
         used = dict.fromkeys(piece.method for document in recipe.documents for piece in document.slices)
         methods = ", ".join([*used, *(["mixture of experts"] if recipe.mixture else [])])
         count = len(recipe.models)
-        print(line(f"{path}: well formed ({methods}; {count} {'model' if count == 1 else 'models'})"))
+        found = "" if recipe.search is None else f"; {len(recipe.search.variables)} numbers are searched"
+        print(line(f"{path}: well formed ({methods}; {count} {'model' if count == 1 else 'models'}{found})"))
     return code
 
 
@@ -134,6 +136,53 @@ def _run(arguments: argparse.Namespace) -> int:
     return _merge(read_recipe(arguments.recipe), arguments)
 
 
+def _search(arguments: argparse.Namespace) -> int:
+    from merger.cli import reports
+    from merger.run.extras import refuse_missing
+    from merger.run.options import stated_destination, with_free_memory
+    from merger.run.prepare import read_recipe
+    from merger.searching.effort import Effort, workers
+
+    recipe, options = read_recipe(arguments.recipe), _options(arguments)
+    stated_destination(recipe, options)  # a destination that cannot be called so is said before anything is tried
+    effort = Effort(*(getattr(arguments, key) for key in ("trials", "minutes", "storage", "top", "join")))
+    searched = effort.of(recipe)
+    refuse_missing(recipe, options.device)
+    # before torch is there: threads that wait actively take the cores of other workers
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from merger.searching.search import Event as SearchEvent  # takes what may be missing
+    from merger.searching.search import search, write_study
+
+    told = None if arguments.quiet else reports.Trials(searched)
+
+    def tell(event: SearchEvent) -> None:
+        if told is not None:
+            told.show(event)
+
+    with workers(arguments.workers - 1, _as_worker(arguments, searched.storage)):
+        study = search(recipe, with_free_memory(options), effort, tell)
+    if arguments.join:
+        return 0
+    written = write_study(study)
+    if arguments.json:
+        print(json.dumps(reports.study_json(study, written)))
+    elif not arguments.quiet:
+        print(reports.study_text(study, written))
+    return 0 if arguments.to is None else _merge(read_recipe(written[0]), arguments, study.found)
+
+
+def _as_worker(arguments: argparse.Namespace, storage: str | None) -> list[str]:
+    """What another process is told that tries candidates of the same study, with its share of the cores."""
+    from merger.system import cores
+
+    threads = max(1, (arguments.threads or cores()) // arguments.workers)
+    given = {"trials": arguments.trials, "minutes": arguments.minutes, "storage": storage, "device": arguments.device,
+             "seed": arguments.seed, "max-memory": arguments.max_memory, "threads": threads}  # fmt: skip
+    told = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    flags = [*(["--allow-pickle"] if arguments.allow_pickle else []), *([] if arguments.cache else ["--no-cache"])]
+    return [str(arguments.recipe), *told, *flags]
+
+
 def _extract(arguments: argparse.Namespace) -> int:
     from merger.run.prepare import extraction_recipe
 
@@ -175,7 +224,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
+def _merge(recipe: Recipe, arguments: argparse.Namespace, found: SearchFacts | None = None) -> int:
     from merger.card.facts import PlanSummary
     from merger.cli import text
     from merger.distributed.start import distribute, options_of_parts
@@ -202,7 +251,7 @@ def _merge(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     try:
         if engine is None:
-            result = merge(planned, store, options, tell)
+            result = merge(planned, store, options, tell, found)
         else:
             result = distribute(planned, store, options, engine, tell)
     finally:
@@ -349,6 +398,7 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "plan": _plan,
     "run": _run,
     "publish": _run,
+    "search": _search,
     "extract-lora": _extract,
     "convert": _convert,
     "measure": _measure,

@@ -1,24 +1,38 @@
-"""What came of comparisons, as text and as data: verify and diff; what measuring takes. Not here: progress (text)."""
+"""What came of comparisons and searches, as text and as data: verify, diff, search; what measuring takes.
+
+Not here: the progress of a merge (text).
+"""
 
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from merger.errors import few
 from merger.lock.locked import display_name
 from merger.models.checkpoint import TensorInfo
+from merger.recipe.searched import Searched
 from merger.runtime import PACKAGE
 from merger.safety.numbers import size
-from merger.safety.text import join_lines
+from merger.safety.text import join_lines, line
 from merger.statistics.plan import Measurement, estimate_seconds
 from merger.verification.diff import Contrast, Side, TensorDiff
 from merger.verification.sample import Mismatch
 from merger.verification.verify import Report
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from merger.searching.search import Event, Study
+    from merger.searching.trials import Trial
+
 _ROWS_SHOWN = 20
+_LOG_SECONDS = 15.0
 _MINUTES = 180
 
 # ---- measure --------------------------------------------------------------------------------------------------------
@@ -152,3 +166,99 @@ def _numbers(row: TensorDiff) -> dict[str, float | None]:
     values = {"relative": far.relative, "max_abs": far.largest, "cosine": far.cosine}
     finite = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
     return {**finite, "differing": far.differing, "entries": far.entries}
+
+
+# ---- search ---------------------------------------------------------------------------------------------------------
+
+
+class Trials:
+    """How far a search is: a line for each trial that is the best so far, and how many are done.
+
+    Args:
+        searched: what is searched.
+    """
+
+    def __init__(self, searched: Searched) -> None:
+        self._searched, self._done, self._told = searched, 0, time.monotonic()
+        self._bar: tqdm[Any] | None = None
+
+    def show(self, event: Event) -> None:
+        """Tell of one event."""
+        from merger.searching.search import Reporting, Searching, Tried
+
+        if isinstance(event, Searching):
+            self._begin(len(event.work.trials()))
+        elif isinstance(event, Tried):
+            self._tried(event.trial, event.is_best)
+        elif isinstance(event, Reporting):
+            self._end()
+            self._say(f"scoring {event.model} on what no trial has seen")
+
+    def _begin(self, done: int) -> None:
+        searched, self._done = self._searched, done
+        goes_on = f", of which {done} are done" if done else ""
+        names, scores = ", ".join(searched.variables), ", ".join(each.label for each in searched.objectives)
+        self._say(
+            f"searching {len(searched.variables)} numbers by {searched.sampler}, {searched.trials} trials{goes_on}"
+        )
+        self._say(f"{'trial':>6}  {scores}  {names}")
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=searched.trials, initial=done, unit="trial", file=sys.stderr, dynamic_ncols=True)
+
+    def _tried(self, trial: Trial, is_best: bool) -> None:
+        self._done += 1
+        if is_best:
+            self._say(trial_line(trial, self._searched))
+        if self._bar is not None:
+            self._bar.update(1)
+        elif time.monotonic() - self._told >= _LOG_SECONDS:
+            self._told = time.monotonic()
+            self._say(f"{self._done} of {self._searched.trials} trials, {trial.seconds:.1f} s for the last one")
+
+    def _say(self, words: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line(words), file=sys.stderr)
+        else:
+            print(line(words), file=sys.stderr, flush=True)
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def trial_line(trial: Trial, searched: Searched) -> str:
+    """One trial in a row: its number, scores and values."""
+    scores = ", ".join(f"{score:.5g}" for score in trial.scores)
+    return f"{trial.number:6}  {scores}  {', '.join(map(str, searched.settle(trial.drawn).values()))}"
+
+
+def study_text(study: Study, written: Sequence[Path]) -> str:
+    """What was found, how it does on what no trial has seen, and where it lies."""
+    from merger.searching.search import NOISE
+
+    states = [trial.state for trial in study.trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed"))
+    lines = ["", f"{study.why}: {counts}; best is trial {study.best[0].number}"]
+    width = max(map(len, study.values))
+    lines += [f"  {name:{width}}  {value}" for name, value in study.values.items()]
+    told = [told for row in study.report for told in row.told()]
+    lines += [f"warning: {each}" if each.endswith(NOISE) else each for each in told]
+    if not study.report:
+        lines.append("warning: without report: in the recipe nothing tells how it does on what no trial has seen")
+    return join_lines([*lines, *(f"wrote {path}" for path in written)])
+
+
+def study_json(study: Study, written: Sequence[Path]) -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "why": study.why,
+        "trials": len(study.trials),
+        "best": [{**asdict(trial), "values": study.aims.searched.settle(trial.drawn)} for trial in study.best],
+        "report": {row.objective: {name: score.value for name, score in row.scores.items()} for row in study.report},
+        "told": [told for row in study.report for told in row.told()],
+        "importance": dict(study.importance),
+        "files": [str(path) for path in written],
+    }

@@ -116,6 +116,7 @@ def _costs(planned: Plan) -> list[str]:
         f"memory  {size(planned.peak_memory)} at most, with {planned.threads} threads",
         f"disk    {size(planned.disk(staged=False))} for a folder, {size(planned.disk(staged=True))} for the Hub",
         *_measuring(planned),
+        *_searching(planned),
     ]
 
 
@@ -127,6 +128,24 @@ def _measuring(planned: Plan) -> list[str]:
     tried = ", ".join([*(f"perplexity of {text.text}" for text in wanted.perplexity), *wanted.tasks])
     whose = "the merge and its parents" if wanted.parents else "the merge"
     return [f"then    measures {whose}: {tried}; about {size(evaluation_memory(planned))} of memory"]
+
+
+def _searching(planned: Plan) -> list[str]:
+    """What is searched before all of that, by what it is judged, and what a candidate takes."""
+    searched = planned.locked.recipe.search
+    if searched is None:
+        return []
+    from merger.searching.candidates import trial_memory
+    from merger.searching.objectives import batch_tokens
+
+    vocabulary = planned.config.get("vocab_size")
+    memory = trial_memory(planned, batch_tokens(vocabulary if isinstance(vocabulary, int) else 0))
+    judged = ", ".join(objective.label for objective in searched.objectives)
+    return [
+        f"first   {searched.trials} candidates ({searched.sampler}), judged by {judged}",
+        f"        {len(searched.variables)} numbers: {', '.join(searched.variables)}",
+        f"        each makes up to {size(planned.nbytes)} in memory; about {size(memory)} in all",
+    ]
 
 
 def _accounting(found: PlanSummary) -> Iterator[str]:

@@ -21,7 +21,7 @@ from merger.engine.finite import NotFinite, explain
 from merger.engine.forms import Fp8Writer, GgufWriter, TensorWriter
 from merger.engine.inputs.decompose import RunPairs
 from merger.engine.joined import start_work
-from merger.engine.runner import Work, blocks
+from merger.engine.runner import Memo, Work, blocks
 from merger.engine.spool import Allowance
 from merger.engine.tensors import Block, Bytes
 from merger.errors import BudgetError, Problem
@@ -96,15 +96,66 @@ def execute(
         BudgetError: there is no such device, or the disk is full.
         UploadError: the sink refuses a shard.
     """
-    if device != "cpu" or takes_torch([job for shard in shards for job in shard.jobs], table):
+    with make_blocks(plan, shards, table, store, device) as making:
+        yield from map(Doubted, making.doubts)
+        for shard in making.shards:
+            yield from _shard(sink, shard, table, making.blocks)
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """Shards under way.
+
+    Args:
+        shards: they, small jobs put together as they are made.
+        blocks: those of all their jobs in turn, each good until the next one is asked for.
+        doubts: why the result may be of less use.
+    """
+
+    shards: Sequence[Shard]
+    blocks: Iterator[tuple[memoryview, Work]]
+    doubts: Sequence[str] = ()
+
+
+@contextmanager
+def make_blocks(
+    plan: Plan,
+    shards: Sequence[Shard],
+    table: Mapping[str, Method],
+    store: Store,
+    device: str,
+    memo: Memo | None = None,
+) -> Iterator[UnderWay]:
+    """Make the blocks of some of the plan's shards, as `execute` has them, wherever they go.
+
+    Args:
+        plan, shards, table, store, device: as of `execute`.
+        memo: what earlier makings of the same models measured, and who looks at no result; None: all is looked at.
+
+    Raises:
+        ModelError, MismatchError, BudgetError: as `execute` does.
+    """
+    jobs = [job for shard in shards for job in shard.jobs]
+    if device != "cpu" or takes_torch(jobs, table):
         import torch
 
         if device != "cpu" and not torch.cuda.is_available():
             hint = "leave out --device cuda"
             raise BudgetError(Problem("this machine has no CUDA device that torch can use", hint=hint))
+    routers, doubts, joined = dict[Routed, Any](), list[str](), shards
     try:
         with single_threaded():
-            yield from _make_shards(plan, shards, table, store, sink, device)
+            if routers_of(jobs):
+                from merger.engine import router_init
+
+                routers |= router_init.gates(plan, jobs, table, store)
+                doubts += router_init.doubts(routers)
+            if not plan.locked.recipe.allow_non_finite:  # what is odd is counted tensor by tensor
+                joined = [replace(shard, jobs=tuple(join_small(shard.jobs))) for shard in shards]
+            reader = store.reader(tickets(plan, joined, table), plan.read_ahead)
+            with closing(reader), _Pool(plan.threads) as pool:
+                works = _work(plan, joined, table, reader, device, routers, memo)
+                yield UnderWay(joined, pool.in_order(works), doubts)
     except NotFinite as found:
         beside = next((shard.jobs for shard in shards if found.job in shard.jobs), ())
         raise explain(found, plan, beside, store) from found.__cause__
@@ -124,23 +175,6 @@ def single_threaded() -> Iterator[None]:
             torch.set_num_threads(threads or system.cores())
 
 
-def _make_shards(
-    plan: Plan, shards: Sequence[Shard], table: Mapping[str, Method], store: Store, sink: Taker, device: str
-) -> Iterator[Event]:
-    routers = dict[Routed, Any]()
-    if routers_of(jobs := [job for shard in shards for job in shard.jobs]):
-        from merger.engine.router_init import doubts, gates
-
-        routers |= gates(plan, jobs, table, store)
-        yield from map(Doubted, doubts(routers))
-    if not plan.locked.recipe.allow_non_finite:  # what is odd is counted tensor by tensor
-        shards = [replace(shard, jobs=tuple(join_small(shard.jobs))) for shard in shards]
-    with closing(store.reader(tickets(plan, shards, table), plan.read_ahead)) as reader, _Pool(plan.threads) as pool:
-        made = pool.in_order(_work(plan, shards, table, reader, device, routers))
-        for shard in shards:
-            yield from _shard(sink, shard, table, made)
-
-
 def _work(
     plan: Plan,
     shards: Sequence[Shard],
@@ -148,12 +182,13 @@ def _work(
     reader: Reader,
     device: str,
     routers: Mapping[Routed, Any],
+    memo: Memo | None,
 ) -> Iterator[Work]:
     jobs = [job for shard in shards for job in shard.jobs]
     first, pairs, allow = 0, RunPairs(), plan.locked.recipe.allow_non_finite
     memory = Allowance(plan.kept)
     for job in jobs:
-        yield start_work(job, table, first, reader, plan.seed, device, routers, pairs, allow, memory)
+        yield start_work(job, table, first, reader, plan.seed, device, routers, pairs, allow, memory, memo)
         first += len(job.reads)
 
 

@@ -25,11 +25,12 @@ class _JoinedWork(Work):
             held = [self.tensors.bits(source, block.start, block.stop) for source in self.job.reads]
             for job, part in self.job.parts:
                 inputs = _Inputs({of: Held(all.bits[part], all.dtype) for of, all in zip(job.reads, held, strict=True)})
-                making = JobRunner(job, self.method, whole.seed, whole.device, inputs, job)
+                making = JobRunner(job, self.method, whole.seed, whole.device, inputs, job, memo=whole.memo)
                 making.measure()
                 for piece in blocks(job, self.method):
                     end += making.round(piece, out[end:]).nbytes
-                whole.seen[part.start] = total_of(making.seen)
+                if making.seen:
+                    whole.seen[part.start] = total_of(making.seen)
         return out[:end].data
 
 

@@ -6,13 +6,14 @@ finished blocks (execute).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +35,42 @@ from merger.planning.inputs.base import Input, Job, JoinedJob, StageTensor, Stor
 from merger.planning.inputs.derived import Routed
 from merger.planning.jobs.blocks import COPY_BYTES, block_entries, needs
 from merger.planning.jobs.common import arguments
+from merger.planning.plan import identify
 from merger.stores.ports import Reader
+
+T = TypeVar("T")
+_REMEMBERED = 1 << 15
 
 
 def blocks(job: Job, method: Method) -> list[Block]:
     """The blocks of a job, in order. Their size never depends on a budget: so neither does the result."""
     size, step = (job.nbytes, COPY_BYTES) if job.is_copy else (job.entries, block_entries(job, method))
     return [Block(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+class Memo:
+    """What methods measured of whole tensors, by all that it depends on: for who makes the same merge again and again.
+
+    What was used last stays, of as many as `_REMEMBERED`.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, measure: Callable[[], T]) -> T:
+        """What `measure` returned under this key, or returns now; two threads may both ask it."""
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                known: T = self._known[key]
+                return known
+        found = measure()
+        with self._lock:
+            self._known[key] = found
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        return found
 
 
 @dataclass(eq=False)
@@ -55,6 +85,7 @@ class JobRunner:
         origin: where the inputs' entries come from.
         whole: the output's tensor that it is made for.
         measured: what the method measured of the whole tensor, once it is known.
+        memo: what was measured before; with one nothing is noted of how inputs and result lie to each other.
     """
 
     job: Job
@@ -64,6 +95,7 @@ class JobRunner:
     origin: Any
     whole: Job
     measured: Any = None
+    memo: Memo | None = None
     seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -72,10 +104,18 @@ class JobRunner:
 
     def measure(self) -> None:
         """Let the method see the whole tensor, block by block."""
-        if self.method.measure is not None:
-            given = {**self._arguments, "rng": Rng(self.seed, self.job.name)}
-            with self._explain():
-                self.measured = self.method.measure(_Blocks(self), **declared(self.method.measure, given))
+        if (measure := self.method.measure) is None:
+            return
+        own, drawn = declared(measure, self._arguments), declared(measure, {"rng": Rng(self.seed, self.job.name)})
+        measured = partial(measure, _Blocks(self), **own, **drawn)
+        with self._explain():
+            self.measured = measured() if self.memo is None else self.memo.get((self._subject, repr(own)), measured)
+
+    @property
+    def _subject(self) -> Hashable:
+        """What is measured: by which method, the tensors that go in, and where that is computed."""
+        bare = tuple(replace(operand, settings={}) for operand in self.job.inputs)
+        return self.method.name, identify(replace(self.job, inputs=bare, settings={})), self.seed, self.device
 
     @contextmanager
     def _explain(self) -> Iterator[None]:
@@ -94,7 +134,8 @@ class JobRunner:
         """
         held = np.dtype(HELD[self.job.dtype])
         made = out[: (block.stop - block.start) * held.itemsize].view(held)
-        sample = None if block.start in self.seen else BlockSample(block.start, block.stop, self.job.entries)
+        unseen = self.memo is None and block.start not in self.seen
+        sample = BlockSample(block.start, block.stop, self.job.entries) if unseen else None
         with self._explain(), tile():
             loaded, known = self.load(block), self._load_statistics(block)
             for start, stop in self.tiles(block):
@@ -238,6 +279,7 @@ class Work:
         pairs: what two jobs of the run make together; None: this one is alone.
         allow: whether a parent's entries may be NaN or infinite.
         memory: what may be taken for tensors that are read more than once; None: they are kept on disk.
+        memo: of `JobRunner`.
     """
 
     def __init__(
@@ -252,15 +294,16 @@ class Work:
         pairs: RunPairs | None = None,
         allow: bool = False,
         memory: Allowance | None = None,
+        memo: Memo | None = None,
     ) -> None:
         self.job, self.method, self._needs = job, table[job.method], needs(job, table)
         self.prepared: Future[None] | None = None
         tickets = {stored: first + place for place, stored in enumerate(job.reads)}
         self.tensors = tensors = JobTensors(reader, tickets, self._needs, routers, pairs, allow, memory)
-        self._making = JobRunner(job, self.method, seed, device, tensors, job, seen=tensors.seen)
+        self._making = JobRunner(job, self.method, seed, device, tensors, job, memo=memo, seen=tensors.seen)
         for made in self._needs.stages:
             method = table[made.job.method]
-            tensors.stages[made] = JobRunner(made.job, method, made.seed, device, tensors, job)
+            tensors.stages[made] = JobRunner(made.job, method, made.seed, device, tensors, job, memo=memo)
 
     @property
     def wants_preparing(self) -> bool:

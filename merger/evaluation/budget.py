@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from merger.planning.plan import Plan
 from merger.safety.limits import MEASURED, parse_json
 from merger.safety.names import is_repo
 
-_MERGING_BYTES, _LOADING_BYTES, _HARNESS_BYTES = 420 << 20, 700 << 20, 500 << 20
+_MERGING_BYTES, LOADING_BYTES, _HARNESS_BYTES = 420 << 20, 700 << 20, 500 << 20
 """What this process keeps, what torch and transformers take beside a model, and lm-evaluation-harness."""
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -73,7 +74,12 @@ def evaluation_memory(planned: Plan) -> int:
     if wanted is None:
         return 0
     windows = [text.window for text in wanted.perplexity] + ([_TASK_WINDOW] if wanted.tasks else [])
-    vocabulary = planned.config.get("vocab_size")
-    logits = _LOGITS * 4 * max(windows, default=0) * (vocabulary if isinstance(vocabulary, int) else 0)
     harness = _HARNESS_BYTES if wanted.tasks else 0
-    return _MERGING_BYTES + _LOADING_BYTES + harness + planned.entries * _ITEM_BYTES[wanted.dtype] + logits
+    running = running_bytes(planned.config, max(windows, default=0))
+    return _MERGING_BYTES + LOADING_BYTES + harness + planned.entries * _ITEM_BYTES[wanted.dtype] + running
+
+
+def running_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """About how many bytes it takes to run so many tokens through a model: most of it is what is said of the next."""
+    vocabulary = config.get("vocab_size")
+    return _LOGITS * 4 * tokens * (vocabulary if isinstance(vocabulary, int) else 0)

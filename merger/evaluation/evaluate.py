@@ -150,31 +150,39 @@ def _text(wanted: Perplexity, name: str, token: str | bool | None, root: Path | 
     """The beginning of a text."""
     from merger.evaluation.process import Text
 
-    found = HUB_FILE.fullmatch(wanted.text)
-    try:
-        data = _of_hub(found, wanted, token) if found else _of_folder(wanted, root)
-        text = data.decode("utf-8")[: wanted.limit]
-    except UnicodeDecodeError:
-        what = f"{wanted.text!r} is not UTF-8 text"
-        raise RecipeError(Problem(what, wanted.at, PERPLEXITY_AT, "save it as UTF-8, or name another")) from None
+    text = read_source(wanted.text, wanted.at, PERPLEXITY_AT, token, root)[: wanted.limit]
     digest = f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return Text(name, text, digest, wanted.window, wanted.stride)
 
 
-def _of_folder(wanted: Perplexity, root: Path | None) -> bytes:
+def read_source(name: str, at: Span | None, where: str, token: str | bool | None, root: Path | None) -> str:
+    """The text of a file of this machine, or of one on the Hub, as `HUB_FILE` has them.
+
+    Args:
+        name: the file.
+        at, where: where a recipe names it.
+        token: the reader's, for the Hub.
+        root: inside of which files of this machine have to lie (safety.paths).
+
+    Raises:
+        RecipeError: it is not there, may not be read, or is no text.
+        ModelError: it cannot be read on the Hub.
+    """
+    found = HUB_FILE.fullmatch(name)
     try:
-        return read_named(wanted.text, root, TEXT)
+        return (_of_hub(found, token) if found else read_named(name, root, TEXT)).decode("utf-8")
+    except UnicodeDecodeError:
+        what = f"{name!r} is not UTF-8 text"
+        raise RecipeError(Problem(what, at, where, "save it as UTF-8, or name another")) from None
     except ModelError as error:
-        raise RecipeError(replace(problem, at=wanted.at, where=PERPLEXITY_AT) for problem in error.problems) from None
+        told = [replace(problem, at=at, where=where) for problem in error.problems]
+        raise (ModelError(told) if found else RecipeError(told)) from None
 
 
-def _of_hub(named: re.Match[str], wanted: Perplexity, token: str | bool | None) -> bytes:
+def _of_hub(named: re.Match[str], token: str | bool | None) -> bytes:
     from merger.stores.hub.store import hub_file
 
-    try:
-        return hub_file(named["repo"], named["file"], named["revision"], bool(named["datasets"]), token)
-    except ModelError as error:
-        raise ModelError(replace(problem, at=wanted.at, where=PERPLEXITY_AT) for problem in error.problems) from None
+    return hub_file(named["repo"], named["file"], named["revision"], bool(named["datasets"]), token)
 
 
 def measure(
@@ -208,9 +216,9 @@ def measure(
         on_event(Measured(scores))
         found.extend(scores)
 
-    with _folder() as folder:
+    with temporary_folder() as folder:
         session.export(folder)
-        _write(folder, files)
+        write_files(folder, files)
         try_out(folder, None)
     for model in planned.locked.merged if evaluate.parents else ():
         if model.ref.adapter is not None:
@@ -218,19 +226,24 @@ def measure(
         if model.located.commit is None:
             try_out(Path(model.located.where), display_name(model))
             continue
-        with _folder() as folder:
+        with temporary_folder() as folder:
             _copy(model, store, folder)
             try_out(folder, display_name(model))
     return tuple(found)
 
 
-def _write(folder: Path, files: Mapping[str, Content]) -> None:
+def write_files(folder: Path, files: Mapping[str, Content]) -> None:
+    """Put small files into a folder.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
     for name, content in files.items():
         write(content, folder, name)
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     """A temporary folder, which the next run removes if this one is killed."""
     sweep()
     scratch = Scratch()
@@ -259,7 +272,7 @@ def _copy(model: LockedModel, store: Library, folder: Path) -> None:
     weights = sorted({tensor.file for tensor in model.checkpoint.tensors.values()})
     small = [name for name in ("config.json", index_name(model.checkpoint.stem)) if name in located.files]
     beside = [*small, *side_files(located.files, config)]
-    _write(folder, dict(zip(beside, store.taken([(located, name) for name in beside]), strict=True)))
+    write_files(folder, dict(zip(beside, store.taken([(located, name) for name in beside]), strict=True)))
     tickets = [Ticket(located, name, 0, located.files[name].size) for name in weights]
     with closing(store.reader(tickets, _READ_AHEAD_BYTES)) as reader:
         for number, ticket in enumerate(tickets):

@@ -33,13 +33,13 @@ def main() -> int:
         os.environ.update(asked["tokens"])  # a task's data may be gated
         answer = _answer(asked)
     except Exception as error:  # whatever goes wrong in a stranger's model or task is told, not thrown
-        answer = {"error": _shorten_error(error)}
+        answer = {"error": shorten_error(error)}
     json.dump(answer, answer_to)
     answer_to.close()
     return 0
 
 
-def _shorten_error(error: Exception) -> str:
+def shorten_error(error: Exception) -> str:
     """Its kind and the beginning of its words, without the signatures of addresses."""
     words = re.sub(r"\?\S+", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {words[:_MESSAGE_LETTERS]}"
@@ -75,13 +75,13 @@ def _of_text(model: Any, tokenizer: Any, asked: Mapping[str, Any]) -> Iterator[d
     most = getattr(model.config, "max_position_embeddings", None) or asked["window"]
     window = min(asked["window"], most)
     stride = min(asked["stride"], window - 1)
-    nats, count = loss(model, tokens, window, stride)
+    total, count = loss(model, tokens, window, stride)
     if count == 0:
         raise ValueError(f"{asked['name']} has fewer than two tokens")
     detail = f"{len(text):,} characters, {len(tokens):,} tokens, window {window}, stride {stride}, {asked['digest']}"
     common = {"task": asked["name"], "error": None, "higher": False, "detail": detail, "dataset": asked["name"]}
-    yield {"metric": "perplexity", "value": _finite(math.exp(min(nats / count, 700.0))), **common}
-    yield {"metric": "bits per byte", "value": _finite(nats / math.log(2) / len(text.encode())), **common}
+    yield {"metric": "perplexity", "value": _finite(math.exp(min(total / count, 700.0))), **common}
+    yield {"metric": "bits per byte", "value": _finite(total / math.log(2) / len(text.encode())), **common}
 
 
 def loss(model: Any, tokens: Tensor, window: int, stride: int) -> tuple[float, int]:
@@ -90,17 +90,22 @@ def loss(model: Any, tokens: Tensor, window: int, stride: int) -> tuple[float, i
     The window moves by `stride`, which is less than it holds. Each token counts once: in the first window with it,
     where it has at least ``window - stride`` tokens before it, but for those of the first window.
     """
-    nats, count, done = 0.0, 0, 1
+    total, count, done = 0.0, 0, 1
     for start in range(0, max(1, len(tokens) - 1), stride):
         stop = min(start + window, len(tokens))
         if stop > done:
-            with torch.inference_mode():
-                logits = model(input_ids=tokens[None, start:stop].to(model.device)).logits[0]
-            wanted = tokens[done:stop].to(logits.device)
-            predicted = logits[done - start - 1 : stop - start - 1].float()
-            nats += float(torch.nn.functional.cross_entropy(predicted, wanted, reduction="none").double().sum())
-            count, done = count + len(wanted), stop
-    return nats, count
+            found = nats(model, tokens[None, start:stop], done - start)[0]
+            total, count, done = total + float(found.sum()), count + len(found), stop
+    return total, count
+
+
+def nats(model: Any, tokens: Tensor, first: int = 1) -> Tensor:
+    """The negative log-likelihoods, in float64, of the tokens from `first` on by those before them, row by row."""
+    with torch.inference_mode():
+        logits = model(input_ids=tokens.to(model.device)).logits[:, first - 1 : -1].float()
+    wanted = tokens[:, first:].to(logits.device)
+    found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+    return found.view(wanted.shape).double()
 
 
 def _finite(value: float) -> float:
@@ -112,7 +117,7 @@ def _finite(value: float) -> float:
 # ---- tasks ----------------------------------------------------------------------------------------------------------
 
 
-def _manager(tasks: list[str]) -> tuple[Any, list[str]]:
+def task_manager(tasks: list[str]) -> tuple[Any, list[str]]:
     """What knows the tasks, and their names; of a task's file its folder is looked through, and itself read."""
     yaml: Any = import_module("yaml")
     files = {task: Path(task) for task in tasks if task.endswith((".yaml", ".yml"))}
@@ -129,28 +134,36 @@ def _manager(tasks: list[str]) -> tuple[Any, list[str]]:
 
 def _unknown_of(tasks: list[str]) -> list[str]:
     """Those of which lm-evaluation-harness knows nothing."""
-    manager, names = _manager(tasks)
+    manager, names = task_manager(tasks)
     return [task for task, name in zip(tasks, names, strict=True) if name not in manager.all_tasks]
 
 
 def _of_tasks(model: Any, tokenizer: Any, tasks: list[str], limit: int | None) -> list[dict[str, Any]]:
+    found = run_tasks(model, tokenizer, tasks, limit)
+    results = {**found["results"], **found.get("groups", {})}
+    told = [name for name in task_manager(tasks)[1] if name in results] or list(results)
+    return [score for name in told for score in scores_of_task(name, results[name], found)]
+
+
+def run_tasks(
+    model: Any, tokenizer: Any, tasks: list[str], limit: int | None, samples: bool = False
+) -> Mapping[str, Any]:
+    """What lm-evaluation-harness finds; with what it says of each example, if that is asked for."""
     harness: Any = import_module("lm_eval")
-    manager, names = _manager(tasks)
+    manager, names = task_manager(tasks)
     wrapped = import_module("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
-    found = harness.simple_evaluate(
+    found: Mapping[str, Any] = harness.simple_evaluate(
         model=wrapped,
         tasks=names,
         task_manager=manager,
         limit=limit,
-        log_samples=False,
+        log_samples=samples,
         bootstrap_iters=_BOOTSTRAPS,
     )
-    results = {**found["results"], **found.get("groups", {})}
-    told = [name for name in names if name in results] or list(results)
-    return [score for name in told for score in _of_task(name, results[name], found)]
+    return found
 
 
-def _of_task(name: str, result: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def scores_of_task(name: str, result: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The metrics of a task, which lm-evaluation-harness calls ``acc,none`` and their errors ``acc_stderr,none``."""
     config = found["configs"].get(name, {})
     count = found.get("n-samples", {}).get(name, {}).get("effective")

@@ -86,6 +86,9 @@ EVALUATED_NAME = "merger.evaluation.json"
 HUB_SCORES_NAME = ".eval_results/merger.yaml"
 """Those of them that the Hub shows on the model's page and on leaderboards, in its own form."""
 
+SEARCHED_NAME, TRIALS_NAME = "merger.search.json", "merger.search.csv"
+"""What a search has found, and each of its trials."""
+
 PICTURES = "pictures/"
 """The folder beside a card that holds its pictures."""
 
@@ -179,7 +182,8 @@ def since_later(name: str, format: int) -> bool:
 
 _WRITTEN = re.compile(
     rf"config\.json | {re.escape(CARD_NAME)} | {re.escape(LOCK_NAME)} | recipe\.yaml | {re.escape(MEASURED_NAME)}"
-    rf"| {re.escape(EVALUATED_NAME)} | mergekit_config\.ya?ml | {PICTURES}.* | {LICENCES}.* | (.*/)?\.[^/]+(/.*)?",
+    rf"| {re.escape(EVALUATED_NAME)} | merger\.search\.(json|csv)"
+    rf"| mergekit_config\.ya?ml | {PICTURES}.* | {LICENCES}.* | (.*/)?\.[^/]+(/.*)?",
     re.VERBOSE,
 )
 _WHY = {

@@ -283,6 +283,11 @@ def _json(content: Mapping[str, Any]) -> Iterator[str]:
     yield "}"
 
 
+def identify(job: Job) -> str:
+    """What decides the bytes of a job's result, beside the plan's seed and the models' bytes."""
+    return _ENCODER.encode([job, *([made, made.job] for made in stages_of([job]))])
+
+
 _ENCODER = json.JSONEncoder(sort_keys=True, check_circular=False, default=methodcaller("encode"))
 """Of what a job is made of."""
 

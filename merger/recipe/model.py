@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merger.errors import Problem, Span
+from merger.recipe.searched import Searched
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -441,6 +442,7 @@ class Recipe:
         chat_template: the result's chat template; None: the one that comes with its tokenizer.
         evaluate: what is measured of the result; None: nothing.
         publish: where the result goes.
+        search: how the numbers that are left open are found; None: none are.
         lora: for a result that is a LoRA adapter: of what kind; None: it is a model.
         mixture: the mixture of experts that the recipe asks for, or None.
         warnings: what is allowed but has no effect, or is likely not meant.
@@ -463,6 +465,7 @@ class Recipe:
     chat_template: ChatTemplate | None = None
     evaluate: Evaluate | None = None
     publish: Publish = field(default_factory=Publish)
+    search: Searched | None = None
     lora: Lora | None = None
     mixture: Mixture | None = None
     warnings: tuple[Problem, ...] = field(default=(), compare=False)

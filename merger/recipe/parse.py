@@ -17,12 +17,14 @@ from merger.recipe.blocks import mixture
 from merger.recipe.blocks.average import read_checkpoints
 from merger.recipe.blocks.evaluate import evaluate
 from merger.recipe.blocks.publish import PUBLISH, publish_block
+from merger.recipe.blocks.search import find_search, without_block
 from merger.recipe.blocks.stages import join_stages
 from merger.recipe.blocks.tokenizer import chat_template, tokenizer
 from merger.recipe.checks import Choice, Found
 from merger.recipe.mergekit import FLOAT64
 from merger.recipe.model import ModelRef, Module, Parameters, Recipe, Rule, Setting, Slice, Source, Taken
-from merger.recipe.spans import Node, number
+from merger.recipe.searched import Searched, Values, fill_holes
+from merger.recipe.spans import Documents, Node, number
 from merger.recipe.values import (
     UNREADABLE,
     Fields,
@@ -60,6 +62,7 @@ TOP = (
     "publish",
     "lora",
     "extract_lora",
+    "search",
 )
 EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "allow_non_finite", "publish")
 MODEL = ("model", "revisions", "average", "statistics", "parameters")
@@ -104,18 +107,58 @@ _SOURCE_HINTS = (
 )
 
 
-def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
+def parse(text: str, path: str, table: Mapping[str, Method], drawn: Values | None = None) -> Recipe:
     """The recipe that `text` holds.
 
     Args:
         path: the file's name as the user gave it; positions in errors begin with it.
+        drawn: what its holes are filled with, if something is searched in it. None: what they start with; problems are
+            then those of all that they may be filled with.
 
     Raises:
         RecipeError: with every problem of the file.
     """
-    documents = spans.read_nodes(text, path)
-    notes = Notes()
-    tops = [Value(_without_anchors(root, documents.shared), "", notes) for root in documents.roots]
+    documents, notes = spans.read_nodes(text, path), Notes()
+    search = find_search(documents.roots, notes)
+    if search is None or notes.errors:
+        recipe = None if notes.errors else _documents(documents, documents.roots, path, text, table, notes)
+    else:
+        recipe = _searched(search, documents, path, text, table, notes, drawn)
+    problems = [*documents.problems, *notes.errors.values()]
+    if recipe is None or problems:
+        raise RecipeError(problems)
+    return replace(recipe, warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
+
+
+def _searched(
+    search: Searched,
+    documents: Documents,
+    path: str,
+    text: str,
+    table: Mapping[str, Method],
+    notes: Notes,
+    drawn: Values | None,
+) -> Recipe:
+    """The recipe that its holes make when they are filled; of several fillings each has its errors told."""
+    roots = [without_block(root) for root in documents.roots]
+    recipes, warnings = list[Recipe](), list[Mapping[tuple[Span, str], Problem]]()
+    for values in search.probes() if drawn is None else (drawn,):
+        nodes, found = search.nodes(values), Notes(errors=notes.errors)
+        recipes.append(_documents(documents, [fill_holes(root, nodes) for root in roots], path, text, table, found))
+        warnings.append(found.warnings)
+    notes.warnings |= {key: each for key, each in warnings[0].items() if all(key in others for others in warnings)}
+    for what, is_there in (("an adapter", recipes[0].lora), ("a mixture of experts", recipes[0].mixture)):
+        if is_there is not None and search.at is not None:
+            problem = Problem(f"{what} is not searched", search.at, hint="search what it is made of")
+            notes.errors[(search.at, problem.what)] = problem
+    return replace(recipes[0], search=search if drawn is None else None)
+
+
+def _documents(
+    documents: Documents, roots: Sequence[Node], path: str, text: str, table: Mapping[str, Method], notes: Notes
+) -> Recipe:
+    """The recipe of a file's documents; problems go to the notes."""
+    tops = [Value(_without_anchors(root, documents.shared), "", notes) for root in roots]
     if not tops:
         hint = "name a merge_method and the models it merges; `merger methods` lists the methods"
         raise RecipeError([*documents.problems, Problem("the recipe is empty", Span(path, 1, 1), hint=hint)])
@@ -123,11 +166,7 @@ def parse(text: str, path: str, table: Mapping[str, Method]) -> Recipe:
     for top, of in zip(tops, recipes, strict=True):
         if of.lora is not None and len(tops) > 1:
             top.error("an adapter is made by a recipe of one document", "put it into a file of its own")
-    recipe = recipes[0] if len(recipes) == 1 else join_stages(recipes, notes)
-    problems = [*documents.problems, *notes.errors.values()]
-    if problems:
-        raise RecipeError(problems)
-    return replace(recipe, warnings=tuple(warning for _, warning in sorted(notes.warnings.items())))
+    return recipes[0] if len(recipes) == 1 else join_stages(recipes, notes)
 
 
 def _without_anchors(root: Node, shared: frozenset[Span]) -> Node:

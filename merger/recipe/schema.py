@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from merger.recipe import parse, spans, values
-from merger.recipe.blocks import average, mixture, tokenizer
+from merger.recipe.blocks import average, holes, mixture, tokenizer
 from merger.recipe.blocks import evaluate as evaluation
 from merger.recipe.blocks import lora as loras
 from merger.recipe.blocks import publish as publishing
+from merger.recipe.blocks import search as searching
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
 from merger.recipe.model import (
     Checkpoints,
@@ -36,6 +37,7 @@ from merger.recipe.model import (
     TokenOf,
     TokenRow,
 )
+from merger.recipe.searched import Hole, Objective, Searched
 from merger.safety import names, numbers
 
 if TYPE_CHECKING:
@@ -71,6 +73,18 @@ _WORDS = {
     "value": "A number, or a gradient: numbers from the slice's first layer to its last.",
 }
 
+_SEARCH_WORDS = {
+    "search": "Two ends of a range, a list of choices, or the name of another searched value.",
+    "sum": "The sum of the numbers in this place of each model of the list: what is drawn is divided by its own sum.",
+    "name": "By which other places can have the same value.",
+    "loss": "A text: the mean loss of a token.",
+    "accuracy": "Lines of JSON with prompt, choices and answer: how often the answer is the likeliest of the choices.",
+    "exact_match": "Lines of JSON with prompt and answer: how often the model writes the answer.",
+    "length": "Lines of JSON with prompt: how many tokens the model writes.",
+    "task": "A task of lm-evaluation-harness.",
+    "function": "module:function(model, tokenizer), which returns a number: more is better.",
+}
+
 
 def schema(table: Mapping[str, Method]) -> Json:
     """The JSON Schema of a recipe."""
@@ -86,7 +100,9 @@ def schema(table: Mapping[str, Method]) -> Json:
             "path": _or_null(
                 _map(values.PATH, _describe_fields(ModelRef), {key: _text() for key in values.PATH}, ["path"])
             ),
-            "method": {"anyOf": [*_methods(table), {"type": "null"}]},
+            "method": {"anyOf": [*_methods(table), _ref("hole"), {"type": "null"}]},
+            "hole": _hole(),
+            "search": _search(),
             "parameters": _parameters(table),
             "models": _list(_source(parse.MODEL)),
             "slices": _list(_slice()),
@@ -124,6 +140,7 @@ def _top() -> Json:
         "tokenizer_source": _ref("reference"),
         "chat_template": {"type": ["string", "null"]},
         "evaluate": _ref("evaluate"),
+        "search": _ref("search"),
         "publish": _ref("publish"),
         "adapters": _maybe(_ref("models")),
         "lora": _ref("lora"),
@@ -151,10 +168,10 @@ def _reference() -> Json:
 
 
 def _source(keys: tuple[str, ...]) -> Json:
-    layer = _whole(numbers.LAYERS)
+    ends = {"type": "array", "items": _or_hole(_whole(numbers.LAYERS)), "minItems": 2, "maxItems": 2}
     shapes = {
         "model": _ref("reference"),
-        "layer_range": {"type": "array", "items": layer, "minItems": 2, "maxItems": 2},
+        "layer_range": _or_hole(ends),
         "statistics": _ref("reference"),
         "parameters": _ref("parameters"),
     }
@@ -244,6 +261,43 @@ def _evaluate() -> Json:
     return _or_null(_map(evaluation.EVALUATE, _describe_fields(Evaluate), shapes))
 
 
+def _or_hole(shape: Json) -> Json:
+    """What may be searched where it stands."""
+    return {"anyOf": [shape, _ref("hole")]}
+
+
+def _hole() -> Json:
+    number = {"type": ["number", "string"], "pattern": _NUMERIC}
+    shapes = {
+        "search": {"anyOf": [{"type": "array", "minItems": 2}, _text()]},
+        "log": _flag(),
+        "step": number,
+        "anchors": _whole(holes.ANCHORS),
+        "start": {},
+        "sum": number,
+        "name": _text(),
+    }
+    return _map(holes.HOLE, _describe_fields(Hole) | _SEARCH_WORDS, shapes, ["search"])
+
+
+def _search() -> Json:
+    number, count = {"type": ["number", "string", "null"], "pattern": _NUMERIC}, _or_null(_whole(numbers.COUNT))
+    described = _describe_fields(Searched) | _describe_fields(Objective) | _SEARCH_WORDS
+    shapes = dict.fromkeys(searching.KINDS, _text()) | {"limit": count, "column": _text()}
+    objective = _map(searching.OBJECTIVE, described, shapes | dict.fromkeys(("weight", "guard"), number))
+    shapes = {
+        **dict.fromkeys(("objectives", "report"), _list(objective)),
+        "trials": _or_null(_whole(searching.TRIALS)),
+        "minutes": number | _ends(numbers.MINUTES),
+        "seed": _or_null(_whole(numbers.SEED)),
+        "sampler": {"enum": [*searching.SAMPLERS, None]},
+        "prune": {"enum": [True, False, *searching.PRUNING, None]},
+        "patience": count,
+        "storage": _or_null(_text()),
+    }
+    return _map(searching.SEARCH, described, shapes, ["objectives"])
+
+
 def _tokenizer() -> Json:
     words = _WORDS | _describe_fields(TokenOf) | _describe_fields(TokenRow) | _describe_fields(Tokenizer)
     token = {
@@ -308,7 +362,7 @@ def _hover(pairs: list[tuple[Method, Param]]) -> str:
 
 
 def _setting(hover: str, params: list[Param]) -> Json:
-    number = {"type": ["number", "boolean", "string"], "pattern": _NUMERIC, **_bounds(params)}
+    number = _or_hole({"type": ["number", "boolean", "string"], "pattern": _NUMERIC, **_bounds(params)})
     value = {"anyOf": [number, _list(number)]}
     nothing = {"type": "array", "maxItems": 0}
     filters = {"value": value, "filter": {"type": ["string", "null"]}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from merger.card.ancestors import family
 from merger.card.facts import eval_results, lock_file, score_facts
@@ -22,6 +22,7 @@ from merger.models.formats.safetensors import WrittenShard, index
 from merger.models.side_files import CARD_NAME, EVALUATED_NAME, HUB_SCORES_NAME, LOCK_NAME, MEASURED_NAME
 from merger.planning.geometry import Geometry, dump_geometry
 from merger.planning.plan import Plan
+from merger.run.found import SearchFacts
 from merger.stores.ports import Content, FileInfo, Store, sha256_of, size_of
 from merger.stores.resolve import Library
 
@@ -38,6 +39,7 @@ class Card:
         pictures: that it shows.
         scores: what was measured of the merge and its parents.
         of_hub: those of the Hub's own data sets, as it reads them.
+        beside: what a search has found, by the names of files.
     """
 
     text: str
@@ -45,12 +47,13 @@ class Card:
     pictures: tuple[Picture, ...] = ()
     scores: tuple[Score, ...] = ()
     of_hub: str | None = None
+    beside: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def texts(self) -> dict[str, bytes]:
         """The files that are text."""
         measured = scores_text(self.scores) if self.scores else None
-        found = {CARD_NAME: self.text, EVALUATED_NAME: measured, HUB_SCORES_NAME: self.of_hub}
+        found = {CARD_NAME: self.text, EVALUATED_NAME: measured, HUB_SCORES_NAME: self.of_hub, **self.beside}
         return {name: text.encode() for name, text in found.items() if text}
 
     @property
@@ -67,6 +70,7 @@ def card(
     elders: Store | None,
     scores: Sequence[Score] = (),
     more: Mapping[str, str] = NOTHING,
+    found: SearchFacts | None = None,
 ) -> Card:
     """The card of a merge.
 
@@ -76,6 +80,7 @@ def card(
         store: where the parents' cards are.
         elders: where those of their own parents are; None: nowhere.
         more: what else its front matter says.
+        found: what a search has found, if one has.
 
     Raises:
         RecipeError: the recipe's own template cannot be rendered.
@@ -88,11 +93,14 @@ def card(
     pictures = tuple(picture for picture in drawn if picture is not None)
     shown = {picture.name: {"alt": picture.alt, "place": picture.place} for picture in pictures}
     related = relations(planned, seen)
-    told = {"related": related, "lineage": tree.tree(), "pictures": shown, "chats": chats(planned, store)}
+    searched = {} if found is None else {"search": found.part}
+    told = {**searched, "related": related, "lineage": tree.tree(), "pictures": shown, "chats": chats(planned, store)}
     measured = score_facts(scores, name)
     metadata = {**measured.pop("metadata", {}), **more}
     text = render(planned, methods(), name, {**told, **measured, "metadata": metadata})
-    return Card(text, related, pictures, tuple(scores), eval_results(scores, name if "/" in name else None))
+    of_hub = eval_results(scores, name if "/" in name else None)
+    beside = {} if found is None else found.texts
+    return Card(text, related, (*pictures, *(found.pictures if found else ())), tuple(scores), of_hub, beside)
 
 
 def chats(planned: Plan, store: Store) -> bool:

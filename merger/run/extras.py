@@ -58,6 +58,10 @@ def needs_of(recipe: Recipe, device: str = "cpu") -> Iterator[Need]:
                 yield Need("torch", ("torch",), f"merge_method: {method}", document.at, "merge_method")
     if recipe.publish.gguf:
         yield Need("gguf", ("gguf",), "gguf", recipe.publish.gguf_at, "publish.gguf")
+    if (searched := recipe.search) is not None:
+        tasks = any(objective.kind == "task" for objective in (*searched.objectives, *searched.report))
+        packages = ("optuna", "torch", "transformers", *(("lm_eval",) if tasks else ()))
+        yield Need("search", (*packages, *(("cmaes",) if searched.sampler == "cmaes" else ())), "search", searched.at)
     if (wanted := recipe.evaluate) is not None:
         packages = ("torch", "transformers", *(("lm_eval",) if wanted.tasks else ()))
         yield Need("eval", packages, "evaluate", wanted.at, "evaluate")

@@ -15,7 +15,15 @@ from merger.card.facts import exposed_models, lock_file
 from merger.card.pictures.canvas import import_drawing
 from merger.card.relations import Loss
 from merger.card.render import render
-from merger.errors import DamagedError, MergerError, MismatchError, MissingError, Problem, UploadError
+from merger.errors import (
+    DamagedError,
+    MergerError,
+    MismatchError,
+    MissingError,
+    Problem,
+    RecipeError,
+    UploadError,
+)
 from merger.evaluation.budget import Score
 from merger.evaluation.evaluate import Measured, Measuring, measure, prepare_measuring
 from merger.lock.locked import LockedRecipe
@@ -28,6 +36,7 @@ from merger.planning.plan import Plan
 from merger.planning.shards import Part, Shard, share
 from merger.recipe.model import Publish
 from merger.run.artifacts import card, elders, small_files, used_files
+from merger.run.found import SearchFacts
 from merger.run.options import Options, destination, needed_disk, parse_destination, to_hub
 from merger.safety.names import hub_path
 from merger.stores.ports import Destination, Leftover, Published, Session, bytes_of
@@ -150,7 +159,9 @@ def _found_result(planned: Plan, published: Published) -> Result:
     return Result(published.where, published.commit, (), len(planned.files), plan=planned.hash)
 
 
-def merge(planned: Plan, store: Library, options: Options, on_event: Observer = ignore) -> Result:
+def merge(
+    planned: Plan, store: Library, options: Options, on_event: Observer = ignore, found: SearchFacts | None = None
+) -> Result:
     """Make what was planned and put it where it belongs.
 
     Shards that an earlier run finished are not made again, and a model that is there already is not published again.
@@ -158,11 +169,15 @@ def merge(planned: Plan, store: Library, options: Options, on_event: Observer = 
     Args:
         options: what it may use, and where it goes.
         on_event: is told what happens on the way.
+        found: what a search has found of which the card is to tell.
 
     Raises:
         MergerError: any kind; the destination is then as it was before, and finished shards wait for another run.
     """
     began = time.monotonic()
+    if (searched := planned.locked.recipe.search) is not None:
+        hint = "merger search finds its numbers, and merges the best with --to DEST"
+        raise RecipeError(Problem("this recipe leaves numbers open", searched.at, "search", hint))
     place = place_of(destination(planned.locked.recipe, options), options, planned.locked)
     session = place.open(planned.identity, shared=options.part is not None)
     if isinstance(session, Published):
@@ -170,7 +185,7 @@ def merge(planned: Plan, store: Library, options: Options, on_event: Observer = 
         return _found_result(planned, session)
     try:
         on_event(Ready())
-        result = _Run(planned, store, options, place, session, on_event).result()
+        result = _Run(planned, store, options, place, session, on_event, found).result()
     except BaseException:
         with suppress(MergerError):  # what went wrong first is what is told
             session.leave()
@@ -183,15 +198,22 @@ class _Run:
     """The making of a plan's shards, or a part of them, and its end.
 
     Args:
-        planned, store, options, on_event: as `merge` takes them.
+        planned, store, options, on_event, found: as `merge` takes them.
         place: where it goes.
         session: the work there.
     """
 
     def __init__(
-        self, planned: Plan, store: Library, options: Options, place: Destination, session: Session, on_event: Observer
+        self,
+        planned: Plan,
+        store: Library,
+        options: Options,
+        place: Destination,
+        session: Session,
+        on_event: Observer,
+        found: SearchFacts | None,
     ) -> None:
-        self._planned, self._store, self._options = planned, store, options
+        self._planned, self._store, self._options, self._found = planned, store, options, found
         self._place, self._session, self._on_event = place, session, on_event
         self._recipe = planned.locked.recipe
         self._held = dict(session.held())
@@ -255,7 +277,7 @@ class _Run:
         planned = self._planned
         seen = {job.name: self._seen[job.name] for job in planned.jobs if job.name in self._seen}  # in the plan's order
         ancestors = elders(planned, to_hub(self._recipe, self._options))
-        written = card(planned, self._place.name, seen, self._store, ancestors, scores)
+        written = card(planned, self._place.name, seen, self._store, ancestors, scores, found=self._found)
         related = written.related
         small = small_files(planned, self._store, shards, seen)
         published = self._session.finish({**written.files, **small}, _title(planned))

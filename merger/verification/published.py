@@ -24,6 +24,8 @@ from merger.models.side_files import (
     LOCK_NAME,
     MEASURED_NAME,
     PICTURES,
+    SEARCHED_NAME,
+    TRIALS_NAME,
     loaded_as,
     since_later,
 )
@@ -33,6 +35,7 @@ from merger.planning.plan import Plan
 from merger.planning.shards import Shard
 from merger.recipe.model import Recipe
 from merger.run.artifacts import Card, card, elders, model_files
+from merger.run.found import read_found
 from merger.run.prepare import recipe_of
 from merger.safety.limits import MODEL_TENSORS, Tally
 from merger.safety.names import is_repo
@@ -47,7 +50,7 @@ _SMALL = 64 << 20
 """Files of up to so many bytes that are no shards are always compared by their checksum; larger ones with --all."""
 
 _CHANGED = "it was changed after the merge was made"
-_OURS = (CARD_NAME, LOCK_NAME, EVALUATED_NAME, HUB_SCORES_NAME, ".gitattributes")
+_OURS = (CARD_NAME, LOCK_NAME, EVALUATED_NAME, HUB_SCORES_NAME, SEARCHED_NAME, TRIALS_NAME, ".gitattributes")
 _GITS_OR_THE_CLIENTS = (".git/", ".cache/huggingface/")
 """In a folder that was cloned or downloaded; no part of what was published."""
 
@@ -232,9 +235,10 @@ def card_again(merge: Merge, planned: Plan, parents: Library, new_version: str |
     elsewhere = elders(planned, merge.located.commit is not None)
     seen = _measured(merge, MEASURED_NAME, load_geometry, "the tables of how the models relate")
     scores = _measured(merge, EVALUATED_NAME, read_scores, "the table of scores")
+    found = _measured(merge, SEARCHED_NAME, read_found, "what a search has found")
     newer = new_version or (merge.located.card or {}).get("new_version")
     kept = {"new_version": newer} if isinstance(newer, str) and is_repo(newer) else {}
-    return card(planned, merge.located.name, seen or {}, parents, elsewhere, scores or (), kept)
+    return card(planned, merge.located.name, seen or {}, parents, elsewhere, scores or (), kept, found)
 
 
 def _measured(merge: Merge, name: str, load: Callable[[str], _Measured], lost: str) -> _Measured | None:

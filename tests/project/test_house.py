@@ -15,7 +15,8 @@ from elsewhere import TAKEN
 from places import ROOT
 
 MOST_ROOMS = 9
-API = dict.fromkeys(("check", "diff", "merge", "parse", "plan", "verify"), "the Python API offers what a room does")
+OFFERED = ("check", "diff", "merge", "parse", "plan", "search", "verify")
+API = dict.fromkeys(OFFERED, "the Python API offers what a room does")
 SAME_ELSEWHERE = {"main": "a process begins with it", **API}
 """Names that stand for the same thing in several rooms, and why."""
 

@@ -37,7 +37,7 @@ def test_each_function_has_an_example_that_is_true(checkout: Path) -> None:
     """In the order in which they build on each other."""
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     functions = [name for name in merger.__all__ if inspect.isfunction(getattr(merger, name))]
-    for name in sorted(functions, key=("parse", "check", "plan", "merge", "verify", "diff", "method").index):
+    for name in sorted(functions, key=("parse", "check", "plan", "merge", "search", "verify", "diff", "method").index):
         (test,) = doctest.DocTestFinder(recurse=False).find(getattr(merger, name), name, globs=vars(merger).copy())
         assert test.examples, name
         runner.run(test)

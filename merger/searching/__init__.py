@@ -1,0 +1,1 @@
+"""Finding a recipe's numbers: candidates made in memory, scored, and forgotten; the best is written out."""

@@ -1,0 +1,357 @@
+"""Candidates of a search: plans made straight into the parameters of one transformers model that stays in memory.
+
+Not here: which numbers are tried (study), and how a candidate is scored (objectives).
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from itertools import accumulate
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from merger.engine.execute import make_blocks
+from merger.engine.runner import Memo
+from merger.errors import EvaluationError, MergerError, Problem
+from merger.evaluation.budget import LOADING_BYTES, running_bytes
+from merger.evaluation.evaluate import temporary_folder, write_files
+from merger.methods.registry import methods
+from merger.planning.inputs.base import Job
+from merger.planning.plan import Plan, identify
+from merger.planning.shards import Shard
+from merger.run.artifacts import used_files
+from merger.stores.ports import PIECE_BYTES, Located, Reader, Ticket
+from merger.stores.resolve import Library
+from merger.system import free_memory
+
+if TYPE_CHECKING:
+    from merger.searching.objectives import Scored, Scorer
+
+_ALIGNED = 64
+"""Where a tensor begins in the buffer: at a line of the cache, as torch's own do."""
+_TORCH = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+
+
+@dataclass
+class Spent:
+    """Seconds that the last trial took.
+
+    Args:
+        merging: making what changed.
+        evaluating: scoring it.
+        rest: what passed between the end of the trial before and the end of this one besides.
+    """
+
+    merging: float = 0.0
+    evaluating: float = 0.0
+    rest: float = 0.0
+
+
+class Candidates:
+    """Makes one plan after the other in the same memory, and of each only what differs from the one before.
+
+    Use it as a context manager. A candidate's bytes are those that a written merge has, rounded to the recipe's dtype.
+
+    Args:
+        first: a plan of the recipe, which says what the parents are.
+        store: where they are.
+        device: where methods compute and the model runs, ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, first: Plan, store: Library, device: str = "cpu") -> None:
+        self._first, self._store, self._device = first, store, device
+        self._kept, self._memo, self.spent = KeptParents(store), Memo(), Spent()
+        self._models: object = None
+        self._ended = 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._resident: _Resident | None = None
+        self._layout: object = None
+        self._made: dict[str, tuple[str, int]] = {}
+        self._places: dict[str, memoryview] = {}
+        self._views: dict[str, Any] = {}
+        self._copies: dict[str, tuple[Any, Any]] = {}
+
+    def __enter__(self) -> Self:
+        self._ended = time.perf_counter()
+        self.make(self._first)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._forget()
+        self._kept.close()
+
+    @property
+    def model(self) -> Any:
+        """Transformers' model of the last plan."""
+        return self._resident and self._resident.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self._resident and self._resident.tokenizer
+
+    def make(self, planned: Plan) -> None:
+        """Let `model` be what this plan makes.
+
+        Raises:
+            MergerError: a parent cannot be read, a result is not finite, or transformers does not know the model.
+        """
+        if other := _layout(planned) != self._layout:
+            self._lay_out(planned)
+        if (models := _models(planned)) != self._models:  # jobs have numbers in their place
+            self._made, self._memo, self._models = {}, Memo(), models
+        began = time.perf_counter()
+        wanted = {job.name: (identify(job), planned.seed) for job in planned.jobs}
+        changed = [job for job in planned.jobs if self._made.get(job.name) != wanted[job.name]]
+        for job in changed:
+            self._made.pop(job.name, None)
+        if changed:
+            self._write(planned, changed)
+        if self._resident is not None and changed:
+            self._resident.convert()
+        self._made = wanted
+        self.spent = Spent(merging=time.perf_counter() - began)
+        if other:
+            self._resident = _Resident(planned, self._store, self._views, self._device)
+            self._layout = _layout(planned)
+
+    def score(self, scorers: Sequence[Scorer], step: Callable[[int, float], None] | None = None) -> tuple[Scored, ...]:
+        """What each scorer says of the model; `step` is called after each batch of the first one.
+
+        Raises:
+            EvaluationError: the model cannot be scored.
+        """
+        began = time.perf_counter()
+        try:
+            return tuple(
+                scorer.score(self.model, self.tokenizer, None if place else step)
+                for place, scorer in enumerate(scorers)
+            )
+        finally:
+            now = time.perf_counter()
+            self.spent.evaluating = now - began
+            self.spent.rest = now - self._ended - self.spent.evaluating - self.spent.merging
+            self._ended = now
+
+    def _lay_out(self, planned: Plan) -> None:
+        """Room for all tensors."""
+        if planned.locked.recipe.lora is not None:
+            what = "an adapter is made, and candidates are whole models"
+            raise EvaluationError(Problem(what, hint="search a merge, and extract an adapter of the best"))
+        self._forget()
+        torch = import_module("torch")
+        ends = list(accumulate(-(-job.nbytes // _ALIGNED) * _ALIGNED for job in planned.jobs))
+        starts = [0, *ends[:-1]]
+        here = torch.zeros(ends[-1], dtype=torch.uint8)
+        there = here if self._device == "cpu" else here.to(self._device)
+        for job, start in zip(planned.jobs, starts, strict=True):
+            of, to = (whole[start : start + job.nbytes] for whole in (here, there))
+            self._places[job.name] = of.numpy().data
+            self._views[job.name] = to.view(_torch_dtype(job.dtype)).view(job.shape)
+            if there is not here:
+                self._copies[job.name] = (to, of)
+
+    def _write(self, planned: Plan, changed: Sequence[Job]) -> None:
+        """Make these tensors, each in its place."""
+        rooms, room = iter([self._places[job.name] for job in changed]), memoryview(b"")
+        alone = [Shard("", tuple(changed))]
+        with make_blocks(planned, alone, methods(), self._kept, self._device, self._memo) as making:
+            for data, _ in making.blocks:
+                left = data.cast("B")
+                while len(left):
+                    while not len(room):
+                        room = next(rooms)
+                    count = min(len(left), len(room))
+                    room[:count] = left[:count]
+                    left, room = left[count:], room[count:]
+        for to, of in (self._copies[job.name] for job in changed if job.name in self._copies):
+            to.copy_(of)
+
+
+class _Resident:
+    """A transformers model whose parameters are views of the candidates' buffer, as far as they can be.
+
+    Args:
+        planned: whose config and tokenizer it has; the views hold what it makes.
+        store: where the models' small files are.
+        views: the tensors by name.
+        device: where it runs.
+
+    Raises:
+        EvaluationError: transformers does not know it, or lacks a tensor.
+    """
+
+    def __init__(self, planned: Plan, store: Library, views: Mapping[str, Any], device: str) -> None:
+        self._views, self._device = views, device
+        transformers, torch = import_module("transformers"), import_module("torch")
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            with temporary_folder() as folder:
+                write_files(folder, used_files(planned, store))
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+                with torch.device("meta"):
+                    empty = transformers.AutoModelForCausalLM.from_config(config)
+                self._make_model = partial(self._of_views, type(empty), empty.config, _main_dtype(planned.jobs))
+                self.model = self._make_model()
+                if (folder / "generation_config.json").is_file():
+                    self.model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        except MergerError:
+            raise
+        except Exception as error:  # whatever goes wrong in a stranger's model is told, not thrown
+            from merger.evaluation.scoring import shorten_error
+
+            what = f"transformers cannot run the merge: {shorten_error(error)}"
+            raise EvaluationError(Problem(what)) from None
+        self.converted = {name: to for name, to in _tensors(self.model).items() if not self._shares(name, to)}
+
+    def _of_views(self, kind: Any, config: Any, dtype: Any) -> Any:
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=dict(self._views), dtype=dtype, output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"the merge lacks {', '.join(missing[:3])}")
+        return model.eval().to(self._device)
+
+    def _shares(self, name: str, tensor: Any) -> bool:
+        """Whether a tensor's bytes are in the buffer, or can be: where name, dtype, shape and content agree."""
+        view = self._views.get(name)
+        if any(tensor.data_ptr() == each.data_ptr() and tensor.shape == each.shape for each in self._views.values()):
+            return True
+        if view is None or (view.dtype, view.shape) != (tensor.dtype, tensor.shape) or not view.equal(tensor):
+            return False
+        tensor.data = view
+        return True
+
+    def convert(self) -> None:
+        """What transformers makes of several tensors, or in another dtype, is made by it again, and copied."""
+        if not self.converted:
+            return
+        made = _tensors(self._make_model())
+        with import_module("torch").no_grad():
+            for name, tensor in self.converted.items():
+                tensor.copy_(made[name])
+
+
+def _layout(planned: Plan) -> object:
+    """What a model in memory is built by: one of another cannot hold the candidate."""
+    return planned.config, [(job.name, job.dtype, job.shape) for job in planned.jobs]
+
+
+def _models(planned: Plan) -> object:
+    """Which models the numbers of a plan's inputs stand for."""
+    found = [model.located for model in planned.locked.models]
+    return [(each, sorted((name, info.size, info.changed) for name, info in each.files.items())) for each in found]
+
+
+def _tensors(model: Any) -> dict[str, Any]:
+    """The parameters and buffers that are of its checkpoint, each once."""
+    found = dict[int, tuple[str, Any]]()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def _torch_dtype(dtype: str) -> Any:
+    return getattr(import_module("torch"), _TORCH[dtype])
+
+
+def _main_dtype(jobs: Sequence[Job]) -> Any:
+    """What most entries are: in it the model runs."""
+    counts = Counter[str]()
+    for job in jobs:
+        counts[job.dtype] += job.entries
+    return _torch_dtype(counts.most_common(1)[0][0])
+
+
+def trial_memory(planned: Plan, tokens: int) -> int:
+    """About how many bytes a search holds at once: parents of the Hub, the candidate, and what it takes to score it.
+
+    Args:
+        planned: any plan of the recipe.
+        tokens: how many are run through the model at once.
+    """
+    far = [model for model in planned.locked.models if model.located.commit is not None]
+    files = {(model.located, tensor.file) for model in far for tensor in model.checkpoint.tensors.values()}
+    parents = sum(located.files[file].size for located, file in files)
+    return planned.peak_memory + LOADING_BYTES + parents + planned.nbytes + running_bytes(planned.config, tokens)
+
+
+# ---- parents --------------------------------------------------------------------------------------------------------
+
+
+class KeptParents:
+    """A store that reads files of the Hub once; those in folders are left to the system, which keeps their pages.
+
+    What does not fit into half of the memory that is free goes into a temporary file without a name.
+    """
+
+    def __init__(self, store: Library) -> None:
+        self._store, self._held = store, dict[tuple[Located, str], memoryview]()
+        self.has, self.locate, self.names, self.fetch = store.has, store.locate, store.names, store.fetch
+
+    def reader(self, tickets: Sequence[Ticket], budget: int) -> Reader:
+        """A reader of these tickets."""
+        far = [ticket for ticket in tickets if ticket.model.commit is not None]
+        for model, file in dict.fromkeys((each.model, each.file) for each in far):
+            if (model, file) not in self._held:
+                self._held[model, file] = self._read(Ticket(model, file, 0, model.files[file].size), budget)
+        near = self._store.reader([ticket for ticket in tickets if ticket.model.commit is None], budget)
+        return _KeptReader(tickets, self._held, near)
+
+    def _read(self, whole: Ticket, budget: int) -> memoryview:
+        if whole.stop <= (free_memory() or 0) // 2:
+            room = memoryview(bytearray(whole.stop))
+        else:
+            with tempfile.TemporaryFile(prefix="merger-parent-") as file:
+                file.truncate(whole.stop)
+                room = memoryview(mmap.mmap(file.fileno(), whole.stop))
+        with closing(self._store.reader([whole], budget)) as reader:
+            for start in range(0, whole.stop, PIECE_BYTES):
+                reader.read(0, start, room[start : start + PIECE_BYTES])
+        return room
+
+    def close(self) -> None:
+        """Let go of them."""
+        self._held.clear()
+
+
+class _KeptReader:
+    """Reads tickets of kept files from memory, and the others from their store."""
+
+    def __init__(self, tickets: Sequence[Ticket], held: Mapping[tuple[Located, str], memoryview], near: Reader) -> None:
+        self._tickets, self._held, self._near = tickets, held, near
+        counted = accumulate(ticket.model.commit is None for ticket in tickets)
+        self._numbers = [number - 1 for number in counted]
+
+    def read(self, ticket: int, offset: int, out: memoryview) -> None:
+        """Fill `out` from the ticket's file."""
+        wanted = self._tickets[ticket]
+        if wanted.model.commit is None:
+            self._near.read(self._numbers[ticket], offset, out)
+        else:
+            start = wanted.start + offset
+            out[:] = self._held[wanted.model, wanted.file][start : start + len(out)]
+
+    def repeatable(self, ticket: int) -> bool:
+        """All of them can be read again."""
+        return True
+
+    def close(self) -> None:
+        """Close the folders' files."""
+        self._near.close()

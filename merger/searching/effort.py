@@ -1,0 +1,77 @@
+"""How far a search goes, and by how many processes; all of it without what a search takes. Not here: the search."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from merger.errors import Problem, RecipeError
+from merger.recipe.model import Recipe
+from merger.recipe.searched import Searched
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How far a search goes; None where the recipe says it.
+
+    Args:
+        trials: how many candidates are tried in all.
+        minutes: how long this run takes, at most.
+        storage: where the study is kept.
+        top: how many of the best are kept.
+        join: only try candidates, and leave the report to another process of the same storage.
+    """
+
+    trials: int | None = None
+    minutes: float | None = None
+    storage: str | None = None
+    top: int = 1
+    join: bool = False
+
+    def of(self, recipe: Recipe) -> Searched:
+        """The recipe's own block with these in place of what it says.
+
+        Raises:
+            RecipeError: nothing is searched in the recipe.
+        """
+        if recipe.search is None:
+            hint = "leave a number open, such as weight: {search: [0, 1]}, and write search: {objectives: [...]}"
+            raise RecipeError(Problem(f"{recipe.path}: nothing is searched in it", hint=hint))
+        given = {key: value for key in ("trials", "minutes", "storage") if (value := getattr(self, key)) is not None}
+        searched, path = replace(recipe.search, **given), Path(recipe.path)
+        if searched.storage is None and path.is_file():
+            return replace(searched, storage=str(results_of(path) / "study.log"))
+        return searched
+
+
+def results_of(recipe: Path) -> Path:
+    """The folder beside a recipe in which its search keeps what is no recipe."""
+    return recipe.with_name(f"{recipe.stem}.search")
+
+
+@contextmanager
+def workers(count: int, arguments: Sequence[str]) -> Iterator[None]:
+    """Let so many more processes try candidates; those that are still at it at the end are ended.
+
+    Args:
+        count: how many.
+        arguments: what the command is given in each of them.
+    """
+    line = [sys.executable, "-P", "-m", "merger", "search", *arguments, "--join", "--quiet"]
+    started = [subprocess.Popen(line, stdin=subprocess.DEVNULL) for _ in range(count)]
+    # one that is killed is gone for the others as soon as somebody has asked for its end
+    watchers = [threading.Thread(target=process.wait, daemon=True) for process in started]
+    for watcher in watchers:
+        watcher.start()
+    try:
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+        for watcher in watchers:
+            watcher.join()
