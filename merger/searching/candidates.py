@@ -249,8 +249,8 @@ class _Resident:
 
 
 def _layout(planned: Plan) -> object:
-    """What a model in memory is built by: one of another cannot hold the candidate."""
-    return planned.config, [(job.name, job.dtype, job.shape) for job in planned.jobs]
+    """What a model in memory is built by, its tokenizer too: one of another cannot hold the candidate."""
+    return _models(planned), planned.config, [(job.name, job.dtype, job.shape) for job in planned.jobs]
 
 
 def _models(planned: Plan) -> object:
