@@ -309,7 +309,7 @@ def _add_measure(commands: Commands) -> None:
     measure.add_argument("--tokens", type=count, default=65_536, metavar="N", help="of these so many (default 65536)")
     measure.add_argument("--length", type=count, default=512, metavar="N", help="in one sequence (default 512)")
     measure.add_argument("--plan", action="store_true", help="only show what it takes")
-    _add_place(measure)
+    _add_place(measure, "")
     _add_end(measure)
     measure.set_defaults(shard_size=None)
 
@@ -411,9 +411,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     _add_place(parser)
 
 
-def _add_place(parser: argparse.ArgumentParser) -> None:
+def _add_place(parser: argparse.ArgumentParser, default: str = "; default: the recipe's publish.repo") -> None:
     """Where it goes, and what else every command that makes something is told."""
-    parser.add_argument("--to", metavar="DEST", help="a folder, or hf://owner/name; default: the recipe's publish.repo")
+    parser.add_argument("--to", metavar="DEST", help=f"a folder, or hf://owner/name{default}")
     parser.add_argument(
         "--max-disk", type=_bytes, metavar="SIZE", help="the most disk the run may take at once, such as 10GB"
     )

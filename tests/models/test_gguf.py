@@ -197,7 +197,9 @@ def test_the_metadata_is_the_configs_and_the_tokenizers(tmp_path: Path) -> None:
     assert held.gguf == ("BF16",)
     assert held.output["model-BF16.gguf"].size == (tmp_path / "out" / "model-BF16.gguf").stat().st_size
     assert verify(str(tmp_path / "out"), Options(threads=1), Extent(everything=True)).passed
-    assert "llama-cli" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "llama-cli" in card
+    assert "`llama-quantize model-BF16.gguf Q4_K_M`" in card
 
 
 def test_several_shards_are_parts_of_one_gguf(tmp_path: Path) -> None:
