@@ -144,7 +144,7 @@ def test_numbers_and_scales_come_from_the_hub_by_range(served: LoopbackHub, comm
         served.add_model(f"org/{name}", folder)
     (tmp_path / "mine.yaml").write_text(ties("org/one", "org/two", "org/base"))
     served.clear_log()
-    done = command("run", "mine.yaml", "--to", "out", cwd=tmp_path, hub=served)
+    done = command("run", "mine.yaml", "--to", "out", "--no-look", cwd=tmp_path, hub=served)
     assert done.returncode == 0, done.stderr
     merged(ties(one, two, base), tmp_path / "local")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "local/model.safetensors").read_bytes()

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
@@ -15,12 +15,14 @@ import torch
 import transformers
 from architectures.cases import CASES as CLASSES
 from architectures.cases import EXPERTS, NEXT, QWEN_IDS, QWEN_TEXT, Case, text
-from conftest import Command
 from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merger.cli.commands import main
+
+if TYPE_CHECKING:
+    from conftest import Command
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")

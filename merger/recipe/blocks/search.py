@@ -31,7 +31,7 @@ KINDS = ("loss", "accuracy", "exact_match", "length", "task", "function")
 OBJECTIVE = (*KINDS, "limit", "column", "weight", "guard")
 TRIALS = Range(1, 1_000_000)
 
-_OBJECTIVES = "a list of what candidates are judged by, each such as - loss: ./texts.txt"
+_OBJECTIVES = "a list of what candidates are judged by, each such as - loss: texts.txt"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 _SOURCES = {
@@ -56,7 +56,7 @@ def find_search(roots: Sequence[Node], notes: Notes) -> Searched | None:
     ]
     if not blocks:
         for place in [each for each in found if each.place][:1]:
-            hint = "write search: {objectives: [{loss: ./texts.txt}], trials: 100} at the top"
+            hint = "write search: {objectives: [{loss: texts.txt}], trials: 100} at the top"
             place.value.error("a search needs to know what candidates are judged by", hint)
         return None
     for second in blocks[1:]:
