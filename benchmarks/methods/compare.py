@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,15 @@ class Comparison:
         path = self.told["base"] if task is None else self.told["models"][task]
         return str(self.folder / path) if path.startswith(".") else path
 
+    def statistics(self, task: str, kind: str) -> Path:
+        """Where those of a specialist are; measured on its own text where they are not there yet."""
+        folder = self.folder / f"{task}-{kind}"
+        if not folder.exists():
+            text = (self.folder / self.told["train"].format(task=task)).resolve()
+            command = ["measure", self.model(task), "--kind", kind, "--data", str(text), "--length", "128"]
+            subprocess.run([sys.executable, "-m", "merger", *command, "--to", str(folder)], check=True)
+        return folder
+
     def text(self, split: str, task: str) -> dict[str, Any]:
         """The objective of a task."""
         return {"loss": str((self.folder / self.told[split].format(task=task)).resolve())}
@@ -58,7 +68,12 @@ class Comparison:
         if len(own) < least or (most is not None and len(own) > most):
             return None
         settings = self.told["settings"].get(method.name, {})
-        content: dict[str, Any] = {"merge_method": method.name, "models": [{"model": model} for model in own]}
+        rows = [{"model": model} for model in own]
+        if kind := method.statistics:
+            rows = [
+                {**row, "statistics": str(self.statistics(task, kind))} for row, task in zip(rows, subset, strict=True)
+            ]
+        content: dict[str, Any] = {"merge_method": method.name, "models": rows}
         content |= {"base_model": base} if base else {}
         if searched:
             settings = {**settings, **self.told["searched"][method.name]}
