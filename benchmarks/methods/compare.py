@@ -58,7 +58,10 @@ class Comparison:
 
     def text(self, split: str, task: str) -> dict[str, Any]:
         """The objective of a task."""
-        return {"loss": str((self.folder / self.told[split].format(task=task)).resolve())}
+        return {"loss": str((self.folder / self.told[split].format(task=task)).resolve()), **self._limit(split)}
+
+    def _limit(self, split: str) -> dict[str, int]:
+        return {"limit": self.told["limits"][split]} if split in self.told.get("limits", {}) else {}
 
     def recipe(self, method: Method, subset: Sequence[str], searched: bool) -> str | None:
         """The method on these specialists; None where it takes another number of models."""
@@ -80,7 +83,7 @@ class Comparison:
             aims = [{**self.text("search", task), "weight": 1} for task in subset]
             content["search"] = {"trials": self.told["trials"], "seed": 0, "prune": False, "objectives": aims}
         content |= {"parameters": settings} if settings else {}
-        return yaml.safe_dump(content | {"dtype": "bfloat16"}, sort_keys=False)
+        return yaml.safe_dump(content | {"dtype": self.told["dtype"]}, sort_keys=False)
 
 
 def main() -> int:
@@ -103,7 +106,7 @@ def main() -> int:
                 out.write(json.dumps(row) + "\n")
                 out.flush()
                 print(key, {task: round(float(np.mean(items)), 4) for task, items in row["items"].items()}, flush=True)
-    table = "\n".join(_table(rows, comparison))
+    table = "\n".join([*_table(rows, comparison), *_by_task(rows, comparison)])
     print(table)
     if given.page:
         text = PAGE.read_text("utf-8") if PAGE.exists() else "# Which method\n\n<!-- compared -->\n"
@@ -139,7 +142,7 @@ def _compare(
         text = comparison.recipe(methods()[name], subset, searched)
     else:
         alone = {"model": comparison.model(subset[0] if subset else None)}
-        text = yaml.safe_dump({"merge_method": "passthrough", "models": [alone], "dtype": "bfloat16"})
+        text = yaml.safe_dump({"merge_method": "passthrough", "models": [alone], "dtype": comparison.told["dtype"]})
     if text is None:
         return None
     began = time.perf_counter()
@@ -177,24 +180,52 @@ def _table(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> Iterato
         if row["method"]:
             groups.setdefault((row["method"], row["searched"]), []).append(row)
     lines = []
-    for (name, searched), made in groups.items():
+    for key, made in groups.items():
         gains = [_gains(row, alone[None]) for row in made]
-        low, mean, high = _interval(gains)
         tasks = [float(np.mean(pair)) for gain in gains for pair in gain.values()]
-        ceiling = [
-            float(np.mean(_pair(alone[task][task], alone[None][task]))) for row in made for task in row["subset"]
-        ]
-        seconds = [row["whole"] if searched else row["seconds"] for row in made]
-        lines.append((mean, (
-            f"| {name}{', searched' if searched else ''} | {len(made)} | {mean:+.3f} ({low:+.3f} to {high:+.3f}) "
-            f"| {100 * mean / float(np.mean(ceiling)):.0f} % | {sum(task > 0 for task in tasks)} of {len(tasks)} "
+        few = [gain for gain in gains if len(gain) == 2]
+        many = [gain for gain in gains if len(gain) > 2]
+        seconds = [row["whole" if row["searched"] else "seconds"] for row in made]
+        lines.append((_interval(many or few)[1] + (0 if many else -100), (
+            f"| {_label(*key)} | {_told(few)} | {_told(many)} | {sum(task > 0 for task in tasks)} of {len(tasks)} "
             f"| {min(tasks):+.3f} | {np.mean(seconds):.2f} s | {max(row['memory'] for row in made) / 1e6:.0f} MB |"
         )))  # fmt: skip
-    subsets = len(comparison.told["subsets"])
-    yield (f"| method | merges, of {subsets} | nats a token gained over the base (95 %) | of the specialists' own "
-           "| tasks that gained | the worst task | seconds | memory |")  # fmt: skip
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| method | two models | three to five | tasks that gained | the worst task | seconds | memory |"
+    yield "|---|---|---|---|---|---|---|"
     yield from (line for _, line in sorted(lines, reverse=True))
+
+
+def _told(gains: Sequence[Mapping[str, np.ndarray[Any, Any]]]) -> str:
+    if not gains:
+        return ""
+    low, mean, high = _interval(gains)
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _by_task(rows: Sequence[Mapping[str, Any]], comparison: Comparison) -> Iterator[str]:
+    """A folded table a subset: the loss of each merge on every task, with the sign of its change from the base."""
+    tasks = list(comparison.told["models"])
+    unmerged = next(row["items"] for row in rows if not row["method"] and not row["subset"])
+    for subset in comparison.told["subsets"]:
+        yield from ("", f"<details><summary>{', '.join(subset)}</summary>", "")
+        yield f"| method | {' | '.join(f'**{task}**' if task in subset else task for task in tasks)} |"
+        yield "|---" * (len(tasks) + 1) + "|"
+        yield f"| the base | {' | '.join(f'{np.mean(unmerged[task]):.3f}' for task in tasks)} |"
+        for row in sorted(rows, key=lambda row: (row["method"], row["searched"])):
+            if row["subset"] == subset and row["method"]:
+                cells = (_cell(row["items"][task], unmerged[task]) for task in tasks)
+                yield f"| {_label(row['method'], row['searched'])} | {' | '.join(cells)} |"
+        yield from ("", "</details>")
+
+
+def _cell(found: Sequence[float], before: Sequence[float]) -> str:
+    """The loss, and whether it is lower (+) or higher (-) than before in 19 of 20 draws of the windows."""
+    low, _, high = _interval([{"": _pair(found, before)}])
+    return f"{np.mean(found):.3f} {'+' if low > 0 else '-' if high < 0 else '·'}"
+
+
+def _label(name: str, searched: bool) -> str:
+    return f"{name}, searched" if searched else name
 
 
 def _gains(row: Mapping[str, Any], base: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray[Any, Any]]:
@@ -207,11 +238,15 @@ def _pair(found: Sequence[float], base: Sequence[float]) -> np.ndarray[Any, Any]
 
 
 def _interval(gains: Sequence[Mapping[str, np.ndarray[Any, Any]]]) -> tuple[float, float, float]:
-    """The mean over merges and tasks, between the ends of a bootstrap over the windows of each task."""
-    draw, parts = np.random.default_rng(0), [pair for gain in gains for pair in gain.values()]
-    means = np.array([pair[draw.integers(len(pair), size=(_RESAMPLED, len(pair)))].mean(axis=1) for pair in parts])
+    """The mean over merges and tasks, between the ends of a bootstrap over the windows of each task.
+
+    All merges are seen on the same windows, for what is hard for one is hard for the others.
+    """
+    draw, windows = np.random.default_rng(0), {task: len(pair) for gain in gains for task, pair in gain.items()}
+    drawn = {task: draw.integers(number, size=(_RESAMPLED, number)) for task, number in windows.items()}
+    means = np.array([pair[drawn[task]].mean(axis=1) for gain in gains for task, pair in gain.items()])
     low, high = np.quantile(means.mean(axis=0), [0.025, 0.975])
-    return float(low), float(np.mean([pair.mean() for pair in parts])), float(high)
+    return float(low), float(np.mean([pair.mean() for gain in gains for pair in gain.values()])), float(high)
 
 
 if __name__ == "__main__":

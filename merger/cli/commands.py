@@ -340,10 +340,10 @@ def _card(arguments: argparse.Namespace) -> int:
 
 def _methods(arguments: argparse.Namespace) -> int:
     from merger.cli import text
-    from merger.methods.registry import methods, named_method
+    from merger.methods.registry import START, methods_by_use, named_method
 
     if arguments.name is None:
-        print(text.methods_text(methods().values()))
+        print(text.methods_text(methods_by_use(), START))
     else:
         print(text.method_text(named_method(arguments.name)))
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -177,11 +177,12 @@ def _relation_text(row: Relation) -> str:
 # ---- methods --------------------------------------------------------------------------------------------------------
 
 
-def methods_text(table: Iterable[Method]) -> str:
-    """A line for each method."""
-    rows = list(table)
-    width = max(len(method.name) for method in rows)
-    return "\n".join(f"{method.name:{width}}  {method.summary}" for method in rows)
+def methods_text(table: Sequence[Method], start: Container[str]) -> str:
+    """A line for each method, with a star for those with which to begin."""
+    width = max(len(method.name) for method in table)
+    return "\n".join(
+        f"{'★' if method.name in start else ' '} {method.name:{width}}  {method.summary}" for method in table
+    )
 
 
 def method_text(method: Method) -> str:

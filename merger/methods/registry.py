@@ -295,6 +295,15 @@ def methods() -> Mapping[str, Method]:
     return dict(sorted(_METHODS.items()))
 
 
+START = ("linear", "task_arithmetic", "iso_c", "slerp")
+"""With which to begin, in this order: what docs/which-method.md says for it."""
+
+
+def methods_by_use() -> list[Method]:
+    """Every method, those first with which to begin."""
+    return [methods()[name] for name in dict.fromkeys([*START, *methods()])]
+
+
 def named_method(name: str) -> Method:
     """The method of that name.
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from merger.methods.registry import Method, methods
+from merger.methods.registry import START, Method, methods_by_use
 
 _ROOT = Path(__file__).resolve().parents[2]
 _EXAMPLES = _ROOT / "examples"
@@ -69,8 +69,6 @@ _FAMILIES = {
     "spectral": ("singular values", "Adds up the changes by their main directions."),
     "subspace": ("subspaces", "Adds up the changes in directions that they share."),
 }
-_START = ("task_arithmetic", "linear", "slerp")
-"""Where to begin: in a comparison on language models (arXiv 2511.21437) the first gained most reliably."""
 
 
 def _family(method: Method) -> str:
@@ -84,13 +82,18 @@ def family_sentence(method: Method) -> str:
 
 def method_choices() -> list[tuple[str, str]]:
     """The methods' titles and names, those to start with first, then family by family."""
-    order = [*_START, *(name for kind in _FAMILIES for name, each in methods().items() if _family(each) == kind)]
-    return [(_title(methods()[name]), name) for name in dict.fromkeys([*order, *methods()])]
+    order = sorted(methods_by_use(), key=lambda method: -1 if method.name in START else _kind(method))
+    return [(_title(method), method.name) for method in order]
+
+
+def _kind(method: Method) -> int:
+    """Where its family stands; somebody's own stand last."""
+    return next((place for place, kind in enumerate(_FAMILIES) if kind == _family(method)), len(_FAMILIES))
 
 
 def _title(method: Method) -> str:
     kind = _FAMILIES.get(_family(method), ("your own", ""))[0]
-    return f"{'★ ' if method.name in _START else ''}{method.title} · {kind}"
+    return f"{'★ ' if method.name in START else ''}{method.title} · {kind}"
 
 
 # ---- examples -------------------------------------------------------------------------------------------------------
