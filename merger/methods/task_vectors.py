@@ -120,8 +120,8 @@ def nan(tensors: Tensors, lambda_: float = 1.0, *, measured: Sequence[float] | N
     """Task arithmetic whose weights fall with the norms of the models' tensors.
 
     With N models beside the base θ₀ the result is θ₀ + λ Σ cᵢ (θᵢ − θ₀), cᵢ = N/2 · ‖θᵢ‖⁻¹ / Σ ‖θₖ‖⁻¹. At λ = 2/N the
-    weights sum to 1. Fine-tunes of one base hardly differ in norm: it is then task arithmetic with weights of nearly 1/2,
-    which of many models is too much.
+    weights sum to 1. Fine-tunes of one base hardly differ in norm: then it is task arithmetic with weights of nearly
+    1/2, which of many models is too much.
 
     Follows the paper (weights by the inverse of the parameters' norm), the factor N/2 as a public reproduction has it;
     no code of the authors is known. Departs: the norms are those of each tensor, where there those of the whole model;

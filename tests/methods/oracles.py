@@ -76,10 +76,9 @@ def metagpt(deltas: Sequence[Array], lambda_: float) -> Answer:
 
 
 def nan(tensors: Sequence[Array], lambda_: float) -> Answer:
-    base, *models = tensors
-    norms = [np.linalg.norm(model) for model in models]
+    norms = [np.linalg.norm(tensor) for tensor in tensors[1:]]
     inverses = np.array([1 / norm if all(norms) else 1.0 for norm in norms])
-    factors = lambda_ * len(models) / 2 * inverses / inverses.sum()
+    factors = lambda_ * len(norms) / 2 * inverses / inverses.sum()
     return _sum(tensors, [1 - factors.sum(), *factors])
 
 
