@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
-from merger.methods.steps.arithmetic import Blocks, Mapped, array, dot, per_model, weighted_sum
+from merger.methods.steps.arithmetic import Blocks, Mapped, array, per_model, squared_norms, weighted_sum
 from merger.methods.steps.step import ONE, ZERO, Array, new, step, wide, wide_zeros, zeros
 from merger.methods.steps.votes import consensus
 from merger.methods.task_vectors import Trim, measure_ties, ties
@@ -40,8 +40,7 @@ class Selection:
 def measure_sce(blocks: Blocks, select_topk: float) -> Selection:
     """The threshold and the weights of a whole tensor."""
     threshold = _threshold(blocks, select_topk)
-    squares = [[dot(delta, delta) for delta in _select(block, threshold)] for block in blocks]
-    totals = [math.fsum(sums) for sums in zip(*squares, strict=True)]
+    totals = squared_norms(_select(block, threshold) for block in blocks)
     whole = math.fsum(totals)
     return Selection(threshold, tuple(total / whole if whole else 1 / len(totals) for total in totals))
 

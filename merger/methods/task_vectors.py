@@ -1,16 +1,17 @@
-"""Task vectors added to the base: task arithmetic, TIES, MagMax, EMR's unified vector, and ExPO.
+"""Task vectors added to the base: task arithmetic, by norms too, TIES, MagMax, EMR's unified vector, and ExPO.
 
 Not here: dropping entries first (sparsify), and masks over tasks (consensus).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from merger.methods.registry import Deltas, Paper, PerModel, Range, full, merge_method
-from merger.methods.steps.arithmetic import Blocks, divisor, l1_factors, per_model, weighted_sum
+from merger.methods.registry import Deltas, Paper, PerModel, Range, Tensors, full, merge_method
+from merger.methods.steps.arithmetic import Blocks, divisor, l1_factors, per_model, squared_norms, weighted_sum
 from merger.methods.steps.step import Array
 from merger.methods.steps.votes import choice, elect_and_merge, extremes, trim
 
@@ -49,6 +50,93 @@ def task_arithmetic(deltas: Deltas, weight: PerModel = 1.0, normalize: bool = Fa
     weights = per_model(weight, len(deltas))
     share = lambda_ / divisor(weights, normalize)
     return weighted_sum(deltas, [number * share for number in weights])
+
+
+# ---- by norms -------------------------------------------------------------------------------------------------------
+
+
+_METAGPT_PAPER = Paper(
+    "Yuyan Zhou, Liang Song, Bingning Wang, Weipeng Chen",
+    2024,
+    "MetaGPT: Merging Large Language Models Using Model Exclusive Task Arithmetic",
+    "https://arxiv.org/abs/2406.11385",
+)
+_NAN_PAPER = Paper(
+    "Chongjie Si, Kangtao Lv, Jingjing Jiang, Yadao Wang, Yongwei Wang, Xiaokang Yang, Wenbo Su, Bo Zheng, Wei Shen",
+    2025,
+    "NAN: A Training-Free Solution to Coefficient Estimation in Model Merging",
+    "https://arxiv.org/abs/2505.16148",
+)
+
+
+@merge_method(
+    "metagpt",
+    title="MetaGPT",
+    formula=(
+        r"\theta = \theta_0 + \lambda \sum_i \frac{\lVert \tau_i \rVert^2}{\sum_k \lVert \tau_k \rVert^2} \tau_i,"
+        r"\quad \tau_i = \theta_i - \theta_0"
+    ),
+    paper=_METAGPT_PAPER,
+    models=(1, None),
+    measure=squared_norms,
+    searches=False,
+    laws=("zero", "idempotent", "permutation", "scale"),
+)
+def metagpt(deltas: Deltas, lambda_: float = 1.0, *, measured: Sequence[float] | None = None) -> Array:
+    """Task arithmetic whose weights are the shares of the task vectors in the sum of their squared norms.
+
+    With τᵢ = θᵢ − θ₀ the result is θ₀ + λ Σ cᵢ τᵢ, cᵢ = ‖τᵢ‖² / Σ ‖τₖ‖². Where the loss is near to linear around θ₀ and
+    the task vectors are orthogonal, these weights lose least against the models by themselves, so nothing is left to
+    search for.
+
+    Follows the paper. Departs: the norms are those of each tensor, where there those of the whole model; λ is not in
+    the paper.
+
+    >>> import numpy as np
+    >>> one, other = np.float32([1, 1, 1, 0]), np.float32([0, 0, 0, 1])
+    >>> metagpt([one, other])
+    array([0.75, 0.75, 0.75, 0.25], dtype=float32)
+    """
+    squares = squared_norms([deltas]) if measured is None else measured
+    total = math.fsum(squares) or 1.0
+    return weighted_sum(deltas, [lambda_ * own / total for own in squares])
+
+
+@merge_method(
+    "nan",
+    title="NAN",
+    formula=(
+        r"\theta = \theta_0 + \lambda \frac N2 \sum_i \frac{\lVert \theta_i \rVert^{-1}}"
+        r"{\sum_k \lVert \theta_k \rVert^{-1}} (\theta_i - \theta_0)"
+    ),
+    paper=_NAN_PAPER,
+    base="first",
+    models=(2, None),
+    measure=squared_norms,
+    searches=False,
+    laws=("zero", "scale"),
+)
+def nan(tensors: Tensors, lambda_: float = 1.0, *, measured: Sequence[float] | None = None) -> Array:
+    """Task arithmetic whose weights fall with the norms of the models' tensors.
+
+    With N models beside the base θ₀ the result is θ₀ + λ Σ cᵢ (θᵢ − θ₀), cᵢ = N/2 · ‖θᵢ‖⁻¹ / Σ ‖θₖ‖⁻¹. At λ = 2/N the
+    weights sum to 1. Fine-tunes of one base hardly differ in norm: then it is task arithmetic with weights of nearly
+    1/2, which of many models is too much.
+
+    Follows the paper (weights by the inverse of the parameters' norm), the factor N/2 as a public reproduction has it;
+    no code of the authors is known. Departs: the norms are those of each tensor, where there those of the whole model;
+    where one of them is 0 all models count alike; λ is the strategies' own there.
+
+    >>> import numpy as np
+    >>> base, one, other = np.float32([0, 0]), np.float32([3, 0]), np.float32([0, 1])
+    >>> nan([base, one, other])
+    array([0.75, 0.75], dtype=float32)
+    """
+    squares = squared_norms([tensors]) if measured is None else measured
+    own = squares[1:] if all(squares[1:]) else [1.0] * (len(squares) - 1)
+    inverses = [1 / math.sqrt(each) for each in own]
+    share = lambda_ * len(own) / 2 / math.fsum(inverses)
+    return weighted_sum(tensors, [1 - lambda_ * len(own) / 2, *(share * each for each in inverses)])
 
 
 # ---- ties -----------------------------------------------------------------------------------------------------------

@@ -70,6 +70,18 @@ def task_arithmetic(deltas: Sequence[Array], weight: Sequence[float], normalize:
     return _sum(deltas, [lambda_ * number / total for number in weight])
 
 
+def metagpt(deltas: Sequence[Array], lambda_: float) -> Answer:
+    shares = np.array([np.linalg.norm(delta) ** 2 for delta in deltas])
+    return _sum(deltas, list(lambda_ * shares / (shares.sum() or 1.0)))
+
+
+def nan(tensors: Sequence[Array], lambda_: float) -> Answer:
+    norms = [np.linalg.norm(tensor) for tensor in tensors[1:]]
+    inverses = np.array([1 / norm if all(norms) else 1.0 for norm in norms])
+    factors = lambda_ * len(norms) / 2 * inverses / inverses.sum()
+    return _sum(tensors, [1 - factors.sum(), *factors])
+
+
 def _l1(whole: Array, left: Array) -> float:
     before, after = np.abs(whole).sum(), np.abs(left).sum()
     return float(before / after) if after > 1e-7 * before else 1.0
@@ -243,7 +255,8 @@ def ramplus_tl(deltas: Sequence[Array], r: float, alpha: float, epsilon: float) 
 ORACLES: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        *(linear, fisher, regmean, passthrough, slerp, task_arithmetic, ties, dare_linear, dare_ties),
+        *(linear, fisher, regmean, passthrough, slerp, task_arithmetic, metagpt, nan, ties),
+        *(dare_linear, dare_ties),
         *(breadcrumbs, breadcrumbs_ties, della, della_linear, sce, ram, ramplus_tl),
         *(nuslerp, multislerp, karcher, nearswap, arcee_fusion, model_stock),
     )

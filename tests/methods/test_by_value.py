@@ -19,7 +19,7 @@ from merger.methods.spectral import iso_cts, svc, tsvm
 from merger.methods.spherical import karcher, multislerp, nearswap, nuslerp, slerp
 from merger.methods.steps.random import Rng
 from merger.methods.subspace import subspace_boosting
-from merger.methods.task_vectors import emr, expo, magmax, task_arithmetic, ties
+from merger.methods.task_vectors import emr, expo, magmax, metagpt, nan, task_arithmetic, ties
 
 from .test_departures import entries, normal
 
@@ -54,6 +54,15 @@ ROWS: dict[str, Sequence[Row]] = {
         (task_arithmetic, [[3], [1]], {"weight": [1, -1], "normalize": True}, [2])],
     "task arithmetic multiplies the mean by lambda": [
         (task_arithmetic, [[3], [1]], {"weight": [1, 3], "normalize": True, "lambda_": 2}, [3])],
+    "metagpt weighs by squared norms, 25 : 144 : 0, as a public implementation does; none of zeros": [
+        (metagpt, [[3, 4, 0], [0, 0, 12], [0, 0, 0]], {}, near(75 / 169, 100 / 169, 12 * 144 / 169)),
+        (metagpt, [[0, 0]] * 2, {}, [0, 0])],
+    "nan weighs by inverse norms, 3/2 shared out as 2 : 6 : 1, as a public implementation does": [
+        (nan, [[0, 0], [3, 0], [0, 1], [6, 0]], {}, near(2, 1))],
+    "nan of a model that is zero counts all alike: an inverse would be infinite": [
+        (nan, [[1, 1], [0, 0], [3, 5]], {}, [1.5, 2.5])],
+    "nan at a lambda of 2 / N is a mean: the base does not count": [
+        (nan, [[9, 9], [3, 4], [4, 3]], {}, near(3.5, 3.5))],
     "ties keeps at least one entry, where mergekit 0.1.4 fails": [
         (ties, [[1, -3, 2]], {"density": 0.1}, [0, -3, 0])],
     "ties keeps all entries that equal the threshold": [

@@ -29,6 +29,8 @@ SUMMED_BY_BLOCK = (
     "pcb",
     "multislerp",
     "karcher",
+    "metagpt",
+    "nan",
 )  # by chunks, which whole blocks of the engine's size do not cut
 every_method = pytest.mark.parametrize("name", METHODS)
 lawful = settings(

@@ -221,6 +221,12 @@ def tensor_dots(blocks: Blocks) -> list[float]:
     return [math.fsum(column) for column in zip(*map(dots, blocks), strict=True)]
 
 
+def squared_norms(blocks: Blocks) -> list[float]:
+    """Of each whole tensor the square of its norm."""
+    sums = ([dot(tensor, tensor) for tensor in block] for block in blocks)
+    return [math.fsum(column) for column in zip(*sums, strict=True)]
+
+
 def square(pairs: Sequence[Pair]) -> list[list[Pair]]:
     """A symmetric table, from what stands on and above its diagonal, row by row."""
     size = math.isqrt(2 * len(pairs))
