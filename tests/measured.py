@@ -18,18 +18,18 @@ from merger.lock.statistics import Statistics, statistic_name
 from merger.methods.registry import Statistic
 from merger.stores.ports import FileInfo
 
-KINDS: tuple[Statistic, ...] = ("fisher", "gram")
+KINDS: tuple[Statistic, ...] = ("fisher", "gram", "activations")
 """Those that methods of ours ask for."""
 
 
 def drawn(held: Mapping[str, Tensor], kind: Statistic, seed: int) -> dict[str, Tensor]:
-    """Squares for each tensor, or for the matrices of layers products of drawn inputs."""
+    """Squares for each tensor, or for the matrices of layers products or magnitudes of drawn inputs."""
     draw = torch.Generator().manual_seed(seed)
     if kind == "fisher":
         return {name: torch.randn(tensor.shape, generator=draw) ** 2 for name, tensor in held.items()}
     matrices = {name: each.shape[1] for name, each in held.items() if each.ndim == 2 and ".layers." in name}
     inputs = {statistic_name(kind, name): torch.randn(40, width, generator=draw) for name, width in matrices.items()}
-    return {name: fed.T @ fed for name, fed in inputs.items()}
+    return {name: fed.T @ fed if kind == "gram" else fed.abs().mean(0) for name, fed in inputs.items()}
 
 
 def write(folder: Path, model: Path, kind: Statistic, seed: int = 0, **changed: Any) -> Path:

@@ -47,11 +47,11 @@ class Comparison:
         path = self.told["base"] if task is None else self.told["models"][task]
         return str(self.folder / path) if path.startswith(".") else path
 
-    def statistics(self, task: str, kind: str) -> Path:
-        """Where those of a specialist are; measured on its own text where they are not there yet."""
-        folder = self.folder / f"{task}-{kind}"
+    def statistics(self, task: str | None, kind: str) -> Path:
+        """Where those of a specialist, or the base, are; measured on its own text, or none, if not there yet."""
+        folder = self.folder / f"{task or 'base'}-{kind}"
         if not folder.exists():
-            text = (self.folder / self.told["train"].format(task=task)).resolve()
+            text = (self.folder / self.told["train"].format(task=task)).resolve() if task else "random-tokens"
             command = ["measure", self.model(task), "--kind", kind, "--data", str(text), "--length", "128"]
             subprocess.run([sys.executable, "-m", "merger", *command, "--to", str(folder)], check=True)
         return folder
@@ -71,11 +71,11 @@ class Comparison:
         if len(own) < least or (most is not None and len(own) > most):
             return None
         settings = self.told["settings"].get(method.name, {})
-        rows = [{"model": model} for model in own]
-        if kind := method.statistics:
-            rows = [
-                {**row, "statistics": str(self.statistics(task, kind))} for row, task in zip(rows, subset, strict=True)
-            ]
+        rows = [
+            {"model": self.model(task)}
+            | ({"statistics": str(self.statistics(task, str(method.statistics)))} if method.asks(not task) else {})
+            for task in [*subset, *([None] if method.of_base else [])]
+        ]
         content: dict[str, Any] = {"merge_method": method.name, "models": rows}
         content |= {"base_model": base} if base else {}
         if searched:

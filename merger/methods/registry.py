@@ -114,8 +114,8 @@ class Method:
     for ranks. `spreads` says that it shares out the strength of what it is given among all directions that a matrix can
     have. `placed` says that it is told as `start` at which entry of the tensor its block starts; a random one is told
     by `rng`. `needs` is torch where it is handed torch's tensors, and not numpy's arrays. `statistics` is what has to
-    have been measured of each model: an argument of that name holds an array a model, and none where nothing is said of
-    a tensor.
+    have been measured of each model, or `of_base` of the base model alone: an argument of that name holds an array for
+    each of these, and none where nothing is said of a tensor.
     """
 
     name: str
@@ -140,6 +140,11 @@ class Method:
     needs: Literal["torch"] | None = None
     searches: bool = True
     statistics: Statistic | None = None
+    of_base: bool = False
+
+    def asks(self, base: bool) -> bool:
+        """Whether something has to have been measured of a model, or of the base model that is subtracted."""
+        return self.statistics is not None and self.of_base == base
 
     def place(self, arrays: Sequence[Any], device: str = "cpu") -> list[Any]:
         """Numpy's arrays as the function wants them: as they are, or as torch's tensors on a device."""
@@ -195,6 +200,7 @@ def merge_method(
     needs: Literal["torch"] | None = None,
     searches: bool = True,
     statistics: Statistic | None = None,
+    of_base: bool = False,
 ) -> Callable[[F], F]:
     """Register a function as the merge method `name`; the function comes back unchanged.
 
@@ -216,6 +222,7 @@ def merge_method(
         needs: what it is handed in place of numpy's arrays.
         searches: whether `measure` looks for ranks, and not only sums: that takes memory.
         statistics: what has to have been measured of each model; it reaches the function as ``statistics``.
+        of_base: whether that is of the base model alone, which is subtracted.
 
     Raises:
         TypeError: at import, when an argument has no hint the table can read, or no description.
@@ -249,6 +256,7 @@ def merge_method(
             needs=needs,
             searches=searches,
             statistics=statistics,
+            of_base=of_base,
         )
         return function
 

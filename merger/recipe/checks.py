@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from merger.errors import did_you_mean
@@ -162,13 +163,13 @@ def _warn_of_base(found: Found, method: Method) -> None:
 
 def _measured(found: Found, method: Method) -> None:
     """Whether each model has the statistics that the method asks for, and none that nothing asks for."""
-    for source, place in zip(found.piece.sources, found.places, strict=False):
-        asked = method.statistics is not None and _is_counted(source, found.piece, method)
+    for source, place in zip_longest(found.piece.sources, found.places, fillvalue=found.listed):
+        asked = method.asks(base=not _is_counted(source, found.piece, method))
         if asked and source.statistics is None:
-            what = f"{method.name} asks for what was measured of each model, and {source.model} has no statistics"
-            place.error(
-                what, f"write statistics: org/name beside it; merger measure makes them, --kind {method.statistics}"
-            )
+            whose, where = ("the base model", "in its row, here") if method.of_base else ("each model", "beside it")
+            what = f"{method.name} asks for what was measured of {whose}, and {source.model} has no statistics"
+            made = f"merger measure makes them, --kind {method.statistics}"
+            place.error(what, f"write statistics: org/name {where}; {made}", place.key)
         elif source.statistics is not None and source.statistics.adapter is not None:
             place.error(f"{source.statistics} names an adapter, and statistics have none", "take +... out")
         elif not asked and source.statistics is not None:

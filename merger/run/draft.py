@@ -43,7 +43,9 @@ class Draft:
     def text(self) -> str:
         """The recipe, with the method's parameters as its own template has them."""
         template = yaml.safe_load((TEMPLATES_FOLDER / "recipes" / f"{self.method}.yaml").read_text("utf-8"))
-        content: dict[str, Any] = {"models": [self._model(model) for model in self.models], "merge_method": self.method}
+        measured = [self.base] if self.base and named_method(self.method).asks(base=True) else []
+        rows = [self._model(model) for model in dict.fromkeys([*self.models, *measured])]
+        content: dict[str, Any] = {"models": rows, "merge_method": self.method}
         content |= {"base_model": self.base} if self.base else {}
         content |= {key: template[key] for key in ("parameters", "dtype") if key in template}
         content |= {"publish": {"repo": repo}} if (repo := self.repo) else {}
@@ -52,8 +54,9 @@ class Draft:
 
     def _model(self, model: str) -> dict[str, str]:
         """A model's row, with statistics where the method asks for them: as merger measure's help calls them."""
-        kind = named_method(self.method).statistics
-        return {"model": model} | ({"statistics": f"{re.split('[@+]', model)[0]}-{kind}"} if kind else {})
+        method = named_method(self.method)
+        measured = {"statistics": f"{re.split('[@+]', model)[0]}-{method.statistics}"}
+        return {"model": model} | (measured if method.asks(model == self.base and method.subtracts_base) else {})
 
     @property
     def repo(self) -> str | None:

@@ -7,7 +7,7 @@ import yaml
 from merger.card.escape import code, fence, prose
 from merger.lock.locked import LockedModel
 from merger.lock.statistics import Statistics
-from merger.methods.registry import Statistic
+from merger.methods.registry import Statistic, named_method
 from merger.models.side_files import LOCK_NAME
 
 _WORDS: dict[Statistic, str] = {
@@ -35,7 +35,9 @@ def statistics_card(said: Statistics, name: str, model: LockedModel) -> str:
         **({"license": model.licence} if model.licence else {}),
         "tags": ["merger", "statistics", said.kind],
     }
-    recipe = yaml.safe_dump({"models": [{"model": measured, "statistics": name}]}, sort_keys=False)
+    method = named_method(_METHODS[said.kind])
+    base = {"base_model": measured} if method.of_base else {}
+    recipe = yaml.safe_dump({"models": [{"model": measured, "statistics": name}], **base}, sort_keys=False)
     facts = {
         "model": " + ".join(code(parent.model) for parent in said.models),
         "commit": ", ".join(code(parent.commit) for parent in said.models if parent.commit),
@@ -56,7 +58,7 @@ def statistics_card(said: Statistics, name: str, model: LockedModel) -> str:
             "|---|---|",
             *(f"| {what} | {fact} |" for what, fact in facts.items() if fact),
             "",
-            f"In a recipe, for `merge_method: {_METHODS[said.kind]}`:",
+            f"In a recipe, for `merge_method: {method.name}`:",
             "",
             fence(recipe, "yaml"),
             "",

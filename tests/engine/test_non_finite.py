@@ -69,6 +69,7 @@ def recipe_of(method: str, models: Path) -> str:
     if found.models[0] == found.models[1] == 2 and found.base == "first":
         names = ["broken"]
     base = f"base_model: {models / 'sound'}\n" if found.takes_base else ""
+    names += ["sound"] if found.of_base else []
     needed = {param.name: "0.5" for param in found.params if param.required}
     told = "parameters: {" + ", ".join(f"{name}: {value}" for name, value in needed.items()) + "}\n" if needed else ""
     return f"merge_method: {method}\n{base}{told}{listed(models, *names, kind=found.statistics)}"

@@ -52,6 +52,19 @@ def regmean(
     return Answer((right,), size + 1e-9 * np.max(size))  # what float64 leaves of an inverse times its matrix
 
 
+def aim(
+    deltas: Sequence[Array],
+    weight: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    omega: float,
+    statistics: Sequence[Array] = (),
+) -> Answer:
+    whole = task_arithmetic(deltas, weight, normalize, lambda_)
+    factors = [1 - (1 - omega) * np.float64(each) / max(each.max(), 1e-30) for each in statistics] or [np.ones(1)]
+    return Answer(tuple(right * factors[0] for right in whole.right), whole.size)
+
+
 def slerp(tensors: Sequence[Array], t: float) -> Answer:
     a, b = tensors
     na, nb = float(np.linalg.norm(a)), float(np.linalg.norm(b))
@@ -255,7 +268,7 @@ def ramplus_tl(deltas: Sequence[Array], r: float, alpha: float, epsilon: float) 
 ORACLES: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        *(linear, fisher, regmean, passthrough, slerp, task_arithmetic, metagpt, nan, ties),
+        *(linear, fisher, regmean, aim, passthrough, slerp, task_arithmetic, metagpt, nan, ties),
         *(dare_linear, dare_ties),
         *(breadcrumbs, breadcrumbs_ties, della, della_linear, sce, ram, ramplus_tl),
         *(nuslerp, multislerp, karcher, nearswap, arcee_fusion, model_stock),

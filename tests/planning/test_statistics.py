@@ -33,10 +33,10 @@ WEIGHTS = torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64)
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three small models, each with statistics of both kinds beside it."""
+    """Three small models, each with statistics of each kind beside it."""
     for seed, name in enumerate(NAMES):
         tiny.write(tmp_path / name, tiny.tensors(seed, dtype=torch.float32))
-        for kind in KINDS.values():
+        for kind in measured.KINDS:
             measured.write(tmp_path / f"{name}-{kind}", tmp_path / name, kind, seed)
     return tmp_path
 
@@ -76,6 +76,33 @@ def test_a_merge_is_the_papers_formula_in_float64(
         torch.testing.assert_close(made, expected.float(), rtol=1e-5, atol=1e-6)
     assert f"{kind} of one, measured on 1,000 tokens of texts.txt" in planned.notes
     assert f"one-{kind}" in (root / "out" / "merger.lock.yaml").read_text()
+
+
+BY_AIM = """\
+merge_method: aim
+base_model: {root}/three
+parameters: {{omega: 0.25}}
+models: [{{model: {root}/one, parameters: {{weight: 2}}}}, {{model: {root}/two}}, {row}]
+"""
+
+
+def test_aim_is_weighed_by_what_the_base_is_fed(root: Path) -> None:
+    """In float64, of the base's statistics alone; a base without them is refused, whether it has a row or not."""
+    row = f"{{model: {root}/three, statistics: {root}/three-activations}}"
+    planned = merged(BY_AIM.format(root=root, row=row), root / "out")
+    one, two, base = (tiny.read(root / name) for name in NAMES)
+    fed = load_file(root / "three-activations" / "model.safetensors")
+    for name, made in tiny.read(root / "out").items():
+        known = fed.get(statistic_name("activations", name), torch.zeros(1)).double()
+        kept = 1 - 0.75 * known / known.max().clamp(min=1e-9)
+        expected = base[name] + kept * (2 * (one[name].double() - base[name]) + two[name] - base[name])
+        torch.testing.assert_close(made, expected.float(), rtol=1e-5, atol=1e-6)
+    assert [note for note in planned.notes if "activations of three" in note]
+    for without in (f"{{model: {root}/three}}", f"{{model: {root}/two}}"):
+        with pytest.raises(MergerError, match=r"what was measured of the base model, and .*three has no statistics"):
+            merged(BY_AIM.format(root=root, row=without), root / "other")
+    with pytest.raises(MergerError, match="aim asks for activations, and three-gram holds gram"):
+        merged(BY_AIM.format(root=root, row=row.replace("activations", "gram")), root / "other")
 
 
 def replaced(folder: Path, name: str, made: Callable[[Tensor], Tensor | None]) -> None:

@@ -218,8 +218,9 @@ class Job:
 
     @property
     def statistics(self) -> tuple[Stored, ...]:
-        """What was measured of its inputs, one for each of them or none."""
-        return tuple(entry.statistic for entry in self.inputs if entry.statistic is not None)
+        """What was measured of its inputs, one for each of them or none, or of its base."""
+        operands = self.inputs if self.base is None else (*self.inputs, self.base)
+        return tuple(entry.statistic for entry in operands if entry.statistic is not None)
 
     @property
     def is_compared(self) -> bool:

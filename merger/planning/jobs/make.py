@@ -218,16 +218,17 @@ class _Merges:
         parts = [
             (part, tensor, source.shape)
             for part, tensor, source in zip(piece.parts, tensors, sources, strict=True)
-            if not (part.is_base and method.subtracts_base)
+            if method.asks(base=part.is_base and method.subtracts_base)
         ]
         found, misfits = statistics_of(self._making.locked, method, parts)
         for part, what in misfits:
             self._making.findings.about_part(what, part, f"measure it: merger measure --kind {method.statistics}")
         measured = iter(found)
         for part, source, own in zip(piece.parts, sources, each, strict=True):
-            statistic = None if part.is_base and method.subtracts_base else next(measured)
+            subtracted = part.is_base and method.subtracts_base
+            statistic = next(measured) if method.asks(subtracted) else None
             operand = Operand(source, own, self._making.repeats(part.number), statistic)
-            if part.is_base and method.subtracts_base:
+            if subtracted:
                 base = operand
             else:
                 inputs.append(operand)
