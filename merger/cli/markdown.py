@@ -119,9 +119,10 @@ def _page(path: str) -> str:
 
 def _facts(found: PlanSummary) -> list[tuple[str, str]]:
     planned, dtypes = found.plan, ", ".join(found.dtypes)
+    files = f"{len(planned.files)} file{'s' if len(planned.files) > 1 else ''}"
     return [
         ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in found.methods.items())),
-        ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {_files(planned)}"),
+        ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {files}"),
         *([("tokens", sentence(found.tokens))] if found.tokens else []),
         ("licence", _licence(found.licence)),
         ("goes to", code(found.to) if found.to else "not said yet"),
@@ -131,10 +132,6 @@ def _facts(found: PlanSummary) -> list[tuple[str, str]]:
         ("time", f"about {_minutes(planned)} min, if the Hub sends 100 MB and takes 50 MB a second"),
         ("plan", f"`{planned.hash[:16]}`"),
     ]
-
-
-def _files(planned: Plan) -> str:
-    return f"{len(planned.files)} file{'s' if len(planned.files) > 1 else ''}"
 
 
 def _licence(found: Judgement) -> str:
