@@ -1,20 +1,14 @@
-"""Draws the pictures of docs/pictures.md and docs/cards.md: those of a merge of the zoo, the lineage of an invented
-family, and the page that a card makes, in a real browser.
+"""Draws the pictures of docs/pictures.md: those of a merge of the zoo, and the lineage of an invented family.
 
-`python docs/pictures.py` writes them to docs/pictures. Not here: a check for drift; each matplotlib draws other bytes.
+`python docs/pictures.py` writes them to docs/pictures. Not here: a check for drift, as each matplotlib draws other
+bytes, and photographs of pages (screens).
 """
 
 from __future__ import annotations
 
-import io
-import shutil
 import sys
 import tempfile
 from pathlib import Path
-
-from markdown_it import MarkdownIt
-from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from merger.card.ancestors import Family, Member
 from merger.card.pictures.lineage import portrait
@@ -45,13 +39,6 @@ models:
   - {{model: {ZOO}/python, parameters: {{weight: 0.3}}}}
 publish: {{license: mit}}
 """
-STYLE = """\
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 880px; margin: 1em auto; padding: 0 1em; color: #1f2328 }
-img { max-width: 100% } pre { background: #f6f8fa; padding: 1em; overflow: auto; font-size: 13px }
-table { border-collapse: collapse; display: block; overflow: auto } td, th { border: 1px solid #ddd; padding: 4px 8px }
-code { background: #f6f8fa } blockquote { border-left: 4px solid #ddd; margin: 0; padding-left: 1em; color: #59636e }
-summary { cursor: pointer }
-"""
 INVENTED = Family(
     (
         Member("you/grandchild", made="merge by ties", parents=(1, 2, 3)),
@@ -73,30 +60,9 @@ def merged(text: str, work: str, name: str) -> Path:
     return Path(work) / name
 
 
-def page(folder: Path) -> Path:
-    """The page of a folder's card, as the Hub shows it but for formulas."""
-    text = (folder / "README.md").read_text("utf-8").split("---\n", 2)[2]
-    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
-    made = folder / "card.html"
-    made.write_text(f"<meta charset=utf-8><meta name=viewport content=width=device-width><style>{STYLE}</style>{body}")
-    return made
-
-
-def photograph(page: Path) -> None:
-    """The page as wide and as narrow as people have it, all of it."""
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=shutil.which("chromium"))
-        for name, width in (("card", 1280), ("card-390", 390)):
-            view = browser.new_page(viewport={"width": width, "height": 800})
-            view.goto(page.as_uri())
-            shot = Image.open(io.BytesIO(view.screenshot(full_page=True))).convert("RGB")
-            shot.quantize(32).save(DOCS / "pictures" / f"{name}.png", optimize=True)
-
-
 def main() -> int:
     """Merge and draw."""
     with tempfile.TemporaryDirectory() as work:
-        photograph(page(merged(LINEAR, work, "your-merge")))
         merged(RECIPE, work, "out")
         charts = [item for item in (Path(work) / "out" / "pictures").iterdir() if item.stem != "lineage"]
         drawn = {f"pictures/{item.name}": item.read_bytes() for item in charts}

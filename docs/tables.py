@@ -134,9 +134,8 @@ def families_table(built: Iterable[Method]) -> str:
     for method in built:
         files[method.function.__module__].append(f"[`{method.name}`](docs/methods.md#{_anchor(method)})")
     says = {name: (sys.modules[name].__doc__ or "").splitlines()[0].split(":")[0] for name in files}
-    return table(
-        ("family", "methods"), [(says[name].removeprefix("Methods "), ", ".join(of)) for name, of in files.items()]
-    )
+    rows = [(re.sub("^Methods ", "… ", says[name]), ", ".join(of)) for name, of in files.items()]
+    return table(("family", "methods"), rows)
 
 
 def _anchor(method: Method) -> str:

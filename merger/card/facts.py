@@ -34,6 +34,7 @@ from merger.recipe.blocks.mixture import METHOD
 from merger.recipe.model import Expert, Mixture
 from merger.runtime import PACKAGE
 from merger.safety.names import HUB, hub_path, is_repo
+from merger.safety.numbers import size
 from merger.stores.ports import FileInfo, Located
 
 _Key = TypeVar("_Key")
@@ -73,6 +74,14 @@ class PlanSummary:
     def models(self) -> Sequence[LockedModel | int]:
         """Those that are read; of the many checkpoints of a run the ends, and how many are between them."""
         return fold_alike(self.plan.locked.models, lambda model: (model.licence, model.located.commit is None))
+
+    @property
+    def disk(self) -> str:
+        """What it takes where its result goes; in a folder and on the Hub as long as that is not said."""
+        folder, hub = (size(self.plan.disk(staged=staged)) for staged in (False, True))
+        if self.to is None:
+            return f"{folder} for a folder, {hub} for the Hub"
+        return folder if hub_path(self.to) is None else hub
 
     @cached_property
     def dtypes(self) -> tuple[str, ...]:

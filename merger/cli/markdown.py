@@ -86,7 +86,8 @@ def fold(title: str, text: str) -> str:
 
 def _tables(found: PlanSummary) -> str:
     models = _table(("model", "commit", "licence", "size"), _models(found))
-    return "\n".join([*models, "", *_table(("", ""), _facts(found))])
+    first, *facts = _facts(found)  # a head without words would be an empty row
+    return "\n".join([*models, "", *_table(first, facts)])
 
 
 def _models(found: PlanSummary) -> list[tuple[str, ...]]:
@@ -118,15 +119,16 @@ def _page(path: str) -> str:
 
 def _facts(found: PlanSummary) -> list[tuple[str, str]]:
     planned, dtypes = found.plan, ", ".join(found.dtypes)
+    files = f"{len(planned.files)} file{'s' if len(planned.files) > 1 else ''}"
     return [
         ("method", ", ".join(f"`{name}` ({count} tensors)" for name, count in found.methods.items())),
-        ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {len(planned.files)} files"),
+        ("result", f"{planned.entries:,} numbers in {dtypes}; {size(planned.size)} in {files}"),
         *([("tokens", sentence(found.tokens))] if found.tokens else []),
         ("licence", _licence(found.licence)),
         ("goes to", code(found.to) if found.to else "not said yet"),
         ("reads", size(planned.read_bytes)),
         ("memory", f"{size(planned.peak_memory)} at most"),
-        ("disk", f"{size(planned.disk(staged=True))} for the Hub, {size(planned.disk(staged=False))} for a folder"),
+        ("disk", found.disk),
         ("time", f"about {_minutes(planned)} min, if the Hub sends 100 MB and takes 50 MB a second"),
         ("plan", f"`{planned.hash[:16]}`"),
     ]

@@ -45,7 +45,7 @@ def warning(problem: Problem) -> str:
 
 def plan_text(found: PlanSummary) -> str:
     """What will be made of what, what it takes, what is left out, and under which licence."""
-    made = [*_models(found), "", *_making(found), "", *_costs(found.plan), *_accounting(found)]
+    made = [*_models(found), "", *_making(found), "", *_costs(found), *_accounting(found)]
     doubts = [each for doubt in found.doubts for each in ("", f"warning: {doubt}")]
     return join_lines([*made, *_licence(found.licence), *doubts])
 
@@ -110,11 +110,12 @@ def _safetensors(planned: Plan) -> str:
     return f"files   {count} of safetensors, {nbytes}; {beside}"
 
 
-def _costs(planned: Plan) -> list[str]:
+def _costs(found: PlanSummary) -> list[str]:
+    planned = found.plan
     return [
         f"reads   {size(planned.read_bytes)}",
         f"memory  {size(planned.peak_memory)} at most, with {planned.threads} threads",
-        f"disk    {size(planned.disk(staged=False))} for a folder, {size(planned.disk(staged=True))} for the Hub",
+        f"disk    {found.disk}",
         *_measuring(planned),
         *_searching(planned),
     ]

@@ -191,7 +191,7 @@ _WHY = {
     CODE: "code that its config.json does not name",
     TOKENIZER: "no part of the tokenizer that the result has",
     TEMPLATE: "no part of the tokenizer that the result has",
-    "": "tells people of the model itself",
+    "": "about that model itself",
 }
 
 

@@ -94,7 +94,7 @@ def choose_method(place: Value, table: Mapping[str, Method]) -> Choice:
     """
     name = place.text("the name of a merge method")
     method = None if name is None else table.get(name)
-    built = f"built so far: {', '.join(table)}"
+    built = f"choose one of {', '.join(table)}"
     if name in FIELD_METHODS and method is None:
         place.error(f"{name} is not built yet", built)
     elif name is not None and method is None:

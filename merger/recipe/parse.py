@@ -294,7 +294,7 @@ def _without_method(top: Value, table: Mapping[str, Method], modules: tuple[Modu
     """A recipe may leave out merge_method if every slice names one."""
     pieces = [piece for module in modules for piece in module.slices]
     if not pieces or any(not piece.method for piece in pieces):
-        top.error("missing merge_method", f"built so far: {', '.join(table)}")
+        top.error("missing merge_method", f"choose one of {', '.join(table)}")
 
 
 @dataclass(frozen=True)

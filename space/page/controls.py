@@ -78,7 +78,7 @@ class Controls:
 
     def _number(self, param: Param, value: float, row: int | None) -> None:
         key = (param.name, row)
-        about: dict[str, Any] = {"label": param.name, "info": param.description, "interactive": True}
+        about: dict[str, Any] = {"label": param.name, "info": _sentence(param), "interactive": True}
         about |= _keep("number", *key)
         control: gr.Checkbox | gr.Number | gr.Slider
         if param.kind == "bool":
@@ -101,7 +101,7 @@ class Controls:
     def _gradient(self, param: Param, value: ShownSetting, row: int | None, name: str) -> None:
         key = (param.name, row)
         words = ", ".join(f"{number:g}" for number in value.numbers)
-        info = f"{param.description} Numbers from the first layer to the last, as many as you like."
+        info = f"{_sentence(param)} Numbers from the first layer to the last, as many as you like."
         how: dict[str, Any] = {"max_lines": 1, "interactive": True, "elem_classes": ["line"], **_keep("line", *key)}
         line = gr.Textbox(words, label=param.name, info=info, **how)
         curve = gr.HTML(_curve(value, name, param), js_on_load=_CURVES, **_keep("curve", *key))
@@ -126,6 +126,10 @@ class Controls:
             return {curve: "<p class='fine'>Write numbers with commas between them, such as 0, 0.5, 1.</p>"}
         drawn = _curve(ShownSetting({"": tuple(numbers)}), name, param)
         return {**self._check(form.with_value(text, row, param, numbers)), curve: drawn}
+
+
+def _sentence(param: Param) -> str:
+    return param.description[:1].upper() + param.description[1:]
 
 
 def _curve(value: ShownSetting, name: str, param: Param) -> str:

@@ -178,4 +178,4 @@ def _dropdown(id: str, label: str, info: str, choices: Sequence[Any], value: Any
 
 def _about(name: str) -> str:
     method = methods().get(name)
-    return f"{family_sentence(method)} {method.summary}" if method else "None of the methods is named in the recipe."
+    return f"{family_sentence(method)} {method.summary}" if method else "The recipe names no method that there is here."

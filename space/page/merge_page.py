@@ -38,6 +38,7 @@ details > summary { cursor: pointer; font-weight: 600; padding: .4rem 0; }
 table { display: block; max-width: 100%; overflow-x: auto; border-collapse: collapse; }
 td, th { border: 1px solid var(--border-color-primary); padding: .25rem .6rem; text-align: left; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+article.job h1.state { font-size: 1.6rem; line-height: 1.3; font-weight: 400; margin: 1rem 0; }
 """
 _SCRIPT = """
 document.documentElement.classList.toggle('dark', matchMedia('(prefers-color-scheme: dark)').matches);
@@ -82,8 +83,8 @@ def _body(job: QueuedMerge, ahead: int) -> str:
     is_open = "" if job.is_over else " data-open"
     again = f'<a href="/?recipe={quote(job.recipe, safe="")}">Open this recipe in the Space</a>'
     return (
-        f'<main><h1>{as_text(job.to.removeprefix(HUB))}</h1><div id="state" aria-live="polite"{is_open}>'
-        f'{views.job(job, ahead)}</div><div id="use">{_use(job)}{_card(job)}</div>'
+        f'<main><div id="state" aria-live="polite"{is_open}>{views.job(job, ahead, "h1")}</div>'
+        f'<div id="use">{_use(job)}{_card(job)}</div>'
         f'<h2>Log</h2><div id="log">{views.log(job)}</div>'
         f'<h2>Recipe</h2><pre tabindex="0">{as_text(job.recipe)}</pre><p>{again}</p></main>'
     )

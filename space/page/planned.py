@@ -123,7 +123,7 @@ class Plans:
         return {
             **self._quiet(),
             self.planned: gr.update(visible=True, elem_classes=[]),
-            self.table: markdown.plan_section(found.summary()) + notes,
+            self.table: texts.for_the_page(markdown.plan_section(found.summary())) + notes,
             self.lineage: views.lineage(files, [str(model) for model in found.recipe.models]),
             self.card: views.card_text(files),
         }

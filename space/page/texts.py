@@ -50,7 +50,7 @@ _HERE = [
         (r"give a token of that account as HF_TOKEN", "sign in with that account"),
         (r"set HF_TOKEN(?: anew, or unset it)?", "sign out, and in again"),
         (r", then HF_ENDPOINT|, and check HF_ENDPOINT", ""),
-        (r", or --to\b| \(--exclude\)", ""),
+        (r", or --to\b| \(--exclude\)|(?<=\| disk \| )[^|,]+ for a folder, | for the Hub(?= \|)", ""),
         (r"(?:write a )?smaller (?:--[a-z-]+(?: and )?)+", "a smaller merge"),
     )
 ]

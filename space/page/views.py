@@ -166,10 +166,10 @@ def label(job: QueuedMerge) -> str:
     return f"{job.to.removeprefix(HUB)}: {_WORDS[job.state]}"
 
 
-def job(found: QueuedMerge, ahead: int) -> str:
-    """All about one job."""
+def job(found: QueuedMerge, ahead: int, heading: str = "p") -> str:
+    """All about one job, under a heading of that rank."""
     share = 1.0 if found.state == "done" else min(1.0, found.made / max(1, found.total))
-    parts = [f'<p class="state {found.state}">{_state(found, ahead)}</p>']
+    parts = [f'<{heading} class="state {found.state}">{_state(found, ahead)}</{heading}>']
     if not found.is_over or found.made:
         parts.append(
             f'<progress max="100" value="{100 * share:.0f}" aria-label="share of the merge that is made">'

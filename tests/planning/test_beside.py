@@ -189,7 +189,7 @@ FATES: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any], str | None]] = {
     "modeling.py": ((), MAP, "taken"),
     "train.py": ((), {}, "code that its config.json does not name"),
     "adapter_config.json": ((), {}, "an adapter lies beside the model, and is merged only where the recipe names it"),
-    "scores.png": ((), {}, "tells people of the model itself"),
+    "scores.png": ((), {}, "about that model itself"),
     "trainer_state.json": ((), {}, "not known to be read by what loads the result"),
     "model.Q4_K_M.gguf": ((), {}, None),
     "onnx/model.onnx": ((), {}, None),
@@ -223,7 +223,7 @@ def test_what_is_left_out_is_told_by_plan_json_and_card(here: Path, capsys: pyte
     assert told["side_files_left_out"] == {"params.json": why}
     assert "SYSTEM_PROMPT.txt" in told["side_files"]
     assert main(["run", path, "./out", "--quiet"]) == 0
-    assert f"- Beside one lie files that are not here ({why}): params.json." in (here / "out/README.md").read_text()
+    assert f"- Files of one that were left out: params.json ({why})." in (here / "out/README.md").read_text()
     assert (here / "out/SYSTEM_PROMPT.txt").read_text() == "Be helpful.\n"
 
 

@@ -5,10 +5,8 @@ Not here: what the form does to a text (test_form), the queue by itself (test_jo
 
 from __future__ import annotations
 
-import os
 import re
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -22,7 +20,6 @@ from waiting import HANGS_SECONDS, until
 if TYPE_CHECKING:
     from conftest import Visit, Visitor
 
-IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 FIRST = "merger-zoo-kjv-python-task-arithmetic"
 
 
@@ -432,8 +429,6 @@ def test_the_looks(visit: Visit, dark: bool) -> None:
         assert bar is not None
         assert width > 640 or bar["y"] > 800  # the main action is at hand wherever the page is scrolled to
     assert visitor.page.evaluate("document.documentElement.lang") == "en"
-    if os.environ.get("SCREENSHOTS"):
-        _pictures(visitor, "dark" if dark else "light")
 
 
 @thorough_only
@@ -475,36 +470,3 @@ def test_axe_finds_nothing(visit: Visit, dark: bool) -> None:
     assert found() == []
     visitor.page.goto(visitor.url + str(visitor.page.locator("#job a[href^='/merges/']").get_attribute("href")))
     assert found() == []
-
-
-def _pictures(visitor: Visitor, scheme: str) -> None:
-    """For the documents: a merge by layers, published, and its plan, at both widths."""
-    visitor.sign_in("alice")
-    visitor.choose("example", "SLERP, by layer", "SLERP, by layer")
-    visitor.until(lambda: "filter: mlp" in visitor.recipe())
-    named(visitor, f"alice/space-{scheme}")
-    visitor.click("button", "Merge and publish")
-    visitor.page.locator("#job .state.done").get_by_text(f"alice/space-{scheme}").wait_for()
-    visitor.page.get_by_role("button", name="Plan").click()
-    visitor.page.locator("#table").get_by_text(f"alice/space-{scheme}").wait_for()
-    visitor.page.mouse.move(0, 0)
-    _picture(visitor, f"space-{{}}-{scheme}")
-    visitor.page.goto(visitor.url + str(visitor.page.locator("#job a[href^='/merges/']").get_attribute("href")))
-    _picture(visitor, f"merge-{{}}-{scheme}")
-
-
-def _picture(visitor: Visitor, name: str) -> None:
-    for width in (1280, 390):
-        visitor.page.set_viewport_size({"width": width, "height": 900})
-        height = visitor.page.evaluate("document.documentElement.scrollHeight")
-        visitor.page.set_viewport_size({"width": width, "height": height})  # the editor measures what is in view
-        path = IMAGES / f"{name.format(width)}.png"
-        visitor.page.screenshot(path=path, full_page=True)
-        in_few_colours(path)
-
-
-def in_few_colours(path: Path) -> None:
-    """So that it is small."""
-    from PIL import Image
-
-    Image.open(path).convert("RGB").quantize(200).save(path, optimize=True)

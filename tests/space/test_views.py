@@ -9,12 +9,17 @@ import json
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hostile import HOSTILE, obeyed
 from huggingface_hub import constants
-from places import ROOT
+from places import ROOT, ZOO
 
+from merger import Options, plan
+from merger.card.facts import PlanSummary
+from merger.cli.markdown import plan_section
+from merger.cli.text import plan_text
 from merger.errors import Problem
 from space.page import views
 from space.page.form import ShownSetting
@@ -96,6 +101,24 @@ def test_no_word_of_a_terminal() -> None:
     # what is too big has a sentence of the Space's own
     strange = re.compile(r"HF_(TOKEN|ENDPOINT)|(?<!\.)\./|--(?!max-memory|stream|shard-size)[a-z]")
     assert {hint: told for hint, told in found.items() if strange.search(told)} == {}
+
+
+@pytest.mark.parametrize(
+    ("to", "told", "here"),
+    [
+        (None, "2.7 MB for a folder, 2.0 MB for the Hub", "2.0 MB"),
+        ("hf://you/merged", "2.0 MB", "2.0 MB"),
+        ("./out", "2.7 MB", "2.7 MB"),
+    ],
+)
+def test_the_disk_of_where_a_merge_goes(tmp_path: Path, to: str | None, told: str, here: str) -> None:
+    """As long as that is not said a plan tells both, and the page, which knows no folders, the Hub's."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"merge_method: linear\nmodels: [{{model: {ZOO}/kjv}}, {{model: {ZOO}/python}}]\n")
+    found = PlanSummary(plan(recipe, options=Options(shard_size=1_000_000)), to)
+    assert f"disk    {told}\n" in plan_text(found)
+    assert f"| disk | {told} |" in plan_section(found)
+    assert f"| disk | {here} |" in for_the_page(plan_section(found))
 
 
 def test_links_of_a_card_lead_to_the_hub() -> None:
