@@ -106,8 +106,10 @@ def plan(recipe: AnyRecipe, to: str | None = None, *, options: Options | None = 
     2745456
     """
     from merger.run.prepare import options_for, plan
+    from merger.statistics.kept import find_kept
 
-    return plan(check(recipe), options_for(options, to))[0]
+    found = check(recipe)
+    return plan(found, find_kept(found, options_for(options, to))[0])[0]
 
 
 def merge(
@@ -134,9 +136,12 @@ def merge(
     from merger.run.options import with_free_memory
     from merger.run.pipeline import ignore, merge
     from merger.run.prepare import options_for, plan
+    from merger.statistics.kept import find_kept, measure_awaited
 
-    chosen = with_free_memory(options_for(options, to))
-    planned, library = plan(check(recipe), chosen)
+    found = check(recipe)
+    chosen, awaited = find_kept(found, with_free_memory(options_for(options, to)))
+    planned, library = plan(found, chosen)
+    measure_awaited(awaited)
     return merge(planned, library, chosen, on_event or ignore)
 
 
@@ -164,8 +169,11 @@ def search(
     from merger.run.options import with_free_memory
     from merger.run.pipeline import ignore
     from merger.run.prepare import options_for
+    from merger.statistics.kept import find_kept, measure_awaited
 
-    found, chosen = check(recipe), with_free_memory(options_for(options, None))
+    found = check(recipe)
+    chosen, awaited = find_kept(found, with_free_memory(options_for(options, None)))
+    measure_awaited(awaited)
     from merger.searching.search import search  # takes what may be missing
 
     return search(found, chosen, effort, on_event or ignore)

@@ -257,7 +257,9 @@ def _read(planned: Plan, model: LockedModel) -> list[str]:
 def _parent(planned: Plan, model: LockedModel, checksum: Checksum) -> Parent:
     located = model.located
     files = {name: FileInfo(located.files[name].size, checksum(located, name)) for name in _read(planned, model)}
-    return Parent(display_name(model), located.commit, model.licence, files, located.name if located.moved else None)
+    now, measured = located.name if located.moved else None, model.statistics
+    on = {} if measured is None else {"statistics": measured.kind, **measured.measured_on}
+    return Parent(display_name(model), located.commit, model.licence, files, now, on)
 
 
 # ---- mixtures -------------------------------------------------------------------------------------------------------

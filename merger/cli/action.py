@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from merger.card.escape import code
 from merger.card.facts import PlanSummary
 from merger.card.render import render
-from merger.cli import markdown, text
+from merger.cli import markdown, reports, text
 from merger.cli.github import (
     COMMENT_CHARACTERS,
     SUMMARY_CHARACTERS,
@@ -51,6 +51,7 @@ from merger.runtime import Halt, halting, take_over, tell_limits
 from merger.safety.names import HUB, hub_path
 from merger.safety.paths import inside
 from merger.safety.text import guard_streams, line
+from merger.statistics.kept import Awaited, find_kept, measure_awaited
 
 if TYPE_CHECKING:
     from merger.planning.plan import Plan
@@ -216,6 +217,9 @@ class ActionRun:
             print(line(f"{outcome.recipe}: well formed"))
             return
         options = self._options(recipe)
+        awaited: tuple[Awaited, ...] = ()
+        if not self.event.is_foreign:  # for a stranger nothing is measured
+            options, awaited = find_kept(recipe, options)
         planned, store = plan(recipe, options)
         looked = sampled_doubts(planned, store) if options.part is None and not options.publish_only else ()
         found = PlanSummary(planned, stated_destination(recipe, options) or None, looked)
@@ -228,6 +232,7 @@ class ActionRun:
             yield outcome
         print(text.plan_text(found), flush=True)
         if self.mode in RUNNING:
+            measure_awaited(awaited, before=lambda each: print(reports.measurement_text(each.planned, each.disk)))
             yield self._merge(outcome, planned, store, options)
 
     def _changed(self, name: str, found: PlanSummary, options: Options) -> str:

@@ -308,6 +308,8 @@ def _add_measure(commands: Commands) -> None:
     count = _whole(numbers.COUNT)
     measure.add_argument("--tokens", type=count, default=65_536, metavar="N", help="of these so many (default 65536)")
     measure.add_argument("--length", type=count, default=512, metavar="N", help="in one sequence (default 512)")
+    blocks = "of Gram matrices blocks of N inputs along the diagonal (1: the diagonal alone), and nothing else"
+    measure.add_argument("--blocks", type=count, metavar="N", help=blocks)
     measure.add_argument("--plan", action="store_true", help="only show what it takes")
     _add_place(measure, "")
     _add_end(measure)

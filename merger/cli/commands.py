@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,13 +101,14 @@ def _options(arguments: argparse.Namespace) -> Options:
 def _plan(arguments: argparse.Namespace) -> int:
     from merger.card.facts import PlanSummary
     from merger.card.relations import Relations
-    from merger.cli import text
+    from merger.cli import reports, text
     from merger.run.look import sample_relations
     from merger.run.options import needed_disk, stated_destination
     from merger.run.prepare import plan, read_recipe
+    from merger.statistics.kept import find_kept
 
     recipe = read_recipe(arguments.recipe)
-    options = _options(arguments)
+    options, awaited = find_kept(recipe, _options(arguments))
     planned, store = plan(recipe, options)
     if options.max_disk is not None:
         needed_disk(planned, options, planned.shards)
@@ -114,7 +116,10 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(text.warning(note), file=sys.stderr)
     related = Relations() if arguments.look is False else sample_relations(planned, store)
     found = PlanSummary(planned, stated_destination(recipe, options), related.doubts)
-    print(json.dumps(text.plan_json(found)) if arguments.json else text.plan_text(found))
+    measures = {} if not awaited else {"measures": [reports.measurement_json(each.planned) for each in awaited]}
+    for each in awaited if not arguments.json else ():
+        print(reports.measurement_text(each.planned, each.disk), end="\n\n")
+    print(json.dumps(text.plan_json(found) | measures) if arguments.json else text.plan_text(found))
     if arguments.look:
         print(text.relations_text(related), file=sys.stderr if arguments.json else sys.stdout)
     return 0
@@ -153,6 +158,7 @@ def _search(arguments: argparse.Namespace) -> int:
     from merger.searching.search import Event as SearchEvent  # takes what may be missing
     from merger.searching.search import search, write_study
 
+    options = _measured(recipe, with_free_memory(options), arguments)
     told = None if arguments.quiet else reports.Trials(searched)
 
     def tell(event: SearchEvent) -> None:
@@ -160,7 +166,7 @@ def _search(arguments: argparse.Namespace) -> int:
             told.show(event)
 
     with workers(arguments.workers - 1, _as_worker(arguments, searched.storage)):
-        study = search(recipe, with_free_memory(options), effort, tell)
+        study = search(recipe, options, effort, tell)
     if arguments.join:
         return 0
     written = write_study(study)
@@ -205,23 +211,44 @@ def _measure(arguments: argparse.Namespace) -> int:
 
     options = with_free_memory(_options(arguments))
     asked = arguments.model, arguments.kind, arguments.data, arguments.tokens, arguments.length
-    planned, store = plan_measurement(*asked, options)
+    planned, store = plan_measurement(*asked, options, arguments.blocks)
     disk = disk_at_once(planned, options)
     if arguments.plan or not arguments.quiet:
         print(reports.measurement_text(planned, disk), file=sys.stdout if arguments.plan else sys.stderr)
     if arguments.plan:
         return 0
-
-    def tell(event: Event) -> None:
-        for words in () if arguments.quiet else text.event_words(event):
-            print(line(words), file=sys.stderr, flush=True)
-
-    result = measure_statistics(planned, store, options, tell)
+    result = measure_statistics(planned, store, options, partial(_tell, arguments))
     if arguments.json:
         print(json.dumps({"plan": planned.identity, **text.as_json(result)}))
     elif not arguments.quiet:
         print(text.result_text(result).replace("merged into", "measured into"))
     return 0
+
+
+def _tell(arguments: argparse.Namespace, event: Event) -> None:
+    from merger.cli import text
+
+    for words in () if arguments.quiet else text.event_words(event):
+        print(line(words), file=sys.stderr, flush=True)
+
+
+def _measured(recipe: Recipe, options: Options, arguments: argparse.Namespace) -> Options:
+    """The options with what the recipe has measured on the way, which is measured where it is not kept yet."""
+    from merger.cli import reports
+    from merger.statistics.kept import Awaited, find_kept, measure_awaited
+
+    options, awaited = find_kept(recipe, options)
+    if awaited:
+        from merger.run.prepare import plan
+
+        plan(recipe, options)  # what is refused is refused before hours of work
+
+    def begin(each: Awaited) -> None:
+        if not arguments.quiet:
+            print(reports.measurement_text(each.planned, each.disk), file=sys.stderr)
+
+    measure_awaited(awaited, partial(_tell, arguments), begin)
+    return options
 
 
 def _merge(recipe: Recipe, arguments: argparse.Namespace, found: SearchFacts | None = None) -> int:
@@ -236,6 +263,7 @@ def _merge(recipe: Recipe, arguments: argparse.Namespace, found: SearchFacts | N
     options, engine = _options(arguments), _engine(arguments)
     options = with_free_memory(options) if engine is None else options_of_parts(options, engine)
     to = destination(recipe, options)  # a missing destination is said before the models are asked for
+    options = _measured(recipe, options, arguments)
     planned, store = plan(recipe, options)
     progress = None if arguments.quiet else text.Progress(planned.nbytes)
     looks = getattr(arguments, "look", False) and options.part is None

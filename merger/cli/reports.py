@@ -44,10 +44,11 @@ def measurement_text(planned: Measurement, disk: int) -> str:
     model = planned.locked.models[0]
     at = f" at commit {model.located.commit[:12]}" if model.located.commit else ""
     seconds = estimate_seconds(planned)
+    in_blocks = f" in blocks of {planned.blocks}" if planned.blocks else ""
     lines = [
         f"model   {display_name(planned.locked.config_model)}{at}, {len(planned.layers)} layers",
         f"data    {planned.data}: {sequences * length:,} tokens in {sequences:,} sequences of {length:,}",
-        f"makes   {planned.kind}, {sum(len(shard.tensors) for shard in planned.shards)} tensors in "
+        f"makes   {planned.kind}{in_blocks}, {sum(len(shard.tensors) for shard in planned.shards)} tensors in "
         f"{len(planned.shards)} files, {size(planned.size)}",
         f"reads   {size(planned.read_bytes)}",
         f"memory  {size(planned.peak_memory)} at most, with {planned.threads} threads",
@@ -55,6 +56,15 @@ def measurement_text(planned: Measurement, disk: int) -> str:
         f"time    about {seconds:,.0f} s" if seconds < _MINUTES else f"time    about {seconds / 60:,.0f} minutes",
     ]
     return join_lines([*lines, *(f"note    {note}" for note in planned.notes)])
+
+
+def measurement_json(planned: Measurement) -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "model": display_name(planned.locked.config_model), "kind": planned.kind, "data": planned.data,
+        "tokens": planned.tokens.size, "size": planned.size, "spool": planned.spool,
+        "peak_memory": planned.peak_memory, "seconds": round(estimate_seconds(planned), 1),
+    }  # fmt: skip
 
 
 # ---- verify ---------------------------------------------------------------------------------------------------------

@@ -55,9 +55,9 @@ from merger.models.side_files import (
     pipeline,
 )
 from merger.recipe.blocks.tokenizer import AUTO
-from merger.recipe.model import ModelRef, Recipe
+from merger.recipe.model import Measure, ModelRef, Recipe
 from merger.safety import limits
-from merger.stores.ports import Located, Store
+from merger.stores.ports import Kept, Located, Store
 
 GENERATION = "generation_config.json"
 
@@ -92,6 +92,7 @@ def lock(
     pickles: bool = False,
     tensors: limits.Limit = limits.ALL_TENSORS,
     named: Collection[str] = (),
+    measured: Mapping[ModelRef, Kept] | None = None,
 ) -> LockedRecipe:
     """Find and read every model of the recipe.
 
@@ -100,6 +101,7 @@ def lock(
         pickles: of models without safetensors, look into files that torch.save wrote.
         tensors: how many all headers together may tell of.
         named: the models that a lock lists, where there is more than `pinned`: no other checkpoints are taken.
+        measured: those statistics that are measured on the way.
 
     Raises:
         RecipeError: no mean can be made of the checkpoints that the recipe asks for.
@@ -109,17 +111,17 @@ def lock(
     # Two pools: a model waits for its headers, which wait for nobody.
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(REQUESTS_AT_ONCE) as headers:
         alone = recipe.lora is not None
-        fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(tensors), alone)
+        fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(tensors), alone, measured or {})
         fetch = fetching.adapter if recipe.merges_adapters else fetching.model
         merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
-        measured = list(models.map(lambda ref: _attempt(ref, fetching.statistics), recipe.statistics))
-        loras = _collect(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), [*merged, *measured])
+        known = list(models.map(lambda ref: _attempt(ref, fetching.statistics), recipe.statistics))
+        loras = _collect(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), [*merged, *known])
     found = _in_one_layout(_collect(merged))
     by_ref = {lora.ref: lora for lora in loras}
     changed = _collect(_attempt_with(model, by_ref) for model in found)
     like = next(model for model in changed if model.ref == recipe.names_model)
     alike = [with_names_of(like, model) for model in changed]
-    return LockedRecipe(recipe, (*_with_texts(recipe, alike, loras, store), *_collect(measured)))
+    return LockedRecipe(recipe, (*_with_texts(recipe, alike, loras, store), *_collect(known)))
 
 
 _Content = Callable[[Located, str], object]
@@ -255,7 +257,8 @@ def _at(problem: Problem, ref: ModelRef) -> Problem:
 class _Fetching:
     """Reads what is needed of models and adapters; `pinned`: the commits to take; `pickles`: see `lock`.
 
-    `tally` counts the tensors of all of them; `alone`: without what follows after a model in its pipeline.
+    `tally` counts the tensors of all of them; `alone`: without what follows after a model in its pipeline; `measured`:
+    see `lock`.
     """
 
     store: Store
@@ -264,6 +267,7 @@ class _Fetching:
     pickles: bool
     tally: limits.Tally
     alone: bool
+    measured: Mapping[ModelRef, Kept]
 
     def _located(self, ref: ModelRef) -> Located:
         pin = self.pinned.get(str(ref))
@@ -325,7 +329,11 @@ class _Fetching:
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
 
     def statistics(self, ref: ModelRef) -> LockedModel:
-        located = self._located(ref)
+        kept = self.measured.get(ref)
+        if isinstance(ref, Measure) and kept is None:
+            what = "is measured on the way where somebody runs a recipe of their own, and not here"
+            raise ModelError(Problem(what, hint="make it with merger measure, and write statistics: org/name"))
+        located = self._located(ref) if kept is None else self.store.locate(kept.name, None)
         if LOCK_NAME not in located.files:
             hint = "make it with merger measure"
             raise ModelError(Problem(f"has no {LOCK_NAME} that says what was measured", hint=hint))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from merger.models.side_files import CARD_NAME
@@ -28,6 +28,7 @@ class Parent:
         licence: the one that its card stated.
         files: those that were read, with the SHA-256 where it is known.
         now: how its repo was called by then, where the recipe writes a former name.
+        measured: of statistics their kind, and on what they were measured.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Parent:
     licence: str | None
     files: Mapping[str, FileInfo]
     now: str | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self) -> dict[str, Any]:
         """As a lock writes it."""
@@ -43,6 +45,7 @@ class Parent:
             **({"now": self.now} if self.now else {}),
             "commit": self.commit,
             "licence": self.licence,
+            **({"measured": dict(self.measured)} if self.measured else {}),
             "files": list_files(self.files),
         }
 
@@ -61,6 +64,7 @@ def read_parent(item: Any) -> Parent:
         None if licence is None else need_kind(str, licence),
         read_files(item["files"]),
         None if now is None else need_kind(str, now),
+        need_kind(dict, item.get("measured", {})),
     )
 
 

@@ -44,9 +44,19 @@ def statistic_name(kind: str, weight: str) -> str:
     return f"{module}.{_SAME_INPUT[last]}.{rest}"
 
 
-def statistic_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what is measured for a weight of this shape, whose last dimension is that of its inputs."""
-    return {"fisher": shape, "gram": (shape[-1], shape[-1]), "activations": shape[-1:]}[kind]
+def statistic_shape(kind: str, shape: tuple[int, ...], blocks: int | None = None) -> tuple[int, ...]:
+    """The shape of what is measured for a weight of this shape, whose last dimension is that of its inputs.
+
+    Args:
+        blocks: of Gram matrices blocks of so many inputs along the diagonal, the last one filled up with zeros.
+
+    >>> statistic_shape("gram", (8, 1000), 512)
+    (2, 512, 512)
+    """
+    inputs = shape[-1]
+    if kind == "gram" and blocks is not None and blocks < inputs:
+        return -(-inputs // blocks), blocks, blocks
+    return {"fisher": shape, "gram": (inputs, inputs), "activations": (inputs,)}[kind]
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Statistics:
         digest: the SHA-256 of the tokens' ids.
         seed: for tokens drawn by chance.
         identity: names all that decides the numbers.
+        blocks: how many inputs the blocks of Gram matrices are of; None: all.
         models: the model that was measured, and its adapter, if it had one.
         made_with: the versions of what measured.
         output: the files.
@@ -79,6 +90,19 @@ class Statistics:
     made_with: Mapping[str, str] = field(default_factory=dict)
     output: Mapping[str, FileInfo] = field(default_factory=dict)
     format: int = STATISTICS_FORMAT
+    blocks: int | None = None
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """What decides the numbers beside the model."""
+        return {
+            "tokens": self.tokens,
+            "length": self.length,
+            "data": self.data,
+            "sha256": self.digest,
+            "seed": self.seed,
+            **({"blocks": self.blocks} if self.blocks else {}),
+        }
 
     def text(self) -> str:
         """As YAML."""
@@ -86,11 +110,7 @@ class Statistics:
             "statistics": self.kind,
             "format": self.format,
             "identity": self.identity,
-            "tokens": self.tokens,
-            "length": self.length,
-            "data": self.data,
-            "sha256": self.digest,
-            "seed": self.seed,
+            **self.measured_on,
             "made_with": dict(self.made_with),
             "models": [parent.encode() for parent in self.models],
             "output": list_files(self.output),
@@ -129,4 +149,5 @@ def _read(content: Any) -> Statistics:
         made_with={need_kind(str, name): need_kind(str, number) for name, number in content["made_with"].items()},
         output=read_files(content["output"]),
         format=content["format"],
+        blocks=None if (blocks := content.get("blocks")) is None else need_within(numbers.COUNT, blocks),
     )

@@ -280,9 +280,13 @@ def _own(job: Job, method: Method) -> int:
 
 
 def _measured_bytes(job: Job, block: int) -> int:
-    """A block of what was measured of each input; of what has another shape one whole, and its sum twice in float64."""
+    """A block of what was measured of each input; of what has another shape one whole, and its sum twice in float64.
+
+    Of Gram matrices in blocks those of all inputs.
+    """
     alike, others = ([each for each in job.statistics if (each.shape == job.shape) == same] for same in (True, False))
-    return 4 * block * len(alike) + max((20 * each.tensor.entries for each in others), default=0)
+    in_blocks = sum(4 * each.tensor.entries for each in others if len(each.shape) == 3)
+    return 4 * block * len(alike) + in_blocks + max((20 * each.tensor.entries for each in others), default=0)
 
 
 def _tile_entries(job: Job, method: Method) -> int:

@@ -93,6 +93,29 @@ class ModelRef:
         return pinned if self.adapter is None else f"{pinned}+{self.adapter}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measure(ModelRef):
+    """Statistics that are measured on the way, in place of those that lie somewhere; `path` calls them for readers.
+
+    Args:
+        kind: what is measured.
+        model: of which model.
+        measure: on which texts, as `merger measure --data` has them, or random-tokens.
+        tokens: on how many tokens; 65,536, unless it is said.
+        length: how many of them follow each other in one sequence; 512, unless it is said.
+        seed: for tokens drawn by chance.
+        blocks: of Gram matrices blocks of so many inputs along the diagonal, and nothing else.
+    """
+
+    kind: str
+    model: ModelRef
+    measure: str
+    tokens: int = 65_536
+    length: int = 512
+    seed: int = 0
+    blocks: int | None = None
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """Those of a run whose mean is one model.
@@ -124,7 +147,7 @@ class Source:
     Args:
         model: the model.
         checkpoints: the model is the mean of these, until they are looked up and a stage makes it.
-        statistics: where what was measured of the model lies, for methods that ask for it.
+        statistics: where what was measured of the model lies, for methods that ask for it; or how it is measured.
         layer_range: ``[start, end)`` of the model's layers from zero; None: all of them (the `models:` form).
         parameters: settings for this model alone.
         added: True for a base model that the recipe names only as base_model.
@@ -527,14 +550,19 @@ class Recipe:
 
     @property
     def references(self) -> tuple[ModelRef, ...]:
-        """All that is looked up: the models, then their adapters, then what was measured of them."""
-        return (*self.models, *self.adapters, *self.statistics)
+        """All that is looked up: the models, then their adapters, then what was measured of them before."""
+        return (*self.models, *self.adapters, *(each for each in self.statistics if each not in self.measures))
 
     @property
     def statistics(self) -> tuple[ModelRef, ...]:
         """Every place of statistics that is named beside a model once."""
         sources = (source for recipe in self.documents for piece in recipe.slices for source in piece.sources)
         return tuple(dict.fromkeys(source.statistics for source in sources if source.statistics is not None))
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """Those of them that are measured on the way."""
+        return tuple(each for each in self.statistics if isinstance(each, Measure))
 
     @property
     def config_model(self) -> ModelRef:

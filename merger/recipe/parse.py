@@ -21,6 +21,7 @@ from merger.recipe.blocks.search import find_search, without_block
 from merger.recipe.blocks.stages import join_stages
 from merger.recipe.blocks.tokenizer import chat_template, tokenizer
 from merger.recipe.checks import Choice, Found
+from merger.recipe.measured import statistics
 from merger.recipe.mergekit import FLOAT64
 from merger.recipe.model import ModelRef, Module, Parameters, Recipe, Rule, Setting, Slice, Source, Taken
 from merger.recipe.searched import Searched, Values, fill_holes
@@ -401,7 +402,7 @@ class _Levels:
             layer_range=_layer_range(ranged) if ranged else None,
             parameters=block.settings,
             checkpoints=several,
-            statistics=reference(measured) if measured else None,
+            statistics=statistics(measured, named, method.statistics if method else None) if measured else None,
             at=place.at,
             range_at=ranged.at if ranged else None,
         )

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from merger.recipe import measured as measuring
 from merger.recipe import parse, spans, values
 from merger.recipe.blocks import average, holes, mixture, tokenizer
 from merger.recipe.blocks import evaluate as evaluation
@@ -24,6 +25,7 @@ from merger.recipe.model import (
     Evaluate,
     Expert,
     Lora,
+    Measure,
     Mixture,
     ModelRef,
     Module,
@@ -67,7 +69,8 @@ _WORDS = {
     "override_architecture": "Has no effect.",
     "lora": "A LoRA adapter that is added to the model.",
     "revisions": "The model is the mean of several checkpoints: a pattern for branches and tags, such as step-*.",
-    "statistics": "Where what was measured of the model lies, for methods that ask for it: org/name or a folder.",
+    "statistics": "Where what was measured of the model lies, for methods that ask for it: org/name or a folder; or "
+    "how it is measured on the way.",
     "average": "How much each of these checkpoints goes in; without it all alike.",
     "filter": "A part of the tensors' names that this value is for, case and all; without it: every tensor.",
     "value": "A number, or a gradient: numbers from the slice's first layer to its last.",
@@ -172,11 +175,16 @@ def _source(keys: tuple[str, ...]) -> Json:
     shapes = {
         "model": _ref("reference"),
         "layer_range": _or_hole(ends),
-        "statistics": _ref("reference"),
+        "statistics": {"anyOf": [_ref("reference"), _measure()]},
         "parameters": _ref("parameters"),
     }
     needed = [key for key in ("model", "layer_range") if key in keys]
     return _map(keys, _WORDS | _describe_fields(Source), shapes | _checkpoints(), needed)
+
+
+def _measure() -> Json:
+    numbered = {key: _or_null(_whole(within)) for key, within in measuring.WHOLES.items()}
+    return _map(measuring.MEASURE, _describe_fields(Measure), {"measure": _text(), **numbered}, ["measure"])
 
 
 def _checkpoints() -> Json:

@@ -56,6 +56,8 @@ def needs_of(recipe: Recipe, device: str = "cpu") -> Iterator[Need]:
         for method in dict.fromkeys(piece.method for piece in document.slices):
             if methods()[method].needs == "torch":
                 yield Need("torch", ("torch",), f"merge_method: {method}", document.at, "merge_method")
+    for measured in recipe.measures:
+        yield Need("moe", ("torch", "transformers"), "statistics: measure", measured.at, "statistics")
     if recipe.publish.gguf:
         yield Need("gguf", ("gguf",), "gguf", recipe.publish.gguf_at, "publish.gguf")
     if (searched := recipe.search) is not None:

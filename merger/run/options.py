@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from merger.evaluation.evaluate import disk as evaluation_disk
 from merger.planning.budget import GGUF_BYTES, SHARD_BYTES, Budget
 from merger.planning.plan import Plan
 from merger.planning.shards import Part, Shard
-from merger.recipe.model import Recipe
+from merger.recipe.model import ModelRef, Recipe
 from merger.safety import secrets
 from merger.safety.limits import ALL_TENSORS, Limit
 from merger.safety.names import HUB, hub_path, is_repo, need_repo, parse_repo
 from merger.safety.paths import ANYWHERE
+from merger.stores.ports import Kept
 
 _HEADER_BYTES = 1_000_000
 
@@ -45,6 +46,7 @@ class Options:
         cache: read files of models where Hugging Face's cache on this disk has them.
         root: inside of which lies what the recipe may name on this machine, by whose words it is: `ANYWHERE` for a
             person's own command line, a checkout for a recipe out of it; None: nothing, all is on the Hub.
+        measured: what of a recipe's statistics is measured on the way; of no others it is done.
         read_token: for the models; None: the environment's, False: none.
         write_token: for the destination; None: the environment's.
     """
@@ -66,6 +68,7 @@ class Options:
     tensors: Limit = ALL_TENSORS
     cache: bool = True
     root: Path | None = ANYWHERE
+    measured: Mapping[ModelRef, Kept] = field(default_factory=dict, repr=False)
     read_token: str | bool | None = field(default=None, repr=False)
     write_token: str | None = field(default=None, repr=False)
 

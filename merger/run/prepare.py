@@ -22,7 +22,7 @@ from merger.methods.registry import methods
 from merger.planning.lockfile import Lock, changed_models, other_meaning, other_numbers, other_plan, read_lock
 from merger.planning.plan import Plan, make_plan
 from merger.recipe.blocks.evaluate import named_files, without_files
-from merger.recipe.model import Recipe
+from merger.recipe.model import ModelRef, Recipe
 from merger.recipe.parse import parse
 from merger.run.extras import MEASURING, refuse_missing
 from merger.run.options import Options, budget_of, stated_destination
@@ -31,7 +31,8 @@ from merger.safety import limits
 from merger.safety.names import hub_path
 from merger.safety.paths import ANYWHERE, read_named
 from merger.stores.folder import FolderStore
-from merger.stores.ports import Store
+from merger.stores.kept import is_kept
+from merger.stores.ports import Kept, Store
 from merger.stores.resolve import Library, stores
 
 LOCK_SUFFIX = ".lock.yaml"
@@ -183,13 +184,16 @@ def plan(recipe: Recipe, options: Options, held: Mapping[str, Pin] | None = None
     recipe = with_gguf(recipe, options)
     refuse_missing(recipe, options.device, but=() if options.part is None else MEASURING)
     check_evaluation(recipe, options.root)
-    store = stores_of(recipe, options, options.root)
     path = Path(recipe.path)
     if is_lock(path) and path.is_file():
-        planned = _plan_as_locked(read_lock(_text(path), recipe.path), recipe, store, options)
+        written = read_lock(_text(path), recipe.path)
+        options = replace(options, measured=kept_of(recipe, written))
+        store = stores_of(recipe, options, options.root)
+        planned = _plan_as_locked(written, recipe, store, options)
     else:
-        pinned = _pins(lock_path(path), options.root or path.parent) if held is None else held
-        locked = lock(recipe, store, pinned, options.allow_pickle, options.tensors)
+        store = stores_of(recipe, options, options.root)
+        pinned = pins_beside(recipe, options) if held is None else held
+        locked = lock(recipe, store, pinned, options.allow_pickle, options.tensors, measured=options.measured)
         planned = make_plan(locked, methods(), budget_of(recipe, options), options.seed)
     refuse_licences(planned, published=hub_path(stated_destination(recipe, options)) is not None)
     if options.part is None:
@@ -201,7 +205,13 @@ def stores_of(recipe: Recipe, options: Options, root: Path | None) -> Library:
     """Where the recipe's models are, and its templates, if they are on the Hub; `root` as in `stores`."""
     template = recipe.publish.template or ""
     paths = [*(ref.path for ref in recipe.references), *([template] if hub_path(template) else [])]
-    return stores(paths, options.cache, options.read_token, root)
+    return stores(paths, options.cache, options.read_token, root, [*options.measured.values()])
+
+
+def kept_of(recipe: Recipe, held: Lock) -> dict[ModelRef, Kept]:
+    """What was measured on the way of a merge, as its lock calls it: it is not measured again."""
+    named = zip(reversed(recipe.statistics), reversed(held.names), strict=False)
+    return {ref: Kept(name) for ref, name in named if ref in recipe.measures and is_kept(name)}
 
 
 def with_templates(planned: Plan, store: Store, root: Path | None = ANYWHERE) -> Plan:
@@ -230,7 +240,7 @@ def _plan_as_locked(held: Lock, recipe: Recipe, store: Library, options: Options
         if said not in (None, was):
             what = f"--{word} {said} makes another merge than the lock's, which has {was}"
             raise RecipeError(Problem(what, hint=f"leave out --{word}, or run the recipe in place of its lock"))
-    locked = lock(recipe, store, held.pins, options.allow_pickle, options.tensors, held.names)
+    locked = lock(recipe, store, held.pins, options.allow_pickle, options.tensors, held.names, options.measured)
     if changed := changed_models(locked, held, store.checksum):
         raise ModelError(changed)
     planned = planned_again(held, locked, options)
@@ -263,10 +273,18 @@ def lock_path(recipe: Path) -> Path:
     return recipe.with_suffix(LOCK_SUFFIX)
 
 
-def _pins(path: Path, root: Path | None) -> dict[str, Pin]:
+def pins_beside(recipe: Recipe, options: Options) -> dict[str, Pin]:
+    """The commits by model that the lock file beside a recipe says, if it has one.
+
+    Raises:
+        RecipeError: it is no lock file, or may not be read.
+    """
+    path = lock_path(Path(recipe.path))
     if not os.path.lexists(path):
         return {}
     try:
-        return pins(read_named(str(path), root, limits.LOCK).decode("utf-8", "replace"), str(path))
+        return pins(
+            read_named(str(path), options.root or path.parent, limits.LOCK).decode("utf-8", "replace"), str(path)
+        )
     except ModelError as error:
         raise RecipeError(error.problems) from None

@@ -53,7 +53,7 @@ def _sum_up(
     walk: Walk, shard: StatisticsShard, modules: Sequence[tuple[str, Any]], run: Callable[[Array], Array]
 ) -> None:
     """What modules are fed while all sequences run through them."""
-    noted, sums = Feeding(modules), new_sums(walk.planned.kind, {each.name: each.shape[-1] for each in shard.tensors})
+    noted, sums = Feeding(modules), new_sums({each.name: each.shape for each in shard.tensors})
     for batch in walk.batches(BATCH):
         made = list(walk.pool.map(partial(noted.run, run), [walk.states.read(sequence) for sequence in batch]))
         add_inputs(sums, [fed for _, fed in made], walk.pool)
@@ -94,11 +94,11 @@ class Feeding:
             hook.remove()
 
 
-def new_sums(kind: str, widths: Mapping[str, int]) -> dict[str, Any]:
+def new_sums(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Sums of nothing, by statistic."""
     import torch
 
-    return {name: torch.zeros((width, width) if kind == "gram" else width) for name, width in widths.items()}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def add_inputs(sums: Mapping[str, Any], fed: Sequence[Fed], pool: Executor) -> None:
@@ -109,24 +109,34 @@ def add_inputs(sums: Mapping[str, Any], fed: Sequence[Fed], pool: Executor) -> N
         total, inputs, start = place
         if total.dim() == 1:
             total += inputs.abs().sum(0)
+        elif total.dim() == 3:
+            size, stop = total.shape[1], start + max(1, ROWS_AT_ONCE // total.shape[1])
+            mine = inputs[:, start * size : stop * size]
+            filled = torch.nn.functional.pad(mine, (0, -mine.shape[1] % size)).view(len(inputs), -1, size)
+            total[start:stop].baddbmm_(filled.permute(1, 2, 0), filled.permute(1, 0, 2))
         else:
             stop = start + ROWS_AT_ONCE
             total[start:stop, start:].addmm_(inputs[:, start:stop].T, inputs[:, start:])
 
     with torch.no_grad():
         joined = {name: torch.cat([each[name] for each in fed]) for name in sums}
-        runs = [
-            (total, joined[name], start)
-            for name, total in sums.items()
-            for start in (range(0, len(total), ROWS_AT_ONCE) if total.dim() == 2 else (0,))
-        ]
+        runs = [(total, joined[name], start) for name, total in sums.items() for start in _starts(total)]
         list(pool.map(add, runs))
+
+
+def _starts(total: Any) -> range:
+    """The first rows, or blocks, of those that are summed up at once."""
+    if total.dim() == 3:
+        return range(0, len(total), max(1, ROWS_AT_ONCE // total.shape[1]))
+    return range(0, len(total), ROWS_AT_ONCE) if total.dim() == 2 else range(1)
 
 
 def finish_sums(sums: Mapping[str, Any], tokens: int) -> dict[str, Array]:
     """The means over tokens; of a Gram matrix both halves."""
     for total in sums.values():
         total /= tokens
+        if total.dim() == 3:
+            total.copy_(total.triu() + total.triu(1).mT)
         for start in range(0, len(total) if total.dim() == 2 else 0, ROWS_AT_ONCE):
             stop = start + ROWS_AT_ONCE
             total[stop:, start:stop] = total[start:stop, stop:].T

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,9 @@ from merger import runtime
 from merger.engine.execute import ShardDone, single_threaded
 from merger.engine.inputs.layers import ModelTensors
 from merger.errors import BudgetError, MergerError, ModelError, Problem
-from merger.lock.statistics import Statistics
 from merger.methods.registry import methods
 from merger.methods.steps.step import Array
-from merger.models.checkpoint import SINGLE, index_name
-from merger.models.formats.safetensors import ShardWriter, WrittenShard, header, index
+from merger.models.formats.safetensors import ShardWriter, WrittenShard, header
 from merger.models.side_files import CARD_NAME, LOCK_NAME
 from merger.run.options import Options, to_hub
 from merger.run.pipeline import Ready, Result, Resumed, ignore, place_of
@@ -34,8 +33,7 @@ from merger.statistics.card import statistics_card
 from merger.statistics.gradients import sum_squares
 from merger.statistics.inputs import sum_inputs
 from merger.statistics.plan import Measurement, StatisticsShard
-from merger.statistics.states import States
-from merger.statistics.walk import Walk
+from merger.statistics.walk import States, Walk
 from merger.stores.ports import FileInfo, Published, Session
 from merger.stores.resolve import Library
 from merger.stores.scratch import Scratch, sweep
@@ -143,24 +141,10 @@ def _write(shard: StatisticsShard, numbers: Mapping[str, Array], session: Sessio
 
 def _files(planned: Measurement, store: Library, name: str, held: Mapping[str, WrittenShard]) -> dict[str, bytes]:
     """The small files: index, lock and card."""
-    files = {}
-    if len(held) > 1:
-        where = {tensor.name: shard.name for shard in planned.shards for tensor in shard.tensors}
-        files[index_name(SINGLE)] = index(
-            where, sum(tensor.nbytes for each in planned.shards for tensor in each.tensors)
-        )
-    sequences, length = planned.tokens.shape
-    said = Statistics(
-        kind=planned.kind,
-        tokens=sequences * length,
-        length=length,
-        data=planned.data,
-        digest=planned.digest,
-        seed=planned.seed,
-        identity=planned.identity,
-        models=planned.parents(store),
+    said = replace(
+        planned.said(store.checksum),
         made_with={"python": platform.python_version()} | {each: version(each) for each in _MADE_WITH},
         output={each.name: FileInfo(each.size, each.sha256) for each in held.values()},
     )
-    files[CARD_NAME] = statistics_card(said, name, planned.locked.config_model).encode()
-    return files | {LOCK_NAME: said.text().encode()}
+    card = statistics_card(said, name, planned.locked.config_model).encode()
+    return planned.index | {CARD_NAME: card, LOCK_NAME: said.text().encode()}

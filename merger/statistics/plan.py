@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,12 +20,13 @@ import yaml
 from merger import runtime, system
 from merger.engine.inputs.layers import TOKENIZER_FILES, load_encoder
 from merger.errors import BudgetError, MismatchError, Problem, RecipeError
-from merger.lock.lock import lock
+from merger.lock.lock import Pin, lock
 from merger.lock.parents import Parent
-from merger.lock.statistics import KINDS, STATISTICS_FORMAT, statistic_name, statistic_shape
+from merger.lock.statistics import KINDS, STATISTICS_FORMAT, Statistics, statistic_name, statistic_shape
 from merger.methods.registry import Statistic, methods
-from merger.models.checkpoint import TensorInfo
-from merger.models.formats.safetensors import header, shard_name
+from merger.models.checkpoint import SINGLE, TensorInfo, index_name
+from merger.models.formats.safetensors import header, index, shard_name
+from merger.models.side_files import LOCK_NAME
 from merger.planning.budget import embedding, layer_jobs, thread_memory
 from merger.planning.inputs.base import Job
 from merger.planning.makers.stages import with_stages
@@ -35,7 +36,7 @@ from merger.recipe.model import Recipe
 from merger.run.options import Options
 from merger.run.prepare import parse_text, stores_of
 from merger.statistics.texts import RANDOM, Tokens, draw_tokens, read_tokens
-from merger.stores.ports import FileInfo
+from merger.stores.ports import FileInfo, Located
 from merger.stores.resolve import Library
 
 ARCHITECTURES = ("granite", "llama", "mistral", "olmo2", "qwen2", "qwen3")
@@ -87,6 +88,7 @@ class Measurement:
         threads: how many threads compute.
         layers: the tensors of each layer; `outside`: those outside of all layers.
         shards: the files.
+        blocks: how many inputs the blocks of Gram matrices are of; None: all.
         peak_memory: the most bytes of memory that it takes.
     """
 
@@ -99,6 +101,7 @@ class Measurement:
     layers: tuple[tuple[Job, ...], ...] = field(repr=False)
     outside: Mapping[str, Job] = field(repr=False)
     shards: tuple[StatisticsShard, ...] = field(repr=False)
+    blocks: int | None = None
     peak_memory: int = 0
 
     @property
@@ -169,18 +172,59 @@ class Measurement:
         models = [
             [model.located.commit or model.located.name, _weights(model.located.files)] for model in self.locked.models
         ]
-        said = [STATISTICS_FORMAT, self.kind, self.digest, self.tokens.shape, models]
+        said = [
+            STATISTICS_FORMAT,
+            self.kind,
+            self.digest,
+            self.tokens.shape,
+            models,
+            *([self.blocks] if self.blocks else []),
+        ]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
-    def parents(self, store: Library) -> tuple[Parent, ...]:
-        """What the lock says of the model, and its adapter."""
+    @property
+    def index(self) -> dict[str, bytes]:
+        """The file that says where which tensor lies, by its name, where there are several."""
+        tensors = {tensor.name: (shard.name, tensor.nbytes) for shard in self.shards for tensor in shard.tensors}
+        where = {name: file for name, (file, _) in tensors.items()}
+        text = index(where, sum(nbytes for _, nbytes in tensors.values()))
+        return {index_name(SINGLE): text} if len(self.shards) > 1 else {}
+
+    @property
+    def heads(self) -> dict[str, tuple[int, bytes]]:
+        """Of each file its size, and what a merge's plan reads of it."""
+        small = self.index | {LOCK_NAME: self.said(lambda model, name: model.files[name].sha256).text().encode()}
+        whole = {name: (len(text), text) for name, text in small.items()}
+        return whole | {shard.name: (shard.size, header(shard.tensors)) for shard in self.shards}
+
+    def said(self, checksum: Callable[[Located, str], str | None]) -> Statistics:
+        """What the lock says beside what it was made with, and what came out.
+
+        Args:
+            checksum: finds out the SHA-256 of a model's file; None: it is not known.
+        """
+        sequences, length = self.tokens.shape
+        return Statistics(
+            kind=self.kind,
+            tokens=sequences * length,
+            length=length,
+            data=self.data,
+            digest=self.digest,
+            seed=self.seed,
+            identity=self.identity,
+            models=self._parents(checksum),
+            blocks=self.blocks,
+        )
+
+    def _parents(self, checksum: Callable[[Located, str], str | None]) -> tuple[Parent, ...]:
+        """The model, and its adapter."""
         return tuple(
             Parent(
                 str(replace(model.ref, adapter=None)) if model.located.commit else model.located.name,
                 model.located.commit,
                 model.licence,
                 {
-                    name: FileInfo(model.located.files[name].size, store.checksum(model.located, name))
+                    name: FileInfo(model.located.files[name].size, checksum(model.located, name))
                     for name in sorted({tensor.file for tensor in model.checkpoint.tensors.values()})
                 },
                 model.located.name if model.located.moved else None,
@@ -216,7 +260,14 @@ def measured_recipe(model: str) -> Recipe:
 
 
 def plan_measurement(
-    model: str, kind: Statistic, data: str, tokens: int, length: int, options: Options
+    model: str,
+    kind: Statistic,
+    data: str,
+    tokens: int,
+    length: int,
+    options: Options,
+    blocks: int | None = None,
+    pinned: Mapping[str, Pin] | None = None,
 ) -> tuple[Measurement, Library]:
     """Find the model, make the tokens, and decide what will be measured.
 
@@ -227,6 +278,8 @@ def plan_measurement(
         tokens: on how many tokens.
         length: how many of them follow each other in one sequence.
         options: what it may use.
+        blocks: of Gram matrices blocks of so many inputs along the diagonal; None: the whole matrices.
+        pinned: the commits to take, by model.
 
     Raises:
         RecipeError: what it takes is not installed, or the texts cannot be read or are too short.
@@ -236,12 +289,14 @@ def plan_measurement(
     """
     if kind not in KINDS:
         raise RecipeError(Problem(f"{kind!r} is no kind of statistics", hint=f"write one of {', '.join(KINDS)}"))
+    if blocks is not None and kind != "gram":
+        raise RecipeError(Problem(f"{kind} has no blocks", hint="leave them out: they are for Gram matrices"))
     if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
         what = f"measuring takes {' and '.join(missing)}, which is not installed here"
         raise RecipeError(Problem(what, hint=runtime.install_command("moe")))
     recipe = measured_recipe(model)
     store = stores_of(recipe, options, options.root)
-    found = lock(recipe, store, None, options.allow_pickle, options.tensors)
+    found = lock(recipe, store, pinned, options.allow_pickle, options.tensors)
     locked = with_stages(found, methods(), None)
     _refuse_other(locked)
     length = min(length, locked.config_model.checkpoint.config.get("max_position_embeddings") or length, tokens)
@@ -254,12 +309,14 @@ def plan_measurement(
     else:
         located = locked.config_model.tokenizer_model.located
         files = {name: store.fetch(located, name) for name in TOKENIZER_FILES if name in located.files}
-        ids = read_tokens(data, load_encoder(locked.config_model, files), count, length, options.read_token)
+        ids = read_tokens(
+            data, load_encoder(locked.config_model, files), count, length, options.read_token, options.root
+        )
     layers = tuple(tuple(layer_jobs(locked, layer)) for layer in range(_count(locked)))
     outside = {job.name: job for job in layer_jobs(locked, None)}
     threads = options.threads or system.cores()
     named = data if HUB_FILE.fullmatch(data) else Path(data).name  # nothing of this machine is published
-    draft = Measurement(locked, kind, ids, named, seed, threads, layers, outside, ())
+    draft = Measurement(locked, kind, ids, named, seed, threads, layers, outside, (), blocks)
     return _fit(draft, _shards(draft), options.max_memory), store
 
 
@@ -286,7 +343,7 @@ def _shards(draft: Measurement) -> tuple[StatisticsShard, ...]:
     held = [(BEFORE, tables), *enumerate(draft.layers), (count, behind)]
     if draft.kind != "fisher":
         held = [*enumerate(draft.layers), *([(count, [head])] if head is not None else [])]
-    files = [(layer, _tensors(draft.kind, jobs)) for layer, jobs in held]
+    files = [(layer, _tensors(draft, jobs)) for layer, jobs in held]
     names = [shard_name(number, len(files)) for number in range(1, len(files) + 1)]
     return tuple(StatisticsShard(name, *file) for name, file in zip(names, files, strict=True))
 
@@ -296,9 +353,10 @@ def _is_dead(draft: Measurement, job: Job) -> bool:
     return draft.locked.config_model.is_tied_head(job.name)
 
 
-def _tensors(kind: str, jobs: Sequence[Job]) -> tuple[TensorInfo, ...]:
+def _tensors(draft: Measurement, jobs: Sequence[Job]) -> tuple[TensorInfo, ...]:
+    kind = draft.kind
     measured = [job for job in jobs if kind == "fisher" or len(job.shape) == 2]
-    shapes = {statistic_name(kind, job.name): statistic_shape(kind, job.shape) for job in measured}
+    shapes = {statistic_name(kind, job.name): statistic_shape(kind, job.shape, draft.blocks) for job in measured}
     return tuple(TensorInfo(name, "F32", shape, "", 0, 4 * math.prod(shape)) for name, shape in shapes.items())
 
 
@@ -317,6 +375,11 @@ def _fit(draft: Measurement, shards: tuple[StatisticsShard, ...], allowed: int |
     raise BudgetError(Problem(what, hint="raise --max-memory, or measure on shorter sequences: --length"))
 
 
+def inputs_of(tensor: TensorInfo) -> int:
+    """How many inputs a statistic is of, those included that only fill up its last block."""
+    return math.prod(tensor.shape[:2]) if len(tensor.shape) > 2 else tensor.shape[-1]
+
+
 def _peak_memory(planned: Measurement) -> int:
     length, threads = int(planned.tokens.shape[1]), planned.threads
     weights = max(sum(4 * job.entries for job in layer) for layer in planned.layers)
@@ -332,6 +395,6 @@ def _peak_memory(planned: Measurement) -> int:
         logits = 3 * 4 * length * table.shape[0]
         top = 4 * table.entries * (1 if planned.head is None else 2) + 4 * table.entries + threads * logits
         return _PROCESS_BYTES + max(rows, 2 * weights + threads * (weights + 2 * states) + reading, top)
-    inputs = BATCH * 4 * length * sum(tensor.shape[-1] for tensor in planned.shards[0].tensors)
+    inputs = BATCH * 4 * length * sum(map(inputs_of, planned.shards[0].tensors))
     products = threads * 4 * ROWS_AT_ONCE * widest if planned.kind == "gram" else 0
     return _PROCESS_BYTES + max(rows, weights + sums + threads * states + 2 * inputs + products + reading)

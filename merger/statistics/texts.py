@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from merger.errors import ModelError, Problem, RecipeError
+from merger.errors import Problem, RecipeError
+from merger.evaluation.evaluate import read_source
 from merger.methods.steps.random import Rng, uniform
-from merger.recipe.blocks.evaluate import HUB_FILE
-from merger.safety.limits import TEXT
-from merger.safety.paths import ANYWHERE, read_named
+from merger.safety.paths import ANYWHERE
 
 Tokens = NDArray[np.int32]
 """A row for each sequence."""
@@ -30,7 +29,12 @@ def draw_tokens(vocabulary: int, count: int, length: int, seed: int) -> Tokens:
 
 
 def read_tokens(
-    data: str, encode: Callable[[str], list[int]], count: int, length: int, token: str | bool | None
+    data: str,
+    encode: Callable[[str], list[int]],
+    count: int,
+    length: int,
+    token: str | bool | None,
+    root: Path | None = ANYWHERE,
 ) -> Tokens:
     """The first sequences of texts, one text behind the other.
 
@@ -41,12 +45,14 @@ def read_tokens(
         count: how many sequences.
         length: how many tokens each has.
         token: the reader's, for the Hub.
+        root: inside of which files of this machine have to lie (safety.paths).
 
     Raises:
         RecipeError: it cannot be read, or has too few tokens.
+        ModelError: it cannot be read on the Hub.
     """
     found: list[int] = []
-    for text in _pieces(data, _read(data, token)):
+    for text in _pieces(data, read_source(data, None, "", token, root)):
         found += encode(text)
         if len(found) >= count * length:
             return np.array(found[: count * length], np.int32).reshape(count, length)
@@ -56,21 +62,6 @@ def read_tokens(
         f"--tokens {least} takes what is there, or give more text" if least else "give more text, or a lower --length"
     )
     raise RecipeError(Problem(what, hint=hint))
-
-
-def _read(data: str, token: str | bool | None) -> str:
-    found = HUB_FILE.fullmatch(data)
-    try:
-        if found is None:
-            return read_named(data, ANYWHERE, TEXT).decode("utf-8")
-        from merger.stores.hub.store import hub_file
-
-        named = found.groupdict()
-        return hub_file(named["repo"], named["file"], named["revision"], bool(named["datasets"]), token).decode("utf-8")
-    except UnicodeDecodeError:
-        raise RecipeError(Problem(f"{data!r} is not UTF-8 text", hint="save it as UTF-8, or name another")) from None
-    except ModelError as error:
-        raise RecipeError(error.problems) from None
 
 
 def _pieces(data: str, text: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A model walked through a layer at a time, by all sequences, which wait on disk between the layers.
+"""A model walked through a layer at a time, by all sequences, which wait in a file between the layers.
 
 Each sequence is run by one thread, so that no number of threads changes a bit. Not here: what is summed up on the way
 (inputs, gradients).
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from functools import partial
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,40 @@ from merger.engine.inputs.layers import EMBEDDING_FACTOR, LayerModel, ModelTenso
 from merger.methods.steps.step import Array
 from merger.planning.inputs.base import Job
 from merger.statistics.plan import Measurement, StatisticsShard
-from merger.statistics.states import States
 
 Write = Callable[[StatisticsShard, Mapping[str, Array]], None]
+
+
+class States:
+    """States of shape (length, width) by boundary and sequence; threads may read and write at once.
+
+    Args:
+        path: the file.
+        sequences: how many there are at each boundary.
+        shape: of one sequence's.
+    """
+
+    def __init__(self, path: Path, sequences: int, shape: tuple[int, int]) -> None:
+        self._file, self._lock = path.open("w+b"), Lock()
+        self._sequences, self._shape = sequences, shape
+
+    def read(self, sequence: int, boundary: int = 0) -> Array:
+        """What was written last."""
+        found = np.empty(self._shape, np.float32)
+        with self._lock:
+            self._file.seek((boundary * self._sequences + sequence) * found.nbytes)
+            self._file.readinto(found.data)
+        return found
+
+    def write(self, sequence: int, states: Array, boundary: int = 0) -> None:
+        """Keep them."""
+        with self._lock:
+            self._file.seek((boundary * self._sequences + sequence) * states.nbytes)
+            self._file.write(np.ascontiguousarray(states).data)
+
+    def close(self) -> None:
+        """No more are asked for."""
+        self._file.close()
 
 
 class Walk:

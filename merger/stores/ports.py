@@ -65,6 +65,19 @@ class Located:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Statistics that are measured on the way, by the name under which they are kept.
+
+    Args:
+        name: their kind, and what all that decides their numbers is called.
+        heads: of those that this run may measure, each file's size and as much of its beginning as a plan reads.
+    """
+
+    name: str
+    heads: Mapping[str, tuple[int, bytes]] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
 class Ticket:
     """A run of bytes ``[start, stop)`` of a model's file that a run will read once, front to back.
 

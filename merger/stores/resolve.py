@@ -14,12 +14,19 @@ from merger.errors import MissingError, ModelError
 from merger.safety.names import parse_name
 from merger.safety.paths import ANYWHERE
 from merger.stores.folder import FolderStore
-from merger.stores.ports import Content, Located, Reader, Store, Ticket, readers, take_files
+from merger.stores.kept import KeptStore
+from merger.stores.ports import Content, Kept, Located, Reader, Store, Ticket, readers, take_files
 
 _HASHED_AT_ONCE = 16 << 20
 
 
-def stores(paths: Sequence[str], cache: bool, token: str | bool | None, root: Path | None = ANYWHERE) -> Library:
+def stores(
+    paths: Sequence[str],
+    cache: bool,
+    token: str | bool | None,
+    root: Path | None = ANYWHERE,
+    kept: Sequence[Kept] = (),
+) -> Library:
     """Where models with these paths come from: folders first, then the Hub, if one of them is no folder.
 
     Args:
@@ -28,16 +35,17 @@ def stores(paths: Sequence[str], cache: bool, token: str | bool | None, root: Pa
             may have been let in by one.
         token: the reader's token; None takes the environment's, False none.
         root: inside of which folders may lie, by whose words they are named (safety.paths).
+        kept: statistics that are measured on the way.
     """
-    folders = FolderStore(root)
+    folders, measured = FolderStore(root), [KeptStore(kept)] if kept else []
     if all(folders.has(path) for path in paths):
-        return Library([folders])
+        return Library([*measured, folders])
     # The Hub's client takes a while to import: not for recipes that need no Hub.
     from merger.stores.hub.store import CachedStore, HubStore
 
     hub = HubStore(token)
     remote = CachedStore(hub) if cache and token is not False else hub
-    return Library([folders, remote], looked_here=root is not None)
+    return Library([*measured, folders, remote], looked_here=root is not None)
 
 
 def find(target: str, token: str | bool | None = None) -> tuple[Library, Located]:

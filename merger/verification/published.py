@@ -36,7 +36,7 @@ from merger.planning.shards import Shard
 from merger.recipe.model import Recipe
 from merger.run.artifacts import Card, card, elders, model_files
 from merger.run.found import read_found
-from merger.run.prepare import recipe_of
+from merger.run.prepare import kept_of, recipe_of
 from merger.safety.limits import MODEL_TENSORS, Tally
 from merger.safety.names import is_repo
 from merger.safety.paths import ANYWHERE
@@ -98,7 +98,9 @@ def open_merge(target: str, token: str | bool | None) -> Merge:
         merge = Merge(store, located, held, recipe_of(held, LOCK_NAME))
     except RecipeError as error:
         raise VerificationError(error.problems) from None
-    if folders := [parent.model for parent in held.models if parent.commit is None and merge.root is None]:
+    measured = {kept.name for kept in kept_of(merge.recipe, held).values()}
+    parents = [parent.model for parent in held.models if parent.commit is None and parent.model not in measured]
+    if folders := parents if merge.root is None else ():
         what = f"{located.name} was made of folders of another machine ({few(folders)}), which are nowhere to be found"
         raise ModelError(Problem(what, hint="download it to where they are, and name the folder that it is in then"))
     return merge

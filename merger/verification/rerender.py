@@ -15,7 +15,7 @@ from merger.planning.lockfile import changed_models, other_plan
 from merger.run.extras import MAKING, refuse_missing
 from merger.run.options import Options
 from merger.run.pipeline import place_of
-from merger.run.prepare import planned_again, stores_of, with_templates
+from merger.run.prepare import kept_of, planned_again, stores_of, with_templates
 from merger.safety.names import HUB, need_repo
 from merger.stores.ports import Published
 from merger.verification.published import Merge, card_again, holds, open_merge
@@ -66,8 +66,9 @@ def recard(target: str, options: Options, template: str | None = None, new_versi
     if template is not None:
         recipe = replace(recipe, publish=replace(recipe.publish, template=template, template_at=None))
     refuse_missing(recipe, but=MAKING)
+    options = replace(options, measured=kept_of(recipe, merge.held))
     parents = stores_of(recipe, options, merge.root)
-    locked = lock(recipe, parents, merge.held.pins, named=merge.held.names)
+    locked = lock(recipe, parents, merge.held.pins, named=merge.held.names, measured=options.measured)
     planned = planned_again(merge.held, locked, options)
     planned = with_templates(planned, parents, options.root)  # the lock names none of this machine
     if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:

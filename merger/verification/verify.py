@@ -26,7 +26,7 @@ from merger.run.artifacts import taken_files
 from merger.run.extras import MEASURING, refuse_missing
 from merger.run.options import Options
 from merger.run.pipeline import ignore
-from merger.run.prepare import planned_again, stores_of
+from merger.run.prepare import kept_of, planned_again, stores_of
 from merger.runtime import PACKAGE
 from merger.stores.resolve import Library
 from merger.verification.published import (
@@ -146,8 +146,9 @@ def verify(
     if merge.recipe.lora is not None or not merge.recipe.publish.plain:
         # an adapter's tensors are made in pairs, so that one alone cannot be; of GGUF and fp8 checksums are compared
         extent = replace(extent, everything=True)
+    options = replace(options, measured=kept_of(merge.recipe, merge.held))
     parents = stores_of(merge.recipe, options, merge.root)
-    locked = lock(merge.recipe, parents, merge.held.pins, named=merge.held.names)
+    locked = lock(merge.recipe, parents, merge.held.pins, named=merge.held.names, measured=options.measured)
     problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
     planned = _plan(merge.held, locked, options, problems)
     is_made = extent.everything or planned.texts.is_edited

@@ -164,6 +164,9 @@ def _find_refusals(recipe: Recipe) -> list[Problem]:
     if recipe.evaluate is not None:
         hint = "leave it out here: merger run and the Action measure"
         found.append(Problem("the Space measures nothing", recipe.evaluate.at, "evaluate", hint))
+    for measured in recipe.measures:
+        hint = "make it with merger measure, and write where it lies on the Hub: statistics: owner/name"
+        found.append(Problem("the Space measures nothing", measured.at, "statistics", hint))
     for need in needs_of(replace(recipe, evaluate=None)):
         if need.missing:
             what, hint = (

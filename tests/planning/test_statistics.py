@@ -112,6 +112,31 @@ def replaced(folder: Path, name: str, made: Callable[[Tensor], Tensor | None]) -
     save_file(held if tensor is None else held | {name: tensor}, folder / "model.safetensors")
 
 
+def in_blocks(gram: Tensor, size: int) -> Tensor:
+    """What of a Gram matrix stands in blocks along the diagonal, the last one filled up with zeros."""
+    filled = torch.zeros(2 * [-(-len(gram) // size) * size])
+    filled[: len(gram), : len(gram)] = gram
+    return torch.stack([filled[at : at + size, at : at + size] for at in range(0, len(filled), size)])
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_gram_matrices_in_blocks_are_those_without_the_rest(size: int, root: Path) -> None:
+    """Merged as whole ones are that hold zeros there; those of different blocks do not go together."""
+    for name in NAMES:
+        file = root / f"{name}-gram" / "model.safetensors"
+        reduced = {key: in_blocks(gram, size) for key, gram in load_file(file).items()}
+        whole = {key: torch.block_diag(*blocks)[: len(gram), : len(gram)].contiguous()
+                 for (key, gram), blocks in zip(load_file(file).items(), reduced.values(), strict=True)}  # fmt: skip
+        save_file(whole, file)
+        save_file(reduced, root / f"{name}.safetensors")
+    merged(recipe(root, "regmean"), root / "whole")
+    for name in NAMES:
+        (root / f"{name}.safetensors").replace(root / f"{name}-gram" / "model.safetensors")
+    merged(recipe(root, "regmean"), root / "out")
+    for name, made in tiny.read(root / "out").items():
+        torch.testing.assert_close(made, tiny.read(root / "whole")[name], rtol=1e-5, atol=1e-6)
+
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any], int, str]] = {
     "of another model": (
@@ -129,6 +154,10 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], int, str]] = {
     "of other shapes": (
         "fisher", lambda root: replaced(root / "two-fisher", Q, lambda held: held[:4]), 4,
         f"{Q} in ",
+    ),
+    "in other blocks": (
+        "regmean", lambda root: replaced(root / "two-gram", Q, lambda held: in_blocks(held, 4)), 4,
+        "is asked for",
     ),
     "without a tensor": (
         "fisher", lambda root: replaced(root / "two-fisher", Q, lambda held: None), 4,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 import transformers
 import yaml
 from calls import Command, called
-from loopback import LoopbackHub
+from loopback import Client, LoopbackHub
 from merging import merged
 from places import ZOO
 from safetensors.torch import load_file
@@ -27,6 +29,8 @@ from merger.engine.execute import ShardDone
 from merger.errors import MergerError, UploadError
 from merger.lock.statistics import KINDS, read_statistics, statistic_name
 from merger.methods.registry import Statistic
+from merger.models.checkpoint import TensorInfo
+from merger.models.formats.safetensors import header
 from merger.run.options import Options
 from merger.statistics.measure import disk_at_once, measure_statistics
 from merger.statistics.plan import ARCHITECTURES, Measurement, plan_measurement
@@ -53,17 +57,17 @@ def write_model(folder: Path, kind: str = "llama", **changed: Any) -> Any:
     return model
 
 
-def planned(folder: Path, kind: Statistic = "gram", **changed: Any) -> Any:
+def planned(folder: Path, kind: Statistic = "gram", blocks: int | None = None, **changed: Any) -> Any:
     """The plan for 24 tokens drawn by chance, in three sequences, and the store."""
-    options = Options(to=str(folder.parent / kind), threads=2, **changed)
-    return *plan_measurement(str(folder), kind, "random-tokens", 24, 8, options), options
+    options = Options(to=str(folder.parent / f"{kind}{blocks or ''}"), threads=2, **changed)
+    return *plan_measurement(str(folder), kind, "random-tokens", 24, 8, options, blocks), options
 
 
-def measured(folder: Path, kind: Statistic) -> tuple[Measurement, dict[str, Tensor]]:
+def measured(folder: Path, kind: Statistic, blocks: int | None = None) -> tuple[Measurement, dict[str, Tensor]]:
     """What is measured so of a model."""
-    plan, store, options = planned(folder, kind)
+    plan, store, options = planned(folder, kind, blocks)
     measure_statistics(plan, store, options)
-    return plan, held(folder.parent / kind)
+    return plan, held(Path(options.to))
 
 
 def held(folder: Path) -> dict[str, Tensor]:
@@ -112,6 +116,13 @@ def test_statistics_are_those_of_the_whole_model(kind: str, tmp_path: Path) -> N
         torch.testing.assert_close(grams[place], (rows.T @ rows / 24).float(), rtol=1e-4, atol=1e-5)
         assert torch.equal(grams[place], grams[place].T)
         torch.testing.assert_close(magnitudes[place], rows.abs().mean(0).float(), rtol=1e-4, atol=1e-5)
+    for size in (1, 5, 16):
+        _, reduced = measured(tmp_path / "model", "gram", size)
+        for place, blocks in reduced.items():
+            of, width = torch.arange(len(grams[place])) // size, len(grams[place])
+            whole = blocks if blocks.dim() == 2 else torch.block_diag(*blocks)[:width, :width]
+            expected = grams[place] * (of[:, None] == of if width > size else 1)
+            torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-6)
     _, fisher = measured(tmp_path / "model", "fisher")
     expected = squares(model, tokens)
     assert fisher.keys() == expected.keys()
@@ -316,3 +327,65 @@ def test_a_model_is_measured_with_its_adapter(tmp_path: Path) -> None:
         torch.testing.assert_close(load_file(tmp_path / "out" / "model.safetensors")[name], tensor)
     with pytest.raises(MergerError, match=r"both is of model \+ lora, not of model"):
         merged(f"merge_method: fisher\nmodels: {rows.replace(f'+{adapter}', '')}\n", tmp_path / "other")
+
+
+LARGE: dict[int | None, tuple[float, float, float]] = {None: (32.8, 4.5, 3.1), 512: (1.8, 3.5, 1.2), 1: (0.0, 3.5, 1.1)}
+"""Blocks of an 8B model's Gram matrices: all files, memory with two threads, and disk on the way to the Hub, in GB."""
+
+
+def large_model(folder: Path) -> Path:
+    """The header of a model of 8 B parameters in bfloat16, and holes where its numbers would be."""
+    shapes = {"model.embed_tokens": (128_256, 4096), "lm_head": (128_256, 4096), "model.norm": (4096,)}
+    layer = {
+        "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
+        "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14_336, 4096), "mlp.up_proj": (14_336, 4096),
+        "mlp.down_proj": (4096, 14_336), "input_layernorm": (4096,), "post_attention_layernorm": (4096,),
+    }  # fmt: skip
+    shapes |= {f"model.layers.{number}.{name}": shape for number in range(32) for name, shape in layer.items()}
+    infos = [TensorInfo(f"{name}.weight", "BF16", shape, "", 0, 2 * math.prod(shape)) for name, shape in shapes.items()]
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        start = file.write(header(infos))
+        file.truncate(start + sum(info.nbytes for info in infos))
+    config = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+              "max_position_embeddings": 8192, "architectures": ["LlamaForCausalLM"]}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_model_of_8_billion_parameters_is_measured_in_16_gb(tmp_path: Path) -> None:
+    """By the plan, with whole Gram matrices, with blocks of them and with diagonals; as docs/statistics.md has it."""
+    model = large_model(tmp_path / "large")
+    for blocks, told in LARGE.items():
+        options = Options(to="hf://org/large-gram", threads=2, max_memory=16 * 10**9)
+        plan, _ = plan_measurement(str(model), "gram", "random-tokens", 65_536, 512, options, blocks)
+        takes = plan.size, plan.peak_memory, disk_at_once(plan, options) + plan.spool
+        assert tuple(round(nbytes / 1e9, 1) for nbytes in takes) == told
+
+
+def send(model: str, temporary: str) -> tuple[int, int, int]:
+    """Measure a model onto the Hub: the most bytes of files that lay on this disk meanwhile, as planned, and all."""
+    seen, tempfile.tempdir = [0], temporary
+
+    def look(_: object) -> None:
+        files = Path(temporary).glob("**/*.safetensors")
+        seen.append(sum(path.stat().st_size for path in files if path.exists()))
+
+    options = Options(to="hf://org/gram", threads=2)
+    plan, store = plan_measurement(model, "gram", "random-tokens", 24, 8, options)
+    measure_statistics(plan, store, options, look)
+    return max(seen), disk_at_once(plan, options), plan.size
+
+
+@thorough_only
+def test_statistics_reach_the_hub_a_file_at_a_time(served: LoopbackHub, client: Client, tmp_path: Path) -> None:
+    """At no time more of them lie on this disk than the plan says: two of ten; what comes is what a folder has."""
+    write_model(tmp_path / "model", num_hidden_layers=9)
+    measured(tmp_path / "model", "gram")
+    (tmp_path / "temporary").mkdir()
+    most, disk, size = client(send, str(tmp_path / "model"), str(tmp_path / "temporary"))
+    assert 0 < most <= disk < size / 4
+    sent = served.files("org/gram")
+    for file in (tmp_path / "gram").glob("*.safetensors"):
+        assert sent[file.name] == file.read_bytes()

@@ -132,7 +132,8 @@ def right_divide(matrices: Sequence[Array], grams: Sequence[Array], weights: Seq
 
     Args:
         matrices: of shape (rows, columns).
-        grams: of shape (columns, columns), symmetric, positive semidefinite.
+        grams: of shape (columns, columns), symmetric, positive semidefinite; or (blocks, size, size), those along the
+            diagonal, the last one filled up with zeros: what is outside of them is 0.
         weights: of each.
         alpha: 0 to 1.
 
@@ -144,6 +145,16 @@ def right_divide(matrices: Sequence[Array], grams: Sequence[Array], weights: Seq
     """
     import numpy as np
 
+    if grams[0].ndim == 3:
+        held, size = list(grams), len(grams[0][0])
+        parts = [
+            (slice(start, start + size), [gram[start // size, : columns - start, : columns - start] for gram in held])
+            for columns in [matrices[0].shape[1]]
+            for start in range(0, columns, size)
+        ]
+        made = [right_divide([matrix[:, own] for matrix in matrices], blocks, weights, alpha) for own, blocks in parts]
+        joined: Matrix = namespace(made[0]).concatenate(made, axis=1)
+        return joined
     total: Any = None
     right: Any = None
     for matrix, gram, weight in zip(matrices, grams, weights, strict=True):

@@ -94,12 +94,16 @@ def _measured(measured: LockedModel, kind: str, model: LockedModel, tensor: Tens
 def _misfits(
     kind: str, parts: Sequence[tuple[Segment, TensorInfo, tuple[int, ...]]], held: Sequence[TensorInfo | None]
 ) -> Iterator[tuple[Segment, str]]:
-    """Fisher information is of every tensor; of inputs something is measured for all models or for none."""
+    """Fisher information is of every tensor; of inputs something is measured for all models or for none.
+
+    Gram matrices in blocks are in blocks of one size for all models.
+    """
     wanted = kind == "fisher" or any(tensor is not None for tensor in held)
+    like = next((tensor.shape[-1] for tensor in held if tensor is not None and len(tensor.shape) == 3), None)
     for (part, tensor, shape), found in zip(parts, held, strict=True):
         if found is None and wanted:
             yield part, f"{part.source.statistics} holds nothing of {tensor.name}"
-        elif found is not None and found.shape != (asked := statistic_shape(kind, shape)):
+        elif found is not None and found.shape != (asked := statistic_shape(kind, shape, like)):
             yield (
                 part,
                 f"{found.name} in {part.source.statistics} has the shape {found.shape}, and {asked} is asked for",

@@ -1,0 +1,46 @@
+"""The language's part about what was measured of a model, or is measured on the way.
+
+    statistics := reference
+                | {measure: FILE | hf://[datasets/]owner/name[@revision]/FILE | random-tokens,
+                   tokens: 65536, length: 512, seed: 0, blocks: 512}
+
+Not here: whether the method asks for it (checks), and measuring (statistics).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from merger.recipe import spans
+from merger.recipe.model import Measure, ModelRef
+from merger.recipe.values import UNREADABLE, Value, reference
+from merger.safety.numbers import COUNT, SEED
+
+MEASURE = ("measure", "tokens", "length", "seed", "blocks")
+WHOLES = {"tokens": COUNT, "length": COUNT, "seed": SEED, "blocks": COUNT}
+_DATA = "a file of texts, hf://datasets/owner/name/file, or random-tokens"
+
+
+def statistics(place: Value, model: ModelRef, kind: str | None) -> ModelRef | None:
+    """The statistics that stand at `place`, else UNREADABLE; None: nothing asks for what would be measured.
+
+    Args:
+        model: beside which they stand.
+        kind: what the method asks for; None: nothing.
+    """
+    node = place.node
+    if not isinstance(node, spans.Mapping) or "measure" not in [entry.key for entry in node.entries]:
+        return reference(place)
+    fields = place.fields("a map with the key measure", MEASURE)
+    named = fields.need("measure", f"name {_DATA}") if fields else None
+    data = named.text(_DATA) if named else None
+    if fields is None or data is None:
+        return UNREADABLE
+    if kind is None:
+        place.warn("nothing asks for what is measured here; it has no effect", "take statistics: out")
+        return None
+    if fields.get("blocks") and kind != "gram":
+        fields.places["blocks"].error(f"{kind} has no blocks", "take it out", fields.places["blocks"].key)
+    given = {key: fields.whole(key, within, f"a whole number from {within}") for key, within in WHOLES.items()}
+    known: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    return Measure(f"{kind} of {model} on {data}", at=place.at, kind=kind, model=model, measure=data, **known)
