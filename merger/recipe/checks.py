@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from merger.errors import did_you_mean
 from merger.recipe.mergekit import BASE_ASIDE, LAST_SLICE, TWICE
 from merger.recipe.model import ModelRef, Parameters, Slice, Source
+from merger.recipe.references import UNREADABLE
 from merger.recipe.spans import number
-from merger.recipe.values import UNREADABLE, Number, SettingsBlock, Value, WrittenParameter, nearest
+from merger.recipe.values import Number, SettingsBlock, Value, WrittenParameter, nearest
 
 if TYPE_CHECKING:
     from merger.methods.registry import Method, Param
