@@ -113,11 +113,26 @@ def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally
 
     Those in a folder of a pipeline have its name before theirs.
 
+    Raises:
+        ModelError: as `header_in` says.
+    """
+    found = read_header(header_in(located, store, file, *tallies), file, located.files[file].size)
+    return _in_folder(located, file, found)
+
+
+def _in_folder(located: Located, file: str, found: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
+    folder = file[: file.rfind("/") + 1] if file in module_weights(located.files) else ""
+    return tuple(replace(tensor, name=f"{folder}{tensor.name}") for tensor in found)
+
+
+def header_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> bytes:
+    """The header of one safetensors file.
+
     Args:
-        tallies: what counts the tensors, before anything is made of them.
+        tallies: what counts its tensors, before anything is made of them.
 
     Raises:
-        ModelError: it cannot be read, is damaged, or holds too many tensors.
+        ModelError: it cannot be read, is damaged, or tells of too many tensors.
     """
     if located.files[file].barred == POINTER:
         raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
@@ -127,9 +142,7 @@ def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally
     _count(tallies, file, by_length := limits.count_tensors(length))
     raw = store.fetch(located, file, 8, 8 + length)
     _count(tallies, file, limits.count_tensors(length, raw) - by_length)
-    found, folder = read_header(raw, file, size), file[: file.rfind("/") + 1]
-    is_module = file in module_weights(located.files)
-    return tuple(replace(tensor, name=f"{folder}{tensor.name}") for tensor in found) if is_module else found
+    return raw
 
 
 def _count(tallies: Iterable[limits.Tally], file: str, tensors: int) -> None:
