@@ -299,7 +299,7 @@ class _Fetching:
         found = unpack_checkpoint(
             stored, config, lambda small: self.pool.map(partial(_bytes_of, located, store), small)
         )
-        begins = STEM if alone or (self.pickles and is_pickled(located.files)) else tensor_stem(located)
+        begins = STEM if alone or (self.pickles and is_pickled(located.files)) else tensor_stem(located, self.pickles)
         checkpoint = Checkpoint(found.tensors, found.config, begins)
         card, licence = read_licence(located, store)
         steps = {name: content_names(located, name, store) for name in pipeline(located.files)}
