@@ -70,6 +70,37 @@ _MORE = (
      "planning/test_lora_pipelines.py::test_a_model_with_an_adapter_is_what_diffusers_fuses"),
 )  # fmt: skip
 
+_POINTS = (
+    ("LoRA on experts in one tensor", "PEFT on Qwen 3 MoE, Mixtral, gpt-oss, DeepSeek V3, GLM 4 MoE and a dozen more",
+     "planning/test_lora_experts.py::test_parameters_get_what_peft_adds_to_them"),
+    ("LoRA on a tied head", "PEFT on models that are tied, stored with a head and without",
+     "planning/test_lora_tokens.py::test_a_product_for_a_tied_head_gives_the_model_one_of_its_own"),
+    ("LoRA of diffusion models", "diffusers on a transformer of Flux and of SD 3 and on a UNet, both spellings",
+     "planning/test_lora_pipelines.py::test_a_model_with_an_adapter_is_what_diffusers_fuses"),
+    ("other names", "transformers' pairs of a text model and one that sees; BERT with its prefix and without",
+     "planning/test_matched.py::test_a_language_model_is_merged_into_a_model_that_sees",
+     "planning/test_matched.py::test_bert_is_merged_with_and_without_its_prefix",
+     "planning/test_matched.py::test_the_plan_says_what_was_matched_to_what"),
+    ("quantised sources", f"{', '.join(FORMATS)}", *_PACKED),
+    ("eight bits out", "transformers' fp8 and compressed-tensors' float-quantized, of Llama and of mixtures",
+     "models/test_fp8.py::test_each_matrix_of_a_layer_has_the_bits_of_its_own_tool"),
+    ("embedding models", "SentenceTransformer, SparseEncoder, CrossEncoder, MultiVectorEncoder, CLIP; PyLate",
+     "planning/test_embedders.py::test_the_merge_of_a_pipeline_is_one_of_its_modules",
+     "planning/test_embedders.py::test_the_merge_of_pylates_models_is_one_of_its_models",
+     "planning/test_embedders.py::test_steps_in_pickles_merge_as_the_same_in_safetensors"),
+    ("checkpoints of a run", "a trainer's folders with what lies beside; branches and tags; wherever a model stands",
+     "planning/test_checkpoints.py::test_a_mean_is_the_sum_in_order_rounded_once",
+     "planning/test_checkpoints.py::test_a_mean_stands_wherever_a_model_does",
+     "planning/test_checkpoints.py::test_branches_of_the_hub_are_taken_at_their_commits"),
+    ("mixtures made", f"transformers' {', '.join(layout.name for layout in LAYOUTS)}",
+     "planning/test_mixtures.py::test_each_layout_loads_and_holds_its_models_tensors"),
+    ("GGUF out", f"transformers' {', '.join(family.title for family in FAMILIES.values())}, by llama.cpp; experts in "
+     "one tensor, too", "models/test_gguf.py::test_llama_cpp_continues_a_text_as_transformers_does",
+     "models/test_gguf.py::test_experts_that_are_stored_in_one_tensor_are_written_as_others"),
+    ("files as transformers cuts them", "transformers' Llama, Gemma 2, Qwen 3 MoE",
+     "planning/test_output.py::test_a_model_in_several_files_comes_out_in_files_of_the_same_names_and_tensors"),
+)  # fmt: skip
+
 _FILES: tuple[tuple[str, Callable[[], Any], str], ...] = (
     ("GGUF files alone", lambda: stem(["model-Q8_0.gguf"]),
      "models/test_checkpoint.py::test_files_that_are_not_one_model_are_refused"),
@@ -109,6 +140,12 @@ def forms() -> Iterator[Row]:
     """A row for each format: what it is, read, merged, written, held by."""
     for what, read, merged, written, *tests in (*_OPEN, (", ".join(FORMATS), _BACK, "yes", _WIDE, *_PACKED), *_MORE):
         yield what, read, merged, written, _held(*tests)
+
+
+def points() -> Iterator[Row]:
+    """A row for each kind of input or output: which layouts are rebuilt by whose code, and the tests of them."""
+    for what, layouts, *tests in _POINTS:
+        yield what, layouts, _held(*tests)
 
 
 def families() -> Iterator[Row]:

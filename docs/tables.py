@@ -66,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         "forms": table(("stored as", "read", "merged", "written", "held by"), formats.forms()),
         "refused": table(("what", "the sentence", "the next step", "held by"), formats.refusals()),
         "packed": packed_table(),
+        "points": table(("what", "rebuilt in small, by its own library", "held by"), formats.points()),
         "families": table(("family", "class", "in llama.cpp", "positions scaled"), formats.families()),
     }
     wanted = {

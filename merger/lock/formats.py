@@ -80,6 +80,9 @@ CHANGES: tuple[FormatChange, ...] = (
         "a result of as many files as its config model has the same tensors in each, where some at the ends of files "
         "were in the one before or after",
     ),
+    FormatChange(
+        3, "with --allow-pickle steps of sentence-transformers in pytorch_model.bin are merged; they were left out"
+    ),
 )
 
 FORMAT = 3

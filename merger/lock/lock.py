@@ -24,12 +24,12 @@ from merger.lock.read import (
     adapter_file,
     content_names,
     embedder_class,
+    header_in,
     read_config,
     read_json,
     read_licence,
     refuse_barred,
     tensor_stem,
-    tensors_in,
     tensors_of,
     without_config,
 )
@@ -40,6 +40,7 @@ from merger.models.checkpoint import (
     Checkpoint,
     TensorInfo,
     is_single,
+    read_header,
     read_metadata,
 )
 from merger.models.formats.pickled import is_pickled
@@ -47,7 +48,7 @@ from merger.models.formats.quantised import unpack_checkpoint
 from merger.models.gguf import tokens as gguf
 from merger.models.lora import adapter as adapters
 from merger.models.lora import pipeline as pipelines
-from merger.models.mixtures import are_fused, split
+from merger.models.mixtures import are_fused, split, split_as_published
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import (
     LOCK_NAME,
@@ -116,7 +117,7 @@ def lock(
         merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
         known = list(models.map(lambda ref: _attempt(ref, fetching.statistics), recipe.statistics))
         loras = _collect(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), [*merged, *known])
-    found = _in_one_layout(_collect(merged))
+    found = _in_one_layout(_collect(merged), bool(recipe.publish.gguf))
     by_ref = {lora.ref: lora for lora in loras}
     changed = _collect(_attempt_with(model, by_ref) for model in found)
     like = next(model for model in changed if model.ref == recipe.names_model)
@@ -140,14 +141,23 @@ def _collect(attempts: Iterable[_Attempt], others: Iterable[_Attempt] = ()) -> t
     return tuple(model for model, _ in tried if model is not None)
 
 
-def _in_one_layout(models: Sequence[LockedModel]) -> tuple[LockedModel, ...]:
-    """The models with a tensor for each expert, where some have one and others have all of a layer's in one."""
+def _in_one_layout(models: Sequence[LockedModel], each: bool) -> tuple[LockedModel, ...]:
+    """The models with a tensor for each expert, where some have one and others have all of a layer's in one.
+
+    Args:
+        each: or where that is wanted (llama.cpp has gates and ups by themselves).
+    """
     fused = [model for model in models if are_fused(model.checkpoint.tensors) and not model.quantised]
     like = next((model.checkpoint.tensors for model in models if model not in fused and model.has_experts), None)
-    if like is None:
+    if like is None and not each:
         return tuple(models)
-    split_up = {id(model): replace(model.checkpoint, tensors=split(model.checkpoint.tensors, like)) for model in fused}
-    return tuple(replace(model, checkpoint=split_up.get(id(model), model.checkpoint)) for model in models)
+
+    def parted(model: LockedModel) -> LockedModel:
+        held, kind = model.checkpoint.tensors, str(model.checkpoint.config.get("model_type"))
+        tensors = split_as_published(held, kind) if like is None else split(held, like)
+        return replace(model, checkpoint=replace(model.checkpoint, tensors=tensors))
+
+    return tuple(parted(model) if model in fused else model for model in models)
 
 
 def _with_texts(
@@ -293,7 +303,7 @@ class _Fetching:
         found = unpack_checkpoint(
             stored, config, lambda small: self.pool.map(partial(_bytes_of, located, store), small)
         )
-        begins = STEM if alone or (self.pickles and is_pickled(located.files)) else tensor_stem(located)
+        begins = STEM if alone or (self.pickles and is_pickled(located.files)) else tensor_stem(located, self.pickles)
         checkpoint = Checkpoint(found.tensors, found.config, begins)
         card, licence = read_licence(located, store)
         steps = {name: content_names(located, name, store) for name in pipeline(located.files)}
@@ -314,7 +324,8 @@ class _Fetching:
         file = adapter_file(located)
         refuse_barred(located, {})
         config = read_json(located, adapters.CONFIG, self.store) if adapters.CONFIG in located.files else {}
-        tensors = {tensor.name: tensor for tensor in tensors_in(located, self.store, file, self.tally)}
+        header = header_in(located, self.store, file, self.tally)
+        tensors = {tensor.name: tensor for tensor in read_header(header, file, located.files[file].size)}
         if adapters.CONFIG in located.files:
             lora = (adapters.read_mlx if file == adapters.OF_MLX else adapters.read_adapter)(config, tensors)
         elif not pipelines.holds_lora(tensors):
@@ -322,9 +333,7 @@ class _Fetching:
         else:
             numbers = {name: tensor for name, tensor in tensors.items() if name.endswith(pipelines.ALPHA)}
             fetched = self.pool.map(partial(_bytes_of, located, self.store), numbers.values())
-            header = self.store.fetch(located, file, 8, min((tensor.start for tensor in tensors.values()), default=8))
-            said = read_metadata(header)
-            lora = pipelines.read_pipeline(tensors, dict(zip(numbers, fetched, strict=True)), said)
+            lora = pipelines.read_pipeline(tensors, dict(zip(numbers, fetched, strict=True)), read_metadata(header))
         card, licence = read_licence(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
 

@@ -55,9 +55,9 @@ _ONE_FOLDER = Lock()
 """A disk answers at once: threads that parse its headers side by side only take each other's turns."""
 
 
-def tensor_stem(located: Located) -> str:
+def tensor_stem(located: Located, pickles: bool = False) -> str:
     """What the names of its safetensors begin with: of a single file the name itself."""
-    if is_modular(located.files):
+    if is_modular(located.files, pickles):
         return STEM
     alone = is_single(located.name)
     return located.name.rpartition("/")[2].removesuffix(SUFFIX) if alone else stem(located.files)
@@ -77,19 +77,19 @@ def tensors_of(
         ModelError: it has no files that can be read.
     """
     pickled = pickles and is_pickled(located.files)
-    single = PICKLED if pickled else tensor_stem(located) + SUFFIX
+    single = PICKLED if pickled else tensor_stem(located, pickles) + SUFFIX
     name = index_name(single)
     text = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
     index = None if text is None else weight_map(text, single)
-    files = () if is_modular(located.files) else weight_files(located.files, index, single)
+    files = () if is_modular(located.files, pickles) else weight_files(located.files, index, single)
     counted = limits.Tally(limits.MODEL_TENSORS), *tallies
     read = partial(_pickled_in if pickled else tensors_in, located, store)
     with nullcontext() if located.commit else _ONE_FOLDER:
         headers = (pool.map if located.commit else map)(lambda file: read(file, *counted), files)
         modules = [
-            tensors_in(located, store, file, *counted)
-            for file in module_weights(located.files)
-            if file.endswith(SUFFIX)
+            (tensors_in if file.endswith(SUFFIX) else _pickled_in)(located, store, file, *counted)
+            for file in module_weights(located.files, pickles)
+            if not file.endswith(".json")
         ]
         tensors = gather((*headers, *modules), index, single)
     if not tensors:
@@ -105,7 +105,7 @@ def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tall
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         found = pickled_tensors(file, size, lambda start, stop: store.fetch(located, file, start, stop), pool.map)
     _count(tallies, file, len(found))
-    return found
+    return _in_folder(located, file, found)
 
 
 def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
@@ -113,11 +113,26 @@ def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally
 
     Those in a folder of a pipeline have its name before theirs.
 
+    Raises:
+        ModelError: as `header_in` says.
+    """
+    found = read_header(header_in(located, store, file, *tallies), file, located.files[file].size)
+    return _in_folder(located, file, found)
+
+
+def _in_folder(located: Located, file: str, found: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
+    folder = file[: file.rfind("/") + 1] if file in module_weights(located.files, pickles=True) else ""
+    return tuple(replace(tensor, name=f"{folder}{tensor.name}") for tensor in found)
+
+
+def header_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> bytes:
+    """The header of one safetensors file.
+
     Args:
-        tallies: what counts the tensors, before anything is made of them.
+        tallies: what counts its tensors, before anything is made of them.
 
     Raises:
-        ModelError: it cannot be read, is damaged, or holds too many tensors.
+        ModelError: it cannot be read, is damaged, or tells of too many tensors.
     """
     if located.files[file].barred == POINTER:
         raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
@@ -127,9 +142,7 @@ def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally
     _count(tallies, file, by_length := limits.count_tensors(length))
     raw = store.fetch(located, file, 8, 8 + length)
     _count(tallies, file, limits.count_tensors(length, raw) - by_length)
-    found, folder = read_header(raw, file, size), file[: file.rfind("/") + 1]
-    is_module = file in module_weights(located.files)
-    return tuple(replace(tensor, name=f"{folder}{tensor.name}") for tensor in found) if is_module else found
+    return raw
 
 
 def _count(tallies: Iterable[limits.Tally], file: str, tensors: int) -> None:

@@ -381,8 +381,15 @@ def split(tensors: Tensors, like: Tensors) -> Tensors:
     They stay as they are where that model's are in one tensor too, or have other shapes.
     """
     style = next((style for style in _STYLES if any(_first(name, style) for name in like)), None)
-    if style is None or not _alike(tensors, like, style):
-        return tensors
+    return tensors if style is None or not _alike(tensors, like, style) else _split(tensors, style)
+
+
+def split_as_published(tensors: Tensors, kind: str) -> Tensors:
+    """The tensors with one for each expert, under the names with which a `model_type` is published."""
+    return _split(tensors, _STYLES[kind == "mixtral"])
+
+
+def _split(tensors: Tensors, style: _Style) -> Tensors:
     blocks = {match["block"] for name in tensors if (match := _FUSED.match(name))}
     found = [part for tensor in tensors.values() for part in _parts(tensor, blocks, style)]
     return {tensor.name: tensor for tensor in found}

@@ -111,6 +111,7 @@ _PIPELINE = re.compile(
     re.VERBOSE,
 )
 _TENSORS = re.compile(rf"{_MODULE}/model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+_PICKLED = re.compile(rf"{_MODULE}/pytorch_model\.bin")
 _PROMPT = re.compile(r"system_prompt\.txt", re.IGNORECASE)
 _CODE = re.compile(r"[^/]+\.py")
 
@@ -129,14 +130,22 @@ def pipeline(files: Collection[str]) -> tuple[str, ...]:
     return tuple(found) if MODULES in files else ()
 
 
-def module_weights(files: Collection[str]) -> tuple[str, ...]:
-    """The files of tensors, and indexes of them, in the folders of such a pipeline: they are merged."""
-    return tuple(sorted(name for name in files if _TENSORS.fullmatch(name))) if MODULES in files else ()
+def module_weights(files: Collection[str], pickles: bool = False) -> tuple[str, ...]:
+    """The files of tensors, and indexes of them, in the folders of such a pipeline: they are merged.
+
+    Args:
+        pickles: of folders without safetensors, those that torch.save wrote.
+    """
+    found = sorted(name for name in files if _TENSORS.fullmatch(name))
+    full = {name.partition("/")[0] for name in found}
+    steps = [name for name in sorted(files) if pickles and _PICKLED.fullmatch(name)]
+    found += [name for name in steps if name.partition("/")[0] not in full]
+    return tuple(found) if MODULES in files else ()
 
 
-def is_modular(files: Collection[str]) -> bool:
+def is_modular(files: Collection[str], pickles: bool = False) -> bool:
     """Whether all tensors of a model are in such folders, and it has no config of its own either."""
-    return bool(module_weights(files)) and not any("/" not in name and is_weights(name) for name in files)
+    return bool(module_weights(files, pickles)) and not any("/" not in name and is_weights(name) for name in files)
 
 
 def module_of(tensor: str) -> str:
@@ -211,7 +220,7 @@ def _why(name: str, files: Collection[str]) -> str | None:
     if what == WEIGHTS:
         is_step = MODULES in files and re.fullmatch(_MODULE, folder) is not None
         is_step = is_step and not any(of.startswith(f"{folder}/") and of.endswith(SUFFIX) for of in files)
-        return "a pickle, which may run code when it is read: the pipeline lacks its weights" if is_step else None
+        return "a pickle, which is read with --allow-pickle only: the pipeline lacks its weights" if is_step else None
     if name == "params.json" or (
         folder and any(loaded_as(of) == WEIGHTS for of in files if of.startswith(f"{folder}/"))
     ):

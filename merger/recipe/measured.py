@@ -13,7 +13,8 @@ from typing import Any
 
 from merger.recipe import spans
 from merger.recipe.model import Measure, ModelRef
-from merger.recipe.values import UNREADABLE, Value, reference
+from merger.recipe.references import UNREADABLE, reference, refuse_mean
+from merger.recipe.values import Value
 from merger.safety.numbers import COUNT, SEED
 
 MEASURE = ("measure", "tokens", "length", "seed", "blocks")
@@ -30,7 +31,9 @@ def statistics(place: Value, model: ModelRef, kind: str | None) -> ModelRef | No
     """
     node = place.node
     if not isinstance(node, spans.Mapping) or "measure" not in [entry.key for entry in node.entries]:
-        return reference(place)
+        found = reference(place)
+        refuse_mean(place, found, "statistics", "name one of them")
+        return found
     fields = place.fields("a map with the key measure", MEASURE)
     named = fields.need("measure", f"name {_DATA}") if fields else None
     data = named.text(_DATA) if named else None

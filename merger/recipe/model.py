@@ -80,12 +80,14 @@ class ModelRef:
         path: Hub repo id or folder, as written.
         revision: branch, tag or commit on the Hub.
         adapter: a LoRA adapter to be added to it.
+        checkpoints: it is the mean of these, until they are looked up and a stage makes it.
         at: where it stands in the recipe.
     """
 
     path: str
     revision: str | None = None
     adapter: ModelRef | None = None
+    checkpoints: Checkpoints | None = None
     at: Span | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
@@ -146,7 +148,6 @@ class Source:
 
     Args:
         model: the model.
-        checkpoints: the model is the mean of these, until they are looked up and a stage makes it.
         statistics: where what was measured of the model lies, for methods that ask for it; or how it is measured.
         layer_range: ``[start, end)`` of the model's layers from zero; None: all of them (the `models:` form).
         parameters: settings for this model alone.
@@ -158,7 +159,6 @@ class Source:
     layer_range: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
     added: bool = False
-    checkpoints: Checkpoints | None = None
     statistics: ModelRef | None = None
     at: Span | None = field(default=None, compare=False)
     range_at: Span | None = field(default=None, compare=False)

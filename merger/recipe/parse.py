@@ -14,7 +14,6 @@ from merger.errors import Problem, RecipeError, Span
 from merger.recipe import checks, spans
 from merger.recipe.blocks import lora as loras
 from merger.recipe.blocks import mixture
-from merger.recipe.blocks.average import read_checkpoints
 from merger.recipe.blocks.evaluate import evaluate
 from merger.recipe.blocks.publish import PUBLISH, publish_block
 from merger.recipe.blocks.search import find_search, without_block
@@ -24,20 +23,18 @@ from merger.recipe.checks import Choice, Found
 from merger.recipe.measured import statistics
 from merger.recipe.mergekit import FLOAT64
 from merger.recipe.model import ModelRef, Module, Parameters, Recipe, Rule, Setting, Slice, Source, Taken
+from merger.recipe.references import MEAN, UNREADABLE, identity, read_model, reference, refuse_mean
 from merger.recipe.searched import Searched, Values, fill_holes
 from merger.recipe.spans import Documents, Node, number
 from merger.recipe.values import (
-    UNREADABLE,
     Fields,
     Hints,
     Notes,
     SettingsBlock,
     Value,
     filter_of,
-    identity,
     nearest,
     read_parameters,
-    reference,
 )
 from merger.safety import numbers
 
@@ -66,9 +63,9 @@ TOP = (
     "search",
 )
 EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "allow_non_finite", "publish")
-MODEL = ("model", "revisions", "average", "statistics", "parameters")
+MODEL = ("model", *MEAN, "statistics", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
-SOURCE = ("model", "layer_range", "statistics", "parameters")
+SOURCE = ("model", *MEAN, "layer_range", "statistics", "parameters")
 MODULE = ("slices", "models", "parameters")
 TENSORS = ("filter", "model")
 
@@ -101,11 +98,7 @@ _TOP_HINTS = _UNDER_PARAMETERS | {
 _SEARCH = "genome"
 """The key by which a file of mergekit-evolve is known."""
 _MODEL_HINTS = _UNDER_PARAMETERS | _PINNED | {"layer_range": "layer ranges belong to the sources of slices:"}
-_SOURCE_HINTS = (
-    _UNDER_PARAMETERS
-    | _PINNED
-    | dict.fromkeys(("revisions", "average"), "checkpoints are averaged for models:, not for the sources of slices:")
-)
+_SOURCE_HINTS = _UNDER_PARAMETERS | _PINNED
 
 
 def parse(text: str, path: str, table: Mapping[str, Method], drawn: Values | None = None) -> Recipe:
@@ -255,8 +248,8 @@ def _mixture(top: Value, path: str, text: str) -> Recipe:
     fields = top.fields("a map with the key experts", mixture.TOP, mixture.TOP_HINTS)
     if fields is None:
         return Recipe(path, text, (), at=top.at)
-    base_model = fields.model(
-        "base_model", "name the model that gives everything but the experts: base_model: org/name"
+    base_model = read_model(
+        fields, "base_model", "name the model that gives everything but the experts: base_model: org/name"
     )
     return _of(top, path, text, fields, modules=(), base_model=base_model, mixture=mixture.mixture(fields))
 
@@ -316,9 +309,7 @@ class _Levels:
             method = loras.adapter_method(scope.method) if scope.method else None
             pieces = self._slices("models", place, replace(scope, method=method, base_model=None))
             for source in pieces[0].sources:
-                if source.checkpoints is not None:
-                    hint = "list them, each as a model of its own"
-                    place.error("no mean is made of checkpoints of an adapter", hint, source.at)
+                refuse_mean(place, source.model, "checkpoints of an adapter", "list them, each as a model of its own")
                 if source.model.adapter is not None:
                     place.error(f"{source.model} is a model and an adapter", "name the adapter alone", source.model.at)
             return [Module(None, pieces)]
@@ -393,16 +384,13 @@ class _Levels:
         block = read_parameters(fields)
         method = scope.method.method if scope.method else None
         checks.check_block(block, [method], self.table, per_model=True)
-        named = fields.model("model", _A_MODEL)
         ranged = fields.need("layer_range", _RANGE_HINT) if "layer_range" in keys else None
-        several = read_checkpoints(fields, named) if keys == MODEL else None
-        measured = fields.get("statistics")
+        model, measured = read_model(fields, "model", _A_MODEL), fields.get("statistics")
         return Source(
-            model=replace(named, revision=several.match) if several and not several.of_folders else named,
+            model=model,
             layer_range=_layer_range(ranged) if ranged else None,
             parameters=block.settings,
-            checkpoints=several,
-            statistics=statistics(measured, named, method.statistics if method else None) if measured else None,
+            statistics=statistics(measured, model, method.statistics if method else None) if measured else None,
             at=place.at,
             range_at=ranged.at if ranged else None,
         )
@@ -447,7 +435,7 @@ def _parse_taken(place: Value) -> Taken | None:
     if keys is None:
         return None
     keys.need("filter", "write filter: and a part of the tensors' names, such as self_attn")
-    text, model = keys.text("filter", "a part of a tensor's name"), keys.model("model", _A_MODEL)
+    text, model = keys.text("filter", "a part of a tensor's name"), read_model(keys, "model", _A_MODEL)
     return Taken(text, model, place.at) if text else None
 
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from merger.recipe import measured as measuring
-from merger.recipe import parse, spans, values
-from merger.recipe.blocks import average, holes, mixture, tokenizer
+from merger.recipe import parse, references, spans, values
 from merger.recipe.blocks import evaluate as evaluation
+from merger.recipe.blocks import holes, mixture, tokenizer
 from merger.recipe.blocks import lora as loras
 from merger.recipe.blocks import publish as publishing
 from merger.recipe.blocks import search as searching
@@ -101,7 +101,7 @@ def schema(table: Mapping[str, Method]) -> Json:
         "$defs": {
             "reference": _reference(),
             "path": _or_null(
-                _map(values.PATH, _describe_fields(ModelRef), {key: _text() for key in values.PATH}, ["path"])
+                _map(references.PATH, _describe_fields(ModelRef), {key: _text() for key in references.PATH}, ["path"])
             ),
             "method": {"anyOf": [*_methods(table), _ref("hole"), {"type": "null"}]},
             "hole": _hole(),
@@ -165,8 +165,8 @@ def _reference() -> Json:
     hover = "org/name, org/name@revision, or a folder such as ./name"
     described = _WORDS | _describe_fields(ModelRef) | {"model": "The model."}
     path = {"anyOf": [_text(pattern=f"^{_PART}$"), _ref("path")]}
-    shapes = {"model": path, "lora": path, "override_architecture": {}}
-    as_map = _map(values.REFERENCE, described, shapes, ["model"])
+    shapes = {"model": path, "lora": path, "override_architecture": {}, **_mean()}
+    as_map = _map(references.REFERENCE, described, shapes, ["model"])
     return {"description": hover, "anyOf": [_text(pattern=rf"^{_PART}(\+{_PART})?$"), as_map, {"type": "null"}]}
 
 
@@ -179,7 +179,7 @@ def _source(keys: tuple[str, ...]) -> Json:
         "parameters": _ref("parameters"),
     }
     needed = [key for key in ("model", "layer_range") if key in keys]
-    return _map(keys, _WORDS | _describe_fields(Source), shapes | _checkpoints(), needed)
+    return _map(keys, _WORDS | _describe_fields(Source), shapes | _mean(), needed)
 
 
 def _measure() -> Json:
@@ -187,17 +187,17 @@ def _measure() -> Json:
     return _map(measuring.MEASURE, _describe_fields(Measure), {"measure": _text(), **numbered}, ["measure"])
 
 
-def _checkpoints() -> Json:
+def _mean() -> Json:
     described, pattern = _describe_fields(Checkpoints), _text()
-    number, scheme = {"type": ["number", "string"], "pattern": _NUMERIC}, {"enum": list(average.SCHEMES)}
+    number, scheme = {"type": ["number", "string"], "pattern": _NUMERIC}, {"enum": list(references.SCHEMES)}
     which = {
         "match": pattern,
-        **{key: _or_null(_whole(within)) for key, within in (("last", average.LAST), ("every", numbers.COUNT))},
+        **{key: _or_null(_whole(within)) for key, within in (("last", references.LAST), ("every", numbers.COUNT))},
     }
-    how = {"by": scheme, "ema": number | _ends(average.DECAY), "weights": _list(number)}
+    how = {"by": scheme, "ema": number | _ends(references.DECAY), "weights": _list(number)}
     return {
-        "revisions": {"anyOf": [pattern, _map(average.REVISIONS, described, which), {"type": "null"}]},
-        "average": {"anyOf": [scheme, _map(average.AVERAGE, described, how), {"type": "null"}]},
+        "revisions": {"anyOf": [pattern, _map(references.REVISIONS, described, which), {"type": "null"}]},
+        "average": {"anyOf": [scheme, _map(references.AVERAGE, described, how), {"type": "null"}]},
     }
 
 
@@ -221,7 +221,7 @@ def _expert() -> Json:
         "noise_scale": number | _ends(numbers.Range(0)),
         "residual_scale": number | _ends(numbers.Range()),
     }
-    return _map(mixture.EXPERT, _describe_fields(Expert), shapes, ["source_model"])
+    return _map(mixture.EXPERT, _WORDS | _describe_fields(Expert), shapes | _mean(), ["source_model"])
 
 
 def _publish() -> Json:

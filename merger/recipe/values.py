@@ -1,11 +1,10 @@
-"""What stands behind the keys: how recipes name a model, and how they give a parameter its value.
+"""What stands behind the keys, with its place; and how recipes give a parameter its value.
 
-    reference := PATH[@REVISION][+ADAPTER[@REVISION]] | {model: {path, revision}, lora: {path, revision}}
     setting   := number | gradient | [rule, ...] | rule
     gradient  := [number, ...]
     rule      := {value: number | gradient, filter: text}
 
-Not here: whether there is such a model (stores) and whether a method knows the parameter (checks).
+Not here: how recipes name models (references), and whether a method knows the parameter (checks).
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from dataclasses import dataclass, field, replace
 
 from merger.errors import Problem, Span, did_you_mean
 from merger.recipe import spans
-from merger.recipe.mergekit import OVERRIDE
-from merger.recipe.model import ModelRef, Parameters, Rule, Setting
+from merger.recipe.model import Parameters, Rule, Setting
 from merger.recipe.spans import Node, Scalar
-from merger.safety.names import parse_name
 from merger.safety.numbers import ANY, Range
 
 # ---- values and where they stand ------------------------------------------------------------------------------------
@@ -221,11 +218,6 @@ class Fields:
         place = self.get(key)
         return place.number(hint, within) if place else None
 
-    def model(self, key: str, hint: str) -> ModelRef:
-        """The model behind `key`, which must be there, else UNREADABLE."""
-        place = self.need(key, hint)
-        return reference(place) if place else UNREADABLE
-
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
     """The known word that `word` is most likely a misspelling of."""
@@ -236,88 +228,7 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
 # ---- values ---------------------------------------------------------------------------------------------------------
 
 
-REFERENCE = ("model", "lora", "override_architecture")
-PATH = ("path", "revision")
 RULE = ("value", "filter")
-
-UNREADABLE = ModelRef("?")
-"""Stands for a model that could not be read, while the rest of the recipe is looked at."""
-
-_A_MODEL = "a model such as org/name or ./folder"
-_PARTS = "write org/name, org/name@revision or ./folder; a path that itself holds @ or + as a map: {model: {path: ...}}"
-_MAP = "write {model: {path: org/name, revision: main}}"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-
-
-def reference(place: Value) -> ModelRef:
-    """The model that stands at `place`, else UNREADABLE."""
-    if isinstance(place.node, spans.Mapping):
-        fields = place.fields(_A_MODEL, REFERENCE, {"path": _MAP, "revision": _MAP})
-        found = _of_map(fields) if fields else UNREADABLE
-    else:
-        text = place.text(_A_MODEL)
-        found = _of_text(place, text) if text is not None else UNREADABLE
-    return replace(found, at=place.at)
-
-
-def identity(node: Node) -> str | None:
-    """What a recipe calls the model at `node`, read without judging it."""
-    if isinstance(node, spans.Mapping):
-        inner = {entry.key: entry.value for entry in node.entries}
-        return identity(inner[key]) if (key := next((k for k in ("model", "path") if k in inner), None)) else None
-    return node.value if isinstance(node, Scalar) and isinstance(node.value, str) else None
-
-
-def _of_text(place: Value, text: str) -> ModelRef:
-    model, *adapters = text.split("+")
-    if len(adapters) > 1:
-        place.error(f"{text!r} holds more than one +", "one adapter a model: org/name+adapter")
-        return UNREADABLE
-    found = _parse_pinned(place, model)
-    return replace(found, adapter=replace(_parse_pinned(place, adapters[0]), at=place.at)) if adapters else found
-
-
-def _parse_pinned(place: Value, text: str) -> ModelRef:
-    """The ``PATH[@REVISION]`` in a part of a reference."""
-    path, *revisions = parse_name(text.strip()).split("@")
-    if len(revisions) > 1:
-        place.error(f"{text!r} holds more than one @", _PARTS)
-    if not all([path, *revisions]):
-        place.error("a part of the model's name is empty", _PARTS)
-    return _check_ref(place, ModelRef(path, revisions[0] if revisions else None))
-
-
-def _of_map(fields: Fields) -> ModelRef:
-    lora, named = fields.get("lora"), fields.get("override_architecture")
-    if named:
-        OVERRIDE.warn(named, "override_architecture", named.key)
-    model = fields.need("model", _MAP)
-    found = _path(model) if model else UNREADABLE
-    return replace(found, adapter=replace(_path(lora), at=lora.at)) if lora else found
-
-
-def _path(place: Value) -> ModelRef:
-    """One half of a reference in a map: a text, or a map of path and revision."""
-    if not isinstance(place.node, spans.Mapping):
-        text = place.text(_A_MODEL)
-        return _parse_pinned(place, text) if text is not None else UNREADABLE
-    fields = place.fields(_A_MODEL, PATH)
-    path = fields.need("path", _MAP) if fields else None
-    name = path.text(_A_MODEL) if path else None
-    pin = fields.text("revision", "a branch, a tag or a commit") if fields else None
-    if name is None:
-        return UNREADABLE
-    if parse_name(name) == name:
-        return _check_ref(place, ModelRef(name, pin))
-    found = _parse_pinned(place, name)
-    return replace(found, revision=pin or found.revision)
-
-
-def _check_ref(place: Value, found: ModelRef) -> ModelRef:
-    if found.path.endswith(_PICKLED):
-        hint = "such files can run code when they are read: convert it to safetensors first"
-        place.error(f"{found.path} is not in safetensors", hint)
-    return found
 
 
 @dataclass(frozen=True)

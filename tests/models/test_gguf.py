@@ -92,7 +92,7 @@ def of_pieces() -> Tokenizer:
     return found
 
 
-def model(folder: Path, family: str, tokenizer: Tokenizer | None = None, **more: Any) -> Path:
+def model(folder: Path, family: str, tokenizer: Tokenizer | None = None, fused: bool = False, **more: Any) -> Path:
     """A small model of a family that transformers makes, in bfloat16, with norms that are not all alike."""
     named = family if family != "Gemma3" else "Gemma3Text"
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def model(folder: Path, family: str, tokenizer: Tokenizer | None = None, **more:
                 torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else 0.15)
                 + (parameter.ndim == 1) * (parameter.mean())
             )
-    made.bfloat16().save_pretrained(folder)
+    made.bfloat16().save_pretrained(folder, save_original_format=not fused)
     (tokenizer or of_bytes()).save(str(folder / "tokenizer.json"))
     said = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ messages }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
@@ -239,6 +239,21 @@ def test_the_experts_of_a_layer_are_one_tensor_of_one_part(tmp_path: Path) -> No
 # ---- GGUF alone -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", [name for name, of in FAMILIES.items() if "num_experts_per_tok" in of])
+def test_experts_that_are_stored_in_one_tensor_are_written_as_others(tmp_path: Path, family: str) -> None:
+    """As transformers has them in memory: what is written is what the published layout gives, whatever its order."""
+    for name in ("fused", "published"):
+        merged(recipe(model(tmp_path / name, family, fused=name == "fused"), "Q8_0"), tmp_path / f"of-{name}")
+    assert any(name.endswith(".experts.gate_up_proj") for name in load_file(tmp_path / "fused/model.safetensors"))
+    found, expected = (tensors(tmp_path / f"of-{name}/model-Q8_0.gguf") for name in ("fused", "published"))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name].data, expected[name].data) for name in expected)
+    assert said(tmp_path / "of-fused/model-Q8_0.gguf") == said(tmp_path / "of-published/model-Q8_0.gguf")
+    stored, other = (load_file(tmp_path / f"of-{name}/model.safetensors") for name in ("fused", "published"))
+    assert stored.keys() == other.keys()
+    assert all(torch.equal(stored[name], other[name]) for name in other)
+
+
 def test_a_model_is_converted_and_nothing_else_is_written(tmp_path: Path) -> None:
     """The files are those that a merge has beside it; card and lock say what it is, and verify makes it again."""
     made, out = model(tmp_path / "Some-1.5B", "Qwen2"), tmp_path / "out"
@@ -347,10 +362,10 @@ def run_llama(path: Path, prompt: str, count: int) -> list[tuple[int, dict[int, 
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_continues_a_text_as_transformers_does(tmp_path: Path, family: str, pieces: bool) -> None:
-    """From the text itself, token for token, and with the same chances."""
+    """From the text itself, token for token, and with the same chances; of experts that are in one tensor, too."""
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: make oracles")
     tokenizer = of_pieces() if pieces else of_bytes()
-    made = model(tmp_path / "one", family, tokenizer)
+    made = model(tmp_path / "one", family, tokenizer, fused=pieces)
     merged(recipe(made, "F32"), tmp_path / "out")
     found = run_llama(tmp_path / "out" / "model-F32.gguf", TEXT, 12)
     same_as_transformers(found, tmp_path / "out", tokenizer, 2e-2)

@@ -180,7 +180,7 @@ FATES: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any], str | None]] = {
     "document_0_Transformer/model.safetensors.index.json": ((ST,), {}, None),
     "0_WordEmbeddings/wordembedding_config.json": ((ST,), {}, "taken"),
     "2_Dense/config.json": ((), {}, "not known to be read by what loads the result"),
-    "2_Dense/pytorch_model.bin": ((ST,), {}, "a pickle, which may run code when it is read: the pipeline lacks its "
+    "2_Dense/pytorch_model.bin": ((ST,), {}, "a pickle, which is read with --allow-pickle only: the pipeline lacks its "
                                              "weights"),
     "code/modeling.py": ((), MAP, "taken"),
     "code/helpers.py": ((), MAP, "taken"),

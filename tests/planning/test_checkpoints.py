@@ -22,9 +22,9 @@ from thorough import thorough_only
 from merger.errors import MergerError
 from merger.lock.checkpoints import with_means
 from merger.methods.registry import methods
-from merger.recipe.blocks.average import SCHEMES, weigh
 from merger.recipe.model import Checkpoints, Recipe
 from merger.recipe.parse import parse
+from merger.recipe.references import SCHEMES, weigh
 from merger.stores.folder import FolderStore
 
 from .models import model, planned
@@ -125,8 +125,8 @@ def test_those_of_a_lock_are_taken_and_no_others() -> None:
 
 
 WRONG = {
-    "no match": (RUN % "epoch-*", "r.yaml:3:5: models[org/run@epoch-*]: nothing is called 'epoch-*'", "main, step-9"),
-    "one match": (RUN % "main", "r.yaml:3:5: models[org/run@main]: main is the only one", "name it as a model"),
+    "no match": (RUN % "epoch-*", "r.yaml:3:12: models[org/run@epoch-*]: nothing is called 'epoch-*'", "main, step-9"),
+    "one match": (RUN % "main", "r.yaml:3:12: models[org/run@main]: main is the only one", "name it as a model"),
     "every over nothing": (RUN % "{match: step-*, every: 7}", "of the 5 that are called 'step-*' none has a multiple "
                            "of 7 for its number", "there are step-9, step-10, step-500 and 2 more"),
     "other weights": (RUN % "step-*\n    average: {weights: [1, 2]}", "2 weights for 5 checkpoints: step-9", "last:"),
@@ -148,8 +148,12 @@ WRONG = {
                     "write the pattern into the path"),
     "no folder": ("merge_method: linear\nmodels: [{model: ./nowhere/checkpoint-*, average: uniform}]\n",
                   "nothing is called './nowhere/checkpoint-*'", "relative to the working directory"),
-    "in a slice": ("merge_method: linear\nslices:\n- sources: [{model: org/run, layer_range: [0, 1], revisions: a-*}]",
-                   "unknown key 'revisions'", "checkpoints are averaged for models:"),
+    "of statistics": ("merge_method: fisher\nmodels: [{model: org/run, statistics: {model: org/s, revisions: a-*}}]",
+                      "no mean is made of statistics", "name one of them"),
+    "of what an adapter is taken from": (
+        "extract_lora: {model: {model: org/run, revisions: a-*}, base_model: org/base, rank: 4}",
+        "no mean is made of what an adapter is taken from", "make the mean first",
+    ),
     "of adapters": ("merge_method: linear\nadapters: [{model: ./lora/checkpoint-*, average: uniform}]\n",
                     "no mean is made of checkpoints of an adapter", "list them"),
 }  # fmt: skip
@@ -202,7 +206,7 @@ def test_a_mean_is_the_sum_in_order_rounded_once(average: str, run: Path, tmp_pa
     """To the bit; of integers and constants it has the last checkpoint's."""
     found = merged(f"merge_method: linear\nmodels: [{{model: {run}/checkpoint-*, average: {average}}}]\n",
                    tmp_path / "out")  # fmt: skip
-    row = parse(found.locked.recipe.text, "r", methods()).slices[0].sources[0].checkpoints
+    row = parse(found.locked.recipe.text, "r", methods()).slices[0].sources[0].model.checkpoints
     assert row is not None
     expected = in_order(run, weigh(row, len(STEPS)))
     made = tiny.read(tmp_path / "out")
@@ -225,6 +229,38 @@ def test_a_mean_is_one_model_of_any_method(method: str, run: Path, tmp_path: Pat
         merged(f"models:\n  - {one}\n  - {{model: {run}/checkpoint-10}}\n{base}merge_method: {method}\n"
                "parameters: {t: 0.3}\n", tmp_path / name)  # fmt: skip
     assert (tmp_path / "made/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+
+
+MEAN = "{model: RUN/checkpoint-*, average: linear}"
+PLACES = {
+    "a base model": f"merge_method: ties\nbase_model: {MEAN}\nmodels: [{{model: RUN/base}}]\n"
+                    "parameters: {density: 0.5}\n",
+    "base model and row": f"merge_method: slerp\nbase_model: {MEAN}\nmodels: [{MEAN}, {{model: RUN/base}}]\n"
+                          "parameters: {t: 0.3}\n",
+    "slices": "merge_method: linear\nslices:\n"
+              "- sources: [{model: RUN/checkpoint-*, average: linear, layer_range: [0, 1]}]\n"
+              "- sources: [{model: RUN/base, layer_range: [1, 2]}, "
+              "{model: RUN/checkpoint-*, average: linear, layer_range: [0, 1]}]\n",
+    "the base model of a slice": "slices:\n- merge_method: task_arithmetic\n"
+                                 f"  base_model: {MEAN}\n  sources: [{{model: RUN/base, layer_range: [0, 2]}}, "
+                                 "{model: RUN/checkpoint-*, average: linear, layer_range: [0, 2]}]\n",
+    "tensors": f"merge_method: linear\nmodels: [{{model: RUN/base}}]\ntensors: [{{filter: mlp, model: {MEAN}}}]\n",
+    "a mixture": f"base_model: {MEAN}\ngate_mode: random\n"
+                 "experts: [{source_model: RUN/checkpoint-*, average: linear}, {source_model: RUN/base}]\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_mean_stands_wherever_a_model_does(place: str, run: Path, tmp_path: Path) -> None:
+    """What comes out is what the same mean gives that was written in float32, and is read once for all its places."""
+    text = f"dtype: bfloat16\n{PLACES[place]}".replace("RUN", str(run))
+    merged(f"merge_method: linear\ndtype: float32\nmodels: [{{model: {run}/checkpoint-*, average: linear}}]\n",
+           tmp_path / "mean")  # fmt: skip
+    found = merged(text, tmp_path / "made")
+    merged(text.replace(f"{run}/checkpoint-*, average: linear", str(tmp_path / "mean")), tmp_path / "again")
+    assert sum(stage.mean_of is not None for stage in found.locked.recipe.stages) == 1
+    (name,) = [path.name for path in (tmp_path / "again").glob("*.safetensors")]
+    assert (tmp_path / "made" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_only_headers_weights_and_what_a_merge_takes_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,31 @@ def test_the_merge_of_a_pipeline_is_one_of_its_modules(kind: str, here: Path) ->
     assert called(["verify", "./out", "--all"]).code == 0
 
 
+@pytest.mark.parametrize("folders", [["2_Dense"], ["", "2_Dense"], ["0_CLIPModel"]], ids=str)
+def test_steps_in_pickles_merge_as_the_same_in_safetensors(folders: list[str], here: Path) -> None:
+    """When asked; with the model itself in one or in safetensors, or without a model."""
+    for seed, name in enumerate(("one", "two")):
+        if "2_Dense" in folders:
+            embedder(here / name, seed, seed)
+        else:
+            torch.manual_seed(seed)
+            clip(here / name)
+    asked = str(recipe(here, "one", "two"))
+    assert called(["run", asked, "--to", "./plain"]).code == 0
+    for name in ("one", "two"):
+        for folder in folders:
+            file = here / name / folder / "model.safetensors"
+            torch.save(load(file.read_bytes()), file.with_name("pytorch_model.bin"))
+            file.unlink()
+    said = called(["run", asked, "--to", "./out", "--allow-pickle"])
+    assert (said.code, "pytorch_model.bin" in said.err) == (0, False), said.err
+    for file in (here / "plain").rglob("*.safetensors"):
+        found = load((here / "out" / file.relative_to(here / "plain")).read_bytes())
+        expected = load(file.read_bytes())
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 PYLATE = ROOT / ".venv-pylate" / "bin" / "python"
 BY_PYLATE = """
 import sys

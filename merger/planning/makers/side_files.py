@@ -70,7 +70,9 @@ def passed_files(locked: StagedRecipe, small: Texts) -> list[FileInfo]:
 def left_out_files(locked: StagedRecipe, small: Texts) -> dict[str, str]:
     """The files of the base that a model made of it lacks, each with the reason; an adapter or a GGUF has none."""
     is_model = locked.recipe.lora is None and locked.recipe.publish.safetensors
-    return left_beside(locked.config_owner.located.files, small.taken) if is_model else {}
+    owner = locked.config_owner
+    read = {tensor.file for tensor in owner.checkpoint.tensors.values()}
+    return left_beside(owner.located.files, {*small.taken, *read}) if is_model else {}
 
 
 def other_pipelines(locked: StagedRecipe, small: Texts) -> list[str]:

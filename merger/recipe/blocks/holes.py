@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 
 from merger.errors import Span, did_you_mean
 from merger.recipe import spans
+from merger.recipe.references import identity
 from merger.recipe.searched import KEY, Hole, choice_text, is_hole
 from merger.recipe.spans import Mapping, Node, Scalar, number
-from merger.recipe.values import Fields, Notes, Value, identity
+from merger.recipe.values import Fields, Notes, Value
 from merger.safety.numbers import Range
 
 HOLE = ("search", "log", "step", "anchors", "start", "sum", "name")

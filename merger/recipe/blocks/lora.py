@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from merger.recipe.checks import Choice
 from merger.recipe.model import Lora, Module, Slice, Source
+from merger.recipe.references import read_model, refuse_mean
 from merger.recipe.values import Fields, Value
 from merger.safety import numbers
 from merger.safety.expressions import compiles
@@ -63,8 +64,10 @@ def read_extraction(place: Value) -> tuple[Lora | None, Module]:
     fields = place.fields("a map with the keys model, base_model and rank", EXTRACT)
     if fields is None:
         return None, Module(None, ())
-    one = fields.model("model", "write model: org/fine-tune")
-    base = fields.model("base_model", "write base_model: the model that it was made from")
+    one = read_model(fields, "model", "write model: org/fine-tune")
+    base = read_model(fields, "base_model", "write base_model: the model that it was made from")
+    for named in (one, base):
+        refuse_mean(place, named, "what an adapter is taken from", "make the mean first, and name its folder")
     fields.need("rank", _RANK_HINT)
     found = Lora(
         rank=fields.whole(*_RANK),

@@ -10,8 +10,9 @@ from __future__ import annotations
 from merger.errors import did_you_mean
 from merger.recipe import spans
 from merger.recipe.model import Expert, Mixture, ModelRef
+from merger.recipe.references import MEAN, UNREADABLE, identity, read_model
 from merger.recipe.spans import Scalar, number
-from merger.recipe.values import UNREADABLE, Fields, Hints, Value, identity
+from merger.recipe.values import Fields, Hints, Value
 from merger.safety.numbers import COUNT, Range
 
 METHOD = "moe"
@@ -20,7 +21,7 @@ METHOD = "moe"
 MIXTURE = ("experts", "shared_experts", "gate_mode", "experts_per_token", "architecture")
 TOP = ("name", "merge_method", "base_model", *MIXTURE, "dtype", "out_dtype", "seed", "allow_non_finite",
        "chat_template", "publish")  # fmt: skip
-EXPERT = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
+EXPERT = ("source_model", *MEAN, "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 BY_CHANCE = GATE_MODES[4:]
 """The gate modes that need no prompts."""
@@ -101,7 +102,7 @@ def _expert(place: Value, gate_mode: str, shared: bool) -> Expert:
     fields = place.fields("a map with the key source_model", EXPERT, _EXPERT_HINTS)
     if fields is None:
         return Expert(UNREADABLE, at=place.at)
-    model = fields.model("source_model", _A_MODEL)
+    model = read_model(fields, "source_model", _A_MODEL)
     by_chance = gate_mode in BY_CHANCE
     if not by_chance and not shared:
         fields.need("positive_prompts", f"gate_mode: {gate_mode} needs {_PROMPTS}; gate_mode: random needs none")

@@ -14,7 +14,8 @@ import re
 
 from merger.recipe import spans
 from merger.recipe.model import ChatTemplate, ModelRef, Tokenizer, TokenOf, TokenRow
-from merger.recipe.values import Fields, Value, nearest, reference
+from merger.recipe.references import reference
+from merger.recipe.values import Fields, Value, nearest
 from merger.safety.numbers import TOKENS, Range, quoted_short
 
 TOKENIZER = ("source", "tokens", "rows", "pad_to_multiple_of", "missing", "k")
