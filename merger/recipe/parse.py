@@ -18,9 +18,9 @@ from merger.recipe.blocks.evaluate import evaluate
 from merger.recipe.blocks.publish import PUBLISH, publish_block
 from merger.recipe.blocks.search import find_search, without_block
 from merger.recipe.blocks.stages import join_stages
+from merger.recipe.blocks.statistics import statistics
 from merger.recipe.blocks.tokenizer import chat_template, tokenizer
 from merger.recipe.checks import Choice, Found
-from merger.recipe.measured import statistics
 from merger.recipe.mergekit import FLOAT64
 from merger.recipe.model import ModelRef, Module, Parameters, Recipe, Rule, Setting, Slice, Source, Taken
 from merger.recipe.references import MEAN, UNREADABLE, identity, read_model, reference, refuse_mean

@@ -12,13 +12,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from merger.recipe import measured as measuring
 from merger.recipe import parse, references, spans, values
 from merger.recipe.blocks import evaluate as evaluation
 from merger.recipe.blocks import holes, mixture, tokenizer
 from merger.recipe.blocks import lora as loras
 from merger.recipe.blocks import publish as publishing
 from merger.recipe.blocks import search as searching
+from merger.recipe.blocks import statistics as measuring
 from merger.recipe.checks import FIELD_METHODS, FIELD_PARAMETERS
 from merger.recipe.model import (
     Checkpoints,
