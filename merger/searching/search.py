@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import yaml
 
+from merger.card.facts import lock_file
 from merger.errors import EvaluationError, MergerError, Problem, RecipeError
 from merger.lock.checkpoints import with_means
 from merger.lock.lock import Pin
@@ -29,7 +30,7 @@ from merger.recipe.parse import parse
 from merger.recipe.searched import Searched, Values
 from merger.run.found import SearchFacts
 from merger.run.options import Options, budget_of
-from merger.run.prepare import parse_text, plan
+from merger.run.prepare import lock_path, parse_text, plan
 from merger.runtime import refusal
 from merger.searching.candidates import Candidates
 from merger.searching.effort import Effort, results_of
@@ -121,6 +122,7 @@ class Study:
         why: why it ended.
         importance: how much each number matters.
         seconds: how long this run took.
+        locks: of each of the best the lock file, by which it is merged of the very models that were searched.
     """
 
     recipe: Recipe
@@ -131,6 +133,7 @@ class Study:
     why: str = ""
     importance: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    locks: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def values(self) -> Values:
@@ -203,8 +206,9 @@ def search(
         if not best and not effort.join:
             raise _nothing_found(trials, line.searched)
         report = () if effort.join else tuple(line.report(candidates, best[0], on_event))
-    seconds = time.monotonic() - began
-    return Study(recipe, work.aims, tuple(trials), tuple(best), report, why, work.importance(), seconds)
+    seconds, tried = time.monotonic() - began, (tuple(trials), tuple(best))
+    study = Study(recipe, work.aims, *tried, report, why, work.importance(), seconds)
+    return replace(study, locks=tuple(line.lock_of(study.recipe_text(place)) for place in range(len(best))))
 
 
 @contextmanager
@@ -285,10 +289,17 @@ class _Line:
     def plan_of(self, drawn: Values) -> Plan:
         """The plan of the recipe with what was drawn; the models are those that were locked at the beginning."""
         recipe = parse(self.recipe.text, self.recipe.path, methods(), drawn)
+        return self._plan_of_locked(replace(recipe, publish=Publish(), evaluate=None))
+
+    def _plan_of_locked(self, recipe: Recipe) -> Plan:
         held = self.planned.locked
-        bare = replace(recipe, publish=Publish(), evaluate=None)
-        known = with_means(bare, self.store, [str(model.ref) for model in held.models])
+        known = with_means(recipe, self.store, [str(model.ref) for model in held.models])
         return make_plan(replace(held, recipe=known), methods(), budget_of(known, self.options), self.options.seed)
+
+    def lock_of(self, text: str) -> str:
+        """The lock file of a found recipe, by its text: a model that moves after the search changes nothing then."""
+        planned = self._plan_of_locked(parse_text(text, self.recipe.path))
+        return lock_file(planned, {}, lambda model, file: model.files[file].sha256)
 
     def report(self, candidates: Candidates, best: Trial, on_event: Callable[[Event], object]) -> Iterator[Standing]:
         """What the found recipe, the one before the search and the parents score on what no trial has seen."""
@@ -323,7 +334,7 @@ _HOLE = ("name", "low", "high", "log", "step", "whole", "anchors", "start", "tie
 
 
 def write_study(study: Study) -> list[Path]:
-    """Write what was found beside its recipe: recipes of the best, and in a folder the table and pictures.
+    """Write what was found beside its recipe: recipes of the best with their locks, and in a folder table and pictures.
 
     Returns:
         What was written, the best recipe first.
@@ -333,8 +344,9 @@ def write_study(study: Study) -> list[Path]:
     """
     recipe = Path(study.recipe.path)
     names = [".best", *(f".best-{place + 1}" for place in range(1, len(study.best)))]
-    files = {recipe.with_name(f"{recipe.stem}{name}.yaml"): study.recipe_text(place).encode()
-             for place, name in enumerate(names)}  # fmt: skip
+    best = [recipe.with_name(f"{recipe.stem}{name}.yaml") for name in names]
+    files = {path: study.recipe_text(place).encode() for place, path in enumerate(best)}
+    files |= {lock_path(path): text.encode() for path, text in zip(best, study.locks, strict=True)}
     aside = {"trials.csv": study.table.encode()}
     for picture in study.pictures:
         aside |= picture.files

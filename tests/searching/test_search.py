@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import vocabularies
+from calls import Command
+from loopback import LoopbackHub
+from thorough import thorough_only
 
 import merger
 from merger.cli.commands import main
 from merger.errors import EvaluationError, RecipeError
+from merger.planning.lockfile import read_lock
 from merger.run.prepare import read_recipe
 from merger.searching.effort import Effort
 from merger.searching.search import START, Searching, Tried, write_study
@@ -64,7 +68,8 @@ def test_the_found_recipe_is_merged_and_its_card_tells_of_the_search(
     best = recipe.with_name("mine.best.yaml")
     assert "search:" not in best.read_text()
     there = sorted(path.name for path in tmp_path.iterdir())
-    assert there == ["mine.best-2.yaml", "mine.best.yaml", "mine.search", "mine.yaml", "out"]
+    found = [f"mine.best{place}.{ends}" for place in ("-2", "") for ends in ("lock.yaml", "yaml")]
+    assert there == [*found, "mine.search", "mine.yaml", "out"]
     assert (to / "recipe.yaml").read_text() == best.read_text()
     assert (to / "merger.search.csv").read_text() == (tmp_path / "mine.search/trials.csv").read_text()
     facts = json.loads((to / "merger.search.json").read_text())
@@ -94,6 +99,38 @@ def test_what_was_scored_is_what_is_merged(recipe: Path, tmp_path: Path) -> None
     assert values == [(value,) for value in more.values.values()]
     (row,) = more.report
     assert len({score.value for score in row.scores.values()}) == 5, "each model has a score of its own"
+
+
+@thorough_only
+def test_a_parent_that_moves_after_the_search_changes_nothing(
+    places: Mapping[str, Path], served: LoopbackHub, command: Command, tmp_path: Path
+) -> None:
+    """Each of the best recipes has its lock beside it: merged by recipe or lock, the bytes are those of before."""
+    names = ("base", "one", "two")
+    for name in names:
+        served.add_model(f"org/{name}", places[name])
+    on_hub = {name: f"org/{name}" for name in names}
+    (tmp_path / "mine.yaml").write_text(RECIPE.format(**on_hub, texts=places["texts"]))
+
+    def merged(recipe: str, to: str) -> bytes:
+        done = command("run", recipe, "--to", to, cwd=tmp_path, hub=served)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / to / "model.safetensors").read_bytes()
+
+    done = command("search", "mine.yaml", "--top", "3", "--to", "at-once", cwd=tmp_path, hub=served)
+    assert done.returncode == 0, done.stderr
+    best = ["mine.best", "mine.best-2", "mine.best-3"]
+    before = [merged(f"{name}.yaml", name) for name in best]
+    commit = served.head("org/two")
+    served.commit("org/two", {"model.safetensors": places["one"] / "model.safetensors"})
+    assert [merged(f"{name}.yaml", f"{name}-after") for name in best] == before
+    assert merged("mine.best.lock.yaml", "by-its-lock") == before[0]
+    assert (tmp_path / "at-once/model.safetensors").read_bytes() == before[0]
+    assert len(set(before)) == 3
+    held = [read_lock((tmp_path / f"{name}.lock.yaml").read_text(), name) for name in best]
+    assert {lock.pins["org/two"].commit for lock in held} == {commit}
+    (tmp_path / "mine.best.lock.yaml").unlink()
+    assert merged("mine.best.yaml", "without-its-lock") != before[0]
 
 
 def test_a_searched_recipe_is_checked_and_planned_but_not_run(
