@@ -18,7 +18,7 @@ import tiny
 
 from merger.cli.arguments import parse_arguments
 from merger.cli.commands import main
-from merger.methods.registry import methods
+from merger.methods.registry import START, methods
 
 RECIPE = """\
 merge_method: linear
@@ -288,10 +288,12 @@ def test_a_folder_of_a_folder_that_is_there_is_none_of_the_hub(
 
 
 def test_methods_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    """methods has a line for each; methods NAME tells parameters with bounds, defaults and the paper."""
+    """methods has a line for each, those first with which to begin; methods NAME tells parameters and the paper."""
     assert main(["methods"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed] == list(methods())
+    starred = [line.split()[1] for line in listed if line.startswith("★ ")]
+    assert starred == list(START)
+    assert [line[2:].split()[0] for line in listed] == [*START, *(name for name in methods() if name not in START)]
     assert main(["methods", "ties"]) == 0
     told = capsys.readouterr().out
     assert "density (a number for each model, 0 to 1, default 1.0): share of entries kept" in told
