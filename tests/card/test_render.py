@@ -122,7 +122,7 @@ def test_a_mixture_is_told_in_sentences(folder: Path) -> None:
     """Experts, router, what is the base model's, and what was done to single experts; no method stands there."""
     metadata, body = card(MIXTURE)
     assert metadata["tags"] == ["merge", "merger", "moe"]
-    assert "A merge of one, two over base by **Mixture of experts**" in body
+    assert "A merge of one and two over base by **Mixture of experts**" in body
     assert (
         "Each layer has 3 experts: the MLPs of one (2 times), two. A router sends each token through 2 of them; "
         "everything else is that of base. The router was drawn by chance, from a normal distribution: it knows nothing "
