@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ from merger.engine.spool import Allowance
 from merger.engine.tensors import Block, Bytes
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
+from merger.models.checkpoint import ITEM_BYTES
 from merger.models.formats.safetensors import ShardWriter, WrittenShard, header
 from merger.planning.budget import BLOCKS_IN_FLIGHT, JOBS_AHEAD, block_bytes, routers_of, takes_torch
 from merger.planning.geometry import Geometry, dump_geometry
@@ -125,12 +126,14 @@ def make_blocks(
     store: Store,
     device: str,
     memo: Memo | None = None,
+    place: Callable[[Job], Bytes | None] = lambda job: None,
 ) -> Iterator[UnderWay]:
     """Make the blocks of some of the plan's shards, as `execute` has them, wherever they go.
 
     Args:
         plan, shards, table, store, device: as of `execute`.
         memo: what earlier makings of the same models measured, and who looks at no result; None: all is looked at.
+        place: where all bytes of a job, one or made of small ones, belong; None: in a buffer.
 
     Raises:
         ModelError, MismatchError, BudgetError: as `execute` does.
@@ -153,7 +156,7 @@ def make_blocks(
             if not plan.locked.recipe.allow_non_finite:  # what is odd is counted tensor by tensor
                 joined = [replace(shard, jobs=tuple(join_small(shard.jobs))) for shard in shards]
             reader = store.reader(tickets(plan, joined, table), plan.read_ahead)
-            with closing(reader), _Pool(plan.threads) as pool:
+            with closing(reader), _Pool(plan.threads, place) as pool:
                 works = _work(plan, joined, table, reader, device, routers, memo)
                 yield UnderWay(joined, pool.in_order(works), doubts)
     except NotFinite as found:
@@ -233,7 +236,8 @@ _Waiting = tuple[Future[memoryview], Bytes, Work, bool]
 class _Pool:
     """Threads that measure tensors and make blocks, and the ring of buffers the blocks are made in."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, place: Callable[[Job], Bytes | None]) -> None:
+        self._place = place
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="merge")
         self._free = deque(np.empty(COPY_BYTES, np.uint8) for _ in range(threads * BLOCKS_IN_FLIGHT))
         self._ahead = threads * JOBS_AHEAD
@@ -254,9 +258,12 @@ class _Pool:
             if not self._free:
                 yield from self._first(waiting)
             buffer = self._free.popleft()
-            if buffer.size < (needed := block_bytes(work.job, work.method)):
+            place = self._place(work.job)
+            if place is None and buffer.size < (needed := block_bytes(work.job, work.method)):
                 buffer = np.empty(needed, np.uint8)
-            waiting.append((self._threads.submit(work.make, block, buffer), buffer, work, last))
+            begin = block.start * (1 if work.job.is_copy else ITEM_BYTES[work.job.dtype])
+            out = buffer if place is None else place[begin:]
+            waiting.append((self._threads.submit(work.make, block, out), buffer, work, last))
         while waiting:
             yield from self._first(waiting)
 

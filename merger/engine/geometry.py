@@ -37,7 +37,7 @@ class BlockSample:
     """
 
     def __init__(self, start: int, stop: int, entries: int) -> None:
-        self._entries, self._passes_by = entries, _is_passed_by(start, stop - start, entries)
+        self._entries, self.passes_by = entries, _is_passed_by(start, stop - start, entries)
         self._held: list[Array] = []
 
     def take(self, start: int, tensors: Sequence[Array]) -> None:
@@ -48,7 +48,7 @@ class BlockSample:
             tensors: what the method was given, in float32; what it made of that, before a base is added; and the base,
                 if one was subtracted from each input.
         """
-        if self._passes_by:
+        if self.passes_by:
             return
         rows = [tensor.reshape(-1) for tensor in tensors]
         places = np.arange(len(rows[0])) if self._entries <= _SMALL else _runs(start, len(rows[0]), self._entries)

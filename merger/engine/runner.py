@@ -26,7 +26,7 @@ from merger.engine.inputs.stored import read_whole
 from merger.engine.spool import Allowance
 from merger.engine.tensors import Block, Bytes, JobTensors, block_room
 from merger.methods.registry import Method, declared
-from merger.methods.steps.dtypes import HELD, Held, load, store
+from merger.methods.steps.dtypes import HELD, Held, Tile, load, store_sum
 from merger.methods.steps.random import Rng
 from merger.methods.steps.step import TILE, Array, room, tile
 from merger.models.architecture import matrix_shape
@@ -157,18 +157,16 @@ class JobRunner:
         out: NDArray[Any],
         sample: BlockSample | None,
     ) -> None:
-        inputs, base = self.hand_over(loaded, start, start + out.size)
+        inputs = self.hand_over(loaded, start, start + out.size)
         statistics = _Statistics(self, known, start, start + out.size)
         merged = self._merge(inputs, block.start + start, statistics)
-        if sample is not None:
-            sample.take(block.start + start, [*inputs, merged, *(() if base is None else (base,))])
-        if base is not None:
-            np.add(merged, base, out=merged)
-        store(merged, self.job.dtype, out)
+        if sample is not None and not sample.passes_by:
+            sample.take(block.start + start, [*inputs, merged, *(() if inputs.base is None else (inputs.base,))])
+        store_sum(merged, inputs.based, self.job.dtype, out)
         if not self.origin.odd and not is_finite(out, self.job.dtype):
             raise _not_finite(self, out, block.start + start)
 
-    def _merge(self, inputs: list[Array], start: int, statistics: Sequence[Array]) -> Array:
+    def _merge(self, inputs: Sequence[Array], start: int, statistics: Sequence[Array]) -> Array:
         """What the method makes of a tile, in one row."""
         given = dict(self._arguments)
         if self.method.random:
@@ -193,19 +191,9 @@ class JobRunner:
             step = size
         return ((start, min(start + step, size)) for start in range(0, size, max(1, step)))
 
-    def hand_over(self, loaded: list[Held], start: int, stop: int) -> tuple[list[Array], Array | None]:
-        """The inputs of a tile in float32, as the method wants them, the base subtracted if there is one; and it."""
-        floats, base = self.subtract_base(loaded, start, stop)
-        return [self.shape(entries) for entries in floats], base
-
-    def subtract_base(self, loaded: list[Held], start: int, stop: int) -> tuple[list[Array], Array | None]:
-        """The same in one row."""
-        floats = [bits.floats(start, stop, _floats(stop - start)) for bits in loaded]
-        base = None if self.job.base is None else floats.pop()
-        if base is not None:
-            for entries in floats:
-                np.subtract(entries, base, out=entries)
-        return floats, base
+    def hand_over(self, loaded: list[Held], start: int, stop: int) -> Tile:
+        """The inputs of a tile as the method wants them, the base subtracted if there is one."""
+        return Tile(loaded, self.job.base is not None, start, stop, self.shape)
 
     def load(self, block: Block) -> list[Held]:
         """All sources' entries as they are stored; good within a tile."""
@@ -373,26 +361,31 @@ class _Blocks:
     def __init__(self, making: JobRunner) -> None:
         self._making = making
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[Sequence[Any]]:
         making = self._making
         for block in blocks(making.job, making.method):
             with tile():
                 loaded = making.load(block)
                 for start, stop in making.tiles(block):
                     with tile():
-                        yield making.method.place(making.hand_over(loaded, start, stop)[0], making.device)
+                        yield making.method.place(making.hand_over(loaded, start, stop)[:], making.device)
 
     @property
     def entries(self) -> int:
         return self._making.job.entries
+
+    def once(self, what: str, measure: Callable[[], T]) -> T:
+        """What `measure` finds in these tensors, whatever a method is set to."""
+        making = self._making
+        return measure() if making.memo is None else making.memo.get((making._subject, what), measure)
 
     def spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[list[Any]]:
         """Each span of entries, each input's in one row: only these are read."""
         making = replace(self._making, origin=self._making.origin.unnoted())
         for start, stop in spans:
             with tile():
-                inputs, _ = making.subtract_base(making.load(Block(start, stop)), 0, stop - start)
-                yield inputs
+                loaded = making.load(Block(start, stop))
+                yield [entries.reshape(-1) for entries in making.hand_over(loaded, 0, stop - start)]
 
 
 def _not_finite(making: JobRunner, rounded: NDArray[Any], start: int) -> NotFinite:

@@ -146,10 +146,10 @@ class Method:
         """Whether something has to have been measured of a model, or of the base model that is subtracted."""
         return self.statistics is not None and self.of_base == base
 
-    def place(self, arrays: Sequence[Any], device: str = "cpu") -> list[Any]:
+    def place(self, arrays: Sequence[Any], device: str = "cpu") -> Sequence[Any]:
         """Numpy's arrays as the function wants them: as they are, or as torch's tensors on a device."""
         if device == "cpu" and self.needs != "torch":
-            return list(arrays)
+            return arrays
         import torch
 
         return [torch.from_numpy(entries).to(device) for entries in arrays]

@@ -18,8 +18,11 @@ from itertools import accumulate
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from merger.engine.execute import make_blocks
 from merger.engine.runner import Memo
+from merger.engine.tensors import Bytes
 from merger.errors import EvaluationError, MergerError, Problem
 from merger.evaluation.budget import LOADING_BYTES, running_bytes
 from merger.evaluation.evaluate import temporary_folder, write_files
@@ -80,7 +83,7 @@ class Candidates:
         self._resident: _Resident | None = None
         self._layout: object = None
         self._made: dict[str, tuple[str, int]] = {}
-        self._places: dict[str, memoryview] = {}
+        self._buffer, self._starts = np.empty(0, np.uint8), dict[str, int]()
         self._views: dict[str, Any] = {}
         self._copies: dict[str, tuple[Any, Any]] = {}
 
@@ -159,28 +162,34 @@ class Candidates:
         starts = [0, *ends[:-1]]
         here = torch.zeros(ends[-1], dtype=torch.uint8)
         there = here if self._device == "cpu" else here.to(self._device)
+        self._buffer = here.numpy()
         for job, start in zip(planned.jobs, starts, strict=True):
             of, to = (whole[start : start + job.nbytes] for whole in (here, there))
-            self._places[job.name] = of.numpy().data
+            self._starts[job.name] = start
             self._views[job.name] = to.view(_torch_dtype(job.dtype)).view(job.shape)
             if there is not here:
                 self._copies[job.name] = (to, of)
 
     def _write(self, planned: Plan, changed: Sequence[Job]) -> None:
         """Make these tensors, each in its place."""
-        rooms, room = iter([self._places[job.name] for job in changed]), memoryview(b"")
         alone = [Shard("", tuple(changed))]
-        with make_blocks(planned, alone, methods(), self._kept, self._device, self._memo) as making:
-            for data, _ in making.blocks:
-                left = data.cast("B")
-                while len(left):
-                    while not len(room):
-                        room = next(rooms)
-                    count = min(len(left), len(room))
-                    room[:count] = left[:count]
-                    left, room = left[count:], room[count:]
+        with make_blocks(planned, alone, methods(), self._kept, self._device, self._memo, self._place) as making:
+            for data, work in making.blocks:
+                if self._place(work.job) is None:
+                    for job, part in work.job.parts:
+                        size = job.nbytes // job.entries
+                        self._room(job, job)[:] = np.frombuffer(data, np.uint8)[part.start * size : part.stop * size]
         for to, of in (self._copies[job.name] for job in changed if job.name in self._copies):
             to.copy_(of)
+
+    def _place(self, job: Job) -> Bytes | None:
+        """Where a job's bytes belong; None of small tensors made together whose places have gaps between them."""
+        members = [member for member, _ in job.parts]
+        found = self._room(members[0], members[-1])
+        return found if found.size == job.nbytes else None
+
+    def _room(self, first: Job, last: Job) -> Bytes:
+        return self._buffer[self._starts[first.name] : self._starts[last.name] + last.nbytes]
 
 
 class _Resident:

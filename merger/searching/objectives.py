@@ -6,7 +6,6 @@ Each text or question is an item, whose scores of two models are compared in pai
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -214,6 +213,19 @@ def _nats(rows: Sequence[_Row], model: Any) -> Iterator[list[Floats]]:
         yield [of[row.first - 1 : len(row.tokens) - 1] for of, row in zip(found, batch, strict=True)]
 
 
+class _Remembered(Generic[Item]):
+    """What was made of texts for a tokenizer: candidates share theirs until one of other models comes."""
+
+    def __init__(self) -> None:
+        self._made: tuple[object, Item] | None = None
+
+    def of(self, tokenizer: object, make: Callable[[], Item]) -> Item:
+        """It, made by `make` where it was last made for another tokenizer."""
+        if self._made is None or self._made[0] is not tokenizer:
+            self._made = tokenizer, make()
+        return self._made[1]
+
+
 class _Loss:
     """Nats a token of held-out texts, in windows that do not overlap."""
 
@@ -221,7 +233,7 @@ class _Loss:
 
     def __init__(self, source: _Source) -> None:
         objective = source.objective
-        self.name, self._known = objective.label, dict[str, list[_Row]]()
+        self.name, self._ids = objective.label, _Remembered[list[list[int]]]()
         if source.is_lines:
             self._texts = [item[objective.column] for item in source.lines({objective.column: str})]
         else:
@@ -230,7 +242,10 @@ class _Loss:
             raise source.refuse("there is nothing in it")
 
     def score(self, model: Any, tokenizer: Any, step: Step | None = None) -> Scored:
-        rows = self._rows(tokenizer, min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW))
+        window = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+        ids = self._ids.of(tokenizer, lambda: [tokenizer(of, add_special_tokens=False).input_ids for of in self._texts])
+        cut = (of[start : start + window] for of in ids for start in range(0, len(of), window))
+        rows = mixed([_Row(tokens) for tokens in cut if len(tokens) > 1])
         sums, tokens = list[float](), 0
         for number, batch in enumerate(_nats(rows, model), 1):
             sums += [float(of.sum()) for of in batch]
@@ -239,15 +254,6 @@ class _Loss:
                 step(number, math.fsum(sums) / tokens)
         items = np.array(sums) * len(sums) / max(1, tokens)
         return Scored(float(items.mean()) if tokens else math.nan, items)
-
-    def _rows(self, tokenizer: Any, window: int) -> list[_Row]:
-        """The windows, made once for each vocabulary."""
-        key = f"{window} {json.dumps(tokenizer.get_vocab(), sort_keys=True)}"
-        if key not in self._known:
-            ids = [tokenizer(text, add_special_tokens=False).input_ids for text in self._texts]
-            cut = (of[start : start + window] for of in ids for start in range(0, len(of), window))
-            self._known = {key: mixed([_Row(tokens) for tokens in cut if len(tokens) > 1])}
-        return self._known[key]
 
 
 def _prompted(tokenizer: Any, prompt: str, answer: str) -> _Row:
@@ -264,7 +270,7 @@ class _Accuracy:
     higher = True
 
     def __init__(self, source: _Source) -> None:
-        self.name = source.objective.label
+        self.name, self._rows = source.objective.label, _Remembered[list[_Row]]()
         self._items = source.lines({"prompt": str, "choices": list, "answer": (int, str)})
         for number, item in enumerate(self._items, 1):
             item["choices"], answer = list(map(str, item["choices"])), item["answer"]
@@ -274,7 +280,10 @@ class _Accuracy:
             item["answer"] = right
 
     def score(self, model: Any, tokenizer: Any, step: Step | None = None) -> Scored:
-        rows = [_prompted(tokenizer, item["prompt"], choice) for item in self._items for choice in item["choices"]]
+        rows = self._rows.of(
+            tokenizer,
+            lambda: [_prompted(tokenizer, of["prompt"], choice) for of in self._items for choice in of["choices"]],
+        )
         found, hits = list[float](), list[float]()
         for number, batch in enumerate(_nats(rows, model), 1):
             found += [float(of.sum()) for of in batch]

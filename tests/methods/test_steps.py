@@ -227,3 +227,27 @@ def test_steps_run_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch, tm
     out = np.empty(3, np.float32)
     step(np.ones(3, np.float32), 2.0, out)
     assert out.tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("based", [False, True])
+@pytest.mark.parametrize("kinds", ["BF16", "BF16 F16 BF16"])
+def test_a_sum_of_stored_entries_is_that_of_their_floats(kinds: str, based: bool) -> None:
+    """Bit for bit, whatever bits the entries have, of any part of a tensor; and so is what is rounded with the base."""
+    draw, dtyped = np.random.default_rng(0), (kinds.split() * 3)[:3]
+    held = [dtypes.Held(values("uint16", 1009, draw), dtype) for dtype in dtyped]
+    held[0].bits[5:9], held[-1].bits[5:9] = [0, 0x8000, 0, 0x8000], [0, 0, 0x8000, 0x8000]
+    floats = [each.floats(5, 900, np.empty(895, np.float32)) for each in held]
+    base, factors = (floats.pop() if based else None), [0.3, -1.7, 0.0][: 3 - based]
+    with np.errstate(all="ignore"):
+        wanted = weighted_sum([each - base if base is not None else each for each in floats], factors)
+        with tile():
+            found = dtypes.Tile(held, based, 5, 900, lambda row: row.reshape(5, -1))
+            assert (len(found), found[0].shape, len(found[:1])) == (len(floats), (5, 179), 1)
+            total = weighted_sum(found, factors)
+            assert total.shape == (5, 179)
+            same = (total.reshape(-1).view(np.uint32) == wanted.view(np.uint32)) | np.isnan(wanted)
+            assert same.all()
+            assert np.isnan(total.reshape(-1)[np.isnan(wanted)]).all()
+            dtypes.store_sum(total.reshape(-1), found.based, "BF16", stored := np.empty(895, np.uint16))
+        dtypes.store(wanted if base is None else wanted + base, "BF16", expected := np.empty(895, np.uint16))
+    assert stored.tobytes() == expected.tobytes()

@@ -27,6 +27,7 @@ from merger.engine.runner import Memo, Work
 from merger.errors import EvaluationError, MismatchError
 from merger.lock.lock import lock
 from merger.methods.registry import methods
+from merger.methods.steps import arithmetic
 from merger.planning.budget import Budget
 from merger.planning.plan import Plan, make_plan
 from merger.run.options import Options
@@ -122,7 +123,7 @@ def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]
             if found[name].dtype != wanted[name].dtype or not torch.equal(found[name], wanted[name])]  # fmt: skip
 
 
-QUICK = ("ties", "dare_ties", "two stages", "other tokens", "experts", "layers")
+QUICK = ("task_arithmetic", "ties", "dare_ties", "two stages", "other tokens", "experts", "layers")
 
 
 @pytest.mark.parametrize("case", [*CASES, *FORMS] if THOROUGH else QUICK)
@@ -181,6 +182,19 @@ def test_only_what_changed_is_made_and_measured(parents: Mapping[str, Path], mon
         names, measured = made(candidates, form.format(a=0.4, b=0.6, **parents), monkeypatch)
         assert (set(names), measured) == (set(every), len(every))
         assert made(candidates, form.format(a=0.3, b=0.5, **parents), monkeypatch) == (names, 0)
+
+
+@pytest.mark.parametrize("method", ["slerp", "multislerp"])
+def test_what_no_number_changes_is_measured_once(
+    method: str, parents: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another angle, or other weights: from the norms and dot products that are known."""
+    own, rest = CASES[method]
+    form = f"merge_method: {method}\n{rest.replace('{own}', own)}"
+    with Candidates(*planned(form.format(a=0.3, b=0.5, **parents))) as candidates:
+        monkeypatch.setattr(arithmetic, "dots", None)
+        names, _ = made(candidates, form.format(a=0.4, b=0.6, **parents), monkeypatch)
+        assert names == [job.name for job in candidates._first.jobs]
 
 
 def test_a_candidate_that_cannot_be_made_leaves_the_next_one_whole(parents: Mapping[str, Path]) -> None:

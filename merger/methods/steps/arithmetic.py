@@ -15,6 +15,7 @@ from functools import partial
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from merger.methods.steps.dtypes import Tile
 from merger.methods.steps.step import ONE, ZERO, Array, is_tensor, new, step, wide
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ def _beside(numbers: Any, x: Any) -> Any:
 
 def weighted_sum(tensors: Iterable[Array], factors: Sequence[float]) -> Array:
     """The sum of each tensor times its factor."""
+    if isinstance(tensors, Tile) and (found := tensors.weighted_sum(factors)) is not None:
+        return found
     pairs = zip(tensors, factors, strict=True)
     total = multiple(*next(pairs))
     for tensor, factor in pairs:
@@ -217,8 +220,13 @@ def dots(tensors: Sequence[Array]) -> list[float]:
 
 
 def tensor_dots(blocks: Blocks) -> list[float]:
-    """The dot products of all pairs of whole tensors."""
-    return [math.fsum(column) for column in zip(*map(dots, blocks), strict=True)]
+    """The dot products of all pairs of whole tensors; of blocks that remember, summed once for all settings."""
+
+    def summed() -> list[float]:
+        return [math.fsum(column) for column in zip(*map(dots, blocks), strict=True)]
+
+    once: Callable[[str, Callable[[], list[float]]], list[float]] | None = getattr(blocks, "once", None)
+    return summed() if once is None else once("dots", summed)
 
 
 def squared_norms(blocks: Blocks) -> list[float]:

@@ -1,13 +1,16 @@
-"""Stored numbers to float32 and back, rounded once to nearest, ties to even. Not here: where the bytes come from."""
+"""Stored numbers to float32 and back, rounded once to nearest, ties to even; and sums made of their bits at once.
+
+Not here: where the bytes come from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
-from merger.methods.steps.step import Array, single, step
+from merger.methods.steps.step import Array, room, single, step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,6 +55,27 @@ def store_bfloat16(x: Array, out: Raw) -> None:
     """float32 to bits of bfloat16."""
     for i in range(out.size):
         out[i] = to_bfloat16(x[i])
+
+
+@step("void(uint16[::1], uint16[::1], float32, float32[::1])")
+def scale_bfloat16(raw: Raw, base: Raw, factor: float, out: Array) -> None:
+    """The difference of bits of bfloat16, times a number."""
+    for i in range(out.size):
+        out[i] = (from_bfloat16(raw[i]) - from_bfloat16(base[i])) * factor
+
+
+@step("void(float32[::1], uint16[::1], uint16[::1], float32)")
+def add_scaled_bfloat16(total: Array, raw: Raw, base: Raw, factor: float) -> None:
+    """To each entry such a difference times a number."""
+    for i in range(total.size):
+        total[i] += (from_bfloat16(raw[i]) - from_bfloat16(base[i])) * factor
+
+
+@step("void(float32[::1], uint16[::1], uint16[::1])")
+def store_sum_bfloat16(x: Array, base: Raw, out: Raw) -> None:
+    """float32 and bits of bfloat16 to bits of their sum."""
+    for i in range(out.size):
+        out[i] = to_bfloat16(x[i] + from_bfloat16(base[i]))
 
 
 @step("void(uint16[::1], float32[::1])")
@@ -226,6 +250,82 @@ class Held:
     def floats(self, start: int, stop: int, out: Array) -> Array:
         """Some of the entries in float32, in the front of `out`."""
         return load(self.bits[start:stop], self.dtype, out)
+
+
+class Tile(Sequence[Array]):
+    """A method's inputs at some entries, each made float32 as it is asked for.
+
+    Args:
+        held: all entries of each as they are stored, and last the base's, if it is subtracted.
+        has_base: whether it is.
+        start: the first of the entries.
+        stop: the end of them.
+        shape: what the method wants of a row of entries.
+    """
+
+    def __init__(
+        self, held: Sequence[Held], has_base: bool, start: int, stop: int, shape: Callable[[Array], Array]
+    ) -> None:
+        inputs = held[: len(held) - has_base]
+        self._held = [Held(each.bits[start:stop], each.dtype) for each in inputs]
+        self.based = Held(held[-1].bits[start:stop], held[-1].dtype) if has_base else None
+        self._made = dict[int, Array]()
+        self._entries, self._shape = stop - start, shape
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        number = range(len(self))[place]
+        if number not in self._made:
+            self._made[number] = self._shape(self._difference(self._held[number]))
+        return self._made[number]
+
+    def _difference(self, held: Held) -> Array:
+        import numpy as np
+
+        found, base = self._floats(held), self.base
+        return found if base is None else np.subtract(found, base, out=found)
+
+    @cached_property
+    def base(self) -> Array | None:
+        """What is subtracted, in one row."""
+        return None if self.based is None else self._floats(self.based)
+
+    def _floats(self, held: Held) -> Array:
+        return held.floats(0, self._entries, room(4 * self._entries).view("<f4"))
+
+    def weighted_sum(self, factors: Sequence[float]) -> Array | None:
+        """The sum of each input times its factor, made of their bits at once; None where that cannot be.
+
+        The numbers and their order are those of `arithmetic.weighted_sum`.
+        """
+        import numpy as np
+
+        every = [*self._held, *([] if self.based is None else [self.based])]
+        if {each.dtype for each in every} != {"BF16"} or len(factors) != len(self):
+            return None
+        base = room(2 * self._entries).view("<u2") if self.based is None else self.based.bits
+        if self.based is None:
+            base[:] = 0  # a number less zero is itself
+        rows = [np.ascontiguousarray(each.bits) for each in self._held]
+        scale_bfloat16(rows[0], base, factors[0], total := room(4 * self._entries).view("<f4"))
+        for row, factor in zip(rows[1:], factors[1:], strict=True):
+            add_scaled_bfloat16(total, row, base, factor)
+        return self._shape(total)
+
+
+def store_sum(x: Array, base: Held | None, dtype: str, out: Raw) -> None:
+    """Round entries, to which a base is added if there is one, to a dtype, whose bits `out` has room for."""
+    import numpy as np
+
+    if base is not None and (base.dtype, dtype) == ("BF16", "BF16"):
+        return store_sum_bfloat16(x, base.bits, out)
+    if base is not None:
+        np.add(x, base.floats(0, x.size, room(4 * x.size).view("<f4")), out=x)
+    return store(x, dtype, out)
 
 
 def load(raw: Raw, dtype: str, out: Array) -> Array:
