@@ -16,7 +16,7 @@ THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py \
 	planning/test_lora_pipelines.py \
 	planning/test_transplant.py run/test_hub_line.py run/test_notebook.py run/test_resume.py \
 	statistics/test_measure.py \
-	space/test_api.py space/test_bot.py space/test_door.py space/test_page.py space/test_publish.py \
+	space/test_api.py space/test_bot.py space/test_door.py space/test_jobs.py space/test_page.py space/test_publish.py \
 	space/test_webhooks.py
 
 WITH_ORACLES := models/test_packed.py models/test_gguf.py models/test_fp8.py \

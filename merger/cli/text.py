@@ -117,7 +117,7 @@ def _costs(found: PlanSummary) -> list[str]:
         f"memory  {size(planned.peak_memory)} at most, with {planned.threads} threads",
         f"disk    {found.disk}",
         *_measuring(planned),
-        *_searching(planned),
+        *(f"{'        ' if place else 'first   '}{told}" for place, told in enumerate(search_facts(planned))),
     ]
 
 
@@ -131,21 +131,25 @@ def _measuring(planned: Plan) -> list[str]:
     return [f"then    measures {whose}: {tried}; about {size(evaluation_memory(planned))} of memory"]
 
 
-def _searching(planned: Plan) -> list[str]:
-    """What is searched before all of that, by what it is judged, and what a candidate takes."""
-    searched = planned.locked.recipe.search
-    if searched is None:
-        return []
+def search_memory(planned: Plan) -> int:
+    """About how many bytes a search of the plan's recipe holds at once."""
     from merger.searching.candidates import trial_memory
     from merger.searching.objectives import batch_tokens
 
     vocabulary = planned.config.get("vocab_size")
-    memory = trial_memory(planned, batch_tokens(vocabulary if isinstance(vocabulary, int) else 0))
+    return trial_memory(planned, batch_tokens(vocabulary if isinstance(vocabulary, int) else 0))
+
+
+def search_facts(planned: Plan) -> list[str]:
+    """What is searched before all of that, by what it is judged, and what a candidate takes."""
+    searched = planned.locked.recipe.search
+    if searched is None:
+        return []
     judged = ", ".join(objective.label for objective in searched.objectives)
     return [
-        f"first   {searched.trials} candidates ({searched.sampler}), judged by {judged}",
-        f"        {len(searched.variables)} numbers: {', '.join(searched.variables)}",
-        f"        each makes up to {size(planned.nbytes)} in memory; about {size(memory)} in all",
+        f"{searched.trials} candidates ({searched.sampler}), judged by {judged}",
+        f"{len(searched.variables)} numbers: {', '.join(searched.variables)}",
+        f"each makes up to {size(planned.nbytes)} in memory; about {size(search_memory(planned))} in all",
     ]
 
 

@@ -64,7 +64,9 @@ def offer_pages(app: FastAPI, queue: MergeQueue) -> None:
     @app.get(views.MERGES + "{id}")
     def show(id: str) -> Response:
         job = queue.jobs.get(id)
-        return page(404, _GONE, {"To the Space": "/"}) if job is None else _answer(job, queue.ahead(job))
+        if job is None or job.is_search:  # which is its owner's alone
+            return page(404, _GONE, {"To the Space": "/"})
+        return _answer(job, queue.ahead(job))
 
 
 def _answer(job: QueuedMerge, ahead: int) -> Response:

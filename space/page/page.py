@@ -1,4 +1,4 @@
-"""The page: form and recipe side by side, plan and merge below them, and the merges of whoever is signed in.
+"""The page: form and recipe side by side, below them plan and merge, or search, and the jobs of who is signed in.
 
 It decides nothing: what a control does is a function of the recipe's text (form), what a button does is the service's.
 Not here: its parts (editor, planned, merges), the page of one merge (merge_page), and what programs may call (api).
@@ -16,7 +16,7 @@ from space.api import offer
 from space.page import form
 from space.page.controls import PRIVATE, Updates, on
 from space.page.editor import OPEN, OPENED, Editor, Profile, Session
-from space.page.merges import Merges
+from space.page.merges import Merges, Searches
 from space.page.planned import Plans
 from space.page.texts import FIRST, examples
 from space.work.service import Service
@@ -48,11 +48,13 @@ class Page:
         self.editor = Editor()
         self.merges = Merges(service.queue, self.editor)
         self.plans = Plans(service, self.editor, self.merges)
+        self.searches = Searches(service, self.editor)
         self._lay_out(with_login)
-        self.editor.bind(self.plans.gone)
+        self.editor.bind({**self.plans.gone, **self.searches.gone})
         self.merges.bind()
+        self.searches.bind()
         self.plans.bind()
-        shown = [*self.editor.parts, *self.merges.parts]
+        shown = [*self.editor.parts, *self.merges.parts, *self.searches.parts]
         opened = on(blocks.load, self._load, [self.editor.text, self.asked], shown, js=OPEN)
         opened.then(None, js=OPENED, api_visibility=PRIVATE)
         blocks.load(None, js=_LIVE)
@@ -70,8 +72,12 @@ class Page:
                 self.editor.lay_out_form()
             with gr.Column(scale=6, min_width=300):
                 self.editor.lay_out_text()
-                self.plans.lay_out()
-                self.merges.lay_out()
+                with gr.Tabs(elem_id="tabs"):
+                    with gr.Tab("Merge"):
+                        self.plans.lay_out()
+                        self.merges.lay_out()
+                    with gr.Tab("Search"):
+                        self.searches.lay_out()
         self.asked = gr.Textbox(visible=False)
 
     def _load(self, text: str, asked: str, profile: Profile, session: Session) -> Updates:
@@ -85,4 +91,5 @@ class Page:
         if profile is None or session is None:
             return {**self.editor.show(text), **refused} if text != examples()[FIRST] or refused else dict(gr.skip())
         text = form.with_destination(text, profile.username)
-        return {**self.editor.show(text), **self.merges.refresh(None, profile, session), **refused}
+        mine = self.merges.refresh(None, profile, session) | self.searches.refresh(None, profile, session)
+        return {**self.editor.show(text), **mine, **refused}

@@ -37,6 +37,7 @@ _WORDS = {
     "failed": "failed",
     "cancelled": "cancelled",
 }
+_SEARCHING = {**_WORDS, "running": "tries candidates", "done": "has ended", "cancelled": "was stopped"}
 
 
 def problem_list(checked: CheckedRecipe) -> str:
@@ -163,6 +164,8 @@ def card_text(files: Mapping[str, bytes]) -> str:
 
 def label(job: QueuedMerge) -> str:
     """A job in a list."""
+    if job.is_search:
+        return f"{datetime.fromtimestamp(job.created, UTC):%Y-%m-%d %H:%M} UTC: {_SEARCHING[job.state]}"
     return f"{job.to.removeprefix(HUB)}: {_WORDS[job.state]}"
 
 
@@ -172,7 +175,7 @@ def job(found: QueuedMerge, ahead: int, heading: str = "p") -> str:
     parts = [f'<{heading} class="state {found.state}">{_state(found, ahead)}</{heading}>']
     if not found.is_over or found.made:
         parts.append(
-            f'<progress max="100" value="{100 * share:.0f}" aria-label="share of the merge that is made">'
+            f'<progress max="100" value="{100 * share:.0f}" aria-label="share of the job that is done">'
             f"</progress><p class='figures'>{_figures(found, share)}</p>"
         )
     if found.problems:
@@ -195,7 +198,24 @@ def log(found: QueuedMerge) -> str:
     return f'<pre class="log" tabindex="0">{lines}</pre>'
 
 
+def course(found: QueuedMerge) -> str:
+    """A search's best so far over its trials, and that it can be taken."""
+    alt = "Score of each candidate, and the best so far"
+    drawn = f'<img class="picture" src="data:image/png;base64,{found.picture}" alt="{alt}">' if found.picture else ""
+    words = "Take it with the button below: it goes into the recipe, and can then be merged."
+    return f'{drawn}<p class="fine">{words}</p>' if found.found else drawn
+
+
+def fact_list(facts: Sequence[str]) -> str:
+    """Sentences one below the other."""
+    return f"<ul>{''.join(f'<li>{as_text(fact)}</li>' for fact in facts)}</ul>"
+
+
 def _state(found: QueuedMerge, ahead: int) -> str:
+    if found.is_search:
+        again = " The Space was started anew: it begins again while you are signed in."
+        more = f": {_place(ahead)}." if found.state == "queued" else again if found.state == "waiting" else "."
+        return f"<b>The search</b> {_SEARCHING[found.state]}{more}"
     repo = as_text(found.to.removeprefix(HUB))
     match found.state:
         case "queued":
@@ -223,7 +243,9 @@ def _place(ahead: int) -> str:
 def _figures(found: QueuedMerge, share: float) -> str:
     now = time.time()
     told = [f"{share:.0%}", f"{size(found.made)} of {size(found.total)}"]
-    if found.state == "running" and found.made > found.kept:
+    if found.is_search:
+        told = [f"{found.made} of {found.total} candidates"]
+    elif found.state == "running" and found.made > found.kept:
         told.append(f"{size(found.speed(now))}/s")
     if (left := found.seconds_left(now)) is not None:
         told.append(f"{left:.0f} s left" if left < 90 else f"{math.ceil(left / 60)} min left")
@@ -243,9 +265,8 @@ def _moment(seconds: float) -> str:
     return f'<time datetime="{at:%Y-%m-%dT%H:%M:%SZ}">{at:%Y-%m-%d %H:%M} UTC</time>'
 
 
-def jobs_hint(signed_in: bool) -> str:
-    """What stands where no job is."""
-    told = (
-        "You have no merges here yet." if signed_in else "Sign in to publish a merge, and to see those you have here."
-    )
+def jobs_hint(signed_in: bool, kind: str = "merges") -> str:
+    """What stands where no job of a kind is."""
+    doing = "publish a merge" if kind == "merges" else "search"
+    told = f"You have no {kind} here yet." if signed_in else f"Sign in to {doing}, and to see those you have here."
     return f'<p class="fine">{told}</p>'

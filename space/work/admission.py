@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merger import system
+from merger.cli.text import search_memory
 from merger.errors import BudgetError, MergerError, Problem, RecipeError
 from merger.run.extras import needs_of
 from merger.run.options import Options, needed_disk
@@ -23,6 +24,7 @@ from merger.safety import numbers
 from merger.safety.limits import SPACE_TENSORS
 from merger.safety.names import is_repo
 from merger.safety.numbers import size
+from space.work.search import PASTED
 
 if TYPE_CHECKING:
     from merger.planning.plan import Plan
@@ -51,6 +53,8 @@ class Limits:
         jobs_each: of one owner that are not over.
         jobs: of all owners together.
         shard_size: the largest size of a file; None: the default.
+        trials: of one search.
+        minutes: of one search, and as long again for its report.
     """
 
     memory: int | None = None
@@ -60,6 +64,8 @@ class Limits:
     jobs_each: int = 3
     jobs: int = 100
     shard_size: int | None = None
+    trials: int = 200
+    minutes: int = 20
 
     @classmethod
     def here(cls, folder: Path, environment: Mapping[str, str] = os.environ) -> Limits:
@@ -89,12 +95,15 @@ class Limits:
             jobs_each=count_of("JOBS_EACH") or cls.jobs_each,
             jobs=count_of("JOBS") or cls.jobs,
             shard_size=size_of("SHARD_SIZE"),
+            trials=count_of("TRIALS") or cls.trials,
+            minutes=count_of("MINUTES") or cls.minutes,
         )
 
     def for_a_job(self) -> dict[str, Any]:
         """What a worker is told."""
         threads = max(1, system.cores() // self.workers)
-        return {"memory": self.memory, "disk": self.disk, "threads": threads, "shard_size": self.shard_size}
+        kept = ("memory", "disk", "shard_size", "minutes")
+        return {"threads": threads, **{name: getattr(self, name) for name in kept}}
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
@@ -104,6 +113,8 @@ NAME = "recipe.yaml"
 MOST_BYTES = 64_000
 MOST_MODELS = 16
 
+_PINNED = re.compile(r"hf://datasets/[\w.-]+/[\w.-]+@[0-9a-f]{40}/[^\x00-\x1f]+", re.ASCII)
+_A_DATA_SET = "hf://datasets/owner/name@commit/file with the 40 letters of a commit"
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}", re.ASCII)
 _MODEL = re.compile(r"\bmodel[\"']?\s*:")
 _TOO_BIG = "it is too big for this Space; the GitHub Action or your own machine can make it"
@@ -174,10 +185,25 @@ def _find_refusals(recipe: Recipe) -> list[Problem]:
                 "merger run and the Action take it",
             )
             found.append(Problem(what, need.at, need.where, hint))
+    if recipe.search is not None:
+        found += _of_search(recipe)
     if recipe.publish.template is not None:
         hint = "leave it out: the card is made by Merger's own template"
         found.append(Problem("the Space takes no templates", recipe.publish.template_at, "publish.template", hint))
     return found
+
+
+def _of_search(recipe: Recipe) -> Iterator[Problem]:
+    """A task or a function runs code, a file is the machine's, and a branch on the Hub may be another tomorrow."""
+    searched = recipe.search
+    for each in (*searched.objectives, *searched.report) if searched else ():
+        if each.kind in ("task", "function"):
+            yield Problem(f"the Space scores by no {each.kind}", each.at, "search", "merger search does; here: a loss")
+        elif each.source.removeprefix("./") not in PASTED and _PINNED.fullmatch(each.source) is None:
+            what = f"{each.source!r} is neither a text that is pasted here nor a data set at a commit"
+            yield Problem(what, each.at, "search", f"write {' or '.join(PASTED)}, or {_A_DATA_SET}")
+    if searched and searched.storage is not None:
+        yield Problem("the Space keeps a study by itself", searched.at, "search.storage", "leave storage out")
 
 
 def _of_model(ref: ModelRef) -> Problem | None:
@@ -217,10 +243,24 @@ def plan_recipe(recipe: Recipe, how: Options, limits: Limits) -> tuple[Plan, Sto
     except BudgetError as error:
         what = tuple(replace(problem, hint=_TOO_BIG) for problem in error.problems)
         raise TooBigError(what) from None
+    if recipe.search is not None:
+        _refuse_large_search(found, limits)
     if found.traffic > limits.traffic:
         told = f"this merge reads and writes {size(found.traffic)}, and this Space moves {size(limits.traffic)}"
         raise TooBigError(Problem(f"{told} a merge at most", hint=_TOO_BIG))
     return found, store
+
+
+def _refuse_large_search(found: Plan, limits: Limits) -> None:
+    searched, memory = found.locked.recipe.search, search_memory(found)
+    if limits.memory is not None and memory > limits.memory:
+        told = f"this search takes about {size(memory)} of memory, and there are {size(limits.memory)} for one"
+        raise TooBigError(Problem(told, searched and searched.at, "search", "merger search makes it elsewhere"))
+    for name, most in (("trials", limits.trials), ("minutes", limits.minutes)):
+        asked = getattr(searched, name) or 0
+        if asked > most:
+            what = f"{asked:g} {name} are asked for, and this Space gives {most} to a search"
+            raise RecipeError(Problem(what, searched and searched.at, f"search.{name}", f"write {name}: {most}"))
 
 
 def pinned_commits(found: Plan) -> Mapping[str, str]:

@@ -56,15 +56,15 @@ DEFAULT = How()
 
 @dataclass(frozen=True)
 class QueuedMerge:
-    """One merge that somebody asked for.
+    """One merge that somebody asked for, or the search for a recipe's numbers.
 
     Args:
         id: a name nobody can guess.
         owner: whose it is: the user's name on the Hub.
         recipe: the recipe's text.
-        to: where it goes, ``hf://owner/name``.
+        to: where it goes, ``hf://owner/name``; a search goes nowhere.
         pins: the commits that the plan saw, by model as the recipe writes it.
-        total: bytes that will be made.
+        total: bytes that will be made; of a search the candidates that will be tried, and so with `kept` and `made`.
         state: queued, running, waiting (for its owner to come back), done, failed or cancelled.
         turn: the round of the queue it belongs to; rounds go one after the other, each with one job of each owner.
         created, started, ended: seconds since 1970; 0 where it has not come to that.
@@ -76,6 +76,9 @@ class QueuedMerge:
         is_new: whether this job put it there.
         card: the result's, where this job put it there.
         how: how it is made besides.
+        texts: of a search, what lies beside its recipe, by file; gone once it is over.
+        found: of a search, the best recipe so far.
+        picture: of a search, the best so far over the trials, a PNG in base64.
     """
 
     id: str
@@ -98,6 +101,14 @@ class QueuedMerge:
     is_new: bool = False
     card: str = field(default="", repr=False)
     how: How = DEFAULT
+    texts: Mapping[str, str] = field(default_factory=dict, repr=False)
+    found: str = ""
+    picture: str = field(default="", repr=False)
+
+    @property
+    def is_search(self) -> bool:
+        """Whether numbers are searched, and nothing is made."""
+        return not self.to
 
     @property
     def is_over(self) -> bool:
@@ -105,7 +116,7 @@ class QueuedMerge:
         return self.state in OVER
 
     def speed(self, now: float) -> float:
-        """Bytes made a second, in this run."""
+        """Bytes made a second, in this run; of a search candidates."""
         return (self.made - self.kept) / max(0.001, (self.ended or now) - self.started) if self.started else 0.0
 
     def seconds_left(self, now: float) -> float | None:
@@ -163,12 +174,12 @@ class JobTable:
             self.put(job)
             return job
 
-    def progress(self, id: str, made: int, say: str | None = None) -> None:
-        """So many bytes are made in this run; in memory alone, for after a kill the Hub tells what is kept."""
+    def progress(self, id: str, made: int | None = None, say: str | None = None, **seen: Any) -> None:
+        """So much is made in this run; in memory alone, for after a kill the Hub tells what is kept."""
         with self.lock:
             if (job := self._open.get(id)) is not None:
                 log = job.log if say is None else (*job.log, say)[-LOG_LINES:]
-                self._open[id] = replace(job, made=job.kept + made, log=log)
+                self._open[id] = replace(job, made=job.made if made is None else job.kept + made, log=log, **seen)
 
     def _find(self, **columns: str | bool) -> list[QueuedMerge]:
         return list(map(_parse, self._records.find(_KIND, **columns)))

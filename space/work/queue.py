@@ -22,6 +22,7 @@ from space.work.job_table import DEFAULT, How, JobError, JobTable, QueuedMerge, 
 from space.work.records import Records
 from space.work.workers import Workers
 
+NOTHING: Mapping[str, str] = {}
 _SPARE_SECONDS = 120
 _PAUSE = 1.0
 _NO_WORD = (
@@ -81,18 +82,27 @@ class MergeQueue:
     # ---- what others ask ---------------------------------------------------------------------------------------------
 
     def submit(
-        self, owner: str, token: Token, recipe: str, to: str, pins: Mapping[str, str], total: int, how: How = DEFAULT
+        self,
+        owner: str,
+        token: Token,
+        recipe: str,
+        to: str,
+        pins: Mapping[str, str],
+        total: int,
+        how: How = DEFAULT,
+        texts: Mapping[str, str] = NOTHING,
     ) -> QueuedMerge:
-        """Queue a merge.
+        """Queue a merge, or a search, of which an owner has one at a time.
 
         Args:
             owner: whose job it is.
             token: what it reads the models and writes the result with.
             recipe: the recipe's text, which has been planned.
-            to: ``hf://owner/name``.
+            to: ``hf://owner/name``; empty: it is a search.
             pins: the commits that the plan saw.
-            total: bytes that will be made.
+            total: bytes that will be made, or candidates that will be tried.
             how: how it is made besides.
+            texts: what lies beside the recipe, by file.
 
         Raises:
             JobError: the token only reads, the owner has too many jobs that are not over, or the queue is full.
@@ -103,15 +113,16 @@ class MergeQueue:
             everyones = self.jobs.open()
             mine = [job for job in everyones if job.owner == owner]
             if len(mine) >= self.limits.jobs_each:
-                what = f"you have {len(mine)} merges that are not over, and {self.limits.jobs_each} is the limit"
+                what = f"you have {len(mine)} jobs that are not over, and {self.limits.jobs_each} is the limit"
                 raise JobError(Problem(what, hint="wait for one of them, or cancel it"))
             if any(job.to == to for job in mine):
-                raise JobError(Problem(f"a merge into {to} is not over yet", hint="wait for it, or cancel it"))
+                what = f"a merge into {to} is not over yet" if to else "a search of yours is not over yet"
+                raise JobError(Problem(what, hint="wait for it, or cancel it"))
             if len(everyones) >= self.limits.jobs:
                 raise JobError(Problem("the queue of this Space is full", hint="try again in a while"))
             job = QueuedMerge(new_id(), owner, recipe, to, dict(pins), total, created=time.time(), how=how)
             self._tokens[job.id] = token
-            return self._enqueue(job)
+            return self._enqueue(replace(job, texts=dict(texts)))
 
     def register_token(self, owner: str, token: Token) -> None:
         """Somebody is here: their jobs that want a better token take this one, those that waited for it are queued."""
@@ -149,7 +160,7 @@ class MergeQueue:
             job = self.job(owner, id)
             if job.is_over:
                 return job
-            job = self.jobs.change(id, state="cancelled", ended=time.time())
+            job = self.jobs.change(id, state="cancelled", ended=time.time(), texts={})
             self._tokens.pop(id, None)
             self._workers.end(id)
             return job
@@ -221,7 +232,8 @@ class MergeQueue:
         with self.jobs.lock:
             job = self.jobs.get(id)
             if job is not None and job.state == "running" and not self._is_stopping:
-                job = self.jobs.change(id, **_outcome(job, token, told))
+                outcome = _outcome(job, token, told)
+                job = self.jobs.change(id, **outcome, texts=job.texts if outcome["state"] == "waiting" else {})
             if job is None or job.is_over:
                 self._tokens.pop(id, None)
 
@@ -235,7 +247,13 @@ def _outcome(job: QueuedMerge, token: Token, told: Mapping[str, Any]) -> dict[st
     if "where" in told:
         lines = (*job.log, *(f"warning: {doubt}" for doubt in told["doubts"]))
         found = {name: told[name] for name in ("where", "commit", "is_new", "card")}
-        return {"state": "done", "made": job.total, "ended": time.time(), "log": lines, **found}
+        return {
+            "state": "done",
+            "made": job.made if job.is_search else job.total,
+            "ended": time.time(),
+            "log": lines,
+            **found,
+        }
     if time.time() > token.expires:
         return {"state": "waiting"}
     return {"state": "failed", "problems": tuple(told.get("failed") or [_NO_WORD]), "ended": time.time()}

@@ -5,6 +5,7 @@ Not here: who is asking (page, api), what is taken from strangers (admission), a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,15 @@ from merger.safety.names import HUB, need_repo
 from space.work import admission
 from space.work.job_table import DEFAULT, How, QueuedMerge
 from space.work.queue import MergeQueue, Token
+from space.work.search import PASTED
 
 if TYPE_CHECKING:
     from merger.planning.plan import Plan
     from merger.recipe.model import Recipe
     from merger.stores.ports import Store
+
+MOST_LETTERS = 100_000
+"""Of a text that is pasted."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,41 @@ class Service:
         """
         found = self.plan(text, None if how.is_public else token.value)
         to = to or found.recipe.publish.repo
+        if (searched := found.recipe.search) is not None:
+            hint = "Search, beside Merge, finds its numbers"
+            raise RecipeError(Problem("this recipe leaves numbers open", searched.at, "search", hint))
         if to is None:
             raise RecipeError(Problem("where shall the result go?", hint=f"write for example {owner}/my-merge"))
         self.refuse_loss(found, token.value, to, how)
         total = found.plan.nbytes
         return self.queue.submit(owner, token, text, HUB + to, admission.pinned_commits(found.plan), total, how)
+
+    def search(self, owner: str, token: Token, text: str, texts: Mapping[str, str]) -> QueuedMerge:
+        """Queue a search for the numbers that a recipe leaves open.
+
+        Args:
+            owner: whose job it is, and who may see and stop it.
+            token: what it reads the models with; held in memory while the job is not over.
+            texts: what was pasted, by the file that the recipe calls it.
+
+        Raises:
+            MergerError: any kind; nothing is queued then.
+        """
+        found = self.plan(text, token.value)
+        searched = found.recipe.search
+        if searched is None:
+            hint = "leave one open, such as weight: {search: [0, 1]}, and write a block search:"
+            raise RecipeError(Problem("nothing is searched in this recipe", hint=hint))
+        secrets.refuse_tokens(texts)
+        for each in (*searched.objectives, *searched.report):
+            name = each.source.removeprefix("./")
+            if name in PASTED and not texts.get(name, "").strip():
+                raise RecipeError(Problem(f"{name} is empty", each.at, "search", "paste a text into its box"))
+            if len(texts.get(name, "")) > MOST_LETTERS:
+                what = f"{name} has {len(texts[name]):,} letters, and this Space reads {MOST_LETTERS:,}"
+                raise RecipeError(Problem(what, each.at, "search", "shorten it: fewer make a trial quicker, too"))
+        pins = admission.pinned_commits(found.plan)
+        return self.queue.submit(owner, token, text, "", pins, searched.trials, texts=texts)
 
     def refuse_loss(self, found: Planned, token: str, to: str, how: How = DEFAULT) -> None:
         """See, before it is queued, whether the merge would be refused for what lies in its repo already.

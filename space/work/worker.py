@@ -1,8 +1,9 @@
-"""The process in which one job's merge is made: it is told what to do by a socket, and tells how far it is by lines.
+"""The process in which one job's merge is made, or its search.
 
-It works in a folder of its own that holds recipe.yaml and its lock file. The token comes by the socket alone, which
-stays open for as long as the queue lives: when that ends, by whatever cause, so does the worker, and what it had
-finished waits on the Hub. Not here: when to begin (queue), and the fork (forkserver).
+It is told what to do by a socket, and tells how far it is by lines. It works in a folder of its own that holds
+recipe.yaml, its lock file, and the texts of a search. The token comes by the socket alone, which stays open for as long
+as the queue lives: when that ends, by whatever cause, so does the worker, and what it had finished waits on the Hub.
+Not here: when to begin (queue), the fork (forkserver), and the search (search).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from merger.run.pipeline import Resumed, merge
 from merger.run.prepare import plan, read_recipe
 from merger.runtime import tell_limits
 from merger.safety import secrets
+from space.work.search import run_search
 
 if TYPE_CHECKING:
     from merger.run.pipeline import Event
@@ -88,7 +90,7 @@ def _end_with(orders: TextIO) -> None:
 def _answer(asked: dict[str, Any], out: TextIO) -> int:
     try:
         with tell_limits():
-            _make(asked, out)
+            (_make if asked["to"] else _search)(asked, out)
     except MergerError as error:
         return _tell_failure(error, out)
     return 0
@@ -102,20 +104,30 @@ def _tell_failure(error: MergerError, out: TextIO) -> int:
     return error.exit_code
 
 
-def _make(asked: dict[str, Any], out: TextIO) -> None:
-    options = Options(
-        to=asked["to"],
+def _options(asked: dict[str, Any], root: Path | None = None) -> Options:
+    return Options(
+        to=asked["to"] or None,
         max_memory=asked["memory"],
         max_disk=asked["disk"],
         threads=asked["threads"],
         shard_size=asked["shard_size"],
         cache=False,
-        root=None,
+        root=root,
         force=asked["force"],
         create_pr=asked["create_pr"],
         read_token=False if asked["is_public"] else asked["token"],
         write_token=asked["token"],
     )
+
+
+def _search(asked: dict[str, Any], out: TextIO) -> None:
+    progress = ProgressPipe(0, out)
+    run_search(read_recipe(Path(RECIPE)), _options(asked, Path.cwd()), asked["minutes"], progress.tell)
+    progress.tell(where="", commit="", is_new=True, card="", doubts=[])
+
+
+def _make(asked: dict[str, Any], out: TextIO) -> None:
+    options = _options(asked)
     planned, store = plan(read_recipe(Path(RECIPE)), options)
     progress = ProgressPipe(planned.nbytes, out)
 

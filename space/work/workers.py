@@ -19,6 +19,8 @@ from space.work.forkserver import ForkServer
 from space.work.job_table import JobTable, QueuedMerge
 from space.work.worker import RECIPE
 
+_ON_THE_WAY = ("made", "say", "found", "picture")
+
 
 class Workers:
     """Those that are at work.
@@ -66,6 +68,8 @@ class Workers:
             (folder / RECIPE).write_text(job.recipe, "utf-8")
             pins = {"models": [{"model": model, "commit": commit} for model, commit in job.pins.items()]}
             (folder / RECIPE).with_suffix(".lock.yaml").write_text(yaml.safe_dump(pins), "utf-8")
+            for name, text in job.texts.items():
+                (folder / name).write_text(text, "utf-8")
             asked = {"to": job.to, "token": token, **vars(job.how), **self._limits.for_a_job()}
             with self._fork(job, folder) as worker, suppress(ConnectionError):  # it is gone already: it was cancelled
                 worker.sendall(json.dumps(asked).encode() + b"\n")
@@ -87,13 +91,13 @@ class Workers:
 
     def _note(self, id: str, line: dict[str, Any]) -> dict[str, Any]:
         """Note a line of the worker's; what is left of it is about the end."""
-        kept, made, say = line.pop("kept", None), line.pop("made", None), line.pop("say", None)
+        kept, news = line.pop("kept", None), {key: line.pop(key) for key in _ON_THE_WAY if key in line}
         with self._jobs.lock:
             if (job := self._jobs.get(id)) is not None and not job.is_over:
                 if kept is not None:
                     self._jobs.change(id, kept=kept, made=kept)
-                if made is not None:
-                    self._jobs.progress(id, made, say)
+                if news:
+                    self._jobs.progress(id, **news)
         return line
 
 

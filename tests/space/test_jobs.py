@@ -5,6 +5,7 @@ Not here: the page and a killed Space (test_page), and twenty users at once (tes
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -18,16 +19,19 @@ from typing import Any
 
 import pytest
 import tiny
+import vocabularies
 import waiting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import LoopbackHub, Request
 from served import halted, staged
+from test_searches import SEARCHED, TEXTS
+from thorough import thorough_only
 from waiting import HANGS_SECONDS
 
 from merger.run.options import Options
 from merger.run.pipeline import merge
-from merger.run.prepare import plan, read_recipe
+from merger.run.prepare import parse_text, plan, read_recipe
 from space.hub import _reach
 from space.work.admission import Limits
 from space.work.forkserver import ForkServer
@@ -461,3 +465,26 @@ READING = {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": {}, "per
 def test_what_a_token_may_write(said: dict[str, Any], reach: Reach) -> None:
     """As the Hub says it; an app's token has no role there."""
     assert _reach(said) == reach
+
+
+@thorough_only
+def test_a_search_finds_numbers_within_its_minutes(
+    make_queue: MakeQueue, hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Best recipe, picture and comparison come back, and nothing is published; one without time ends."""
+    root = tmp_path_factory.mktemp("searched")
+    for seed, name in enumerate(("w-base", "w-one", "w-two")):
+        hub.add_model(f"org/{name}", vocabularies.model(root / name, seed))
+    text = SEARCHED.replace("org/", "org/w-")
+    queue = make_queue(Limits())
+    job = until(queue, queue.submit("alice", ALICE, text, "", {}, 4, texts=TEXTS), "done")
+    assert (job.made, job.texts, job.where) == (4, {}, "")
+    assert base64.b64decode(job.picture).startswith(b"\x89PNG")
+    assert parse_text(job.found, "found").search is None
+    assert "# mine" in job.found
+    assert "than the recipe before the search" in "\n".join(job.log)
+    assert not any("/commit" in request.path for request in hub.log)
+    queue.stop()
+    short = make_queue(Limits(minutes=0))  # not in the environment's words: no Space has none
+    job = until(short, short.submit("alice", ALICE, text, "", {}, 4, texts=TEXTS), "failed")
+    assert any("the minutes" in problem or "could be used" in problem for problem in job.problems), job.problems

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 from loopback import LoopbackHub, Request
-from places import REPOSITORY
+from places import REPOSITORY, ZOO
 from served import SCOPES, SECRET, ServedSpace, halted, staged
 from thorough import thorough_only
 from waiting import HANGS_SECONDS, until
@@ -470,3 +470,43 @@ def test_axe_finds_nothing(visit: Visit, dark: bool) -> None:
     assert found() == []
     visitor.page.goto(visitor.url + str(visitor.page.locator("#job a[href^='/merges/']").get_attribute("href")))
     assert found() == []
+
+
+@thorough_only
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_search(visit: Visit, dark: bool) -> None:
+    """By keyboard: planned, begun, there after a reload, stopped, its best taken, and not for others."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    visitor = visit("bob" if dark else "alice", dark=dark)
+    text = re.sub(r"weight: [\d.]+", "weight: {search: [0, 1.2], start: 0.5}", visitor.recipe())
+    visitor.write(f"{text}search:\n  trials: 100\n  prune: false\n  objectives: [{{loss: search.txt}}]\n")
+    page = visitor.page
+    page.get_by_text("1 numbers").or_(page.locator("#problems")).first.wait_for()
+    page.get_by_role("tab", name="Merge").focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_role("tab", name="Search").press("Enter")
+    page.locator("#search-text textarea").fill((ZOO / "kjv" / "heldout.txt").read_text("utf-8")[:6000])
+    page.locator("#search-plan").press("Enter")
+    page.locator("#search-planned").get_by_text("100 candidates (tpe)").wait_for()
+    page.locator("#search-begin").press("Enter")
+    page.locator("#search-job .state.running").wait_for()
+    page.locator("#search-job img").wait_for()
+    visitor.open()
+    page.get_by_role("tab", name="Search").click()
+    page.locator("#search-job img").wait_for()
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_function(STILL)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(UNNAMED) == []
+        told = axe.run(page, options=rules).response["violations"]
+        assert [f"{each['id']}: {node['html'][:150]}" for each in told for node in each["nodes"]] == []
+    page.locator("#search-cancel").press("Enter")
+    page.locator("#search-job .state.cancelled").wait_for()
+    visitor.until(lambda: "Found by merger search in recipe.yaml" in visitor.recipe())
+    assert "{search:" not in visitor.recipe()
+    stranger = visit("alice" if dark else "bob", dark=dark)
+    stranger.page.get_by_role("tab", name="Search").click()
+    stranger.page.locator("#search-job").get_by_text("was stopped" if dark else "You have no searches").wait_for()
+    assert stranger.page.locator("#search-jobs input").count() == dark  # the dark one's stranger has one of her own
