@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from merger.errors import did_you_mean
@@ -163,7 +163,7 @@ def _warn_of_base(found: Found, method: Method) -> None:
 
 def _measured(found: Found, method: Method) -> None:
     """Whether each model has the statistics that the method asks for, and none that nothing asks for."""
-    for source, place in zip_longest(found.piece.sources, found.places, fillvalue=found.listed):
+    for source, place in zip(found.piece.sources, chain(found.places, repeat(found.listed)), strict=False):
         asked = method.asks(base=not _is_counted(source, found.piece, method))
         if asked and source.statistics is None:
             whose, where = ("the base model", "in its row, here") if method.of_base else ("each model", "beside it")
