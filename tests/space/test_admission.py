@@ -81,6 +81,7 @@ WORDS |= {
 }
 PLACED = {"ModelRef.path", "ModelRef.revision", "Publish.template"}
 REFUSED = {"Perplexity.text", "Evaluate.tasks", "Evaluate.dtype"}
+REFUSED |= {"Measure.path", "Measure.revision", "Measure.kind", "Measure.measure"}
 
 
 def test_no_word_of_the_language_was_forgotten() -> None:

@@ -101,7 +101,7 @@ def test_every_method_begins_well(name: str) -> None:
     text = form.with_method(next(iter(examples().values())), TABLE[name], TABLE)
     looked = admission.check(text)
     told = [problem.what for problem in looked.problems]
-    needed = (" merges exactly ", "needs the base model", "asks for what was measured of each model")
+    needed = (" merges exactly ", "needs the base model", "asks for what was measured of ")
     assert all(any(words in what for words in needed) for what in told), told
     assert looked.warnings == ()
 
