@@ -171,7 +171,7 @@ def _paint_progress(figure: Figure, trials: Sequence[Trial], aims: Aims) -> None
     axes.plot(numbers, [aims.values(trial.scores)[0] for trial in trials], "o", color=INK, alpha=0.5, ms=3)
     axes.step(numbers, line, where="post", color=HUES[0])
     axes.set_xlabel("trial")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_title(f"{_label(aims)}: each trial, and the best so far", loc="left", size=9)
 
 
