@@ -29,7 +29,6 @@ from space.work.search import PASTED
 if TYPE_CHECKING:
     from merger.planning.plan import Plan
     from merger.recipe.model import ModelRef, Recipe
-    from merger.recipe.searched import Searched
     from merger.stores.ports import Store
 
 # ---- limits ---------------------------------------------------------------------------------------------------------
@@ -245,23 +244,24 @@ def plan_recipe(recipe: Recipe, how: Options, limits: Limits) -> tuple[Plan, Sto
         what = tuple(replace(problem, hint=_TOO_BIG) for problem in error.problems)
         raise TooBigError(what) from None
     if recipe.search is not None:
-        _refuse_large_search(found, recipe.search, limits)
+        _refuse_large_search(found, limits)
     if found.traffic > limits.traffic:
         told = f"this merge reads and writes {size(found.traffic)}, and this Space moves {size(limits.traffic)}"
         raise TooBigError(Problem(f"{told} a merge at most", hint=_TOO_BIG))
     return found, store
 
 
-def _refuse_large_search(found: Plan, searched: Searched, limits: Limits) -> None:
-    memory = search_memory(found)
+def _refuse_large_search(found: Plan, limits: Limits) -> None:
+    searched, memory = found.locked.recipe.search, search_memory(found)
+    at = searched.at if searched else None
     if limits.memory is not None and memory > limits.memory:
         told = f"this search takes about {size(memory)} of memory, and there are {size(limits.memory)} for one"
-        raise TooBigError(Problem(told, searched.at, "search", "merger search makes it elsewhere"))
+        raise TooBigError(Problem(told, at, "search", "merger search makes it elsewhere"))
     for name, most in (("trials", limits.trials), ("minutes", limits.minutes)):
         asked = getattr(searched, name) or 0
         if asked > most:
             what = f"{asked:g} {name} are asked for, and this Space gives {most} to a search"
-            raise RecipeError(Problem(what, searched.at, f"search.{name}", f"write {name}: {most}"))
+            raise RecipeError(Problem(what, at, f"search.{name}", f"write {name}: {most}"))
 
 
 def pinned_commits(found: Plan) -> Mapping[str, str]:
