@@ -276,7 +276,7 @@ def test_limits_of_the_queue(make_queue: MakeQueue) -> None:
     with pytest.raises(JobError, match="hf://alice/a is not over yet"):
         submit(queue, "alice", "a")
     submit(queue, "alice", "b")
-    with pytest.raises(JobError, match="you have 2 merges that are not over, and 2 is the limit"):
+    with pytest.raises(JobError, match="you have 2 jobs that are not over, and 2 is the limit"):
         submit(queue, "alice", "c")
     submit(queue, "bob", "a")
     with pytest.raises(JobError, match="the queue of this Space is full"):
