@@ -21,7 +21,8 @@ from side_by_side import ZOO
 from merger.card.pictures.canvas import HUES, INK, WIDTH, Picture
 from merger.run.options import Options
 from merger.run.prepare import parse_text
-from merger.searching.search import Effort, Tried, search
+from merger.searching.effort import Effort
+from merger.searching.search import Tried, search
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -485,6 +485,6 @@ def test_a_search_finds_numbers_within_its_minutes(
     assert "than the recipe before the search" in "\n".join(job.log)
     assert not any("/commit" in request.path for request in hub.log)
     queue.stop()
-    short = make_queue(Limits(minutes=0))  # not in the environment's words: no Space has none
+    short = make_queue(Limits(minutes=0))
     job = until(short, short.submit("alice", ALICE, text, "", {}, 4, texts=TEXTS), "failed")
     assert any("the minutes" in problem or "could be used" in problem for problem in job.problems), job.problems
