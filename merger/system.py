@@ -31,6 +31,7 @@ KILLED, OUT_OF_TIME = (-int(getattr(signal, name, 0)) or None for name in ("SIGK
 if sys.platform == "win32":
     import msvcrt
 
+    LINKS = False
     _HELD_IS_REMOVED = False
     _FAR, _SHARES = 1 << 30, 64  # a byte that is locked cannot be read
     _DEVICE = r"(^|/)(con|prn|aux|nul|com\d|lpt\d)(\.[^/]*)?(/|$)"
@@ -50,6 +51,10 @@ if sys.platform == "win32":
 
     def replace_process(environment: Mapping[str, str], content: bytes, told_by: str) -> None:
         """Begin this process anew with another environment: here a second one would run on beside this one's end."""
+
+    def is_running(process: int) -> bool:
+        """Whether there may be a process of this number: here to ask is to end it."""
+        return True
 
     def _mallopt() -> Any:
         return None
@@ -73,6 +78,7 @@ else:
     import fcntl
     import resource
 
+    LINKS = True
     _HELD_IS_REMOVED = True
     _PLAIN = ()
 
@@ -107,6 +113,16 @@ else:
                 sys.exit("the secrets of the environment are too large")
         line = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, line, {**environment, told_by: str(reading)})
+
+    def is_running(process: int) -> bool:
+        """Whether there is a process of this number."""
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
 
     def _mallopt() -> Any:
         return getattr(ctypes.CDLL(None), "mallopt", None)

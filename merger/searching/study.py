@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from merger.errors import EvaluationError, MergerError, Problem
 from merger.searching.draws import Reseeded, grid_of, make_pruner, make_sampler, spaces_of
 from merger.searching.trials import Aims, Judge, Pruned, Step, Trial, best_of, front_of
+from merger.system import LINKS, is_running
 
 _BEAT_SECONDS, _STALE_SECONDS, _WAIT_SECONDS = 15.0, 90.0, 0.2
 _LOST, _WORKER, _SCORES, _SECONDS, _WHY = "lost", "worker", "scores", "seconds", "why"
@@ -107,14 +108,15 @@ class Worker:
         """Why nothing more is to be tried, and whether others are still at it."""
         states = [trial.state for trial in self._kept()]
         busy, searched = TrialState.RUNNING in states, self.searched
+        begun = len(states) - states.count(TrialState.WAITING)
         if time.monotonic() >= until:
             return "the minutes are over", busy
+        if begun >= searched.trials:  # a lost one that another has taken the place of meanwhile is left
+            return f"{searched.trials} trials are done", busy
+        if searched.sampler == "grid" and begun > len(grid_of(searched)):
+            return "all of the grid is tried", busy
         if TrialState.WAITING in states:
             return "", busy
-        if len(states) >= searched.trials:
-            return f"{searched.trials} trials are done", busy
-        if searched.sampler == "grid" and len(states) > len(grid_of(searched)):
-            return "all of the grid is tried", busy
         if searched.patience is not None:
             done = [trial for trial in self.trials() if trial.state != "running"]
             last = max((trial.number for trial in front_of(done, self.aims)), default=0)
@@ -228,17 +230,9 @@ def _trial(number: int, trial: FrozenTrial) -> Trial:
 def _is_there(who: str, me: str) -> bool:
     """Whether a worker's process may be there: of other machines that cannot be told."""
     (host, process, _), (here, own, _) = who.rsplit(":", 2), me.rsplit(":", 2)
-    if host != here or who == me or os.name == "nt":
+    if host != here or who == me:
         return True
-    if process == own:  # an earlier worker's number, or one of this process that is at its end
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return process != own and is_running(int(process))  # its own: an earlier worker's, or one's that is at its end
 
 
 def _is_young(trial: FrozenTrial) -> bool:
@@ -261,7 +255,7 @@ def open_storage(storage: str | None) -> BaseStorage:
         if "://" in storage:
             return optuna.storages.RDBStorage(storage)
         path = os.path.abspath(os.path.expanduser(storage))
-        lock = JournalFileOpenLock if os.name == "nt" else JournalFileSymlinkLock
+        lock = JournalFileSymlinkLock if LINKS else JournalFileOpenLock
         alone = lock(path, grace_period=_GRACE_SECONDS)
         backend = JournalFileBackend(path, lock_obj=alone)
         _cut_torn_line(path, alone)
