@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     wanted = {
         README: filled(README, {"merge": console(MERGE), "families": families_table(built)}),
         COMMAND: filled(COMMAND, in_command),
-        ACTION: filled(ACTION, in_action | {name: example(name) for name in ("workflow", "workflow-parts")}),
+        ACTION: filled(ACTION, in_action | {name: example(name) for name in ("workflow", "workflow-parts", "workflow-search")}),
         CARDS: filled(CARDS, in_cards),
         METHODS: methods_page(built),
         ARCHITECTURE: filled(ARCHITECTURE, {"wings": wings_picture()}),

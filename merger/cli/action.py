@@ -15,11 +15,13 @@ if __name__ == "__main__":
 import hashlib
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +44,7 @@ from merger.errors import MergerError, Problem, RecipeError, UploadError
 from merger.lock.lock import pins
 from merger.methods.registry import methods
 from merger.run.artifacts import chats
-from merger.run.extras import needs_of
+from merger.run.extras import needs_of, refuse_missing
 from merger.run.look import sampled_doubts
 from merger.run.options import Options, destination, stated_destination, with_free_memory
 from merger.run.pipeline import Ready, Result, Resumed, lock_text, merge, trusted_publishing
@@ -51,16 +53,19 @@ from merger.runtime import Halt, halting, take_over, tell_limits
 from merger.safety.names import HUB, hub_path
 from merger.safety.paths import inside
 from merger.safety.text import guard_streams, line
+from merger.searching.effort import Effort, results_of
 from merger.statistics.kept import Awaited, find_kept, measure_awaited
 
 if TYPE_CHECKING:
     from merger.planning.plan import Plan
     from merger.recipe.model import Recipe
+    from merger.run.found import SearchFacts
     from merger.run.pipeline import Event as RunEvent
     from merger.stores.resolve import Library
 
-RUNNING = ("run", "publish")
+RUNNING = ("run", "publish", "search")
 STARTED_TO_RUN = ("push", "workflow_dispatch", "schedule", "repository_dispatch")
+_HEADS = "refs/heads/"
 STOPPED = 75
 """The exit code of a run that stopped before the time limit: sysexits.h says of it "try again later"."""
 
@@ -136,7 +141,7 @@ class Outcome:
 
     Args:
         recipe: its path from the top of the repository.
-        state: checked, planned, published, unchanged, part, stopped or failed.
+        state: checked, planned, searched, published, unchanged, part, stopped or failed.
         summary: what was or would be made, and where it goes.
         result: what became of a run.
         problems: what went wrong.
@@ -144,6 +149,7 @@ class Outcome:
         exit_code: 0, or that of the error.
         changed: what the pull request changes of what the recipe makes.
         card: the card of what would be made, as far as it is known then.
+        found: what a search has found, in Markdown.
     """
 
     recipe: str
@@ -155,6 +161,7 @@ class Outcome:
     exit_code: int = 0
     changed: str = ""
     card: str = ""
+    found: str = ""
 
     @property
     def to(self) -> str | None:
@@ -216,7 +223,15 @@ class ActionRun:
         if self.mode == "check":
             print(line(f"{outcome.recipe}: well formed"))
             return
-        options = self._options(recipe)
+        facts = None
+        if self.mode == "search":
+            outcome, best, facts = self._search(recipe, outcome)
+            yield outcome
+            if best is None:
+                return
+            recipe = read_recipe(best)
+        makes = self.mode in RUNNING and recipe.search is None
+        options = self._options(recipe, makes)
         awaited: tuple[Awaited, ...] = ()
         if not self.event.is_foreign:  # for a stranger nothing is measured
             options, awaited = find_kept(recipe, options)
@@ -231,9 +246,95 @@ class ActionRun:
             outcome = replace(outcome, changed=self._changed(outcome.recipe, found, options), card=card)
             yield outcome
         print(text.plan_text(found), flush=True)
-        if self.mode in RUNNING:
-            measure_awaited(awaited, before=lambda each: print(reports.measurement_text(each.planned, each.disk)))
-            yield self._merge(outcome, planned, store, options)
+        if makes or self.inputs.mode in RUNNING:
+            measure_awaited(awaited, before=_tell_measuring)
+            yield self._merge(outcome, planned, store, options, facts)
+
+    # ---- a search ----
+
+    def _search(self, recipe: Recipe, outcome: Outcome) -> tuple[Outcome, Path | None, SearchFacts | None]:
+        """Go on with a search and keep what it has come to; and what is to be merged of it, where that is asked."""
+        part, left = self.inputs.options.part, self.deadline and (self.deadline - time.monotonic()) / 60
+        effort = Effort(minutes=left, join=part is not None and part.number > 1)
+        storage = effort.of(recipe).storage or ""
+        if part is not None and "://" not in storage:
+            hint = "write storage: postgresql://host/name, which all of them reach"
+            raise RecipeError(Problem(f"input part: no other job sees {storage}", hint=hint))
+        refuse_missing(recipe)
+        from merger.searching.search import search, write_study  # takes what may be missing
+        from merger.searching.study import OUT_OF_TIME
+
+        options = _reading(with_free_memory(replace(self.inputs.options, part=None)))
+        options, awaited = find_kept(recipe, options)
+        measure_awaited(awaited, before=_tell_measuring)
+        go_on = partial(search, recipe, options, effort, reports.Trials(effort.of(recipe)).show)
+        if effort.join:
+            return replace(outcome, state="part", found=f"{len(go_on().trials)} candidates so far."), None, None
+        with self._kept_study(outcome.recipe, storage) as keep:
+            study = go_on()
+            written = write_study(study)
+            keep(written)
+        print(reports.study_text(study, written), flush=True)
+        place = f"{self._raw(outcome)}/{self._named(results_of(Path(recipe.path)))}"
+        shown = {f"{place}/{picture.place}": picture.alt for picture in study.pictures}
+        found = markdown.search_section(study.found.facts, study.why, study.table, shown)
+        if study.why == OUT_OF_TIME:
+            return replace(outcome, state="stopped", found=found), None, None
+        outcome = replace(outcome, state="searched", found=found)
+        self._offer(outcome)
+        return outcome, written[0] if options.to else None, study.found
+
+    @contextmanager
+    def _kept_study(self, name: str, storage: str) -> Iterator[Callable[[Iterable[Path]], None]]:
+        """A branch holds the study from one run to the next, however this one ends, and what is found beside it.
+
+        A cache is dropped when nobody has asked for it for a week, and an artifact belongs to one run.
+        """
+        branch, there = _search_branch(name, self._branch), "://" in storage or Path(storage)
+        self.api.make_branch(branch, self.environment.get("GITHUB_SHA", ""))
+
+        def keep(paths: Iterable[Path]) -> None:
+            for path in paths:
+                self.api.commit_file(self._named(path), path.read_bytes(), f"Search the numbers of {name}", branch)
+
+        if isinstance(there, Path):
+            if inside(self.inputs.folder / there, self.top) is None:
+                raise RecipeError(Problem(f"storage: {storage} is outside of this repository", hint="name one inside"))
+            before = self.api.file_at(self._named(there), branch)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            if before is not None:
+                there.write_bytes(before)
+        try:
+            yield keep
+        finally:
+            keep([there] if isinstance(there, Path) and there.is_file() else [])
+
+    def _offer(self, outcome: Outcome) -> None:
+        """Open the pull request with what was found; where we may not, the branch has to do."""
+        title = f"Numbers for {outcome.recipe}"
+        try:
+            page = self.api.open_pull(_search_branch(outcome.recipe, self._branch), self._branch, title, outcome.found)
+            self.log.command("notice", f"the found recipe is in {page}", file=outcome.recipe, title="Merger")
+        except GitHubError as error:
+            branch = _search_branch(outcome.recipe, self._branch)
+            self.log.command("notice", f"{error}; the found recipe is in the branch {branch}", title="Merger")
+
+    @property
+    def _branch(self) -> str:
+        """The branch that the job is about."""
+        return self.environment.get("GITHUB_HEAD_REF") or self.environment.get("GITHUB_REF", "").removeprefix(_HEADS)
+
+    def _raw(self, outcome: Outcome) -> str:
+        """Where the files of a search's branch are shown."""
+        told = self.environment
+        repository = f"{told.get('GITHUB_SERVER_URL', 'https://github.com')}/{told.get('GITHUB_REPOSITORY', '')}"
+        return f"{repository}/raw/{_search_branch(outcome.recipe, self._branch)}"
+
+    def _named(self, path: Path) -> str:
+        """A file of the working directory, from the top of the repository."""
+        return Path(os.path.relpath(self.inputs.folder / path, self.top)).as_posix()
+
+    # ---- a merge ----
 
     def _changed(self, name: str, found: PlanSummary, options: Options) -> str:
         """What the recipe makes otherwise than where the pull request wants to go, or why that is not known."""
@@ -247,12 +348,12 @@ class ActionRun:
         except MergerError as error:
             return f"**Changed:** what was there before cannot be planned. {markdown.sentence(error.problems[0].what)}."
 
-    def _options(self, recipe: Recipe) -> Options:
+    def _options(self, recipe: Recipe, makes: bool = False) -> Options:
         """The inputs' options, with what this machine and this job add to them."""
         if self.event.is_foreign:  # neither a token nor what a token has brought into the cache reads for a stranger
             return replace(self.inputs.options, read_token=False)
         options = _reading(replace(self.inputs.options, publish_only=self.mode == "publish"))
-        if self.mode not in RUNNING:
+        if not makes:
             return options
         to = destination(recipe, options)
         repo = hub_path(to)
@@ -265,7 +366,9 @@ class ActionRun:
         self.log.mask(token)
         return replace(with_free_memory(options), read_token=options.read_token or False)
 
-    def _merge(self, outcome: Outcome, planned: Plan, store: Library, options: Options) -> Outcome:
+    def _merge(
+        self, outcome: Outcome, planned: Plan, store: Library, options: Options, found: SearchFacts | None
+    ) -> Outcome:
         """Make it; it is left after a file where the next might not be done in time."""
         progress = text.Progress(planned.nbytes, sys.stdout)
         watch = Watch(self.deadline)
@@ -275,7 +378,7 @@ class ActionRun:
             watch.look(event)
 
         try:
-            result = merge(planned, store, options, tell)
+            result = merge(planned, store, options, tell, found)
         except TimeIsUpError:
             return replace(outcome, state="stopped", exit_code=STOPPED)
         print(text.result_text(result))
@@ -293,7 +396,10 @@ class ActionRun:
         if outcome.published is not None:
             told = f"{outcome.state}: {outcome.published.where}"
             self.log.command("notice", told, file=outcome.recipe, title="Merger")
-        if outcome.state == "stopped":
+        if outcome.state == "stopped" and outcome.found:
+            what = f"{outcome.recipe}: the minutes are over; the study is kept, the next run goes on with it"
+            self.log.command("notice", what, file=outcome.recipe, title="Merger")
+        elif outcome.state == "stopped":
             what = f"{outcome.recipe}: stopped before the time limit; the finished files are kept, run the job again"
             self.log.command("warning", what, file=outcome.recipe, title="Merger")
 
@@ -318,10 +424,21 @@ class ActionRun:
         path = lock_path(self.top / outcome.recipe)
         if not (self.inputs.commit_lock and outcome.published and outcome.summary):
             return
-        if not head.startswith("refs/heads/") or not (outcome.published.is_new or not path.is_file()):
+        if not head.startswith(_HEADS) or not (outcome.published.is_new or not path.is_file()):
             return
         content, place = lock_text(outcome.summary.plan, outcome.published), path.relative_to(self.top).as_posix()
-        self.api.commit_file(place, content, f"Lock the models of {outcome.recipe}", head.removeprefix("refs/heads/"))
+        message, branch = f"Lock the models of {outcome.recipe}", head.removeprefix(_HEADS)
+        self.api.commit_file(place, content.encode(), message, branch)
+
+
+def _tell_measuring(each: Awaited) -> None:
+    print(reports.measurement_text(each.planned, each.disk))
+
+
+def _search_branch(recipe: str, base: str) -> str:
+    """The branch of a recipe's search: a name that git takes, whatever theirs are."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(recipe).stem).strip("-")
+    return f"search/{plain}-{hashlib.sha256(json.dumps([recipe, base]).encode()).hexdigest()[:8]}"
 
 
 def _marker(inputs: Inputs, environment: Mapping[str, str]) -> str:
@@ -377,6 +494,8 @@ def _section(outcome: Outcome, with_card: bool) -> str:
     parts = [f"### {code(outcome.recipe)}: {outcome.state}"]
     if outcome.problems:
         parts.append(markdown.problems_section("What is wrong", outcome.problems))
+    if outcome.found:
+        parts.append(outcome.found)
     if outcome.warnings:
         parts.append(markdown.problems_section("Warnings", outcome.warnings))
     if outcome.summary is not None:

@@ -314,9 +314,28 @@ class GitHubApi:
             yield from answer.json()
             page = answer.links.get("next", {}).get("url")
 
-    def commit_file(self, path: str, text: str, message: str, branch: str) -> None:
+    def commit_file(self, path: str, content: bytes, message: str, branch: str) -> None:
         """Commit one file to a branch, unless it stands there already."""
-        _patiently(lambda: self._committed(path, text, message, branch))
+        refuse_tokens({path: content})
+        _patiently(lambda: self._committed(path, content, message, branch))
+
+    def make_branch(self, branch: str, commit: str) -> None:
+        """Let there be such a branch; one that is not there yet begins at the commit."""
+        _patiently(lambda: self._begun(branch, commit))
+
+    def _begun(self, branch: str, commit: str) -> None:
+        if self._ask("GET", f"git/ref/heads/{quote(branch)}", allowed=404).status_code == 404:
+            self._ask("POST", "git/refs", {"ref": f"refs/heads/{branch}", "sha": commit})
+
+    def open_pull(self, branch: str, base: str, title: str, body: str) -> str:
+        """Open a pull request, unless there is one; returns its page."""
+        return _patiently(lambda: self._opened(branch, base, title, body))
+
+    def _opened(self, branch: str, base: str, title: str, body: str) -> str:
+        head = quote(f"{self._repository.split('/')[0]}:{branch}", safe="")
+        there = self._ask("GET", f"pulls?head={head}&base={quote(base, safe='')}").json()
+        told = {"head": branch, "base": base, "title": title, "body": cut_at_line(body, COMMENT_CHARACTERS)}
+        return str((there[0] if there else self._ask("POST", "pulls", told).json())["html_url"])
 
     def file_at(self, path: str, revision: str) -> bytes | None:
         """A file's content at a revision; None where there is none."""
@@ -327,10 +346,12 @@ class GitHubApi:
         there = self._ask("GET", f"contents/{quote(path)}?ref={quote(revision, safe='')}", allowed=404)
         if there.status_code == 404:
             return None, None
-        return base64.b64decode(there.json().get("content", "")), there.json()["sha"]
+        told = there.json()
+        if told.get("encoding") == "none":  # more than a million bytes
+            told |= {"content": self._ask("GET", f"git/blobs/{told['sha']}").json()["content"]}
+        return base64.b64decode(told.get("content", "")), told["sha"]
 
-    def _committed(self, path: str, text: str, message: str, branch: str) -> None:
-        content = text.encode()
+    def _committed(self, path: str, content: bytes, message: str, branch: str) -> None:
         known, sha = self._content(path, branch)
         if known != content:
             told = {"message": message, "branch": branch, "content": base64.b64encode(content).decode()}

@@ -16,7 +16,7 @@ from merger.safety import numbers, secrets
 from merger.safety.environment import CLIENTS
 from merger.safety.paths import inside
 
-MODES = ("auto", "check", "plan", "run", "publish")
+MODES = ("auto", "check", "plan", "run", "publish", "search")
 
 T = TypeVar("T")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from merger.card.escape import code, fence, link_address, prose
 from merger.card.facts import PlanSummary
@@ -194,6 +195,24 @@ def result_section(result: Result, repo: str | None = None) -> str:
     head, _, rest = card_preview(result.card, place).partition("\n## ")
     shown = "\n".join(f"> {each}" for each in head.strip().split("\n"))
     return f"{said}\n\n{shown}\n\n" + fold("The card", f"## {rest.strip()}")
+
+
+def search_section(facts: Mapping[str, Any], ended: str, trials: str, pictures: Mapping[str, str]) -> str:
+    """What a search has found so far.
+
+    Args:
+        facts: as `SearchFacts` has them.
+        ended: why this run of it came to its end.
+        trials: all of them as CSV.
+        pictures: what each shows, by its address.
+    """
+    told = [f"{sentence(ended)}. {sentence(facts['sentence'])}"]
+    for head, rows in ((("number", "searched", "found"), facts["numbers"]), (facts["columns"], facts["rows"])):
+        if rows:
+            told.append("\n".join(_table([*map(code, head)], [[*map(code, row)] for row in rows])))
+    told += [f"- {sentence(each)}" for each in facts["told"]]
+    shown = [f"![{sentence(alt)}]({link_address(page)})" for page, alt in pictures.items()]
+    return "\n\n".join([*told, *shown, fold("All trials", fence(trials, "csv"))])
 
 
 def card_preview(card: str, place: str | None = None) -> str:

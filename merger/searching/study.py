@@ -28,6 +28,9 @@ from merger.searching.trials import Aims, Judge, Pruned, Step, Trial, best_of, f
 from merger.system import LINKS, is_running
 
 _BEAT_SECONDS, _STALE_SECONDS, _WAIT_SECONDS = 15.0, 90.0, 0.2
+OUT_OF_TIME = "the minutes are over"
+"""Why a study ended that another run goes on with."""
+
 _LOST, _WORKER, _SCORES, _SECONDS, _WHY = "lost", "worker", "scores", "seconds", "why"
 _GRACE_SECONDS = 5
 """After so long a lock on the file is one that a killed worker left."""
@@ -110,7 +113,7 @@ class Worker:
         busy, searched = TrialState.RUNNING in states, self.searched
         begun = len(states) - states.count(TrialState.WAITING)
         if time.monotonic() >= until:
-            return "the minutes are over", busy
+            return OUT_OF_TIME, busy
         if begun >= searched.trials:  # a lost one that another has taken the place of meanwhile is left
             return f"{searched.trials} trials are done", busy
         if searched.sampler == "grid" and begun > len(grid_of(searched)):

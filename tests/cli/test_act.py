@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import tiny
+import vocabularies
 import yaml
 from actions import NOTHING, Checkout, environment, pull_request, push
 from calls import WRITER
@@ -38,6 +39,15 @@ models:
   - model: org/two
 parameters: {weight: 0.5}
 publish: {repo: org/merged, license: apache-2.0}
+"""
+SEARCHED = """\
+merge_method: linear
+models:
+  - {model: org/first, parameters: {weight: {search: [0, 1]}}}
+  - {model: org/second, parameters: {weight: 0.5}}
+dtype: float32
+publish: {license: apache-2.0}
+search: {trials: 2, objectives: [{loss: ./search.txt}], report: [{loss: ./report.txt}]}
 """
 RUNNERS = ("act", "bash", "dash", "sh")
 """What starts our step holds its inputs: that is GitHub's runner and its shell, and nothing of ours."""
@@ -309,6 +319,29 @@ def test_every_night_a_merge_is_made_again_if_a_parent_has_moved(
         if not moves:
             tensors = tiny.model(tmp_path / "moved", 6) / "model.safetensors"
             served.commit("org/moving", {"model.safetensors": tensors.read_bytes()})
+
+
+@thorough_only
+def test_a_search_on_demand_keeps_its_study_and_offers_what_it_found(
+    clone: Checkout, served: LoopbackHub, github: LoopbackGitHub, runner: Runner, tmp_path: Path
+) -> None:
+    """The workflow of examples/, word for word; run again it goes on from the branch, and the winner is published."""
+    example = (ROOT / "examples" / "workflow-search.yml").read_text()
+    example = example.replace("          mode:", '          install: "false"\n          mode:')
+    for seed, name in enumerate(("first", "second")):
+        served.add_model(f"org/{name}", vocabularies.model(tmp_path / name, seed))
+    text = "a b c d e f g h\n" * 40
+    files = {".github/workflows/merge.yaml": example, "search.txt": text, "report.txt": text[::-1]}
+    for trials, to in ((2, ""), (3, "hf://org/winner")):
+        clone.commit({"merges/mine.yaml": SEARCHED.replace("trials: 2", f"trials: {trials}"), **files})
+        given = {"inputs": {"recipe": "merges/mine.yaml", "to": to}}
+        ran = runner("workflow_dispatch", given, hf_token=WRITER)
+        assert ran.code == 0, ran.log
+        assert github.files["merges/mine.search/trials.csv"].count(b"\n") == 1 + trials
+    assert "3 trials, of which 2 are done" in ran.log
+    assert "search:" not in github.files["merges/mine.best.yaml"].decode()
+    assert len(github.pulls) == 1
+    assert "found by 3 trials" in served.files("org/winner")["README.md"].decode()
 
 
 def test_a_job_that_the_hub_trusts_publishes_without_a_secret(

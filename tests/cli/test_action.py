@@ -16,18 +16,22 @@ from typing import Any
 
 import pytest
 import tiny
+import vocabularies
 from actions import NOTHING, Checkout, commands, environment, outputs, pull_request, push
 from hostile import HOSTILE, obeyed
 from loopback import LoopbackGitHub
 from loopback.github import READ_ONLY, TOKEN
+from thorough import thorough_only
 
 from merger.cli import action, github, markdown
 from merger.cli.github import Event, GitHubApi, GitHubError
 from merger.cli.inputs import Inputs
 from merger.errors import RecipeError
 from merger.run.prepare import parse_text
+from merger.searching.effort import Effort
 
 LINEAR = "merge_method: linear\nmodels:\n  - model: {one}\n  - model: {two}\nparameters: {{weight: 0.5}}\n"
+TEXT = "a b c d e f g h\n" * 40
 WRONG = "merge_method: linear\nmodels:\n  - modl: ./one\n  - model: ./two\n    parameters: {weight: big}\n"
 
 
@@ -302,7 +306,7 @@ def test_what_strangers_have_a_hand_in_is_never_run_and_read_without_a_token(
     found = Event(event, payload)
     if kind != RUNS:
         assert action.mode_of(inputs(clone), found) == "plan"
-    for mode in ("run", "publish"):
+    for mode in ("run", "publish", "search"):
         if kind == RUNS:
             assert action.mode_of(inputs(clone, mode=mode), found) == mode
         else:
@@ -350,6 +354,81 @@ def test_a_push_is_merged_and_a_job_run_again_makes_nothing_new(clone: Checkout,
     assert "> **It was not measured**" in first.summary
     assert "<summary>The card</summary>\n\n## Use it" in first.summary
     assert "::group::run merges/mine.yaml" in first.commands
+
+
+SEARCHED = """\
+merge_method: linear
+models:
+  - model: {one}
+    parameters: {{weight: {{search: [0, 1]}}}}
+  - model: {two}
+dtype: float32
+parameters: {{weight: 0.5}}
+search: {{trials: 2, objectives: [{{loss: ./search.txt}}], report: [{{loss: ./report.txt}}]}}
+"""
+
+
+@thorough_only
+def test_a_search_goes_on_in_the_next_run_and_ends_in_a_pull_request_and_a_model(
+    clone: Checkout, step: Step, hosted: LoopbackGitHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The study lies in a branch of its own; a run whose minutes are over says what is best so far."""
+    models = {name: vocabularies.model(clone.root / "models" / name, seed) for seed, name in enumerate(("one", "two"))}
+    text, texts = SEARCHED.format(**models), {"search.txt": TEXT, "report.txt": TEXT[::-1]}
+    commit = clone.commit({"merges/mine.yaml": text, **texts})
+    monkeypatch.setenv("GITHUB_SHA", commit)
+    first = step("workflow_dispatch", {}, hosted.url, mode="search")
+    assert (first.code, first.outputs["state"]) == (0, "searched"), first.log
+    ((branch, begun),) = hosted.branches.items()
+    assert (begun, branch[:12]) == (commit, "search/mine-")
+    assert [(pull["head"], pull["base"]) for pull in hosted.pulls] == [(branch, "main")]
+    found = hosted.files["merges/mine.best.yaml"].decode()
+    assert "search:" not in found
+    assert hosted.files["merges/mine.search/trials.csv"].count(b"\n") == 3
+    assert "| `models[one].weight` | `0 to 1` |" in first.summary
+    assert f"/org/recipes/raw/{branch}/merges/mine.search/pictures/search-progress.png)" in first.summary
+
+    def forget() -> None:
+        shutil.rmtree(clone.root / "merges" / "mine.search")
+        (clone.root / "merges" / "mine.best.yaml").unlink()
+
+    forget()
+    clone.commit({"merges/mine.yaml": text.replace("trials: 2", "trials: 4")})
+    with monkeypatch.context() as patch:
+        patch.setattr(action, "Effort", lambda minutes, join: Effort(minutes=0.0, join=join))
+        stopped = step("workflow_dispatch", {}, hosted.url, mode="search")
+    assert (stopped.code, stopped.outputs["state"]) == (0, "stopped"), stopped.log
+    assert "the minutes are over" in stopped.summary
+    forget()
+    ended = step("workflow_dispatch", {}, hosted.url, mode="search", to="./out")
+    assert (ended.code, ended.outputs["state"]) == (0, "published"), ended.log
+    assert hosted.files["merges/mine.search/trials.csv"].count(b"\n") == 5
+    assert hosted.files["merges/mine.search/trials.csv"].startswith(
+        b"\n".join((first.summary.split("```csv\n")[1]).encode().split(b"\n")[:3])
+    )
+    assert "found by 4 trials" in (clone.root / "out" / "README.md").read_text()
+    assert len(hosted.pulls) == 1
+
+
+def test_what_is_not_searched_by_the_action(clone: Checkout, step: Step, hosted: LoopbackGitHub) -> None:
+    """A recipe that leaves numbers open is planned in mode auto; parts of a search share a database."""
+    models = {name: vocabularies.model(clone.root / "models" / name, seed) for seed, name in enumerate(("one", "two"))}
+    text = SEARCHED.format(**models)
+    after = clone.commit({"merges/mine.yaml": text, "search.txt": TEXT, "report.txt": TEXT[::-1]})
+    assert step("push", push(NOTHING, after)).outputs["state"] == "planned"
+    assert "numbers" in step("push", push(NOTHING, after), mode="run", to="./out").log
+    parts = step("push", push(NOTHING, after), hosted.url, mode="search", part="2/2")
+    assert (parts.code, "input part: no other job sees" in parts.log) == (2, True), parts.log
+    clone.commit({"merges/mine.yaml": text.replace("loss: ./search.txt", "function: mine:score")})
+    told = step("push", push(NOTHING, after), hosted.url, mode="search")
+    assert (told.code, "functions are run for one's own recipes alone" in told.log) == (2, True), told.log
+    shared = text.replace("trials: 2,", f"trials: 2, storage: 'sqlite:///{clone.root}/study.db',")
+    clone.commit({"merges/mine.yaml": shared})
+    joined = step("push", push(NOTHING, after), hosted.url, mode="search", part="2/2")
+    assert (joined.code, joined.outputs["state"]) == (0, "part"), joined.log
+    led = step("push", push(NOTHING, after), hosted.url, mode="search", part="1/2")
+    assert (led.code, led.outputs["state"]) == (0, "searched"), led.log
+    assert "found by 2 trials" in led.summary
 
 
 def test_one_destination_is_not_for_several_recipes(clone: Checkout, step: Step, recipe: str) -> None:

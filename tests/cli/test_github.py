@@ -17,13 +17,25 @@ PAGE = b"<!doctype html><title>Sign in to the network</title>"
 FILES = [{"filename": "a.yaml", "status": "added"}, {"filename": "b.yaml", "status": "removed"}]
 Call = Callable[[GitHubApi], object]
 
+
+def made(api: GitHubApi) -> object:
+    """A branch with a file that is not quite small, and its pull request."""
+    api.make_branch("search/a", "1" * 40)
+    api.commit_file("a.lock.yaml", b"new", "Lock", "search/a")
+    return api.open_pull("search/a", "main", "Found", "the numbers")
+
+
 CALLS: dict[str, tuple[str, Call]] = {
     "compare": ("GET .*/compare/.*", lambda api: api.compared("main", "new")),
     "files of a pull request": ("GET .*/pulls/7/files", lambda api: api.files_of(7)),
     "look at comments": ("GET .*/issues/7/comments", lambda api: api.keep_comment(7, "<!-- ours -->", "the plan")),
     "write a comment": ("POST .*/issues/7/comments", lambda api: api.keep_comment(7, "<!-- ours -->", "the plan")),
-    "look at a file": ("GET .*/contents/.*", lambda api: api.commit_file("a.lock.yaml", "new", "Lock", "main")),
-    "commit a file": ("PUT .*/contents/.*", lambda api: api.commit_file("a.lock.yaml", "new", "Lock", "main")),
+    "look at a file": ("GET .*/contents/.*", lambda api: api.commit_file("a.lock.yaml", b"new", "Lock", "main")),
+    "commit a file": ("PUT .*/contents/.*", lambda api: api.commit_file("a.lock.yaml", b"new", "Lock", "main")),
+    "look at a branch": ("GET .*/git/ref/.*", lambda api: made(api)),
+    "begin a branch": ("POST .*/git/refs", lambda api: made(api)),
+    "look at pull requests": ("GET .*/pulls", lambda api: made(api)),
+    "open a pull request": ("POST .*/pulls", lambda api: made(api)),
 }
 """Each request that there is, and the call that makes it."""
 
@@ -63,10 +75,13 @@ def test_passing_trouble_is_asked_through(call: str, answer: str, github: Loopba
     github.strange = [(place, *PASSING[answer])] * 3
     found = ask(api)
     assert github.strange == []
-    if "compare" in call or "pull request" in call:
+    if "compare" in call or "files" in call:
         assert found == {"a.yaml"}
     elif "comment" in call:
         assert [comment["body"] for comment in github.comments[7]] == ["<!-- ours -->\nthe plan"]
+    elif "branch" in call or "pull request" in call:
+        assert github.branches == {"search/a": "1" * 40}
+        assert [pull["title"] for pull in github.pulls] == ["Found"]
     else:
         assert github.files["a.lock.yaml"] == b"new"
 

@@ -33,6 +33,8 @@ class LoopbackGitHub:
         self.repository = repository
         self.comments: dict[int, list[dict[str, Any]]] = {}
         self.files: dict[str, bytes] = {}
+        self.branches: dict[str, str] = {}
+        self.pulls: list[dict[str, str]] = []
         self.compared: dict[str, list[dict[str, str]]] = {}
         self.log: list[str] = []
         self.page = 100
@@ -82,6 +84,10 @@ class LoopbackGitHub:
             "{repo}/compare/([^/]+)": self._compare,
             "{repo}/pulls/([0-9]+)/files": self._changed,
             "{repo}/contents/(.+)": self._file,
+            "{repo}/git/blobs/(.+)": self._blob,
+            "{repo}/git/ref/heads/(.+)": self._branch,
+            "{repo}/git/refs": self._begin,
+            "{repo}/pulls": self._pulls,
         }
 
     def _identity(self, audience: str) -> str:
@@ -111,11 +117,31 @@ class LoopbackGitHub:
         start = self.page * (int(asked.get("page", "1")) - 1)
         return items[start : start + self.page]
 
+    def _branch(self, name: str, content: Any, asked: dict[str, str]) -> Answer:
+        return (200, {"object": {"sha": self.branches[name]}}) if name in self.branches else (404, {})
+
+    def _begin(self, content: Any, asked: dict[str, str]) -> Answer:
+        self.branches[content["ref"].removeprefix("refs/heads/")] = content["sha"]
+        return 201, {}
+
+    def _pulls(self, content: Any, asked: dict[str, str]) -> Answer:
+        if content is None:
+            return 200, [each for each in self.pulls if f"org:{each['head']}" == asked["head"]]
+        self.pulls.append({**content, "html_url": f"{self.url}/pull/{len(self.pulls) + 1}"})
+        return 201, self.pulls[-1]
+
+    def _blob(self, sha: str, content: Any, asked: dict[str, str]) -> Answer:
+        found = [data for data in self.files.values() if hashlib.sha1(data).hexdigest() == sha]
+        return (200, {"content": base64.encodebytes(found[0]).decode()}) if found else (404, {})
+
     def _file(self, path: str, content: Any, asked: dict[str, str]) -> Answer:
         there = self.files.get(path)
         sha = hashlib.sha1(there or b"").hexdigest()
+        if content is None and there is not None:
+            in_full = {"encoding": "base64", "content": base64.encodebytes(there).decode()}
+            return 200, {"sha": sha, **(in_full if len(there) < 1 << 20 else {"encoding": "none", "content": ""})}
         if content is None:
-            return (404, {}) if there is None else (200, {"sha": sha, "content": base64.encodebytes(there).decode()})
+            return 404, {}
         if there is not None and content.get("sha") != sha:
             return 409, {}
         self.files[path] = base64.b64decode(content["content"])
