@@ -52,6 +52,7 @@ NAMING = (
 )  # fmt: skip
 """The files that say whose repository it is."""
 UNNAMED = "OWNER/merger"
+WORKFLOWS = ("workflow", "workflow-parts", "workflow-search")
 DEPARTS = "Departs from mergekit: "
 
 
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     wanted = {
         README: filled(README, {"merge": console(MERGE), "families": families_table(built)}),
         COMMAND: filled(COMMAND, in_command),
-        ACTION: filled(ACTION, in_action | {name: example(name) for name in ("workflow", "workflow-parts", "workflow-search")}),
+        ACTION: filled(ACTION, in_action | {name: example(name) for name in WORKFLOWS}),
         CARDS: filled(CARDS, in_cards),
         METHODS: methods_page(built),
         ARCHITECTURE: filled(ARCHITECTURE, {"wings": wings_picture()}),
