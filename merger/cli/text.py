@@ -145,10 +145,10 @@ def search_facts(planned: Plan) -> list[str]:
     searched = planned.locked.recipe.search
     if searched is None:
         return []
-    judged = ", ".join(objective.label for objective in searched.objectives)
+    judged, open_ = ", ".join(objective.label for objective in searched.objectives), searched.variables
     return [
         f"{searched.trials} candidates ({searched.sampler}), judged by {judged}",
-        f"{len(searched.variables)} numbers: {', '.join(searched.variables)}",
+        f"{len(open_)} number{'s' if len(open_) > 1 else ''}: {', '.join(open_)}",
         f"each makes up to {size(planned.nbytes)} in memory; about {size(search_memory(planned))} in all",
     ]
 

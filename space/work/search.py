@@ -62,9 +62,8 @@ class _Course:
 
         if isinstance(event, Searching):
             self._work = event.work
-            self._tell(
-                say=f"{len(event.work.searched.variables)} numbers are searched by {event.work.searched.sampler}"
-            )
+            searched = event.work.searched
+            self._tell(say=f"{', '.join(searched.variables)}: searched by {searched.sampler}")
         elif isinstance(event, Tried):
             work, news = self._work, dict[str, Any]()
             study = Study(self._recipe, work.aims, tuple(work.trials()), tuple(work.best()))
