@@ -1,8 +1,8 @@
 """Photographs what people see in a real browser: the Space's page in each state, a merge's page, README, card, comment.
 
-`python docs/screens.py` writes them to docs/pictures; `--tree` takes the Space's page from another work tree, for the
-pictures of before; `--dark`, `--all` and `--to` are for looking. Needs what the tests need. Not here: the pictures of a
-merge by itself (pictures), and the texts of a terminal (console).
+`python docs/screens.py` writes them to docs/pictures; `--tree` takes README and the page from another work tree,
+for the pictures of before; `--dark`, `--all` and `--to` are for looking. Needs what the tests need. Not here: the
+pictures of a merge by itself (pictures), and the texts of a terminal (console).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def space(visitor: Visitor, hub: LoopbackHub, shoot: Shoot) -> None:
 
 
 def documents(work: str) -> dict[str, str]:
-    """README, a card, and the Action's words on a pull request and on a merge, with nothing folded."""
+    """A card, and the Action's words on a pull request and on a merge, with nothing folded."""
     folder = merged(LINEAR, work, "your-merge")
     card = (folder / "README.md").read_text("utf-8")
     recipe, options = Path(work) / "recipe.yaml", Options(to=str(folder), force=True)
@@ -118,7 +118,6 @@ def documents(work: str) -> dict[str, str]:
     wrong = Outcome("merges/other.yaml", "failed", problems=_problems("models: [{modl: you/chat}]\n"))
     told = {"comment": [pull, wrong], "summary": [done]}
     return {
-        "readme": page((ROOT / "README.md").read_text("utf-8"), ROOT),
         "card": page(card.split("---\n", 2)[2], folder),
         **{name: page(sections(outcomes, 65_000), folder) for name, outcomes in told.items()},
     }
@@ -136,7 +135,7 @@ def main() -> int:
     """Take all pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, default=ROOT / "docs" / "pictures", help="the folder of the pictures")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="the version of the Space, such as another work tree")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="of README and Space, such as another work tree")
     parser.add_argument("--dark", action="store_true", help="as people see it who like it dark")
     parser.add_argument("--all", action="store_true", help="each screen at each width")
     given = parser.parse_args()
@@ -157,14 +156,14 @@ def main() -> int:
     with LoopbackHub() as hub, tempfile.TemporaryDirectory() as work, sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=ALONE)
         context = browser.new_context(color_scheme="dark" if given.dark else "light")
-        if given.tree == ROOT:
-            for name, text in documents(work).items():
-                (place := Path(work) / f"{name}.html").write_text(text, "utf-8")
-                view = context.new_page()
-                view.goto(place.as_uri())
-                if name != "card":
-                    view.evaluate(UNFOLDED)
-                shoot(view, name)
+        readme = {"readme": page((given.tree / "README.md").read_text("utf-8"), given.tree)}
+        for name, text in (readme | (documents(work) if given.tree == ROOT else {})).items():
+            (place := Path(work) / f"{name}.html").write_text(text, "utf-8")
+            view = context.new_page()
+            view.goto(place.as_uri())
+            if name != "card":
+                view.evaluate(UNFOLDED)
+            shoot(view, name)
         zoo(hub)
         served = ServedSpace(hub, Path(work) / "space", {"MERGER_SPACE_SHARD_SIZE": "1MB"}, root=given.tree)
         served.start()
