@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
@@ -351,7 +351,7 @@ async id => {
 
 
 @thorough_only
-def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> None:
+def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace, signed_in: dict[str, Any]) -> None:
     """Killed in the middle of a merge and started again, it goes on when the owner signs in, to the same bytes."""
     reached, go, seen = threading.Event(), threading.Event(), []
 
@@ -365,6 +365,7 @@ def test_a_killed_space(visit: Visit, hub: LoopbackHub, space: ServedSpace) -> N
     alice.click("button", "Merge and publish")
     assert reached.wait(HANGS_SECONDS)
     space.kill()
+    signed_in.clear()  # its sessions were in its memory
     go.set()
     assert published(hub, "alice/killed") == {}
     hub.clear_log()
