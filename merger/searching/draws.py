@@ -26,20 +26,20 @@ _POINTS = 2
 
 
 class Reseeded:
-    """A sampler that is made anew for each trial, from its number among those that count: a process keeps nothing.
+    """A sampler that is made anew for each trial, from its place among those that count: a process keeps nothing.
 
     Args:
-        make: makes the sampler for such a number.
-        lost_before: how many trials before one do not count.
+        make: makes the sampler for such a place.
+        place: a trial's.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], lost_before: Callable[[int], int]) -> None:
-        self._make, self._lost_before = make, lost_before
+    def __init__(self, make: Callable[[int], BaseSampler], place: Callable[[FrozenTrial], int]) -> None:
+        self._make, self._place = make, place
         self._made: tuple[int, BaseSampler] | None = None
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def ask(study: optuna.Study, trial: FrozenTrial, *more: Any) -> Any:
-            number = trial.number - self._lost_before(trial.number)
+            number = self._place(trial)
             if self._made is None or self._made[0] != trial.number:
                 self._made = trial.number, self._make(number)
             sampler = self._made[1]
@@ -53,6 +53,8 @@ class Reseeded:
 
 def make_sampler(searched: Searched, number: int) -> BaseSampler:
     """The sampler for the trial of this number, as any worker makes it."""
+    if number == 0:
+        return _Points([dict(searched.start)], spaces_of(searched))
     seed = int.from_bytes(hashlib.sha256(f"{searched.seed} {number}".encode()).digest()[:4])
     samplers: Mapping[str, Callable[[], BaseSampler]] = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed),

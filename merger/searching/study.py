@@ -31,7 +31,7 @@ _BEAT_SECONDS, _STALE_SECONDS, _WAIT_SECONDS = 15.0, 90.0, 0.2
 OUT_OF_TIME = "the minutes are over"
 """Why a study ended that another run goes on with."""
 
-_LOST, _WORKER, _SCORES, _SECONDS, _WHY = "lost", "worker", "scores", "seconds", "why"
+_LOST, _PLACE, _WORKER, _SCORES, _SECONDS, _WHY = "lost", "place", "worker", "scores", "seconds", "why"
 _GRACE_SECONDS = 5
 """After so long a lock on the file is one that a killed worker left."""
 _LINE_BYTES, _LETTERS, _FEW = 1 << 20, 200, 10
@@ -51,7 +51,7 @@ class Worker:
         self._me = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._spaces = spaces_of(self.searched)
         self._storage = open_storage(storage)
-        sampler: Any = Reseeded(partial(make_sampler, self.searched), self._lost_before)
+        sampler: Any = Reseeded(partial(make_sampler, self.searched), self._place)
         self._study = optuna.create_study(
             storage=self._storage,
             sampler=sampler,
@@ -97,8 +97,6 @@ class Worker:
         with self._beating():
             while True:
                 self._bury()
-                if not self._kept():
-                    self._study.enqueue_trial(dict(self.searched.start))
                 why, busy = self._over(until)
                 if not why:
                     on_trial(self._try(judge))
@@ -128,11 +126,15 @@ class Worker:
         return "", busy
 
     def _kept(self) -> list[FrozenTrial]:
-        return [trial for trial in self._study.get_trials(deepcopy=False) if not trial.user_attrs.get(_LOST)]
+        return [trial for trial in self._all() if not trial.user_attrs.get(_LOST)]
 
-    def _lost_before(self, number: int) -> int:
-        trials = self._study.get_trials(deepcopy=False)
-        return sum(trial.number < number and bool(trial.user_attrs.get(_LOST)) for trial in trials)
+    def _place(self, trial: FrozenTrial) -> int:
+        """What a trial's draw is seeded by: one that is tried again has its own, and no two others ever have one."""
+        again = sum(_PLACE in other.user_attrs for other in self._all() if other.number < trial.number)
+        return int(trial.user_attrs.get(_PLACE, trial.number - again))
+
+    def _all(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
 
     def _try(self, judge: Judge) -> Trial:
         asked = self._study.ask(self._spaces)
@@ -153,8 +155,7 @@ class Worker:
             asked.set_user_attr(_WHY, "; ".join(problem.what for problem in error.problems))
         asked.set_user_attr(_SECONDS, time.monotonic() - began)
         self._study.tell(asked, values if state is TrialState.COMPLETE else None, state)
-        number = asked.number - self._lost_before(asked.number)
-        return next(trial for trial in self.trials() if trial.number == number)
+        return next(_trial(place, trial) for place, trial in enumerate(self._kept()) if trial.number == asked.number)
 
     def _step(self, asked: optuna.Trial) -> Step | None:
         """Tells how a candidate does so far, and leaves it where it falls behind; None where there are several aims."""
@@ -201,20 +202,30 @@ class Worker:
         return {who for who, when in beats.items() if time.time() - when < _STALE_SECONDS and _is_there(who, self._me)}
 
     def _bury(self) -> None:
-        """Fail the trials of dead workers, and have their numbers tried again."""
-        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        alive = self._alive() if running else set()
-        for trial in running:
-            owner = trial.user_attrs.get(_WORKER)
-            if owner in alive - {self._me} or (owner is None and alive - {self._me} and _is_young(trial)):
-                continue
-            with suppress(optuna.exceptions.UpdateFinishedTrialError):
-                self._storage.set_trial_user_attr(trial._trial_id, _LOST, True)
-                self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-                drawn = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-                if drawn.keys() == self._spaces.keys():  # else the same is drawn again, as nothing else has come since
-                    again = {**trial.system_attrs, "fixed_params": drawn}
-                    self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, system_attrs=again))
+        """Fail the trials of dead workers, and have what they drew tried again."""
+        trials = self._all()
+        unsure = [trial for trial in trials if trial.state is TrialState.RUNNING or trial.user_attrs.get(_LOST)]
+        alive = self._alive() if unsure else set()
+        again = {other.user_attrs.get(_PLACE) for other in trials}
+        for trial in unsure:
+            place, running = self._place(trial), trial.state is TrialState.RUNNING
+            if self._claim(trial, alive) if running else place not in again and trial.user_attrs[_LOST] not in alive:
+                drawn = dict(trial.system_attrs.get("fixed_params", {})) | trial.params
+                fixed = drawn if drawn.keys() == self._spaces.keys() else {}  # in part: its place draws the same again
+                told = {**trial.system_attrs, "fixed_params": fixed}
+                waiting, kept = TrialState.WAITING, {_PLACE: place}
+                self._study.add_trial(optuna.trial.create_trial(state=waiting, system_attrs=told, user_attrs=kept))
+
+    def _claim(self, trial: FrozenTrial, alive: set[str]) -> bool:
+        """Whether a running trial's worker is dead, and this one, of all that see it, is to have it tried again."""
+        owner = trial.user_attrs.get(_LOST, trial.user_attrs.get(_WORKER))
+        if owner in alive - {self._me} or (owner is None and alive - {self._me} and _is_young(trial)):
+            return False
+        try:
+            self._storage.set_trial_user_attr(trial._trial_id, _LOST, self._me)
+            return self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
 
 
 def _trial(number: int, trial: FrozenTrial) -> Trial:

@@ -138,6 +138,40 @@ def test_several_workers_share_a_study(tmp_path: Path) -> None:
     assert len({tuple(trial.drawn.values()) for trial in trials}) == len(trials)
 
 
+@pytest.mark.parametrize("killed", range(1, 8) if THOROUGH else (4,))
+def test_a_search_that_is_killed_as_it_buries_goes_on_the_same(tmp_path: Path, killed: int) -> None:
+    """Killed again before it has told that what the first one had begun is to be tried, or after."""
+    wanted, kept = searched(), tmp_path / "study.log"
+    for writes in (31, killed):
+        process = multiprocessing.get_context("fork").Process(target=_run_and_die, args=(wanted, kept, writes))
+        process.start()
+        process.join()
+    assert numbers(run(wanted, storage=kept)[0]) == numbers(run(wanted)[0])
+
+
+def test_no_two_workers_draw_the_same(tmp_path: Path) -> None:
+    """One that asks while another is about to bury, and two that both find an empty study."""
+    wanted, kept = searched(sampler="random", trials=6), tmp_path / "study.log"
+    workers = [Worker(Aims(wanted, (False,)), "study", str(kept)) for _ in range(3)]
+    asked = [worker._study.ask(worker._spaces) for worker in workers]
+    assert asked[0].params == wanted.start
+    lost = workers[0]._study.ask(workers[0]._spaces)
+    lost.set_user_attr("worker", "a:1:dead")
+    add = workers[1]._study.add_trial
+
+    def add_late(trial: FrozenTrial) -> None:
+        asked.append(workers[2]._study.ask(workers[2]._spaces))
+        add(trial)
+
+    with patch.object(workers[1]._study, "add_trial", add_late), patch.object(Worker, "_alive", lambda worker: alive):
+        alive = {worker._me for worker in workers}
+        workers[1]._bury()
+    asked += [worker._study.ask(worker._spaces) for worker in workers]
+    drawn = [tuple(trial.params.values()) for trial in asked]
+    assert tuple(lost.params.values()) in drawn
+    assert len(set(drawn)) == len(drawn)
+
+
 def test_a_lost_candidate_is_not_tried_beyond_the_end(tmp_path: Path) -> None:
     """A worker that has begun to bury it does so when another one has brought the study to its end."""
     wanted, kept = searched(trials=16), tmp_path / "study.log"
