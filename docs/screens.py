@@ -27,9 +27,9 @@ from loopback import LoopbackHub  # noqa: E402
 from pictures import LINEAR, merged  # noqa: E402
 from served import ServedSpace, halted, zoo  # noqa: E402
 
+from merger.action.outcomes import Outcome, sections  # noqa: E402
 from merger.card.facts import PlanSummary  # noqa: E402
 from merger.cli import markdown  # noqa: E402
-from merger.cli.action import Outcome, sections  # noqa: E402
 from merger.errors import Problem, RecipeError  # noqa: E402
 from merger.methods.registry import methods  # noqa: E402
 from merger.recipe.parse import parse  # noqa: E402

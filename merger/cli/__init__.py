@@ -1,1 +1,1 @@
-"""The command, and the Action that is a shell around it."""
+"""The command and its words, which the Action and the Space speak too."""

@@ -24,8 +24,8 @@ from brought import cloned, of_gguf, of_mlx
 from calls import called
 
 import merger
+from merger.action import step
 from merger.card.facts import PlanSummary
-from merger.cli import action
 from merger.cli.markdown import plan_section
 from merger.errors import BudgetError, MergerError
 from merger.run.options import Options
@@ -232,7 +232,7 @@ def stepped(root: Path, place: Path, recipes: str, **given: str) -> Step:
         patch.chdir(root)
         for name, value in (environment(place, root, "workflow_dispatch", {}) | settings).items():
             patch.setenv(name, value)
-        action.main()
+        step.main()
     summary = place / "summary"
     return Step(commands(told.getvalue()), summary.read_text() if summary.exists() else "")
 

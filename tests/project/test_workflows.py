@@ -14,8 +14,8 @@ import pytest
 import yaml
 from places import REPOSITORY, ROOT
 
-from merger.cli import inputs
-from merger.cli.inputs import Inputs
+from merger.action import inputs
+from merger.action.inputs import Inputs
 from merger.safety.environment import OURS
 
 ACTION = ROOT / "action.yml"

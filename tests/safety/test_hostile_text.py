@@ -357,7 +357,7 @@ def test_a_stream_of_few_letters_is_told_the_others_by_their_numbers() -> None:
     assert raw.getvalue().decode("cp1252") == "1 \\u2192 2 \u00d7 \u00e9"
 
 
-@pytest.mark.parametrize("command", [["merger.cli.commands", "parse_arguments"], ["merger.cli.action", "_step"]])
+@pytest.mark.parametrize("command", [["merger.cli.commands", "parse_arguments"], ["merger.action.step", "_step"]])
 def test_a_bugs_traceback_is_guarded(command: list[str]) -> None:
     """What it says may be a stranger's."""
     module, broken = command

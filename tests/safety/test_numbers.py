@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from merger.action.inputs import Inputs
 from merger.cli import commands as cli
-from merger.cli.inputs import Inputs
 from merger.errors import RecipeError
 from merger.planning.shards import Part
 from merger.safety import numbers

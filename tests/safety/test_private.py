@@ -113,7 +113,7 @@ def step(
     settings = environment(place / "runner", clone.root, event, payload, github.url) | scene.hub.env(scene.home, BOB)
     inputs = {"recipe": "merges/*.yaml", "mode": "plan", "hf_token": BOB, "hf_read_token": BOB, "github_token": TOKEN}
     settings |= {f"INPUT_{name.upper()}": text for name, text in inputs.items()}
-    line = [sys.executable, "-m", "merger.cli.action"]
+    line = [sys.executable, "-m", "merger.action.step"]
     done = forks.run(line, cwd=clone.root, env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **settings})
     told = [path.read_text() for path in (place / "runner").iterdir() if path.name != "event.json"]
     comments = [str(each["body"]) for there in github.comments.values() for each in there]

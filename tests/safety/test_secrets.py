@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loopback import LoopbackHub
 
+from merger.action import github
+from merger.action.github import GitHubApi, Log
 from merger.card.escape import escape_text
-from merger.cli import github
-from merger.cli.github import GitHubApi, Log
 from merger.run.options import Options
 from merger.safety import secrets
 from merger.safety.secrets import LeakError, Sieve, leaks, refuse_tokens

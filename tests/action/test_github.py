@@ -10,7 +10,7 @@ import pytest
 from loopback import LoopbackGitHub
 from loopback.github import TOKEN
 
-from merger.cli.github import GitHubApi, GitHubError
+from merger.action.github import GitHubApi, GitHubError
 from merger.stores.hub import http
 
 PAGE = b"<!doctype html><title>Sign in to the network</title>"

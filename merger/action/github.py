@@ -1,6 +1,6 @@
 """GitHub's side of a job: its event and the files that changed, the log's commands, outputs and summary, the REST API.
 
-Not here: what is merged (action), and how a plan reads (markdown).
+Not here: what is merged (line), and how a plan reads (cli.markdown).
 """
 
 from __future__ import annotations

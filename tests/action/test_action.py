@@ -23,9 +23,11 @@ from loopback import LoopbackGitHub
 from loopback.github import READ_ONLY, TOKEN
 from thorough import thorough_only
 
-from merger.cli import action, github, markdown
-from merger.cli.github import Event, GitHubApi, GitHubError
-from merger.cli.inputs import Inputs
+from merger.action import github, job, line, search
+from merger.action import step as process
+from merger.action.github import Event, GitHubApi, GitHubError
+from merger.action.inputs import Inputs
+from merger.cli import markdown
 from merger.errors import RecipeError
 from merger.run.prepare import parse_text
 from merger.searching.effort import Effort
@@ -82,7 +84,7 @@ def hosted() -> Iterator[LoopbackGitHub]:
 
 @pytest.fixture
 def step(clone: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Step:
-    """The step `python -m merger.cli.action` for an event, with the inputs by their names in action.yml."""
+    """The step `python -m merger.action.step` for an event, with the inputs by their names in action.yml."""
 
     def run(event: str, payload: Mapping[str, Any], api: str = "", **given: str) -> Told:
         place = tmp_path / "runner"
@@ -94,7 +96,7 @@ def step(clone: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             for name, value in (environment(place, clone.root, event, payload, api) | settings).items():
                 patch.setenv(name, value)
             capsys.readouterr()
-            code = action.main()
+            code = process.main()
         files = {name: (place / name).read_text() if (place / name).exists() else "" for name in ("output", "summary")}
         return Told(code, capsys.readouterr().out, outputs(files["output"]), files["summary"])
 
@@ -109,7 +111,7 @@ def inputs(clone: Checkout, **given: str) -> Inputs:
 
 def about(clone: Checkout, event: Event, api: str = "http://127.0.0.1:9", **given: str) -> list[str]:
     """The recipes that an event is about; without an address of GitHub, git has to know."""
-    found = action.recipes(inputs(clone, **given), event, clone.root, GitHubApi(api, "org/recipes", TOKEN))
+    found = job.recipes(inputs(clone, **given), event, clone.root, GitHubApi(api, "org/recipes", TOKEN))
     return [path.as_posix() for path in found]
 
 
@@ -257,7 +259,7 @@ def test_no_name_leads_out_of_the_repository(name: str, clone: Checkout, tmp_pat
 )
 def test_an_event_decides_between_plan_and_run(event: str, mode: str, clone: Checkout) -> None:
     """What only those who may write can start is run."""
-    assert action.mode_of(inputs(clone), Event(event, {})) == mode
+    assert job.mode_of(inputs(clone), Event(event, {})) == mode
 
 
 OWN, FORK, GONE = "org/recipes", "stranger/recipes", None
@@ -305,21 +307,21 @@ def test_what_strangers_have_a_hand_in_is_never_run_and_read_without_a_token(
     """Whatever the workflow says; an event that nobody here has heard of is a stranger's."""
     found = Event(event, payload)
     if kind != RUNS:
-        assert action.mode_of(inputs(clone), found) == "plan"
+        assert job.mode_of(inputs(clone), found) == "plan"
     for mode in ("run", "publish", "search"):
         if kind == RUNS:
-            assert action.mode_of(inputs(clone, mode=mode), found) == mode
+            assert job.mode_of(inputs(clone, mode=mode), found) == mode
         else:
             with pytest.raises(RecipeError, match=f"input mode: {mode} is not for this event, {event}: "):
-                action.mode_of(inputs(clone, mode=mode), found)
+                job.mode_of(inputs(clone, mode=mode), found)
     for mode in ("plan", "check"):
-        assert action.mode_of(inputs(clone, mode=mode), found) == mode
+        assert job.mode_of(inputs(clone, mode=mode), found) == mode
     given = inputs(clone, mode="plan", hf_token="hf_writes", hf_read_token="hf_reads")
     with monkeypatch.context() as patch:
         patch.setattr(Event, "read", lambda environment: found)
-        job = action.ActionRun(given, {"GITHUB_WORKSPACE": str(clone.root)}, github.Log(sys.stdout))
+        run = job.ActionRun(given, {"GITHUB_WORKSPACE": str(clone.root)}, github.Log(sys.stdout))
     recipe = parse_text(LINEAR.format(one="org/one", two="org/two"), "recipe.yaml")
-    assert job._options(recipe).read_token == (False if kind == WITHOUT else "hf_reads")
+    assert line.options_of(run, recipe).read_token == (False if kind == WITHOUT else "hf_reads")
 
 
 @pytest.mark.parametrize("head", [FORK, GONE, OWN])
@@ -395,7 +397,7 @@ def test_a_search_goes_on_in_the_next_run_and_ends_in_a_pull_request_and_a_model
     forget()
     clone.commit({"merges/mine.yaml": text.replace("trials: 2", "trials: 4")})
     with monkeypatch.context() as patch:
-        patch.setattr(action, "Effort", lambda minutes, join: Effort(minutes=0.0, join=join))
+        patch.setattr(search, "Effort", lambda minutes, join: Effort(minutes=0.0, join=join))
         stopped = step("workflow_dispatch", {}, hosted.url, mode="search")
     assert (stopped.code, stopped.outputs["state"]) == (0, "stopped"), stopped.log
     assert "the minutes are over" in stopped.summary
@@ -493,7 +495,7 @@ def test_a_run_that_nears_the_time_limit_stops_after_a_file_and_goes_on_when_run
     after = clone.commit({"merges/mine.yaml": recipe})
     given = {"to": "./out", "shard_size": "2kB"}
     with monkeypatch.context() as patch:
-        patch.setattr(action.Watch, "__init__", _hurried(action.Watch.__init__))
+        patch.setattr(line.Watch, "__init__", _hurried(line.Watch.__init__))
         stopped = step("push", push(NOTHING, after), time_limit="1", **given)
     assert (stopped.code, stopped.outputs["state"], stopped.outputs["repo-url"]) == (75, "stopped", "")
     assert any(line.startswith("::warning") and "run the job again" in line for line in stopped.commands)
@@ -508,7 +510,7 @@ def test_a_run_that_nears_the_time_limit_stops_after_a_file_and_goes_on_when_run
 def _hurried(real: Callable[..., None]) -> Callable[..., None]:
     """A watch that has no time for a second file."""
 
-    def begin(self: action.Watch, deadline: float | None) -> None:
+    def begin(self: line.Watch, deadline: float | None) -> None:
         assert deadline is not None
         assert 0 < deadline - time.monotonic() <= 60
         real(self, time.monotonic() + 1e-3)
@@ -519,19 +521,19 @@ def _hurried(real: Callable[..., None]) -> Callable[..., None]:
 def test_a_watch_leaves_time_for_the_last_file_and_lets_a_run_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """After files of 10 and 20 seconds it wants 40 more, once a third is begun; what is late already stops at once."""
     now = [0.0]
-    monkeypatch.setattr(action.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(action.text, "file_done", lambda event: event == "file")
+    monkeypatch.setattr(line.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(line.text, "file_done", lambda event: event == "file")
 
-    def is_up(watch: action.Watch, event: Any) -> bool:
+    def is_up(watch: line.Watch, event: Any) -> bool:
         try:
             watch.look(event)
-        except action.TimeIsUpError:
+        except line.TimeIsUpError:
             return True
         return False
 
     def told(deadline: float | None, *events: tuple[object, float]) -> list[bool]:
         now[0] = 0.0
-        watch, found = action.Watch(deadline), []
+        watch, found = line.Watch(deadline), []
         for event, now[0] in events:
             found.append(is_up(watch, event))
         return found
@@ -540,7 +542,7 @@ def test_a_watch_leaves_time_for_the_last_file_and_lets_a_run_end(monkeypatch: p
     assert told(70, *files, ("bytes", 31)) == [False] * 5
     assert told(69, *files, ("bytes", 31)) == [False] * 4 + [True]
     assert told(29, *files[:3]) == [False, False, True]
-    assert told(-1, (action.Ready(), 0), (action.Resumed(1, 2), 1), ("bytes", 2)) == [False, False, True]
+    assert told(-1, (line.Ready(), 0), (line.Resumed(1, 2), 1), ("bytes", 2)) == [False, False, True]
     assert told(None, *files, ("bytes", 10**6)) == [False] * 5
 
 

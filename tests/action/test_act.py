@@ -221,7 +221,7 @@ def test_a_push_publishes_in_one_commit_and_the_job_run_again_nothing_new(
     assert (ran.outputs["commit"], ran.outputs["repo-id"]) == (head, "org/merged")
     assert ran.outputs["repo-url"] == f"{served.url}/org/merged"
     assert f"Published: {served.url}/org/merged at commit `{head}`" in ran.summary
-    assert any(b"merger.cli.action" in process.line for process in ran.watch.seen)
+    assert any(b"merger.action.step" in process.line for process in ran.watch.seen)
     assert not (tmp_path / "trapped").exists(), "a file of the repository was imported"
 
     lock = github.files["merges/mine.lock.yaml"].decode()
@@ -363,7 +363,7 @@ def test_a_job_that_the_hub_trusts_publishes_without_a_secret(
     assert ran.outputs["commit"] == served.head("org/trusting")
     assert len(merges(served, "org/trusting")) == 1
     assert served.commits("org/trusting")[0].author == "publisher of org/trusting"
-    assert any(b"merger.cli.action" in process.line for process in ran.watch.seen)
+    assert any(b"merger.action.step" in process.line for process in ran.watch.seen)
     assert not [request for request in served.log if "/org/one" in request.path and request.authorization]
 
 
@@ -371,11 +371,11 @@ def test_a_job_that_the_hub_trusts_publishes_without_a_secret(
 
 HURRIED = """
 import sys, time
-from merger.cli import action
+from merger.action import line, step
 
-real = action.Watch.__init__
-action.Watch.__init__ = lambda watch, deadline: real(watch, time.monotonic() + 1e-3)
-sys.exit(action.main())
+real = line.Watch.__init__
+line.Watch.__init__ = lambda watch, deadline: real(watch, time.monotonic() + 1e-3)
+sys.exit(step.main())
 """
 
 
@@ -384,7 +384,7 @@ def step(hub: LoopbackHub, clone: Checkout, place: Path, *line: str, **given: st
     settings = environment(place, clone.root, "workflow_dispatch", {})
     inputs = {f"INPUT_{name.upper()}": text for name, text in ({"recipe": "merges/*.yaml"} | given).items()}
     settings |= {**hub.env(place / "home"), **inputs, "TMPDIR": str(place)}
-    line = (sys.executable, "-P", *(line or ("-m", "merger.cli.action")))
+    line = (sys.executable, "-P", *(line or ("-m", "merger.action.step")))
     return subprocess.run(
         line,
         cwd=clone.root,
