@@ -78,19 +78,18 @@ def _steps(job: ActionRun, path: Path, outcome: Outcome) -> Iterator[Outcome]:
     if job.mode == "check":
         print(line(f"{outcome.recipe}: well formed"))
         return
-    facts = None
+    facts, known = None, job.inputs.options
     if job.mode == "search":
         effort = search.effort_of(job, recipe)
-        options, awaited = find_kept(recipe, _reading(with_free_memory(replace(job.inputs.options, part=None))))
+        known, awaited = find_kept(recipe, _reading(with_free_memory(replace(known, part=None))))
         _measure(awaited)
-        outcome, best, facts = search.go_on(job, recipe, options, effort, outcome)
+        outcome, best, facts = search.go_on(job, recipe, known, effort, outcome)
         yield outcome
         if best is None:
             return
         recipe = read_recipe(best)
     makes = job.mode in RUNNING and recipe.search is None
-    options = options_of(job, recipe, makes)
-    awaited = ()
+    options, awaited = replace(options_of(job, recipe, makes), measured=known.measured), ()
     if not job.event.is_foreign:  # for a stranger nothing is measured
         options, awaited = find_kept(recipe, options)
     planned, store = plan(recipe, options)

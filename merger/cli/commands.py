@@ -174,6 +174,7 @@ def _search(arguments: argparse.Namespace) -> int:
         print(json.dumps(reports.study_json(study, written)))
     elif not arguments.quiet:
         print(reports.study_text(study, written))
+    arguments.measured = options.measured  # planned and measured by now
     return 0 if arguments.to is None else _merge(read_recipe(written[0]), arguments, study.found)
 
 

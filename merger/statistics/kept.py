@@ -44,7 +44,7 @@ class Awaited:
 
 
 def find_kept(recipe: Recipe, options: Options) -> tuple[Options, tuple[Awaited, ...]]:
-    """Plan what a recipe has measured on the way.
+    """Plan what a recipe has measured on the way, unless these options are of the same already.
 
     Returns:
         The options with which the recipe is planned, and what is to be measured before it is merged.
@@ -52,7 +52,7 @@ def find_kept(recipe: Recipe, options: Options) -> tuple[Options, tuple[Awaited,
     Raises:
         MergerError: as `plan_measurement` and `disk_at_once` do, at its place in the recipe.
     """
-    if not recipe.measures or is_lock(Path(recipe.path)):  # a lock names what was measured
+    if options.measured.keys() >= set(recipe.measures) or is_lock(Path(recipe.path)):  # a lock names what was measured
         return options, ()
     pinned, found = pins_beside(recipe, options), dict[ModelRef, tuple[Kept, Awaited]]()
     for ref in recipe.measures:

@@ -19,8 +19,10 @@ import merger
 from merger.errors import MergerError
 from merger.run.options import Options
 from merger.run.prepare import plan
+from merger.statistics import plan as measuring
 from merger.statistics.kept import find_kept, measure_awaited
 from merger.statistics.measure import measure_statistics
+from merger.statistics.plan import plan_measurement
 from space.work.admission import check
 
 ROW = "{{model: ./{name}, statistics: {{measure: {data}, tokens: 24, length: 8{more}}}}}"
@@ -104,8 +106,8 @@ def test_a_killed_measurement_on_the_way_goes_on(here: Path) -> None:
 
 
 @thorough_only
-def test_a_search_measures_once(here: Path) -> None:
-    """Each candidate reads what was measured before the first."""
+def test_a_search_measures_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each candidate, and the merge in the end, reads what was planned and measured before the first."""
     for name in ("one", "two"):
         write_model(here / name, vocab_size=2048)
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -116,8 +118,11 @@ def test_a_search_measures_once(here: Path) -> None:
     assert called(["plan", "mine.yaml"]).code == 0
     done = called(["search", "mine.yaml"])
     assert (done.code, done.err.count("random-tokens: 24 tokens")) == (0, 2), done
-    again = called(["search", "mine.yaml", "--trials", "3"])
+    plans: list[str] = []
+    monkeypatch.setattr(measuring, "plan_measurement", lambda *of: plans.append(of[0]) or plan_measurement(*of))
+    again = called(["search", "mine.yaml", "--trials", "3", "--to", "./out"])
     assert (again.code, again.err.count("random-tokens: 24 tokens")) == (0, 0), again
+    assert plans == ["./one", "./two"]
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
