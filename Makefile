@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py \
 	planning/test_mixtures.py planning/test_embedders.py planning/test_checkpoints.py \
 	card/test_ancestors.py evaluation/test_evaluation.py \
-	run/test_properties.py searching/test_search.py searching/test_study.py searching/test_outcome.py searching/test_candidates.py methods/test_laws.py action/test_act.py \
+	run/test_properties.py searching/test_search.py searching/test_study.py searching/test_databases.py searching/test_outcome.py searching/test_candidates.py methods/test_laws.py action/test_act.py \
 	distributed/test_ray.py distributed/test_spread.py project/test_integrations.py planning/test_large.py planning/test_lora_tokens.py \
 	planning/test_lora_pipelines.py \
 	planning/test_transplant.py run/test_hub_line.py run/test_notebook.py run/test_resume.py \

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,7 +152,7 @@ def _search(arguments: argparse.Namespace) -> int:
     stated_destination(recipe, options)  # a destination that cannot be called so is said before anything is tried
     effort = Effort(*(getattr(arguments, key) for key in ("trials", "minutes", "storage", "top", "join")))
     searched = effort.of(recipe)
-    refuse_missing(recipe, options.device)
+    refuse_missing(replace(recipe, search=searched), options.device)
     # before torch is there: threads that wait actively take the cores of other workers
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from merger.searching.search import Event as SearchEvent  # takes what may be missing

@@ -20,6 +20,9 @@ MEASURING = ("eval",)
 MAKING = ("torch", "moe", *MEASURING)
 """What only the measuring of a result takes, and what only its making does."""
 
+POSTGRES = ("postgresql://", "postgresql+psycopg://")
+"""Addresses of databases whose driver is the extra's; who writes another driver brings it."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -64,6 +67,8 @@ def needs_of(recipe: Recipe, device: str = "cpu") -> Iterator[Need]:
         tasks = any(objective.kind == "task" for objective in (*searched.objectives, *searched.report))
         packages = ("optuna", "torch", "transformers", *(("lm_eval",) if tasks else ()))
         yield Need("search", (*packages, *(("cmaes",) if searched.sampler == "cmaes" else ())), "search", searched.at)
+        if (searched.storage or "").startswith(POSTGRES):
+            yield Need("postgres", ("psycopg",), "storage: postgresql://", searched.at, "search.storage")
     if (wanted := recipe.evaluate) is not None:
         packages = ("torch", "transformers", *(("lm_eval",) if wanted.tasks else ()))
         yield Need("eval", packages, "evaluate", wanted.at, "evaluate")

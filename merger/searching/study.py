@@ -12,6 +12,7 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -21,6 +22,7 @@ import optuna
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError
 
 from merger.errors import EvaluationError, MergerError, Problem
 from merger.searching.draws import Reseeded, grid_of, make_pruner, make_sampler, spaces_of
@@ -34,6 +36,8 @@ OUT_OF_TIME = "the minutes are over"
 _LOST, _PLACE, _WORKER, _SCORES, _SECONDS, _WHY = "lost", "place", "worker", "scores", "seconds", "why"
 _GRACE_SECONDS = 5
 """After so long a lock on the file is one that a killed worker left."""
+_MADE_SECONDS = 3
+"""In so long another worker has made a database's tables, which nobody else can do meanwhile."""
 _LINE_BYTES, _LETTERS, _FEW = 1 << 20, 200, 10
 
 
@@ -267,7 +271,7 @@ def open_storage(storage: str | None) -> BaseStorage:
         return InMemoryStorage()
     try:
         if "://" in storage:
-            return optuna.storages.RDBStorage(storage)
+            return _open_database(storage)
         path = os.path.abspath(os.path.expanduser(storage))
         lock = JournalFileSymlinkLock if LINKS else JournalFileOpenLock
         alone = lock(path, grace_period=_GRACE_SECONDS)
@@ -278,6 +282,20 @@ def open_storage(storage: str | None) -> BaseStorage:
         told = " ".join(str(error).split())[:_LETTERS]
         hint = "write storage: study.log, sqlite:///study.db, or the address of a database that is there"
         raise EvaluationError(Problem(f"the study {storage} cannot be opened ({told})", hint=hint)) from None
+
+
+def _open_database(address: str) -> BaseStorage:
+    """Of several workers that make its tables at once all but one fail, and find them there soon after."""
+    until = time.monotonic() + _MADE_SECONDS
+    while True:
+        try:
+            storage = optuna.storages.RDBStorage(address)
+            weakref.finalize(storage, storage.engine.dispose)  # else its connections stay open
+            return storage
+        except DBAPIError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(_WAIT_SECONDS)
 
 
 def _cut_torn_line(path: str, alone: JournalFileSymlinkLock | JournalFileOpenLock) -> None:

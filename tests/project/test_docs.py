@@ -30,7 +30,7 @@ def test_nothing_says_that_pip_finds_the_package_by_its_name_before_it_does() ->
     """What pip is asked for by name alone is on PyPI, which [project.urls] tells by its Download."""
     if "Download" in PROJECT["urls"]:
         pytest.skip("it is published")
-    by_name = re.compile(r"pip install [^\n`]*?\bhub-merger\b(?:\[[\w,]+\])?(?! @)")
+    by_name = re.compile(r"pip install [^\n`]*?\bhub-merger\b(?:\[[\w,]+\])?+(?! @)")
     found = [name for name, text in texts() if name != "docs/release.md" and by_name.search(text)]
     assert found == ["pyproject.toml"]  # its comment says from when on it is
     assert by_name.search("pip install 'hub-merger[moe]'")

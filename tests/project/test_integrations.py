@@ -66,17 +66,42 @@ def test_all_of_them_install_the_package_from_one_place() -> None:
     )
 
 
+SEARCH = (ROOT / "docs" / "search.md").read_text("utf-8").partition("```bash\nhf jobs ")[2].partition("```")[0]
+JOBS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "the script": (
+        ["uv", "run", str(SCRIPT), "run", RECIPE, "--to", "hf://org/made"],
+        ("flavor cpu-upgrade (from script)", "timeout 6h (from script)", "secrets HF_TOKEN=*** (from script)",
+         f"args run {RECIPE} --to hf://org/made"),
+    ),
+    "a worker of a search": (
+        shlex.split(SEARCH.replace("\\\n", "")),
+        ("image python:3.12", "flavor a10g-small", "timeout 6h", "secrets HF_TOKEN=***", "PGPASSWORD=***"),
+    ),
+}  # fmt: skip
+
+
 @thorough_only
-def test_hf_jobs_takes_the_script() -> None:
-    """With its own hardware, time and secret; a dry run, for nothing here runs jobs of uv."""
-    line = [sys.executable, "-m", "huggingface_hub.cli.hf", "jobs", "uv", "run", "--dry-run", str(SCRIPT)]
-    line += ["run", RECIPE, "--to", "hf://org/made"]
-    done = subprocess.run(line, cwd=ROOT, env={**os.environ, "HF_TOKEN": "hf_x"}, capture_output=True, text=True)
+@pytest.mark.parametrize("kind", JOBS)
+def test_hf_jobs_takes_what_we_say(kind: str) -> None:
+    """With its hardware, time and secrets; a dry run, for nothing here runs the Hub's jobs."""
+    words, wanted = JOBS[kind]
+    line = [sys.executable, "-m", "huggingface_hub.cli.hf", "jobs", *words]
+    line.insert(line.index("run", 4) + 1, "--dry-run")
+    env = {**os.environ, "HF_TOKEN": "hf_x", "PGPASSWORD": "x"}
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    told = [re.sub(r" +", " ", line).strip() for line in done.stdout.splitlines()]
-    for said in ("flavor cpu-upgrade (from script)", "timeout 6h (from script)", "secrets HF_TOKEN=*** (from script)",
-                 f"args run {RECIPE} --to hf://org/made"):  # fmt: skip
-        assert said in told
+    assert {re.sub(r" +", " ", line).strip() for line in done.stdout.splitlines()} >= set(wanted)
+
+
+def test_a_job_of_a_search_is_a_command_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What docs/search.md has the job install and run, in one line of its shell."""
+    install, fetch, ours = (shlex.split(each) for each in JOBS["a worker of a search"][0][-1].split("&&"))
+    assert install == ["pip", "install", "-q", requirement("search,postgres")] or "Download" in PROJECT["urls"]
+    assert fetch[:2] == ["hf", "download"]
+    (tmp_path / "mine.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert ours.pop(0) == "merger"
+    assert parse_arguments(ours).join
 
 
 def test_the_script_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,11 @@ HEAVY: dict[str, tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = {
         [("eval", ("torch", "transformers", "lm_eval"))],
     ),
     "a GPU": (f"merge_method: ties\n{BOTH}", "cuda", [("torch", ("torch",))]),
+    "a study in a database": (
+        f"merge_method: task_arithmetic\n{BOTH}parameters: {{weight: {{search: [0, 1]}}}}\n"
+        "search: {objectives: [{loss: ./README.md}], storage: 'postgresql://host/name'}\n", "cpu",
+        [("search", ("optuna", "torch", "transformers")), ("postgres", ("psycopg",))],
+    ),
     "a method of one's own": (f"merge_method: sce\n{BOTH}", "cpu", [("torch", ("torch",))]),
 }  # fmt: skip
 
@@ -83,12 +88,12 @@ def test_what_is_not_installed_is_refused_by_the_plan(
     monkeypatch.setitem(table, "sce", replace(methods()["sce"], needs="torch"))
     recipe = parse_text(text, "mine.yaml")
     assert [(need.extra, need.packages) for need in extras.needs_of(recipe, device)] == wanted
-    ((extra, packages),) = wanted
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(RecipeError) as refused:
         plan(recipe, Options(device=device))
-    assert f"takes {' and '.join(packages)}, which is not installed here" in str(refused.value)
-    assert str(refused.value).endswith(install_command(extra))
+    for (extra, packages), problem in zip(wanted, refused.value.problems, strict=True):
+        assert f"takes {' and '.join(packages)}, which is not installed here" in problem.what
+        assert problem.hint == install_command(extra)
 
 
 @pytest.mark.parametrize("kind", LIGHT)

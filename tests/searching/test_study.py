@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pytest
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
-from thorough import THOROUGH, thorough_only
+from thorough import THOROUGH
 
 from merger.errors import EvaluationError, Problem
 from merger.methods.registry import methods
@@ -285,13 +285,6 @@ def test_a_storage_that_cannot_be_opened_is_refused(storage: str) -> None:
     """With its name and what could be written."""
     with pytest.raises(EvaluationError, match="cannot be opened"):
         open_storage(storage)
-
-
-@thorough_only
-def test_a_database_keeps_a_study(tmp_path: Path) -> None:
-    """SQLite's file has the same trials as any other storage."""
-    work, _ = run(searched(trials=3), storage=f"sqlite:///{tmp_path}/study.db")
-    assert numbers(work) == numbers(run(searched(trials=3))[0])
 
 
 def test_pruned_and_trials_are_told(tmp_path: Path) -> None:
