@@ -33,9 +33,12 @@ class Input:
     scattered: ClassVar[bool] = False
     """Whether a block reads all over what it is made of."""
 
+    words: ClassVar[Mapping[str, str]] = {}
+    """By a field's name the older one that plans' hashes are made of."""
+
     def encode(self) -> dict[str, Any]:
         """Plain data, and children, that name it in a plan's hash: no two kinds of source have the same keys."""
-        raise NotImplementedError
+        return {self.words.get(name, name): getattr(self, name) for name in getattr(self, "__dataclass_fields__", ())}
 
     @property
     def children(self) -> tuple[Input, ...]:
@@ -84,9 +87,6 @@ class Stored(Input):
     kind = "stored"
     model: int
     tensor: TensorInfo
-
-    def encode(self) -> dict[str, Any]:
-        return {"model": self.model, "tensor": self.tensor.encode()}
 
     @property
     def shape(self) -> tuple[int, ...]:
