@@ -26,16 +26,7 @@ from merger.recipe.model import ModelRef, Module, Parameters, Recipe, Rule, Sett
 from merger.recipe.references import MEAN, UNREADABLE, identity, read_model, reference, refuse_mean
 from merger.recipe.searched import Searched, Values, fill_holes
 from merger.recipe.spans import Documents, Node, number
-from merger.recipe.values import (
-    Fields,
-    Hints,
-    Notes,
-    SettingsBlock,
-    Value,
-    filter_of,
-    nearest,
-    read_parameters,
-)
+from merger.recipe.values import Fields, Hints, Notes, SettingsBlock, Value, filter_of, nearest, read_parameters
 from merger.safety import numbers
 
 if TYPE_CHECKING:

@@ -15,15 +15,7 @@ from merger.card.facts import exposed_models, lock_file
 from merger.card.pictures.canvas import import_drawing
 from merger.card.relations import Loss
 from merger.card.render import render
-from merger.errors import (
-    DamagedError,
-    MergerError,
-    MismatchError,
-    MissingError,
-    Problem,
-    RecipeError,
-    UploadError,
-)
+from merger.errors import DamagedError, MergerError, MismatchError, MissingError, Problem, RecipeError, UploadError
 from merger.evaluation.budget import Score
 from merger.evaluation.evaluate import Measured, Measuring, measure, prepare_measuring
 from merger.lock.locked import LockedRecipe
