@@ -16,7 +16,7 @@ from merger.engine.execute import BytesWritten, execute, single_threaded
 from merger.engine.finite import NotFinite, explain
 from merger.engine.router_init import gates
 from merger.engine.runner import Work, blocks
-from merger.engine.tensors import Block
+from merger.engine.tensors import Block, Run
 from merger.methods.registry import Method
 from merger.models.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.models.formats.safetensors import Outlet, WrittenShard
@@ -84,10 +84,9 @@ def compare_pieces(
     routers = gates(planned, [piece.job for piece in pieces], table, store)
 
     def compared(piece: Piece) -> tuple[Piece, Mismatch | None]:
-        reader = _AsAsked(planned, piece.job, store)
-        allow = planned.locked.recipe.allow_non_finite
-        work = Work(piece.job, table, 0, reader, planned.seed, "cpu", routers, allow=allow)
+        reader, allow = _AsAsked(planned, piece.job, store), planned.locked.recipe.allow_non_finite
         try:
+            work = Work(piece.job, Run(table, reader, planned.seed, routers=routers, allow=allow))
             return piece, _compare(work, piece, published)
         except NotFinite as found:
             raise explain(found, planned, (), store) from found.__cause__

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -38,7 +38,8 @@ class Input:
 
     def encode(self) -> dict[str, Any]:
         """Plain data, and children, that name it in a plan's hash: no two kinds of source have the same keys."""
-        return {self.words.get(name, name): getattr(self, name) for name in getattr(self, "__dataclass_fields__", ())}
+        each = fields(self)  # type: ignore[arg-type]  # every kind is a dataclass
+        return {self.words.get(of.name, of.name): getattr(self, of.name) for of in each}
 
     @property
     def children(self) -> tuple[Input, ...]:
