@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from merger.errors import MergerError, ModelError, Problem, RecipeError, VerificationError, few
 from merger.evaluation.budget import read_scores
+from merger.lock.parents import other_content
 from merger.lock.read import tensors_in
 from merger.models.checkpoint import TensorInfo
 from merger.models.side_files import (
@@ -133,12 +134,7 @@ def _wrong(merge: Merge, name: str, info: FileInfo, read: bool) -> str | None:
     found = merge.located.files.get(name)
     if found is None or found.barred:
         return "is missing" if found is None else found.barred
-    if found.size != info.size:
-        return f"has {found.size:,} bytes, the lock says {info.size:,}"
-    sha256 = merge.store.checksum(merge.located, name) if read else found.sha256
-    if None in (sha256, info.sha256) or sha256 == info.sha256:
-        return None
-    return f"is another file: its SHA-256 is {sha256}, the lock says {info.sha256}"
+    return other_content(info, found, partial(merge.store.checksum, merge.located, name) if read else None)
 
 
 def other_contents(
