@@ -30,9 +30,6 @@ from merger.safety.apart import BeyondError, Bounds, call
 from merger.safety.limits import TEMPLATE, TEMPLATES, excess
 from merger.stores.ports import Located, Store
 
-# ---- templates ------------------------------------------------------------------------------------------------------
-
-
 LAYOUT = "card.md.j2"
 _HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:/(?P<path>[^@]+))?(?:@(?P<revision>.+))?")
 _EXTENSION = ".j2"
@@ -114,7 +111,7 @@ def _refuse(publish: Publish, what: str, hint: str) -> NoReturn:
     raise RecipeError(Problem(what, publish.template_at, "publish.template", hint))
 
 
-# ---- templates ------------------------------------------------------------------------------------------------------
+# ---- filling them in ------------------------------------------------------------------------------------------------
 
 
 OURS = "merger/"

@@ -16,7 +16,7 @@ from merger.safety import numbers
 from merger.stores.ports import FileInfo, Located
 
 _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
-Checksum = Callable[[Located, str], str] | None
+Checksum = Callable[[Located, str], str | None] | None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from merger.engine.finite import NotFinite, explain
 from merger.engine.router_init import gates
 from merger.engine.runner import Work, blocks
 from merger.engine.tensors import Block, Run
+from merger.lock.read import REQUESTS_AT_ONCE
 from merger.methods.registry import Method
 from merger.models.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.models.formats.safetensors import Outlet, WrittenShard
@@ -28,10 +29,10 @@ from merger.stores.ports import Located, Reader, Store, Ticket
 from merger.verification.distance import as_numbers
 from merger.verification.sample import Mismatch, Piece
 
-REQUESTS_AT_ONCE = 8
 _READ_AHEAD_BYTES = 64 << 20
 
 
+@dataclass(frozen=True)
 class PublishedTensors:
     """The result as it was published.
 
@@ -41,8 +42,9 @@ class PublishedTensors:
         tensors: those of its tensors that are where the plan has them, by name.
     """
 
-    def __init__(self, located: Located, store: Store, tensors: Mapping[str, TensorInfo]) -> None:
-        self.located, self.store, self.tensors = located, store, tensors
+    located: Located
+    store: Store
+    tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes ``[start, stop)`` of a tensor."""
@@ -105,7 +107,10 @@ def _compare(work: Work, piece: Piece, published: PublishedTensors) -> Mismatch 
     with closing(work):
         if work.wants_preparing:
             work.prepare()
-        parts = [_difference(piece, start, data, published) for start, data in _make(work, piece)]
+        job, parts = piece.job, list[Mismatch | None]()
+        for start, made in _make(work, piece):
+            found = published.read(job.name, start, start + len(made))
+            parts.append(difference(piece.file, job, start, made, found))
     return join_mismatches(parts, piece.stop - piece.start)
 
 
@@ -117,10 +122,6 @@ def _make(work: Work, piece: Piece) -> Iterator[tuple[int, memoryview]]:
     for block in blocks(work.job, work.method) if piece.is_whole else [run]:
         buffer = np.empty((block.stop - block.start) * unit, np.uint8)
         yield block.start * unit, work.make(block, buffer)
-
-
-def _difference(piece: Piece, start: int, data: memoryview, published: PublishedTensors) -> Mismatch | None:
-    return difference(piece.file, piece.job, start, data, published.read(piece.job.name, start, start + len(data)))
 
 
 def difference(file: str, job: Job, start: int, made: memoryview, found: bytes | bytearray) -> Mismatch | None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 from merger.errors import MergerError, ModelError, Problem, RecipeError, VerificationError, few
 from merger.evaluation.budget import read_scores
 from merger.lock.parents import other_content
-from merger.lock.read import tensors_in
+from merger.lock.read import REQUESTS_AT_ONCE, tensors_in
 from merger.models.checkpoint import TensorInfo
 from merger.models.side_files import (
     CARD_NAME,
@@ -46,7 +46,6 @@ from merger.stores.ports import Content, FileInfo, Located, sha256_of, size_of
 from merger.stores.resolve import Library, find
 
 _Measured = TypeVar("_Measured")
-_REQUESTS_AT_ONCE = 8
 _SMALL = 64 << 20
 """Files of up to so many bytes that are no shards are always compared by their checksum; larger ones with --all."""
 
@@ -285,7 +284,7 @@ def comparable(merge: Merge, planned: Plan) -> tuple[dict[str, TensorInfo], list
     shards = [shard for shard in planned.shards if shard.written]
     files = [shard.name for shard in shards if shard.name in merge.located.files]
     tally = Tally(MODEL_TENSORS)
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         headers = list(pool.map(partial(_header, merge, problems, tally), files))
     found = {tensor.name: tensor for tensor in (tensor for part in headers for tensor in part)}
     wanted = {tensor.name: tensor for shard in shards for tensor in _header_of(shard)}

@@ -142,7 +142,7 @@ def _add_low_rank(source: low_rank.LowRank, start: int, stop: int, out: Array, t
     """
     load = partial(load_input, tensors=tensors)
     entries = out[: stop - start] if source.magnitude else load(source.of, start, stop, out)
-    right = _right(source, load)
+    right = read_whole(source.b, load).T if source.transposed else read_whole(source.a, load)
     for first, last, mine, place in _runs_of_rows(source.matrix, source.chunk_rows, start, stop):
         rows = (_left(source, first, last, load) @ right) * source.scale
         if source.magnitude is None:
@@ -164,13 +164,8 @@ def _runs_of_rows(shape: Sequence[int], step: int, start: int, stop: int) -> Ite
         yield first, last, slice(low - first * columns, high - first * columns), slice(low - start, high - start)
 
 
-def _right(source: low_rank.LowRank, load: Load) -> Array:
-    """The small matrix that has a column for each of the large one's: A, or Bᵀ."""
-    return read_whole(source.b, load).T if source.transposed else read_whole(source.a, load)
-
-
 def _left(source: low_rank.LowRank, first: int, last: int, load: Load) -> Array:
-    """Some rows of the other one: of B, or of Aᵀ, which are columns of A."""
+    """Some rows of the small matrix that has as many as the large one: of B, or of Aᵀ, which are columns of A."""
     if not source.transposed:
         rank = source.rank
         return load(source.b, first * rank, last * rank, floats((last - first) * rank)).reshape(-1, rank)

@@ -192,8 +192,12 @@ class Job:
     sources: tuple[Input, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        operands = self.inputs if self.base is None else (*self.inputs, self.base)
-        object.__setattr__(self, "sources", tuple([operand.source for operand in operands]))
+        object.__setattr__(self, "sources", tuple([operand.source for operand in self.operands]))
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The inputs, and the base last."""
+        return self.inputs if self.base is None else (*self.inputs, self.base)
 
     @property
     def parts(self) -> tuple[tuple[Job, slice], ...]:
@@ -220,8 +224,7 @@ class Job:
     @property
     def statistics(self) -> tuple[Stored, ...]:
         """What was measured of its inputs, one for each of them or none, or of its base."""
-        operands = self.inputs if self.base is None else (*self.inputs, self.base)
-        return tuple(entry.statistic for entry in operands if entry.statistic is not None)
+        return tuple(entry.statistic for entry in self.operands if entry.statistic is not None)
 
     @property
     def is_compared(self) -> bool:
@@ -231,8 +234,7 @@ class Job:
     @property
     def givers(self) -> tuple[int, ...]:
         """The numbers of the models and adapters that it takes anything of."""
-        inputs = self.inputs if self.base is None else (*self.inputs, self.base)
-        named = [entry.named for entry in inputs if entry.named is not None]
+        named = [entry.named for entry in self.operands if entry.named is not None]
         read = (stored.model for source in self.sources for stored in source.stored_tensors)
         return tuple(dict.fromkeys([*named, *read]))
 
