@@ -22,7 +22,7 @@ from merger.engine.forms import Fp8Writer, GgufWriter, TensorWriter
 from merger.engine.joined import start_work
 from merger.engine.runner import Work, blocks
 from merger.engine.spool import Allowance
-from merger.engine.tensors import Block, Bytes, Memo, Run
+from merger.engine.tensors import Block, Bytes, Memo, RunSetup
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.checkpoint import ITEM_BYTES
@@ -157,7 +157,7 @@ def make_blocks(
             reader = store.reader(tickets(plan, joined, table), plan.read_ahead)
             with closing(reader), _Pool(plan.threads, place) as pool:
                 allow, memory = plan.locked.recipe.allow_non_finite, Allowance(plan.kept)
-                run = Run(table, reader, plan.seed, device, routers, allow, memory, memo)
+                run = RunSetup(table, reader, plan.seed, device, routers, allow, memory, memo)
                 yield UnderWay(joined, pool.in_order(_works(joined, run)), doubts)
     except NotFinite as found:
         beside = next((shard.jobs for shard in shards if found.job in shard.jobs), ())
@@ -178,7 +178,7 @@ def single_threaded() -> Iterator[None]:
             torch.set_num_threads(threads or system.cores())
 
 
-def _works(shards: Sequence[Shard], run: Run) -> Iterator[Work]:
+def _works(shards: Sequence[Shard], run: RunSetup) -> Iterator[Work]:
     first = 0
     for job in (job for shard in shards for job in shard.jobs):
         yield start_work(job, run, first)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merger.engine.runner import JobRunner, Work, blocks, total_of
-from merger.engine.tensors import Block, Bytes, Run
+from merger.engine.tensors import Block, Bytes, RunSetup
 from merger.methods.steps.dtypes import Held
 from merger.methods.steps.step import tile
 from merger.planning.inputs.base import Job, JoinedJob, Stored
@@ -48,7 +48,7 @@ class _Inputs:
         return self
 
 
-def start_work(job: Job, run: Run, first: int) -> Work:
+def start_work(job: Job, run: RunSetup, first: int) -> Work:
     """A job of the output under way, as `Work` has it."""
     method = run.table[job.method]
     apart = method.unit != "entries" or method.random or method.measure is not None

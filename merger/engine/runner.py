@@ -21,7 +21,7 @@ from merger.engine.finite import NotFinite, is_finite, not_finite
 from merger.engine.geometry import BlockSample
 from merger.engine.inputs.readers import load_input
 from merger.engine.inputs.stored import read_whole
-from merger.engine.tensors import Block, Bytes, JobTensors, Run, block_room
+from merger.engine.tensors import Block, Bytes, JobTensors, RunSetup, block_room
 from merger.methods.registry import Method, declared
 from merger.methods.steps.dtypes import HELD, Held, Tile, load, store_sum
 from merger.methods.steps.random import Rng
@@ -56,7 +56,7 @@ class JobRunner:
     """
 
     job: Job
-    run: Run
+    run: RunSetup
     seed: int
     origin: Any
     whole: Job
@@ -78,7 +78,7 @@ class JobRunner:
             return
         own, drawn = declared(measure, self._arguments), declared(measure, {"rng": Rng(self.seed, self.job.name)})
         measured = partial(measure, _Blocks(self), **own, **drawn)
-        with self._explain():
+        with _explained(self):
             self.measured = self.once(repr(own), measured)
 
     def once(self, what: str, measure: Callable[[], T]) -> T:
@@ -88,15 +88,6 @@ class JobRunner:
         bare = tuple(replace(operand, settings={}) for operand in self.job.inputs)
         tensors = identify(replace(self.job, inputs=bare, settings={}))
         return self.run.memo.get((self.method.name, tensors, self.seed, self.run.device, what), measure)
-
-    @contextmanager
-    def _explain(self) -> Iterator[None]:
-        """NaN breaks what sorts or decomposes: whether that is why, is found out where the whole is seen."""
-        try:
-            with np.errstate(all="ignore"):
-                yield
-        except (ArithmeticError, ValueError, RuntimeError) as error:
-            raise NotFinite(self.whole, f"{self.job.name} cannot be made by {self.method.name} ({error})") from error
 
     def round(self, block: Block, out: Bytes) -> Bytes:
         """Make one block in the front of `out`, in the job's dtype.
@@ -108,8 +99,9 @@ class JobRunner:
         made = out[: (block.stop - block.start) * held.itemsize].view(held)
         unseen = self.run.memo is None and block.start not in self.seen
         sample = BlockSample(block.start, block.stop, self.job.entries) if unseen else None
-        with self._explain(), tile():
-            loaded, known = self.load(block), self._load_statistics(block)
+        with _explained(self), tile():
+            loaded, alike = self.load(block), self.job.shape  # of what has another shape, where it is
+            known = [self._load(of, block, self.origin) if of.shape == alike else of for of in self.job.statistics]
             for start, stop in self.tiles(block):
                 with tile():
                     self._round(block, loaded, known, start, made[start:stop], sample)
@@ -173,13 +165,6 @@ class JobRunner:
         tensors = self.origin.with_read(alike, block.start, block.stop) if alike else self.origin
         return [self._load(source, block, tensors) for source in self.job.sources]
 
-    def _load_statistics(self, block: Block) -> list[Held | Stored]:
-        """What was measured of each input: of what has the tensor's shape the block's entries, else where it is."""
-        return [
-            self._load(stored, block, self.origin) if stored.shape == self.job.shape else stored
-            for stored in self.job.statistics
-        ]
-
     def place(self, entries: Array) -> Any:
         """Where and as the method computes."""
         return self.method.place([entries], self.run.device)[0]
@@ -202,6 +187,16 @@ class JobRunner:
         if self.method.unit == "entries":
             return entries
         return entries.reshape(-1, self.job.shape[-1] if self.job.shape else 1)
+
+
+@contextmanager
+def _explained(making: JobRunner) -> Iterator[None]:
+    """NaN breaks what sorts or decomposes: whether that is why, is found out where the whole is seen."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except (ArithmeticError, ValueError, RuntimeError) as error:
+        raise NotFinite(making.whole, f"{making.job.name} cannot be made by {making.method.name} ({error})") from error
 
 
 class _Statistics(Sequence[Array]):
@@ -234,7 +229,7 @@ class Work:
         first: the number of the reader's ticket for the first stored tensor of the job; the others follow.
     """
 
-    def __init__(self, job: Job, run: Run, first: int = 0) -> None:
+    def __init__(self, job: Job, run: RunSetup, first: int = 0) -> None:
         self.job, self.method, self._needs = job, run.table[job.method], needs(job, run.table)
         self.prepared: Future[None] | None = None
         tickets = {stored: first + place for place, stored in enumerate(job.reads)}

@@ -63,7 +63,7 @@ class Memo:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSetup:
     """What all jobs of a run have in common.
 
     Args:
@@ -111,7 +111,7 @@ class JobTensors:
         needs: what is kept, and which stages are made before.
     """
 
-    def __init__(self, run: Run, tickets: Mapping[Stored, int], needs: Needs) -> None:
+    def __init__(self, run: RunSetup, tickets: Mapping[Stored, int], needs: Needs) -> None:
         self._run, self._tickets, self._needs = run, tickets, needs
         self.odd: dict[tuple[Stored | StageTensor, int], int] = {}
         self.seen: dict[int, Geometry] = {}

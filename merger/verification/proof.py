@@ -16,7 +16,7 @@ from merger.engine.execute import BytesWritten, execute, single_threaded
 from merger.engine.finite import NotFinite, explain
 from merger.engine.router_init import gates
 from merger.engine.runner import Work, blocks
-from merger.engine.tensors import Block, Run
+from merger.engine.tensors import Block, RunSetup
 from merger.lock.read import REQUESTS_AT_ONCE
 from merger.methods.registry import Method
 from merger.models.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
@@ -88,7 +88,7 @@ def compare_pieces(
     def compared(piece: Piece) -> tuple[Piece, Mismatch | None]:
         reader, allow = _AsAsked(planned, piece.job, store), planned.locked.recipe.allow_non_finite
         try:
-            work = Work(piece.job, Run(table, reader, planned.seed, routers=routers, allow=allow))
+            work = Work(piece.job, RunSetup(table, reader, planned.seed, routers=routers, allow=allow))
             return piece, _compare(work, piece, published)
         except NotFinite as found:
             raise explain(found, planned, (), store) from found.__cause__
