@@ -22,7 +22,7 @@ import yaml
 from merger.card.licences import Judgement, judge
 from merger.evaluation.budget import Score
 from merger.lock.locked import LockedModel, display_name
-from merger.lock.parents import Parent
+from merger.lock.parents import Checksum, Parent
 from merger.models import vocabulary
 from merger.models.checkpoint import SUFFIX, index_name
 from merger.models.licence import licence_files
@@ -35,7 +35,7 @@ from merger.recipe.model import Expert, Mixture
 from merger.runtime import PACKAGE
 from merger.safety.names import HUB, hub_path, is_repo
 from merger.safety.numbers import size
-from merger.stores.ports import FileInfo, Located
+from merger.stores.ports import FileInfo
 
 _Key = TypeVar("_Key")
 _Row = TypeVar("_Row")
@@ -206,7 +206,6 @@ def _means(named: str, model: LockedModel) -> bool:
 # ---- the lock file --------------------------------------------------------------------------------------------------
 
 
-Checksum = Callable[[Located, str], str | None]
 _MADE_WITH = (PACKAGE, "numpy", "numba", "huggingface_hub")
 _HASHED_FOLDERS = 1_000_000_000
 """Up to so many bytes of models in folders are read once more for their SHA-256, in a second; of more it is unknown."""
@@ -232,14 +231,10 @@ def lock_file(planned: Plan, output: Mapping[str, FileInfo], checksum: Checksum)
         shard_bytes=planned.shard_bytes,
         made_with={"python": platform.python_version()} | dict(zip(used, map(version, used), strict=True)),
         recipe=planned.locked.recipe.text,
-        models=tuple(_parent(planned, model, _no_checksum if model in unhashed else checksum) for model in models),
+        models=tuple(_parent(planned, model, None if model in unhashed else checksum) for model in models),
         output=output,
         gguf=planned.locked.recipe.publish.gguf,
     ).text()
-
-
-def _no_checksum(model: Located, file: str) -> None:
-    """For a checksum that it would take too long to find out."""
 
 
 def _read(planned: Plan, model: LockedModel) -> list[str]:
@@ -256,7 +251,8 @@ def _read(planned: Plan, model: LockedModel) -> list[str]:
 
 def _parent(planned: Plan, model: LockedModel, checksum: Checksum) -> Parent:
     located = model.located
-    files = {name: FileInfo(located.files[name].size, checksum(located, name)) for name in _read(planned, model)}
+    known = checksum or (lambda model, file: None)
+    files = {name: FileInfo(located.files[name].size, known(located, name)) for name in _read(planned, model)}
     now, measured = located.name if located.moved else None, model.statistics
     on = {} if measured is None else {"statistics": measured.kind, **measured.measured_on}
     return Parent(display_name(model), located.commit, model.licence, files, now, on)

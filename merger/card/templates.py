@@ -15,16 +15,7 @@ from pathlib import Path
 from types import GeneratorType, SimpleNamespace
 from typing import Any, NoReturn
 
-from jinja2 import (
-    BaseLoader,
-    Environment,
-    StrictUndefined,
-    TemplateError,
-    TemplateNotFound,
-    TemplateRuntimeError,
-    TemplateSyntaxError,
-    Undefined,
-)
+import jinja2
 from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError, UndefinedError
 from jinja2.filters import FILTERS
@@ -38,9 +29,6 @@ from merger.recipe.model import Publish
 from merger.safety.apart import BeyondError, Bounds, call
 from merger.safety.limits import TEMPLATE, TEMPLATES, excess
 from merger.stores.ports import Located, Store
-
-# ---- templates ------------------------------------------------------------------------------------------------------
-
 
 LAYOUT = "card.md.j2"
 _HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:/(?P<path>[^@]+))?(?:@(?P<revision>.+))?")
@@ -123,7 +111,7 @@ def _refuse(publish: Publish, what: str, hint: str) -> NoReturn:
     raise RecipeError(Problem(what, publish.template_at, "publish.template", hint))
 
 
-# ---- templates ------------------------------------------------------------------------------------------------------
+# ---- filling them in ------------------------------------------------------------------------------------------------
 
 
 OURS = "merger/"
@@ -179,19 +167,19 @@ def fill_unbounded(asked: tuple[Mapping[str, str], str, Mapping[str, Any]]) -> d
 
 
 @cache
-def _with_ours() -> Environment:
+def _with_ours() -> jinja2.Environment:
     """Which keeps what it compiles: a card is rendered at least twice a run. In its HTML no value stands."""
     made = _environment(_Loader({}, ""))
     made.finalize = partial(_print_value, as_text=escape.prose)
     return made
 
 
-def _render(environment: Environment, content: Mapping[str, Any]) -> str:
+def _render(environment: jinja2.Environment, content: Mapping[str, Any]) -> str:
     made = environment.get_template(LAYOUT).render(content)
     if len(made) > MAX_CHARACTERS:
-        raise TemplateError(f"it makes a card of {len(made):,} characters; {MAX_CHARACTERS:,} are allowed")
+        raise jinja2.TemplateError(f"it makes a card of {len(made):,} characters; {MAX_CHARACTERS:,} are allowed")
     if made.lstrip().startswith("---\n"):
-        raise TemplateError("it begins with front matter, which is made without it: leave that out")
+        raise jinja2.TemplateError("it begins with front matter, which is made without it: leave that out")
     return made
 
 
@@ -223,7 +211,7 @@ def _ours() -> Mapping[str, Path]:
     return {path.relative_to(TEMPLATES_FOLDER).as_posix(): path for path in sorted(TEMPLATES_FOLDER.rglob("*.md.j2"))}
 
 
-class _Loader(BaseLoader):
+class _Loader(jinja2.BaseLoader):
     """Our templates, and before them the recipe's own, each with the name that its author knows it by."""
 
     def __init__(self, own: Mapping[str, str], origin: str) -> None:
@@ -231,17 +219,17 @@ class _Loader(BaseLoader):
         self._origin = origin
         self._shown = {name: origin if list(own) == [LAYOUT] else f"{origin}/{name}" for name in own}
 
-    def get_source(self, environment: Environment, template: str) -> tuple[str, str, Callable[[], bool]]:
+    def get_source(self, environment: jinja2.Environment, template: str) -> tuple[str, str, Callable[[], bool]]:
         if template in self._own:
             return self._own[template], self._shown[template], lambda: True
         path = _ours().get(template.removeprefix(OURS))
         if path is None:
-            raise TemplateNotFound(template)
+            raise jinja2.TemplateNotFound(template)
         return path.read_text("utf-8"), str(path), lambda: True
 
     def place(self, error: BaseException) -> str:
         """The file and line of a template at which it broke, as far as known; one of the recipe's before ours."""
-        if isinstance(error, TemplateSyntaxError):
+        if isinstance(error, jinja2.TemplateSyntaxError):
             return f"{error.filename or self._origin}:{error.lineno}"
         frames, trace = [], error.__traceback__
         while trace is not None:
@@ -252,15 +240,15 @@ class _Loader(BaseLoader):
 
 
 def _sentence(error: Exception) -> str:
-    said = (error.message if isinstance(error, TemplateError) else str(error)) or type(error).__name__
+    said = (error.message if isinstance(error, jinja2.TemplateError) else str(error)) or type(error).__name__
     kind = next((words for kind, words in _KINDS.items() if isinstance(error, kind)), f"{type(error).__name__}: ")
     return f"the card's template cannot be rendered: {kind}{' '.join(said[:_SAID].split()).rstrip('.')}"
 
 
 _KINDS: Mapping[type[Exception], str] = {
-    TemplateNotFound: "there is no template ",
+    jinja2.TemplateNotFound: "there is no template ",
     SecurityError: "it leaves the sandbox: ",
-    TemplateError: "",
+    jinja2.TemplateError: "",
 }
 
 
@@ -294,10 +282,10 @@ class _Sandbox(SandboxedEnvironment):
         return super().call_binop(context, operator, _plain(left), _plain(right))
 
 
-def _environment(loader: BaseLoader) -> Environment:
+def _environment(loader: jinja2.BaseLoader) -> jinja2.Environment:
     environment = _Sandbox(
         loader=loader,
-        undefined=StrictUndefined,
+        undefined=jinja2.StrictUndefined,
         autoescape=True,
         finalize=_print_value,
         trim_blocks=True,
@@ -320,9 +308,9 @@ def _environment(loader: BaseLoader) -> Environment:
 
 def _print_value(value: Any, as_text: Callable[[object], Markup] = escape.escape_text) -> Markup:
     """What stands in the card for a value; of what is no single value nothing could."""
-    if isinstance(value, str | int | float | Undefined):
+    if isinstance(value, str | int | float | jinja2.Undefined):
         return as_text(value)
-    raise TemplateRuntimeError(f"{_WORDS.get(type(value), type(value).__name__)} has no text: name a part of it")
+    raise jinja2.TemplateRuntimeError(f"{_WORDS.get(type(value), type(value).__name__)} has no text: name a part of it")
 
 
 _WORDS = {type(None): "none", dict: "a map", list: "a list", tuple: "a list", GeneratorType: "a list"}

@@ -19,11 +19,10 @@ import numpy as np
 from merger import runtime, system
 from merger.engine.finite import NotFinite, explain
 from merger.engine.forms import Fp8Writer, GgufWriter, TensorWriter
-from merger.engine.inputs.decompose import RunPairs
 from merger.engine.joined import start_work
-from merger.engine.runner import Memo, Work, blocks
+from merger.engine.runner import Work, blocks
 from merger.engine.spool import Allowance
-from merger.engine.tensors import Block, Bytes
+from merger.engine.tensors import Block, Bytes, Memo, RunSetup
 from merger.errors import BudgetError, Problem
 from merger.methods.registry import Method
 from merger.models.checkpoint import ITEM_BYTES
@@ -35,7 +34,7 @@ from merger.planning.inputs.derived import Routed
 from merger.planning.jobs.blocks import COPY_BYTES, join_small, needs
 from merger.planning.plan import Plan
 from merger.planning.shards import Shard
-from merger.stores.ports import Reader, Store, Taker, Ticket
+from merger.stores.ports import Store, Taker, Ticket
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,9 @@ def make_blocks(
                 joined = [replace(shard, jobs=tuple(join_small(shard.jobs))) for shard in shards]
             reader = store.reader(tickets(plan, joined, table), plan.read_ahead)
             with closing(reader), _Pool(plan.threads, place) as pool:
-                works = _work(plan, joined, table, reader, device, routers, memo)
-                yield UnderWay(joined, pool.in_order(works), doubts)
+                allow, memory = plan.locked.recipe.allow_non_finite, Allowance(plan.kept)
+                run = RunSetup(table, reader, plan.seed, device, routers, allow, memory, memo)
+                yield UnderWay(joined, pool.in_order(_works(joined, run)), doubts)
     except NotFinite as found:
         beside = next((shard.jobs for shard in shards if found.job in shard.jobs), ())
         raise explain(found, plan, beside, store) from found.__cause__
@@ -178,20 +178,10 @@ def single_threaded() -> Iterator[None]:
             torch.set_num_threads(threads or system.cores())
 
 
-def _work(
-    plan: Plan,
-    shards: Sequence[Shard],
-    table: Mapping[str, Method],
-    reader: Reader,
-    device: str,
-    routers: Mapping[Routed, Any],
-    memo: Memo | None,
-) -> Iterator[Work]:
-    jobs = [job for shard in shards for job in shard.jobs]
-    first, pairs, allow = 0, RunPairs(), plan.locked.recipe.allow_non_finite
-    memory = Allowance(plan.kept)
-    for job in jobs:
-        yield start_work(job, table, first, reader, plan.seed, device, routers, pairs, allow, memory, memo)
+def _works(shards: Sequence[Shard], run: RunSetup) -> Iterator[Work]:
+    first = 0
+    for job in (job for shard in shards for job in shard.jobs):
+        yield start_work(job, run, first)
         first += len(job.reads)
 
 

@@ -130,11 +130,8 @@ def are(count: int) -> str:
 def _count(leaves: Sequence[Stored], plan: Plan, store: Store) -> Iterator[tuple[Stored, int]]:
     """Those of the stored tensors that are not finite, and in how many entries."""
     looked = [stored for stored in leaves if stored.tensor.dtype in _BITS]
-    models = [plan.locked.models[stored.model].located for stored in looked]
-    tickets = [
-        Ticket(model, stored.tensor.file, stored.tensor.start, stored.tensor.stop)
-        for stored, model in zip(looked, models, strict=True)
-    ]
+    models = plan.locked.models
+    tickets = [Ticket(models[of.model].located, of.tensor.file, of.tensor.start, of.tensor.stop) for of in looked]
     room = memoryview(bytearray(_READ_BYTES))
     with closing(store.reader(tickets, _READ_BYTES)) as reader:
         for number, stored in enumerate(looked):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,30 +24,7 @@ from merger.planning.inputs.base import Job
 Bytes = NDArray[np.uint8]
 
 
-class Tensor(Protocol):
-    """A tensor of such a file, made of some of the result's; so many of its entries have to be there at once."""
-
-    @property
-    def sources(self) -> tuple[str, ...]: ...
-    @property
-    def unit(self) -> int: ...
-
-
-T = TypeVar("T", bound=Tensor)
-T_co = TypeVar("T_co", bound=Tensor, covariant=True)
-
-
-class File(Protocol[T_co]):
-    """Such a file, known in advance."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def header(self) -> bytes: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def tensors(self) -> Sequence[T_co]: ...
+T = TypeVar("T", GgufTensor, Fp8Tensor)
 
 
 class TensorWriter(Generic[T]):
@@ -55,13 +32,14 @@ class TensorWriter(Generic[T]):
 
     Args:
         file: what is written.
+        tensors: those in it, each of which is made of some of the result's.
         outlet: where its bytes go.
         jobs: the result's tensors, in the order in which they come.
     """
 
-    def __init__(self, file: File[T], outlet: Outlet, jobs: Sequence[Job]) -> None:
+    def __init__(self, file: GgufFile | Fp8File, tensors: Sequence[T], outlet: Outlet, jobs: Sequence[Job]) -> None:
         self._writer = ShardWriter(file.name, outlet, file.header, file.size)
-        self._tensors = {source: tensor for tensor in file.tensors for source in tensor.sources}
+        self._tensors: dict[str, T] = {source: tensor for tensor in tensors for source in tensor.sources}
         self._jobs = deque(job for job in jobs if job.nbytes)
         self._rest = np.empty(0, np.uint8)
         self._done = 0
@@ -115,7 +93,7 @@ class GgufWriter(TensorWriter[GgufTensor]):
     """Writes a GGUF file."""
 
     def __init__(self, file: GgufFile, outlet: Outlet, jobs: Sequence[Job]) -> None:
-        super().__init__(file, outlet, jobs)
+        super().__init__(file, file.tensors, outlet, jobs)
         self._more = [tensor for tensor in file.tensors if not tensor.sources]
 
     def _emit(self, tensor: GgufTensor, dtype: str, raw: Bytes) -> None:
@@ -150,7 +128,7 @@ class Fp8Writer(TensorWriter[Fp8Tensor]):
     """Writes a safetensors file in which each matrix is followed by its scales."""
 
     def __init__(self, file: Fp8File, outlet: Outlet, jobs: Sequence[Job]) -> None:
-        super().__init__(file, outlet, jobs)
+        super().__init__(file, file.tensors, outlet, jobs)
         self._scales: list[bytes] = []
 
     def _emit(self, tensor: Fp8Tensor, dtype: str, raw: Bytes) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merger.engine.runner import JobRunner, Work, blocks, total_of
-from merger.engine.tensors import Block, Bytes
-from merger.methods.registry import Method
+from merger.engine.tensors import Block, Bytes, RunSetup
 from merger.methods.steps.dtypes import Held
 from merger.methods.steps.step import tile
 from merger.planning.inputs.base import Job, JoinedJob, Stored
@@ -25,7 +24,7 @@ class _JoinedWork(Work):
             held = [self.tensors.bits(source, block.start, block.stop) for source in self.job.reads]
             for job, part in self.job.parts:
                 inputs = _Inputs({of: Held(all.bits[part], all.dtype) for of, all in zip(job.reads, held, strict=True)})
-                making = JobRunner(job, self.method, whole.seed, whole.device, inputs, job, memo=whole.memo)
+                making = JobRunner(job, whole.run, whole.seed, inputs, job)
                 making.measure()
                 for piece in blocks(job, self.method):
                     end += making.round(piece, out[end:]).nbytes
@@ -49,8 +48,8 @@ class _Inputs:
         return self
 
 
-def start_work(job: Job, table: Mapping[str, Method], *more: Any) -> Work:
-    """A job of the output under way; `more` is what `Work` takes besides."""
-    method = table[job.method]
+def start_work(job: Job, run: RunSetup, first: int) -> Work:
+    """A job of the output under way, as `Work` has it."""
+    method = run.table[job.method]
     apart = method.unit != "entries" or method.random or method.measure is not None
-    return (_JoinedWork if apart and isinstance(job, JoinedJob) else Work)(job, table, *more)
+    return (_JoinedWork if apart and isinstance(job, JoinedJob) else Work)(job, run, first)

@@ -82,7 +82,7 @@ def _through_layers(plan: Plan, tensors: ModelTensors, wanted: Sequence[Routed],
 def doubts(found: Mapping[Routed, Array]) -> tuple[str, ...]:
     """Whether some of the routers can hardly tell their experts apart, in a sentence."""
     several = {router: rows for router, rows in found.items() if len(rows) > 1}
-    odd = sorted(router.layer for router, rows in several.items() if _condition(rows) > _CONDITION)
+    odd = sorted(router.layer for router, rows in several.items() if np.linalg.cond(rows) > _CONDITION)
     if not odd:
         return ()
     which = ", ".join(map(str, odd[:8])) + (", ..." if len(odd) > 8 else "")
@@ -90,23 +90,13 @@ def doubts(found: Mapping[Routed, Array]) -> tuple[str, ...]:
     return (f"{what}: the experts' prompts may be too similar, and some experts will hardly be chosen",)
 
 
-def _condition(rows: Array) -> float:
-    values = np.linalg.svd(rows, compute_uv=False)
-    return float(values.max() / values.min())
-
-
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
 def _rows(router: Routed, states: States) -> Array:
     """A row for each expert: what its positive prompts have in common, less the same of the negative ones."""
-    rows = [
-        _unit(_side(positive, states, router.mode) - _side(negative, states, router.mode))
-        if negative
-        else _unit(_side(positive, states, router.mode))
-        for positive, negative in router.prompts
-    ]
-    return np.stack(rows)
+    sides = [[_side(side, states, router.mode) for side in pair if side] for pair in router.prompts]
+    return np.stack([_unit(np.subtract(*pair) if len(pair) > 1 else pair[0]) for pair in sides])
 
 
 def _side(texts: Sequence[str], states: States, mode: str) -> Array:

@@ -6,9 +6,8 @@ finished blocks (execute).
 
 from __future__ import annotations
 
-import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,11 +19,9 @@ from numpy.typing import NDArray
 
 from merger.engine.finite import NotFinite, is_finite, not_finite
 from merger.engine.geometry import BlockSample
-from merger.engine.inputs.decompose import RunPairs
 from merger.engine.inputs.readers import load_input
 from merger.engine.inputs.stored import read_whole
-from merger.engine.spool import Allowance
-from merger.engine.tensors import Block, Bytes, JobTensors, block_room
+from merger.engine.tensors import Block, Bytes, JobTensors, RunSetup, block_room
 from merger.methods.registry import Method, declared
 from merger.methods.steps.dtypes import HELD, Held, Tile, load, store_sum
 from merger.methods.steps.random import Rng
@@ -32,14 +29,11 @@ from merger.methods.steps.step import TILE, Array, room, tile
 from merger.models.architecture import matrix_shape
 from merger.planning.geometry import NOTHING, Geometry, total_geometry
 from merger.planning.inputs.base import Input, Job, JoinedJob, StageTensor, Stored
-from merger.planning.inputs.derived import Routed
 from merger.planning.jobs.blocks import COPY_BYTES, block_entries, needs
 from merger.planning.jobs.common import arguments
 from merger.planning.plan import identify
-from merger.stores.ports import Reader
 
 T = TypeVar("T")
-_REMEMBERED = 1 << 15
 
 
 def blocks(job: Job, method: Method) -> list[Block]:
@@ -48,55 +42,31 @@ def blocks(job: Job, method: Method) -> list[Block]:
     return [Block(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-class Memo:
-    """What methods measured of whole tensors, by all that it depends on: for who makes the same merge again and again.
-
-    What was used last stays, of as many as `_REMEMBERED`.
-    """
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, measure: Callable[[], T]) -> T:
-        """What `measure` returned under this key, or returns now; two threads may both ask it."""
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                known: T = self._known[key]
-                return known
-        found = measure()
-        with self._lock:
-            self._known[key] = found
-            while len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
-        return found
-
-
 @dataclass(eq=False)
 class JobRunner:
     """The arithmetic of one job, whether its result is the output's or only a stage's.
 
     Args:
         job: what is made.
-        method: by which method.
+        run: what it has in common with others.
         seed: for a method that draws random numbers.
-        device: where the arithmetic is done, ``cpu`` or ``cuda``.
         origin: where the inputs' entries come from.
         whole: the output's tensor that it is made for.
         measured: what the method measured of the whole tensor, once it is known.
-        memo: what was measured before; with one nothing is noted of how inputs and result lie to each other.
     """
 
     job: Job
-    method: Method
+    run: RunSetup
     seed: int
-    device: str
     origin: Any
     whole: Job
     measured: Any = None
-    memo: Memo | None = None
     seen: dict[int, Geometry] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def method(self) -> Method:
+        """By which it is made."""
+        return self.run.table[self.job.method]
 
     @cached_property
     def _arguments(self) -> dict[str, Any]:
@@ -108,23 +78,16 @@ class JobRunner:
             return
         own, drawn = declared(measure, self._arguments), declared(measure, {"rng": Rng(self.seed, self.job.name)})
         measured = partial(measure, _Blocks(self), **own, **drawn)
-        with self._explain():
-            self.measured = measured() if self.memo is None else self.memo.get((self._subject, repr(own)), measured)
+        with _explained(self):
+            self.measured = self.once(repr(own), measured)
 
-    @property
-    def _subject(self) -> Hashable:
-        """What is measured: by which method, the tensors that go in, and where that is computed."""
+    def once(self, what: str, measure: Callable[[], T]) -> T:
+        """What `measure` finds: made anew, unless the same was measured before of these tensors, by this method."""
+        if self.run.memo is None:
+            return measure()
         bare = tuple(replace(operand, settings={}) for operand in self.job.inputs)
-        return self.method.name, identify(replace(self.job, inputs=bare, settings={})), self.seed, self.device
-
-    @contextmanager
-    def _explain(self) -> Iterator[None]:
-        """NaN breaks what sorts or decomposes: whether that is why, is found out where the whole is seen."""
-        try:
-            with np.errstate(all="ignore"):
-                yield
-        except (ArithmeticError, ValueError, RuntimeError) as error:
-            raise NotFinite(self.whole, f"{self.job.name} cannot be made by {self.method.name} ({error})") from error
+        tensors = identify(replace(self.job, inputs=bare, settings={}))
+        return self.run.memo.get((self.method.name, tensors, self.seed, self.run.device, what), measure)
 
     def round(self, block: Block, out: Bytes) -> Bytes:
         """Make one block in the front of `out`, in the job's dtype.
@@ -134,10 +97,11 @@ class JobRunner:
         """
         held = np.dtype(HELD[self.job.dtype])
         made = out[: (block.stop - block.start) * held.itemsize].view(held)
-        unseen = self.memo is None and block.start not in self.seen
+        unseen = self.run.memo is None and block.start not in self.seen
         sample = BlockSample(block.start, block.stop, self.job.entries) if unseen else None
-        with self._explain(), tile():
-            loaded, known = self.load(block), self._load_statistics(block)
+        with _explained(self), tile():
+            loaded, alike = self.load(block), self.job.shape  # of what has another shape, where it is
+            known = [self._load(of, block, self.origin) if of.shape == alike else of for of in self.job.statistics]
             for start, stop in self.tiles(block):
                 with tile():
                     self._round(block, loaded, known, start, made[start:stop], sample)
@@ -177,7 +141,7 @@ class JobRunner:
             given["measured"] = self.measured
         if self.method.statistics is not None:
             given["statistics"] = statistics
-        made = self.method.function(self.method.place(inputs, self.device), **given)
+        made = self.method.function(self.method.place(inputs, self.run.device), **given)
         found: Array = np.ascontiguousarray(made if isinstance(made, np.ndarray) else made.cpu().numpy(), np.float32)
         return found.reshape(-1)
 
@@ -187,7 +151,7 @@ class JobRunner:
         step, row = TILE, max(1, self.job.shape[-1] if self.job.shape else 1)
         if self.method.unit == "rows":
             step = max(1, TILE // row) * row if len(self.job.shape) > 1 else size
-        if self.method.unit == "matrix" or self.device != "cpu":
+        if self.method.unit == "matrix" or self.run.device != "cpu":
             step = size
         return ((start, min(start + step, size)) for start in range(0, size, max(1, step)))
 
@@ -201,16 +165,9 @@ class JobRunner:
         tensors = self.origin.with_read(alike, block.start, block.stop) if alike else self.origin
         return [self._load(source, block, tensors) for source in self.job.sources]
 
-    def _load_statistics(self, block: Block) -> list[Held | Stored]:
-        """What was measured of each input: of what has the tensor's shape the block's entries, else where it is."""
-        return [
-            self._load(stored, block, self.origin) if stored.shape == self.job.shape else stored
-            for stored in self.job.statistics
-        ]
-
     def place(self, entries: Array) -> Any:
         """Where and as the method computes."""
-        return self.method.place([entries], self.device)[0]
+        return self.method.place([entries], self.run.device)[0]
 
     def read_whole(self, stored: Stored) -> Array:
         """All of what was measured, in its own shape."""
@@ -230,6 +187,16 @@ class JobRunner:
         if self.method.unit == "entries":
             return entries
         return entries.reshape(-1, self.job.shape[-1] if self.job.shape else 1)
+
+
+@contextmanager
+def _explained(making: JobRunner) -> Iterator[None]:
+    """NaN breaks what sorts or decomposes: whether that is why, is found out where the whole is seen."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except (ArithmeticError, ValueError, RuntimeError) as error:
+        raise NotFinite(making.whole, f"{making.job.name} cannot be made by {making.method.name} ({error})") from error
 
 
 class _Statistics(Sequence[Array]):
@@ -258,40 +225,18 @@ class Work:
 
     Args:
         job: what is made.
-        table: the merge methods by name.
+        run: what it has in common with others.
         first: the number of the reader's ticket for the first stored tensor of the job; the others follow.
-        reader: where bytes come from.
-        seed: for a method that draws random numbers.
-        device: where the arithmetic is done.
-        routers: those that were computed beforehand.
-        pairs: what two jobs of the run make together; None: this one is alone.
-        allow: whether a parent's entries may be NaN or infinite.
-        memory: what may be taken for tensors that are read more than once; None: they are kept on disk.
-        memo: of `JobRunner`.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        table: Mapping[str, Method],
-        first: int,
-        reader: Reader,
-        seed: int,
-        device: str,
-        routers: Mapping[Routed, Array],
-        pairs: RunPairs | None = None,
-        allow: bool = False,
-        memory: Allowance | None = None,
-        memo: Memo | None = None,
-    ) -> None:
-        self.job, self.method, self._needs = job, table[job.method], needs(job, table)
+    def __init__(self, job: Job, run: RunSetup, first: int = 0) -> None:
+        self.job, self.method, self._needs = job, run.table[job.method], needs(job, run.table)
         self.prepared: Future[None] | None = None
         tickets = {stored: first + place for place, stored in enumerate(job.reads)}
-        self.tensors = tensors = JobTensors(reader, tickets, self._needs, routers, pairs, allow, memory)
-        self._making = JobRunner(job, self.method, seed, device, tensors, job, memo=memo, seen=tensors.seen)
+        self.tensors = tensors = JobTensors(run, tickets, self._needs)
+        self._making = JobRunner(job, run, run.seed, tensors, job, seen=tensors.seen)
         for made in self._needs.stages:
-            method = table[made.job.method]
-            tensors.stages[made] = JobRunner(made.job, method, made.seed, device, tensors, job, memo=memo)
+            tensors.stages[made] = JobRunner(made.job, run, made.seed, tensors, job)
 
     @property
     def wants_preparing(self) -> bool:
@@ -368,7 +313,7 @@ class _Blocks:
                 loaded = making.load(block)
                 for start, stop in making.tiles(block):
                     with tile():
-                        yield making.method.place(making.hand_over(loaded, start, stop)[:], making.device)
+                        yield making.method.place(making.hand_over(loaded, start, stop)[:], making.run.device)
 
     @property
     def entries(self) -> int:
@@ -376,8 +321,7 @@ class _Blocks:
 
     def once(self, what: str, measure: Callable[[], T]) -> T:
         """What `measure` finds in these tensors, whatever a method is set to."""
-        making = self._making
-        return measure() if making.memo is None else making.memo.get((making._subject, what), measure)
+        return self._making.once(what, measure)
 
     def spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[list[Any]]:
         """Each span of entries, each input's in one row: only these are read."""

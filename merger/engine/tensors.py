@@ -6,10 +6,12 @@ Not here: what is made of them (runner), and reading inputs of other kinds (inpu
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +21,7 @@ from merger.engine.finite import not_finite
 from merger.engine.inputs.decompose import RunPairs
 from merger.engine.inputs.stored import Load
 from merger.engine.spool import Allowance, Spool
+from merger.methods.registry import Method
 from merger.methods.steps.dtypes import HELD, Held
 from merger.methods.steps.step import Array, room
 from merger.planning.geometry import Geometry
@@ -31,6 +34,59 @@ from merger.stores.ports import Reader
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]
 _SPOOL_BYTES = 8 << 20
+_REMEMBERED = 1 << 15
+
+
+class Memo:
+    """What methods measured of whole tensors, by all that it depends on: for who makes the same merge again and again.
+
+    What was used last stays, of as many as `_REMEMBERED`.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, measure: Callable[[], T]) -> T:
+        """What `measure` returned under this key, or returns now; two threads may both ask it."""
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                known: T = self._known[key]
+                return known
+        found = measure()
+        with self._lock:
+            self._known[key] = found
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        return found
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """What all jobs of a run have in common.
+
+    Args:
+        table: the merge methods by name.
+        reader: where bytes come from.
+        seed: for methods that draw random numbers.
+        device: where the arithmetic is done, ``cpu`` or ``cuda``.
+        routers: those that were computed beforehand.
+        allow: whether a parent's entries may be NaN or infinite.
+        memory: what may be taken for tensors that are read more than once; the others are kept on disk.
+        memo: what was measured before; with one nothing is noted of how inputs and result lie to each other.
+        pairs: what two jobs make together.
+    """
+
+    table: Mapping[str, Method]
+    reader: Reader
+    seed: int
+    device: str = "cpu"
+    routers: Mapping[Routed, Array] = field(default_factory=dict)
+    allow: bool = False
+    memory: Allowance = field(default_factory=partial(Allowance, 0))
+    memo: Memo | None = None
+    pairs: RunPairs = field(default_factory=RunPairs)
 
 
 @dataclass(frozen=True)
@@ -50,28 +106,17 @@ class JobTensors:
     """What a job and its stages read, as `inputs.stored.StoredTensors` says.
 
     Args:
-        reader: where bytes come from.
+        run: what the job has in common with others.
         tickets: the numbers of the reader's tickets.
         needs: what is kept, and which stages are made before.
-        routers, pairs, allow, memory: as `runner.Work` takes them.
     """
 
-    def __init__(
-        self,
-        reader: Reader,
-        tickets: Mapping[Stored, int],
-        needs: Needs,
-        routers: Mapping[Routed, Array],
-        pairs: RunPairs | None,
-        allow: bool,
-        memory: Allowance | None,
-    ) -> None:
-        self._reader, self._tickets, self._needs = reader, tickets, needs
-        self._routers, self._pairs, self._allow = routers, pairs or RunPairs(), allow
+    def __init__(self, run: RunSetup, tickets: Mapping[Stored, int], needs: Needs) -> None:
+        self._run, self._tickets, self._needs = run, tickets, needs
         self.odd: dict[tuple[Stored | StageTensor, int], int] = {}
         self.seen: dict[int, Geometry] = {}
         self.stages: dict[StageTensor, Any] = {}
-        self.spool = Spool(memory or Allowance(0))
+        self.spool = Spool(run.memory)
         self._read_already: Mapping[tuple[Stored | StageTensor, int, int], Held] = {}
         self._done: dict[Hashable, Future[Any]] = {}
         self._lock = threading.Lock()
@@ -79,24 +124,24 @@ class JobTensors:
     def keep(self) -> None:
         """Keep the stored tensors that are read more than once, where reading again would cost a transfer."""
         for stored in self._needs.kept:
-            if self._reader.repeatable(self._tickets[stored]):
+            if self._run.reader.repeatable(self._tickets[stored]):
                 continue
             if (held := self.spool.room(stored, stored.tensor.nbytes)) is not None:
-                self._reader.read(self._tickets[stored], 0, held)
+                self._run.reader.read(self._tickets[stored], 0, held)
             else:
                 self.spool.keep(stored, self._read(stored))
 
     def read_copy(self, stored: Stored, offset: int, out: memoryview) -> bool:
         """Fill `out` with a tensor's bytes from `offset` on; whether entries are as they may be."""
-        self._reader.read(self._tickets[stored], offset, out)
+        self._run.reader.read(self._tickets[stored], offset, out)
         self._look(stored, offset, out)
-        return self._allow or not self.odd
+        return self._run.allow or not self.odd
 
     def _read(self, stored: Stored) -> Iterator[memoryview]:
         room = memoryview(bytearray(min(_SPOOL_BYTES, stored.tensor.nbytes)))
         for offset in range(0, stored.tensor.nbytes, _SPOOL_BYTES):
             part = room[: min(_SPOOL_BYTES, stored.tensor.nbytes - offset)]
-            self._reader.read(self._tickets[stored], offset, part)
+            self._run.reader.read(self._tickets[stored], offset, part)
             yield part
 
     def _look(self, stored: Stored | StageTensor, place: int, raw: Any) -> None:
@@ -105,12 +150,7 @@ class JobTensors:
             self.odd[stored, place] = count
 
     def bits(self, stored: Stored | StageTensor, start: int, stop: int) -> Held:
-        """The entries of a stored tensor, or of what a stage makes, as they are stored; good within a tile.
-
-        Raises:
-            ModelError: the bytes cannot be had.
-            MismatchError: an entry that a stage makes is not finite.
-        """
+        """The entries of a stored tensor, or of what a stage makes, as they are stored."""
         if (known := self._read_already.get((stored, start, stop))) is not None:
             return known
         block = Block(start, stop)
@@ -119,7 +159,7 @@ class JobTensors:
             self.stages[stored].round(block, raw)
         else:
             self._fill(stored, start * (len(raw) // max(1, stop - start)), raw.data)
-            if self._allow:
+            if self._run.allow:
                 self._look(stored, start, raw)
         return Held(raw.view(HELD[stored.dtype]), stored.dtype)
 
@@ -140,35 +180,29 @@ class JobTensors:
             self.spool.read(what, offset, out)
         else:
             assert isinstance(what, Stored)  # what a stage makes is kept, but where it is read in its own blocks
-            self._reader.read(self._tickets[what], offset, out)
+            self._run.reader.read(self._tickets[what], offset, out)
 
     def rows(self, stored: Stored | StageTensor, numbers: NDArray[np.intp], width: int) -> Held:
-        """The rows of a tensor of these numbers, by one read for each run of consecutive ones.
-
-        Raises:
-            ModelError: the bytes cannot be had.
-        """
+        """The rows of a tensor, by one read for each run of consecutive ones."""
         held = np.dtype(HELD[stored.dtype])
         nbytes = width * held.itemsize
         raw = np.empty(len(numbers) * nbytes, np.uint8)
         view, starts = raw.data, np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(numbers)], strict=False):
             self._fill(stored, int(numbers[start]) * nbytes, view[start * nbytes : stop * nbytes])
-        for place, number in enumerate(numbers.tolist() if self._allow else ()):
+        for place, number in enumerate(numbers.tolist() if self._run.allow else ()):
             self._look(stored, number, view[place * nbytes : (place + 1) * nbytes])
         return Held(raw.view(held), stored.dtype)
 
     def raw(self, stored: Stored, start: int, stop: int) -> Bytes:
-        """The bytes of a stored tensor."""
         found = np.empty(stop - start, np.uint8)
         self._fill(stored, start, found.data)
-        if self._allow:
+        if self._run.allow:
             self._look(stored, start, found)
         return found
 
     def router(self, source: Routed) -> Array:
-        """The rows of a router that was computed beforehand."""
-        return self._routers[source]
+        return self._run.routers[source]
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once for all blocks."""
@@ -184,9 +218,7 @@ class JobTensors:
         return made
 
     def factor(self, source: Factor, start: int, stop: int, load: Load) -> tuple[Array, Geometry]:
-        """The entries of A or B, which two jobs make together; and how the matrix and ``scale * B @ A`` lie."""
-        return self._pairs.entries(source, start, stop, load)
+        return self._run.pairs.entries(source, start, stop, load)
 
     def tell(self, start: int, seen: Geometry) -> None:
-        """What was seen of the block that starts there while its source was read."""
         self.seen[start] = seen

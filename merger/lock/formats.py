@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from merger.models.architecture import is_stack_of_matrices
 
 
-def _any(_name: str, _shape: tuple[int, ...]) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class FormatChange:
     """What a recipe means otherwise, or what comes out otherwise, from a format on.
@@ -30,7 +26,7 @@ class FormatChange:
     format: int
     what: str
     methods: frozenset[str] = frozenset()
-    tensors: Callable[[str, tuple[int, ...]], bool] = _any
+    tensors: Callable[[str, tuple[int, ...]], bool] = lambda name, shape: True
 
     def touches(self, method: str, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a method makes other bits of a tensor than it did."""

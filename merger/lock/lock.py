@@ -10,39 +10,19 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any, TypeVar
 
 import yaml
 
 from merger.errors import MissingError, ModelError, Problem, RecipeError
+from merger.lock import read
 from merger.lock.adapted import with_adapter
 from merger.lock.checkpoints import with_means
 from merger.lock.locked import LockedModel, LockedRecipe
 from merger.lock.matched import with_names_of
-from merger.lock.read import (
-    OF_PEFT,
-    REQUESTS_AT_ONCE,
-    adapter_file,
-    content_names,
-    embedder_class,
-    header_in,
-    read_config,
-    read_json,
-    read_licence,
-    refuse_barred,
-    tensor_stem,
-    tensors_of,
-    without_config,
-)
 from merger.lock.statistics import read_statistics
 from merger.models import chat, vocabulary
-from merger.models.checkpoint import (
-    STEM,
-    Checkpoint,
-    TensorInfo,
-    is_single,
-    read_header,
-    read_metadata,
-)
+from merger.models.checkpoint import STEM, Checkpoint, TensorInfo, is_single, read_header, read_metadata
 from merger.models.formats.pickled import is_pickled
 from merger.models.formats.quantised import unpack_checkpoint
 from merger.models.gguf import tokens as gguf
@@ -50,11 +30,7 @@ from merger.models.lora import adapter as adapters
 from merger.models.lora import pipeline as pipelines
 from merger.models.mixtures import are_fused, split, split_as_published
 from merger.models.plain_yaml import load_yaml
-from merger.models.side_files import (
-    LOCK_NAME,
-    module_of,
-    pipeline,
-)
+from merger.models.side_files import LOCK_NAME, module_of, pipeline
 from merger.recipe.blocks.tokenizer import AUTO
 from merger.recipe.model import Measure, ModelRef, Recipe
 from merger.safety import limits
@@ -110,27 +86,43 @@ def lock(
     """
     recipe = with_means(recipe, store, named or pinned or ())
     # Two pools: a model waits for its headers, which wait for nobody.
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(REQUESTS_AT_ONCE) as headers:
+    with ThreadPoolExecutor(read.REQUESTS_AT_ONCE) as models, ThreadPoolExecutor(read.REQUESTS_AT_ONCE) as headers:
         alone = recipe.lora is not None
         fetching = _Fetching(store, headers, pinned or {}, pickles, limits.Tally(tensors), alone, measured or {})
         fetch = fetching.adapter if recipe.merges_adapters else fetching.model
-        merged = list(models.map(lambda ref: _attempt(ref, fetch), recipe.models))
-        known = list(models.map(lambda ref: _attempt(ref, fetching.statistics), recipe.statistics))
-        loras = _collect(models.map(lambda ref: _attempt(ref, fetching.adapter), recipe.adapters), [*merged, *known])
+        merged = list(models.map(partial(_attempt, fetch), recipe.models))
+        known = list(models.map(partial(_attempt, fetching.statistics), recipe.statistics))
+        loras = _collect(models.map(partial(_attempt, fetching.adapter), recipe.adapters), [*merged, *known])
     found = _in_one_layout(_collect(merged), bool(recipe.publish.gguf))
     by_ref = {lora.ref: lora for lora in loras}
-    changed = _collect(_attempt_with(model, by_ref) for model in found)
-    like = next(model for model in changed if model.ref == recipe.names_model)
-    alike = [with_names_of(like, model) for model in changed]
+
+    def changed(model: LockedModel) -> LockedModel:
+        lora = None if model.ref.adapter is None else by_ref.get(model.ref.adapter)
+        return model if lora is None else with_adapter(model, lora)
+
+    grown = _collect([_attempt(changed, model) for model in found])
+    like = next(model for model in grown if model.ref == recipe.names_model)
+    alike = [with_names_of(like, model) for model in grown]
     return LockedRecipe(recipe, (*_with_texts(recipe, alike, loras, store), *_collect(known)))
 
 
 _Content = Callable[[Located, str], object]
-_Attempt = tuple[LockedModel | None, tuple[Problem, ...]]
+_Found = TypeVar("_Found")
+_Attempt = tuple[_Found | None, tuple[Problem, ...]]
 
 
-def _collect(attempts: Iterable[_Attempt], others: Iterable[_Attempt] = ()) -> tuple[LockedModel, ...]:
-    """The models that were found.
+def _attempt(make: Callable[[Any], _Found], of: Any) -> _Attempt[_Found]:
+    """What is made of a model, or of what names it; or the problems, at the place where the recipe names it."""
+    try:
+        return make(of), ()
+    except ModelError as error:
+        ref = getattr(of, "ref", of)
+        named = ((problem, problem.at or ref.at, problem.where or f"models[{ref}]") for problem in error.problems)
+        return None, tuple(replace(problem, at=at, where=where) for problem, at, where in named)
+
+
+def _collect(attempts: Iterable[_Attempt[_Found]], others: Iterable[_Attempt[Any]] = ()) -> tuple[_Found, ...]:
+    """What was found.
 
     Raises:
         ModelError: with every problem of these attempts and of the others.
@@ -138,7 +130,7 @@ def _collect(attempts: Iterable[_Attempt], others: Iterable[_Attempt] = ()) -> t
     tried = list(attempts)
     if problems := [problem for _, told in (*others, *tried) for problem in told]:
         raise ModelError(problems)
-    return tuple(model for model, _ in tried if model is not None)
+    return tuple(found for found, _ in tried if found is not None)
 
 
 def _in_one_layout(models: Sequence[LockedModel], each: bool) -> tuple[LockedModel, ...]:
@@ -179,20 +171,18 @@ def _with_texts(
     size = sum(model.located.files[name].size for model, name in places.values())
     if problem := limits.excess(limits.TOKENIZERS.what, size, limits.TOKENIZERS):
         raise ModelError(problem)
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        fetched = dict(
-            zip(places, pool.map(lambda place: _text(place[0], place[1], store), places.values()), strict=True)
-        )
-    problems = [text for text in fetched.values() if isinstance(text, Problem)]
-    if problems:
-        raise ModelError(problems)
-    texts = {key: text for key, text in fetched.items() if not isinstance(text, Problem)}
+
+    def fetch(place: tuple[LockedModel, str]) -> _Attempt[bytes]:
+        return _attempt(lambda model: store.fetch(model.located, place[1]), place[0])
+
+    with ThreadPoolExecutor(read.REQUESTS_AT_ONCE) as pool:
+        texts = dict(zip(places, _collect(pool.map(fetch, places.values())), strict=True))
     found = [
         replace(model, texts={name: texts[content(model.located, name)] for name in files})
         for model, files in zip(models, held, strict=True)
     ]
-    read = {lora.ref: lora for lora in found[len(merged) :]}
-    return tuple(replace(model, adapter=read[model.adapter.ref]) if model.adapter else model for model in found)
+    by_ref = {lora.ref: lora for lora in found[len(merged) :]}
+    return tuple(replace(model, adapter=by_ref[model.adapter.ref]) if model.adapter else model for model in found)
 
 
 def _texts_of(model: LockedModel, wanted: Container[str]) -> list[str]:
@@ -235,34 +225,6 @@ def _content(store: Store, located: Located, name: str) -> object:
         return located, name
 
 
-def _text(model: LockedModel, name: str, store: Store) -> bytes | Problem:
-    try:
-        return store.fetch(model.located, name)
-    except ModelError as error:
-        return _at(error.problems[0], model.ref)
-
-
-def _attempt(ref: ModelRef, fetch: Callable[[ModelRef], LockedModel]) -> _Attempt:
-    """The model, or its problems at the place where the recipe names it."""
-    try:
-        return fetch(ref), ()
-    except ModelError as error:
-        return None, tuple(_at(problem, ref) for problem in error.problems)
-
-
-def _attempt_with(model: LockedModel, loras: Mapping[ModelRef, LockedModel]) -> _Attempt:
-    """The model with what its adapter makes of it, if it has one that could be read."""
-    lora = loras.get(model.ref.adapter) if model.ref.adapter is not None else None
-    try:
-        return model if lora is None else with_adapter(model, lora), ()
-    except ModelError as error:
-        return None, tuple(_at(problem, model.ref) for problem in error.problems)
-
-
-def _at(problem: Problem, ref: ModelRef) -> Problem:
-    return replace(problem, at=problem.at or ref.at, where=problem.where or f"models[{ref}]")
-
-
 @dataclass(frozen=True)
 class _Fetching:
     """Reads what is needed of models and adapters; `pinned`: the commits to take; `pickles`: see `lock`.
@@ -295,18 +257,20 @@ class _Fetching:
     def model(self, ref: ModelRef) -> LockedModel:
         located, store = self._located(ref), self.store
         alone = is_single(located.name)
-        config = {} if alone else read_config(located, store, self.pickles)
-        refuse_barred(located, config)
-        stored = tensors_of(located, store, self.pool, self.pickles, self.tally)
+        config = {} if alone else read.read_config(located, store, self.pickles)
+        read.refuse_barred(located, config)
+        stored = read.tensors_of(located, store, self.pool, self.pickles, self.tally)
         if self.alone:
             stored = {name: tensor for name, tensor in stored.items() if not module_of(name)}
         found = unpack_checkpoint(
             stored, config, lambda small: self.pool.map(partial(_bytes_of, located, store), small)
         )
-        begins = STEM if alone or (self.pickles and is_pickled(located.files)) else tensor_stem(located, self.pickles)
+        begins = (
+            STEM if alone or (self.pickles and is_pickled(located.files)) else read.tensor_stem(located, self.pickles)
+        )
         checkpoint = Checkpoint(found.tensors, found.config, begins)
-        card, licence = read_licence(located, store)
-        steps = {name: content_names(located, name, store) for name in pipeline(located.files)}
+        card, licence = read.read_licence(located, store)
+        steps = {name: read.content_names(located, name, store) for name in pipeline(located.files)}
         return LockedModel(
             ref,
             located,
@@ -316,25 +280,25 @@ class _Fetching:
             aside=found.aside,
             licence_file=licence,
             pipeline=steps,
-            embeds=embedder_class(located, store),
+            embeds=read.embedder_class(located, store),
         )
 
     def adapter(self, ref: ModelRef) -> LockedModel:
         located = self._located(ref)
-        file = adapter_file(located)
-        refuse_barred(located, {})
-        config = read_json(located, adapters.CONFIG, self.store) if adapters.CONFIG in located.files else {}
-        header = header_in(located, self.store, file, self.tally)
+        file = read.adapter_file(located)
+        read.refuse_barred(located, {})
+        config = read.read_json(located, adapters.CONFIG, self.store) if adapters.CONFIG in located.files else {}
+        header = read.header_in(located, self.store, file, self.tally)
         tensors = {tensor.name: tensor for tensor in read_header(header, file, located.files[file].size)}
         if adapters.CONFIG in located.files:
             lora = (adapters.read_mlx if file == adapters.OF_MLX else adapters.read_adapter)(config, tensors)
         elif not pipelines.holds_lora(tensors):
-            raise without_config(OF_PEFT)
+            raise read.without_config(read.OF_PEFT)
         else:
             numbers = {name: tensor for name, tensor in tensors.items() if name.endswith(pipelines.ALPHA)}
             fetched = self.pool.map(partial(_bytes_of, located, self.store), numbers.values())
             lora = pipelines.read_pipeline(tensors, dict(zip(numbers, fetched, strict=True)), read_metadata(header))
-        card, licence = read_licence(located, self.store)
+        card, licence = read.read_licence(located, self.store)
         return LockedModel(ref, located, Checkpoint(tensors, config), card, lora=lora, licence_file=licence)
 
     def statistics(self, ref: ModelRef) -> LockedModel:
@@ -347,7 +311,7 @@ class _Fetching:
             hint = "make it with merger measure"
             raise ModelError(Problem(f"has no {LOCK_NAME} that says what was measured", hint=hint))
         said = read_statistics(self.store.fetch(located, LOCK_NAME).decode("utf-8", "replace"))
-        tensors = tensors_of(located, self.store, self.pool, False, self.tally)
+        tensors = read.tensors_of(located, self.store, self.pool, False, self.tally)
         return LockedModel(ref, located, Checkpoint(tensors, {}), statistics=said)
 
 

@@ -116,8 +116,7 @@ class LockedModel:
     @cached_property
     def token_rows(self) -> int | None:
         """How many rows its embeddings have, one a token; None where it has none, or of different numbers."""
-        loose = self.layer(None, None)
-        found = {tensor.shape[0] for tensor in loose if is_embedding(tensor.name) and len(tensor.shape) == 2}
+        found = {each.shape[0] for each in self.layer(None, None) if is_embedding(each.name) and len(each.shape) == 2}
         return found.pop() if len(found) == 1 else None
 
     def by_token(self, tensor: TensorInfo) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from merger.models.side_files import CARD_NAME
@@ -15,7 +16,7 @@ from merger.safety import numbers
 from merger.stores.ports import FileInfo, Located
 
 _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
-Checksum = Callable[[Located, str], str] | None
+Checksum = Callable[[Located, str], str | None] | None
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,14 @@ def _other(located: Located, name: str, info: FileInfo, checksum: Checksum) -> s
     found = located.files.get(name)
     if found is None:
         return "is not there"
-    if found.size != info.size:
-        return f"has {found.size:,} bytes, the lock says {info.size:,}"
     is_read = info.sha256 is not None and located.commit is None
-    sha256 = checksum(located, name) if checksum and is_read else found.sha256
-    same = None in (sha256, info.sha256) or sha256 == info.sha256
-    return None if same else f"is another file: its SHA-256 is {sha256}, the lock says {info.sha256}"
+    return other_content(info, found, partial(checksum, located, name) if checksum and is_read else None)
+
+
+def other_content(locked: FileInfo, found: FileInfo, checksum: Callable[[], str | None] | None) -> str | None:
+    """The same of one that is there; of one of the same size its SHA-256 is found out, if that can be."""
+    if found.size != locked.size:
+        return f"has {found.size:,} bytes, the lock says {locked.size:,}"
+    sha256 = checksum() if checksum else found.sha256
+    same = None in (sha256, locked.sha256) or sha256 == locked.sha256
+    return None if same else f"is another file: its SHA-256 is {sha256}, the lock says {locked.sha256}"

@@ -17,34 +17,13 @@ from typing import Any
 
 from merger.errors import ModelError, Problem
 from merger.lock.locked import stated_licence
-from merger.models.checkpoint import (
-    STEM,
-    SUFFIX,
-    TensorInfo,
-    gather,
-    header_length,
-    index_name,
-    is_single,
-    read_header,
-    stem,
-    weight_files,
-    weight_map,
-)
+from merger.models import checkpoint, side_files
 from merger.models.formats.pickled import SINGLE as PICKLED
 from merger.models.formats.pickled import is_pickled, pickled_tensors
 from merger.models.licence import TITLE_BYTES, licence_text, recognise_licence
 from merger.models.lora import adapter as adapters
 from merger.models.lora.pipeline import USUAL
 from merger.models.plain_yaml import load_yaml
-from merger.models.side_files import (
-    COLBERT,
-    EMBEDDERS,
-    MODULES,
-    PIPELINE_CONFIG,
-    is_modular,
-    module_weights,
-    read_beside,
-)
 from merger.safety import limits
 from merger.safety.paths import POINTER, remedy
 from merger.stores.ports import PIECE_BYTES, Located, Store
@@ -57,15 +36,15 @@ _ONE_FOLDER = Lock()
 
 def tensor_stem(located: Located, pickles: bool = False) -> str:
     """What the names of its safetensors begin with: of a single file the name itself."""
-    if is_modular(located.files, pickles):
-        return STEM
-    alone = is_single(located.name)
-    return located.name.rpartition("/")[2].removesuffix(SUFFIX) if alone else stem(located.files)
+    if side_files.is_modular(located.files, pickles):
+        return checkpoint.STEM
+    alone = checkpoint.is_single(located.name)
+    return located.name.rpartition("/")[2].removesuffix(checkpoint.SUFFIX) if alone else checkpoint.stem(located.files)
 
 
 def tensors_of(
     located: Located, store: Store, pool: ThreadPoolExecutor, pickles: bool = False, *tallies: limits.Tally
-) -> dict[str, TensorInfo]:
+) -> dict[str, checkpoint.TensorInfo]:
     """A model's tensors by name, by the headers of its files.
 
     Args:
@@ -77,27 +56,29 @@ def tensors_of(
         ModelError: it has no files that can be read.
     """
     pickled = pickles and is_pickled(located.files)
-    single = PICKLED if pickled else tensor_stem(located, pickles) + SUFFIX
-    name = index_name(single)
+    single = PICKLED if pickled else tensor_stem(located, pickles) + checkpoint.SUFFIX
+    name = checkpoint.index_name(single)
     text = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
-    index = None if text is None else weight_map(text, single)
-    files = () if is_modular(located.files, pickles) else weight_files(located.files, index, single)
+    index = None if text is None else checkpoint.weight_map(text, single)
+    files = (
+        () if side_files.is_modular(located.files, pickles) else checkpoint.weight_files(located.files, index, single)
+    )
     counted = limits.Tally(limits.MODEL_TENSORS), *tallies
     read = partial(_pickled_in if pickled else tensors_in, located, store)
     with nullcontext() if located.commit else _ONE_FOLDER:
         headers = (pool.map if located.commit else map)(lambda file: read(file, *counted), files)
         modules = [
-            (tensors_in if file.endswith(SUFFIX) else _pickled_in)(located, store, file, *counted)
-            for file in module_weights(located.files, pickles)
+            (tensors_in if file.endswith(checkpoint.SUFFIX) else _pickled_in)(located, store, file, *counted)
+            for file in side_files.module_weights(located.files, pickles)
             if not file.endswith(".json")
         ]
-        tensors = gather((*headers, *modules), index, single)
+        tensors = checkpoint.gather((*headers, *modules), index, single)
     if not tensors:
         raise ModelError(Problem("its files hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
 
 
-def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
+def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[checkpoint.TensorInfo, ...]:
     if located.files[file].barred == POINTER:
         raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
     size = located.files[file].size
@@ -108,7 +89,7 @@ def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tall
     return _in_folder(located, file, found)
 
 
-def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[TensorInfo, ...]:
+def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[checkpoint.TensorInfo, ...]:
     """The tensors of one safetensors file, by its header, in the order of their places.
 
     Those in a folder of a pipeline have its name before theirs.
@@ -116,12 +97,14 @@ def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally
     Raises:
         ModelError: as `header_in` says.
     """
-    found = read_header(header_in(located, store, file, *tallies), file, located.files[file].size)
+    found = checkpoint.read_header(header_in(located, store, file, *tallies), file, located.files[file].size)
     return _in_folder(located, file, found)
 
 
-def _in_folder(located: Located, file: str, found: Iterable[TensorInfo]) -> tuple[TensorInfo, ...]:
-    folder = file[: file.rfind("/") + 1] if file in module_weights(located.files, pickles=True) else ""
+def _in_folder(
+    located: Located, file: str, found: Iterable[checkpoint.TensorInfo]
+) -> tuple[checkpoint.TensorInfo, ...]:
+    folder = file[: file.rfind("/") + 1] if file in side_files.module_weights(located.files, pickles=True) else ""
     return tuple(replace(tensor, name=f"{folder}{tensor.name}") for tensor in found)
 
 
@@ -137,7 +120,7 @@ def header_in(located: Located, store: Store, file: str, *tallies: limits.Tally)
     if located.files[file].barred == POINTER:
         raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
     size = located.files[file].size
-    length = header_length(store.fetch(located, file, 0, min(8, size)), file, size)
+    length = checkpoint.header_length(store.fetch(located, file, 0, min(8, size)), file, size)
     tallies = tallies or (limits.Tally(limits.MODEL_TENSORS),)
     _count(tallies, file, by_length := limits.count_tensors(length))
     raw = store.fetch(located, file, 8, 8 + length)
@@ -159,13 +142,13 @@ def read_config(located: Located, store: Store, pickles: bool) -> Mapping[str, A
     """
     if "config.json" in located.files:
         return read_json(located, "config.json", store)
-    if MODULES in located.files:  # a pipeline of which no step is a model of transformers
+    if side_files.MODULES in located.files:  # a pipeline of which no step is a model of transformers
         return {}
     if adapters.CONFIG in located.files:
         hint = f"add it to its model: org/model+{located.name}; or list adapters under adapters: to merge them"
         raise ModelError(Problem("is a LoRA adapter, not a model", hint=hint))
     if not (pickles and is_pickled(located.files)):
-        stem(located.files)  # what else is missing is told first
+        checkpoint.stem(located.files)  # what else is missing is told first
     hint = "to merge tensors without a config, name their file: .../model.safetensors"
     raise ModelError(Problem("has no config.json", hint=hint))
 
@@ -220,12 +203,16 @@ def _licence_file(located: Located, store: Store) -> str | None:
 
 def embedder_class(located: Located, store: Store) -> str | None:
     """The class that loads it with its pipeline; None where it has none."""
-    if MODULES not in located.files:
+    if side_files.MODULES not in located.files:
         return None
-    if b'"pylate.' in store.fetch(located, MODULES):
-        return COLBERT
-    said = read_json(located, PIPELINE_CONFIG, store).get("model_type") if PIPELINE_CONFIG in located.files else None
-    return said if said in EMBEDDERS else EMBEDDERS[0]
+    if b'"pylate.' in store.fetch(located, side_files.MODULES):
+        return side_files.COLBERT
+    said = (
+        read_json(located, side_files.PIPELINE_CONFIG, store).get("model_type")
+        if side_files.PIPELINE_CONFIG in located.files
+        else None
+    )
+    return said if said in side_files.EMBEDDERS else side_files.EMBEDDERS[0]
 
 
 def content_names(located: Located, name: str, store: Store) -> frozenset[str]:
@@ -244,7 +231,7 @@ def content_names(located: Located, name: str, store: Store) -> frozenset[str]:
 
 def refuse_barred(located: Located, config: Mapping[str, Any]) -> None:
     """What a merge would publish of a model, or read for its card, must be the model's own."""
-    barred = {name: located.files[name].barred for name in read_beside(located.files, config)}
+    barred = {name: located.files[name].barred for name in side_files.read_beside(located.files, config)}
     if problems := [Problem(f"{name} {why}", hint=remedy(why)) for name, why in barred.items() if why]:
         raise ModelError(problems)
 
@@ -255,7 +242,7 @@ def adapter_file(located: Located) -> str:
     Raises:
         ModelError: it has none, or several.
     """
-    there = [name for name in located.files if name.endswith(SUFFIX) and "/" not in name]
+    there = [name for name in located.files if name.endswith(checkpoint.SUFFIX) and "/" not in name]
     if adapters.CONFIG not in located.files:
         if USUAL in there or len(there) == 1:
             return USUAL if USUAL in there else there[0]

@@ -137,7 +137,7 @@ def allot(work: Workload, budget: Budget) -> Takes:
     jobs_ahead = budget.threads * JOBS_AHEAD
     made, all_of_it = (_most_at_once(jobs, table, models, jobs_ahead) for models in (frozenset[int](), remote))
     read_bytes = sum(job_read_bytes(job) for job in jobs) + router_read_bytes(locked, jobs)
-    on_disk = router_spool(locked, jobs, table, remote)
+    on_disk = max((spool(job, table, remote) for job in _for_routers(locked, jobs)), default=0)
     kept = min(KEPT_BYTES, all_of_it) if all_of_it > made else 0
     buffers = (READ_AHEAD_BYTES, _LEAST_READ_AHEAD) if remote else (0,)
     for ahead, threads, held in product(buffers, range(budget.threads, 0, -1), (kept, 0)):
@@ -354,13 +354,10 @@ def router_read_bytes(locked: StagedRecipe, jobs: Sequence[Job]) -> int:
     return embedded + sum(job_read_bytes(job) for layer in layers(locked, routers) for job in layer)
 
 
-def router_spool(locked: StagedRecipe, jobs: Sequence[Job], table: Mapping[str, Method], remote: frozenset[int]) -> int:
-    """The most bytes of temporary disk that are held at once: one tensor's, as there is one at a time."""
+def _for_routers(locked: StagedRecipe, jobs: Sequence[Job]) -> list[Job]:
+    """What of the base model is made for the routers of these jobs, one tensor at a time."""
     routers = routers_of(jobs)
-    if not routers:
-        return 0
-    made = [embedding(locked), *(job for of in layers(locked, routers) for job in of)]
-    return max(spool(job, table, remote) for job in made)
+    return [embedding(locked), *(job for of in layers(locked, routers) for job in of)] if routers else []
 
 
 def router_memory(
@@ -374,7 +371,7 @@ def router_memory(
     width, texts = first.shape[1], [_tokens(text) for text in prompts(routers)]
     states = 2 * sum(texts) * width
     held = 4 * sum(len(router.prompts) * router.width for router in routers) + _TOKENIZER_BYTES
-    making = max(thread_memory(job, table) for job in (first, *(job for of in run for job in of)))
+    making = max(thread_memory(job, table) for job in _for_routers(locked, jobs))
     if not run:
         return making + 4 * states, held
     layer = max(sum(job.nbytes for job in of) for of in run)

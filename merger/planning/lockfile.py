@@ -122,7 +122,18 @@ def read_lock(text: str, path: str) -> Lock:
             hint = "run the recipe itself, with this file beside it: mine.lock.yaml beside mine.yaml"
             raise RecipeError(Problem(f"{path} holds no recipe: an earlier version of merger wrote it", hint=hint))
         _refuse_later(need_kind(int, content["format"]), content, path)
-        return _lock(content)
+        return Lock(
+            plan=need_kind(str, content["plan"]),
+            identity=need_kind(str, content["identity"]),
+            seed=need_within(numbers.GIVEN_SEED, content["seed"]),
+            shard_bytes=need_within(numbers.BYTES, content["shard_size"]),
+            made_with={need_kind(str, name): need_kind(str, number) for name, number in content["made_with"].items()},
+            recipe=need_kind(str, content["recipe"]),
+            models=tuple(read_parent(item) for item in need_kind(list, content["models"])),
+            output=read_files(content["output"]),
+            format=need_kind(int, content["format"]),
+            gguf=tuple(need_kind(str, kind) for kind in need_kind(list, content.get("gguf", []))),
+        )
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         hint = "take the merger.lock.yaml of a result"
         raise RecipeError(Problem(f"{path} is no lock file", hint=hint)) from None
@@ -136,21 +147,6 @@ def _refuse_later(format: int, content: Any, path: str) -> None:
 
 def _install(number: str) -> str:
     return f"use the version that made it: {install_command(version=number)}"
-
-
-def _lock(content: Any) -> Lock:
-    return Lock(
-        plan=need_kind(str, content["plan"]),
-        identity=need_kind(str, content["identity"]),
-        seed=need_within(numbers.GIVEN_SEED, content["seed"]),
-        shard_bytes=need_within(numbers.BYTES, content["shard_size"]),
-        made_with={need_kind(str, name): need_kind(str, number) for name, number in content["made_with"].items()},
-        recipe=need_kind(str, content["recipe"]),
-        models=tuple(read_parent(item) for item in need_kind(list, content["models"])),
-        output=read_files(content["output"]),
-        format=need_kind(int, content["format"]),
-        gguf=tuple(need_kind(str, kind) for kind in need_kind(list, content.get("gguf", []))),
-    )
 
 
 # ---- is it still the same? ------------------------------------------------------------------------------------------

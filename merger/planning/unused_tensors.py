@@ -12,19 +12,8 @@ from typing import Any
 
 from merger.errors import Problem, RecipeError, Span
 from merger.lock.locked import LockedModel
+from merger.models import config as configs
 from merger.models.architecture import Place, is_buffer, is_head, parse_place
-from merger.models.config import (
-    Kind,
-    Layer,
-    predicted_layers,
-    renumber_tokens,
-    section,
-    with_dtype,
-    with_layers,
-    with_prediction,
-    with_vocabulary,
-    without_tie,
-)
 from merger.models.tokenizer_files import rows_of
 from merger.planning.inputs.base import Job
 from merger.planning.jobs.common import NOT_ALL_PREDICT, PREDICTION, JobSet
@@ -190,7 +179,7 @@ def _of_quantised(locked: StagedRecipe) -> Iterator[str]:
 
 def _of_prediction(locked: StagedRecipe, making: JobSet, models: Sequence[LockedModel]) -> tuple[str, ...]:
     giver = making.prediction
-    promised = predicted_layers(locked.config_model.checkpoint.config)
+    promised = configs.predicted_layers(locked.config_model.checkpoint.config)
     if making.config is not None or not (promised or any(model.prediction for model in models)):
         return ()
     if giver is None:
@@ -220,22 +209,22 @@ def config(locked: StagedRecipe, making: JobSet) -> Mapping[str, Any]:
         if list(taken) != [(config_model, layer) for layer in range(config_model.architecture.stacks[stack])]:
             edited = _with_layers(locked, edited, stack, taken)
     giver = making.prediction or config_model
-    edited = with_prediction(edited, giver.predicted_layers, giver.checkpoint.config)
+    edited = configs.with_prediction(edited, giver.predicted_layers, giver.checkpoint.config)
     if making.has_head and (config_model.is_tied or config_model.head is None):
-        edited = without_tie(edited)
+        edited = configs.without_tie(edited)
     if making.tokens is not None:
         edited = _with_tokens(locked, making.tokens, edited)
     dtype = locked.recipe.dtype
-    return with_dtype(edited, dtype) if dtype else edited
+    return configs.with_dtype(edited, dtype) if dtype else edited
 
 
 def _with_tokens(locked: StagedRecipe, tokens: Tokens, edited: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config with the result's number of rows, and its own ids for the tokens that it names."""
-    sized = with_vocabulary(edited, locked.config_model.token_rows or 0, tokens.rows)
+    sized = configs.with_vocabulary(edited, locked.config_model.token_rows or 0, tokens.rows)
     if tokens.follow is None:
         return sized
     source = locked.numbered(tokens.source)
-    found, lost = renumber_tokens(sized, tokens.follow, source.checkpoint.config)
+    found, lost = configs.renumber_tokens(sized, tokens.follow, source.checkpoint.config)
     if lost:
         told = ", ".join(f"{key}: {number}" for key, number in lost)
         what = (
@@ -253,9 +242,9 @@ def _with_layers(
     """The config with the output's layers of a stack."""
     config_model, stacks = locked.config_model, locked.config_model.architecture.stacks
     kinds = [_kind(config_model, stack, layer) for layer in range(stacks[stack])]
-    layers = [Layer(model.checkpoint.config, layer, _kind(model, stack, layer)) for model, layer in taken]
+    layers = [configs.Layer(model.checkpoint.config, layer, _kind(model, stack, layer)) for model, layer in taken]
     try:
-        return with_layers(edited, kinds, layers, section(edited, stack, stacks))
+        return configs.with_layers(edited, kinds, layers, configs.section(edited, stack, stacks))
     except ValueError as error:
         hint = (
             f"{config_model.name} would load with other layers than these: take them in the order in which it has them"
@@ -269,7 +258,7 @@ def _place(locked: StagedRecipe, stack: str) -> tuple[Span | None, str]:
     return (locked.recipe.slices[0].at, "slices") if named is None else (named.at, f"modules.{stack}")
 
 
-def _kind(model: LockedModel, stack: str, layer: int) -> Kind:
+def _kind(model: LockedModel, stack: str, layer: int) -> configs.Kind:
     return frozenset(
         f"{model.architecture.place(tensor.name).role} {tensor.shape}" for tensor in model.layer(stack, layer)
     )

@@ -26,16 +26,7 @@ from merger.recipe.model import ModelRef, Module, Parameters, Recipe, Rule, Sett
 from merger.recipe.references import MEAN, UNREADABLE, identity, read_model, reference, refuse_mean
 from merger.recipe.searched import Searched, Values, fill_holes
 from merger.recipe.spans import Documents, Node, number
-from merger.recipe.values import (
-    Fields,
-    Hints,
-    Notes,
-    SettingsBlock,
-    Value,
-    filter_of,
-    nearest,
-    read_parameters,
-)
+from merger.recipe.values import Fields, Hints, Notes, SettingsBlock, Value, filter_of, nearest, read_parameters
 from merger.safety import numbers
 
 if TYPE_CHECKING:
@@ -208,9 +199,10 @@ def _recipe(top: Value, table: Mapping[str, Method], path: str, text: str) -> Re
     block, levels = read_parameters(fields), _Levels(table)
     scope = _Scope(None, None, ()).below(fields, block, table)
     modules = levels.modules(fields, scope)
-    if scope.method is None:
-        _without_method(top, table, modules)
-    levels.block(block, [piece for module in modules for piece in module.slices])
+    pieces = [piece for module in modules for piece in module.slices]
+    if scope.method is None and not (pieces and all(piece.method for piece in pieces)):
+        top.error("missing merge_method", f"choose one of {', '.join(table)}")
+    levels.block(block, pieces)
     place = fields.get("tensors")
     items = place.items("a list of tensors, each - filter: self_attn with a model", filter_of) if place else []
     made = _of(
@@ -281,14 +273,8 @@ def _extraction(top: Value, path: str, text: str, fields: Fields) -> Recipe:
     for key in [key for key in fields.places if key not in EXTRACTING]:
         fields.place.error(f"{key} has no meaning beside extract_lora", "take it out", fields.places[key].key)
     found, module = loras.read_extraction(fields.places["extract_lora"])
-    return replace(_of(top, path, text, fields, modules=(module,), base_model=_base(module)), lora=found)
-
-
-def _without_method(top: Value, table: Mapping[str, Method], modules: tuple[Module, ...]) -> None:
-    """A recipe may leave out merge_method if every slice names one."""
-    pieces = [piece for module in modules for piece in module.slices]
-    if not pieces or any(not piece.method for piece in pieces):
-        top.error("missing merge_method", f"choose one of {', '.join(table)}")
+    base = module.slices[0].base_model if module.slices else None
+    return replace(_of(top, path, text, fields, modules=(module,), base_model=base), lora=found)
 
 
 @dataclass(frozen=True)
@@ -408,10 +394,6 @@ class _Levels:
     def block(self, block: SettingsBlock, pieces: Sequence[Slice]) -> None:
         """Look at a level's parameters with the methods in force anywhere below it."""
         checks.check_block(block, [self.table.get(piece.method) for piece in pieces], self.table)
-
-
-def _base(module: Module) -> ModelRef | None:
-    return module.slices[0].base_model if module.slices else None
 
 
 def _form(fields: Fields, forms: tuple[str, ...]) -> list[str]:

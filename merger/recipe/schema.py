@@ -91,7 +91,6 @@ _SEARCH_WORDS = {
 
 def schema(table: Mapping[str, Method]) -> Json:
     """The JSON Schema of a recipe."""
-    shapes = {"slices": _maybe(_ref("slices")), "models": _maybe(_ref("models")), "parameters": _ref("parameters")}
     described = _WORDS | _describe_fields(Module)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -109,7 +108,7 @@ def schema(table: Mapping[str, Method]) -> Json:
             "parameters": _parameters(table),
             "models": _list(_source(parse.MODEL)),
             "slices": _list(_slice()),
-            "module": (_map(parse.MODULE, described, shapes) | {"oneOf": [_given("slices"), _given("models")]}),
+            "module": _map(parse.MODULE, described) | {"oneOf": [_given("slices"), _given("models")]},
             "expert": _expert(),
             "publish": _publish(),
             "lora": _lora(loras.LORA),
@@ -125,34 +124,16 @@ def _top() -> Json:
     dtypes = {"enum": [*parse.DTYPES, *(f"torch.{name}" for name in parse.DTYPES), None]}
     computed = {"enum": [*dtypes["enum"], "float64", "torch.float64"]}
     shapes = {
-        "name": _or_null(_text()),
-        "merge_method": _ref("method"),
-        "models": _maybe(_ref("models")),
-        "slices": _maybe(_ref("slices")),
         "modules": {"type": ["object", "null"], "additionalProperties": _ref("module")},
-        "tensors": _list(
-            _map(parse.TENSORS, _describe_fields(Taken), {"filter": _text(), "model": _ref("reference")}, parse.TENSORS)
-        ),
-        "base_model": _ref("reference"),
-        "parameters": _ref("parameters"),
+        "tensors": _list(_map(parse.TENSORS, _describe_fields(Taken), required=parse.TENSORS)),
         "dtype": computed,
         "out_dtype": dtypes,
-        "seed": _or_null(_whole(numbers.SEED)),
-        "allow_non_finite": _flag(),
-        "tokenizer": _ref("tokenizer"),
-        "tokenizer_source": _ref("reference"),
         "chat_template": {"type": ["string", "null"]},
-        "evaluate": _ref("evaluate"),
-        "search": _ref("search"),
-        "publish": _ref("publish"),
         "adapters": _maybe(_ref("models")),
-        "lora": _ref("lora"),
-        "extract_lora": _ref("extract_lora"),
         "experts": _list(_ref("expert")),
         "shared_experts": _or_null(_list(_ref("expert")) | {"maxItems": 1}),
         "gate_mode": {"enum": [*mixture.GATE_MODES, None]},
         "experts_per_token": _or_null(_whole(numbers.COUNT)),
-        "architecture": _or_null(_text()),
     }
     return _map((*parse.TOP, *mixture.MIXTURE), described, shapes) | {
         "oneOf": [_given(form) for form in (*parse.FORMS, "experts", "extract_lora")],
@@ -165,26 +146,20 @@ def _reference() -> Json:
     hover = "org/name, org/name@revision, or a folder such as ./name"
     described = _WORDS | _describe_fields(ModelRef) | {"model": "The model."}
     path = {"anyOf": [_text(pattern=f"^{_PART}$"), _ref("path")]}
-    shapes = {"model": path, "lora": path, "override_architecture": {}, **_mean()}
-    as_map = _map(references.REFERENCE, described, shapes, ["model"])
+    as_map = _map(references.REFERENCE, described, {"model": path, "lora": path, **_mean()}, ["model"])
     return {"description": hover, "anyOf": [_text(pattern=rf"^{_PART}(\+{_PART})?$"), as_map, {"type": "null"}]}
 
 
 def _source(keys: tuple[str, ...]) -> Json:
     ends = {"type": "array", "items": _or_hole(_whole(numbers.LAYERS)), "minItems": 2, "maxItems": 2}
-    shapes = {
-        "model": _ref("reference"),
-        "layer_range": _or_hole(ends),
-        "statistics": {"anyOf": [_ref("reference"), _measure()]},
-        "parameters": _ref("parameters"),
-    }
+    shapes = {"layer_range": _or_hole(ends), "statistics": {"anyOf": [_ref("reference"), _measure()]}}
     needed = [key for key in ("model", "layer_range") if key in keys]
     return _map(keys, _WORDS | _describe_fields(Source), shapes | _mean(), needed)
 
 
 def _measure() -> Json:
     numbered = {key: _or_null(_whole(within)) for key, within in measuring.WHOLES.items()}
-    return _map(measuring.MEASURE, _describe_fields(Measure), {"measure": _text(), **numbered}, ["measure"])
+    return _map(measuring.MEASURE, _describe_fields(Measure), numbered, ["measure"])
 
 
 def _mean() -> Json:
@@ -202,20 +177,13 @@ def _mean() -> Json:
 
 
 def _slice() -> Json:
-    shapes = {
-        "sources": _list(_source(parse.SOURCE)),
-        "merge_method": _ref("method"),
-        "base_model": _ref("reference"),
-        "parameters": _ref("parameters"),
-        "residual_weight": {},
-    }
+    shapes = {"sources": _list(_source(parse.SOURCE))}
     return _map(parse.SLICE, _WORDS | _describe_fields(Slice), shapes, ["sources"])
 
 
 def _expert() -> Json:
     prompts, number = _or_null(_list(_text())), {"type": ["number", "string", "null"], "pattern": _NUMERIC}
     shapes = {
-        "source_model": _ref("reference"),
         "positive_prompts": prompts,
         "negative_prompts": prompts,
         "noise_scale": number | _ends(numbers.Range(0)),
@@ -225,31 +193,17 @@ def _expert() -> Json:
 
 
 def _publish() -> Json:
-    flag = _flag()
     shapes = {
         "repo": _or_null(_text(pattern=f"{names.REPO}|{names.PAGE}")),
-        "private": flag,
-        **{key: _or_null(_text()) for key in ("license", "license_name", "license_link", "license_override")},
-        "create_pr": flag,
         "gguf": _or_null(_list({"enum": list(publishing.GGUF)})),
-        "safetensors": flag,
         "fp8": {"enum": [*publishing.FP8, None]},
-        "template": _or_null(_text()),
     }
     return _or_null(_map(publishing.PUBLISH, _describe_fields(Publish), shapes))
 
 
 def _lora(keys: tuple[str, ...]) -> Json:
-    flag, text = _flag(), _or_null(_text())
-    shapes = {
-        "model": _ref("reference"),
-        "base_model": _ref("reference"),
-        "rank": _or_null(_whole(numbers.RANK)),
-        "alpha": {"type": ["number", "string", "null"], **_ends(numbers.ALPHA)},
-        "include": text,
-        "exclude": text,
-        **dict.fromkeys(("core", "embeddings", "distribute_scale", "skip_rest"), flag),
-    }
+    alpha = {"type": ["number", "string", "null"], **_ends(numbers.ALPHA)}
+    shapes = {"rank": _or_null(_whole(numbers.RANK)), "alpha": alpha}
     words = {"model": "The fine-tune.", "base_model": "The model that it was made from."}
     return _map(keys, _describe_fields(Lora) | words, shapes)
 
@@ -257,13 +211,12 @@ def _lora(keys: tuple[str, ...]) -> Json:
 def _evaluate() -> Json:
     limit, window = _or_null(_whole(evaluation.LIMIT)), numbers.Range(2, evaluation.MAX_WINDOW)
     stride = _or_null(_whole(numbers.Range(1, evaluation.MAX_WINDOW)))
-    shapes = {"text": _text(), "window": _or_null(_whole(window)), "stride": stride, "limit": limit}
+    shapes = {"window": _or_null(_whole(window)), "stride": stride, "limit": limit}
     perplexity = _map(evaluation.PERPLEXITY, _describe_fields(Perplexity), shapes, ["text"])
     shapes = {
         "perplexity": {"anyOf": [perplexity, _list(perplexity), {"type": "null"}]},
         "tasks": _or_null(_list(_text())),
         "limit": limit,
-        "parents": _flag(),
         "dtype": {"enum": [*evaluation.DTYPES, None]},
     }
     return _or_null(_map(evaluation.EVALUATE, _describe_fields(Evaluate), shapes))
@@ -278,10 +231,8 @@ def _hole() -> Json:
     number = {"type": ["number", "string"], "pattern": _NUMERIC}
     shapes = {
         "search": {"anyOf": [{"type": "array", "minItems": 2}, _text()]},
-        "log": _flag(),
         "step": number,
         "anchors": _whole(holes.ANCHORS),
-        "start": {},
         "sum": number,
         "name": _text(),
     }
@@ -291,34 +242,24 @@ def _hole() -> Json:
 def _search() -> Json:
     number, count = {"type": ["number", "string", "null"], "pattern": _NUMERIC}, _or_null(_whole(numbers.COUNT))
     described = _describe_fields(Searched) | _describe_fields(Objective) | _SEARCH_WORDS
-    shapes = dict.fromkeys(searching.KINDS, _text()) | {"limit": count, "column": _text()}
+    shapes = dict.fromkeys(searching.KINDS, _text()) | {"limit": count}
     objective = _map(searching.OBJECTIVE, described, shapes | dict.fromkeys(("weight", "guard"), number))
     shapes = {
         **dict.fromkeys(("objectives", "report"), _list(objective)),
         "trials": _or_null(_whole(searching.TRIALS)),
         "minutes": number | _ends(numbers.MINUTES),
-        "seed": _or_null(_whole(numbers.SEED)),
         "sampler": {"enum": [*searching.SAMPLERS, None]},
         "prune": {"enum": [True, False, *searching.PRUNING, None]},
         "patience": count,
-        "storage": _or_null(_text()),
     }
     return _map(searching.SEARCH, described, shapes, ["objectives"])
 
 
 def _tokenizer() -> Json:
     words = _WORDS | _describe_fields(TokenOf) | _describe_fields(TokenRow) | _describe_fields(Tokenizer)
-    token = {
-        "kind": {"enum": list(tokenizer.KINDS)},
-        "model": _ref("reference"),
-        "token": _text(),
-        "token_id": _whole(numbers.TOKENS),
-    }
+    token = {"kind": {"enum": list(tokenizer.KINDS)}, "token_id": _whole(numbers.TOKENS)}
     words |= {"model": "The model.", "token": "The token's text in that model."}
-    row = {
-        "source": {"anyOf": [_map(tokenizer.ROW_SOURCE, words, token, ["kind"]), _ref("reference")]},
-        "force": _flag(),
-    }
+    row = {"source": {"anyOf": [_map(tokenizer.ROW_SOURCE, words, token, ["kind"]), _ref("reference")]}}
     rows = {"type": ["object", "null"], "additionalProperties": _or_null(_map(tokenizer.ROW, words, row))}
     shapes = {
         "source": _ref("reference"),
@@ -391,8 +332,11 @@ def _describe_fields(of: type) -> dict[str, str]:
     return {key: " ".join(words.split()).replace("``", "`") for key, words in found}
 
 
-def _map(keys: Iterable[str], described: Mapping[str, str], shapes: Json, required: Iterable[str] = ()) -> Json:
-    """A map with these keys and no others."""
+def _map(
+    keys: Iterable[str], described: Mapping[str, str], own: Mapping[str, Any] = {}, required: Iterable[str] = ()
+) -> Json:
+    """A map with these keys and no others; `own`: what may stand behind those that are not as in `_SHAPES`."""
+    shapes = {**_SHAPES, **own}
     properties = {key: {"description": described[key], **shapes[key]} for key in keys}
     return _open_map(properties) | ({"required": list(required)} if required else {})
 
@@ -428,3 +372,23 @@ def _or_null(shape: Json) -> Json:
     """YAML's `key:` with nothing behind it says as much as no key."""
     types = shape["type"] if isinstance(shape["type"], list) else [shape["type"]]
     return {**shape, "type": [*types, "null"]}
+
+
+_FLAGS = (
+    "private", "create_pr", "safetensors", "core", "embeddings", "distribute_scale", "skip_rest", "parents",
+    "allow_non_finite", "force", "log",
+)  # fmt: skip
+_TEXTS = ("name", "license", "license_name", "license_link", "license_override", "template", "include", "exclude",
+          "storage", "architecture")  # fmt: skip
+_SHAPES: Mapping[str, Json] = {
+    **dict.fromkeys(("model", "base_model", "source_model", "tokenizer_source"), _ref("reference")),
+    **{key: _ref(key) for key in ("parameters", "tokenizer", "evaluate", "search", "publish", "lora", "extract_lora")},
+    **{key: _maybe(_ref(key)) for key in ("models", "slices")},
+    **dict.fromkeys(_FLAGS, _flag()),
+    **dict.fromkeys(_TEXTS, _or_null(_text())),
+    **dict.fromkeys(("text", "filter", "measure", "token", "column"), _text()),
+    **{key: {} for key in ("residual_weight", "override_architecture", "start")},
+    "merge_method": _ref("method"),
+    "seed": _or_null(_whole(numbers.SEED)),
+}
+"""What may stand behind a key wherever it stands, unless its map says otherwise."""

@@ -13,6 +13,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from merger.errors import Problem, Span, did_you_mean
 from merger.recipe import spans
@@ -33,6 +34,14 @@ class Notes:
 
     errors: dict[tuple[Span, str], Problem] = field(default_factory=dict)
     warnings: dict[tuple[Span, str], Problem] = field(default_factory=dict)
+
+    def error(self, what: str, at: Span | None, where: str | None, hint: str | None) -> None:
+        assert at is not None
+        self.errors.setdefault((at, what), Problem(what, at, where, hint))
+
+    def warn(self, what: str, at: Span | None, where: str | None, hint: str | None) -> None:
+        assert at is not None
+        self.warnings.setdefault((at, what), Problem(what, at, where, hint))
 
 
 @dataclass(frozen=True)
@@ -73,12 +82,10 @@ class Value:
         return not self.node.entries if isinstance(self.node, spans.Mapping) else self.empty
 
     def error(self, what: str, hint: str | None = None, at: Span | None = None) -> None:
-        at = at or self.at
-        self.notes.errors.setdefault((at, what), Problem(what, at, self.where or None, hint))
+        self.notes.error(what, at or self.at, self.where or None, hint)
 
     def warn(self, what: str, hint: str | None = None, at: Span | None = None) -> None:
-        at = at or self.at
-        self.notes.warnings.setdefault((at, what), Problem(what, at, self.where or None, hint))
+        self.notes.warn(what, at or self.at, self.where or None, hint)
 
     def expected(self, what: str, hint: str) -> None:
         self.error(f"expected {what}, found {spans.node_kind(self.node)}", hint)
@@ -212,6 +219,11 @@ class Fields:
         """The integer behind `key`, if it is there."""
         place = self.get(key)
         return place.whole(within, hint) if place else None
+
+    def wholes(self, ranges: Mapping[str, Range]) -> dict[str, Any]:
+        """The integers behind those of the keys that are there."""
+        found = {key: self.whole(key, within, f"a whole number from {within}") for key, within in ranges.items()}
+        return {key: value for key, value in found.items() if value is not None}
 
     def number(self, key: str, hint: str, within: Range = ANY) -> float | None:
         """The number behind `key`, if it is there."""

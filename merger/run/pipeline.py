@@ -15,15 +15,7 @@ from merger.card.facts import exposed_models, lock_file
 from merger.card.pictures.canvas import import_drawing
 from merger.card.relations import Loss
 from merger.card.render import render
-from merger.errors import (
-    DamagedError,
-    MergerError,
-    MismatchError,
-    MissingError,
-    Problem,
-    RecipeError,
-    UploadError,
-)
+from merger.errors import DamagedError, MergerError, MismatchError, MissingError, Problem, RecipeError, UploadError
 from merger.evaluation.budget import Score
 from merger.evaluation.evaluate import Measured, Measuring, measure, prepare_measuring
 from merger.lock.locked import LockedRecipe
@@ -45,7 +37,6 @@ from merger.stores.results import ResultFolder
 
 if TYPE_CHECKING:
     from merger.engine.execute import Event as MakingEvent
-    from merger.evaluation.process import Wanted
 
 
 @dataclass(frozen=True)
@@ -239,9 +230,12 @@ class _Run:
         if options.part is not None:
             to, doubts = destination(self._recipe, options), tuple(self._doubts)
             return Result(to, None, shards, len(planned.files), options.part, doubts)
-        if len(missing) < len(planned.shards):
-            self._recall()
-        return self._publish(shards, self._score(wanted) if wanted else ())
+        if len(missing) < len(planned.shards):  # what earlier runs saw of the shards that they made
+            for note in self._session.notes():
+                self._seen |= load_geometry(note)
+        files = used_files(planned, self._store) if wanted else {}
+        scores = measure(wanted, planned, files, self._store, self._session, self._on_event) if wanted else ()
+        return self._publish(shards, scores)
 
     def _make(self, missing: Sequence[Shard]) -> None:
         # imports numba, which all else does without
@@ -263,15 +257,6 @@ class _Run:
         except DamagedError as error:
             _forget(self._session, made, error)
             raise
-
-    def _recall(self) -> None:
-        """What earlier runs saw of the shards that they made."""
-        for note in self._session.notes():
-            self._seen |= load_geometry(note)
-
-    def _score(self, wanted: Wanted) -> tuple[Score, ...]:
-        files = used_files(self._planned, self._store)
-        return measure(wanted, self._planned, files, self._store, self._session, self._on_event)
 
     def _publish(self, shards: tuple[WrittenShard, ...], scores: tuple[Score, ...]) -> Result:
         planned = self._planned

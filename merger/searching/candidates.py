@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from merger.engine.execute import make_blocks
-from merger.engine.runner import Memo
-from merger.engine.tensors import Bytes
+from merger.engine.tensors import Bytes, Memo
 from merger.errors import EvaluationError, MergerError, Problem
 from merger.evaluation.budget import LOADING_BYTES, running_bytes
 from merger.evaluation.evaluate import temporary_folder, write_files

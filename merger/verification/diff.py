@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from merger.errors import ModelError
-from merger.lock.read import tensors_of
+from merger.lock.read import REQUESTS_AT_ONCE, tensors_of
 from merger.models.architecture import Architecture
 from merger.models.checkpoint import ITEM_BYTES, TensorInfo
 from merger.run.pipeline import ignore
@@ -22,7 +22,6 @@ from merger.stores.resolve import Library, find
 if TYPE_CHECKING:
     from merger.verification.distance import Distance
 
-_REQUESTS_AT_ONCE = 8
 _READ_AHEAD_BYTES = 64 << 20
 
 
@@ -39,10 +38,6 @@ class Side:
     store: Library = field(repr=False)
     located: Located
     tensors: Mapping[str, TensorInfo] = field(repr=False)
-
-    def file_sha256(self, tensor: TensorInfo) -> str | None:
-        """The SHA-256 of the file that holds a tensor, where it is known without reading."""
-        return self.located.files[tensor.file].sha256
 
 
 @dataclass(frozen=True)
@@ -107,8 +102,8 @@ class Pair:
     def is_known_same(self, name: str) -> bool:
         """Whether two tensors lie in the same place of the same file, so that nobody has to read them."""
         a, b = self.one.tensors[name], self.other.tensors[name]
-        sha256 = self.one.file_sha256(a)
-        return sha256 is not None and sha256 == self.other.file_sha256(b) and (a.start, a.stop) == (b.start, b.stop)
+        here, there = self.one.located.files[a.file].sha256, self.other.located.files[b.file].sha256
+        return here is not None and here == there and (a.start, a.stop) == (b.start, b.stop)
 
     @property
     def wanted(self) -> list[str]:
@@ -136,7 +131,7 @@ def pair(one: str, other: str) -> Pair:
 
 def _side(target: str) -> Side:
     store, located = find(target)
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         try:
             return Side(store, located, tensors_of(located, store, pool))
         except ModelError as error:

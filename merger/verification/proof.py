@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from merger.engine.execute import BytesWritten, execute, single_threaded
 from merger.engine.finite import NotFinite, explain
 from merger.engine.router_init import gates
 from merger.engine.runner import Work, blocks
-from merger.engine.tensors import Block
+from merger.engine.tensors import Block, RunSetup
+from merger.lock.read import REQUESTS_AT_ONCE
 from merger.methods.registry import Method
 from merger.models.checkpoint import FLOATS, ITEM_BYTES, TensorInfo
 from merger.models.formats.safetensors import Outlet, WrittenShard
@@ -28,10 +29,10 @@ from merger.stores.ports import Located, Reader, Store, Ticket
 from merger.verification.distance import as_numbers
 from merger.verification.sample import Mismatch, Piece
 
-REQUESTS_AT_ONCE = 8
 _READ_AHEAD_BYTES = 64 << 20
 
 
+@dataclass(frozen=True)
 class PublishedTensors:
     """The result as it was published.
 
@@ -41,8 +42,9 @@ class PublishedTensors:
         tensors: those of its tensors that are where the plan has them, by name.
     """
 
-    def __init__(self, located: Located, store: Store, tensors: Mapping[str, TensorInfo]) -> None:
-        self.located, self.store, self.tensors = located, store, tensors
+    located: Located
+    store: Store
+    tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes ``[start, stop)`` of a tensor."""
@@ -84,10 +86,9 @@ def compare_pieces(
     routers = gates(planned, [piece.job for piece in pieces], table, store)
 
     def compared(piece: Piece) -> tuple[Piece, Mismatch | None]:
-        reader = _AsAsked(planned, piece.job, store)
-        allow = planned.locked.recipe.allow_non_finite
-        work = Work(piece.job, table, 0, reader, planned.seed, "cpu", routers, allow=allow)
+        reader, allow = _AsAsked(planned, piece.job, store), planned.locked.recipe.allow_non_finite
         try:
+            work = Work(piece.job, RunSetup(table, reader, planned.seed, routers=routers, allow=allow))
             return piece, _compare(work, piece, published)
         except NotFinite as found:
             raise explain(found, planned, (), store) from found.__cause__
@@ -106,7 +107,10 @@ def _compare(work: Work, piece: Piece, published: PublishedTensors) -> Mismatch 
     with closing(work):
         if work.wants_preparing:
             work.prepare()
-        parts = [_difference(piece, start, data, published) for start, data in _make(work, piece)]
+        job, parts = piece.job, list[Mismatch | None]()
+        for start, made in _make(work, piece):
+            found = published.read(job.name, start, start + len(made))
+            parts.append(difference(piece.file, job, start, made, found))
     return join_mismatches(parts, piece.stop - piece.start)
 
 
@@ -118,10 +122,6 @@ def _make(work: Work, piece: Piece) -> Iterator[tuple[int, memoryview]]:
     for block in blocks(work.job, work.method) if piece.is_whole else [run]:
         buffer = np.empty((block.stop - block.start) * unit, np.uint8)
         yield block.start * unit, work.make(block, buffer)
-
-
-def _difference(piece: Piece, start: int, data: memoryview, published: PublishedTensors) -> Mismatch | None:
-    return difference(piece.file, piece.job, start, data, published.read(piece.job.name, start, start + len(data)))
 
 
 def difference(file: str, job: Job, start: int, made: memoryview, found: bytes | bytearray) -> Mismatch | None:

@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from merger.errors import MergerError, ModelError, Problem, RecipeError, VerificationError, few
 from merger.evaluation.budget import read_scores
-from merger.lock.read import tensors_in
+from merger.lock.parents import other_content
+from merger.lock.read import REQUESTS_AT_ONCE, tensors_in
 from merger.models.checkpoint import TensorInfo
 from merger.models.side_files import (
     CARD_NAME,
@@ -45,7 +46,6 @@ from merger.stores.ports import Content, FileInfo, Located, sha256_of, size_of
 from merger.stores.resolve import Library, find
 
 _Measured = TypeVar("_Measured")
-_REQUESTS_AT_ONCE = 8
 _SMALL = 64 << 20
 """Files of up to so many bytes that are no shards are always compared by their checksum; larger ones with --all."""
 
@@ -133,12 +133,7 @@ def _wrong(merge: Merge, name: str, info: FileInfo, read: bool) -> str | None:
     found = merge.located.files.get(name)
     if found is None or found.barred:
         return "is missing" if found is None else found.barred
-    if found.size != info.size:
-        return f"has {found.size:,} bytes, the lock says {info.size:,}"
-    sha256 = merge.store.checksum(merge.located, name) if read else found.sha256
-    if None in (sha256, info.sha256) or sha256 == info.sha256:
-        return None
-    return f"is another file: its SHA-256 is {sha256}, the lock says {info.sha256}"
+    return other_content(info, found, partial(merge.store.checksum, merge.located, name) if read else None)
 
 
 def other_contents(
@@ -289,7 +284,7 @@ def comparable(merge: Merge, planned: Plan) -> tuple[dict[str, TensorInfo], list
     shards = [shard for shard in planned.shards if shard.written]
     files = [shard.name for shard in shards if shard.name in merge.located.files]
     tally = Tally(MODEL_TENSORS)
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         headers = list(pool.map(partial(_header, merge, problems, tally), files))
     found = {tensor.name: tensor for tensor in (tensor for part in headers for tensor in part)}
     wanted = {tensor.name: tensor for shard in shards for tensor in _header_of(shard)}

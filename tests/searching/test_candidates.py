@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from merger.engine.joined import _JoinedWork
-from merger.engine.runner import Memo, Work
+from merger.engine.runner import Work
+from merger.engine.tensors import Memo
 from merger.errors import EvaluationError, MismatchError
 from merger.lock.lock import lock
 from merger.methods.registry import methods

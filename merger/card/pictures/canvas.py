@@ -159,7 +159,7 @@ def _draw_png(figure: Figure, dots: int) -> bytes:
 def shorten_middle(text: str, length: int) -> str:
     """A text with its middle left out, if it is longer than that.
 
-    >>> shortened("abcdefghij", 7)
+    >>> shorten_middle("abcdefghij", 7)
     'abc…hij'
     """
     if len(text) <= length:

@@ -16,6 +16,7 @@ import numpy as np
 from merger.engine.inputs.readers import load_input
 from merger.engine.inputs.stored import floats
 from merger.engine.runner import Work, blocks
+from merger.engine.tensors import RunSetup
 from merger.errors import ModelError, Problem
 from merger.lock.locked import LockedModel
 from merger.methods.registry import Method
@@ -157,7 +158,7 @@ class ModelTensors:
         return made
 
     def _work(self, job: Job, first: int, reader: Reader) -> Work:
-        return Work(job, self._table, first, reader, self._seed, "cpu", {})
+        return Work(job, RunSetup(self._table, reader, self._seed), first)
 
     def _reader(self, jobs: Sequence[Job]) -> Reader:
         models = self._locked.models

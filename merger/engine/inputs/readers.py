@@ -23,35 +23,14 @@ from merger.methods.steps.step import TILE, Array
 from merger.models.formats.packed import NUMPY_DTYPES, PackedMatrix, decode
 from merger.models.formats.quantised import FORMATS
 from merger.planning.geometry import Geometry
+from merger.planning.inputs import derived, low_rank
 from merger.planning.inputs.base import Input, StageTensor, Stored
-from merger.planning.inputs.derived import (
-    DRAWN_AT_ONCE,
-    STRIDED_BYTES,
-    UNPACKED_AT_ONCE,
-    Constant,
-    Dequantised,
-    Drawn,
-    Mean,
-    Noised,
-    Packed,
-    Routed,
-    Stacked,
-)
-from merger.planning.inputs.low_rank import (
-    Added,
-    Difference,
-    ExpertColumns,
-    ExpertsLowRank,
-    Factor,
-    LowRank,
-    Transposed,
-)
 from merger.planning.inputs.rows import CHUNK_ENTRIES, Pursuit, Rows
 
 # ---- few bits and scales --------------------------------------------------------------------------------------------
 
 
-def _dequantise(source: Dequantised, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _dequantise(source: derived.Dequantised, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The numbers times the scales of their blocks, whole rows at once and what is left of rows at both ends."""
     made, columns = read_entries(tensors, source.numbers, start, stop, out), source.shape[1]
     first, last = start // columns, -(-stop // columns)
@@ -69,7 +48,7 @@ def _dequantise(source: Dequantised, start: int, stop: int, out: Array, tensors:
     return made
 
 
-def _of_rows(source: Dequantised, first: int, last: int, tensors: StoredTensors) -> Array:
+def _of_rows(source: derived.Dequantised, first: int, last: int, tensors: StoredTensors) -> Array:
     """The scales of these rows, one for each block of columns."""
     down, across = source.block
     width = -(-source.shape[1] // across)
@@ -78,7 +57,7 @@ def _of_rows(source: Dequantised, first: int, last: int, tensors: StoredTensors)
     return held.reshape(-1, width)[np.arange(first, last) // down - begin]
 
 
-def _spread(source: Dequantised, scales: Array) -> Array:
+def _spread(source: derived.Dequantised, scales: Array) -> Array:
     """A row's scales, one for each column."""
     return scales.repeat(source.block[1])[: source.shape[1]]
 
@@ -98,10 +77,10 @@ _SKIPPED_BYTES = 1 << 14
 """Up to here it is as fast to read on as to begin another read."""
 
 
-def _unpack_rows(source: Packed, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _unpack_rows(source: derived.Packed, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """Whole rows, some at a time, of one matrix after another."""
     (rows, columns), form = source.shape[-2:], FORMATS[source.form]
-    step = max(1, UNPACKED_AT_ONCE // (columns * form.step)) * form.step
+    step = max(1, derived.UNPACKED_AT_ONCE // (columns * form.step)) * form.step
     first, last = start // columns, -(-stop // columns)
     while first < last:
         number, row = divmod(first, rows)
@@ -113,7 +92,7 @@ def _unpack_rows(source: Packed, start: int, stop: int, out: Array, tensors: Sto
     return out[: stop - start]
 
 
-def _matrix(source: Packed, number: int, tensors: StoredTensors) -> PackedMatrix:
+def _matrix(source: derived.Packed, number: int, tensors: StoredTensors) -> PackedMatrix:
     """One matrix of those that the tensor holds."""
     parts, several = dict(source.parts), len(source.shape) > 2
 
@@ -150,20 +129,20 @@ def _rows_at_once(rows: int, width: int, wanted: int) -> int:
     """How many rows of `width` bytes one read goes through, where `wanted` bytes of each are."""
     if wanted == width:
         return max(1, rows)
-    return STRIDED_BYTES // width if width <= _SKIPPED_BYTES else 1
+    return derived.STRIDED_BYTES // width if width <= _SKIPPED_BYTES else 1
 
 
 # ---- low rank -------------------------------------------------------------------------------------------------------
 
 
-def _add_low_rank(source: LowRank, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _add_low_rank(source: low_rank.LowRank, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The entries of W + scale B A; with a magnitude m of m (W + scale B A) / ‖W + scale B A‖, by rows (DoRA).
 
     Follows Hu et al. 2021, https://arxiv.org/abs/2106.09685, and Liu et al. 2024, https://arxiv.org/abs/2402.09353.
     """
     load = partial(load_input, tensors=tensors)
     entries = out[: stop - start] if source.magnitude else load(source.of, start, stop, out)
-    right = _right(source, load)
+    right = read_whole(source.b, load).T if source.transposed else read_whole(source.a, load)
     for first, last, mine, place in _runs_of_rows(source.matrix, source.chunk_rows, start, stop):
         rows = (_left(source, first, last, load) @ right) * source.scale
         if source.magnitude is None:
@@ -185,13 +164,8 @@ def _runs_of_rows(shape: Sequence[int], step: int, start: int, stop: int) -> Ite
         yield first, last, slice(low - first * columns, high - first * columns), slice(low - start, high - start)
 
 
-def _right(source: LowRank, load: Load) -> Array:
-    """The small matrix that has a column for each of the large one's: A, or Bᵀ."""
-    return read_whole(source.b, load).T if source.transposed else read_whole(source.a, load)
-
-
-def _left(source: LowRank, first: int, last: int, load: Load) -> Array:
-    """Some rows of the other one: of B, or of Aᵀ, which are columns of A."""
+def _left(source: low_rank.LowRank, first: int, last: int, load: Load) -> Array:
+    """Some rows of the small matrix that has as many as the large one: of B, or of Aᵀ, which are columns of A."""
     if not source.transposed:
         rank = source.rank
         return load(source.b, first * rank, last * rank, floats((last - first) * rank)).reshape(-1, rank)
@@ -201,7 +175,7 @@ def _left(source: LowRank, first: int, last: int, load: Load) -> Array:
     return columns.T
 
 
-def _bring_to_length(source: LowRank, magnitude: Stored, added: Array, first: int, load: Load) -> Array:
+def _bring_to_length(source: low_rank.LowRank, magnitude: Stored, added: Array, first: int, load: Load) -> Array:
     """Rows of the sum, each as long as the magnitude says; `added` is what the adapter adds to them."""
     count, columns = added.shape
     held = load(source.of, first * columns, (first + count) * columns, floats(count * columns))
@@ -211,7 +185,9 @@ def _bring_to_length(source: LowRank, magnitude: Stored, added: Array, first: in
     return total
 
 
-def _add_low_rank_experts(source: ExpertsLowRank, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _add_low_rank_experts(
+    source: low_rank.ExpertsLowRank, start: int, stop: int, out: Array, tensors: StoredTensors
+) -> Array:
     """The entries of each expert's W + scale B A, or of its transpose."""
     load = partial(load_input, tensors=tensors)
     entries = load(source.of, start, stop, out)
@@ -228,14 +204,16 @@ def _add_low_rank_experts(source: ExpertsLowRank, start: int, stop: int, out: Ar
     return entries
 
 
-def _of_expert(source: ExpertsLowRank, expert: int, b: Array, load: Load) -> tuple[Array, Array]:
+def _of_expert(source: low_rank.ExpertsLowRank, expert: int, b: Array, load: Load) -> tuple[Array, Array]:
     """An expert's B and A, or the transpose of both, A's first."""
     entries = source.rank * source.a.shape[1]
     a = load(source.a, expert * entries, (expert + 1) * entries, floats(entries)).reshape(source.rank, -1)
     return (a.T, b[:, :, expert].T) if source.transposed else (b[:, :, expert], a)
 
 
-def _take_expert_columns(source: ExpertColumns, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _take_expert_columns(
+    source: low_rank.ExpertColumns, start: int, stop: int, out: Array, tensors: StoredTensors
+) -> Array:
     """Some whole rows of B at a time, and of these the expert's columns."""
     rank, width = source.shape[1], source.of.shape[1]
     for first, last, run, place in _runs_of_rows(source.shape, source.chunk_rows, start, stop):
@@ -245,7 +223,7 @@ def _take_expert_columns(source: ExpertColumns, start: int, stop: int, out: Arra
     return out[: stop - start]
 
 
-def _transpose(source: Transposed, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _transpose(source: low_rank.Transposed, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """All of it at once, or some rows: a run of every stored row."""
     rows, columns = source.shape
     first, last = start // columns, -(-stop // columns)
@@ -259,7 +237,7 @@ def _transpose(source: Transposed, start: int, stop: int, out: Array, tensors: S
     return out[: stop - start]
 
 
-def _add(source: Added, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _add(source: low_rank.Added, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The entries of a tensor and of the small one that is added to it, times the scale."""
     plus = load_input(source.plus, start, stop, floats(stop - start), tensors)
     made = load_input(source.to, start, stop, out, tensors)
@@ -267,7 +245,7 @@ def _add(source: Added, start: int, stop: int, out: Array, tensors: StoredTensor
     return made
 
 
-def _add_up(source: Mean, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _add_up(source: derived.Mean, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """Tile by tile, so that what is added up stays in a core's cache."""
     held = floats(min(TILE, stop - start))
     for first in range(start, stop, TILE):
@@ -285,7 +263,7 @@ def _add_up(source: Mean, start: int, stop: int, out: Array, tensors: StoredTens
 # ---- shares of layers -----------------------------------------------------------------------------------------------
 
 
-def _stack(source: Stacked, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _stack(source: derived.Stacked, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The layers' shares in their new order: run by run along the first axis, else some rows at a time."""
     run = source.run
     if source.axis == 0:
@@ -304,7 +282,7 @@ def _stack(source: Stacked, start: int, stop: int, out: Array, tensors: StoredTe
     return out[: stop - start]
 
 
-def _rows(source: Stacked, first: int, last: int, tensors: StoredTensors) -> Array:
+def _rows(source: derived.Stacked, first: int, last: int, tensors: StoredTensors) -> Array:
     """Some rows, of shape (rows, layers, entries of a share)."""
     made = floats(last - first, len(source.taken), source.run)
     for number, giver in enumerate(source.givers):
@@ -326,45 +304,45 @@ def load_input(source: Input, start: int, stop: int, out: Array, tensors: Stored
     return _READINGS[type(source)](source, start, stop, out, tensors)
 
 
-def _subtract(source: Difference, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _subtract(source: low_rank.Difference, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     less = load_input(source.subtrahend, start, stop, floats(stop - start), tensors)
     return np.subtract(load_input(source.minuend, start, stop, out, tensors), less, out=out[: stop - start])
 
 
-def _read_factor(source: Factor, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _read_factor(source: low_rank.Factor, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     entries, seen = tensors.factor(source, start, stop, partial(load_input, tensors=tensors))
     tensors.tell(start, seen if start == 0 else Geometry(((0.0, 0.0), (0.0, 0.0)), 0, 0))
     return _fill(out, entries)
 
 
-def _draw(source: Drawn, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
-    for first in range(start, stop, DRAWN_AT_ONCE):
-        last = min(first + DRAWN_AT_ONCE, stop)
+def _draw(source: derived.Drawn, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+    for first in range(start, stop, derived.DRAWN_AT_ONCE):
+        last = min(first + derived.DRAWN_AT_ONCE, stop)
         out[first - start : last - start] = _draws(source, first, last)
     return out[: stop - start]
 
 
-def _draws(source: Drawn, start: int, stop: int) -> Any:
+def _draws(source: derived.Drawn, start: int, stop: int) -> Any:
     bits = Rng(source.seed, source.stream).bits(0, np.arange(start, stop), "entries")
     if source.law == "normal":
         return source.spread * normal(bits)
     return source.spread * (2.0 * uniform(bits) - 1.0)
 
 
-def _add_noise(source: Noised, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _add_noise(source: derived.Noised, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     quiet = load_input(source.quiet, start, stop, out, tensors)
-    for first in range(start, stop, DRAWN_AT_ONCE):
-        last = min(first + DRAWN_AT_ONCE, stop)
+    for first in range(start, stop, derived.DRAWN_AT_ONCE):
+        last = min(first + derived.DRAWN_AT_ONCE, stop)
         quiet[first - start : last - start] += _draws(source.noise, first, last).astype(np.float32)
     return quiet
 
 
-def _fill_constant(source: Constant, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _fill_constant(source: derived.Constant, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     out[: stop - start] = source.value
     return out[: stop - start]
 
 
-def _read_router(source: Routed, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
+def _read_router(source: derived.Routed, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     return _fill(out, tensors.router(source).reshape(-1)[start:stop])
 
 
@@ -376,20 +354,20 @@ def _fill(out: Array, entries: Array) -> Array:
 _READINGS: Mapping[type, Callable[[Any, int, int, Array, StoredTensors], Array]] = {
     Rows: rows_of_map,
     Pursuit: pursue_rows,
-    Dequantised: _dequantise,
-    Packed: _unpack_rows,
-    LowRank: _add_low_rank,
-    ExpertsLowRank: _add_low_rank_experts,
-    ExpertColumns: _take_expert_columns,
-    Transposed: _transpose,
-    Added: _add,
-    Difference: _subtract,
-    Factor: _read_factor,
-    Drawn: _draw,
-    Noised: _add_noise,
-    Constant: _fill_constant,
-    Mean: _add_up,
-    Stacked: _stack,
-    Routed: _read_router,
+    derived.Dequantised: _dequantise,
+    derived.Packed: _unpack_rows,
+    low_rank.LowRank: _add_low_rank,
+    low_rank.ExpertsLowRank: _add_low_rank_experts,
+    low_rank.ExpertColumns: _take_expert_columns,
+    low_rank.Transposed: _transpose,
+    low_rank.Added: _add,
+    low_rank.Difference: _subtract,
+    low_rank.Factor: _read_factor,
+    derived.Drawn: _draw,
+    derived.Noised: _add_noise,
+    derived.Constant: _fill_constant,
+    derived.Mean: _add_up,
+    derived.Stacked: _stack,
+    derived.Routed: _read_router,
 }
 """How each kind of source but the plain one fills the front of `out` with its entries ``[start, stop)``."""

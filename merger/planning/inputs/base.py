@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -33,9 +33,13 @@ class Input:
     scattered: ClassVar[bool] = False
     """Whether a block reads all over what it is made of."""
 
+    words: ClassVar[Mapping[str, str]] = {}
+    """By a field's name the older one that plans' hashes are made of."""
+
     def encode(self) -> dict[str, Any]:
         """Plain data, and children, that name it in a plan's hash: no two kinds of source have the same keys."""
-        raise NotImplementedError
+        each = fields(self)  # type: ignore[arg-type]  # every kind is a dataclass
+        return {self.words.get(of.name, of.name): getattr(self, of.name) for of in each}
 
     @property
     def children(self) -> tuple[Input, ...]:
@@ -84,9 +88,6 @@ class Stored(Input):
     kind = "stored"
     model: int
     tensor: TensorInfo
-
-    def encode(self) -> dict[str, Any]:
-        return {"model": self.model, "tensor": self.tensor.encode()}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -191,8 +192,12 @@ class Job:
     sources: tuple[Input, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        operands = self.inputs if self.base is None else (*self.inputs, self.base)
-        object.__setattr__(self, "sources", tuple([operand.source for operand in operands]))
+        object.__setattr__(self, "sources", tuple([operand.source for operand in self.operands]))
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The inputs, and the base last."""
+        return self.inputs if self.base is None else (*self.inputs, self.base)
 
     @property
     def parts(self) -> tuple[tuple[Job, slice], ...]:
@@ -219,8 +224,7 @@ class Job:
     @property
     def statistics(self) -> tuple[Stored, ...]:
         """What was measured of its inputs, one for each of them or none, or of its base."""
-        operands = self.inputs if self.base is None else (*self.inputs, self.base)
-        return tuple(entry.statistic for entry in operands if entry.statistic is not None)
+        return tuple(entry.statistic for entry in self.operands if entry.statistic is not None)
 
     @property
     def is_compared(self) -> bool:
@@ -230,8 +234,7 @@ class Job:
     @property
     def givers(self) -> tuple[int, ...]:
         """The numbers of the models and adapters that it takes anything of."""
-        inputs = self.inputs if self.base is None else (*self.inputs, self.base)
-        named = [entry.named for entry in inputs if entry.named is not None]
+        named = [entry.named for entry in self.operands if entry.named is not None]
         read = (stored.model for source in self.sources for stored in source.stored_tensors)
         return tuple(dict.fromkeys([*named, *read]))
 

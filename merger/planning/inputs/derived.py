@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from merger.methods.steps.step import TILE
 from merger.planning.inputs.base import Input, Stored
@@ -31,13 +31,11 @@ class Dequantised(Input):
     """
 
     kind = "dequantised"
+    words: ClassVar = {"restored": "dtype"}
     numbers: Stored
     scales: Stored
     block: tuple[int, int]
     restored: str
-
-    def encode(self) -> dict[str, Any]:
-        return {"numbers": self.numbers, "scales": self.scales, "block": self.block, "dtype": self.restored}
 
     @property
     def dtype(self) -> str:
@@ -120,8 +118,7 @@ class Stacked(Input):
     size: tuple[int, ...] | None = None
 
     def encode(self) -> dict[str, Any]:
-        said = {"givers": self.givers, "taken": self.taken, "axis": self.axis, "share": self.share}
-        return said if self.size is None else {**said, "size": self.size}
+        return {name: value for name, value in super().encode().items() if value is not None}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -154,9 +151,6 @@ class Mean(Input):
     terms: tuple[Input, ...]
     factors: tuple[float, ...]
 
-    def encode(self) -> dict[str, Any]:
-        return {"terms": self.terms, "factors": self.factors}
-
     @property
     def workspace_bytes(self) -> int:
         """A tile of one of them, as it is stored and in float32."""
@@ -186,11 +180,6 @@ class Drawn(Input):
     seed: int
     stream: str
 
-    def encode(self) -> dict[str, Any]:
-        return {
-            "size": self.size, "law": self.law, "spread": self.spread, "seed": self.seed, "stream": self.stream,
-        }  # fmt: skip
-
     @property
     def shape(self) -> tuple[int, ...]:
         return self.size
@@ -212,9 +201,6 @@ class Noised(Input):
     kind = "noised"
     quiet: Input
     noise: Drawn
-
-    def encode(self) -> dict[str, Any]:
-        return {"quiet": self.quiet, "noise": self.noise}
 
 
 @dataclass(frozen=True)
@@ -254,9 +240,6 @@ class Routed(Input):
     layer: int
     width: int
     prompts: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
-
-    def encode(self) -> dict[str, Any]:
-        return {"mode": self.mode, "layer": self.layer, "width": self.width, "prompts": self.prompts}
 
     @property
     def shape(self) -> tuple[int, ...]:

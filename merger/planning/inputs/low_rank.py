@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from merger.models.lora.modules import AdaptedModule
 from merger.planning.inputs.base import Input, Stored
@@ -31,18 +31,13 @@ class LowRank(Input):
     """
 
     kind = "low-rank"
+    words: ClassVar = {"transposed": "turned"}
     of: Input
     a: Input
     b: Input
     scale: float
     transposed: bool = False
     magnitude: Stored | None = None
-
-    def encode(self) -> dict[str, Any]:
-        return {
-            "of": self.of, "a": self.a, "b": self.b, "scale": self.scale, "turned": self.transposed,
-            "magnitude": self.magnitude,
-        }  # fmt: skip
 
     @property
     def rank(self) -> int:
@@ -89,9 +84,6 @@ class ExpertColumns(Input):
     expert: int
     experts: int
 
-    def encode(self) -> dict[str, Any]:
-        return {"of": self.of, "expert": self.expert, "experts": self.experts}
-
     @property
     def shape(self) -> tuple[int, ...]:
         """As many rows, and a column for each direction."""
@@ -121,6 +113,7 @@ class ExpertsLowRank(Input):
     """
 
     kind = "low-rank experts"
+    words: ClassVar = {"transposed": "turned"}
     of: Input
     a: Stored
     b: Stored
@@ -128,8 +121,7 @@ class ExpertsLowRank(Input):
     transposed: bool
 
     def encode(self) -> dict[str, Any]:
-        return {"of": self.of, "a": self.a, "b": self.b, "scale": self.scale,
-                "turned": self.transposed, "experts": self.shape[0]}  # fmt: skip
+        return {**super().encode(), "experts": self.shape[0]}
 
     @property
     def rank(self) -> int:
@@ -163,9 +155,6 @@ class Added(Input):
     plus: Stored
     scale: float
 
-    def encode(self) -> dict[str, Any]:
-        return {"to": self.to, "plus": self.plus, "scale": self.scale}
-
     @property
     def workspace_bytes(self) -> int:
         """The other's entries in float32."""
@@ -179,9 +168,6 @@ class Transposed(Input):
     kind = "transposed"
     scattered = True  # some rows are some of every stored row
     transpose: Stored
-
-    def encode(self) -> dict[str, Any]:
-        return {"transpose": self.transpose}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -226,19 +212,11 @@ OVERSAMPLING = 16
 
 @dataclass(frozen=True)
 class Difference(Input):
-    """What one tensor has more than another of its shape."""
+    """What one tensor has more than another of its shape; who reads it counts the second's block."""
 
     kind = "difference"
     minuend: Input
     subtrahend: Input
-
-    def encode(self) -> dict[str, Any]:
-        return {"minuend": self.minuend, "subtrahend": self.subtrahend}
-
-    @property
-    def workspace_bytes(self) -> int:
-        """That of both; those who read it count its second block, whose size they know."""
-        return self.minuend.workspace_bytes + self.subtrahend.workspace_bytes
 
 
 @dataclass(frozen=True)
@@ -263,12 +241,6 @@ class MergedDeltas(Input):
     random: tuple[int, str] | None
     space: Literal["full", "rows", "columns", "core"]
     blocks: int
-
-    def encode(self) -> dict[str, Any]:
-        return {
-            "deltas": self.deltas, "method": self.method, "arguments": self.arguments, "random": self.random,
-            "space": self.space, "blocks": self.blocks,
-        }  # fmt: skip
 
     @property
     def dtype(self) -> str:
@@ -305,18 +277,13 @@ class Factor(Input):
 
     kind = "factor"
     scattered = True  # a matrix is read several times
+    words: ClassVar = {"transposed": "turned"}
     product: Difference | MergedDeltas
     rank: int
     part: Literal["A", "B"]
     scale: float = 1.0
     transposed: bool = False
     spread: bool = False
-
-    def encode(self) -> dict[str, Any]:
-        return {
-            "product": self.product, "rank": self.rank, "part": self.part, "scale": self.scale,
-            "turned": self.transposed, "spread": self.spread,
-        }  # fmt: skip
 
     @property
     def pair(self) -> Factor:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ class _Lists:
 
     def __init__(self, *lists: Numbers) -> None:
         self._lists = lists
+
+    def encode(self) -> str:
+        return self.digest
 
     @cached_property
     def digest(self) -> str:
@@ -108,9 +111,6 @@ class Rows(Input):
     parts: tuple[Stored | StageTensor, ...]
     map: RowMap
 
-    def encode(self) -> dict[str, Any]:
-        return {"parts": self.parts, "map": self.map.digest}
-
     @property
     def shape(self) -> tuple[int, ...]:
         """As many rows as the map has, as wide as the tensors."""
@@ -156,13 +156,11 @@ class Pursuit(Input):
 
     kind = "pursuit"
     scattered = True  # rows are read in any order
+    words: ClassVar = {"complete": "donor"}
     known: Rows
     complete: Stored | StageTensor
     pairs: RowPairs
     k: int
-
-    def encode(self) -> dict[str, Any]:
-        return {"known": self.known, "donor": self.complete, "pairs": self.pairs.digest, "k": self.k}
 
     @property
     def workspace_bytes(self) -> int:

@@ -5,18 +5,19 @@ Not here: how each tensor is made (make).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from merger.lock.locked import LockedModel
-from merger.methods.registry import Method, Param
+from merger.methods.registry import Method, Param, declared
 from merger.models.architecture import is_buffer, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
 from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand
 from merger.planning.slices import Findings
 from merger.planning.stage_model import StagedRecipe
 from merger.planning.tokens import Tokens
+from merger.recipe.model import Parameters, Slice, first_value
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """How safetensors writes the dtypes that a recipe may ask for."""
@@ -105,6 +106,29 @@ def arguments(method: Method, job: Job) -> dict[str, Any]:
         else:
             values[param.argument] = _convert(param, job.settings[param.name])
     return values
+
+
+def number_in_force(
+    findings: Findings, piece: Slice, param: Param, levels: Sequence[Parameters], tensor: str, position: float
+) -> float:
+    """A parameter's number for a tensor at a position of the slice; a problem where it takes one and has none."""
+    value = first_value(levels, param.name, tensor, position)
+    if value is None and param.required:
+        what = f"{piece.method} needs {param.name}, and no rule gives one for {tensor}"
+        hint = "end the list with a value that has no filter"
+        findings.about_recipe(what, piece.at, f"parameters.{param.name}", hint)
+    return float(value if value is not None else param.default or 0.0)
+
+
+def ask_method(findings: Findings, piece: Slice, method: Method, job: Job, name: str) -> dict[str, Any]:
+    """What it is called with for a job that makes `name`; a problem where it has something to say about that."""
+    given = arguments(method, job)
+    if method.check is not None:
+        try:
+            method.check(**declared(method.check, given))
+        except ValueError as error:
+            findings.about_recipe(f"{name}: {error}", piece.at, "parameters", None)
+    return given
 
 
 def _convert(param: Param, value: float) -> float | int | bool:

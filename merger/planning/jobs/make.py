@@ -6,21 +6,22 @@ Not here: slices and layer ranges (slices), what is left over (unused_tensors), 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from merger.lock.locked import LockedModel
-from merger.methods.registry import Method, Param, declared
+from merger.methods.registry import Method
 from merger.models.architecture import is_before_layers, is_buffer, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
 from merger.planning.inputs.base import Input, Job, Operand
 from merger.planning.inputs.shares import Shares, shares
-from merger.planning.jobs.common import NOT_ALL_PREDICT, JobSet, Making, arguments
+from merger.planning.jobs.common import NOT_ALL_PREDICT, JobSet, Making, ask_method, number_in_force
 from merger.planning.jobs.fit import Fit, layers_of, tell_unshared
 from merger.planning.jobs.rules import Rules, head_in
 from merger.planning.jobs.statistics import other_statistics, statistics_of
 from merger.planning.slices import Cut, CutModule, Findings, cut, parts
 from merger.planning.stage_model import StagedRecipe
 from merger.planning.tokens import tokens
-from merger.recipe.model import Parameters, Recipe, Taken, first_value
+from merger.recipe.model import Recipe, Taken
 
 
 def make_jobs(locked: StagedRecipe, table: Mapping[str, Method]) -> JobSet:
@@ -237,38 +238,23 @@ class _Merges:
         job = Job(out, dtype, sources[piece.leader].shape, method.name, tuple(inputs), base, settings)
         if known is None:
             self._known[key] = settings, each
-            self._ask(piece, method, job)
+            ask_method(self._making.findings, piece.piece, method, job, job.name)
         return job
 
     def _numbers(self, piece: Cut, method: Method, names: Sequence[str], position: float) -> _Numbers:
         """The parameters in force for the tensor that is named first, and for each of those of the parts after it."""
         levels = (piece.piece.parameters, piece.module.parameters, self._making.locked.recipe.parameters)
         own, shared = ([param for param in method.params if param.per_model == each] for each in (True, False))
-        settings = {param.name: self._number(piece, param, levels, names[0], position) for param in shared}
+        number = partial(number_in_force, self._making.findings, piece.piece)
+        settings = {param.name: number(param, levels, names[0], position) for param in shared}
         each = [
             {
-                param.name: self._number(piece, param, (part.source.parameters, *levels), name, position)
+                param.name: number(param, (part.source.parameters, *levels), name, position)
                 for param in ([] if part.is_base and method.subtracts_base else own)
             }
             for part, name in zip(piece.parts, names[1:], strict=True)
         ]
         return settings, each
-
-    def _number(self, piece: Cut, param: Param, levels: Sequence[Parameters], tensor: str, position: float) -> float:
-        value = first_value(levels, param.name, tensor, position)
-        if value is None and param.required:
-            what = f"{piece.piece.method} needs {param.name}, and no rule gives one for {tensor}"
-            hint = "end the list with a value that has no filter"
-            self._making.findings.about_recipe(what, piece.piece.at, f"parameters.{param.name}", hint)
-        return float(value if value is not None else param.default or 0.0)
-
-    def _ask(self, piece: Cut, method: Method, job: Job) -> None:
-        """What the method itself has to say about its numbers."""
-        if method.check is not None:
-            try:
-                method.check(**declared(method.check, arguments(method, job)))
-            except ValueError as error:
-                self._making.findings.about_recipe(f"{job.name}: {error}", piece.piece.at, "parameters", None)
 
 
 def _why_copied(piece: Cut, leading: TensorInfo, found: Sequence[TensorInfo | None]) -> str | None:
@@ -327,13 +313,9 @@ def _output_head(making: Making) -> TensorInfo | None:
     locked, table = making.locked, making.table
     taken = [part.model for piece in locked.recipe.slices for part in parts(locked, piece, table[piece.method])]
     taken += [model for rule in locked.recipe.tensors if _gives_head(rule, model := locked.model(rule.model))]
-    return next((model.head for model in taken if _is_untied(model)), None)
+    return next((model.head for model in taken if model.head is not None and not model.is_tied), None)
 
 
 def _gives_head(rule: Taken, model: LockedModel) -> bool:
     """Whether the head is among the tensors that a rule takes from its model."""
     return model.head is not None and rule.matches(model.head.name)
-
-
-def _is_untied(model: LockedModel) -> bool:
-    return model.head is not None and not model.is_tied

@@ -10,12 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from merger.errors import Problem, RecipeError
 from merger.lock.locked import LockedModel
-from merger.methods.registry import Method, declared
+from merger.methods.registry import Method
 from merger.models.architecture import Architecture, is_before_layers, is_buffer, is_embedding, is_head
 from merger.models.checkpoint import FLOATS, TensorInfo
 from merger.models.lora.changes import TRANSPOSED_MODELS
@@ -24,10 +24,10 @@ from merger.models.lora.modules import AdaptedModule
 from merger.planning.inputs.base import PASSTHROUGH, Input, Job, Operand
 from merger.planning.inputs.derived import Constant
 from merger.planning.inputs.low_rank import Difference, Factor, LowRank, MergedDeltas, factors
-from merger.planning.jobs.common import DTYPES, PREDICTION, JobSet, arguments
+from merger.planning.jobs.common import DTYPES, PREDICTION, JobSet, ask_method, number_in_force
 from merger.planning.slices import Findings, Segment
 from merger.planning.stage_model import StagedRecipe
-from merger.recipe.model import Lora, first_value
+from merger.recipe.model import Lora
 from merger.safety.apart import BeyondError
 from merger.safety.expressions import first
 from merger.safety.names import is_repo
@@ -250,25 +250,13 @@ class _Blend:
         ]
         settings = self._numbers(levels, tensor, position, per_model=False)
         job = Job(tensor, "F32", deltas[0].shape, self._method.name, tuple(inputs), settings=settings)
-        given = arguments(self._method, job)
-        if self._method.check is not None:
-            try:
-                self._method.check(**declared(self._method.check, given))
-            except ValueError as error:
-                self._findings.about_recipe(f"{name}: {error}", self._piece.at, "parameters", None)
+        given = ask_method(self._findings, self._piece, self._method, job, name)
         return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in given.items())
 
     def _numbers(self, levels: Sequence[Any], tensor: str, position: float, per_model: bool) -> dict[str, float]:
-        found = {}
-        for param in self._method.params:
-            if param.per_model == per_model:
-                value = first_value(levels, param.name, tensor, position)
-                if value is None and param.required:
-                    what = f"{self._method.name} needs {param.name}, and no rule gives one for {tensor}"
-                    hint = "end the list with a value that has no filter"
-                    self._findings.about_recipe(what, self._piece.at, f"parameters.{param.name}", hint)
-                found[param.name] = float(value if value is not None else param.default or 0.0)
-        return found
+        params = [param for param in self._method.params if param.per_model == per_model]
+        number = partial(number_in_force, self._findings, self._piece)
+        return {param.name: number(param, levels, tensor, position) for param in params}
 
 
 def _kind(module: AdaptedModule) -> tuple[bool, int, int]:
@@ -336,7 +324,7 @@ class _Extraction:
 
     def _is_taken(self, name: str) -> bool:
         """Whether the recipe asks for it; else the reason is noted."""
-        if not self._is_wanted(name):
+        if name not in self._wanted:
             self.reasons[name] = "left out by include or exclude"
         elif is_buffer(name):
             self.reasons[name] = "a constant, not a trained tensor"
@@ -345,9 +333,6 @@ class _Extraction:
         elif is_head(name) and self._base.is_tied and self._tuned.is_tied:
             self.reasons[name] = "the head is the embedding, as the model's config says"
         return name not in self.reasons
-
-    def _is_wanted(self, name: str) -> bool:
-        return name in self._wanted
 
     def _predicts(self, name: str) -> bool:
         """Whether it belongs to layers that transformers leaves out when it loads the model."""
@@ -440,7 +425,7 @@ class _Extraction:
     def _is_biased(self, module: str) -> bool:
         """Whether the module's matrix is taken apart, so that its bias belongs to a layer with an adapter."""
         weight, theirs = (one.checkpoint.tensors.get(f"{module}.weight") for one in (self._base, self._tuned))
-        if weight is None or theirs is None or theirs.shape != weight.shape or not self._is_wanted(weight.name):
+        if weight is None or theirs is None or theirs.shape != weight.shape or weight.name not in self._wanted:
             return False
         return len(weight.shape) == 2 and not self._is_embedding(weight)
 

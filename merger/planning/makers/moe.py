@@ -56,13 +56,17 @@ def make_mixture(locked: StagedRecipe, mixture: Mixture, seed: int) -> tuple[Job
         MismatchError: no layout fits, or the models do not fit each other.
     """
     mixing = _Mixing(locked, mixture, _layout(locked, mixture))
-    fit = _Fit(mixing)
-    fit.check()
-    if fit.problems:
-        raise MismatchError(fit.problems)
+    if problems := list(_misfits(mixing)):
+        raise MismatchError(problems)
+    try:
+        config = mixing.config()
+    except ValueError as error:
+        hint = "take another base model, or another layout by architecture:"
+        what = f"does not fit {mixing.layout.name}: {error}"
+        raise MismatchError(_about_base(mixing, what, hint)) from None
     jobs = tuple(_Mixer(mixing, seed).jobs())
     layers = tuple((locked.config_model, layer) for layer in range(locked.config_model.architecture.stacks[STACK]))
-    return JobSet(jobs, {STACK: layers}, mixing.has_head, None), mixing.config()
+    return JobSet(jobs, {STACK: layers}, mixing.has_head, None), config
 
 
 # ---- the layout -----------------------------------------------------------------------------------------------------
@@ -178,99 +182,79 @@ class _Mixing:
 # ---- what must fit --------------------------------------------------------------------------------------------------
 
 
-class _Fit:
-    """Holds models against the layout; problems are kept."""
+def _misfits(of: _Mixing) -> Iterator[Problem]:
+    """In what models do not fit the layout, or each other."""
+    yield from _of_base(of)
+    for expert in {expert.source_model: expert for expert in reversed(of.mixture.experts)}.values():
+        yield from _of_expert(of, expert, of.middle)
+    for expert in of.shared:
+        yield from _of_expert(of, expert, _middle(of.locked.model(expert.source_model)))
+    apart = any("{number}" in role for role in of.layout.experts)
+    if len({expert.residual_scale for expert in of.mixture.experts}) > 1 and not apart:
+        what = f"{of.layout.name} has all experts in one tensor, and these have several residual_scale"
+        hint = "give all experts one residual_scale, or scale a model by passthrough in a document before this"
+        yield Problem(what, of.mixture.at, "experts", hint)
 
-    def __init__(self, of: _Mixing) -> None:
-        self._of = of
-        self.problems: list[Problem] = []
 
-    def check(self) -> None:
-        self._check_base()
-        for expert in {expert.source_model: expert for expert in reversed(self._of.mixture.experts)}.values():
-            self._check_expert(expert, self._of.middle)
-        for expert in self._of.shared:
-            self._check_expert(expert, _middle(self._of.locked.model(expert.source_model)))
-        self._check_scales()
-        self._check_config()
+def _of_base(of: _Mixing) -> Iterator[Problem]:
+    base, layout = of.base, of.layout
+    held = [tensor for tensor in base.checkpoint.tensors.values() if not is_buffer(tensor.name)]
+    whatever = layout.roles is None
+    head = () if base.is_tied or whatever else (HEAD,)
+    layers = range(base.architecture.stacks.get(STACK, 0))
+    roles = (*(layout.roles or ()), *MATRICES)
+    needed = [role for role in roles if not (layout.zeros and role in BIASES)]
+    places = {EMBEDDING, NORM, HEAD, *(_at(layer, role) for layer in layers for role in roles)}
+    odd = [each.name for each in held if each.name not in places and not base.architecture.predicts(each.name)]
+    wanted = [EMBEDDING, NORM, *head, *(_at(layer, role) for layer in layers for role in needed)]
+    missing = [name for name in wanted if name not in base.checkpoint.tensors]
+    if odd and not whatever:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        yield _about_base(of, f"has the tensor {odd[0]}{more}, for which {layout.name} has no place")
+    if missing or not layers:
+        yield _about_base(of, f"has no tensor {missing[0] if missing else STACK}, which {layout.name} needs")
+    if (stored := next((each for each in held if each.dtype not in FLOATS), None)) is not None:
+        yield _about_base(of, f"stores {stored.name} as {stored.dtype}", _UNQUANTISED)
+    if of.mixture.gate_mode not in BY_CHANCE and "tokenizer.json" not in base.located.files:
+        yield _about_base(of, "has no tokenizer.json, by which prompts become tokens", "write gate_mode: random")
 
-    def _check_base(self) -> None:
-        held = [tensor for tensor in self._of.base.checkpoint.tensors.values() if not is_buffer(tensor.name)]
-        whatever = self._of.layout.roles is None
-        head = () if self._of.base.is_tied or whatever else (HEAD,)
-        layers = range(self._of.base.architecture.stacks.get(STACK, 0))
-        roles = (*(self._of.layout.roles or ()), *MATRICES)
-        needed = [role for role in roles if not (self._of.layout.zeros and role in BIASES)]
-        places = {EMBEDDING, NORM, HEAD, *(_at(layer, role) for layer in layers for role in roles)}
-        ahead = self._of.base.architecture.predicts
-        odd = [tensor.name for tensor in held if tensor.name not in places and not ahead(tensor.name)]
-        wanted = [EMBEDDING, NORM, *head, *(_at(layer, role) for layer in layers for role in needed)]
-        missing = [name for name in wanted if name not in self._of.base.checkpoint.tensors]
-        if odd and not whatever:
-            self._tell_base(f"has {_some(odd)}, for which {self._of.layout.name} has no place")
-        if missing or not layers:
-            self._tell_base(f"has no tensor {missing[0] if missing else STACK}, which {self._of.layout.name} needs")
-        for tensor in held:
-            if tensor.dtype not in FLOATS:
-                self._tell_base(f"stores {tensor.name} as {tensor.dtype}", _UNQUANTISED)
-                break
-        if self._of.mixture.gate_mode not in BY_CHANCE and "tokenizer.json" not in self._of.base.located.files:
-            self._tell_base("has no tokenizer.json, by which prompts become tokens", "write gate_mode: random")
 
-    def _check_scales(self) -> None:
-        """Where all experts are in one tensor there is one factor for all of them."""
-        scales = {expert.residual_scale for expert in self._of.mixture.experts}
-        if len(scales) > 1 and not any("{number}" in role for role in self._of.layout.experts):
-            what = f"{self._of.layout.name} has all experts in one tensor, and these have several residual_scale"
-            hint = "give all experts one residual_scale, or scale a model by passthrough in a document before this"
-            self.problems.append(Problem(what, self._of.mixture.at, "experts", hint))
+def _about_base(of: _Mixing, what: str, hint: str = "take a plain model of its kind as base_model") -> Problem:
+    at = (of.locked.recipe.base_model or of.base.ref).at
+    return Problem(f"{of.base.name} {what}", at, "base_model", hint)
 
-    def _check_config(self) -> None:
-        if not self.problems:
-            try:
-                self._of.config()
-            except ValueError as error:
-                hint = "take another base model, or another layout by architecture:"
-                self._tell_base(f"does not fit {self._of.layout.name}: {error}", hint)
 
-    def _tell_base(self, what: str, hint: str = "take a plain model of its kind as base_model") -> None:
-        ref = self._of.base.ref
-        at = self._of.locked.recipe.base_model.at if self._of.locked.recipe.base_model else ref.at
-        self.problems.append(Problem(f"{self._of.base.name} {what}", at, "base_model", hint))
-
-    def _check_expert(self, expert: Expert, middle: int) -> None:
-        """Whether its MLPs are there, layer for layer, from the base model's hidden size to `middle` and back."""
-        model = self._of.locked.model(expert.source_model)
-        layers = self._of.base.architecture.stacks.get(STACK, 0)
-        theirs = model.architecture.stacks.get(STACK, 0)
-        if theirs != layers:
-            what = f"has {theirs} layers {STACK}, and the base model {layers}"
-            self._tell(expert, model, what, "experts have as many layers as the base model")
-        elif _act(model) != _act(self._of.base):
-            what = f"has the hidden_act {_act(model)}, and the base model {_act(self._of.base)}"
-            self._tell(expert, model, what, "experts have the base model's hidden_act")
-        else:
-            faults = (self._fault(model, layer, role, middle) for layer in range(layers) for role in MATRICES)
-            if fault := next((fault for fault in faults if fault), None):
-                self._tell(expert, model, *fault)
-
-    def _fault(self, model: LockedModel, layer: int, role: str, middle: int) -> tuple[str, str] | None:
-        """What is wrong with an expert's matrix, if anything is, and what to do."""
-        name = _at(layer, role)
-        tensor = model.checkpoint.tensors.get(name)
-        if tensor is None:
-            return f"has no tensor {name}", "is it saved in full?"
-        if tensor.dtype not in FLOATS:
-            return f"stores {name} as {tensor.dtype}", _UNQUANTISED
-        shape = (self._of.width, middle) if role == DOWN else (middle, self._of.width)
-        if tensor.shape == shape:
-            return None
-        what = f"has {name} of {shape_text(tensor)}, not {'x'.join(map(str, shape))}"
-        return what, "experts have MLPs of one shape and the base model's hidden size"
-
-    def _tell(self, expert: Expert, model: LockedModel, what: str, hint: str) -> None:
+def _of_expert(of: _Mixing, expert: Expert, middle: int) -> Iterator[Problem]:
+    """Whether its MLPs are there, layer for layer, from the base model's hidden size to `middle` and back."""
+    model = of.locked.model(expert.source_model)
+    layers, theirs = (one.architecture.stacks.get(STACK, 0) for one in (of.base, model))
+    faults = (_fault(of, model, layer, role, middle) for layer in range(layers) for role in MATRICES)
+    if theirs != layers:
+        what = f"has {theirs} layers {STACK}, and the base model {layers}"
+        fault: tuple[str, str] | None = (what, "experts have as many layers as the base model")
+    elif _act(model) != _act(of.base):
+        what = f"has the hidden_act {_act(model)}, and the base model {_act(of.base)}"
+        fault = what, "experts have the base model's hidden_act"
+    else:
+        fault = next(filter(None, faults), None)
+    if fault is not None:
         at, where = expert.source_model.at or expert.at, f"experts[{expert.source_model}]"
-        self.problems.append(Problem(f"{model.name} {what}", at, where, hint))
+        yield Problem(f"{model.name} {fault[0]}", at, where, fault[1])
+
+
+def _fault(of: _Mixing, model: LockedModel, layer: int, role: str, middle: int) -> tuple[str, str] | None:
+    """What is wrong with an expert's matrix, if anything is, and what to do."""
+    name = _at(layer, role)
+    tensor = model.checkpoint.tensors.get(name)
+    if tensor is None:
+        return f"has no tensor {name}", "is it saved in full?"
+    if tensor.dtype not in FLOATS:
+        return f"stores {name} as {tensor.dtype}", _UNQUANTISED
+    shape = (of.width, middle) if role == DOWN else (middle, of.width)
+    if tensor.shape == shape:
+        return None
+    what = f"has {name} of {shape_text(tensor)}, not {'x'.join(map(str, shape))}"
+    return what, "experts have MLPs of one shape and the base model's hidden size"
 
 
 # ---- the jobs -------------------------------------------------------------------------------------------------------
@@ -394,7 +378,3 @@ def _middle(model: LockedModel) -> int:
 
 def _at(layer: int, role: str) -> str:
     return f"{STACK}.{layer}.{role}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"the tensor {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

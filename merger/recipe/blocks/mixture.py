@@ -88,10 +88,9 @@ def _model_of(node: spans.Node) -> str | None:
 
 
 def _gate_mode(place: Value) -> str:
-    hint = f"write one of {', '.join(GATE_MODES)}"
     text = place.text("a gate mode")
     if text is not None and text not in GATE_MODES:
-        place.error(f"there is no gate mode {text!r}", did_you_mean(text, GATE_MODES) or hint)
+        place.error(f"there is no gate mode {text!r}", did_you_mean(text, GATE_MODES))
     return text if text in GATE_MODES else GATE_MODES[0]
 
 
@@ -148,8 +147,7 @@ def _architecture(place: Value) -> str | None:
     """The beginning of a layout's name, as mergekit-moe takes it, case aside."""
     text = place.text("the name of a layout")
     if text is not None and not matching(text):
-        known = f"known here: {', '.join(ARCHITECTURES)}"
-        place.error(f"there is no layout {text!r}", did_you_mean(text, ARCHITECTURES) or known)
+        place.error(f"there is no layout {text!r}", did_you_mean(text, ARCHITECTURES))
         return None
     return text
 

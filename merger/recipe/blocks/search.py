@@ -100,18 +100,10 @@ def _search(place: Value, holes: tuple[Hole, ...]) -> Searched | None:
         prune=_prune(fields.get("prune")),
         storage=_storage(storage) if storage else None,
         at=place.key,
-        **_wholes(fields),
+        **fields.wholes({"trials": TRIALS, "patience": COUNT, "seed": SEED}),
     )
     _check_objectives(found, fields)
     return found
-
-
-def _wholes(fields: Fields) -> dict[str, int]:
-    """The whole numbers that are given."""
-    ranges = {"trials": TRIALS, "patience": COUNT, "seed": SEED}
-    read = {key: place.whole(within, f"a whole number from {within}") for key, within in ranges.items()
-            if (place := fields.get(key))}  # fmt: skip
-    return {key: value for key, value in read.items() if value is not None}
 
 
 def _sampler(place: Value | None) -> str:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from merger.errors import Problem, Span
 from merger.recipe.model import ModelRef, Publish, Recipe
 from merger.recipe.values import Notes, nearest
 
@@ -28,7 +27,8 @@ def join_stages(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
     order = _in_order(result, named, notes)
     for name, recipe in named.items():
         if recipe is not result and recipe not in order:
-            _warn(notes, f"nothing is made of the stage {name}", recipe.name_at, "name it as a model, or take it out")
+            hint = "name it as a model, or take it out"
+            notes.warn(f"nothing is made of the stage {name}", recipe.name_at, None, hint)
     return replace(result, stages=tuple(recipe for recipe in order if recipe is not result))
 
 
@@ -36,14 +36,14 @@ def _refuse_ends(recipe: Recipe, notes: Notes) -> None:
     """A mixture is no stage, and what is done with a result is not done with one."""
     if recipe.mixture is not None:
         hint = "make the mixture by a recipe of its own, and name the folder that it made"
-        _error(notes, "a mixture of experts cannot be a stage", recipe.mixture.at or recipe.at, hint)
+        notes.error("a mixture of experts cannot be a stage", recipe.mixture.at or recipe.at, None, hint)
     hint = "move it into the last document"
     if recipe.publish != Publish():
-        _warn(notes, "publish has no effect in a stage", recipe.publish.at, hint)
+        notes.warn("publish has no effect in a stage", recipe.publish.at, None, hint)
     if recipe.allow_non_finite:
-        _warn(notes, "allow_non_finite has no effect in a stage", recipe.allow_at, hint)
+        notes.warn("allow_non_finite has no effect in a stage", recipe.allow_at, None, hint)
     if recipe.evaluate is not None:
-        _warn(notes, "evaluate has no effect in a stage", recipe.evaluate.at, hint)
+        notes.warn("evaluate has no effect in a stage", recipe.evaluate.at, None, hint)
 
 
 def _result(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
@@ -51,7 +51,7 @@ def _result(recipes: Sequence[Recipe], notes: Notes) -> Recipe:
     nameless = [recipe for recipe in recipes if recipe.name is None]
     for other in nameless[1:]:
         hint = "write name: into all but one: that one is the result, the others are models of it"
-        _error(notes, "a second document without a name", other.at, hint)
+        notes.error("a second document without a name", other.at, None, hint)
     return nameless[0] if nameless else recipes[-1]
 
 
@@ -63,10 +63,10 @@ def _by_name(recipes: Sequence[Recipe], notes: Notes) -> dict[str, Recipe]:
         if recipe.name in found:
             first = found[recipe.name].name_at
             what = f"the name {recipe.name!r} was given before{'' if first is None else f', on line {first.line}'}"
-            _error(notes, what, recipe.name_at, "give each document a name of its own", "name")
+            notes.error(what, recipe.name_at, "name", "give each document a name of its own")
         elif _NO_NAME.search(recipe.name):
             hint = "take a plain word such as first-merge: with / @ + or a leading . or ~ it reads like a model"
-            _error(notes, f"{recipe.name!r} is no name of a stage", recipe.name_at, hint, "name")
+            notes.error(f"{recipe.name!r} is no name of a stage", recipe.name_at, "name", hint)
         found.setdefault(recipe.name, recipe)
     return found
 
@@ -76,10 +76,10 @@ def _check_references(recipe: Recipe, named: Mapping[str, Recipe], notes: Notes)
         where = f"models[{ref}]"
         if ref.path in named and ref != ModelRef(ref.path):
             what = f"{ref.path} is a stage of this file, which has neither a revision nor an adapter"
-            _error(notes, what, ref.at, f"write {ref.path}; a folder of that name is ./{ref.path}", where)
+            notes.error(what, ref.at, where, f"write {ref.path}; a folder of that name is ./{ref.path}")
         elif ref.path not in named and "/" not in ref.path and (near := nearest(ref.path, named)):
             hint = f"did you mean the stage {near!r}? a folder of the other name is ./{ref.path}"
-            _error(notes, f"no document of this file has the name {ref.path!r}", ref.at, hint, where)
+            notes.error(f"no document of this file has the name {ref.path!r}", ref.at, where, hint)
 
 
 def _in_order(result: Recipe, named: Mapping[str, Recipe], notes: Notes) -> list[Recipe]:
@@ -93,7 +93,7 @@ def _in_order(result: Recipe, named: Mapping[str, Recipe], notes: Notes) -> list
             if ref.path in above:
                 circle = ", which is made of ".join([*above[above.index(ref.path) + 1 :], ref.path])
                 hint = "a document can only be made of others that are made without it"
-                _error(notes, f"{ref.path} is made of {circle}", ref.at, hint, f"models[{ref}]")
+                notes.error(f"{ref.path} is made of {circle}", ref.at, f"models[{ref}]", hint)
             elif named[ref.path] not in order:
                 visit(named[ref.path])
         above.pop()
@@ -101,13 +101,3 @@ def _in_order(result: Recipe, named: Mapping[str, Recipe], notes: Notes) -> list
 
     visit(result)
     return order
-
-
-def _error(notes: Notes, what: str, at: Span | None, hint: str, where: str | None = None) -> None:
-    assert at is not None
-    notes.errors.setdefault((at, what), Problem(what, at, where, hint))
-
-
-def _warn(notes: Notes, what: str, at: Span | None, hint: str) -> None:
-    assert at is not None
-    notes.warnings.setdefault((at, what), Problem(what, at, None, hint))

@@ -9,8 +9,6 @@ Not here: whether the method asks for it (checks), and measuring (statistics).
 
 from __future__ import annotations
 
-from typing import Any
-
 from merger.recipe import spans
 from merger.recipe.model import Measure, ModelRef
 from merger.recipe.references import UNREADABLE, reference, refuse_mean
@@ -44,6 +42,5 @@ def statistics(place: Value, model: ModelRef, kind: str | None) -> ModelRef | No
         return None
     if fields.get("blocks") and kind != "gram":
         fields.places["blocks"].error(f"{kind} has no blocks", "take it out", fields.places["blocks"].key)
-    given = {key: fields.whole(key, within, f"a whole number from {within}") for key, within in WHOLES.items()}
-    known: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    known = fields.wholes(WHOLES)
     return Measure(f"{kind} of {model} on {data}", at=place.at, kind=kind, model=model, measure=data, **known)

@@ -20,17 +20,8 @@ from huggingface_hub.utils import httpx
 from merger.errors import Problem, UploadError
 from merger.runtime import lacking
 from merger.safety import secrets
+from merger.stores.hub import http
 from merger.stores.hub.client import cause
-from merger.stores.hub.http import (
-    TRIES,
-    UnreadableAnswer,
-    is_passing,
-    patiently,
-    pause,
-    seconds_asked,
-    status_of,
-    understood,
-)
 from merger.stores.hub.repo import PULLS, Results
 from merger.stores.hub.store import NO_ANSWER, no_token
 
@@ -85,20 +76,20 @@ def make_commit(repo: Results, wanted: Commit, gate: Lock | None = None) -> Comm
             tries += 1
             if not _may_be_lost(error, wanted.branch):
                 raise
-            if done := patiently(lambda: _find(repo, wanted)):
+            if done := http.patiently(lambda: _find(repo, wanted)):
                 return done
-            if tries == TRIES:
+            if tries == http.TRIES:
                 raise
-            time.sleep(pause(tries, seconds_asked(cause(error))))
+            time.sleep(http.pause(tries, http.seconds_asked(cause(error))))
 
 
 def _try(repo: Results, wanted: Commit, gate: Lock | None) -> CommitInfo:
     on_main = wanted.branch == MAIN
     _rewind(wanted.additions)
     if not on_main:  # files travel side by side
-        with understood():
+        with http.understood():
             repo.api.preupload_lfs_files(repo.repo, wanted.additions, revision=wanted.branch, free_memory=False)
-    with gate or nullcontext(), understood():
+    with gate or nullcontext(), http.understood():
         return repo.api.create_commit(
             repo.repo,
             list(wanted.operations),
@@ -121,7 +112,7 @@ def _may_be_lost(failed: Exception, branch: str) -> bool:
     """
     error = cause(failed)
     mended = _EXPIRED if error is not failed else () if branch == MAIN else _CROSSED
-    return is_passing(error) or status_of(error) in mended
+    return http.is_passing(error) or http.status_of(error) in mended
 
 
 def _find(repo: Results, wanted: Commit) -> CommitInfo | None:
@@ -179,11 +170,11 @@ def in_words(error: Exception, repo: str, by_request: bool = False) -> Problem:
     """What an error on the way to a repo means; `by_request`: to a pull request on it."""
     if isinstance(error, OIDCError):
         return no_token(error, repo)
-    if isinstance(error, UnreadableAnswer):
+    if isinstance(error, http.UnreadableAnswer):
         return Problem(f"{repo} cannot be written: an answer is none of the Hub's", hint=NO_ANSWER)
     if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
         return Problem(f"{repo}: the Hub's client refuses: {error}", hint="change the recipe's publish: block, or --to")
-    match status_of(error):
+    match http.status_of(error):
         case 401:
             return Problem(f"the Hub does not know our token, so {repo} cannot be written", hint="set HF_TOKEN")
         case 403 | 404 if by_request:
@@ -200,5 +191,5 @@ def in_words(error: Exception, repo: str, by_request: bool = False) -> Problem:
         case status:
             words = error.server_message if isinstance(error, HfHubHTTPError) else None
             said = f": {words[:300]}" if words else ""
-            hint = "try again later" if is_passing(error) else "change what it objects to, and run it again"
+            hint = "try again later" if http.is_passing(error) else "change what it objects to, and run it again"
             return Problem(f"the Hub refuses to write {repo} (HTTP {status}{said})", hint=hint)

@@ -18,14 +18,7 @@ from pathlib import Path
 from threading import Lock
 
 import yaml
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationCopy,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    ModelInfo,
-)
+from huggingface_hub import CommitInfo, CommitOperationCopy, CommitOperationDelete, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 

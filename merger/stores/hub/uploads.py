@@ -20,16 +20,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from merger.errors import Problem, UploadError, VerificationError
 from merger.models.formats.safetensors import Outlet, WrittenShard
 from merger.safety import secrets
-from merger.stores.hub.client import (
-    SAMPLE,
-    Refusals,
-    Stream,
-    describe,
-    describe_sent,
-    speaks_xet,
-    unknown_to_it,
-    xet_session,
-)
+from merger.stores.hub import client
 from merger.stores.hub.http import headers_now, patiently
 from merger.stores.ports import Content, in_folder, write
 from merger.stores.scratch import Scratch
@@ -90,7 +81,7 @@ class Target:
         Raises:
             HfHubHTTPError: the Hub refuses to answer.
         """
-        if not speaks_xet():
+        if not client.speaks_xet():
             return False
         answer = get_session().get(self.xet_token_url, headers=self.headers, timeout=_SECONDS)
         if answer.status_code in _UNKNOWN_ROUTE:
@@ -124,10 +115,10 @@ class Files:
         """Its file by name, or open: what is open the client sends by LFS."""
         path = self._path(shard.name)
         file = path.open("rb")
-        sample = file.read(SAMPLE)
+        sample = file.read(client.SAMPLE)
         file.seek(0)
         self._reading[shard.name] = file
-        return describe(shard, sample, str(path) if self._by_xet else file)
+        return client.describe(shard, sample, str(path) if self._by_xet else file)
 
     def small(self, name: str, content: bytes) -> CommitOperationAdd:
         """A large tokenizer counts as a large file too."""
@@ -161,20 +152,20 @@ class Streams:
 
     at_once = 1
 
-    def __init__(self, to: Target, refusals: Refusals) -> None:
+    def __init__(self, to: Target, refusals: client.Refusals) -> None:
         self._to, self._refusals = to, refusals
-        self._open: dict[str, Stream] = {}
+        self._open: dict[str, client.Stream] = {}
 
     def open(self, name: str) -> Outlet:
         """A stream, with a token of its own: they last an hour."""
         with self._refusals():
             to, session = self._to, self._session
-            self._open[name] = Stream(session, name, to.xet_token_url, to.headers, self._refusals)
+            self._open[name] = client.Stream(session, name, to.xet_token_url, to.headers, self._refusals)
         return self._open[name]
 
     @cached_property
     def _session(self) -> Any:
-        return xet_session()
+        return client.xet_session()
 
     def shard(self, shard: WrittenShard) -> CommitOperationAdd:
         """End its stream, and describe what was sent as the client describes what it has uploaded itself."""
@@ -182,7 +173,7 @@ class Streams:
         if stream.finish() != (shard.size, shard.sha256):
             what = f"{shard.name}: what arrived on the Hub is not what was sent"
             raise VerificationError(Problem(what, hint="run it again: finished files are not made again"))
-        return describe_sent(shard, stream.sample)
+        return client.describe_sent(shard, stream.sample)
 
     def small(self, name: str, content: bytes) -> CommitOperationAdd:
         """As it is."""
@@ -203,7 +194,7 @@ class Streams:
         self._open.clear()
 
 
-def streams(to: Target, refusals: Refusals) -> Streams:
+def streams(to: Target, refusals: client.Refusals) -> Streams:
     """The way without files, if the Hub has one.
 
     Raises:
@@ -223,7 +214,7 @@ def plain_uploads(to: Target, scratch: Scratch) -> Files:
 
 def upload_memory() -> int:
     """The bytes that the client may hold of what it sends: much with Xet; LFS sends a file in small pieces."""
-    return _XET_BYTES if speaks_xet() else 0
+    return _XET_BYTES if client.speaks_xet() else 0
 
 
 def refuse_no_streams() -> None:
@@ -232,9 +223,9 @@ def refuse_no_streams() -> None:
     Raises:
         UploadError: it has no client for it.
     """
-    if not speaks_xet():
+    if not client.speaks_xet():
         raise _no_streams("Xet is switched off or not installed", "unset HF_HUB_DISABLE_XET, or leave out --stream")
-    if missing := unknown_to_it():
+    if missing := client.unknown_to_it():
         what = f"huggingface_hub {huggingface_hub.__version__} knows nothing of {', '.join(missing)}"
         raise _no_streams(what, "leave out --stream, or install huggingface_hub 2.4")
 
@@ -255,7 +246,7 @@ class Uploads:
         UploadError: shards cannot be sent so.
     """
 
-    def __init__(self, to: Target, stream: bool, refusals: Refusals) -> None:
+    def __init__(self, to: Target, stream: bool, refusals: client.Refusals) -> None:
         self._api, self._refusals, self._scratch = to.api, refusals, Scratch()
         self.sending: Sending = patiently(lambda: streams(to, refusals) if stream else plain_uploads(to, self._scratch))
         self._pool = ThreadPoolExecutor(self.sending.at_once, thread_name_prefix="upload")
