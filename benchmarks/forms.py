@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import growth
 import models
 import numpy as np
@@ -160,6 +161,39 @@ def llama(work: Path, layers: int, seed: int) -> Path:
     return folder
 
 
+def of_gguf(work: Path, kind: str, matrices: int, seed: int) -> Path:
+    """Such matrices in a GGUF file: random blocks, whose scales are a hundredth."""
+    folder, (together, nbytes) = work / f"form-gguf-{kind}-{matrices}-{seed}", gguf.GGML_QUANT_SIZES[KINDS_IN[kind]]
+    if (folder / "model.gguf").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = codes(np.random.default_rng(seed), SIDE * SIDE // together, nbytes)
+    blocks[:, : SCALE_BYTES[kind]].view(np.float16)[:] = 0.01
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_block_count(matrices)
+    writer.add_embedding_length(SIDE)
+    writer.add_head_count(32)
+    writer.add_feed_forward_length(SIDE)
+    writer.add_context_length(4096)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<s>"])
+    writer.add_token_scores([0.0])
+    writer.add_token_types([3])
+    writer.add_tensor("token_embd.weight", np.zeros((1, SIDE), np.float32))
+    for number in range(matrices):
+        writer.add_tensor(f"blk.{number}.ffn_up.weight", blocks.reshape(SIDE, -1), raw_dtype=KINDS_IN[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+KINDS_IN = {"Q8_0": gguf.GGMLQuantizationType.Q8_0, "Q4_K": gguf.GGMLQuantizationType.Q4_K}
+SCALE_BYTES = {"Q8_0": 2, "Q4_K": 4}
+
+
 def rows(work: Path, matrices: int, layers: int, runs: int) -> Iterator[str]:
     """The two tables, one measured line after the other."""
     plain = 0.0
@@ -174,7 +208,7 @@ def rows(work: Path, matrices: int, layers: int, runs: int) -> Iterator[str]:
         best = min((growth.measure(work, made, cores) for _ in range(runs)), key=lambda found: found["cores"])
         each = 1e9 * best["cores"] / entries
         plain = plain or each
-        sizes = [(parent / "model.safetensors").stat().st_size for parent in parents]
+        sizes = [max(file.stat().st_size for file in parent.iterdir()) for parent in parents]
         return (
             f"| {title} | {sum(sizes) / len(sizes) / entries:.2f} | {best['loop']:.2f} s | {best['cores']:.2f} s "
             f"| {each:.1f} ns | {each - plain:+.1f} ns |"
@@ -182,6 +216,8 @@ def rows(work: Path, matrices: int, layers: int, runs: int) -> Iterator[str]:
 
     for title in FORMS:
         yield line(title, [stored(work, title, matrices, seed) for seed in (0, 1)], matrices * SIDE**2, {})
+    for kind in KINDS_IN:
+        yield line(f"GGUF {kind}", [of_gguf(work, kind, matrices, seed) for seed in (0, 1)], matrices * SIDE**2, {})
     plain = 0.0
     parents = [llama(work, layers, seed) for seed in (0, 1)]
     entries = sum(int(np.prod(shape)) for _, shape in models.shapes(layers, 4096, 11008, 256))

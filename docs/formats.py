@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from gguf import GGMLQuantizationType
 
 from merger.errors import MergerError, Problem
 from merger.models.checkpoint import FLOATS, TensorInfo, stem
 from merger.models.formats.quantised import FORMATS, SCALED, unpack_checkpoint
 from merger.models.gguf.families import FAMILIES, GgufModel
+from merger.models.gguf.header import GgufHeader, find_gguf, kind_of
 from merger.models.gguf.layout import KINDS
+from merger.models.gguf.source import restore_model
 from merger.models.mixtures import LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +49,10 @@ _PACKED = (
     "models/test_packed.py::test_a_packed_tensor_is_read_as_what_it_stands_for",
     "models/test_packed.py::test_a_library_reads_the_same",
 )
+_GGUF_READ = (
+    "models/test_gguf_sources.py::test_each_type_is_read_as_gguf_reads_it",
+    "models/test_gguf_sources.py::test_a_model_comes_back_from_its_gguf_file",
+)
 _MORE = (
     ("LoRA of PEFT", "rows at a time", "into its model, and with others", "as one adapter; from a fine-tune",
      "planning/test_lora_sources.py::test_a_model_with_an_adapter_is_what_peft_makes_of_them",
@@ -60,7 +69,9 @@ _MORE = (
     (f"mixtures of experts: {', '.join(layout.name for layout in LAYOUTS)}", "as models that are mixtures", "yes",
      "made of models without experts",
      "planning/test_mixtures.py::test_each_layout_loads_and_holds_its_models_tensors"),
-    (f"GGUF in {', '.join(KINDS)}", "no", "no", "beside safetensors or alone",
+    ("GGUF in each type that `gguf` reads, of the families below", _BACK, "yes", "as safetensors",
+     *_GGUF_READ, "models/test_gguf_sources.py::test_gguf_and_safetensors_of_one_model_are_merged"),
+    (f"GGUF in {', '.join(KINDS)}", "as above", "yes", "beside safetensors or alone",
      "models/test_gguf.py::test_gguf_reads_what_is_written",
      "models/test_gguf.py::test_llama_cpp_continues_a_text_as_transformers_does",
      "models/test_gguf.py::test_llama_cpp_continues_a_text_from_every_type_and_from_parts"),
@@ -69,6 +80,14 @@ _MORE = (
     ("LoRA of diffusion models, in diffusers' and kohya's names", "rows at a time", "into its model", "no",
      "planning/test_lora_pipelines.py::test_a_model_with_an_adapter_is_what_diffusers_fuses"),
 )  # fmt: skip
+
+
+def _kinds() -> Iterator[str]:
+    """The types of GGUF that are read."""
+    for kind in GGMLQuantizationType:
+        with suppress(ValueError):
+            yield kind_of(kind)[0]
+
 
 _POINTS = (
     ("LoRA on experts in one tensor", "PEFT on Qwen 3 MoE, Mixtral, gpt-oss, DeepSeek V3, GLM 4 MoE and a dozen more",
@@ -82,6 +101,8 @@ _POINTS = (
      "planning/test_matched.py::test_bert_is_merged_with_and_without_its_prefix",
      "planning/test_matched.py::test_the_plan_says_what_was_matched_to_what"),
     ("quantised sources", f"{', '.join(FORMATS)}", *_PACKED),
+    ("GGUF in", f"gguf's {', '.join(_kinds())}; transformers' own reading of eight families", *_GGUF_READ,
+     "models/test_gguf_sources.py::test_transformers_reads_the_same"),
     ("eight bits out", "transformers' fp8 and compressed-tensors' float-quantized, of Llama and of mixtures",
      "models/test_fp8.py::test_each_matrix_of_a_layer_has_the_bits_of_its_own_tool"),
     ("embedding models", "SentenceTransformer, SparseEncoder, CrossEncoder, MultiVectorEncoder, CLIP; PyLate",
@@ -101,9 +122,12 @@ _POINTS = (
      "planning/test_output.py::test_a_model_in_several_files_comes_out_in_files_of_the_same_names_and_tensors"),
 )  # fmt: skip
 
+_MAMBA = GgufHeader({"general.architecture": "mamba"}, ())
 _FILES: tuple[tuple[str, Callable[[], Any], str], ...] = (
-    ("GGUF files alone", lambda: stem(["model-Q8_0.gguf"]),
-     "models/test_checkpoint.py::test_files_that_are_not_one_model_are_refused"),
+    ("several GGUF files, none of which is named", lambda: find_gguf(["m-Q4_K_M.gguf", "m-Q8_0.gguf"]),
+     "models/test_gguf_sources.py::test_the_files_of_a_model_are_found"),
+    ("GGUF of another architecture", lambda: restore_model({"": _MAMBA}, lambda *_: b"", lambda *_: None),
+     "models/test_gguf_sources.py::test_a_file_that_is_not_what_it_says_is_refused"),
     ("pickles, without `--allow-pickle`", lambda: stem(["pytorch_model.bin"]),
      "models/test_checkpoint.py::test_a_model_of_pickles_is_refused_with_the_way_out"),
     ("a pipeline as a whole", lambda: stem(["model_index.json", "unet/diffusion_pytorch_model.safetensors"]),

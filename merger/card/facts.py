@@ -246,7 +246,7 @@ def _read(planned: Plan, model: LockedModel) -> list[str]:
     looked_at = model.located.commit is None and model.lora is None and planned.locked.recipe.lora is None
     told = vocabulary.told_by(model.located.files) if looked_at else ()
     wanted = {*tensors, *model.texts, *told, *taken, *index, *licences, "config.json", ADAPTER_CONFIG, CARD_NAME}
-    return sorted(wanted & model.located.files.keys())
+    return sorted(name for name in wanted & model.located.files.keys() if model.located.files[name].made is None)
 
 
 def _parent(planned: Plan, model: LockedModel, checksum: Checksum) -> Parent:

@@ -284,11 +284,12 @@ def _add_extract(commands: Commands) -> None:
 
 
 def _add_convert(commands: Commands) -> None:
-    sentence = "bring a model into GGUF, as llama.cpp reads it"
+    sentence = "bring a model into GGUF, as llama.cpp reads it, or from GGUF into safetensors"
     example = "convert owner/model --gguf Q8_0 --to hf://you/model-GGUF"
     convert = _add(commands, "convert", sentence, example, "convert ./out --gguf Q4_0,Q8_0 --to ./gguf")
-    convert.add_argument("model", metavar="MODEL", help="org/name, org/name@revision or ./folder")
-    convert.add_argument("--gguf", type=_gguf, required=True, metavar="TYPE,...", help="types of files: " + _GGUF)
+    convert.add_argument("model", metavar="MODEL", help="org/name, org/name@revision, ./folder or a file.gguf")
+    types = "types of files, none for safetensors: " + _GGUF
+    convert.add_argument("--gguf", type=_gguf, default=(), metavar="TYPE,...", help=types)
     convert.add_argument("--license", metavar="ID", help="the licence that the card states (default: the model's)")
     _add_stream(convert)
     _add_limits(convert)

@@ -17,6 +17,7 @@ from merger.errors import BudgetError, EvaluationError, ModelError, Problem, Rec
 from merger.evaluation.budget import Score, evaluation_memory
 from merger.lock.locked import LockedModel, display_name
 from merger.models.checkpoint import index_name
+from merger.models.gguf.header import find_gguf
 from merger.models.side_files import side_files
 from merger.planning.plan import Plan
 from merger.recipe.blocks.evaluate import HUB_FILE, PERPLEXITY_AT, named_files
@@ -121,6 +122,9 @@ def prepare_measuring(
     if wanted is None:
         return None
     check_evaluation(planned.locked.recipe, root)
+    if packed := [model.name for model in planned.locked.merged if wanted.parents and find_gguf(model.located.files)]:
+        what = f"{', '.join(packed)}: a parent in GGUF is not measured"
+        raise RecipeError(Problem(what, wanted.at, "evaluate.parents", "write parents: false"))
     from merger.evaluation.process import Wanted, unknown_tasks
 
     if unknown := unknown_tasks(wanted.tasks) if wanted.tasks else []:

@@ -24,13 +24,14 @@ from merger.lock.statistics import read_statistics
 from merger.models import chat, vocabulary
 from merger.models.checkpoint import STEM, Checkpoint, TensorInfo, is_single, read_header, read_metadata
 from merger.models.formats.pickled import is_pickled
-from merger.models.formats.quantised import unpack_checkpoint
+from merger.models.formats.quantised import Unpacked, unpack_checkpoint
 from merger.models.gguf import tokens as gguf
+from merger.models.gguf.header import find_gguf
 from merger.models.lora import adapter as adapters
 from merger.models.lora import pipeline as pipelines
 from merger.models.mixtures import are_fused, split, split_as_published
 from merger.models.plain_yaml import load_yaml
-from merger.models.side_files import LOCK_NAME, module_of, pipeline
+from merger.models.side_files import LOCK_NAME, module_of, pipeline, tokenizer_files
 from merger.recipe.blocks.tokenizer import AUTO
 from merger.recipe.model import Measure, ModelRef, Recipe
 from merger.safety import limits
@@ -101,9 +102,24 @@ def lock(
         return model if lora is None else with_adapter(model, lora)
 
     grown = _collect([_attempt(changed, model) for model in found])
+    _refuse_without_words(recipe, grown)
     like = next(model for model in grown if model.ref == recipe.names_model)
     alike = [with_names_of(like, model) for model in grown]
     return LockedRecipe(recipe, (*_with_texts(recipe, alike, loras, store), *_collect(known)))
+
+
+def _refuse_without_words(recipe: Recipe, models: Iterable[LockedModel]) -> None:
+    """Where the result's tokenizer is that of a GGUF file, transformers must know it.
+
+    Raises:
+        ModelError: it does not.
+    """
+    for model in models if recipe.tokenizer is None and recipe.lora is None else ():
+        files = model.located.files
+        if model.ref == recipe.config_model and find_gguf(files) and not tokenizer_files(files):
+            what = "its header holds no tokenizer that tokenizer.json can be made of"
+            hint = "take the model that it was made from for base_model, or its tokenizer: {source: org/name}"
+            raise ModelError(_at(Problem(what, hint=hint), model.ref))
 
 
 _Content = Callable[[Located, str], object]
@@ -255,19 +271,10 @@ class _Fetching:
             return replace(self.store.locate(pin.now, pin.commit), moved=former)
 
     def model(self, ref: ModelRef) -> LockedModel:
-        located, store = self._located(ref), self.store
-        alone = is_single(located.name)
-        config = {} if alone else read.read_config(located, store, self.pickles)
-        read.refuse_barred(located, config)
-        stored = read.tensors_of(located, store, self.pool, self.pickles, self.tally)
-        if self.alone:
-            stored = {name: tensor for name, tensor in stored.items() if not module_of(name)}
-        found = unpack_checkpoint(
-            stored, config, lambda small: self.pool.map(partial(_bytes_of, located, store), small)
-        )
-        begins = (
-            STEM if alone or (self.pickles and is_pickled(located.files)) else read.tensor_stem(located, self.pickles)
-        )
+        store = self.store
+        located, found = self._read(self._located(ref))
+        renamed = is_single(located.name) or (self.pickles and is_pickled(located.files)) or find_gguf(located.files)
+        begins = STEM if renamed else read.tensor_stem(located, self.pickles)
         checkpoint = Checkpoint(found.tensors, found.config, begins)
         card, licence = read.read_licence(located, store)
         steps = {name: read.content_names(located, name, store) for name in pipeline(located.files)}
@@ -282,6 +289,21 @@ class _Fetching:
             pipeline=steps,
             embeds=read.embedder_class(located, store),
         )
+
+    def _read(self, located: Located) -> tuple[Located, Unpacked]:
+        """Its tensors and its config, as if it had never been quantised."""
+        store = self.store
+        if files := find_gguf(located.files):
+            located, found = read.read_gguf(located, files, store, self.pool, self.tally)
+            read.refuse_barred(located, found.config)
+            return located, found
+        config = {} if is_single(located.name) else read.read_config(located, store, self.pickles)
+        read.refuse_barred(located, config)
+        stored = read.tensors_of(located, store, self.pool, self.pickles, self.tally)
+        if self.alone:
+            stored = {name: tensor for name, tensor in stored.items() if not module_of(name)}
+        fetch = partial(_bytes_of, located, store)
+        return located, unpack_checkpoint(stored, config, lambda small: self.pool.map(fetch, small))
 
     def adapter(self, ref: ModelRef) -> LockedModel:
         located = self._located(ref)

@@ -6,6 +6,7 @@ Not here: which models a recipe takes, and at which commit (lock).
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,17 @@ from merger.lock.locked import stated_licence
 from merger.models import checkpoint, side_files
 from merger.models.formats.pickled import SINGLE as PICKLED
 from merger.models.formats.pickled import is_pickled, pickled_tensors
+from merger.models.formats.quantised import Unpacked
+from merger.models.gguf.header import GgufHeader, find_gguf, read_gguf_header
+from merger.models.gguf.source import restore_model
+from merger.models.gguf.tokenizer import tokenizer_of
 from merger.models.licence import TITLE_BYTES, licence_text, recognise_licence
 from merger.models.lora import adapter as adapters
 from merger.models.lora.pipeline import USUAL
 from merger.models.plain_yaml import load_yaml
 from merger.safety import limits
 from merger.safety.paths import POINTER, remedy
-from merger.stores.ports import PIECE_BYTES, Located, Store
+from merger.stores.ports import PIECE_BYTES, FileInfo, Located, Store
 
 REQUESTS_AT_ONCE = 8
 _FRONT_MATTER = re.compile(r"\s*---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
@@ -55,6 +60,9 @@ def tensors_of(
     Raises:
         ModelError: it has no files that can be read.
     """
+    if find_gguf(located.files):
+        hint = "name it as a model of a recipe, or bring it into safetensors: merger convert"
+        raise ModelError(Problem("is GGUF, which is read only to be merged", hint=hint))
     pickled = pickles and is_pickled(located.files)
     single = PICKLED if pickled else tensor_stem(located, pickles) + checkpoint.SUFFIX
     name = checkpoint.index_name(single)
@@ -78,9 +86,38 @@ def tensors_of(
     return tensors
 
 
-def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[checkpoint.TensorInfo, ...]:
+def read_gguf(
+    located: Located, files: Iterable[str], store: Store, pool: ThreadPoolExecutor, *tallies: limits.Tally
+) -> tuple[Located, Unpacked]:
+    """A model of GGUF files, and what its config.json and tokenizer would be, which then count as its files.
+
+    Raises:
+        ModelError: one of them cannot be read, or is of a model that is not.
+    """
+
+    counted = limits.Tally(limits.MODEL_TENSORS), *tallies
+
+    def header(file: str) -> GgufHeader:
+        _refuse_pointer(located, file)
+        fetch = partial(store.fetch, located, file)
+        return read_gguf_header(file, located.files[file].size, fetch, partial(_count, counted, file))
+
+    headers = dict(zip(files, pool.map(header, files), strict=True))
+    count = partial(_count, counted)
+    found = restore_model(headers, lambda file, each: store.fetch(located, file, each.start, each.stop), count)
+    made = {"config.json": json.dumps(found.config, indent=2).encode()}
+    made |= tokenizer_of(next(iter(headers.values())).metadata)
+    told = {name: FileInfo(len(text), hashlib.sha256(text).hexdigest(), made=text) for name, text in made.items()}
+    return replace(located, files={**located.files, **told}), found
+
+
+def _refuse_pointer(located: Located, file: str) -> None:
     if located.files[file].barred == POINTER:
         raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
+
+
+def _pickled_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> tuple[checkpoint.TensorInfo, ...]:
+    _refuse_pointer(located, file)
     size = located.files[file].size
     # a pool of its own: where each tensor is takes a request, and this one's pool waits for them
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -117,8 +154,7 @@ def header_in(located: Located, store: Store, file: str, *tallies: limits.Tally)
     Raises:
         ModelError: it cannot be read, is damaged, or tells of too many tensors.
     """
-    if located.files[file].barred == POINTER:
-        raise ModelError(Problem(f"{file} {POINTER}", hint=remedy(POINTER)))
+    _refuse_pointer(located, file)
     size = located.files[file].size
     length = checkpoint.header_length(store.fetch(located, file, 0, min(8, size)), file, size)
     tallies = tallies or (limits.Tally(limits.MODEL_TENSORS),)

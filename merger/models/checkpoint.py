@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merger.errors import ModelError, Problem
+from merger.models.gguf.layout import ENDING
 from merger.safety.limits import HEADER, INDEX, TENSOR_NAME, excess, parse_json
 
 ITEM_BYTES: Mapping[str, int] = {
@@ -91,7 +92,7 @@ class Checkpoint:
 
 def is_single(path: str) -> bool:
     """Whether a model is given as one file, not as a folder or a repo."""
-    return path.endswith(SUFFIX)
+    return path.endswith((SUFFIX, ENDING))
 
 
 def is_weights(file: str) -> bool:
@@ -134,7 +135,6 @@ def _only(found: list[str], ending: str) -> str:
 
 _SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
 _NAMES_SHOWN = 3
-_GGUF = ".gguf"
 _SHOWN = 60
 
 
@@ -179,7 +179,7 @@ def weight_map(index: str, single: str = SINGLE) -> dict[str, str]:
 def _without_safetensors(present: Iterable[str]) -> Problem:
     files = tuple(present)
     pickled = [name for name in files if _PICKLED.search(name)]
-    parts = sorted({name.rpartition("/")[0] for name in files if name.endswith(SUFFIX) and "/" in name})
+    parts = sorted({name.rpartition("/")[0] for name in files if is_single(name) and "/" in name})
     if "model_index.json" in files:
         hint = f"merge it part by part: name one of its folders ({', '.join(parts[:_NAMES_SHOWN])}, ...)"
         return Problem("is a pipeline of several models", hint=hint)
@@ -189,9 +189,6 @@ def _without_safetensors(present: Iterable[str]) -> Problem:
             hint="such files can run code when they are loaded: convert the model with transformers' save_pretrained, "
             "or let --allow-pickle look for its tensors without running it",
         )
-    if packed := [name for name in files if name.endswith(_GGUF)]:
-        hint = "GGUF is made from a model, which its card names: merge that one, and convert the result"
-        return Problem(f"has no safetensors, only GGUF ({packed[0]})", hint=hint)
     hint = f"name the folder that is meant: .../{parts[0]}" if parts else "is this a model that transformers can load?"
     return Problem("has no safetensors", hint=hint)
 

@@ -14,6 +14,7 @@ from merger.errors import Problem, RecipeError, Span
 from merger.lock.locked import LockedModel
 from merger.models import config as configs
 from merger.models.architecture import Place, is_buffer, is_head, parse_place
+from merger.models.formats.gguf import PLAIN_FORMS
 from merger.models.tokenizer_files import rows_of
 from merger.planning.inputs.base import Job
 from merger.planning.jobs.common import NOT_ALL_PREDICT, PREDICTION, JobSet
@@ -172,7 +173,10 @@ def _of_mean(stage: Recipe, of: Checkpoints) -> str:
 
 
 def _of_quantised(locked: StagedRecipe) -> Iterator[str]:
-    forms = {model.name: dict.fromkeys(held.form for held in model.quantised.values()) for model in locked.models}
+    forms = {
+        model.name: dict.fromkeys(held.form for held in model.quantised.values() if held.form not in PLAIN_FORMS)
+        for model in locked.models
+    }
     if told := ", ".join(f"{name} ({', '.join(of)})" for name, of in forms.items() if of):
         yield f"read back from few bits: {told}; what is made of them carries the error of their quantisation"
 

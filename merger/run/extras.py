@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 from merger.errors import Problem, RecipeError, Span
 from merger.methods.registry import methods
+from merger.models.gguf.layout import ENDING
 from merger.planning.budget import EMBEDDED
 from merger.recipe.blocks.mixture import BY_CHANCE
 from merger.recipe.model import Recipe
@@ -61,6 +62,9 @@ def needs_of(recipe: Recipe, device: str = "cpu") -> Iterator[Need]:
                 yield Need("torch", ("torch",), f"merge_method: {method}", document.at, "merge_method")
     for measured in recipe.measures:
         yield Need("moe", ("torch", "transformers"), "statistics: measure", measured.at, "statistics")
+    for ref in recipe.models:
+        if ref.path.endswith(ENDING):
+            yield Need("gguf", ("gguf",), "a model in GGUF", ref.at, f"models[{ref}]")
     if recipe.publish.gguf:
         yield Need("gguf", ("gguf",), "gguf", recipe.publish.gguf_at, "publish.gguf")
     if (searched := recipe.search) is not None:

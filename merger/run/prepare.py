@@ -125,16 +125,14 @@ def extraction_recipe(settings: Mapping[str, Any], dtype: str | None = None, lic
 
 
 def conversion_recipe(model: str, kinds: Sequence[str], license: str | None = None) -> Recipe:
-    """The recipe that brings a model into GGUF as it is.
+    """The recipe that brings a model into GGUF as it is, or with no types into safetensors.
 
     Raises:
         RecipeError: with every problem of these settings.
     """
-    content = {
-        "merge_method": "passthrough",
-        "models": [{"model": model}],
-        "publish": {"gguf": list(kinds), "safetensors": False} | ({"license": license} if license else {}),
-    }
+    publish = {"gguf": list(kinds), "safetensors": False} if kinds else {}
+    publish |= {"license": license} if license else {}
+    content = {"merge_method": "passthrough", "models": [{"model": model}], **({"publish": publish} if publish else {})}
     return parse(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "convert", methods())
 
 

@@ -96,6 +96,8 @@ OTHER = Limit("any other file of a model that is looked into", 1_000_000, "recip
 _TENSOR_BYTES = 400
 _TENSORS = f"tensors (of {_TENSOR_BYTES} bytes each in the header)"
 HEADER = Limit("the header of a safetensors file", 100_000_000, "safetensors' own limit")
+GGUF_HEADER = Limit("the header of a GGUF file", 100_000_000, "nearly all of it is the tokenizer, some megabytes",
+                    values=3_000_000)  # fmt: skip
 MODEL_TENSORS = Limit("the headers of a model's files together", 300_000,
                       "DeepSeek V3 has 92,000 and Kimi K2 139,000", _TENSORS)  # fmt: skip
 ALL_TENSORS = Limit("the headers of all models of a recipe", 600_000, "each takes 2 kB in the plan", _TENSORS)
@@ -118,8 +120,8 @@ BODY = Limit("the body of a request to the Space: form, API, upload, webhook", 1
              "a recipe there has 64 kB at most; counted as it comes, before anything of it is parsed")  # fmt: skip
 
 TABLE = (
-    CONFIG, INDEX, HEADER, MODEL_TENSORS, ALL_TENSORS, SPACE_TENSORS, TENSOR_NAME, STATE, TOKENIZER, TOKENIZERS, CHAT,
-    LICENCE, SIDE, SIDES,
+    CONFIG, INDEX, HEADER, GGUF_HEADER, MODEL_TENSORS, ALL_TENSORS, SPACE_TENSORS, TENSOR_NAME, STATE, TOKENIZER,
+    TOKENIZERS, CHAT, LICENCE, SIDE, SIDES,
     CARD, RECORD, LOCK, MEASURED, OTHER, TEMPLATE, TEMPLATES, RECIPE, DOCUMENTS, CHECKPOINTS, EXPRESSION, EXPRESSIONS,
     TEXT, EVENT, GITHUB, BODY,
 )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import NoReturn
 from merger import runtime, system
 from merger.errors import MissingError, ModelError, Problem
 from merger.models.checkpoint import is_single, is_weights
+from merger.models.gguf.header import parts_of
 from merger.safety import limits, paths
 from merger.safety.paths import ANYWHERE, BarredError
 from merger.stores.ports import FileInfo, Located, Ticket, refuse_large
@@ -55,8 +56,10 @@ class FolderStore:
         if revision is not None:
             raise ModelError(Problem(f"{path!r} is a {kind}, which has no revision {revision!r}", hint="drop the '@…'"))
         if not os.path.isdir(folder):
-            info = _info(folder.parent, folder.name, root)
-            return Located(folder.name, str(folder.parent), None, {folder.name: info})
+            parts = parts_of(folder.name, [each.name for each in folder.parent.glob(f"*{folder.suffix}")])
+            return Located(
+                folder.name, str(folder.parent), None, {name: _info(folder.parent, name, root) for name in parts}
+            )
         files = {name: _info(folder, name, root) for name in _files(folder)}
         return Located(folder.resolve().name, str(folder), None, files)
 
@@ -84,7 +87,7 @@ class FolderStore:
 
 def _reach(folder: str, file: str, root: Path | None) -> Path:
     """What lies behind a name; a link out of the folder is followed to its own weights: all else may be published."""
-    return paths.reach(folder, file, root, leaves=is_weights(file))
+    return paths.reach(folder, file, root, leaves=is_weights(file) or is_single(file))
 
 
 def _info(folder: Path, name: str, root: Path | None) -> FileInfo:

@@ -27,7 +27,8 @@ class FileInfo:
     """A file of a model: its size in bytes, and its SHA-256 where the store knows it without reading.
 
     In a folder, where nothing pins a file, also when it was last changed (nanoseconds since 1970), and why nothing may
-    be read of it, where that is so; on the Hub also the name that git gives to its content.
+    be read of it, where that is so; on the Hub also the name that git gives to its content. What stands in no file, but
+    is made of what another says, is held here.
     """
 
     size: int
@@ -35,6 +36,7 @@ class FileInfo:
     changed: int | None = None
     oid: str | None = None
     barred: str | None = None
+    made: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,9 @@ class Library:
         return next((store for store in self._stores[:-1] if store.has(path)), self._stores[-1])
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Read from the model's store."""
+        """Read from the model's store, or what was made of its other files."""
+        if (made := model.files[file].made) is not None:
+            return made[start:stop]
         data = self._of[model].fetch(model, file, start, stop)
         if start == 0 and len(data) == model.files[file].size:
             self._checksums[_content(model, file)] = hashlib.sha256(data).hexdigest()

@@ -16,7 +16,8 @@ def nothing(folder: Path) -> None:
 
 
 LFS = "git lfs pull, in its folder, fetches the files; or download the model with hf download owner/name"
-GGUF = "GGUF is made from a model, which its card names: merge that one, and convert the result"
+GGUF = "model-Q4_K_M.gguf: the GGUF header cannot be read: it is of version 0, and 2 and 3 are read"
+AGAIN = "download it again, or ask its author"
 CASES = {
     "weights that are a pointer": (
         cloned("model.safetensors"), "./it", (),
@@ -31,9 +32,9 @@ CASES = {
         pickled_clone, "./it", ("--allow-pickle",),
         "models[./it]: pytorch_model.bin is a pointer of Git LFS, not the file itself", LFS),
     "GGUF alone": (
-        of_gguf, "./it", (), "models[./it]: has no safetensors, only GGUF (model-Q4_K_M.gguf)", GGUF),
+        of_gguf, "./it", (), f"models[./it]: {GGUF}", AGAIN),
     "GGUF and a config": (
-        of_gguf_with_config, "./it", (), "models[./it]: has no safetensors, only GGUF (model-Q4_K_M.gguf)", GGUF),
+        of_gguf_with_config, "./it", (), f"models[./it]: {GGUF}", AGAIN),
     "a DoRA of MLX": (
         of_mlx, "./base+./it", (),
         "models[./it]: is a fine-tune of MLX by 'dora'; LoRA is the only kind that is built",

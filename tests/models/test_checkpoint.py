@@ -279,7 +279,7 @@ def test_the_files_of_a_model_are_found_by_their_names(files: list[str], expecte
      "has shards (x-00001-of-00002.safetensors, ...) and no index of them", "again"),
     (["model_index.json", "unet/x.safetensors", "vae/x.safetensors"], "is a pipeline of several models", "unet, vae"),
     (["readme.txt", "unet/x.safetensors"], "has no safetensors", ".../unet"),
-    (["model-Q8_0.gguf"], "has no safetensors, only GGUF (model-Q8_0.gguf)", "which its card names"),
+    (["readme.txt", "Q8_0/x.gguf"], "has no safetensors", ".../Q8_0"),
 ])  # fmt: skip
 def test_files_that_are_not_one_model_are_refused(files: list[str], sentence: str, step: str) -> None:
     """With what to name in their place."""

@@ -21,7 +21,7 @@ from merger.methods.steps.random import Rng, normal, uniform
 from merger.methods.steps.rows import row_dots
 from merger.methods.steps.step import TILE, Array
 from merger.models.formats.packed import NUMPY_DTYPES, PackedMatrix, decode
-from merger.models.formats.quantised import FORMATS
+from merger.models.formats.quantised import format_of
 from merger.planning.geometry import Geometry
 from merger.planning.inputs import derived, low_rank
 from merger.planning.inputs.base import Input, StageTensor, Stored
@@ -79,7 +79,7 @@ _SKIPPED_BYTES = 1 << 14
 
 def _unpack_rows(source: derived.Packed, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """Whole rows, some at a time, of one matrix after another."""
-    (rows, columns), form = source.shape[-2:], FORMATS[source.form]
+    (rows, columns), form = source.matrix, format_of(source.form)
     step = max(1, derived.UNPACKED_AT_ONCE // (columns * form.step)) * form.step
     first, last = start // columns, -(-stop // columns)
     while first < last:
@@ -100,9 +100,8 @@ def _matrix(source: derived.Packed, number: int, tensors: StoredTensors) -> Pack
         return _read_part(parts[role], number if several else None, ranges, tensors)
 
     shapes = {role: part.shape[several:] for role, part in parts.items()}
-    rows, columns = source.shape[-2:]
     name = source.parts[0][1].tensor.name
-    return PackedMatrix(name, (rows, columns), source.dtype, shapes, dict(source.settings), read)
+    return PackedMatrix(name, source.matrix, source.dtype, shapes, dict(source.settings), read)
 
 
 def _read_part(

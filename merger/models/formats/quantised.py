@@ -15,6 +15,7 @@ from merger.errors import ModelError, Problem
 from merger.models.checkpoint import FLOATS, TensorInfo
 from merger.models.config import Config, quantisation, stated_dtype, without_quantisation
 from merger.models.formats import bitsandbytes, fours, integers
+from merger.models.formats.gguf import gguf_format
 from merger.models.formats.packed import PackedFormat, PackedTensor, Parts
 from merger.safety.limits import STATE, parse_json
 
@@ -24,6 +25,12 @@ FORMATS: Mapping[str, PackedFormat] = {
     form.name: form for form in (*fours.FORMATS, *integers.FORMATS, *bitsandbytes.FORMATS)
 }
 """The packed formats that are read, in the order in which they are tried."""
+
+
+def format_of(form: str) -> PackedFormat:
+    """The format of this name; a type of GGUF where no other is called so."""
+    return FORMATS[form] if form in FORMATS else gguf_format(form)
+
 
 SCALED = ("F8_E4M3", "F8_E5M2", "I8")
 """The dtypes of stored numbers that a scale turns into what they stand for."""

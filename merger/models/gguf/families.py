@@ -124,7 +124,7 @@ class Rope:
     def tensors(self) -> tuple[GgufTensor, ...]:
         """Tensors that transformers computes of config.json and llama.cpp reads."""
         if self.way == "llama3":
-            return (_of_numbers("rope_freqs.weight", _llama3_factors(self._said, self._head, self._first_length)),)
+            return (_of_numbers("rope_freqs.weight", llama3_factors(self._said, self._head, self._first_length)),)
         if self.way == "longrope":
             ways = ("long", "short")
             return tuple(_of_numbers(f"rope_factors_{way}.weight", self._said[f"{way}_factor"]) for way in ways)
@@ -135,7 +135,7 @@ def _of_numbers(name: str, numbers: Any) -> GgufTensor:
     return GgufTensor(name, "F32", (len(numbers),), data=struct.pack(f"<{len(numbers)}f", *numbers))
 
 
-def _llama3_factors(rope: Config, head: int, first: int) -> list[float]:
+def llama3_factors(rope: Config, head: int, first: int) -> list[float]:
     """By what each frequency is divided, as Llama 3.1 scales them: those of many turns not at all."""
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     turns = [first / (2 * math.pi * float(rope["rope_theta"]) ** (place / head)) for place in range(0, head, 2)]
@@ -284,6 +284,14 @@ class GgufModel:
             added=self.family.norm if name.endswith("norm.weight") else 0.0,
         )
 
+    def names(self) -> dict[str, str]:
+        """What its tensors are called, by llama.cpp's names; all experts of a layer are one, as `stack_of` has them."""
+        own = _OWN.get(self.family.arch) or [f"mlp.{part}" for part in _MIXTURE]
+        layers = [f"model.layers.{layer}.{part}" for layer in range(self._layers) for part in (*_LAYER, *own)]
+        each = [f"{name}.{end}" for name in (*_OUTSIDE, *layers) for end in ("weight", "bias")]
+        found = {self._names.get_name(key=name, try_suffixes=(".weight", ".bias")): name for name in each}
+        return {there: name for there, name in found.items() if there is not None}
+
     def stack(self, parts: Sequence[GgufTensor]) -> GgufTensor:
         """Tensors of one name that follow each other: one tensor, or those of all experts of a layer.
 
@@ -308,6 +316,21 @@ def stack_of(name: str) -> tuple[str, int]:
     found = _EXPERT.fullmatch(name)
     return (f"{found[1]}.{found[3]}", int(found[2])) if found else (name, 0)
 
+
+_OUTSIDE = ("model.embed_tokens", "model.norm", "lm_head")
+_LAYER = (
+    *(f"{end}_layernorm" for end in ("input", "post_attention", "pre_feedforward", "post_feedforward")),
+    *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+    *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+)
+_MIXTURE = ("gate", "shared_expert_gate", *(f"{of}.{part}_proj" for of in ("experts", "shared_expert")
+                                            for part in ("gate", "up", "down")))  # fmt: skip
+_OWN: Mapping[str, tuple[str, ...]] = {
+    "llama": tuple(f"block_sparse_moe.{part}" for part in ("gate", "experts.w1", "experts.w2", "experts.w3")),
+    "phi3": ("self_attn.qkv_proj", "mlp.gate_up_proj"),
+}
+"""The modules of layers, all experts having one together; by architecture those that others call `mlp.` and _MIXTURE.
+"""
 
 _EXPERT = re.compile(r"(.*\.experts)\.([0-9]+)\.(.*)")
 _PATTERN_OF_GEMMA_3 = 6

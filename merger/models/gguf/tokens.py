@@ -18,8 +18,8 @@ from merger.safety.limits import parse_json
 FILES = ("tokenizer.json", chat.SETTINGS, chat.JINJA, chat.PROCESSOR)
 """The files that this is read from."""
 
-_NORMAL, _UNKNOWN, _CONTROL, _USERS, _UNUSED, _BYTE = range(1, 7)
-_SPACE = "\u2581"
+NORMAL, UNKNOWN, CONTROL, USERS, UNUSED, BYTE = range(1, 7)
+SPACE = "\u2581"
 _LOWEST = -1e6
 
 _CASES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -84,14 +84,14 @@ class _Tokens:
     def _listed(self) -> tuple[list[str], list[int]]:
         """The tokens by their ids and their kinds; rows of the embeddings without a token have one that is not used."""
         rows = max(int(self._config["vocab_size"]), *(number + 1 for number in self._ids.values()))
-        tokens, kinds = [f"[PAD{number}]" for number in range(rows)], [_UNUSED] * rows
+        tokens, kinds = [f"[PAD{number}]" for number in range(rows)], [UNUSED] * rows
         for token, number in self._vocabulary.items():
             is_byte = len(token) == len("<0x00>") and token.startswith("<0x") and self._model.get("byte_fallback")
-            tokens[number], kinds[number] = token, _BYTE if is_byte else _NORMAL
+            tokens[number], kinds[number] = token, BYTE if is_byte else NORMAL
         for each in self._added:
-            tokens[each["id"]], kinds[each["id"]] = each["content"], _CONTROL if each.get("special") else _USERS
+            tokens[each["id"]], kinds[each["id"]] = each["content"], CONTROL if each.get("special") else USERS
         if (unknown := self._model.get("unk_token")) in self._ids:
-            kinds[self._ids[unknown]] = _UNKNOWN
+            kinds[self._ids[unknown]] = UNKNOWN
         return tokens, kinds
 
     # ---- how text is cut ---------------------------------------------------------------------------------------------
@@ -114,13 +114,13 @@ class _Tokens:
         self._check_joins(ranks, kinds)
         scores = [float(-ranks[token]) if token in ranks else _LOWEST for token in tokens]
         steps = [step for key in ("normalizer", "pre_tokenizer") for step in tokenizer_steps(self._tokenizer.get(key))]
-        begins = any(step.get("prepend") == _SPACE or _prepends(step) for step in steps)
+        begins = any(step.get("prepend") == SPACE or _prepends(step) for step in steps)
         return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": begins}
 
     def _check_joins(self, ranks: Mapping[str, int], kinds: Sequence[int]) -> None:
         """llama.cpp joins any two pieces that are a piece together: so must the merges."""
         pairs = {(one, other) for one, other in self._merges}
-        plain = {token for token, number in self._vocabulary.items() if kinds[number] == _NORMAL}
+        plain = {token for token, number in self._vocabulary.items() if kinds[number] == NORMAL}
         for token in plain.intersection(ranks):
             for place in range(1, len(token)):
                 one, other = token[:place], token[place:]

@@ -92,9 +92,14 @@ class Packed(Input):
         return self.restored
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of one of its matrices; of a vector each entry is a row."""
+        return (self.size[0], 1) if len(self.size) == 1 else (self.size[-2], self.size[-1])
+
+    @property
     def workspace_bytes(self) -> int:
         """Rows as they are stored, in float32 before and after they are scaled, and what looking them up takes."""
-        return 24 * (UNPACKED_AT_ONCE + 32 * self.size[-1]) + STRIDED_BYTES
+        return 24 * (UNPACKED_AT_ONCE + 32 * self.matrix[1]) + STRIDED_BYTES
 
 
 @dataclass(frozen=True)

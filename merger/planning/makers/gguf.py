@@ -110,7 +110,7 @@ class _Files:
 def _stem(locked: StagedRecipe) -> str:
     """The repo's name, where the recipe names one; of a model that is only converted, the model's."""
     repo = locked.recipe.publish.repo or (locked.config_owner.located.name if locked.recipe.is_conversion else "model")
-    return re.sub(r"[^\w.-]", "-", repo.rpartition("/")[2])
+    return re.sub(r"[^\w.-]", "-", repo.rpartition("/")[2].removesuffix(ENDING))
 
 
 def _tokens(locked: StagedRecipe, config: Mapping[str, Any], small: Texts) -> dict[str, Value]:

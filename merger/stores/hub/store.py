@@ -27,6 +27,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status, httpx
 
 from merger.errors import GatedError, MissingError, ModelError, Problem, UploadError
 from merger.models.checkpoint import is_single
+from merger.models.gguf.header import parts_of
 from merger.runtime import lacking
 from merger.safety import limits, secrets
 from merger.stores.folder import FolderStore
@@ -68,7 +69,7 @@ class HubStore:
         inside = f"{inside.strip('/')}/" if inside else ""
         held = {name.removeprefix(inside): file for name, file in files.items() if name.startswith(inside)}
         if is_single(within):
-            held = {name: file for name, file in held.items() if name == within.rpartition("/")[2]}
+            held = {name: held[name] for name in parts_of(within.rpartition("/")[2], held)}
         if not held:
             page = hub_page(f"{repo}/tree/{info.sha}")
             raise ModelError(Problem(f"there is no {within!r} in {repo}", hint=f"see {page}"))
