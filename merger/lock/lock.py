@@ -97,29 +97,20 @@ def lock(
     found = _in_one_layout(_collect(merged), bool(recipe.publish.gguf))
     by_ref = {lora.ref: lora for lora in loras}
 
+    speaks = recipe.config_model if recipe.tokenizer is None and recipe.lora is None else None
+
     def changed(model: LockedModel) -> LockedModel:
+        files = model.located.files
+        if model.ref == speaks and find_gguf(files) and not tokenizer_files(files):
+            hint = "take the model that it was made from for base_model, or its tokenizer: {source: org/name}"
+            raise ModelError(Problem("its header holds no tokenizer that tokenizer.json can be made of", hint=hint))
         lora = None if model.ref.adapter is None else by_ref.get(model.ref.adapter)
         return model if lora is None else with_adapter(model, lora)
 
     grown = _collect([_attempt(changed, model) for model in found])
-    _refuse_without_words(recipe, grown)
     like = next(model for model in grown if model.ref == recipe.names_model)
     alike = [with_names_of(like, model) for model in grown]
     return LockedRecipe(recipe, (*_with_texts(recipe, alike, loras, store), *_collect(known)))
-
-
-def _refuse_without_words(recipe: Recipe, models: Iterable[LockedModel]) -> None:
-    """Where the result's tokenizer is that of a GGUF file, transformers must know it.
-
-    Raises:
-        ModelError: it does not.
-    """
-    for model in models if recipe.tokenizer is None and recipe.lora is None else ():
-        files = model.located.files
-        if model.ref == recipe.config_model and find_gguf(files) and not tokenizer_files(files):
-            what = "its header holds no tokenizer that tokenizer.json can be made of"
-            hint = "take the model that it was made from for base_model, or its tokenizer: {source: org/name}"
-            raise ModelError(_at(Problem(what, hint=hint), model.ref))
 
 
 _Content = Callable[[Located, str], object]
