@@ -26,11 +26,13 @@ from thorough import thorough_only
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from merger.errors import MergerError, ModelError
+from merger.errors import MergerError, ModelError, RecipeError
+from merger.evaluation.evaluate import prepare_measuring
 from merger.models.gguf.header import find_gguf, read_gguf_header
 from merger.models.gguf.layout import encode
 from merger.models.gguf.tokenizer import tokenizer_of
 from merger.run.options import Options
+from merger.run.prepare import plan, read_recipe
 from merger.verification.verify import Extent, verify
 
 KINDS = [GGMLQuantizationType.F32, GGMLQuantizationType.F16, *_type_traits]
@@ -127,6 +129,33 @@ def test_a_model_comes_back_from_its_gguf_file(tmp_path: Path, family: str) -> N
     ids = torch.arange(64)[None]
     first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits for name in ("one", "back"))
     assert torch.equal(first, second)
+
+
+def test_a_file_is_read_as_another_writer_lays_it_out(tmp_path: Path) -> None:
+    """As llama.cpp's own converter: by `gguf`, the gate of the shared expert without its axis of one row."""
+    path, again = in_gguf(tmp_path, "Qwen2Moe", "Q8_0"), tmp_path / "again.gguf"
+    reader = GGUFReader(path)
+    writer = GGUFWriter(again, "qwen2moe")
+    writer.add_custom_alignment(64)
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(
+                name, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None
+            )
+    for tensor in reversed(reader.tensors):
+        is_gate = "ffn_gate_inp_shexp" in tensor.name
+        writer.add_tensor(tensor.name, tensor.data.squeeze() if is_gate else tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    results = [tmp_path / name for name in ("one-way", "other")]
+    for source, to in zip((path, again), results, strict=True):
+        merged(alone(source), to)
+    first, second = (load_file(folder / "model.safetensors") for folder in results)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (results[0] / "tokenizer.json").read_bytes() == (results[1] / "tokenizer.json").read_bytes()
 
 
 @thorough_only
@@ -356,6 +385,19 @@ def test_a_tokenizer_is_made_of_sound_metadata_alone(wrong: Pairs) -> None:
     """Of others there is none, whatever is wrong with them."""
     assert set(tokenizer_of(WORDS)) == {"tokenizer.json", "tokenizer_config.json"}
     assert tokenizer_of(WORDS | {f"tokenizer.ggml.{key}": value for key, value in wrong.items()}) == {}
+
+
+def test_what_reads_a_models_files_itself_refuses_gguf(tmp_path: Path) -> None:
+    """The command that compares two models, and the scoring of parents."""
+    path = in_gguf(tmp_path, "Qwen2", "Q8_0")
+    done = called(["diff", str(path), str(tmp_path / "one")])
+    assert (done.code, "is GGUF, which is read only to be merged" in done.err) == (3, True)
+    (tmp_path / "t.txt").write_text(TEXT * 9)
+    text = f"{alone(path)}evaluate: {{perplexity: [{{text: {tmp_path}/t.txt}}], parents: true}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    planned, _ = plan(read_recipe(tmp_path / "r.yaml"), Options(threads=1))
+    with pytest.raises(RecipeError, match="a parent in GGUF is not measured"):
+        prepare_measuring(planned, "cpu", None)
 
 
 def test_a_header_is_read_in_few_pieces_and_no_further(tmp_path: Path) -> None:
