@@ -97,12 +97,12 @@ def lock(
     found = _in_one_layout(_collect(merged), bool(recipe.publish.gguf))
     by_ref = {lora.ref: lora for lora in loras}
 
-    speaks = recipe.config_model if recipe.tokenizer is None and recipe.lora is None else None
+    speaks = None if recipe.lora else recipe.config_model
 
     def changed(model: LockedModel) -> LockedModel:
         files = model.located.files
         if model.ref == speaks and find_gguf(files) and not tokenizer_files(files):
-            hint = "take the model that it was made from for base_model, or its tokenizer: {source: org/name}"
+            hint = "take for base_model the model that it was made from"
             raise ModelError(Problem("its header holds no tokenizer that tokenizer.json can be made of", hint=hint))
         lora = None if model.ref.adapter is None else by_ref.get(model.ref.adapter)
         return model if lora is None else with_adapter(model, lora)
