@@ -9,7 +9,7 @@ import mmap
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ from merger.stores.resolve import Library
 from merger.system import free_memory
 
 if TYPE_CHECKING:
-    from merger.searching.objectives import Scored, Scorer
+    from merger.searching.objectives import Scored, Scorer, Step
 
 _ALIGNED = 64
 """Where a tensor begins in the buffer: at a line of the cache, as torch's own do."""
@@ -132,7 +132,7 @@ class Candidates:
             self._resident = _Resident(planned, self._store, self._views, self._device)
             self._layout = _layout(planned)
 
-    def score(self, scorers: Sequence[Scorer], step: Callable[[int, float], None] | None = None) -> tuple[Scored, ...]:
+    def score(self, scorers: Sequence[Scorer], step: Step | None = None) -> tuple[Scored, ...]:
         """What each scorer says of the model; `step` is called after each batch of the first one.
 
         Raises:

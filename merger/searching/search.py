@@ -34,10 +34,10 @@ from merger.run.prepare import lock_path, parse_text, plan
 from merger.runtime import refusal
 from merger.searching.candidates import Candidates
 from merger.searching.effort import Effort, results_of
-from merger.searching.objectives import Scored, gain, scorers
+from merger.searching.objectives import Scored, Step, gain, scorers
 from merger.searching.outcome import filled_text, pictures_of, table_text
 from merger.searching.study import Worker
-from merger.searching.trials import Aims, Step, Trial
+from merger.searching.trials import Aims, Trial
 from merger.stores.resolve import Library
 
 if TYPE_CHECKING:
