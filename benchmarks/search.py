@@ -35,7 +35,7 @@ from merger.recipe.parse import parse
 from merger.recipe.searched import Objective
 from merger.run.options import Options, budget_of
 from merger.run.prepare import parse_text, plan
-from merger.searching.candidates import Candidates
+from merger.searching.candidates import Candidates, arithmetic_of
 from merger.searching.objectives import scorers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +118,7 @@ def ours(setup: Setup, method: str, drawn: Iterator[Sequence[float]]) -> Iterato
     options = Options(threads=os.cpu_count() or 1)
     planned, store = plan(parse_text(setup.recipe(method, next(drawn)), "recipe"), options)
     judged, locked = scorers(setup.objectives, ROOT), planned.locked
-    with Candidates(planned, store) as candidates:
+    with Candidates(planned, store, arithmetic=arithmetic_of(planned, options.device)) as candidates:
         candidates.score(judged)
         for numbers in drawn:
             start = time.perf_counter()

@@ -9,7 +9,7 @@ import mmap
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from merger.planning.shards import Shard
 from merger.run.artifacts import used_files
 from merger.stores.ports import PIECE_BYTES, Located, Reader, Ticket
 from merger.stores.resolve import Library
-from merger.system import free_memory
+from merger.system import computes_in, free_memory
 
 if TYPE_CHECKING:
     from merger.searching.objectives import Scored, Scorer, Step
@@ -69,10 +69,12 @@ class Candidates:
         first: a plan of the recipe, which says what the parents are.
         store: where they are.
         device: where methods compute and the model runs, ``cpu`` or ``cuda``.
+        arithmetic: the dtype that the model runs in, as torch calls it; None: that of most of the result.
     """
 
-    def __init__(self, first: Plan, store: Library, device: str = "cpu") -> None:
+    def __init__(self, first: Plan, store: Library, device: str = "cpu", arithmetic: str | None = None) -> None:
         self._first, self._store, self._device = first, store, device
+        self._arithmetic = arithmetic or _main_dtype(first)
         self._kept, self._memo, self.spent = KeptParents(store), Memo(), Spent()
         self._models: object = None
         self._ended = 0.0
@@ -125,11 +127,11 @@ class Candidates:
         if changed:
             self._write(planned, changed)
         if self._resident is not None and changed:
-            self._resident.convert()
+            self._resident.convert({job.name for job in changed})
         self._made = wanted
         self.spent = Spent(merging=time.perf_counter() - began)
         if other:
-            self._resident = _Resident(planned, self._store, self._views, self._device)
+            self._resident = _Resident(planned, self._store, self._views, self._device, self._arithmetic)
             self._layout = _layout(planned)
 
     def score(self, scorers: Sequence[Scorer], step: Step | None = None) -> tuple[Scored, ...]:
@@ -165,7 +167,7 @@ class Candidates:
         for job, start in zip(planned.jobs, starts, strict=True):
             of, to = (whole[start : start + job.nbytes] for whole in (here, there))
             self._starts[job.name] = start
-            self._views[job.name] = to.view(_torch_dtype(job.dtype)).view(job.shape)
+            self._views[job.name] = to.view(getattr(torch, _TORCH[job.dtype])).view(job.shape)
             if there is not here:
                 self._copies[job.name] = (to, of)
 
@@ -199,13 +201,14 @@ class _Resident:
         store: where the models' small files are.
         views: the tensors by name.
         device: where it runs.
+        dtype: what it runs in.
 
     Raises:
         EvaluationError: transformers does not know it, or lacks a tensor.
     """
 
-    def __init__(self, planned: Plan, store: Library, views: Mapping[str, Any], device: str) -> None:
-        self._views, self._device = views, device
+    def __init__(self, planned: Plan, store: Library, views: Mapping[str, Any], device: str, dtype: str) -> None:
+        self._views, self._device, self._copied = views, device, dict[str, Any]()
         transformers, torch = import_module("transformers"), import_module("torch")
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -215,7 +218,7 @@ class _Resident:
                 config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
                 with torch.device("meta"):
                     empty = transformers.AutoModelForCausalLM.from_config(config)
-                self._make_model = partial(self._of_views, type(empty), empty.config, _main_dtype(planned.jobs))
+                self._make_model = partial(self._of_views, type(empty), empty.config, getattr(torch, dtype))
                 self.model = self._make_model()
                 if (folder / "generation_config.json").is_file():
                     self.model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -237,21 +240,25 @@ class _Resident:
         return model.eval().to(self._device)
 
     def _shares(self, name: str, tensor: Any) -> bool:
-        """Whether a tensor's bytes are in the buffer, or can be: where name, dtype, shape and content agree."""
+        """Whether a tensor's bytes are in the buffer, or can be, or are copied: where name, shape and content agree."""
         view = self._views.get(name)
         if any(tensor.data_ptr() == each.data_ptr() and tensor.shape == each.shape for each in self._views.values()):
             return True
-        if view is None or (view.dtype, view.shape) != (tensor.dtype, tensor.shape) or not view.equal(tensor):
+        if view is None or view.shape != tensor.shape or not view.to(tensor.dtype).equal(tensor):
             return False
-        tensor.data = view
+        if view.dtype == tensor.dtype:
+            tensor.data = view
+        else:
+            self._copied[name] = tensor
         return True
 
-    def convert(self) -> None:
-        """What transformers makes of several tensors, or in another dtype, is made by it again, and copied."""
-        if not self.converted:
-            return
-        made = _tensors(self._make_model())
+    def convert(self, changed: Collection[str]) -> None:
+        """Copy what is in another dtype; what transformers makes of several tensors is made by it again, and copied."""
+        made = _tensors(self._make_model()) if self.converted else {}
         with import_module("torch").no_grad():
+            for name, tensor in self._copied.items():
+                if name in changed:
+                    tensor.copy_(self._views[name])
             for name, tensor in self.converted.items():
                 tensor.copy_(made[name])
 
@@ -275,16 +282,18 @@ def _tensors(model: Any) -> dict[str, Any]:
     return dict(found.values())
 
 
-def _torch_dtype(dtype: str) -> Any:
-    return getattr(import_module("torch"), _TORCH[dtype])
-
-
-def _main_dtype(jobs: Sequence[Job]) -> Any:
-    """What most entries are: in it the model runs."""
+def _main_dtype(planned: Plan) -> str:
+    """What most entries are."""
     counts = Counter[str]()
-    for job in jobs:
+    for job in planned.jobs:
         counts[job.dtype] += job.entries
-    return _torch_dtype(counts.most_common(1)[0][0])
+    return _TORCH[counts.most_common(1)[0][0]]
+
+
+def arithmetic_of(planned: Plan, device: str) -> str:
+    """What candidates run in: a processor without instructions for their dtype is several times faster in float32."""
+    dtype = _main_dtype(planned)
+    return dtype if device != "cpu" or computes_in(dtype) else "float32"
 
 
 def trial_memory(planned: Plan, tokens: int) -> int:
@@ -297,7 +306,9 @@ def trial_memory(planned: Plan, tokens: int) -> int:
     far = [model for model in planned.locked.models if model.located.commit is not None]
     files = {(model.located, tensor.file) for model in far for tensor in model.checkpoint.tensors.values()}
     parents = sum(located.files[file].size for located, file in files)
-    return planned.peak_memory + LOADING_BYTES + parents + planned.nbytes + running_bytes(planned.config, tokens)
+    copied = 0 if computes_in(_main_dtype(planned)) else 4 * planned.entries
+    candidate = planned.nbytes + copied + running_bytes(planned.config, tokens)
+    return planned.peak_memory + LOADING_BYTES + parents + candidate
 
 
 # ---- parents --------------------------------------------------------------------------------------------------------

@@ -67,6 +67,12 @@ class Worker:
             load_if_exists=True,
         )
 
+    def agree(self, what: str, mine: str) -> str:
+        """What holds for all of the study, whichever machine it goes on: as its first worker said it."""
+        if what not in self._study.user_attrs:
+            self._study.set_user_attr(what, mine)
+        return str(self._study.user_attrs[what])
+
     # ---- what there is ----
 
     def trials(self) -> list[Trial]:
