@@ -307,7 +307,9 @@ def trial_memory(planned: Plan, tokens: int) -> int:
     files = {(model.located, tensor.file) for model in far for tensor in model.checkpoint.tensors.values()}
     parents = sum(located.files[file].size for located, file in files)
     copied = 0 if computes_in(_main_dtype(planned)) else 4 * planned.entries
-    candidate = planned.nbytes + copied + running_bytes(planned.config, tokens)
+    searched = planned.locked.recipe.search
+    tasks = searched is not None and any(each.kind == "task" for each in (*searched.objectives, *searched.report))
+    candidate = planned.nbytes + copied + running_bytes(planned.config, tokens, tasks)
     return planned.peak_memory + LOADING_BYTES + parents + candidate
 
 

@@ -253,6 +253,27 @@ def test_a_search_stays_within_the_memory_that_is_said() -> None:
     assert 0.3 * said < used <= said
 
 
+@pytest.mark.parametrize(
+    ("dtype", "objective", "able", "more"),
+    [
+        ("float32", "{loss: a.txt}", False, 0),
+        ("bfloat16", "{loss: a.txt}", True, 0),
+        ("bfloat16", "{loss: a.txt}", False, 4),
+        ("bfloat16", "{task: arc_easy}", True, 0),
+    ],
+)
+def test_what_a_search_holds_beside_a_merge_is_counted(
+    dtype: str, objective: str, able: bool, more: int, parents: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four bytes of each parameter that runs in float32, and lm-evaluation-harness with 2048 tokens of its own."""
+    monkeypatch.setattr("merger.searching.candidates.computes_in", lambda of: able or of == "float32")
+    block = f"dtype: {dtype}\nsearch: {{objectives: [{objective}]}}\n"
+    there = planned(LINEAR.format(a="{search: [0, 1]}", **parents) + block)[0]
+    harness = (500 << 20) + 12 * 2048 * there.config["vocab_size"] if "task" in objective else 0
+    alone = there.peak_memory + (700 << 20) + there.nbytes
+    assert trial_memory(there, 0) == alone + more * there.entries + harness
+
+
 def test_an_adapter_and_a_model_without_a_tokenizer_are_no_candidates(
     parents: Mapping[str, Path], tmp_path: Path
 ) -> None:
