@@ -30,7 +30,7 @@ from merger.planning.inputs.base import Job
 from merger.planning.plan import Plan, identify
 from merger.planning.shards import Shard
 from merger.run.artifacts import used_files
-from merger.stores.ports import PIECE_BYTES, Located, Reader, Ticket
+from merger.stores.ports import PIECE_BYTES, FileInfo, Located, Reader, Ticket
 from merger.stores.resolve import Library
 from merger.system import computes_in, free_memory
 
@@ -161,9 +161,9 @@ class Candidates:
         torch = import_module("torch")
         ends = list(accumulate(-(-job.nbytes // _ALIGNED) * _ALIGNED for job in planned.jobs))
         starts = [0, *ends[:-1]]
-        here = torch.zeros(ends[-1], dtype=torch.uint8)
+        self._buffer = np.zeros(ends[-1], np.uint8)
+        here = torch.from_numpy(self._buffer)
         there = here if self._device == "cpu" else here.to(self._device)
-        self._buffer = here.numpy()
         for job, start in zip(planned.jobs, starts, strict=True):
             of, to = (whole[start : start + job.nbytes] for whole in (here, there))
             self._starts[job.name] = start
@@ -297,14 +297,14 @@ def arithmetic_of(planned: Plan, device: str) -> str:
 
 
 def trial_memory(planned: Plan, tokens: int) -> int:
-    """About how many bytes a search holds at once: parents of the Hub, the candidate, and what it takes to score it.
+    """About how many bytes a search holds at once: the parents, the candidate, and what it takes to score it.
 
     Args:
         planned: any plan of the recipe.
         tokens: how many are run through the model at once.
     """
-    far = [model for model in planned.locked.models if model.located.commit is not None]
-    files = {(model.located, tensor.file) for model in far for tensor in model.checkpoint.tensors.values()}
+    models = planned.locked.models
+    files = {(model.located, tensor.file) for model in models for tensor in model.checkpoint.tensors.values()}
     parents = sum(located.files[file].size for located, file in files)
     copied = 0 if computes_in(_main_dtype(planned)) else 4 * planned.entries
     searched = planned.locked.recipe.search
@@ -317,27 +317,35 @@ def trial_memory(planned: Plan, tokens: int) -> int:
 
 
 class KeptParents:
-    """A store that reads files of the Hub once; those in folders are left to the system, which keeps their pages.
+    """A store that reads each file once, into memory.
 
-    What does not fit into half of the memory that is free goes into a temporary file without a name.
+    So where half of what is free is enough for a file of the Hub, which else goes into a temporary file without
+    a name; and an eighth for one in a folder, which else is read each time: the system keeps its pages.
     """
 
     def __init__(self, store: Library) -> None:
-        self._store, self._held = store, dict[tuple[Located, str], memoryview]()
+        self._store, self._held = store, dict[tuple[Located, str, FileInfo], memoryview | None]()
         self.has, self.locate, self.names, self.fetch = store.has, store.locate, store.names, store.fetch
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> Reader:
         """A reader of these tickets."""
-        far = [ticket for ticket in tickets if ticket.model.commit is not None]
-        for model, file in dict.fromkeys((each.model, each.file) for each in far):
-            if (model, file) not in self._held:
-                self._held[model, file] = self._read(Ticket(model, file, 0, model.files[file].size), budget)
-        near = self._store.reader([ticket for ticket in tickets if ticket.model.commit is None], budget)
-        return _KeptReader(tickets, self._held, near)
+        held = [self._hold(ticket, budget) for ticket in tickets]
+        others = [ticket for ticket, there in zip(tickets, held, strict=True) if there is None]
+        return _KeptReader(held, self._store.reader(others, budget))
 
-    def _read(self, whole: Ticket, budget: int) -> memoryview:
-        if whole.stop <= (free_memory() or 0) // 2:
-            room = memoryview(bytearray(whole.stop))
+    def _hold(self, ticket: Ticket, budget: int) -> memoryview | None:
+        key = ticket.model, ticket.file, ticket.model.files[ticket.file]
+        if key not in self._held:
+            self._held[key] = self._read(Ticket(ticket.model, ticket.file, 0, key[2].size), budget)
+        whole = self._held[key]
+        return None if whole is None else whole[ticket.start : ticket.stop]
+
+    def _read(self, whole: Ticket, budget: int) -> memoryview | None:
+        near = whole.model.commit is None
+        if whole.stop <= (free_memory() or 0) // (8 if near else 2):
+            room = np.empty(whole.stop, np.uint8).data
+        elif near:
+            return None
         else:
             with tempfile.TemporaryFile(prefix="merger-parent-") as file:
                 file.truncate(whole.stop)
@@ -352,22 +360,24 @@ class KeptParents:
         self._held.clear()
 
 
-class _KeptReader:
-    """Reads tickets of kept files from memory, and the others from their store."""
+class _KeptReader(Reader):
+    """Hands out tickets of kept files from memory, and reads the others from their store."""
 
-    def __init__(self, tickets: Sequence[Ticket], held: Mapping[tuple[Located, str], memoryview], near: Reader) -> None:
-        self._tickets, self._held, self._near = tickets, held, near
-        counted = accumulate(ticket.model.commit is None for ticket in tickets)
-        self._numbers = [number - 1 for number in counted]
+    def __init__(self, held: Sequence[memoryview | None], others: Reader) -> None:
+        self._held, self._others = held, others
+        self._numbers = [number - 1 for number in accumulate(there is None for there in held)]
+
+    def view(self, ticket: int, offset: int, nbytes: int) -> memoryview | None:
+        """Of a kept file its own memory."""
+        there = self._held[ticket]
+        return None if there is None else there[offset : offset + nbytes]
 
     def read(self, ticket: int, offset: int, out: memoryview) -> None:
         """Fill `out` from the ticket's file."""
-        wanted = self._tickets[ticket]
-        if wanted.model.commit is None:
-            self._near.read(self._numbers[ticket], offset, out)
+        if (there := self._held[ticket]) is None:
+            self._others.read(self._numbers[ticket], offset, out)
         else:
-            start = wanted.start + offset
-            out[:] = self._held[wanted.model, wanted.file][start : start + len(out)]
+            out[:] = there[offset : offset + len(out)]
 
     def repeatable(self, ticket: int) -> bool:
         """All of them can be read again."""
@@ -375,4 +385,4 @@ class _KeptReader:
 
     def close(self) -> None:
         """Close the folders' files."""
-        self._near.close()
+        self._others.close()
