@@ -8,13 +8,12 @@ trials, how much better than the recipe before the search the best so far is by 
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search import PAGE, replace_part
+from search import PAGE, arguments, publish
 from search_gain import halves
 from side_by_side import ZOO
 
@@ -89,22 +88,20 @@ def sentence(courses: Mapping[str, Course], trials: int, seed: int) -> str:
 
 def main() -> int:
     """Search twice, and write picture and sentence."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-page", dest="page", action="store_false", help="print the sentence alone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         texts, others = texts_of(Path(folder))
         courses = {name: course(path, others, options.trials, options.seed) for name, path in texts.items()}
+    alt = "Gain of the best so far over the trials, where it was searched and on other texts"
     told = sentence(courses, options.trials, options.seed)
-    print(told)
+    publish("overfitting", f"![{alt}](pictures/search-overfitting.png)\n\n{told}", options.page)
     if options.page:
-        alt = "Gain of the best so far over the trials, where it was searched and on other texts"
         picture = Picture("search-overfitting", alt, lambda figure: paint(figure, courses))
         for place, data in picture.files.items():
             (PAGE.parent / place).write_bytes(data)
-        replace_part("overfitting", f"![{alt}](pictures/search-overfitting.png)\n\n{told}")
     return 0
 
 

@@ -35,7 +35,7 @@ from merger.recipe.parse import parse
 from merger.recipe.searched import Objective
 from merger.run.options import Options, budget_of
 from merger.run.prepare import parse_text, plan
-from merger.searching.candidates import Candidates
+from merger.searching.candidates import Candidates, arithmetic_of
 from merger.searching.objectives import scorers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +118,7 @@ def ours(setup: Setup, method: str, drawn: Iterator[Sequence[float]]) -> Iterato
     options = Options(threads=os.cpu_count() or 1)
     planned, store = plan(parse_text(setup.recipe(method, next(drawn)), "recipe"), options)
     judged, locked = scorers(setup.objectives, ROOT), planned.locked
-    with Candidates(planned, store) as candidates:
+    with Candidates(planned, store, arithmetic=arithmetic_of(planned, options.device)) as candidates:
         candidates.score(judged)
         for numbers in drawn:
             start = time.perf_counter()
@@ -224,8 +224,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*heads, *(f"| {key} | {' | '.join(row[key] for row in rows)} |" for key in keys)])
 
 
-def replace_part(name: str, text: str) -> None:
-    """Put a text between the page's two marks of this name."""
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """Those that all measurements of searching take."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    parser.add_argument("--no-page", dest="page", action="store_false", help="print what was found alone")
+    return parser
+
+
+def publish(name: str, text: str, page: bool) -> None:
+    """Print a text, and put it between the page's two marks of this name."""
+    print(text)
+    if not page:
+        return
     before, start, rest = PAGE.read_text("utf-8").partition(f"<!-- {name}:start -->")
     _, end, after = rest.partition(f"<!-- {name}:end -->")
     if not end:
@@ -235,12 +245,11 @@ def replace_part(name: str, text: str) -> None:
 
 def main() -> int:
     """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, help="where checkpoints are kept; by default nowhere")
     parser.add_argument("--models", nargs="*", default=["zoo", "0.1B"], choices=("zoo", "0.1B"))
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--trials", type=int, default=7, help="of each way, of which medians count")
-    parser.add_argument("--no-page", dest="page", action="store_false", help="print the table alone")
     options = parser.parse_args()
     before, rows = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory() as temporary:
@@ -251,10 +260,7 @@ def main() -> int:
                 rows.append(measure(setup, method, options.trials, work))
                 print(rows[-1], flush=True)
     told = f"Medians of {options.trials} trials on a machine with {machine()}; load {before:.1f} before."
-    text = f"{told}\n\n{table(rows)}"
-    print(text)
-    if options.page:
-        replace_part("speed", text)
+    publish("speed", f"{told}\n\n{table(rows)}", options.page)
     return 0
 
 

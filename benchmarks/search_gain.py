@@ -8,14 +8,13 @@ that is (search).
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from search import replace_part
+from search import arguments, publish
 from side_by_side import ZOO
 
 from merger.run.options import Options
@@ -103,11 +102,10 @@ def numbers(found: Mapping[str, Found]) -> str:
 
 def main() -> int:
     """Search and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--trials", type=int, default=60, help="of each recipe")
     parser.add_argument("--characters", type=int, default=16_000, help="of each text in a half")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-page", dest="page", action="store_false", help="print the table alone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         halved = halves(Path(folder), options.characters)
@@ -115,10 +113,7 @@ def main() -> int:
         items = len(next(iter(found["TIES"].scores.values())).items)
     told = (f"{options.trials} trials each, seed {options.seed}; losses in nats a token, of {items} windows there; "
             "gains with 95 % intervals of a paired bootstrap over the windows.")  # fmt: skip
-    text = f"{told}\n\n{table(found)}\n\n{numbers(found)}"
-    print(text)
-    if options.page:
-        replace_part("gain", text)
+    publish("gain", f"{told}\n\n{table(found)}\n\n{numbers(found)}", options.page)
     return 0
 
 

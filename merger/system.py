@@ -231,6 +231,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def computes_in(dtype: str, root: Path = _ROOT) -> bool:
+    """Whether this processor has instructions for a dtype such as ``bfloat16``; where nobody tells, it has."""
+    flags = set((_text(root / "proc/cpuinfo") or "").split())
+    return not flags or dtype not in _INSTRUCTIONS or not flags.isdisjoint(_INSTRUCTIONS[dtype])
+
+
+_INSTRUCTIONS = {
+    "bfloat16": {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"},
+    "float16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+
+
 def _available(root: Path) -> int | None:
     text = _text(root / "proc/meminfo") or ""
     lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)

@@ -197,16 +197,16 @@ class Trials:
         from merger.searching.search import Reporting, Searching, Tried
 
         if isinstance(event, Searching):
-            self._begin(len(event.work.trials()))
+            self._begin(len(event.work.trials()), event.arithmetic)
         elif isinstance(event, Tried):
             self._tried(event.trial, event.is_best)
         elif isinstance(event, Reporting):
             self._end()
             self._say(f"scoring {event.model} on what no trial has seen")
 
-    def _begin(self, done: int) -> None:
+    def _begin(self, done: int, arithmetic: str) -> None:
         searched, self._done = self._searched, done
-        goes_on = f", of which {done} are done" if done else ""
+        goes_on = f"{f', of which {done} are done' if done else ''}; scored in {arithmetic}"
         names, scores = ", ".join(searched.variables), ", ".join(each.label for each in searched.objectives)
         self._say(
             f"searching {len(searched.variables)} numbers by {searched.sampler}, {searched.trials} trials{goes_on}"

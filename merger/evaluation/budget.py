@@ -73,13 +73,18 @@ def evaluation_memory(planned: Plan) -> int:
     wanted = planned.locked.recipe.evaluate
     if wanted is None:
         return 0
-    windows = [text.window for text in wanted.perplexity] + ([_TASK_WINDOW] if wanted.tasks else [])
-    harness = _HARNESS_BYTES if wanted.tasks else 0
-    running = running_bytes(planned.config, max(windows, default=0))
-    return _MERGING_BYTES + LOADING_BYTES + harness + planned.entries * _ITEM_BYTES[wanted.dtype] + running
+    longest = max((text.window for text in wanted.perplexity), default=0)
+    running = running_bytes(planned.config, longest, bool(wanted.tasks))
+    return _MERGING_BYTES + LOADING_BYTES + planned.entries * _ITEM_BYTES[wanted.dtype] + running
 
 
-def running_bytes(config: Mapping[str, Any], tokens: int) -> int:
-    """About how many bytes it takes to run so many tokens through a model: most of it is what is said of the next."""
-    vocabulary = config.get("vocab_size")
-    return _LOGITS * 4 * tokens * (vocabulary if isinstance(vocabulary, int) else 0)
+def running_bytes(config: Mapping[str, Any], tokens: int, tasks: bool) -> int:
+    """About how many bytes it takes to run a model: most of it is what is said of the next token.
+
+    Args:
+        config: the model's.
+        tokens: how many are run at once.
+        tasks: whether lm-evaluation-harness does, too, with a request of its own length.
+    """
+    vocabulary, (held, longest) = config.get("vocab_size"), (_HARNESS_BYTES, _TASK_WINDOW) if tasks else (0, 0)
+    return held + _LOGITS * 4 * max(tokens, longest) * (vocabulary if isinstance(vocabulary, int) else 0)

@@ -250,6 +250,7 @@ def _search() -> Json:
         "minutes": number | _ends(numbers.MINUTES),
         "sampler": {"enum": [*searching.SAMPLERS, None]},
         "prune": {"enum": [True, False, *searching.PRUNING, None]},
+        "subset": {"enum": [*searching.SUBSETS, None]},
         "patience": count,
     }
     return _map(searching.SEARCH, described, shapes, ["objectives"])

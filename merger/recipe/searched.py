@@ -142,6 +142,8 @@ class Searched:
         seed: the numbers that are drawn follow from it.
         sampler: ``tpe``, ``cmaes``, ``nsga2``, ``random`` or ``grid``, as Optuna has them.
         prune: ``median`` or ``halving``: leave a candidate that falls behind; None: each is judged to its end.
+        subset: ``adaptive``, in place of `prune`: leave a candidate that is worse than the best so far on the first
+            items, by more than chance.
         patience: end after so many trials without a better one.
         storage: where the study is kept: a file, or the address of a database.
         at: where the block stands.
@@ -155,6 +157,7 @@ class Searched:
     seed: int = 0
     sampler: str = "tpe"
     prune: str | None = "median"
+    subset: str | None = None
     patience: int | None = None
     storage: str | None = None
     at: Span | None = None

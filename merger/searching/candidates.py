@@ -9,7 +9,7 @@ import mmap
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +30,12 @@ from merger.planning.inputs.base import Job
 from merger.planning.plan import Plan, identify
 from merger.planning.shards import Shard
 from merger.run.artifacts import used_files
-from merger.stores.ports import PIECE_BYTES, Located, Reader, Ticket
+from merger.stores.ports import PIECE_BYTES, FileInfo, Located, Reader, Ticket
 from merger.stores.resolve import Library
-from merger.system import free_memory
+from merger.system import computes_in, free_memory
 
 if TYPE_CHECKING:
-    from merger.searching.objectives import Scored, Scorer
+    from merger.searching.objectives import Scored, Scorer, Step
 
 _ALIGNED = 64
 """Where a tensor begins in the buffer: at a line of the cache, as torch's own do."""
@@ -69,10 +69,12 @@ class Candidates:
         first: a plan of the recipe, which says what the parents are.
         store: where they are.
         device: where methods compute and the model runs, ``cpu`` or ``cuda``.
+        arithmetic: the dtype that the model runs in, as torch calls it; None: that of most of the result.
     """
 
-    def __init__(self, first: Plan, store: Library, device: str = "cpu") -> None:
+    def __init__(self, first: Plan, store: Library, device: str = "cpu", arithmetic: str | None = None) -> None:
         self._first, self._store, self._device = first, store, device
+        self._arithmetic = arithmetic or _main_dtype(first)
         self._kept, self._memo, self.spent = KeptParents(store), Memo(), Spent()
         self._models: object = None
         self._ended = 0.0
@@ -125,14 +127,14 @@ class Candidates:
         if changed:
             self._write(planned, changed)
         if self._resident is not None and changed:
-            self._resident.convert()
+            self._resident.convert({job.name for job in changed})
         self._made = wanted
         self.spent = Spent(merging=time.perf_counter() - began)
         if other:
-            self._resident = _Resident(planned, self._store, self._views, self._device)
+            self._resident = _Resident(planned, self._store, self._views, self._device, self._arithmetic)
             self._layout = _layout(planned)
 
-    def score(self, scorers: Sequence[Scorer], step: Callable[[int, float], None] | None = None) -> tuple[Scored, ...]:
+    def score(self, scorers: Sequence[Scorer], step: Step | None = None) -> tuple[Scored, ...]:
         """What each scorer says of the model; `step` is called after each batch of the first one.
 
         Raises:
@@ -159,13 +161,13 @@ class Candidates:
         torch = import_module("torch")
         ends = list(accumulate(-(-job.nbytes // _ALIGNED) * _ALIGNED for job in planned.jobs))
         starts = [0, *ends[:-1]]
-        here = torch.zeros(ends[-1], dtype=torch.uint8)
+        self._buffer = np.zeros(ends[-1], np.uint8)
+        here = torch.from_numpy(self._buffer)
         there = here if self._device == "cpu" else here.to(self._device)
-        self._buffer = here.numpy()
         for job, start in zip(planned.jobs, starts, strict=True):
             of, to = (whole[start : start + job.nbytes] for whole in (here, there))
             self._starts[job.name] = start
-            self._views[job.name] = to.view(_torch_dtype(job.dtype)).view(job.shape)
+            self._views[job.name] = to.view(getattr(torch, _TORCH[job.dtype])).view(job.shape)
             if there is not here:
                 self._copies[job.name] = (to, of)
 
@@ -199,13 +201,14 @@ class _Resident:
         store: where the models' small files are.
         views: the tensors by name.
         device: where it runs.
+        dtype: what it runs in.
 
     Raises:
         EvaluationError: transformers does not know it, or lacks a tensor.
     """
 
-    def __init__(self, planned: Plan, store: Library, views: Mapping[str, Any], device: str) -> None:
-        self._views, self._device = views, device
+    def __init__(self, planned: Plan, store: Library, views: Mapping[str, Any], device: str, dtype: str) -> None:
+        self._views, self._device, self._copied = views, device, dict[str, Any]()
         transformers, torch = import_module("transformers"), import_module("torch")
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -215,7 +218,7 @@ class _Resident:
                 config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
                 with torch.device("meta"):
                     empty = transformers.AutoModelForCausalLM.from_config(config)
-                self._make_model = partial(self._of_views, type(empty), empty.config, _main_dtype(planned.jobs))
+                self._make_model = partial(self._of_views, type(empty), empty.config, getattr(torch, dtype))
                 self.model = self._make_model()
                 if (folder / "generation_config.json").is_file():
                     self.model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -237,21 +240,25 @@ class _Resident:
         return model.eval().to(self._device)
 
     def _shares(self, name: str, tensor: Any) -> bool:
-        """Whether a tensor's bytes are in the buffer, or can be: where name, dtype, shape and content agree."""
+        """Whether a tensor's bytes are in the buffer, or can be, or are copied: where name, shape and content agree."""
         view = self._views.get(name)
         if any(tensor.data_ptr() == each.data_ptr() and tensor.shape == each.shape for each in self._views.values()):
             return True
-        if view is None or (view.dtype, view.shape) != (tensor.dtype, tensor.shape) or not view.equal(tensor):
+        if view is None or view.shape != tensor.shape or not view.to(tensor.dtype).equal(tensor):
             return False
-        tensor.data = view
+        if view.dtype == tensor.dtype:
+            tensor.data = view
+        else:
+            self._copied[name] = tensor
         return True
 
-    def convert(self) -> None:
-        """What transformers makes of several tensors, or in another dtype, is made by it again, and copied."""
-        if not self.converted:
-            return
-        made = _tensors(self._make_model())
+    def convert(self, changed: Collection[str]) -> None:
+        """Copy what is in another dtype; what transformers makes of several tensors is made by it again, and copied."""
+        made = _tensors(self._make_model()) if self.converted else {}
         with import_module("torch").no_grad():
+            for name, tensor in self._copied.items():
+                if name in changed:
+                    tensor.copy_(self._views[name])
             for name, tensor in self.converted.items():
                 tensor.copy_(made[name])
 
@@ -275,56 +282,70 @@ def _tensors(model: Any) -> dict[str, Any]:
     return dict(found.values())
 
 
-def _torch_dtype(dtype: str) -> Any:
-    return getattr(import_module("torch"), _TORCH[dtype])
-
-
-def _main_dtype(jobs: Sequence[Job]) -> Any:
-    """What most entries are: in it the model runs."""
+def _main_dtype(planned: Plan) -> str:
+    """What most entries are."""
     counts = Counter[str]()
-    for job in jobs:
+    for job in planned.jobs:
         counts[job.dtype] += job.entries
-    return _torch_dtype(counts.most_common(1)[0][0])
+    return _TORCH[counts.most_common(1)[0][0]]
+
+
+def arithmetic_of(planned: Plan, device: str) -> str:
+    """What candidates run in: a processor without instructions for their dtype is several times faster in float32."""
+    dtype = _main_dtype(planned)
+    return dtype if device != "cpu" or computes_in(dtype) else "float32"
 
 
 def trial_memory(planned: Plan, tokens: int) -> int:
-    """About how many bytes a search holds at once: parents of the Hub, the candidate, and what it takes to score it.
+    """About how many bytes a search holds at once: the parents, the candidate, and what it takes to score it.
 
     Args:
         planned: any plan of the recipe.
         tokens: how many are run through the model at once.
     """
-    far = [model for model in planned.locked.models if model.located.commit is not None]
-    files = {(model.located, tensor.file) for model in far for tensor in model.checkpoint.tensors.values()}
+    models = planned.locked.models
+    files = {(model.located, tensor.file) for model in models for tensor in model.checkpoint.tensors.values()}
     parents = sum(located.files[file].size for located, file in files)
-    return planned.peak_memory + LOADING_BYTES + parents + planned.nbytes + running_bytes(planned.config, tokens)
+    copied = 0 if computes_in(_main_dtype(planned)) else 4 * planned.entries
+    searched = planned.locked.recipe.search
+    tasks = searched is not None and any(each.kind == "task" for each in (*searched.objectives, *searched.report))
+    candidate = planned.nbytes + copied + running_bytes(planned.config, tokens, tasks)
+    return planned.peak_memory + LOADING_BYTES + parents + candidate
 
 
 # ---- parents --------------------------------------------------------------------------------------------------------
 
 
 class KeptParents:
-    """A store that reads files of the Hub once; those in folders are left to the system, which keeps their pages.
+    """A store that reads each file once, into memory.
 
-    What does not fit into half of the memory that is free goes into a temporary file without a name.
+    So where half of what is free is enough for a file of the Hub, which else goes into a temporary file without
+    a name; and an eighth for one in a folder, which else is read each time: the system keeps its pages.
     """
 
     def __init__(self, store: Library) -> None:
-        self._store, self._held = store, dict[tuple[Located, str], memoryview]()
+        self._store, self._held = store, dict[tuple[Located, str, FileInfo], memoryview | None]()
         self.has, self.locate, self.names, self.fetch = store.has, store.locate, store.names, store.fetch
 
     def reader(self, tickets: Sequence[Ticket], budget: int) -> Reader:
         """A reader of these tickets."""
-        far = [ticket for ticket in tickets if ticket.model.commit is not None]
-        for model, file in dict.fromkeys((each.model, each.file) for each in far):
-            if (model, file) not in self._held:
-                self._held[model, file] = self._read(Ticket(model, file, 0, model.files[file].size), budget)
-        near = self._store.reader([ticket for ticket in tickets if ticket.model.commit is None], budget)
-        return _KeptReader(tickets, self._held, near)
+        held = [self._hold(ticket, budget) for ticket in tickets]
+        others = [ticket for ticket, there in zip(tickets, held, strict=True) if there is None]
+        return _KeptReader(held, self._store.reader(others, budget))
 
-    def _read(self, whole: Ticket, budget: int) -> memoryview:
-        if whole.stop <= (free_memory() or 0) // 2:
-            room = memoryview(bytearray(whole.stop))
+    def _hold(self, ticket: Ticket, budget: int) -> memoryview | None:
+        key = ticket.model, ticket.file, ticket.model.files[ticket.file]
+        if key not in self._held:
+            self._held[key] = self._read(Ticket(ticket.model, ticket.file, 0, key[2].size), budget)
+        whole = self._held[key]
+        return None if whole is None else whole[ticket.start : ticket.stop]
+
+    def _read(self, whole: Ticket, budget: int) -> memoryview | None:
+        near = whole.model.commit is None
+        if whole.stop <= (free_memory() or 0) // (8 if near else 2):
+            room = np.empty(whole.stop, np.uint8).data
+        elif near:
+            return None
         else:
             with tempfile.TemporaryFile(prefix="merger-parent-") as file:
                 file.truncate(whole.stop)
@@ -339,22 +360,24 @@ class KeptParents:
         self._held.clear()
 
 
-class _KeptReader:
-    """Reads tickets of kept files from memory, and the others from their store."""
+class _KeptReader(Reader):
+    """Hands out tickets of kept files from memory, and reads the others from their store."""
 
-    def __init__(self, tickets: Sequence[Ticket], held: Mapping[tuple[Located, str], memoryview], near: Reader) -> None:
-        self._tickets, self._held, self._near = tickets, held, near
-        counted = accumulate(ticket.model.commit is None for ticket in tickets)
-        self._numbers = [number - 1 for number in counted]
+    def __init__(self, held: Sequence[memoryview | None], others: Reader) -> None:
+        self._held, self._others = held, others
+        self._numbers = [number - 1 for number in accumulate(there is None for there in held)]
+
+    def view(self, ticket: int, offset: int, nbytes: int) -> memoryview | None:
+        """Of a kept file its own memory."""
+        there = self._held[ticket]
+        return None if there is None else there[offset : offset + nbytes]
 
     def read(self, ticket: int, offset: int, out: memoryview) -> None:
         """Fill `out` from the ticket's file."""
-        wanted = self._tickets[ticket]
-        if wanted.model.commit is None:
-            self._near.read(self._numbers[ticket], offset, out)
+        if (there := self._held[ticket]) is None:
+            self._others.read(self._numbers[ticket], offset, out)
         else:
-            start = wanted.start + offset
-            out[:] = self._held[wanted.model, wanted.file][start : start + len(out)]
+            out[:] = there[offset : offset + len(out)]
 
     def repeatable(self, ticket: int) -> bool:
         """All of them can be read again."""
@@ -362,4 +385,4 @@ class _KeptReader:
 
     def close(self) -> None:
         """Close the folders' files."""
-        self._near.close()
+        self._others.close()

@@ -26,8 +26,6 @@ from merger.safety.paths import ANYWHERE
 
 Item = TypeVar("Item")
 Floats = NDArray[np.float64]
-Step = Callable[[int, float], None]
-"""Is told after each batch how many there were and the value so far; what it raises ends the scoring."""
 
 WINDOW = 256
 """How many tokens of a text a model sees at once; each window is an item."""
@@ -53,6 +51,10 @@ class Scored:
 
     value: float
     items: Floats = field(default_factory=lambda: np.empty(0))
+
+
+Step = Callable[[int, Scored], None]
+"""Is told after each batch how many there were, and the score so far; what it raises ends the scoring."""
 
 
 class Scorer(Protocol):
@@ -246,14 +248,14 @@ class _Loss:
         ids = self._ids.of(tokenizer, lambda: [tokenizer(of, add_special_tokens=False).input_ids for of in self._texts])
         cut = (of[start : start + window] for of in ids for start in range(0, len(of), window))
         rows = mixed([_Row(tokens) for tokens in cut if len(tokens) > 1])
-        sums, tokens = list[float](), 0
+        counts, sums, so_far = [len(row.tokens) - 1 for row in rows], list[float](), Scored(math.nan)
         for number, batch in enumerate(_nats(rows, model), 1):
             sums += [float(of.sum()) for of in batch]
-            tokens += sum(map(len, batch))
+            items = np.array(sums) * len(rows) / sum(counts)
+            so_far = Scored(math.fsum(sums) / sum(counts[: len(sums)]), items)
             if step is not None:
-                step(number, math.fsum(sums) / tokens)
-        items = np.array(sums) * len(sums) / max(1, tokens)
-        return Scored(float(items.mean()) if tokens else math.nan, items)
+                step(number, so_far)
+        return so_far
 
 
 def _prompted(tokenizer: Any, prompt: str, answer: str) -> _Row:
@@ -292,7 +294,7 @@ class _Accuracy:
                 rates = [found.pop(0) / len(choice.encode()) for choice in item["choices"]]
                 hits.append(float(rates.index(min(rates)) == item["answer"]) if np.isfinite(rates).all() else math.nan)
             if step is not None and hits:
-                step(number, float(np.mean(hits)))
+                step(number, Scored(float(np.mean(hits)), np.array(hits)))
         return Scored(float(np.mean(hits)), np.array(hits))
 
 
@@ -338,7 +340,7 @@ class _Answers:
                 right = self.higher and " ".join(said.split()) == wanted[len(found)]
                 found.append(float(right if self.higher else len(tokens)))
             if step is not None:
-                step(number, float(np.mean(found)))
+                step(number, Scored(float(np.mean(found)), np.array(found)))
         return Scored(float(np.mean(found)), np.array(found))
 
 

@@ -32,12 +32,12 @@ from merger.run.found import SearchFacts
 from merger.run.options import Options, budget_of
 from merger.run.prepare import lock_path, parse_text, plan
 from merger.runtime import refusal
-from merger.searching.candidates import Candidates
+from merger.searching.candidates import Candidates, arithmetic_of
 from merger.searching.effort import Effort, results_of
-from merger.searching.objectives import Scored, gain, scorers
+from merger.searching.objectives import Scored, Step, gain, scorers
 from merger.searching.outcome import filled_text, pictures_of, table_text
 from merger.searching.study import Worker
-from merger.searching.trials import Aims, Step, Trial
+from merger.searching.trials import Aims, Trial
 from merger.stores.resolve import Library
 
 if TYPE_CHECKING:
@@ -55,10 +55,12 @@ class Searching:
     Args:
         work: its study.
         seconds: how long it took to come so far.
+        arithmetic: what candidates run in, such as ``float32``.
     """
 
     work: Worker
     seconds: float
+    arithmetic: str
 
 
 @dataclass(frozen=True)
@@ -197,15 +199,18 @@ def search(
     """
     began, effort = time.monotonic(), effort or Effort()
     line = _Line(recipe, options, effort.of(recipe))
-    with _settings(options.threads), Candidates(line.planned, line.store, options.device) as candidates:
-        work = line.study(candidates)
-        on_event(Searching(work, time.monotonic() - began))
-        told = partial(_tell, work, on_event)
-        why = work.run(partial(line.judge, candidates), told, line.searched.minutes, wait=not effort.join)
-        trials, best = work.trials(), work.best(effort.top)
-        if not best and not effort.join:
-            raise _nothing_found(trials, line.searched)
-        report = () if effort.join else tuple(line.report(candidates, best[0], on_event))
+    with _settings(options.threads):
+        work = line.study()
+        arithmetic = work.agree("arithmetic", arithmetic_of(line.planned, options.device))
+        with Candidates(line.planned, line.store, options.device, arithmetic) as candidates:
+            work.aims = replace(work.aims, base=line.base(candidates))
+            on_event(Searching(work, time.monotonic() - began, arithmetic))
+            told = partial(_tell, work, on_event)
+            why = work.run(partial(line.judge, candidates), told, line.searched.minutes, wait=not effort.join)
+            trials, best = work.trials(), work.best(effort.top)
+            if not best and not effort.join:
+                raise _nothing_found(trials, line.searched)
+            report = () if effort.join else tuple(line.report(candidates, best[0], on_event))
     seconds, tried = time.monotonic() - began, (tuple(trials), tuple(best))
     study = Study(recipe, work.aims, *tried, report, why, work.importance(), seconds)
     return replace(study, locks=tuple(line.lock_of(study.recipe_text(place)) for place in range(len(best))))
@@ -258,21 +263,19 @@ class _Line:
     def _plan(self, recipe: Recipe, held: Mapping[str, Pin] | None = None) -> tuple[Plan, Library]:
         return plan(recipe, self.options, held)
 
-    def study(self, candidates: Candidates) -> Worker:
+    def study(self) -> Worker:
         """The study of this search, and of no other recipe's."""
-        guarded = len(self.searched.aims) < len(self.searched.objectives)
-        base = [each.value for each in self._scores_of_base(candidates)] if guarded else []
-        if guarded:
-            candidates.make(self.planned)
-        aims = Aims(self.searched, [scorer.higher for scorer in self.scorers], base)
-        storage = self.searched.storage
+        aims, storage = Aims(self.searched, [scorer.higher for scorer in self.scorers]), self.searched.storage
         if storage is not None and "://" not in storage:
             Path(storage).expanduser().parent.mkdir(parents=True, exist_ok=True)
         return Worker(aims, self._name(), storage)
 
-    def _scores_of_base(self, candidates: Candidates) -> tuple[Scored, ...]:
+    def base(self, candidates: Candidates) -> list[float]:
+        """The base model's scores, where there are guards."""
+        if len(self.searched.aims) == len(self.searched.objectives):
+            return []
         candidates.make(self._alone(str(self.recipe.config_model)))
-        return candidates.score(self.scorers)
+        return [each.value for each in candidates.score(self.scorers)]
 
     def _name(self) -> str:
         searched = self.searched

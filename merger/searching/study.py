@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -26,14 +26,16 @@ from sqlalchemy.exc import DBAPIError
 
 from merger.errors import EvaluationError, MergerError, Problem
 from merger.searching.draws import Reseeded, grid_of, make_pruner, make_sampler, spaces_of
-from merger.searching.trials import Aims, Judge, Pruned, Step, Trial, best_of, front_of
+from merger.searching.objectives import Scored, Step
+from merger.searching.trials import Aims, Judge, Pruned, Race, Trial, best_of, front_of
 from merger.system import LINKS, is_running
 
 _BEAT_SECONDS, _STALE_SECONDS, _WAIT_SECONDS = 15.0, 90.0, 0.2
 OUT_OF_TIME = "the minutes are over"
 """Why a study ended that another run goes on with."""
 
-_LOST, _PLACE, _WORKER, _SCORES, _SECONDS, _WHY = "lost", "place", "worker", "scores", "seconds", "why"
+_LOST, _PLACE, _WORKER, _WHY = "lost", "place", "worker", "why"
+_SCORES, _ITEMS, _SECONDS = "scores", "items", "seconds"
 _GRACE_SECONDS = 5
 """After so long a lock on the file is one that a killed worker left."""
 _MADE_SECONDS = 3
@@ -64,6 +66,12 @@ class Worker:
             directions=aims.directions,
             load_if_exists=True,
         )
+
+    def agree(self, what: str, mine: str) -> str:
+        """What holds for all of the study, whichever machine it goes on: as its first worker said it."""
+        if what not in self._study.user_attrs:
+            self._study.set_user_attr(what, mine)
+        return str(self._study.user_attrs[what])
 
     # ---- what there is ----
 
@@ -143,13 +151,16 @@ class Worker:
     def _try(self, judge: Judge) -> Trial:
         asked = self._study.ask(self._spaces)
         asked.set_user_attr(_WORKER, self._me)
-        began, state, values = time.monotonic(), TrialState.FAIL, None
+        began, state, values, best = time.monotonic(), TrialState.FAIL, None, self.best()
+        race = self._race(best)
         try:
-            scores = [float(score) for score in judge(dict(asked.params), self._step(asked))]
+            scores = [float(score) for score in judge(dict(asked.params), self._step(asked, race))]
             values = self.aims.values(scores)
             if not all(map(math.isfinite, scores)):
                 raise EvaluationError(Problem(f"the scores are {', '.join(map(str, scores))}"))
             asked.set_user_attr(_SCORES, scores)
+            if race is not None and (not best or self.aims.gains(scores) > self.aims.gains(best[0].scores)):
+                asked.set_user_attr(_ITEMS, race.items.tolist())
             for place, excess in enumerate(self.aims.guards(scores)):
                 asked.set_constraint(str(place), excess)
             state = TrialState.COMPLETE
@@ -161,14 +172,21 @@ class Worker:
         self._study.tell(asked, values if state is TrialState.COMPLETE else None, state)
         return next(_trial(place, trial) for place, trial in enumerate(self._kept()) if trial.number == asked.number)
 
-    def _step(self, asked: optuna.Trial) -> Step | None:
+    def _race(self, best: Sequence[Trial]) -> Race | None:
+        """Compares a candidate with the best so far item by item, where the recipe wants that."""
+        if self.searched.subset is None:
+            return None
+        items = self._kept()[best[0].number].user_attrs.get(_ITEMS, ()) if best else ()
+        return Race(items, self.aims.higher[0])
+
+    def _step(self, asked: optuna.Trial, race: Race | None) -> Step | None:
         """Tells how a candidate does so far, and leaves it where it falls behind; None where there are several aims."""
-        if self.searched.prune is None or len(self.searched.aims) > 1:
+        if (self.searched.prune is None and race is None) or len(self.searched.aims) > 1:
             return None
 
-        def step(done: int, value: float) -> None:
-            asked.report(value, done)
-            if asked.should_prune():
+        def step(done: int, so_far: Scored) -> None:
+            asked.report(so_far.value, done)
+            if asked.should_prune() or (race is not None and race.is_lost(so_far)):
                 raise Pruned
 
         return step

@@ -10,15 +10,40 @@ from typing import Literal
 import numpy as np
 
 from merger.recipe.searched import Searched, Values
+from merger.searching.objectives import Floats, Scored, Step, gain
+
+FIRST_ITEMS = 16
+"""By fewer items the bootstrap believes in chance."""
 
 
 class Pruned(Exception):
     """A candidate falls behind the others, and is left."""
 
 
-Step = Callable[[int, float], None]
 Judge = Callable[[Values, Step | None], Sequence[float]]
 """Scores a candidate by each objective, in their order; a MergerError of it makes the trial a failed one."""
+
+
+class Race:
+    """Compares a candidate with the best so far, item by item, whenever twice as many items are scored.
+
+    Args:
+        best: the items' scores of the best; none: nothing is behind it.
+        higher: whether more is better.
+    """
+
+    def __init__(self, best: Sequence[float], higher: bool) -> None:
+        self._best, self._higher, self._next = np.array(best), higher, FIRST_ITEMS
+        self.items: Floats = np.empty(0)
+
+    def is_lost(self, so_far: Scored) -> bool:
+        """Whether the candidate is worse by more than the chance of these items."""
+        self.items = so_far.items
+        if not self._next <= self.items.size < self._best.size:
+            return False
+        self._next = 2 * self.items.size
+        before = Scored(0.0, self._best[: self.items.size])
+        return gain(so_far, before, self._higher).high < 0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from merger.models.checkpoint import is_single, is_weights
 from merger.models.gguf.header import parts_of
 from merger.safety import limits, paths
 from merger.safety.paths import ANYWHERE, BarredError
-from merger.stores.ports import FileInfo, Located, Ticket, refuse_large
+from merger.stores.ports import FileInfo, Located, Reader, Ticket, refuse_large
 
 _OPEN_FILES = 64
 """So many stay open for the next read: a process may have about a thousand, and a merge may read more."""
@@ -140,7 +140,7 @@ def _name_file(model: Located, file: str) -> str:
     return file if file == model.name else f"{model.name}: {file}"
 
 
-class FolderReader:
+class FolderReader(Reader):
     """Reads tickets at their places: mapped pages would count as this process's memory."""
 
     def __init__(self, tickets: Sequence[Ticket], root: Path | None = ANYWHERE) -> None:

@@ -113,6 +113,10 @@ class Reader(Protocol):
             ModelError: the bytes cannot be had.
         """
 
+    def view(self, ticket: int, offset: int, nbytes: int) -> memoryview | None:
+        """The same bytes where they lie in memory, to be left as they are; None: they have to be read."""
+        return None
+
     def repeatable(self, ticket: int) -> bool:
         """Whether reading the same bytes again costs no transfer."""
 
@@ -442,7 +446,7 @@ def readers(placed: Sequence[tuple[Store, Ticket]], budget: int) -> Reader:
     return _Readers({store: store.reader(tickets, share) for store, tickets in shares.items()}, places)
 
 
-class _Readers:
+class _Readers(Reader):
     """Sends each ticket to its own store's reader."""
 
     def __init__(self, readers: dict[Store, Reader], places: Sequence[tuple[Store, int]]) -> None:

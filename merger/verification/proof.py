@@ -52,7 +52,7 @@ class PublishedTensors:
         return self.store.fetch(self.located, tensor.file, tensor.start + start, tensor.start + stop)
 
 
-class _AsAsked:
+class _AsAsked(Reader):
     """Reads a job's inputs only where they are asked for: where a few entries are wanted, nothing is read ahead."""
 
     def __init__(self, planned: Plan, job: Job, store: Store) -> None:

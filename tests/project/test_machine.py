@@ -31,6 +31,22 @@ def written(root: Path, **files: str) -> Path:
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:  100 kB\nMemAvailable:    8000000 kB\n"
 
 
+@pytest.mark.parametrize(
+    ("flags", "able"),
+    [
+        ("flags : fpu avx2 avx512f avx512_bf16 amx_fp16", {"bfloat16", "float16", "float32"}),
+        ("Features : fp asimd asimdhp bf16", {"bfloat16", "float16", "float32"}),
+        ("flags : fpu avx2 avx512f avx512_bf16", {"bfloat16", "float32"}),
+        ("flags : fpu sse2 avx2 f16c", {"float32"}),
+        ("", {"bfloat16", "float16", "float32"}),
+    ],
+)
+def test_a_processor_tells_what_it_computes_in(tmp_path: Path, flags: str, able: set[str]) -> None:
+    """By the flags of x86 or ARM; one of which nothing is known computes in all."""
+    root = written(tmp_path, proc__cpuinfo=flags)
+    assert {each for each in ("bfloat16", "float16", "float32") if system.computes_in(each, root)} == able
+
+
 def test_without_limits_the_system_decides(tmp_path: Path) -> None:
     """What Linux calls available, in bytes."""
     assert system.free_memory(written(tmp_path, proc__meminfo=MEMINFO)) == 8_000_000 * 1024

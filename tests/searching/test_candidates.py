@@ -133,11 +133,12 @@ def test_a_candidate_in_place_is_the_written_merge(case: str, parents: Mapping[s
     for seed in range(3 if THOROUGH else 1):
         dtype = "bfloat16" if (len(case) + seed) % 2 else "float32"
         texts = recipes(case, parents, dtype, seed)
-        with Candidates(*planned(next(texts))) as candidates:
+        ran = "float32" if case in ("task_arithmetic", "experts") else dtype
+        with Candidates(*planned(next(texts)), arithmetic=ran) as candidates:
             for text, _ in zip(texts, range(10), strict=False):
                 candidates.make(planned(text)[0])
             merged(text, tmp_path / f"{seed}")
-            wanted = AutoModelForCausalLM.from_pretrained(tmp_path / f"{seed}", dtype=getattr(torch, dtype))
+            wanted = AutoModelForCausalLM.from_pretrained(tmp_path / f"{seed}", dtype=getattr(torch, ran))
             assert same(tensors(candidates.model), tensors(wanted)) == []
             tokens = AutoTokenizer.from_pretrained(tmp_path / f"{seed}").get_vocab()
             assert candidates.tokenizer.get_vocab() == tokens
@@ -252,6 +253,28 @@ def test_a_search_stays_within_the_memory_that_is_said() -> None:
     assert 0.3 * said < used <= said
 
 
+@pytest.mark.parametrize(
+    ("dtype", "objective", "able", "more"),
+    [
+        ("float32", "{loss: a.txt}", False, 0),
+        ("bfloat16", "{loss: a.txt}", True, 0),
+        ("bfloat16", "{loss: a.txt}", False, 4),
+        ("bfloat16", "{task: arc_easy}", True, 0),
+    ],
+)
+def test_what_a_search_holds_beside_a_merge_is_counted(
+    dtype: str, objective: str, able: bool, more: int, parents: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four bytes of each parameter that runs in float32, and lm-evaluation-harness with 2048 tokens of its own."""
+    monkeypatch.setattr("merger.searching.candidates.computes_in", lambda of: able or of == "float32")
+    block = f"dtype: {dtype}\nsearch: {{objectives: [{objective}]}}\n"
+    there = planned(LINEAR.format(a="{search: [0, 1]}", **parents) + block)[0]
+    harness = (500 << 20) + 12 * 2048 * there.config["vocab_size"] if "task" in objective else 0
+    files = sum((parents[name] / "model.safetensors").stat().st_size for name in ("one", "two"))
+    alone = there.peak_memory + (700 << 20) + files + there.nbytes
+    assert trial_memory(there, 0) == alone + more * there.entries + harness
+
+
 def test_an_adapter_and_a_model_without_a_tokenizer_are_no_candidates(
     parents: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -298,4 +321,5 @@ def test_parents_on_the_hub_are_read_once(
         assert same(tensors(candidates.model), tensors(wanted.model)) == []
     files = sum((parents[name] / "model.safetensors").stat().st_size for name in ("base", "one", "two"))
     assert far.read == files
-    assert trial_memory(plans[0], 0) - trial_memory(planned(texts[0])[0], 0) >= files
+    for there in (plans[0], planned(texts[0])[0]):
+        assert trial_memory(there, 0) >= there.peak_memory + files + there.nbytes

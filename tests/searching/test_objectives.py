@@ -63,7 +63,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def scored(files: Path, zoo: tuple[Any, Any], kind: str, source: str, **more: Any) -> tuple[Scored, list[Any]]:
     """The score by one objective, and what was told on the way."""
-    told = list[tuple[int, float]]()
+    told = list[tuple[int, Scored]]()
     (scorer,) = scorers([Objective(kind, source, **more)], files)
     return scorer.score(*zoo, lambda *step: told.append(step)), told
 
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_windows_one_by_one(
         assert found.value == pytest.approx(wanted, abs=1e-5)
         assert float(found.items.mean()) == pytest.approx(found.value, abs=1e-9)
         assert len(found.items) == len(windows)
-        assert told[-1] == (len(told), pytest.approx(wanted, abs=1e-5))
+        assert told[-1] == (len(told), found)
         assert len(told) == {4096: 1, 600: -(-len(windows) // 2), 1: len(windows)}[most]
 
 
@@ -116,7 +116,7 @@ def test_choices_are_judged_as_each_by_itself(limit: int | None, files: Path, zo
     wanted = [float(likeliest(zoo, item) == of) for item, of in zip(QUESTIONS, right, strict=True)][:limit]
     found, told = scored(files, zoo, "accuracy", "questions.jsonl", limit=limit)
     assert (found.items.tolist(), found.value) == (wanted, pytest.approx(sum(wanted) / len(wanted)))
-    assert told[-1][1] == found.value
+    assert told[-1][1].value == found.value
 
 
 def test_answers_are_those_of_generation_one_by_one(
@@ -175,7 +175,7 @@ def test_what_a_step_raises_ends_the_scoring(
     monkeypatch.setattr("merger.searching.objectives._BATCH_TOKENS", 1)
     (scorer,) = scorers([Objective("loss", "text.txt")], files)
 
-    def stop(number: int, value: float) -> None:
+    def stop(number: int, so_far: Scored) -> None:
         raise Enough
 
     with pytest.raises(Enough):

@@ -64,7 +64,7 @@ def test_the_found_recipe_is_merged_and_its_card_tells_of_the_search(
     assert main(["search", str(recipe), "--top", "2", "--to", str(to)]) == 0
     told = capsys.readouterr()
     assert "4 trials are done: " in told.out
-    assert "searching 2 numbers by tpe, 4 trials" in told.err
+    assert "searching 2 numbers by tpe, 4 trials; scored in float32" in told.err
     best = recipe.with_name("mine.best.yaml")
     assert "search:" not in best.read_text()
     there = sorted(path.name for path in tmp_path.iterdir())
@@ -99,6 +99,23 @@ def test_what_was_scored_is_what_is_merged(recipe: Path, tmp_path: Path) -> None
     assert values == [(value,) for value in more.values.values()]
     (row,) = more.report
     assert len({score.value for score in row.scores.values()}) == 5, "each model has a score of its own"
+
+
+def test_a_study_keeps_the_arithmetic_that_it_began_with(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without instructions for bfloat16 scores in float32, and so does one that has them and goes on."""
+    recipe.write_text(recipe.read_text().replace("dtype: float32", "dtype: bfloat16"))
+    found = list[tuple[str, list[float]]]()
+    for able, kept, trials in ((True, "a.log", 1), (False, "b.log", 2), (False, "c.log", 1), (True, "c.log", 2)):
+        monkeypatch.setattr("merger.searching.candidates.computes_in", lambda dtype, able=able: able)
+        events: list[object] = []
+        study = merger.search(str(recipe), Effort(trials, storage=str(recipe.with_name(kept))), on_event=events.append)
+        assert isinstance(events[0], Searching)
+        found.append((events[0].arithmetic, [trial.scores[0] for trial in study.trials]))
+    native, alike, _, again = found
+    assert (native[0], alike[0]) == ("bfloat16", "float32")
+    assert again == alike
+    assert native[1] != alike[1][:1]
+    assert native[1] == pytest.approx(alike[1][:1], abs=0.02)
 
 
 @thorough_only

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
@@ -22,8 +23,9 @@ from merger.errors import EvaluationError, Problem
 from merger.methods.registry import methods
 from merger.recipe.parse import parse
 from merger.recipe.searched import Searched, Values
+from merger.searching.objectives import Scored, Step
 from merger.searching.study import Worker, open_storage
-from merger.searching.trials import Aims, Pruned, Step, Trial
+from merger.searching.trials import Aims, Pruned, Trial
 
 RECIPE = """
 merge_method: {search: [linear, task_arithmetic]}
@@ -228,13 +230,37 @@ def test_a_candidate_that_falls_behind_is_left(prune: str | None) -> None:
         (score,) = hill(values)
         for batch in range(1, 17):
             if step is not None:
-                step(batch, score)
+                step(batch, Scored(score))
         return [score]
 
     work, _ = run(searched(prune=prune, trials=30), judge)
     left = [trial for trial in work.trials() if trial.state == "pruned"]
     assert bool(left) == (prune is not None)
     assert all(trial.scores == () for trial in left)
+
+
+def items_of(values: Values, step: Step | None) -> list[float]:
+    """The hill's height at each of 128 items, whose own chance is a tenth; a batch has 16."""
+    (height,) = hill(values)
+    items = height + np.random.default_rng(int(1e9 * height)).normal(0, 0.1, 128)
+    for batch in range(1, 9):
+        assert step is not None
+        step(batch, Scored(float(items[: 16 * batch].mean()), items[: 16 * batch]))
+    return [float(items.mean())]
+
+
+def test_of_items_only_so_many_are_scored_as_tell_the_candidate_from_the_best(tmp_path: Path) -> None:
+    """After 16 of them, 32, 64 or all, the worse the earlier; the best has all, and a study goes on."""
+    wanted, kept = searched(prune=None, subset="adaptive", sampler="random", trials=40), tmp_path / "study.log"
+    work, _ = run(wanted, items_of)
+    left = [(max(trial.intermediate_values), hill(trial.params)[0]) for trial in work._kept()
+            if trial.state.name == "PRUNED"]  # fmt: skip
+    heights = {when: np.mean([height for batch, height in left if batch == when]) for when, _ in left}
+    assert heights.keys() == {1, 2, 4}
+    assert heights[1] > heights[2] > heights[4] > hill(work.best()[0].drawn)[0]
+    for trials in (2, 5):
+        again, _ = run(replace(wanted, trials=trials), items_of, storage=kept)
+    assert numbers(again) == numbers(work)[:5]
 
 
 def test_it_ends_without_a_better_one() -> None:

@@ -90,6 +90,10 @@ class Stored(Input):
     tensor: TensorInfo
 
     @property
+    def children(self) -> tuple[Input, ...]:
+        return ()
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.tensor.shape
 
@@ -211,7 +215,7 @@ class Job:
             "base": self.base, "settings": self.settings, "why": self.why,
         }  # fmt: skip
 
-    @property
+    @cached_property
     def entries(self) -> int:
         """How many numbers the output tensor holds."""
         return math.prod(self.shape)
@@ -238,7 +242,7 @@ class Job:
         read = (stored.model for source in self.sources for stored in source.stored_tensors)
         return tuple(dict.fromkeys([*named, *read]))
 
-    @property
+    @cached_property
     def reads(self) -> tuple[Stored, ...]:
         """The stored tensors that are read for it, each once, those of the base last; then what was measured."""
         read = (stored for source in self.sources for stored in source.stored_tensors)

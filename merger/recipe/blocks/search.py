@@ -1,7 +1,7 @@
 """The language's part about searching: the `search:` block, and which holes it is for.
 
     search    := {objectives: [objective], report: [objective], trials: 100, minutes: 60, seed: 0, sampler: tpe,
-                  prune: true, patience: 50, storage: study.log}
+                  prune: true, subset: adaptive, patience: 50, storage: study.log}
     objective := {KIND: SOURCE, limit: 100, column: text, weight: 2, guard: 0.01}
 
 Not here: the holes (holes), how they are filled (searched), and whether the sources are there (searching).
@@ -23,13 +23,15 @@ from merger.recipe.values import Fields, Notes, Value
 from merger.safety.numbers import COUNT, MINUTES, SEED, Range
 
 SEARCH = (
-    "objectives", "report", "trials", "minutes", "seed", "sampler", "prune", "patience", "storage",
+    "objectives", "report", "trials", "minutes", "seed", "sampler", "prune", "subset", "patience", "storage",
 )  # fmt: skip
 SAMPLERS = ("tpe", "cmaes", "nsga2", "random", "grid")
 PRUNING = ("median", "halving")
+SUBSETS = ("adaptive",)
 KINDS = ("loss", "accuracy", "exact_match", "length", "task", "function")
 OBJECTIVE = (*KINDS, "limit", "column", "weight", "guard")
 TRIALS = Range(1, 1_000_000)
+_IN_PARTS = KINDS[:4]
 
 _OBJECTIVES = "a list of what candidates are judged by, each such as - loss: texts.txt"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -90,14 +92,16 @@ def _search(place: Value, holes: tuple[Hole, ...]) -> Searched | None:
     if fields is None:
         return None
     needed = fields.need("objectives", f"write {_OBJECTIVES}")
-    report, storage, minutes = fields.get("report"), fields.get("storage"), fields.get("minutes")
+    report, storage, prune = fields.get("report"), fields.get("storage"), _prune(fields.get("prune"))
+    subset = _one_of(fields.get("subset"), "subset", SUBSETS)
     found = Searched(
         holes,
         _objectives(needed) if needed else (),
         _objectives(report) if report else (),
-        minutes=minutes.number("minutes, such as 60", MINUTES) if minutes else None,
-        sampler=_sampler(fields.get("sampler")),
-        prune=_prune(fields.get("prune")),
+        minutes=fields.number("minutes", "minutes, such as 60", MINUTES),
+        sampler=_one_of(fields.get("sampler"), "sampler", SAMPLERS) or SAMPLERS[0],
+        prune=None if subset else prune,
+        subset=subset,
         storage=_storage(storage) if storage else None,
         at=place.key,
         **fields.wholes({"trials": TRIALS, "patience": COUNT, "seed": SEED}),
@@ -106,12 +110,12 @@ def _search(place: Value, holes: tuple[Hole, ...]) -> Searched | None:
     return found
 
 
-def _sampler(place: Value | None) -> str:
-    text = place.text(f"one of {', '.join(SAMPLERS)}") if place else None
-    if place is None or text is None or text in SAMPLERS:
-        return text or SAMPLERS[0]
-    place.error(f"there is no sampler {text!r}", did_you_mean(text, SAMPLERS))
-    return SAMPLERS[0]
+def _one_of(place: Value | None, what: str, known: Sequence[str]) -> str | None:
+    text = place.text(f"one of {', '.join(known)}") if place else None
+    if place is None or text is None or text in known:
+        return text
+    place.error(f"there is no {what} {text!r}", did_you_mean(text, known))
+    return None
 
 
 def _prune(place: Value | None) -> str | None:
@@ -153,17 +157,16 @@ def _objective(place: Value) -> Objective | None:
     if text is None:
         return None
     _check_source(source, kind, text)
-    limit, column = fields.get("limit"), fields.get("column")
-    weight, guard = fields.get("weight"), fields.get("guard")
-    if weight and guard:
+    guard = fields.get("guard")
+    if guard and fields.get("weight"):
         guard.error("a guard has no weight: a candidate keeps it or is refused", "take one of them out", guard.key)
     return Objective(
         kind,
         text,
-        limit=limit.whole(COUNT, "how many are used, such as limit: 100") if limit else None,
-        column=(column.text("a key of each line") if column else None) or Objective.column,
-        weight=weight.number("how much it counts, such as weight: 2", ABOVE_ZERO) if weight else None,
-        guard=guard.number("how much worse than the base model it may be", Range(0)) if guard else None,
+        limit=fields.whole("limit", COUNT, "how many are used, such as limit: 100"),
+        column=fields.text("column", "a key of each line") or Objective.column,
+        weight=fields.number("weight", "how much it counts, such as weight: 2", ABOVE_ZERO),
+        guard=fields.number("guard", "how much worse than the base model it may be", Range(0)),
         at=source.at,
     )
 
@@ -189,7 +192,17 @@ def _check_objectives(found: Searched, fields: Fields) -> None:
     if found.is_front and found.sampler == "cmaes":
         hint = "take tpe or nsga2, or write weight: for each objective"
         fields.places["sampler"].error("cmaes has one aim", hint)
+    _check_subset(found, fields)
     _check_report(found, fields)
+
+
+def _check_subset(found: Searched, fields: Fields) -> None:
+    subset, prune = fields.get("subset"), fields.get("prune")
+    if subset and prune:
+        prune.error("prune and subset are two ways to leave a candidate", "take one of them out", prune.key)
+    if subset and found.aims and (len(found.aims) > 1 or found.aims[0].kind not in _IN_PARTS):
+        what = "subset is for one aim that is scored item by item"
+        subset.error(what, f"judge by one of {', '.join(_IN_PARTS)}, and let others be guards", subset.key)
 
 
 def _check_report(found: Searched, fields: Fields) -> None:

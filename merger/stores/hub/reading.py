@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from merger.errors import DamagedError, Problem
 from merger.stores.hub.ranges import CONNECTIONS
-from merger.stores.ports import Located, Ticket
+from merger.stores.ports import Located, Reader, Ticket
 
 PIECE_BYTES = 16 << 20
 _GAP_BYTES = 64 << 10
@@ -75,7 +75,7 @@ class _Rooms:
             self._free.append(room)
 
 
-class RangeReader:
+class RangeReader(Reader):
     """Reads tickets through pieces of up to 16 MiB that are fetched ahead, in the tickets' order.
 
     A piece that somebody waits for is fetched even when the budget is used up, so a run can't wait for itself.
