@@ -184,7 +184,7 @@ def test_a_template_that_is_no_text(folder: Path) -> None:
     (folder / "own.md").write_bytes(b"\xff\xfe")
     assert "the template own.md is no UTF-8 text" in refusal("own.md")
     (folder / "own.md").write_bytes(b"a" * 1_100_000)
-    assert "the template own.md has 1,100,000 bytes, and at most 1,000,000 are read" in refusal("own.md")
+    assert "the template own.md has 1.1 MB, and at most 1.0 MB are read" in refusal("own.md")
 
 
 ENDLESS = [
