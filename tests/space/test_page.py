@@ -482,7 +482,7 @@ def test_a_search(visit: Visit, dark: bool) -> None:
     text = re.sub(r"weight: [\d.]+", "weight: {search: [0, 1.2], start: 0.5}", visitor.recipe())
     visitor.write(f"{text}search:\n  trials: 100\n  prune: false\n  objectives: [{{loss: search.txt}}]\n")
     page = visitor.page
-    page.get_by_text("1 numbers").or_(page.locator("#problems")).first.wait_for()
+    page.get_by_text("left open for a search").first.wait_for()
     page.get_by_role("tab", name="Merge").focus()
     page.keyboard.press("ArrowRight")
     page.get_by_role("tab", name="Search").press("Enter")
@@ -503,6 +503,10 @@ def test_a_search(visit: Visit, dark: bool) -> None:
         assert page.evaluate(UNNAMED) == []
         told = axe.run(page, options=rules).response["violations"]
         assert [f"{each['id']}: {node['html'][:150]}" for each in told for node in each["nodes"]] == []
+    page.locator("#search-job ul.shares progress").first.wait_for()
+    with page.expect_download() as got:
+        page.get_by_text("All candidates as CSV").press("Enter")
+    assert Path(got.value.path()).read_text("utf-8").startswith("trial,state,models[")
     page.locator("#search-cancel").press("Enter")
     page.locator("#search-job .state.cancelled").wait_for()
     visitor.until(lambda: "Found by merger search in recipe.yaml" in visitor.recipe())
