@@ -47,7 +47,9 @@ from merger.run.options import Options  # noqa: E402
 from merger.run.pipeline import merge  # noqa: E402
 from merger.run.prepare import plan, read_recipe  # noqa: E402
 
-action: Any = import_module("merger.action.outcomes" if (GIVEN.tree / "merger/action").is_dir() else "merger.cli.action")
+action: Any = import_module(
+    "merger.action.outcomes" if (GIVEN.tree / "merger/action").is_dir() else "merger.cli.action"
+)
 """It was a room of the command's before."""
 
 NARROW = ("space-planned", "search-done", "merge", "card", "comment")
