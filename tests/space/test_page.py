@@ -430,6 +430,10 @@ def test_the_looks(visit: Visit, dark: bool) -> None:
         bar = visitor.page.locator("#merge").bounding_box()
         assert bar is not None
         assert width > 640 or bar["y"] > 800  # the main action is at hand wherever the page is scrolled to
+        visitor.page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+        last = visitor.page.locator("footer").bounding_box()
+        assert last is not None
+        assert width > 640 or last["y"] + last["height"] < bar["y"]  # and covers nothing
     assert visitor.page.evaluate("document.documentElement.lang") == "en"
 
 
