@@ -92,7 +92,7 @@ def _body(job: QueuedMerge, ahead: int) -> str:
 
 def _use(job: QueuedMerge) -> str:
     """How the result is loaded, once it is there: as its card says, and by a chat where it knows how to."""
-    told = _USE.search(job.card)
+    told = _USE.search(markdown.card_preview(job.card))
     if told is None or job.state != "done" or job.how.create_pr:
         return ""
     chat = "apply_chat_template" in told[0]

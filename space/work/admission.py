@@ -178,7 +178,8 @@ def _find_refusals(recipe: Recipe) -> list[Problem]:
     for measured in recipe.measures:
         hint = "make it with merger measure, and write where it lies on the Hub: statistics: owner/name"
         found.append(Problem("the Space measures nothing", measured.at, "statistics", hint))
-    for need in needs_of(replace(recipe, evaluate=None)):
+    searched = recipe.search and replace(recipe.search, storage=None)
+    for need in needs_of(replace(recipe, evaluate=None, search=searched)):
         if need.missing:
             what, hint = (
                 f"{need.what} takes {need.missing}, which the Space has not",

@@ -91,7 +91,7 @@ class _Course:
         news: dict[str, Any] = {"made": len(study.trials) - self._kept}
         if study.best and (told or time.monotonic() - self._drawn > _SECONDS):
             self._drawn = time.monotonic()
-            outcome = {"table": study.table, "importance": dict(study.importance), "told": told}
+            outcome = {"table": study.table, "importance": self._work.importance(), "told": told}
             news |= {"picture": _picture(study), "outcome": outcome}
         return news
 
@@ -99,8 +99,7 @@ class _Course:
         from merger.searching.search import Study
 
         work = self._work
-        trials, best = tuple(work.trials()), tuple(work.best())
-        return Study(self._recipe, work.aims, trials, best, importance=work.importance())
+        return Study(self._recipe, work.aims, tuple(work.trials()), tuple(work.best()))
 
 
 def _picture(study: Study) -> str:
