@@ -119,7 +119,7 @@ def space(visitor: Visitor, hub: LoopbackHub, shoot: Shoot) -> None:
 
 
 def search(visitor: Visitor, shoot: Shoot) -> None:
-    """The tab for searches: planned, and done."""
+    """The tab for searches, planned and then done."""
     on, text = visitor.page, re.sub(r"weight: [\d.]+", "weight: {search: [0, 1.2], start: 0.5}", visitor.recipe())
     objectives = "  objectives: [{loss: search.txt}]\n  report: [{loss: report.txt}]\n"
     visitor.write(f"{text}search:\n  trials: 20\n{objectives}")
@@ -129,7 +129,6 @@ def search(visitor: Visitor, shoot: Shoot) -> None:
     on.locator("#report-text textarea").fill(words[3000:6000])
     on.locator("#search-plan").click()
     on.locator("#search-planned").get_by_text("20 candidates").wait_for()
-    shoot(on, "search-planned")
     on.locator("#search-begin").click()
     on.locator("#search-job .state.done").wait_for()
     shoot(on, "search-done")
