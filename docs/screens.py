@@ -1,18 +1,21 @@
 """Photographs what people see in a real browser: the Space's page in each state, a merge's page, README, card, comment.
 
-`python docs/screens.py` writes them to docs/pictures; `--tree` takes README and the page from another work tree,
-for the pictures of before; `--dark`, `--all` and `--to` are for looking. Needs what the tests need. Not here: the
-pictures of a merge by itself (pictures), and the texts of a terminal (console).
+`python docs/screens.py` writes them to docs/pictures; `--tree` takes README, page, card and the Action's words from
+another work tree, for the pictures of before: those are of 6359bca^, the Space's of 54acb75^. `--only`, `--dark`,
+`--all` and `--to` are for looking. Needs what the tests need. Not here: the pictures of a merge by itself (pictures),
+and the texts of a terminal (console).
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,20 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "space"), str(ROOT / "tests"), str(ROOT)]
+_PARSER = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+_PARSER.add_argument("--to", type=Path, default=ROOT / "docs" / "pictures", help="the folder of the pictures")
+_PARSER.add_argument("--tree", type=Path, default=ROOT, help="of what is photographed, such as another work tree")
+_PARSER.add_argument("--only", default="", help="the screens whose names match")
+_PARSER.add_argument("--dark", action="store_true", help="as people see it who like it dark")
+_PARSER.add_argument("--all", action="store_true", help="each screen at each width")
+GIVEN = _PARSER.parse_args()
+sys.path[:0] = [str(ROOT / "tests" / "space"), str(ROOT / "tests"), str(GIVEN.tree)]
 from conftest import ALONE, CHROMIUM, Visitor  # noqa: E402  rooms of the tests
 from loopback import LoopbackHub  # noqa: E402
 from pictures import LINEAR, merged  # noqa: E402
+from places import ZOO  # noqa: E402
 from served import ServedSpace, halted, zoo  # noqa: E402
 
-from merger.action.outcomes import Outcome, sections  # noqa: E402
 from merger.card.facts import PlanSummary  # noqa: E402
 from merger.cli import markdown  # noqa: E402
 from merger.errors import Problem, RecipeError  # noqa: E402
@@ -37,7 +47,12 @@ from merger.run.options import Options  # noqa: E402
 from merger.run.pipeline import merge  # noqa: E402
 from merger.run.prepare import plan, read_recipe  # noqa: E402
 
-NARROW = ("space-planned", "merge", "card", "comment")
+action: Any = import_module(
+    "merger.action.outcomes" if (GIVEN.tree / "merger/action").is_dir() else "merger.cli.action"
+)
+"""It was a room of the command's before."""
+
+NARROW = ("space-planned", "search-done", "merge", "card", "comment")
 """Which screens are kept at 390 pixels, too, so that the pictures stay within two megabytes."""
 
 STYLE = """\
@@ -103,6 +118,22 @@ def space(visitor: Visitor, hub: LoopbackHub, shoot: Shoot) -> None:
         shoot(on, "merge")
 
 
+def search(visitor: Visitor, shoot: Shoot) -> None:
+    """The tab for searches, planned and then done."""
+    on, text = visitor.page, re.sub(r"weight: [\d.]+", "weight: {search: [0, 1.2], start: 0.5}", visitor.recipe())
+    objectives = "  objectives: [{loss: search.txt}]\n  report: [{loss: report.txt}]\n"
+    visitor.write(f"{text}search:\n  trials: 20\n{objectives}")
+    on.get_by_role("tab", name="Search").click()
+    words = (ZOO / "kjv" / "heldout.txt").read_text("utf-8")
+    on.locator("#search-text textarea").fill(words[:3000])
+    on.locator("#report-text textarea").fill(words[3000:6000])
+    on.locator("#search-plan").click()
+    on.locator("#search-planned").get_by_text("20 candidates").wait_for()
+    on.locator("#search-begin").click()
+    on.locator("#search-job .state.done").wait_for()
+    shoot(on, "search-done")
+
+
 def documents(work: str) -> dict[str, str]:
     """A card, and the Action's words on a pull request and on a merge, with nothing folded."""
     folder = merged(LINEAR, work, "your-merge")
@@ -112,15 +143,20 @@ def documents(work: str) -> dict[str, str]:
     recipe.write_text(LINEAR.replace("0.7", "0.6").replace("0.3", "0.4"))
     planned, store = plan(read_recipe(recipe), options)
     now, then = (PlanSummary(each, "hf://you/your-merge") for each in (planned, before))
-    changed = markdown.changes_section(now, then)
-    pull = Outcome("merges/mine.yaml", "planned", now, changed=changed, card=card)
-    done = Outcome("merges/mine.yaml", "published", now, replace(merge(planned, store, options), where=THERE))
-    wrong = Outcome("merges/other.yaml", "failed", problems=_problems("models: [{modl: you/chat}]\n"))
-    told = {"comment": [pull, wrong], "summary": [done]}
-    return {
-        "card": page(card.split("---\n", 2)[2], folder),
-        **{name: page(sections(outcomes, 65_000), folder) for name, outcomes in told.items()},
-    }
+    done = replace(merge(planned, store, options), where=THERE)
+    wrong = action.Outcome("merges/other.yaml", "failed", problems=_problems("models: [{modl: you/chat}]\n"))
+    more = {}
+    if "changed" in {field.name for field in fields(action.Outcome)}:  # else it is as it was before
+        more = {"changed": markdown.changes_section(now, then), "card": card}
+    pull = action.Outcome("merges/mine.yaml", "planned", now, **more)
+    told = {"comment": [pull, wrong], "summary": [action.Outcome("merges/mine.yaml", "published", now, done)]}
+    texts = {name: "\n\n".join(map(_section, outcomes)) for name, outcomes in told.items()}
+    return {"card": page(card.split("---\n", 2)[2], folder)} | {name: page(texts[name], folder) for name in texts}
+
+
+def _section(outcome: Any) -> str:
+    of_before = getattr(action, "summary_section", None)
+    return str(of_before(outcome) if of_before else action.sections([outcome], 65_000))
 
 
 def _problems(text: str) -> tuple[Problem, ...]:
@@ -133,31 +169,27 @@ def _problems(text: str) -> tuple[Problem, ...]:
 
 def main() -> int:
     """Take all pictures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--to", type=Path, default=ROOT / "docs" / "pictures", help="the folder of the pictures")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="of README and Space, such as another work tree")
-    parser.add_argument("--dark", action="store_true", help="as people see it who like it dark")
-    parser.add_argument("--all", action="store_true", help="each screen at each width")
-    given = parser.parse_args()
-    given.to.mkdir(exist_ok=True, parents=True)
+    GIVEN.to.mkdir(exist_ok=True, parents=True)
 
     def shoot(view: Any, name: str) -> None:
-        for width in (1280, 390) if given.all or name in NARROW else (1280,):
+        if not re.search(GIVEN.only, name):
+            return
+        for width in (1280, 390) if GIVEN.all or name in NARROW else (1280,):
             view.set_viewport_size({"width": width, "height": 900})
             if name != "readme":  # of which the first screen is looked at
                 height = view.evaluate("document.documentElement.scrollHeight")
                 view.set_viewport_size({"width": width, "height": height})  # the editor measures what is in view
             view.wait_for_timeout(500)
             shot = Image.open(io.BytesIO(view.screenshot())).convert("RGB")
-            before = "" if given.tree == ROOT else "before-"
-            shot.quantize(48).save(given.to / f"{before}{name}-{width}.png", optimize=True)
+            before = "" if GIVEN.tree == ROOT else "before-"
+            shot.quantize(48).save(GIVEN.to / f"{before}{name}-{width}.png", optimize=True)
         view.set_viewport_size({"width": 1280, "height": 600})
 
     with LoopbackHub() as hub, tempfile.TemporaryDirectory() as work, sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=ALONE)
-        context = browser.new_context(color_scheme="dark" if given.dark else "light")
-        readme = {"readme": page((given.tree / "README.md").read_text("utf-8"), given.tree)}
-        for name, text in (readme | (documents(work) if given.tree == ROOT else {})).items():
+        context = browser.new_context(color_scheme="dark" if GIVEN.dark else "light")
+        readme = {"readme": page((GIVEN.tree / "README.md").read_text("utf-8"), GIVEN.tree)}
+        for name, text in (readme | documents(work)).items():
             (place := Path(work) / f"{name}.html").write_text(text, "utf-8")
             view = context.new_page()
             view.goto(place.as_uri())
@@ -165,11 +197,14 @@ def main() -> int:
                 view.evaluate(UNFOLDED)
             shoot(view, name)
         zoo(hub)
-        served = ServedSpace(hub, Path(work) / "space", {"MERGER_SPACE_SHARD_SIZE": "1MB"}, root=given.tree)
+        served = ServedSpace(hub, Path(work) / "space", {"MERGER_SPACE_SHARD_SIZE": "1MB"}, root=GIVEN.tree)
         served.start()
         visitor = Visitor(context, served.url, forgets=False)
         visitor.open()
         space(visitor, hub, shoot)
+        if GIVEN.tree == ROOT:
+            visitor.open()
+            search(visitor, shoot)
         served.kill()
     return 0
 

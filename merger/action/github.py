@@ -21,6 +21,7 @@ from urllib.parse import quote
 from merger.errors import MergerError, Problem
 from merger.safety.environment import public
 from merger.safety.limits import EVENT, GITHUB, parse_json, read_limited
+from merger.safety.numbers import size
 from merger.safety.secrets import refuse_tokens, sieve
 from merger.safety.text import visible
 from merger.stores.hub.http import PASSING, again
@@ -385,7 +386,7 @@ def _read(answer: Response) -> None:
         body += piece
         if len(body) > GITHUB.most:
             answer.close()
-            raise GitHubError(Problem(f"GitHub's answer has more than {GITHUB.most:,} bytes", hint=_AGAIN))
+            raise GitHubError(Problem(f"GitHub's answer has more than {size(GITHUB.most)}", hint=_AGAIN))
     answer._content = bytes(body)  # what requests itself does with a body that it reads whole
 
 

@@ -27,8 +27,7 @@ those that were initialised apart one of 0.00. Deltas of two tasks lie between 0
 
 _UNEQUAL, _SCALED = 20.0, 1.5
 """How many times as large the deltas of one parent may be as another's, and its tensors. Fine-tuning by instructions
-moves entries by 0.002 at most (arXiv 2311.03099), further training on much text by far more; tensors of relatives
-differ by 5 %."""
+moves entries by 0.002 at most (arXiv 2311.03099); tensors of relatives differ by 5 %."""
 
 _SAME = 1e-12
 """Of the squared norm: what lies between two that differ in the last bit of a single number in bfloat16 is more."""

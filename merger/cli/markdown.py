@@ -203,7 +203,7 @@ def search_section(facts: Mapping[str, Any], ended: str, trials: str, pictures: 
     Args:
         facts: as `SearchFacts` has them.
         ended: why this run of it came to its end.
-        trials: all of them as CSV.
+        trials: all of them as CSV; empty: they are told elsewhere.
         pictures: what each shows, by its address.
     """
     told = [f"{sentence(ended)}. {sentence(facts['sentence'])}"]
@@ -212,7 +212,7 @@ def search_section(facts: Mapping[str, Any], ended: str, trials: str, pictures: 
             told.append("\n".join(_table([*map(code, head)], [[*map(code, row)] for row in rows])))
     told += [f"- {sentence(each)}" for each in facts["told"]]
     shown = [f"![{sentence(alt)}]({link_address(page)})" for page, alt in pictures.items()]
-    return "\n\n".join([*told, *shown, fold("All trials", fence(trials, "csv"))])
+    return "\n\n".join([*told, *shown, *([fold("All trials", fence(trials, "csv"))] if trials else [])])
 
 
 def card_preview(card: str, place: str | None = None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from merger.errors import BudgetError, MergerError, PartError, Problem
 from merger.planning.shards import Part
 from merger.runtime import install_command
+from merger.safety.numbers import size
 
 RESTARTS = 3
 _OF_A_NODE = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
@@ -79,7 +80,9 @@ def _cluster() -> Iterator[Any]:
 def _refuse_too_much(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> None:
     """Ray would wait for such a node for ever, without a word."""
     if not any(all(node.get(_OF_A_NODE[name], 0) >= much for name, much in resources.items()) for node in nodes):
-        wanted = ", ".join(f"{much:,} {_OF_A_NODE[name]}" for name, much in resources.items())
+        wanted = ", ".join(
+            f"{size(much) if name == 'memory' else f'{much:g}'} {_OF_A_NODE[name]}" for name, much in resources.items()
+        )
         hint = "fewer --threads, a smaller --max-memory, or add a larger node"
         raise BudgetError(Problem(f"no node of the Ray cluster has room for a part ({wanted})", hint=hint))
 

@@ -25,6 +25,7 @@ from merger.run.pipeline import Ready, Result, merge, missing_parts
 from merger.run.prepare import is_lock, plan
 from merger.runtime import PACKAGE, requirement, take_over
 from merger.safety.names import hub_path
+from merger.safety.numbers import DOWN, UP, size
 from merger.stores.resolve import Library
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _refuse_what_stays(planned: Plan, options: Options) -> None:
 
 
 def _part_made(planned: Plan, part: Part, where: str) -> PartMade:
-    sizes = (size for shard in share(planned.shards, part) for size in shard.files.values())
+    sizes = (nbytes for shard in share(planned.shards, part) for nbytes in shard.files.values())
     return PartMade(part, where, sum(sizes))
 
 
@@ -202,7 +203,7 @@ def _by_jobs(
 def _pack_recipe(planned: Plan) -> str:
     text = planned.locked.recipe.text.encode()
     if len(text) > _LONGEST_RECIPE:
-        what = f"a Hub job takes a recipe of {_LONGEST_RECIPE:,} bytes at most, and this has {len(text):,}"
+        what = f"a Hub job takes a recipe of {size(_LONGEST_RECIPE, DOWN)} at most, and this has {size(len(text), UP)}"
         raise RecipeError(Problem(what, hint="shorten it, or start the parts yourself with --part"))
     return base64.b64encode(text).decode()
 

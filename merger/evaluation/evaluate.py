@@ -23,6 +23,7 @@ from merger.planning.plan import Plan
 from merger.recipe.blocks.evaluate import HUB_FILE, PERPLEXITY_AT, named_files
 from merger.recipe.model import Evaluate, Perplexity, Recipe
 from merger.safety.limits import TEXT
+from merger.safety.numbers import DOWN, UP, size
 from merger.safety.paths import ANYWHERE, read_named, regular
 from merger.stores.ports import Content, Session, Ticket, write
 from merger.stores.resolve import Library
@@ -82,7 +83,7 @@ def check_memory(planned: Plan, allowed: int | None) -> None:
     if wanted is None or allowed is None or needed <= allowed:
         return
     smaller = "write dtype: bfloat16 under it, or " if wanted.dtype == "float32" else ""
-    what = f"measuring the result needs about {needed:,} bytes of memory, and {allowed:,} are allowed"
+    what = f"measuring the result needs about {size(needed, UP)} of memory, and {size(allowed, DOWN)} are allowed"
     raise BudgetError(Problem(what, wanted.at, "evaluate", f"{smaller}take it out and measure on a larger machine"))
 
 

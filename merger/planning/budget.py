@@ -22,6 +22,7 @@ from merger.planning.inputs.derived import Routed
 from merger.planning.inputs.rows import held_bytes
 from merger.planning.jobs.blocks import BLOCK_ENTRIES, COPY_BYTES, below, block_entries, needs, spooled, stages_of
 from merger.planning.stage_model import StagedRecipe
+from merger.safety.numbers import DOWN, UP, size, typed_size
 from merger.stores.ports import HELD_BYTES
 
 SHARD_BYTES = 5_000_000_000
@@ -145,10 +146,11 @@ def allot(work: Workload, budget: Budget) -> Takes:
         if budget.memory is None or sum(memory.values()) <= budget.memory:
             waits = made if held == all_of_it else all_of_it
             return Takes(threads, ahead, held, sum(memory.values()), read_bytes, max(on_disk, waits))
-    what = f"this merge needs {sum(memory.values()):,} bytes of memory, and {budget.memory:,} are allowed"
+    least, there = sum(memory.values()), size(budget.memory or 0, DOWN)
+    what = f"this merge needs {size(least, UP)} of memory, and {there} are allowed"
     largest = sorted(memory.items(), key=lambda item: -item[1])[:_TOLD]
-    told = ", ".join(f"{nbytes:,} for {name}" for name, nbytes in largest if nbytes)
-    hint = f"raise --max-memory: this is the least, with one thread and small buffers: {told}"
+    told = ", ".join(f"{size(nbytes)} for {name}" for name, nbytes in largest if nbytes)
+    hint = f"raise --max-memory to {typed_size(least, UP)}, the least, with one thread and small buffers: {told}"
     raise BudgetError(Problem(what, hint=hint))
 
 

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from merger import runtime, system
 from merger.errors import BudgetError, ModelError
 from merger.planning.budget import BASELINE_BYTES
+from merger.safety.numbers import DOWN, size
 
 _NOT_YET_NAMED = "/OWNER/"
 _NOT_FOR_PEOPLE = ("action", "all")
@@ -60,14 +61,14 @@ def _memory() -> Finding:
     free = system.free_memory()
     if free is None:
         return Finding("memory", "not known here", "write --max-memory, and it is kept")
-    lack = f"a merge takes {BASELINE_BYTES:,} bytes before its first tensor: end other programs, or give it more"
-    return _amount("memory", f"{free / 1e9:.1f} GB free", free < BASELINE_BYTES, lack)
+    lack = f"a merge takes {size(BASELINE_BYTES)} before its first tensor: end other programs, or give it more"
+    return _amount("memory", f"{size(free, DOWN)} free", free < BASELINE_BYTES, lack)
 
 
 def _disk(what: str, place: str) -> Finding:
     free = shutil.disk_usage(place).free
     lack = "free some disk, or go on elsewhere" if what == "folder" else "let TMPDIR name a larger disk"
-    return _amount(what, f"{free / 1e9:.1f} GB free in {place}", free < BASELINE_BYTES, lack)
+    return _amount(what, f"{size(free, DOWN)} free in {place}", free < BASELINE_BYTES, lack)
 
 
 def _amount(what: str, found: str, lacks: bool, hint: str) -> Finding:

@@ -17,6 +17,7 @@ from merger.recipe.model import ModelRef, Recipe
 from merger.safety import secrets
 from merger.safety.limits import ALL_TENSORS, Limit
 from merger.safety.names import HUB, hub_path, is_repo, need_repo, parse_repo
+from merger.safety.numbers import DOWN, UP, size, typed_size
 from merger.safety.paths import ANYWHERE
 from merger.stores.ports import Kept
 
@@ -109,22 +110,24 @@ def needed_disk(planned: Plan, options: Options, shards: Sequence[Shard]) -> int
     needed = planned.spool if options.stream else planned.disk(staged, shards)
     needed = needed if options.part else max(needed, evaluation_disk(planned, staged))
     if options.max_disk is not None and needed > options.max_disk:
-        what = f"this merge needs {needed:,} bytes of disk at once, and {options.max_disk:,} are allowed"
-        hint = f"raise --max-disk to {needed:,}" if options.stream else _smaller(planned, options.max_disk, staged)
-        raise BudgetError(Problem(what, hint=hint))
+        what = f"this merge needs {size(needed, UP)} of disk at once, and {size(options.max_disk, DOWN)} are allowed"
+        raise BudgetError(Problem(what, hint=_smaller(planned, needed, options, staged)))
     return needed
 
 
-def _smaller(planned: Plan, allowed: int, staged: bool) -> str:
+def _smaller(planned: Plan, needed: int, options: Options, staged: bool) -> str:
     """The option that makes it fit, if there is one."""
+    allowed = options.max_disk or 0
+    if options.stream:
+        return f"raise --max-disk to {typed_size(needed, UP)}"
     if not staged:
         return "raise --max-disk, or publish to hf://owner/name: there a file is gone once it is uploaded"
     largest = max(job.nbytes for job in planned.jobs)
     fitting = (allowed - planned.spool) // 2 - _HEADER_BYTES
     if fitting < largest:
         least = 2 * (largest + _HEADER_BYTES) + planned.spool
-        return f"raise --max-disk to {least:,} at least: the largest tensor has {largest:,} bytes; or use --stream"
-    return f"--shard-size {fitting} makes it fit"
+        return f"raise --max-disk to {typed_size(least, UP)}: the largest tensor has {size(largest)}; or use --stream"
+    return f"--shard-size {typed_size(fitting, DOWN)} makes it fit"
 
 
 def destination(recipe: Recipe, options: Options) -> str:

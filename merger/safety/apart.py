@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import Any
 
 from merger import system
+from merger.safety.numbers import size
 
 MEMORY_BYTES = 192 << 20
 """What it may take beyond the interpreter and the imports; where the system cannot limit that, time does."""
@@ -97,7 +98,7 @@ def _read(process: subprocess.Popen[bytes], bounds: Bounds) -> bytes:
     if reading.is_alive():
         raise BeyondError(_too_long(bounds))
     if len(answers[0]) > _ANSWER_BYTES:
-        raise BeyondError(f"makes more than {_ANSWER_BYTES:,} bytes")
+        raise BeyondError(f"makes more than {size(_ANSWER_BYTES)}")
     return answers[0]
 
 

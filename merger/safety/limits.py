@@ -18,6 +18,7 @@ from threading import Lock
 from typing import IO, Any
 
 from merger.errors import MergerError, Problem
+from merger.safety.numbers import DOWN, UP, size
 
 MAX_DEPTH = 64
 """How deep lists and maps of JSON or YAML may stand in each other; real files have fewer than ten levels."""
@@ -140,11 +141,14 @@ def of(file: str) -> Limit:
     return next((limit for limit in _FIRST if limit.files and limit.files.fullmatch(file)), OTHER)
 
 
-def excess(name: str, size: int, limit: Limit) -> Problem | None:
-    """What is wrong with something of this size; None: nothing."""
-    if size <= limit.most:
+def excess(name: str, number: int, limit: Limit) -> Problem | None:
+    """What is wrong with something of so many bytes, or whatever the limit counts; None: nothing."""
+    if number <= limit.most:
         return None
-    what = f"{name} has {size:,} {limit.unit}, and at most {limit.most:,} are read"
+    has, most = f"{number:,} {limit.unit}", f"{limit.most:,}"
+    if limit.unit == "bytes":
+        has, most = size(number, UP), size(limit.most, DOWN)
+    what = f"{name} has {has}, and at most {most} are read"
     return Problem(what, hint=f"is it the right file? {limit.what}: {limit.why}")
 
 
@@ -156,9 +160,9 @@ def read_limited(path: Path, limit: Limit, kind: type[MergerError]) -> bytes:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        data = b"" if size > limit.most else read_from(file, limit)
-    if problem := excess(str(path), max(size, len(data)), limit):
+        length = os.fstat(file.fileno()).st_size
+        data = b"" if length > limit.most else read_from(file, limit)
+    if problem := excess(str(path), max(length, len(data)), limit):
         raise kind(problem)
     return data
 

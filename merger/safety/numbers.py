@@ -5,7 +5,9 @@ A method's parameters carry their ranges themselves (methods.registry). Not here
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -115,17 +117,30 @@ def parse_size(text: str) -> int:
     return int(found)
 
 
-def size(nbytes: float) -> str:
+UP, DOWN = math.ceil, math.floor
+"""What is needed is told rounded up, what there is rounded down: so the first is the larger one in words, too."""
+
+
+def size(nbytes: float, to: Callable[[float], int] = round) -> str:
     """Bytes in the unit a person would choose, powers of 1000.
 
-    >>> size(5_484_880)
-    '5.5 MB'
+    >>> size(5_484_880), size(5_484_880, DOWN), size(999_999, UP)
+    ('5.5 MB', '5.4 MB', '1.0 MB')
+
+    Args:
+        to: how it is rounded: `UP` what is needed, `DOWN` what there is.
     """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
+    if nbytes < 1000:
+        return f"{to(nbytes)} B"
+    for unit, more in (("kB", 10**3), ("MB", 10**6), ("GB", 10**9)):
+        if (tenths := to(nbytes * 10 / more)) < 10_000:
+            return f"{tenths / 10:.1f} {unit}"
+    return f"{to(nbytes / 10**11) / 10:.1f} TB"
+
+
+def typed_size(nbytes: float, to: Callable[[float], int]) -> str:
+    """The same as it stands behind an option."""
+    return size(nbytes, to).replace(" ", "")
 
 
 def quoted_short(text: str) -> str:

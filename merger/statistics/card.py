@@ -46,6 +46,7 @@ def statistics_card(said: Statistics, name: str, model: LockedModel) -> str:
         "SHA-256 of the tokens' ids": code(said.digest),
         "seed": str(said.seed),
     }
+    first, *rows = [f"| {what} | {fact} |" for what, fact in facts.items() if fact]
     return "\n".join(
         [
             "---",
@@ -54,9 +55,9 @@ def statistics_card(said: Statistics, name: str, model: LockedModel) -> str:
             "",
             f"{_WORDS[said.kind]} Measured by merger; `{LOCK_NAME}` holds all that it takes to do it again.",
             "",
-            "| | |",
+            first,
             "|---|---|",
-            *(f"| {what} | {fact} |" for what, fact in facts.items() if fact),
+            *rows,
             "",
             f"In a recipe, for `merge_method: {method.name}`:",
             "",

@@ -29,6 +29,7 @@ from merger.models.formats.safetensors import ShardWriter, WrittenShard, header
 from merger.models.side_files import CARD_NAME, LOCK_NAME
 from merger.run.options import Options, to_hub
 from merger.run.pipeline import Ready, Result, Resumed, ignore, place_of
+from merger.safety.numbers import DOWN, UP, size
 from merger.statistics.card import statistics_card
 from merger.statistics.gradients import sum_squares
 from merger.statistics.inputs import sum_inputs
@@ -88,10 +89,11 @@ def disk_at_once(planned: Measurement, options: Options) -> int:
     sizes = [shard.size for shard in planned.shards]
     needed = min(2 * max(sizes), sum(sizes)) if to_hub(planned.locked.recipe, options) else sum(sizes)
     if options.max_disk is not None and needed + planned.spool > options.max_disk:
-        what = f"this takes {needed + planned.spool:,} bytes of disk at once, and {options.max_disk:,} are allowed"
+        there = size(options.max_disk, DOWN)
+        what = f"this takes {size(needed + planned.spool, UP)} of disk at once, and {there} are allowed"
         raise BudgetError(Problem(what, hint="raise --max-disk, or measure on fewer --tokens"))
     if (free := shutil.disk_usage(folder := tempfile.gettempdir()).free) < planned.spool:
-        what = f"hidden states take {planned.spool:,} bytes of disk in {folder}, where {free:,} are free"
+        what = f"hidden states take {size(planned.spool, UP)} of disk in {folder}, where {size(free, DOWN)} are free"
         raise BudgetError(Problem(what, hint="let TMPDIR name another disk, or measure on fewer --tokens"))
     return needed
 

@@ -35,6 +35,7 @@ from merger.recipe.blocks.evaluate import HUB_FILE
 from merger.recipe.model import Recipe
 from merger.run.options import Options
 from merger.run.prepare import parse_text, stores_of
+from merger.safety.numbers import DOWN, UP, size
 from merger.statistics.texts import RANDOM, Tokens, draw_tokens, read_tokens
 from merger.stores.ports import FileInfo, Located
 from merger.stores.resolve import Library
@@ -371,7 +372,8 @@ def _fit(draft: Measurement, shards: tuple[StatisticsShard, ...], allowed: int |
         found = replace(found, peak_memory=_peak_memory(found))
         if allowed is None or found.peak_memory <= allowed:
             return found
-    what = f"this takes {found.peak_memory:,} bytes of memory with one thread, and {allowed:,} are allowed"
+    there = size(allowed or 0, DOWN)
+    what = f"this takes {size(found.peak_memory, UP)} of memory with one thread, and {there} are allowed"
     raise BudgetError(Problem(what, hint="raise --max-memory, or measure on shorter sequences: --length"))
 
 

@@ -23,6 +23,7 @@ from merger.models.formats.safetensors import Outlet, WrittenShard, file_sha256
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import CARD_NAME, LOCK_NAME
 from merger.safety import limits, paths, secrets
+from merger.safety.numbers import DOWN, UP, size
 from merger.safety.paths import BarredError
 from merger.stores.ports import Content, Leftover, Located, Published, in_folder, write
 
@@ -292,7 +293,8 @@ class FolderSession:
     def reserve(self, needed: int) -> None:
         """Look at the disk on which the result shall lie."""
         if (free := shutil.disk_usage(self._work.new).free) < needed:
-            what = f"the result needs {needed:,} bytes of disk, {free:,} are free where {self._place.name!r} shall lie"
+            there = f"{size(free, DOWN)} are free where {self._place.name!r} shall lie"
+            what = f"the result needs {size(needed, UP)} of disk, and {there}"
             raise BudgetError(Problem(what, hint="choose a destination on another disk, or publish to hf://owner/name"))
 
     def open(self, name: str) -> Outlet:

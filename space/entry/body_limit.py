@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merger.safety.limits import BODY
+from merger.safety.numbers import size
 
 _LINGER_SECONDS, _LINGER_PARTS = 0.5, 200
 """Of 64 kB each, as the server hands them on."""
@@ -36,7 +37,7 @@ class BodyLimit:
         except ClientDisconnect:
             return
         if messages is None:
-            told = {"error": f"a request has {BODY.most:,} bytes at most"}
+            told = {"error": f"a request has {size(BODY.most)} at most"}
             await JSONResponse(told, 413, {"Connection": "close"})(scope, receive, send)
             return
         first = iter(messages)

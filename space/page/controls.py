@@ -70,7 +70,8 @@ class Controls:
         name = f"{param.name} of {model}" if model else param.name
         with gr.Group(elem_classes=["control"]):
             if not value.is_simple:
-                gr.HTML(f"<p><b>{param.name}</b> is given by filters, in the text.</p>{views.curves(value, name)}")
+                how = "given by filters" if value.curves else "left open for a search"
+                gr.HTML(f"<p><b>{param.name}</b> is {how}, in the text.</p>{views.curves(value, name)}")
             elif len(value.numbers) > 1:
                 self._gradient(param, value, row, name)
             else:

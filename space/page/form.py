@@ -37,7 +37,7 @@ class ShownSetting:
 
     Args:
         curves: the numbers from the first layer to the last, one for a plain number; by filter, ``""`` for all.
-        is_simple: whether the form can change it; a list of filters it cannot.
+        is_simple: whether the form can change it; a list of filters, or what is left open for a search, it cannot.
     """
 
     curves: Mapping[str, tuple[float, ...]]
@@ -144,6 +144,8 @@ def _settings(block: Any) -> dict[str, ShownSetting]:
 
 
 def _setting(value: Any) -> ShownSetting | None:
+    if isinstance(value, dict) and "search" in value:
+        return ShownSetting({}, is_simple=False)
     rules = value if isinstance(value, list) and any(isinstance(item, dict) for item in value) else None
     if rules is None:
         simple = _numbers(value)

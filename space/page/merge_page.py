@@ -11,21 +11,19 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fastapi import FastAPI
-from markdown_it import MarkdownIt
 from starlette.responses import HTMLResponse, Response
 
 from merger.cli import markdown
-from merger.errors import MergerError
 from merger.safety.names import HUB
 from space.entry.door import page
 from space.page import views
 from space.page.views import as_text
-from space.work import admission
 from space.work.job_table import QueuedMerge
 from space.work.queue import MergeQueue
 
 _CSS = (Path(__file__).parent / "page.css").read_text("utf-8")
 _GONE = "There is no such merge here: the newest twenty of each user are kept."
+_USE = re.compile(r"^## Use it\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
 _FOLD = re.compile(r"</?details>|<summary>(.*)</summary>")
 _LOOKS = """
 :root { color-scheme: light dark; --border-color-primary: #d0d7de; --ground: #fff; --ink: #1f2328; }
@@ -93,32 +91,16 @@ def _body(job: QueuedMerge, ahead: int) -> str:
 
 
 def _use(job: QueuedMerge) -> str:
-    """How the result is loaded, once it is there."""
-    if job.state != "done" or job.how.create_pr:
+    """How the result is loaded, once it is there: as its card says, and by a chat where it knows how to."""
+    told = _USE.search(markdown.card_preview(job.card))
+    if told is None or job.state != "done" or job.how.create_pr:
         return ""
-    name = job.to.removeprefix(HUB)
-    ways = {
-        "transformers": (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
-        ),
-        "A chat, where it has a chat template": f"transformers chat {name}",
-        **{f"llama.cpp, {kind}": f"llama-cli -hf {name}:{kind}" for kind in _gguf(job.recipe)},
-    }
-    told = "".join(f'<h3>{words}</h3><pre tabindex="0">{as_text(way)}</pre>' for words, way in ways.items())
-    return f"<h2>Use it</h2>{told}"
+    chat = "apply_chat_template" in told[0]
+    way = f"In a terminal:\n\n```bash\ntransformers chat {job.to.removeprefix(HUB)}\n```\n" if chat else ""
+    return views.markdown_html(f"{told[0]}\n{way}").replace("<pre>", '<pre tabindex="0">')
 
 
 def _card(job: QueuedMerge) -> str:
     """The model card without its pictures; what is folded in it stands under a heading."""
     text = _FOLD.sub(lambda found: f"#### {found[1]}" if found[1] else "", markdown.card_preview(job.card))
-    shown = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    return f"<details><summary>Its model card</summary>{shown}</details>" if job.card else ""
-
-
-def _gguf(recipe: str) -> tuple[str, ...]:
-    try:
-        return admission.parse_recipe(recipe).publish.gguf
-    except MergerError:  # an earlier version took it
-        return ()
+    return f"<details><summary>Its model card</summary>{views.markdown_html(text)}</details>" if job.card else ""

@@ -20,9 +20,12 @@ from space.work.service import Service
 
 _SECONDS = 1.0
 _SIGN_IN = "sign in with the button at the top: a search belongs to whoever began it"
+_TAKE = "Take the best"
 _HOW = """\
 <p>Leave numbers of the recipe open, and say at its end by what they are judged:</p>
-<pre tabindex="0" class="log">    parameters: {weight: {search: [0, 1.2], start: 0.5}}
+<pre tabindex="0" class="log">models:
+  - model: owner/name
+    parameters: {weight: {search: [0, 1.2], start: 0.5}}
 search:
   trials: 40
   objectives: [{loss: search.txt}]
@@ -88,7 +91,9 @@ class Merges:
             self.log_box: gr.update(visible=bool(shown.log)),
             self.log: views.log(shown),
             self.buttons: gr.update(visible=True),
-            self.cancel: gr.update(visible=bool(shown.found) or not shown.is_over),
+            self.cancel: gr.update(
+                visible=bool(shown.found) or not shown.is_over, value=_TAKE if shown.is_over else self.stop
+            ),
             self.timer: gr.Timer(active=any(not job.is_over for job in mine)),
         }
 
@@ -105,7 +110,7 @@ class Merges:
         try:
             job = self._queue.cancel(profile.username, chosen or "")
         except MergerError as error:
-            raise gr.Error(str(error.problems[0].what)) from None
+            raise gr.Error(views.as_sentence(error.problems[0].what)) from None
         return {**(self._editor.show(job.found) if job.found else {}), **self.show(profile.username, chosen)}
 
     def _show_recipe(self, chosen: str | None, text: str, profile: Profile) -> Updates:

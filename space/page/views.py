@@ -9,12 +9,13 @@ import base64
 import html
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 
 from huggingface_hub import constants
+from markdown_it import MarkdownIt
 
 from merger.errors import Problem
 from merger.safety.names import HUB
@@ -28,6 +29,7 @@ from space.work.job_table import QueuedMerge
 MERGES = "/merges/"
 """Below it, each merge has a page by its id."""
 
+_WORD = re.compile(r"^\s*[a-z](?=[a-z]*[ ,;])", re.MULTILINE)
 _WIDTH, _HEIGHT, _EDGE = 240, 64, 8
 _WORDS = {
     "queued": "waits its turn",
@@ -59,6 +61,16 @@ def as_text(words: str) -> str:
     return html.escape(join_lines(words.split("\n")))
 
 
+def as_sentence(words: str) -> str:
+    """Words of a problem for the page: they begin as a sentence does, unless that is a name or a number."""
+    return _WORD.sub(lambda found: found[0].upper(), for_the_page(words))
+
+
+def markdown_html(text: str) -> str:
+    """Markdown as HTML; tags in it are text."""
+    return str(MarkdownIt("commonmark", {"html": False}).enable("table").render(text))
+
+
 def refusal_html(found: Sequence[Problem]) -> str:
     """Why something was not done."""
     return f'<div role="alert">{_list([("error", problem) for problem in found])}</div>'
@@ -70,8 +82,9 @@ def _list(found: Sequence[tuple[str, Problem]]) -> str:
 
 def _problem(kind: str, problem: Problem) -> str:
     place = f'<span class="place">line {problem.at.line}</span> ' if problem.at else ""
-    hint = f'<div class="hint">{as_text(for_the_page(problem.hint))}</div>' if problem.hint else ""
-    what = as_text(for_the_page(str(replace(problem, at=None, hint=None))))
+    where = f"<code>{as_text(problem.where)}:</code> " if problem.where else ""
+    hint = f'<div class="hint">{as_text(as_sentence(problem.hint))}</div>' if problem.hint else ""
+    what = where + as_text(as_sentence(problem.what))
     return f'<li class="{kind}"><span class="kind">{kind}</span> {place}{what}{hint}</li>'
 
 
@@ -180,7 +193,7 @@ def job(found: QueuedMerge, ahead: int, heading: str = "p") -> str:
         )
     if found.problems:
         parts.append(
-            "".join(f'<pre class="failure">{as_text(for_the_page(problem))}</pre>' for problem in found.problems)
+            "".join(f'<pre class="failure">{as_text(as_sentence(problem))}</pre>' for problem in found.problems)
         )
     parts.append(f'<p class="figures">{_dates(found)}</p>')
     return f'<article class="job">{"".join(parts)}</article>'
@@ -199,11 +212,28 @@ def log(found: QueuedMerge) -> str:
 
 
 def course(found: QueuedMerge) -> str:
-    """A search's best so far over its trials, and that it can be taken."""
-    alt = "Score of each candidate, and the best so far"
+    """A search's best so far over its trials, what matters in it, what was found, and that it can be taken."""
+    alt, known = "Score of each candidate, and the best so far", found.outcome
     drawn = f'<img class="picture" src="data:image/png;base64,{found.picture}" alt="{alt}">' if found.picture else ""
-    words = "Take it with the button below: it goes into the recipe, and can then be merged."
-    return f'{drawn}<p class="fine">{words}</p>' if found.found else drawn
+    parts = [drawn, _importance(known.get("importance", {})), markdown_html(known.get("told", ""))]
+    if table := known.get("table"):
+        held = base64.b64encode(table.encode()).decode()
+        parts.append(f'<p><a href="data:text/csv;base64,{held}" download="trials.csv">All candidates as CSV</a></p>')
+    if found.found:
+        words = "Take it with the button below: it goes into the recipe, and can then be merged."
+        parts.append(f'<p class="fine">{words}</p>')
+    return "".join(parts)
+
+
+def _importance(shares: Mapping[str, float]) -> str:
+    """A bar for each number, the longest first."""
+    rows = "".join(
+        f'<li>{as_text(name)} <span class="figures">{share:.0%}</span>'
+        f'<progress max="1" value="{share:.3f}" aria-label="share of {as_text(name)}"></progress></li>'
+        for name, share in shares.items()
+    )
+    told = "How much each number matters among the best candidates (PED-ANOVA):"
+    return f'<p class="fine">{told}</p><ul class="shares">{rows}</ul>' if rows else ""
 
 
 def fact_list(facts: Sequence[str]) -> str:
@@ -213,7 +243,7 @@ def fact_list(facts: Sequence[str]) -> str:
 
 def _state(found: QueuedMerge, ahead: int) -> str:
     if found.is_search:
-        again = " The Space was started anew: it begins again while you are signed in."
+        again = " The Space was started anew: it goes on while you are signed in."
         more = f": {_place(ahead)}." if found.state == "queued" else again if found.state == "waiting" else "."
         return f"<b>The search</b> {_SEARCHING[found.state]}{more}"
     repo = as_text(found.to.removeprefix(HUB))

@@ -23,7 +23,7 @@ from merger.run.prepare import parse_text, plan
 from merger.safety import numbers
 from merger.safety.limits import SPACE_TENSORS
 from merger.safety.names import is_repo
-from merger.safety.numbers import size
+from merger.safety.numbers import DOWN, UP, size
 from space.work.search import PASTED
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _refuse_large(text: str) -> None:
     """Before anything is parsed."""
     nbytes, models = len(text.encode("utf-8", "replace")), len(_MODEL.findall(text))
     if nbytes > MOST_BYTES:
-        what = f"the recipe has {nbytes:,} bytes, and this Space reads {MOST_BYTES:,} at most"
+        what = f"the recipe has {size(nbytes, UP)}, and this Space reads {size(MOST_BYTES, DOWN)} at most"
         raise RecipeError(Problem(what, hint="a recipe names models and holds none"))
     if models > 8 * MOST_MODELS:
         what = f"the recipe names models {models:,} times, and this Space reads {8 * MOST_MODELS} at most"
@@ -178,7 +178,8 @@ def _find_refusals(recipe: Recipe) -> list[Problem]:
     for measured in recipe.measures:
         hint = "make it with merger measure, and write where it lies on the Hub: statistics: owner/name"
         found.append(Problem("the Space measures nothing", measured.at, "statistics", hint))
-    for need in needs_of(replace(recipe, evaluate=None)):
+    searched = recipe.search and replace(recipe.search, storage=None)
+    for need in needs_of(replace(recipe, evaluate=None, search=searched)):
         if need.missing:
             what, hint = (
                 f"{need.what} takes {need.missing}, which the Space has not",
@@ -246,7 +247,9 @@ def plan_recipe(recipe: Recipe, how: Options, limits: Limits) -> tuple[Plan, Sto
     if recipe.search is not None:
         _refuse_large_search(found, limits)
     if found.traffic > limits.traffic:
-        told = f"this merge reads and writes {size(found.traffic)}, and this Space moves {size(limits.traffic)}"
+        told = (
+            f"this merge reads and writes {size(found.traffic, UP)}, and this Space moves {size(limits.traffic, DOWN)}"
+        )
         raise TooBigError(Problem(f"{told} a merge at most", hint=_TOO_BIG))
     return found, store
 
@@ -255,7 +258,9 @@ def _refuse_large_search(found: Plan, limits: Limits) -> None:
     searched, memory = found.locked.recipe.search, search_memory(found)
     at = searched.at if searched else None
     if limits.memory is not None and memory > limits.memory:
-        told = f"this search takes about {size(memory)} of memory, and there are {size(limits.memory)} for one"
+        told = (
+            f"this search takes about {size(memory, UP)} of memory, and there are {size(limits.memory, DOWN)} for one"
+        )
         raise TooBigError(Problem(told, at, "search", "merger search makes it elsewhere"))
     for name, most in (("trials", limits.trials), ("minutes", limits.minutes)):
         asked = getattr(searched, name) or 0

@@ -79,6 +79,8 @@ class QueuedMerge:
         texts: of a search, what lies beside its recipe, by file; gone once it is over.
         found: of a search, the best recipe so far.
         picture: of a search, the best so far over the trials, a PNG in base64.
+        outcome: of a search, all trials as CSV (`table`), by its name how much each number matters (`importance`), and
+            once it has ended what was found, in Markdown (`told`).
     """
 
     id: str
@@ -104,6 +106,7 @@ class QueuedMerge:
     texts: Mapping[str, str] = field(default_factory=dict, repr=False)
     found: str = ""
     picture: str = field(default="", repr=False)
+    outcome: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def is_search(self) -> bool:

@@ -72,7 +72,7 @@ class MergeQueue:
         self.jobs = JobTable(self.records)
         self._changed = threading.Condition(self.jobs.lock)
         self._tokens: dict[str, Token] = {}
-        self._workers = Workers(folder / "work", limits, self.jobs, forkserver)
+        self._workers = Workers(folder / "work", folder / "studies", limits, self.jobs, forkserver)
         self._threads: list[threading.Thread] = []
         self._round = 0
         self._is_stopping = False
@@ -236,6 +236,7 @@ class MergeQueue:
                 job = self.jobs.change(id, **outcome, texts=job.texts if outcome["state"] == "waiting" else {})
             if job is None or job.is_over:
                 self._tokens.pop(id, None)
+            self._workers.sweep()
 
     def _good_token(self, job: QueuedMerge) -> Token | None:
         token = self._tokens.get(job.id)

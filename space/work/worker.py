@@ -122,7 +122,8 @@ def _options(asked: dict[str, Any], root: Path | None = None) -> Options:
 
 def _search(asked: dict[str, Any], out: TextIO) -> None:
     progress = ProgressPipe(0, out)
-    run_search(read_recipe(Path(RECIPE)), _options(asked, Path.cwd()), asked["minutes"], progress.tell)
+    options = _options(asked, Path.cwd())
+    run_search(read_recipe(Path(RECIPE)), options, asked["minutes"], Path(asked["study"]), progress.tell)
     progress.tell(where="", commit="", is_new=True, card="", doubts=[])
 
 

@@ -19,7 +19,7 @@ from space.work.forkserver import ForkServer
 from space.work.job_table import JobTable, QueuedMerge
 from space.work.worker import RECIPE
 
-_ON_THE_WAY = ("made", "say", "found", "picture")
+_ON_THE_WAY = ("made", "say", "found", "picture", "outcome")
 
 
 class Workers:
@@ -27,15 +27,20 @@ class Workers:
 
     Args:
         folder: they work in folders of it.
+        studies: the folder of what searches have tried, which outlives them.
         limits: what one job may take.
         jobs: where it is noted how far they are.
         forkserver: where they come from, unless it is one of their own.
     """
 
-    def __init__(self, folder: Path, limits: Limits, jobs: JobTable, forkserver: ForkServer | None = None) -> None:
-        self._folder, self._limits, self._jobs = folder, limits, jobs
+    def __init__(
+        self, folder: Path, studies: Path, limits: Limits, jobs: JobTable, forkserver: ForkServer | None = None
+    ) -> None:
+        self._folder, self._studies, self._limits, self._jobs = folder, studies, limits, jobs
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        studies.mkdir(exist_ok=True)
+        self.sweep()
         self._forkserver = forkserver or ForkServer(folder)
         self._at_work: dict[str, socket.socket] = {}
         self._is_stopping = False
@@ -60,6 +65,13 @@ class Workers:
         if (worker := self._at_work.get(id)) is not None:
             _end(worker)
 
+    def sweep(self) -> None:
+        """Remove the studies of searches that are over."""
+        going_on = {job.id for job in self._jobs.open()}
+        for study in self._studies.iterdir():
+            if study.name.partition(".")[0] not in going_on:
+                study.unlink(missing_ok=True)
+
     def make(self, job: QueuedMerge, token: str) -> dict[str, Any]:
         """Have a job made; what its worker tells of the end, and nothing if it ends without a word."""
         folder, told = self._folder / job.id, dict[str, Any]()
@@ -70,7 +82,8 @@ class Workers:
             (folder / RECIPE).with_suffix(".lock.yaml").write_text(yaml.safe_dump(pins), "utf-8")
             for name, text in job.texts.items():
                 (folder / name).write_text(text, "utf-8")
-            asked = {"to": job.to, "token": token, **vars(job.how), **self._limits.for_a_job()}
+            study = str(self._studies.absolute() / f"{job.id}.log")
+            asked = {"to": job.to, "token": token, "study": study, **vars(job.how), **self._limits.for_a_job()}
             with self._fork(job, folder) as worker, suppress(ConnectionError):  # it is gone already: it was cancelled
                 worker.sendall(json.dumps(asked).encode() + b"\n")
                 for line in worker.makefile("r"):

@@ -71,14 +71,14 @@ def test_a_file_may_change_a_block_of_ours() -> None:
     """Under the name merger/card.md.j2 it extends our card, and keeps what it does not name."""
     made = of('{% extends "merger/card.md.j2" %}{% block head %}# Mine\n{{ super() }}{% endblock %}')
     assert made.startswith("# Mine\n# a\\_b\n")
-    assert "## Recipe" in made
+    assert "<summary>The recipe" in made
 
 
 def test_a_folder_holds_parts(folder: Path) -> None:
     """A file in it stands in for ours of the same name; others are ours, and it may use the one it stands for."""
     (folder / "own/parts/recipe.md.j2").write_text('## My recipe\n\n{% include "merger/parts/recipe.md.j2" %}')
     made = body("own")
-    assert "## My recipe\n\n## Recipe" in made
+    assert "## My recipe\n\n<details>\n<summary>The recipe" in made
     assert "## How it was made" in made
 
 
@@ -184,7 +184,7 @@ def test_a_template_that_is_no_text(folder: Path) -> None:
     (folder / "own.md").write_bytes(b"\xff\xfe")
     assert "the template own.md is no UTF-8 text" in refusal("own.md")
     (folder / "own.md").write_bytes(b"a" * 1_100_000)
-    assert "the template own.md has 1,100,000 bytes, and at most 1,000,000 are read" in refusal("own.md")
+    assert "the template own.md has 1.1 MB, and at most 1.0 MB are read" in refusal("own.md")
 
 
 ENDLESS = [

@@ -110,7 +110,7 @@ def test_ordinary_fine_tunes_raise_no_doubt(tmp_path: Path) -> None:
     """Deltas at right angles are what two tasks look like; the card has a row for each layer."""
     card, doubts = merged(tmp_path, "task_arithmetic", moved(1), moved(2))
     assert doubts == ()
-    assert "## How the parents relate" in card
+    assert "- **Between " in card
     assert "| layer 0 | " in card
     assert "| layer 1 | " in card
     assert "Doubtful" not in card

@@ -158,9 +158,9 @@ def test_a_size_may_be_written_as_a_refusal_tells_it(recipe: Path, capsys: pytes
     """With commas; and what it is needed for is told, the largest first."""
     assert main(["plan", str(recipe), "--max-memory", "1,000,000"]) == 5
     told = capsys.readouterr().err
-    assert re.match(r"this merge needs [\d,]+ bytes of memory, and 1,000,000 are allowed\n", told)
-    assert re.search(r"small buffers: [\d,]+ for Python and its libraries, [\d,]+ for the work on \S+, ", told)
-    needed = re.findall(r"needs ([\d,]+) bytes", told)[0]
+    assert re.match(r"this merge needs [\d.]+ MB of memory, and 1.0 MB are allowed\n", told)
+    assert re.search(r"small buffers: [\d.]+ MB for Python and its libraries, [\d.]+ \w+ for the work on \S+, ", told)
+    needed = re.findall(r"raise --max-memory to (\S+), the least", told)[0]
     assert main(["plan", str(recipe), "--max-memory", needed]) == 0
 
 

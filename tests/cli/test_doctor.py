@@ -63,7 +63,7 @@ def test_what_lacks_has_a_next_step_and_its_exit_code(monkeypatch: pytest.Monkey
     """Too little memory is 5, as it is for a merge."""
     monkeypatch.setattr(system, "free_memory", lambda: 1000)
     found = next(finding for finding in doctor.examine() if finding.what == "memory")
-    assert (found.found, found.exit_code) == ("0.0 GB free", 5)
+    assert (found.found, found.exit_code) == ("1.0 kB free", 5)
     assert "end other programs" in finding_text(found).splitlines()[1]
 
 

@@ -191,7 +191,7 @@ def test_a_model_is_converted_and_nothing_else_is_written(tmp_path: Path) -> Non
     assert (front["library_name"], front["tags"]) == ("gguf", ["gguf", "merger"])
     assert "Some-1.5B in GGUF, as llama.cpp reads it" in card
     assert "llama-cli -m Some-1.5B-Q8_0.gguf" in card
-    assert not re.search(r"from_pretrained|passthrough|1 file\.|a sample", card.partition("## Recipe")[0])
+    assert not re.search(r"from_pretrained|passthrough|1 file\.|a sample", card.partition("<summary>The recipe")[0])
     again = called(["run", str(out / "merger.lock.yaml"), "--to", str(tmp_path / "again"), "--quiet"])
     assert (again.code, again.err) == (0, "")
     proven = called(["verify", str(out), "--json"]).report

@@ -18,6 +18,7 @@ from merger.models.checkpoint import ITEM_BYTES
 from merger.models.formats.safetensors import header, index
 from merger.planning.budget import Budget
 from merger.planning.plan import Plan
+from merger.safety.numbers import DOWN, UP, parse_size, size, typed_size
 from merger.stores.folder import FolderStore
 from merger.stores.ports import Located
 
@@ -127,9 +128,10 @@ def test_a_plan_that_cannot_fit_is_refused_with_both_numbers(pair: str) -> None:
     with pytest.raises(BudgetError) as caught:
         planned(pair, threads=4, memory=least - 1)
     (problem,) = caught.value.problems
-    assert problem.what == f"this merge needs {least:,} bytes of memory, and {least - 1:,} are allowed"
+    assert problem.what == f"this merge needs {size(least, UP)} of memory, and {size(least - 1, DOWN)} are allowed"
     assert problem.hint is not None
-    assert "--max-memory" in problem.hint
+    assert f"--max-memory to {typed_size(least, UP)}, " in problem.hint
+    assert planned(pair, threads=4, memory=parse_size(typed_size(least, UP))).threads == 1
     assert caught.value.exit_code == 5
 
 

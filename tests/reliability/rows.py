@@ -249,9 +249,9 @@ def rows_disk() -> Iterator[Row]:
         return Row(DISK, what, "", 5, words, again, partial(_full, to, disk, step, left))
 
     full, whole = "… cannot be written (No space left on device)", "cannot write to the destination … (No space left on"
-    yield row("temporary files, from the start", "… bytes of disk are needed for the work, … are free in …", ALL,
+    yield row("temporary files, from the start", "the work needs … of disk, and … are free in …", ALL,
               HUB, TEMPORARY, faults.LOOKED_UP, _TOO_LITTLE)  # fmt: skip
-    yield row("the destination, from the start", "the result needs … bytes of disk, … are free where 'out' shall lie",
+    yield row("the destination, from the start", "the result needs … of disk, and … are free where 'out' shall lie",
               ALL, ACROSS, DESTINATION, faults.LOOKED_UP, _TOO_LITTLE)  # fmt: skip
     # Whether a shard or the note of the one before it meets the full disk first is a matter of moments.
     yield row(

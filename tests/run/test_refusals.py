@@ -303,7 +303,7 @@ def test_too_little_memory_is_refused_with_the_number_that_is_needed(refusal: Re
     """Before anything is read: exit code 5, what is needed, what is allowed, and which option to raise."""
     code, (problem,) = refusal(ties(), "--max-memory", "1MB", "--quiet")
     assert code == 5
-    assert re.match(r"this merge needs [\d,]{9,} bytes of memory, and 1,000,000 are allowed\n    \S", problem)
+    assert re.match(r"this merge needs [\d.]+ MB of memory, and 1\.0 MB are allowed\n    \S", problem)
     assert "--max-memory" in problem
 
 
@@ -315,7 +315,7 @@ def test_too_little_disk_is_refused_with_the_number_that_is_needed(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     code, (problem,) = refusal(ties(), "--quiet")
     assert code == 5
-    assert re.match(r"the result needs [\d,]+ bytes of disk, 1,000 are free where 'out' shall lie\n    \S", problem)
+    assert re.match(r"the result needs [\d.]+ \wB of disk, and 1\.0 kB are free where 'out' shall lie\n    \S", problem)
 
 
 # ---- the Hub --------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def doubled(argument: int) -> int:
     [
         (large, 10**9, "needs more than 192 MB of memory"),
         (large, 10**12, "needs more than 192 MB of memory"),
-        (wordy, 17 << 20, r"makes more than 16,777,216 bytes"),
+        (wordy, 17 << 20, r"makes more than 16.8 MB"),
         (killed, None, r"ends its process \(-9\)"),
         (made, "/tmp/not-made-by-merger", r"ends its process"),
     ],

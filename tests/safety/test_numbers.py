@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from places import ROOT
 
 from merger.action.inputs import Inputs
 from merger.cli import commands as cli
 from merger.errors import RecipeError
 from merger.planning.shards import Part
 from merger.safety import numbers
-from merger.safety.numbers import Range
+from merger.safety.numbers import DOWN, UP, Range, size, typed_size
 
 DIGITS = "9" * 400
 MANY = "9" * 5000
@@ -94,6 +95,38 @@ def read(parse: Callable[[str], Any], text: str, refusal: str) -> Any:
         if not re.search(refusal, str(error)):
             raise
         return None
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "told"),
+    [
+        (0, ("0 B", "0 B", "0 B")),
+        (999, ("999 B", "999 B", "999 B")),
+        (1_001, ("1.0 kB", "1.1 kB", "1.0 kB")),
+        (999_999, ("1.0 MB", "1.0 MB", "999.9 kB")),
+        (4_000_000_000, ("4.0 GB", "4.0 GB", "4.0 GB")),
+        (334_831_744, ("334.8 MB", "334.9 MB", "334.8 MB")),
+        (2_500_000_000_000_000, ("2500.0 TB", "2500.0 TB", "2500.0 TB")),
+    ],
+)
+def test_bytes_are_told_in_a_unit_that_a_person_would_choose(nbytes: int, told: tuple[str, str, str]) -> None:
+    """To the nearest tenth, up and down."""
+    assert (size(nbytes), size(nbytes, UP), size(nbytes, DOWN)) == told
+
+
+@given(st.integers(2, 1 << 59), st.data())
+def test_what_is_needed_is_told_larger_than_what_there_is(needed: int, data: st.DataObject) -> None:
+    """By a tenth of a unit at least; and an option with the number that is told is enough."""
+    there = data.draw(st.integers(1, needed - 1))
+    assert numbers.parse_size(typed_size(needed, UP)) >= needed > there >= numbers.parse_size(typed_size(there, DOWN))
+    assert size(needed, UP) != size(there, DOWN)
+
+
+def test_nobody_is_told_bytes_by_their_digits() -> None:
+    """But where they are compared to the last one: a file beside its lock or its header."""
+    exact = {"published.py", "parents.py", "checkpoint.py", "header.py"}
+    rooms = [room for wing in ("merger", "space") for room in (ROOT / wing).rglob("*.py") if room.name not in exact]
+    assert [room.name for room in rooms if re.search(r":,\} bytes", room.read_text("utf-8"))] == []
 
 
 def test_a_range_holds_its_ends_and_no_nan() -> None:

@@ -113,7 +113,7 @@ def test_no_templates() -> None:
 def test_large_recipes_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recipe of too many bytes, or with thousands of models, is refused before anything reads it."""
     monkeypatch.setattr(admission, "parse_text", lambda *_: pytest.fail("it was parsed"))
-    assert "the recipe has 70,001 bytes, and this Space reads 64,000 at most" in refused("# " + "é" * 34_999 + "x")
+    assert "the recipe has 70.1 kB, and this Space reads 64.0 kB at most" in refused("# " + "é" * 34_999 + "x")
     assert "names models 5,000 times" in refused("models:\n" + "- {model: a}\n" * 2_500 + "- model: a\n" * 2_500)
 
 
@@ -186,8 +186,8 @@ def test_headers_fill_no_page(client: Client) -> None:
 @pytest.mark.parametrize(
     ("limits", "what"),
     [
-        (Limits(memory=100_000_000), "bytes of memory, and 100,000,000 are allowed"),
-        (Limits(disk=1_000), "bytes of disk at once, and 1,000 are allowed"),
+        (Limits(memory=100_000_000), "of memory, and 100.0 MB are allowed"),
+        (Limits(disk=1_000), "of disk at once, and 1.0 kB are allowed"),
         (Limits(traffic=10_000), "and this Space moves 10.0 kB a merge at most"),
     ],
 )

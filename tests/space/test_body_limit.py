@@ -69,4 +69,4 @@ def test_a_body_is_as_long_as_is_read_or_the_application_is_not_asked(
     if text is not None:
         assert found.text == text
     else:
-        assert found.json() == {"error": "a request has 1,000,000 bytes at most"}
+        assert found.json() == {"error": "a request has 1.0 MB at most"}

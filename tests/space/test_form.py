@@ -84,14 +84,15 @@ def test_what_is_no_map_is_left_alone(text: str) -> None:
 
 
 def test_strange_values_are_for_the_text() -> None:
-    """Lists of filters are shown as curves and not turned; what is no number is not shown."""
+    """Lists of filters are shown as curves and not turned, nor is what is searched; what is no number is not shown."""
     text = "parameters:\n  t: [{filter: mlp, value: [0, 1]}, {value: 0.5}]\n  x: many\n  y: [1, a]\n"
-    text += "models: [1, {model: 2}]\n"
+    text += "  z: {search: [0, 1]}\nmodels: [1, {model: 2}]\n"
     shown = form.read_form(text)
     assert shown is not None
-    assert list(shown.settings) == ["t"]
+    assert list(shown.settings) == ["t", "z"]
     assert shown.settings["t"].curves == {"mlp": (0.0, 1.0), "": (0.5,)}
-    assert not shown.settings["t"].is_simple
+    assert [each.is_simple for each in shown.settings.values()] == [False, False]
+    assert shown.settings["z"].numbers == ()
     assert shown.rows == ()
 
 

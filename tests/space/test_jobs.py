@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -482,9 +483,36 @@ def test_a_search_finds_numbers_within_its_minutes(
     assert base64.b64decode(job.picture).startswith(b"\x89PNG")
     assert parse_text(job.found, "found").search is None
     assert "# mine" in job.found
-    assert "than the recipe before the search" in "\n".join(job.log)
+    assert "than the recipe before the search" in job.outcome["told"]
+    assert len(job.outcome["table"].splitlines()) == 5
     assert not any("/commit" in request.path for request in hub.log)
     queue.stop()
     short = make_queue(Limits(minutes=0))
     job = until(short, short.submit("alice", ALICE, text, "", {}, 4, texts=TEXTS), "failed")
     assert any("the minutes" in problem or "could be used" in problem for problem in job.problems), job.problems
+
+
+@thorough_only
+def test_a_search_goes_on_where_the_space_was_stopped(
+    make_queue: MakeQueue, hub: LoopbackHub, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """With its owner back it tries what is left, tells the best so far at once, and leaves nothing of its study."""
+    root = tmp_path_factory.mktemp("searched")
+    for seed, name in enumerate(("g-base", "g-one", "g-two")):
+        hub.add_model(f"org/{name}", vocabularies.model(root / name, seed))
+    text = SEARCHED.replace("org/", "org/g-").replace("trials: 4", "trials: 16\n  prune: false")
+    queue = make_queue(Limits())
+    job = queue.submit("alice", ALICE, text, "", {}, 16, texts=TEXTS)
+    waiting.until(lambda: queue.job("alice", job.id).made >= 3, str)
+    queue.stop()
+    (study,) = tmp_path.rglob("studies/*.log")
+    queue = make_queue(Limits())
+    assert queue.job("alice", job.id).state == "waiting"
+    queue.register_token("alice", ALICE)
+    job = until(queue, job, "done")
+    kept = int(re.findall(r"goes on behind (\d+) trials", "\n".join(job.log))[0])
+    assert 3 <= kept < 16
+    assert (job.made, job.kept) == (16, kept)
+    assert [line.split(",")[0] for line in job.outcome["table"].splitlines()[1:]] == [str(each) for each in range(16)]
+    assert list(job.outcome["importance"]) == ["models[org/g-one].weight"]
+    waiting.until(lambda: not study.exists(), str)

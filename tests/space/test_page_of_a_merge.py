@@ -18,14 +18,13 @@ from hostile import HOSTILE, obeyed
 from starlette.testclient import TestClient
 
 from space.page import merge_page
-from space.work.job_table import QueuedMerge
+from space.work.job_table import How, QueuedMerge
 from space.work.queue import MergeQueue
 
 RECIPE = """\
 merge_method: linear
 parameters: {weight: 1}
 models: [{model: org/a}, {model: org/b}]
-publish: {gguf: [Q8_0]}
 """
 CARD = """\
 ---
@@ -34,6 +33,20 @@ license: mit
 # made
 
 A merge of [a](/org/a).
+
+## Use it
+
+```python
+model = AutoModelForCausalLM.from_pretrained("alice/made")
+```
+
+In llama.cpp:
+
+```bash
+llama-cli -hf alice/made:Q8_0
+```
+
+## Limits
 
 ![Lineage](pictures/lineage.png)
 
@@ -72,15 +85,17 @@ def words(page: str) -> str:
     [
         ({}, ["waits its turn: 2 merges before it", "asked for 2023-11-14 22:13 UTC", "merge_method: linear"]),
         ({"state": "running", "started": 1_700_000_060.0, "made": 500_000}, ["is being made", "500.0 kB of 1.0 MB"]),
-        ({"state": "failed", "problems": ("it is full",), "log": ("made a",)}, ["not made", "it is full", "made a"]),
+        ({"state": "failed", "problems": ("it is full",), "log": ("made a",)}, ["not made", "It is full", "made a"]),
         (
-            {"state": "done", "where": "http://hub/alice/made", "is_new": True, "ended": 1_700_000_120.0},
-            ["is published", "ended 2023-11-14 22:15 UTC", "transformers chat alice/made",
-             'AutoModelForCausalLM.from_pretrained("alice/made")', "llama-cli -hf alice/made:Q8_0"],
+            {"state": "done", "where": "http://hub/alice/made", "is_new": True, "ended": 1_700_000_120.0, "card": CARD},
+            ["is published", "ended 2023-11-14 22:15 UTC", "Its model card made A merge of a .", "All of it one two",
+             'Use it model = AutoModelForCausalLM.from_pretrained("alice/made") In llama.cpp: llama-cli -hf '
+             "alice/made:Q8_0 Its model card"],
         ),
-        ({"state": "done", "card": CARD}, ["Its model card made A merge of a . All of it one two"]),
+        ({"state": "done", "card": CARD.replace("model =", "tokenizer.apply_chat_template")},
+         ["In a terminal: transformers chat alice/made Its model card"]),
     ],
-    ids=["queued", "running", "failed", "done", "with its card"],
+    ids=["queued", "running", "failed", "done", "one that chats"],
 )  # fmt: skip
 def test_each_state(opened: Open, changes: dict[str, Any], told: list[str]) -> None:
     """How far it is with dates and bytes, why it failed, or how the result is used; it looks again until it is over."""
@@ -89,6 +104,13 @@ def test_each_state(opened: Open, changes: dict[str, Any], told: list[str]) -> N
     assert [each for each in told if each not in words(answer.text)] == []
     assert ("data-open" in answer.text.partition("<body>")[2]) == (not job.is_over)
     assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_what_a_pull_request_proposes_is_not_there_to_be_used(opened: Open) -> None:
+    """Its card tells how it is used once it is."""
+    told = [words(opened(replace(JOB, state="done", card=CARD, how=How(create_pr=is_pull))).text)
+            for is_pull in (True, False)]  # fmt: skip
+    assert [text.count("Use it") for text in told] == [1, 2]
 
 
 def test_words_of_others_are_text(opened: Open) -> None:

@@ -5,6 +5,8 @@ Not here: where they stand on the page (test_page).
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import re
 import time
@@ -54,12 +56,39 @@ def test_a_job_at_work() -> None:
         ({"state": "cancelled"}, 0, "Its finished files wait on the Hub"),
         ({"state": "done", "where": "http://hub/x", "is_new": True}, 0, "is published"),
         ({"state": "done", "where": "http://hub/x"}, 0, "was there already"),
-        ({"state": "failed", "problems": ("a <b> is missing",)}, 0, "was not made. a &lt;b&gt; is missing"),
+        ({"state": "failed", "problems": ("a <b> is missing",)}, 0, "was not made. A &lt;b&gt; is missing"),
     ],
 )
 def test_a_job_in_each_state(changes: dict[str, object], ahead: int, told: str) -> None:
     """Each state has its sentence."""
     assert told in words(views.job(replace(JOB, **changes), ahead))
+
+
+def test_what_a_search_has_found() -> None:
+    """How much each number matters in words and bars, what was found with its tags as text, and all of it as a file."""
+    outcome = {"importance": {"a<b>": 0.8, "c": 0.2}, "told": "| x |\n|---|\n| <i> |", "table": "trial\n0\n"}
+    found = views.course(replace(JOB, to="", found="# best", picture="iVBO", outcome=outcome))
+    assert "a&lt;b&gt; 80% c 20% x &lt;i&gt; All candidates as CSV Take it with the button below" in words(found)
+    assert base64.b64decode(re.findall(r"data:text/csv;base64,([^\"]+)", found)[0]) == b"trial\n0\n"
+    assert views.course(replace(JOB, to="")) == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (Problem("no room", hint="make some; now"), "error No room Make some; now"),
+        (Problem("org/a is not there", hint="did you mean 'org/b'?"), "error org/a is not there Did you mean 'org/b'?"),
+        (Problem("report.txt is empty", where="search"), "error search: report.txt is empty"),
+        (Problem("density: 2 is much", where="models[a]"), "error models[a]: density: 2 is much"),
+        (Problem("300 trials are asked for"), "error 300 trials are asked for"),
+        (Problem("unknown key 'densty'", where="models[a]"), "error models[a]: Unknown key 'densty'"),
+    ],
+)
+def test_a_problem_begins_as_a_sentence_does(said: Problem, told: str) -> None:
+    """Unless it begins with a name or a number; it stands with its place, and its next step with it."""
+    assert html.unescape(words(views.refusal_html([said]))) == told
+    lines = html.unescape(words(views.job(replace(JOB, state="failed", problems=(str(said),)), 0)))
+    assert said.where or told.removeprefix("error ") in lines
 
 
 def test_a_log_is_text() -> None:
@@ -125,9 +154,3 @@ def test_links_of_a_card_lead_to_the_hub() -> None:
     """A card's own links are the Hub's, and stand on another server here; its pictures are in it."""
     told = views.card_text({"README.md": b"[a](/org/a) ![p](pictures/x.png) [b](https://b/)", "pictures/x.png": b"1"})
     assert told == f"[a]({constants.ENDPOINT}/org/a) ![p](data:image/png;base64,MQ==) [b](https://b/)"
-
-
-def test_a_problem_without_a_place() -> None:
-    """A refusal that is about no line tells none, and its next step stands with it."""
-    told = words(views.refusal_html([Problem("no room", hint="make some")]))
-    assert told == "error no room make some"

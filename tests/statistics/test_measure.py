@@ -217,8 +217,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, int, str]] = {
     "no text": ({"data": "none.jsonl"}, "none.jsonl:2: no text is there", 2, '{"text": "..."}'),
     "no file": ({"data": "gone.txt"}, "gone.txt' is not there", 2, "relative"),
     "no UTF-8": ({"data": "odd.txt"}, "is not UTF-8 text", 2, "UTF-8"),
-    "too little memory": ({"max_memory": 10**6}, "bytes of memory with one thread", 5, "--length"),
-    "too little disk": ({"max_disk": 10**3}, "bytes of disk at once", 5, "--max-disk"),
+    "too little memory": ({"max_memory": 10**6}, "of memory with one thread", 5, "--length"),
+    "too little disk": ({"max_disk": 10**3}, "of disk at once", 5, "--max-disk"),
     "another architecture": ({"model": "gpt"}, "is a model of type gpt2, which is not measured", 4, "llama"),
     "no model": ({"model": "words"}, "has no safetensors", 3, "transformers"),
 }

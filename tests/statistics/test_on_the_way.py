@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: find_kept(merger.parse(recipe("../texts.txt")), Options(root=Path.cwd())), "is outside of",
     ),
     "too few tokens": (lambda: find_kept(merger.parse(recipe("few.txt")), Options()), "few.txt makes"),
-    "too little disk": (lambda: find_kept(merger.parse(recipe()), Options(max_disk=10)), "bytes of disk at once"),
+    "too little disk": (lambda: find_kept(merger.parse(recipe()), Options(max_disk=10)), "of disk at once"),
     "blocks of Fisher": (lambda: merger.parse(recipe(method="fisher", more=", blocks: 4")), "has no blocks"),
     "an unknown key": (lambda: merger.parse(recipe(more=", token: 4")), "unknown key 'token'"),
 }  # fmt: skip

@@ -408,7 +408,7 @@ def test_too_little_disk_is_told_in_numbers_and_nothing_is_left(
     with pytest.raises(BudgetError) as refusal:
         session.reserve(1000)
     session.leave()
-    assert "needs 1,000 bytes of disk, 999 are free" in hint(refusal.value)
+    assert "needs 1.0 kB of disk, and 999 B are free" in hint(refusal.value)
     assert os.listdir(tmp_path) == []
 
 

@@ -26,6 +26,7 @@ from loopback.wire import Answer
 from waiting import HANGS_SECONDS, until
 
 from merger.models.formats.safetensors import WrittenShard
+from merger.safety.numbers import size as told_size
 
 IDENTITY = "0123456789abcdef" * 4
 BRANCH, TITLE = "merge-staging/0123456789abcdef", "Merge of a, b [0123456789abcdef]"
@@ -240,7 +241,7 @@ def test_a_pull_request_says_what_it_is(hub: LoopbackHub, client: Client, repo: 
     client(publish_with, repo, {"create_pr": True})
     said = words_of(hub, repo, 1)
     size = sum(map(len, SHARDS.values()))
-    for words in (IDENTITY, f"2 files of tensors, {size:,} bytes", "`recipe.yaml`", "`merger.lock.yaml`",
+    for words in (IDENTITY, f"2 files of tensors, {told_size(size)}", "`recipe.yaml`", "`merger.lock.yaml`",
                   f"merger verify hf://{repo}@refs/pr/N"):  # fmt: skip
         assert words in said
 
@@ -583,7 +584,7 @@ def test_what_is_no_repos_name_is_refused_before_the_hub_is_asked(
 def test_too_little_disk_is_refused_before_a_tensor_is_made(hub: LoopbackHub, refused: Refused, repo: str) -> None:
     """With the numbers, and where to find more."""
     said = refused(publish_on_a_full_disk, repo, kind="BudgetError")
-    assert "1 bytes of disk are needed for the work, 0 are free" in said
+    assert "the work needs 1 B of disk, and 0 B are free" in said
     assert "TMPDIR" in said
     assert not uploads(hub)
 

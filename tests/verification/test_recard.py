@@ -59,7 +59,7 @@ def test_without_a_template_given_it_is_ours_and_that_is_said(folder: Path) -> N
     lock = folder / "out/merger.lock.yaml"
     lock.write_text(lock.read_text().replace("template: own", "template: /home/somebody/own"))
     made = recard("out", OURS)
-    assert "## Recipe" in made.text
+    assert "<summary>The recipe" in made.text
     assert "template: ./own" in made.text
     assert [str(note).split(": ", 1)[1] for note in made.merge.recipe.warnings] == [
         "publish.template: '/home/somebody/own' is left out: a lock names nothing of the machine but the folders of "

@@ -20,6 +20,7 @@ from typing import Any
 
 from merger.errors import ModelError, Problem
 from merger.models.checkpoint import ITEM_BYTES, SUFFIX, TensorInfo, index_name
+from merger.safety.numbers import size
 
 Fetch = Callable[[int, int], bytes]
 """The bytes ``[start, stop)`` of the file."""
@@ -120,10 +121,10 @@ class _Remote(io.RawIOBase):
     def tell(self) -> int:
         return self._place
 
-    def read(self, size: int = -1) -> bytes:
-        stop = self._size if size < 0 else min(self._size, self._place + size)
+    def read(self, count: int = -1) -> bytes:
+        stop = self._size if count < 0 else min(self._size, self._place + count)
         if stop - self._place > MAX_PICKLE:
-            raise _Foreign(f"what tells of its tensors is larger than {MAX_PICKLE:,} bytes")
+            raise _Foreign(f"what tells of its tensors is larger than {size(MAX_PICKLE)}")
         start, first = self._place, self._size - len(self._tail)
         self._place = max(start, stop)
         if start >= first:

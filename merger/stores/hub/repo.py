@@ -19,6 +19,7 @@ from merger.models.gguf.layout import ENDING
 from merger.models.plain_yaml import load_yaml
 from merger.models.side_files import LOCK_NAME
 from merger.safety.limits import LOCK
+from merger.safety.numbers import size
 from merger.stores.hub.http import is_passing, patiently
 from merger.stores.hub.ranges import RangeClient
 from merger.stores.ports import FileInfo, Located, Published
@@ -99,10 +100,10 @@ class Results:
     def _listed(self, identity: str, info: ModelInfo) -> Mapping[str, str]:
         """The shards by the lock at a commit; none where it has no lock, or another merge's."""
         place = self.located(info)
-        size = place.files[LOCK_NAME].size if LOCK_NAME in place.files else 0
-        if not 0 < size <= LOCK.most:
+        length = place.files[LOCK_NAME].size if LOCK_NAME in place.files else 0
+        if not 0 < length <= LOCK.most:
             return {}
-        text = bytearray(size)
+        text = bytearray(length)
         try:
             self.ranges.fill(place, LOCK_NAME, 0, memoryview(text))
             content = load_yaml(text.decode(), LOCK)
@@ -163,12 +164,11 @@ class Results:
 def shards_of(info: ModelInfo) -> dict[str, WrittenShard]:
     """The files of tensors at a commit."""
     files = ((item.rfilename, item.size or 0, item.lfs) for item in info.siblings or ())
-    return {name: WrittenShard(name, size, lfs.sha256) for name, size, lfs in files if lfs and name.endswith(_SHARDS)}
+    return {name: WrittenShard(name, many, lfs.sha256) for name, many, lfs in files if lfs and name.endswith(_SHARDS)}
 
 
 def description(repo: str, run: Run, shards: Collection[WrittenShard], files: Collection[str]) -> str:
     """What a pull request says of itself."""
-    size = sum(shard.size for shard in shards)
     known = {
         "recipe.yaml": "what was asked for",
         LOCK_NAME: "the commits and checksums of all that it was made of, and of what came out",
@@ -177,7 +177,7 @@ def description(repo: str, run: Run, shards: Collection[WrittenShard], files: Co
         "merger made this from a recipe, and changed nothing on main.",
         "",
         f"- plan: `{run.identity}`",
-        f"- {len(shards)} files of tensors, {size:,} bytes",
+        f"- {len(shards)} files of tensors, {size(sum(shard.size for shard in shards))}",
         *(f"- `{name}`: {what}" for name, what in known.items() if name in files),
         "",
         "To make a sample of its tensors again and compare, with the number of this pull request in place of N:",

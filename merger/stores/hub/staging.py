@@ -36,6 +36,7 @@ from merger.models.side_files import CARD_NAME, PICTURES, side_files
 from merger.safety import secrets
 from merger.safety.limits import MEASURED
 from merger.safety.names import HINT, is_repo
+from merger.safety.numbers import DOWN, UP, size
 from merger.stores.hub.commits import MAIN, MOVED, Commit, Operation, in_words, make_commit, refusals
 from merger.stores.hub.http import patiently, status_of
 from merger.stores.hub.ranges import RangeClient
@@ -276,7 +277,7 @@ class Staging:
         folder = tempfile.gettempdir()
         free = shutil.disk_usage(folder).free
         if free < needed:
-            what = f"{needed:,} bytes of disk are needed for the work, {free:,} are free in {folder}"
+            what = f"the work needs {size(needed, UP)} of disk, and {size(free, DOWN)} are free in {folder}"
             raise BudgetError(Problem(what, hint="set TMPDIR to a larger disk, or use a smaller --shard-size"))
 
     def open(self, name: str) -> Outlet:
