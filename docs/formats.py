@@ -118,7 +118,7 @@ _POINTS = (
     ("GGUF out", f"transformers' {', '.join(family.title for family in FAMILIES.values())}, by llama.cpp; experts in "
      "one tensor, too", "models/test_gguf.py::test_llama_cpp_continues_a_text_as_transformers_does",
      "models/test_gguf.py::test_experts_that_are_stored_in_one_tensor_are_written_as_others"),
-    ("files as transformers cuts them", "transformers' Llama, Gemma 2, Qwen 3 MoE",
+    ("files as transformers cuts them", "transformers' Llama, Gemma 2, Qwen 3 MoE, DeepSeek V3, Mixtral",
      "planning/test_output.py::test_a_model_in_several_files_comes_out_in_files_of_the_same_names_and_tensors"),
 )  # fmt: skip
 
