@@ -92,6 +92,7 @@ clean:
 	test -x .venv-pylate/bin/pip || $(PYTHON) -m venv .venv-pylate
 	.venv-pylate/bin/python -m pip install --quiet --upgrade pip
 	.venv-pylate/bin/python -m pip install --quiet --group pylate
+	.venv-pylate/bin/python -m pip install --quiet --no-deps pylate==1.6.0
 	@touch $@
 
 .venv/set-up-lint: .venv/set-up

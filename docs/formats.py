@@ -92,7 +92,8 @@ def _kinds() -> Iterator[str]:
 _POINTS = (
     ("LoRA on experts in one tensor", "PEFT on Qwen 3 MoE, Mixtral, gpt-oss, DeepSeek V3, GLM 4 MoE and a dozen more",
      "planning/test_lora_experts.py::test_parameters_get_what_peft_adds_to_them"),
-    ("LoRA on a tied head", "PEFT on models that are tied, stored with a head and without",
+    ("LoRA on a tied head", "PEFT on Mistral, Llama, Gemma, Gemma 2, Qwen 2, Qwen 3, Cohere, all tied, and with the "
+     "embedding trained beside",
      "planning/test_lora_tokens.py::test_a_product_for_a_tied_head_gives_the_model_one_of_its_own"),
     ("LoRA of diffusion models", "diffusers on a transformer of Flux and of SD 3 and on a UNet, both spellings",
      "planning/test_lora_pipelines.py::test_a_model_with_an_adapter_is_what_diffusers_fuses"),
@@ -103,8 +104,10 @@ _POINTS = (
     ("quantised sources", f"{', '.join(FORMATS)}", *_PACKED),
     ("GGUF in", f"gguf's {', '.join(_kinds())}; transformers' own reading of eight families", *_GGUF_READ,
      "models/test_gguf_sources.py::test_transformers_reads_the_same"),
-    ("eight bits out", "transformers' fp8 and compressed-tensors' float-quantized, of Llama and of mixtures",
-     "models/test_fp8.py::test_each_matrix_of_a_layer_has_the_bits_of_its_own_tool"),
+    ("eight bits out", "transformers' fp8 and compressed-tensors' float-quantized, of Llama, Qwen 3, Qwen 3 MoE, "
+     "Mixtral, DeepSeek V3",
+     "models/test_fp8.py::test_each_matrix_of_a_layer_has_the_bits_of_its_own_tool",
+     "models/test_fp8.py::test_transformers_loads_what_is_written"),
     ("embedding models", "SentenceTransformer, SparseEncoder, CrossEncoder, MultiVectorEncoder, CLIP; PyLate",
      "planning/test_embedders.py::test_the_merge_of_a_pipeline_is_one_of_its_modules",
      "planning/test_embedders.py::test_the_merge_of_pylates_models_is_one_of_its_models",
@@ -118,7 +121,7 @@ _POINTS = (
     ("GGUF out", f"transformers' {', '.join(family.title for family in FAMILIES.values())}, by llama.cpp; experts in "
      "one tensor, too", "models/test_gguf.py::test_llama_cpp_continues_a_text_as_transformers_does",
      "models/test_gguf.py::test_experts_that_are_stored_in_one_tensor_are_written_as_others"),
-    ("files as transformers cuts them", "transformers' Llama, Gemma 2, Qwen 3 MoE",
+    ("files as transformers cuts them", "transformers' Llama, Gemma 2, Qwen 3 MoE, DeepSeek V3, Mixtral",
      "planning/test_output.py::test_a_model_in_several_files_comes_out_in_files_of_the_same_names_and_tensors"),
 )  # fmt: skip
 

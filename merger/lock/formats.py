@@ -73,8 +73,8 @@ CHANGES: tuple[FormatChange, ...] = (
     ),
     FormatChange(
         3,
-        "a result of as many files as its config model has the same tensors in each, where some at the ends of files "
-        "were in the one before or after",
+        "a result has the files of its config model, with the same tensors in each, where all are within the shard "
+        "size; they were cut by size",
     ),
     FormatChange(
         3, "with --allow-pickle steps of sentence-transformers in pytorch_model.bin are merged; they were left out"

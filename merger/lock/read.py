@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -63,27 +63,42 @@ def tensors_of(
     if find_gguf(located.files):
         hint = "name it as a model of a recipe, or bring it into safetensors: merger convert"
         raise ModelError(Problem("is GGUF, which is read only to be merged", hint=hint))
-    pickled = pickles and is_pickled(located.files)
-    single = PICKLED if pickled else tensor_stem(located, pickles) + checkpoint.SUFFIX
-    name = checkpoint.index_name(single)
-    text = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
-    index = None if text is None else checkpoint.weight_map(text, single)
-    files = (
-        () if side_files.is_modular(located.files, pickles) else checkpoint.weight_files(located.files, index, single)
-    )
     counted = limits.Tally(limits.MODEL_TENSORS), *tallies
-    read = partial(_pickled_in if pickled else tensors_in, located, store)
+    each = pool.map if located.commit else map
+    own = () if side_files.is_modular(located.files, pickles) else ("",)
     with nullcontext() if located.commit else _ONE_FOLDER:
-        headers = (pool.map if located.commit else map)(lambda file: read(file, *counted), files)
-        modules = [
-            (tensors_in if file.endswith(checkpoint.SUFFIX) else _pickled_in)(located, store, file, *counted)
-            for file in side_files.module_weights(located.files, pickles)
-            if not file.endswith(".json")
-        ]
-        tensors = checkpoint.gather((*headers, *modules), index, single)
+        tensors = checkpoint.gather(
+            [
+                _tensors_in_folder(located, store, each, folder, pickles, *counted)
+                for folder in (*own, *side_files.steps_with_tensors(located.files, pickles))
+            ],
+            None,
+        )
     if not tensors:
         raise ModelError(Problem("its files hold no tensor", hint="the model is incomplete: download it again"))
     return tensors
+
+
+def _tensors_in_folder(
+    located: Located,
+    store: Store,
+    each: Callable[..., Iterable[Any]],
+    folder: str,
+    pickles: bool,
+    *tallies: limits.Tally,
+) -> tuple[checkpoint.TensorInfo, ...]:
+    """The tensors of a model beside config.json, or of one step of a pipeline, by the index there if there is one."""
+    within = [name.removeprefix(folder) for name in located.files if name.startswith(folder)]
+    pickled = pickles and is_pickled(within)
+    begins = partial(checkpoint.stem, within) if folder else partial(tensor_stem, located, pickles)
+    alone = PICKLED if pickled else begins() + checkpoint.SUFFIX
+    single, name = folder + alone, folder + checkpoint.index_name(alone)
+    text = store.fetch(located, name).decode("utf-8", "replace") if name in located.files else None
+    mapped = checkpoint.weight_map(text, single) if text is not None else {}
+    index = {folder + tensor: folder + file for tensor, file in mapped.items()} or None
+    read = partial(_pickled_in if pickled else tensors_in, located, store)
+    headers = each(lambda file: read(file, *tallies), checkpoint.weight_files(located.files, index, single))
+    return tuple(checkpoint.gather(headers, index, single).values())
 
 
 def read_gguf(
@@ -141,8 +156,8 @@ def tensors_in(located: Located, store: Store, file: str, *tallies: limits.Tally
 def _in_folder(
     located: Located, file: str, found: Iterable[checkpoint.TensorInfo]
 ) -> tuple[checkpoint.TensorInfo, ...]:
-    folder = file[: file.rfind("/") + 1] if file in side_files.module_weights(located.files, pickles=True) else ""
-    return tuple(replace(tensor, name=f"{folder}{tensor.name}") for tensor in found)
+    folder = side_files.module_of(file) if side_files.MODULES in located.files else ""
+    return tuple(replace(tensor, name=f"{folder}/{tensor.name}" if folder else tensor.name) for tensor in found)
 
 
 def header_in(located: Located, store: Store, file: str, *tallies: limits.Tally) -> bytes:

@@ -110,8 +110,8 @@ _PIPELINE = re.compile(
     rf"| {_MODULE}/[^/]+\.(json|txt|model)",
     re.VERBOSE,
 )
-_TENSORS = re.compile(rf"{_MODULE}/model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
-_PICKLED = re.compile(rf"{_MODULE}/pytorch_model\.bin")
+_SHARD = r"(-\d{5}-of-\d{5})?"
+_STEP = re.compile(rf"({_MODULE}/)(model{_SHARD}\.safetensors|pytorch_model{_SHARD}\.bin)")
 _PROMPT = re.compile(r"system_prompt\.txt", re.IGNORECASE)
 _CODE = re.compile(r"[^/]+\.py")
 
@@ -126,26 +126,23 @@ def side_files(files: Collection[str], config: Mapping[str, Any]) -> tuple[str, 
 
 def pipeline(files: Collection[str]) -> tuple[str, ...]:
     """Those that say what sentence-transformers does after the model or in its place, without the tensors for that."""
-    found = sorted(name for name in files if _PIPELINE.fullmatch(name) and not _TENSORS.fullmatch(name))
+    found = sorted(name for name in files if _PIPELINE.fullmatch(name) and not is_weights(name))
     return tuple(found) if MODULES in files else ()
 
 
-def module_weights(files: Collection[str], pickles: bool = False) -> tuple[str, ...]:
-    """The files of tensors, and indexes of them, in the folders of such a pipeline: they are merged.
+def steps_with_tensors(files: Collection[str], pickles: bool = False) -> tuple[str, ...]:
+    """The folders of such a pipeline in which tensors lie, as ``2_Dense/``: they are merged.
 
     Args:
-        pickles: of folders without safetensors, those that torch.save wrote.
+        pickles: those, too, in which torch.save wrote them.
     """
-    found = sorted(name for name in files if _TENSORS.fullmatch(name))
-    full = {name.partition("/")[0] for name in found}
-    steps = [name for name in sorted(files) if pickles and _PICKLED.fullmatch(name)]
-    found += [name for name in steps if name.partition("/")[0] not in full]
-    return tuple(found) if MODULES in files else ()
+    found = filter(None, map(_STEP.fullmatch, files)) if MODULES in files else ()
+    return tuple(sorted({step[1] for step in found if pickles or step[0].endswith(SUFFIX)}))
 
 
 def is_modular(files: Collection[str], pickles: bool = False) -> bool:
     """Whether all tensors of a model are in such folders, and it has no config of its own either."""
-    return bool(module_weights(files, pickles)) and not any("/" not in name and is_weights(name) for name in files)
+    return bool(steps_with_tensors(files, pickles)) and not any("/" not in name and is_weights(name) for name in files)
 
 
 def module_of(tensor: str) -> str:
@@ -210,7 +207,7 @@ def left_beside(files: Collection[str], taken: Collection[str]) -> dict[str, str
     Args:
         taken: those that the result has, whoever they are from.
     """
-    passed = {*taken, *licence_files(files), *module_weights(files)}
+    passed = {*taken, *licence_files(files)}
     rest = [name for name in sorted(files) if name not in passed and not _WRITTEN.fullmatch(name)]
     return {name: why for name in rest if (why := _why(name, files))}
 
@@ -218,7 +215,7 @@ def left_beside(files: Collection[str], taken: Collection[str]) -> dict[str, str
 def _why(name: str, files: Collection[str]) -> str | None:
     what, folder = loaded_as(name), name.rpartition("/")[0]
     if what == WEIGHTS:
-        is_step = MODULES in files and re.fullmatch(_MODULE, folder) is not None
+        is_step = MODULES in files and re.fullmatch(_MODULE, folder) is not None and not name.endswith(".json")
         is_step = is_step and not any(of.startswith(f"{folder}/") and of.endswith(SUFFIX) for of in files)
         return "a pickle, which is read with --allow-pickle only: the pipeline lacks its weights" if is_step else None
     if name == "params.json" or (

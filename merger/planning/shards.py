@@ -118,7 +118,7 @@ def whole_file(jobs: tuple[Job, ...]) -> tuple[Shard, ...]:
 
 
 def files_of(locked: StagedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[Shard, ...]:
-    """The jobs in files as the config model's are, where as many are needed and all fit in; else cut by size alone."""
+    """The jobs in files as the config model's are, where all of them are within the limit; else cut by size alone."""
     config_owner = locked.config_owner
     ordered, files = _in_file_order(jobs, locked.owner(locked.index(config_owner.ref)))
     within = {job.name: module_of(job.name) if config_owner.pipeline else "" for job in ordered}
@@ -129,10 +129,8 @@ def files_of(locked: StagedRecipe, jobs: tuple[Job, ...], limit: int) -> tuple[S
     own = [job for job in ordered if not within[job.name]]
     files = [held for file in files if (held := [job for job in file if not within[job.name]])]
     together = stacks(locked, own)
-    groups, alone = _cut(together, limit), len(together) == len(own)
     small = all(sum(job.nbytes for job in file) <= limit for file in files if len(file) > 1)
-    if alone and small and len(files) == len(groups):
-        groups = files
+    groups = files if files and small and len(together) == len(own) else _cut(together, limit)
     if modules and not any(groups):
         return tuple(modules)
     names = (shard_name(number, len(groups), config_owner.checkpoint.stem) for number in range(1, len(groups) + 1))

@@ -14,12 +14,9 @@ import torch
 from merging import merged
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     CompressedTensorsConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from merger.errors import RecipeError
@@ -29,21 +26,26 @@ from merger.run.options import Options
 from merger.verification.verify import Extent, verify
 
 LLAMA: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96,
-    "num_key_value_heads": 1, "head_dim": 128,
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 96,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128,
 }  # fmt: skip
 RAGGED = {**LLAMA, "hidden_size": 136, "intermediate_size": 300, "head_dim": 60}
-MOE = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+QWEN = {**LLAMA, "model_type": "qwen3"}
+MOE = {**LLAMA, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4}
+DEEPSEEK = {
+    **LLAMA, "model_type": "deepseek_v3", "num_key_value_heads": 2, "q_lora_rank": 128, "kv_lora_rank": 64,
+    "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "moe_intermediate_size": 128, "first_k_dense_replace": 1,
+}  # fmt: skip
 ENDINGS = {"block": "_scale_inv", "channel": "_scale"}
 OF_COMPRESSED_TENSORS = "compressed-tensors is an oracle that need not be installed"
 
 
-def model(folder: Path, dtype: torch.dtype = torch.bfloat16, sizes: dict[str, Any] = LLAMA, **more: Any) -> Path:
+def model(folder: Path, dtype: torch.dtype = torch.bfloat16, sizes: dict[str, Any] = LLAMA) -> Path:
     """A small one with rows and a matrix of zeros, and numbers of many sizes."""
     torch.manual_seed(0)
-    mixture = "num_experts" in sizes
-    made = (Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)) if mixture
-            else LlamaForCausalLM(LlamaConfig(**{**sizes, **more})))  # fmt: skip
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             parameter.copy_(torch.randn(parameter.shape) * 2.0 ** torch.randint(-9, 3, parameter.shape))
@@ -103,8 +105,12 @@ CASES = {
     "by blocks": ("block", torch.bfloat16, LLAMA, by_transformers),
     "by blocks of float32": ("block", torch.float32, LLAMA, by_transformers),
     "by blocks that do not come out even": ("block", torch.float16, RAGGED, straight),
-    "by blocks, experts": ("block", torch.bfloat16, MOE, by_transformers),
+    "by blocks, Qwen 3 MoE": ("block", torch.bfloat16, MOE, by_transformers),
+    "by blocks, Mixtral": ("block", torch.bfloat16, MIXTRAL, by_transformers),
+    "by blocks, DeepSeek V3": ("block", torch.bfloat16, DEEPSEEK, straight),
     "by rows": ("channel", torch.bfloat16, RAGGED, by_compressed_tensors),
+    "by rows, Qwen 3 MoE": ("channel", torch.bfloat16, MOE, by_compressed_tensors),
+    "by rows, DeepSeek V3": ("channel", torch.bfloat16, DEEPSEEK, by_compressed_tensors),
     "by rows of float16": ("channel", torch.float16, LLAMA, by_compressed_tensors),
     "by rows of float32": ("channel", torch.float32, LLAMA, by_compressed_tensors),
 }
@@ -118,7 +124,9 @@ def test_each_matrix_of_a_layer_has_the_bits_of_its_own_tool(tmp_path: Path, cas
     planned = merged(recipe(source, kind), tmp_path / "out")
     there, made = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     eight = {
-        name for name, tensor in there.items() if tensor.ndim == 2 and ".layers." in name and ".mlp.gate." not in name
+        name
+        for name, tensor in there.items()
+        if tensor.ndim == 2 and ".layers." in name and not name.endswith(".gate.weight")
     }
     assert {name + ENDINGS[kind] for name in eight} | there.keys() == made.keys()
     for name, tensor in there.items():
@@ -143,7 +151,11 @@ def test_each_matrix_of_a_layer_has_the_bits_of_its_own_tool(tmp_path: Path, cas
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize(("kind", "sizes"), [("block", LLAMA), ("block", MOE), ("channel", LLAMA)])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [(kind, sizes) for kind in ENDINGS for sizes in (LLAMA, QWEN, MOE, MIXTRAL, DEEPSEEK)],
+    ids=lambda each: each if isinstance(each, str) else each["model_type"],
+)
 def test_transformers_loads_what_is_written(tmp_path: Path, kind: str, sizes: dict[str, Any]) -> None:
     """Without a key too many or too few, as the numbers that codes and scales stand for; the head is the embedding."""
     more: dict[str, Any] = {}

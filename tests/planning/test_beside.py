@@ -177,11 +177,13 @@ FATES: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any], str | None]] = {
     "query_0_StaticEmbedding/model.safetensors": ((ST,), {}, None),
     "query_0_StaticEmbedding/tokenizer.json": ((ST,), {}, "taken"),
     "router_config.json": ((ST,), {}, "taken"),
-    "document_0_Transformer/model.safetensors.index.json": ((ST,), {}, None),
+    "document_0_Transformer/model.safetensors.index.json": (
+        (ST, "document_0_Transformer/model-00001-of-00001.safetensors"), {}, None),
     "0_WordEmbeddings/wordembedding_config.json": ((ST,), {}, "taken"),
     "2_Dense/config.json": ((), {}, "not known to be read by what loads the result"),
     "2_Dense/pytorch_model.bin": ((ST,), {}, "a pickle, which is read with --allow-pickle only: the pipeline lacks its "
                                              "weights"),
+    "0_A/pytorch_model.bin.index.json": ((ST, "0_A/model.safetensors"), {}, None),
     "code/modeling.py": ((), MAP, "taken"),
     "code/helpers.py": ((), MAP, "taken"),
     "deep/er/tok.py": ((), MAP, "taken"),

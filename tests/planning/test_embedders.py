@@ -164,9 +164,26 @@ def test_the_merge_of_a_pipeline_is_one_of_its_modules(kind: str, here: Path) ->
     assert called(["verify", "./out", "--all"]).code == 0
 
 
-@pytest.mark.parametrize("folders", [["2_Dense"], ["", "2_Dense"], ["0_CLIPModel"]], ids=str)
-def test_steps_in_pickles_merge_as_the_same_in_safetensors(folders: list[str], here: Path) -> None:
-    """When asked; with the model itself in one or in safetensors, or without a model."""
+def in_pickles(folder: Path, parts: int) -> None:
+    """The same tensors in a file of torch's, or in several with an index."""
+    file = folder / "model.safetensors"
+    held = list(load(file.read_bytes()).items())
+    file.unlink()
+    if parts == 1:
+        torch.save(dict(held), folder / "pytorch_model.bin")
+        return
+    files = {f"pytorch_model-{part + 1:05d}-of-{parts:05d}.bin": dict(held[part::parts]) for part in range(parts)}
+    for name, each in files.items():
+        torch.save(each, folder / name)
+    weight_map = {tensor: name for name, each in files.items() for tensor in each}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("folders", "parts"), [(["2_Dense"], 1), (["", "2_Dense"], 1), (["0_CLIPModel"], 1), (["0_CLIPModel"], 3)], ids=str
+)
+def test_steps_in_pickles_merge_as_the_same_in_safetensors(folders: list[str], parts: int, here: Path) -> None:
+    """When asked; with the model itself in one or in safetensors, or without a model; also in several files."""
     for seed, name in enumerate(("one", "two")):
         if "2_Dense" in folders:
             embedder(here / name, seed, seed)
@@ -177,11 +194,11 @@ def test_steps_in_pickles_merge_as_the_same_in_safetensors(folders: list[str], h
     assert called(["run", asked, "--to", "./plain"]).code == 0
     for name in ("one", "two"):
         for folder in folders:
-            file = here / name / folder / "model.safetensors"
-            torch.save(load(file.read_bytes()), file.with_name("pytorch_model.bin"))
-            file.unlink()
+            in_pickles(here / name / folder, parts)
     said = called(["run", asked, "--to", "./out", "--allow-pickle"])
     assert (said.code, "pytorch_model.bin" in said.err) == (0, False), said.err
+    made, plain = ({file.name for file in (here / name).glob("*/*")} for name in ("out", "plain"))
+    assert made == plain
     for file in (here / "plain").rglob("*.safetensors"):
         found = load((here / "out" / file.relative_to(here / "plain")).read_bytes())
         expected = load(file.read_bytes())

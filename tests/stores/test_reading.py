@@ -182,7 +182,7 @@ def run(home: Path, folder: Path, command: Command, hub: LoopbackHub, *options: 
 
 
 def digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "out/model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(b"".join((folder / "out" / name).read_bytes() for name in FILES)).hexdigest()
 
 
 @pytest.mark.parametrize("method", RECIPES)
