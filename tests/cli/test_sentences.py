@@ -136,10 +136,11 @@ MODELS: Mapping[str, tuple[str, Says]] = {
         ALONE.format("./cloned"),
         Says(3, 12, "models[./cloned]: model.safetensors is a pointer of Git LFS, not the file itself",
              "git lfs pull, in its folder, fetches the files; or download the model with hf download owner/name")),
-    "GGUF alone": (
+    "a GGUF file that is none": (
         ALONE.format("./gguf"),
-        Says(3, 12, "models[./gguf]: has no safetensors, only GGUF (model-Q4_K_M.gguf)",
-             "GGUF is made from a model, which its card names: merge that one, and convert the result")),
+        Says(3, 12, "models[./gguf]: model-Q4_K_M.gguf: the GGUF header cannot be read: "
+             "it is of version 0, and 2 and 3 are read",
+             "download it again, or ask its author")),
     "a DoRA of MLX": (
         ALONE.format("./one+./mlx"),
         Says(3, 12, "models[./mlx]: is a fine-tune of MLX by 'dora'; LoRA is the only kind that is built",
