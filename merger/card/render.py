@@ -73,9 +73,6 @@ def _replace_value(source: str, value: str, new: str, anchored: bool) -> str:
     return source.replace(value, new) if anchored or value in source else json.dumps(new, ensure_ascii=False)
 
 
-# ---- citation -------------------------------------------------------------------------------------------------------
-
-
 def bibtex(name: str, paper: Paper) -> str:
     """The entry for the paper of the method `name`.
 

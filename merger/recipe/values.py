@@ -21,9 +21,6 @@ from merger.recipe.model import Parameters, Rule, Setting
 from merger.recipe.spans import Node, Scalar
 from merger.safety.numbers import ANY, Range
 
-# ---- values and where they stand ------------------------------------------------------------------------------------
-
-
 Hints = dict[str, str]
 """Next steps for keys that are unknown in one place and known in another."""
 
@@ -235,9 +232,6 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
     """The known word that `word` is most likely a misspelling of."""
     near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=cutoff)
     return near[0] if near else None
-
-
-# ---- values ---------------------------------------------------------------------------------------------------------
 
 
 RULE = ("value", "filter")

@@ -102,9 +102,6 @@ def _by_layer(track: Track, measure: _Measure) -> Mapping[Layer, float]:
     return {layer: value for layer, apart in track.layers.items() if (value := measure(apart)) is not None}
 
 
-# ---- what both have in common ---------------------------------------------------------------------------------------
-
-
 def _places(found: Iterable[Mapping[Layer, float] | Mapping[Layer, Apart]]) -> dict[Layer, float]:
     """Where each layer stands on the axis: stack after stack, and at the left what is in none."""
     layers = sorted({layer for values in found for layer in values} - {OUTSIDE})
