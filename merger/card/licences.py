@@ -278,12 +278,8 @@ def keys(licences: Sequence[Licence]) -> dict[str, Any]:
         return {"license": names[0] if len(names) == 1 else names}
     links = [*(licence.link for licence in licences), *(terms.url for each in licences for terms in each.terms)]
     link = next((link for link in links if link and _LINK.fullmatch(link)), None)
-    return {"license": "other", "license_name": _slug("-and-".join(names))} | ({"license_link": link} if link else {})
-
-
-def _slug(name: str) -> str:
-    """A name as the Hub asks for one, such as my-license-1.0."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower())[:96].strip("-.") or "unnamed"
+    slug = re.sub(r"[^a-z0-9.]+", "-", "-and-".join(names))[:96].strip("-.") or "unnamed"
+    return {"license": "other", "license_name": slug} | ({"license_link": link} if link else {})
 
 
 # ---- notices --------------------------------------------------------------------------------------------------------

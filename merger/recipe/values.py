@@ -293,7 +293,10 @@ def _setting(place: Value) -> tuple[Setting, WrittenParameter]:
     ruled = [(_rule(rule), rule) for rule in _rules(place)]
     pairs = ruled or [((_gradient(place), None), place)]
     rules = [Rule(tuple(n.value for n in numbers), of, at.at) for (numbers, of), at in pairs]
-    _warn_unreached(rules, [at for _, at in pairs])
+    ends = next((index for index, rule in enumerate(rules) if rule.matches("")), len(rules))
+    for _, at in pairs[ends + 1 :]:
+        hint = "put the rule without a filter last"
+        at.warn("never reached: a rule above it already speaks about every tensor", hint)
     even = all(len(set(rule.values)) <= 1 for rule in rules)
     return Setting(tuple(rules)), WrittenParameter(place, tuple(n for (numbers, _), _ in pairs for n in numbers), even)
 
@@ -336,10 +339,3 @@ def _gradient(place: Value) -> tuple[Number, ...]:
 def _numbers(places: list[Value], hint: str) -> tuple[Number, ...]:
     read = [(place.number(hint), place) for place in places]
     return tuple(Number(value, place) for value, place in read if value is not None)
-
-
-def _warn_unreached(rules: list[Rule], places: list[Value]) -> None:
-    ends = next((index for index, rule in enumerate(rules) if rule.matches("")), len(rules))
-    for place in places[ends + 1 :]:
-        hint = "put the rule without a filter last"
-        place.warn("never reached: a rule above it already speaks about every tensor", hint)
