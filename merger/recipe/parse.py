@@ -360,11 +360,8 @@ class _Levels:
         return piece
 
     def _source(self, place: Value, scope: _Scope, keys: tuple[str, ...]) -> Source:
-        name = place.node.value if isinstance(place.node, spans.Scalar) else None
-        if isinstance(name, str):
-            place.expected("a map with the key model", f"write - model: {name}")
-            return Source(UNREADABLE, at=place.at)
-        fields = place.fields("a map with the key model", keys, _SOURCE_HINTS if keys == SOURCE else _MODEL_HINTS)
+        hints = _SOURCE_HINTS if keys == SOURCE else _MODEL_HINTS
+        fields = place.fields("a map with the key model", keys, hints, "write - model: {}")
         if fields is None:
             return Source(UNREADABLE, at=place.at)
         block = read_parameters(fields)

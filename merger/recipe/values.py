@@ -157,10 +157,12 @@ class Value:
         names = [(name(node) if name else None) or str(index) for index, node in enumerate(self.node.items)]
         return [Value(node, f"{self.where}[{of}]", self.notes) for node, of in zip(self.node.items, names, strict=True)]
 
-    def entries(self, what: str) -> dict[str, Value] | None:
-        """The places of a map's values, whatever its keys."""
+    def entries(self, what: str, in_place: str = "") -> dict[str, Value] | None:
+        """The places of a map's values, whatever its keys; `in_place` is the hint where a text stands in its place."""
         if not isinstance(self.node, spans.Mapping):
-            self.expected(what, "write one line a key, such as key: value")
+            text = self.node.value if isinstance(self.node, Scalar) and in_place else None
+            hint = in_place.format(text) if isinstance(text, str) else "write one line a key, such as key: value"
+            self.expected(what, hint)
             return None
         return {e.key: Value(e.value, f"{self._stem}{e.key}", self.notes, e.at) for e in self.node.entries}
 
@@ -168,9 +170,11 @@ class Value:
     def _stem(self) -> str:
         return f"{self.where}." if self.where else ""
 
-    def fields(self, what: str, known: tuple[str, ...], hints: Hints | None = None) -> Fields | None:
+    def fields(
+        self, what: str, known: tuple[str, ...], hints: Hints | None = None, in_place: str = ""
+    ) -> Fields | None:
         """A map of which all keys are known. A misspelt key is an error, and then read as what it resembles."""
-        found = self.entries(what)
+        found = self.entries(what, in_place)
         if found is None:
             return None
         for key in [key for key in found if key not in known]:

@@ -23,7 +23,7 @@ from merger.models.side_files import loaded_as
 from merger.planning.lockfile import Lock, changed_models, other_numbers, other_plan
 from merger.planning.plan import Plan
 from merger.planning.shards import Shard
-from merger.run.artifacts import taken_files
+from merger.run.artifacts import model_files, taken_files
 from merger.run.extras import MEASURING, refuse_missing
 from merger.run.options import Options
 from merger.run.pipeline import ignore
@@ -34,7 +34,6 @@ from merger.verification.published import (
     Merge,
     comparable,
     find_edits,
-    made_again,
     open_merge,
     other_contents,
     other_files,
@@ -153,7 +152,8 @@ def verify(
     problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
     planned = _plan(merge.held, locked, options, problems)
     is_made = extent.everything or planned.texts.is_edited
-    made = made_again(merge, planned, taken_files(planned, parents) if is_made else {})
+    side = taken_files(planned, parents) if is_made else {}
+    made = {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
     others = other_files(merge, planned, made, extent.everything)
     added, readable = strangers(merge, planned, made)
     tensors, misplaced = comparable(merge, planned)

@@ -58,10 +58,7 @@ def tokenizer(fields: Fields) -> Tokenizer | None:
 
 
 def _block(place: Value) -> Tokenizer:
-    if isinstance(place.node, spans.Scalar) and isinstance(place.node.value, str):
-        place.expected("a map with the key source", f"write tokenizer: {{source: {place.node.value}}}")
-        return Tokenizer(at=place.key)
-    fields = place.fields("a map with the key source", TOKENIZER)
+    fields = place.fields("a map with the key source", TOKENIZER, in_place="write tokenizer: {{source: {}}}")
     if fields is None:
         return Tokenizer(at=place.key)
     source, tokens, missing, rows = (fields.get(key) for key in ("source", "tokens", "missing", "rows"))
