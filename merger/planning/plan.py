@@ -79,7 +79,7 @@ class Plan(Takes):
     @property
     def doubts(self) -> list[str]:
         """Sentences on files beside the tensors that are of one parent, and other ones in others."""
-        return other_pipelines(self.locked, self.texts)
+        return other_pipelines(self.locked)
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:

@@ -156,7 +156,7 @@ def _hole(found: OpenPlace) -> Hole | None:
     hole = Hole(fields.text("name", "a name") or found.name, place.at)
     if isinstance(wanted.node, Scalar):
         return _tie(wanted, fields, hole)
-    return _range(wanted, fields, hole, found) if _is_range(wanted.node) else _choice(wanted, fields, hole, found)
+    return _range(wanted, fields, hole, found) if _is_range(wanted.node) else _choice(wanted, fields, hole)
 
 
 def _is_range(node: Node) -> bool:
@@ -236,7 +236,7 @@ def _total(fields: Fields, hole: Hole, group: str) -> Hole:
     return replace(hole, group=group, total=total)
 
 
-def _choice(wanted: Value, fields: Fields, hole: Hole, found: OpenPlace) -> Hole | None:
+def _choice(wanted: Value, fields: Fields, hole: Hole) -> Hole | None:
     items = wanted.items("two or more choices")
     for key in [key for key in ("log", "step", "anchors", "sum") if fields.get(key)]:
         fields.places[key].error(f"{key} has no meaning among choices", "take it out", fields.places[key].key)
