@@ -36,23 +36,9 @@ PASSTHROUGH = "passthrough"
 FORMS = ("models", "slices", "modules", "adapters")
 TOKENS = ("tokenizer", "tokenizer_source", "chat_template")
 TOP = (
-    "name",
-    "merge_method",
-    *FORMS,
-    "tensors",
-    "base_model",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "seed",
-    "allow_non_finite",
-    *TOKENS,
-    "evaluate",
-    "publish",
-    "lora",
-    "extract_lora",
-    "search",
-)
+    "name", "merge_method", *FORMS, "tensors", "base_model", "parameters", "dtype", "out_dtype", "seed",
+    "allow_non_finite", *TOKENS, "evaluate", "publish", "lora", "extract_lora", "search",
+)  # fmt: skip
 EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "allow_non_finite", "publish")
 MODEL = ("model", *MEAN, "statistics", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
