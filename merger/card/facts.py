@@ -288,19 +288,16 @@ def mixture_facts(planned: Plan, mixture: Mixture) -> MixtureFacts:
     """The mixture in sentences: its experts, its router, and what is the base model's."""
     base = display_name(planned.locked.config_model)
     per_token = next(planned.config[key] for key in ("num_experts_per_tok", "top_k_experts") if key in planned.config)
+    counts = Counter(_name(planned, expert) for expert in mixture.experts)
+    named = ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in counts.items())
     sentences = [
-        f"Each layer has {len(mixture.experts)} experts: the MLPs of {_expert_names(planned, mixture.experts)}.",
+        f"Each layer has {len(mixture.experts)} experts: the MLPs of {named}.",
         *(f"Every token also goes through the MLPs of {_name(planned, one)}." for one in mixture.shared_experts),
         f"A router sends each token through {per_token} of them; everything else is that of {base}.",
         f"The router was {_ROUTERS[mixture.gate_mode].format(base=base)}.",
         *(change for one in (*mixture.experts, *mixture.shared_experts) for change in _changes(planned, one)),
     ]
     return MixtureFacts(METHOD, TITLE, sentences[0], " ".join(sentences))
-
-
-def _expert_names(planned: Plan, experts: tuple[Expert, ...]) -> str:
-    counts = Counter(_name(planned, expert) for expert in experts)
-    return ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in counts.items())
 
 
 def _name(planned: Plan, expert: Expert) -> str:

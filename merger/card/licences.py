@@ -16,7 +16,7 @@ from merger.errors import MismatchError, Problem, RecipeError, few
 from merger.lock.locked import LockedModel, display_name
 from merger.models.licence import LICENCES, is_notice, licence_files
 from merger.planning.plan import Plan
-from merger.recipe.model import Publish
+from merger.recipe.model import ModelRef, Publish
 from merger.stores.ports import Content, Located, bytes_of, sha256_of
 
 UNSTATED = "not stated"
@@ -42,13 +42,8 @@ class Licence:
 class Conflict:
     """Why a parent does not allow the licence of the result."""
 
-    parent: LockedModel
+    parent: ModelRef
     what: str
-
-    @property
-    def problem(self) -> Problem:
-        """As a refusal at the place where the recipe names the parent."""
-        return Problem(self.what, self.parent.ref.at, f"models[{self.parent.ref}]")
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def judge(planned: Plan, name: str | None = None) -> Judgement:
     return Judgement(
         licences=result,
         stated=publish.license is not None,
-        conflicts=tuple(Conflict(model, what) for model in models for what in _conflicts(model, result)),
+        conflicts=tuple(Conflict(model.ref, what) for model in models for what in _conflicts(model, result)),
         notes=(*_open(models, result), *_naming(duties, (name or publish.repo or "").split("/")[-1])),
         duties=tuple(duties),
         override=publish.license_override,
@@ -119,9 +114,8 @@ def refuse_licences(planned: Plan, published: bool) -> None:
             Problem(conflict.what, publish.license_at, "publish.license", hint) for conflict in found.conflicts
         )
     if published:
-        problems = [conflict.problem for conflict in found.conflicts]
-        hint = f"leave it out; or name a license under publish: and {reason}"
-        raise MismatchError(Problem(each.what, each.at, each.where, hint) for each in problems)
+        hint, refused = f"leave it out; or name a license under publish: and {reason}", found.conflicts
+        raise MismatchError(Problem(each.what, each.parent.at, f"models[{each.parent}]", hint) for each in refused)
 
 
 # ---- whose licence it is --------------------------------------------------------------------------------------------
@@ -278,12 +272,8 @@ def keys(licences: Sequence[Licence]) -> dict[str, Any]:
         return {"license": names[0] if len(names) == 1 else names}
     links = [*(licence.link for licence in licences), *(terms.url for each in licences for terms in each.terms)]
     link = next((link for link in links if link and _LINK.fullmatch(link)), None)
-    return {"license": "other", "license_name": _slug("-and-".join(names))} | ({"license_link": link} if link else {})
-
-
-def _slug(name: str) -> str:
-    """A name as the Hub asks for one, such as my-license-1.0."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower())[:96].strip("-.") or "unnamed"
+    slug = re.sub(r"[^a-z0-9.]+", "-", "-and-".join(names))[:96].strip("-.") or "unnamed"
+    return {"license": "other", "license_name": slug} | ({"license_link": link} if link else {})
 
 
 # ---- notices --------------------------------------------------------------------------------------------------------

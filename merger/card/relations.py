@@ -185,9 +185,6 @@ def _doubts_of_two(seen: Geometry, one: int, other: int, subtracted: bool) -> It
         yield f"{ratio:.1f} times", "are of unequal size, as no fine-tunes of one model are: the larger one prevails"
 
 
-# ---- layers ---------------------------------------------------------------------------------------------------------
-
-
 Layer = tuple[str, int]
 """A stack's name and a layer of it; `OUTSIDE` for what is in no stack."""
 

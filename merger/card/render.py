@@ -73,9 +73,6 @@ def _replace_value(source: str, value: str, new: str, anchored: bool) -> str:
     return source.replace(value, new) if anchored or value in source else json.dumps(new, ensure_ascii=False)
 
 
-# ---- citation -------------------------------------------------------------------------------------------------------
-
-
 def bibtex(name: str, paper: Paper) -> str:
     """The entry for the paper of the method `name`.
 
@@ -200,6 +197,9 @@ def _content(
     recipe, repo, target = planned.locked.recipe, hub_path(facts.to or ""), facts.to or ""
     found = parameters(planned, table)
     parents = _parents(planned, [each for each in found if any(each.owners)])
+    plan = {name: getattr(planned, name) for name in ("hash", "seed", "entries", "notes")}
+    left = [{"why": why, "files": names} for why, names in facts.left_beside.items()]
+    base = display_name(planned.locked.config_owner)
     return {
         "title": target.split("/")[-1],
         "address": repo or target,
@@ -218,8 +218,8 @@ def _content(
         "methods": [_method(method) for method in used],
         "parameters": _in_force(found),
         "recipe": shown_recipe(planned),
-        "plan": _plan(facts),
-        "beside": _beside(facts),
+        "plan": {**plan, "dtypes": facts.dtypes, "files": len(planned.files)},
+        "beside": {"base": base, "doubts": planned.doubts, "left_out": left},
         "package": requirement(),
         "library": library(planned) if recipe.publish.safetensors else GGUF,
         "is_conversion": recipe.is_conversion,
@@ -301,26 +301,12 @@ def _licence_asks(found: Judgement) -> list[dict[str, Any]]:
     return [{"what": KINDS[kind], "licences": titles} for kind, titles in asking.items() if titles]
 
 
-def _plan(facts: PlanSummary) -> dict[str, Any]:
-    own = {name: getattr(facts.plan, name) for name in ("hash", "seed", "entries", "notes")}
-    return {**own, "dtypes": facts.dtypes, "files": len(facts.plan.files)}
-
-
-def _beside(facts: PlanSummary) -> dict[str, Any]:
-    """Of files beside the tensors: what differs, and what is left out, why."""
-    planned, left = facts.plan, [{"why": why, "files": names} for why, names in facts.left_beside.items()]
-    base = display_name(planned.locked.config_owner)
-    return {"base": base, "doubts": planned.doubts, "left_out": left}
-
-
 def _method(method: Method | MixtureFacts) -> dict[str, Any]:
     """What stands in its registration is Markdown of ours, or of the package that brings the method."""
     if isinstance(method, MixtureFacts):
         return asdict(method)
-    return {
-        "name": method.name,
-        "title": method.title,
-        "summary": method.summary,
+    own = {name: getattr(method, name) for name in ("name", "title", "summary")}
+    return own | {
         "formula": Markup(f"$$ {method.formula} $$") if method.formula else None,
         "explanation": Markup(method.explanation),
         "paper": _paper(method.name, method.paper) if method.paper else None,

@@ -111,9 +111,6 @@ def _refuse(publish: Publish, what: str, hint: str) -> NoReturn:
     raise RecipeError(Problem(what, publish.template_at, "publish.template", hint))
 
 
-# ---- filling them in ------------------------------------------------------------------------------------------------
-
-
 OURS = "merger/"
 """What stands before a name of a template of ours where a recipe's own template has the same name."""
 

@@ -117,8 +117,6 @@ class GgufWriter(TensorWriter[GgufTensor]):
         return super().close()
 
 
-# ---- eight bits -----------------------------------------------------------------------------------------------------
-
 _LARGEST = np.float32(448)
 _EPS = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 """compressed-tensors' scale of a row of zeros, by its dtype."""

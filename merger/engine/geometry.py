@@ -67,13 +67,6 @@ class BlockSample:
         return _geometry(self._held[0], count, part)
 
 
-def observe(inputs: Sequence[Array], result: Array, start: int, entries: int, base: Array | None = None) -> Geometry:
-    """The geometry of a block that is there as a whole; see `BlockSample`."""
-    sample = BlockSample(start, start + inputs[0].size, entries)
-    sample.take(start, [*inputs, result, *(() if base is None else (base,))])
-    return sample.geometry(len(inputs), base is not None)
-
-
 def _geometry(rows: Array, count: int, part: slice) -> Geometry:
     """Of some of the entries of each row: the inputs, the result, and the base where there is one."""
     many, size = rows.shape

@@ -90,9 +90,6 @@ def doubts(found: Mapping[Routed, Array]) -> tuple[str, ...]:
     return (f"{what}: the experts' prompts may be too similar, and some experts will hardly be chosen",)
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
-
-
 def _rows(router: Routed, states: States) -> Array:
     """A row for each expert: what its positive prompts have in common, less the same of the negative ones."""
     sides = [[_side(side, states, router.mode) for side in pair if side] for pair in router.prompts]
@@ -109,9 +106,6 @@ def _side(texts: Sequence[str], states: States, mode: str) -> Array:
 
 def _unit(row: Array) -> Array:
     return np.divide(row, max(_NO_LENGTH, float(np.sqrt(row @ row))))
-
-
-# ---- prompts --------------------------------------------------------------------------------------------------------
 
 
 def _tokens(plan: Plan, store: Store, texts: Sequence[str]) -> dict[str, list[int]]:

@@ -128,26 +128,22 @@ def read_statistics(text: str) -> Statistics:
         content = load_yaml(text, LOCK)
         if content["statistics"] and need_kind(int, content["format"]) > STATISTICS_FORMAT:
             raise ModelError(Problem("its statistics are of a later format", hint="use the merger that measured them"))
-        return _read(content)
+        if content["statistics"] not in KINDS:
+            raise ValueError
+        return Statistics(
+            kind=content["statistics"],
+            tokens=need_within(numbers.COUNT, content["tokens"]),
+            length=need_within(numbers.COUNT, content["length"]),
+            data=need_kind(str, content["data"]),
+            digest=need_kind(str, content["sha256"]),
+            seed=need_within(numbers.GIVEN_SEED, content["seed"]),
+            identity=need_kind(str, content["identity"]),
+            models=tuple(read_parent(item) for item in need_kind(list, content["models"])),
+            made_with={need_kind(str, name): need_kind(str, number) for name, number in content["made_with"].items()},
+            output=read_files(content["output"]),
+            format=content["format"],
+            blocks=None if (blocks := content.get("blocks")) is None else need_within(numbers.COUNT, blocks),
+        )
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         hint = "make them with merger measure"
         raise ModelError(Problem(f"its {LOCK_NAME} is none of statistics", hint=hint)) from None
-
-
-def _read(content: Any) -> Statistics:
-    if content["statistics"] not in KINDS:
-        raise ValueError
-    return Statistics(
-        kind=content["statistics"],
-        tokens=need_within(numbers.COUNT, content["tokens"]),
-        length=need_within(numbers.COUNT, content["length"]),
-        data=need_kind(str, content["data"]),
-        digest=need_kind(str, content["sha256"]),
-        seed=need_within(numbers.GIVEN_SEED, content["seed"]),
-        identity=need_kind(str, content["identity"]),
-        models=tuple(read_parent(item) for item in need_kind(list, content["models"])),
-        made_with={need_kind(str, name): need_kind(str, number) for name, number in content["made_with"].items()},
-        output=read_files(content["output"]),
-        format=content["format"],
-        blocks=None if (blocks := content.get("blocks")) is None else need_within(numbers.COUNT, blocks),
-    )

@@ -121,7 +121,9 @@ def read_lock(text: str, path: str) -> Lock:
         if "recipe" not in content and "made_with" in content:
             hint = "run the recipe itself, with this file beside it: mine.lock.yaml beside mine.yaml"
             raise RecipeError(Problem(f"{path} holds no recipe: an earlier version of merger wrote it", hint=hint))
-        _refuse_later(need_kind(int, content["format"]), content, path)
+        if (format := need_kind(int, content["format"])) > FORMAT:
+            what = f"{path} is of format {format}, and merger {version(PACKAGE)} knows {FORMAT} at most"
+            raise VerificationError(Problem(what, hint=_install(need_kind(str, content["made_with"][PACKAGE]))))
         return Lock(
             plan=need_kind(str, content["plan"]),
             identity=need_kind(str, content["identity"]),
@@ -131,18 +133,12 @@ def read_lock(text: str, path: str) -> Lock:
             recipe=need_kind(str, content["recipe"]),
             models=tuple(read_parent(item) for item in need_kind(list, content["models"])),
             output=read_files(content["output"]),
-            format=need_kind(int, content["format"]),
+            format=format,
             gguf=tuple(need_kind(str, kind) for kind in need_kind(list, content.get("gguf", []))),
         )
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         hint = "take the merger.lock.yaml of a result"
         raise RecipeError(Problem(f"{path} is no lock file", hint=hint)) from None
-
-
-def _refuse_later(format: int, content: Any, path: str) -> None:
-    if format > FORMAT:
-        what = f"{path} is of format {format}, and merger {version(PACKAGE)} knows {FORMAT} at most"
-        raise VerificationError(Problem(what, hint=_install(need_kind(str, content["made_with"][PACKAGE]))))
 
 
 def _install(number: str) -> str:

@@ -79,7 +79,7 @@ class Plan(Takes):
     @property
     def doubts(self) -> list[str]:
         """Sentences on files beside the tensors that are of one parent, and other ones in others."""
-        return other_pipelines(self.locked, self.texts)
+        return other_pipelines(self.locked)
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
@@ -155,13 +155,7 @@ class Plan(Takes):
             "read_bytes": self.read_bytes,
             "size": self.size,
             "config": self.config,
-            "tokens": self.tokens
-            and {
-                "rows": self.tokens.rows,
-                "new": self.tokens.new,
-                "cut": self.tokens.cut,
-                "source": self.tokens.source,
-            },
+            "tokens": self.tokens and {key: getattr(self.tokens, key) for key in ("rows", "new", "cut", "source")},
             "side_files": list(self.texts.taken),
             "side_files_left_out": dict(self.left_beside),
             "shards": [

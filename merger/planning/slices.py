@@ -17,8 +17,6 @@ from merger.models.architecture import DEFAULT
 from merger.planning.stage_model import StagedRecipe
 from merger.recipe.model import Module, Slice, Source
 
-# ---- layers that a model lacks --------------------------------------------------------------------------------------
-
 
 def unlike(config_model: LockedModel, other: LockedModel, stack: str) -> tuple[str, str]:
     """What a model lacks, and what to do about it.
@@ -40,9 +38,6 @@ def unlike(config_model: LockedModel, other: LockedModel, stack: str) -> tuple[s
     what = f"{other.name} has no layers {stack}.N (its stacks of layers: {', '.join(theirs) or 'none'})"
     hint = f"modules: with {shared} and default alone merges what both have, and copies the rest"
     return what, hint if shared else "only models of one architecture can be merged"
-
-
-# ---- cuts -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -228,9 +228,6 @@ def _whole(locked: StagedRecipe, block: Tokenizer, known: Mapping[int, Vocabular
         raise RecipeError(Problem(f"{locked.numbered(source).name}: {error}", block.at, "tokenizer", hint)) from None
 
 
-# ---- without a tokenizer block --------------------------------------------------------------------------------------
-
-
 def disagreements(models: Iterable[LockedModel]) -> dict[ModelRef, str]:
     """The models whose rows stand for other tokens than the first one's, and how that shows.
 

@@ -216,7 +216,9 @@ def _count(found: Found, method: Method) -> None:
     if least <= len(counted) and (most is None or len(counted) <= most):
         return
     besides = " besides the base model" if method.subtracts_base else ""
-    what = f"{method.name} merges {_amount(least, most)}{besides}, found {_list_names(counted)}"
+    names = ", ".join(str(source.model) for source in counted)
+    found_text = f"{len(counted)}: {names}" if counted else "none"
+    what = f"{method.name} merges {_amount(least, most)}{besides}, found {found_text}"
     found.listed.error(what, _count_hint(found.piece, method, len(counted) < least), found.listed.key)
 
 
@@ -232,11 +234,6 @@ def _amount(least: int, most: int | None) -> str:
         return f"{least} or more models"
     amount = str(least) if least == most else f"{least} to {most}"
     return f"exactly {amount} model{'' if most == 1 else 's'}"
-
-
-def _list_names(sources: list[Source]) -> str:
-    names = ", ".join(str(source.model) for source in sources)
-    return f"{len(sources)}: {names}" if sources else "none"
 
 
 def _count_hint(piece: Slice, method: Method, too_few: bool) -> str:

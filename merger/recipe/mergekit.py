@@ -7,15 +7,9 @@ methods depart (their own words).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from merger.errors import Span
-
-
-class Warned(Protocol):
-    """A place of a recipe, as far as it takes warnings."""
-
-    def warn(self, what: str, hint: str | None = None, at: Span | None = None) -> None: ...
+from merger.recipe.values import Value
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Point:
     why: str
     hint: str
 
-    def warn(self, place: Warned, what: str, at: Span | None = None) -> None:
+    def warn(self, place: Value, what: str, at: Span | None = None) -> None:
         """Say it of `what`, which stands at `place`."""
         place.warn(f"{what} {self.here} (mergekit: {self.there})", self.hint, at)
 

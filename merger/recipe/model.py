@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from merger.errors import Problem, Span
 from merger.recipe.searched import Searched
 
-# ---- settings -------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -67,9 +65,6 @@ def first_value(levels: Sequence[Parameters], name: str, tensor: str, position: 
         if value is not None:
             return value
     return None
-
-
-# ---- model ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -36,23 +36,9 @@ PASSTHROUGH = "passthrough"
 FORMS = ("models", "slices", "modules", "adapters")
 TOKENS = ("tokenizer", "tokenizer_source", "chat_template")
 TOP = (
-    "name",
-    "merge_method",
-    *FORMS,
-    "tensors",
-    "base_model",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "seed",
-    "allow_non_finite",
-    *TOKENS,
-    "evaluate",
-    "publish",
-    "lora",
-    "extract_lora",
-    "search",
-)
+    "name", "merge_method", *FORMS, "tensors", "base_model", "parameters", "dtype", "out_dtype", "seed",
+    "allow_non_finite", *TOKENS, "evaluate", "publish", "lora", "extract_lora", "search",
+)  # fmt: skip
 EXTRACTING = ("name", "extract_lora", "dtype", "out_dtype", "seed", "allow_non_finite", "publish")
 MODEL = ("model", *MEAN, "statistics", "parameters")
 SLICE = ("sources", "merge_method", "base_model", "parameters", "residual_weight")
@@ -360,11 +346,8 @@ class _Levels:
         return piece
 
     def _source(self, place: Value, scope: _Scope, keys: tuple[str, ...]) -> Source:
-        name = place.node.value if isinstance(place.node, spans.Scalar) else None
-        if isinstance(name, str):
-            place.expected("a map with the key model", f"write - model: {name}")
-            return Source(UNREADABLE, at=place.at)
-        fields = place.fields("a map with the key model", keys, _SOURCE_HINTS if keys == SOURCE else _MODEL_HINTS)
+        hints = _SOURCE_HINTS if keys == SOURCE else _MODEL_HINTS
+        fields = place.fields("a map with the key model", keys, hints, "write - model: {}")
         if fields is None:
             return Source(UNREADABLE, at=place.at)
         block = read_parameters(fields)

@@ -21,9 +21,6 @@ from merger.recipe.model import Parameters, Rule, Setting
 from merger.recipe.spans import Node, Scalar
 from merger.safety.numbers import ANY, Range
 
-# ---- values and where they stand ------------------------------------------------------------------------------------
-
-
 Hints = dict[str, str]
 """Next steps for keys that are unknown in one place and known in another."""
 
@@ -160,10 +157,12 @@ class Value:
         names = [(name(node) if name else None) or str(index) for index, node in enumerate(self.node.items)]
         return [Value(node, f"{self.where}[{of}]", self.notes) for node, of in zip(self.node.items, names, strict=True)]
 
-    def entries(self, what: str) -> dict[str, Value] | None:
-        """The places of a map's values, whatever its keys."""
+    def entries(self, what: str, in_place: str = "") -> dict[str, Value] | None:
+        """The places of a map's values, whatever its keys; `in_place` is the hint where a text stands in its place."""
         if not isinstance(self.node, spans.Mapping):
-            self.expected(what, "write one line a key, such as key: value")
+            text = self.node.value if isinstance(self.node, Scalar) and in_place else None
+            hint = in_place.format(text) if isinstance(text, str) else "write one line a key, such as key: value"
+            self.expected(what, hint)
             return None
         return {e.key: Value(e.value, f"{self._stem}{e.key}", self.notes, e.at) for e in self.node.entries}
 
@@ -171,9 +170,11 @@ class Value:
     def _stem(self) -> str:
         return f"{self.where}." if self.where else ""
 
-    def fields(self, what: str, known: tuple[str, ...], hints: Hints | None = None) -> Fields | None:
+    def fields(
+        self, what: str, known: tuple[str, ...], hints: Hints | None = None, in_place: str = ""
+    ) -> Fields | None:
         """A map of which all keys are known. A misspelt key is an error, and then read as what it resembles."""
-        found = self.entries(what)
+        found = self.entries(what, in_place)
         if found is None:
             return None
         for key in [key for key in found if key not in known]:
@@ -237,9 +238,6 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
     return near[0] if near else None
 
 
-# ---- values ---------------------------------------------------------------------------------------------------------
-
-
 RULE = ("value", "filter")
 
 
@@ -299,7 +297,10 @@ def _setting(place: Value) -> tuple[Setting, WrittenParameter]:
     ruled = [(_rule(rule), rule) for rule in _rules(place)]
     pairs = ruled or [((_gradient(place), None), place)]
     rules = [Rule(tuple(n.value for n in numbers), of, at.at) for (numbers, of), at in pairs]
-    _warn_unreached(rules, [at for _, at in pairs])
+    ends = next((index for index, rule in enumerate(rules) if rule.matches("")), len(rules))
+    for _, at in pairs[ends + 1 :]:
+        hint = "put the rule without a filter last"
+        at.warn("never reached: a rule above it already speaks about every tensor", hint)
     even = all(len(set(rule.values)) <= 1 for rule in rules)
     return Setting(tuple(rules)), WrittenParameter(place, tuple(n for (numbers, _), _ in pairs for n in numbers), even)
 
@@ -342,10 +343,3 @@ def _gradient(place: Value) -> tuple[Number, ...]:
 def _numbers(places: list[Value], hint: str) -> tuple[Number, ...]:
     read = [(place.number(hint), place) for place in places]
     return tuple(Number(value, place) for value, place in read if value is not None)
-
-
-def _warn_unreached(rules: list[Rule], places: list[Value]) -> None:
-    ends = next((index for index, rule in enumerate(rules) if rule.matches("")), len(rules))
-    for place in places[ends + 1 :]:
-        hint = "put the rule without a filter last"
-        place.warn("never reached: a rule above it already speaks about every tensor", hint)

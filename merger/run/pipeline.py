@@ -185,6 +185,7 @@ def merge(
     return replace(result, plan=planned.hash, seconds=time.monotonic() - began)
 
 
+@dataclass
 class _Run:
     """The making of a plan's shards, or a part of them, and its end.
 
@@ -194,47 +195,43 @@ class _Run:
         session: the work there.
     """
 
-    def __init__(
-        self,
-        planned: Plan,
-        store: Library,
-        options: Options,
-        place: Destination,
-        session: Session,
-        on_event: Observer,
-        found: SearchFacts | None,
-    ) -> None:
-        self._planned, self._store, self._options, self._found = planned, store, options, found
-        self._place, self._session, self._on_event = place, session, on_event
-        self._recipe = planned.locked.recipe
-        self._held = dict(session.held())
-        self._seen: dict[str, Geometry] = {}
-        self._doubts: list[str] = []
+    planned: Plan
+    store: Library
+    options: Options
+    place: Destination
+    session: Session
+    on_event: Observer
+    found: SearchFacts | None
+    seen: dict[str, Geometry] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.recipe, self.held = self.planned.locked.recipe, dict(self.session.held())
 
     def result(self) -> Result:
-        planned, options = self._planned, self._options
+        planned, options = self.planned, self.options
         mine = share(planned.shards, options.part)
-        missing = [shard for shard in mine if not shard.files.keys() <= self._held.keys()]
-        if self._held:
-            self._on_event(Resumed(len(planned.shards) - len(missing), len(planned.shards)))
+        missing = [shard for shard in mine if not shard.files.keys() <= self.held.keys()]
+        if self.held:
+            self.on_event(Resumed(len(planned.shards) - len(missing), len(planned.shards)))
         if missing and options.publish_only:
             raise _unfinished_error(missing, planned)
-        if problems := other_statistics(planned.locked, methods(), self._store.checksum):
+        if problems := other_statistics(planned.locked, methods(), self.store.checksum):
             raise MismatchError(problems)
-        self._session.reserve(needed_disk(planned, options, missing))
+        self.session.reserve(needed_disk(planned, options, missing))
         wanted = None if options.part else prepare_measuring(planned, options.device, options.read_token, options.root)
         if missing:
-            self._place.check_card(render(planned, methods(), self._place.name))
+            self.place.check_card(render(planned, methods(), self.place.name))
             self._make(missing)
-        shards = tuple(self._held[name] for shard in mine for name in shard.files)
+        shards = tuple(self.held[name] for shard in mine for name in shard.files)
         if options.part is not None:
-            to, doubts = destination(self._recipe, options), tuple(self._doubts)
+            to, doubts = destination(self.recipe, options), tuple(self.doubts)
             return Result(to, None, shards, len(planned.files), options.part, doubts)
         if len(missing) < len(planned.shards):  # what earlier runs saw of the shards that they made
-            for note in self._session.notes():
-                self._seen |= load_geometry(note)
-        files = used_files(planned, self._store) if wanted else {}
-        scores = measure(wanted, planned, files, self._store, self._session, self._on_event) if wanted else ()
+            for note in self.session.notes():
+                self.seen |= load_geometry(note)
+        files = used_files(planned, self.store) if wanted else {}
+        scores = measure(wanted, planned, files, self.store, self.session, self.on_event) if wanted else ()
         return self._publish(shards, scores)
 
     def _make(self, missing: Sequence[Shard]) -> None:
@@ -242,31 +239,31 @@ class _Run:
         from merger.engine.execute import Doubted, Observed, ShardDone, execute
 
         made = list[str]()
-        if self._options.part is None:  # the end draws: what is imported while compiled loops compute costs nothing
+        if self.options.part is None:  # the end draws: what is imported while compiled loops compute costs nothing
             threading.Thread(target=import_drawing, daemon=True).start()
         try:
-            for event in execute(self._planned, missing, methods(), self._store, self._session, self._options.device):
+            for event in execute(self.planned, missing, methods(), self.store, self.session, self.options.device):
                 if isinstance(event, ShardDone):
-                    self._held[event.shard.name] = event.shard
+                    self.held[event.shard.name] = event.shard
                     made.append(event.shard.name)
                 elif isinstance(event, Observed):
-                    self._seen[event.job.name] = event.geometry
+                    self.seen[event.job.name] = event.geometry
                 elif isinstance(event, Doubted):
-                    self._doubts.append(event.what)
-                self._on_event(event)
+                    self.doubts.append(event.what)
+                self.on_event(event)
         except DamagedError as error:
-            _forget(self._session, made, error)
+            _forget(self.session, made, error)
             raise
 
     def _publish(self, shards: tuple[WrittenShard, ...], scores: tuple[Score, ...]) -> Result:
-        planned = self._planned
-        seen = {job.name: self._seen[job.name] for job in planned.jobs if job.name in self._seen}  # in the plan's order
-        ancestors = elders(planned, to_hub(self._recipe, self._options))
-        written = card(planned, self._place.name, seen, self._store, ancestors, scores, found=self._found)
+        planned = self.planned
+        seen = {job.name: self.seen[job.name] for job in planned.jobs if job.name in self.seen}  # in the plan's order
+        ancestors = elders(planned, to_hub(self.recipe, self.options))
+        written = card(planned, self.place.name, seen, self.store, ancestors, scores, found=self.found)
         related = written.related
-        small = small_files(planned, self._store, shards, seen)
-        published = self._session.finish({**written.files, **small}, _title(planned))
-        doubts = (*related.doubts, *self._doubts, *exposed_models(planned, destination(self._recipe, self._options)))
+        small = small_files(planned, self.store, shards, seen)
+        published = self.session.finish({**written.files, **small}, _title(planned))
+        doubts = (*related.doubts, *self.doubts, *exposed_models(planned, destination(self.recipe, self.options)))
         return Result(
             published.where,
             published.commit,

@@ -73,7 +73,6 @@ class FolderStore:
         return [each.replace(os.sep, "/") for each in found if os.path.isdir(each) or is_single(each)]
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Read a file or a part of it."""
         limit = limits.of(file)
         if stop is None:
             refuse_large(model, file, model.files[file].size, limit)
@@ -150,7 +149,6 @@ class FolderReader(Reader):
         self._lock = threading.Lock()
 
     def read(self, ticket: int, offset: int, out: memoryview) -> None:
-        """Fill `out` from the ticket's file."""
         wanted = self._tickets[ticket]
         done = 0
         with _readable(wanted.model, wanted.file), self._opened(wanted.model.where, wanted.file) as descriptor:
@@ -185,7 +183,6 @@ class FolderReader(Reader):
         return True
 
     def close(self) -> None:
-        """Close the files."""
         with self._lock:
             self._close_all_but(0)
 

@@ -85,7 +85,6 @@ class Library:
         return True
 
     def locate(self, path: str, revision: str | None) -> Located:
-        """Find a model in its store."""
         store = self._asked(path)
         try:
             located = store.locate(path, revision)
@@ -101,7 +100,6 @@ class Library:
         return located
 
     def names(self, path: str, of_folders: bool) -> list[str]:
-        """Ask the model's store."""
         return self._asked(path).names(path, of_folders)
 
     def _asked(self, path: str) -> Store:

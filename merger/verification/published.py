@@ -35,7 +35,7 @@ from merger.planning.lockfile import Lock, read_lock
 from merger.planning.plan import Plan
 from merger.planning.shards import Shard
 from merger.recipe.model import Recipe
-from merger.run.artifacts import Card, card, elders, model_files
+from merger.run.artifacts import Card, card, elders
 from merger.run.found import read_found
 from merger.run.prepare import kept_of, recipe_of
 from merger.safety.limits import MODEL_TENSORS, Tally
@@ -107,11 +107,6 @@ def open_merge(target: str, token: str | bool | None) -> Merge:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def made_again(merge: Merge, planned: Plan, side: Mapping[str, Content]) -> dict[str, Content]:
-    """What small files have to be that the plan makes, and those taken from its models, as far as they are given."""
-    return {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
 
 
 def other_files(merge: Merge, planned: Plan, made: Collection[str], everything: bool) -> dict[str, Problem]:

@@ -121,17 +121,12 @@ def draw(planned: Plan, table: Mapping[str, Method], seed: int, tensors: int | N
 def _run(piece: Piece, method: Method, allowed: int, chance: random.Random) -> Piece:
     """A part of a tensor that costs about as many bytes as allowed; the whole, if its method needs the whole."""
     job = piece.job
-    if not _is_entrywise(job, method):
-        return piece
+    alone = job.is_copy or (method.unit == "entries" and method.measure is None)
+    if not (alone and all(isinstance(source, Stored) for source in job.sources)):
+        return piece  # an entry of the result takes more than that entry of each stored tensor
     of_an_entry = piece.cost // job.entries
     length = min(max(allowed // of_an_entry // _LEAST_RUN * _LEAST_RUN, _LEAST_RUN), _LONGEST_RUN)
     if length >= job.entries:
         return piece
     start = min(chance.randrange(0, job.entries, _LEAST_RUN), job.entries - length)
     return Piece(piece.file, job, start, start + length, length * of_an_entry)
-
-
-def _is_entrywise(job: Job, method: Method) -> bool:
-    """Whether an entry of the result takes nothing but that entry of each stored tensor."""
-    alone = job.is_copy or (method.unit == "entries" and method.measure is None)
-    return alone and all(isinstance(source, Stored) for source in job.sources)

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from merger.models.side_files import loaded_as
 from merger.planning.lockfile import Lock, changed_models, other_numbers, other_plan
 from merger.planning.plan import Plan
 from merger.planning.shards import Shard
-from merger.run.artifacts import taken_files
+from merger.run.artifacts import model_files, taken_files
 from merger.run.extras import MEASURING, refuse_missing
 from merger.run.options import Options
 from merger.run.pipeline import ignore
@@ -33,7 +34,6 @@ from merger.verification.published import (
     Merge,
     comparable,
     find_edits,
-    made_again,
     open_merge,
     other_contents,
     other_files,
@@ -152,7 +152,8 @@ def verify(
     problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
     planned = _plan(merge.held, locked, options, problems)
     is_made = extent.everything or planned.texts.is_edited
-    made = made_again(merge, planned, taken_files(planned, parents) if is_made else {})
+    side = taken_files(planned, parents) if is_made else {}
+    made = {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
     others = other_files(merge, planned, made, extent.everything)
     added, readable = strangers(merge, planned, made)
     tensors, misplaced = comparable(merge, planned)
@@ -173,6 +174,7 @@ def _plan(held: Lock, locked: LockedRecipe, options: Options, problems: Sequence
         raise VerificationError([*problems, *error.problems]) from None
 
 
+@dataclass
 class _Check:
     """The comparison of tensors, and what it has found.
 
@@ -184,81 +186,81 @@ class _Check:
         shards: those that are compared in full: all, or those that are not the lock's, so that the tensor is found.
     """
 
-    def __init__(
-        self, merge: Merge, planned: Plan, parents: Library, tensors: Mapping[str, TensorInfo], shards: Sequence[Shard]
-    ) -> None:
-        self._merge, self._planned, self._parents = merge, planned, parents
-        self._tensors, self._shards = tensors, shards
-        self._seed: int | None = None
-        self._sample = Sample(())
-        self._problems: list[Problem] = []
-        self._differences: list[Mismatch] = []
+    merge: Merge
+    planned: Plan
+    parents: Library
+    tensors: Mapping[str, TensorInfo]
+    shards: Sequence[Shard]
+    seed: int | None = None
+    sample: Sample = field(default_factory=partial(Sample, ()))
+    problems: list[Problem] = field(default_factory=list)
+    differences: list[Mismatch] = field(default_factory=list)
 
     def run(self, extent: Extent, on_event: Callable[[Begun | BytesWritten], object]) -> None:
         if not extent.everything:
-            self._seed = random.SystemRandom().getrandbits(32) if extent.seed is None else extent.seed
-            self._sample = self._drawn(extent.tensors, self._seed)
-        on_event(Begun(sum(piece.nbytes for piece in self._sample.pieces) + sum(shard.size for shard in self._shards)))
+            self.seed = random.SystemRandom().getrandbits(32) if extent.seed is None else extent.seed
+            self.sample = self._drawn(extent.tensors, self.seed)
+        on_event(Begun(sum(piece.nbytes for piece in self.sample.pieces) + sum(shard.size for shard in self.shards)))
         try:
             self._compare(on_event)
         except MismatchError as error:
-            self._problems += error.problems
+            self.problems += error.problems
 
     def _drawn(self, tensors: int | None, seed: int) -> Sample:
         """Without what is compared in full anyhow, or cannot be compared."""
-        sample = draw(self._planned, methods(), seed, tensors)
-        in_full = {shard.name for shard in self._shards}
-        pieces = [each for each in sample.pieces if each.file not in in_full and each.job.name in self._tensors]
+        sample = draw(self.planned, methods(), seed, tensors)
+        in_full = {shard.name for shard in self.shards}
+        pieces = [each for each in sample.pieces if each.file not in in_full and each.job.name in self.tensors]
         return Sample(tuple(pieces), sample.left_out)
 
     def _compare(self, on_event: Callable[[Begun | BytesWritten], object]) -> None:
         from merger.engine.execute import BytesWritten
         from merger.verification.proof import Against, PublishedTensors, compare_pieces, compare_shards
 
-        published = PublishedTensors(self._merge.located, self._merge.store, self._tensors)
-        for piece, found in compare_pieces(self._planned, self._sample.pieces, methods(), self._parents, published):
-            self._differences += [found] if found else []
+        published = PublishedTensors(self.merge.located, self.merge.store, self.tensors)
+        for piece, found in compare_pieces(self.planned, self.sample.pieces, methods(), self.parents, published):
+            self.differences += [found] if found else []
             on_event(BytesWritten(piece.nbytes, piece.job))
-        against = Against(self._shards, published)
-        for event in compare_shards(self._planned, self._shards, methods(), self._parents, against):
+        against = Against(self.shards, published)
+        for event in compare_shards(self.planned, self.shards, methods(), self.parents, against):
             on_event(event)
-        self._differences += against.differences
-        self._problems += self._other_checksums(against.made)
+        self.differences += against.differences
+        self.problems += self._other_checksums(against.made)
 
     def _other_checksums(self, made: Mapping[str, str]) -> Iterator[Problem]:
-        if other_numbers(self._planned, self._merge.held):
+        if other_numbers(self.planned, self.merge.held):
             return
         for name, sha256 in made.items():
-            told = self._merge.held.output.get(name)
+            told = self.merge.held.output.get(name)
             if told is not None and told.sha256 not in (None, sha256):
                 what = f"the lock says that {name} has the SHA-256 {told.sha256}, but made again it has {sha256}"
                 yield Problem(what, hint="the lock was changed after the merge was made, or here it is made otherwise")
 
     def report(self, problems: Sequence[Problem]) -> Report:
         """All that was found, and the problems that were known before."""
-        planned, names = self._planned, {shard.name for shard in self._shards}
+        planned, names = self.planned, {shard.name for shard in self.shards}
         every = [whole_tensor(shard.name, job) for shard in planned.shards for job in shard.jobs]
         in_full = [piece for piece in every if piece.file in names]
-        headers = _header_bytes(self._tensors.values())
+        headers = _header_bytes(self.tensors.values())
         headers += sum(_header_bytes(model.checkpoint.tensors.values()) for model in planned.locked.models)
         alone = not planned.locked.recipe.publish.plain
-        compared = (*self._sample.pieces, *(piece for piece in in_full if alone or piece.job.name in self._tensors))
-        earlier = other_numbers(planned, self._merge.held) if self._differences else []
+        compared = (*self.sample.pieces, *(piece for piece in in_full if alone or piece.job.name in self.tensors))
+        earlier = other_numbers(planned, self.merge.held) if self.differences else []
         return Report(
-            model=self._merge.located.name,
-            commit=self._merge.located.commit,
+            model=self.merge.located.name,
+            commit=self.merge.located.commit,
             plan=planned.hash,
-            made_with=self._merge.held.made_with,
-            seed=self._seed,
+            made_with=self.merge.held.made_with,
+            seed=self.seed,
             tensors=len(every),
             entries=planned.entries,
             compared=tuple(Compared(each.job.name, each.file, each.start, each.stop) for each in compared),
-            left_out=self._sample.left_out,
-            read=headers + sum(piece.cost for piece in (*self._sample.pieces, *in_full)),
+            left_out=self.sample.left_out,
+            read=headers + sum(piece.cost for piece in (*self.sample.pieces, *in_full)),
             of=headers + sum(piece.cost for piece in every),
-            problems=(*earlier, *problems, *self._problems),
-            differences=tuple(self._differences),
-            doubts=tuple(_doubts(self._merge.held)) if self._differences else (),
+            problems=(*earlier, *problems, *self.problems),
+            differences=tuple(self.differences),
+            doubts=tuple(_doubts(self.merge.held)) if self.differences else (),
         )
 
 

@@ -203,7 +203,8 @@ class Bot:
             return
         event = self._events.change(event, is_meant=True)
         try:
-            self._queue(event, _author(authors, event.repo), text, self._plan(text, event.repo), force=True)
+            author = next((name for name in authors if name), event.repo.split("/")[0])  # who may write committed it
+            self._queue(event, author, text, self._plan(text, event.repo), force=True)
         except JobError as error:
             self._put_off(event, error.problems, _LATER)
         except MergerError as error:
@@ -260,11 +261,6 @@ class Bot:
     def _close(self, event: WebhookEvent, words: str = "") -> None:
         event = self._say(event, words) if words else event
         self._events.change(event, state="over")
-
-
-def _author(authors: Sequence[str], repo: str) -> str:
-    """Whose merge it is: who may write to main has committed it, so where nobody is named, the repo's owner's."""
-    return next((name for name in authors if name), repo.split("/")[0])
 
 
 def plan_words(planned: Planned, repo: str) -> str:

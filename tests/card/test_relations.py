@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 import merger
 from merger.cli.commands import main
 from merger.engine.execute import Observed
-from merger.engine.geometry import observe
+from merger.engine.geometry import BlockSample
 from merger.methods.steps.step import Array
 from merger.planning.geometry import Geometry, dump_geometry, load_geometry, total_geometry
 from merger.run.look import sample_geometry, sampled_doubts
@@ -25,6 +25,13 @@ from merger.run.options import Options
 from merger.run.prepare import plan, read_recipe
 
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def observe(inputs: Sequence[Array], result: Array, start: int, entries: int, base: Array | None = None) -> Geometry:
+    """The geometry of a block that is there as a whole."""
+    sample = BlockSample(start, start + inputs[0].size, entries)
+    sample.take(start, [*inputs, result, *(() if base is None else (base,))])
+    return sample.geometry(len(inputs), base is not None)
 
 
 def normal(draw: np.random.Generator, entries: int) -> Array:

@@ -36,14 +36,11 @@ Slot = tuple[int, int]
 def portrait(family: Family) -> Picture:
     """The picture, as PNG and as SVG."""
     drawn = family if len(family.members) <= _MOST else _nearest(family)
-    return Picture(NAME, _alt(family, drawn), lambda figure: _paint(figure, drawn), ("png", "svg"))
-
-
-def _alt(family: Family, drawn: Family) -> str:
     merge, *others = family.members
     left = len(family.members) - len(drawn.members)
     more = f"; {left} more are in the text only" if left else ""
-    return f"Lineage of {merge.name}: {len(others)} models, {len(merge.parents)} of them its parents{more}"
+    alt = f"Lineage of {merge.name}: {len(others)} models, {len(merge.parents)} of them its parents{more}"
+    return Picture(NAME, alt, lambda figure: _paint(figure, drawn), ("png", "svg"))
 
 
 def _nearest(family: Family) -> Family:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merger.card.pictures.canvas import DASHES, HUES, MARKERS, WIDTH, Picture, legible, shorten_middle
 from merger.card.relations import OUTSIDE, Apart, Layer, Line, Parameter, Track
@@ -60,7 +60,10 @@ def _paint_settings(figure: Figure, panels: Sequence[tuple[str, Sequence[Line]]]
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for panel, (title, lines) in zip(axes, panels, strict=True):
         drawn = [_draw(panel, places, line.values, number) for number, line in enumerate(lines)]
-        _legend(panel, drawn, [line.label for line in lines], title)
+        labels = [line.label for line in lines]
+        panel.set_ylabel(title)
+        place: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": _columns(labels), "borderaxespad": 0.2}
+        panel.legend(drawn, _alt_words(labels), **place)
     _axis(axes[-1], places)
 
 
@@ -100,9 +103,6 @@ def _paint_movement(figure: Figure, found: Sequence[Track]) -> None:
 
 def _by_layer(track: Track, measure: _Measure) -> Mapping[Layer, float]:
     return {layer: value for layer, apart in track.layers.items() if (value := measure(apart)) is not None}
-
-
-# ---- what both have in common ---------------------------------------------------------------------------------------
 
 
 def _places(found: Iterable[Mapping[Layer, float] | Mapping[Layer, Apart]]) -> dict[Layer, float]:
@@ -147,12 +147,6 @@ def _axis(axes: Axes, places: Mapping[Layer, float]) -> None:
     )
     stacks = list(dict.fromkeys(layer[0] for layer in inside))
     axes.set_xlabel("layer" if len(stacks) < 2 else f"layer of {', then of '.join(stacks)}")
-
-
-def _legend(axes: Axes, lines: list[Line2D], labels: list[str], title: str) -> None:
-    axes.set_ylabel(title)
-    columns = _columns(labels)
-    axes.legend(lines, _alt_words(labels), loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)
 
 
 def _alt_words(labels: Sequence[str]) -> list[str]:

@@ -157,7 +157,7 @@ def _make(source: Factor, load: Load) -> tuple[Array, Array, Geometry]:
     product = source.product
     if isinstance(product, MergedDeltas):
         merged = blend(product, load)
-        found = decompose(lambda: _rows_of(merged.middle), merged.middle.shape, source.rank)
+        found = decompose(lambda: iter([(0, merged.middle)]), merged.middle.shape, source.rank)
         left, right = merged.outside(found.left, found.right)
         found = replace(found, left=left, right=right)
     else:
@@ -211,7 +211,3 @@ def _rows(source: Input, load: Load) -> Iterator[tuple[int, Array]]:
     for first in range(0, count, step):
         last = min(first + step, count)
         yield first, load(source, first * width, last * width, room).reshape(last - first, width)
-
-
-def _rows_of(matrix: Array) -> Iterator[tuple[int, Array]]:
-    yield 0, matrix

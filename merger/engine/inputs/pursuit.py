@@ -111,9 +111,6 @@ def _factors(target: Array, atoms: Atoms, chosen: Numbers) -> tuple[Numbers, Arr
     return chosen, np.linalg.lstsq(rows.T, target.astype(np.float64), rcond=None)[0].astype(np.float32)
 
 
-# ---- as a source ----------------------------------------------------------------------------------------------------
-
-
 def pursue_rows(source: Pursuit, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """The known rows, and among them those that are pursued."""
     made, width = rows_of_map(source.known, start, stop, out, tensors), source.known.width

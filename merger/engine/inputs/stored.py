@@ -90,9 +90,6 @@ def read_rows(tensors: StoredTensors, part: Stored | StageTensor, numbers: Numbe
     return out
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
-
-
 def rows_of_map(source: Rows, start: int, stop: int, out: Array, tensors: StoredTensors) -> Array:
     """Rows of a map: a run of one tensor's rows as it lies there, else a few rows at a time."""
     width = source.width

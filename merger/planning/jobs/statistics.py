@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from merger.errors import Problem
-from merger.lock.locked import LockedModel
 from merger.lock.parents import Checksum, changed_files
 from merger.lock.statistics import statistic_name, statistic_shape
 from merger.methods.registry import Method
@@ -74,25 +73,20 @@ def statistics_of(
     kind = method.statistics
     if kind is None:
         return [None] * len(parts), iter(())
-    numbers = [locked.index(part.source.statistics) if part.source.statistics else None for part, _, _ in parts]
-    held = [
-        None if number is None else _measured(locked.numbered(number), kind, part.model, tensor)
-        for number, (part, tensor, _) in zip(numbers, parts, strict=True)
-    ]
-    found = [
-        None if number is None or tensor is None else Stored(number, tensor)
-        for number, tensor in zip(numbers, held, strict=True)
-    ]
-    return found, _misfits(kind, parts, held)
+    found = [_measured(locked, kind, part, tensor) for part, tensor, _ in parts]
+    return found, _misfits(kind, parts, found)
 
 
-def _measured(measured: LockedModel, kind: str, model: LockedModel, tensor: TensorInfo) -> TensorInfo | None:
-    name = model.matched.get(tensor.name, tensor.name)
-    return measured.checkpoint.tensors.get(statistic_name(kind, name))
+def _measured(locked: StagedRecipe, kind: str, part: Segment, tensor: TensorInfo) -> Stored | None:
+    if part.source.statistics is None:
+        return None
+    number, name = locked.index(part.source.statistics), part.model.matched.get(tensor.name, tensor.name)
+    held = locked.numbered(number).checkpoint.tensors.get(statistic_name(kind, name))
+    return None if held is None else Stored(number, held)
 
 
 def _misfits(
-    kind: str, parts: Sequence[tuple[Segment, TensorInfo, tuple[int, ...]]], held: Sequence[TensorInfo | None]
+    kind: str, parts: Sequence[tuple[Segment, TensorInfo, tuple[int, ...]]], held: Sequence[Stored | None]
 ) -> Iterator[tuple[Segment, str]]:
     """Fisher information is of every tensor; of inputs something is measured for all models or for none.
 
@@ -104,7 +98,5 @@ def _misfits(
         if found is None and wanted:
             yield part, f"{part.source.statistics} holds nothing of {tensor.name}"
         elif found is not None and found.shape != (asked := statistic_shape(kind, shape, like)):
-            yield (
-                part,
-                f"{found.name} in {part.source.statistics} has the shape {found.shape}, and {asked} is asked for",
-            )
+            where = f"{found.tensor.name} in {part.source.statistics}"
+            yield part, f"{where} has the shape {found.shape}, and {asked} is asked for"

@@ -75,7 +75,9 @@ def make_mixture(locked: StagedRecipe, mixture: Mixture, seed: int) -> tuple[Job
 def _layout(locked: StagedRecipe, mixture: Mixture) -> Layout:
     """The first that fits, of those that the recipe allows."""
     wanted = matching(mixture.architecture) if mixture.architecture else tuple(layout.name for layout in LAYOUTS)
-    layouts, types = [layout for layout in LAYOUTS if layout.name in wanted], _types(locked)
+    layouts = [layout for layout in LAYOUTS if layout.name in wanted]
+    configs = [locked.numbered(number).checkpoint.config for number in locked.own]
+    types = list(dict.fromkeys(config.get("model_type", "of no known kind") for config in configs))
     tried = {layout: _why_not(layout, mixture) for layout in layouts if types in [[kind] for kind in layout.made_of]}
     found = next((layout for layout, why in tried.items() if why is None), None)
     if found is not None:
@@ -84,13 +86,10 @@ def _layout(locked: StagedRecipe, mixture: Mixture) -> Layout:
     made_of = ", ".join(f"{layout.name} of {' or '.join(layout.made_of)}" for layout in layouts)
     told = reasons or f"a layout is made of models that are all of one kind, {made_of}"
     what = f"no layout fits these models ({', '.join(map(str, types))}): {told}"
-    raise MismatchError(Problem(what, mixture.architecture_at or mixture.at, "experts", _hint(mixture)))
-
-
-def _hint(mixture: Mixture) -> str:
+    hint = "take models of one architecture, with or without a shared expert as the layout asks"
     if mixture.architecture:
-        return "leave architecture: out, or change what it asks for"
-    return "take models of one architecture, with or without a shared expert as the layout asks"
+        hint = "leave architecture: out, or change what it asks for"
+    raise MismatchError(Problem(what, mixture.architecture_at or mixture.at, "experts", hint))
 
 
 def _why_not(layout: Layout, mixture: Mixture) -> str | None:
@@ -107,12 +106,6 @@ def _why_not(layout: Layout, mixture: Mixture) -> str | None:
     if layout.shared_router is not None and not shared[0].positive_prompts:
         return "has a shared expert with positive_prompts"
     return None
-
-
-def _types(locked: StagedRecipe) -> list[Any]:
-    """The model_types of the recipe's models, each once."""
-    configs = [locked.numbered(number).checkpoint.config for number in locked.own]
-    return list(dict.fromkeys(config.get("model_type", "of no known kind") for config in configs))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def left_out_files(locked: StagedRecipe, small: Texts) -> dict[str, str]:
     return left_beside(owner.located.files, {*small.taken, *read}) if is_model else {}
 
 
-def other_pipelines(locked: StagedRecipe, small: Texts) -> list[str]:
+def other_pipelines(locked: StagedRecipe) -> list[str]:
     """Sentences on files of sentence-transformers that are the base's own, and other ones in other models."""
     base = locked.config_owner
     if locked.recipe.lora is not None or not any(model.pipeline for model in locked.merged):

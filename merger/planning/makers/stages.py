@@ -16,7 +16,7 @@ from merger.planning.inputs.base import PASSTHROUGH, Job, Operand
 from merger.planning.inputs.derived import Mean
 from merger.planning.jobs.make import make_jobs
 from merger.planning.makers.side_files import texts
-from merger.planning.stage_model import StagedRecipe, StageModel, Texts
+from merger.planning.stage_model import StagedRecipe, StageModel
 from merger.planning.unused_tensors import config
 from merger.recipe.model import ModelRef
 
@@ -38,12 +38,14 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
         small = texts(document, making.tokens)
         jobs = {job.name: job if recipe.mean_of is None else _as_mean(job) for job in making.jobs}
         tensors = {name: TensorInfo(job.name, job.dtype, job.shape, "", 0, job.nbytes) for name, job in jobs.items()}
+        models = {name: document.numbered(number) for name, number in small.taken.items()}
+        known = {name: model.texts[name] for name, model in models.items() if name in model.texts}
         stage = StageModel(
             ModelRef(recipe.name or "", at=recipe.name_at),
             document.config_owner.located,
             Checkpoint(tensors, config(document, making)),
             document.config_owner.card,
-            _held_files(document, small),
+            small.edit(known),
             locked=document,
             jobs=jobs,
             reasons=making.reasons,
@@ -53,12 +55,6 @@ def with_stages(found: LockedRecipe, table: Mapping[str, Method], seed: int | No
         )
         locked = replace(locked, stages=(*locked.stages, stage))
     return locked
-
-
-def _held_files(document: StagedRecipe, small: Texts) -> Mapping[str, bytes]:
-    """Of a stage's small files those that the plan knows of its models."""
-    models = {name: document.numbered(number) for name, number in small.taken.items()}
-    return small.edit({name: model.texts[name] for name, model in models.items() if name in model.texts})
 
 
 def _as_mean(job: Job) -> Job:

@@ -74,10 +74,7 @@ def _perplexities(place: Value) -> tuple[Perplexity, ...]:
 
 
 def _perplexity(place: Value) -> Perplexity | None:
-    if isinstance(place.node, spans.Scalar) and isinstance(place.node.value, str):
-        place.expected("a map with the key text", f"write {{text: {place.node.value}}}")
-        return None
-    fields = place.fields("a map with the key text", PERPLEXITY)
+    fields = place.fields("a map with the key text", PERPLEXITY, in_place="write {{text: {}}}")
     text = fields.need("text", f"name {_A_TEXT}") if fields else None
     if fields is None or text is None:
         return None

@@ -153,12 +153,10 @@ def _hole(found: OpenPlace) -> Hole | None:
         hint = "values of parameters, merge_method and layer_range can be searched"
         place.error("nothing can be searched here", hint)
         return None
-    name = fields.get("name")
-    named = (name.text("a name") if name else None) or found.name
-    hole = Hole(named, place.at)
+    hole = Hole(fields.text("name", "a name") or found.name, place.at)
     if isinstance(wanted.node, Scalar):
         return _tie(wanted, fields, hole)
-    return _range(wanted, fields, hole, found) if _is_range(wanted.node) else _choice(wanted, fields, hole, found)
+    return _range(wanted, fields, hole, found) if _is_range(wanted.node) else _choice(wanted, fields, hole)
 
 
 def _is_range(node: Node) -> bool:
@@ -223,9 +221,8 @@ def _scale(fields: Fields, hole: Hole, found: OpenPlace) -> Hole:
 
 
 def _range_start(fields: Fields, hole: Hole) -> Hole:
-    place = fields.get("start")
     within = Range(hole.low, hole.high)
-    given = place.number(f"what it is without a search: from {within}", within) if place else None
+    given = fields.number("start", f"what it is without a search: from {within}", within)
     return replace(hole, start=hole.number_at(0.5) if given is None else given)
 
 
@@ -239,7 +236,7 @@ def _total(fields: Fields, hole: Hole, group: str) -> Hole:
     return replace(hole, group=group, total=total)
 
 
-def _choice(wanted: Value, fields: Fields, hole: Hole, found: OpenPlace) -> Hole | None:
+def _choice(wanted: Value, fields: Fields, hole: Hole) -> Hole | None:
     items = wanted.items("two or more choices")
     for key in [key for key in ("log", "step", "anchors", "sum") if fields.get(key)]:
         fields.places[key].error(f"{key} has no meaning among choices", "take it out", fields.places[key].key)

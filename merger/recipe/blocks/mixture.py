@@ -11,7 +11,7 @@ from merger.errors import did_you_mean
 from merger.recipe import spans
 from merger.recipe.model import Expert, Mixture, ModelRef
 from merger.recipe.references import MEAN, UNREADABLE, identity, read_model
-from merger.recipe.spans import Scalar, number
+from merger.recipe.spans import number
 from merger.recipe.values import Fields, Hints, Value
 from merger.safety.numbers import COUNT, Range
 
@@ -95,10 +95,7 @@ def _gate_mode(place: Value) -> str:
 
 
 def _expert(place: Value, gate_mode: str, shared: bool) -> Expert:
-    if isinstance(place.node, Scalar) and isinstance(place.node.value, str):
-        place.expected("a map with the key source_model", f"write - source_model: {place.node.value}")
-        return Expert(UNREADABLE, at=place.at)
-    fields = place.fields("a map with the key source_model", EXPERT, _EXPERT_HINTS)
+    fields = place.fields("a map with the key source_model", EXPERT, _EXPERT_HINTS, "write - source_model: {}")
     if fields is None:
         return Expert(UNREADABLE, at=place.at)
     model = read_model(fields, "source_model", _A_MODEL)

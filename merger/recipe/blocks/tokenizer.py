@@ -58,10 +58,7 @@ def tokenizer(fields: Fields) -> Tokenizer | None:
 
 
 def _block(place: Value) -> Tokenizer:
-    if isinstance(place.node, spans.Scalar) and isinstance(place.node.value, str):
-        place.expected("a map with the key source", f"write tokenizer: {{source: {place.node.value}}}")
-        return Tokenizer(at=place.key)
-    fields = place.fields("a map with the key source", TOKENIZER)
+    fields = place.fields("a map with the key source", TOKENIZER, in_place="write tokenizer: {{source: {}}}")
     if fields is None:
         return Tokenizer(at=place.key)
     source, tokens, missing, rows = (fields.get(key) for key in ("source", "tokens", "missing", "rows"))
@@ -142,16 +139,12 @@ def _row_source(place: Value) -> TokenOf | str | None:
     kind = fields.need("kind", "write kind: zero, or kind: model_token") if fields else None
     if fields is None or kind is None:
         return None
-    if _word(kind, KINDS, f"write {_A_ROW_SOURCE}") == KINDS[0]:
-        return _zero(fields)
-    return _token_of(fields)
-
-
-def _zero(fields: Fields) -> str:
+    if _word(kind, KINDS, f"write {_A_ROW_SOURCE}") != KINDS[0]:
+        return _token_of(fields)
     for key in ROW_SOURCE[1:]:
         if unused := fields.get(key):
             unused.warn(f"{key} has no effect beside kind: zero", "take it out", unused.key)
-    return "zero"
+    return KINDS[0]
 
 
 def _token_of(fields: Fields) -> TokenOf | None:

@@ -257,7 +257,6 @@ class CachedStore:
         self._disk = FolderStore()
 
     def has(self, path: str) -> bool:
-        """What the Hub has."""
         return self._hub.has(path)
 
     def locate(self, path: str, revision: str | None) -> Located:
@@ -265,7 +264,6 @@ class CachedStore:
         return self._hub.locate(path, revision)
 
     def names(self, path: str, of_folders: bool) -> list[str]:
-        """Those on the Hub."""
         return self._hub.names(path, of_folders)
 
     def fetch(self, model: Located, file: str, start: int = 0, stop: int | None = None) -> bytes:

@@ -105,7 +105,6 @@ class Files:
         self._reading: dict[str, io.BufferedReader] = {}
 
     def open(self, name: str) -> Outlet:
-        """A file."""
         return in_folder(self._scratch.folder(), name).open("wb", buffering=0)
 
     def _path(self, name: str) -> Path:
@@ -132,7 +131,6 @@ class Files:
         return CommitOperationAdd(name, self._reading[name])
 
     def committed(self, name: str) -> None:
-        """Free the disk."""
         self._reading.pop(name).close()
         self._path(name).unlink()
 
@@ -176,15 +174,12 @@ class Streams:
         return client.describe_sent(shard, stream.sample)
 
     def small(self, name: str, content: bytes) -> CommitOperationAdd:
-        """As it is."""
         return CommitOperationAdd(name, content)
 
     def file(self, name: str, path: Path) -> CommitOperationAdd:
-        """By name."""
         return CommitOperationAdd(name, str(path))
 
     def committed(self, name: str) -> None:
-        """Forget it."""
         del self._open[name]
 
     def close(self) -> None:
