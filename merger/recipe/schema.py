@@ -159,7 +159,8 @@ def _source(keys: tuple[str, ...]) -> Json:
 
 def _measure() -> Json:
     numbered = {key: _or_null(_whole(within)) for key, within in measuring.WHOLES.items()}
-    return _map(measuring.MEASURE, _describe_fields(Measure), numbered, ["measure"])
+    kinds = {**numbered, "merged": _flag()}
+    return _map(measuring.MEASURE, _describe_fields(Measure), kinds, ["measure"])
 
 
 def _mean() -> Json:
