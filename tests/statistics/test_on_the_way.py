@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +109,8 @@ def through(models: list[Any], tokens: list[Tensor], alpha: float) -> dict[str, 
     state = merged.state_dict()
     for name, tensor in state.items():
         tensor.copy_(sum(model.state_dict()[name] for model in models) / len(models))
-    parts = [f"model.layers.{layer}." for layer in range(len(merged.model.layers))] + ["lm_head."]
+    parts = [f"model.layers.{layer}." for layer in range(len(merged.model.layers))]
+    parts += [] if merged.config.tie_word_embeddings else ["lm_head."]
     for number, part in enumerate(parts):
         known = []
         for model, ids in zip(models, tokens, strict=True):
@@ -153,6 +157,33 @@ def test_fed_by_the_merges_own_layers_it_is_regmean_plus_plus(kind: str, here: P
     merger.merge(merger.parse(recipe().replace("8}", "8, seed: 7}", 1)), "./plain")
     plain, first = load_file("plain/model.safetensors"), "model.layers.{}.mlp.up_proj.weight"
     assert [torch.equal(plain[first.format(layer)], made[first.format(layer)]) for layer in range(3)] == [False] * 3
+
+
+RUN = """
+import json, sys
+import merger
+from merger.run.options import Options
+from merger.statistics.kept import find_kept, measure_awaited
+_, awaited = find_kept(merger.parse(sys.argv[1]), Options(threads=2))
+measure_awaited(awaited)
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([peak, max(each.planned.peak_memory for each in awaited)]))
+"""
+
+
+@thorough_only
+def test_memory_is_planned_where_the_merge_feeds_its_layers(here: Path) -> None:
+    """Of two models as of one no more than the plan says, and with four times as many layers as much as before."""
+    found = {}
+    for layers in (2, 8):
+        for name in ("one", "two"):
+            more: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2304, "head_dim": 192, "vocab_size": 8000}
+            write_model(here / name, num_hidden_layers=layers, max_position_embeddings=512, **more)
+        asked = recipe(more=", merged: true").replace("24, length: 8", "1024, length: 128")
+        done = subprocess.run([sys.executable, "-c", RUN, asked], check=True, capture_output=True, text=True)
+        found[layers] = json.loads(done.stdout)
+    assert all(peak <= told for peak, told in found.values()), found
+    assert found[8][0] < 1.15 * found[2][0], found
 
 
 def test_a_killed_measurement_on_the_way_goes_on(here: Path) -> None:
