@@ -159,8 +159,7 @@ def _source(keys: tuple[str, ...]) -> Json:
 
 def _measure() -> Json:
     numbered = {key: _or_null(_whole(within)) for key, within in measuring.WHOLES.items()}
-    kinds = {**numbered, "merged": _flag()}
-    return _map(measuring.MEASURE, _describe_fields(Measure), kinds, ["measure"])
+    return _map(measuring.MEASURE, _describe_fields(Measure), numbered, ["measure"])
 
 
 def _mean() -> Json:
@@ -378,7 +377,7 @@ def _or_null(shape: Json) -> Json:
 
 _FLAGS = (
     "private", "create_pr", "safetensors", "core", "embeddings", "distribute_scale", "skip_rest", "parents",
-    "allow_non_finite", "force", "log",
+    "allow_non_finite", "force", "log", "merged",
 )  # fmt: skip
 _TEXTS = ("name", "license", "license_name", "license_link", "license_override", "template", "include", "exclude",
           "storage", "architecture")  # fmt: skip

@@ -45,5 +45,5 @@ def statistics(place: Value, model: ModelRef, kind: str | None) -> ModelRef | No
     for key in GRAM if kind != "gram" else ():
         if (odd := fields.get(key)) is not None:
             odd.error(f"{key} is for Gram matrices, and {kind} is measured here", "take it out", odd.key)
-    known: dict[str, Any] = {**fields.wholes(WHOLES), "merged": fields.flag("merged")}
+    known = fields.wholes(WHOLES) | {"merged": fields.flag("merged")}
     return Measure(f"{kind} of {model} on {data}", at=place.at, kind=kind, model=model, measure=data, **known)
