@@ -64,11 +64,12 @@ def main() -> int:
     parser.add_argument("--in", dest="folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 512], help="0: whole Gram matrices")
-    parser.add_argument("--tokens", type=int, default=2048)
-    given = parser.parse_args()
-    print(
-        "| layers | `--blocks` | all files | memory, planned | memory, measured | seconds |\n|---|---|---|---|---|---|"
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="in sequences of 512, of which 8 are summed up at once"
     )
+    given = parser.parse_args()
+    columns = "layers", "tokens", "`--blocks`", "all files", "memory, planned", "memory, measured", "seconds"
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for layers in given.layers:
         model, to = given.folder / "model", given.folder / "gram"
         write_model(model, layers)
@@ -76,9 +77,8 @@ def main() -> int:
             line = [sys.executable, "-c", RUN, str(model), str(to), str(given.tokens), str(blocks)]
             found = json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
             size, planned, peak = (f"{found[key] / 1e9:.1f} GB" for key in ("size", "planned", "peak"))
-            print(
-                f"| {layers} | {blocks or 'whole'} | {size} | {planned} | {peak} | {found['seconds']:.0f} |", flush=True
-            )
+            told = layers, f"{given.tokens:,}", blocks or "whole", size, planned, peak, round(found["seconds"])
+            print(f"| {' | '.join(map(str, told))} |", flush=True)
             shutil.rmtree(to)
         shutil.rmtree(model)
     return 0
