@@ -15,7 +15,7 @@ THOROUGH := run/test_reliability.py run/test_disk.py run/test_memory.py \
 	distributed/test_ray.py distributed/test_spread.py project/test_integrations.py planning/test_large.py planning/test_lora_tokens.py \
 	planning/test_lora_pipelines.py \
 	planning/test_transplant.py run/test_hub_line.py run/test_notebook.py run/test_resume.py \
-	statistics/test_measure.py \
+	statistics/test_measure.py statistics/test_on_the_way.py \
 	space/test_api.py space/test_bot.py space/test_door.py space/test_jobs.py space/test_page.py space/test_publish.py \
 	space/test_webhooks.py
 

@@ -29,10 +29,15 @@ from merger.run.prepare import parse_text, plan
 from merger.searching.candidates import Candidates
 from merger.searching.objectives import Scorer, scorers
 from merger.searching.search import Effort, search
+from merger.statistics.kept import find_kept, measure_awaited
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "which-method.md"
+FED_BY_MERGE = {"regmean_plus_plus": "regmean"}
+"""Methods whose statistics are of what the merge's own layers are fed, under the names of their papers."""
 _RESAMPLED = 2000
+_BLOCK, _MIXED = 4096, 1 << 17
+"""Characters of each task's text: those in a row, and those that are measured on for the base at most."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,29 @@ class Comparison:
         return str(self.folder / path) if path.startswith(".") else path
 
     def statistics(self, task: str | None, kind: str) -> Path:
-        """Where those of a specialist, or the base, are; measured on its own text, or none, if not there yet."""
+        """Where those of a specialist, or the base, are; measured on its own text if not there yet."""
         folder = self.folder / f"{task or 'base'}-{kind}"
         if not folder.exists():
-            text = (self.folder / self.told["train"].format(task=task)).resolve() if task else "random-tokens"
+            text = self._train(task) if task else self._mixed()
             command = ["measure", self.model(task), "--kind", kind, "--data", str(text), "--length", "128"]
             subprocess.run([sys.executable, "-m", "merger", *command, "--to", str(folder)], check=True)
         return folder
+
+    def _known(self, name: str, method: Method, task: str | None) -> Any:
+        if name in FED_BY_MERGE and task:
+            return {"measure": str(self._train(task)), "length": 128, "merged": True}
+        return str(self.statistics(task, str(method.statistics)))
+
+    def _train(self, task: str) -> Path:
+        return (self.folder / self.told["train"].format(task=task)).resolve()
+
+    def _mixed(self) -> Path:
+        """A text of all tasks in turn: what the base model was trained on."""
+        texts = [self._train(task).read_text("utf-8") for task in self.told["models"]]
+        lines = (text[start : start + _BLOCK] for start in range(0, _MIXED, _BLOCK) for text in texts)
+        mixed = self.folder / "mixed.jsonl"
+        mixed.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), "utf-8")
+        return mixed
 
     def text(self, split: str, task: str) -> dict[str, Any]:
         """The objective of a task."""
@@ -63,8 +84,9 @@ class Comparison:
     def _limit(self, split: str) -> dict[str, int]:
         return {"limit": self.told["limits"][split]} if split in self.told.get("limits", {}) else {}
 
-    def recipe(self, method: Method, subset: Sequence[str], searched: bool) -> str | None:
+    def recipe(self, name: str, subset: Sequence[str], searched: bool) -> str | None:
         """The method on these specialists; None where it takes another number of models."""
+        method = methods()[FED_BY_MERGE.get(name, name)]
         least, most = method.models
         own = [self.model(task) for task in subset]
         base = {"first": own[0], "subtracted": self.model(None)}.get(method.base)
@@ -73,7 +95,7 @@ class Comparison:
         settings = self.told["settings"].get(method.name, {})
         rows = [
             {"model": self.model(task)}
-            | ({"statistics": str(self.statistics(task, str(method.statistics)))} if method.asks(not task) else {})
+            | ({"statistics": self._known(name, method, task)} if method.asks(not task) else {})
             for task in [*subset, *([None] if method.of_base else [])]
         ]
         content: dict[str, Any] = {"merge_method": method.name, "models": rows}
@@ -130,7 +152,7 @@ def _wanted(comparison: Comparison) -> Iterator[tuple[str, bool, tuple[str, ...]
     yield from (("", False, (task,)) for task in tasks)
     yield "", False, ()
     for subset in comparison.told["subsets"]:
-        yield from ((name, False, tuple(subset)) for name in methods())
+        yield from ((name, False, tuple(subset)) for name in [*methods(), *FED_BY_MERGE])
         yield from ((name, True, tuple(subset)) for name in comparison.told["searched"])
 
 
@@ -139,7 +161,7 @@ def _compare(
 ) -> dict[str, Any] | None:
     """What one merge, or a model alone, makes of each task; None where the method takes another number of models."""
     if name:
-        text = comparison.recipe(methods()[name], subset, searched)
+        text = comparison.recipe(name, subset, searched)
     else:
         alone = {"model": comparison.model(subset[0] if subset else None)}
         text = yaml.safe_dump({"merge_method": "passthrough", "models": [alone], "dtype": comparison.told["dtype"]})
@@ -149,7 +171,9 @@ def _compare(
     try:
         if searched:
             text = search(parse_text(text, "searched.yaml"), Options(), Effort()).recipe_text()
-        planned, store = plan(parse_text(text, "compared.yaml"), Options())
+        options, awaited = find_kept(recipe := parse_text(text, "compared.yaml"), Options())
+        measure_awaited(awaited)
+        planned, store = plan(recipe, options)
         with Candidates(planned, store) as made:
             seconds, items = made.spent.merging, [each.items.tolist() for each in made.score(judges)]
     except MergerError as error:

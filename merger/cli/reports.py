@@ -44,11 +44,12 @@ def measurement_text(planned: Measurement, disk: int) -> str:
     model = planned.locked.models[0]
     at = f" at commit {model.located.commit[:12]}" if model.located.commit else ""
     seconds = estimate_seconds(planned)
-    in_blocks = f" in blocks of {planned.blocks}" if planned.blocks else ""
+    more = f" in blocks of {planned.blocks}" if planned.blocks else ""
+    more += " fed by the merge's own layers" if planned.merge else ""
     lines = [
         f"model   {display_name(planned.locked.config_model)}{at}, {len(planned.layers)} layers",
         f"data    {planned.data}: {sequences * length:,} tokens in {sequences:,} sequences of {length:,}",
-        f"makes   {planned.kind}{in_blocks}, {sum(len(shard.tensors) for shard in planned.shards)} tensors in "
+        f"makes   {planned.kind}{more}, {sum(len(shard.tensors) for shard in planned.shards)} tensors in "
         f"{len(planned.shards)} files, {size(planned.size)}",
         f"reads   {size(planned.read_bytes)}",
         f"memory  {size(planned.peak_memory)} at most, with {planned.threads} threads",

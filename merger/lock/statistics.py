@@ -74,6 +74,7 @@ class Statistics:
         seed: for tokens drawn by chance.
         identity: names all that decides the numbers.
         blocks: how many inputs the blocks of Gram matrices are of; None: all.
+        merge: the plan's hash of the merge whose layers fed what was measured; None: the model's own.
         models: the model that was measured, and its adapter, if it had one.
         made_with: the versions of what measured.
         output: the files.
@@ -91,6 +92,7 @@ class Statistics:
     output: Mapping[str, FileInfo] = field(default_factory=dict)
     format: int = STATISTICS_FORMAT
     blocks: int | None = None
+    merge: str | None = None
 
     @property
     def measured_on(self) -> dict[str, Any]:
@@ -102,6 +104,7 @@ class Statistics:
             "sha256": self.digest,
             "seed": self.seed,
             **({"blocks": self.blocks} if self.blocks else {}),
+            **({"merge": self.merge} if self.merge else {}),
         }
 
     def text(self) -> str:
@@ -143,6 +146,7 @@ def read_statistics(text: str) -> Statistics:
             output=read_files(content["output"]),
             format=content["format"],
             blocks=None if (blocks := content.get("blocks")) is None else need_within(numbers.COUNT, blocks),
+            merge=None if (merge := content.get("merge")) is None else need_kind(str, merge),
         )
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         hint = "make them with merger measure"

@@ -280,7 +280,8 @@ def regmean(
     Cholesky's decomposition in float64. Inputs that no model has are averaged, and so is all that is no linear layer.
 
     Follows the paper's algorithm; α is 0.9 as there for all but T5, which takes 0.1. At α = 1 the matrices may be
-    singular, as they are of fewer tokens than inputs; that is refused.
+    singular, as they are of fewer tokens than inputs; that is refused. With merged: true where the Gᵢ are measured, the
+    layers before are the merge's own: that is RegMean++ (Nguyen et al., arXiv 2508.03121).
 
     Args:
         weight: how much of each model goes in.

@@ -137,7 +137,8 @@ def _of_statistics(locked: StagedRecipe) -> Iterator[str]:
             )
             few = said.kind == "gram" and said.tokens < widest
             singular = f", fewer than the {widest:,} inputs of a layer: only alpha below 1 can be" if few else ""
-            yield f"{said.kind} of {whose}, measured on {said.tokens:,} tokens of {said.data}{singular}"
+            fed = ", fed by the merge's own layers" if said.merge else ""
+            yield f"{said.kind} of {whose}, measured on {said.tokens:,} tokens of {said.data}{fed}{singular}"
 
 
 def _of_names(locked: StagedRecipe, making: JobSet) -> Iterator[str]:

@@ -102,6 +102,7 @@ class Measure(ModelRef):
         length: how many of them follow each other in one sequence; 512, unless it is said.
         seed: for tokens drawn by chance.
         blocks: of Gram matrices blocks of so many inputs along the diagonal, and nothing else.
+        merged: whether each layer is fed what the merge's own earlier layers make of the texts, as RegMean++ has it.
     """
 
     kind: str
@@ -111,6 +112,7 @@ class Measure(ModelRef):
     length: int = 512
     seed: int = 0
     blocks: int | None = None
+    merged: bool = False
 
 
 @dataclass(frozen=True)

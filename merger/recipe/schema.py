@@ -377,7 +377,7 @@ def _or_null(shape: Json) -> Json:
 
 _FLAGS = (
     "private", "create_pr", "safetensors", "core", "embeddings", "distribute_scale", "skip_rest", "parents",
-    "allow_non_finite", "force", "log",
+    "allow_non_finite", "force", "log", "merged",
 )  # fmt: skip
 _TEXTS = ("name", "license", "license_name", "license_link", "license_override", "template", "include", "exclude",
           "storage", "architecture")  # fmt: skip

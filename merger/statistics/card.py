@@ -45,6 +45,7 @@ def statistics_card(said: Statistics, name: str, model: LockedModel) -> str:
         "tokens": f"{said.tokens:,}, in sequences of {said.length:,}",
         "SHA-256 of the tokens' ids": code(said.digest),
         "seed": str(said.seed),
+        "fed by the layers of the merge": code(said.merge) if said.merge else "",
     }
     first, *rows = [f"| {what} | {fact} |" for what, fact in facts.items() if fact]
     return "\n".join(

@@ -24,6 +24,7 @@ _SCALING = "logits_scaling"
 
 def sum_squares(walk: Walk, missing: Sequence[StatisticsShard]) -> None:
     """Measure these files on the way back from the head to the first layer that one of them is of."""
+    walk.embed()
     wanted, count = {shard.layer: shard for shard in missing}, len(walk.planned.layers)
     for layer, model in walk.loaded(range(count)):
         walk.forward(walk.runner(model), layer, layer + 1)

@@ -24,29 +24,66 @@ Fed = Mapping[str, Any]
 
 def sum_inputs(walk: Walk, missing: Sequence[StatisticsShard]) -> None:
     """Measure these files on the way from the first layer to the last that one of them is of."""
+    walk.embed()
+    wanted, count = {shard.layer: shard for shard in missing}, len(walk.planned.layers)
+    for layer, model in walk.loaded(range(min(max(wanted) + 1, count))):
+        if layer in wanted:
+            _sum_layer(walk, wanted[layer], model, walk.runner(model))
+        else:
+            walk.forward(walk.runner(model))
+    if count in wanted:
+        _sum_head(walk, wanted[count])
+
+
+def sum_through(parts: Sequence[tuple[Walk, Sequence[StatisticsShard]]], merged: Walk) -> None:
+    """Measure these files of several models at once: of each, each layer on what the merged layers before make.
+
+    Args:
+        parts: of each model its walk, and the files that are missing.
+        merged: the merge's layers, each of which is made of what was measured of it before.
+    """
+    count = len(merged.planned.layers)
+    last = min(count, max((shard.layer for _, missing in parts for shard in missing), default=-1))
+    table = merged.whole(merged.planned.outside[merged.planned.tables[0]])
+    for walk, _ in parts:
+        walk.embed(table)
+    del table
+    for layer in range(last + 1):
+        for walk, shard in [(walk, shard) for walk, missing in parts for shard in missing if shard.layer == layer]:
+            for _, model in walk.loaded([min(layer, count - 1)]):
+                if layer == count:
+                    _sum_head(walk, shard)
+                else:
+                    _sum_layer(walk, shard, model, _passing(walk.runner(model)))
+        for _, model in merged.loaded([layer] if layer < last else []):
+            for walk, _ in parts:
+                walk.forward(merged.runner(model))
+
+
+def _passing(run: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """Runs a state through, and hands it on as it was."""
+    return lambda state: (run(state), state)[1]
+
+
+def _sum_layer(walk: Walk, shard: StatisticsShard, model: Any, run: Callable[[Array], Array]) -> None:
+    kind, place = walk.planned.kind, model.layers[0].get_submodule
+    matrices = [job.name for job in walk.planned.layers[shard.layer] if len(job.shape) == 2]
+    modules = [(statistic_name(kind, name), place(walk.role(name).removesuffix(".weight"))) for name in matrices]
+    _sum_up(walk, shard, modules, run)
+
+
+def _sum_head(walk: Walk, shard: StatisticsShard) -> None:
+    """What the last norm makes of the last layer's states."""
     import torch
 
-    wanted, planned = {shard.layer: shard for shard in missing}, walk.planned
-    count = len(planned.layers)
-    for layer, model in walk.loaded(range(min(max(wanted) + 1, count))):
-        if layer not in wanted:
-            walk.forward(walk.runner(model))
-            continue
-        matrices = [job.name for job in planned.layers[layer] if len(job.shape) == 2]
-        place = model.layers[0].get_submodule
-        modules = [
-            (statistic_name(planned.kind, name), place(walk.role(name).removesuffix(".weight"))) for name in matrices
-        ]
-        _sum_up(walk, wanted[layer], modules, walk.runner(model))
-    if count in wanted:
-        (_, norm), fed = walk.norm(), torch.nn.Identity()
+    (_, norm), fed = walk.norm(), torch.nn.Identity()
 
-        def feed(state: Array) -> Array:
-            with torch.no_grad():
-                fed(norm(torch.from_numpy(state)))
-            return state
+    def feed(state: Array) -> Array:
+        with torch.no_grad():
+            fed(norm(torch.from_numpy(state)))
+        return state
 
-        _sum_up(walk, wanted[count], [(wanted[count].tensors[0].name, fed)], feed)
+    _sum_up(walk, shard, [(shard.tensors[0].name, fed)], feed)
 
 
 def _sum_up(

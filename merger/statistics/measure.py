@@ -10,7 +10,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -27,13 +27,14 @@ from merger.methods.registry import methods
 from merger.methods.steps.step import Array
 from merger.models.formats.safetensors import ShardWriter, WrittenShard, header
 from merger.models.side_files import CARD_NAME, LOCK_NAME
+from merger.planning.plan import Plan
 from merger.run.options import Options, to_hub
 from merger.run.pipeline import Ready, Result, Resumed, ignore, place_of
 from merger.safety.numbers import DOWN, UP, size
 from merger.statistics.card import statistics_card
 from merger.statistics.gradients import sum_squares
-from merger.statistics.inputs import sum_inputs
-from merger.statistics.plan import Measurement, StatisticsShard
+from merger.statistics.inputs import sum_inputs, sum_through
+from merger.statistics.plan import Measurement, StatisticsShard, merged_part
 from merger.statistics.walk import States, Walk
 from merger.stores.ports import FileInfo, Published, Session
 from merger.stores.resolve import Library
@@ -45,7 +46,13 @@ if TYPE_CHECKING:
 _MADE_WITH = (runtime.PACKAGE, "numpy", "torch", "transformers")
 
 
-def measure_statistics(planned: Measurement, store: Library, options: Options, on_event: Observer = ignore) -> Result:
+Sum = Callable[[Walk, Sequence[StatisticsShard]], None]
+"""Measures the files of a model that are missing."""
+
+
+def measure_statistics(
+    planned: Measurement, store: Library, options: Options, on_event: Observer = ignore, sum_up: Sum | None = None
+) -> Result:
     """Measure what was planned and put it where it belongs.
 
     Args:
@@ -53,6 +60,7 @@ def measure_statistics(planned: Measurement, store: Library, options: Options, o
         store: where the model is.
         options: what it may use, and where it goes.
         on_event: is told of each file.
+        sum_up: how, if other models are measured with it.
 
     Raises:
         MergerError: any kind; finished files wait for another run.
@@ -65,7 +73,7 @@ def measure_statistics(planned: Measurement, store: Library, options: Options, o
     try:
         on_event(Ready())
         session.reserve(disk_at_once(planned, options))
-        held = _measure(planned, store, session, on_event)
+        held = _measure(planned, store, session, on_event, sum_up)
         files = _files(planned, store, place.name, held)
         published = session.finish(files, f"Statistics of {planned.locked.config_model.name}: {planned.kind}")
     except BaseException:
@@ -78,6 +86,38 @@ def measure_statistics(planned: Measurement, store: Library, options: Options, o
         published.where, published.commit, shards, len(shards), plan=planned.identity, seconds=seconds,
         card=files[CARD_NAME].decode(), lock=files[LOCK_NAME].decode(),
     )  # fmt: skip
+
+
+def measure_through(
+    parts: Sequence[tuple[Measurement, Library, Options]],
+    merge: Plan,
+    store: Library,
+    on_event: Observer = ignore,
+    others: Sequence[tuple[Walk, Sequence[StatisticsShard]]] = (),
+) -> None:
+    """Measure several models whose layers are fed by those of their merge, each of which is made meanwhile.
+
+    Args:
+        parts: of each model what is measured, where it is, and what that may use.
+        merge: which reads of what is measured as soon as it is.
+        store: where its models are, and what was measured.
+        on_event: is told of each file.
+        others: what is under way.
+
+    Raises:
+        MergerError: any kind; finished files wait for another run.
+    """
+    (planned, held, options), *rest = parts
+
+    def sum_up(walk: Walk, missing: Sequence[StatisticsShard]) -> None:
+        under_way = [*others, (walk, missing)]
+        if rest:
+            measure_through(rest, merge, store, on_event, under_way)
+        else:
+            tensors = ModelTensors(merge.locked, methods(), store)
+            sum_through(under_way, Walk(merged_part(planned, merge), tensors, walk.states, walk.pool, walk.write))
+
+    measure_statistics(planned, held, options, on_event, sum_up)
 
 
 def disk_at_once(planned: Measurement, options: Options) -> int:
@@ -98,7 +138,9 @@ def disk_at_once(planned: Measurement, options: Options) -> int:
     return needed
 
 
-def _measure(planned: Measurement, store: Library, session: Session, on_event: Observer) -> Mapping[str, WrittenShard]:
+def _measure(
+    planned: Measurement, store: Library, session: Session, on_event: Observer, sum_up: Sum | None
+) -> Mapping[str, WrittenShard]:
     """All files, of which those that are missing are measured now."""
     held = dict(session.held())
     missing = [shard for shard in planned.shards if shard.name not in held]
@@ -109,7 +151,7 @@ def _measure(planned: Measurement, store: Library, session: Session, on_event: O
         held[shard.name] = _write(shard, numbers, session)
         on_event(ShardDone(held[shard.name]))
 
-    if missing:
+    if missing or sum_up is not None:
         import torch  # noqa: F401  its threads are counted from here on
 
         sweep()
@@ -121,8 +163,7 @@ def _measure(planned: Measurement, store: Library, session: Session, on_event: O
             ThreadPoolExecutor(planned.threads) as pool,
         ):
             walk = Walk(planned, ModelTensors(planned.locked, methods(), store), states, pool, write)
-            walk.embed()
-            (sum_squares if planned.kind == "fisher" else sum_inputs)(walk, missing)
+            (sum_up or (sum_squares if planned.kind == "fisher" else sum_inputs))(walk, missing)
     return {shard.name: held[shard.name] for shard in planned.shards}
 
 

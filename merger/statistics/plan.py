@@ -30,6 +30,7 @@ from merger.models.side_files import LOCK_NAME
 from merger.planning.budget import embedding, layer_jobs, thread_memory
 from merger.planning.inputs.base import Job
 from merger.planning.makers.stages import with_stages
+from merger.planning.plan import Plan
 from merger.planning.stage_model import StagedRecipe
 from merger.recipe.blocks.evaluate import HUB_FILE
 from merger.recipe.model import Recipe
@@ -91,6 +92,7 @@ class Measurement:
         shards: the files.
         blocks: how many inputs the blocks of Gram matrices are of; None: all.
         peak_memory: the most bytes of memory that it takes.
+        merge: the plan's hash of the merge whose layers feed what is measured; None: the model's own.
     """
 
     locked: StagedRecipe
@@ -104,6 +106,7 @@ class Measurement:
     shards: tuple[StatisticsShard, ...] = field(repr=False)
     blocks: int | None = None
     peak_memory: int = 0
+    merge: str | None = None
 
     @property
     def width(self) -> int:
@@ -139,10 +142,10 @@ class Measurement:
 
     @property
     def read_bytes(self) -> int:
-        """How many bytes of tensors are read at most: for gradients, layers are read a second time."""
+        """How many bytes of tensors are read at most: for gradients, and for a merge, layers are read again."""
         layers = sum(stored.tensor.nbytes for layer in self.layers for job in layer for stored in job.reads)
         outside = sum(stored.tensor.nbytes for job in self.outside.values() for stored in job.reads)
-        return (2 if self.kind == "fisher" else 1) * layers + outside
+        return (2 if self.kind == "fisher" or self.merge else 1) * layers + outside
 
     @property
     def operations(self) -> int:
@@ -151,7 +154,7 @@ class Measurement:
         if self.kind == "fisher":
             return self.tokens.size * (4 * weights + 3 * embedding(self.locked).entries)
         sums = sum(tensor.entries for shard in self.shards for tensor in shard.tensors) if self.kind == "gram" else 0
-        return self.tokens.size * (weights + sums // 2)
+        return self.tokens.size * ((2 if self.merge else 1) * weights + sums // 2)
 
     @property
     def notes(self) -> list[str]:
@@ -180,6 +183,7 @@ class Measurement:
             self.tokens.shape,
             models,
             *([self.blocks] if self.blocks else []),
+            *([self.merge] if self.merge else []),
         ]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -215,6 +219,7 @@ class Measurement:
             identity=self.identity,
             models=self._parents(checksum),
             blocks=self.blocks,
+            merge=self.merge,
         )
 
     def _parents(self, checksum: Callable[[Located, str], str | None]) -> tuple[Parent, ...]:
@@ -319,6 +324,32 @@ def plan_measurement(
     named = data if HUB_FILE.fullmatch(data) else Path(data).name  # nothing of this machine is published
     draft = Measurement(locked, kind, ids, named, seed, threads, layers, outside, (), blocks)
     return _fit(draft, _shards(draft), options.max_memory), store
+
+
+def fed_by(planned: Measurement, merge: Plan) -> Measurement:
+    """The same measurement, fed by the layers of a merge."""
+    made = merged_part(planned, merge)
+    weights = max(sum(4 * job.entries for job in layer) for layer in made.layers)
+    table = made.outside[made.tables[0]]
+    making = max(weights + thread_memory(job, methods()) for layer in made.layers for job in layer)
+    embedding_bytes = 8 * table.entries + thread_memory(table, methods())  # rows of it are all of them at most
+    peak = max(planned.peak_memory, _PROCESS_BYTES + max(making, embedding_bytes))
+    return replace(planned, merge=merge.hash, peak_memory=peak)
+
+
+def merged_part(planned: Measurement, merge: Plan) -> Measurement:
+    """What a merge makes in place of this model, in float32.
+
+    Raises:
+        MismatchError: its layers are not those of this model, one by one.
+    """
+    made, pieces = {job.name: replace(job, dtype="F32") for job in merge.jobs}, merge.locked.recipe.slices
+    named = [[job.name for job in layer] for layer in (*planned.layers, planned.outside.values())]
+    if len(pieces) > 1 or merge.locked.recipe.stages or not all(name in made for names in named for name in names):
+        what = f"{planned.locked.config_model.name} is not merged layer by layer, tensor by tensor"
+        raise MismatchError(Problem(what, hint="leave out merged: true, which is for such merges alone"))
+    *layers, outside = (tuple(made[name] for name in names) for names in named)
+    return replace(planned, locked=merge.locked, layers=tuple(layers), outside={job.name: job for job in outside})
 
 
 def _refuse_other(locked: StagedRecipe) -> None:

@@ -83,10 +83,10 @@ class Walk:
         count = len(self.planned.tokens)
         return (range(start, min(start + size, count)) for start in range(0, count, size))
 
-    def embed(self) -> None:
-        """Keep the states before the first layer."""
+    def embed(self, table: Array | None = None) -> None:
+        """Keep the states before the first layer; `table`: the embedding, if that is not the model's own."""
         ids, places = np.unique(self.planned.tokens, return_inverse=True)
-        rows = self._tensors.rows(ids.tolist())
+        rows = self._tensors.rows(ids.tolist()) if table is None else table[ids]
         rows *= np.float32(self.config.get(EMBEDDING_FACTOR, 1.0))
         for sequence, mine in enumerate(places.reshape(self.planned.tokens.shape)):
             self.states.write(sequence, rows[mine])

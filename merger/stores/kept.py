@@ -43,7 +43,7 @@ class KeptStore(FolderStore):
 
     def locate(self, path: str, revision: str | None) -> Located:
         """Its files; when they were written says nothing, for the name says what they hold."""
-        folder = kept_folder(path)
+        folder = Path(self._kept[path].folder or kept_folder(path))
         sizes = {name: size for name, (size, _) in self._kept[path].heads.items()}
         if not sizes and not folder.is_dir():
             what = f"{path} was measured on the way of this merge, and is not kept here"

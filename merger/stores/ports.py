@@ -73,10 +73,12 @@ class Kept:
     Args:
         name: their kind, and what all that decides their numbers is called.
         heads: of those that this run may measure, each file's size and as much of its beginning as a plan reads.
+        folder: where they lie, if that is not where they are kept: they are read before the last of them is measured.
     """
 
     name: str
     heads: Mapping[str, tuple[int, bytes]] = field(default_factory=dict, repr=False)
+    folder: str | None = None
 
 
 @dataclass(frozen=True)

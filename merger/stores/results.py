@@ -145,7 +145,7 @@ class _Work:
 
     def __init__(self, folder: Path, shared: bool = False) -> None:
         self._folder, self._place = folder, _place_beside(folder)
-        self.new, self._old, self._done = self._place / "new", self._place / "old", self._place / "done"
+        self.new, self._old, self._done = work_folder(folder), self._place / "old", self._place / "done"
         self._mark = self._place / _MARK
         if not _is_free(self._place) and not self._mark.is_file():
             what = f"{self._place.name!r} beside the destination is needed for the work, but something else is there"
@@ -345,6 +345,11 @@ def _leftover(folder: Path) -> list[Leftover]:
     busy = not lock.take()
     lock.close()
     return [Leftover(str(place), len(shards), sum(shard.size for shard in shards), busy)]
+
+
+def work_folder(folder: Path) -> Path:
+    """Where the finished files of a result lie until it has its name."""
+    return _place_beside(folder) / "new"
 
 
 def _place_beside(folder: Path) -> Path:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from merger.engine.execute import ShardDone
 from merger.errors import MergerError, UploadError
-from merger.lock.statistics import read_statistics, statistic_name
+from merger.lock.statistics import KINDS, read_statistics, statistic_name
 from merger.methods.registry import Statistic
 from merger.models.checkpoint import TensorInfo
 from merger.models.formats.safetensors import header
@@ -180,21 +180,26 @@ def test_a_run_goes_on_with_the_same_tokens_alone(tmp_path: Path) -> None:
 
 
 RUN = """
-import json, sys
+import json, os, sys
 from merger.run.options import Options
 from merger.statistics.measure import measure_statistics
 from merger.statistics.plan import plan_measurement
-model, kind, to = sys.argv[1:]
+model, kind, to, last = sys.argv[1:]
 options = Options(to=to, threads=2)
 plan, store = plan_measurement(model, kind, "random-tokens", 1024, 128, options)
-measure_statistics(plan, store, options)
+made = []
+def told(event):
+    made.append(event)
+    if len(made) > int(last):
+        os.kill(os.getpid(), 9)
+measure_statistics(plan, store, options, told)
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"peak": peak, "planned": plan.peak_memory}))
 """
 
 
 @thorough_only
-@pytest.mark.parametrize("kind", ["gram", "fisher"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_planned_and_does_not_grow_with_layers(kind: Statistic, tmp_path: Path) -> None:
     """At two widths no more than the plan says, and with four times as many layers as much as before."""
     found = {}
@@ -202,13 +207,27 @@ def test_memory_is_planned_and_does_not_grow_with_layers(kind: Statistic, tmp_pa
         folder = tmp_path / f"{width}-{layers}"
         more = {"hidden_size": width, "intermediate_size": 3 * width, "head_dim": width // 4, "vocab_size": 8000}
         write_model(folder / "model", num_hidden_layers=layers, max_position_embeddings=512, **more)
-        line = [sys.executable, "-c", RUN, str(folder / "model"), kind, str(folder / "out")]
+        line = [sys.executable, "-c", RUN, str(folder / "model"), kind, str(folder / "out"), "99"]
         done = subprocess.run(line, check=True, capture_output=True, text=True)
         found[width, layers] = json.loads(done.stdout)
         shutil.rmtree(folder)
     assert all(each["peak"] <= each["planned"] for each in found.values()), found
     assert found[768, 8]["peak"] < 1.15 * found[768, 2]["peak"]
     assert found[768, 8]["planned"] < 1.02 * found[768, 2]["planned"]
+
+
+@thorough_only
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_that_is_killed_goes_on(kind: Statistic, tmp_path: Path) -> None:
+    """By SIGKILL at every word that it says, one more each time: in the end the files are those of one run."""
+    write_model(tmp_path / "model", max_position_embeddings=128)
+    lines = [[sys.executable, "-c", RUN, str(tmp_path / "model"), kind, str(tmp_path / to)] for to in ("one", "two")]
+    subprocess.run([*lines[0], "99"], check=True)
+    codes = [subprocess.run([*lines[1], str(last)], check=False).returncode for last in range(8)]
+    assert codes[0] == -9
+    assert codes[-1] == 0
+    one, two = (read_statistics((tmp_path / to / "merger.lock.yaml").read_text()) for to in ("one", "two"))
+    assert one == two
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, int, str]] = {

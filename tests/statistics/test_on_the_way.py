@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +17,9 @@ import yaml
 from calls import called
 from places import ZOO
 from safetensors.torch import load_file
-from test_measure import Stop, planned, write_model
+from test_measure import Stop, fed, planned, write_model
 from thorough import THOROUGH, thorough_only
+from torch import Tensor
 
 import merger
 from merger.errors import MergerError
@@ -47,6 +53,11 @@ def recipe(data: str = "random-tokens", method: str = "regmean", more: str = "")
 def kept(here: Path) -> dict[str, int]:
     """The files that are kept, with the times of their writing."""
     return {path.parent.name + path.name: path.stat().st_mtime_ns for path in here.glob("cache/merger/statistics/*/*")}
+
+
+def contents(here: Path) -> dict[str, bytes]:
+    """The files that are kept, and what they hold."""
+    return {str(path): path.read_bytes() for path in here.glob("cache/merger/statistics/*/*")}
 
 
 @pytest.mark.parametrize(("method", "kind"), [("regmean", "gram"), *([("fisher", "fisher")] if THOROUGH else [])])
@@ -92,6 +103,89 @@ def test_lock_and_card_say_what_was_measured_on_and_it_can_be_verified(here: Pat
     assert (gone.code, "is not kept here" in gone.err, "run its recipe" in gone.err) == (3, True, True), gone
 
 
+def through(models: list[Any], tokens: list[Tensor], alpha: float) -> dict[str, Tensor]:
+    """RegMean++ in float64, by whole models: all tensors' means, but the linear ones, layer by layer."""
+    merged = copy.deepcopy(models[0])
+    state = merged.state_dict()
+    for name, tensor in state.items():
+        tensor.copy_(sum(model.state_dict()[name] for model in models) / len(models))
+    parts = [f"model.layers.{layer}." for layer in range(len(merged.model.layers))]
+    parts += [] if merged.config.tie_word_embeddings else ["lm_head."]
+    for number, part in enumerate(parts):
+        known = []
+        for model, ids in zip(models, tokens, strict=True):
+            mixed = copy.deepcopy(merged)
+            if part == "lm_head.":
+                mixed.model.norm = model.model.norm
+            else:
+                mixed.model.layers[number] = copy.deepcopy(model.model.layers[number])
+            known.append({name: torch.cat(rows) for name, rows in fed(mixed, ids).items() if name.startswith(part)})
+        for name in known[0]:
+            grams = [rows[name].T @ rows[name] / len(rows[name]) for rows in known]
+            grams = [alpha * gram + (1 - alpha) * gram.diag().diag() for gram in grams]
+            total = sum(model.state_dict()[name] @ gram for model, gram in zip(models, grams, strict=True))
+            state[name].copy_(torch.linalg.solve(sum(grams), total.T).T)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["llama", *(["qwen3", "granite"] if THOROUGH else [])])
+def test_fed_by_the_merges_own_layers_it_is_regmean_plus_plus(kind: str, here: Path) -> None:
+    """In float64 by whole models, each on tokens of its own; killed at any file it goes on, and nothing is other."""
+    models = [write_model(here / name, kind, initializer_range=seed, num_hidden_layers=3).double()
+              for name, seed in (("one", 0.3), ("two", 0.2))]  # fmt: skip
+    text = recipe(more=", merged: true").replace("8, merged", "8, seed: 7, merged", 1)
+    found = merger.parse(text)
+    awaited = find_kept(found, Options())[1]
+    tokens = [torch.from_numpy(each.planned.tokens).long() for each in awaited]
+    assert not torch.equal(*tokens)
+    measure_awaited(awaited)
+    written = contents(here)
+    merger.merge(found, "./out")
+    assert "of random-tokens, fed by the merge's own layers" in Path("out/README.md").read_text()
+    assert merger.verify("./out", everything=True).passed
+    made = load_file("out/model.safetensors")
+    for name, expected in through(models, tokens, 0.9).items():
+        if name in made:
+            torch.testing.assert_close(made[name], expected.float(), rtol=1e-3, atol=1e-4)
+    for last in range(1, 2 * len(awaited[0].planned.shards) - 1, 1 if THOROUGH else 3):
+        for each in awaited:
+            shutil.rmtree(each.options.to)
+        with pytest.raises(KeyboardInterrupt):
+            measure_awaited(find_kept(found, Options())[1], Stop(last))
+        measure_awaited(find_kept(found, Options())[1])
+        assert contents(here) == written
+    merger.merge(merger.parse(recipe().replace("8}", "8, seed: 7}", 1)), "./plain")
+    plain, first = load_file("plain/model.safetensors"), "model.layers.{}.mlp.up_proj.weight"
+    assert [torch.equal(plain[first.format(layer)], made[first.format(layer)]) for layer in range(3)] == [False] * 3
+
+
+RUN = """
+import json, sys
+import merger
+from merger.run.options import Options
+from merger.statistics.kept import find_kept, measure_awaited
+_, awaited = find_kept(merger.parse(sys.argv[1]), Options(threads=2))
+measure_awaited(awaited)
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([peak, max(each.planned.peak_memory for each in awaited)]))
+"""
+
+
+@thorough_only
+def test_memory_is_planned_where_the_merge_feeds_its_layers(here: Path) -> None:
+    """Of two models as of one no more than the plan says, and with four times as many layers as much as before."""
+    found = {}
+    for layers in (2, 8):
+        for name in ("one", "two"):
+            more: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2304, "head_dim": 192, "vocab_size": 8000}
+            write_model(here / name, num_hidden_layers=layers, max_position_embeddings=512, **more)
+        asked = recipe(more=", merged: true").replace("24, length: 8", "1024, length: 128")
+        done = subprocess.run([sys.executable, "-c", RUN, asked], check=True, capture_output=True, text=True)
+        found[layers] = json.loads(done.stdout)
+    assert all(peak <= told for peak, told in found.values()), found
+    assert found[8][0] < 1.15 * found[2][0], found
+
+
 def test_a_killed_measurement_on_the_way_goes_on(here: Path) -> None:
     """What is finished is not measured again."""
     found = merger.parse(recipe())
@@ -125,6 +219,11 @@ def test_a_search_measures_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert plans == ["./one", "./two"]
 
 
+ROWS = [ROW.format(name=name, data="random-tokens", more=", merged: true") for name in ("one", "two")]
+SEARCHED = "parameters: {alpha: {search: [0, 1]}}\nsearch: {objectives: [{function: 'judge:score'}], trials: 2}\n"
+SLICED = "merge_method: regmean\nslices:\n" + "".join(
+    f"  - sources: [{', '.join(row[:-1] + f', layer_range: [{at}, {at + 1}]}}' for row in ROWS)}]\n" for at in range(2)
+)
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "a recipe that nobody vouches for": (
         lambda: plan(merger.parse(recipe()), Options(to="./out")), "is measured on the way where somebody runs",
@@ -134,7 +233,25 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "too few tokens": (lambda: find_kept(merger.parse(recipe("few.txt")), Options()), "few.txt makes"),
     "too little disk": (lambda: find_kept(merger.parse(recipe()), Options(max_disk=10)), "of disk at once"),
-    "blocks of Fisher": (lambda: merger.parse(recipe(method="fisher", more=", blocks: 4")), "has no blocks"),
+    "blocks of Fisher": (
+        lambda: merger.parse(recipe(method="fisher", more=", blocks: 4")), "blocks is for Gram matrices, and fisher",
+    ),
+    "Fisher by the merge's layers": (
+        lambda: merger.parse(recipe(method="fisher", more=", merged: true")), "merged is for Gram matrices",
+    ),
+    "one by the merge's layers": (
+        lambda: find_kept(merger.parse(recipe(more=", merged: true").replace(", merged: true", "", 1)), Options()),
+        "stands beside some models alone",
+    ),
+    "numbers that are searched": (
+        lambda: find_kept(merger.parse(recipe(more=", merged: true") + SEARCHED), Options()), "other for other numbers",
+    ),
+    "slices": (
+        lambda: find_kept(merger.parse(SLICED), Options()), "one is not merged layer by layer, tensor by tensor",
+    ),
+    "too little disk for all at once": (
+        lambda: find_kept(merger.parse(recipe(more=", merged: true")), Options(max_disk=20_000)), "at once this takes",
+    ),
     "an unknown key": (lambda: merger.parse(recipe(more=", token: 4")), "unknown key 'token'"),
 }  # fmt: skip
 

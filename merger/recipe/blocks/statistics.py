@@ -2,7 +2,7 @@
 
     statistics := reference
                 | {measure: FILE | hf://[datasets/]owner/name[@revision]/FILE | random-tokens,
-                   tokens: 65536, length: 512, seed: 0, blocks: 512}
+                   tokens: 65536, length: 512, seed: 0, blocks: 512, merged: false}
 
 Not here: whether the method asks for it (checks), and measuring (statistics).
 """
@@ -15,7 +15,9 @@ from merger.recipe.references import UNREADABLE, reference, refuse_mean
 from merger.recipe.values import Value
 from merger.safety.numbers import COUNT, SEED
 
-MEASURE = ("measure", "tokens", "length", "seed", "blocks")
+GRAM = ("blocks", "merged")
+"""Keys for Gram matrices alone."""
+MEASURE = ("measure", "tokens", "length", "seed", *GRAM)
 WHOLES = {"tokens": COUNT, "length": COUNT, "seed": SEED, "blocks": COUNT}
 _DATA = "a file of texts, hf://datasets/owner/name/file, or random-tokens"
 
@@ -40,7 +42,8 @@ def statistics(place: Value, model: ModelRef, kind: str | None) -> ModelRef | No
     if kind is None:
         place.warn("nothing asks for what is measured here; it has no effect", "take statistics: out")
         return None
-    if fields.get("blocks") and kind != "gram":
-        fields.places["blocks"].error(f"{kind} has no blocks", "take it out", fields.places["blocks"].key)
-    known = fields.wholes(WHOLES)
+    for key in GRAM if kind != "gram" else ():
+        if (odd := fields.get(key)) is not None:
+            odd.error(f"{key} is for Gram matrices, and {kind} is measured here", "take it out", odd.key)
+    known = fields.wholes(WHOLES) | {"merged": fields.flag("merged")}
     return Measure(f"{kind} of {model} on {data}", at=place.at, kind=kind, model=model, measure=data, **known)
