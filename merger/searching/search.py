@@ -55,10 +55,12 @@ class Searching:
     Args:
         work: its study.
         seconds: how long it took to come so far.
+        planned: its recipe as it was before the search.
     """
 
     work: Worker
     seconds: float
+    planned: Plan
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def search(
     line = _Line(recipe, options, effort.of(recipe))
     with _settings(options.threads), Candidates(line.planned, line.store, options.device) as candidates:
         work = line.study(candidates)
-        on_event(Searching(work, time.monotonic() - began))
+        on_event(Searching(work, time.monotonic() - began, line.planned))
         told = partial(_tell, work, on_event)
         why = work.run(partial(line.judge, candidates), told, line.searched.minutes, wait=not effort.join)
         trials, best = work.trials(), work.best(effort.top)
