@@ -257,6 +257,8 @@ def _add_search(commands: Commands) -> None:
     where = "where the study is kept: a file, or a database's address (default: beside the recipe)"
     search.add_argument("--storage", metavar="PLACE", help=where)
     search.add_argument("--workers", type=_whole(numbers.PARTS), default=1, metavar="N", help="processes that try")
+    engine = "have all --workers but this one started on a Ray cluster"
+    search.add_argument("--engine", dest="launcher", choices=("ray",), help=engine)
     search.add_argument("--join", action="store_true", help="try candidates for another process of the same storage")
     search.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models are made and run")
     _add_limits(search)

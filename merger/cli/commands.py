@@ -146,26 +146,28 @@ def _search(arguments: argparse.Namespace) -> int:
     from merger.run.extras import refuse_missing
     from merger.run.options import stated_destination, with_free_memory
     from merger.run.prepare import read_recipe
-    from merger.searching.effort import Effort, workers
+    from merger.searching.effort import Effort
 
-    recipe, options = read_recipe(arguments.recipe), _options(arguments)
-    stated_destination(recipe, options)  # a destination that cannot be called so is said before anything is tried
+    recipe, given = read_recipe(arguments.recipe), _options(arguments)
+    stated_destination(recipe, given)  # a destination that cannot be called so is said before anything is tried
     effort = Effort(*(getattr(arguments, key) for key in ("trials", "minutes", "storage", "top", "join")))
     searched = effort.of(recipe)
-    refuse_missing(replace(recipe, search=searched), options.device)
+    refuse_missing(replace(recipe, search=searched), given.device)
     # before torch is there: threads that wait actively take the cores of other workers
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from merger.searching.search import Event as SearchEvent  # takes what may be missing
+    from merger.cli.workers import at_work_beside  # takes what may be missing
+    from merger.searching.search import Event as SearchEvent
     from merger.searching.search import search, write_study
 
-    options = _measured(recipe, with_free_memory(options), arguments)
+    options = _measured(recipe, with_free_memory(given), arguments)
     told = None if arguments.quiet else reports.Trials(searched)
+    with at_work_beside(arguments, replace(recipe, search=searched), given, effort) as look:
 
-    def tell(event: SearchEvent) -> None:
-        if told is not None:
-            told.show(event)
+        def tell(event: SearchEvent) -> None:
+            look(event)
+            if told is not None:
+                told.show(event)
 
-    with workers(arguments.workers - 1, _as_worker(arguments, searched.storage)):
         study = search(recipe, options, effort, tell)
     if arguments.join:
         return 0
@@ -176,18 +178,6 @@ def _search(arguments: argparse.Namespace) -> int:
         print(reports.study_text(study, written))
     arguments.measured = options.measured  # planned and measured by now
     return 0 if arguments.to is None else _merge(read_recipe(written[0]), arguments, study.found)
-
-
-def _as_worker(arguments: argparse.Namespace, storage: str | None) -> list[str]:
-    """What another process is told that tries candidates of the same study, with its share of the cores."""
-    from merger.system import cores
-
-    threads = max(1, (arguments.threads or cores()) // arguments.workers)
-    given = {"trials": arguments.trials, "minutes": arguments.minutes, "storage": storage, "device": arguments.device,
-             "seed": arguments.seed, "max-memory": arguments.max_memory, "threads": threads}  # fmt: skip
-    told = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    flags = [*(["--allow-pickle"] if arguments.allow_pickle else []), *([] if arguments.cache else ["--no-cache"])]
-    return [str(arguments.recipe), *told, *flags]
 
 
 def _extract(arguments: argparse.Namespace) -> int:

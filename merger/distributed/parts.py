@@ -1,11 +1,12 @@
-"""Parts made by the tasks of a Ray cluster: Ray places them, and starts those anew whose process or node dies.
+"""Parts made, and workers at work, in tasks of a Ray cluster: Ray places them, and starts those anew that die.
 
-Not here: what a part is (planning.shards), how one is made (run, which is handed in), and Hub jobs (hub_jobs).
+Not here: what a part is (planning.shards), what a task does (which is handed in), and Hub jobs (hub_jobs).
 """
 
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,21 +39,74 @@ def on_ray(
         PartError: a part's process died again and again; or there is no Ray.
     """
     failed: list[MergerError] = []
-    with _cluster() as ray:
-        _refuse_too_much([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
-        task = ray.remote(_made_here).options(max_retries=RESTARTS, **resources)
-        waiting = {task.remote(make, part): part for part in parts}
-        while waiting:
-            (ended,), _ = ray.wait(list(waiting), num_returns=1)
-            part = waiting.pop(ended)
-            try:
-                yield part, ray.get(ended)
-            except ray.exceptions.RayError as error:
-                failed.append(_refusal(error, part))
+    with _begun(make, parts, resources, "part") as (ray, waiting):
+        for part, end in _ends(ray, waiting, "part"):
+            if isinstance(end, MergerError):
+                failed.append(end)
+            else:
+                yield part, end
     if failed:
         kinds = {type(error) for error in failed}
         kind = kinds.pop() if len(kinds) == 1 else PartError
         raise kind(problem for error in failed for problem in error.problems)
+
+
+@contextmanager
+def beside(
+    work: Callable[[Part], object],
+    workers: Sequence[Part],
+    resources: Mapping[str, float],
+    tell: Callable[[Part, str | MergerError], object],
+) -> Iterator[None]:
+    """Have workers at work elsewhere while something is done here; those that are at it when that is done are ended.
+
+    Args:
+        work, resources: as `on_ray` has them.
+        workers: their numbers.
+        tell: is told of each that has come to its end by itself: on which node, or what was wrong.
+
+    Raises:
+        BudgetError, PartError: as `on_ray` does.
+    """
+    with _begun(work, workers, resources, "worker") as (ray, waiting):
+        over = threading.Event()
+
+        def watch() -> None:
+            for worker, end in _ends(ray, waiting, "worker"):
+                if not over.is_set():
+                    tell(worker, end)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            for task in [*waiting]:
+                ray.cancel(task, force=True)
+            watcher.join()
+
+
+@contextmanager
+def _begun(
+    make: Callable[[Part], object], parts: Sequence[Part], resources: Mapping[str, float], called: str
+) -> Iterator[tuple[Any, dict[Any, Part]]]:
+    """Ray, and the tasks that are begun."""
+    with _cluster() as ray:
+        _refuse_too_much([node["Resources"] for node in ray.nodes() if node["Alive"]], resources, called)
+        task = ray.remote(_made_here).options(max_retries=RESTARTS, **resources)
+        yield ray, {task.remote(make, part): part for part in parts}
+
+
+def _ends(ray: Any, waiting: dict[Any, Part], called: str) -> Iterator[tuple[Part, str | MergerError]]:
+    """Each task as it ends: on which node, or what was wrong."""
+    while waiting:
+        (ended,), _ = ray.wait(list(waiting), num_returns=1)
+        part = waiting.pop(ended)
+        try:
+            yield part, ray.get(ended)
+        except ray.exceptions.RayError as error:
+            yield part, _refusal(error, f"{called} {part}")
 
 
 @contextmanager
@@ -77,14 +131,14 @@ def _cluster() -> Iterator[Any]:
             ray.shutdown()
 
 
-def _refuse_too_much(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> None:
+def _refuse_too_much(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float], called: str) -> None:
     """Ray would wait for such a node for ever, without a word."""
     if not any(all(node.get(_OF_A_NODE[name], 0) >= much for name, much in resources.items()) for node in nodes):
         wanted = ", ".join(
             f"{size(much) if name == 'memory' else f'{much:g}'} {_OF_A_NODE[name]}" for name, much in resources.items()
         )
         hint = "fewer --threads, a smaller --max-memory, or add a larger node"
-        raise BudgetError(Problem(f"no node of the Ray cluster has room for a part ({wanted})", hint=hint))
+        raise BudgetError(Problem(f"no node of the Ray cluster has room for a {called} ({wanted})", hint=hint))
 
 
 def _made_here(make: Callable[[Part], object], part: Part) -> str:
@@ -92,12 +146,12 @@ def _made_here(make: Callable[[Part], object], part: Part) -> str:
     return platform.node()
 
 
-def _refusal(error: Exception, part: Part) -> MergerError:
-    """What the part itself refused, or that its process died; anything else it raised is a bug, and raised here."""
+def _refusal(error: Exception, task: str) -> MergerError:
+    """What the task itself refused, or that its process died; anything else it raised is a bug, and raised here."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, MergerError):
-        return type(cause)(replace(problem, what=f"part {part}: {problem.what}") for problem in cause.problems)
+        return type(cause)(replace(problem, what=f"{task}: {problem.what}") for problem in cause.problems)
     if isinstance(cause, Exception):
         raise error
-    what = f"part {part}: its process died {RESTARTS + 1} times ({type(error).__name__})"
+    what = f"{task}: its process died {RESTARTS + 1} times ({type(error).__name__})"
     return PartError(Problem(what, hint="most likely for lack of memory: smaller --max-memory, or fewer --threads"))

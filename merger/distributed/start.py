@@ -7,7 +7,7 @@ Not here: how a part is made, which is the same `run` everywhere.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -117,13 +117,7 @@ def distribute(
 
 def _refuse_what_stays(planned: Plan, options: Options) -> None:
     """All machines must see the parents, the destination, and all that says what is made."""
-    recipe = planned.locked.recipe
-    hint = "push it to the Hub, or make the merge in one run"
-    problems = [
-        Problem(f"the folder {model.ref.path} is on this machine alone", at=model.ref.at, hint=hint)
-        for model in planned.locked.models
-        if model.located.commit is None
-    ]
+    recipe, problems = planned.locked.recipe, models_here(planned)
     if is_lock(Path(recipe.path)):
         hint = "start the parts yourself with --part, or give the recipe"
         problems.append(Problem(f"{recipe.path}: a lock file stays here, the other machines get the recipe", hint=hint))
@@ -132,6 +126,16 @@ def _refuse_what_stays(planned: Plan, options: Options) -> None:
         problems.append(Problem(f"the folder {to} is on this machine alone", hint="give --to hf://owner/name"))
     if problems:
         raise RecipeError(problems)
+
+
+def models_here(planned: Plan) -> list[Problem]:
+    """What keeps a plan from being made elsewhere: its models in folders."""
+    hint = "push it to the Hub, or do it on this machine alone"
+    return [
+        Problem(f"the folder {model.ref.path} is on this machine alone", at=model.ref.at, hint=hint)
+        for model in planned.locked.models
+        if model.located.commit is None
+    ]
 
 
 def _part_made(planned: Plan, part: Part, where: str) -> PartMade:
@@ -148,10 +152,13 @@ def _by_ray(planned: Plan, options: Options, engine: Engine, parts: Sequence[Par
     recipe = planned.locked.recipe
     # No token goes along, each node has its own: Ray writes a task's environment into its logs, as they are.
     make = partial(make_part, recipe.text, recipe.path, options, planned.identity)
-    cuda = {"num_gpus": 1} if options.device == "cuda" else {}
-    resources = {"num_cpus": planned.threads, "memory": planned.peak_memory, **cuda}
-    for part, where in on_ray(make, parts, resources):
+    for part, where in on_ray(make, parts, room_of_task(planned.threads, planned.peak_memory, options)):
         yield _part_made(planned, part, where)
+
+
+def room_of_task(threads: int, memory: int, options: Options) -> Mapping[str, float]:
+    """What a task takes of its node, in Ray's words."""
+    return {"num_cpus": threads, "memory": memory} | ({"num_gpus": 1} if options.device == "cuda" else {})
 
 
 def make_part(text: str, path: str, options: Options, identity: str, part: Part) -> None:

@@ -1,12 +1,7 @@
-"""How far a search goes, and by how many processes; all of it without what a search takes. Not here: the search."""
+"""How far a search goes, and where it is kept; told without what a search takes. Not here: the search."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,26 +47,3 @@ class Effort:
 def results_of(recipe: Path) -> Path:
     """The folder beside a recipe in which its search keeps what is no recipe."""
     return recipe.with_name(f"{recipe.stem}.search")
-
-
-@contextmanager
-def workers(count: int, arguments: Sequence[str]) -> Iterator[None]:
-    """Let so many more processes try candidates; those that are still at it at the end are ended.
-
-    Args:
-        count: how many.
-        arguments: what the command is given in each of them.
-    """
-    line = [sys.executable, "-P", "-m", "merger", "search", *arguments, "--join", "--quiet"]
-    started = [subprocess.Popen(line, stdin=subprocess.DEVNULL) for _ in range(count)]
-    # one that is killed is gone for the others as soon as somebody has asked for its end
-    watchers = [threading.Thread(target=process.wait, daemon=True) for process in started]
-    for watcher in watchers:
-        watcher.start()
-    try:
-        yield
-    finally:
-        for process in started:
-            process.terminate()
-        for watcher in watchers:
-            watcher.join()

@@ -56,11 +56,13 @@ class Searching:
         work: its study.
         seconds: how long it took to come so far.
         arithmetic: what candidates run in, such as ``float32``.
+        planned: its recipe as it was before the search.
     """
 
     work: Worker
     seconds: float
     arithmetic: str
+    planned: Plan
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def search(
         arithmetic = work.agree("arithmetic", arithmetic_of(line.planned, options.device))
         with Candidates(line.planned, line.store, options.device, arithmetic) as candidates:
             work.aims = replace(work.aims, base=line.base(candidates))
-            on_event(Searching(work, time.monotonic() - began, arithmetic))
+            on_event(Searching(work, time.monotonic() - began, arithmetic, line.planned))
             told = partial(_tell, work, on_event)
             why = work.run(partial(line.judge, candidates), told, line.searched.minutes, wait=not effort.join)
             trials, best = work.trials(), work.best(effort.top)

@@ -1,7 +1,8 @@
-"""Parts made by the workers of a real Ray on this machine, one of them killed in the middle of its work."""
+"""Parts made, and numbers searched, by the workers of a real Ray on this machine, one of them killed at its work."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ import pytest
 import tiny
 from calls import WRITER, Command
 from loopback import LoopbackHub
+from places import ZOO
+from postgres import running
 from thorough import thorough_only
 from waiting import HANGS_SECONDS, until
 
@@ -28,6 +31,19 @@ models:
     parameters: {weight: 0.6, density: 0.5}
 publish: {license: apache-2.0}
 """
+SEARCHED = """\
+merge_method: linear
+models:
+  - {model: zoo/kjv, parameters: {weight: {search: [0, 1]}}}
+  - {model: zoo/python, parameters: {weight: {search: [0, 1]}}}
+search:
+  trials: 48
+  prune: false
+  objectives: [{loss: hf://datasets/org/words@TEXTS/lines.txt}]
+publish: {license: apache-2.0}
+"""
+WORKERS = "select count(distinct value_json) from trial_user_attributes where key = 'worker'"
+"""How many workers have tried a candidate."""
 DRIVER = """
 import json
 import sys
@@ -173,3 +189,28 @@ def a_part_that_fits_no_node_is_refused(ray: Driver) -> None:
     code, said = ray.ended()
     assert code == 5
     assert "no node of the Ray cluster has room for a part (64 CPU, " in said
+
+
+@thorough_only
+def test_a_search_on_ray(ray: Driver, at: Path, hub: LoopbackHub) -> None:
+    """A worker that is killed loses its trial only, which is tried anew; what stays on this machine is refused."""
+    for name in ("kjv", "python"):
+        hub.add_model(f"zoo/{name}", ZOO / name)
+    texts = hub.add_model("datasets/org/words", {"lines.txt": (ZOO / "kjv" / "heldout.txt").read_bytes()[:16_000]})
+    (at / "open.yaml").write_text(SEARCHED.replace("TEXTS", texts))
+    with running() as postgres:
+        address, said = postgres.database(), (ray.folder / "said").read_text
+        ray.start("search", "open.yaml", "--engine", "ray", "--workers", "3", "--storage", address)
+        until(lambda: "searching 2 numbers" in said(), said)
+        until(lambda: postgres.asked(address, WORKERS) == 3, said)
+        until(lambda: kill_one_at_work(ray.process.pid), said)
+        code, told = ray.ended()
+    assert code == 0, told
+    with (at / "open.search" / "trials.csv").open() as file:
+        trials = list(csv.DictReader(file))
+    assert {trial["state"] for trial in trials} == {"complete"}
+    assert 48 <= len(trials) <= 50, "of workers that see the last place at once each may take it"
+    assert len({tuple(trial.values())[2:4] for trial in trials}) == len(trials)
+    ray.start("search", "open.yaml", "--engine", "ray", "--workers", "2")
+    assert ray.ended()[0] == 2
+    assert "study.log is on this machine alone\n    give --storage postgresql://host/name" in said()

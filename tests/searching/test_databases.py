@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from postgres import Postgres, running
 from thorough import thorough_only
 
 from merger.recipe.searched import Values
@@ -24,27 +20,13 @@ from merger.searching.trials import Step
 from searching.test_study import hill, numbers, run, searched
 
 pytestmark = thorough_only
-PATH = os.pathsep.join([os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))])
-PLACES = [shutil.which(name, path=PATH) for name in ("initdb", "pg_ctl", "createdb")]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Path]:
-    """The folder of the socket of a PostgreSQL that listens nowhere else; it runs as no administrator."""
-    if None in PLACES or find_spec("psycopg") is None:
-        pytest.skip("PostgreSQL and its driver are not here: apt-get install postgresql; pip install -e '.[postgres]'")
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # a socket's path must be short
-    user = "postgres" if os.geteuid() == 0 else None
-    if user is not None:
-        shutil.chown(folder, user)
-    call = partial(subprocess.run, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    data = ("-D", folder / "data")
-    call([PLACES[0], *data, "--auth=trust", "--username=postgres", "--no-sync"])
-    options = f"-c listen_addresses= -c fsync=off -k {folder}"
-    call([PLACES[1], *data, "-w", "-l", folder / "log", "-o", options, "start"])
-    yield folder
-    call([PLACES[1], *data, "-m", "immediate", "stop"])
-    shutil.rmtree(folder)
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL."""
+    with running() as found:
+        yield found
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -52,9 +34,8 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A database with nothing in it."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/study.db"
-    folder, name = request.getfixturevalue("server"), f"d{abs(hash(str(tmp_path)))}"
-    subprocess.run([PLACES[2], "-h", folder, "-U", "postgres", name], check=True)
-    return f"postgresql://postgres@/{name}?host={folder}"
+    found: Postgres = request.getfixturevalue("postgres")
+    return found.database()
 
 
 @pytest.mark.parametrize("at", [1, 6, 12])
