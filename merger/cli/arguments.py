@@ -355,6 +355,7 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument(
         "--seed", type=_whole(numbers.GIVEN_SEED), metavar="N", help="what the sample is drawn from (default: chance)"
     )
+    _add_pickles(verify)
     _add_means(verify)
 
 
@@ -375,6 +376,7 @@ def _add_card(commands: Commands) -> None:
     card.add_argument("model", metavar="MODEL", help="hf://owner/name, owner/name or a folder")
     card.add_argument("--template", metavar="FILE", help="in place of the lock's publish.template")
     card.add_argument("--new-version", metavar="REPO", help="a newer model, to which the Hub points from its page")
+    _add_pickles(card)
     card.add_argument("--print", dest="print_only", action="store_true", help="print it, and write nothing")
 
 
@@ -428,12 +430,16 @@ def _add_place(parser: argparse.ArgumentParser, default: str = "; default: the r
         metavar="N",
         help="for methods that draw random numbers; the recipe's otherwise",
     )
+    _add_pickles(parser)
+    _add_means(parser)
+
+
+def _add_pickles(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
         help="of models without safetensors, read pytorch_model.bin: its tensors alone, nothing in it is run",
     )
-    _add_means(parser)
 
 
 def _add_means(parser: argparse.ArgumentParser) -> None:

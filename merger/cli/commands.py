@@ -308,7 +308,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     from merger.run.options import Options, with_free_memory
     from merger.verification.verify import Begun, Extent, verify
 
-    means = Options(max_memory=arguments.max_memory, threads=arguments.threads, cache=arguments.cache)
+    means = Options(
+        max_memory=arguments.max_memory,
+        threads=arguments.threads,
+        cache=arguments.cache,
+        allow_pickle=arguments.allow_pickle,
+    )
     extent = Extent(arguments.all, arguments.tensors, arguments.seed)
     shown: list[text.Progress] = []
 
@@ -347,7 +352,9 @@ def _card(arguments: argparse.Namespace) -> int:
     from merger.run.options import Options
     from merger.verification.rerender import recard, write_card
 
-    made = recard(arguments.model, Options(), arguments.template, arguments.new_version)
+    made = recard(
+        arguments.model, Options(allow_pickle=arguments.allow_pickle), arguments.template, arguments.new_version
+    )
     for note in made.merge.recipe.warnings if arguments.template is None else ():
         print(text.warning(note), file=sys.stderr)
     if arguments.print_only:

@@ -5,11 +5,13 @@ Not here: what they do (start). A job without that word before it is the making 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 from huggingface_hub import HfApi, JobInfo, JobStage, constants, get_token
@@ -18,10 +20,11 @@ from huggingface_hub.utils import httpx
 
 from merger.errors import PartError, Problem
 from merger.safety import secrets
-from merger.stores.hub.http import is_passing, status_of, understood
+from merger.stores.hub.http import is_passing, patiently, status_of, understood
 
 _ENDS = (JobStage.COMPLETED, JobStage.CANCELED, JobStage.ERROR, JobStage.DELETED)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ class HubJobs:
     def __exit__(self, *_: object) -> None:
         self._looking.shutdown()
         for job in self._open:
-            with suppress(HfHubHTTPError, httpx.HTTPError):  # what went wrong first is what is told
-                self._api.cancel_job(job_id=job.number, namespace=job.owner)
+            try:
+                patiently(partial(self._api.cancel_job, job_id=job.number, namespace=job.owner))
+            except (HfHubHTTPError, httpx.HTTPError):  # no error of its own: what went wrong first is what is told
+                _LOG.warning("%s could not be cancelled, and may cost money: look at %s", job.name, job.page)
 
     def start(self, name: str, image: str, command: Sequence[str], environment: Mapping[str, str]) -> HubJob:
         """Start one. It is handed our token as a secret, which the Hub keeps encrypted, and our endpoint.

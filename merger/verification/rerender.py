@@ -60,18 +60,19 @@ def recard(target: str, options: Options, template: str | None = None, new_versi
     if new_version is not None:
         need_repo(new_version)
     merge = open_merge(target, options.read_token)
+    held = merge.held
     if merge.located.commit is not None and "@" in target:
         raise RecipeError(Problem(f"{target}: a card is written to main", hint="leave out the revision"))
     recipe = merge.recipe
     if template is not None:
         recipe = replace(recipe, publish=replace(recipe.publish, template=template, template_at=None))
     refuse_missing(recipe, but=MAKING)
-    options = replace(options, measured=kept_of(recipe, merge.held))
+    options = replace(options, measured=kept_of(recipe, held))
     parents = stores_of(recipe, options, merge.root)
-    locked = lock(recipe, parents, merge.held.pins, named=merge.held.names, measured=options.measured)
-    planned = planned_again(merge.held, locked, options)
+    locked = lock(recipe, parents, held.pins, options.allow_pickle, named=held.names, measured=options.measured)
+    planned = planned_again(held, locked, options)
     planned = with_templates(planned, parents, options.root)  # the lock names none of this machine
-    if problems := [*changed_models(locked, merge.held, None), *other_plan(planned, merge.held)]:
+    if problems := [*changed_models(locked, held, None), *other_plan(planned, held)]:
         raise VerificationError(problems)
     files = card_again(merge, planned, parents, new_version).files
     others = {name: content for name, content in files.items() if not holds(merge, name, content)}

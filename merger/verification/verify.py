@@ -142,23 +142,24 @@ def verify(
         BudgetError: it does not fit into the memory.
     """
     merge = open_merge(target, options.read_token)
+    held = merge.held
     refuse_missing(merge.recipe, but=MEASURING)
     if merge.recipe.lora is not None or not merge.recipe.publish.plain:
         # an adapter's tensors are made in pairs, so that one alone cannot be; of GGUF and fp8 checksums are compared
         extent = replace(extent, everything=True)
-    options = replace(options, measured=kept_of(merge.recipe, merge.held))
+    options = replace(options, measured=kept_of(merge.recipe, held))
     parents = stores_of(merge.recipe, options, merge.root)
-    locked = lock(merge.recipe, parents, merge.held.pins, named=merge.held.names, measured=options.measured)
-    problems = changed_models(locked, merge.held, parents.checksum if extent.everything else None)
-    planned = _plan(merge.held, locked, options, problems)
+    locked = lock(merge.recipe, parents, held.pins, options.allow_pickle, named=held.names, measured=options.measured)
+    problems = changed_models(locked, held, parents.checksum if extent.everything else None)
+    planned = _plan(held, locked, options, problems)
     is_made = extent.everything or planned.texts.is_edited
     side = taken_files(planned, parents) if is_made else {}
-    made = {**model_files(planned), "recipe.yaml": merge.held.recipe.encode(), **side}
+    made = {**model_files(planned), "recipe.yaml": held.recipe.encode(), **side}
     others = other_files(merge, planned, made, extent.everything)
     added, readable = strangers(merge, planned, made)
     tensors, misplaced = comparable(merge, planned)
     contents = [*other_contents(merge, planned, made, others), *other_side_files(merge, planned)]
-    problems += [*other_plan(planned, merge.held), *others.values(), *contents, *readable, *misplaced]
+    problems += [*other_plan(planned, held), *others.values(), *contents, *readable, *misplaced]
     whole_shards = [shard for shard in planned.shards if extent.everything or shard.name in others]
     check = _Check(merge, planned, parents, tensors, whole_shards)
     check.run(extent, on_event)

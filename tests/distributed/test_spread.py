@@ -154,12 +154,16 @@ def test_a_hub_job_that_is_not_started_is_asked_for_once(
     assert (len(asked), len(hub.jobs.all)) == (1, before)
 
 
-def test_an_interrupted_run_cancels_its_hub_jobs(at: Path, hub: LoopbackHub, tmp_path: Path) -> None:
-    """Ctrl-C ends what costs money, through a network that fails now and then."""
+@pytest.mark.parametrize(("refused", "stage"), [(2, "CANCELED"), (9, "RUNNING")])
+def test_an_interrupted_run_cancels_its_hub_jobs(
+    refused: int, stage: str, at: Path, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    """Ctrl-C ends what costs money, through a network that fails now and then; what it cannot end it names."""
+    hub.fail(lambda request: request.path.endswith("/cancel"), None, times=refused)
     asked = {"Retry-After": "60"}  # so the job is there for a while
     hub.fail(lambda request: "/commit/merge-staging" in request.path, times=99, headers=asked)
     down = hub.fail(lambda request: request.method == "GET" and "/api/jobs/" in request.path, None, times=3)
-    line = [sys.executable, "-m", "merger", "run", "mine.yaml", "--to", "hf://org/stopped", *SHARD]
+    line = [sys.executable, "-m", "merger", "run", "mine.yaml", "--to", f"hf://org/stopped-{refused}", *SHARD]
     env = {**os.environ, **hub.env(tmp_path, WRITER)}
     process = forks.start([*line, "--engine", "jobs", "--parts", "1"], cwd=at, env=env)
     for text in process.stderr:
@@ -169,7 +173,8 @@ def test_an_interrupted_run_cancels_its_hub_jobs(at: Path, hub: LoopbackHub, tmp
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=HANGS_SECONDS)
     assert process.returncode == 130, said
-    assert [job.stage for job in started(hub, "org/stopped")] == ["CANCELED"]
+    assert [job.stage for job in started(hub, f"org/stopped-{refused}")] == [stage]
+    assert ("could not be cancelled, and may cost money" in said) == (stage == "RUNNING")
 
 
 # Either engine

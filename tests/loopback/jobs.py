@@ -63,6 +63,7 @@ class Jobs:
         job = self._found(x)
         job.cancelled = True
         job.process.kill()
+        job.process.wait()
         return reply({"ok": True})
 
     def close(self) -> None:

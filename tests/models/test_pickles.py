@@ -58,6 +58,16 @@ def test_models_of_pickles_merge_as_the_same_in_safetensors(files: int, tmp_path
     assert len([*(tmp_path / "out").glob("model*.safetensors")]) == files
 
 
+def test_their_merge_is_verified_and_carded_when_asked(tmp_path: Path, served: LoopbackHub, command: Command) -> None:
+    """As whoever made it was asked; else the sentence says what to do."""
+    bins = [pickled(tmp_path / f"bin{seed}", seed) for seed in range(3)]
+    out = tmp_path / "out"
+    merged(ties(*bins), out, allow_pickle=True)
+    for words in (["verify", str(out)], ["card", str(out), "--print"]):
+        assert "let --allow-pickle look" in command(*words, cwd=tmp_path, hub=served).stderr
+        assert command(*words, "--allow-pickle", cwd=tmp_path, hub=served).returncode == 0
+
+
 def test_they_are_read_only_when_asked(tmp_path: Path) -> None:
     """The sentence says what to do; where there are safetensors they are taken, asked or not."""
     one = pickled(tmp_path / "one", 0)
