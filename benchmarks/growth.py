@@ -51,7 +51,8 @@ start, used = time.perf_counter(), time.process_time()
 for _ in execute(planned, planned.shards, methods(), store, Dropped()):
     pass
 print(json.dumps({"plan": used - before, "loop": time.perf_counter() - start, "cores": time.process_time() - used,
-                  "read": told("io", "rchar:") - held, "memory": 1024 * told("status", "VmHWM:")}))
+                  "read": told("io", "rchar:") - held, "memory": 1024 * told("status", "VmHWM:"),
+                  "planned": planned.peak_memory}))
 """
 
 
