@@ -44,6 +44,9 @@ OUTDATED = {
 }
 """Keys that only old releases of mergekit knew: published recipes still have them."""
 
+_FEW = 9
+"""As many methods as are named in one sentence."""
+
 _ELSEWHERE = {
     "random_seed": "write seed: at the top of the recipe",
     **dict.fromkeys(
@@ -88,6 +91,13 @@ class Found:
     levels: tuple[Parameters, ...]
 
 
+def choices(table: Mapping[str, Method]) -> str:
+    """What to do where a method is wanted: all are named where they are few."""
+    if len(table) <= _FEW:
+        return f"choose one of {', '.join(table)}"
+    return f"choose one, such as linear, slerp, task_arithmetic or ties; merger methods lists all {len(table)}"
+
+
 def choose_method(place: Value, table: Mapping[str, Method]) -> Choice:
     """The merge method named at `place`, with a problem if it cannot be used.
 
@@ -95,7 +105,7 @@ def choose_method(place: Value, table: Mapping[str, Method]) -> Choice:
     """
     name = place.text("the name of a merge method")
     method = None if name is None else table.get(name)
-    built = f"choose one of {', '.join(table)}"
+    built = choices(table)
     if name in FIELD_METHODS and method is None:
         place.error(f"{name} is not built yet", built)
     elif name is not None and method is None:

@@ -187,7 +187,7 @@ def _recipe(top: Value, table: Mapping[str, Method], path: str, text: str) -> Re
     modules = levels.modules(fields, scope)
     pieces = [piece for module in modules for piece in module.slices]
     if scope.method is None and not (pieces and all(piece.method for piece in pieces)):
-        top.error("missing merge_method", f"choose one of {', '.join(table)}")
+        top.error("missing merge_method", checks.choices(table))
     levels.block(block, pieces)
     place = fields.get("tensors")
     items = place.items("a list of tensors, each - filter: self_attn with a model", filter_of) if place else []
