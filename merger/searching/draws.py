@@ -35,14 +35,14 @@ class Reseeded:
 
     def __init__(self, make: Callable[[int], BaseSampler], place: Callable[[FrozenTrial], int]) -> None:
         self._make, self._place = make, place
-        self._made: tuple[int, BaseSampler] | None = None
+        self._made: tuple[int, int, BaseSampler] | None = None
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def ask(study: optuna.Study, trial: FrozenTrial, *more: Any) -> Any:
-            number = self._place(trial)
             if self._made is None or self._made[0] != trial.number:
-                self._made = trial.number, self._make(number)
-            sampler = self._made[1]
+                place = self._place(trial)
+                self._made = trial.number, place, self._make(place)
+            _, number, sampler = self._made
             if isinstance(sampler, optuna.samplers.CmaEsSampler | _Points):  # which draw by it; to others it is a name
                 trial = copy.copy(trial)
                 trial.number = number

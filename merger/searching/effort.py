@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merger.errors import Problem, RecipeError
+from merger.recipe.blocks.search import PASSWORD, WITHOUT_PASSWORD
 from merger.recipe.model import Recipe
 from merger.recipe.searched import Searched
 
@@ -32,8 +33,11 @@ class Effort:
         """The recipe's own block with these in place of what it says.
 
         Raises:
-            RecipeError: nothing is searched in the recipe.
+            RecipeError: nothing is searched in the recipe, or a password stands in the storage, which is told to other
+                processes and in errors.
         """
+        if PASSWORD.search(self.storage or ""):
+            raise RecipeError(Problem("a password stands in the storage's address", hint=WITHOUT_PASSWORD))
         if recipe.search is None:
             hint = "leave a number open, such as weight: {search: [0, 1]}, and write search: {objectives: [...]}"
             raise RecipeError(Problem(f"{recipe.path}: nothing is searched in it", hint=hint))

@@ -179,3 +179,12 @@ def test_what_cannot_be_searched_is_refused(
     path.write_text(RECIPE.replace(old, new).format(**places))
     with pytest.raises(error, match=words):
         merger.search(str(path))
+
+
+def test_a_password_is_neither_told_nor_handed_on(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An address goes to other processes' lines, and into errors."""
+    found = main(["search", str(recipe), "--storage", "postgresql://me:s3cret@nowhere.invalid/study", "--workers", "2"])
+    said = capsys.readouterr()
+    assert found == RecipeError.exit_code
+    assert "PGPASSWORD" in said.err
+    assert "s3cret" not in said.err + said.out

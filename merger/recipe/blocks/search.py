@@ -35,7 +35,8 @@ _IN_PARTS = KINDS[:4]
 
 _OBJECTIVES = "a list of what candidates are judged by, each such as - loss: texts.txt"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
+PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
+WITHOUT_PASSWORD = "leave it out: PostgreSQL reads PGPASSWORD, or ~/.pgpass"
 _SOURCES = {
     "loss": "a file, or hf://datasets/owner/name@revision/file",
     "task": "the name of a task of lm-evaluation-harness",
@@ -131,8 +132,8 @@ def _prune(place: Value | None) -> str | None:
 
 def _storage(place: Value) -> str | None:
     text = place.text("a file such as study.log, or the address of a database")
-    if text and _PASSWORD.search(text):
-        place.error("a password stands in a recipe", "leave it out: PostgreSQL reads PGPASSWORD, or ~/.pgpass")
+    if text and PASSWORD.search(text):
+        place.error("a password stands in a recipe", WITHOUT_PASSWORD)
     return text
 
 
