@@ -181,9 +181,10 @@ def test_what_cannot_be_searched_is_refused(
         merger.search(str(path))
 
 
-def test_a_password_is_neither_told_nor_handed_on(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("place", ["me:s3cret@nowhere.invalid/study", "nowhere.invalid/study?user=me&password=s3cret"])
+def test_a_password_is_neither_told_nor_handed_on(place: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An address goes to other processes' lines, and into errors."""
-    found = main(["search", str(recipe), "--storage", "postgresql://me:s3cret@nowhere.invalid/study", "--workers", "2"])
+    found = main(["search", str(recipe), "--storage", f"postgresql://{place}", "--workers", "2"])
     said = capsys.readouterr()
     assert found == RecipeError.exit_code
     assert "PGPASSWORD" in said.err

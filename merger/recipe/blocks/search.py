@@ -35,7 +35,7 @@ _IN_PARTS = KINDS[:4]
 
 _OBJECTIVES = "a list of what candidates are judged by, each such as - loss: texts.txt"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
+PASSWORD = re.compile(r"://[^/@]*:[^/@]*@|[?&]password=")
 WITHOUT_PASSWORD = "leave it out: PostgreSQL reads PGPASSWORD, or ~/.pgpass"
 _SOURCES = {
     "loss": "a file, or hf://datasets/owner/name@revision/file",
