@@ -375,7 +375,7 @@ def measure_consensus_ties(blocks: Blocks, density: Sequence[float]) -> Trim:
     paper=_TALL_MASKS_PAPER,
     models=(1, None),
     measure=measure_consensus_ties,
-    laws=("zero", "permutation", "scale", full("ties", k=0)),
+    laws=("zero", "permutation", "scale", full("ties", k=0, lambda_=1)),
 )
 def consensus_ties(
     deltas: Deltas,
