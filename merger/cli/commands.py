@@ -349,18 +349,16 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 def _card(arguments: argparse.Namespace) -> int:
     from merger.cli import text
-    from merger.run.options import Options
     from merger.verification.rerender import recard, write_card
 
-    made = recard(
-        arguments.model, Options(allow_pickle=arguments.allow_pickle), arguments.template, arguments.new_version
-    )
+    options = _options(arguments)
+    made = recard(arguments.model, options, arguments.template, arguments.new_version)
     for note in made.merge.recipe.warnings if arguments.template is None else ():
         print(text.warning(note), file=sys.stderr)
     if arguments.print_only:
         print(made.text, end="")
     else:
-        print(text.card_result_text(made, write_card(made, Options())))
+        print(text.card_result_text(made, write_card(made, options)))
     return 0
 
 

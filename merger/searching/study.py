@@ -230,8 +230,12 @@ class Worker:
         alive = self._alive() if unsure else set()
         again = {other.user_attrs.get(_PLACE) for other in trials}
         for trial in unsure:
-            place, running = self._place(trial), trial.state is TrialState.RUNNING
-            if self._claim(trial, alive) if running else place not in again and trial.user_attrs[_LOST] not in alive:
+            place = self._place(trial)
+            if trial.state is TrialState.RUNNING:
+                is_ours = self._claim(trial, alive)
+            else:  # whoever claimed it may have died before it told what is to be tried again
+                is_ours = place not in again and trial.user_attrs[_LOST] not in alive
+            if is_ours:
                 drawn = dict(trial.system_attrs.get("fixed_params", {})) | trial.params
                 fixed = drawn if drawn.keys() == self._spaces.keys() else {}  # in part: its place draws the same again
                 told = {**trial.system_attrs, "fixed_params": fixed}
